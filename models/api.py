@@ -1,0 +1,41 @@
+"""What the engine asks of a model."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+
+from ops.paged_attention.batch import AttentionBatch, KVSpec
+
+KVCache = tuple[Any, ...]
+"""One `KVPages` (an opaque pytree owned by ops/paged_attention) a layer."""
+
+
+class CausalLM(Protocol):
+    """A decoder over a paged KV cache. An `nnx.Module`; the engine splits it once into leaves."""
+
+    config: Any
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the logits, padding included."""
+        ...
+
+    def kv_specs(self) -> tuple[KVSpec, ...]:
+        """One a layer."""
+        ...
+
+    def forward(self, tokens_T: jax.Array, batch: AttentionBatch, kv: KVCache) -> tuple[jax.Array, KVCache]:
+        """Runs every layer; writes the tokens' K and V to their pages before attending.
+
+        Args:
+            tokens_T: int32 token ids; padding is 0.
+        Returns:
+            hidden_TD after the final norm, in the compute dtype, and the updated cache.
+        """
+        ...
+
+    def logits(self, hidden_RD: jax.Array) -> jax.Array:
+        """Next-token logits_RV, float32, soft-capped and scaled where the architecture says so."""
+        ...

@@ -1,0 +1,71 @@
+"""How the tokens of one step are laid out, and what the KV cache of one layer looks like from outside.
+
+A step's T = B + C tokens are B *decode rows* (one token of one running request each) followed by C *chunk tokens*
+(pieces of prompts of up to R requests, packed). Either part may be empty (B == 0 or C == 0), never both. Every
+request's piece starts at a multiple of Q_BLOCK inside the chunk part, so a block of Q_BLOCK chunk tokens belongs to
+one request; the gap behind a piece is padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+
+Q_BLOCK = 16
+"""Chunk pieces start at multiples of this many tokens."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "positions_T", "kv_index_T", "decode_pages_BP", "decode_len_B",
+        "chunk_pages_RP", "chunk_start_R", "chunk_qlen_R", "chunk_len_R", "chunk_row_N",
+    ],
+    meta_fields=[],
+)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class AttentionBatch:
+    """Where each token of a step stands and which pages hold its context. All int32.
+
+    Padding: a padded decode row has decode_len 0; a padded chunk row has chunk_qlen 0; a padded token has kv_index 0
+    (page 0 is the null page: it may be written by anyone and is read by none), position 0 and arbitrary output.
+    Page tables are padded with 0.
+    """
+
+    positions_T: jax.Array  # position of each token in its sequence, from 0
+    kv_index_T: jax.Array  # where its K and V go: page * page_size + offset
+    decode_pages_BP: jax.Array  # page table of each decode row
+    decode_len_B: jax.Array  # context length of each decode row, this step's token included
+    chunk_pages_RP: jax.Array  # page table of each chunk request
+    chunk_start_R: jax.Array  # where its piece starts, counted inside the chunk part; a multiple of Q_BLOCK
+    chunk_qlen_R: jax.Array  # tokens in its piece
+    chunk_len_R: jax.Array  # its context length after this step; token j of the piece is at chunk_len - qlen + j
+    chunk_row_N: jax.Array  # [C / Q_BLOCK] which row a block of chunk tokens belongs to; R for padding blocks
+
+    @property
+    def num_decode(self) -> int:
+        """B, static."""
+        return self.decode_len_B.shape[0]
+
+    @property
+    def num_chunk(self) -> int:
+        """C, static."""
+        return self.positions_T.shape[0] - self.num_decode
+
+
+@dataclasses.dataclass(frozen=True)
+class KVSpec:
+    """What one layer keeps for each position. Hashable and static.
+
+    Attributes:
+        num_kv_heads, head_dim: K heads and their size.
+        v_head_dim: size of V heads; 0 when the layer stores one latent for both (MLA).
+        window: how many positions back it attends, itself included; None for all.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    window: int | None = None

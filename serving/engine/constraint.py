@@ -1,0 +1,31 @@
+"""What the engine knows of a grammar: a mask before a token, an acceptance after it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+
+class TokenConstraint(Protocol):
+    """Limits which token may come next. One instance a running request, used by one thread at a time."""
+
+    def fill_mask(self, mask_W: np.ndarray) -> None:
+        """Writes the allowed set of the next token into `mask_W`.
+
+        Args:
+            mask_W: int32 [ceil(vocab / 32)], bit t % 32 of word t // 32 is 1 where token t may come next. Written
+                whole. End-of-sequence is allowed exactly where the grammar may end.
+        Raises:
+            RuntimeError: the grammar grew too complex to go on; the request ends with an error.
+        """
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Advances past `token`. False if the grammar does not allow it (the state is then unchanged)."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """Whether the grammar is complete and nothing but end-of-sequence can follow."""
+        ...

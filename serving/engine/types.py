@@ -1,0 +1,147 @@
+"""What goes into an engine and what comes out: plain data, shared by every front end and both clients."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from serving.engine.constraint import TokenConstraint
+from serving.engine.sampling_params import SamplingParams
+
+
+class FinishReason(enum.Enum):
+    """Why a completion ended. The value is the word that clients see."""
+
+    STOP = "stop"  # end-of-sequence, a stop token, a stop string, or a finished grammar
+    LENGTH = "length"  # max_tokens or the context's end
+    ABORT = "abort"  # the client went away or asked for it
+    DEADLINE = "deadline"  # its deadline passed, or could no longer be met
+    ERROR = "error"  # its own fault ended it (NaN logits, grammar failure)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineRequest:
+    """One sequence to complete. `params.n` is ignored here: the service fans out.
+
+    Attributes:
+        request_id: unique among live requests.
+        prompt_token_ids: at least one id, each in [0, vocab).
+        params: already validated; `max_tokens` may be None (to the context's end).
+        eos_token_ids: ids that end the completion unless `params.ignore_eos`.
+        priority: lower runs first (policy `priority`).
+        constraint: a compiled grammar, or None. In-process only: the remote client sends `params.structured_outputs`.
+        arrival_time: time.monotonic() seconds at the front end.
+        deadline: time.monotonic() seconds by which it must be finished, or None.
+        ttft_deadline: time.monotonic() seconds by which its first token must be out, or None.
+        cache_salt: requests share KV pages only with requests of the same salt.
+        tenant: fair-share key, or None.
+        bad_words_token_ids: token sequences that may not be completed.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    constraint: TokenConstraint | None = None
+    arrival_time: float = 0.0
+    deadline: float | None = None
+    ttft_deadline: float | None = None
+    cache_salt: str | None = None
+    tenant: str | None = None
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities (natural log, of the distribution before temperature and filters) at one position.
+
+    Attributes:
+        token_id, logprob, rank: the token that is there, and how many tokens are likelier, plus one.
+        top: (token id, logprob) of the likeliest tokens, likeliest first; as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestTimes:
+    """time.monotonic() seconds of a request's milestones; 0.0 where not reached."""
+
+    arrival: float = 0.0
+    scheduled: float = 0.0
+    first_token: float = 0.0
+    finished: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOutput:
+    """What is new about a request since its last output. The last one has `finish_reason`.
+
+    Attributes:
+        token_ids: new completion tokens, in order. A final end-of-sequence or stop token is included.
+        logprobs: one entry a token in `token_ids` where asked for, else None.
+        prompt_logprobs: in the first output only, where asked for: None for the first prompt token, then one each.
+        finish_reason: set on the last output.
+        stop_reason: the stop token id that ended it (None for end-of-sequence).
+        error: a sentence, when finish_reason is ERROR.
+        num_cached_tokens: prompt tokens whose KV was already there.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    error: str | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    times: RequestTimes = RequestTimes()
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineInfo:
+    """Facts about a running engine that front ends and clients may show or check against."""
+
+    model_id: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int
+    dtype: str
+    quantization: str | None
+    mesh: str
+    platform: str
+    version: str
+    num_parameters: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """A snapshot of the engine's counters and gauges. Counters count since start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pages_free: int = 0
+    num_pages_total: int = 0
+    num_preemptions: int = 0
+    prefix_queries: int = 0  # prompt tokens looked up
+    prefix_hits: int = 0  # of them, found
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    num_steps: int = 0
+    num_recompilations: int = 0
+    last_step_s: float = 0.0
+    host_step_s: float = 0.0
+
+    @property
+    def kv_usage(self) -> float:
+        """Fraction of pages in use by live requests, 0..1."""
+        return 1.0 - self.num_pages_free / self.num_pages_total if self.num_pages_total else 0.0
