@@ -1,0 +1,36 @@
+"""`linear` and `embed` as slow and obvious numpy, in float64: what every implementation is tested against."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ops.linear.weights import Int8Weight, Weight
+
+
+def dense(weight: Weight) -> np.ndarray:
+    """The weight_OI in float64."""
+    if isinstance(weight, Int8Weight):
+        return np.asarray(weight.values_OI, np.float64) * np.asarray(weight.scale_O, np.float64)[:, None]
+    return np.asarray(weight, np.float64)
+
+
+def linear(x_TI: np.ndarray, weight: Weight, bias_O: np.ndarray | None = None) -> np.ndarray:
+    """y_TO = x W^T + b without rounding of the activations, in float64."""
+    y_TO = np.asarray(x_TI, np.float64) @ dense(weight).T
+    return y_TO if bias_O is None else y_TO + np.asarray(bias_O, np.float64)
+
+
+def int8_linear(x_TI: np.ndarray, weight: Int8Weight, bias_O: np.ndarray | None = None) -> np.ndarray:
+    """The same with each row of x rounded to int8 on its own scale, as the int8 bodies do; float32 rounding of x."""
+    x_TI = np.asarray(x_TI, np.float32)
+    peak_T = np.abs(x_TI).max(axis=-1)
+    scale_T = np.where(peak_T > 1e-30, peak_T / np.float32(127), np.float32(1))
+    rounded_TI = np.clip(np.rint(x_TI / scale_T[:, None]), -127, 127)
+    y_TO = (rounded_TI.astype(np.int64) @ np.asarray(weight.values_OI, np.int64).T).astype(np.float64)
+    y_TO = y_TO * scale_T[:, None].astype(np.float64) * np.asarray(weight.scale_O, np.float64)
+    return y_TO if bias_O is None else y_TO + np.asarray(bias_O, np.float64)
+
+
+def embed(weight: Weight, tokens_T: np.ndarray) -> np.ndarray:
+    """x_TD: the rows of the table."""
+    return dense(weight)[np.asarray(tokens_T)]
