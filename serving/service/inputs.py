@@ -1,0 +1,182 @@
+"""What a client asks for, before anything was looked at: the same for every entry."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from serving.errors import ErrorKind, RequestError, invalid
+from serving.service.limits import Limits, check_text
+
+Scalar = str | int | float | bool | None
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateInput:
+    """One prompt, in exactly one of three forms, and what concerns the request rather than the sampling.
+
+    Attributes:
+        text: the prompt as text. Control tokens written in it are control tokens: its author writes the whole prompt.
+        token_ids: the prompt as token ids, taken as they are.
+        messages: a chat in OpenAI's shape, rendered with the model's chat template.
+        tools: tools in OpenAI's shape, handed to the template; only with `messages`.
+        chat_template_kwargs: extra variables for the template; scalars only.
+        add_generation_prompt: end the rendered chat with the opening of an assistant turn.
+        continue_final_message: leave the last message open, so that the completion goes on with it. Excludes
+            `add_generation_prompt`.
+        add_special_tokens: let the tokenizer add its own (BOS). None means yes for `text` and no for `messages`,
+            whose template writes them.
+        truncate_prompt_tokens: keep only the last so many prompt tokens; -1 keeps what leaves room for the completion.
+        model: the served model to use; None, "" and "default" mean the base model.
+        request_id: the client's name for the request, for logs and `abort`; None makes one. Need not be unique:
+            aborting a name ends every live request that has it.
+        priority: lower runs first.
+        timeout_s: seconds from now by which it must be finished.
+        ttft_timeout_s: seconds from now by which the first token must be out.
+        cache_salt: requests share cached prompt pages only with requests of the same salt.
+        tenant: fair-share key.
+    """
+
+    text: str | None = None
+    token_ids: Sequence[int] | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Scalar] = dataclasses.field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    model: str | None = None
+    request_id: str | None = None
+    priority: int = 0
+    timeout_s: float | None = None
+    ttft_timeout_s: float | None = None
+    cache_salt: str | None = None
+    tenant: str | None = None
+
+    def check(self, limits: Limits) -> None:
+        """Checks everything that needs no model.
+
+        Raises:
+            RequestError: INVALID_ARGUMENT naming the field.
+        """
+        self._check_prompt(limits)
+        for name in ("model", "request_id", "cache_salt", "tenant"):
+            limits.check_name(name, getattr(self, name))
+        if (
+            isinstance(self.priority, bool)
+            or not isinstance(self.priority, int)
+            or not -(2**31) <= self.priority < 2**31
+        ):
+            raise invalid(f"priority must be a whole number of 32 bits, got {self.priority!r}.", "priority")
+        limits.check_timeout("timeout", self.timeout_s)
+        limits.check_timeout("ttft_timeout", self.ttft_timeout_s)
+        keep = self.truncate_prompt_tokens
+        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or (keep < 1 and keep != -1)):
+            raise invalid(
+                f"truncate_prompt_tokens must be at least 1, or -1 for what fits, got {keep!r}.",
+                "truncate_prompt_tokens",
+            )
+
+    def _check_prompt(self, limits: Limits) -> None:
+        given = [name for name in ("text", "token_ids", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise invalid(
+                "A request takes exactly one prompt: text, token_ids or messages; "
+                + (f"got {' and '.join(given)}." if given else "got none."),
+                given[-1] if given else "prompt",
+            )
+        if self.text is not None:
+            if not isinstance(self.text, str):
+                raise invalid(f"The prompt must be text, got {type(self.text).__name__}.", "prompt")
+            check_prompt_text(self.text, limits)
+        elif self.token_ids is not None:
+            if not self.token_ids:
+                raise invalid("The prompt is empty: give at least one token id.", "prompt")
+        else:
+            limits.check_count("messages", len(self.messages or ()), limits.max_messages, "messages")
+        if self.tools:
+            if self.messages is None:
+                raise invalid("tools need messages: a prompt of text or token ids has no place for them.", "tools")
+            limits.check_count("tools", len(self.tools), limits.max_tools, "tools")
+        if self.continue_final_message and self.add_generation_prompt and self.messages is not None:
+            raise invalid(
+                "continue_final_message and add_generation_prompt exclude each other: set the latter to false.",
+                "continue_final_message",
+            )
+        for name, value in self.chat_template_kwargs.items():
+            if value is not None and not isinstance(value, str | int | float | bool):
+                raise invalid(
+                    f"chat_template_kwargs takes scalars; {name} is a {type(value).__name__}.", "chat_template_kwargs"
+                )
+
+
+def check_prompt_text(text: str, limits: Limits) -> None:
+    """Refuses an empty prompt, one far beyond any context, and what is not Unicode."""
+    if not text:
+        raise invalid("The prompt is empty: give at least one character.", "prompt")
+    if len(text) > limits.max_prompt_chars:
+        raise invalid(
+            f"The prompt has {len(text)} characters; at most {limits.max_prompt_chars} are read. Shorten it.", "prompt"
+        )
+    check_text(text, "prompt")
+
+
+def clean_messages(messages: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str, Any]]:
+    """A chat in the one shape that templates take: `content` is a string or None.
+
+    Args:
+        messages: OpenAI's messages; a content may be a list of text parts, which are joined by newlines.
+    Raises:
+        RequestError: INVALID_ARGUMENT naming the message.
+    """
+    if not messages:
+        raise invalid("messages is empty: give at least one message.", "messages")
+    clean, chars = [], 0
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if not isinstance(message, Mapping):
+            raise invalid(f"{where} must be an object with role and content, got {type(message).__name__}.", where)
+        role = message.get("role")
+        if role not in ROLES:
+            raise invalid(f"{where}.role must be one of {', '.join(ROLES)}; got {role!r}.", f"{where}.role")
+        content = _content(message.get("content"), where)
+        if content is None and not (role == "assistant" and message.get("tool_calls")):
+            raise invalid(f"{where}.content is missing: give text.", f"{where}.content")
+        if content is not None:
+            check_text(content, f"{where}.content")
+            chars += len(content)
+            if chars > limits.max_prompt_chars:
+                raise invalid(
+                    f"The messages have more than {limits.max_prompt_chars} characters. Shorten them.", "messages"
+                )
+        clean.append({**message, "content": content})
+    return clean
+
+
+def _content(content: Any, where: str) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise invalid(
+            f"{where}.content must be text or a list of parts, got {type(content).__name__}.", f"{where}.content"
+        )
+    texts = []
+    for j, part in enumerate(content):
+        place = f"{where}.content[{j}]"
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if kind in ("text", "input_text", "output_text") and isinstance(text, str):
+            texts.append(text)
+        elif kind in ("text", "input_text", "output_text") or not isinstance(kind, str):
+            raise invalid(f'{place} must be {{"type": "text", "text": ...}}.', place)
+        else:
+            raise RequestError(
+                ErrorKind.INVALID_ARGUMENT, f"{place} is of type {kind!r}; this model takes text only.", param=place
+            )
+    return "\n".join(texts)

@@ -1,0 +1,159 @@
+"""From what a client asks for to what an engine takes: tokens, resolved parameters, one engine request a completion."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from serving.engine.constraint import TokenConstraint
+from serving.engine.sampling_params import SamplingParams, StructuredOutputs
+from serving.engine.types import EngineRequest
+from serving.errors import invalid
+from serving.service.inputs import GenerateInput, check_prompt_text, clean_messages
+from serving.service.limits import Limits, check_text
+
+if TYPE_CHECKING:
+    from serving.text.chat_template import ChatTemplate
+    from serving.text.tokenizer import Tokenizer
+
+ConstraintFactory = Callable[[], TokenConstraint]
+"""Makes a fresh grammar state for one completion."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedRequest:
+    """A request that was found good: nothing about it can be refused any more but for load.
+
+    Attributes:
+        request_id: the client's, or one made for it.
+        model: the served name that it asked for.
+        prompt: the text that was tokenized; None when token ids were given.
+        prompt_token_ids: after truncation.
+        params: with `max_tokens` resolved.
+        children: one engine request a completion, in order of index; their ids are unique in this process.
+    """
+
+    request_id: str
+    model: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    children: tuple[EngineRequest, ...]
+
+
+def render_and_encode(
+    given: GenerateInput, tokenizer: Tokenizer, template: ChatTemplate | None, limits: Limits
+) -> tuple[str | None, list[int]]:
+    """The prompt as text (None for token ids) and as token ids. Runs off the event loop.
+
+    Raises:
+        RequestError: INVALID_ARGUMENT.
+    """
+    if given.token_ids is not None:
+        return None, list(given.token_ids)
+    if given.text is not None:
+        special = given.add_special_tokens is not False
+        return given.text, tokenizer.encode(given.text, add_special_tokens=special)
+    if template is None:
+        raise invalid(
+            "This model has no chat template: send text, or start the server with --chat-template.", "messages"
+        )
+    messages = clean_messages(given.messages or (), limits)
+    extra = dict(given.chat_template_kwargs)
+    if given.continue_final_message:
+        extra["continue_final_message"] = True
+    prompt = template.render(
+        messages,
+        tools=list(given.tools) if given.tools else None,
+        add_generation_prompt=given.add_generation_prompt and not given.continue_final_message,
+        **extra,
+    )
+    check_prompt_text(prompt, limits)
+    return prompt, tokenizer.encode(prompt, add_special_tokens=bool(given.add_special_tokens))
+
+
+def fit_prompt(
+    ids: Sequence[int], params: SamplingParams, truncate: int | None, vocab_size: int, max_model_len: int
+) -> tuple[tuple[int, ...], SamplingParams]:
+    """Checks the token ids, truncates where asked, and resolves `max_tokens` against the context.
+
+    Raises:
+        RequestError: INVALID_ARGUMENT: no tokens, an id outside the vocabulary, or more tokens than the context has.
+    """
+    if not ids:
+        raise invalid("The prompt is empty: it has no tokens.", "prompt")
+    for i, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise invalid(f"Prompt token {i} is {token!r}; this model's ids go from 0 to {vocab_size - 1}.", "prompt")
+    if truncate is not None:
+        keep = max_model_len - (params.max_tokens or 1) if truncate == -1 else truncate
+        ids = ids[-max(keep, 1) :]
+    room = max_model_len - len(ids)
+    if room < 1:
+        raise invalid(
+            f"The prompt has {len(ids)} tokens; this model's context is {max_model_len} tokens, completion included. "
+            "Shorten the prompt or set truncate_prompt_tokens.",
+            "prompt",
+        )
+    if params.max_tokens is None:
+        # min_tokens may not ask for more than the context leaves: SamplingParams says so in its own words.
+        params = dataclasses.replace(params, max_tokens=room)
+    elif params.max_tokens > room:
+        raise invalid(
+            f"max_tokens is {params.max_tokens}, but with {len(ids)} prompt tokens this model's context of "
+            f"{max_model_len} tokens leaves {room}. Lower max_tokens or shorten the prompt.",
+            "max_tokens",
+        )
+    return tuple(ids), params
+
+
+def check_params(params: SamplingParams, vocab_size: int, limits: Limits) -> None:
+    """Checks what of the sampling parameters depends on the model or on the server's limits."""
+    limits.check_count("completions (n)", params.n, limits.max_sequences, "n")
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for token in getattr(params, name) or ():
+            if token >= vocab_size:
+                raise invalid(f"{name} has token id {token}; this model's ids go from 0 to {vocab_size - 1}.", name)
+    for name in ("stop_strings", "bad_words"):
+        for text in getattr(params, name):
+            check_text(text, name.removesuffix("_strings"))
+    if params.structured_outputs is not None:
+        check_grammar_size(params.structured_outputs, limits)
+
+
+def check_grammar_size(grammar: StructuredOutputs, limits: Limits) -> None:
+    """Refuses a grammar too large to compile."""
+    size = sum(
+        len(value if isinstance(value, str) else str(value))
+        for value in (grammar.json, grammar.regex, grammar.choice, grammar.grammar)
+        if value is not None
+    )
+    if size > limits.max_grammar_chars:
+        raise invalid(
+            f"structured_outputs has {size} characters; at most {limits.max_grammar_chars} are taken.",
+            "structured_outputs",
+        )
+
+
+def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that spell `words`, both at the start of a text and behind a blank."""
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        for text in (word, " " + word.lstrip()):
+            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+            if ids:
+                found[ids] = None
+    return tuple(found)
+
+
+def child_seed(seed: int | None, index: int) -> int | None:
+    """The seed of completion `index`. The first keeps the request's, so that n = 1 and n = 2 agree on it.
+
+    The others step by the odd constant of splitmix64 (Steele, Lea, Flood 2014): distinct for distinct indices, and
+    far from the small neighbouring seeds that people choose.
+    """
+    if seed is None or index == 0:
+        return seed
+    mixed = (seed + index * 0x9E3779B97F4A7C15) % 2**64
+    return mixed - 2**63

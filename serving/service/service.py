@@ -1,0 +1,337 @@
+"""The one way in: every entry (gRPC, HTTP, LLM, batch) prepares and generates through a `TextService`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, cast
+
+from serving.engine.client import EngineClient
+from serving.engine.sampling_params import SamplingParams, StructuredOutputs
+from serving.engine.types import EngineOutput, EngineRequest, FinishReason
+from serving.errors import ErrorKind, RequestError, invalid
+from serving.service import prepare as prep
+from serving.service.inputs import GenerateInput
+from serving.service.limits import Limits
+from serving.service.outputs import TextOutput
+from serving.service.prepare import ConstraintFactory, PreparedRequest
+from serving.service.stream import TextStream
+
+if TYPE_CHECKING:
+    from serving.text.chat_template import ChatTemplate
+    from serving.text.grammar import GrammarCompiler
+    from serving.text.tokenizer import Tokenizer
+
+DEFAULT_MODEL = "default"
+"""The name that always means the base model."""
+
+
+class TextService:
+    """Text in, text out, over any engine. Belongs to one event loop at a time.
+
+    A front end calls `prepare`, which refuses what cannot be served before anything is streamed, then iterates over
+    `generate`. Whatever goes wrong reaches it as a `RequestError`, and concerns that request alone.
+
+    Args:
+        client: the engine.
+        tokenizer: the served model's.
+        chat_template: None for a model without one; then `messages` are refused.
+        model_id: the name clients see in answers.
+        aliases: further names that mean the base model. "default" and the engine's own model id always do.
+        limits: None takes the defaults for the engine's context.
+        default_params: values for sampling parameters that a client leaves out (the model's generation_config).
+        grammar_compiler: None refuses structured outputs.
+        executor: where tokenizing, rendering and grammar compilation run; None makes two threads.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None = None,
+        *,
+        model_id: str,
+        aliases: Sequence[str] = (),
+        limits: Limits | None = None,
+        default_params: Mapping[str, Any] | None = None,
+        grammar_compiler: GrammarCompiler | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        self.client = client
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.model_id = model_id
+        self.info = client.info()
+        self.model_names = tuple(dict.fromkeys((model_id, *aliases, DEFAULT_MODEL, self.info.model_id)))
+        self.limits = limits or Limits.for_model(self.info.max_model_len)
+        self.default_params = dict(default_params or {})
+        self.grammar_compiler = grammar_compiler
+        self.created = int(time.time())
+        self._executor = executor or ThreadPoolExecutor(2, thread_name_prefix="jaxserve-text")
+        self._serial = itertools.count()
+        self._live: dict[str, dict[int, PreparedRequest]] = {}
+        self._num_live = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def make_params(self, given: Mapping[str, Any]) -> SamplingParams:
+        """Sampling parameters from those a client named, over the model's defaults, over SamplingParams' own.
+
+        Args:
+            given: field name -> value. Leave a field out to take its default; `max_tokens: None` asks for all the
+                context leaves.
+        Raises:
+            RequestError: INVALID_ARGUMENT naming the field.
+        """
+        return SamplingParams(**{**self.default_params, **given})
+
+    async def prepare(
+        self, given: GenerateInput, params: SamplingParams, *, constraint: ConstraintFactory | None = None
+    ) -> PreparedRequest:
+        """Validates a request wholly and tokenizes it, off the event loop.
+
+        Args:
+            constraint: a grammar compiled elsewhere (tool calls), instead of `params.structured_outputs`.
+        Raises:
+            RequestError: INVALID_ARGUMENT, NOT_FOUND (model), UNAVAILABLE (draining or engine dead), UNIMPLEMENTED.
+        """
+        arrival = time.monotonic()
+        self.check_ready()
+        model = self.resolve_model(given.model)
+        given.check(self.limits)
+        prep.check_params(params, self.info.vocab_size, self.limits)
+        prompt, ids = await self._run(prep.render_and_encode, given, self.tokenizer, self.chat_template, self.limits)
+        prompt_ids, params = prep.fit_prompt(
+            ids, params, given.truncate_prompt_tokens, self.info.vocab_size, self.info.max_model_len
+        )
+        bad_words = await self._run(prep.bad_word_ids, params.bad_words, self.tokenizer) if params.bad_words else ()
+        if params.structured_outputs is not None and constraint is None:
+            constraint = await self._compile(params.structured_outputs)
+        request_id = given.request_id or f"req-{uuid.uuid4().hex[:16]}"
+        children = tuple(
+            EngineRequest(
+                request_id=f"{request_id}#{next(self._serial)}",
+                prompt_token_ids=prompt_ids,
+                params=dataclasses.replace(params, n=1, seed=prep.child_seed(params.seed, i)),
+                eos_token_ids=tuple(self.tokenizer.eos_token_ids),
+                priority=given.priority,
+                constraint=constraint() if constraint is not None else None,
+                arrival_time=arrival,
+                deadline=None if given.timeout_s is None else arrival + given.timeout_s,
+                ttft_deadline=None if given.ttft_timeout_s is None else arrival + given.ttft_timeout_s,
+                cache_salt=given.cache_salt,
+                tenant=given.tenant,
+                bad_words_token_ids=bad_words,
+            )
+            for i in range(params.n)
+        )
+        return PreparedRequest(request_id, model, prompt, prompt_ids, params, children)
+
+    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[TextOutput, None]:
+        """Runs a prepared request; yields deltas of its completions, interleaved, each until its finish reason.
+
+        Closing the iterator or cancelling the task that reads it aborts every completion in the engine.
+
+        Raises:
+            RequestError: RESOURCE_EXHAUSTED (queue full), UNAVAILABLE, DEADLINE_EXCEEDED, INTERNAL. The completions
+                that still run are aborted first.
+        """
+        key = self._enter(prepared)
+        try:
+            streams = [self._one(i, child) for i, child in enumerate(prepared.children)]
+            merged = streams[0] if len(streams) == 1 else _merge(streams)
+            async with contextlib.aclosing(merged):
+                async for output in merged:
+                    yield output
+        finally:
+            self._leave(prepared, key)
+
+    async def abort(self, request_id: str) -> bool:
+        """Ends every live request with this id: its completions finish with reason ABORT. False if there is none."""
+        live = self._live.get(request_id)
+        if not live:
+            return False
+        for prepared in list(live.values()):
+            for child in prepared.children:
+                await self.client.abort(child.request_id)
+        return True
+
+    async def tokenize(self, given: GenerateInput) -> tuple[str | None, list[int]]:
+        """The prompt as text (rendered, for messages; None for token ids) and the ids `generate` would run.
+
+        Raises:
+            RequestError: INVALID_ARGUMENT, NOT_FOUND (model).
+        """
+        self.resolve_model(given.model)
+        given.check(self.limits)
+        return await self._run(prep.render_and_encode, given, self.tokenizer, self.chat_template, self.limits)
+
+    async def detokenize(
+        self, ids: Sequence[int], *, skip_special_tokens: bool = False, model: str | None = None
+    ) -> str:
+        """The text of token ids.
+
+        Raises:
+            RequestError: INVALID_ARGUMENT (an id outside the vocabulary, too many ids), NOT_FOUND (model).
+        """
+        self.resolve_model(model)
+        self.limits.check_count("token ids", len(ids), self.limits.max_prompt_chars, "token_ids")
+        for i, token in enumerate(ids):
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.info.vocab_size:
+                raise invalid(
+                    f"Token {i} is {token!r}; this model's ids go from 0 to {self.info.vocab_size - 1}.", "token_ids"
+                )
+        return await self._run(lambda: self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    # -- the server's state ------------------------------------------------------------------------------------------
+
+    @property
+    def num_live(self) -> int:
+        """Requests that are being generated."""
+        return self._num_live
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def start_draining(self) -> None:
+        """From now on `prepare` refuses with UNAVAILABLE; what runs goes on."""
+        self._draining = True
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Waits until no request is live; False when some still are after `timeout_s` seconds."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def check_ready(self) -> None:
+        """Raises UNAVAILABLE while draining or when the engine is dead."""
+        if self._draining:
+            raise RequestError(
+                ErrorKind.UNAVAILABLE, "The server is shutting down; ask another replica.", retry_after_s=5.0
+            )
+        if not self.client.healthy:
+            raise RequestError(ErrorKind.UNAVAILABLE, "The engine has stopped; the server is about to restart.")
+
+    def resolve_model(self, name: str | None) -> str:
+        """The served name for what a client asked for.
+
+        Raises:
+            RequestError: NOT_FOUND.
+        """
+        if not name:
+            return self.model_id
+        if name not in self.model_names:
+            self.limits.check_name("model", name)
+            raise RequestError(
+                ErrorKind.NOT_FOUND,
+                f"The model {name!r} does not exist; this server serves {self.model_id!r} (also named 'default').",
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    async def _one(self, index: int, request: EngineRequest) -> AsyncGenerator[TextOutput, None]:
+        stream = TextStream(index, request.params, request.eos_token_ids, self.tokenizer)
+        outputs = cast(AsyncGenerator[EngineOutput, None], self.client.generate(request))  # can be closed: its contract
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                text = stream.push(output)
+                if output.finish_reason in (FinishReason.DEADLINE, FinishReason.ERROR) and not stream.stopped:
+                    if text.text or text.token_ids:
+                        yield dataclasses.replace(text, finish_reason=None)
+                    raise _failure(output)
+                yield text
+                if text.finish_reason is not None:
+                    return
+
+    def _enter(self, prepared: PreparedRequest) -> int:
+        key = next(self._serial)
+        self._live.setdefault(prepared.request_id, {})[key] = prepared
+        self._num_live += 1
+        self._idle.clear()
+        return key
+
+    def _leave(self, prepared: PreparedRequest, key: int) -> None:
+        same = self._live[prepared.request_id]
+        del same[key]
+        if not same:
+            del self._live[prepared.request_id]
+        self._num_live -= 1
+        if not self._num_live:
+            self._idle.set()
+
+    async def _compile(self, grammar: StructuredOutputs) -> ConstraintFactory:
+        if self.grammar_compiler is None:
+            raise RequestError(
+                ErrorKind.UNIMPLEMENTED, "This server has no grammar compiler.", param="structured_outputs"
+            )
+        try:
+            async with asyncio.timeout(self.limits.grammar_timeout_s):
+                return await self._run(self.grammar_compiler.compile, grammar)
+        except TimeoutError:
+            raise invalid(
+                f"The grammar took more than {self.limits.grammar_timeout_s:g} seconds to compile. Simplify it.",
+                "structured_outputs",
+            ) from None
+
+    async def _run(self, function: Any, *args: Any) -> Any:
+        """Runs a function of the text side in a thread. Its ValueErrors are sentences about the request."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+        except ValueError as error:
+            raise invalid(str(error)) from error
+
+
+def _failure(output: EngineOutput) -> RequestError:
+    if output.finish_reason is FinishReason.DEADLINE:
+        return RequestError(
+            ErrorKind.DEADLINE_EXCEEDED,
+            f"The request's deadline passed (or could no longer be met); {output.error or 'raise the timeout.'}",
+            code="deadline_exceeded",
+        )
+    return RequestError(ErrorKind.INTERNAL, output.error or "The request failed in the engine.")
+
+
+async def _merge(streams: list[AsyncGenerator[TextOutput, None]]) -> AsyncGenerator[TextOutput, None]:
+    """Interleaves streams as their items come. The first failure ends all; closing closes all."""
+    queue: asyncio.Queue[TextOutput | Exception | None] = asyncio.Queue()
+
+    async def pump(stream: AsyncGenerator[TextOutput, None]) -> None:
+        try:
+            async with contextlib.aclosing(stream):
+                async for item in stream:
+                    queue.put_nowait(item)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    try:
+        left = len(tasks)
+        while left:
+            item = await queue.get()
+            if item is None:
+                left -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
