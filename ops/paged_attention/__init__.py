@@ -1,0 +1,130 @@
+"""Attention of one step's tokens over paged K and V.
+
+One face, several bodies: the first of `BACKENDS` that does not decline with NotImplementedError runs; `xla` never
+declines. `use_backend` forces one. `AttentionBatch`, `KVSpec` and the padding rules are in `batch.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.sharding import PartitionSpec
+
+from ops.paged_attention import pages as _pages
+from ops.paged_attention import xla
+from ops.paged_attention.batch import Q_BLOCK, AttentionBatch, KVSpec
+from ops.paged_attention.pages import KVPages, bytes_per_page
+
+__all__ = [
+    "BACKENDS",
+    "Q_BLOCK",
+    "AttentionBatch",
+    "KVPages",
+    "KVSpec",
+    "allocate",
+    "attend",
+    "bytes_per_page",
+    "use_backend",
+]
+
+BACKENDS: dict[str, Callable[..., tuple[jax.Array, KVPages]]] = {"xla": xla.attend}
+"""Implementations by name, best first."""
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("paged_attention_backend", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within it, `allocate` and (when traced) `attend` use only this backend; None chooses freely again.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"Unknown attention backend {name!r}; there are {', '.join(BACKENDS)}.")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def allocate(
+    spec: KVSpec,
+    num_pages: int,
+    page_size: int,
+    dtype: jax.typing.DTypeLike,
+    mesh: jax.sharding.Mesh | None = None,
+) -> KVPages:
+    """Zeroed pages for one layer, in the layout that the best backend for them reads.
+
+    Args:
+        num_pages: pages, the null page 0 included; at least 2.
+        page_size: tokens a page.
+        dtype: float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, or int8 (one scale a token and head is kept
+            beside it).
+        mesh: KV heads are split over its `model` axis when that divides them, else every device keeps all.
+    Raises:
+        ValueError: a dtype or size that no backend takes.
+    """
+    return _pages.allocate(spec, num_pages, page_size, dtype, mesh, "rows")
+
+
+def attend(
+    q_TKGh: jax.Array,
+    k_TKh: jax.Array,
+    v_TKh: jax.Array | None,
+    kv: KVPages,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_KG: jax.Array | None = None,
+) -> tuple[jax.Array, KVPages]:
+    """Writes this step's K and V into their pages, then attends causally over each request's positions so far.
+
+    Args:
+        q_TKGh: queries, T = B decode rows then C chunk tokens, heads grouped by the KV head they read. Any float dtype.
+        k_TKh, v_TKh: this step's keys and values, rotated already; heads of v may have another size. v is None when
+            the layer keeps one latent for both (KVSpec.v_head_dim == 0).
+        kv: the layer's pages. Donate them to the jitted step: they are updated in place.
+        batch: where the tokens stand; see AttentionBatch.
+        scale: multiplies q . k.
+        window: attend this many positions back, itself included; None for all.
+        softcap: scores become softcap * tanh(score / softcap).
+        sinks_KG: a logit a head that joins the softmax's denominator with no value behind it.
+    Returns:
+        (out_TKGh of v's head size in q's dtype, the updated pages). Padded tokens yield zeros. Softmax is float32; the
+        products are float32 on CPU unless pages are bfloat16.
+    """
+    forced = _forced.get()
+    for name, body in BACKENDS.items():
+        if forced is not None and name != forced:
+            continue
+        try:
+            run = functools.partial(body, scale=scale, window=window, softcap=softcap)
+            if kv.mesh is None:
+                return run(q_TKGh, k_TKh, v_TKh, kv, batch, sinks_KG=sinks_KG)
+            return _per_device(run, q_TKGh, k_TKh, v_TKh, kv, batch, sinks_KG)
+        except NotImplementedError:
+            if forced is not None:
+                raise
+    raise AssertionError("the xla backend declined")
+
+
+def _per_device(run, q_TKGh, k_TKh, v_TKh, kv, batch, sinks_KG):
+    """Each device attends with its own KV heads, or with all when they are not split: no communication either way."""
+    heads = PartitionSpec(None, _pages.MODEL_AXIS) if kv.sharded else PartitionSpec()
+    sinks = PartitionSpec(_pages.MODEL_AXIS) if kv.sharded else PartitionSpec()
+    return jax.shard_map(
+        lambda q, k, v, kv, batch, sinks: run(q, k, v, kv, batch, sinks_KG=sinks),
+        mesh=kv.mesh,
+        in_specs=(heads, heads, heads, heads, PartitionSpec(), sinks),
+        out_specs=(heads, heads),
+        check_vma=False,
+    )(q_TKGh, k_TKh, v_TKh, kv, batch, sinks_KG)

@@ -1,0 +1,134 @@
+"""Attention over pages in plain XLA: what runs where no kernel does, on every platform.
+
+Key pages are gathered a group at a time and folded in by online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867),
+in a loop whose trip count the batch decides: cost follows the longest context in the batch, not the page table's width,
+and with a window it starts where the window of the earliest query starts.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ops.paged_attention import pages as kv_pages
+from ops.paged_attention.batch import Q_BLOCK, AttentionBatch
+from ops.paged_attention.pages import KVPages
+
+GROUP_TOKENS = 256
+"""Key positions folded in at once: enough to fill a matmul, little enough that gathered pages stay in cache."""
+
+_NOTHING = -1e30  # running maximum before any key; finite, so that differences of two of them are not NaN
+
+
+def attend(
+    q_TKGh: jax.Array,
+    k_TKh: jax.Array,
+    v_TKh: jax.Array | None,
+    kv: KVPages,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks_KG: jax.Array | None,
+) -> tuple[jax.Array, KVPages]:
+    """See ops.paged_attention.attend."""
+    kv = kv_pages.write(kv, k_TKh, v_TKh, batch.kv_index_T)
+    B, C = batch.num_decode, batch.num_chunk
+    _, K, G, h = q_TKGh.shape
+    options = {"scale": scale, "window": window, "softcap": softcap}
+    parts = []
+    if B:
+        sinks_KM = sinks_KG
+        position_BM = jnp.broadcast_to(batch.decode_len_B[:, None] - 1, (B, G))
+        parts.append(_attend_rows(q_TKGh[:B], position_BM, batch.decode_pages_BP, kv, sinks_KM, **options))
+    if C:
+        N = C // Q_BLOCK
+        pages_NP, position_NQ = chunk_blocks(batch)
+        q_NKMh = q_TKGh[B:].reshape(N, Q_BLOCK, K, G, h).swapaxes(1, 2).reshape(N, K, Q_BLOCK * G, h)
+        sinks_KM = None if sinks_KG is None else jnp.tile(sinks_KG, (1, Q_BLOCK))
+        out = _attend_rows(q_NKMh, jnp.repeat(position_NQ, G, axis=1), pages_NP, kv, sinks_KM, **options)
+        parts.append(out.reshape(N, K, Q_BLOCK, G, -1).swapaxes(1, 2).reshape(C, K, G, -1))
+    out_TKGh = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    return out_TKGh.astype(q_TKGh.dtype), kv
+
+
+def chunk_blocks(batch: AttentionBatch) -> tuple[jax.Array, jax.Array]:
+    """Page table [N, P] and query positions [N, Q_BLOCK] of each block of chunk tokens; padding is at position -1."""
+    row_N = jnp.minimum(batch.chunk_row_N, batch.chunk_qlen_R.shape[0] - 1)
+    start_N, qlen_N, len_N = (x[row_N][:, None] for x in (batch.chunk_start_R, batch.chunk_qlen_R, batch.chunk_len_R))
+    token_NQ = jnp.arange(batch.num_chunk, dtype=jnp.int32).reshape(-1, Q_BLOCK)
+    piece_NQ = token_NQ - start_N
+    real_NQ = (piece_NQ >= 0) & (piece_NQ < qlen_N) & (batch.chunk_row_N == row_N)[:, None]
+    return batch.chunk_pages_RP[row_N], jnp.where(real_NQ, len_N - qlen_N + piece_NQ, -1)
+
+
+def _attend_rows(
+    q_XKMh: jax.Array,
+    position_XM: jax.Array,
+    pages_XP: jax.Array,
+    kv: KVPages,
+    sinks_KM: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> jax.Array:
+    """M queries against each of X page tables. A query at position -1 sees nothing and yields zeros. float32."""
+    X, K, M, _ = q_XKMh.shape
+    page_size = kv.page_size
+    per_group = max(1, GROUP_TOKENS // page_size)
+    S = per_group * page_size
+    # XLA's CPU einsum is 5-10 times slower in bfloat16 than in float32; elsewhere half precision is the fast one.
+    narrow = q_XKMh.dtype == kv.k.dtype and kv.platform != "cpu"
+    dtype = kv.k.dtype if narrow else jnp.float32
+    pages_XP = jnp.pad(pages_XP, ((0, 0), (0, -pages_XP.shape[1] % per_group)))
+    q_XKMh = (q_XKMh.astype(jnp.float32) * scale).astype(dtype)
+    last_X = position_XM.max(axis=1)
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+    def fold(group, carry):
+        best_XKM, total_XKM, sum_XKMh = carry
+        pages_Xg = jax.lax.dynamic_slice_in_dim(pages_XP, group * per_group, per_group, axis=1)
+        k_XgKsh, v_XgKsh = kv_pages.read(kv, pages_Xg, dtype)
+        position_S = group * S + jnp.arange(S, dtype=jnp.int32)
+        # Behind a row's last token lie other requests' leftovers, which may be anything: 0 * inf is not 0.
+        v_XgKsh = jnp.where(
+            (position_S <= last_X[:, None]).reshape(X, per_group, 1, page_size, 1), v_XgKsh, jnp.zeros((), dtype)
+        )
+        score_XKMS = jnp.einsum(
+            "xkmh,xgksh->xkmgs", q_XKMh, k_XgKsh, preferred_element_type=jnp.float32, precision=precision
+        ).reshape(X, K, M, S)
+        if softcap is not None:
+            score_XKMS = softcap * jnp.tanh(score_XKMS / softcap)
+        seen_XMS = position_S <= position_XM[..., None]
+        if window is not None:
+            seen_XMS &= position_S > position_XM[..., None] - window
+        seen_XKMS = seen_XMS[:, None]
+        new_best = jnp.maximum(best_XKM, jnp.where(seen_XKMS, score_XKMS, _NOTHING).max(axis=-1))
+        weight_XKMS = jnp.where(seen_XKMS, jnp.exp(score_XKMS - new_best[..., None]), 0.0)
+        shrink_XKM = jnp.exp(best_XKM - new_best)
+        part_XKMh = jnp.einsum(
+            "xkmgs,xgksh->xkmh",
+            weight_XKMS.reshape(X, K, M, per_group, page_size).astype(dtype),
+            v_XgKsh,
+            preferred_element_type=jnp.float32,
+            precision=precision,
+        )
+        total_XKM = total_XKM * shrink_XKM + weight_XKMS.sum(axis=-1)
+        return new_best, total_XKM, sum_XKMh * shrink_XKM[..., None] + part_XKMh
+
+    v_dim = kv.spec.v_head_dim or kv.spec.head_dim
+    sum_XKMh = jnp.zeros((X, K, M, v_dim), jnp.float32)
+    if sinks_KM is None:
+        best_XKM, total_XKM = jnp.full((X, K, M), _NOTHING, jnp.float32), jnp.zeros((X, K, M), jnp.float32)
+    else:  # a sink is a key of weight exp(sink) and no value
+        best_XKM = jnp.broadcast_to(sinks_KM.astype(jnp.float32), (X, K, M))
+        total_XKM = jnp.ones((X, K, M), jnp.float32)
+    end = jnp.max(last_X) // S + 1
+    begin = jnp.zeros((), jnp.int32)
+    if window is not None:
+        earliest_XM = jnp.where(position_XM >= 0, position_XM, jnp.iinfo(jnp.int32).max)
+        begin = jnp.minimum(jnp.maximum(earliest_XM.min() - window + 1, 0) // S, end)
+    _, total_XKM, sum_XKMh = jax.lax.fori_loop(begin, end, fold, (best_XKM, total_XKM, sum_XKMh))
+    return sum_XKMh / jnp.where(total_XKM == 0.0, 1.0, total_XKM)[..., None]
