@@ -137,9 +137,7 @@ class SamplingParams:
         if self.max_tokens is not None:
             _whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
             if self.min_tokens > self.max_tokens:
-                raise invalid(
-                    f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}.", "min_tokens"
-                )
+                raise invalid(f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}.", "min_tokens")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
@@ -220,5 +218,3 @@ def _ids(name: str, values: tuple[Any, ...], count: int | None) -> None:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise invalid(f"{name} takes token ids (whole numbers from 0), got {value!r}.", name)
-
-

@@ -36,6 +36,7 @@ class EngineRequest:
         cache_salt: requests share KV pages only with requests of the same salt.
         tenant: fair-share key, or None.
         bad_words_token_ids: token sequences that may not be completed.
+        adapter: name of the adapter it runs with; part of the prefix identity.
     """
 
     request_id: str
@@ -50,6 +51,7 @@ class EngineRequest:
     cache_salt: str | None = None
     tenant: str | None = None
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    adapter: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

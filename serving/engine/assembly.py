@@ -1,0 +1,157 @@
+"""From a configuration to a model on devices, a compiled runner and a scheduler. Everything slow at start is here."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from serving.engine.config import EngineConfig
+from serving.engine.types import EngineInfo
+
+
+def prepare_platform(config: EngineConfig) -> None:
+    """Settings that must come before JAX touches a device.
+
+    Raises:
+        ValueError: cpu_devices asked for after JAX has started with another number.
+    """
+    import jax
+
+    if config.cpu_devices is not None:
+        try:
+            jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+        except RuntimeError as e:
+            if len(jax.devices("cpu")) != config.cpu_devices:
+                raise ValueError(
+                    f"cpu_devices is {config.cpu_devices}, but JAX has already started with {len(jax.devices('cpu'))}: "
+                    f"set it before anything uses JAX in this process."
+                ) from e
+    folder = compile_cache_folder(config)
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+        # The default thresholds (1 s) would store nothing here.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def compile_cache_folder(config: EngineConfig) -> Any:
+    import pathlib
+
+    from serving.engine.engine import cache_folder
+
+    if config.compile_cache == "":
+        return None
+    return pathlib.Path(config.compile_cache) if config.compile_cache else cache_folder() / "programs"
+
+
+def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any, Any, EngineInfo]:
+    """Loads the model, sizes the pool, compiles. Returns (loaded model, runner, scheduler, info)."""
+    prepare_platform(config)
+    import jax
+    from models.loading.load import load_model, resolve
+
+    from serving.engine.compiling import ProgramCache
+    from serving.engine.engine import version
+    from serving.engine.runner import ModelRunner
+    from serving.engine.scheduler import Scheduler, SchedulerConfig
+    from serving.engine.sizing import GIB, resolve_dtype, resolve_quantization, resolve_sizes
+    from sharding.mesh import make_mesh
+
+    platform = jax.default_backend()
+    mesh = make_mesh(config.mesh)
+    dtype = resolve_dtype(config, platform)
+    quantization = resolve_quantization(config, platform, dtype)
+    began = time.monotonic()
+    source = resolve(config.model)
+    loaded = load_model(source, dtype=dtype, mesh=mesh, quantization=quantization, progress=config.progress)
+    say(
+        f"loaded {loaded.model_id} ({loaded.config.architecture}, {dtype}{', ' + quantization if quantization else ''}) "
+        f"in {time.monotonic() - began:.1f} s"
+    )
+
+    sizes = resolve_sizes(config, loaded.model, loaded.config.max_positions, dtype, mesh.size)
+    say(
+        f"KV cache: {sizes.num_pages} pages of {sizes.page_size} tokens, {sizes.num_pages * sizes.page_bytes / GIB:.2f} GiB "
+        f"({sizes.kv_dtype}); up to {sizes.max_num_seqs} requests at once, {sizes.max_model_len} tokens each"
+    )
+    began = time.monotonic()
+    folder = compile_cache_folder(config)
+    fingerprint = repr(
+        (
+            loaded.config,
+            sizes,
+            dtype,
+            quantization,
+            str(mesh),
+            config.attention_backend,
+            sorted((k, v) for k, v in os.environ.items() if k.startswith(("JAXSERVE_", "XLA_FLAGS"))),
+        )
+    )
+    runner = ModelRunner(
+        loaded.model,
+        sizes,
+        ProgramCache(folder, fingerprint),
+        mesh=mesh if mesh.size > 1 else None,
+        attention_backend=config.attention_backend,
+    )
+    with _progress_bar(config.progress) as on_done:
+        runner.compile(on_done)
+    say(f"compiled {len(runner.buckets.buckets)} step shapes in {time.monotonic() - began:.1f} s")
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=sizes.max_num_seqs,
+            max_num_batched_tokens=sizes.max_num_batched_tokens,
+            max_chunk_tokens=runner.buckets.max_chunk,
+            max_chunk_rows=runner.buckets.max_rows,
+            max_model_len=sizes.max_model_len,
+            page_size=sizes.page_size,
+            num_pages=sizes.num_pages,
+            policy=config.policy,
+            enable_prefix_caching=config.enable_prefix_caching,
+            seed=config.seed,
+        )
+    )
+    info = EngineInfo(
+        model_id=config.served_model_name or loaded.model_id,
+        architecture=loaded.config.architecture,
+        vocab_size=loaded.config.vocab_size,
+        max_model_len=sizes.max_model_len,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        page_size=sizes.page_size,
+        num_pages=sizes.num_pages,
+        dtype=dtype,
+        quantization=quantization,
+        mesh=config.mesh,
+        platform=platform,
+        version=version(),
+        num_parameters=runner.num_parameters,
+    )
+    return loaded, runner, scheduler, info
+
+
+class _progress_bar:  # noqa: N801 - used as a function
+    """A tqdm bar for compile k/n, or silence."""
+
+    def __init__(self, shown: bool) -> None:
+        self._shown = shown
+        self._bar: Any = None
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self._on_done
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _on_done(self, done: int, total: int) -> None:
+        if not self._shown:
+            return
+        if self._bar is None:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=total, desc="compiling", unit="program", file=sys.stderr)
+        self._bar.update(done - self._bar.n)

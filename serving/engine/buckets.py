@@ -1,0 +1,99 @@
+"""The shapes that programs are compiled for. Data: a step is padded up to the smallest bucket that holds it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from serving.engine.scheduler import CHUNK_ALIGN
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Bucket:
+    """One `forward` program: `decode` rows, then `chunk` tokens of up to `rows` prompts."""
+
+    decode: int
+    chunk: int
+    rows: int
+
+    @property
+    def tokens(self) -> int:
+        """T, rows of every matmul."""
+        return self.decode + self.chunk
+
+    @property
+    def samples(self) -> int:
+        """S, rows of the `sample` program that follows: every decode row and every prompt may sample."""
+        return self.decode + self.rows
+
+    def __str__(self) -> str:
+        return f"decode {self.decode} + chunk {self.chunk}x{self.rows}" if self.chunk else f"decode {self.decode}"
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketTable:
+    """Every bucket of a server, smallest first."""
+
+    buckets: tuple[Bucket, ...]
+
+    @classmethod
+    def make(cls, max_num_seqs: int, max_num_batched_tokens: int) -> BucketTable:
+        """Decode buckets double (each wastes less than half its rows); chunk buckets quadruple, because a chunk's padding
+        costs compute once a prompt, not every step; mixed steps pad decode to the full width."""
+        decodes = _doubling(1, max_num_seqs)
+        chunks = _quadrupling(4 * CHUNK_ALIGN, align_up(max_num_batched_tokens, CHUNK_ALIGN))
+        buckets = {Bucket(b, 0, 0) for b in decodes}
+        for chunk in chunks:
+            rows = min(chunk // CHUNK_ALIGN, 16, max_num_seqs)
+            buckets |= {Bucket(0, chunk, rows), Bucket(max_num_seqs, chunk, rows)}
+        return cls(tuple(sorted(buckets, key=lambda b: (b.tokens, b.decode))))
+
+    def find(self, decode: int, chunk: int, rows: int) -> Bucket:
+        """The cheapest bucket for a step of these sizes.
+
+        Raises:
+            ValueError: nothing is large enough: the scheduler went over its limits.
+        """
+        for bucket in self.buckets:
+            fits = bucket.decode >= decode and bucket.chunk >= chunk and bucket.rows >= rows
+            if fits and (chunk > 0) == (bucket.chunk > 0) and not (decode == 0 and bucket.decode and chunk):
+                return bucket
+        raise ValueError(f"no bucket holds {decode} decode rows and {chunk} chunk tokens of {rows} prompts")
+
+    @property
+    def max_chunk(self) -> int:
+        return max(b.chunk for b in self.buckets)
+
+    @property
+    def max_rows(self) -> int:
+        return max(b.rows for b in self.buckets)
+
+    @property
+    def sample_sizes(self) -> tuple[int, ...]:
+        return tuple(sorted({b.samples for b in self.buckets}))
+
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        """Token counts of forward programs that hold chunks (each may be asked for prompt logprobs)."""
+        return tuple(sorted({b.tokens for b in self.buckets if b.chunk}))
+
+
+def align_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _doubling(start: int, end: int) -> list[int]:
+    sizes = []
+    size = start
+    while size < end:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, end]
+
+
+def _quadrupling(start: int, end: int) -> list[int]:
+    sizes = []
+    size = start
+    while size < end:
+        sizes.append(size)
+        size *= 4
+    return [*sizes, end]

@@ -1,0 +1,247 @@
+"""Puts an engine together: loads the model, sizes it, compiles it, starts its thread; and its in-process client."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+import os
+import pathlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from serving.engine.config import EngineConfig
+from serving.engine.loop import Abort, Call, EngineLoop, Submit
+from serving.engine.streams import OutputStream
+from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
+from serving.errors import ErrorKind, RequestError
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+"""Told each step of the start as one line."""
+
+
+class Engine:
+    """A running engine. Make one with `Engine.start`.
+
+    Attributes:
+        client: the in-process EngineClient.
+        source: where the model came from (the tokenizer and chat template are built from it by the text side).
+        generation_config: the checkpoint's own sampling defaults.
+        failure: what killed the engine, or None.
+    """
+
+    def __init__(self, config: EngineConfig, loaded: Any, runner: Any, scheduler: Any, info: EngineInfo) -> None:
+        self.config = config
+        self.source = loaded.source
+        self.generation_config: dict[str, Any] = loaded.generation_config
+        self.runner = runner
+        self.scheduler = scheduler
+        self.failure: BaseException | None = None
+        self.died = threading.Event()
+        self.loop = EngineLoop(
+            scheduler, runner, self._deliver, self._reject, self._on_death, asynchronous=config.async_scheduling
+        )
+        self.client = InProcessClient(self, info)
+
+    @classmethod
+    def start(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
+        """Loads, compiles and starts. Blocks until ready.
+
+        Raises:
+            ValueError: a configuration or checkpoint that cannot be served, in a sentence.
+        """
+        from serving.engine.assembly import assemble
+
+        engine = cls(config, *assemble(config, progress or (lambda line: None)))
+        engine.loop.start()
+        return engine
+
+    def drain(self, timeout: float | None) -> bool:
+        """Refuses new requests and waits for the running ones. True if none is left."""
+        self.client.draining = True
+        end = None if timeout is None else time.monotonic() + timeout
+        while self.client.num_live and self.failure is None:
+            if end is not None and time.monotonic() >= end:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def shutdown(self, timeout: float = 30.0) -> None:
+        """Stops the thread and ends what still runs with UNAVAILABLE."""
+        self.client.draining = True
+        self.loop.stop(timeout)
+        self.client.fail_all(RequestError(ErrorKind.UNAVAILABLE, "the server has stopped."))
+        self.runner.guard.close()
+
+    def call(self, function: Callable[[], Any], timeout: float = 60.0) -> Any:
+        """Runs a function on the engine thread between two steps and returns its result."""
+        box: list[Any] = []
+        done = threading.Event()
+
+        def run() -> None:
+            try:
+                box.append((True, function()))
+            except Exception as e:
+                box.append((False, e))
+            done.set()
+
+        self.loop.inbox.put(Call(run))
+        if not done.wait(timeout):
+            raise TimeoutError("the engine thread did not answer")
+        ok, value = box[0]
+        if not ok:
+            raise value
+        return value
+
+    def _deliver(self, outputs: list[EngineOutput]) -> None:
+        self.client.deliver(outputs)
+
+    def _reject(self, request_id: str, error: RequestError) -> None:
+        self.client.fail(request_id, error)
+
+    def _on_death(self, error: BaseException) -> None:
+        self.failure = error
+        self.client.draining = True
+        self.client.fail_all(RequestError(ErrorKind.INTERNAL, "the engine died; the server is going down."))
+        self.died.set()
+
+
+class InProcessClient:
+    """EngineClient over an engine in this process. Event loops call it; the engine thread answers."""
+
+    def __init__(self, engine: Engine, info: EngineInfo) -> None:
+        self._engine = engine
+        self._info = info
+        self._lock = threading.Lock()
+        self._streams: dict[str, OutputStream] = {}
+        self._queued_tokens: dict[str, int] = {}  # live requests without a token yet -> prompt tokens
+        self.draining = False
+
+    @property
+    def num_live(self) -> int:
+        return len(self._streams)
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """See EngineClient.generate."""
+        stream = OutputStream(asyncio.get_running_loop())
+        self._open(request, stream)
+        finished = False
+        try:
+            async for output in stream:
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            self._close(request.request_id)
+            if not finished:
+                self._engine.loop.inbox.put(Abort(request.request_id))
+
+    async def abort(self, request_id: str) -> bool:
+        """See EngineClient.abort."""
+        if request_id not in self._streams:
+            return False
+        self._engine.loop.inbox.put(Abort(request_id, FinishReason.ABORT))
+        return True
+
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def stats(self) -> EngineStats:
+        return self._engine.loop.stats
+
+    @property
+    def healthy(self) -> bool:
+        return self._engine.failure is None
+
+    def _open(self, request: EngineRequest, stream: OutputStream) -> None:
+        """Admission: what is refused here is refused at once, whatever the engine is doing."""
+        config = self._engine.config
+        with self._lock:
+            if self._engine.failure is not None:
+                raise RequestError(ErrorKind.INTERNAL, "the engine died; the server is going down.")
+            if self.draining:
+                raise RequestError(ErrorKind.UNAVAILABLE, "the server is draining.", retry_after_s=5.0)
+            if request.request_id in self._streams:
+                raise RequestError(
+                    ErrorKind.INVALID_ARGUMENT, f"request id {request.request_id!r} is in use.", param="request_id"
+                )
+            waiting = self._engine.loop.stats.num_waiting + self._engine.loop.inbox.qsize()
+            limit = config.max_num_queued_reqs
+            if limit is not None and waiting >= limit:
+                raise RequestError(
+                    ErrorKind.RESOURCE_EXHAUSTED,
+                    f"{waiting} requests are waiting; the queue holds {limit}. Try again later.",
+                    code="queue_full",
+                    retry_after_s=1.0,
+                )
+            queued = sum(self._queued_tokens.values()) if config.max_num_queued_tokens is not None else 0
+            tokens = len(request.prompt_token_ids)
+            if config.max_num_queued_tokens is not None and queued + tokens > config.max_num_queued_tokens and queued:
+                raise RequestError(
+                    ErrorKind.RESOURCE_EXHAUSTED,
+                    f"{queued} prompt tokens are waiting; the queue holds {config.max_num_queued_tokens}. Try again later.",
+                    code="queue_full",
+                    retry_after_s=1.0,
+                )
+            self._streams[request.request_id] = stream
+            self._queued_tokens[request.request_id] = tokens
+        self._engine.loop.inbox.put(Submit(request))
+
+    def _close(self, request_id: str) -> None:
+        with self._lock:
+            self._streams.pop(request_id, None)
+            self._queued_tokens.pop(request_id, None)
+
+    # ---- called on the engine thread ----
+
+    def deliver(self, outputs: list[EngineOutput]) -> None:
+        """One wake-up a step and event loop, however many requests it has."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[OutputStream, EngineOutput]]] = {}
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                self._queued_tokens.pop(output.request_id, None)
+                by_loop.setdefault(stream.loop, []).append((stream, output))
+        for loop, items in by_loop.items():
+            _on_loop(loop, _put_all, items)
+
+    def fail(self, request_id: str, error: RequestError) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            _on_loop(stream.loop, stream.fail, error)
+
+    def fail_all(self, error: RequestError) -> None:
+        with self._lock:
+            streams = list(self._streams.values())
+        for stream in streams:
+            _on_loop(stream.loop, stream.fail, error)
+
+
+def _put_all(items: list[tuple[OutputStream, EngineOutput]]) -> None:
+    for stream, output in items:
+        stream.put(output)
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(function, *args)
+    except RuntimeError:  # the loop is closed: nobody listens any more
+        log.debug("an event loop closed with requests still running")
+
+
+def version() -> str:
+    """This package's version."""
+    try:
+        return importlib.metadata.version("jaxserve")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
+def cache_folder() -> pathlib.Path:
+    """Where this user's compiled programs are kept; JAXSERVE_CACHE overrides the platform's choice."""
+    import platformdirs
+
+    return pathlib.Path(os.environ.get("JAXSERVE_CACHE") or platformdirs.user_cache_dir("jaxserve"))

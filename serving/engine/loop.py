@@ -1,0 +1,185 @@
+"""The engine thread: the only place where scheduler and runner meet, and the owner of all their state."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from serving.engine.masks import fill_row
+from serving.engine.runner import InFlight, ModelRunner
+from serving.engine.scheduler import Scheduler
+from serving.engine.types import EngineOutput, EngineRequest, EngineStats, FinishReason
+from serving.errors import RequestError
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Submit:
+    request: EngineRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class Abort:
+    request_id: str
+    reason: FinishReason = FinishReason.ABORT
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Runs a function on the engine thread between steps."""
+
+    function: Callable[[], None]
+
+
+Message = Submit | Abort | Call | None  # None: stop
+
+
+class EngineLoop:
+    """Takes messages, steps, hands outputs over.
+
+    Args:
+        deliver: called on the engine thread with the outputs of a step (and of aborts).
+        reject: called with a submission that the scheduler refuses.
+        on_death: called once with the exception that ended the loop.
+        asynchronous: dispatch a step before the one before it has been read.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        deliver: Callable[[list[EngineOutput]], None],
+        reject: Callable[[str, RequestError], None],
+        on_death: Callable[[BaseException], None],
+        asynchronous: bool = True,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.stats = EngineStats(num_pages_total=scheduler.pool.num_pages - 1)
+        self._deliver = deliver
+        self._reject = reject
+        self._on_death = on_death
+        self._asynchronous = asynchronous
+        self._stopping = False
+        self._host_seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
+
+    def start(self) -> None:
+        self._publish(0.0)
+        self._thread.start()
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Ends the loop after the step in flight. What still runs is aborted by the owner."""
+        self.inbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as e:
+            log.exception("the engine died")
+            self._on_death(e)
+
+    def _loop(self) -> None:
+        previous: InFlight | None = None
+        while True:
+            idle = previous is None and not self.scheduler.has_work
+            self._take_messages(block=idle)
+            if self._stopping:
+                return
+            began = time.perf_counter()
+            self._emit(self.scheduler.expire(time.monotonic()))
+            plan = self.scheduler.schedule()
+            current = None
+            if plan is not None:
+                current = self.runner.dispatch_forward(plan, self.scheduler.slots)
+                if current.constrained and previous is not None:
+                    self._retire(previous)  # a mask needs the token before it; forward is running meanwhile
+                    previous = None
+                self.runner.dispatch_sample(current, self._mask(current) if current.constrained else None)
+                if not self._asynchronous:
+                    previous, current = current, None
+            host = time.perf_counter() - began
+            if previous is not None:
+                host += self._retire(previous)
+            elif plan is None and self.scheduler.has_work:
+                # Everything waits for pages that nobody holds in flight: cannot happen while limits hold.
+                raise RuntimeError("the scheduler has work, but nothing can run")
+            self._host_seconds = host
+            previous = current
+            self._publish(time.perf_counter() - began)
+
+    def _retire(self, step: InFlight) -> float:
+        """Reads a step and hands out its tokens. Returns host seconds, waiting for the device not counted."""
+        result = self.runner.collect(step)
+        began = time.perf_counter()
+        self._emit(self.scheduler.retire(step.plan, result))
+        return time.perf_counter() - began
+
+    def _mask(self, step: InFlight) -> np.ndarray:
+        mask = self.runner.new_mask(step)
+        for row, request in step.constrained:
+            if request.finished:
+                continue
+            try:
+                fill_row(request, mask[row])
+            except RuntimeError as e:
+                log.warning("request %s: its grammar cannot go on: %s", request.request_id, e)
+                output = self.scheduler.abort(request.request_id, FinishReason.ERROR)
+                if output is not None:
+                    self._emit([dataclasses.replace(output, error="the grammar became too complex to go on.")])
+        return mask
+
+    def _emit(self, outputs: list[EngineOutput]) -> None:
+        if outputs:
+            self._deliver(outputs)
+
+    def _take_messages(self, block: bool) -> None:
+        while True:
+            try:
+                message = self.inbox.get(block=block)
+            except queue.Empty:
+                return
+            block = False
+            match message:
+                case None:
+                    self._stopping = True
+                    return
+                case Submit(request):
+                    try:
+                        self.scheduler.add(request)
+                    except RequestError as e:
+                        self._reject(request.request_id, e)
+                case Abort(request_id, reason):
+                    output = self.scheduler.abort(request_id, reason)
+                    if output is not None:
+                        self._emit([output])
+                case Call(function):
+                    function()
+
+    def _publish(self, step_seconds: float) -> None:
+        s, c = self.scheduler, self.scheduler.counters
+        self.stats = EngineStats(
+            num_running=len(s.running),
+            num_waiting=len(s.waiting),
+            num_pages_free=s.pool.num_free,
+            num_pages_total=s.pool.num_pages - 1,
+            num_preemptions=c.preemptions,
+            prefix_queries=c.prefix_queries,
+            prefix_hits=c.prefix_hits,
+            prompt_tokens=c.prompt_tokens,
+            generation_tokens=c.generation_tokens,
+            num_steps=c.steps,
+            num_recompilations=self.runner.guard.count,
+            last_step_s=step_seconds,
+            host_step_s=self._host_seconds,
+        )

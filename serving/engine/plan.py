@@ -1,0 +1,65 @@
+"""What one step does, and what came of it. Made by the scheduler, carried out by the runner, taken back by the scheduler."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from serving.engine.request import Request
+from serving.engine.types import TokenLogprobs
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """Positions [start, start + length) of one request, computed as chunk tokens.
+
+    `samples`: the chunk reaches the sequence's end, so its last row also samples a token.
+    """
+
+    request: Request
+    start: int
+    length: int
+    samples: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. Rows of the sample program: `decode` in order, then the chunks that sample, in order.
+
+    Attributes:
+        decode: requests that compute exactly one position; its token is known or still on the device.
+        decode_positions: that position of each.
+        chunks: pieces of prompts.
+        admitted: requests that got their slot in this step (their per-slot state is to be loaded first).
+    """
+
+    step_id: int
+    decode: tuple[Request, ...]
+    decode_positions: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    admitted: tuple[Request, ...]
+    sampled: tuple[Request, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens scheduled, padding not counted."""
+        return len(self.decode) + sum(c.length for c in self.chunks)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step sampled, row by row of `StepPlan.sampled`.
+
+    Attributes:
+        tokens: int32 [rows].
+        finite: bool [rows]; False where the logits held NaN or infinity.
+        logprobs: per row, where the request asked for it.
+        prompt_logprobs: request id -> entries for prompt positions [chunk.start + 1, chunk.start + length] of this step.
+    """
+
+    tokens: np.ndarray
+    finite: np.ndarray
+    logprobs: Sequence[TokenLogprobs | None] | None = None
+    prompt_logprobs: dict[str, list[TokenLogprobs]] | None = None

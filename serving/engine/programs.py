@@ -1,0 +1,209 @@
+"""The functions that are compiled: `forward` (one a bucket), `sample` (one a row count), `load_slot`, `prompt_logprobs`.
+
+All are pure functions of arrays. `forward` and `sample` are apart because a grammar's mask is known only when the token
+before it is: see docs/design.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.api import KVCache
+from ops import sampling
+from serving.engine.packing import Layout, attention_batch
+from serving.engine.sampling_params import MAX_LOGPROBS
+from serving.engine.state import PROMPT_BIT, DeviceState
+
+PROMPT_LOGPROB_ROWS = 64
+"""Positions whose full logits are in memory at once when prompt logprobs are asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitModel:
+    """A model as a function of its flat leaves (a nested state costs 20 ms a call to flatten, a tuple 0.1)."""
+
+    graphdef: Any
+    treedef: Any
+
+    @classmethod
+    def split(cls, model: nnx.Module) -> tuple[SplitModel, tuple[jax.Array, ...]]:
+        graphdef, state = nnx.split(model)
+        leaves, treedef = jax.tree.flatten(state)
+        return cls(graphdef, treedef), tuple(leaves)
+
+    def merge(self, leaves: Sequence[jax.Array]) -> Any:
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SampleOutput:
+    """What one `sample` returns besides the state; the host copies only what somebody asked for.
+
+    Attributes:
+        tokens_finite: int32 [2, S]: the sampled tokens, and 1 where the row's logits were finite.
+        logprob_S, rank_S, top_ids_SN, top_values_SN: as TokenLogprobs; garbage where not asked for.
+    """
+
+    tokens_finite: jax.Array
+    logprob_S: jax.Array
+    rank_S: jax.Array
+    top_ids_SN: jax.Array
+    top_values_SN: jax.Array
+
+
+def make_forward(model: SplitModel, layout: Layout, keep_hidden: bool) -> Callable[..., Any]:
+    """forward(leaves, kv, last_token, flat) -> (kv, hidden_SD of the rows that sample, hidden_TD or None)."""
+
+    def forward(
+        leaves: tuple[jax.Array, ...], kv: KVCache, last_token: jax.Array, flat: jax.Array
+    ) -> tuple[KVCache, jax.Array, jax.Array | None]:
+        f = layout.unpack(flat)
+        tokens_T = f["tokens_T"]
+        num_decode = f["decode_slot_B"].shape[0]
+        fed_back = last_token[f["decode_slot_B"]]
+        tokens_T = tokens_T.at[:num_decode].set(jnp.where(tokens_T[:num_decode] < 0, fed_back, tokens_T[:num_decode]))
+        hidden_TD, kv = model.merge(leaves).forward(tokens_T, attention_batch(f), kv)
+        hidden_SD = hidden_TD[f["sample_row_S"]]
+        return kv, hidden_SD, hidden_TD if keep_hidden else None
+
+    return forward
+
+
+def make_sample(model: SplitModel, layout: Layout, vocab_size: int) -> Callable[..., Any]:
+    """sample(leaves, state, hidden_SD, flat, mask_SW) -> (state, SampleOutput).
+
+    `mask_SW` is int32 [S, ceil(V / 32)], read only when the flat array says `masked`.
+    """
+
+    def sample(
+        leaves: tuple[jax.Array, ...], state: DeviceState, hidden_SD: jax.Array, flat: jax.Array, mask_SW: jax.Array
+    ) -> tuple[DeviceState, SampleOutput]:
+        f = layout.unpack(flat)
+        raw_SV = model.merge(leaves).logits(hidden_SD)
+        slot_S, step_S = f["slot_S"], f["step_S"]
+        penal_S = (f["repetition_S"] != 1) | (f["presence_S"] != 0) | (f["frequency_S"] != 0)
+        penalized = jnp.any(penal_S)
+        logits_SV = jax.lax.cond(
+            penalized,
+            lambda logits: _penalize(logits, state.seen[slot_S], f),
+            lambda logits: logits,
+            raw_SV,
+        )
+        logits_SV = jax.lax.cond(
+            jnp.any(f["biased_S"] > 0),
+            lambda logits: sampling.apply_bias(
+                logits,
+                jnp.where(f["biased_S"][:, None] > 0, state.bias_ids[slot_S], vocab_size),
+                state.bias_values[slot_S],
+            ),
+            lambda logits: logits,
+            logits_SV,
+        )
+        held_back_S = step_S < f["min_tokens_S"]
+        logits_SV = jax.lax.cond(
+            jnp.any(held_back_S),
+            lambda logits: sampling.apply_bias(
+                logits,
+                jnp.where(held_back_S[:, None], state.banned_ids[slot_S], vocab_size),
+                jnp.full((slot_S.shape[0], state.banned_ids.shape[1]), -jnp.inf, jnp.float32),
+            ),
+            lambda logits: logits,
+            logits_SV,
+        )
+        logits_SV = jax.lax.cond(
+            f["masked"][0] > 0,
+            lambda logits: sampling.apply_token_mask(logits, mask_SW),
+            lambda logits: logits,
+            logits_SV,
+        )
+        token_S = sampling.sample(
+            logits_SV,
+            temperature_R=f["temperature_S"],
+            top_k_R=f["top_k_S"],
+            top_p_R=f["top_p_S"],
+            min_p_R=f["min_p_S"],
+            seed_R2=f["seed_S2"],
+            step_R=step_S,
+        )
+        num_S = token_S.shape[0]
+        finite_S = jnp.all(jnp.isfinite(hidden_SD), -1) & jnp.isfinite(raw_SV[jnp.arange(num_S), token_S])
+        logprobs = jax.lax.cond(
+            jnp.any(f["num_logprobs_S"] >= 0),
+            lambda logits, tokens: sampling.logprobs(logits, tokens, MAX_LOGPROBS),
+            lambda logits, tokens: (
+                jnp.zeros(num_S, jnp.float32),
+                jnp.zeros(num_S, jnp.int32),
+                jnp.zeros((num_S, MAX_LOGPROBS), jnp.int32),
+                jnp.zeros((num_S, MAX_LOGPROBS), jnp.float32),
+            ),
+            raw_SV,
+            token_S,
+        )
+        seen = jax.lax.cond(
+            penalized,
+            lambda seen: seen.at[jnp.where(penal_S, slot_S, seen.shape[0]), token_S].add(1, mode="drop"),
+            lambda seen: seen,
+            state.seen,
+        )
+        state = dataclasses.replace(state, last_token=state.last_token.at[slot_S].set(token_S), seen=seen)
+        return state, SampleOutput(jnp.stack([token_S, finite_S.astype(jnp.int32)]), *logprobs)
+
+    return sample
+
+
+def _penalize(logits_SV: jax.Array, seen_SV: jax.Array, f: dict[str, jax.Array]) -> jax.Array:
+    return sampling.apply_penalties(
+        logits_SV,
+        prompt_mask_RV=(seen_SV & PROMPT_BIT) > 0,
+        output_counts_RV=(seen_SV & (PROMPT_BIT - 1)).astype(jnp.int32),
+        repetition_R=f["repetition_S"],
+        presence_R=f["presence_S"],
+        frequency_R=f["frequency_S"],
+    )
+
+
+def load_slot(
+    state: DeviceState,
+    slot: jax.Array,
+    seen_V: jax.Array,
+    bias_ids: jax.Array,
+    bias_values: jax.Array,
+    banned_ids: jax.Array,
+) -> DeviceState:
+    """Writes one slot's rows, before the first step of a request that reads them."""
+    return dataclasses.replace(
+        state,
+        seen=state.seen.at[slot].set(seen_V),
+        bias_ids=state.bias_ids.at[slot].set(bias_ids),
+        bias_values=state.bias_values.at[slot].set(bias_values),
+        banned_ids=state.banned_ids.at[slot].set(banned_ids),
+    )
+
+
+def make_prompt_logprobs(model: SplitModel) -> Callable[..., Any]:
+    """prompt_logprobs(leaves, hidden_TD, rows, targets) -> (logprob, rank, top_ids, top_values) of PROMPT_LOGPROB_ROWS rows.
+
+    `rows` are int32 rows of hidden_TD; `targets` the token that follows each.
+    """
+
+    def prompt_logprobs(
+        leaves: tuple[jax.Array, ...], hidden_TD: jax.Array, rows: jax.Array, targets: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        logits = model.merge(leaves).logits(hidden_TD[rows])
+        return sampling.logprobs(logits, targets, MAX_LOGPROBS)
+
+    return prompt_logprobs
+
+
+def used_leaves(fn: Callable[..., Any], leaves: tuple[Any, ...], *rest: Any) -> list[int]:
+    """Which of the first argument's leaves `fn` reads: programs are called with those alone (0.4 us an argument)."""
+    jaxpr = jax.make_jaxpr(fn)(leaves, *rest).jaxpr
+    read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
+    return [i for i in range(len(leaves)) if id(jaxpr.invars[i]) in read]

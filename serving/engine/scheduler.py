@@ -1,0 +1,456 @@
+"""Which requests run in the next step, how many tokens each, and which pages they own. Plain Python; no jax.
+
+There are no phases: a request's computed positions chase its existing ones under one token budget a step. Running requests
+go first (decode rows, then unfinished prompts), then waiting ones. See request.py for the positions and states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import time
+from collections import deque
+
+import numpy as np
+
+from serving.engine.page_pool import PagePool, chain_digest, root_digest
+from serving.engine.plan import Chunk, StepPlan, StepResult
+from serving.engine.policy import LOOKAHEAD, MAX_PASSED_OVER, WaitingQueue
+from serving.engine.request import Request, RequestState
+from serving.engine.slots import SlotTable
+from serving.engine.types import EngineOutput, EngineRequest, FinishReason, RequestTimes, TokenLogprobs
+from serving.errors import invalid
+
+CHUNK_ALIGN = 16
+"""Pieces of prompts start at multiples of this in the chunk part of a step (ops' Q_BLOCK)."""
+
+
+def align(tokens: int) -> int:
+    """Chunk positions that a piece of `tokens` takes up."""
+    return -(-tokens // CHUNK_ALIGN) * CHUNK_ALIGN
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """Sizes the scheduler keeps to.
+
+    Attributes:
+        max_num_seqs: slots.
+        max_num_batched_tokens: tokens a step may compute, decode and chunks together.
+        max_chunk_tokens: capacity of the chunk part, alignment included.
+        max_chunk_rows: prompts that may have a piece in one step.
+        max_model_len: tokens a sequence may have.
+        policy: see policy.KEYS.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_chunk_tokens: int
+    max_chunk_rows: int
+    max_model_len: int
+    page_size: int
+    num_pages: int
+    policy: str = "fcfs"
+    enable_prefix_caching: bool = True
+    seed: int = 0
+
+
+@dataclasses.dataclass(slots=True)
+class Counters:
+    """Totals since start."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    steps: int = 0
+
+
+class Scheduler:
+    """Owns every live request, the page pool and the slots. One thread calls it.
+
+    The order of calls is: any number of `add` / `abort`, then `schedule`, then (now or one step later) `retire` with the
+    result of that plan, in plan order.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.pool = PagePool(config.num_pages, config.page_size, config.enable_prefix_caching)
+        self.slots = SlotTable(config.max_num_seqs, -(-config.max_model_len // config.page_size), config.seed)
+        self.waiting = WaitingQueue(config.policy)
+        self.running: list[Request] = []
+        self.requests: dict[str, Request] = {}
+        self.counters = Counters()
+        self._arrivals = 0
+        self._step_id = 0
+        self._retired_step = 0
+        self._leaving: deque[tuple[int, list[int], int]] = deque()  # (last step that writes, pages, slot)
+        self._leaving_pages = 0
+        self._deadlines: list[tuple[float, int, Request]] = []
+        self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
+
+    # ---- what comes in ----
+
+    def add(self, spec: EngineRequest) -> None:
+        """Puts a request in the waiting queue.
+
+        Raises:
+            RequestError: INVALID_ARGUMENT for an id that is live, an empty prompt, or one that leaves no room for a token.
+        """
+        if spec.request_id in self.requests:
+            raise invalid(f"request id {spec.request_id!r} is already in use.", "request_id")
+        if not 0 < len(spec.prompt_token_ids) < self.config.max_model_len:
+            raise invalid(
+                f"the prompt has {len(spec.prompt_token_ids)} tokens; between 1 and {self.config.max_model_len - 1} fit.",
+                "prompt",
+            )
+        request = Request(spec, self._arrivals)
+        self._arrivals += 1
+        self.requests[spec.request_id] = request
+        self.waiting.push(request)
+        for deadline in (spec.deadline, spec.ttft_deadline):
+            if deadline is not None:
+                heapq.heappush(self._deadlines, (deadline, request.arrival_order, request))
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> EngineOutput | None:
+        """Ends a live request; its last output, or None if there is no such request."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return None
+        return self._end(request, reason)
+
+    def expire(self, now: float) -> list[EngineOutput]:
+        """Ends every request whose deadline has passed (or whose first token is later than it allows)."""
+        outputs = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, request = heapq.heappop(self._deadlines)
+            if request.finished:
+                continue
+            spec = request.spec
+            late = spec.deadline is not None and spec.deadline <= now
+            late_first = spec.ttft_deadline is not None and spec.ttft_deadline <= now and request.num_output == 0
+            if late or late_first:
+                outputs.append(self._end(request, FinishReason.DEADLINE))
+        return outputs
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    # ---- a step ----
+
+    def schedule(self, now: float | None = None) -> StepPlan | None:
+        """The next step, or None when nothing can run before a dispatched step retires."""
+        now = time.monotonic() if now is None else now
+        budget = self.config.max_num_batched_tokens
+        preemptions = self.counters.preemptions
+        decode, positions = self._schedule_decode(budget)
+        builder = _ChunkBuilder(self.config, budget - len(decode))
+        self._schedule_unfinished_prompts(builder)
+        # A step that took pages from somebody gives none to newcomers: they would be preempted in turn.
+        admitted = self._admit(builder, now) if preemptions == self.counters.preemptions else []
+        if not decode and not builder.chunks:
+            return None
+        return self._commit(decode, positions, builder.chunks, admitted)
+
+    def retire(self, plan: StepPlan, result: StepResult, now: float | None = None) -> list[EngineOutput]:
+        """Takes in what a dispatched step sampled: appends tokens, ends what has ended, frees what nothing writes any more."""
+        now = time.monotonic() if now is None else now
+        self._retired_step = plan.step_id
+        for request in plan.decode:
+            request.inflight -= 1
+        for chunk in plan.chunks:
+            chunk.request.inflight -= 1
+            if result.prompt_logprobs and chunk.request.request_id in result.prompt_logprobs:
+                self._keep_prompt_logprobs(chunk, result.prompt_logprobs[chunk.request.request_id])
+        outputs = []
+        tokens = result.tokens.tolist()
+        all_finite = bool(result.finite.all())
+        for row, request in enumerate(plan.sampled):
+            if request.finished:
+                continue  # it ended one step before this token was known to be surplus
+            request.num_pending -= 1
+            if not all_finite and not result.finite[row]:
+                outputs.append(self._end(request, FinishReason.ERROR, error="the model's logits are not finite."))
+                continue
+            logprobs = result.logprobs[row] if result.logprobs is not None else None
+            outputs.append(self._take_token(request, tokens[row], logprobs, now))
+        self._free_left()
+        return outputs
+
+    # ---- the parts of schedule() ----
+
+    def _schedule_decode(self, budget: int) -> tuple[list[Request], list[int]]:
+        """Rows with exactly one position to compute, given a page where they need one."""
+        decode: list[Request] = []
+        positions: list[int] = []
+        page_size, max_len = self.config.page_size, self.config.max_model_len
+        for request in self.running[:]:
+            if request.state is not RequestState.RUNNING or request.num_uncomputed != 1:
+                continue
+            if request.num_pending and request.will_end_at(request.total_len, max_len):
+                continue  # its last token is on its way
+            if len(decode) >= budget:
+                break
+            position = request.num_computed
+            if position // page_size >= len(request.pages) and not self._grow(request):
+                continue
+            decode.append(request)
+            positions.append(position)
+        if any(r.state is not RequestState.RUNNING for r in decode):  # preempted by a later row's need of a page
+            kept = [(r, p) for r, p in zip(decode, positions, strict=True) if r.state is RequestState.RUNNING]
+            decode, positions = [r for r, _ in kept], [p for _, p in kept]
+        return decode, positions
+
+    def _grow(self, request: Request) -> bool:
+        """One more page for a running request, preempting the least important other if there is none."""
+        pages = self.pool.allocate(1)
+        if pages is None:
+            if self._leaving_pages == 0:
+                victim = max((r for r in self.running if r.state is RequestState.RUNNING), key=self.waiting.key)
+                self._preempt(victim)
+                if victim is request:
+                    return False
+            pages = self.pool.allocate(1)
+            if pages is None:
+                return False  # the pages are free one step later, when nothing in flight can write them
+        self.slots.append_page(request, pages[0])
+        return True
+
+    def _schedule_unfinished_prompts(self, builder: _ChunkBuilder) -> None:
+        for request in self.running:
+            if request.state is RequestState.RUNNING and request.num_uncomputed > 1 and not request.num_pending:
+                builder.add(request)
+
+    def _admit(self, builder: _ChunkBuilder, now: float) -> list[Request]:
+        """Moves waiting requests into the batch: in policy order, passing over those that do not fit, within the ageing bound."""
+        admitted: list[Request] = []
+        passed: list[Request] = []
+        for request in self.waiting.head(LOOKAHEAD):
+            if not builder.has_room or not self.slots.num_free:
+                break
+            if request.num_pending:
+                continue  # preempted with a token in flight: its sequence is not complete yet
+            if not self._take_pages(request):
+                passed.append(request)
+                if request.passed_over >= MAX_PASSED_OVER:
+                    break
+                continue
+            self.waiting.remove(request)
+            request.move(RequestState.RUNNING)
+            request.scheduled_time = request.scheduled_time or now
+            self.slots.acquire(request)
+            self.running.append(request)
+            admitted.append(request)
+            builder.add(request)
+            for other in passed:
+                other.passed_over += 1
+        return admitted
+
+    def _take_pages(self, request: Request) -> bool:
+        """Shares the pages of the longest cached prefix and allocates the rest of the known sequence."""
+        size = self.config.page_size
+        tokens = np.asarray(request.tokens, np.int32)
+        self._extend_digests(request, tokens)
+        reusable = (
+            [] if request.spec.params.prompt_logprobs is not None else request.digests[: (len(tokens) - 1) // size]
+        )
+        found = self.pool.match(reusable, tokens)
+        self.pool.share(found)
+        needed = -(-len(tokens) // size) - len(found)
+        # Growth room: without it an admission would be paid for by preempting somebody a few steps later.
+        reserve = min(len(self.running), self.pool.num_pages // 32)
+        fresh = self.pool.allocate(needed) if needed + reserve <= self.pool.num_free or not self.running else None
+        if fresh is None:
+            self.pool.release(found)
+            return False
+        request.pages = found + fresh
+        request.cached_pages = len(found)
+        request.num_computed = len(found) * size
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = request.num_computed
+            self.counters.prefix_queries += len(tokens)
+            self.counters.prefix_hits += request.num_computed
+            self.counters.prompt_tokens += request.prompt_len
+        return True
+
+    def _commit(
+        self, decode: list[Request], positions: list[int], chunks: list[Chunk], admitted: list[Request]
+    ) -> StepPlan:
+        """Advances every scheduled request, as if the step had already run."""
+        self._step_id += 1
+        self.counters.steps += 1
+        for request in decode:
+            request.num_computed += 1
+            request.num_pending += 1
+            request.inflight += 1
+        for chunk in chunks:
+            request = chunk.request
+            request.num_computed += chunk.length
+            request.inflight += 1
+            if chunk.samples:
+                request.num_pending += 1
+            self._register_pages(request)
+        sampled = (*decode, *(c.request for c in chunks if c.samples))
+        return StepPlan(self._step_id, tuple(decode), tuple(positions), tuple(chunks), tuple(admitted), sampled)
+
+    # ---- pages and prefixes ----
+
+    def _extend_digests(self, request: Request, tokens: np.ndarray) -> None:
+        """Digests of the full pages of the known sequence. Kept: a sequence only ever grows."""
+        size = self.config.page_size
+        digests = request.digests
+        parent = digests[-1] if digests else root_digest(request.spec.adapter, None, request.spec.cache_salt)
+        for i in range(len(digests), len(tokens) // size):
+            parent = chain_digest(parent, tokens[i * size : (i + 1) * size])
+            digests.append(parent)
+
+    def _register_pages(self, request: Request) -> None:
+        """Indexes pages that are full of known tokens and whose KV is dispatched: later steps may share them."""
+        if not self.config.enable_prefix_caching:
+            return
+        size = self.config.page_size
+        full = min(request.num_computed, len(request.tokens)) // size
+        if full <= request.cached_pages:
+            return
+        tokens = np.asarray(request.tokens[: full * size], np.int32)
+        self._extend_digests(request, tokens)
+        for i in range(request.cached_pages, full):
+            self.pool.register(request.pages[i], request.digests[i], tokens[i * size : (i + 1) * size])
+        request.cached_pages = full
+
+    def _preempt(self, request: Request) -> None:
+        """Takes a running request's pages and slot; it comes back by computing its sequence anew (prefix hits aside)."""
+        request.move(RequestState.PREEMPTED)
+        self._leave(request)
+        request.num_computed = 0
+        request.num_preemptions += 1
+        self.counters.preemptions += 1
+        self.waiting.push(request)
+
+    def _leave(self, request: Request) -> None:
+        """Gives pages and slot back once the last dispatched step that may write them has retired."""
+        self.running.remove(request)
+        pages, slot = request.pages, request.slot
+        request.pages, request.slot, request.cached_pages = [], -1, 0
+        if request.inflight:
+            self._leaving.append((self._step_id, pages, slot))
+            self._leaving_pages += len(pages)
+        else:
+            self.pool.release(pages)
+            self.slots.release(slot)
+
+    def _free_left(self) -> None:
+        while self._leaving and self._leaving[0][0] <= self._retired_step:
+            _, pages, slot = self._leaving.popleft()
+            self._leaving_pages -= len(pages)
+            self.pool.release(pages)
+            self.slots.release(slot)
+
+    # ---- what goes out ----
+
+    def _take_token(self, request: Request, token: int, logprobs: TokenLogprobs | None, now: float) -> EngineOutput:
+        if request.state is RequestState.PREEMPTED:
+            self.waiting.num_tokens += 1
+        request.tokens.append(token)
+        self.counters.generation_tokens += 1
+        first = request.num_output == 1
+        if first:
+            request.first_token_time = now
+        elif request.state is RequestState.RUNNING and len(request.tokens) % self.config.page_size == 1:
+            self._register_pages(request)  # the page before this token's is full of known tokens now
+        reason = request.check_stop(self.config.max_model_len)
+        error = None
+        constraint = request.spec.constraint
+        if constraint is not None and reason is not FinishReason.STOP:
+            if not constraint.accept(token):
+                reason, error = FinishReason.ERROR, "the grammar does not allow the sampled token."
+            elif constraint.finished:
+                reason = FinishReason.STOP
+        if reason is not None:
+            return self._end(request, reason, (token,), logprobs, error, now)
+        return EngineOutput(
+            request.spec.request_id,
+            (token,),
+            None if logprobs is None else (logprobs,),
+            self._first_prompt_logprobs(request) if first else None,
+            num_prompt_tokens=request.prompt_len,
+            num_cached_tokens=request.num_cached_tokens,
+            times=self._times(request) if first else _NO_TIMES,
+        )
+
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        tokens: tuple[int, ...] = (),
+        logprobs: TokenLogprobs | None = None,
+        error: str | None = None,
+        now: float | None = None,
+    ) -> EngineOutput:
+        if request.state is RequestState.RUNNING:
+            self._register_pages(request)
+            self._leave(request)
+        else:
+            self.waiting.remove(request)
+        request.finish(reason, request.stop_reason)
+        del self.requests[request.request_id]
+        prompt_logprobs = self._first_prompt_logprobs(request)
+        return EngineOutput(
+            request.spec.request_id,
+            tokens,
+            None if logprobs is None else (logprobs,),
+            prompt_logprobs,
+            finish_reason=reason,
+            stop_reason=request.stop_reason,
+            error=error,
+            num_prompt_tokens=request.prompt_len,
+            num_cached_tokens=request.num_cached_tokens,
+            times=self._times(request, time.monotonic() if now is None else now),
+        )
+
+    def _keep_prompt_logprobs(self, chunk: Chunk, entries: list[TokenLogprobs]) -> None:
+        if not chunk.request.finished:
+            kept = self._prompt_logprobs.setdefault(chunk.request.request_id, [None])
+            del kept[chunk.start + 1 :]  # a preempted request computes its prompt again
+            kept.extend(entries)
+
+    def _first_prompt_logprobs(self, request: Request) -> tuple[TokenLogprobs | None, ...] | None:
+        kept = self._prompt_logprobs.pop(request.request_id, None)
+        if kept is None:
+            # A one-token prompt has no position to report on, but was asked.
+            asked = request.spec.params.prompt_logprobs is not None and request.num_output == 1
+            return (None,) if asked and request.prompt_len == 1 else None
+        return tuple(kept[: request.prompt_len])
+
+    def _times(self, request: Request, finished: float = 0.0) -> RequestTimes:
+        return RequestTimes(request.spec.arrival_time, request.scheduled_time, request.first_token_time, finished)
+
+
+_NO_TIMES = RequestTimes()
+
+
+class _ChunkBuilder:
+    """Fills the chunk part of a step: token budget, aligned capacity, rows."""
+
+    def __init__(self, config: SchedulerConfig, budget: int) -> None:
+        self.budget = budget
+        self.room = config.max_chunk_tokens
+        self.rows = config.max_chunk_rows
+        self.chunks: list[Chunk] = []
+
+    @property
+    def has_room(self) -> bool:
+        return self.budget > 0 and self.room >= CHUNK_ALIGN and self.rows > 0
+
+    def add(self, request: Request) -> None:
+        """Gives the request as long a piece as fits."""
+        if not self.has_room:
+            return
+        length = min(request.num_uncomputed, self.budget, self.room)
+        samples = length == request.num_uncomputed
+        self.chunks.append(Chunk(request, request.num_computed, length, samples))
+        self.budget -= length
+        self.room -= align(length)
+        self.rows -= 1

@@ -1,0 +1,98 @@
+"""How large things are when the operator does not say: dtypes, slots, token budget, page pool, context."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+
+from models.api import CausalLM
+from ops.paged_attention import bytes_per_page
+from serving.engine.config import EngineConfig
+from serving.engine.scheduler import CHUNK_ALIGN
+
+GIB = 1 << 30
+ACCELERATOR_FRACTION = 0.9
+"""Of a device's memory, what weights, pages and temporaries may take (vLLM's gpu_memory_utilization)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Resolved sizes of an engine."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    num_pages: int
+    page_size: int
+    page_bytes: int
+    kv_dtype: str
+
+
+def resolve_dtype(config: EngineConfig, platform: str) -> str:
+    """The compute dtype: bfloat16 matmuls fall off XLA's fast path on most CPUs, float32 ones do not."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
+def resolve_quantization(config: EngineConfig, platform: str, dtype: str) -> str | None:
+    """`auto` is no quantization: int8 is chosen by the operator until its quality gates make it the default."""
+    return config.quantization if config.quantization in ("int8",) else None
+
+
+def resolve_kv_dtype(config: EngineConfig, dtype: str) -> str:
+    return dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+
+
+def resolve_sizes(config: EngineConfig, model: CausalLM, max_positions: int, dtype: str, devices: int) -> Sizes:
+    """Fills in what the configuration leaves open.
+
+    Raises:
+        ValueError: sizes that contradict each other, with both numbers and the flag to change.
+    """
+    cpu = jax.default_backend() == "cpu"
+    seqs = config.max_num_seqs or (64 if cpu else 256)
+    budget = config.max_num_batched_tokens or (1024 if cpu else 4096)
+    budget = max(CHUNK_ALIGN, budget // CHUNK_ALIGN * CHUNK_ALIGN)
+    if budget < seqs + CHUNK_ALIGN:
+        if config.max_num_batched_tokens is not None and config.max_num_seqs is not None:
+            raise ValueError(
+                f"max_num_batched_tokens is {config.max_num_batched_tokens}; with max_num_seqs {seqs} it must be at least "
+                f"{seqs + CHUNK_ALIGN}, or a full batch of decodes would leave no room for prompts."
+            )
+        if config.max_num_seqs is None:
+            seqs = max(1, budget - CHUNK_ALIGN)
+        else:
+            budget = -(-(seqs + CHUNK_ALIGN) // CHUNK_ALIGN) * CHUNK_ALIGN
+    kv_dtype = resolve_kv_dtype(config, dtype)
+    page_bytes = sum(bytes_per_page(s, config.page_size, jnp.dtype(kv_dtype)) for s in model.kv_specs())
+    wanted_len = min(config.max_model_len or max_positions, max_positions)
+    if config.max_model_len and config.max_model_len > max_positions:
+        raise ValueError(
+            f"max_model_len is {config.max_model_len}, but the model was made for {max_positions} positions: "
+            f"use at most that."
+        )
+    most = seqs * -(-wanted_len // config.page_size) + 1
+    memory = config.kv_cache_memory or default_kv_memory(devices)
+    num_pages = min(most, memory // page_bytes)
+    fits = (num_pages - 1) * config.page_size
+    if fits < 2 * config.page_size or (config.max_model_len and fits < config.max_model_len):
+        need = (-(-(config.max_model_len or 2 * config.page_size) // config.page_size) + 1) * page_bytes
+        raise ValueError(
+            f"the KV cache may take {memory / GIB:.2f} GiB, which holds {max(fits, 0)} tokens; one sequence of "
+            f"max_model_len needs {need / GIB:.2f} GiB. Raise --kv-cache-memory or lower --max-model-len."
+        )
+    return Sizes(seqs, budget, min(wanted_len, fits), num_pages, config.page_size, page_bytes, kv_dtype)
+
+
+def default_kv_memory(devices: int) -> int:
+    """Bytes for the page pool: on CPU a quarter of the free memory, at most 4 GiB; on accelerators what is left."""
+    if jax.default_backend() == "cpu":
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return max(min(available // 4, 4 * GIB), GIB // 4)
+    stats = [d.memory_stats() or {} for d in jax.local_devices()[:devices]]
+    free = min(s.get("bytes_limit", 8 * GIB) * ACCELERATOR_FRACTION - s.get("bytes_in_use", 0) for s in stats)
+    return max(int((free - GIB) * devices), GIB // 4)

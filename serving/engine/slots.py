@@ -1,0 +1,66 @@
+"""The host's copy of per-slot facts, one row a running request, kept as arrays so that packing a step is fancy indexing
+and not a Python loop (256 rows: 60 us against 2 ms)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from serving.engine.request import Request
+
+
+class SlotTable:
+    """Free slots, page tables and sampling parameters. Row `num_slots` is a dummy that padding rows use."""
+
+    def __init__(self, num_slots: int, pages_per_slot: int, seed: int = 0) -> None:
+        self.num_slots = num_slots
+        rows = num_slots + 1
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._seeds = np.random.default_rng(seed)
+        self.pages = np.zeros((rows, pages_per_slot), np.int32)
+        self.temperature = np.zeros(rows, np.float32)
+        self.top_k = np.zeros(rows, np.int32)
+        self.top_p = np.ones(rows, np.float32)
+        self.min_p = np.zeros(rows, np.float32)
+        self.seed = np.zeros((rows, 2), np.uint32)
+        self.repetition = np.ones(rows, np.float32)
+        self.presence = np.zeros(rows, np.float32)
+        self.frequency = np.zeros(rows, np.float32)
+        self.min_tokens = np.zeros(rows, np.int32)
+        self.num_logprobs = np.full(rows, -1, np.int32)
+        self.biased = np.zeros(rows, np.int32)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def acquire(self, request: Request) -> None:
+        """Gives the request a slot and writes its row."""
+        slot = self._free.pop()
+        request.slot = slot
+        p = request.spec.params
+        self.temperature[slot] = p.temperature
+        self.top_k[slot] = max(p.top_k, 0)
+        self.top_p[slot] = p.top_p
+        self.min_p[slot] = p.min_p
+        self.repetition[slot] = p.repetition_penalty
+        self.presence[slot] = p.presence_penalty
+        self.frequency[slot] = p.frequency_penalty
+        self.min_tokens[slot] = p.min_tokens
+        self.num_logprobs[slot] = -1 if p.logprobs is None else p.logprobs
+        self.biased[slot] = bool(p.logit_bias)
+        if request.drawn_seed is None:
+            seed = p.seed if p.seed is not None else int(self._seeds.integers(2**63))
+            request.drawn_seed = seed & (2**64 - 1)
+        self.seed[slot] = (request.drawn_seed >> 32, request.drawn_seed & 0xFFFFFFFF)
+        self.pages[slot, :] = 0
+        self.pages[slot, : len(request.pages)] = request.pages
+
+    def append_page(self, request: Request, page: int) -> None:
+        """Adds a page to the request and its page table."""
+        self.pages[request.slot, len(request.pages)] = page
+        request.pages.append(page)
+
+    def release(self, slot: int) -> None:
+        if slot in self._free:
+            raise RuntimeError(f"slot {slot} released twice")
+        self._free.append(slot)
