@@ -1,0 +1,349 @@
+"""The scheduler against a fake device that attends through real page tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import random
+import sys
+
+import pytest
+
+from serving.engine.request import RequestState
+from serving.engine.sampling_params import SamplingParams
+from serving.engine.scheduler import Scheduler, SchedulerConfig, align
+from serving.engine.types import EngineRequest, FinishReason
+from serving.errors import RequestError
+
+
+def _load(name: str):
+    spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+fake = _load("fake_runner")
+
+CONFIG = SchedulerConfig(
+    max_num_seqs=4,
+    max_num_batched_tokens=64,
+    max_chunk_tokens=64,
+    max_chunk_rows=4,
+    max_model_len=96,
+    page_size=8,
+    num_pages=40,
+)
+
+
+def request(name: str, prompt: list[int], max_tokens: int = 10, **kw) -> EngineRequest:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **kw.pop("params", {}))
+    return EngineRequest(name, tuple(prompt), params, **kw)
+
+
+class Driver:
+    """Runs a scheduler with a fake device, one step late or not, checking invariants after every step."""
+
+    def __init__(self, config: SchedulerConfig = CONFIG, asynchronous: bool = True) -> None:
+        self.scheduler = Scheduler(config)
+        self.device = fake.FakeDevice(self.scheduler)
+        self.asynchronous = asynchronous
+        self.previous = None
+        self.tokens: dict[str, list[int]] = {}
+        self.finished: dict[str, FinishReason] = {}
+        self.specs: dict[str, EngineRequest] = {}
+        self.plans = []
+
+    def add(self, spec: EngineRequest) -> None:
+        self.specs[spec.request_id] = spec
+        self.tokens[spec.request_id] = []
+        self.scheduler.add(spec)
+
+    def abort(self, name: str) -> None:
+        output = self.scheduler.abort(name)
+        if output:
+            self._take([output])
+
+    def step(self, now: float = 0.0) -> bool:
+        self._take(self.scheduler.expire(now))
+        plan = self.scheduler.schedule(now)
+        current = self.device.dispatch(plan) if plan else None
+        if plan:
+            self.plans.append(plan)
+        if not self.asynchronous:
+            self.previous, current = current, None
+        if self.previous is not None:
+            self._take(self.scheduler.retire(self.previous.plan, self.device.collect(self.previous), now))
+        self.previous = current
+        self.check(plan)
+        return bool(plan) or current is not None
+
+    def drain(self, limit: int = 10_000) -> None:
+        for _ in range(limit):
+            if not self.scheduler.has_work and self.previous is None:
+                break
+            self.step()
+        else:
+            raise AssertionError("the scheduler does not drain")
+        s = self.scheduler
+        assert not s.requests and not s.running and not len(s.waiting) and not s._leaving
+        assert s.pool.num_free == s.config.num_pages - 1
+        assert s.slots.num_free == s.config.max_num_seqs
+        assert s.waiting.num_tokens == 0
+        s.pool.check()
+
+    def check(self, plan) -> None:
+        s, c = self.scheduler, self.scheduler.config
+        s.pool.check()
+        if plan is None:
+            return
+        assert plan.num_tokens <= c.max_num_batched_tokens
+        assert sum(align(x.length) for x in plan.chunks) <= c.max_chunk_tokens
+        assert len(plan.chunks) <= c.max_chunk_rows
+        assert len(s.running) <= c.max_num_seqs
+        owners: dict[int, list] = {}
+        for r in s.running:
+            for i, page in enumerate(r.pages):
+                owners.setdefault(page, []).append((r, i))
+        for page, holders in owners.items():
+            assert s.pool.ref_count(page) == len(holders) + sum(page in pages for _, pages, _ in s._leaving)
+            if len(holders) > 1:  # shared: read-only for all, so full and computed
+                assert all((i + 1) * c.page_size <= r.num_computed for r, i in holders)
+
+    def _take(self, outputs) -> None:
+        for o in outputs:
+            assert o.request_id not in self.finished, "an output after the last one"
+            self.tokens[o.request_id].extend(o.token_ids)
+            if o.finish_reason:
+                self.finished[o.request_id] = o.finish_reason
+
+    def verify(self) -> None:
+        """Every token of every request is what it would have been alone."""
+        for name, tokens in self.tokens.items():
+            prompt = list(self.specs[name].prompt_token_ids)
+            assert tokens == fake.expected(prompt, len(tokens)), name
+            if self.finished[name] is FinishReason.LENGTH:
+                room = self.scheduler.config.max_model_len - len(prompt)
+                assert len(tokens) == min(self.specs[name].params.max_tokens, room)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_one_request_runs_to_its_length(asynchronous):
+    d = Driver(asynchronous=asynchronous)
+    d.add(request("a", [1, 2, 3], 10))
+    d.drain()
+    d.verify()
+    assert d.finished == {"a": FinishReason.LENGTH}
+
+
+def test_no_surplus_step_after_a_length_that_is_known_beforehand():
+    d = Driver()
+    d.add(request("a", [1, 2, 3], 5))
+    d.drain()
+    assert len(d.plans) == 5
+
+
+def test_end_of_sequence_is_noticed_one_step_late_and_its_surplus_token_dropped():
+    prompt = [5, 6, 7]
+    stop = fake.expected(prompt, 4)[3]
+    d = Driver()
+    d.add(EngineRequest("a", tuple(prompt), SamplingParams(temperature=0, max_tokens=50), eos_token_ids=(stop,)))
+    d.drain()
+    d.verify()
+    assert d.tokens["a"][-1] == stop and len(d.tokens["a"]) <= 4
+    assert d.finished["a"] is FinishReason.STOP
+    assert len(d.plans) == len(d.tokens["a"]) + 1
+
+
+def test_a_stop_token_id_is_reported():
+    prompt = [5, 6, 7]
+    stop = fake.expected(prompt, 2)[1]
+    s = Driver()
+    s.add(request("a", prompt, params={"stop_token_ids": (stop,)}))
+    outputs = []
+    take = s._take
+    s._take = lambda out: (outputs.extend(out), take(out))
+    s.drain()
+    assert outputs[-1].stop_reason == stop
+
+
+def test_long_prompt_is_chunked_and_running_streams_get_a_token_every_step():
+    d = Driver()
+    d.add(request("short", [1, 2], 30))
+    for _ in range(3):
+        d.step()
+    d.add(request("long", list(range(90)), 4))
+    before = len(d.plans)
+    for _ in range(3):
+        d.step()
+    for plan in d.plans[before:]:
+        assert "short" in [r.request_id for r in plan.decode]
+    assert [c.length for p in d.plans[before:] for c in p.chunks if c.request.request_id == "long"] == [63, 27]
+    d.drain()
+    d.verify()
+
+
+def test_several_prompts_prefill_in_one_step():
+    d = Driver()
+    for i in range(4):
+        d.add(request(f"r{i}", [i, i + 1, i + 2], 3))
+    d.step()
+    assert len(d.plans[0].chunks) == 4
+    d.drain()
+    d.verify()
+
+
+def test_equal_prefixes_share_pages_while_live_and_after():
+    d = Driver()
+    prompt = list(range(40))
+    d.add(request("a", prompt, 20))
+    d.step()
+    d.add(request("b", [*prompt, 99], 5))
+    d.step()
+    a, b = d.scheduler.requests["a"], d.scheduler.requests["b"]
+    assert b.pages[:5] == a.pages[:5] and b.num_cached_tokens == 40
+    d.drain()
+    d.verify()
+    d.add(request("c", [*prompt, *fake.expected(prompt, 20)], 5))  # multi-turn: its own completion is shared too
+    d.step()
+    assert d.scheduler.requests["c"].num_cached_tokens == 56
+    d.drain()
+    d.verify()
+
+
+def test_a_prompt_that_is_cached_whole_still_computes_its_last_token():
+    d = Driver()
+    prompt = list(range(32))
+    d.add(request("a", prompt, 2))
+    d.drain()
+    d.add(request("b", prompt, 2))
+    d.step()
+    assert d.scheduler.requests["b"].num_cached_tokens == 24
+    d.drain()
+    d.verify()
+
+
+def test_salts_and_adapters_do_not_share():
+    d = Driver()
+    prompt = list(range(40))
+    d.add(request("a", prompt, 2, cache_salt="x"))
+    d.drain()
+    for name, kw in (("b", {}), ("c", {"cache_salt": "y"}), ("d", {"cache_salt": "x", "adapter": "l"})):
+        d.add(request(name, prompt, 2, **kw))
+        d.step()
+        assert d.scheduler.requests[name].num_cached_tokens == 0
+        d.drain()
+    d.add(request("e", prompt, 2, cache_salt="x"))
+    d.step()
+    assert d.scheduler.requests["e"].num_cached_tokens == 32
+    d.drain()
+
+
+def test_preemption_by_recompute_gives_the_same_tokens():
+    config = dataclasses.replace(CONFIG, num_pages=14)
+    d = Driver(config)
+    for i in range(3):
+        d.add(request(f"r{i}", [i] * 20, 40))
+    d.drain()
+    d.verify()
+    assert d.scheduler.counters.preemptions > 0
+
+
+def test_priority_policy_admits_and_preempts_by_priority():
+    config = dataclasses.replace(CONFIG, policy="priority", max_num_seqs=1)
+    d = Driver(config)
+    for name, priority in (("low", 5), ("high", -1), ("middle", 2)):
+        d.add(request(name, [1, 2, 3], 3, priority=priority))
+    order = []
+    while d.scheduler.has_work:
+        d.step()
+        order += [r.request_id for r in d.plans[-1].admitted if r.request_id not in order]
+    assert order == ["high", "middle", "low"]
+
+
+def test_a_request_that_does_not_fit_lets_others_pass_but_not_for_ever():
+    config = dataclasses.replace(CONFIG, num_pages=13)
+    d = Driver(config)
+    d.add(request("running", [1] * 30, 40))
+    d.step()
+    d.add(request("big", list(range(80)), 4))
+    passed = 0
+    for i in range(200):
+        d.add(request(f"small{i}", [7, i % 50], 2))
+        d.step()
+        big = d.scheduler.requests.get("big")
+        if big is None or big.state is RequestState.RUNNING:
+            break
+        passed = max(passed, i)
+    assert passed > 3, "smaller requests pass"
+    d.drain()
+    d.verify()
+
+
+def test_deadlines_end_requests_waiting_and_running():
+    d = Driver()
+    d.add(request("running", [1, 2], 80, deadline=5.0))
+    d.add(request("first", [1, 2, 3], 80, ttft_deadline=5.0))
+    d.step(0.0)
+    d.step(1.0)
+    d.add(request("late", [1, 2], 80, deadline=2.0))
+    d.step(6.0)
+    assert d.finished == {"running": FinishReason.DEADLINE, "late": FinishReason.DEADLINE}
+    d.drain()
+    assert d.finished["first"] is FinishReason.LENGTH
+
+
+def test_refuses_what_cannot_run():
+    s = Scheduler(CONFIG)
+    s.add(request("a", [1]))
+    for bad in (request("a", [1]), request("b", []), request("c", [1] * 96)):
+        with pytest.raises(RequestError):
+            s.add(bad)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("prefix", [True, False])
+def test_random_walk(seed, prefix):
+    walk(steps=400, seed=seed, prefix=prefix, asynchronous=seed % 3 != 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 104))
+def test_long_random_walk(seed):
+    walk(steps=25_000, seed=seed, prefix=True, asynchronous=True)
+
+
+def walk(steps: int, seed: int, prefix: bool, asynchronous: bool) -> None:
+    """Arrivals, shared prefixes, aborts, deadlines, priorities and late stops at random, on a pool that is too small."""
+    rng = random.Random(seed)
+    config = dataclasses.replace(
+        CONFIG,
+        num_pages=rng.choice([14, 20, 60]),
+        policy=rng.choice(["fcfs", "priority"]),
+        enable_prefix_caching=prefix,
+        max_num_batched_tokens=rng.choice([24, 64]),
+    )
+    d = Driver(config, asynchronous)
+    stems = [[rng.randrange(50) for _ in range(rng.randrange(8, 60))] for _ in range(4)]
+    for i in range(steps):
+        if rng.random() < 0.35 and len(d.scheduler.requests) < 30:
+            stem = rng.choice(stems)
+            prompt = stem[: rng.randrange(1, len(stem) + 1)] + [rng.randrange(50) for _ in range(rng.randrange(0, 12))]
+            stop = (fake.expected(prompt, 6)[rng.randrange(6)],) if rng.random() < 0.4 else ()
+            d.add(
+                EngineRequest(
+                    f"r{i}",
+                    tuple(prompt),
+                    SamplingParams(temperature=0, max_tokens=rng.randrange(1, 40)),
+                    eos_token_ids=stop,
+                    priority=rng.randrange(3),
+                    deadline=i + rng.randrange(1, 60) if rng.random() < 0.1 else None,
+                )
+            )
+        if rng.random() < 0.05 and d.scheduler.requests:
+            d.abort(rng.choice(list(d.scheduler.requests)))
+        d.step(float(i))
+    d.drain()
+    d.verify()
