@@ -1,0 +1,229 @@
+"""Tokenizers from GGUF metadata (`tokenizer.ggml.*`, the keys of the GGUF specification).
+
+A GGUF file holds the vocabulary but only a *name* for how text is cut before the merges apply. The table in
+`pretokenizers.py` gives each name its meaning; an unknown name is an error, since a wrong cut gives wrong tokens
+without any other sign.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+from serving.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+
+SPACE = "\u2581"  # SentencePiece's visible blank
+
+# Control tokens that end a turn or a text in the model families that GGUF files come from. A file names one or two
+# of them as its end tokens; a chat model may emit any of them.
+END_NAMES = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<｜end▁of▁sentence｜>",
+    "<EOT>",
+    "<|return|>",
+    "<|call|>",
+)
+
+
+class TokenType(enum.IntEnum):
+    """`tokenizer.ggml.token_type`."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def build(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that `metadata` describes.
+
+    Args:
+        metadata: GGUF key to plain Python value (str, int, float, bool, sequences of them).
+    Raises:
+        ValueError: keys are missing or contradict each other, or the kind of tokenizer is not known.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    tokens = _tokens(metadata)
+    types = _types(metadata, len(tokens))
+    if kind == "gpt2":
+        tokenizer = _byte_level(metadata, tokens, types)
+    elif kind == "llama":
+        tokenizer = _sentencepiece(metadata, tokens, types)
+    else:
+        raise ValueError(
+            f"tokenizer.ggml.model is {kind!r}; 'gpt2' (byte-level BPE) and 'llama' (SentencePiece) can be read. "
+            "Put the model's tokenizer.json beside it and name the folder instead."
+        )
+    _add_tokens(tokenizer, tokens, types)
+    bos = metadata.get("tokenizer.ggml.bos_token_id") if _adds_bos(metadata, kind) else None
+    eos = metadata.get("tokenizer.ggml.eos_token_id") if metadata.get("tokenizer.ggml.add_eos_token") else None
+    set_template(tokenizer, bos, eos)
+    return tokenizer
+
+
+def end_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids that end a completion: the file's own first, then control tokens known by their name to end one."""
+    tokens = _tokens(metadata)
+    types = _types(metadata, len(tokens))
+    found: dict[int, None] = {}
+    for name in ("eos", "eot", "eom"):
+        token = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if token is not None and 0 <= int(token) < len(tokens):
+            found[int(token)] = None
+    names = set(END_NAMES)
+    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind == TokenType.CONTROL and token in names:
+            found[i] = None
+    return tuple(found)
+
+
+def set_template(tokenizer: Tokenizer, bos: int | None, eos: int | None) -> None:
+    """Makes `tokenizer` put these ids around each text where special tokens are asked for."""
+    if bos is None and eos is None:
+        return
+    specials = [(str(tokenizer.id_to_token(i)), i) for i in (bos, eos) if i is not None]
+    single = ([specials[0][0]] if bos is not None else []) + ["$A"] + ([specials[-1][0]] if eos is not None else [])
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=None, special_tokens=specials)
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
+    pre = _pre_tokenizer(metadata)
+    merges = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(merges, Sequence) or isinstance(merges, str):
+        raise ValueError("The GGUF file has no tokenizer.ggml.merges: its byte-level BPE cannot be built.")
+    pairs = []
+    for merge in merges:
+        at = merge.find(" ", 1)
+        if at < 0:
+            raise ValueError(f"tokenizer.ggml.merges has {merge!r}, which is not two tokens with a blank between.")
+        pairs.append((merge[:at], merge[at + 1 :]))
+    vocab = {token: i for i, token in enumerate(tokens[: _model_size(types)])}
+    try:
+        model = models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre.ignore_merges)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"tokenizer.ggml.merges does not fit tokenizer.ggml.tokens: {error}") from None
+    tokenizer = Tokenizer(model)
+    if pre.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre.build()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
+    scores = metadata.get("tokenizer.ggml.scores")
+    if scores is None or len(scores) != len(tokens):
+        raise ValueError("The GGUF file's tokenizer.ggml.scores does not have one score a token.")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    unknown = [i for i, kind in enumerate(types) if kind == TokenType.UNKNOWN]
+    unknown_id = int(metadata.get("tokenizer.ggml.unknown_token_id", unknown[0] if unknown else 0))
+    if not 0 <= unknown_id < len(tokens):
+        raise ValueError(f"tokenizer.ggml.unknown_token_id is {unknown_id}, outside the {len(tokens)} tokens.")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=_merges_from_scores(tokens, types, scores),
+            unk_token=tokens[unknown_id],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    blank = normalizers.Replace(" ", SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), blank]) if prefix else blank
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def _merges_from_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """SentencePiece BPE joins the neighbours whose joint piece has the best score: the same order as a merge list.
+
+    Pairs that give the same piece have the same score; the one whose left part ranks better comes first.
+    """
+    mergeable = (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)
+    rank = {token: i for i, token in enumerate(tokens) if types[i] in mergeable}
+    merges: list[tuple[float, int, int, str, str]] = []
+    for token, i in rank.items():
+        if types[i] != TokenType.NORMAL:
+            continue
+        score = -float(scores[i])
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in rank and right in rank:
+                merges.append((score, rank[left], rank[right], left, right))
+    merges.sort()
+    return [(left, right) for _, _, _, left, right in merges]
+
+
+def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+    special = (TokenType.CONTROL, TokenType.UNKNOWN)
+    added = [
+        (i, AddedToken(token, normalized=False, special=types[i] in special))
+        for i, token in enumerate(tokens)
+        if token and (types[i] in special or types[i] == TokenType.USER_DEFINED)
+    ]
+    tokenizer.add_tokens([token for _, token in added])
+    for i, token in added:
+        if tokenizer.token_to_id(token.content) != i:
+            raise ValueError(f"tokenizer.ggml.tokens lists {token.content!r} twice: its id is not certain.")
+
+
+def _model_size(types: Sequence[int]) -> int:
+    """How many tokens the model itself holds: all but the control and user-defined ones at the end, which are added
+    behind it, and the unused ones there, which nothing needs. Models that take a whole word as one token where the
+    vocabulary has it (`ignore_merges`) must not find control tokens there."""
+    size = len(types)
+    while size and types[size - 1] in (TokenType.UNUSED, TokenType.CONTROL, TokenType.USER_DEFINED):
+        size -= 1
+    tail = types[size:]
+    used = [i for i, kind in enumerate(tail) if kind != TokenType.UNUSED]
+    if used and TokenType.UNUSED in tail[: used[-1]]:
+        return size + used[-1] + 1  # a gap: ids of added tokens would shift, so all stay in the model
+    return size
+
+
+def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"tokenizer.ggml.pre is {name!r}, which is not known; known are {', '.join(sorted(PRE_TOKENIZERS))}. "
+            "Put the model's tokenizer.json beside it and name the folder instead."
+        )
+    return PRE_TOKENIZERS[name]
+
+
+def _adds_bos(metadata: Mapping[str, Any], kind: str) -> bool:
+    asked = metadata.get("tokenizer.ggml.add_bos_token")
+    if asked is not None:
+        return bool(asked)
+    return kind == "llama" or _pre_tokenizer(metadata).adds_bos
+
+
+def _tokens(metadata: Mapping[str, Any]) -> Sequence[str]:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not tokens:
+        raise ValueError("The GGUF file has no tokenizer.ggml.tokens: it holds no tokenizer.")
+    return tokens
+
+
+def _types(metadata: Mapping[str, Any], count: int) -> Sequence[int]:
+    types = metadata.get("tokenizer.ggml.token_type")
+    if types is None:
+        return [TokenType.NORMAL] * count
+    if len(types) != count:
+        raise ValueError(f"tokenizer.ggml.token_type has {len(types)} entries for {count} tokens.")
+    return types
