@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""The real scheduler on a trace, against a cost model in place of a device.
+
+    python scripts/simulate.py --trace sharegpt --rate 2 --requests 1000000
+    python scripts/simulate.py --trace overload --rate 12 --policy fcfs priority --plot ttft.png
+    python scripts/simulate.py --trace trace.jsonl --cost cost.json
+    python scripts/simulate.py --fit steps.jsonl --out cost.json      # steps recorded by scripts/bench.py --record
+    python scripts/simulate.py --trace rag --requests 500 --write-trace rag.jsonl
+
+A trace is a generator's name or a file of JSON lines (serving/simulator/trace.py says what is in one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from serving.engine.buckets import BucketTable
+from serving.engine.policy import KEYS
+from serving.engine.scheduler import SchedulerConfig
+from serving.simulator.cost import CostModel, fit, read_records
+from serving.simulator.report import Report
+from serving.simulator.simulate import Simulation
+from serving.simulator.trace import GENERATORS, TraceRequest, read_trace, write_trace
+
+DEFAULT_COST = pathlib.Path(__file__).resolve().parents[1] / "serving/simulator/cpu_cost.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One simulation: everything that a worker process needs."""
+
+    trace: str
+    rate: float
+    requests: int | None
+    seed: int
+    cost: CostModel
+    config: SchedulerConfig
+    asynchronous: bool
+    max_num_queued_reqs: int | None
+
+
+def requests_of(trace: str, rate: float, seed: int, count: int | None) -> Iterator[TraceRequest]:
+    """A generator's first `count` requests, or a file's."""
+    source = GENERATORS[trace](rate, seed) if trace in GENERATORS else read_trace(trace)
+    return itertools.islice(source, count)
+
+
+def simulate(run: Run) -> tuple[dict[str, object], dict[int | None, np.ndarray]]:
+    """The run's summary, and its TTFTs by priority for the plot."""
+    simulation = Simulation(
+        run.config, run.cost, asynchronous=run.asynchronous, max_num_queued_reqs=run.max_num_queued_reqs
+    )
+    report = Report()
+    for outcome in simulation.run(requests_of(run.trace, run.rate, run.seed, run.requests)):
+        report.add(outcome)
+    priorities: list[int | None] = list(report.priorities) if len(report.priorities) > 1 else [None]
+    return report.summary(simulation.totals), {p: report.values("ttft", p) for p in priorities}
+
+
+def plot(path: str, results: dict[str, tuple[dict[str, object], dict[int | None, np.ndarray]]]) -> None:
+    """The share of requests whose first token came within a time, a line a policy and priority."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("--plot needs matplotlib: pip install 'jaxserve[plot]'.")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=110)
+    for policy, (_, ttfts) in results.items():
+        for priority, values in ttfts.items():
+            values = np.sort(values)[:: max(1, len(values) // 5000)]
+            label = policy if priority is None else f"{policy}, priority {priority}"
+            axes.plot(values, np.linspace(0, 1, len(values)), label=label)
+    axes.set(xlabel="time to first token, s", ylabel="share of requests", ylim=(0, 1), xscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def describe(policy: str, summary: dict[str, object]) -> str:
+    """A few lines for a person."""
+    lines = [f"policy {policy}"]
+    for key, value in summary.items():
+        if isinstance(value, dict) and value and all(isinstance(v, float) for v in value.values()):
+            value = "  ".join(f"{p} {v:.4g}" for p, v in value.items()) + " s"
+        lines.append(f"  {key:20} {value}")
+    return "\n".join(lines)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--trace", default="sharegpt", help=f"{', '.join(GENERATORS)}, or a file (default: %(default)s)"
+    )
+    parser.add_argument("--rate", type=float, default=1.0, help="requests (multi-turn: conversations) a second")
+    parser.add_argument("--requests", type=int, help="how many; a file's all by default, 10000 of a generator")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--policy", nargs="+", default=["fcfs"], choices=sorted(KEYS), help="one run each")
+    parser.add_argument("--cost", help=f"cost model (default: {DEFAULT_COST.name}, the default model on 2 CPU cores)")
+    parser.add_argument("--max-num-seqs", type=int, help="default: the cost model's")
+    parser.add_argument("--max-num-batched-tokens", type=int, help="default: the cost model's")
+    parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--num-pages", type=int, default=8192)
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--max-num-queued-reqs", type=int, help="refuse arrivals beyond this many waiting")
+    parser.add_argument("--no-prefix-caching", action="store_true")
+    parser.add_argument(
+        "--no-async-scheduling", action="store_true", help="read each step before the next is scheduled"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a policy")
+    parser.add_argument("--plot", metavar="PNG", help="distribution of the time to first token (needs matplotlib)")
+    parser.add_argument("--write-trace", metavar="FILE", help="write the trace and stop")
+    parser.add_argument("--fit", metavar="STEPS", help="fit a cost model to recorded steps and stop")
+    parser.add_argument("--out", metavar="FILE", help="where --fit writes the model")
+    return parser
+
+
+def fit_cost(args: argparse.Namespace) -> None:
+    records = list(read_records(args.fit))
+    model = fit(records, args.max_num_seqs or 64, args.max_num_batched_tokens or 1024)
+    if args.out:
+        model.save(args.out)
+    errors = np.abs(model.errors(records))
+    total = sum(r.seconds for r in records)
+    bias = sum(model.seconds(r.shape) for r in records) / total - 1
+    print(
+        f"{len(records)} steps: median error {np.median(errors):.1%}, p90 {np.percentile(errors, 90):.1%}, "
+        f"of the total time {bias:+.1%}"
+    )
+
+
+def main() -> None:
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.trace not in GENERATORS and not pathlib.Path(args.trace).is_file():
+        parser.error(f"--trace {args.trace}: neither a file nor one of {', '.join(GENERATORS)}.")
+    if args.rate <= 0:
+        parser.error(f"--rate must be above 0, got {args.rate}.")
+    if args.fit:
+        return fit_cost(args)
+    count = args.requests or (10_000 if args.trace in GENERATORS else None)
+    if args.write_trace:
+        written = write_trace(args.write_trace, requests_of(args.trace, args.rate, args.seed, count))
+        return print(f"{written} requests written to {args.write_trace}")
+    cost = CostModel.load(args.cost or DEFAULT_COST)
+    seqs = args.max_num_seqs or cost.max_num_seqs
+    tokens = args.max_num_batched_tokens or cost.max_num_batched_tokens
+    cost = dataclasses.replace(cost, max_num_seqs=seqs, max_num_batched_tokens=tokens)
+    table = BucketTable.make(seqs, tokens)
+    runs = {
+        policy: Run(
+            args.trace,
+            args.rate,
+            count,
+            args.seed,
+            cost,
+            SchedulerConfig(
+                max_num_seqs=seqs,
+                max_num_batched_tokens=tokens,
+                max_chunk_tokens=table.max_chunk,
+                max_chunk_rows=table.max_rows,
+                max_model_len=args.max_model_len,
+                page_size=args.page_size,
+                num_pages=args.num_pages,
+                policy=policy,
+                enable_prefix_caching=not args.no_prefix_caching,
+            ),
+            not args.no_async_scheduling,
+            args.max_num_queued_reqs,
+        )
+        for policy in args.policy
+    }
+    if len(runs) == 1:
+        results = {policy: simulate(run) for policy, run in runs.items()}
+    else:
+        with concurrent.futures.ProcessPoolExecutor(min(len(runs), os.cpu_count() or 1)) as pool:
+            results = dict(zip(runs, pool.map(simulate, runs.values()), strict=True))
+    for policy, (summary, _) in results.items():
+        print(json.dumps({"policy": policy} | summary) if args.json else describe(policy, summary))
+    if args.plot:
+        plot(args.plot, results)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

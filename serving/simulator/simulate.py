@@ -1,0 +1,243 @@
+"""Runs a trace through the real scheduler, step by step, with a virtual clock and a cost model in place of a device.
+
+The order of events is that of serving/engine/loop.py: take what has arrived, end what is too late, schedule and dispatch
+a step, then read the step before it (asynchronous) or the same one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from serving.engine.plan import StepPlan, StepResult
+from serving.engine.sampling_params import SamplingParams
+from serving.engine.scheduler import Scheduler, SchedulerConfig
+from serving.engine.types import EngineOutput, EngineRequest, FinishReason
+from serving.simulator.cost import CostModel, StepShape
+from serving.simulator.trace import TraceRequest, prompt_token_ids, segment_tokens
+
+OWN_TOKEN = 50_000
+"""What a request without an output id generates: no prompt holds it, so nothing is shared by accident."""
+
+
+@dataclasses.dataclass(slots=True)
+class Progress:
+    """What is known of a live request."""
+
+    request: TraceRequest
+    answer: tuple[int, ...] | None
+    first: float = 0.0
+    last: float = 0.0
+    worst_gap: float = 0.0
+    tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one request. Times in seconds of the virtual clock; NaN where there is none."""
+
+    arrival: float
+    priority: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    ttft: float
+    tpot: float
+    worst_gap: float
+    e2e: float
+    reason: str
+
+
+@dataclasses.dataclass
+class RunTotals:
+    """Sums over a run.
+
+    Attributes:
+        seconds: virtual time from the first arrival to the last token.
+        busy: of it, with the device at work.
+        wall: real seconds that the simulation took.
+        kv_used, kv_allocated, kv_contiguous: position-seconds: with KV in them, in allocated pages, and what giving each
+            running request max_model_len positions would have taken.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    busy: float = 0.0
+    wall: float = 0.0
+    refused: int = 0
+    computed_tokens: int = 0
+    preemptions: int = 0
+    kv_used: float = 0.0
+    kv_allocated: float = 0.0
+    kv_contiguous: float = 0.0
+
+
+class Simulation:
+    """One run of one trace under one configuration.
+
+    Args:
+        config: as the engine's. The pool, policy and limits are those of the real scheduler.
+        cost: how long each step takes.
+        asynchronous: dispatch a step before the one before it has been read.
+        max_num_queued_reqs: requests that may wait; more are refused on arrival. None: no bound.
+        sample_every: steps between two looks at how full the pages are.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cost: CostModel,
+        *,
+        asynchronous: bool = True,
+        max_num_queued_reqs: int | None = None,
+        sample_every: int = 16,
+    ) -> None:
+        self.scheduler = Scheduler(config)
+        self.cost = cost
+        self.totals = RunTotals()
+        self.now = 0.0
+        self._asynchronous = asynchronous
+        self._max_queued = max_num_queued_reqs
+        self._sample_every = sample_every
+        self._live: dict[str, Progress] = {}
+        self._device_free = 0.0
+        self._params: dict[int, SamplingParams] = {}
+        self._finite = np.ones(config.max_num_seqs + config.max_chunk_rows, bool)
+        self._same = np.full(config.max_num_seqs + config.max_chunk_rows, OWN_TOKEN, np.int32)
+
+    def run(self, trace: Iterable[TraceRequest]) -> Iterator[Outcome]:
+        """Yields an outcome as each request ends.
+
+        Raises:
+            RuntimeError: requests are left that can never run: the scheduler is at fault.
+        """
+        began = time.perf_counter()
+        arrivals = iter(enumerate(trace))
+        upcoming = next(arrivals, None)
+        self.now = upcoming[1].arrival if upcoming else 0.0
+        start, host = self.now, self.cost.host_s
+        previous: tuple[float, StepPlan] | None = None
+        while True:
+            while upcoming is not None and upcoming[1].arrival <= self.now:
+                yield from self._submit(*upcoming)
+                upcoming = next(arrivals, None)
+            yield from self._take(self.scheduler.expire(self.now))
+            plan = self.scheduler.schedule(self.now)
+            self.now += host
+            current = None if plan is None else (self._dispatch(plan), plan)
+            if not self._asynchronous:
+                previous, current = current, None
+            if previous is not None:
+                end, done = previous
+                self.now = max(self.now, end)
+                yield from self._take(self.scheduler.retire(done, self._result(done), self.now))
+            elif current is None:
+                if upcoming is not None:
+                    self.now = max(self.now, upcoming[1].arrival)
+                elif self.scheduler.has_work:
+                    raise RuntimeError(f"{len(self.scheduler.requests)} requests are left, but nothing can run")
+                else:
+                    break
+            previous = current
+        self.totals.seconds = self.now - start
+        self.totals.preemptions = self.scheduler.counters.preemptions
+        self.totals.wall = time.perf_counter() - began
+
+    def _submit(self, index: int, request: TraceRequest) -> Iterator[Outcome]:
+        limit = self.scheduler.config.max_model_len
+        full = self._max_queued is not None and len(self.scheduler.waiting) >= self._max_queued
+        if full or request.prompt_tokens >= limit:
+            self.totals.refused += 1
+            yield _outcome(Progress(request, None), self.now, 0, "refused")
+            return
+        params = self._params.get(request.output_tokens)
+        if params is None:
+            params = SamplingParams(
+                temperature=0.0, max_tokens=request.output_tokens, ignore_eos=True, detokenize=False
+            )
+            self._params[request.output_tokens] = params
+        name = str(index)
+        after = request.arrival
+        self.scheduler.add(
+            EngineRequest(
+                name,
+                prompt_token_ids(request, index),
+                params,
+                priority=request.priority,
+                arrival_time=request.arrival,
+                deadline=None if request.deadline is None else after + request.deadline,
+                ttft_deadline=None if request.ttft_deadline is None else after + request.ttft_deadline,
+            )
+        )
+        answer = None if request.output_id is None else segment_tokens(request.output_id, request.output_tokens)
+        self._live[name] = Progress(request, answer)
+
+    def _dispatch(self, plan: StepPlan) -> float:
+        shape = StepShape.of(plan)
+        seconds = self.cost.seconds(shape)
+        start = max(self.now, self._device_free)
+        self._device_free = start + seconds
+        totals = self.totals
+        totals.steps += 1
+        totals.busy += seconds
+        totals.computed_tokens += plan.num_tokens
+        if totals.steps % self._sample_every == 0:
+            self._look_at_pages(seconds * self._sample_every)
+        return self._device_free
+
+    def _look_at_pages(self, weight: float) -> None:
+        running = self.scheduler.running
+        size = self.scheduler.config.page_size
+        self.totals.kv_used += weight * sum(r.num_computed for r in running)
+        self.totals.kv_allocated += weight * size * sum(len(r.pages) for r in running)
+        self.totals.kv_contiguous += weight * self.scheduler.config.max_model_len * len(running)
+
+    def _result(self, plan: StepPlan) -> StepResult:
+        rows = len(plan.sampled)
+        tokens = self._same[:rows]
+        for row, request in enumerate(plan.sampled):
+            live = self._live.get(request.request_id)
+            if live is not None and live.answer is not None:
+                if tokens.base is self._same:
+                    tokens = tokens.copy()
+                tokens[row] = live.answer[request.num_output]
+        return StepResult(tokens, self._finite[:rows])
+
+    def _take(self, outputs: list[EngineOutput]) -> Iterator[Outcome]:
+        seen = self.now + self.cost.delivery_s
+        for output in outputs:
+            live = self._live[output.request_id]
+            if output.token_ids:
+                if live.tokens:
+                    live.worst_gap = max(live.worst_gap, seen - live.last)
+                else:
+                    live.first = seen
+                live.last = seen
+                live.tokens += len(output.token_ids)
+            if output.finish_reason is not None:
+                del self._live[output.request_id]
+                yield _outcome(live, seen, output.num_cached_tokens, output.finish_reason.value)
+
+
+def _outcome(live: Progress, now: float, cached: int, reason: str) -> Outcome:
+    request, nan = live.request, float("nan")
+    return Outcome(
+        request.arrival,
+        request.priority,
+        request.prompt_tokens,
+        cached,
+        live.tokens,
+        live.first - request.arrival if live.tokens else nan,
+        (live.last - live.first) / (live.tokens - 1) if live.tokens > 1 else nan,
+        live.worst_gap if live.tokens > 1 else nan,
+        now - request.arrival,
+        reason,
+    )
+
+
+def finished_well(outcome: Outcome) -> bool:
+    """Whether it got all that it asked for."""
+    return outcome.reason in (FinishReason.STOP.value, FinishReason.LENGTH.value)
