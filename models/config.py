@@ -1,0 +1,234 @@
+"""`ModelConfig`: every number that says what a network computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding of one kind of layer.
+
+    Attributes:
+        theta: base of the frequencies.
+        dim: how many of a head's dimensions are rotated.
+        kind: "default", "linear", "llama3", "yarn" or "longrope".
+        factor: by how much the context is stretched.
+        original_max_positions: context length (tokens) before stretching.
+        low_freq_factor, high_freq_factor: llama3: wavelengths beyond original/low are stretched, below original/high kept.
+        beta_fast, beta_slow: yarn: rotations over the original context where its ramp starts and ends.
+        attention_factor: yarn, longrope: scales cos and sin; None for the method's own rule.
+        mscale, mscale_all_dim: yarn in DeepSeek's writing; 0 when absent.
+        truncate: yarn: whether the ramp's ends are rounded to whole dimensions.
+        short_factor, long_factor: longrope: a divisor for each frequency below and above the original context.
+    """
+
+    theta: float
+    dim: int
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer. Lengths are in tokens, sizes in elements.
+
+    Attributes:
+        architecture: the name under which the registry knows it.
+        vocab_size: rows of the embedding table and of the logits.
+        num_layers: L.
+        embed_dim: D, width of the residual stream.
+        ffw_dim: F, hidden width of a dense feed-forward block.
+        num_heads: H query heads.
+        num_kv_heads: K key/value heads; H is a multiple of K.
+        head_dim: h, size of one head.
+        max_positions: the longest context that the checkpoint claims.
+        norm_eps: added to the variance before the root.
+        activation: of the feed-forward block, by the names of `ops.activation`.
+        tie_embeddings: the logits use the embedding table.
+        rope: None for learned positions.
+        local_rope: of the windowed layers where it differs from `rope`.
+        rope_layers: which layers rotate; None for all.
+        windows: for each layer, how many positions back it attends, itself included; None for all.
+        qkv_bias, out_bias, mlp_bias: whether these projections have one.
+        qk_norm: "head": RMS norm over each head's q and k; "full": over all heads together; "none".
+        attn_scale: multiplies q·k; None for head_dim ** -0.5.
+        attn_softcap, logits_softcap: x -> cap * tanh(x / cap); None for none.
+        embed_scale, residual_scale, logits_scale: multipliers (Granite, Gemma); 1 for none.
+        extra: what only one family needs; hashable values.
+    """
+
+    architecture: str
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    ffw_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm_eps: float
+    activation: str = "silu"
+    tie_embeddings: bool = False
+    rope: RopeConfig | None = None
+    local_rope: RopeConfig | None = None
+    rope_layers: tuple[bool, ...] | None = None
+    windows: tuple[int | None, ...] = ()
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str = "none"
+    attn_scale: float | None = None
+    attn_softcap: float | None = None
+    logits_softcap: float | None = None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
+    extra: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        positive = ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "max_positions")
+        for name in positive:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"the model's configuration has {name} = {value!r}; it must be a whole number from 1.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"the model's configuration has {self.num_heads} query heads, not a multiple of its "
+                f"{self.num_kv_heads} key/value heads."
+            )
+        if not self.windows:
+            object.__setattr__(self, "windows", (None,) * self.num_layers)
+        if len(self.windows) != self.num_layers:
+            raise ValueError(f"the model's configuration has {len(self.windows)} windows for {self.num_layers} layers.")
+
+    @property
+    def group(self) -> int:
+        """G: how many query heads read one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    def layer_rope(self, layer: int) -> RopeConfig | None:
+        """The rotary embedding of one layer, or None where it does not rotate."""
+        if self.rope_layers is not None and not self.rope_layers[layer]:
+            return None
+        return self.local_rope if self.local_rope and self.windows[layer] else self.rope
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A value of `extra`."""
+        return dict(self.extra).get(name, default)
+
+
+def from_hf(hf: Mapping[str, Any], **overrides: Any) -> ModelConfig:
+    """Reads the fields that most decoders share from a `config.json` dictionary.
+
+    Args:
+        hf: the (text part of the) dictionary.
+        overrides: fields of `ModelConfig` that the family reads in its own way; they win.
+    Raises:
+        ValueError: a missing field, or a value that is not supported, by name.
+    """
+    heads = need(hf, "num_attention_heads")
+    embed = need(hf, "hidden_size")
+    head_dim = hf.get("head_dim") or embed // heads
+    values: dict[str, Any] = {
+        "architecture": (hf.get("architectures") or ["?"])[0],
+        "vocab_size": need(hf, "vocab_size"),
+        "num_layers": need(hf, "num_hidden_layers"),
+        "embed_dim": embed,
+        "ffw_dim": hf.get("intermediate_size") or 0,
+        "num_heads": heads,
+        "num_kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "max_positions": hf.get("max_position_embeddings", 2048),
+        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "activation": hf.get("hidden_act") or hf.get("hidden_activation") or "silu",
+        "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
+    }
+    if "rope" not in overrides:
+        values["rope"] = rope_from_hf(hf, int(head_dim * partial_rotary(hf)))
+    values.update(overrides)
+    return ModelConfig(**values)
+
+
+def need(hf: Mapping[str, Any], name: str) -> Any:
+    """A field that must be there."""
+    if hf.get(name) is None:
+        raise ValueError(f"config.json has no {name!r}: it is not a complete model configuration.")
+    return hf[name]
+
+
+def partial_rotary(hf: Mapping[str, Any]) -> float:
+    """The rotated fraction of a head."""
+    parameters = hf.get("rope_parameters") or {}
+    return float(hf.get("partial_rotary_factor") or parameters.get("partial_rotary_factor") or 1.0)
+
+
+def rope_from_hf(
+    hf: Mapping[str, Any], dim: int, layer_type: str | None = None, theta: float | None = None
+) -> RopeConfig:
+    """Reads `rope_parameters` (new files) or `rope_theta` and `rope_scaling` (older ones).
+
+    Args:
+        dim: rotated dimensions of a head.
+        layer_type: picks one of the nested dictionaries where kinds of layers differ.
+        theta: the base, where the file keeps it under another name.
+    """
+    parameters = dict(hf.get("rope_parameters") or {})
+    if layer_type is not None and isinstance(parameters.get(layer_type), Mapping):
+        parameters = dict(parameters[layer_type])
+    scaling = {**(hf.get("rope_scaling") or {}), **parameters}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "su":
+        kind = "longrope"
+    supported = ("default", "linear", "llama3", "yarn", "longrope")
+    if kind not in supported:
+        raise ValueError(f"config.json: the rotary scaling {kind!r} is not supported; supported: {list(supported)}.")
+    theta = theta if theta is not None else scaling.get("rope_theta", hf.get("rope_theta", 10000.0))
+    max_positions = hf.get("max_position_embeddings", 2048)
+    original = scaling.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings")
+    factor = scaling.get("factor")
+    if kind == "longrope" and factor is None:
+        factor = max_positions / original if original else 1.0
+    plain = {
+        name: scaling[name]
+        for name in ("low_freq_factor", "high_freq_factor", "attention_factor", "truncate")
+        if scaling.get(name) is not None
+    }
+    return RopeConfig(
+        theta=float(theta),
+        dim=dim,
+        kind=kind,
+        factor=float(factor or 1.0),
+        original_max_positions=int(original or max_positions),
+        beta_fast=float(scaling.get("beta_fast") or 32.0),
+        beta_slow=float(scaling.get("beta_slow") or 1.0),
+        mscale=float(scaling.get("mscale") or 0.0),
+        mscale_all_dim=float(scaling.get("mscale_all_dim") or 0.0),
+        short_factor=tuple(scaling.get("short_factor") or ()),
+        long_factor=tuple(scaling.get("long_factor") or ()),
+        **plain,
+    )
+
+
+def windows_from_hf(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+    """Each layer's window from `layer_types` and `sliding_window`."""
+    window = hf.get("sliding_window")
+    types = hf.get("layer_types")
+    if not window:
+        return (None,) * num_layers
+    if types is None:
+        return (int(window),) * num_layers
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in types)

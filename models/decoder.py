@@ -1,0 +1,111 @@
+"""The frame that every decoder-only family shares: embed, layers, final norm, logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.api import KVCache
+from models.config import ModelConfig
+from models.layers import Attention, Build, Embedding, GatedMLP, Linear, RMSNorm, child_recipes, kv_spec
+from models.loading.names import Recipes, under
+from ops.paged_attention.batch import AttentionBatch, KVSpec
+
+
+class Layer(nnx.Module):
+    """The pre-norm block: x + attn(norm(x)), then x + mlp(norm(x))."""
+
+    names: ClassVar[dict[str, str]] = {
+        "attn_norm": "input_layernorm",
+        "attn": "self_attn",
+        "mlp_norm": "post_attention_layernorm",
+        "mlp": "mlp",
+    }
+
+    def __init__(self, config: ModelConfig, index: int, build: Build):
+        self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps)
+        self.attn = Attention(config, index, build)
+        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
+        self.mlp = GatedMLP(config, build)
+
+    def __call__(self, x_TD: jax.Array, batch: AttentionBatch, kv: Any) -> tuple[jax.Array, Any]:
+        attended_TD, kv = self.attn(self.attn_norm(x_TD), batch, kv)
+        x_TD = x_TD + attended_TD
+        return x_TD + self.mlp(self.mlp_norm(x_TD)), kv
+
+    def recipes(self, name: str) -> Recipes:
+        return child_recipes(self, self.names, name)
+
+
+class Decoder(nnx.Module):
+    """`models.api.CausalLM` over a list of layers; families differ in the layer they pass.
+
+    Args:
+        layer: (config, index, build) -> module with `(x_TD, batch, kv) -> (x_TD, kv)`.
+        norm: (width, eps) -> module; the final norm.
+    """
+
+    names: ClassVar[dict[str, str]] = {"embed": "model.embed_tokens", "norm": "model.norm"}
+    layer_name = "model.layers"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        build: Build,
+        layer: Callable[[ModelConfig, int, Build], nnx.Module] = Layer,
+        norm: Callable[[int, float], nnx.Module] = RMSNorm,
+    ):
+        self.config = config
+        self.compute_dtype = build.compute_dtype
+        self.embed = Embedding(config.vocab_size, config.embed_dim, build)
+        self.layers = nnx.List([layer(config, index, build) for index in range(config.num_layers)])
+        self.norm = norm(config.embed_dim, config.norm_eps)
+        axes = (build.axis("vocab", config.vocab_size), "embed")
+        untied = not config.tie_embeddings
+        self.head = Linear(config.embed_dim, config.vocab_size, build, axes) if untied else None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def kv_specs(self) -> tuple[KVSpec, ...]:
+        return tuple(kv_spec(self.config, layer) for layer in range(self.config.num_layers))
+
+    def forward(
+        self, tokens_T: jax.Array, batch: AttentionBatch, kv: KVCache | Sequence[Any]
+    ) -> tuple[jax.Array, KVCache]:
+        x_TD = self.embed_tokens(tokens_T, batch)
+        updated = []
+        for layer, layer_kv in zip(self.layers, kv, strict=True):
+            x_TD, layer_kv = layer(x_TD, batch, layer_kv)
+            updated.append(layer_kv)
+        return self.norm(x_TD), tuple(updated)
+
+    def embed_tokens(self, tokens_T: jax.Array, batch: AttentionBatch) -> jax.Array:
+        """The residual stream's start, x_TD. Families with learned positions add them here."""
+        x_TD = self.embed(tokens_T, self.compute_dtype)
+        return x_TD if self.config.embed_scale == 1.0 else x_TD * self.config.embed_scale
+
+    def logits(self, hidden_RD: jax.Array) -> jax.Array:
+        if self.head is None:
+            logits_RV = self.embed.logits(hidden_RD)
+        else:
+            logits_RV = self.head(hidden_RD, out_dtype=jnp.float32)
+        if self.config.logits_scale != 1.0:
+            logits_RV = logits_RV * self.config.logits_scale
+        cap = self.config.logits_softcap
+        return logits_RV if cap is None else cap * jnp.tanh(logits_RV / cap)
+
+    def recipes(self) -> Recipes:
+        """How every parameter is made, by its path."""
+        recipes = child_recipes(self, self.names, "")
+        if self.head is not None:
+            recipes |= under("head", self.head.recipes("lm_head"))
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            recipes |= under(f"layers.{index}", layer.recipes(f"{self.layer_name}.{index}"))
+        return recipes

@@ -1,0 +1,39 @@
+"""Models with random weights: for tests and for timing shapes without a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models import registry
+from models.config import ModelConfig
+from models.layers import Build
+from models.loading.load import parameters_of
+from sharding.rules import to_sharding
+
+
+def random_model(config: ModelConfig, build: Build | None = None, seed: int = 0) -> Any:
+    """A model of `config.architecture` whose matrices are normal with variance 1 / fan-in, norm scales 1, biases 0.
+
+    Raises:
+        ValueError: the registry does not know the architecture.
+    """
+    build = build or Build(max_model_len=config.max_positions)
+    model = registry.find(config.architecture).build(config, build)
+    for index, (path, parameter) in enumerate(parameters_of(model)):
+        target = parameter.get_value()
+        if path.endswith("scale"):
+            value = jnp.ones(target.shape, target.dtype)
+        elif path.endswith("bias"):
+            value = jnp.zeros(target.shape, target.dtype)
+        else:
+            key = jax.random.fold_in(jax.random.key(seed), index)
+            value = (jax.random.normal(key, target.shape) * target.shape[-1] ** -0.5).astype(target.dtype)
+        if build.mesh is not None:
+            value = jax.device_put(
+                value, to_sharding(build.mesh, parameter.get_metadata()["logical_axes"], build.rules)
+            )
+        parameter.set_value(value)
+    return model

@@ -1,0 +1,30 @@
+"""What the registry knows of one family of architectures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """An architecture that can be loaded and served.
+
+    Attributes:
+        name: for people.
+        architectures: `architectures` entries of config.json.
+        gguf: `general.architecture` values of GGUF files.
+        config: reads a config.json dictionary (for GGUF: the equivalent one made from its metadata).
+        build: (config, Build) -> the module, its parameters still abstract.
+        ignore: regular expressions for tensor names that checkpoints of this family carry without need.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    config: Callable[[Mapping[str, Any]], ModelConfig]
+    build: Callable[..., Any]
+    gguf: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()

@@ -1,0 +1,240 @@
+"""The parts that models are built from. Weights are `[out, in]`; parameters carry the logical axes they shard by.
+
+Modules are constructed abstractly: a parameter starts as a `jax.ShapeDtypeStruct`, and a loader puts the array there.
+`recipes(name)` says from which checkpoint tensors, `name` being the module's in Hugging Face's naming.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from models.config import ModelConfig, RopeConfig
+from models.loading import names
+from models.loading.names import Recipe, Recipes, one
+from models.rotary import frequencies
+from ops.activation import activation
+from ops.linear import embed, linear
+from ops.norm import layer_norm, rms_norm
+from ops.paged_attention import attend
+from ops.paged_attention.batch import AttentionBatch, KVSpec
+from ops.rope import rope
+from sharding.rules import DEFAULT_RULES, ShardingRules, num_shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """How a network is put on devices; what it computes is `ModelConfig`'s.
+
+    Attributes:
+        dtype: of the weights; norm scales and biases are always float32.
+        compute_dtype: of activations. float32 on CPU, where a bf16 result costs a pass.
+        mesh: None for one device.
+        max_model_len: the longest context to serve, tokens.
+    """
+
+    dtype: Any = jnp.float32
+    compute_dtype: Any = jnp.float32
+    mesh: Mesh | None = None
+    rules: ShardingRules = DEFAULT_RULES
+    max_model_len: int = 2048
+
+    def shards(self, logical: str, count: int) -> int:
+        """Into how many pieces `count` things along a logical axis are cut: 1 where they cannot be cut evenly."""
+        shards = num_shards(self.mesh, logical, self.rules)
+        return shards if count % shards == 0 else 1
+
+    def axis(self, logical: str, count: int) -> str | None:
+        """`logical` where its `count` things can be cut evenly, else None: every device has them all."""
+        return logical if count % num_shards(self.mesh, logical, self.rules) == 0 else None
+
+
+class Weight(nnx.Param):
+    """A parameter that a loader fills: `logical_axes` (metadata) says how it is sharded."""
+
+
+def weight(shape: tuple[int, ...], dtype: Any, logical_axes: tuple[str | None, ...]) -> Weight:
+    """A parameter that has no value yet."""
+    return Weight(jax.ShapeDtypeStruct(shape, dtype), logical_axes=logical_axes)
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b. `weight` is dense [O, I] or a quantized pytree: `ops.linear` dispatches on its type."""
+
+    def __init__(
+        self, inputs: int, outputs: int, build: Build, axes: tuple[str | None, str | None], bias: bool = False
+    ):
+        self.weight = weight((outputs, inputs), build.dtype, axes)
+        self.bias = weight((outputs,), jnp.float32, axes[:1]) if bias else None
+
+    def __call__(self, x_TI: jax.Array, out_dtype: Any = None) -> jax.Array:
+        return linear(x_TI, self.weight.get_value(), None if self.bias is None else self.bias[...], out_dtype=out_dtype)
+
+    def recipes(self, name: str) -> Recipes:
+        shape = self.weight.shape
+        recipes = {"weight": one(f"{name}.weight", *shape)}
+        if self.bias is not None:
+            recipes["bias"] = one(f"{name}.bias", shape[0])
+        return recipes
+
+
+class Embedding(nnx.Module):
+    """The token table [V, D]; with tied embeddings also the output projection."""
+
+    def __init__(self, rows: int, width: int, build: Build):
+        self.weight = weight((rows, width), build.dtype, (build.axis("vocab", rows), "embed"))
+
+    def __call__(self, tokens_T: jax.Array, dtype: Any) -> jax.Array:
+        return embed(self.weight.get_value(), tokens_T, dtype)
+
+    def logits(self, hidden_RD: jax.Array) -> jax.Array:
+        """hidden · table: float32 logits_RV."""
+        return linear(hidden_RD, self.weight.get_value(), out_dtype=jnp.float32)
+
+    def recipes(self, name: str) -> Recipes:
+        return {"weight": one(f"{name}.weight", *self.weight.shape)}
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm with a float32 scale."""
+
+    def __init__(self, width: int, eps: float):
+        self.eps = eps
+        self.scale = weight((width,), jnp.float32, (None,))
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        return rms_norm(x_TD, self.scale[...], self.eps)
+
+    def recipes(self, name: str) -> Recipes:
+        return {"scale": one(f"{name}.weight", *self.scale.shape)}
+
+
+class LayerNorm(nnx.Module):
+    """Mean-and-variance norm with float32 scale and bias."""
+
+    def __init__(self, width: int, eps: float):
+        self.eps = eps
+        self.scale = weight((width,), jnp.float32, (None,))
+        self.bias = weight((width,), jnp.float32, (None,))
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        return layer_norm(x_TD, self.scale[...], self.bias[...], self.eps)
+
+    def recipes(self, name: str) -> Recipes:
+        return {"scale": one(f"{name}.weight", *self.scale.shape), "bias": one(f"{name}.bias", *self.bias.shape)}
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention over pages.
+
+    q, k and v are one projection, laid out per KV head: its G query heads, then its k, then its v. So cutting the rows
+    into `model` pieces gives each device whole KV heads with the query heads that read them, and the product's result
+    reshapes to [T, K, G + 2, h].
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, build: Build):
+        K, G, h, D = config.num_kv_heads, config.group, config.head_dim, config.embed_dim
+        axis = build.axis("kv_heads", K)
+        self.heads = (K, G, h)
+        self.qkv = Linear(D, K * (G + 2) * h, build, (axis, "embed"), bias=config.qkv_bias)
+        self.out = Linear(K * G * h, D, build, ("embed", axis), bias=config.out_bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm != "none":
+            per_head = config.qk_norm == "head"
+            self.q_norm = RMSNorm(h if per_head else K * G * h, config.norm_eps)
+            self.k_norm = RMSNorm(h if per_head else K * h, config.norm_eps)
+        rotary = config.layer_rope(layer)
+        self.rope = None if rotary is None else (rotary, build.max_model_len)
+        self.scale = h**-0.5 if config.attn_scale is None else config.attn_scale
+        self.window, self.softcap = config.windows[layer], config.attn_softcap
+
+    def __call__(self, x_TD: jax.Array, batch: AttentionBatch, kv: Any) -> tuple[jax.Array, Any]:
+        T, (K, G, h) = x_TD.shape[0], self.heads
+        qkv_TKgh = self.qkv(x_TD).reshape(T, K, G + 2, h)
+        q_TKGh, k_TKh, v_TKh = qkv_TKgh[:, :, :G], qkv_TKgh[:, :, G], qkv_TKgh[:, :, G + 1]
+        if self.qk_norm == "head":
+            q_TKGh, k_TKh = self.q_norm(q_TKGh), self.k_norm(k_TKh)
+        elif self.qk_norm == "full":
+            q_TKGh = self.q_norm(q_TKGh.reshape(T, -1)).reshape(q_TKGh.shape)
+            k_TKh = self.k_norm(k_TKh.reshape(T, -1)).reshape(k_TKh.shape)
+        if self.rope is not None:
+            inv_freq, factor = _frequencies(*self.rope)
+            q_TKGh = rope(q_TKGh, batch.positions_T, inv_freq, factor)
+            k_TKh = rope(k_TKh, batch.positions_T, inv_freq, factor)
+        out_TKGh, kv = attend(
+            q_TKGh, k_TKh, v_TKh, kv, batch, scale=self.scale, window=self.window, softcap=self.softcap
+        )
+        return self.out(out_TKGh.reshape(T, K * G * h)), kv
+
+    def recipes(self, name: str) -> Recipes:
+        K, G, h = self.heads
+        sources = [f"{name}.{part}_proj" for part in "qkv"]
+        rows = (K * G * h, K * h, K * h)
+        fuse = names.interleave_heads(K, G)
+        D = self.qkv.weight.shape[1]
+        weights = names.pieces([f"{source}.weight" for source in sources], *((n, D) for n in rows))
+        recipes = {"qkv.weight": Recipe(weights, fuse)}
+        if self.qkv.bias is not None:
+            biases = names.pieces([f"{source}.bias" for source in sources], *((n,) for n in rows))
+            recipes["qkv.bias"] = Recipe(biases, fuse)
+        recipes |= names.under("out", self.out.recipes(f"{name}.o_proj"))
+        if self.qk_norm != "none":
+            recipes |= names.under("q_norm", self.q_norm.recipes(f"{name}.q_norm"))
+            recipes |= names.under("k_norm", self.k_norm.recipes(f"{name}.k_norm"))
+        return recipes
+
+
+class GatedMLP(nnx.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202).
+
+    gate and up are one projection with rows [S, 2, F / S], S the number of `model` shards: each device's piece is
+    then its part of the gate followed by the same part of up.
+    """
+
+    def __init__(self, config: ModelConfig, build: Build, ffw_dim: int | None = None):
+        D, F = config.embed_dim, ffw_dim or config.ffw_dim
+        axis = build.axis("ffw", F)
+        self.shards = build.shards("ffw", F)
+        self.activation = config.activation
+        self.gate_up = Linear(D, 2 * F, build, (axis, "embed"), bias=config.mlp_bias)
+        self.down = Linear(F, D, build, ("embed", axis), bias=config.mlp_bias)
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        T = x_TD.shape[0]
+        gate_up = self.gate_up(x_TD).reshape(T, self.shards, 2, -1)
+        hidden = activation(self.activation)(gate_up[:, :, 0]) * gate_up[:, :, 1]
+        return self.down(hidden.reshape(T, -1))
+
+    def recipes(self, name: str) -> Recipes:
+        F, D = self.down.weight.shape[1], self.down.weight.shape[0]
+        fuse = names.interleave_shards(self.shards)
+        sources = (f"{name}.gate_proj", f"{name}.up_proj")
+        recipes = {"gate_up.weight": Recipe(names.pieces([f"{s}.weight" for s in sources], (F, D), (F, D)), fuse)}
+        if self.gate_up.bias is not None:
+            recipes["gate_up.bias"] = Recipe(names.pieces([f"{s}.bias" for s in sources], (F,), (F,)), fuse)
+        return recipes | names.under("down", self.down.recipes(f"{name}.down_proj"))
+
+
+def child_recipes(module: nnx.Module, children: dict[str, str], name: str) -> Recipes:
+    """The recipes of a module's children: attribute -> name below the module's own."""
+    recipes: Recipes = {}
+    for attribute, child in children.items():
+        recipes |= names.under(attribute, getattr(module, attribute).recipes(f"{name}.{child}" if name else child))
+    return recipes
+
+
+def kv_spec(config: ModelConfig, layer: int) -> KVSpec:
+    """What an `Attention` layer keeps for each position."""
+    return KVSpec(config.num_kv_heads, config.head_dim, config.head_dim, config.windows[layer])
+
+
+@functools.lru_cache(maxsize=64)
+def _frequencies(rotary: RopeConfig, max_model_len: int) -> tuple[Any, float]:
+    """Computed on the host once for all layers that share them."""
+    return frequencies(rotary, max_model_len)

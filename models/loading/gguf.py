@@ -1,0 +1,214 @@
+"""GGUF files (the format of llama.cpp and ggml): metadata and tensors in one file, weights usually quantized in blocks.
+
+The header is parsed here rather than by `gguf.GGUFReader`, which takes 2 to 10 s for one (it makes several arrays for
+each of some 10^5 tokens; this takes 0.1 to 0.5 s), and every offset is checked against the file's size.
+Block formats are decoded by `gguf.quants`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import struct
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+
+_SCALARS = {
+    0: np.dtype("<u1"), 1: np.dtype("<i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
+    5: np.dtype("<i4"), 6: np.dtype("<f4"), 7: np.dtype("?"), 10: np.dtype("<u8"), 11: np.dtype("<i8"),
+    12: np.dtype("<f8"),
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+_PLAIN = {
+    gguf.GGMLQuantizationType.F32: np.dtype("<f4"),
+    gguf.GGMLQuantizationType.F16: np.dtype("<f2"),
+    gguf.GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
+    gguf.GGMLQuantizationType.F64: np.dtype("<f8"),
+}
+_GROUP_BYTES = 1 << 20  # blocks decoded at once: their float32 temporaries stay in cache
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is: numpy's shape (slowest axis first), block type, offset in bytes from the file's start."""
+
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    offset: int
+    num_bytes: int
+
+
+class GGUFFile:
+    """Metadata and tensors of one file.
+
+    Attributes:
+        metadata: scalars, strings, lists of strings, or numpy arrays, by key.
+        tensors: by GGUF's name.
+    Raises:
+        ValueError: not a GGUF file, damaged, or truncated.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._size = path.stat().st_size
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        try:
+            self._data = np.memmap(path, mode="r", dtype=np.uint8)
+            self._parse(memoryview(self._data))  # pyright: ignore[reportArgumentType]
+        except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:
+            raise ValueError(f"{path} is a damaged or truncated GGUF file: {error}.") from None
+
+    def _parse(self, data: memoryview) -> None:
+        if bytes(data[:4]) != b"GGUF":
+            raise ValueError(f"{self.path} is not a GGUF file: it does not start with 'GGUF'.")
+        version, num_tensors, num_keys = struct.unpack_from("<IQQ", data, 4)
+        if version not in (2, 3):
+            raise ValueError(f"{self.path} is GGUF version {version}; versions 2 and 3 are supported.")
+        position = 24
+        for _ in range(num_keys):
+            key, position = self._string(data, position)
+            (kind,) = struct.unpack_from("<I", data, position)
+            self.metadata[key], position = self._value(data, position + 4, kind, key)
+        placed: list[tuple[str, tuple[int, ...], int, int]] = []
+        for _ in range(num_tensors):
+            name, position = self._string(data, position)
+            (num_dims,) = struct.unpack_from("<I", data, position)
+            if num_dims > 8:
+                raise ValueError(f"{self.path}: tensor {name!r} claims {num_dims} dimensions: the file is damaged.")
+            shape = struct.unpack_from(f"<{num_dims}Q", data, position + 4)
+            kind, offset = struct.unpack_from("<IQ", data, position + 4 + 8 * num_dims)
+            position += 16 + 8 * num_dims
+            placed.append((name, shape[::-1], kind, offset))
+        alignment = int(self.metadata.get("general.alignment", 32)) or 32
+        start = -(-position // alignment) * alignment
+        for name, shape, kind, offset in placed:
+            self.tensors[name] = self._tensor(name, shape, kind, start + offset)
+
+    def _tensor(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> TensorInfo:
+        try:
+            block_type = gguf.GGMLQuantizationType(kind)
+            block, block_bytes = gguf.GGML_QUANT_SIZES[block_type]
+        except (ValueError, KeyError):
+            raise ValueError(f"{self.path}: tensor {name!r} has the unknown block type {kind}.") from None
+        elements = math.prod(shape)
+        if elements % block or (shape and shape[-1] % block):
+            raise ValueError(f"{self.path}: tensor {name!r} {list(shape)} does not fill blocks of {block}.")
+        num_bytes = elements // block * block_bytes
+        if offset + num_bytes > self._size:
+            raise ValueError(
+                f"{self.path} is truncated: tensor {name!r} ends at byte {offset + num_bytes}, the file has {self._size}."
+            )
+        return TensorInfo(shape, block_type, offset, num_bytes)
+
+    def _string(self, data: memoryview, position: int) -> tuple[str, int]:
+        (length,) = struct.unpack_from("<Q", data, position)
+        position += 8
+        if length > self._size - position:
+            raise ValueError(
+                f"{self.path} is truncated: a string of {length} bytes at byte {position} of {self._size}."
+            )
+        # Vocabularies hold tokens that are not whole UTF-8 sequences; surrogates keep their bytes.
+        return str(data[position : position + length], "utf-8", "surrogateescape"), position + length
+
+    def _value(self, data: memoryview, position: int, kind: int, key: str) -> tuple[Any, int]:
+        if kind == _STRING:
+            return self._string(data, position)
+        if kind == _ARRAY:
+            item, count = struct.unpack_from("<IQ", data, position)
+            position += 12
+            if item == _STRING:
+                texts = []
+                for _ in range(count):
+                    text, position = self._string(data, position)
+                    texts.append(text)
+                return texts, position
+            if item in _SCALARS:
+                num_bytes = count * _SCALARS[item].itemsize
+                if num_bytes > self._size - position:
+                    raise ValueError(f"{self.path} is truncated in the metadata array {key!r}.")
+                return np.frombuffer(data, _SCALARS[item], count, position), position + num_bytes
+        if kind in _SCALARS:
+            value = np.frombuffer(data, _SCALARS[kind], 1, position) if position < self._size else None
+            if value is None:
+                raise ValueError(f"{self.path} is truncated in the metadata of {key!r}.")
+            return value[0].item(), position + _SCALARS[kind].itemsize
+        raise ValueError(f"{self.path}: the metadata {key!r} has the unknown type {kind}.")
+
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        """A tensor's values; `index` reads one entry of the first axis. Quantized blocks come out as float32."""
+        info = self.tensors[name]
+        shape, start, num_bytes = info.shape, info.offset, info.num_bytes
+        if index is not None:
+            num_bytes //= shape[0]
+            start, shape = start + index * num_bytes, shape[1:]
+        raw = self._data[start : start + num_bytes]
+        if info.kind in _PLAIN:
+            return raw.view(_PLAIN[info.kind]).reshape(shape)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]
+        group = max(1, _GROUP_BYTES // (4 * block)) * block_bytes
+        out = np.empty(math.prod(shape), np.float32)
+        for first in range(0, num_bytes, group):
+            blocks = raw[first : first + group].reshape(1, -1)
+            begin = first // block_bytes * block
+            values = gguf.quants.dequantize(blocks, info.kind).reshape(-1)
+            out[begin : begin + values.size] = values
+        return out.reshape(shape)
+
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+class GGUFCheckpoint:
+    """A GGUF file's tensors by Hugging Face's names, with the transforms of the GGUF converter undone.
+
+    Args:
+        file: the file.
+        rotated_pairs: heads of q and k whose rows were permuted for interleaved rotary pairs: (query heads, key heads),
+            or None where the converter leaves them.
+    """
+
+    def __init__(self, file: GGUFFile, architecture: str, num_layers: int, rotated_pairs: tuple[int, int] | None):
+        kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        self.file = file
+        self._table = gguf.get_tensor_name_map(kinds[architecture], num_layers)
+        self._rotated_pairs = rotated_pairs
+
+    @property
+    def own_names(self) -> Collection[str]:
+        return self.file.tensors.keys()
+
+    def locate(self, name: str) -> str | None:
+        own = self._table.get_name(_EXPERT.sub(".experts.", name), try_suffixes=(".weight", ".bias"))
+        return own if own in self.file.tensors else None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        own = self.locate(name)
+        assert own is not None
+        shape = self.file.tensors[own].shape
+        return shape[1:] if _EXPERT.search(name) else shape
+
+    def read(self, name: str) -> np.ndarray:
+        own = self.locate(name)
+        assert own is not None
+        expert = _EXPERT.search(name)
+        values = self.file.read(own, int(expert.group(1)) if expert else None)
+        if self._rotated_pairs is not None:
+            queries, keys = self._rotated_pairs
+            if ".q_proj." in name:
+                return half_split_rows(values, queries)
+            if ".k_proj." in name:
+                return half_split_rows(values, keys)
+        return values
+
+
+def half_split_rows(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes GGUF's interleaving of each head's rows: pairs (2i, 2i + 1) go back to (i, i + h / 2)."""
+    rest = rows.shape[1:]
+    return rows.reshape(heads, -1, 2, *rest).swapaxes(1, 2).reshape(rows.shape)

@@ -1,0 +1,126 @@
+"""From GGUF metadata to the equivalent `config.json` dictionary, so that each family reads one format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from models.loading.gguf import GGUFFile
+
+INTERLEAVED = ("llama", "granite", "granitemoe", "smollm3", "mistral3", "arcee")
+"""Architectures whose GGUF converter permutes the rows of q and k for interleaved rotary pairs."""
+
+
+def config_dict(file: GGUFFile, architecture: str) -> dict[str, Any]:
+    """The `config.json` dictionary that says the same as the file's metadata.
+
+    Args:
+        architecture: the `architectures` entry of the family that the file belongs to.
+    Raises:
+        ValueError: the metadata lacks a field.
+    """
+    metadata, arch = file.metadata, file.metadata["general.architecture"]
+
+    def get(key: str, default: Any = None) -> Any:
+        value = metadata.get(f"{arch}.{key}", default)
+        return _settled(value) if isinstance(value, np.ndarray) else value
+
+    def need(key: str) -> Any:
+        value = get(key)
+        if value is None:
+            raise ValueError(f"{file.path}: the metadata has no {arch}.{key}.")
+        return value
+
+    table = file.tensors.get("token_embd.weight")
+    if table is None:
+        raise ValueError(f"{file.path} has no tensor 'token_embd.weight': it holds no language model.")
+    heads = need("attention.head_count")
+    config = {
+        "architectures": [architecture],
+        "vocab_size": table.shape[0],
+        "num_hidden_layers": need("block_count"),
+        "hidden_size": need("embedding_length"),
+        "intermediate_size": get("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": get("attention.key_length"),
+        "max_position_embeddings": get("context_length", 2048),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "layer_norm_eps": get("attention.layer_norm_epsilon"),
+        "rope_theta": get("rope.freq_base", 10000.0),
+        "sliding_window": get("attention.sliding_window"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
+    }
+    rotary = get("rope.dimension_count")
+    head_dim = config["head_dim"] or config["hidden_size"] // heads
+    if rotary and rotary != head_dim:
+        config["partial_rotary_factor"] = rotary / head_dim
+    config["rope_scaling"] = _rope_scaling(file, get)
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def rotated_pairs(config: Mapping[str, Any], arch: str) -> tuple[int, int] | None:
+    """(query heads, key heads) whose rows the converter permuted, or None."""
+    if arch not in INTERLEAVED:
+        return None
+    return config["num_attention_heads"], config["num_key_value_heads"]
+
+
+def generation_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What `generation_config.json` would say: token ids that begin and end, and sampling defaults."""
+    eos = [
+        int(metadata[f"tokenizer.ggml.{name}_token_id"])
+        for name in ("eos", "eot", "eom")
+        if f"tokenizer.ggml.{name}_token_id" in metadata
+    ]
+    defaults: dict[str, Any] = {}
+    if eos:
+        defaults["eos_token_id"] = eos[0] if len(eos) == 1 else list(dict.fromkeys(eos))
+    if "tokenizer.ggml.bos_token_id" in metadata:
+        defaults["bos_token_id"] = int(metadata["tokenizer.ggml.bos_token_id"])
+    for ours, theirs in (("temperature", "temp"), ("top_k", "top_k"), ("top_p", "top_p"), ("min_p", "min_p")):
+        value = metadata.get(f"general.sampling.{theirs}")
+        if value is not None:
+            defaults[ours] = value
+    return defaults
+
+
+def _settled(values: np.ndarray) -> Any:
+    """A per-layer array as one number where all layers agree."""
+    unique = np.unique(values)
+    return unique[0].item() if unique.size == 1 else values.tolist()
+
+
+def _rope_scaling(file: GGUFFile, get: Any) -> dict[str, Any] | None:
+    for name in ("rope_freqs.weight", "rope_factors_long.weight"):
+        if name in file.tensors:
+            long = file.read(name).astype(np.float32).tolist()
+            short = "rope_factors_short.weight"
+            scaling: dict[str, Any] = {
+                "rope_type": "longrope",
+                "long_factor": long,
+                "short_factor": file.read(short).astype(np.float32).tolist() if short in file.tensors else long,
+            }
+            original = get("rope.scaling.original_context_length")
+            if original:
+                scaling["original_max_position_embeddings"] = original
+            # Llama 3.1's divisors come without a factor on cos and sin; Phi's with one, which the file states.
+            scaling["attention_factor"] = get("rope.scaling.attn_factor", 1.0)
+            return scaling
+    kind = get("rope.scaling.type")
+    factor = get("rope.scaling.factor")
+    if kind in (None, "none") or not factor:
+        return None
+    scaling = {"rope_type": kind, "factor": factor}
+    original = get("rope.scaling.original_context_length")
+    if original:
+        scaling["original_max_position_embeddings"] = original
+    if kind == "yarn":
+        scaling["beta_fast"] = get("rope.scaling.yarn_beta_fast")
+        scaling["beta_slow"] = get("rope.scaling.yarn_beta_slow")
+        scaling["truncate"] = get("rope.scaling.yarn_truncate")
+    return {name: value for name, value in scaling.items() if value is not None}

@@ -1,0 +1,257 @@
+"""From a checkpoint to a module whose parameters are on the devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from tqdm import tqdm
+
+from models import registry
+from models.family import Family
+from models.layers import Build, Embedding, Linear, Weight
+from models.loading import gguf_config
+from models.loading.checkpoint import Checkpoint
+from models.loading.default_model import MODEL_ID, RECORDED_NAME
+from models.loading.gguf import GGUFCheckpoint, GGUFFile
+from models.loading.names import Recipe, Recipes
+from models.loading.safetensors import SafetensorsCheckpoint
+from models.loading.source import ModelSource, resolve
+from ops.linear import quantize
+from sharding.rules import to_sharding
+
+__all__ = ["LoadedModel", "ModelSource", "load_model", "resolve"]
+
+IGNORED = (r"\.rotary_emb\.inv_freq$", r"^rope_(freqs|factors_(long|short))\.weight$", r"\.attention\.(masked_)?bias$")
+"""Tensors of any checkpoint that hold no weights: tables that are computed or read with the configuration."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model on its devices.
+
+    Attributes:
+        model: an `nnx.Module` that is a `models.api.CausalLM`.
+        config: its `ModelConfig`.
+        model_id: its own name.
+        generation_config: what its authors say of sampling and of the token ids that begin and end; may be empty.
+        source: where it came from (the tokenizer is there too).
+    """
+
+    model: Any
+    config: Any
+    model_id: str
+    generation_config: dict[str, Any]
+    source: ModelSource
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose headers have been read."""
+
+    family: Family
+    hf_config: dict[str, Any]
+    checkpoint: Checkpoint
+    model_id: str
+    generation_config: dict[str, Any]
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    quantization: str | None = None,
+    max_model_len: int | None = None,
+    progress: bool = True,
+) -> LoadedModel:
+    """Loads a checkpoint tensor by tensor; the host never holds more than a few of them.
+
+    Args:
+        dtype: of the weights. Activations have it too, except on CPU, where they are float32.
+        mesh: where the weights go; None for the default device.
+        quantization: a scheme of `ops.linear.quantize` for every Linear; None keeps `dtype`.
+        max_model_len: the longest context to serve; None for what the checkpoint claims.
+        progress: show a bar.
+    Raises:
+        ValueError: an unsupported architecture, a damaged file, or a missing, extra or wrongly shaped tensor, by name.
+    """
+    opened = open_checkpoint(source)
+    config = opened.family.config(opened.hf_config)
+    on_cpu = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform == "cpu"
+    build = Build(
+        dtype=jnp.dtype(dtype),
+        compute_dtype=jnp.float32 if on_cpu else jnp.dtype(dtype),
+        mesh=mesh,
+        max_model_len=max_model_len or config.max_positions,
+    )
+    model = opened.family.build(config, build)
+    fill(model, opened.checkpoint, build, ignore=opened.family.ignore, quantization=quantization, progress=progress)
+    return LoadedModel(model, config, opened.model_id, opened.generation_config, source)
+
+
+def open_checkpoint(source: ModelSource) -> Opened:
+    """Reads a checkpoint's configuration and headers, and finds its family."""
+    if source.kind == "gguf":
+        return _open_gguf(source)
+    if source.kind == "hf":
+        return _open_hf(source)
+    raise ValueError(f"{source.path}: checkpoints of kind {source.kind!r} cannot be opened.")
+
+
+def _open_gguf(source: ModelSource) -> Opened:
+    file = GGUFFile(source.path)
+    arch = file.metadata.get("general.architecture")
+    if not isinstance(arch, str):
+        raise ValueError(f"{source.path}: the metadata has no general.architecture.")
+    family = registry.find_gguf(arch)
+    hf = gguf_config.config_dict(file, family.architectures[0])
+    pairs = gguf_config.rotated_pairs(hf, arch)
+    checkpoint = GGUFCheckpoint(file, arch, hf["num_hidden_layers"], pairs)
+    recorded = str(file.metadata.get("general.name") or source.path.stem)
+    name = MODEL_ID if recorded == RECORDED_NAME else recorded.replace(" ", "-")
+    return Opened(family, hf, checkpoint, source.name or name, gguf_config.generation_defaults(file.metadata))
+
+
+def _open_hf(source: ModelSource) -> Opened:
+    hf = read_json(source.path / "config.json")
+    architectures = hf.get("architectures") or []
+    if not architectures:
+        raise ValueError(f"{source.path / 'config.json'} names no architecture (its `architectures` is empty).")
+    family = registry.find(architectures[0])
+    text = hf.get("text_config")
+    if isinstance(text, Mapping) and "num_hidden_layers" not in hf:
+        hf = {**hf, **text, "architectures": architectures}
+    generation = {name: hf[name] for name in ("eos_token_id", "bos_token_id") if hf.get(name) is not None}
+    if (source.path / "generation_config.json").exists():
+        generation |= read_json(source.path / "generation_config.json")
+    checkpoint = SafetensorsCheckpoint(source.path)
+    return Opened(family, hf, checkpoint, source.name or source.path.name, generation)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object.")
+    return value
+
+
+def fill(
+    model: Any,
+    checkpoint: Checkpoint,
+    build: Build,
+    *,
+    ignore: tuple[str, ...] = (),
+    quantization: str | None = None,
+    progress: bool = True,
+) -> None:
+    """Puts every parameter of an abstract model on its devices.
+
+    Raises:
+        ValueError: as `load_model`; all tensors are checked before the first is read.
+    """
+    recipes: Recipes = model.recipes()
+    parameters = dict(parameters_of(model))
+    assert recipes.keys() == parameters.keys(), f"recipes do not match: {recipes.keys() ^ parameters.keys()}"
+    _check(
+        recipes, checkpoint, (*IGNORED, *ignore, *(() if model.head is not None else (r"^(lm_head|output)\.weight$",)))
+    )
+    quantized = set(quantizable(model)) if quantization else set()
+    total = sum(int(np.prod(parameter.get_value().shape)) for parameter in parameters.values())
+    bar = tqdm(total=total, unit=" weights", unit_scale=True, desc="Loading", disable=not progress)
+    with bar:
+        for path, host in _read_ahead(recipes, checkpoint):
+            parameter = parameters[path]
+            target = parameter.get_value()
+            value = place(host.reshape(target.shape), target.dtype, parameter, build)
+            parameter.set_value(quantize(value, quantization) if path in quantized else value)
+            bar.update(host.size)
+
+
+def parameters_of(model: nnx.Module) -> Iterator[tuple[str, Weight]]:
+    """(path, parameter) of every parameter, paths as in recipes."""
+    for path, _ in nnx.to_flat_state(nnx.state(model, Weight)):
+        yield ".".join(map(str, path)), _at(model, path)
+
+
+def _at(node: Any, path: tuple[Any, ...]) -> Any:
+    for part in path:
+        node = node[part] if isinstance(part, int) else getattr(node, part)
+    return node
+
+
+def quantizable(model: nnx.Module) -> Iterator[str]:
+    """Paths of the weights that a quantization scheme applies to: those of Linears and of a tied embedding."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear) or (isinstance(module, Embedding) and getattr(model, "head", None) is None):
+            yield ".".join(map(str, (*path, "weight")))
+
+
+def _check(recipes: Recipes, checkpoint: Checkpoint, ignore: tuple[str, ...]) -> None:
+    used: set[str] = set()
+    for path, recipe in recipes.items():
+        for piece in recipe.pieces:
+            own = checkpoint.locate(piece.name)
+            if own is None:
+                raise ValueError(f"the checkpoint has no tensor {piece.name!r}, which the parameter {path} needs.")
+            found = checkpoint.shape(piece.name)
+            if tuple(found) != tuple(piece.shape):
+                raise ValueError(
+                    f"the tensor {own!r} has the shape {list(found)}; the configuration calls for {list(piece.shape)}."
+                )
+            used.add(own)
+    extra = sorted(name for name in checkpoint.own_names if name not in used)
+    extra = [name for name in extra if not any(re.search(pattern, name) for pattern in ignore)]
+    if extra:
+        more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
+        raise ValueError(
+            f"the checkpoint has tensors that the configuration has no place for: {', '.join(extra[:3])}{more}."
+        )
+
+
+def _read_ahead(recipes: Recipes, checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, assembled array), two in the making at any time: decoding overlaps with the transfer."""
+
+    def make(recipe: Recipe) -> np.ndarray:
+        arrays = [checkpoint.read(piece.name) for piece in recipe.pieces]
+        assemble: Callable[..., np.ndarray] = recipe.assemble or (lambda array: array)
+        return assemble(*arrays)
+
+    with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
+        pending: list[tuple[str, Any]] = []
+        for path, recipe in recipes.items():
+            pending.append((path, pool.submit(make, recipe)))
+            if len(pending) > 2:
+                done, future = pending.pop(0)
+                yield done, future.result()
+        for done, future in pending:
+            yield done, future.result()
+
+
+def place(host: np.ndarray, dtype: Any, parameter: Weight, build: Build) -> jax.Array:
+    """One array to its devices, sharded by the parameter's logical axes, as `dtype`."""
+    axes = parameter.get_metadata()["logical_axes"]
+    if build.mesh is None:
+        # A copy: on CPU device_put may alias host memory, and that may be the mapped file.
+        return jnp.array(host, copy=True).astype(dtype)
+    sharding: NamedSharding = to_sharding(build.mesh, axes, build.rules)
+    array = jax.make_array_from_callback(host.shape, sharding, lambda index: np.ascontiguousarray(host[index]))
+    return array.astype(dtype)

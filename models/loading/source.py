@@ -1,0 +1,73 @@
+"""What `--model` may be, and where it leads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from models.loading import hub
+from models.loading.default_model import MODEL_ID, default_model
+
+Kind = Literal["gguf", "hf", "orbax"]
+MANIFEST = "jaxserve.json"
+"""Names a directory as an Orbax checkpoint of ours."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint on this machine.
+
+    Attributes:
+        kind: "gguf" (a file), "hf" (config.json and safetensors) or "orbax" (a directory that we wrote).
+        path: the file or directory.
+        name: the hub id, or the default model's name, where that is how it was asked for.
+    """
+
+    kind: Kind
+    path: Path
+    name: str | None = None
+
+
+def resolve(model: str | None, *, revision: str | None = None, progress: bool = True) -> ModelSource:
+    """Finds a model, fetching it where it has to be.
+
+    Args:
+        model: None for the default model; a GGUF file; a directory; or a hub id (owner/name).
+        revision: of a hub id.
+    Raises:
+        ValueError: there is nothing usable under that name; the message says what was looked for.
+    """
+    if model is None:
+        return ModelSource("gguf", default_model(progress), MODEL_ID)
+    path = Path(model).expanduser()
+    if path.is_file():
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic == b"GGUF":
+            return ModelSource("gguf", path.resolve())
+        raise ValueError(f"--model {model}: the file is not a GGUF file (it does not start with 'GGUF').")
+    if path.is_dir():
+        return _directory(model, path.resolve())
+    if hub.looks_like_hub_id(model):
+        source = _directory(model, hub.fetch(model, revision))
+        return dataclasses.replace(source, name=model)
+    raise ValueError(
+        f"--model {model}: there is no such file or directory, and it is not a hub id (owner/name). Give a .gguf file, "
+        "a directory with config.json and safetensors, a directory written by `python -m serving.convert`, or a hub id."
+    )
+
+
+def _directory(model: str, path: Path) -> ModelSource:
+    if (path / MANIFEST).exists():
+        return ModelSource("orbax", path)
+    if (path / "config.json").exists():
+        return ModelSource("hf", path)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return ModelSource("gguf", files[0])
+    if files:
+        raise ValueError(
+            f"--model {model}: the directory holds {len(files)} GGUF files; name one: {files[0].name}, ..."
+        )
+    raise ValueError(f"--model {model}: the directory has neither config.json nor a GGUF file.")

@@ -1,0 +1,41 @@
+"""From a `RopeConfig` to the frequencies that `ops.rope` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from models.config import RopeConfig
+from ops.rope import inverse_frequencies
+
+
+def frequencies(rope: RopeConfig, max_model_len: int) -> tuple[np.ndarray, float]:
+    """Inverse frequencies (radians a position, float32 [dim / 2]) and the factor on cos and sin.
+
+    Args:
+        max_model_len: the longest context to serve. longrope has two sets of divisors; which one is used is settled
+            here, once: positions rotated with one set cannot be attended to with the other.
+    """
+    if rope.kind == "longrope":
+        return _longrope(rope, max_model_len)
+    parameters = {name: value for name, value in dataclasses.asdict(rope).items() if value is not None}
+    parameters["rope_theta"] = parameters.pop("theta")
+    parameters["rope_type"] = parameters.pop("kind")
+    parameters["original_max_position_embeddings"] = parameters.pop("original_max_positions")
+    return inverse_frequencies(parameters, rope.dim, rope.original_max_positions)
+
+
+def _longrope(rope: RopeConfig, max_model_len: int) -> tuple[np.ndarray, float]:
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): every frequency has its own divisor."""
+    divisors = rope.long_factor if max_model_len > rope.original_max_positions else rope.short_factor
+    if len(divisors) != rope.dim // 2:
+        raise ValueError(f"longrope has {len(divisors)} divisors for {rope.dim // 2} frequencies.")
+    exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
+    inv_freq = 1.0 / (np.asarray(divisors, np.float32) * np.power(np.float32(rope.theta), exponents))
+    scale = rope.attention_factor
+    if scale is None:
+        stretched = rope.factor > 1.0
+        scale = math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_positions)) if stretched else 1.0
+    return inv_freq.astype(np.float32), scale

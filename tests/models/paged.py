@@ -1,0 +1,93 @@
+"""Runs a model the way the engine does, by hand: chunked prefill and decode over pages, in one small program."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ops.paged_attention import Q_BLOCK, AttentionBatch, allocate
+
+PAGE = 16
+DECODE_ROWS, CHUNK_TOKENS, CHUNK_ROWS = 2, 32, 2
+
+
+class PagedModel:
+    """Up to two requests at a time over pages that are handed out backwards, so that none is where it would be dense."""
+
+    def __init__(self, model, max_len: int = 160, mesh=None, dtype=jnp.float32):
+        self.pages_a_request = -(-max_len // PAGE)
+        num_pages = 1 + DECODE_ROWS * self.pages_a_request
+        self.free = list(range(1, num_pages))
+        graphdef, self.state = nnx.split(model)
+        self.kv = tuple(allocate(spec, num_pages, PAGE, dtype, mesh) for spec in model.kv_specs())
+
+        @jax.jit
+        def step(state, tokens_T, batch, kv):
+            merged = nnx.merge(graphdef, state)
+            hidden_TD, kv = merged.forward(tokens_T, batch, kv)
+            return merged.logits(hidden_TD), kv
+
+        self.step = step
+
+    def table(self) -> np.ndarray:
+        """Pages of one new request."""
+        return np.array([self.free.pop() for _ in range(self.pages_a_request)], np.int32)
+
+    def run(self, decode, chunks) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """One step.
+
+        Args:
+            decode: (token, position, page table) of each decode row.
+            chunks: (tokens, first position, page table) of each piece of a prompt, at most Q_BLOCK tokens.
+        Returns:
+            logits [V] of each decode row, and [n, V] of each piece.
+        """
+        B, C, R, P = DECODE_ROWS, CHUNK_TOKENS, CHUNK_ROWS, self.pages_a_request
+        tokens, positions, index = (np.zeros(B + C, np.int32) for _ in range(3))
+        decode_pages, decode_len = np.zeros((B, P), np.int32), np.zeros(B, np.int32)
+        chunk_pages = np.zeros((R, P), np.int32)
+        start, qlen, length = (np.zeros(R, np.int32) for _ in range(3))
+        rows = np.full(C // Q_BLOCK, R, np.int32)
+        for row, (token, position, pages) in enumerate(decode):
+            tokens[row], positions[row] = token, position
+            index[row] = pages[position // PAGE] * PAGE + position % PAGE
+            decode_pages[row], decode_len[row] = pages, position + 1
+        for row, (piece, first, pages) in enumerate(chunks):
+            at = slice(B + row * Q_BLOCK, B + row * Q_BLOCK + len(piece))
+            where = np.arange(first, first + len(piece))
+            tokens[at], positions[at] = piece, where
+            index[at] = pages[where // PAGE] * PAGE + where % PAGE
+            chunk_pages[row], rows[row] = pages, row
+            start[row], qlen[row], length[row] = row * Q_BLOCK, len(piece), first + len(piece)
+        batch = AttentionBatch(positions, index, decode_pages, decode_len, chunk_pages, start, qlen, length, rows)
+        logits, self.kv = self.step(self.state, tokens, batch, self.kv)
+        logits = np.asarray(logits)
+        pieces = [logits[B + r * Q_BLOCK :][: len(piece)] for r, (piece, _, _) in enumerate(chunks)]
+        return [logits[row] for row in range(len(decode))], pieces
+
+    def generate(self, prompts: list[list[int]], steps: int, piece: int = 13) -> list[tuple[list[int], np.ndarray]]:
+        """Greedy completions of two prompts at once: (all tokens, logits [n, V] of every position but the last token's).
+
+        The prompts run in pieces of `piece` tokens; a request decodes while the other's prompt still runs.
+        """
+        tokens = [list(prompt) for prompt in prompts]
+        tables = [self.table() for _ in prompts]
+        done = [0] * len(prompts)
+        logits: list[list[np.ndarray]] = [[] for _ in prompts]
+        while any(len(t) < len(p) + steps for t, p in zip(tokens, prompts, strict=True)):
+            filling = [r for r in range(len(prompts)) if done[r] < len(prompts[r])]
+            running = [r for r in range(len(prompts)) if r not in filling and len(tokens[r]) < len(prompts[r]) + steps]
+            decode = [(tokens[r][-1], len(tokens[r]) - 1, tables[r]) for r in running]
+            chunks = [(prompts[r][done[r] : done[r] + piece], done[r], tables[r]) for r in filling]
+            decoded, pieces = self.run(decode, chunks)
+            for r, row in zip(running, decoded, strict=True):
+                logits[r].append(row[None])
+                tokens[r].append(int(row.argmax()))
+            for r, rows in zip(filling, pieces, strict=True):
+                logits[r].append(rows)
+                done[r] += len(rows)
+                if done[r] == len(prompts[r]):
+                    tokens[r].append(int(rows[-1].argmax()))
+        return [(t, np.concatenate(rows)) for t, rows in zip(tokens, logits, strict=True)]
