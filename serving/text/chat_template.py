@@ -20,27 +20,10 @@ from serving.text.template_process import POOL, TemplateCrashError, TemplateTime
 if TYPE_CHECKING:
     from serving.text.tokenizer import Tokenizer
 
-RESERVED = frozenset(
-    [
-        "messages",
-        "tools",
-        "documents",
-        "add_generation_prompt",
-        "bos_token",
-        "eos_token",
-        "unk_token",
-        "pad_token",
-        "raise_exception",
-        "strftime_now",
-        "range",
-        "dict",
-        "lipsum",
-        "cycler",
-        "joiner",
-        "namespace",
-        "loop",
-        "self",
-    ]
+RESERVED = (
+    frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
+    | {"bos_token", "eos_token", "unk_token", "pad_token"}
+    | {"range", "dict", "lipsum", "cycler", "joiner", "namespace", "loop", "self"}
 )
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # Ends an open last message while it goes through the template. The blank behind shows whether the template trims.

@@ -21,6 +21,7 @@ import jinja2
 import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 
 MEMORY_LIMIT_BYTES = 2 << 30
@@ -102,7 +103,7 @@ def facts(env: jinja2.Environment, source: str) -> dict:
     }
 
 
-def _is_content(node: jinja2.nodes.Node) -> bool:
+def _is_content(node: jinja2.nodes.Node | None) -> bool:
     while isinstance(node, jinja2.nodes.Filter):
         node = node.node
     if isinstance(node, jinja2.nodes.Getitem) and isinstance(node.arg, jinja2.nodes.Const):
