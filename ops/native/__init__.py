@@ -1,0 +1,90 @@
+"""Native CPU kernels: C++ handlers that XLA calls inside its programs (`jax.ffi`), sharing XLA's thread pool.
+
+An op asks `available()` and, where it is False, runs its plain-XLA body. Nothing is built or loaded before the first
+question. `JAXSERVE_NATIVE=0` turns the kernels off; `JAXSERVE_NATIVE_ISA` takes less than the CPU has (generic, avx2,
+avx512, vnni, bf16), for tests and for finding faults.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from typing import Any
+
+import jax
+
+from ops.native.build import BuildError, build, source_hash
+
+ISA_LEVELS = ("generic", "avx2", "avx512", "vnni", "bf16")
+
+# Symbols of the library, each defined by XLA_FFI_DEFINE_HANDLER_SYMBOL in a *.cc file of this folder.
+HANDLERS: tuple[str, ...] = ()
+
+
+def available() -> bool:
+    """Whether the kernels can be called; builds (seconds, once a machine) and loads the library when first asked."""
+    return _load()[0] is not None
+
+
+def status() -> str:
+    """One line: the instruction set in use, or what is missing and how to get it."""
+    library, reason = _load()
+    return reason if library is None else f"native CPU kernels ready ({isa()})"
+
+
+def isa() -> str:
+    """The instruction-set level in use, one of `ISA_LEVELS`."""
+    return ISA_LEVELS[_level]
+
+
+def set_isa(name: str | None) -> str:
+    """Takes at most the named level, or all the CPU has for None; returns the level now in use.
+
+    Raises:
+        ValueError: no level is called so.
+    """
+    global _level
+    library, reason = _load()
+    if library is None:
+        raise ValueError(f"No instruction set can be chosen: {reason}.")
+    _level = library.jaxserve_set_isa(_level_number(name))
+    return isa()
+
+
+def target(name: str) -> str:
+    """The name under which handler `name` is registered with XLA, for `jax.ffi.ffi_call`.
+
+    It carries the sources' hash: a program in the persistent compilation cache never meets a handler with other
+    operands than those it was compiled for.
+    """
+    return f"jaxserve.{name}.{source_hash()}"
+
+
+_level = 0
+
+
+def _level_number(name: str | None) -> int:
+    if name is None:
+        return -1
+    if name not in ISA_LEVELS:
+        raise ValueError(f"Instruction set {name!r} is not known; known ones are {', '.join(ISA_LEVELS)}.")
+    return ISA_LEVELS.index(name)
+
+
+@functools.cache
+def _load() -> tuple[Any, str]:
+    """(library, "") or (None, why not)."""
+    global _level
+    if os.environ.get("JAXSERVE_NATIVE", "1") == "0":
+        return None, "native CPU kernels are turned off by JAXSERVE_NATIVE=0"
+    try:
+        library = ctypes.CDLL(str(build()))
+    except BuildError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"native CPU kernels could not be loaded: {error}"
+    _level = library.jaxserve_set_isa(_level_number(os.environ.get("JAXSERVE_NATIVE_ISA") or None))
+    for name in HANDLERS:
+        jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return library, ""

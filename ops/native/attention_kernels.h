@@ -1,0 +1,399 @@
+// Attention of a tile of queries over pages, for one instruction set. Included once per set, by attention.cc, with
+//   ISA        the namespace,
+//   AT         the function attribute that enables the set,
+//   W          floats a vector,
+//   ROWS, COLS rows, and vectors, of the accumulator block that fits its registers,
+//   BF16_DOT   1 when it multiplies pairs of bfloat16.
+// A page is laid out as ops/paged_attention/pages.py's `panels`: 16 neighbouring tokens of one channel of K are
+// contiguous (a panel), and a token's V is.
+
+namespace ISA {
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef float vf_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint32_t vu_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int8_t v8 __attribute__((vector_size(W)));
+typedef int8_t v8_loose __attribute__((vector_size(W), aligned(1), may_alias));
+
+#define INLINE AT static inline __attribute__((always_inline))
+
+INLINE vf load(const float* p) { return *reinterpret_cast<const vf_loose*>(p); }
+INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_loose*>(p); }
+INLINE vf load(const int8_t* p) {
+  return __builtin_convertvector(__builtin_convertvector(v8(*reinterpret_cast<const v8_loose*>(p)), vi), vf);
+}
+INLINE void store(float* p, vf x) { *reinterpret_cast<vf_loose*>(p) = x; }
+INLINE vf splat(float x) { return x - vf{}; }
+INLINE vf pick(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+INLINE vf vmax(vf a, vf b) { return pick(a > b, a, b); }
+
+INLINE vi iota() {
+  vi x;
+  for (int i = 0; i < W; ++i) x[i] = i;
+  return x;
+}
+
+// e^x for x <= 0 within 2 ulp; exactly 0 below -87.3, where float32 is no longer normal. Cody-Waite reduction and a
+// polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2].
+INLINE vf vexp(vf x) {
+  const vi normal = x >= -87.3f;
+  const vf big = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+  const vf shifted = x * 1.44269504f + big;
+  const vf n = shifted - big;
+  const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  vf y = splat(1.0f / 720);
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  const vi power = ((vi)shifted << 23) + 0x3f800000;
+  return (vf)((vi)(y * (vf)power) & normal);
+}
+
+INLINE vf vtanh(vf x) {
+  const vf t = vexp(-2.0f * (vf)((vi)x & 0x7fffffff));
+  return (vf)((vi)((1.0f - t) / (1.0f + t)) | ((vi)x & (int32_t)0x80000000));
+}
+
+INLINE float sum_lanes(vf x) {
+  float total = 0;
+  for (int i = 0; i < W; ++i) total += x[i];
+  return total;
+}
+
+INLINE float max_lanes(vf x) {
+  float best = x[0];
+  for (int i = 1; i < W; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// One step of a product: acc[r][v] += a(r, i) * b[v], where a bfloat16 step holds a pair on each side.
+template <int R, int N>
+INLINE void step(vf (&acc)[R][N], const float* a, int64_t lda, const vf (&b)[N]) {
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < N; ++v) acc[r][v] += a[r * lda] * b[v];
+}
+template <int R, int N>
+INLINE void step(vf (&acc)[R][N], const float* a, int64_t lda, const vu (&b)[N]) {
+  for (int v = 0; v < N; ++v) {
+    const vf low = (vf)(b[v] << 16), high = (vf)(b[v] & 0xffff0000u);
+    for (int r = 0; r < R; ++r) acc[r][v] += a[r * lda] * low;
+    for (int r = 0; r < R; ++r) acc[r][v] += a[r * lda + 1] * high;
+  }
+}
+#if BF16_DOT
+template <int R, int N>
+INLINE void step(vf (&acc)[R][N], const uint32_t* a, int64_t lda, const vu (&b)[N]) {
+  for (int r = 0; r < R; ++r) {
+    const __m512i both = _mm512_set1_epi32(static_cast<int>(a[r * lda]));
+    for (int v = 0; v < N; ++v) acc[r][v] = (vf)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)both, (__m512bh)b[v]);
+  }
+}
+#endif
+
+// How pages of an element type are read: `Page` is what a pointer walks over, `Query` what q and the weights are kept
+// as, PAIR how many channels (of K) or tokens (of V) one step takes, and STRIDE how far a step moves in q.
+struct Float32 {
+  typedef float Page;
+  typedef float Query;
+  typedef vf Vector;
+  enum { PAIR = 1, STRIDE = 1 };
+};
+struct Int8 {
+  typedef int8_t Page;
+  typedef float Query;
+  typedef vf Vector;
+  enum { PAIR = 1, STRIDE = 1 };
+};
+struct Bfloat16 {
+  typedef uint32_t Page;
+  typedef vu Vector;
+#if BF16_DOT
+  typedef uint32_t Query;
+  enum { PAIR = 2, STRIDE = 1 };
+#else
+  typedef float Query;
+  enum { PAIR = 2, STRIDE = 2 };
+#endif
+};
+
+#define PREFETCH(p) __builtin_prefetch((p), 0, 2)  // to the second-level cache: the first is busy with this block
+
+// score[r][token] = q[r] . k[token] for the BLOCK tokens of four panels.
+template <class T, int R, bool AHEAD>
+AT static __attribute__((noinline)) void scores(const typename T::Query* q, int64_t ldq, const typename T::Page* const* k, int64_t ldk,
+                      const typename T::Page* const* next, int steps, float* out) {
+  constexpr int PER_PANEL = PANEL / W, N = COLS < BLOCK / W ? COLS : BLOCK / W;
+  for (int first = 0; first < BLOCK / W; first += N) {
+    const typename T::Page *p[N], *ahead[N];
+    for (int v = 0; v < N; ++v) {
+      const int panel = (first + v) / PER_PANEL, lane = (first + v) % PER_PANEL * W;
+      p[v] = k[panel] + lane;
+      ahead[v] = next[panel] + lane;
+    }
+    vf acc[R][N] = {};
+    for (int i = 0; i < steps; ++i) {
+      typename T::Vector b[N];
+      for (int v = 0; v < N; ++v) b[v] = load(p[v] + i * ldk);
+      if (AHEAD)
+        for (int v = 0; v < N; ++v) PREFETCH(ahead[v] + i * ldk);
+      step<R, N>(acc, q + i * T::STRIDE, ldq, b);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < N; ++v) store(out + r * BLOCK + (first + v) * W, acc[r][v]);
+  }
+}
+
+// sum[r][column] = sum[r][column] * shrink[r] + weight[r] . v[column] over `tokens` tokens.
+template <class T, int R, int N, bool AHEAD>
+AT static __attribute__((noinline)) void values(const typename T::Query* weight, const typename T::Page* const* v_panels, int64_t ldv,
+                      const typename T::Page* const* next, int tokens, const float* shrink, float* sum, int64_t lds) {
+  constexpr int LDW = BLOCK / T::PAIR * T::STRIDE;
+  vf acc[R][N];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < N; ++v) acc[r][v] = load(sum + r * lds + v * W) * shrink[r];
+  for (int panel = 0; panel * PANEL < tokens; ++panel) {
+    const int here = tokens - panel * PANEL < PANEL ? tokens - panel * PANEL : PANEL;
+    const typename T::Page *p = v_panels[panel], *ahead = next[panel];
+    const typename T::Query* w = weight + panel * PANEL / T::PAIR * T::STRIDE;
+    for (int i = 0; i < here / T::PAIR; ++i, p += ldv, ahead += ldv) {
+      typename T::Vector b[N];
+      for (int v = 0; v < N; ++v) b[v] = load(p + v * W);
+      if (AHEAD)
+        for (int v = 0; v < N; ++v) PREFETCH(ahead + v * W);
+      step<R, N>(acc, w + i * T::STRIDE, LDW, b);
+    }
+    if constexpr (T::PAIR == 2) {
+      if (here & 1) {  // the pair's second token is not there: what its slot holds may be NaN
+        typename T::Vector b[N];
+        for (int v = 0; v < N; ++v) b[v] = load(p + v * W) & 0xffffu;
+        step<R, N>(acc, w + here / 2 * T::STRIDE, LDW, b);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < N; ++v) store(sum + r * lds + v * W, acc[r][v]);
+}
+
+template <class T, bool AHEAD>
+AT static void all_scores(int rows, const typename T::Query* q, int64_t ldq, const typename T::Page* const* k,
+                          int64_t ldk, const typename T::Page* const* next, int steps, float* out) {
+  for (int r = 0; r < rows;) {
+    const typename T::Query* a = q + r * ldq;
+    float* c = out + r * BLOCK;
+    const bool ahead = AHEAD && r == 0;
+#define CASE(R)                                                          \
+  case R:                                                                \
+    if (ahead)                                                           \
+      scores<T, R, true>(a, ldq, k, ldk, next, steps, c);                \
+    else                                                                 \
+      scores<T, R, false>(a, ldq, k, ldk, next, steps, c);               \
+    break;
+    const int take = rows - r < ROWS ? rows - r : ROWS;
+    switch (take) {
+      CASE(1) CASE(2) CASE(3) CASE(4)
+#if ROWS > 4
+      CASE(5) CASE(6)
+#endif
+    }
+#undef CASE
+    r += take;
+  }
+}
+
+template <class T, int N, bool AHEAD>
+AT static void values_columns(int rows, const typename T::Query* weight, const typename T::Page* const* v, int64_t ldv,
+                              const typename T::Page* const* next, int tokens, const float* shrink, float* sum,
+                              int64_t lds) {
+  constexpr int LDW = BLOCK / T::PAIR * T::STRIDE;
+  for (int r = 0; r < rows;) {
+    const typename T::Query* a = weight + r * LDW;
+    const bool ahead = AHEAD && r == 0;
+#define CASE(R)                                                                              \
+  case R:                                                                                    \
+    if (ahead)                                                                               \
+      values<T, R, N, true>(a, v, ldv, next, tokens, shrink + r, sum + r * lds, lds);        \
+    else                                                                                     \
+      values<T, R, N, false>(a, v, ldv, next, tokens, shrink + r, sum + r * lds, lds);       \
+    break;
+    const int take = rows - r < ROWS ? rows - r : ROWS;
+    switch (take) {
+      CASE(1) CASE(2) CASE(3) CASE(4)
+#if ROWS > 4
+      CASE(5) CASE(6)
+#endif
+    }
+#undef CASE
+    r += take;
+  }
+}
+
+template <class T, bool AHEAD>
+AT static void all_values(int rows, const typename T::Query* weight, const typename T::Page* const* v, int hv,
+                          const typename T::Page* const* next, int tokens, const float* shrink, float* sum) {
+  constexpr int PANELS = BLOCK / PANEL;
+  for (int column = 0; column < hv;) {
+    const typename T::Page *p[PANELS], *ahead[PANELS];
+    for (int i = 0; i < PANELS; ++i) p[i] = v[i] + column, ahead[i] = next[i] + column;
+    int vectors = (hv - column) / W;
+    if (vectors >= COLS) {
+      vectors = COLS;
+      values_columns<T, COLS, AHEAD>(rows, weight, p, hv, ahead, tokens, shrink, sum + column, hv);
+    } else if (vectors >= 2) {
+      vectors = 2;
+      values_columns<T, 2, AHEAD>(rows, weight, p, hv, ahead, tokens, shrink, sum + column, hv);
+    } else {
+      values_columns<T, 1, AHEAD>(rows, weight, p, hv, ahead, tokens, shrink, sum + column, hv);
+    }
+    column += vectors * W;
+  }
+}
+
+// Two float32 rounded to bfloat16 (to nearest, ties to even), the first in the low half. A NaN stays one.
+INLINE uint32_t round_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return (bits >> 16) | 0x40;
+  return (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+}
+
+INLINE void keep_weights(const float* from, float* to) {
+  if (from != to) memcpy(to, from, BLOCK * sizeof(float));
+}
+#if BF16_DOT
+INLINE void keep_weights(const float* from, uint32_t* to) {
+  for (int i = 0; i < BLOCK; i += 2 * W) {
+    const __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)load(from + i + W), (__m512)load(from + i));
+    memcpy(to + i / 2, &pairs, sizeof pairs);
+  }
+}
+#endif
+
+INLINE void keep_query(const float* from, int h, float scale, float* to) {
+  for (int i = 0; i < h; ++i) to[i] = from[i] * scale;
+}
+INLINE void keep_query(const float* from, int h, float scale, uint32_t* to) {
+  for (int i = 0; i < h; i += 2) to[i / 2] = round_bf16(from[i] * scale) | round_bf16(from[i + 1] * scale) << 16;
+}
+
+// Folds keys [begin, end) of one head into the online softmax of `tile.rows` queries.
+template <class T, bool AHEAD>
+AT static void attend(const Tile& tile, const Pool& pool, const int32_t* table, int head, int begin, int end) {
+  constexpr int PANELS = BLOCK / PANEL;
+  typedef typename T::Page Page;
+  typedef typename T::Query Query;
+  const int h = pool.h, hv = pool.hv, size = pool.page_size;
+  const int64_t k_page = (int64_t)h * size / T::PAIR, v_page = (int64_t)size * hv / T::PAIR;
+  const Page *all_k = static_cast<const Page*>(pool.k), *all_v = static_cast<const Page*>(pool.v);
+  const int64_t ldq = h / T::PAIR * T::STRIDE;
+  const Query* q = reinterpret_cast<const Query*>(tile.q);
+  Query* weight = reinterpret_cast<Query*>(tile.weight);
+  const Page *k[2][PANELS], *v[2][PANELS];
+  const float *k_scale[PANELS], *v_scale[PANELS];
+
+  // Where the panels of the block at `base` lie. Panels past the end repeat the first: never a page that is not ours.
+  auto locate = [&](int base, int which) __attribute__((always_inline)) {
+    for (int i = 0; i < PANELS; ++i) {
+      const int token = base + i * PANEL < end ? base + i * PANEL : base;
+      const int64_t page = (int64_t)table[token / size] * pool.heads + head;
+      const int slot = token % size;
+      k[which][i] = all_k + page * k_page + slot;
+      v[which][i] = all_v + page * v_page + (int64_t)slot / T::PAIR * hv;
+    }
+  };
+
+  begin = begin / PANEL * PANEL;
+  if (begin < end) locate(begin, 0);
+  for (int base = begin, now = 0; base < end; base += BLOCK, now ^= 1) {
+    const int tokens = end - base < BLOCK ? end - base : BLOCK;
+    const int following = base + BLOCK < end ? now ^ 1 : now;
+    if (following != now) locate(base + BLOCK, following);
+    if (AHEAD && following != now)
+      all_scores<T, true>(tile.rows, q, ldq, k[now], size, k[following], h / T::PAIR, tile.score);
+    else
+      all_scores<T, false>(tile.rows, q, ldq, k[now], size, k[now], h / T::PAIR, tile.score);
+    if (std::is_same<T, Int8>::value) {
+      for (int i = 0; i < PANELS; ++i) {
+        const int token = base + i * PANEL < end ? base + i * PANEL : base;
+        const int64_t at = ((int64_t)table[token / size] * pool.heads + head) * size + token % size;
+        k_scale[i] = pool.k_scale + at;
+        v_scale[i] = pool.v_scale + at;
+      }
+    }
+    for (int r = 0; r < tile.rows; ++r) {
+      float* score = tile.score + r * BLOCK;
+      const int position = tile.position[r];
+      const int last = position - base, first = last - pool.window + 1;
+      const bool masked = last < BLOCK - 1 || first > 0;
+      constexpr int PER_PANEL = PANEL / W;
+      vf s[BLOCK / W];
+      vf best = splat(NOTHING);
+      for (int i = 0; i < BLOCK / W; ++i) {
+        s[i] = load(score + i * W);
+        if (std::is_same<T, Int8>::value) s[i] *= load(k_scale[i / PER_PANEL] + i % PER_PANEL * W);
+        if (pool.softcap > 0) s[i] = pool.softcap * vtanh(s[i] * (1.0f / pool.softcap));
+        if (masked) {
+          const vi at = iota() + i * W;
+          s[i] = pick((at <= last) & (at >= first), s[i], splat(NOTHING));
+        }
+        best = vmax(best, s[i]);
+      }
+      const float was = tile.best[r];
+      float now_best = max_lanes(best);
+      now_best = now_best > was ? now_best : was;
+      vf total = {};
+      for (int i = 0; i < BLOCK / W; ++i) {
+        vf p = vexp(s[i] - now_best);
+        total += p;
+        if (std::is_same<T, Int8>::value)  // behind the last token a scale may be NaN
+          p = (vf)((vi)(p * load(v_scale[i / PER_PANEL] + i % PER_PANEL * W)) & (iota() + i * W < tokens));
+        store(score + i * W, p);
+      }
+      const float shrink = expf(was - now_best);
+      tile.best[r] = now_best;
+      tile.total[r] = tile.total[r] * shrink + sum_lanes(total);
+      tile.shrink[r] = shrink;
+      keep_weights(score, weight + r * (BLOCK / T::PAIR * T::STRIDE));
+    }
+    if (AHEAD && following != now)
+      all_values<T, true>(tile.rows, weight, v[now], hv, v[following], tokens, tile.shrink, tile.sum);
+    else
+      all_values<T, false>(tile.rows, weight, v[now], hv, v[now], tokens, tile.shrink, tile.sum);
+  }
+}
+
+template <class T>
+AT static void run_tile(const Tile& tile, const Pool& pool, const int32_t* table, int head, int begin, int end,
+                        bool ahead) {
+  if (ahead)
+    attend<T, true>(tile, pool, table, head, begin, end);
+  else
+    attend<T, false>(tile, pool, table, head, begin, end);
+}
+
+AT static void run(const Tile& tile, const Pool& pool, const int32_t* table, int head, int begin, int end, bool ahead) {
+  switch (pool.kind) {
+    case Kind::kFloat32:
+      return run_tile<Float32>(tile, pool, table, head, begin, end, ahead);
+    case Kind::kBfloat16:
+      return run_tile<Bfloat16>(tile, pool, table, head, begin, end, ahead);
+    case Kind::kInt8:
+      return run_tile<Int8>(tile, pool, table, head, begin, end, ahead);
+  }
+}
+
+AT static void pack_query(const float* from, Kind kind, int h, float scale, void* tile_q, int64_t row) {
+  if (kind == Kind::kBfloat16 && BF16_DOT)
+    keep_query(from, h, scale, static_cast<uint32_t*>(tile_q) + row * (h / 2));
+  else
+    keep_query(from, h, scale, static_cast<float*>(tile_q) + row * h);
+}
+
+}  // namespace ISA
+
+#undef INLINE
+#undef PREFETCH

@@ -1,0 +1,164 @@
+"""Builds the library of native CPU handlers with whatever C++ compiler is at hand, once for each version of it.
+
+The result lies in the user's cache under a name made of the sources' hash, the compiler and jaxlib's version, so that
+a change of any of them builds anew and several versions live side by side. A prebuilt library in the package folder,
+where a wheel puts it, is taken first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jaxlib
+import platformdirs
+
+SOURCES = Path(__file__).parent
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Werror=return-type",
+)
+COMPILERS = ("c++", "g++", "clang++")
+
+
+class BuildError(Exception):
+    """The library cannot be had; the message is one line saying why and what to do."""
+
+
+def sources() -> list[Path]:
+    """The C++ files, sorted."""
+    return sorted(SOURCES.glob("*.cc"))
+
+
+@functools.cache
+def source_hash() -> str:
+    """16 hex digits over sources, flags and the headers' version; part of every handler's registered name."""
+    digest = hashlib.sha256(" ".join((*FLAGS, jaxlib.__version__)).encode())
+    for path in sorted([*SOURCES.glob("*.cc"), *SOURCES.glob("*.h")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def find_compiler() -> list[str]:
+    """The command of a C++ compiler: $CXX, the system's, or the one in the PyPI package `ziglang`.
+
+    Raises:
+        BuildError: there is none.
+    """
+    named = os.environ.get("CXX")
+    for name in (named.split() if named else None, *([c] for c in COMPILERS)):
+        if name and shutil.which(name[0]):
+            return name
+    if importlib.util.find_spec("ziglang") is not None:
+        # zig takes -march from the machine unless told; handlers choose instructions at run time.
+        baseline = ["-mcpu=baseline"] if platform.machine() in ("x86_64", "AMD64") else []
+        return [sys.executable, "-m", "ziglang", "c++", *baseline]
+    raise BuildError(
+        "native CPU kernels need a C++ compiler once, and none was found: "
+        "install g++ or clang++, or run `pip install ziglang`"
+    )
+
+
+def prebuilt() -> Path | None:
+    """The library that came with the package, if it was built from these very sources."""
+    path = SOURCES / f"libjaxserve-{source_hash()}{_suffix()}"
+    return path if path.exists() else None
+
+
+def build(folder: Path | None = None) -> Path:
+    """The library's path, building it when it is not there yet. Safe to call from several processes.
+
+    Args:
+        folder: where to put it; the user's cache folder when None.
+    Raises:
+        BuildError: no compiler, or it failed.
+    """
+    if folder is None and (found := prebuilt()) is not None:
+        return found
+    compiler = find_compiler()
+    folder = folder or platformdirs.user_cache_path("jaxserve") / "native"
+    target = folder / f"libjaxserve-{source_hash()}-{_compiler_hash(tuple(compiler))}{_suffix()}"
+    if target.exists():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / ".lock"):
+            if not target.exists():
+                _compile(compiler, target)
+    except OSError as error:
+        raise BuildError(f"native CPU kernels could not be built in {folder}: {error}") from error
+    return target
+
+
+def _compile(compiler: list[str], target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        flags = [*FLAGS, f"-I{jax.ffi.include_dir()}", f"-I{SOURCES}"]
+        objects = [Path(scratch) / f"{path.stem}.o" for path in sources()]
+        jobs = [
+            [*compiler, *flags, "-c", str(source), "-o", str(obj)]
+            for source, obj in zip(sources(), objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            for _ in pool.map(_run, jobs):
+                pass
+        linked = Path(scratch) / target.name
+        _run([*compiler, "-shared", "-o", str(linked), *map(str, objects), *_link_flags()])
+        os.replace(linked, target)  # atomic: a reader sees all of it or nothing
+
+
+def _link_flags() -> list[str]:
+    return ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-pthread"]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
+        reason = lines[0] if lines else f"exit code {done.returncode}"
+        raise BuildError(f"native CPU kernels did not compile with `{command[0]}`: {reason}")
+
+
+@functools.cache
+def _compiler_hash(compiler: tuple[str, ...]) -> str:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    return hashlib.sha256("\n".join((*compiler, version)).encode()).hexdigest()[:8]
+
+
+def _suffix() -> str:
+    return sysconfig.get_config_var("SHLIB_SUFFIX") or ".so"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on a file, so that one process builds and the others find what it built."""
+    with path.open("w") as handle:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except ImportError:  # no flock on this system: two processes may both build, and the last one's file stays
+            pass
+        yield
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1]) if len(sys.argv) > 1 else None))

@@ -1,0 +1,107 @@
+#include "common.h"
+
+#include <algorithm>
+
+#if JAXSERVE_X86
+#include <cpuid.h>
+#endif
+
+namespace jaxserve {
+namespace {
+
+Isa detect() {
+#if JAXSERVE_X86
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return Isa::kGeneric;
+  const bool fma = c & (1u << 12), osxsave = c & (1u << 27), f16c = c & (1u << 29);
+  if (!osxsave || !fma || !f16c) return Isa::kGeneric;
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  // The operating system saves ymm (bits 1, 2) and zmm (bits 5, 6, 7) registers.
+  if ((low & 0x06) != 0x06 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Isa::kGeneric;
+  if (!(b & (1u << 5))) return Isa::kGeneric;
+  const unsigned avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
+  if ((low & 0xe6) != 0xe6 || (b & avx512) != avx512) return Isa::kAvx2;
+  if (!(c & (1u << 11))) return Isa::kAvx512;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & (1u << 5))) return Isa::kVnni;
+  return Isa::kBf16;
+#else
+  return Isa::kGeneric;
+#endif
+}
+
+const Isa kDetected = detect();
+std::atomic<int> level{static_cast<int>(kDetected)};
+
+inline void relax() {
+#if JAXSERVE_X86
+  _mm_pause();
+#endif
+}
+
+}  // namespace
+
+Isa isa() { return static_cast<Isa>(level.load(std::memory_order_relaxed)); }
+
+void Phases::work(Shared& shared, int worker) {
+  size_t phase = 0;
+  for (;;) {
+    const int64_t ticket = shared.ticket.fetch_add(1, std::memory_order_relaxed);
+    if (ticket >= shared.total) return;  // `loop` may be gone already
+    const auto& phases = shared.loop->phases_;
+    while (ticket >= phases[phase].begin + phases[phase].chunks) ++phase;
+    const int64_t before = phases[phase].begin;
+    // A few microseconds at most between phases; beyond that the other thread has lost its core, so give up ours.
+    for (int spins = 0; shared.done.load(std::memory_order_acquire) < before; ++spins) {
+      spins < 4096 ? relax() : std::this_thread::yield();
+    }
+    phases[phase].body->call(ticket - before, worker);
+    shared.done.fetch_add(1, std::memory_order_acq_rel);
+  }
+}
+
+void Phases::run(ffi::ThreadPool& pool) {
+  if (total_ == 0) return;
+  auto shared = std::make_shared<Shared>();
+  shared->loop = this;
+  shared->total = total_;
+  int64_t widest = 0;
+  for (const auto& phase : phases_) widest = std::max(widest, phase.chunks);
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), widest) - 1;
+  for (int64_t i = 0; i < helpers; ++i) {
+    pool.Schedule([shared] { work(*shared, shared->workers.fetch_add(1, std::memory_order_relaxed)); });
+  }
+  work(*shared, 0);
+  for (int spins = 0; shared->done.load(std::memory_order_acquire) < total_; ++spins) {
+    spins < 4096 ? relax() : std::this_thread::yield();
+  }
+}
+
+void* scratch(int slot, size_t bytes) {
+  struct Buffer {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffers[8];
+  Buffer& buffer = buffers[slot];
+  if (buffer.size < bytes) {
+    std::free(buffer.data);
+    const size_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(4096, size);
+    if (buffer.data == nullptr) std::abort();
+    buffer.size = size;
+  }
+  return buffer.data;
+}
+
+}  // namespace jaxserve
+
+// Takes the given level or, where the CPU has less, the highest it has; a negative one takes the highest. Returns the
+// level in use.
+JAXSERVE_EXPORT int jaxserve_set_isa(int wanted) {
+  const int best = static_cast<int>(jaxserve::kDetected);
+  const int chosen = wanted < 0 ? best : std::min(wanted, best);
+  jaxserve::level.store(chosen, std::memory_order_relaxed);
+  return chosen;
+}

@@ -1,0 +1,114 @@
+// What every handler shares: CPU features, a parallel loop on XLA's own thread pool, scratch memory.
+
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+#if defined(__x86_64__)
+#define JAXSERVE_X86 1
+#include <immintrin.h>
+// Each function that uses an instruction set says so itself; nothing is compiled for more than the baseline. FMA and
+// F16C come with every AVX2 machine.
+#define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+#define TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")))
+#else
+#define JAXSERVE_X86 0
+#endif
+
+// The library hides everything that is not marked so.
+#define JAXSERVE_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Defines and exports a handler; its name also goes into HANDLERS in __init__.py.
+#define JAXSERVE_HANDLER(name, impl, ...)                 \
+  JAXSERVE_EXPORT XLA_FFI_Error* name(XLA_FFI_CallFrame*); \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, impl, __VA_ARGS__)
+
+namespace jaxserve {
+
+namespace ffi = xla::ffi;
+
+// Each level includes those before it.
+enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kVnni = 3, kBf16 = 4 };
+
+// The level in use: what the CPU and the operating system support, or less where the caller asked for less.
+Isa isa();
+
+// Chunks in order, over one or more phases: no chunk of a phase starts before every chunk of the phase before is done.
+//
+// The calling thread works too and never waits for a thread that has not come: tickets are handed out in order, so an
+// unfinished earlier chunk is always on a running thread. A pool whose threads are all busy, or are all inside such
+// loops, costs speed but cannot deadlock.
+class Phases {
+ public:
+  // fn(chunk, worker): worker is unique among the threads in this loop and below `max_workers(pool)`.
+  template <typename F>
+  void add(int64_t chunks, F fn) {
+    phases_.push_back({total_, chunks, std::make_unique<Model<F>>(std::move(fn))});
+    total_ += chunks;
+  }
+
+  // Runs everything; returns when all chunks are done.
+  void run(ffi::ThreadPool& pool);
+
+  static int max_workers(const ffi::ThreadPool& pool) {
+    return static_cast<int>(pool.num_threads() > 0 ? pool.num_threads() : 1);
+  }
+
+ private:
+  struct Concept {
+    virtual ~Concept() = default;
+    virtual void call(int64_t chunk, int worker) = 0;
+  };
+  template <typename F>
+  struct Model final : Concept {
+    explicit Model(F f) : fn(std::move(f)) {}
+    void call(int64_t chunk, int worker) override { fn(chunk, worker); }
+    F fn;
+  };
+  struct Phase {
+    int64_t begin, chunks;
+    std::unique_ptr<Concept> body;
+  };
+  // Outlives the loop: a helper that comes late looks at it, finds no ticket left, and goes.
+  struct Shared {
+    std::atomic<int64_t> ticket{0};
+    std::atomic<int> workers{1};
+    alignas(64) std::atomic<int64_t> done{0};
+    Phases* loop = nullptr;
+    int64_t total = 0;
+  };
+  static void work(Shared& shared, int worker);
+
+  std::vector<Phase> phases_;
+  int64_t total_ = 0;
+};
+
+// One phase.
+template <typename F>
+void parallel_for(ffi::ThreadPool& pool, int64_t chunks, F fn) {
+  if (chunks <= 1 || pool.num_threads() <= 1) {
+    for (int64_t i = 0; i < chunks; ++i) fn(i, 0);
+    return;
+  }
+  Phases phases;
+  phases.add(chunks, std::move(fn));
+  phases.run(pool);
+}
+
+// Memory of the calling thread that stays allocated between calls, 64-byte aligned. Valid until the same thread asks
+// again with the same slot; slots 0..7.
+void* scratch(int slot, size_t bytes);
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace jaxserve
