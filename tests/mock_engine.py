@@ -36,12 +36,14 @@ class MockTokenizer:
 
     vocab_size = 256 + len(SPECIAL)
     eos_token_ids = (EOS, END)
+    special_token_ids = frozenset(range(256, vocab_size))
     bos_token_id = BOS
+    strips_leading_space = False
 
-    def encode(self, text: str, add_special_tokens: bool = True, allow_special: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         ids = [BOS] if add_special_tokens else []
         while text:
-            found = [(text.find(token), i) for i, token in enumerate(SPECIAL) if token in text] if allow_special else []
+            found = [(text.find(token), i) for i, token in enumerate(SPECIAL) if token in text] if parse_special else []
             at, which = min(found, default=(len(text), -1))
             ids.extend(text[:at].encode("utf-8"))
             if which < 0:
@@ -60,11 +62,7 @@ class MockTokenizer:
         return b"".join(self.token_bytes(i) for i in kept).decode("utf-8", errors="replace")
 
     def is_special(self, token_id: int) -> bool:
-        return token_id >= 256
-
-    @property
-    def special_token_ids(self) -> frozenset[int]:
-        return frozenset(range(256, self.vocab_size))
+        return token_id in self.special_token_ids
 
 
 class MockTemplate:
@@ -84,6 +82,10 @@ class MockTemplate:
         if continue_final_message:
             return text.removesuffix("<|end|>")
         return text + ("<|assistant|>" if add_generation_prompt else "")
+
+    def encode(self, tokenizer: MockTokenizer, messages: Any, *args: Any, **kwargs: Any) -> tuple[str, list[int]]:
+        text = self.render(messages, *args, **kwargs)
+        return text, tokenizer.encode(text, add_special_tokens=False, parse_special=True)
 
 
 class MockEngine:

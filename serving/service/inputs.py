@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serving.errors import ErrorKind, RequestError, invalid
+from serving.errors import invalid
 from serving.service.limits import Limits, check_text
 
 Scalar = str | int | float | bool | None
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+TEMPLATE_ARGUMENTS = frozenset(
+    ("tokenizer", "messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+)
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +29,8 @@ class GenerateInput:
         add_generation_prompt: end the rendered chat with the opening of an assistant turn.
         continue_final_message: leave the last message open, so that the completion goes on with it. Excludes
             `add_generation_prompt`.
-        add_special_tokens: let the tokenizer add its own (BOS). None means yes for `text` and no for `messages`,
-            whose template writes them.
+        add_special_tokens: put the tokenizer's own (BOS) around the prompt. None means yes for `text` and no for
+            `messages`, whose template writes them.
         truncate_prompt_tokens: keep only the last so many prompt tokens; -1 keeps what leaves room for the completion.
         model: the served model to use; None, "" and "default" mean the base model.
         request_id: the client's name for the request, for logs and `abort`; None makes one. Need not be unique:
@@ -97,6 +100,7 @@ class GenerateInput:
                 raise invalid("The prompt is empty: give at least one token id.", "prompt")
         else:
             limits.check_count("messages", len(self.messages or ()), limits.max_messages, "messages")
+            check_messages(self.messages or (), limits)
         if self.tools:
             if self.messages is None:
                 raise invalid("tools need messages: a prompt of text or token ids has no place for them.", "tools")
@@ -107,6 +111,8 @@ class GenerateInput:
                 "continue_final_message",
             )
         for name, value in self.chat_template_kwargs.items():
+            if name in TEMPLATE_ARGUMENTS:
+                raise invalid(f"chat_template_kwargs cannot set {name!r}.", "chat_template_kwargs")
             if value is not None and not isinstance(value, str | int | float | bool):
                 raise invalid(
                     f"chat_template_kwargs takes scalars; {name} is a {type(value).__name__}.", "chat_template_kwargs"
@@ -124,41 +130,43 @@ def check_prompt_text(text: str, limits: Limits) -> None:
     check_text(text, "prompt")
 
 
-def clean_messages(messages: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str, Any]]:
-    """A chat in the one shape that templates take: `content` is a string or None.
+def check_messages(messages: Sequence[Mapping[str, Any]], limits: Limits) -> None:
+    """Checks the shape and size of a chat; what its texts become is the template's affair.
 
     Args:
-        messages: OpenAI's messages; a content may be a list of text parts, which are joined by newlines.
+        messages: OpenAI's messages; a content is text, None (with tool calls), or a list of text parts.
     Raises:
         RequestError: INVALID_ARGUMENT naming the message.
     """
     if not messages:
         raise invalid("messages is empty: give at least one message.", "messages")
-    clean, chars = [], 0
+    chars = 0
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, Mapping):
             raise invalid(f"{where} must be an object with role and content, got {type(message).__name__}.", where)
         role = message.get("role")
-        if role not in ROLES:
-            raise invalid(f"{where}.role must be one of {', '.join(ROLES)}; got {role!r}.", f"{where}.role")
-        content = _content(message.get("content"), where)
-        if content is None and not (role == "assistant" and message.get("tool_calls")):
+        if not isinstance(role, str) or not role:
+            raise invalid(f"{where}.role must be text, such as 'user'; got {role!r}.", f"{where}.role")
+        limits.check_name(f"{where}.role", role)
+        content = message.get("content")
+        if content is None and not message.get("tool_calls"):
             raise invalid(f"{where}.content is missing: give text.", f"{where}.content")
-        if content is not None:
-            check_text(content, f"{where}.content")
-            chars += len(content)
-            if chars > limits.max_prompt_chars:
-                raise invalid(
-                    f"The messages have more than {limits.max_prompt_chars} characters. Shorten them.", "messages"
-                )
-        clean.append({**message, "content": content})
-    return clean
+        for text in _texts(content, where):
+            check_text(text, f"{where}.content")
+            chars += len(text)
+        if chars > limits.max_prompt_chars:
+            raise invalid(
+                f"The messages have more than {limits.max_prompt_chars} characters. Shorten them.", "messages"
+            )
 
 
-def _content(content: Any, where: str) -> str | None:
-    if content is None or isinstance(content, str):
-        return content
+def _texts(content: Any, where: str) -> list[str]:
+    """The texts of one message's content."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [content]
     if not isinstance(content, Sequence):
         raise invalid(
             f"{where}.content must be text or a list of parts, got {type(content).__name__}.", f"{where}.content"
@@ -169,14 +177,13 @@ def _content(content: Any, where: str) -> str | None:
         if isinstance(part, str):
             texts.append(part)
             continue
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        text = part.get("text") if isinstance(part, Mapping) else None
-        if kind in ("text", "input_text", "output_text") and isinstance(text, str):
-            texts.append(text)
-        elif kind in ("text", "input_text", "output_text") or not isinstance(kind, str):
+        kind = part.get("type", "text") if isinstance(part, Mapping) else None
+        if not isinstance(part, Mapping) or not isinstance(kind, str):
             raise invalid(f'{place} must be {{"type": "text", "text": ...}}.', place)
-        else:
-            raise RequestError(
-                ErrorKind.INVALID_ARGUMENT, f"{place} is of type {kind!r}; this model takes text only.", param=place
-            )
-    return "\n".join(texts)
+        if kind not in TEXT_PARTS:
+            raise invalid(f"{place} is of type {kind!r}; this model takes text only.", place)
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if not isinstance(text, str):
+            raise invalid(f"{place} of type {kind!r} has no text.", place)
+        texts.append(text)
+    return texts

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serving.engine.constraint import TokenConstraint
 from serving.engine.sampling_params import SamplingParams, StructuredOutputs
 from serving.engine.types import EngineRequest
 from serving.errors import invalid
-from serving.service.inputs import GenerateInput, check_prompt_text, clean_messages
+from serving.service.inputs import GenerateInput, check_prompt_text
 from serving.service.limits import Limits, check_text
 
 if TYPE_CHECKING:
@@ -54,23 +54,24 @@ def render_and_encode(
         return None, list(given.token_ids)
     if given.text is not None:
         special = given.add_special_tokens is not False
-        return given.text, tokenizer.encode(given.text, add_special_tokens=special)
+        return given.text, tokenizer.encode(given.text, add_special_tokens=special, parse_special=True)
     if template is None:
         raise invalid(
             "This model has no chat template: send text, or start the server with --chat-template.", "messages"
         )
-    messages = clean_messages(given.messages or (), limits)
-    extra = dict(given.chat_template_kwargs)
-    if given.continue_final_message:
-        extra["continue_final_message"] = True
-    prompt = template.render(
-        messages,
-        tools=list(given.tools) if given.tools else None,
-        add_generation_prompt=given.add_generation_prompt and not given.continue_final_message,
-        **extra,
+    variables: dict[str, Any] = dict(given.chat_template_kwargs)
+    prompt, ids = template.encode(
+        tokenizer,
+        given.messages or (),
+        tools=given.tools or None,
+        add_generation_prompt=given.add_generation_prompt,
+        continue_final_message=given.continue_final_message,
+        **variables,
     )
     check_prompt_text(prompt, limits)
-    return prompt, tokenizer.encode(prompt, add_special_tokens=bool(given.add_special_tokens))
+    if given.add_special_tokens and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    return prompt, ids
 
 
 def fit_prompt(

@@ -73,6 +73,7 @@ class TextService:
         self.default_params = dict(default_params or {})
         self.grammar_compiler = grammar_compiler
         self.created = int(time.time())
+        self.started = time.monotonic()
         self._executor = executor or ThreadPoolExecutor(2, thread_name_prefix="jaxserve-text")
         self._serial = itertools.count()
         self._live: dict[str, dict[int, PreparedRequest]] = {}
@@ -87,12 +88,12 @@ class TextService:
         """Sampling parameters from those a client named, over the model's defaults, over SamplingParams' own.
 
         Args:
-            given: field name -> value. Leave a field out to take its default; `max_tokens: None` asks for all the
+            given: field name -> value. Leave a field out to take its default; that of `max_tokens` is all that the
                 context leaves.
         Raises:
             RequestError: INVALID_ARGUMENT naming the field.
         """
-        return SamplingParams(**{**self.default_params, **given})
+        return SamplingParams(**{"max_tokens": None, **self.default_params, **given})
 
     async def prepare(
         self, given: GenerateInput, params: SamplingParams, *, constraint: ConstraintFactory | None = None

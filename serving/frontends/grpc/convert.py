@@ -1,0 +1,199 @@
+"""Between the wire's messages and the service's types."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from proto.jaxserve.v1 import inference_pb2 as pb
+from proto.jaxserve.v1 import sampling_pb2
+from serving.engine.sampling_params import StructuredOutputs
+from serving.engine.types import FinishReason
+from serving.errors import invalid
+from serving.service import GenerateInput, TextOutput, TokenLogprob
+
+FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
+}
+FINISH_REASON_OF = {wire: reason for reason, wire in FINISH_REASONS.items()}
+
+
+def input_from(request: pb.GenerateRequest | pb.TokenizeRequest, **more: Any) -> GenerateInput:
+    """The prompt of a request, as the service takes it.
+
+    Raises:
+        RequestError: INVALID_ARGUMENT: a tool's JSON does not parse.
+    """
+    fields: dict[str, Any] = {"model": request.model or None, **more}
+    if request.HasField("add_special_tokens"):
+        fields["add_special_tokens"] = request.add_special_tokens
+    which = request.WhichOneof("prompt")
+    if which == "text":
+        fields["text"] = request.text
+    elif which == "chat":
+        fields.update(_chat(request.chat))
+    elif which == "token_ids" and isinstance(request, pb.GenerateRequest):
+        fields["token_ids"] = list(request.token_ids.ids)
+    return GenerateInput(**fields)
+
+
+def generate_input_from(request: pb.GenerateRequest, timeout_s: float | None) -> GenerateInput:
+    """A whole GenerateRequest but for its sampling parameters.
+
+    Args:
+        timeout_s: what is left of the call's own deadline; None for none.
+    """
+    own = request.timeout_s if request.HasField("timeout_s") else None
+    return input_from(
+        request,
+        request_id=request.request_id or None,
+        priority=request.priority,
+        timeout_s=timeout_s if own is None or (timeout_s is not None and timeout_s < own) else own,
+        ttft_timeout_s=request.ttft_timeout_s if request.HasField("ttft_timeout_s") else None,
+        cache_salt=request.cache_salt or None,
+        tenant=request.tenant or None,
+        truncate_prompt_tokens=(request.truncate_prompt_tokens if request.HasField("truncate_prompt_tokens") else None),
+    )
+
+
+def _chat(chat: pb.Chat) -> dict[str, Any]:
+    opens = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not chat.continue_final_message
+    return {
+        "messages": [_message(message) for message in chat.messages],
+        "tools": [_tool(tool, i) for i, tool in enumerate(chat.tools)] or None,
+        "add_generation_prompt": opens,
+        "continue_final_message": chat.continue_final_message,
+        "chat_template_kwargs": {
+            name: getattr(scalar, kind) if (kind := scalar.WhichOneof("value")) else None
+            for name, scalar in chat.chat_template_kwargs.items()
+        },
+    }
+
+
+def _message(message: pb.ChatMessage) -> dict[str, Any]:
+    fields: dict[str, Any] = {"role": message.role, "content": message.content if message.HasField("content") else None}
+    for name in ("name", "tool_call_id"):
+        if message.HasField(name):
+            fields[name] = getattr(message, name)
+    if message.tool_calls:
+        fields["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments_json}}
+            for c in message.tool_calls
+        ]
+    return fields
+
+
+def _tool(tool: pb.Tool, index: int) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.HasField("description"):
+        function["description"] = tool.description
+    if tool.HasField("parameters_json"):
+        where = f"chat.tools[{index}].parameters_json"
+        try:
+            function["parameters"] = json.loads(tool.parameters_json)
+        except ValueError as error:
+            raise invalid(f"{where} is not JSON: {error}.", where) from None
+    return {"type": "function", "function": function}
+
+
+def params_from(params: sampling_pb2.SamplingParams) -> dict[str, Any]:
+    """The parameters that a client set, by name; `TextService.make_params` gives the others their defaults."""
+    given: dict[str, Any] = {}
+    for field in params.DESCRIPTOR.fields:
+        name = field.name
+        if field.is_repeated:
+            values = getattr(params, name)
+            if values:
+                given[name] = dict(values) if name == "logit_bias" else tuple(values)
+        elif params.HasField(name):
+            value = getattr(params, name)
+            given[name] = _structured(value) if name == "structured_outputs" else value
+    return given
+
+
+def _structured(wire: sampling_pb2.StructuredOutputs) -> StructuredOutputs:
+    which = wire.WhichOneof("constraint")
+    if which is None:
+        return StructuredOutputs()  # which says that one must be set
+    if which == "choice":
+        return StructuredOutputs(choice=tuple(wire.choice.choices))
+    return StructuredOutputs(**{"json" if which == "json_schema" else which: getattr(wire, which)})
+
+
+def params_to(params: Any) -> sampling_pb2.SamplingParams:
+    """The wire form of a `SamplingParams`; None stays unset."""
+    wire = sampling_pb2.SamplingParams()
+    for field in wire.DESCRIPTOR.fields:
+        name, value = field.name, getattr(params, field.name)
+        if value is None:
+            continue
+        if name == "logit_bias":
+            wire.logit_bias.update(value)
+        elif name == "structured_outputs":
+            wire.structured_outputs.CopyFrom(_structured_to(value))
+        elif field.is_repeated:
+            getattr(wire, name).extend((value,) if isinstance(value, str) else value)
+        else:
+            setattr(wire, name, value)
+    return wire
+
+
+def _structured_to(grammar: StructuredOutputs) -> sampling_pb2.StructuredOutputs:
+    if grammar.choice is not None:
+        return sampling_pb2.StructuredOutputs(choice=sampling_pb2.Choices(choices=grammar.choice))
+    if grammar.json is not None:
+        schema = grammar.json if isinstance(grammar.json, str) else json.dumps(grammar.json)
+        return sampling_pb2.StructuredOutputs(json_schema=schema)
+    if grammar.json_object:
+        return sampling_pb2.StructuredOutputs(json_object=True)
+    if grammar.regex is not None:
+        return sampling_pb2.StructuredOutputs(regex=grammar.regex)
+    return sampling_pb2.StructuredOutputs(grammar=grammar.grammar)
+
+
+def response_to(request_id: str, output: TextOutput) -> pb.GenerateResponse:
+    """One delta on the wire."""
+    wire = pb.GenerateResponse(request_id=request_id, index=output.index, text=output.text, token_ids=output.token_ids)
+    if output.logprobs is not None:
+        wire.logprobs.extend(_logprob(entry) for entry in output.logprobs)
+    if output.prompt_logprobs is not None:
+        wire.prompt_logprobs.extend(pb.TokenLogprob() if e is None else _logprob(e) for e in output.prompt_logprobs)
+    if output.finish_reason is None:
+        return wire
+    wire.finish_reason = FINISH_REASONS[output.finish_reason]
+    if isinstance(output.stop_reason, str):
+        wire.stop_string = output.stop_reason
+    elif output.stop_reason is not None:
+        wire.stop_token_id = output.stop_reason
+    times = output.times
+    wire.usage.CopyFrom(
+        pb.Usage(
+            prompt_tokens=output.num_prompt_tokens,
+            cached_tokens=output.num_cached_tokens,
+            completion_tokens=output.num_completion_tokens,
+            queue_s=_since(times.arrival, times.scheduled),
+            time_to_first_token_s=_since(times.arrival, times.first_token),
+            total_s=_since(times.arrival, times.finished),
+        )
+    )
+    return wire
+
+
+def _logprob(entry: TokenLogprob) -> pb.TokenLogprob:
+    return pb.TokenLogprob(
+        token_id=entry.token_id,
+        token=entry.token,
+        token_bytes=entry.bytes,
+        logprob=entry.logprob,
+        rank=entry.rank,
+        top=[
+            pb.TopLogprob(token_id=e.token_id, token=e.token, token_bytes=e.bytes, logprob=e.logprob) for e in entry.top
+        ],
+    )
+
+
+def _since(start: float, end: float) -> float:
+    """Seconds from a milestone to another; 0 where the latter was not reached."""
+    return max(0.0, end - start) if end else 0.0

@@ -1,0 +1,202 @@
+"""The services of jaxserve.v1, as calls of a `TextService`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf import message_factory
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
+
+from proto.jaxserve.v1 import control_pb2, inference_pb2
+from serving.errors import ErrorKind, RequestError, invalid
+from serving.frontends.grpc import convert
+from serving.frontends.grpc.errors import status_of
+from serving.service import TextService
+
+log = logging.getLogger(__name__)
+Context = Any  # grpc.aio.ServicerContext, which is generic in types that bytes-level handlers do not have
+
+INFERENCE: ServiceDescriptor = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+CONTROL: ServiceDescriptor = control_pb2.DESCRIPTOR.services_by_name["Control"]
+
+
+class Inference:
+    """Generate, Tokenize, Detokenize.
+
+    Args:
+        service: gives the service, or raises UNAVAILABLE while there is none yet.
+    """
+
+    descriptor = INFERENCE
+
+    def __init__(self, service: Callable[[], TextService]) -> None:
+        self._service = service
+
+    async def Generate(  # noqa: N802 - named as in the .proto
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        service = self._service()
+        remaining = context.time_remaining()
+        if remaining is not None and remaining <= 0:
+            raise RequestError(ErrorKind.DEADLINE_EXCEEDED, "The call's deadline has passed.")
+        limit = service.limits.max_timeout_s
+        timeout = remaining if remaining is None or remaining <= limit else None
+        given = convert.generate_input_from(request, timeout)
+        params = service.make_params(convert.params_from(request.sampling_params))
+        prepared = await service.prepare(given, params)
+        async with contextlib.aclosing(service.generate(prepared)) as outputs:
+            async for output in outputs:
+                yield convert.response_to(prepared.request_id, output)
+
+    async def Tokenize(  # noqa: N802
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        service = self._service()
+        text, ids = await service.tokenize(convert.input_from(request))
+        return inference_pb2.TokenizeResponse(token_ids=ids, text=text or "", max_model_len=service.info.max_model_len)
+
+    async def Detokenize(  # noqa: N802
+        self, request: inference_pb2.DetokenizeRequest, context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        text = await self._service().detokenize(
+            request.token_ids, skip_special_tokens=request.skip_special_tokens, model=request.model or None
+        )
+        return inference_pb2.DetokenizeResponse(text=text)
+
+
+class Control:
+    """GetServerInfo, GetModelInfo, Abort."""
+
+    descriptor = CONTROL
+
+    def __init__(self, service: Callable[[], TextService]) -> None:
+        self._service = service
+
+    async def GetServerInfo(  # noqa: N802
+        self, request: control_pb2.GetServerInfoRequest, context: Context
+    ) -> control_pb2.GetServerInfoResponse:
+        service = self._service()
+        info, stats = service.info, service.client.stats()
+        return control_pb2.GetServerInfoResponse(
+            version=info.version,
+            platform=info.platform,
+            mesh=info.mesh,
+            uptime_s=time.monotonic() - service.started,
+            draining=service.draining,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            num_pages_free=stats.num_pages_free,
+            num_pages_total=stats.num_pages_total,
+            prompt_tokens=stats.prompt_tokens,
+            generation_tokens=stats.generation_tokens,
+            num_steps=stats.num_steps,
+            num_preemptions=stats.num_preemptions,
+            num_recompilations=stats.num_recompilations,
+        )
+
+    async def GetModelInfo(  # noqa: N802
+        self, request: control_pb2.GetModelInfoRequest, context: Context
+    ) -> control_pb2.GetModelInfoResponse:
+        service = self._service()
+        service.resolve_model(request.model)
+        info = service.info
+        return control_pb2.GetModelInfoResponse(
+            id=service.model_id,
+            names=service.model_names,
+            architecture=info.architecture,
+            num_parameters=info.num_parameters,
+            vocab_size=info.vocab_size,
+            max_model_len=info.max_model_len,
+            max_num_seqs=info.max_num_seqs,
+            max_num_batched_tokens=info.max_num_batched_tokens,
+            page_size=info.page_size,
+            num_pages=info.num_pages,
+            dtype=info.dtype,
+            quantization=info.quantization or "",
+            eos_token_ids=service.tokenizer.eos_token_ids,
+            has_chat_template=service.chat_template is not None,
+        )
+
+    async def Abort(  # noqa: N802
+        self, request: control_pb2.AbortRequest, context: Context
+    ) -> control_pb2.AbortResponse:
+        if not request.request_id:
+            raise invalid("request_id is empty: name the request to abort.", "request_id")
+        return control_pb2.AbortResponse(found=await self._service().abort(request.request_id))
+
+
+def generic_handler(servicer: Inference | Control) -> grpc.GenericRpcHandler:
+    """Registers a servicer's methods, with messages parsed here instead of inside grpc.
+
+    The stubs' own registration lets grpc parse, which answers INTERNAL to a message that does not parse (invalid
+    UTF-8, say); that is the client's fault and must be INVALID_ARGUMENT.
+    """
+    descriptor = servicer.descriptor
+    handlers = {method.name: _method_handler(method, getattr(servicer, method.name)) for method in descriptor.methods}
+    return grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
+
+
+def _method_handler(method: MethodDescriptor, function: Callable[..., Any]) -> grpc.RpcMethodHandler:
+    kind = message_factory.GetMessageClass(method.input_type)
+    if method.server_streaming:
+        return grpc.unary_stream_rpc_method_handler(_streaming(kind, function), None, _serialize)  # type: ignore[arg-type]
+    return grpc.unary_unary_rpc_method_handler(_unary(kind, function), None, _serialize)  # type: ignore[arg-type]
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _parse(kind: type[Message], data: bytes) -> Message:
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise invalid(
+            f"The request is not a valid {kind.DESCRIPTOR.full_name}: strings must be UTF-8, and the message whole."
+        ) from None
+
+
+def _unary(
+    kind: type[Message], function: Callable[[Any, Context], Awaitable[Message]]
+) -> Callable[[bytes, Context], Awaitable[Message]]:
+    async def handle(data: bytes, context: Context) -> Message:
+        try:
+            return await function(_parse(kind, data), context)
+        except Exception as error:
+            raise await _abort(context, error) from error
+
+    return handle
+
+
+def _streaming(
+    kind: type[Message], function: Callable[[Any, Context], AsyncIterator[Message]]
+) -> Callable[[bytes, Context], Awaitable[None]]:
+    async def handle(data: bytes, context: Context) -> None:
+        # A dropped call cancels this coroutine wherever it waits, in `write` too: only closing the stream there and
+        # then lets the engine free its pages at once.
+        try:
+            async with contextlib.aclosing(function(_parse(kind, data), context)) as messages:  # type: ignore[type-var]
+                async for message in messages:
+                    await context.write(message)
+        except Exception as error:
+            raise await _abort(context, error) from error
+
+    return handle
+
+
+async def _abort(context: Context, error: Exception) -> Exception:
+    """Ends the call with the error's status. Does not return: `context.abort` raises."""
+    if isinstance(error, grpc.aio.AbortError | grpc.RpcError):
+        raise error
+    if not isinstance(error, RequestError):
+        log.error("a call failed", exc_info=error)
+        error = RequestError(ErrorKind.INTERNAL, "The server failed to handle the request; its log says why.")
+    status, message, trailing = status_of(error)
+    await context.abort(status, message, trailing)
+    return error

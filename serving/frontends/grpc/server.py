@@ -1,0 +1,100 @@
+"""The gRPC server: Inference, Control, health and reflection on one port."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from serving.errors import ErrorKind, RequestError
+from serving.frontends.grpc.handlers import CONTROL, INFERENCE, Control, Inference, generic_handler
+from serving.service import Limits, TextService
+
+SERVICES = (INFERENCE.full_name, CONTROL.full_name)
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def server_options(max_body_bytes: int) -> list[tuple[str, int]]:
+    """Channel arguments of the server."""
+    return [
+        ("grpc.max_receive_message_length", max_body_bytes),
+        ("grpc.max_send_message_length", -1),
+        # By default a second server on the port would silently take half of the connections.
+        ("grpc.so_reuseport", 0),
+        # Ask a silent peer after a minute, and take it for gone (its requests are aborted) 20 s later.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Clients may ping every 10 s while a long prompt is computed.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
+
+
+class GrpcServer:
+    """Listens from `start` on; answers UNAVAILABLE until `serve` gives it a service.
+
+    Health: "" says that the process lives; the services' names say whether they take requests.
+
+    Args:
+        host, port: where to listen; port 0 takes a free one.
+        limits: bounds the size of a message.
+    """
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 50051, limits: Limits | None = None) -> None:
+        self._host = host
+        self._asked_port = port
+        self._limits = limits or Limits()
+        self._service: TextService | None = None
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - set at run time
+        self.port = 0
+
+    async def start(self) -> int:
+        """Binds and listens. Returns the port.
+
+        Raises:
+            OSError: the address cannot be bound, in a sentence.
+        """
+        self._server = grpc.aio.server(options=server_options(self._limits.max_body_bytes))
+        for servicer in (Inference(self._require), Control(self._require)):
+            self._server.add_generic_rpc_handlers((generic_handler(servicer),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        await self._set_ready(False)
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        address = f"{host}:{self._asked_port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            self.port = 0
+        if not self.port:
+            raise OSError(
+                f"cannot listen on {address}: the port is taken, or the address is not this machine's. "
+                "Choose another with --grpc-port or --host."
+            )
+        await self._server.start()
+        return self.port
+
+    async def serve(self, service: TextService) -> None:
+        """From now on requests are answered."""
+        self._service = service
+        await self._set_ready(True)
+
+    async def drain(self) -> None:
+        """Tells load balancers to send no more. The service itself refuses new requests and ends the old ones."""
+        await self._set_ready(False)
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Stops listening; calls still open after `grace_s` seconds are cancelled, which aborts their requests."""
+        await self._set_ready(False)
+        await self._server.stop(grace_s)
+
+    async def _set_ready(self, ready: bool) -> None:
+        for name in SERVICES:
+            await self._health.set(name, _SERVING if ready else _NOT_SERVING)
+
+    def _require(self) -> TextService:
+        if self._service is None:
+            raise RequestError(ErrorKind.UNAVAILABLE, "The model is still being loaded.", retry_after_s=2.0)
+        return self._service
