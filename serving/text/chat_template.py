@@ -25,6 +25,8 @@ RESERVED = (
     | {"bos_token", "eos_token", "unk_token", "pad_token"}
     | {"range", "dict", "lipsum", "cycler", "joiner", "namespace", "loop", "self"}
 )
+# Roles of OpenAI's API, and what templates that do not know them call the same thing.
+NEWER_ROLES = {"developer": "system", "function": "tool"}
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # Ends an open last message while it goes through the template. The blank behind shows whether the template trims.
 OPEN_END = "\ufdd2 "
@@ -200,6 +202,9 @@ class _Source:
         goes by all names that templates know it by.
         """
         shaped = dict(message)
+        role = message.get("role")
+        if role in NEWER_ROLES and role not in self._source:
+            shaped["role"] = NEWER_ROLES[role]
         shaped["content"] = self._content(message.get("content"), f"{where}.content")
         if "content" not in message and message.get("tool_calls") and self._takes_none:
             del shaped["content"]

@@ -180,7 +180,9 @@ class Tokenizer:
 
     def _make_bytes(self, token_id: int) -> bytes:
         if token_id in self._added_bytes:
-            return self._added_bytes[token_id]
+            added = self._added_bytes[token_id]
+            # Gemma's runs of blanks are added tokens, spelt as in the vocabulary.
+            return added.replace(SPACE_BYTES, b" ") if self._form == "sentencepiece" else added
         token = self.id_to_token(token_id)
         if token is None:
             return b""

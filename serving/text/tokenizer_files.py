@@ -11,8 +11,6 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from serving.text import gguf_vocab
-
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
@@ -28,6 +26,9 @@ class TokenizerFiles:
 
 def read(folder: Path) -> TokenizerFiles:
     """Reads tokenizer.json and the files beside it.
+
+    Whether a text gets a BOS is what tokenizer.json says; `add_bos_token` in tokenizer_config.json has no effect where
+    there is a tokenizer.json, as in transformers.
 
     Raises:
         ValueError: a file is missing or damaged; the sentence names it.
@@ -54,7 +55,6 @@ def read(folder: Path) -> TokenizerFiles:
 
     _add_missing(tokenizer, config)
     eos = named("eos")
-    _set_ends(tokenizer, config, named("bos"), eos)
     ends: dict[int, None] = {}
     if eos is not None and (token := tokenizer.token_to_id(eos)) is not None:
         ends[token] = None
@@ -96,22 +96,6 @@ def _add_missing(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> 
         tokenizer.add_tokens([AddedToken(token["content"], **flags)])
         if tokenizer.token_to_id(token["content"]) != token_id:
             raise ValueError(f"tokenizer_config.json gives {token['content']!r} the id {token_id}, which is taken.")
-
-
-def _set_ends(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], bos: str | None, eos: str | None) -> None:
-    """Follows `add_bos_token` and `add_eos_token` where the config has them and tokenizer.json says otherwise."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    bos_id = tokenizer.token_to_id(bos) if bos else None
-    eos_id = tokenizer.token_to_id(eos) if eos else None
-    ids = tokenizer.encode("", add_special_tokens=True).ids
-    has = (bos_id is not None and ids[:1] == [bos_id], eos_id is not None and ids[-1:] == [eos_id])
-    wants = (
-        bos_id is not None and bool(config.get("add_bos_token", has[0])),
-        eos_id is not None and bool(config.get("add_eos_token", has[1])),
-    )
-    if wants != has and any(wants):
-        gguf_vocab.set_template(tokenizer, bos_id if wants[0] else None, eos_id if wants[1] else None)
 
 
 def _json(path: Path) -> dict[str, Any]:
