@@ -1,0 +1,92 @@
+"""The HTTP application: routes, failures, and what surrounds every request."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import FileResponse
+from starlette.staticfiles import StaticFiles
+
+from serving.frontends.openai import errors
+from serving.frontends.openai.chat import chat_router
+from serving.frontends.openai.completions import completions_router
+from serving.frontends.openai.embeddings import embeddings_router
+from serving.frontends.openai.middleware import BodyLimit, RequestContext
+from serving.frontends.openai.ops import ops_router
+from serving.frontends.openai.responses import responses_router
+from serving.frontends.openai.tokens import tokens_router
+from serving.metrics import Metrics
+from serving.service import TextService
+
+STATIC = pathlib.Path(__file__).parent / "static"
+# The page loads nothing from elsewhere and talks to nobody else.
+PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+
+def create_app(
+    service: TextService,
+    *,
+    metrics: Metrics | None = None,
+    cors_origins: tuple[str, ...] = (),
+    page: bool = True,
+) -> FastAPI:
+    """The OpenAI API over `service` as an ASGI application.
+
+    Args:
+        metrics: what `/metrics` shows; None makes one over the service's engine (see serving.metrics).
+        cors_origins: origins whose web pages may call us; "*" is all of them.
+        page: serve the playground at `/`.
+    """
+    metrics = metrics or Metrics.of(service.client)
+    # FastAPI's own documentation pages load scripts from a CDN: left out. /openapi.json stays.
+    app = FastAPI(title="jaxserve", version=service.info.version, docs_url=None, redoc_url=None)
+    errors.install(app)
+    app.include_router(ops_router(service, metrics))
+    app.include_router(chat_router(service))
+    app.include_router(completions_router(service))
+    app.include_router(responses_router(service))
+    app.include_router(embeddings_router(service))
+    app.include_router(tokens_router(service))
+    if page:
+        _add_page(app)
+    app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id"],
+        )
+    app.add_middleware(RequestContext, on_request=metrics.http_request)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    return app
+
+
+def _add_page(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": PAGE_POLICY})
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def favicon() -> FileResponse:
+        return FileResponse(STATIC / "icon.svg", media_type="image/svg+xml")
+
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The API document, without the 422 that FastAPI adds: wrong fields are 400 here."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            document.get("components", {}).get("schemas", {}).pop(unused, None)
+        app.openapi_schema = document
+    return app.openapi_schema

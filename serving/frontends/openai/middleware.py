@@ -1,0 +1,114 @@
+"""What surrounds every request: its id in and out, a bound on its body, the access log, and no stack traces."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.frontends.openai.errors import error_body
+from serving.metrics.logs import request_id_of_task
+
+access_log = logging.getLogger("serving.access")
+MAX_REQUEST_ID_CHARS = 128
+QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
+"""Probes and scrapes come every few seconds: logged at debug level."""
+
+OnRequest = Callable[[str, str, int, float], None]
+"""Called with method, route, status and seconds when a reply is complete."""
+
+
+class RequestContext:
+    """Gives each request an id (the client's `X-Request-Id` where it is sane), sends it back, logs one line.
+
+    A failure that nothing else caught becomes a plain 500 here, so that it carries the id and no stack trace.
+    """
+
+    def __init__(self, app: ASGIApp, on_request: OnRequest | None = None) -> None:
+        self.app = app
+        self._on_request = on_request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        header = (b"x-request-id", request_id.encode("latin-1"))
+        start, status = time.monotonic(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), header]
+            await send(message)
+
+        token = request_id_of_task.set(request_id)
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            body = json.dumps(error_body(error)).encode()
+            if not status:
+                headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+                await send_with_id({"type": "http.response.start", "status": 500, "headers": headers})
+                await send({"type": "http.response.body", "body": body})
+        finally:
+            self._done(scope, status or 499, time.monotonic() - start)
+            request_id_of_task.reset(token)
+
+    def _done(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", None) or "unmatched"
+        level = logging.DEBUG if route in QUIET_PATHS else logging.INFO
+        if access_log.isEnabledFor(level):
+            fields = {"method": scope["method"], "path": route, "status": status, "seconds": round(seconds, 4)}
+            access_log.log(level, "%s %s %d %.3fs", *fields.values(), extra={"fields": fields})
+        if self._on_request is not None:
+            self._on_request(scope["method"], route, status, seconds)
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            text = value.decode("latin-1")
+            if 0 < len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable():
+                return text
+    return uuid.uuid4().hex
+
+
+class BodyLimit:
+    """Refuses bodies over `max_bytes` with 413, by their declared length or as they come."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"")
+        too_large = declared.isdigit() and int(declared[:18]) > self.max_bytes
+        seen = 0
+
+        async def bounded() -> Message:
+            nonlocal seen
+            if too_large:
+                raise self._refusal()
+            message = await receive()
+            if message["type"] == "http.request":
+                seen += len(message.get("body", b""))
+                if seen > self.max_bytes:
+                    raise self._refusal()
+            return message
+
+        await self.app(scope, bounded, send)
+
+    def _refusal(self) -> HTTPException:
+        # Not reading on means that the connection cannot be used again.
+        return HTTPException(
+            413, f"The body has more than {self.max_bytes} bytes. Send less.", headers={"Connection": "close"}
+        )

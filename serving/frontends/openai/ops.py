@@ -1,0 +1,66 @@
+"""/health, /ready, /version, /metrics, /v1/models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from serving.errors import RequestError
+from serving.frontends.openai.errors import RESPONSES, error_response
+from serving.frontends.openai.protocol.ops import ModelCard, ModelList, StatusReply, VersionReply
+from serving.metrics import Metrics
+from serving.service import TextService
+
+
+def ops_router(service: TextService, metrics: Metrics) -> APIRouter:
+    """Routes that tell about the server itself."""
+    router = APIRouter(tags=["server"])
+    unavailable: dict[int | str, dict[str, Any]] = {503: RESPONSES[503]}
+
+    @router.get("/health", response_model=StatusReply, responses=unavailable)
+    async def health() -> Response:
+        """Live: the engine can still serve what runs. 503 once it died, so that an orchestrator restarts us."""
+        if service.client.healthy:
+            return JSONResponse({"status": "ok"})
+        try:
+            service.check_ready()
+        except RequestError as error:
+            return error_response(error)
+        return JSONResponse({"status": "ok"})
+
+    @router.get("/ready", response_model=StatusReply, responses=unavailable)
+    async def ready() -> Response:
+        """Takes new requests: weights loaded, programs compiled, not draining."""
+        service.check_ready()
+        return JSONResponse({"status": "ready"})
+
+    @router.get("/version", response_model=VersionReply)
+    async def version() -> Response:
+        return JSONResponse({"version": service.info.version})
+
+    @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def prometheus(request: Request) -> Response:
+        """Prometheus text, or OpenMetrics where the scraper asks for it."""
+        body, media_type = metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": media_type})
+
+    def card(name: str) -> ModelCard:
+        return ModelCard(
+            id=name,
+            created=service.created,
+            root=service.model_id,
+            max_model_len=service.info.max_model_len,
+        )
+
+    @router.get("/v1/models", response_model=ModelList)
+    async def models() -> Response:
+        names = dict.fromkeys((service.model_id, *service.model_names))
+        return JSONResponse(ModelList(data=[card(name) for name in names]).model_dump())
+
+    @router.get("/v1/models/{model:path}", response_model=ModelCard, responses={404: RESPONSES[404]})
+    async def model(model: str) -> Response:
+        return JSONResponse(card(service.resolve_model(model)).model_dump())
+
+    return router

@@ -1,0 +1,135 @@
+"""From the service's outputs to the parts of replies that chat and completions share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncGenerator, Iterable
+from typing import Any
+
+from serving.engine.types import FinishReason
+from serving.service import TextOutput, TokenLogprob, Usage
+
+LOWEST_LOGPROB = -9999.0
+"""JSON has no infinity: a token that could not be sampled is shown with this, as vLLM does."""
+
+
+@dataclasses.dataclass
+class Choice:
+    """One completion, whole."""
+
+    text: str = ""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, output: TextOutput) -> None:
+        self.text += output.text
+        self.token_ids.extend(output.token_ids)
+        if output.logprobs is not None:
+            self.logprobs = [*(self.logprobs or ()), *output.logprobs]
+        if output.finish_reason is not None:
+            self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
+
+
+@dataclasses.dataclass
+class Outcome:
+    """All completions of one prompt."""
+
+    choices: list[Choice]
+    usage: Usage = dataclasses.field(default_factory=Usage)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+    def add(self, output: TextOutput) -> None:
+        self.usage.add(output)
+        self.choices[output.index].add(output)
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
+
+
+async def gather(n: int, stream: AsyncGenerator[TextOutput, None]) -> Outcome:
+    """Reads a stream of `n` completions to its end. Raises RequestError as the stream does."""
+    outcome = Outcome([Choice() for _ in range(n)])
+    async for output in stream:
+        outcome.add(output)
+    return outcome
+
+
+def usage_dict(usages: Iterable[Usage]) -> dict[str, Any]:
+    """OpenAI's `usage` over the prompts of one request."""
+    prompt = completion = cached = 0
+    for usage in usages:
+        prompt += usage.prompt_tokens
+        completion += usage.completion_tokens
+        cached += usage.cached_tokens
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def finite(logprob: float) -> float:
+    """A logprob that JSON can carry."""
+    return max(logprob, LOWEST_LOGPROB)
+
+
+def token_text(entry: TokenLogprob, as_ids: bool) -> str:
+    """How a token is written in logprobs."""
+    return f"token_id:{entry.token_id}" if as_ids else entry.token
+
+
+def chat_logprobs(entries: Iterable[TokenLogprob], as_ids: bool) -> dict[str, Any]:
+    """OpenAI's chat form: each token with its bytes and the likeliest tokens at its place."""
+
+    def one(entry: TokenLogprob) -> dict[str, Any]:
+        return {"token": token_text(entry, as_ids), "logprob": finite(entry.logprob), "bytes": list(entry.bytes)}
+
+    return {"content": [{**one(e), "top_logprobs": [one(t) for t in e.top]} for e in entries], "refusal": None}
+
+
+def completion_logprobs(
+    entries: Iterable[TokenLogprob | None], first: str, first_chars: int, offset: int, as_ids: bool
+) -> dict[str, Any]:
+    """OpenAI's older form for /v1/completions: parallel lists.
+
+    Args:
+        entries: None stands for a prompt's first token, which has no logprob.
+        first, first_chars: that token's text, and its length in the reply's text: 0 for a BOS that is not shown.
+        offset: characters of the reply's text before the first entry.
+    """
+    tokens: list[str] = []
+    logprobs: list[float | None] = []
+    top: list[dict[str, float] | None] = []
+    offsets: list[int] = []
+    for entry in entries:
+        offsets.append(offset)
+        if entry is None:
+            tokens.append(first)
+            logprobs.append(None)
+            top.append(None)
+            offset += first_chars
+            continue
+        tokens.append(token_text(entry, as_ids))
+        logprobs.append(finite(entry.logprob))
+        # The chosen token is always there, likeliest or not: evaluation harnesses compare it with the maximum.
+        places = {token_text(t, as_ids): finite(t.logprob) for t in entry.top}
+        places.setdefault(tokens[-1], logprobs[-1])  # type: ignore[arg-type]
+        top.append(places)
+        offset += len(entry.token)
+    return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": tokens, "top_logprobs": top}
+
+
+def prompt_logprobs(entries: tuple[TokenLogprob | None, ...] | None) -> list[dict[str, Any] | None] | None:
+    """vLLM's form: a dictionary of token id -> logprob, rank, text for each position; None for the first."""
+    if entries is None:
+        return None
+
+    def one(entry: TokenLogprob) -> dict[str, Any]:
+        return {
+            str(e.token_id): {"logprob": finite(e.logprob), "rank": e.rank, "decoded_token": e.token}
+            for e in (entry, *entry.top)
+        }
+
+    return [entry and one(entry) for entry in entries]

@@ -1,0 +1,103 @@
+"""Runs the HTTP front end inside an event loop that others share (the gRPC server's)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from serving.frontends.openai.app import create_app
+from serving.metrics import Metrics
+from serving.service import TextService
+
+logger = logging.getLogger(__name__)
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals belong to the process that hosts us."""
+        yield
+
+
+class HttpServer:
+    """A running HTTP front end. Made by `serve_http`."""
+
+    def __init__(self, server: _Server, task: asyncio.Task[None], host: str, port: int) -> None:
+        self._server = server
+        self._task = task
+        self.host = host
+        self.port = port
+
+    @property
+    def url(self) -> str:
+        """Where it listens, as a URL."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Closes the port, gives open replies `grace_s` seconds, then drops them."""
+        self._server.config.timeout_graceful_shutdown = max(0, round(grace_s))
+        self._server.should_exit = True
+        await asyncio.wait({self._task}, timeout=grace_s + 1.0)
+        if not self._task.done():
+            self._server.force_exit = True
+            await asyncio.wait({self._task}, timeout=1.0)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def wait(self) -> None:
+        """Returns when it has stopped; raises what made it fail."""
+        await asyncio.shield(self._task)
+
+
+async def serve_http(
+    service: TextService,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    metrics: Metrics | None = None,
+    cors_origins: tuple[str, ...] = (),
+) -> HttpServer:
+    """Starts the OpenAI API in the running event loop and returns once it listens.
+
+    Args:
+        port: 0 takes a free one; the handle's `port` tells which.
+    Raises:
+        OSError: the port is taken, or the host is not ours.
+    """
+    sock = _bind(host, port)
+    config = uvicorn.Config(
+        create_app(service, metrics=metrics, cors_origins=cors_origins),
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,  # our middleware writes it, with request ids
+        server_header=False,
+        timeout_keep_alive=65,  # longer than the 60 s of common load balancers, which reuse connections
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[sock]), name="jaxserve-http")
+    while not server.started:
+        if task.done():
+            task.result()
+            raise OSError(f"The HTTP server could not start on {host}:{port}.")
+        await asyncio.sleep(0.01)
+    return HttpServer(server, task, host, sock.getsockname()[1])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock

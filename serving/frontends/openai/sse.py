@@ -1,0 +1,184 @@
+"""Server-sent events, and not working for a client that has gone.
+
+A stream writes chunks of a few hundred bytes many thousand times a second, so this stays close to ASGI: no pydantic,
+no per-chunk tasks, and strings encoded by json's C function (0.3 us against 3 us of json.dumps for a dict).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from json.encoder import encode_basestring
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+PING = b": still working\n\n"
+HEADERS_AFTER_S = 5.0
+"""A stream's status is decided by its first event (a full queue is a 429). One that waits longer than this gets its
+headers, so that proxies and clients see life, and its failure then comes inside the stream."""
+PING_EVERY_S = 15.0
+
+quote = encode_basestring
+"""A string as JSON, quotes included."""
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its reply was complete."""
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Awaits `work`; cancels it when the client disconnects, which aborts the requests it is reading.
+
+    Raises:
+        ClientGoneError: the client went first.
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        for one in (task, watch):
+            if not one.done():
+                one.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+class EventStream(Response):
+    """A `text/event-stream` reply. Its generator is closed when the client goes, whatever it was waiting for.
+
+    Args:
+        events: yields whole events as bytes. It handles its own failures: by then the status line is sent.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        self._events = events
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        # X-Accel-Buffering: nginx would otherwise collect the whole reply first.
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    def init_headers(self, headers: Any = None) -> None:
+        super().init_headers(headers)
+        self.raw_headers = [(k, v) for k, v in self.raw_headers if k != b"content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writer = asyncio.ensure_future(self._write(send))
+        watch = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({writer, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                writer.result()
+        finally:
+            for one in (writer, watch):
+                if not one.done():
+                    one.cancel()
+            await asyncio.gather(writer, watch, return_exceptions=True)
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with contextlib.aclosing(self._events) as events:
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def open_stream(
+    request: Request, events: AsyncGenerator[bytes, None], on_error: Callable[[Exception], bytes]
+) -> EventStream:
+    """Starts `events` and waits for the first, so that a refusal is an HTTP status rather than an event.
+
+    Args:
+        on_error: the last events of a stream that failed after its status line was sent.
+    Raises:
+        ClientGoneError: the client went before the first event.
+        Exception: what `events` raised before its first event.
+    """
+    first: asyncio.Task[bytes] = asyncio.ensure_future(anext(events))  # type: ignore[arg-type]
+    watch = asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait({first, watch}, timeout=HEADERS_AFTER_S, return_when=asyncio.FIRST_COMPLETED)
+        if first.done():
+            first.result()
+        elif watch.done():
+            raise ClientGoneError
+    except BaseException:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await events.aclose()
+        raise
+    finally:
+        watch.cancel()
+    return EventStream(_continue(first, events, on_error))
+
+
+async def _continue(
+    first: asyncio.Task[bytes], events: AsyncGenerator[bytes, None], on_error: Callable[[Exception], bytes]
+) -> AsyncGenerator[bytes, None]:
+    try:
+        while not first.done():
+            await asyncio.wait({first}, timeout=PING_EVERY_S)
+            if not first.done():
+                yield PING
+        yield first.result()
+        async for event in events:
+            yield event
+    except Exception as error:
+        yield on_error(error)
+    finally:
+        if not first.done():
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+        await events.aclose()
+
+
+async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+    """Interleaves streams as their items come, each with its stream's number. The first failure ends all; closing
+    closes all."""
+    if len(streams) == 1:
+        async with contextlib.aclosing(streams[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
+    queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
+
+    async def pump(i: int, stream: AsyncGenerator[T, None]) -> None:
+        try:
+            async with contextlib.aclosing(stream):
+                async for item in stream:
+                    queue.put_nowait((i, item))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(i, stream)) for i, stream in enumerate(streams)]
+    try:
+        left = len(tasks)
+        while left:
+            entry = await queue.get()
+            if entry is None:
+                left -= 1
+            elif isinstance(entry, Exception):
+                raise entry
+            else:
+                yield entry
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,138 @@
+"""Every metric that a server exports: name, kind, meaning, and what vLLM's users know it as.
+
+docs/metrics.md, the dashboard and the alert rules are tested against this table, and it against a running server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+PREFIX = "jaxserve:"
+LABELS = ("model_name", "engine")
+
+# Seconds. vLLM's bounds, with finer ones below 10 ms: small models make a token in less.
+TTFT_BOUNDS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+)  # fmt: skip
+TOKEN_BOUNDS = (
+    0.001, 0.0025, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
+    10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+REQUEST_BOUNDS = (
+    0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+    480.0, 960.0, 1920.0, 7680.0,
+)  # fmt: skip
+COUNT_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One metric family.
+
+    Attributes:
+        name: without prefix, and without the `_total` that counters get in the text.
+        kind: "gauge", "counter", "histogram" or "info" (a gauge that is 1 and says all in its labels).
+        vllm: its name in vLLM without prefix, or None for one of ours.
+        labels: beyond `model_name` and `engine`.
+        bounds: upper bounds of a histogram's buckets.
+        always: it has a sample from the start, not only after the first event.
+    """
+
+    name: str
+    kind: str
+    text: str
+    vllm: str | None = None
+    labels: tuple[str, ...] = ()
+    bounds: tuple[float, ...] = ()
+    always: bool = True
+
+    @property
+    def sample(self) -> str:
+        """The name in queries."""
+        return f"{PREFIX}{self.name}{'_total' if self.kind == 'counter' else ''}"
+
+
+def _gauge(name: str, text: str, same: bool = True, **more) -> Spec:
+    return Spec(name, "gauge", text, vllm=name if same else None, **more)
+
+
+def _counter(name: str, text: str, same: bool = True, **more) -> Spec:
+    return Spec(name, "counter", text, vllm=name if same else None, **more)
+
+
+def _histogram(name: str, text: str, bounds: tuple[float, ...], same: bool = True, **more) -> Spec:
+    return Spec(name, "histogram", text, vllm=name if same else None, bounds=bounds, **more)
+
+
+SPECS: tuple[Spec, ...] = (
+    _gauge("num_requests_running", "Requests in the running batch."),
+    _gauge("num_requests_waiting", "Requests waiting to be scheduled."),
+    _gauge("kv_cache_usage_perc", "Fraction of KV pages in use by live requests; 1 is full."),
+    _counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+    _counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+    _counter("num_preemptions", "Times a running request was put back to waiting."),
+    _counter("prompt_tokens", "Prompt tokens processed."),
+    _counter("prompt_tokens_cached", "Prompt tokens of finished requests that came from the prefix cache."),
+    _counter("generation_tokens", "Tokens generated."),
+    _counter(
+        "request_success",
+        "Completions that ended, by reason: stop, length, abort, deadline, error.",
+        labels=("finished_reason",),
+    ),
+    _counter(
+        "admission_rejections",
+        "Requests that the engine refused, by reason.",
+        labels=("reason",),
+        always=False,
+    ),
+    _histogram("request_prompt_tokens", "Prompt tokens of a request.", COUNT_BOUNDS),
+    _histogram("request_generation_tokens", "Tokens generated for a request.", COUNT_BOUNDS),
+    _histogram("request_params_max_tokens", "max_tokens of a request, resolved.", COUNT_BOUNDS),
+    _histogram("request_prefill_kv_computed_tokens", "Prompt tokens that were not in the cache.", COUNT_BOUNDS),
+    _histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BOUNDS),
+    _histogram("inter_token_latency_seconds", "Between one output and the next of a request.", TOKEN_BOUNDS),
+    _histogram(
+        "request_time_per_output_token_seconds", "Mean time a token of a request, without the first.", TOKEN_BOUNDS
+    ),
+    _histogram("e2e_request_latency_seconds", "Arrival to end.", REQUEST_BOUNDS),
+    _histogram("request_queue_time_seconds", "Arrival to first scheduled.", REQUEST_BOUNDS),
+    _histogram("request_prefill_time_seconds", "First scheduled to first token.", REQUEST_BOUNDS),
+    _histogram("request_decode_time_seconds", "First token to end.", REQUEST_BOUNDS),
+    _histogram("request_inference_time_seconds", "First scheduled to end.", REQUEST_BOUNDS),
+    Spec(
+        "cache_config_info",
+        "info",
+        "The KV cache: tokens a page, pages, their type.",
+        vllm="cache_config_info",
+        labels=("block_size", "num_gpu_blocks", "cache_dtype"),
+    ),
+    Spec(
+        "model_info",
+        "info",
+        "The served model and what it runs on.",
+        labels=("architecture", "dtype", "quantization", "mesh", "platform", "version", "max_model_len"),
+    ),
+    _gauge("healthy", "1 while the engine can serve, 0 once it died.", same=False),
+    _counter("engine_steps", "Steps that the engine ran.", same=False),
+    _counter("recompilations", "Programs compiled after start-up. Above 0 is a defect: please report it.", same=False),
+    _gauge("last_step_seconds", "Seconds that the last step took, device and host.", same=False),
+    _gauge("last_step_host_seconds", "Seconds of the last step that the host worked.", same=False),
+    _gauge("startup_seconds", "Seconds of each phase of start-up.", same=False, labels=("phase",), always=False),
+    _counter(
+        "http_requests",
+        "HTTP replies, by method, route and status.",
+        same=False,
+        labels=("method", "handler", "status"),
+        always=False,
+    ),
+    _histogram(
+        "http_request_duration_seconds",
+        "Request line to the end of the reply, by route.",
+        REQUEST_BOUNDS,
+        same=False,
+        labels=("handler",),
+        always=False,
+    ),
+)
+BY_NAME = {spec.name: spec for spec in SPECS}

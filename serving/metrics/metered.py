@@ -1,0 +1,102 @@
+"""An engine client that measures what passes through it, whatever entry the request came by."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from typing import Any, cast
+
+from serving.engine.client import EngineClient
+from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
+from serving.errors import RequestError
+from serving.metrics.metrics import Metrics
+
+
+class MeteredClient:
+    """Passes everything to `client` and observes latencies, token counts and reasons.
+
+    Args:
+        model_name: the metrics' `model_name` label; None takes the engine's model id.
+    """
+
+    def __init__(self, client: EngineClient, model_name: str | None = None) -> None:
+        self._client = client
+        self.metrics = Metrics(client, model_name)
+        h = self.metrics.histograms
+        self._ttft = h["time_to_first_token_seconds"].observe
+        self._gap = h["inter_token_latency_seconds"].observe
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        """As EngineClient.generate."""
+        start = request.arrival_time or time.monotonic()
+        last, tokens, cached, final = 0.0, 0, 0, None
+        stream = cast(AsyncGenerator[EngineOutput, None], self._client.generate(request))  # can be closed: its contract
+        entered = True
+        try:
+            async with contextlib.aclosing(stream):
+                async for output in stream:
+                    if output.token_ids:
+                        now = time.monotonic()
+                        if tokens:
+                            self._gap(now - last)
+                        else:
+                            self._ttft(now - start)
+                        last = now
+                        tokens += len(output.token_ids)
+                    cached = max(cached, output.num_cached_tokens)
+                    if output.finish_reason is not None:
+                        final = output
+                    yield output
+        except RequestError as error:
+            entered = tokens > 0
+            self.metrics.count("admission_rejections", error.kind.name.lower())
+            raise
+        finally:
+            if entered:
+                self._finished(request, final, tokens, cached, time.monotonic() - start)
+
+    def _finished(
+        self, request: EngineRequest, final: EngineOutput | None, tokens: int, cached: int, seconds: float
+    ) -> None:
+        """Observes a request that was served, to its end or to its abort."""
+        reason = final.finish_reason if final is not None and final.finish_reason else FinishReason.ABORT
+        metrics, h = self.metrics, self.metrics.histograms
+        metrics.count("request_success", reason.value)
+        metrics.count("prompt_tokens_cached", by=cached)
+        h["request_prompt_tokens"].observe(len(request.prompt_token_ids))
+        h["request_generation_tokens"].observe(tokens)
+        h["request_prefill_kv_computed_tokens"].observe(len(request.prompt_token_ids) - cached)
+        if request.params.max_tokens is not None:
+            h["request_params_max_tokens"].observe(request.params.max_tokens)
+        h["e2e_request_latency_seconds"].observe(seconds)
+        if final is None or not final.times.finished:
+            return
+        # Differences of one clock, the engine's, which may be another machine's than ours.
+        t = final.times
+        if t.scheduled:
+            h["request_queue_time_seconds"].observe(max(0.0, t.scheduled - t.arrival))
+            h["request_inference_time_seconds"].observe(max(0.0, t.finished - t.scheduled))
+        if t.scheduled and t.first_token:
+            h["request_prefill_time_seconds"].observe(max(0.0, t.first_token - t.scheduled))
+            h["request_decode_time_seconds"].observe(max(0.0, t.finished - t.first_token))
+        if t.first_token and tokens > 1:
+            per_token = max(0.0, t.finished - t.first_token) / (tokens - 1)
+            h["request_time_per_output_token_seconds"].observe(per_token)
+
+    async def abort(self, request_id: str) -> bool:
+        return await self._client.abort(request_id)
+
+    def info(self) -> EngineInfo:
+        return self._client.info()
+
+    def stats(self) -> EngineStats:
+        return self._client.stats()
+
+    @property
+    def healthy(self) -> bool:
+        return self._client.healthy
+
+    def __getattr__(self, name: str) -> Any:
+        """What an engine can do beyond EngineClient (embeddings, say) stays visible."""
+        return getattr(self._client, name)

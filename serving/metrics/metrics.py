@@ -1,0 +1,161 @@
+"""The metrics of one server, as a Prometheus collector that reads the engine when it is scraped.
+
+Counting happens on the event loop that serves, thousands of times a second, so it is a bisect and two additions:
+no lock, no label lookup (0.4 us against 3 us for prometheus_client's own histogram). Scrapes run on the same loop.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from serving.engine.client import EngineClient
+from serving.engine.types import FinishReason
+from serving.metrics.catalog import BY_NAME, LABELS, PREFIX, SPECS, Spec
+
+
+class Histogram:
+    """Counts in buckets. `observe` is all that hot paths call."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Counts one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(upper bound, count of values up to it), the last bound being +Inf."""
+        total, out = 0, []
+        for bound, count in zip((*map(repr, map(float, self.bounds)), "+Inf"), self.counts, strict=True):
+            total += count
+            out.append((bound, total))
+        return out
+
+
+class Metrics(Collector):
+    """What `/metrics` shows. Belongs to one event loop.
+
+    Attributes:
+        histograms: by name, those without labels.
+        counts: name -> label values -> count, for counters that are ours to count.
+    """
+
+    def __init__(self, client: EngineClient, model_name: str | None = None, engine: str = "0") -> None:
+        self._client = client
+        self._base = (model_name or client.info().model_id, engine)
+        self.histograms = {s.name: Histogram(s.bounds) for s in SPECS if s.kind == "histogram" and not s.labels}
+        self.counts: dict[str, dict[tuple[str, ...], int]] = {
+            "request_success": {(reason.value,): 0 for reason in FinishReason},
+            "admission_rejections": {},
+            "http_requests": {},
+            "prompt_tokens_cached": {(): 0},
+        }
+        self._http_seconds: dict[str, Histogram] = {}
+        self._startup: dict[str, float] = {}
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    @classmethod
+    def of(cls, client: EngineClient) -> Metrics:
+        """The metrics of `client` if it is a MeteredClient; else new ones, which see its stats alone."""
+        found = getattr(client, "metrics", None)
+        return found if isinstance(found, Metrics) else cls(client)
+
+    def count(self, name: str, *labels: str, by: int = 1) -> None:
+        """Adds to one of `counts`."""
+        family = self.counts[name]
+        family[labels] = family.get(labels, 0) + by
+
+    def http_request(self, method: str, handler: str, status: int, seconds: float) -> None:
+        """Counts one HTTP reply. `handler` is the route's pattern: paths would be without bound."""
+        self.count("http_requests", method if method in _METHODS else "other", handler, str(status))
+        histogram = self._http_seconds.get(handler)
+        if histogram is None:
+            histogram = self._http_seconds[handler] = Histogram(BY_NAME["http_request_duration_seconds"].bounds)
+        histogram.observe(seconds)
+
+    def set_startup(self, phases: dict[str, float]) -> None:
+        """Seconds of each phase of start-up, for instance {"load": 1.2, "compile": 3.4}."""
+        self._startup = dict(phases)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The text for a scraper and its content type, by the scraper's Accept header."""
+        encode, media_type = choose_encoder(accept)
+        return encode(self._registry), media_type
+
+    # -- the collector -----------------------------------------------------------------------------------------------
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by the registry at a scrape."""
+        values = self._engine_values()
+        for spec in SPECS:
+            if spec.kind == "info":
+                yield self._info(spec)
+            elif spec.kind == "histogram":
+                yield self._histogram(spec)
+            elif spec.name in self.counts:
+                yield self._family(spec, {k: float(v) for k, v in self.counts[spec.name].items()})
+            else:
+                yield self._family(spec, values[spec.name])
+
+    def _engine_values(self) -> dict[str, dict[tuple[str, ...], float]]:
+        s = self._client.stats()
+        plain = {
+            "num_requests_running": s.num_running,
+            "num_requests_waiting": s.num_waiting,
+            "kv_cache_usage_perc": s.kv_usage,
+            "prefix_cache_queries": s.prefix_queries,
+            "prefix_cache_hits": s.prefix_hits,
+            "num_preemptions": s.num_preemptions,
+            "prompt_tokens": s.prompt_tokens,
+            "generation_tokens": s.generation_tokens,
+            "healthy": int(self._client.healthy),
+            "engine_steps": s.num_steps,
+            "recompilations": s.num_recompilations,
+            "last_step_seconds": s.last_step_s,
+            "last_step_host_seconds": s.host_step_s,
+        }
+        values: dict[str, dict[tuple[str, ...], float]] = {k: {(): float(v)} for k, v in plain.items()}
+        values["startup_seconds"] = {(phase,): seconds for phase, seconds in self._startup.items()}
+        return values
+
+    def _family(self, spec: Spec, values: dict[tuple[str, ...], float]) -> Metric:
+        family = CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily
+        metric = family(PREFIX + spec.name, spec.text, labels=(*LABELS, *spec.labels))
+        for labels, value in values.items():
+            metric.add_metric((*self._base, *labels), value)
+        return metric
+
+    def _histogram(self, spec: Spec) -> Metric:
+        metric = HistogramMetricFamily(PREFIX + spec.name, spec.text, labels=(*LABELS, *spec.labels))
+        members = [((k,), h) for k, h in self._http_seconds.items()] if spec.labels else [((), None)]
+        for labels, histogram in members:
+            histogram = histogram or self.histograms[spec.name]
+            metric.add_metric((*self._base, *labels), buckets=histogram.cumulative(), sum_value=histogram.sum)
+        return metric
+
+    def _info(self, spec: Spec) -> Metric:
+        info = self._client.info()
+        known = {
+            "block_size": info.page_size,
+            "num_gpu_blocks": info.num_pages,
+            "cache_dtype": info.dtype,
+            "quantization": info.quantization or "none",
+        }
+        labels = [str(known[name] if name in known else getattr(info, name)) for name in spec.labels]
+        return self._family(spec, {tuple(labels): 1.0})
+
+
+_METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"})
