@@ -166,6 +166,11 @@ class TextService:
                 await self.client.abort(child.request_id)
         return True
 
+    async def abort_all(self) -> None:
+        """Ends every live request with reason ABORT: the server stops now."""
+        for request_id in list(self._live):
+            await self.abort(request_id)
+
     async def tokenize(self, given: GenerateInput) -> tuple[str | None, list[int]]:
         """The prompt as text (rendered, for messages; None for token ids) and the ids `generate` would run.
 

@@ -69,7 +69,11 @@ async def test_every_sampling_parameter_reaches_the_engine(serve):
         if field.name == "structured_outputs":
             continue
         want, got = getattr(wire, field.name), getattr(params, field.name)
-        assert (dict(want) == got) if field.name == "logit_bias" else (tuple(want) == got if field.is_repeated else want == got)
+        assert (
+            (dict(want) == got)
+            if field.name == "logit_bias"
+            else (tuple(want) == got if field.is_repeated else want == got)
+        )
     assert s.engine.requests[0].bad_words_token_ids == ((122, 122), (32, 122, 122))
 
 

@@ -1,0 +1,213 @@
+"""An `EngineClient` over our own gRPC: tokens in, tokens out. What a gateway process puts under its TextService."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+
+import grpc
+
+from proto.jaxserve.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
+from proto.jaxserve.v1 import inference_pb2 as pb
+from serving.engine.constraint import TokenConstraint
+from serving.engine.sampling_params import StructuredOutputs
+from serving.engine.types import (
+    EngineInfo,
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    RequestTimes,
+    TokenLogprobs,
+)
+from serving.frontends.grpc import convert
+from serving.frontends.grpc.errors import error_of
+
+log = logging.getLogger(__name__)
+OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+
+class RemoteEngineClient:
+    """One jaxserve server, as an engine. Make one with `connect`; belongs to the event loop that made it.
+
+    Stop strings, `n` and text stay on this side (the TextService's): the wire carries tokens. Grammars go by their
+    source (`RemoteGrammars`): the server compiles them. `stats` is as old as `poll_s`.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, info: EngineInfo, eos_token_ids: tuple[int, ...]) -> None:
+        self._channel = channel
+        self._inference = inference_pb2_grpc.InferenceStub(channel)
+        self._control = control_pb2_grpc.ControlStub(channel)
+        self._info = info
+        self.eos_token_ids = eos_token_ids
+        self._stats = EngineStats()
+        self._healthy = True
+        self._poller: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def connect(cls, target: str, *, timeout_s: float = 30.0, poll_s: float = 1.0) -> RemoteEngineClient:
+        """Connects to `host:port` and learns what it serves.
+
+        Raises:
+            RequestError: UNAVAILABLE when it cannot be reached within `timeout_s` seconds.
+        """
+        channel = grpc.aio.insecure_channel(target, options=OPTIONS)
+        control = control_pb2_grpc.ControlStub(channel)
+        try:
+            wait = {"timeout": timeout_s, "wait_for_ready": True}
+            model = await control.GetModelInfo(control_pb2.GetModelInfoRequest(), **wait)
+            server = await control.GetServerInfo(control_pb2.GetServerInfoRequest(), **wait)
+        except grpc.aio.AioRpcError as error:
+            await channel.close()
+            raise error_of(error) from error
+        client = cls(channel, _info(model, server), tuple(model.eos_token_ids))
+        client._note(server)
+        client._poller = asyncio.create_task(client._poll(poll_s))
+        return client
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        """See EngineClient.generate. Closing the iterator cancels the call, and with it the request there."""
+        call = self._inference.Generate(_wire_request(request))
+        prompt_tokens = len(request.prompt_token_ids)
+        first_token = 0.0
+        try:
+            async for message in call:
+                now = time.monotonic()
+                first_token = first_token or now
+                yield _output(request, message, prompt_tokens, first_token, now)
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        finally:
+            call.cancel()  # does nothing to a call that is over
+
+    async def abort(self, request_id: str) -> bool:
+        """See EngineClient.abort."""
+        try:
+            return (await self._control.Abort(control_pb2.AbortRequest(request_id=request_id))).found
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it answered when last asked, and takes requests."""
+        return self._healthy
+
+    async def close(self) -> None:
+        """Ends the connection; live requests are aborted by the server."""
+        if self._poller is not None:
+            self._poller.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._poller
+        await self._channel.close()
+
+    async def _poll(self, every_s: float) -> None:
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                self._note(await self._control.GetServerInfo(control_pb2.GetServerInfoRequest(), timeout=5.0))
+            except grpc.aio.AioRpcError as error:
+                if self._healthy:
+                    log.warning("the engine does not answer: %s", error.details())
+                self._healthy = False
+
+    def _note(self, server: control_pb2.GetServerInfoResponse) -> None:
+        self._healthy = not server.draining
+        self._stats = EngineStats(
+            num_running=server.num_running,
+            num_waiting=server.num_waiting,
+            num_pages_free=server.num_pages_free,
+            num_pages_total=server.num_pages_total,
+            num_preemptions=server.num_preemptions,
+            prompt_tokens=server.prompt_tokens,
+            generation_tokens=server.generation_tokens,
+            num_steps=server.num_steps,
+            num_recompilations=server.num_recompilations,
+        )
+
+
+class RemoteGrammars:
+    """Stands for a grammar compiler where the engine is remote: the server behind compiles `structured_outputs`."""
+
+    def compile(self, grammar: StructuredOutputs) -> Callable[[], TokenConstraint | None]:
+        """A factory of nothing: the request carries the grammar's source."""
+        return lambda: None
+
+
+def _wire_request(request: EngineRequest) -> pb.GenerateRequest:
+    params = dataclasses.replace(request.params, stop=None, detokenize=False)
+    wire = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=request.prompt_token_ids),
+        sampling_params=convert.params_to(params),
+        request_id=request.request_id,
+        priority=request.priority,
+        cache_salt=request.cache_salt or "",
+        tenant=request.tenant or "",
+    )
+    now = time.monotonic()
+    # A deadline that has passed is still said: the server's answer is then the right one.
+    if request.deadline is not None:
+        wire.timeout_s = max(request.deadline - now, 1e-3)
+    if request.ttft_deadline is not None:
+        wire.ttft_timeout_s = max(request.ttft_deadline - now, 1e-3)
+    return wire
+
+
+def _output(
+    request: EngineRequest, message: pb.GenerateResponse, prompt_tokens: int, first_token: float, now: float
+) -> EngineOutput:
+    finish = convert.FINISH_REASON_OF.get(message.finish_reason)
+    stop = message.stop_token_id if message.WhichOneof("stop_reason") == "stop_token_id" else None
+    scheduled = request.arrival_time + message.usage.queue_s if finish else 0.0
+    return EngineOutput(
+        request_id=request.request_id,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(map(_logprobs, message.logprobs)) if message.logprobs else None,
+        prompt_logprobs=(
+            tuple(_logprobs(e) if e.HasField("logprob") else None for e in message.prompt_logprobs)
+            if message.prompt_logprobs
+            else None
+        ),
+        finish_reason=finish,
+        stop_reason=stop,
+        num_prompt_tokens=prompt_tokens,
+        num_cached_tokens=message.usage.cached_tokens,
+        times=RequestTimes(request.arrival_time, scheduled, first_token, now if finish else 0.0),
+    )
+
+
+def _logprobs(entry: pb.TokenLogprob) -> TokenLogprobs:
+    top = tuple((e.token_id, e.logprob) for e in entry.top)
+    return TokenLogprobs(entry.token_id, entry.logprob, entry.rank, top)
+
+
+def _info(model: control_pb2.GetModelInfoResponse, server: control_pb2.GetServerInfoResponse) -> EngineInfo:
+    return EngineInfo(
+        model_id=model.id,
+        architecture=model.architecture,
+        vocab_size=model.vocab_size,
+        max_model_len=model.max_model_len,
+        max_num_seqs=model.max_num_seqs,
+        max_num_batched_tokens=model.max_num_batched_tokens,
+        page_size=model.page_size,
+        num_pages=model.num_pages,
+        dtype=model.dtype,
+        quantization=model.quantization or None,
+        mesh=server.mesh,
+        platform=server.platform,
+        version=server.version,
+        num_parameters=model.num_parameters,
+    )
