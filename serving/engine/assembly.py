@@ -66,7 +66,14 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
     quantization = resolve_quantization(config, platform, dtype)
     began = time.monotonic()
     source = resolve(config.model)
-    loaded = load_model(source, dtype=dtype, mesh=mesh, quantization=quantization, progress=config.progress)
+    loaded = load_model(
+        source,
+        dtype=dtype,
+        mesh=mesh,
+        quantization=quantization,
+        max_model_len=config.max_model_len,
+        progress=config.progress,
+    )
     say(
         f"loaded {loaded.model_id} ({loaded.config.architecture}, {dtype}{', ' + quantization if quantization else ''}) "
         f"in {time.monotonic() - began:.1f} s"

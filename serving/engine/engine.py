@@ -55,8 +55,10 @@ class Engine:
             ValueError: a configuration or checkpoint that cannot be served, in a sentence.
         """
         from serving.engine.assembly import assemble
+        from serving.engine.compiling import starting
 
-        engine = cls(config, *assemble(config, progress or (lambda line: None)))
+        with starting():
+            engine = cls(config, *assemble(config, progress or (lambda line: None)))
         engine.loop.start()
         return engine
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import pathlib
 import random
-import sys
 
 import pytest
 
@@ -15,17 +12,7 @@ from serving.engine.sampling_params import SamplingParams
 from serving.engine.scheduler import Scheduler, SchedulerConfig, align
 from serving.engine.types import EngineRequest, FinishReason
 from serving.errors import RequestError
-
-
-def _load(name: str):
-    spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-fake = _load("fake_runner")
+from tests.serving.engine import fake_runner as fake
 
 CONFIG = SchedulerConfig(
     max_num_seqs=4,

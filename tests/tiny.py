@@ -1,0 +1,84 @@
+"""A tiny random Llama and an engine around it: every part is real but the weights, and it compiles in seconds."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import tempfile
+from types import SimpleNamespace
+
+import jax
+from flax import nnx
+
+from models.config import ModelConfig, RopeConfig
+from models.decoder import Decoder
+from models.layers import Build
+from serving.engine.compiling import ProgramCache, starting
+from serving.engine.config import EngineConfig
+from serving.engine.engine import Engine
+from serving.engine.runner import ModelRunner
+from serving.engine.scheduler import Scheduler, SchedulerConfig
+from serving.engine.sizing import Sizes
+from serving.engine.types import EngineInfo
+
+VOCAB = 256
+
+
+@functools.cache
+def tiny_model() -> nnx.Module:
+    """3 layers, 4 query and 2 key/value heads of 16, float32."""
+    config = ModelConfig(
+        "LlamaForCausalLM", VOCAB, 3, 64, 96, 4, 2, 16, 512, 1e-5, tie_embeddings=True, rope=RopeConfig(10000.0, 16)
+    )
+    graphdef, state = nnx.split(Decoder(config, Build(max_model_len=512)))
+    leaves, treedef = jax.tree.flatten(state)
+    key = jax.random.key(1)
+    filled = [
+        jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype) * (0.4 if len(leaf.shape) > 1 else 0.1)
+        + (0.0 if len(leaf.shape) > 1 else 1.0)
+        for i, leaf in enumerate(leaves)
+    ]
+    return nnx.merge(graphdef, jax.tree.unflatten(treedef, filled))
+
+
+def tiny_engine(
+    config: EngineConfig | None = None,
+    *,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 64,
+    max_model_len: int = 128,
+    num_pages: int = 80,
+    page_size: int = 8,
+) -> Engine:
+    """A started engine; shut it down. Programs are cached over the test session."""
+    config = config or EngineConfig(page_size=page_size, progress=False)
+    sizes = Sizes(max_num_seqs, max_num_batched_tokens, max_model_len, num_pages, page_size, 0, "float32")
+    cache = ProgramCache(_cache_folder(), repr(("tiny", sizes)))
+    with starting():
+        runner = ModelRunner(tiny_model(), sizes, cache)
+        runner.compile()
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs,
+            max_num_batched_tokens,
+            runner.buckets.max_chunk,
+            runner.buckets.max_rows,
+            max_model_len,
+            page_size,
+            num_pages,
+            config.policy,
+            config.enable_prefix_caching,
+        )
+    )
+    info = EngineInfo(
+        "tiny", "LlamaForCausalLM", VOCAB, max_model_len, max_num_seqs, max_num_batched_tokens, page_size, num_pages,
+        "float32", None, "data=1,model=1", "cpu", "test",
+    )  # fmt: skip
+    engine = Engine(config, SimpleNamespace(source=None, generation_config={}), runner, scheduler, info)
+    engine.loop.start()
+    return engine
+
+
+@functools.cache
+def _cache_folder() -> pathlib.Path:
+    return pathlib.Path(tempfile.mkdtemp(prefix="jaxserve-test-programs-"))
