@@ -100,7 +100,7 @@ def set_template(tokenizer: Tokenizer, bos: int | None, eos: int | None) -> None
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
     pre = _pre_tokenizer(metadata)
     merges = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(merges, Sequence) or isinstance(merges, str):
+    if merges is None or isinstance(merges, str):
         raise ValueError("The GGUF file has no tokenizer.ggml.merges: its byte-level BPE cannot be built.")
     pairs = []
     for merge in merges:
@@ -133,7 +133,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Se
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocab,
-            merges=_merges_from_scores(tokens, types, scores),
+            merges=_merges_from_scores(tokens, types, _plain_list(scores)),
             unk_token=tokens[unknown_id],
             fuse_unk=True,
             byte_fallback=True,
@@ -213,17 +213,27 @@ def _adds_bos(metadata: Mapping[str, Any], kind: str) -> bool:
     return kind == "llama" or _pre_tokenizer(metadata).adds_bos
 
 
-def _tokens(metadata: Mapping[str, Any]) -> Sequence[str]:
+def _tokens(metadata: Mapping[str, Any]) -> list[str]:
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not tokens:
+    if tokens is None or isinstance(tokens, str) or not len(tokens):
         raise ValueError("The GGUF file has no tokenizer.ggml.tokens: it holds no tokenizer.")
-    return tokens
+    # Bytes that are not UTF-8 came as lone surrogates, which the library cannot take.
+    return [token if token.isprintable() else _valid(token) for token in tokens]
 
 
-def _types(metadata: Mapping[str, Any], count: int) -> Sequence[int]:
+def _valid(token: str) -> str:
+    return token.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _types(metadata: Mapping[str, Any], count: int) -> list[int]:
     types = metadata.get("tokenizer.ggml.token_type")
     if types is None:
         return [TokenType.NORMAL] * count
     if len(types) != count:
         raise ValueError(f"tokenizer.ggml.token_type has {len(types)} entries for {count} tokens.")
-    return types
+    return _plain_list(types)
+
+
+def _plain_list(values: Any) -> list[Any]:
+    """Python numbers: looking at numpy's one by one is ten times slower."""
+    return values.tolist() if hasattr(values, "tolist") else list(values)
