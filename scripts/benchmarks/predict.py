@@ -1,0 +1,77 @@
+"""Does the simulator predict this machine? Records steps, fits a cost model, and replays a fresh trace in both."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from typing import Any
+
+from benchmarks.driving import span, throughput
+from benchmarks.local import Local, StepRecorder, add_engine_arguments, local_engine
+from benchmarks.report import show
+from benchmarks.work import mixed
+from serving.simulator.cost import CostModel, fit, write_records
+from serving.simulator.simulate import Outcome, Simulation
+from serving.simulator.trace import TraceRequest, write_trace
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--requests", type=int, default=80, help="of the calibration, and of each replayed trace")
+    parser.add_argument(
+        "--load", type=float, nargs="+", default=[0.6, 1.5], help="shares of what the machine can serve"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", metavar="FILE", help="write the recorded steps")
+    parser.add_argument("--save-cost", metavar="FILE", help="write the fitted model, for scripts/simulate.py --cost")
+    parser.add_argument("--write-trace", metavar="FILE", help="write the last replayed trace")
+    add_engine_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    with local_engine(args) as local:
+        with StepRecorder(local) as recorder:
+            burst = local.run(at_once(mixed(args.requests, 1.0, args.seed)), private=True)
+            capacity = len(burst) / span(burst)
+            local.run(mixed(args.requests // 2, 0.5 * capacity, args.seed + 1), private=True)
+        cost = fit(recorder.records, local.info.max_num_seqs, local.info.max_num_batched_tokens)
+        if args.record:
+            write_records(args.record, recorder.records)
+        if args.save_cost:
+            cost.save(args.save_cost)
+        for i, load in enumerate(args.load):
+            trace = mixed(args.requests, load * capacity, args.seed + 2 + i)
+            measured = local.run(trace, private=True)
+            sent = [dataclasses.replace(r, arrival=o.arrival) for r, o in zip(trace, measured, strict=True)]
+            sent.sort(key=lambda r: r.arrival)
+            show({"scenario": "predict", "load": load} | compare(measured, predict(local, cost, sent)), args.json)
+            if args.write_trace:
+                write_trace(args.write_trace, sent)
+
+
+def at_once(trace: list[TraceRequest]) -> list[TraceRequest]:
+    return [dataclasses.replace(r, arrival=0.0) for r in trace]
+
+
+def predict(local: Local, cost: CostModel, trace: list[TraceRequest]) -> list[Outcome]:
+    """The trace in the simulator, under the engine's own scheduler configuration."""
+    simulation = Simulation(local.engine.scheduler.config, cost, asynchronous=local.engine.config.async_scheduling)
+    return list(simulation.run(trace))
+
+
+def compare(measured: list[Outcome], predicted: list[Outcome]) -> dict[str, Any]:
+    """Measured, predicted and relative error of throughput and time to first token."""
+    result: dict[str, Any] = {}
+    for name, of in {
+        "output_tok_s": throughput,
+        "ttft_mean": lambda outcomes: statistics.fmean(o.ttft for o in outcomes),
+        "ttft_median": lambda outcomes: statistics.median(o.ttft for o in outcomes),
+        "tpot_median": lambda outcomes: statistics.median(o.tpot for o in outcomes if o.output_tokens > 1),
+    }.items():
+        real, virtual = of(measured), of(predicted)
+        result[name] = {
+            "measured": round(real, 4),
+            "predicted": round(virtual, 4),
+            "error": round(virtual / real - 1, 4),
+        }
+    return result
