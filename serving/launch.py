@@ -1,0 +1,216 @@
+"""python -m serving.launch: parse flags, start the engine, listen until told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from serving.engine.config import EngineConfig
+from serving.flags import HTTP_PORT, describe, parse
+
+if TYPE_CHECKING:
+    from serving.frontends.grpc.server import GrpcServer
+    from serving.service import TextService
+    from serving.startup import Started
+
+log = logging.getLogger("serving")
+
+EXIT_FAILED = 1
+WATCH_S = 0.25  # how often to look whether the engine lives
+
+
+class Server:
+    """One run of the server, from flags to exit status."""
+
+    def __init__(self, args: argparse.Namespace, config: EngineConfig) -> None:
+        self._args = args
+        self._config = config
+        self._began = time.monotonic()
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._signal = 0
+        self._http: Any = None
+        self._http_at = ""
+
+    async def run(self) -> int:
+        """Returns the exit status: 0 after a stop that was asked for, 1 when start or engine failed."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        starting = _start_in_thread(self._config, self._args, self._say)
+        grpc_server = await self._listen()
+        if grpc_server is None:
+            return EXIT_FAILED
+        asked = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            self._say("stopped before it was ready")
+            return 128 + self._signal
+        try:
+            started: Started = starting.result()
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_FAILED
+        service = started.service(served_names=self._args.served_model_name)
+        if not await self._serve(grpc_server, service):
+            return EXIT_FAILED
+        return await self._until_stopped(started, grpc_server, service)
+
+    # -- start -------------------------------------------------------------------------------------------------------
+
+    async def _listen(self) -> GrpcServer | None:
+        """Binds the gRPC port before the model is loaded: a taken port is told at once, and health can be asked."""
+        from serving.frontends.grpc.server import GrpcServer
+
+        server = GrpcServer(self._args.host, self._args.grpc_port)
+        try:
+            await server.start()
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return None
+        return server
+
+    async def _serve(self, grpc_server: GrpcServer, service: TextService) -> bool:
+        if not self._args.no_http and not await self._serve_http(service):
+            return False
+        await grpc_server.serve(service)
+        names = ", ".join(repr(name) for name in service.model_names)
+        self._say(f"serving {service.model_id} (names: {names})")
+        where = f"gRPC {self._args.host}:{grpc_server.port}" + (f", {self._http_at}" if self._http else "")
+        self._say(f"ready at {where}")
+        return True
+
+    async def _serve_http(self, service: TextService) -> bool:
+        """Starts the HTTP front end. A taken port is an error only when it was asked for by name."""
+        from serving.frontends.openai.server import serve_http
+        from serving.metrics import Metrics
+
+        port = HTTP_PORT if self._args.port is None else self._args.port
+        try:
+            self._http = await serve_http(
+                service,
+                host=self._args.host,
+                port=port,
+                metrics=Metrics(service),
+                cors_origins=tuple(self._args.allowed_origins),
+            )
+        except OSError as error:
+            reason = f"cannot listen on {self._args.host}:{port} for HTTP ({error.strerror or error})"
+            if self._args.port is not None:
+                print(f"error: {reason}. Choose another port with --port.", file=sys.stderr)
+                return False
+            self._say(f"{reason}; going on without. Choose another port with --port")
+            return True
+        self._http_at = self._http.url
+        return True
+
+    # -- stop --------------------------------------------------------------------------------------------------------
+
+    async def _until_stopped(self, started: Started, grpc_server: GrpcServer, service: TextService) -> int:
+        """Serves; then drains and stops."""
+        engine = started.engine
+        while engine.failure is None and not self._stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), WATCH_S)
+        if engine.failure is not None:
+            log.error("the engine died", exc_info=engine.failure)
+            await grpc_server.stop(0.5)
+            return EXIT_FAILED
+        await self._drain(grpc_server, service)
+        await service.abort_all()
+        if self._http is not None:
+            await self._http.stop(0.0 if self._stop_now.is_set() else 1.0)
+        await grpc_server.stop(1.0)
+        await asyncio.to_thread(engine.shutdown)
+        self._say("stopped")
+        return 128 + self._signal if self._stop_now.is_set() else 0
+
+    async def _drain(self, grpc_server: GrpcServer, service: TextService) -> None:
+        timeout = self._args.drain_timeout
+        self._say(
+            f"{signal.Signals(self._signal).name}: refusing new requests, waiting up to {timeout:g} s for "
+            f"{service.num_live} running; again to stop at once"
+        )
+        service.start_draining()
+        await grpc_server.drain()
+        idle = asyncio.create_task(service.wait_idle(timeout))
+        now = asyncio.create_task(self._stop_now.wait())
+        await asyncio.wait({idle, now}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (idle, now):
+            task.cancel()
+        await asyncio.gather(idle, now, return_exceptions=True)
+        if service.num_live:
+            self._say(f"ending {service.num_live} requests that still run")
+
+    def _on_signal(self, number: int) -> None:
+        self._signal = number
+        if self._stop.is_set():
+            self._stop_now.set()
+        self._stop.set()
+
+    def _say(self, line: str) -> None:
+        print(f"[{time.monotonic() - self._began:6.1f} s] {line}", file=sys.stderr, flush=True)
+
+
+def _start_in_thread(config: EngineConfig, args: argparse.Namespace, say: Any) -> asyncio.Future[Any]:
+    """Starts the engine beside the event loop. A daemon thread: a signal during start-up ends the process at once."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def deliver(result: Any, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            from serving.startup import start
+
+            result = start(
+                config,
+                tokenizer=args.tokenizer,
+                use_generation_config=args.generation_config == "auto",
+                say=lambda line: loop.call_soon_threadsafe(say, line) and None,
+            )
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(deliver, result, error)
+
+    threading.Thread(target=work, daemon=True, name="jaxserve-start").start()
+    return future
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the server. Returns its exit status."""
+    args, config = parse(argv)
+    logging.basicConfig(
+        level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    print("\n".join(describe(args)), file=sys.stderr, flush=True)
+    return asyncio.run(_run(args, config))
+
+
+async def _run(args: argparse.Namespace, config: EngineConfig) -> int:
+    return await Server(args, config).run()
+
+
+if __name__ == "__main__":
+    status = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: that joins threads, and those of a dead engine or an interrupted compilation may never end.
+    os._exit(status)

@@ -1,0 +1,183 @@
+"""What the server, `LLM` and the batch runner share: an engine and the text service over it, from one configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from serving.engine.config import EngineConfig
+from serving.engine.sampling_params import SamplingParams
+from serving.errors import RequestError
+
+if TYPE_CHECKING:
+    from models.loading.source import ModelSource
+    from serving.engine.engine import Engine
+    from serving.service import Limits, TextService
+    from serving.text.chat_template import ChatTemplate
+    from serving.text.grammar import GrammarCompiler
+    from serving.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Progress = Callable[[str], None]
+
+SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""What of a checkpoint's generation_config applies to requests that leave it open, as in vLLM."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSide:
+    """The parts of a model that deal with text."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """A running engine and what a TextService over it needs. `service` may be called once per event loop."""
+
+    engine: Engine
+    text: TextSide
+    default_params: dict[str, Any]
+
+    def service(
+        self, *, served_names: Sequence[str] = (), limits: Limits | None = None, executor: Any = None
+    ) -> TextService:
+        """A text service for the calling event loop.
+
+        Args:
+            served_names: names for the model, the first of which answers carry; the model's own name without.
+        """
+        from serving.service import TextService
+
+        info = self.engine.client.info()
+        names = list(served_names) or [info.model_id]
+        return TextService(
+            self.engine.client,
+            self.text.tokenizer,
+            self.text.chat_template,
+            model_id=names[0],
+            aliases=names[1:],
+            limits=limits,
+            default_params=self.default_params,
+            grammar_compiler=_grammar_compiler(self.text.tokenizer, info.vocab_size),
+            executor=executor,
+        )
+
+
+def start(
+    config: EngineConfig,
+    *,
+    tokenizer: str | None = None,
+    use_generation_config: bool = True,
+    say: Progress = lambda line: None,
+) -> Started:
+    """Starts an engine and loads the text side beside it. Blocks until both are ready.
+
+    Args:
+        tokenizer: GGUF file, Hugging Face directory or hub id to take the tokenizer from instead of the model's own.
+        use_generation_config: let the checkpoint's sampling defaults apply to requests that leave them open.
+        say: told each step as one line.
+    Raises:
+        ValueError: what cannot be served, in a sentence.
+    """
+    from models.loading.source import resolve
+
+    source = resolve(config.model, progress=config.progress)
+    text_source = resolve(tokenizer, progress=config.progress) if tokenizer is not None else source
+    # The tokenizer takes about a second of pure Python and Rust, most of which fits into the time that the engine
+    # spends in XLA.
+    text = _InThread(lambda: load_text_side(text_source, config.chat_template))
+    from serving.engine.engine import Engine
+
+    engine = Engine.start(config, progress=say)
+    try:
+        side = text.result()
+        defaults = sampling_defaults(engine.generation_config) if use_generation_config else {}
+    except BaseException:
+        engine.shutdown()
+        raise
+    return Started(engine, side, defaults)
+
+
+def load_text_side(source: ModelSource, chat_template: str | None = None) -> TextSide:
+    """Reads a model's tokenizer and chat template; no weights.
+
+    Args:
+        chat_template: a file, or Jinja text, instead of the model's own.
+    Raises:
+        ValueError: the tokenizer or the template cannot be used.
+    """
+    from serving.text.chat_template import ChatTemplate
+    from serving.text.tokenizer import Tokenizer
+
+    if source.kind == "gguf":
+        from models.loading.gguf import GGUFFile
+
+        tokenizer = Tokenizer.from_gguf(GGUFFile(source.path).metadata)
+    else:
+        tokenizer = Tokenizer.from_directory(source.path)
+    template = read_template(chat_template) if chat_template is not None else None
+    return TextSide(tokenizer, ChatTemplate.from_tokenizer(tokenizer, template))
+
+
+def read_template(given: str) -> str:
+    """The Jinja text that `--chat-template` names or is.
+
+    Raises:
+        ValueError: it is neither a file nor looks like a template.
+    """
+    if "{" in given or "\n" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ValueError(f"--chat-template {given}: cannot be read as a file ({reason}).") from None
+
+
+def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's sampling defaults, without those that SamplingParams refuses."""
+    found = {}
+    for name in SAMPLING_DEFAULTS:
+        value = generation_config.get(name)
+        if value is None:
+            continue
+        try:
+            SamplingParams(**{name: value})
+        except RequestError as error:
+            log.warning("the checkpoint's generation_config is ignored in part: %s", error.message)
+        else:
+            found[name] = value
+    return found
+
+
+def _grammar_compiler(tokenizer: Tokenizer, vocab_size: int) -> GrammarCompiler | None:
+    return None
+
+
+class _InThread:
+    """A function's result, computed in a daemon thread: an interrupted start-up does not wait for it."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True, name="jaxserve-text-side")
+        self._thread.start()
+
+    def _run(self, function: Callable[[], Any]) -> None:
+        try:
+            self._value = function()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> Any:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._value
