@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.driving import drive
 from serving.engine.config import DTYPES, KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig
+from serving.engine.engine import Engine
 from serving.engine.sampling_params import SamplingParams
 from serving.engine.types import EngineRequest
 from serving.simulator.cost import StepRecord, StepShape
@@ -49,13 +50,10 @@ def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
 class Local:
     """A started engine. Each call runs its own event loop, as a program without one would."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        from serving.engine.engine import Engine
-
-        began = time.perf_counter()
-        self.engine = Engine.start(config, lambda line: print(line, file=sys.stderr))
-        self.startup_s = time.perf_counter() - began
-        self.info = self.engine.client.info()
+    def __init__(self, engine: Engine, startup_s: float = 0.0) -> None:
+        self.engine = engine
+        self.startup_s = startup_s
+        self.info = engine.client.info()
 
     def close(self) -> None:
         self.engine.shutdown()
@@ -75,13 +73,14 @@ class Local:
             params: further fields of SamplingParams.
         """
         run = next(_names)
+        vocab = self.info.vocab_size
 
         async def send(index: int, request: TraceRequest, prompt: Sequence[int]) -> AsyncIterator[tuple[int, int]]:
             name = f"bench-{run}-{index}"
             now = time.monotonic()
             engine_request = EngineRequest(
                 name,
-                tuple(prompt),
+                tuple(t % vocab for t in prompt),
                 SamplingParams(
                     **(
                         {
@@ -118,7 +117,9 @@ class Local:
 @contextlib.contextmanager
 def local_engine(args: argparse.Namespace, **changes: Any) -> Iterator[Local]:
     """A started engine, shut down at the end."""
-    local = Local(engine_config(args, **changes))
+    began = time.perf_counter()
+    engine = Engine.start(engine_config(args, **changes), lambda line: print(line, file=sys.stderr))
+    local = Local(engine, time.perf_counter() - began)
     try:
         yield local
     finally:
