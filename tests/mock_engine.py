@@ -282,6 +282,15 @@ def _logprobs(token: int, k: int) -> TokenLogprobs:
     return TokenLogprobs(token, -0.5, 1, tuple(((token + i) % VOCAB, -0.5 - i) for i in range(k)))
 
 
+async def until(condition: Callable[[], Any], what: str = "the condition") -> None:
+    """Waits for something that another task brings about; fails after ten seconds."""
+    for _ in range(5000):
+        if condition():
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError(f"never came true: {what}")
+
+
 def mock_service(engine: MockEngine | None = None, **kwargs: Any) -> TextService:
     """A `TextService` over a mock engine, with the byte tokenizer and the mock chat template."""
     kwargs.setdefault("model_id", "mock")

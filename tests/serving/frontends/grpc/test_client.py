@@ -1,6 +1,5 @@
 """A TextService over RemoteEngineClient over our gRPC says what one over the engine itself says."""
 
-import asyncio
 import contextlib
 
 import pytest
@@ -9,7 +8,7 @@ from serving.engine.sampling_params import SamplingParams, StructuredOutputs
 from serving.errors import ErrorKind, RequestError
 from serving.frontends.grpc.client import RemoteEngineClient, RemoteGrammars
 from serving.service import GenerateInput, collect
-from tests.mock_engine import MockEngine, mock_service
+from tests.mock_engine import MockEngine, mock_service, until
 
 
 @contextlib.asynccontextmanager
@@ -85,10 +84,7 @@ async def test_errors_keep_their_kind_field_and_hint(serve):
             await ask(service, GenerateInput(text="x"), SamplingParams())
         assert (caught.value.kind, caught.value.retry_after_s) == (ErrorKind.RESOURCE_EXHAUSTED, 1.0)
         s.service.start_draining()
-        for _ in range(200):
-            await asyncio.sleep(0.01)
-            if not service.client.healthy:
-                break
+        await until(lambda: not service.client.healthy)
         with pytest.raises(RequestError) as caught:
             await ask(service, GenerateInput(text="x"), SamplingParams())
         assert caught.value.kind is ErrorKind.UNAVAILABLE
@@ -102,11 +98,7 @@ async def test_dropping_the_stream_and_aborting_reach_the_engine(serve):
         async with contextlib.aclosing(service.generate(prepared)) as outputs:
             await anext(outputs)
             assert len(engine.live) == 1
-        for _ in range(200):
-            if not engine.live:
-                break
-            await asyncio.sleep(0.01)
-        assert not engine.live
+        await until(lambda: not engine.live)
         prepared = await service.prepare(GenerateInput(text="x", request_id="mine"), endless)
         outputs = service.generate(prepared)
         await anext(outputs)

@@ -11,7 +11,7 @@ from proto.jaxserve.v1 import control_pb2, sampling_pb2
 from proto.jaxserve.v1 import inference_pb2 as pb
 from serving.errors import ErrorKind
 from serving.frontends.grpc.server import SERVICES, GrpcServer
-from tests.mock_engine import MockEngine
+from tests.mock_engine import MockEngine, until
 
 ENDLESS = pb.GenerateRequest(
     text="hi", request_id="endless", sampling_params=sampling_pb2.SamplingParams(ignore_eos=True)
@@ -21,14 +21,6 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 def slow_engine(**kwargs):
     return MockEngine("word ", step_s=0.005, max_model_len=100_000, **kwargs)
-
-
-async def until(condition, what):
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError(f"never: {what}")
 
 
 async def status_of(call):
