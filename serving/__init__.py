@@ -1,0 +1,38 @@
+"""jaxserve: an LLM serving engine on JAX and XLA.
+
+    from serving import LLM, SamplingParams
+
+The names below are imported when first used: `import serving` alone costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from serving.engine.sampling_params import SamplingParams, StructuredOutputs
+    from serving.errors import RequestError
+    from serving.llm import LLM
+    from serving.service.outputs import CompletionOutput, RequestOutput
+
+_HOME = {
+    "LLM": "serving.llm",
+    "SamplingParams": "serving.engine.sampling_params",
+    "StructuredOutputs": "serving.engine.sampling_params",
+    "RequestError": "serving.errors",
+    "CompletionOutput": "serving.service.outputs",
+    "RequestOutput": "serving.service.outputs",
+}
+
+__all__ = ["LLM", "CompletionOutput", "RequestError", "RequestOutput", "SamplingParams", "StructuredOutputs"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'serving' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

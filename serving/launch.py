@@ -91,7 +91,6 @@ class Server:
     async def _serve_http(self, service: TextService) -> bool:
         """Starts the HTTP front end. A taken port is an error only when it was asked for by name."""
         from serving.frontends.openai.server import serve_http
-        from serving.metrics import Metrics
 
         port = HTTP_PORT if self._args.port is None else self._args.port
         try:
@@ -99,7 +98,6 @@ class Server:
                 service,
                 host=self._args.host,
                 port=port,
-                metrics=Metrics(service),
                 cors_origins=tuple(self._args.allowed_origins),
             )
         except OSError as error:
@@ -196,9 +194,8 @@ def _start_in_thread(config: EngineConfig, args: argparse.Namespace, say: Any) -
 def main(argv: list[str] | None = None) -> int:
     """Runs the server. Returns its exit status."""
     args, config = parse(argv)
-    logging.basicConfig(
-        level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    log.setLevel(args.log_level.upper())  # ours alone: jax tells at INFO which backends a machine has not
     print("\n".join(describe(args)), file=sys.stderr, flush=True)
     return asyncio.run(_run(args, config))
 

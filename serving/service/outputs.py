@@ -129,6 +129,16 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestTimes = _NOT_REACHED
 
+    @classmethod
+    def of(cls, prepared: PreparedRequest) -> RequestOutput:
+        """The empty result of a request, to `add` its outputs to."""
+        return cls(
+            request_id=prepared.request_id,
+            prompt=prepared.prompt,
+            prompt_token_ids=list(prepared.prompt_token_ids),
+            outputs=[CompletionOutput(index=i) for i in range(prepared.params.n)],
+        )
+
     def add(self, output: TextOutput) -> None:
         """Takes in one output of any index."""
         choice = self.outputs[output.index]
@@ -158,12 +168,7 @@ async def collect(prepared: PreparedRequest, stream: AsyncIterator[TextOutput]) 
     Raises:
         RequestError: as the stream does.
     """
-    result = RequestOutput(
-        request_id=prepared.request_id,
-        prompt=prepared.prompt,
-        prompt_token_ids=list(prepared.prompt_token_ids),
-        outputs=[CompletionOutput(index=i) for i in range(prepared.params.n)],
-    )
+    result = RequestOutput.of(prepared)
     async for output in stream:
         result.add(output)
     return result

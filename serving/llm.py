@@ -1,0 +1,350 @@
+"""The notebook and offline face: a model in this process, behind blocking calls.
+
+llm = LLM()
+for out in llm.generate(["Hello, my name is"], SamplingParams(max_tokens=32)):
+    print(out.outputs[0].text)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import difflib
+import sys
+import threading
+import weakref
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from serving.engine.config import EngineConfig
+from serving.engine.sampling_params import SamplingParams
+from serving.engine.types import EngineInfo, EngineStats
+from serving.service import GenerateInput, PreparedRequest, RequestOutput, TextService, Usage
+
+if TYPE_CHECKING:
+    from serving.startup import Started
+    from serving.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model loaded, compiled and running in this process.
+
+    Requests of one call run together (continuous batching), and calls from several threads do too. Ctrl-C during a
+    call ends its requests, not the model. Works where an event loop already runs, as in notebooks.
+
+    Args:
+        model: GGUF file, Hugging Face or Orbax directory, hub id, or None for SmolLM2-135M-Instruct.
+        dtype: what to compute in; "auto" is float32 on CPU and bfloat16 elsewhere.
+        max_model_len: longest prompt plus completion, in tokens.
+        mesh: axes of the device mesh and their sizes.
+        cpu_devices: split the CPU into this many devices; must come before JAX is used in this process.
+        quantization: of the weights: "auto", "int8", or None for none.
+        tokenizer: take the tokenizer from here instead of the model.
+        chat_template: Jinja file or text instead of the model's own.
+        options: any other field of `EngineConfig` (max_num_seqs, kv_cache_memory, seed, ...).
+    Raises:
+        ValueError: what cannot be served, in a sentence.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        mesh: str = "data=1,model=1",
+        cpu_devices: int | None = None,
+        quantization: str | None = "auto",
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> None:
+        from serving.startup import start
+
+        _check_options(options)
+        config = EngineConfig(
+            model=None if model is None else str(model),
+            dtype=dtype,
+            max_model_len=max_model_len,
+            mesh=mesh,
+            cpu_devices=cpu_devices,
+            quantization=quantization,
+            chat_template=chat_template,
+            **options,
+        )
+        say = (lambda line: print(line, file=sys.stderr)) if config.progress else (lambda line: None)
+        self._init(start(config, tokenizer=tokenizer, say=say))
+
+    @classmethod
+    def from_started(cls, started: Started) -> LLM:
+        """An LLM over an engine that runs already; shutting it down shuts that down."""
+        self = cls.__new__(cls)
+        self._init(started)
+        return self
+
+    def _init(self, started: Started) -> None:
+        self._started = started
+        self._loop = _LoopThread()
+        self._service: TextService = self._loop.run(_on_loop(started.service))
+        self._finalizer = weakref.finalize(self, _shutdown, started, self._loop)
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes prompts.
+
+        Args:
+            prompts: a text, a mapping with "prompt" or "prompt_token_ids", or a list of those or of lists of token ids.
+            sampling_params: one for all, or one each; None takes the model's defaults with 16 tokens.
+            use_tqdm: show a progress bar.
+            priority: one each; lower runs first (scheduling policy "priority").
+        Returns:
+            one result a prompt, in their order.
+        Raises:
+            RequestError: a prompt or parameter that cannot be served (nothing has run then), or a failure on the way.
+        """
+        inputs = [_input_of(prompt) for prompt in _listed(prompts)]
+        if priority is not None:
+            _same_length("priority", priority, inputs)
+            inputs = [dataclasses.replace(given, priority=p) for given, p in zip(inputs, priority, strict=True)]
+        return self._run_all(inputs, sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or each of a list of them.
+
+        Args:
+            messages: OpenAI's messages, or a list of such lists.
+            tools, add_generation_prompt, continue_final_message, chat_template_kwargs: for the chat template.
+        Returns:
+            one result a conversation, in their order.
+        Raises:
+            RequestError: as `generate`.
+        """
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = [messages] if single else messages
+        inputs = [
+            GenerateInput(
+                messages=conversation,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs or {},
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+            )
+            for conversation in conversations
+        ]
+        return self._run_all(inputs, sampling_params, use_tqdm)
+
+    # -- facts -------------------------------------------------------------------------------------------------------
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._started.text.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's own defaults, with max_tokens 16."""
+        return self._service.make_params({"max_tokens": 16})
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts fixed at start: sizes, dtypes, devices."""
+        return self._service.info
+
+    def stats(self) -> EngineStats:
+        """A recent snapshot of the engine's counters."""
+        return self._service.client.stats()
+
+    @property
+    def service(self) -> TextService:
+        """The text service, living on a private event loop. For front ends of their own; not for plain calls."""
+        return self._service
+
+    def shutdown(self) -> None:
+        """Ends the engine and gives its memory back. Further calls fail."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _run_all(
+        self,
+        inputs: list[GenerateInput],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        if not self._finalizer.alive:
+            raise RuntimeError("This LLM has been shut down.")
+        params = self._params_for(inputs, sampling_params)
+        with _bar(len(inputs), use_tqdm) as bar:
+            return self._loop.run(self._all(inputs, params, bar))
+
+    def _params_for(
+        self, inputs: list[GenerateInput], given: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * len(inputs)
+        _same_length("sampling_params", given, inputs)
+        return list(given)
+
+    async def _all(self, inputs: list[GenerateInput], params: list[SamplingParams], bar: _Bar) -> list[RequestOutput]:
+        prepared = [await self._service.prepare(i, p) for i, p in zip(inputs, params, strict=True)]
+        # Enough to keep every slot busy while finished ones are replaced; ten thousand at once would only cost memory.
+        gate = asyncio.Semaphore(max(64, 4 * self._service.info.max_num_seqs))
+
+        async def one(request: PreparedRequest) -> RequestOutput:
+            async with gate:
+                return await self._one(request, bar)
+
+        tasks = [asyncio.create_task(one(request)) for request in prepared]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one(self, request: PreparedRequest, bar: _Bar) -> RequestOutput:
+        result = RequestOutput.of(request)
+        usage = Usage()
+        async with contextlib.aclosing(self._service.generate(request)) as outputs:
+            async for output in outputs:
+                result.add(output)
+                usage.add(output)
+        bar.done(usage)
+        return result
+
+
+class _LoopThread:
+    """An event loop in a thread of its own: the caller may have one running already."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="jaxserve-llm")
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine there and waits. Interrupted (Ctrl-C), it cancels the work and waits for its end."""
+        finished = threading.Event()
+
+        async def watched() -> T:
+            try:
+                return await work
+            finally:
+                finished.set()
+
+        future = asyncio.run_coroutine_threadsafe(watched(), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            if not future.done():
+                future.cancel()
+                finished.wait(10.0)
+            raise
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5.0)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+
+def _shutdown(started: Started, loop: _LoopThread) -> None:
+    started.engine.shutdown()
+    loop.close()
+
+
+async def _on_loop(make: Any) -> TextService:
+    return make()
+
+
+class _Bar:
+    """A tqdm bar over requests, with token rates behind it."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._prompt_tokens = self._tokens = 0
+
+    def done(self, usage: Usage) -> None:
+        if self._bar is None:
+            return
+        self._prompt_tokens += usage.prompt_tokens
+        self._tokens += usage.completion_tokens
+        elapsed = max(self._bar.format_dict["elapsed"], 1e-6)
+        self._bar.set_postfix_str(
+            f"in {self._prompt_tokens / elapsed:.0f} tok/s, out {self._tokens / elapsed:.0f} tok/s", refresh=False
+        )
+        self._bar.update(1)
+
+
+@contextlib.contextmanager
+def _bar(total: int, shown: bool) -> Iterator[_Bar]:
+    if not shown:
+        yield _Bar(None)
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc="Completions", unit="prompt", dynamic_ncols=True) as bar:
+        yield _Bar(bar)
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt or many, as many. A list of whole numbers is one prompt of token ids."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]
+
+
+def _input_of(prompt: Prompt) -> GenerateInput:
+    if isinstance(prompt, str):
+        return GenerateInput(text=prompt)
+    if isinstance(prompt, Mapping):
+        if prompt.get("prompt_token_ids") is not None:
+            return GenerateInput(token_ids=list(prompt["prompt_token_ids"]))
+        return GenerateInput(text=prompt.get("prompt"))
+    return GenerateInput(token_ids=list(prompt))
+
+
+def _same_length(name: str, given: Sequence[Any], inputs: Sequence[Any]) -> None:
+    if len(given) != len(inputs):
+        raise ValueError(f"{name} has {len(given)} entries for {len(inputs)} prompts; give one each, or one for all.")
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    known = [f.name for f in dataclasses.fields(EngineConfig)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise TypeError(f"LLM has no option {name!r}.{hint}")
