@@ -53,12 +53,13 @@ class Started:
         Args:
             served_names: names for the model, the first of which answers carry; the model's own name without.
         """
+        from serving.metrics import MeteredClient
         from serving.service import TextService
 
         info = self.engine.client.info()
         names = list(served_names) or [info.model_id]
         return TextService(
-            self.engine.client,
+            MeteredClient(self.engine.client, names[0]),
             self.text.tokenizer,
             self.text.chat_template,
             model_id=names[0],
