@@ -116,12 +116,13 @@ class _Chunks:
             return self.choice(index, {"content": text})
         return f"{self._text_heads[index]}{quote(text)}{self._text_tail}".encode()
 
-    def choice(self, index: int, delta: dict[str, Any], **more: Any) -> bytes:
-        """Any other chunk."""
+    def choice(self, index: int, delta: dict[str, Any], top: dict[str, Any] | None = None, **more: Any) -> bytes:
+        """Any other chunk. `more` goes into its choice, `top` beside the choices."""
         item = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-        return f"{self._head}{json.dumps(item, ensure_ascii=False)}]{self._end()}".encode()
+        beside = "".join(f",{quote(k)}:{json.dumps(v)}" for k, v in (top or {}).items())
+        return f"{self._head}{json.dumps(item)}]{beside}{self._end()}".encode()
 
-    def last(self, **more: Any) -> bytes:
+    def last(self) -> bytes:
         """The chunk without choices that carries the usage."""
         usage = json.dumps(oc.usage_dict([self._usage]))
         return f'{self._head}],"usage":{usage}}}\n\n'.encode()
@@ -151,7 +152,7 @@ async def _stream(
                 if output.prompt_logprobs is not None:
                     more["prompt_logprobs"] = oc.prompt_logprobs(output.prompt_logprobs)
                 opening = b"".join(
-                    chunks.choice(i, {"role": "assistant", "content": ""}, **(more if i == 0 else {})) for i in range(n)
+                    chunks.choice(i, {"role": "assistant", "content": ""}, more if i == 0 else None) for i in range(n)
                 )
                 first = False
             events = _events(chunks, body, output, parsers, as_ids)

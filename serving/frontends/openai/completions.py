@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import AsyncGenerator
@@ -14,7 +16,7 @@ from serving.frontends.openai import outcome as oc
 from serving.frontends.openai.errors import RESPONSES, error_event
 from serving.frontends.openai.protocol.completions import CompletionReply, CompletionRequest
 from serving.frontends.openai.sse import DONE, merge, open_stream, quote, unless_gone
-from serving.service import PreparedRequest, TextOutput, TextService, Usage
+from serving.service import PreparedRequest, TextOutput, TextService, TokenLogprob, Usage
 
 
 def completions_router(service: TextService) -> APIRouter:
@@ -136,18 +138,14 @@ async def _stream(
         f'"model":{quote(prepared[0].model)},"system_fingerprint":null,"choices":['
     )
     usages = [Usage() for _ in prepared]
-    offsets = [0] * (n * len(prepared))
-    started: set[int] = set()
-    merged = merge([service.generate(one) for one in prepared])
+    choices = [_StreamedChoice(body, prepared[i // n], echoes[i // n], i) for i in range(n * len(prepared))]
+    merged = _with_prompt_logprobs(body, merge([service.generate(one) for one in prepared]))
     try:
         async for number, output in merged:
             usages[number].add(output)
             if body.only_prompt:
                 usages[number].completion_tokens = 0
-            index = number * n + output.index
-            is_first = index not in started
-            started.add(index)
-            item = _stream_choice(body, prepared[number], echoes[number], output, index, is_first, offsets)
+            item = choices[number * n + output.index].json(output)
             if item is None:
                 continue
             tail = "}\n\n"
@@ -162,46 +160,82 @@ async def _stream(
         await merged.aclose()
 
 
-def _stream_choice(
-    body: CompletionRequest,
-    prepared: PreparedRequest,
-    echo: _Echo,
-    output: TextOutput,
-    index: int,
-    is_first: bool,
-    offsets: list[int],
-) -> str | None:
-    """One chunk's choice as JSON, or None when there is nothing to tell yet."""
-    text = "" if body.only_prompt else output.text
-    if is_first:
-        text = echo.text + text
-    finish = output.finish_reason.value if output.finish_reason else None
-    if body.logprobs is None and not body.return_token_ids and output.prompt_logprobs is None:
-        if finish is None:
-            # Nearly all chunks: written by hand, json.dumps of the dictionary costs ten times as much.
-            plain = f'{{"index":{index},"text":{quote(text)},"logprobs":null,"finish_reason":null}}'
-            return plain if text else None
-        reason = f'"finish_reason":"{finish}","stop_reason":{json.dumps(output.stop_reason)}'
-        return f'{{"index":{index},"text":{quote(text)},"logprobs":null,{reason}}}'
-    item: dict[str, Any] = {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
-    if body.logprobs is not None:
-        before = (output.prompt_logprobs or ()) if body.echo else ()
-        made = () if body.only_prompt else output.logprobs or ()
-        if is_first and not before:
-            offsets[index] = len(echo.text)
-        as_ids = bool(body.return_tokens_as_token_ids)
-        item["logprobs"] = oc.completion_logprobs(
-            [*before, *made], echo.first, echo.first_chars, offsets[index], as_ids
-        )
-        if before:
-            offsets[index] = len(echo.text)
-        offsets[index] += sum(len(entry.token) for entry in made)
-    if body.return_token_ids:
-        item["token_ids"] = [] if body.only_prompt else list(output.token_ids)
+async def _with_prompt_logprobs(
+    body: CompletionRequest, outputs: AsyncGenerator[tuple[int, TextOutput], None]
+) -> AsyncGenerator[tuple[int, TextOutput], None]:
+    """Gives each completion its prompt's logprobs, which the service tells once: outputs of the others wait for it."""
+    known: dict[int, tuple[TokenLogprob | None, ...]] = {}
+    waiting: dict[int, list[TextOutput]] = {}
+    started: set[tuple[int, int]] = set()
+    async with contextlib.aclosing(outputs):
+        async for number, output in outputs:
+            if not body.echo or body.logprobs is None:
+                yield number, output
+                continue
+            if output.prompt_logprobs is not None:
+                known[number] = output.prompt_logprobs
+            waiting.setdefault(number, []).append(output)
+            if number not in known:
+                continue
+            for held in waiting.pop(number):
+                if (number, held.index) not in started:
+                    started.add((number, held.index))
+                    held = dataclasses.replace(held, prompt_logprobs=known[number])
+                yield number, held
+
+
+class _StreamedChoice:
+    """Writes the chunks of one choice."""
+
+    def __init__(self, body: CompletionRequest, prepared: PreparedRequest, echo: _Echo, index: int) -> None:
+        self._body = body
+        self._prepared = prepared
+        self._echo = echo
+        self._index = index
+        self._started = False
+        self._offset = 0
+        self._plain = body.logprobs is None and not body.return_token_ids and body.prompt_logprobs is None
+        self._head = f'{{"index":{index},"text":'
+
+    def json(self, output: TextOutput) -> str | None:
+        """The choice as JSON, or None when there is nothing to tell yet."""
+        text = "" if self._body.only_prompt else output.text
+        is_first, self._started = not self._started, True
         if is_first:
-            item["prompt_token_ids"] = list(prepared.prompt_token_ids)
-    if body.prompt_logprobs is not None and output.prompt_logprobs is not None:
-        item["prompt_logprobs"] = oc.prompt_logprobs(output.prompt_logprobs)
-    if finish is not None:
-        item["stop_reason"] = output.stop_reason
-    return json.dumps(item, ensure_ascii=False)
+            text = self._echo.text + text
+        if not self._plain:
+            return json.dumps(self._full(output, text, is_first))
+        if output.finish_reason is None:
+            # Nearly all chunks: written by hand, json.dumps of the dictionary costs ten times as much.
+            return f'{self._head}{quote(text)},"logprobs":null,"finish_reason":null}}' if text else None
+        ending = f'"finish_reason":"{output.finish_reason.value}","stop_reason":{json.dumps(output.stop_reason)}'
+        return f'{self._head}{quote(text)},"logprobs":null,{ending}}}'
+
+    def _full(self, output: TextOutput, text: str, is_first: bool) -> dict[str, Any]:
+        body, finish = self._body, output.finish_reason
+        item: dict[str, Any] = {
+            "index": self._index,
+            "text": text,
+            "logprobs": self._logprobs(output, is_first) if body.logprobs is not None else None,
+            "finish_reason": finish.value if finish else None,
+        }
+        if body.return_token_ids:
+            item["token_ids"] = [] if body.only_prompt else list(output.token_ids)
+            if is_first:
+                item["prompt_token_ids"] = list(self._prepared.prompt_token_ids)
+        if body.prompt_logprobs is not None and output.prompt_logprobs is not None:
+            item["prompt_logprobs"] = oc.prompt_logprobs(output.prompt_logprobs)
+        if finish is not None:
+            item["stop_reason"] = output.stop_reason
+        return item
+
+    def _logprobs(self, output: TextOutput, is_first: bool) -> dict[str, Any]:
+        echo = self._echo
+        before = (output.prompt_logprobs or ()) if self._body.echo else ()
+        made = () if self._body.only_prompt else output.logprobs or ()
+        if is_first and not before:
+            self._offset = len(echo.text)
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        out = oc.completion_logprobs([*before, *made], echo.first, echo.first_chars, self._offset, as_ids)
+        self._offset = (len(echo.text) if before else self._offset) + sum(len(entry.token) for entry in made)
+        return out

@@ -97,12 +97,16 @@ async def _embed(
     client: Embedder, body: EmbeddingRequest, request: Request, ids: list[tuple[int, ...]]
 ) -> list[np.ndarray]:
     rid, priority = request.state.request_id, body.priority or 0
-    async with asyncio.TaskGroup() as group:
-        tasks = [
-            group.create_task(client.embed(f"{rid}#e{i}", one, pooling=body.pooling, priority=priority))
-            for i, one in enumerate(ids)
-        ]
-    return [task.result() for task in tasks]
+    tasks = [
+        asyncio.create_task(client.embed(f"{rid}#e{i}", one, pooling=body.pooling, priority=priority))
+        for i, one in enumerate(ids)
+    ]
+    try:
+        return await asyncio.gather(*tasks)  # not a TaskGroup: the first failure is to come out as itself
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _encoded(vector: np.ndarray, body: EmbeddingRequest) -> list[float] | str:

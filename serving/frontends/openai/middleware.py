@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -18,6 +20,11 @@ access_log = logging.getLogger("serving.access")
 MAX_REQUEST_ID_CHARS = 128
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Probes and scrapes come every few seconds: logged at debug level."""
+
+LINGER_BYTES = 32 * 2**20
+LINGER_S = 2.0
+"""How much of a body that is too large is read and dropped: a client that is still sending when the connection closes
+sees a reset instead of the reply."""
 
 OnRequest = Callable[[str, str, int, float], None]
 """Called with method, route, status and seconds when a reply is complete."""
@@ -97,11 +104,14 @@ class BodyLimit:
         async def bounded() -> Message:
             nonlocal seen
             if too_large:
+                await _discard(receive)
                 raise self._refusal()
             message = await receive()
             if message["type"] == "http.request":
                 seen += len(message.get("body", b""))
                 if seen > self.max_bytes:
+                    if message.get("more_body"):
+                        await _discard(receive)
                     raise self._refusal()
             return message
 
@@ -112,3 +122,14 @@ class BodyLimit:
         return HTTPException(
             413, f"The body has more than {self.max_bytes} bytes. Send less.", headers={"Connection": "close"}
         )
+
+
+async def _discard(receive: Receive) -> None:
+    left = LINGER_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return

@@ -59,7 +59,7 @@ def ops_router(service: TextService, metrics: Metrics) -> APIRouter:
         names = dict.fromkeys((service.model_id, *service.model_names))
         return JSONResponse(ModelList(data=[card(name) for name in names]).model_dump())
 
-    @router.get("/v1/models/{model:path}", response_model=ModelCard, responses={404: RESPONSES[404]})
+    @router.get("/v1/models/{model:path}", response_model=ModelCard, responses={k: RESPONSES[k] for k in (400, 404)})
     async def model(model: str) -> Response:
         return JSONResponse(card(service.resolve_model(model)).model_dump())
 

@@ -94,7 +94,7 @@ class ResponseWriter:
         usage = oc.usage_dict([self._usage])
         self.response["usage"] = {
             "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": self._usage.cached_tokens},
+            "input_tokens_details": {"cached_tokens": self._usage.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": usage["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage["total_tokens"],
@@ -202,4 +202,4 @@ class ResponseWriter:
     def _event(self, kind: str, /, **fields: Any) -> bytes:
         data = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
-        return f"event: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+        return f"event: {kind}\ndata: {json.dumps(data)}\n\n".encode()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from json.encoder import encode_basestring
+from json.encoder import encode_basestring_ascii
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -24,8 +24,9 @@ HEADERS_AFTER_S = 5.0
 headers, so that proxies and clients see life, and its failure then comes inside the stream."""
 PING_EVERY_S = 15.0
 
-quote = encode_basestring
-"""A string as JSON, quotes included."""
+quote = encode_basestring_ascii
+"""A string as JSON, quotes included. In ASCII: clients that split a stream with Python's splitlines (httpx does) would
+otherwise cut it at U+2028, U+2029 and U+0085."""
 
 
 class ClientGoneError(Exception):

@@ -57,9 +57,8 @@ class CompletionRequest(SamplingFields):
             raise invalid(f"max_tokens must be at least 0, got {self.max_tokens}.", "max_tokens")
         if self.only_prompt and not self.echo:
             raise invalid("max_tokens 0 generates nothing: it is only for echo: true.", "max_tokens")
-        more: dict[str, Any] = {}
-        if self.max_tokens is not None:
-            more["max_tokens"] = max(self.max_tokens, 1)  # 0: one token is made and dropped
+        # OpenAI's default; and for 0 one token is made and dropped.
+        more: dict[str, Any] = {"max_tokens": 16 if self.max_tokens is None else max(self.max_tokens, 1)}
         if self.logprobs is not None:
             more["logprobs"] = self.logprobs
             if self.echo and self.prompt_logprobs is None:

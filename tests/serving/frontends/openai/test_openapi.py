@@ -1,0 +1,33 @@
+"""Schemathesis over our own API document: whatever it sends, no 5xx and no reply that breaks the document."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+from serving.frontends.openai.app import create_app
+from tests.mock_engine import mock_service
+from tests.serving.frontends.openai.test_server_routes import EmbeddingEngine
+
+schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+positive_data_acceptance = schemathesis.checks.positive_data_acceptance
+
+app = create_app(mock_service(EmbeddingEngine(reply="ok")))
+schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+# /metrics is text; streams are events. Both have tests of their own.
+schema = schema.exclude(path="/metrics")
+
+
+@schema.parametrize()
+@settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)
+def test_no_request_breaks_the_server(case):
+    if isinstance(case.body, dict):
+        case.body.pop("stream", None)
+    # A request may fit the document and still be wrong (min_tokens over max_tokens, a prompt over the context).
+    case.call_and_validate(excluded_checks=[positive_data_acceptance])
