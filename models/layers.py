@@ -56,22 +56,32 @@ class Build:
 
 
 class Weight(nnx.Param):
-    """A parameter that a loader fills: `logical_axes` (metadata) says how it is sharded."""
+    """A parameter that a loader fills.
+
+    Metadata: `logical_axes` says how it is sharded; `gate_shards`, where there is one, is (axis, S): gate and up are
+    interleaved along that axis in S pieces.
+    """
 
 
-def weight(shape: tuple[int, ...], dtype: Any, logical_axes: tuple[str | None, ...]) -> Weight:
+def weight(shape: tuple[int, ...], dtype: Any, logical_axes: tuple[str | None, ...], **metadata: Any) -> Weight:
     """A parameter that has no value yet."""
-    return Weight(jax.ShapeDtypeStruct(shape, dtype), logical_axes=logical_axes)
+    return Weight(jax.ShapeDtypeStruct(shape, dtype), logical_axes=logical_axes, **metadata)
 
 
 class Linear(nnx.Module):
     """y = x W^T + b. `weight` is dense [O, I] or a quantized pytree: `ops.linear` dispatches on its type."""
 
     def __init__(
-        self, inputs: int, outputs: int, build: Build, axes: tuple[str | None, str | None], bias: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        build: Build,
+        axes: tuple[str | None, str | None],
+        bias: bool = False,
+        **metadata: Any,
     ):
-        self.weight = weight((outputs, inputs), build.dtype, axes)
-        self.bias = weight((outputs,), jnp.float32, axes[:1]) if bias else None
+        self.weight = weight((outputs, inputs), build.dtype, axes, **metadata)
+        self.bias = weight((outputs,), jnp.float32, axes[:1], **metadata) if bias else None
 
     def __call__(self, x_TI: jax.Array, out_dtype: Any = None) -> jax.Array:
         return linear(x_TI, self.weight.get_value(), None if self.bias is None else self.bias[...], out_dtype=out_dtype)
@@ -202,7 +212,8 @@ class GatedMLP(nnx.Module):
         axis = build.axis("ffw", F)
         self.shards = build.shards("ffw", F)
         self.activation = config.activation
-        self.gate_up = Linear(D, 2 * F, build, (axis, "embed"), bias=config.mlp_bias)
+        layout = {"gate_shards": (0, self.shards)}
+        self.gate_up = Linear(D, 2 * F, build, (axis, "embed"), bias=config.mlp_bias, **layout)
         self.down = Linear(F, D, build, ("embed", axis), bias=config.mlp_bias)
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from models import registry
 from models.family import Family
 from models.layers import Build, Embedding, Linear, Weight
-from models.loading import gguf_config
+from models.loading import gguf_config, orbax
 from models.loading.checkpoint import Checkpoint
 from models.loading.default_model import MODEL_ID, RECORDED_NAME
 from models.loading.gguf import GGUFCheckpoint, GGUFFile
@@ -61,7 +61,7 @@ class Opened:
 
     family: Family
     hf_config: dict[str, Any]
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None  # None: Orbax restores parameters, not tensors
     model_id: str
     generation_config: dict[str, Any]
 
@@ -96,7 +96,12 @@ def load_model(
         max_model_len=max_model_len or config.max_positions,
     )
     model = opened.family.build(config, build)
-    fill(model, opened.checkpoint, build, ignore=opened.family.ignore, quantization=quantization, progress=progress)
+    if opened.checkpoint is None:
+        arrays = orbax.restore(source.path, dict(parameters_of(model)), build)
+        set_values(model, arrays.items(), quantization=quantization, progress=progress)
+    else:
+        ignore = opened.family.ignore
+        fill(model, opened.checkpoint, build, ignore=ignore, quantization=quantization, progress=progress)
     return LoadedModel(model, config, opened.model_id, opened.generation_config, source)
 
 
@@ -106,7 +111,10 @@ def open_checkpoint(source: ModelSource) -> Opened:
         return _open_gguf(source)
     if source.kind == "hf":
         return _open_hf(source)
-    raise ValueError(f"{source.path}: checkpoints of kind {source.kind!r} cannot be opened.")
+    hf = read_json(source.path / "config.json")
+    generation = read_json(source.path / "generation_config.json")
+    manifest = orbax.read_manifest(source.path)
+    return Opened(registry.find(hf["architectures"][0]), hf, None, manifest["model_id"], generation)
 
 
 def _open_gguf(source: ModelSource) -> Opened:
@@ -174,16 +182,26 @@ def fill(
     _check(
         recipes, checkpoint, (*IGNORED, *ignore, *(() if model.head is not None else (r"^(lm_head|output)\.weight$",)))
     )
+
+    def placed() -> Iterator[tuple[str, jax.Array]]:
+        for path, host in _read_ahead(recipes, checkpoint):
+            target = parameters[path].get_value()
+            yield path, place(host.reshape(target.shape), target.dtype, parameters[path], build)
+
+    set_values(model, placed(), quantization=quantization, progress=progress)
+
+
+def set_values(
+    model: Any, values: Iterable[tuple[str, jax.Array]], *, quantization: str | None = None, progress: bool = True
+) -> None:
+    """Gives every parameter its array, quantized where the scheme applies to it."""
+    parameters = dict(parameters_of(model))
     quantized = set(quantizable(model)) if quantization else set()
     total = sum(int(np.prod(parameter.get_value().shape)) for parameter in parameters.values())
-    bar = tqdm(total=total, unit=" weights", unit_scale=True, desc="Loading", disable=not progress)
-    with bar:
-        for path, host in _read_ahead(recipes, checkpoint):
-            parameter = parameters[path]
-            target = parameter.get_value()
-            value = place(host.reshape(target.shape), target.dtype, parameter, build)
-            parameter.set_value(quantize(value, quantization) if path in quantized else value)
-            bar.update(host.size)
+    with tqdm(total=total, unit=" weights", unit_scale=True, desc="Loading", disable=not progress) as bar:
+        for path, value in values:
+            parameters[path].set_value(quantize(value, quantization) if path in quantized else value)
+            bar.update(value.size)
 
 
 def parameters_of(model: nnx.Module) -> Iterator[tuple[str, Weight]]:

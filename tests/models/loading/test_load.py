@@ -1,0 +1,194 @@
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from models.config import ModelConfig, RopeConfig
+from models.dummy import random_model
+from models.layers import Build
+from models.loading import orbax
+from models.loading.load import load_model, open_checkpoint, parameters_of, resolve
+
+HF = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "eos_token_id": 2,
+}
+
+
+def tensors(rng) -> dict[str, np.ndarray]:
+    layer = {"self_attn.q_proj": (16, 16), "self_attn.k_proj": (8, 16), "self_attn.v_proj": (8, 16)}
+    layer |= {
+        "self_attn.o_proj": (16, 16),
+        "mlp.gate_proj": (24, 16),
+        "mlp.up_proj": (24, 16),
+        "mlp.down_proj": (16, 24),
+    }
+    shapes = {f"model.layers.0.{name}.weight": shape for name, shape in layer.items()}
+    shapes |= {f"model.layers.0.{n}_layernorm.weight": (16,) for n in ("input", "post_attention")}
+    shapes |= {"model.embed_tokens.weight": (32, 16), "model.norm.weight": (16,), "lm_head.weight": (32, 16)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    (tmp_path / "tiny-llama").mkdir()
+    save_file(tensors(np.random.default_rng(0)), tmp_path / "tiny-llama" / "model.safetensors")
+    (tmp_path / "tiny-llama" / "config.json").write_text(json.dumps(HF))
+    return tmp_path / "tiny-llama"
+
+
+def change(directory, **changed):
+    arrays = dict(load_file(directory / "model.safetensors"))
+    for name, value in changed.items():
+        if value is None:
+            del arrays[name]
+        else:
+            arrays[name] = value
+    save_file(arrays, directory / "model.safetensors")
+
+
+def load(directory, **options):
+    return load_model(resolve(str(directory)), progress=False, **options)
+
+
+def test_layouts(directory):
+    loaded = load(directory)
+    wanted = load_file(directory / "model.safetensors")
+    assert loaded.model_id == "tiny-llama"
+    assert loaded.generation_config == {"eos_token_id": 2}
+    attention = loaded.model.layers[0].attn
+    qkv = np.asarray(attention.qkv.weight[...]).reshape(2, 4, 4, 16)  # K, G + 2, h, D
+    q, k = (wanted[f"model.layers.0.self_attn.{n}_proj.weight"] for n in "qk")
+    np.testing.assert_array_equal(qkv[1, :2], q.reshape(2, 2, 4, 16)[1])
+    np.testing.assert_array_equal(qkv[1, 2], k.reshape(2, 4, 16)[1])
+    gate_up = np.asarray(loaded.model.layers[0].mlp.gate_up.weight[...])
+    np.testing.assert_array_equal(gate_up[:24], wanted["model.layers.0.mlp.gate_proj.weight"])
+
+
+def test_bfloat16_keeps_norms_in_float32(directory):
+    parameters = dict(parameters_of(load(directory, dtype=jnp.bfloat16).model))
+    assert parameters["layers.0.attn.out.weight"].dtype == jnp.bfloat16
+    assert parameters["norm.scale"].dtype == jnp.float32
+
+
+def test_quantized(directory):
+    model = load(directory, quantization="int8").model
+    assert model.layers[0].mlp.down.weight.get_value().values_OI.dtype == jnp.int8
+    assert isinstance(model.embed.weight.get_value(), jax.Array)  # not tied: only the head is a matrix product
+    assert model.head.weight.get_value().values_OI.shape == (32, 16)
+
+
+def test_generation_config_wins(directory):
+    (directory / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [2, 7]}')
+    assert load(directory).generation_config == {"temperature": 0.6, "eos_token_id": [2, 7]}
+
+
+def test_missing_tensor_is_named(directory):
+    change(directory, **{"model.layers.0.mlp.up_proj.weight": None})
+    with pytest.raises(ValueError, match=r"no tensor 'model\.layers\.0\.mlp\.up_proj\.weight'"):
+        load(directory)
+
+
+def test_extra_tensor_is_named(directory):
+    change(directory, **{"model.layers.0.self_attn.q_proj.bias": np.zeros(16, np.float32)})
+    with pytest.raises(ValueError, match=r"no place for: model\.layers\.0\.self_attn\.q_proj\.bias"):
+        load(directory)
+
+
+def test_wrong_shape_is_named(directory):
+    change(directory, **{"model.norm.weight": np.zeros(17, np.float32)})
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' has the shape \[17\]; .* \[16\]"):
+        load(directory)
+
+
+def test_tables_that_are_computed_are_ignored(directory):
+    change(directory, **{"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)})
+    load(directory)
+
+
+def test_unknown_architecture_is_named_with_what_is_supported(directory):
+    (directory / "config.json").write_text(json.dumps(HF | {"architectures": ["MambaForCausalLM"]}))
+    with pytest.raises(ValueError, match=r"'MambaForCausalLM' is not supported.*LlamaForCausalLM"):
+        load(directory)
+
+
+def test_incomplete_config(directory):
+    (directory / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(ValueError, match="num_attention_heads"):
+        load(directory)
+    (directory / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        load(directory)
+
+
+@pytest.mark.parametrize("text", ["no/such/file.gguf", "nothing", "./here"])
+def test_no_such_model(text):
+    with pytest.raises(ValueError, match="no such file or directory"):
+        resolve(text)
+
+
+def test_what_is_not_a_model(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"hello")
+    with pytest.raises(ValueError, match="not a GGUF file"):
+        resolve(str(tmp_path / "x.gguf"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="neither"):
+        resolve(str(tmp_path / "empty"))
+
+
+def test_hub_without_network_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match=r"some/model.*cannot be reached.*--model"):
+        resolve("some/model")
+
+
+def test_orbax_round_trip(directory, tmp_path):
+    source = resolve(str(directory))
+    loaded, opened = load_model(source, progress=False), open_checkpoint(source)
+    (directory / "tokenizer.json").write_text("{}")
+    orbax.save(
+        tmp_path / "saved",
+        dict(parameters_of(loaded.model)),
+        model_id=loaded.model_id,
+        hf_config=opened.hf_config,
+        generation_config=loaded.generation_config,
+        tokenizer_from=directory,
+    )
+    again = load(tmp_path / "saved")
+    assert (again.model_id, again.generation_config, again.config) == ("tiny-llama", {"eos_token_id": 2}, loaded.config)
+    for (path, ours), (_, theirs) in zip(parameters_of(again.model), parameters_of(loaded.model), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours[...]), np.asarray(theirs[...]), err_msg=path)
+    assert (tmp_path / "saved" / "tokenizer.json").exists()
+    with pytest.raises(ValueError, match="exists already"):
+        orbax.save(tmp_path / "saved", {}, model_id="", hf_config={}, generation_config={})
+    config = json.loads((tmp_path / "saved" / "config.json").read_text()) | {"intermediate_size": 48}
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp"):
+        load(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "saved" / "arrays")
+
+
+def test_random_model():
+    config = ModelConfig("LlamaForCausalLM", 32, 1, 16, 24, 4, 2, 4, 64, 1e-5, rope=RopeConfig(10000.0, 4))
+    model = random_model(config, Build(dtype=jnp.bfloat16))
+    assert all(isinstance(parameter.get_value(), jax.Array) for _, parameter in parameters_of(model))
+    assert float(model.norm.scale[0]) == 1.0

@@ -1,0 +1,64 @@
+"""Every architecture against transformers: a tiny random checkpoint through our loader and pages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models.tiny import TINY, compare, make_reference, slug
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory):
+    """name -> the directory of its checkpoint, made once for all test processes."""
+    shared = tmp_path_factory.getbasetemp().parent / "tiny-models"
+    shared.mkdir(exist_ok=True)
+
+    def reference(name: str) -> Path:
+        target = shared / slug(name)
+        if not target.exists():
+            making = tmp_path_factory.mktemp("making")
+            make_reference(name, making)
+            try:
+                making.rename(target)
+            except OSError:  # another process was faster
+                assert target.exists()
+        return target
+
+    return reference
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_logits_and_greedy_tokens(name, references):
+    result = compare(references(name))
+    assert result["error"] < 1e-4
+    assert result["tokens"] == 1.0
+
+
+MESHES = {
+    "model=4": list(TINY),
+    "data=2,model=2": ["llama"],
+    "expert=2,model=2": [n for n in TINY if TINY[n].expert_mesh],
+}
+
+
+@pytest.mark.parametrize("mesh", [mesh for mesh, names in MESHES.items() if names])
+def test_on_four_devices(mesh, references):
+    names = MESHES[mesh]
+    folders = [references(name) for name in names]
+    command = [sys.executable, "-m", "tests.models.tiny", str(folders[0].parent), mesh, *names]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert [result["name"] for result in results] == names
+    for result in results:
+        assert result["error"] < 1e-4, result
+        assert result["tokens"] == 1.0, result

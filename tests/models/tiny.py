@@ -1,0 +1,174 @@
+"""Tiny random models of every architecture, made by transformers: the checkpoint, and what it should compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCAB = 384
+PROMPTS = (37, 21)  # tokens; longer than every window below
+STEPS = 64
+
+BASE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """A transformers configuration class and what differs from `BASE`; a value of None leaves the field out.
+
+    Attributes:
+        config: class name in transformers.
+        model: class name in transformers.
+        fields: over BASE.
+        expert_mesh: whether it is also tried on a mesh with an expert axis.
+    """
+
+    config: str
+    model: str
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    expert_mesh: bool = False
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+TINY: dict[str, Tiny] = {
+    "llama": Tiny("LlamaConfig", "LlamaForCausalLM"),
+    "llama, tied, one kv head": Tiny(
+        "LlamaConfig", "LlamaForCausalLM", {"tie_word_embeddings": True, "num_key_value_heads": 1}
+    ),
+    "llama, biases, 9 heads": Tiny(
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "hidden_size": 72,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 16,
+            "vocab_size": 383,
+        },
+    ),
+    "llama, llama3 rope": Tiny("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": LLAMA3_ROPE}),
+    "llama, yarn rope": Tiny("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": YARN_ROPE}),
+    "llama, linear rope": Tiny("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": LINEAR_ROPE}),
+    "mistral": Tiny("MistralConfig", "MistralForCausalLM", {"sliding_window": 16, "head_dim": 16}),
+    "qwen2": Tiny("Qwen2Config", "Qwen2ForCausalLM"),
+    "qwen2, windows": Tiny(
+        "Qwen2Config", "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
+    ),
+    "qwen3": Tiny("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 16}),
+}
+
+
+def make_reference(name: str, directory: Path) -> None:
+    """Saves the random model as safetensors, and its greedy tokens and logits as `reference.npz`."""
+    import torch
+    import transformers
+
+    tiny = TINY[name]
+    fields = {key: value for key, value in (BASE | dict(tiny.fields)).items() if value is not None}
+    config = getattr(transformers, tiny.config)(**fields)
+    torch.manual_seed(sum(name.encode()))
+    model = getattr(transformers, tiny.model)(config).eval().float()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            # As large as trained weights: at transformers' 0.02 a layer of this width would hardly matter.
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
+            elif "norm" in parameter_name or "ln_" in parameter_name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.normal_(0.0, 0.3)
+    model.save_pretrained(directory)
+    rng = np.random.default_rng(len(name))
+    arrays: dict[str, np.ndarray] = {}
+    for index, length in enumerate(PROMPTS):
+        tokens = rng.integers(3, fields["vocab_size"], length).tolist()
+        with torch.no_grad():
+            cache: Any = None
+            pending = tokens
+            for _ in range(STEPS):
+                out = model(torch.tensor([pending]), past_key_values=cache, use_cache=True)
+                cache, pending = out.past_key_values, [int(out.logits[0, -1].argmax())]
+                tokens = tokens + pending
+            arrays[f"logits{index}"] = model(torch.tensor([tokens[:-1]]), use_cache=False).logits[0].float().numpy()
+        arrays[f"tokens{index}"] = np.array(tokens)
+    np.savez(directory / "reference.npz", **arrays)
+
+
+def compare(directory: Path, mesh: str | None = None, steps: int = STEPS) -> dict[str, float]:
+    """Runs the checkpoint through our loader and pages; how far it is from the reference.
+
+    Returns:
+        `error`: the largest difference of logits over the largest logit. `tokens`: the fraction of greedy tokens that
+        are the reference's.
+    """
+    import jax.numpy as jnp
+
+    from models.loading.load import load_model, resolve
+    from sharding.mesh import make_mesh
+    from tests.models.paged import PagedModel
+
+    devices = None if mesh is None else make_mesh(mesh)
+    loaded = load_model(resolve(str(directory)), dtype=jnp.float32, mesh=devices, max_model_len=160, progress=False)
+    reference = np.load(directory / "reference.npz")
+    prompts = [reference[f"tokens{i}"][:length].tolist() for i, length in enumerate(PROMPTS)]
+    results = PagedModel(loaded.model, mesh=devices).generate(prompts, steps)
+    error, same = 0.0, []
+    for index, (tokens, logits) in enumerate(results):
+        wanted = reference[f"logits{index}"][: len(logits)]
+        # Positions whose context is the reference's: all of them, while greedy tokens agree.
+        agree = np.array(tokens) == reference[f"tokens{index}"][: len(tokens)]
+        upto = len(wanted) if agree.all() else int(np.argmin(agree))
+        error = max(error, float(np.abs(logits - wanted)[:upto].max() / np.abs(wanted).max()))
+        same.append(agree[len(prompts[index]) :].mean())
+    return {"error": error, "tokens": float(np.mean(same))}
+
+
+def slug(name: str) -> str:
+    """A folder's name."""
+    return name.replace(",", "").replace(" ", "-")
+
+
+def main(root: str, mesh: str, names: list[str]) -> None:
+    """Compares checkpoints made before, on a mesh of CPU devices; prints one JSON object a line."""
+    import math
+
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", math.prod(int(part.split("=")[1]) for part in mesh.split(",")))
+    for name in names:
+        print(json.dumps({"name": name} | compare(Path(root) / slug(name), mesh, steps=8)), flush=True)
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])
