@@ -87,6 +87,7 @@ def build_parser() -> Parser:
         "--drain-timeout", type=_seconds, default=30.0, metavar="S",
         help="after SIGTERM, seconds that running requests get to finish; a second signal stops at once",
     )  # fmt: skip
+    server.add_argument("--log-format", choices=("human", "json"), default="human", help="how log lines look")
     server.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="log level")
     return parser
 

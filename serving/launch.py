@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.engine.config import EngineConfig
 from serving.flags import HTTP_PORT, describe, parse
+from serving.metrics.logs import setup_logging
 
 if TYPE_CHECKING:
     from serving.frontends.grpc.server import GrpcServer
@@ -49,6 +50,8 @@ class Server:
         grpc_server = await self._listen()
         if grpc_server is None:
             return EXIT_FAILED
+        # Imports of a second or so, while XLA works and Python is idle.
+        preloading = asyncio.create_task(asyncio.to_thread(_import_front_ends, not self._args.no_http))
         asked = asyncio.create_task(self._stop.wait())
         await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
@@ -59,6 +62,7 @@ class Server:
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_FAILED
+        await preloading
         service = started.service(served_names=self._args.served_model_name)
         if not await self._serve(grpc_server, service):
             return EXIT_FAILED
@@ -191,17 +195,20 @@ def _start_in_thread(config: EngineConfig, args: argparse.Namespace, say: Any) -
     return future
 
 
+def _import_front_ends(http: bool) -> None:
+    import serving.metrics
+    import serving.service
+
+    if http:
+        import serving.frontends.openai.server  # noqa: F401
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the server. Returns its exit status."""
     args, config = parse(argv)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    log.setLevel(args.log_level.upper())  # ours alone: jax tells at INFO which backends a machine has not
+    setup_logging(args.log_format, args.log_level)
     print("\n".join(describe(args)), file=sys.stderr, flush=True)
-    return asyncio.run(_run(args, config))
-
-
-async def _run(args: argparse.Namespace, config: EngineConfig) -> int:
-    return await Server(args, config).run()
+    return asyncio.run(Server(args, config).run())
 
 
 if __name__ == "__main__":
