@@ -77,7 +77,7 @@ SPECS: tuple[Spec, ...] = (
     _counter("generation_tokens", "Tokens generated."),
     _counter(
         "request_success",
-        "Completions that ended, by reason: stop, length, abort, deadline, error.",
+        "Completions that ended, by reason: stop, length, abort, deadline, error. One of `n` counts as one.",
         labels=("finished_reason",),
     ),
     _counter(
@@ -136,3 +136,18 @@ SPECS: tuple[Spec, ...] = (
     ),
 )
 BY_NAME = {spec.name: spec for spec in SPECS}
+
+
+def markdown_table() -> str:
+    """The table of docs/metrics.md: `python -m serving.metrics.catalog` prints it."""
+    rows = ["| metric | kind | labels | meaning | in vLLM |", "|---|---|---|---|---|"]
+    for spec in SPECS:
+        labels = ", ".join(f"`{label}`" for label in spec.labels) or "–"
+        vllm = f"`vllm:{spec.sample.removeprefix(PREFIX).replace(spec.name, spec.vllm)}`" if spec.vllm else "–"
+        kind = "gauge" if spec.kind == "info" else spec.kind
+        rows.append(f"| `{spec.sample}` | {kind} | {labels} | {spec.text} | {vllm} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown_table(), end="")

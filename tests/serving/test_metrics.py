@@ -1,0 +1,212 @@
+"""Metrics: right numbers, names as documented, and a dashboard and alerts that ask for what is there."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import pathlib
+import re
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from serving.engine.sampling_params import SamplingParams
+from serving.engine.types import EngineRequest
+from serving.errors import RequestError
+from serving.frontends.openai.server import serve_http
+from serving.metrics import MeteredClient, Metrics
+from serving.metrics.catalog import BY_NAME, LABELS, PREFIX, SPECS, markdown_table
+from serving.metrics.logs import request_id_of_task, setup_logging
+from serving.metrics.metrics import Histogram
+from tests.mock_engine import MockEngine, mock_service
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """(sample name without prefix, its labels beyond the common ones) -> value."""
+    out = {}
+    for family in text_string_to_metric_families(metrics.render()[0].decode()):
+        for sample in family.samples:
+            labels = tuple(sorted((k, v) for k, v in sample.labels.items() if k not in LABELS))
+            out[sample.name.removeprefix(PREFIX), labels] = sample.value
+    return out
+
+
+def _request(name: str, **params) -> EngineRequest:
+    return EngineRequest(name, (1, 2, 3), SamplingParams(**{"max_tokens": 5, **params}), eos_token_ids=(257,))
+
+
+async def _run(client: MeteredClient, request: EngineRequest) -> None:
+    async for _ in client.generate(request):
+        pass
+
+
+async def test_what_is_served_is_counted():
+    client = MeteredClient(MockEngine(reply="abcdefgh", step_s=0.001), "m")
+    for i in range(3):
+        await _run(client, _request(f"r{i}"))
+    got = _samples(client.metrics)
+    assert got["prompt_tokens_total", ()] == 9 and got["generation_tokens_total", ()] == 15
+    assert got["request_success_total", (("finished_reason", "length"),)] == 3
+    assert got["time_to_first_token_seconds_count", ()] == 3
+    assert got["inter_token_latency_seconds_count", ()] == 3 * 4
+    assert got["request_generation_tokens_sum", ()] == 15 and got["request_prompt_tokens_sum", ()] == 9
+    for name in ("queue", "prefill", "decode", "inference"):
+        assert got[f"request_{name}_time_seconds_count", ()] == 3
+    assert got["request_time_per_output_token_seconds_sum", ()] > 0
+    assert got["request_params_max_tokens_sum", ()] == 15
+    assert (
+        got["e2e_request_latency_seconds_sum", ()]
+        >= got["request_inference_time_seconds_sum", ()]
+        >= got["request_decode_time_seconds_sum", ()]
+    )
+
+
+async def test_aborts_refusals_and_failures_have_their_reason():
+    engine = MockEngine(reply="abcdefgh", max_live=1)
+    client = MeteredClient(engine)
+    stream = client.generate(_request("gone"))
+    await anext(stream)
+    with pytest.raises(RequestError):
+        await _run(client, _request("refused"))
+    await stream.aclose()
+    engine.fail_next = "NaN"
+    await _run(client, _request("failed"))
+    got = _samples(client.metrics)
+    assert got["request_success_total", (("finished_reason", "abort"),)] == 1
+    assert got["request_success_total", (("finished_reason", "error"),)] == 1
+    assert got["request_success_total", (("finished_reason", "stop"),)] == 0
+    assert got["admission_rejections_total", (("reason", "resource_exhausted"),)] == 1
+    assert engine.aborted == ["gone"]
+
+
+def test_histograms_count_a_bound_into_its_bucket():
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 2.0, 9.0):
+        histogram.observe(value)
+    assert histogram.cumulative() == [("1.0", 2), ("2.0", 4), ("+Inf", 5)] and histogram.sum == 14.0
+
+
+async def _exported() -> tuple[dict[str, set[str]], str]:
+    """Sample names of a server that has seen traffic, each with its label names; and the raw text."""
+    engine = MockEngine(reply="abc", max_live=1)
+    client = MeteredClient(engine)
+    client.metrics.set_startup({"load": 1.0, "compile": 2.0})
+    server = await serve_http(mock_service(client), port=0)
+    async with httpx.AsyncClient(base_url=server.url) as http:
+        await http.post("/v1/completions", json={"prompt": "a"})
+        await http.post("/v1/completions", json={"prompt": "a", "n": 3})  # more than the engine takes
+        await http.get("/nowhere/1")
+        reply = await http.get("/metrics")
+        openmetrics = await http.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    await server.stop()
+    assert reply.headers["content-type"].startswith("text/plain")
+    assert openmetrics.headers["content-type"].startswith("application/openmetrics-text")
+    assert openmetrics.text.endswith("# EOF\n")
+    names: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(reply.text):
+        for sample in family.samples:
+            names.setdefault(sample.name, set()).update(sample.labels)
+    return names, reply.text
+
+
+async def test_a_server_exports_what_the_catalog_says():
+    names, text = await _exported()
+    ours = {name for name in names if name.startswith(PREFIX)}
+    for spec in SPECS:
+        parts = (
+            [spec.sample] if spec.kind != "histogram" else [f"{spec.sample}_{x}" for x in ("bucket", "sum", "count")]
+        )
+        for part in parts:
+            assert part in ours, part
+            assert {*LABELS, *spec.labels} <= names[part], part
+            ours.discard(part)
+        assert f"# HELP {spec.sample} {spec.text}" in text
+    assert not ours, "exported but not in the catalog"
+    assert 'handler="unmatched"' in text and "/nowhere" not in text
+    assert "process_resident_memory_bytes" in text
+
+
+def test_the_docs_have_the_catalogs_table():
+    assert markdown_table() in (ROOT / "docs/metrics.md").read_text()
+
+
+def test_names_are_vllms_where_they_mean_the_same():
+    """From vLLM's loggers; these are what its users' dashboards and Kubernetes gateways ask for."""
+    known = {
+        "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries",
+        "prefix_cache_hits", "num_preemptions", "prompt_tokens", "generation_tokens", "request_success",
+        "request_prompt_tokens", "request_generation_tokens", "time_to_first_token_seconds",
+        "inter_token_latency_seconds", "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
+        "request_queue_time_seconds", "request_inference_time_seconds", "request_prefill_time_seconds",
+        "request_decode_time_seconds", "request_params_max_tokens", "cache_config_info",
+    }  # fmt: skip
+    assert known <= set(BY_NAME) and all(BY_NAME[name].vllm == name for name in known)
+
+
+def _expressions() -> list[tuple[str, str]]:
+    dashboard = json.loads((ROOT / "scripts/deploy/grafana_dashboard.json").read_text())
+    out = [(p["title"], t["expr"]) for p in dashboard["panels"] for t in p.get("targets", ())]
+    out += [("variable", v["query"]) for v in dashboard["templating"]["list"] if v["type"] == "query"]
+    # Enough YAML for these rules: an `expr:` and, folded, the lines that are indented deeper.
+    alerts = (ROOT / "scripts/deploy/prometheus_alerts.yaml").read_text()
+    found = re.findall(r"- alert: (\w+)\n +expr: (?:>-\n((?: {10}.*\n)+)|(.*)\n)", alerts)
+    assert len(found) == alerts.count("- alert:")
+    return out + [(name, folded or plain) for name, folded, plain in found]
+
+
+async def test_dashboard_and_alerts_ask_for_what_is_exported():
+    names, _ = await _exported()
+    expressions = _expressions()
+    assert len(expressions) > 30
+    for title, expr in expressions:
+        used = re.findall(r"jaxserve:\w+", expr)
+        assert used and set(used) <= set(names), (title, set(used) - set(names))
+        known = set().union(*(names[name] for name in used)) | {"le"}
+        for group in re.findall(r"by \(([^)]*)\)", expr):
+            assert {label.strip() for label in group.split(",")} <= known, (title, group)
+        for label in re.findall(r"[{,]\s*(\w+)=~?\"", expr):
+            assert label in known, (title, label)
+
+
+def test_the_dashboards_panels_do_not_overlap():
+    panels = json.loads((ROOT / "scripts/deploy/grafana_dashboard.json").read_text())["panels"]
+    cells: set[tuple[int, int]] = set()
+    for panel in panels:
+        g = panel["gridPos"]
+        mine = {(x, y) for x in range(g["x"], g["x"] + g["w"]) for y in range(g["y"], g["y"] + g["h"])}
+        assert not cells & mine and g["x"] + g["w"] <= 24, panel["title"]
+        cells |= mine
+
+
+def test_logs_carry_the_request_and_its_fields():
+    stream = io.StringIO()
+    handler = setup_logging("json", stream=stream)
+    token = request_id_of_task.set("req-7")
+    try:
+        logging.getLogger("serving.access").info("POST %s", "/x", extra={"fields": {"status": 200}})
+        try:
+            raise ValueError("broken")
+        except ValueError:
+            logging.getLogger("serving.test").exception("failed")
+    finally:
+        request_id_of_task.reset(token)
+        logging.getLogger().removeHandler(handler)
+    first, second = map(json.loads, stream.getvalue().splitlines())
+    assert (first["request_id"], first["status"], first["message"]) == ("req-7", 200, "POST /x")
+    assert "ValueError: broken" in second["exception"] and second["level"] == "error"
+
+
+async def test_no_prompt_is_logged(caplog):
+    caplog.set_level(logging.DEBUG)
+    server = await serve_http(mock_service(MockEngine(reply="the secret answer")), port=0)
+    async with httpx.AsyncClient(base_url=server.url) as http:
+        await http.post("/v1/completions", json={"prompt": "my secret prompt"})
+        await http.post("/v1/completions", json={"prompt": "my secret prompt", "temperature": -1})
+    await server.stop()
+    mine = [r.getMessage() for r in caplog.records if r.name.startswith("serving")]
+    assert any("/v1/completions 200" in line for line in mine) and any(" 400 " in line for line in mine)
+    assert not any("secret" in line for line in mine)
