@@ -43,6 +43,68 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts in place of the feed-forward block.
+
+    Attributes:
+        num_experts: E.
+        experts_per_token: how many of them each token visits.
+        ffw_dim: hidden width of one expert.
+        layers: which layers have it; the others are dense.
+        scoring: "softmax" over all experts, or "sigmoid" of each.
+        normalize: the chosen experts' scores are divided by their sum.
+        scale: multiplies the scores of the chosen experts.
+        bias: choosing (not weighting) adds a learned bias to the scores (DeepSeek-V3).
+        groups, groups_kept: experts are chosen only from the best groups; 1 and 1 for no groups.
+        group_score: a group is as good as its best expert ("max") or its best two together ("top2").
+        shared_ffw_dim: hidden width of the expert that every token visits; 0 for none.
+        shared_gate: the shared expert's result is multiplied by a learned sigmoid gate.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    ffw_dim: int
+    layers: tuple[bool, ...]
+    scoring: str = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+    bias: bool = False
+    groups: int = 1
+    groups_kept: int = 1
+    group_score: str = "max"
+    shared_ffw_dim: int = 0
+    shared_gate: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"the model's configuration has {self.experts_per_token} experts a token of {self.num_experts}."
+            )
+        if self.num_experts % self.groups or not 1 <= self.groups_kept <= self.groups:
+            raise ValueError(
+                f"the model's configuration keeps {self.groups_kept} of {self.groups} groups of {self.num_experts} experts."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434). Sizes in elements.
+
+    Attributes:
+        q_rank: width of the compressed query; None where queries are not compressed.
+        kv_rank: width of the compressed key and value, which is what pages keep.
+        nope_dim, rope_dim: parts of a query's and key's head without and with rotary embedding.
+        v_dim: head size of values.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer. Lengths are in tokens, sizes in elements.
 
@@ -67,7 +129,11 @@ class ModelConfig:
         qk_norm: "head": RMS norm over each head's q and k; "full": over all heads together; "none".
         attn_scale: multiplies q·k; None for head_dim ** -0.5.
         attn_softcap, logits_softcap: x -> cap * tanh(x / cap); None for none.
+        attn_sinks: each query head has a learned logit that takes part in its softmax without a value.
+        norm_offset: RMS norm scales are stored less one (Gemma).
         embed_scale, residual_scale, logits_scale: multipliers (Granite, Gemma); 1 for none.
+        moe: the mixture of experts; None for a dense model.
+        mla: latent attention; None for ordinary heads.
         extra: what only one family needs; hashable values.
     """
 
@@ -91,12 +157,16 @@ class ModelConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: str = "none"
+    norm_offset: bool = False
+    attn_sinks: bool = False
     attn_scale: float | None = None
     attn_softcap: float | None = None
     logits_softcap: float | None = None
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logits_scale: float = 1.0
+    moe: MoEConfig | None = None
+    mla: MLAConfig | None = None
     extra: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -28,27 +28,36 @@ class Layer(nnx.Module):
     }
 
     def __init__(self, config: ModelConfig, index: int, build: Build):
-        self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps)
-        self.attn = Attention(config, index, build)
-        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
-        self.mlp = GatedMLP(config, build)
+        self.residual_scale = config.residual_scale
+        self.attn_norm = self.make_norm(config)
+        self.attn = self.make_attention(config, index, build)
+        self.mlp_norm = self.make_norm(config)
+        self.mlp = self.make_mlp(config, index, build)
+
+    def make_norm(self, config: ModelConfig) -> Any:
+        return RMSNorm(config.embed_dim, config.norm_eps, config.norm_offset)
+
+    def make_attention(self, config: ModelConfig, index: int, build: Build) -> Any:
+        return Attention(config, index, build)
+
+    def make_mlp(self, config: ModelConfig, index: int, build: Build) -> Any:
+        return GatedMLP(config, build)
 
     def __call__(self, x_TD: jax.Array, batch: AttentionBatch, kv: Any) -> tuple[jax.Array, Any]:
         attended_TD, kv = self.attn(self.attn_norm(x_TD), batch, kv)
-        x_TD = x_TD + attended_TD
-        return x_TD + self.mlp(self.mlp_norm(x_TD)), kv
+        x_TD = x_TD + _scaled(attended_TD, self.residual_scale)
+        return x_TD + _scaled(self.mlp(self.mlp_norm(x_TD)), self.residual_scale), kv
 
     def recipes(self, name: str) -> Recipes:
         return child_recipes(self, self.names, name)
 
 
-class Decoder(nnx.Module):
-    """`models.api.CausalLM` over a list of layers; families differ in the layer they pass.
+def _scaled(x_TD: jax.Array, scale: float) -> jax.Array:
+    return x_TD if scale == 1.0 else x_TD * scale
 
-    Args:
-        layer: (config, index, build) -> module with `(x_TD, batch, kv) -> (x_TD, kv)`.
-        norm: (width, eps) -> module; the final norm.
-    """
+
+class Decoder(nnx.Module):
+    """`models.api.CausalLM` over a list of layers; families differ in the layer they pass."""
 
     names: ClassVar[dict[str, str]] = {"embed": "model.embed_tokens", "norm": "model.norm"}
     layer_name = "model.layers"
@@ -57,17 +66,19 @@ class Decoder(nnx.Module):
         self,
         config: ModelConfig,
         build: Build,
-        layer: Callable[[ModelConfig, int, Build], nnx.Module] = Layer,
-        norm: Callable[[int, float], nnx.Module] = RMSNorm,
+        layer: type[Layer] = Layer,
     ):
         self.config = config
         self.compute_dtype = build.compute_dtype
         self.embed = Embedding(config.vocab_size, config.embed_dim, build)
-        self.layers = nnx.List([layer(config, index, build) for index in range(config.num_layers)])
-        self.norm = norm(config.embed_dim, config.norm_eps)
+        self.layers: Any = nnx.List([layer(config, index, build) for index in range(config.num_layers)])
+        self.norm = self.make_norm(config)
         axes = (build.axis("vocab", config.vocab_size), "embed")
         untied = not config.tie_embeddings
         self.head = Linear(config.embed_dim, config.vocab_size, build, axes) if untied else None
+
+    def make_norm(self, config: ModelConfig) -> Any:
+        return RMSNorm(config.embed_dim, config.norm_eps, config.norm_offset)
 
     @property
     def vocab_size(self) -> int:
@@ -107,7 +118,6 @@ class Decoder(nnx.Module):
         if self.head is not None:
             recipes |= under("head", self.head.recipes("lm_head"))
         for index, layer in enumerate(self.layers):
-            assert isinstance(layer, Layer)
             recipes |= under(f"layers.{index}", layer.recipes(f"{self.layer_name}.{index}"))
         return recipes
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -112,17 +113,22 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm with a float32 scale."""
+    """Root-mean-square norm with a float32 scale.
 
-    def __init__(self, width: int, eps: float):
-        self.eps = eps
+    Args:
+        offset: the checkpoint stores the scale less one.
+    """
+
+    def __init__(self, width: int, eps: float, offset: bool = False):
+        self.eps, self.offset = eps, offset
         self.scale = weight((width,), jnp.float32, (None,))
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
         return rms_norm(x_TD, self.scale[...], self.eps)
 
     def recipes(self, name: str) -> Recipes:
-        return {"scale": one(f"{name}.weight", *self.scale.shape)}
+        add = (lambda stored: stored.astype(np.float32) + 1.0) if self.offset else None
+        return {"scale": one(f"{name}.weight", *self.scale.shape, assemble=add)}
 
 
 class LayerNorm(nnx.Module):
@@ -157,12 +163,13 @@ class Attention(nnx.Module):
         self.qk_norm = config.qk_norm
         if config.qk_norm != "none":
             per_head = config.qk_norm == "head"
-            self.q_norm = RMSNorm(h if per_head else K * G * h, config.norm_eps)
-            self.k_norm = RMSNorm(h if per_head else K * h, config.norm_eps)
+            self.q_norm = RMSNorm(h if per_head else K * G * h, config.norm_eps, config.norm_offset)
+            self.k_norm = RMSNorm(h if per_head else K * h, config.norm_eps, config.norm_offset)
         rotary = config.layer_rope(layer)
         self.rope = None if rotary is None else (rotary, build.max_model_len)
         self.scale = h**-0.5 if config.attn_scale is None else config.attn_scale
         self.window, self.softcap = config.windows[layer], config.attn_softcap
+        self.sinks = weight((K, G), jnp.float32, (axis, None)) if config.attn_sinks else None
 
     def __call__(self, x_TD: jax.Array, batch: AttentionBatch, kv: Any) -> tuple[jax.Array, Any]:
         T, (K, G, h) = x_TD.shape[0], self.heads
@@ -177,9 +184,9 @@ class Attention(nnx.Module):
             inv_freq, factor = _frequencies(*self.rope)
             q_TKGh = rope(q_TKGh, batch.positions_T, inv_freq, factor)
             k_TKh = rope(k_TKh, batch.positions_T, inv_freq, factor)
-        out_TKGh, kv = attend(
-            q_TKGh, k_TKh, v_TKh, kv, batch, scale=self.scale, window=self.window, softcap=self.softcap
-        )
+        sinks_KG = None if self.sinks is None else self.sinks[...]
+        limits = {"window": self.window, "softcap": self.softcap, "sinks_KG": sinks_KG}
+        out_TKGh, kv = attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=self.scale, **limits)
         return self.out(out_TKGh.reshape(T, K * G * h)), kv
 
     def recipes(self, name: str) -> Recipes:
@@ -197,7 +204,30 @@ class Attention(nnx.Module):
         if self.qk_norm != "none":
             recipes |= names.under("q_norm", self.q_norm.recipes(f"{name}.q_norm"))
             recipes |= names.under("k_norm", self.k_norm.recipes(f"{name}.k_norm"))
+        if self.sinks is not None:
+            recipes["sinks"] = one(f"{name}.sinks", K * G)
         return recipes
+
+
+class MLP(nnx.Module):
+    """down(act(up(x))), both with biases where the configuration says so.
+
+    Args:
+        names: of the two projections in checkpoints.
+    """
+
+    def __init__(self, config: ModelConfig, build: Build, names: tuple[str, str] = ("c_fc", "c_proj")):
+        axis = build.axis("ffw", config.ffw_dim)
+        self.names, self.activation = names, config.activation
+        self.up = Linear(config.embed_dim, config.ffw_dim, build, (axis, "embed"), bias=config.mlp_bias)
+        self.down = Linear(config.ffw_dim, config.embed_dim, build, ("embed", axis), bias=config.mlp_bias)
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        return self.down(activation(self.activation)(self.up(x_TD)))
+
+    def recipes(self, name: str) -> Recipes:
+        up, down = self.names
+        return child_recipes(self, {"up": up, "down": down}, name)
 
 
 class GatedMLP(nnx.Module):

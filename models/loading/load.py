@@ -140,10 +140,13 @@ def _open_hf(source: ModelSource) -> Opened:
     text = hf.get("text_config")
     if isinstance(text, Mapping) and "num_hidden_layers" not in hf:
         hf = {**hf, **text, "architectures": architectures}
+    checkpoint = SafetensorsCheckpoint(source.path)
+    if "tie_word_embeddings" not in hf:
+        # Its default differs between families; the weights say it too.
+        hf["tie_word_embeddings"] = checkpoint.locate("lm_head.weight") is None
     generation = {name: hf[name] for name in ("eos_token_id", "bos_token_id") if hf.get(name) is not None}
     if (source.path / "generation_config.json").exists():
         generation |= read_json(source.path / "generation_config.json")
-    checkpoint = SafetensorsCheckpoint(source.path)
     return Opened(family, hf, checkpoint, source.name or source.path.name, generation)
 
 

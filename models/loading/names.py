@@ -85,6 +85,15 @@ def interleave_shards(shards: int) -> Callable[..., np.ndarray]:
     return assemble
 
 
+def split_shards(shards: int) -> Callable[[np.ndarray], np.ndarray]:
+    """One tensor with rows gate, then up -> rows laid out [S, 2, F / S]."""
+
+    def assemble(gate_up: np.ndarray) -> np.ndarray:
+        return interleave_shards(shards)(*np.split(gate_up, 2))
+
+    return assemble
+
+
 def pieces(names: Sequence[str], *shapes: tuple[int, ...]) -> tuple[Piece, ...]:
     """Several tensors, each with its shape."""
     return tuple(Piece(name, shape) for name, shape in zip(names, shapes, strict=True))

@@ -84,6 +84,73 @@ TINY: dict[str, Tiny] = {
         "Qwen2Config", "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
     ),
     "qwen3": Tiny("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 16}),
+    "gemma2": Tiny(
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {
+            "head_dim": 16,
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": Tiny(
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            "head_dim": 16,
+            "sliding_window": 16,
+            "num_hidden_layers": 6,
+            "num_key_value_heads": 1,
+            "query_pre_attn_scalar": 20,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "granite": Tiny(
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {"embedding_multiplier": 6.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 4.0},
+    ),
+    "olmo2": Tiny("Olmo2Config", "Olmo2ForCausalLM"),
+    "phi3, partial rotary": Tiny(
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {
+            "hidden_size": 128,
+            "sliding_window": 24,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "phi3, longrope": Tiny(
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 16,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 1.5, 2.5, 6.0],
+            },
+        },
+    ),
+    "smollm3": Tiny("SmolLM3Config", "SmolLM3ForCausalLM", {"num_hidden_layers": 4, "no_rope_layer_interval": 2}),
+    "starcoder2": Tiny(
+        "Starcoder2Config", "Starcoder2ForCausalLM", {"sliding_window": 16, "tie_word_embeddings": True}
+    ),
+    "gpt2": Tiny(
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {"n_positions": 256, "n_embd": 64, "n_layer": 2, "n_head": 8, "tie_word_embeddings": True}
+        | dict.fromkeys(k for k in BASE if k.startswith(("hidden", "num", "inter", "max"))),
+    ),
 }
 
 

@@ -1,0 +1,102 @@
+"""GPT-2 (Radford et al. 2019): learned positions, layer norms, one head of K and V for each query head.
+
+Its checkpoints store matrices [in, out] (Conv1D) and q, k and v in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from models.config import ModelConfig, from_hf
+from models.decoder import Decoder, Layer
+from models.family import Family
+from models.layers import MLP, Attention, Build, LayerNorm, Linear, weight
+from models.loading import names
+from models.loading.names import Recipes, one
+from ops.linear import embed
+from ops.paged_attention.batch import AttentionBatch
+
+
+def _conv1d(linear: Linear, name: str, rows: Any = lambda array: array) -> Recipes:
+    """Recipes of a Conv1D; `rows` rearranges the output rows."""
+    outputs, inputs = linear.weight.shape
+    return {
+        "weight": one(f"{name}.weight", inputs, outputs, assemble=lambda array: rows(np.ascontiguousarray(array.T))),
+        "bias": one(f"{name}.bias", outputs, assemble=rows),
+    }
+
+
+class GPT2Attention(Attention):
+    def recipes(self, name: str) -> Recipes:
+        qkv = _conv1d(self.qkv, f"{name}.c_attn", names.split_heads(*self.heads))
+        return names.under("qkv", qkv) | names.under("out", _conv1d(self.out, f"{name}.c_proj"))
+
+
+class GPT2MLP(MLP):
+    def recipes(self, name: str) -> Recipes:
+        return names.under("up", _conv1d(self.up, f"{name}.c_fc")) | names.under(
+            "down", _conv1d(self.down, f"{name}.c_proj")
+        )
+
+
+class GPT2Layer(Layer):
+    names: ClassVar[dict[str, str]] = {"attn_norm": "ln_1", "attn": "attn", "mlp_norm": "ln_2", "mlp": "mlp"}
+
+    def make_norm(self, config: ModelConfig) -> LayerNorm:
+        return LayerNorm(config.embed_dim, config.norm_eps)
+
+    def make_attention(self, config: ModelConfig, index: int, build: Build) -> GPT2Attention:
+        return GPT2Attention(config, index, build)
+
+    def make_mlp(self, config: ModelConfig, index: int, build: Build) -> GPT2MLP:
+        return GPT2MLP(config, build)
+
+
+class GPT2(Decoder):
+    names: ClassVar[dict[str, str]] = {"embed": "transformer.wte", "norm": "transformer.ln_f"}
+    layer_name = "transformer.h"
+
+    def __init__(self, config: ModelConfig, build: Build):
+        super().__init__(config, build, GPT2Layer)
+        self.positions = weight((config.max_positions, config.embed_dim), build.dtype, (None, "embed"))
+
+    def make_norm(self, config: ModelConfig) -> LayerNorm:
+        return LayerNorm(config.embed_dim, config.norm_eps)
+
+    def embed_tokens(self, tokens_T: jax.Array, batch: AttentionBatch) -> jax.Array:
+        tokens_TD = super().embed_tokens(tokens_T, batch)
+        return tokens_TD + embed(self.positions[...], batch.positions_T, self.compute_dtype)
+
+    def recipes(self) -> Recipes:
+        return super().recipes() | {"positions": one("transformer.wpe.weight", *self.positions.shape)}
+
+
+def gpt2_config(hf: Mapping[str, Any]) -> ModelConfig:
+    shared = {
+        "hidden_size": hf.get("n_embd", hf.get("hidden_size")),
+        "num_hidden_layers": hf.get("n_layer", hf.get("num_hidden_layers")),
+        "num_attention_heads": hf.get("n_head", hf.get("num_attention_heads")),
+        "vocab_size": hf.get("vocab_size"),
+        "architectures": hf.get("architectures"),
+        "tie_word_embeddings": hf.get("tie_word_embeddings", True),
+        "max_position_embeddings": hf.get("n_positions", hf.get("max_position_embeddings", 1024)),
+    }
+    return from_hf(
+        shared,
+        ffw_dim=hf.get("n_inner") or hf.get("intermediate_size") or 4 * shared["hidden_size"],
+        norm_eps=hf.get("layer_norm_epsilon", hf.get("layer_norm_eps", 1e-5)),
+        activation=hf.get("activation_function", "gelu_new"),
+        rope=None,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    )
+
+
+FAMILIES = (
+    Family("GPT-2", ("GPT2LMHeadModel",), gpt2_config, GPT2, gguf=("gpt2",), ignore=(r"\.attn\.(masked_)?bias$",)),
+)
