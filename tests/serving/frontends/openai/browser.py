@@ -1,0 +1,101 @@
+"""A headless Chromium over the W3C WebDriver protocol: as much of it as the page's test needs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import shutil
+import socket
+from typing import Any
+
+import httpx
+
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's name for a reference to an element
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--window-size=1280,860",
+)  # fmt: skip
+
+
+def missing() -> str | None:
+    """What is not installed, or None."""
+    return next((name for name in ("chromium", "chromedriver") if shutil.which(name) is None), None)
+
+
+class Browser:
+    """One window. Use as an asynchronous context manager."""
+
+    def __init__(self, profile: str) -> None:
+        self._profile = profile
+
+    async def __aenter__(self) -> Browser:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        self._driver = await asyncio.create_subprocess_exec(
+            "chromedriver", f"--port={port}", stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+        )
+        self._http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60)
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    if (await self._http.get("/status")).json()["value"]["ready"]:
+                        break
+                except httpx.TransportError:
+                    await asyncio.sleep(0.05)
+        options = {"args": [*FLAGS, f"--user-data-dir={self._profile}"]}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        reply = await self._http.post("/session", json={"capabilities": {"alwaysMatch": wanted}})
+        self._path = f"/session/{reply.json()['value']['sessionId']}"
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        await self._http.delete(self._path)
+        await self._http.aclose()
+        self._driver.terminate()
+        await self._driver.wait()
+
+    async def _call(self, path: str, **body: Any) -> Any:
+        reply = (await self._http.post(self._path + path, json=body)).json()["value"]
+        if isinstance(reply, dict) and "error" in reply:
+            raise RuntimeError(f"{reply['error']}: {reply['message']}")
+        return reply
+
+    async def open(self, url: str) -> None:
+        await self._call("/url", url=url)
+
+    async def run(self, script: str, *args: Any) -> Any:
+        """The value of a JavaScript expression; `args` are its `arguments`."""
+        return await self._call("/execute/sync", script=f"return {script}", args=list(args))
+
+    async def wait(self, script: str) -> Any:
+        """The value of an expression once it is true."""
+        async with asyncio.timeout(30):
+            while not (value := await self.run(script)):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            return value
+
+    async def _find(self, selector: str) -> str:
+        return (await self._call("/element", using="css selector", value=selector))[ELEMENT]
+
+    async def click(self, selector: str) -> None:
+        await self._call(f"/element/{await self._find(selector)}/click")
+
+    async def type(self, selector: str, text: str) -> None:
+        await self._call(f"/element/{await self._find(selector)}/value", text=text)
+
+    async def press(self, *keys: str) -> None:
+        """Presses keys together, wherever the focus is."""
+        actions = [{"type": "keyDown", "value": key} for key in keys]
+        actions += [{"type": "keyUp", "value": key} for key in reversed(keys)]
+        await self._call("/actions", actions=[{"type": "key", "id": "keyboard", "actions": actions}])
+
+    async def screenshot(self) -> bytes:
+        """The window as PNG."""
+        reply = await self._http.get(self._path + "/screenshot")
+        return base64.b64decode(reply.json()["value"])
+
+    async def console(self) -> list[str]:
+        """What the page logged since the last call, by level and text."""
+        entries = await self._call("/se/log", type="browser")
+        return [f"{entry['level']} {entry['message']}" for entry in entries]
