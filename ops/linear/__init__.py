@@ -1,7 +1,8 @@
-"""Matrix products with a weight: y = x W^T + b, whatever the weight is stored as.
+"""Products with a weight, y = x W^T + b, whatever the weight is stored as, and the blocks made of them.
 
-Weights are `[out, in]`. A weight is a dense array or a quantized pytree (`Int8Weight`); `linear` and `embed` dispatch
-on its type, so a model never asks how it is stored.
+Weights are `[out, in]`. A weight is a dense array or a quantized pytree; the functions here dispatch on its type, so a
+model never asks how it is stored. What stands around a product (a norm before it, a residual after it) may be given
+with it: a kernel that can takes it along, otherwise it is computed around the product.
 """
 
 from __future__ import annotations
@@ -9,10 +10,23 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ops.linear import xla
-from ops.linear.weights import SCHEMES, Int8Weight, Weight, quantize
+from ops.activation import activation as activation_function
+from ops.linear import native, xla
+from ops.linear.norm import RmsNorm
+from ops.linear.weights import PANEL, SCHEMES, Int8Weight, PackedInt8Weight, Weight, pack, quantize
 
-__all__ = ["SCHEMES", "Int8Weight", "Weight", "embed", "linear", "quantize"]
+__all__ = [
+    "SCHEMES",
+    "Int8Weight",
+    "PackedInt8Weight",
+    "RmsNorm",
+    "Weight",
+    "embed",
+    "gated_mlp",
+    "linear",
+    "pack",
+    "quantize",
+]
 
 
 def linear(
@@ -20,9 +34,11 @@ def linear(
     weight: Weight,
     bias_O: jax.Array | None = None,
     *,
+    norm: RmsNorm | None = None,
+    residual_TO: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-    """y_TO = x_TI W_OI^T + bias_O, accumulated in float32.
+    """y_TO = norm(x_TI) W_OI^T + bias_O + residual_TO, accumulated in float32.
 
     Args:
         x_TI: float activations; leading axes before T are allowed. Rounded to a dense weight's dtype for the product;
@@ -30,6 +46,8 @@ def linear(
             costs a pass there.
         weight: dense [O, I], or quantized.
         bias_O: added in float32.
+        norm: applied to x first.
+        residual_TO: added to the result, in the result's dtype.
         out_dtype: dtype of the result; x's when None.
     Raises:
         ValueError: x's last axis is not the weight's I.
@@ -37,15 +55,57 @@ def linear(
     O, I = weight.shape
     if x_TI.shape[-1] != I:
         raise ValueError(f"linear: x has {x_TI.shape[-1]} features, but the weight [{O}, {I}] takes {I}.")
-    lead = x_TI.shape[:-1]
+    lead, dtype = x_TI.shape[:-1], x_TI.dtype if out_dtype is None else out_dtype
     flat_TI = x_TI.reshape(-1, I)
-    if isinstance(weight, Int8Weight):
-        y_TO = xla.int8(flat_TI, weight)
-    else:
-        y_TO = xla.dense(flat_TI, weight)
+    if isinstance(weight, PackedInt8Weight):
+        flat_residual = None if residual_TO is None else residual_TO.reshape(-1, O)
+        return native.linear(flat_TI, weight, bias_O, norm, flat_residual).astype(dtype).reshape(*lead, O)
+    if norm is not None:
+        flat_TI = norm(flat_TI)
+    y_TO = xla.int8(flat_TI, weight) if isinstance(weight, Int8Weight) else xla.dense(flat_TI, weight)
     if bias_O is not None:
         y_TO = y_TO + bias_O.astype(jnp.float32)
-    return y_TO.astype(x_TI.dtype if out_dtype is None else out_dtype).reshape(*lead, O)
+    y_TO = y_TO.astype(dtype).reshape(*lead, O)
+    return y_TO if residual_TO is None else residual_TO.astype(dtype) + y_TO
+
+
+def gated_mlp(
+    x_TD: jax.Array,
+    gate_up: Weight,
+    down: Weight,
+    activation: str,
+    *,
+    gate_up_bias: jax.Array | None = None,
+    down_bias_D: jax.Array | None = None,
+    norm: RmsNorm | None = None,
+    residual_TD: jax.Array | None = None,
+    shards: int = 1,
+) -> jax.Array:
+    """down(act(gate(norm(x))) * up(norm(x))) + residual (Shazeer 2020, arXiv:2002.05202), in x's dtype.
+
+    Args:
+        x_TD: float activations.
+        gate_up: [2 F, D]; rows are [shards, 2, F / shards]: each shard's part of the gate, then the same part of up.
+        down: [D, F].
+        activation: a name that `ops.activation` knows.
+        gate_up_bias, down_bias_D: [2 F] in the rows' order, and [D].
+        norm: applied to x first.
+        residual_TD: added to the result.
+    Raises:
+        ValueError: the activation is not known.
+    """
+    act = activation_function(activation)
+    if (
+        isinstance(gate_up, PackedInt8Weight)
+        and isinstance(down, PackedInt8Weight)
+        and shards == 1
+        and native.supports_gated(gate_up, activation)
+    ):
+        y_TD = native.gated_mlp(x_TD, gate_up, down, activation, gate_up_bias, down_bias_D, norm, residual_TD)
+        return y_TD.astype(x_TD.dtype)
+    hidden = linear(x_TD, gate_up, gate_up_bias, norm=norm).reshape(x_TD.shape[0], shards, 2, -1)
+    hidden_TF = (act(hidden[:, :, 0]) * hidden[:, :, 1]).reshape(x_TD.shape[0], -1)
+    return linear(hidden_TF, down, down_bias_D, residual_TO=residual_TD)
 
 
 def embed(weight: Weight, tokens_T: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
@@ -56,8 +116,13 @@ def embed(weight: Weight, tokens_T: jax.Array, dtype: jax.typing.DTypeLike = jnp
         tokens_T: int32 ids, any shape.
         dtype: of the result.
     """
-    if isinstance(weight, Int8Weight):
+    if isinstance(weight, PackedInt8Weight):
+        # Read in place: a second copy of the table would be as large as all it saves.
+        rows_TQi = weight.panels_PQci.at[tokens_T // PANEL, :, tokens_T % PANEL].get(mode="fill", fill_value=0)
+        rows_TD = rows_TQi.reshape(*tokens_T.shape, -1)[..., : weight.shape[1]]
+    elif isinstance(weight, Int8Weight):
         rows_TD = jnp.take(weight.values_OI, tokens_T, axis=0, mode="fill", fill_value=0)
-        scale_T = jnp.take(weight.scale_O, tokens_T, axis=0, mode="fill", fill_value=0)
-        return (rows_TD.astype(jnp.float32) * scale_T[..., None]).astype(dtype)
-    return jnp.take(weight, tokens_T, axis=0, mode="fill", fill_value=0).astype(dtype)
+    else:
+        return jnp.take(weight, tokens_T, axis=0, mode="fill", fill_value=0).astype(dtype)
+    scale_T = jnp.take(weight.scale_O, tokens_T, axis=0, mode="fill", fill_value=0)
+    return (rows_TD.astype(jnp.float32) * scale_T[..., None]).astype(dtype)

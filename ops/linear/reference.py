@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from ops.linear.weights import Int8Weight, Weight
+from ops.linear.weights import Int8Weight, PackedInt8Weight, Weight
 
 
 def dense(weight: Weight) -> np.ndarray:
     """The weight_OI in float64."""
+    if isinstance(weight, PackedInt8Weight):
+        weight = weight.unpack()
     if isinstance(weight, Int8Weight):
         return np.asarray(weight.values_OI, np.float64) * np.asarray(weight.scale_O, np.float64)[:, None]
     return np.asarray(weight, np.float64)
@@ -29,6 +31,21 @@ def int8_linear(x_TI: np.ndarray, weight: Int8Weight, bias_O: np.ndarray | None 
     y_TO = (rounded_TI.astype(np.int64) @ np.asarray(weight.values_OI, np.int64).T).astype(np.float64)
     y_TO = y_TO * scale_T[:, None].astype(np.float64) * np.asarray(weight.scale_O, np.float64)
     return y_TO if bias_O is None else y_TO + np.asarray(bias_O, np.float64)
+
+
+def rms_norm(x_TI: np.ndarray, scale_I: np.ndarray, eps: float, unit_offset: bool = False) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) * scale, in float64."""
+    x_TI = np.asarray(x_TI, np.float64)
+    scale_I = np.asarray(scale_I, np.float64) + (1.0 if unit_offset else 0.0)
+    return x_TI / np.sqrt(np.mean(x_TI**2, axis=-1, keepdims=True) + eps) * scale_I
+
+
+def gate(name: str, x: np.ndarray) -> np.ndarray:
+    """The activations that gated blocks use, in float64."""
+    if name == "relu":
+        return np.maximum(x, 0.0)
+    z = x if name == "silu" else 2.0 * np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)
+    return x / (1.0 + np.exp(-z))
 
 
 def embed(weight: Weight, tokens_T: np.ndarray) -> np.ndarray:

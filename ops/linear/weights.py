@@ -7,8 +7,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+
+from ops import native
 
 INT8_MAX = 127.0
+PANEL = 16  # output channels a panel of a packed weight, as in ops/native/int8.h
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values_OI", "scale_O"], meta_fields=[])
@@ -39,7 +43,42 @@ class Int8Weight:
         return (self.values_OI.astype(jnp.float32) * self.scale_O[:, None]).astype(dtype)
 
 
-Weight = jax.Array | Int8Weight
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["panels_PQci", "scale_O", "sum128_O"], meta_fields=["shape"]
+)
+@dataclasses.dataclass(frozen=True)
+class PackedInt8Weight:
+    """An `Int8Weight` in the layout of the native CPU kernels; see `ops/native/int8.h`.
+
+    Attributes:
+        panels_PQci: int8 [ceil(O / 16), ceil(I / 4), 16, 4]: channels in panels of 16, inputs in fours, zero padded.
+        scale_O: float32, padded with zeros to whole panels.
+        sum128_O: int32, 128 times each channel's sum: what activations stored as value + 128 add too much.
+        shape: (O, I), as of the dense weight.
+    """
+
+    panels_PQci: jax.Array
+    scale_O: jax.Array
+    sum128_O: jax.Array
+    shape: tuple[int, int]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """int8: how the weight is stored."""
+        return self.panels_PQci.dtype
+
+    def unpack(self) -> Int8Weight:
+        """The same weight, a row a channel."""
+        O, I = self.shape
+        values_OI = self.panels_PQci.transpose(0, 2, 1, 3).reshape(self.scale_O.shape[0], -1)
+        return Int8Weight(values_OI[:O, :I], self.scale_O[:O])
+
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        """The dense weight_OI that the quantized one stands for."""
+        return self.unpack().dequantize(dtype)
+
+
+Weight = jax.Array | Int8Weight | PackedInt8Weight
 SCHEMES = ("int8",)
 
 
@@ -63,6 +102,31 @@ def quantize(weight_OI: jax.Array, scheme: str | None) -> Weight:
 def _int8(weight_OI: jax.Array) -> Int8Weight:
     values_OI, scale_O = quantize_rows(weight_OI)
     return Int8Weight(values_OI, scale_O)
+
+
+def pack(weight: Weight) -> Weight:
+    """The weight in the layout of this machine's fastest product; unchanged where there is no other.
+
+    Only a weight on a single CPU device has one: the kernels are not partitioned over a mesh.
+    """
+    if not isinstance(weight, Int8Weight) or isinstance(weight.values_OI, Tracer):
+        return weight
+    devices = weight.values_OI.devices()
+    if len(devices) > 1 or next(iter(devices)).platform != "cpu" or not native.available():
+        return weight
+    return pack_int8(weight)
+
+
+@jax.jit
+def pack_int8(weight: Int8Weight) -> PackedInt8Weight:
+    """`pack` without asking whether the kernels are there."""
+    O, I = weight.shape
+    values_OI = jnp.pad(weight.values_OI, ((0, -O % PANEL), (0, -I % 4)))
+    panels_PcQi = values_OI.reshape(values_OI.shape[0] // PANEL, PANEL, -1, 4)
+    sum128_O = jnp.sum(values_OI, axis=1, dtype=jnp.int32) * 128
+    return PackedInt8Weight(
+        panels_PcQi.transpose(0, 2, 1, 3), jnp.pad(weight.scale_O, (0, -O % PANEL)), sum128_O, (O, I)
+    )
 
 
 def quantize_rows(x_TI: jax.Array) -> tuple[jax.Array, jax.Array]:

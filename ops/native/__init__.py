@@ -14,12 +14,9 @@ from typing import Any
 
 import jax
 
-from ops.native.build import BuildError, build, source_hash
+from ops.native.build import BuildError, build, handlers, source_hash
 
 ISA_LEVELS = ("generic", "avx2", "avx512", "vnni", "bf16")
-
-# Symbols of the library, each defined by XLA_FFI_DEFINE_HANDLER_SYMBOL in a *.cc file of this folder.
-HANDLERS: tuple[str, ...] = ()
 
 
 def available() -> bool:
@@ -85,6 +82,6 @@ def _load() -> tuple[Any, str]:
     except OSError as error:
         return None, f"native CPU kernels could not be loaded: {error}"
     _level = library.jaxserve_set_isa(_level_number(os.environ.get("JAXSERVE_NATIVE_ISA") or None))
-    for name in HANDLERS:
+    for name in handlers():
         jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library, ""

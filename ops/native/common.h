@@ -25,10 +25,18 @@
 #define JAXSERVE_X86 0
 #endif
 
+// In front of a loop over registers: they only stay registers when the loop is gone before scalars are replaced.
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#define INLINE inline __attribute__((always_inline))
+
 // The library hides everything that is not marked so.
 #define JAXSERVE_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Defines and exports a handler; its name also goes into HANDLERS in __init__.py.
+// Defines and exports a handler; build.py finds its name here, at the beginning of a line.
 #define JAXSERVE_HANDLER(name, impl, ...)                 \
   JAXSERVE_EXPORT XLA_FFI_Error* name(XLA_FFI_CallFrame*); \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(name, impl, __VA_ARGS__)

@@ -1,0 +1,220 @@
+// The int8 products as XLA calls them: rounding of the activations, product, and everything around it in one call.
+
+#include <algorithm>
+#include <string>
+
+#include "int8.h"
+
+namespace jaxserve::int8 {
+namespace {
+
+using F32 = ffi::Buffer<ffi::F32>;
+using S8 = ffi::Buffer<ffi::S8>;
+using S32 = ffi::Buffer<ffi::S32>;
+
+// Rows a block of a large product: 48 rows of 1,536 bytes stay in L1 and L2 beside a block's weights.
+constexpr int64_t kRowBlock = 48;
+
+struct Weight {
+  const int8_t* packed;   // [panels][quads][16][4]
+  const float* scale;     // [panels * 16]
+  const int32_t* sum128;  // [panels * 16]
+  const float* bias;      // [outputs] or null
+  int64_t outputs, inputs, panels, quads;
+};
+
+const float* optional(const F32& buffer) { return buffer.element_count() == 0 ? nullptr : buffer.typed_data(); }
+
+ffi::ErrorOr<Weight> weight_of(const S8& packed, const F32& scale, const S32& sum128, const F32& bias, int64_t outputs,
+                               int64_t inputs) {
+  const auto dims = packed.dimensions();
+  if (dims.size() != 4 || dims[0] != ceil_div(outputs, kPanel) || dims[1] != ceil_div(inputs, 4) ||
+      dims[2] != kPanel || dims[3] != 4) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument("int8 weights are packed for another shape"));
+  }
+  const int64_t padded = dims[0] * kPanel;
+  if (static_cast<int64_t>(scale.element_count()) != padded || static_cast<int64_t>(sum128.element_count()) != padded) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument("int8 scales or sums do not fit the packed weights"));
+  }
+  if (bias.element_count() != 0 && static_cast<int64_t>(bias.element_count()) != outputs) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument("the bias does not fit the weights"));
+  }
+  return Weight{packed.typed_data(), scale.typed_data(), sum128.typed_data(), optional(bias),
+                outputs,             inputs,             dims[0],             dims[1]};
+}
+
+// Room for rounded rows; the caller's thread owns it.
+Rounding rounding(const float* x, int64_t rows, int64_t width, const float* gain, float eps, float gain_offset,
+                  int slot) {
+  const int64_t stride = ceil_div(width, 64) * 64;
+  uint8_t* data = static_cast<uint8_t*>(scratch(slot, rows * (stride + sizeof(float))));
+  return {x, width, width, gain, eps, gain_offset, data, stride, reinterpret_cast<float*>(data + rows * stride)};
+}
+
+void add_rounding(Phases& phases, const Rounding& r, int64_t begin, int64_t rows) {
+  const int64_t step = std::max<int64_t>(1, std::min<int64_t>(16, 16384 / r.width));
+  phases.add(ceil_div(rows, step), [=, &k = kernels()](int64_t chunk, int) {
+    const int64_t end = begin + std::min(rows, (chunk + 1) * step);
+    for (int64_t row = begin + chunk * step; row < end; ++row) k.round_row(r, row);
+  });
+}
+
+// Wide blocks first and two narrow ones at the end: with few blocks a thread (576 channels are 9) the last one decides.
+struct Columns {
+  int64_t units, wide, narrow;  // units of `unit` panels
+  explicit Columns(int64_t total, int64_t width) : units(total) {
+    narrow = width > 1 && total > width ? 2 : 0;
+    wide = ceil_div(total - (narrow ? width : 0), width);
+    step = width;
+  }
+  int64_t count() const { return wide + narrow; }
+  int64_t begin(int64_t i) const {
+    const int64_t middle = units - (narrow ? step : 0);
+    if (i <= wide) return std::min(i * step, middle);
+    return i == wide + 1 ? middle + step / 2 : units;
+  }
+  int64_t step;
+};
+
+// out[rows, outputs] = a W^T * scales + bias + residual
+void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t begin, int64_t rows, float* out,
+                 const float* residual) {
+  const Columns columns(w.panels, kPanels);
+  const int64_t row_blocks = ceil_div(rows, kRowBlock);
+  phases.add(row_blocks * columns.count(), [=, &k = kernels()](int64_t chunk, int) {
+    const int64_t first = begin + chunk / columns.count() * kRowBlock;
+    const int64_t panel = columns.begin(chunk % columns.count());
+    Block b{};
+    b.a = {a.data + first * a.data_stride, a.scale + first, a.data_stride};
+    b.rows = std::min(begin + rows - first, kRowBlock);
+    b.quads = w.quads;
+    b.panels = static_cast<int>(columns.begin(chunk % columns.count() + 1) - panel);
+    b.out_stride = w.outputs;
+    for (int p = 0; p < b.panels; ++p) {
+      const int64_t column = (panel + p) * kPanel;
+      b.weight[p] = w.packed + (panel + p) * w.quads * 4 * kPanel;
+      b.sum128[p] = w.sum128 + column;
+      b.scale[p] = w.scale + column;
+      b.bias[p] = w.bias == nullptr ? nullptr : w.bias + column;
+      b.valid[p] = static_cast<int>(std::min<int64_t>(kPanel, w.outputs - column));
+      b.out[p] = out + first * w.outputs + column;
+      b.residual[p] = residual == nullptr ? nullptr : residual + first * w.outputs + column;
+    }
+    k.block(b);
+  });
+}
+
+// hidden[rows, F] = act(gate) * up; gate and up are the two halves of w's outputs, F a multiple of 16. Row 0 of hidden
+// is row `begin` of a.
+void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin, int64_t rows, float* hidden,
+               Activation activation) {
+  const int64_t half = w.panels / 2, width = half * kPanel;
+  const Columns columns(half, kPanels / 2);
+  const int64_t row_blocks = ceil_div(rows, kRowBlock);
+  phases.add(row_blocks * columns.count(), [=, &k = kernels()](int64_t chunk, int) {
+    const int64_t first = chunk / columns.count() * kRowBlock;
+    const int64_t panel = columns.begin(chunk % columns.count());
+    const int pairs = static_cast<int>(columns.begin(chunk % columns.count() + 1) - panel);
+    Block b{};
+    b.a = {a.data + (begin + first) * a.data_stride, a.scale + begin + first, a.data_stride};
+    b.rows = std::min(rows - first, kRowBlock);
+    b.quads = w.quads;
+    b.panels = 2 * pairs;
+    b.out_stride = width;
+    b.activation = activation;
+    for (int p = 0; p < b.panels; ++p) {
+      const int64_t at = p < pairs ? panel + p : half + panel + p - pairs;
+      b.weight[p] = w.packed + at * w.quads * 4 * kPanel;
+      b.sum128[p] = w.sum128 + at * kPanel;
+      b.scale[p] = w.scale + at * kPanel;
+      b.bias[p] = w.bias == nullptr ? nullptr : w.bias + at * kPanel;
+      b.valid[p] = kPanel;
+      b.out[p] = p < pairs ? hidden + first * width + at * kPanel : nullptr;
+      b.residual[p] = nullptr;
+    }
+    k.block(b);
+  });
+}
+
+ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, S8 packed, F32 scale, S32 sum128, F32 bias, F32 residual,
+                  ffi::ResultBuffer<ffi::F32> out, float eps, float gain_offset) {
+  const auto dims = x.dimensions();
+  const int64_t rows = dims[0], inputs = dims[1], outputs = out->dimensions()[1];
+  auto weight = weight_of(packed, scale, sum128, bias, outputs, inputs);
+  if (weight.has_error()) return weight.error();
+  if (residual.element_count() != 0 && residual.element_count() != out->element_count()) {
+    return ffi::Error::InvalidArgument("the residual does not fit the result");
+  }
+  const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, gain_offset, 0);
+  Phases phases;
+  add_rounding(phases, a, 0, rows);
+  add_product(phases, a, *weight, 0, rows, out->typed_data(), optional(residual));
+  phases.run(pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error gated_mlp(ffi::ThreadPool pool, F32 x, F32 gain, S8 up_packed, F32 up_scale, S32 up_sum128, F32 up_bias,
+                     S8 down_packed, F32 down_scale, S32 down_sum128, F32 down_bias, F32 residual,
+                     ffi::ResultBuffer<ffi::F32> out, float eps, float gain_offset, int64_t activation) {
+  const auto dims = x.dimensions();
+  const int64_t rows = dims[0], inputs = dims[1], outputs = out->dimensions()[1];
+  const int64_t width = up_packed.dimensions()[0] * kPanel / 2;
+  auto up = weight_of(up_packed, up_scale, up_sum128, up_bias, 2 * width, inputs);
+  if (up.has_error()) return up.error();
+  auto down = weight_of(down_packed, down_scale, down_sum128, down_bias, outputs, width);
+  if (down.has_error()) return down.error();
+  if (width % kPanel != 0) return ffi::Error::InvalidArgument("the hidden width is not a multiple of 16");
+  // A group of rows goes through the whole block before the next: its hidden values stay in the cache.
+  const int64_t group = std::min<int64_t>(rows, 4 * kRowBlock);
+  const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, gain_offset, 0);
+  float* hidden = static_cast<float*>(scratch(1, group * width * sizeof(float)));
+  const Rounding h = rounding(hidden, group, width, nullptr, 0.0f, 0.0f, 2);
+  Phases phases;
+  add_rounding(phases, a, 0, rows);
+  for (int64_t begin = 0; begin < rows; begin += group) {
+    const int64_t count = std::min(group, rows - begin);
+    add_gated(phases, a, *up, begin, count, hidden, static_cast<Activation>(activation));
+    add_rounding(phases, h, 0, count);
+    const float* rest = optional(residual);
+    add_product(phases, h, *down, 0, count, out->typed_data() + begin * outputs,
+                rest == nullptr ? nullptr : rest + begin * outputs);
+  }
+  phases.run(pool);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxserve::int8
+
+JAXSERVE_HANDLER(jaxserve_int8_linear, jaxserve::int8::linear,
+                 xla::ffi::Ffi::Bind()
+                     .Ctx<xla::ffi::ThreadPool>()
+                     .Arg<jaxserve::int8::F32>()  // x [T, I]
+                     .Arg<jaxserve::int8::F32>()  // gain [I] or [0]
+                     .Arg<jaxserve::int8::S8>()   // packed
+                     .Arg<jaxserve::int8::F32>()  // scale
+                     .Arg<jaxserve::int8::S32>()  // sum128
+                     .Arg<jaxserve::int8::F32>()  // bias [O] or [0]
+                     .Arg<jaxserve::int8::F32>()  // residual [T, O] or [0]
+                     .Ret<jaxserve::int8::F32>()  // [T, O]
+                     .Attr<float>("eps")
+                     .Attr<float>("gain_offset"));
+
+JAXSERVE_HANDLER(jaxserve_int8_gated_mlp, jaxserve::int8::gated_mlp,
+                 xla::ffi::Ffi::Bind()
+                     .Ctx<xla::ffi::ThreadPool>()
+                     .Arg<jaxserve::int8::F32>()  // x [T, D]
+                     .Arg<jaxserve::int8::F32>()  // gain [D] or [0]
+                     .Arg<jaxserve::int8::S8>()   // gate and up: packed, scale, sum128, bias
+                     .Arg<jaxserve::int8::F32>()
+                     .Arg<jaxserve::int8::S32>()
+                     .Arg<jaxserve::int8::F32>()
+                     .Arg<jaxserve::int8::S8>()   // down: packed, scale, sum128, bias
+                     .Arg<jaxserve::int8::F32>()
+                     .Arg<jaxserve::int8::S32>()
+                     .Arg<jaxserve::int8::F32>()
+                     .Arg<jaxserve::int8::F32>()  // residual [T, D] or [0]
+                     .Ret<jaxserve::int8::F32>()  // [T, D]
+                     .Attr<float>("eps")
+                     .Attr<float>("gain_offset")
+                     .Attr<int64_t>("activation"));

@@ -1,0 +1,122 @@
+"""The native int8 products against the reference, at every instruction-set level this machine has."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import native
+from ops.linear import PackedInt8Weight, RmsNorm, embed, gated_mlp, linear, quantize, reference
+from ops.linear.weights import pack_int8
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.status())
+
+# T, O, I: one row and ragged rows, channels and inputs; more than one row block; the tail of the tail.
+SHAPES = [(1, 64, 64), (2, 16, 4), (3, 37, 50), (7, 130, 67), (49, 96, 128), (101, 81, 33)]
+
+
+def at_each_level(run):
+    """What `run()` returns at each level that has int8 kernels of its own; programs are compiled once for all."""
+    try:
+        for level in ("generic", "avx2", "vnni"):
+            if native.set_isa(level) == level:
+                yield level, np.asarray(run())
+    finally:
+        native.set_isa(None)
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape) * scale, jnp.float32)
+
+
+def packed(O, I, seed=1):
+    return pack_int8(quantize(normal(O, I, seed=seed, scale=I**-0.5), "int8"))
+
+
+def assert_close(y_TO, expected_TO, x_TI, weight):
+    # An activation that lies between two steps may round either way: its step times its weight, for a few of them.
+    step = float(np.abs(x_TI).max()) / 127 * float(np.abs(weight.dequantize()).max())
+    np.testing.assert_allclose(y_TO, expected_TO, atol=2 * step, rtol=1e-5)
+    # But almost everywhere there is no such activation.
+    assert np.mean(np.abs(y_TO - expected_TO) > 1e-4) < 0.1
+
+
+def test_pack_and_unpack_are_inverse():
+    weight = quantize(normal(37, 50), "int8")
+    again = pack_int8(weight).unpack()
+    np.testing.assert_array_equal(again.values_OI, weight.values_OI)
+    np.testing.assert_array_equal(again.scale_O, weight.scale_O)
+
+
+@pytest.mark.parametrize(("T", "O", "I"), SHAPES)
+def test_linear(T, O, I):
+    x_TI, weight = normal(T, I), packed(O, I)
+    expected_TO = reference.int8_linear(x_TI, weight.unpack())
+    run = jax.jit(linear)
+    for level, y_TO in at_each_level(lambda: run(x_TI, weight)):
+        np.testing.assert_allclose(y_TO, expected_TO, atol=2e-5 * I**0.5, err_msg=level)
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize(("T", "O", "I"), SHAPES[2:5])
+def test_linear_with_everything_around_it(T, O, I, unit_offset):
+    x_TI, weight = normal(T, I, scale=30.0), packed(O, I)
+    bias_O, residual_TO = normal(O, seed=3), normal(T, O, seed=4)
+    norm = RmsNorm(normal(I, seed=5), 1e-5, unit_offset)
+    run = jax.jit(lambda x: linear(x, weight, bias_O, norm=norm, residual_TO=residual_TO))
+    normed_TI = reference.rms_norm(x_TI, norm.scale_I, norm.eps, unit_offset)
+    expected_TO = reference.int8_linear(normed_TI, weight.unpack(), np.asarray(bias_O)) + np.asarray(residual_TO)
+    for _, y_TO in at_each_level(lambda: run(x_TI)):
+        assert_close(y_TO, expected_TO, normed_TI, weight)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize(("T", "D", "F"), [(1, 32, 16), (5, 50, 48), (200, 40, 112)])
+def test_gated_mlp(T, D, F, activation):
+    x_TD, gate_up, down = normal(T, D, scale=3.0), packed(2 * F, D), packed(D, F, seed=2)
+    biases = normal(2 * F, seed=6), normal(D, seed=7)
+    norm, residual_TD = RmsNorm(normal(D, seed=5), 1e-6), normal(T, D, seed=8)
+    around = {"gate_up_bias": biases[0], "down_bias_D": biases[1], "norm": norm, "residual_TD": residual_TD}
+    run = jax.jit(lambda x: gated_mlp(x, gate_up, down, activation, **around))
+    normed_TD = reference.rms_norm(x_TD, norm.scale_I, norm.eps)
+    hidden = reference.int8_linear(normed_TD, gate_up.unpack(), np.asarray(biases[0]))
+    hidden_TF = reference.gate(activation, hidden[:, :F]) * hidden[:, F:]
+    expected_TD = reference.int8_linear(hidden_TF, down.unpack(), np.asarray(biases[1])) + np.asarray(residual_TD)
+    for _, y_TD in at_each_level(lambda: run(x_TD)):
+        assert_close(y_TD, expected_TD, hidden_TF, down)
+
+
+def test_large_gates_do_not_overflow():
+    gate_up, down = packed(64, 16), packed(16, 32, seed=2)
+    x_TD = normal(4, 16, scale=1e4)
+    for _, y_TD in at_each_level(lambda: gated_mlp(x_TD, gate_up, down, "silu")):
+        assert np.isfinite(y_TD).all()
+
+
+def test_zero_rows_give_the_bias():
+    weight, bias_O, norm = packed(40, 24), normal(40), RmsNorm(jnp.ones(24), 1e-6)
+    for _, y_TO in at_each_level(lambda: linear(jnp.zeros((3, 24)), weight, bias_O, norm=norm)):
+        np.testing.assert_array_equal(y_TO, np.tile(bias_O, (3, 1)))
+
+
+def test_every_level_gives_the_same_sums():
+    x_TI, weight = normal(11, 200), packed(72, 200)
+    results = [y_TO for _, y_TO in at_each_level(lambda: linear(x_TI, weight))]
+    for other in results[1:]:
+        np.testing.assert_allclose(other, results[0], atol=1e-5)
+
+
+def test_embed_reads_packed_rows():
+    table = quantize(normal(50, 30), "int8")
+    tokens = jnp.array([[0, 17], [49, 3]])
+    np.testing.assert_array_equal(embed(pack_int8(table), tokens), embed(table, tokens))
+    assert not np.asarray(embed(pack_int8(table), jnp.array([50, 10**6]))).any()
+
+
+def test_a_weight_of_another_shape_is_refused():
+    weight = packed(32, 16)
+    lying = PackedInt8Weight(weight.panels_PQci, weight.scale_O, weight.sum128_O, (64, 16))
+    with pytest.raises(Exception, match="packed for another shape"):
+        jax.block_until_ready(linear(jnp.zeros((2, 16)), lying))
