@@ -25,7 +25,7 @@ class Chat:
         channel: to the server.
         params: sampling parameters of every answer.
         system: system prompt, or None.
-        out: where answers go.
+        out: where answers go; standard output without.
     """
 
     def __init__(
@@ -34,12 +34,12 @@ class Chat:
         params: SamplingParams,
         system: str | None = None,
         model: str = "",
-        out: TextIO = sys.stdout,
+        out: TextIO | None = None,
     ) -> None:
         self._inference = inference_pb2_grpc.InferenceStub(channel)
         self._params = params
         self._model = model
-        self._out = out
+        self._out = out or sys.stdout
         self.turns: list[pb.ChatMessage] = []
         self.system = system
 
@@ -173,7 +173,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--system", default=None, help="system prompt (default: none)")
     parser.add_argument("--temperature", type=float, default=None, help="default: the model's own")
     parser.add_argument("--top-p", type=float, default=None, help="default: the model's own")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="of one answer (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=None, help="of one answer (default: what the context leaves)")
     parser.add_argument("--seed", type=int, default=None, help="same seed, same answers")
     return parser.parse_args(argv)
 

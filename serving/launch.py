@@ -80,6 +80,7 @@ class Server:
         except OSError as error:
             print(f"error: {error}", file=sys.stderr)
             return None
+        self._say(f"listening for gRPC on {self._args.host}:{server.port}; loading the model")
         return server
 
     async def _serve(self, grpc_server: GrpcServer, service: TextService) -> bool:

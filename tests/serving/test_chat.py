@@ -1,0 +1,118 @@
+"""The terminal chat against a real gRPC server with a mock engine."""
+
+import asyncio
+import contextlib
+import io
+import threading
+
+import grpc
+import pytest
+
+from proto.jaxserve.v1.sampling_pb2 import SamplingParams
+from serving import chat as chat_module
+from serving.chat import Chat, loop
+from serving.frontends.grpc.server import GrpcServer
+from tests.mock_engine import MockEngine, mock_service, until
+
+
+@contextlib.contextmanager
+def server(engine):
+    """A server in a thread of its own: the chat blocks."""
+    events = asyncio.new_event_loop()
+    thread = threading.Thread(target=events.run_forever, daemon=True)
+    thread.start()
+
+    async def start():
+        grpc_server = GrpcServer("127.0.0.1", 0)
+        await grpc_server.start()
+        await grpc_server.serve(mock_service(engine))
+        return grpc_server
+
+    running = asyncio.run_coroutine_threadsafe(start(), events).result(30)
+    try:
+        yield f"127.0.0.1:{running.port}", lambda work: asyncio.run_coroutine_threadsafe(work, events).result(30)
+    finally:
+        asyncio.run_coroutine_threadsafe(running.stop(), events).result(30)
+        events.call_soon_threadsafe(events.stop)
+        thread.join(10)
+        events.close()
+
+
+def typed(*lines):
+    """`input` for a person who types these lines, then Ctrl-D. A KeyboardInterrupt among them is Ctrl-C."""
+    left = iter(lines)
+
+    def read(prompt):
+        line = next(left, None)
+        if line is None:
+            raise EOFError
+        if line is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return line
+
+    return read
+
+
+def test_a_conversation_is_remembered_until_it_is_cleared():
+    engine = MockEngine("sure")
+    with server(engine) as (target, _), grpc.insecure_channel(target) as channel:
+        out = io.StringIO()
+        chat = Chat(channel, SamplingParams(), "be kind", out=out)
+        loop(chat, typed("one", "", "two", "/clear", "/system short", "three", "/help"), interactive=False)
+    assert out.getvalue() == "sure\n" * 3
+    prompts = [bytes(i for i in r.prompt_token_ids if i < 256).decode() for r in engine.requests]
+    assert prompts == ["be kindone", "be kindonesuretwo", "shortthree"]
+
+
+class Interrupting(io.StringIO):
+    """Ctrl-C comes after so many pieces."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.left = after
+
+    def write(self, text):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(capsys):
+    engine = MockEngine("word ", step_s=0.002, max_model_len=100_000)
+    with server(engine) as (target, run), grpc.insecure_channel(target) as channel:
+        chat = Chat(channel, SamplingParams(ignore_eos=True), out=Interrupting(8))
+        assert chat.ask("go") is None
+        run(until(lambda: not engine.live, "the server aborted the request"))
+        assert chat.turns[1].content.startswith("word"), "what came is part of the conversation"
+        chat = Chat(channel, SamplingParams(max_tokens=4), out=io.StringIO())
+        loop(chat, typed(KeyboardInterrupt, "again"), interactive=True)
+        assert chat.turns[-1].content == "word"
+    assert "/quit" in capsys.readouterr().out
+
+
+def test_a_refused_question_is_told_and_forgotten(capsys):
+    with server(MockEngine("ok", max_model_len=64)) as (target, _), grpc.insecure_channel(target) as channel:
+        chat = Chat(channel, SamplingParams(), out=io.StringIO())
+        loop(chat, typed("x" * 100, "hi"), interactive=False)
+        assert [turn.content for turn in chat.turns] == ["hi", "ok"]
+    assert "Shorten the prompt" in capsys.readouterr().err
+
+
+def test_main_reads_standard_input(monkeypatch, capsys):
+    with server(MockEngine("fine")) as (target, _):
+        monkeypatch.setattr("sys.stdin", io.StringIO("how are you?\n"))
+        assert chat_module.main(["--target", target, "--temperature", "0"]) == 0
+    assert "fine" in capsys.readouterr().out
+
+
+def test_without_a_server_it_says_how_to_start_one(capsys):
+    assert chat_module.main(["--target", "127.0.0.1:1"]) == 1
+    assert "python -m serving.launch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["nope"])
+def test_an_unknown_model_is_told(capsys, model):
+    with server(MockEngine("fine")) as (target, _):
+        assert chat_module.main(["--target", target, "--model", model]) == 1
+    assert "does not exist" in capsys.readouterr().err
