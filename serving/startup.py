@@ -44,6 +44,7 @@ class Started:
     engine: Engine
     text: TextSide
     default_params: dict[str, Any]
+    grammars: GrammarCompiler | None = None
 
     def service(
         self, *, served_names: Sequence[str] = (), limits: Limits | None = None, executor: Any = None
@@ -66,7 +67,7 @@ class Started:
             aliases=names[1:],
             limits=limits,
             default_params=self.default_params,
-            grammar_compiler=_grammar_compiler(self.text.tokenizer, info.vocab_size),
+            grammar_compiler=self.grammars,
             executor=executor,
         )
 
@@ -95,6 +96,7 @@ def start(
     # spends in XLA.
     text = _InThread(lambda: load_text_side(text_source, config.chat_template))
     from serving.engine.engine import Engine
+    from serving.text.grammar import GrammarCompiler
 
     engine = Engine.start(config, progress=say)
     try:
@@ -103,7 +105,9 @@ def start(
     except BaseException:
         engine.shutdown()
         raise
-    return Started(engine, side, defaults)
+    grammars = GrammarCompiler(side.tokenizer, engine.client.info().vocab_size)
+    _InThread(grammars.warm)  # so that the first constrained request does not wait for it
+    return Started(engine, side, defaults, grammars)
 
 
 def load_text_side(source: ModelSource, chat_template: str | None = None) -> TextSide:
@@ -156,10 +160,6 @@ def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
         else:
             found[name] = value
     return found
-
-
-def _grammar_compiler(tokenizer: Tokenizer, vocab_size: int) -> GrammarCompiler | None:
-    return None
 
 
 class _InThread:
