@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -14,7 +13,7 @@ from serving.frontends.openai import outcome as oc
 from serving.frontends.openai.errors import RESPONSES, error_event
 from serving.frontends.openai.protocol.chat import ChatReply, ChatRequest
 from serving.frontends.openai.reply_parser import ReplyParser, parsers_for, prepare_chat
-from serving.frontends.openai.sse import DONE, open_stream, quote, unless_gone
+from serving.frontends.openai.sse import DONE, dumps, open_stream, quote, unless_gone
 from serving.service import PreparedRequest, TextOutput, TextService, Usage
 
 
@@ -119,18 +118,18 @@ class _Chunks:
     def choice(self, index: int, delta: dict[str, Any], top: dict[str, Any] | None = None, **more: Any) -> bytes:
         """Any other chunk. `more` goes into its choice, `top` beside the choices."""
         item = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-        beside = "".join(f",{quote(k)}:{json.dumps(v)}" for k, v in (top or {}).items())
-        return f"{self._head}{json.dumps(item)}]{beside}{self._end()}".encode()
+        beside = "".join(f",{quote(k)}:{dumps(v)}" for k, v in (top or {}).items())
+        return f"{self._head}{dumps(item)}]{beside}{self._end()}".encode()
 
     def last(self) -> bytes:
         """The chunk without choices that carries the usage."""
-        usage = json.dumps(oc.usage_dict([self._usage]))
+        usage = dumps(oc.usage_dict([self._usage]))
         return f'{self._head}],"usage":{usage}}}\n\n'.encode()
 
     def _end(self) -> str:
         if not self._continuous:
             return self._tail
-        return f',"usage":{json.dumps(oc.usage_dict([self._usage]))}}}\n\n'
+        return f',"usage":{dumps(oc.usage_dict([self._usage]))}}}\n\n'
 
 
 async def _stream(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -15,7 +14,7 @@ from fastapi.responses import JSONResponse
 from serving.frontends.openai import outcome as oc
 from serving.frontends.openai.errors import RESPONSES, error_event
 from serving.frontends.openai.protocol.completions import CompletionReply, CompletionRequest
-from serving.frontends.openai.sse import DONE, merge, open_stream, quote, unless_gone
+from serving.frontends.openai.sse import DONE, dumps, merge, open_stream, quote, unless_gone
 from serving.service import PreparedRequest, TextOutput, TextService, TokenLogprob, Usage
 
 
@@ -150,11 +149,11 @@ async def _stream(
                 continue
             tail = "}\n\n"
             if body.continuous_usage:
-                tail = f',"usage":{json.dumps(oc.usage_dict(usages))}}}\n\n'
+                tail = f',"usage":{dumps(oc.usage_dict(usages))}}}\n\n'
             elif body.include_usage:
                 tail = ',"usage":null}\n\n'
             yield f"{head}{item}]{tail}".encode()
-        last = f'{head}],"usage":{json.dumps(oc.usage_dict(usages))}}}\n\n'.encode() if body.include_usage else b""
+        last = f'{head}],"usage":{dumps(oc.usage_dict(usages))}}}\n\n'.encode() if body.include_usage else b""
         yield last + DONE
     finally:
         await merged.aclose()
@@ -204,11 +203,11 @@ class _StreamedChoice:
         if is_first:
             text = self._echo.text + text
         if not self._plain:
-            return json.dumps(self._full(output, text, is_first))
+            return dumps(self._full(output, text, is_first))
         if output.finish_reason is None:
             # Nearly all chunks: written by hand, json.dumps of the dictionary costs ten times as much.
             return f'{self._head}{quote(text)},"logprobs":null,"finish_reason":null}}' if text else None
-        ending = f'"finish_reason":"{output.finish_reason.value}","stop_reason":{json.dumps(output.stop_reason)}'
+        ending = f'"finish_reason":"{output.finish_reason.value}","stop_reason":{dumps(output.stop_reason)}'
         return f'{self._head}{quote(text)},"logprobs":null,{ending}}}'
 
     def _full(self, output: TextOutput, text: str, is_first: bool) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -10,6 +9,7 @@ from serving.engine.types import FinishReason
 from serving.frontends.openai import outcome as oc
 from serving.frontends.openai.errors import error_body
 from serving.frontends.openai.protocol.responses import ResponsesRequest
+from serving.frontends.openai.sse import dumps
 from serving.service import PreparedRequest, TextOutput, Usage
 
 
@@ -202,4 +202,4 @@ class ResponseWriter:
     def _event(self, kind: str, /, **fields: Any) -> bytes:
         data = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
-        return f"event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
+        return f"event: {kind}\ndata: {dumps(data)}\n\n".encode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any, TypeVar
@@ -27,6 +28,9 @@ PING_EVERY_S = 15.0
 quote = encode_basestring_ascii
 """A string as JSON, quotes included. In ASCII: clients that split a stream with Python's splitlines (httpx does) would
 otherwise cut it at U+2028, U+2029 and U+0085."""
+
+dumps = json.JSONEncoder(separators=(",", ":")).encode
+"""Compact JSON, for what goes into streams many times."""
 
 
 class ClientGoneError(Exception):
