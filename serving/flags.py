@@ -146,6 +146,26 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     engine.add_argument("--scheduling-policy", choices=POLICIES, default="fcfs", help="order of waiting requests")
     engine.add_argument(
+        "--prefix-first", action=argparse.BooleanOptionalAction, default=False,
+        help="among waiting requests of equal priority, those with the longest cached prefix first",
+    )  # fmt: skip
+    engine.add_argument(
+        "--fair-share", action=argparse.BooleanOptionalAction, default=False,
+        help="serve the least-served tenant (API key or metadata) first, within equal priority",
+    )  # fmt: skip
+    engine.add_argument(
+        "--kv-offload-gb", type=_seconds, default=0.0, metavar="GIB",
+        help="host memory for pages evicted from the device, which come back on a hit",
+    )  # fmt: skip
+    engine.add_argument(
+        "--max-waiting-time", type=_seconds, default=None, metavar="S",
+        help="seconds a request may wait for its first step (default: no bound)",
+    )  # fmt: skip
+    engine.add_argument(
+        "--max-running-time", type=_seconds, default=None, metavar="S",
+        help="seconds a request may run after its first step (default: no bound)",
+    )  # fmt: skip
+    engine.add_argument(
         "--max-num-queued-reqs", type=_count, default=None, metavar="N",
         help="requests that may wait; more are refused with RESOURCE_EXHAUSTED (default: no bound)",
     )  # fmt: skip

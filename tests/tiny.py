@@ -44,18 +44,19 @@ def tiny_model() -> nnx.Module:
 def tiny_engine(
     config: EngineConfig | None = None,
     *,
-    max_num_seqs: int = 8,
+    max_num_seqs: int = 4,
     max_num_batched_tokens: int = 64,
     max_model_len: int = 128,
     num_pages: int = 80,
     page_size: int = 8,
+    host_pages: int = 0,
 ) -> Engine:
     """A started engine; shut it down. Programs are cached over the test session."""
     config = config or EngineConfig(page_size=page_size, progress=False)
     sizes = Sizes(max_num_seqs, max_num_batched_tokens, max_model_len, num_pages, page_size, 0, "float32")
     cache = ProgramCache(_cache_folder(), repr(("tiny", sizes)))
     with starting():
-        runner = ModelRunner(tiny_model(), sizes, cache)
+        runner = ModelRunner(tiny_model(), sizes, cache, host_tier=host_pages > 0)
         runner.compile()
     scheduler = Scheduler(
         SchedulerConfig(
@@ -68,6 +69,7 @@ def tiny_engine(
             num_pages,
             config.policy,
             config.enable_prefix_caching,
+            host_pages=host_pages,
         )
     )
     info = EngineInfo(

@@ -51,8 +51,8 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
     """Loads the model, sizes the pool, compiles. Returns (loaded model, runner, scheduler, info)."""
     prepare_platform(config)
     import jax
-    from models.loading.load import load_model, resolve
 
+    from models.loading.load import load_model, resolve
     from serving.engine.compiling import ProgramCache
     from serving.engine.engine import version
     from serving.engine.runner import ModelRunner
@@ -103,6 +103,7 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
         ProgramCache(folder, fingerprint),
         mesh=mesh if mesh.size > 1 else None,
         attention_backend=config.attention_backend,
+        host_tier=config.kv_offload_gb > 0,
     )
     with _progress_bar(config.progress) as on_done:
         runner.compile(on_done)
@@ -119,6 +120,11 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
             policy=config.policy,
             enable_prefix_caching=config.enable_prefix_caching,
             seed=config.seed,
+            prefix_first=config.prefix_first,
+            fair_share=config.fair_share,
+            host_pages=int(config.kv_offload_gb * GIB // sizes.page_bytes),
+            max_waiting_time=config.max_waiting_time,
+            max_running_time=config.max_running_time,
         )
     )
     info = EngineInfo(

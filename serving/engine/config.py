@@ -31,6 +31,10 @@ class EngineConfig:
         enable_prefix_caching: share pages of equal prefixes.
         async_scheduling: schedule and dispatch a step while the one before it runs (False: an ablation).
         max_num_queued_reqs, max_num_queued_tokens: bounds of the waiting queue; None is unbounded.
+        max_waiting_time, max_running_time: seconds a request may wait for its first slot, and run after it.
+        prefix_first: among waiting requests of equal priority, those with the longest cached prefix first.
+        fair_share: least-served tenant (API key or metadata) first, within equal priority.
+        kv_offload_gb: GiB of host memory for pages evicted from the device.
         compile_cache: folder of compiled programs; None is the user's cache folder, "" is none.
         served_model_name: id under which the model is served; None is its own name.
         chat_template: file or text overriding the model's.
@@ -55,6 +59,11 @@ class EngineConfig:
     async_scheduling: bool = True
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
+    max_waiting_time: float | None = None
+    max_running_time: float | None = None
+    prefix_first: bool = False
+    fair_share: bool = False
+    kv_offload_gb: float = 0.0
     compile_cache: str | None = None
     served_model_name: str | None = None
     chat_template: str | None = None

@@ -12,11 +12,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import numpy as np
+
 from serving.engine.config import EngineConfig
 from serving.engine.loop import Abort, Call, EngineLoop, Submit
+from serving.engine.sampling_params import SamplingParams
 from serving.engine.streams import OutputStream
 from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
-from serving.errors import ErrorKind, RequestError
+from serving.errors import ErrorKind, RequestError, invalid
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +143,35 @@ class InProcessClient:
             self._close(request.request_id)
             if not finished:
                 self._engine.loop.inbox.put(Abort(request.request_id))
+
+    async def embed(
+        self, request_id: str, token_ids: tuple[int, ...], *, pooling: str | None = None, priority: int = 0
+    ) -> np.ndarray:
+        """One sequence's embedding: float32 [embed] of length 1.
+
+        Args:
+            token_ids: at least one id, each in [0, vocab).
+            pooling: "last" (a decoder's summary of all it has read) or "mean", of the hidden states after the final norm;
+                None is "last".
+        Raises:
+            RequestError: as `generate`; INVALID_ARGUMENT for another pooling.
+        """
+        if pooling not in (None, "last", "mean"):
+            raise invalid(f"pooling must be 'last' or 'mean', got {pooling!r}.", "pooling")
+        request = EngineRequest(
+            request_id,
+            token_ids,
+            SamplingParams(temperature=0, max_tokens=1),
+            priority=priority,
+            arrival_time=time.monotonic(),
+            pooling=pooling or "last",
+        )
+        async for output in self.generate(request):
+            if output.pooled is not None:
+                return output.pooled / max(float(np.linalg.norm(output.pooled)), 1e-12)
+            if output.finish_reason is FinishReason.DEADLINE:
+                raise RequestError(ErrorKind.DEADLINE_EXCEEDED, "the embedding was not ready in time.")
+        raise RequestError(ErrorKind.INTERNAL, "the request ended without an embedding.")
 
     async def abort(self, request_id: str) -> bool:
         """See EngineClient.abort."""

@@ -70,6 +70,7 @@ class EngineLoop:
         self._asynchronous = asynchronous
         self._stopping = False
         self._host_seconds = 0.0
+        self._last_read = 0.0
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
 
     def start(self) -> None:
@@ -122,6 +123,9 @@ class EngineLoop:
         """Reads a step and hands out its tokens. Returns host seconds, waiting for the device not counted."""
         result = self.runner.collect(step)
         began = time.perf_counter()
+        # The device took this step up when it was dispatched, or when it was done with the one before.
+        self.scheduler.deadlines.observe(step.plan, began - max(step.dispatched_at, self._last_read))
+        self._last_read = began
         self._emit(self.scheduler.retire(step.plan, result))
         return time.perf_counter() - began
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -29,9 +29,9 @@ def root_digest(*parts: str | None) -> bytes:
     return h.digest()
 
 
-def chain_digest(parent: bytes, tokens: np.ndarray) -> bytes:
-    """Digest of a page: that of the page before it and its own tokens (int32)."""
-    return hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest()
+def chain_digest(parent: bytes, tokens: bytes) -> bytes:
+    """Digest of a page: that of the page before it and its own tokens (int32 bytes)."""
+    return hashlib.blake2b(parent + tokens, digest_size=16).digest()
 
 
 class PagePool:
@@ -53,6 +53,9 @@ class PagePool:
         self._lru: OrderedDict[int, None] = OrderedDict()
         self._index: dict[bytes, int] = {}  # digest -> page
         self._held: dict[int, tuple[bytes, bytes]] = {}  # indexed page -> (digest, its tokens as bytes)
+        self.on_evict: Callable[[int, bytes, bytes], None] | None = (
+            None  # told (page, digest, tokens) before it is reused
+        )
 
     @property
     def num_free(self) -> int:
@@ -98,30 +101,34 @@ class PagePool:
                 else:
                     self._free.append(page)
 
-    def match(self, digests: Sequence[bytes], tokens: np.ndarray) -> list[int]:
+    def match(self, digests: Sequence[bytes], tokens: Sequence[int]) -> list[int]:
         """The longest run of indexed pages that hold this prefix. Changes nothing: `share` what you take.
 
         Args:
             digests: chain digests of the sequence's full pages.
-            tokens: int32, the sequence. Compared with what each page holds, so a digest collision is a miss.
+            tokens: the sequence. Compared with what each page holds, so a digest collision is a miss.
         """
-        size = self.page_size
-        found = []
-        for i, digest in enumerate(digests):
+        found: list[int] = []
+        for digest in digests:
             page = self._index.get(digest)
-            if page is None or self._held[page][1] != tokens[i * size : (i + 1) * size].tobytes():
+            if page is None:
                 break
             found.append(page)
+        raw = np.array(tokens[: len(found) * self.page_size], np.int32).tobytes()
+        width = 4 * self.page_size
+        for i, page in enumerate(found):
+            if self._held[page][1] != raw[i * width : (i + 1) * width]:
+                return found[:i]
         return found
 
-    def register(self, page: int, digest: bytes, tokens: np.ndarray) -> None:
+    def register(self, page: int, digest: bytes, tokens: bytes) -> None:
         """Indexes a full page that its owner will not write again. The first page of equal content stays the indexed one."""
         if not self.enable_prefix_caching or digest in self._index or page in self._held:
             return
         if page == NULL_PAGE or self._ref[page] < 1:
             raise RuntimeError(f"page {page} cannot be indexed: it has no owner")
         self._index[digest] = page
-        self._held[page] = (digest, tokens.tobytes())
+        self._held[page] = (digest, tokens)
 
     def reset_cache(self) -> None:
         """Forgets every prefix; unreferenced pages become free."""
@@ -146,6 +153,8 @@ class PagePool:
 
     def _evict(self) -> int:
         page, _ = self._lru.popitem(last=False)
-        digest, _ = self._held.pop(page)
+        digest, tokens = self._held.pop(page)
         del self._index[digest]
+        if self.on_evict is not None:
+            self.on_evict(page, digest, tokens)
         return page

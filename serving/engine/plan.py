@@ -33,6 +33,9 @@ class StepPlan:
         decode_positions: that position of each.
         chunks: pieces of prompts.
         admitted: requests that got their slot in this step (their per-slot state is to be loaded first).
+        spilled: (page, digest) to copy to the host tier before anything of this step is written.
+        restored: (page, digest) to copy back from it, after that and before the forward pass.
+        dropped: digests that the host tier has forgotten.
     """
 
     step_id: int
@@ -41,6 +44,9 @@ class StepPlan:
     chunks: tuple[Chunk, ...]
     admitted: tuple[Request, ...]
     sampled: tuple[Request, ...]
+    spilled: tuple[tuple[int, bytes], ...] = ()
+    restored: tuple[tuple[int, bytes], ...] = ()
+    dropped: tuple[bytes, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -57,9 +63,11 @@ class StepResult:
         finite: bool [rows]; False where the logits held NaN or infinity.
         logprobs: per row, where the request asked for it.
         prompt_logprobs: request id -> entries for prompt positions [chunk.start + 1, chunk.start + length] of this step.
+        pooled: request id -> this step's share of its pooled hidden states, float32 [embed].
     """
 
     tokens: np.ndarray
     finite: np.ndarray
     logprobs: Sequence[TokenLogprobs | None] | None = None
     prompt_logprobs: dict[str, list[TokenLogprobs]] | None = None
+    pooled: dict[str, np.ndarray] | None = None

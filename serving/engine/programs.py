@@ -202,6 +202,15 @@ def make_prompt_logprobs(model: SplitModel) -> Callable[..., Any]:
     return prompt_logprobs
 
 
+def pool(hidden_TD: jax.Array, weights_RT: jax.Array) -> jax.Array:
+    """Weighted sums of hidden states, float32 [R, D]: pooling of up to R requests' share of a step.
+
+    Args:
+        weights_RT: float32; a row picks (or sums) one request's positions.
+    """
+    return jnp.dot(weights_RT, hidden_TD.astype(jnp.float32), preferred_element_type=jnp.float32)
+
+
 def used_leaves(fn: Callable[..., Any], leaves: tuple[Any, ...], *rest: Any) -> list[int]:
     """Which of the first argument's leaves `fn` reads: programs are called with those alone (0.4 us an argument)."""
     jaxpr = jax.make_jaxpr(fn)(leaves, *rest).jaxpr

@@ -19,6 +19,7 @@ by one at dispatch, and `len(tokens)` follows when the host has read the token, 
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 from serving.engine.types import EngineRequest, FinishReason
 
@@ -55,6 +56,7 @@ class Request:
         "num_preemptions",
         "pages",
         "passed_over",
+        "pooled",
         "prompt_len",
         "scheduled_time",
         "slot",
@@ -83,6 +85,7 @@ class Request:
         self.passed_over = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
+        self.pooled: Any = None  # sum so far, for requests that pool
         self.scheduled_time = 0.0
         self.first_token_time = 0.0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from serving.engine.buckets import Bucket, BucketTable
 from serving.engine.compiling import CompileGuard, Program, ProgramCache, compile_all
 from serving.engine.masks import is_constrained
 from serving.engine.packing import forward_layout, pack_forward, pack_sample, sample_layout
+from serving.engine.page_store import PageStore
 from serving.engine.plan import Chunk, StepPlan, StepResult
 from serving.engine.programs import (
     PROMPT_LOGPROB_ROWS,
@@ -28,9 +30,11 @@ from serving.engine.programs import (
     make_forward,
     make_prompt_logprobs,
     make_sample,
+    pool,
     used_leaves,
 )
 from serving.engine.request import Request
+from serving.engine.scheduler import align
 from serving.engine.sizing import Sizes
 from serving.engine.slots import SlotTable
 from serving.engine.state import DeviceState, needs_loading, slot_rows
@@ -47,6 +51,8 @@ class InFlight:
     sample_flat: np.ndarray
     constrained: tuple[tuple[int, Request], ...]  # (row, request) of rows that need a mask
     prompt_logprobs: list[tuple[Chunk, int, Any]]  # (chunk, offset in it, program output)
+    pooled_RD: Any  # row i belongs to chunk i, where that pools; None where none does
+    dispatched_at: float = dataclasses.field(default_factory=time.perf_counter)
     output: SampleOutput | None = None
 
 
@@ -58,6 +64,7 @@ class ModelRunner:
         sizes: resolved sizes.
         cache: where executables are kept.
         attention_backend: force one implementation of paged attention.
+        host_tier: compile what moves pages to host memory and back.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class ModelRunner:
         *,
         mesh: jax.sharding.Mesh | None = None,
         attention_backend: str | None = None,
+        host_tier: bool = False,
     ) -> None:
         self.sizes = sizes
         self.vocab_size = model.vocab_size
@@ -89,6 +97,7 @@ class ModelRunner:
         self._forward_layouts = {b: forward_layout(b, self.pages_per_slot) for b in self.buckets.buckets}
         self._sample_layouts = {s: sample_layout(s) for s in self.buckets.sample_sizes}
         self._programs: dict[str, Any] = {}
+        self._store = PageStore() if host_tier else None
         self._head: list[int] = []  # which leaves the logits read
         self._hidden: jax.ShapeDtypeStruct  # of one decode row; set by compile
 
@@ -98,6 +107,8 @@ class ModelRunner:
         """Compiles every program, runs each once on padding, and arms the guard."""
         with paged_attention.use_backend(self._backend):
             self._programs = compile_all(self._all_programs(), self._cache, on_done)
+        if self._store is not None:
+            self._store.bind(self._programs)
         self._warm_up()
         self.guard.arm()
 
@@ -130,11 +141,15 @@ class ModelRunner:
             hidden = jax.ShapeDtypeStruct((tokens, width.shape[-1]), width.dtype)
             fn = self._with_head(make_prompt_logprobs(self._split))
             programs.append(Program(f"prompt_logprobs {tokens}", fn, (head_leaves, hidden, rows, rows)))
+            weights = jax.ShapeDtypeStruct((self.buckets.max_rows, tokens), jnp.float32)
+            programs.append(Program(f"pool {tokens}", pool, (hidden, weights)))
         scalar = jax.ShapeDtypeStruct((), jnp.int32)
         slot = [
             jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
             for a in (state.seen, state.bias_ids, state.bias_values, state.banned_ids)
         ]
+        if self._store is not None:
+            programs += self._store.programs(kv)
         programs.append(Program("load_slot", load_slot, (state, scalar, *slot), donate=(0,)))
         # Longest first: with two workers a large program compiled last would be waited for alone.
         return sorted(programs, key=lambda p: -sum(a.size for a in jax.tree.leaves(p.args[-1])))
@@ -169,6 +184,12 @@ class ModelRunner:
             hidden = jnp.zeros((tokens, self._hidden.shape[-1]), self._hidden.dtype)
             rows = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
             self._programs[f"prompt_logprobs {tokens}"](self._head_leaves, hidden, rows, rows)
+            self._programs[f"pool {tokens}"](hidden, np.zeros((self.buckets.max_rows, tokens), np.float32))
+        if self._store is not None:
+            self._store.spill(self._kv, ((0, b""),))
+            self._kv = self._store.restore(self._kv, ((0, b""),))
+            self._store.settle()
+            self._store.drop((b"",))
         dummy = slot_rows_neutral(self.vocab_size)
         self._state = self._programs["load_slot"](self._state, np.int32(self.sizes.max_num_seqs), *dummy)
         jax.block_until_ready(self._state)
@@ -177,11 +198,17 @@ class ModelRunner:
 
     def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> InFlight:
         """Starts the forward part of a step and prepares its sampling."""
+        if self._store is not None:
+            if plan.spilled:
+                self._store.spill(self._kv, plan.spilled)
+            if plan.restored:
+                self._kv = self._store.restore(self._kv, plan.restored)
+            self._store.drop(plan.dropped)
         for request in plan.admitted:
             if needs_loading(request):
                 rows = slot_rows(request, self.vocab_size)
                 self._state = self._programs["load_slot"](self._state, np.int32(request.slot), *rows)
-        chunk_tokens = sum(-(-c.length // 16) * 16 for c in plan.chunks)
+        chunk_tokens = sum(align(c.length) for c in plan.chunks)
         bucket = self.buckets.find(len(plan.decode), chunk_tokens, len(plan.chunks))
         return self._run(plan, bucket, slots)
 
@@ -200,7 +227,23 @@ class ModelRunner:
             if chunk.request.spec.params.prompt_logprobs is not None
             for part in self._dispatch_prompt_logprobs(plan, bucket, chunk, hidden_TD)
         ]
-        return InFlight(plan, bucket, hidden_SD, sample_flat, constrained, asked)
+        pooled = self._dispatch_pool(plan, bucket, hidden_TD)
+        return InFlight(plan, bucket, hidden_SD, sample_flat, constrained, asked, pooled)
+
+    def _dispatch_pool(self, plan: StepPlan, bucket: Bucket, hidden_TD: Any) -> Any:
+        """Pools the chunks that ask for it, one row of the result a chunk; None where nobody does."""
+        if not any(c.request.spec.pooling for c in plan.chunks):
+            return None
+        weights = np.zeros((self.buckets.max_rows, bucket.tokens), np.float32)
+        at = bucket.decode
+        for row, chunk in enumerate(plan.chunks):
+            end = at + chunk.length
+            if chunk.request.spec.pooling == "mean":
+                weights[row, at:end] = 1.0
+            elif chunk.request.spec.pooling and chunk.start + chunk.length == chunk.request.prompt_len:
+                weights[row, end - 1] = 1.0
+            at += align(chunk.length)
+        return self._programs[f"pool {bucket.tokens}"](hidden_TD, weights)
 
     def _dispatch_prompt_logprobs(
         self, plan: StepPlan, bucket: Bucket, chunk: Chunk, hidden_TD: Any
@@ -211,7 +254,7 @@ class ModelRunner:
         for other in plan.chunks:
             if other is chunk:
                 break
-            first += -(-other.length // 16) * 16
+            first += align(other.length)
         targets = request.tokens[chunk.start + 1 : min(chunk.start + chunk.length + 1, request.prompt_len)]
         parts = []
         for offset in range(0, len(targets), PROMPT_LOGPROB_ROWS):
@@ -249,7 +292,14 @@ class ModelRunner:
         logprobs = None
         if any(r.spec.params.logprobs is not None for r in step.plan.sampled):
             logprobs = self._read_logprobs(step)
-        return StepResult(tokens[:rows], finite[:rows] > 0, logprobs, self._read_prompt_logprobs(step))
+        if self._store is not None:
+            self._store.settle()
+        pooled = None
+        if step.pooled_RD is not None:
+            sums = np.asarray(step.pooled_RD)
+            chunks = enumerate(step.plan.chunks)
+            pooled = {c.request.request_id: sums[i] for i, c in chunks if c.request.spec.pooling}
+        return StepResult(tokens[:rows], finite[:rows] > 0, logprobs, self._read_prompt_logprobs(step), pooled)
 
     def _read_logprobs(self, step: InFlight) -> list[TokenLogprobs | None]:
         out = step.output

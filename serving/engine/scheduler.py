@@ -7,15 +7,16 @@ go first (decode rows, then unfinished prompts), then waiting ones. See request.
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import time
 from collections import deque
 
 import numpy as np
 
-from serving.engine.page_pool import PagePool, chain_digest, root_digest
+from serving.engine.deadlines import Deadlines
+from serving.engine.kv_manager import KVManager
+from serving.engine.page_pool import PagePool
 from serving.engine.plan import Chunk, StepPlan, StepResult
-from serving.engine.policy import LOOKAHEAD, MAX_PASSED_OVER, WaitingQueue
+from serving.engine.policy import LOOKAHEAD, MAX_PASSED_OVER, FairShare, WaitingQueue
 from serving.engine.request import Request, RequestState
 from serving.engine.slots import SlotTable
 from serving.engine.types import EngineOutput, EngineRequest, FinishReason, RequestTimes, TokenLogprobs
@@ -41,6 +42,11 @@ class SchedulerConfig:
         max_chunk_rows: prompts that may have a piece in one step.
         max_model_len: tokens a sequence may have.
         policy: see policy.KEYS.
+        prefix_first: among waiting requests of equal priority, try those with the longest cached prefix first.
+        fair_share: serve the least-served tenant first, within equal priority.
+        host_pages: capacity of the host tier; 0 for none.
+        max_waiting_time, max_running_time: seconds after which a request that waits for its first slot, or has had one,
+            is ended.
     """
 
     max_num_seqs: int
@@ -53,6 +59,11 @@ class SchedulerConfig:
     policy: str = "fcfs"
     enable_prefix_caching: bool = True
     seed: int = 0
+    prefix_first: bool = False
+    fair_share: bool = False
+    host_pages: int = 0
+    max_waiting_time: float | None = None
+    max_running_time: float | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -78,7 +89,10 @@ class Scheduler:
         self.config = config
         self.pool = PagePool(config.num_pages, config.page_size, config.enable_prefix_caching)
         self.slots = SlotTable(config.max_num_seqs, -(-config.max_model_len // config.page_size), config.seed)
-        self.waiting = WaitingQueue(config.policy)
+        self.fair = FairShare() if config.fair_share else None
+        self.waiting = WaitingQueue(config.policy, self.fair)
+        self.kv = KVManager(self.pool, config.host_pages)
+        self.deadlines = Deadlines(config.max_waiting_time, config.max_running_time)
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}
         self.counters = Counters()
@@ -87,7 +101,6 @@ class Scheduler:
         self._retired_step = 0
         self._leaving: deque[tuple[int, list[int], int]] = deque()  # (last step that writes, pages, slot)
         self._leaving_pages = 0
-        self._deadlines: list[tuple[float, int, Request]] = []
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
 
     # ---- what comes in ----
@@ -109,9 +122,9 @@ class Scheduler:
         self._arrivals += 1
         self.requests[spec.request_id] = request
         self.waiting.push(request)
-        for deadline in (spec.deadline, spec.ttft_deadline):
-            if deadline is not None:
-                heapq.heappush(self._deadlines, (deadline, request.arrival_order, request))
+        if self.fair is not None:
+            self.fair.arrive(spec.tenant)
+        self.deadlines.add(request)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> EngineOutput | None:
         """Ends a live request; its last output, or None if there is no such request."""
@@ -121,18 +134,10 @@ class Scheduler:
         return self._end(request, reason)
 
     def expire(self, now: float) -> list[EngineOutput]:
-        """Ends every request whose deadline has passed (or whose first token is later than it allows)."""
-        outputs = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, request = heapq.heappop(self._deadlines)
-            if request.finished:
-                continue
-            spec = request.spec
-            late = spec.deadline is not None and spec.deadline <= now
-            late_first = spec.ttft_deadline is not None and spec.ttft_deadline <= now and request.num_output == 0
-            if late or late_first:
-                outputs.append(self._end(request, FinishReason.DEADLINE))
-        return outputs
+        """Ends every request whose time is up, and waiting ones that can no longer make their first token's deadline."""
+        late = self.deadlines.due(now)
+        late += [r for r in self.waiting.head(LOOKAHEAD) if self.deadlines.hopeless(r, now) and r not in late]
+        return [self._end(request, FinishReason.DEADLINE) for request in late]
 
     @property
     def has_work(self) -> bool:
@@ -164,7 +169,7 @@ class Scheduler:
             chunk.request.inflight -= 1
             if result.prompt_logprobs and chunk.request.request_id in result.prompt_logprobs:
                 self._keep_prompt_logprobs(chunk, result.prompt_logprobs[chunk.request.request_id])
-        outputs = []
+        outputs = self._take_pooled(plan, result.pooled) if result.pooled else []
         tokens = result.tokens.tolist()
         all_finite = bool(result.finite.all())
         for row, request in enumerate(plan.sampled):
@@ -187,7 +192,7 @@ class Scheduler:
         positions: list[int] = []
         page_size, max_len = self.config.page_size, self.config.max_model_len
         for request in self.running[:]:
-            if request.state is not RequestState.RUNNING or request.num_uncomputed != 1:
+            if request.state is not RequestState.RUNNING or request.num_uncomputed != 1 or request.spec.pooling:
                 continue
             if request.num_pending and request.will_end_at(request.total_len, max_len):
                 continue  # its last token is on its way
@@ -220,14 +225,15 @@ class Scheduler:
 
     def _schedule_unfinished_prompts(self, builder: _ChunkBuilder) -> None:
         for request in self.running:
-            if request.state is RequestState.RUNNING and request.num_uncomputed > 1 and not request.num_pending:
+            least = 1 if request.spec.pooling else 2  # a single position is a decode row, where a token is wanted
+            if request.state is RequestState.RUNNING and request.num_uncomputed >= least and not request.num_pending:
                 builder.add(request)
 
     def _admit(self, builder: _ChunkBuilder, now: float) -> list[Request]:
         """Moves waiting requests into the batch: in policy order, passing over those that do not fit, within the ageing bound."""
         admitted: list[Request] = []
         passed: list[Request] = []
-        for request in self.waiting.head(LOOKAHEAD):
+        for request in self._candidates():
             if not builder.has_room or not self.slots.num_free:
                 break
             if request.num_pending:
@@ -239,7 +245,8 @@ class Scheduler:
                 continue
             self.waiting.remove(request)
             request.move(RequestState.RUNNING)
-            request.scheduled_time = request.scheduled_time or now
+            if request.num_preemptions == 0:
+                self._count_first_admission(request, now)
             self.slots.acquire(request)
             self.running.append(request)
             admitted.append(request)
@@ -248,32 +255,36 @@ class Scheduler:
                 other.passed_over += 1
         return admitted
 
-    def _take_pages(self, request: Request) -> bool:
-        """Shares the pages of the longest cached prefix and allocates the rest of the known sequence."""
-        size = self.config.page_size
-        tokens = np.asarray(request.tokens, np.int32)
-        self._extend_digests(request, tokens)
-        reusable = (
-            [] if request.spec.params.prompt_logprobs is not None else request.digests[: (len(tokens) - 1) // size]
+    def _candidates(self) -> list[Request]:
+        """Waiting requests in the order to try them."""
+        head = self.waiting.head(LOOKAHEAD)
+        if not self.config.prefix_first or len(head) < 2:
+            return head
+        cached = {r.request_id: self.kv.cached_pages(r) for r in head}
+        ordered = sorted(
+            head,
+            key=lambda r: (r.passed_over < MAX_PASSED_OVER, self.waiting.key(r)[0], -cached[r.request_id]),
         )
-        found = self.pool.match(reusable, tokens)
-        self.pool.share(found)
-        needed = -(-len(tokens) // size) - len(found)
+        place = {r.request_id: i for i, r in enumerate(ordered)}
+        for i, request in enumerate(head):  # to be sorted behind later arrivals is to be passed over
+            if place[request.request_id] > i:
+                request.passed_over += 1
+        return ordered
+
+    def _take_pages(self, request: Request) -> bool:
         # Growth room: without it an admission would be paid for by preempting somebody a few steps later.
         reserve = min(len(self.running), self.pool.num_pages // 32)
-        fresh = self.pool.allocate(needed) if needed + reserve <= self.pool.num_free or not self.running else None
-        if fresh is None:
-            self.pool.release(found)
-            return False
-        request.pages = found + fresh
-        request.cached_pages = len(found)
-        request.num_computed = len(found) * size
-        if request.num_preemptions == 0:
-            request.num_cached_tokens = request.num_computed
-            self.counters.prefix_queries += len(tokens)
-            self.counters.prefix_hits += request.num_computed
-            self.counters.prompt_tokens += request.prompt_len
-        return True
+        return self.kv.admit(request, reserve)
+
+    def _count_first_admission(self, request: Request, now: float) -> None:
+        request.scheduled_time = now
+        request.num_cached_tokens = request.num_computed
+        self.deadlines.started(request, now)
+        self.counters.prefix_queries += request.prompt_len
+        self.counters.prefix_hits += request.num_cached_tokens
+        self.counters.prompt_tokens += request.prompt_len
+        if self.fair is not None:
+            self.fair.charge(request.spec.tenant, prompt_tokens=request.prompt_len - request.num_cached_tokens)
 
     def _commit(
         self, decode: list[Request], positions: list[int], chunks: list[Chunk], admitted: list[Request]
@@ -291,34 +302,19 @@ class Scheduler:
             request.inflight += 1
             if chunk.samples:
                 request.num_pending += 1
-            self._register_pages(request)
+            self.kv.register(request)
         sampled = (*decode, *(c.request for c in chunks if c.samples))
-        return StepPlan(self._step_id, tuple(decode), tuple(positions), tuple(chunks), tuple(admitted), sampled)
+        return StepPlan(
+            self._step_id,
+            tuple(decode),
+            tuple(positions),
+            tuple(chunks),
+            tuple(admitted),
+            sampled,
+            *self.kv.take_step(),
+        )
 
-    # ---- pages and prefixes ----
-
-    def _extend_digests(self, request: Request, tokens: np.ndarray) -> None:
-        """Digests of the full pages of the known sequence. Kept: a sequence only ever grows."""
-        size = self.config.page_size
-        digests = request.digests
-        parent = digests[-1] if digests else root_digest(request.spec.adapter, None, request.spec.cache_salt)
-        for i in range(len(digests), len(tokens) // size):
-            parent = chain_digest(parent, tokens[i * size : (i + 1) * size])
-            digests.append(parent)
-
-    def _register_pages(self, request: Request) -> None:
-        """Indexes pages that are full of known tokens and whose KV is dispatched: later steps may share them."""
-        if not self.config.enable_prefix_caching:
-            return
-        size = self.config.page_size
-        full = min(request.num_computed, len(request.tokens)) // size
-        if full <= request.cached_pages:
-            return
-        tokens = np.asarray(request.tokens[: full * size], np.int32)
-        self._extend_digests(request, tokens)
-        for i in range(request.cached_pages, full):
-            self.pool.register(request.pages[i], request.digests[i], tokens[i * size : (i + 1) * size])
-        request.cached_pages = full
+    # ---- pages that come free ----
 
     def _preempt(self, request: Request) -> None:
         """Takes a running request's pages and slot; it comes back by computing its sequence anew (prefix hits aside)."""
@@ -355,11 +351,13 @@ class Scheduler:
             self.waiting.num_tokens += 1
         request.tokens.append(token)
         self.counters.generation_tokens += 1
+        if self.fair is not None:
+            self.fair.charge(request.spec.tenant, output_tokens=1)
         first = request.num_output == 1
         if first:
             request.first_token_time = now
         elif request.state is RequestState.RUNNING and len(request.tokens) % self.config.page_size == 1:
-            self._register_pages(request)  # the page before this token's is full of known tokens now
+            self.kv.register(request)  # the page before this token's is full of known tokens now
         reason = request.check_stop(self.config.max_model_len)
         error = None
         constraint = request.spec.constraint
@@ -390,12 +388,14 @@ class Scheduler:
         now: float | None = None,
     ) -> EngineOutput:
         if request.state is RequestState.RUNNING:
-            self._register_pages(request)
+            self.kv.register(request)
             self._leave(request)
         else:
             self.waiting.remove(request)
         request.finish(reason, request.stop_reason)
         del self.requests[request.request_id]
+        if self.fair is not None:
+            self.fair.leave(request.spec.tenant)
         prompt_logprobs = self._first_prompt_logprobs(request)
         return EngineOutput(
             request.spec.request_id,
@@ -415,6 +415,22 @@ class Scheduler:
             kept = self._prompt_logprobs.setdefault(chunk.request.request_id, [None])
             del kept[chunk.start + 1 :]  # a preempted request computes its prompt again
             kept.extend(entries)
+
+    def _take_pooled(self, plan: StepPlan, pooled: dict[str, np.ndarray]) -> list[EngineOutput]:
+        """Adds a step's share to each pooling request; ends those whose prompt is complete."""
+        outputs = []
+        for chunk in plan.chunks:
+            request = chunk.request
+            if request.finished or request.request_id not in pooled:
+                continue
+            first = chunk.start == request.num_cached_tokens or request.pooled is None
+            request.pooled = pooled[request.request_id] + (0 if first else request.pooled)
+            if chunk.start + chunk.length == request.prompt_len:
+                request.first_token_time = time.monotonic()
+                count = request.prompt_len if request.spec.pooling == "mean" else 1
+                output = self._end(request, FinishReason.STOP)
+                outputs.append(dataclasses.replace(output, pooled=request.pooled / count))
+        return outputs
 
     def _first_prompt_logprobs(self, request: Request) -> tuple[TokenLogprobs | None, ...] | None:
         kept = self._prompt_logprobs.pop(request.request_id, None)
@@ -449,7 +465,7 @@ class _ChunkBuilder:
         if not self.has_room:
             return
         length = min(request.num_uncomputed, self.budget, self.room)
-        samples = length == request.num_uncomputed
+        samples = length == request.num_uncomputed and not request.spec.pooling
         self.chunks.append(Chunk(request, request.num_computed, length, samples))
         self.budget -= length
         self.room -= align(length)

@@ -89,10 +89,10 @@ def resolve_sizes(config: EngineConfig, model: CausalLM, max_positions: int, dty
 
 
 def default_kv_memory(devices: int) -> int:
-    """Bytes for the page pool: on CPU a quarter of the free memory, at most 4 GiB; on accelerators what is left."""
+    """Bytes for the page pool: on CPU a quarter of the free memory, at most 2 GiB; on accelerators what is left."""
     if jax.default_backend() == "cpu":
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return max(min(available // 4, 4 * GIB), GIB // 4)
+        return max(min(available // 4, 2 * GIB), GIB // 4)
     stats = [d.memory_stats() or {} for d in jax.local_devices()[:devices]]
     free = min(s.get("bytes_limit", 8 * GIB) * ACCELERATOR_FRACTION - s.get("bytes_in_use", 0) for s in stats)
     return max(int((free - GIB) * devices), GIB // 4)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+import numpy as np
+
 from serving.engine.constraint import TokenConstraint
 from serving.engine.sampling_params import SamplingParams
 
@@ -37,6 +39,7 @@ class EngineRequest:
         tenant: fair-share key, or None.
         bad_words_token_ids: token sequences that may not be completed.
         adapter: name of the adapter it runs with; part of the prefix identity.
+        pooling: "last" or "mean": no completion, but the pooled hidden states of the prompt (after the final norm).
     """
 
     request_id: str
@@ -52,6 +55,7 @@ class EngineRequest:
     tenant: str | None = None
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     adapter: str | None = None
+    pooling: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,7 @@ class EngineOutput:
         stop_reason: the stop token id that ended it (None for end-of-sequence).
         error: a sentence, when finish_reason is ERROR.
         num_cached_tokens: prompt tokens whose KV was already there.
+        pooled: float32 [embed], with the last output of a request that asked for pooling.
     """
 
     request_id: str
@@ -103,6 +108,7 @@ class EngineOutput:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     times: RequestTimes = RequestTimes()
+    pooled: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,10 +39,17 @@ class FakeDevice:
         self.size = c.page_size
         self.kv = np.full((c.num_pages, c.page_size), -1, np.int64)
         self.last_token = np.full(c.max_num_seqs + 1, -1, np.int64)
+        self.host: dict[bytes, np.ndarray] = {}
 
     def dispatch(self, plan: StepPlan) -> Dispatched:
         """Writes first, then reads, as one step of the model does."""
         slots = self.scheduler.slots
+        for page, digest in plan.spilled:
+            self.host[digest] = self.kv[page].copy()
+        for page, digest in plan.restored:
+            self.kv[page] = self.host[digest]
+        for digest in plan.dropped:
+            del self.host[digest]
         work = []
         for request, position in zip(plan.decode, plan.decode_positions, strict=True):
             known = position < len(request.tokens)

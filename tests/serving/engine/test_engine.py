@@ -111,9 +111,10 @@ async def test_batching_changes_no_token(engine):
         (EngineConfig(async_scheduling=False, progress=False), {}),
         (EngineConfig(enable_prefix_caching=False, progress=False), {}),
         (EngineConfig(progress=False), {"num_pages": 20, "max_model_len": 128}),
+        (EngineConfig(progress=False), {"num_pages": 20, "max_model_len": 128, "host_pages": 60}),
         (EngineConfig(policy="priority", progress=False), {"max_num_batched_tokens": 32}),
     ],
-    ids=["synchronous", "no-sharing", "preemption", "small-budget"],
+    ids=["synchronous", "no-sharing", "preemption", "host-tier", "small-budget"],
 )
 async def test_how_it_is_scheduled_changes_no_token(engine, config, sizes):
     requests = make_requests(24, seed=3)
@@ -124,6 +125,8 @@ async def test_how_it_is_scheduled_changes_no_token(engine, config, sizes):
         assert {k: v.token_ids for k, v in got.items()} == {k: v.token_ids for k, v in expected.items()}
         if "num_pages" in sizes:
             assert other.scheduler.counters.preemptions > 0
+        if "host_pages" in sizes:
+            assert other.scheduler.kv.host_tier.num_restored > 0
         await settle(other)
         other.runner.guard.check()
     finally:
@@ -149,6 +152,26 @@ async def test_prompt_logprobs_over_several_chunks(engine):
     assert len(out.prompt_logprobs) == 120
     for a, b in zip(out.prompt_logprobs[1:50], short.prompt_logprobs[1:], strict=True):
         assert a.token_id == b.token_id and a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+async def test_embeddings_do_not_depend_on_company_or_chunking(engine):
+    rng = np.random.default_rng(3)
+    inputs = [tuple(rng.integers(0, VOCAB, n).tolist()) for n in (1, 5, 17, 64, 100)]
+    for pooling in ("last", "mean"):
+        alone_ = [await engine.client.embed(f"a{i}", ids, pooling=pooling) for i, ids in enumerate(inputs)]
+        busy = [asyncio.create_task(run(engine, r)) for r in make_requests(10, seed=4)]
+        both = await asyncio.gather(
+            *(engine.client.embed(f"b{i}", ids, pooling=pooling) for i, ids in enumerate(inputs))
+        )
+        await asyncio.gather(*busy)
+        for a, b in zip(alone_, both, strict=True):
+            assert np.linalg.norm(a) == pytest.approx(1, abs=1e-5)
+            np.testing.assert_allclose(a, b, atol=2e-5)
+    prefix = await engine.client.embed("p", inputs[3][:63], pooling="mean")
+    assert np.abs(prefix - alone_[3]).max() > 1e-3
+    with pytest.raises(RequestError):
+        await engine.client.embed("x", (1,), pooling="max")
+    await settle(engine)
 
 
 async def test_closing_the_stream_frees_everything(engine):

@@ -282,6 +282,93 @@ def test_deadlines_end_requests_waiting_and_running():
     assert d.finished["first"] is FinishReason.LENGTH
 
 
+def test_limits_on_waiting_and_running():
+    d = Driver(dataclasses.replace(CONFIG, max_num_seqs=1, max_waiting_time=4.0, max_running_time=10.0))
+    d.add(request("runs", [1, 2], 90))
+    d.add(request("waits", [3, 4], 5))
+    for now in range(1, 13):
+        d.step(float(now))
+        if now == 3:
+            assert not d.finished
+    assert d.finished == {"waits": FinishReason.DEADLINE, "runs": FinishReason.DEADLINE}
+    d.drain()
+
+
+def test_a_first_token_that_cannot_come_in_time_is_not_waited_for():
+    d = Driver(dataclasses.replace(CONFIG, max_num_seqs=1))
+    d.add(request("runs", list(range(60)), 30))
+    d.step(0.0)
+    d.scheduler.deadlines.observe(d.plans[0], 6.0)  # 0.1 s a prompt token
+    d.add(request("hopeless", [9] * 50, 5, ttft_deadline=4.0))
+    d.add(request("fine", [8] * 10, 5, ttft_deadline=4.0))
+    d.step(1.0)
+    assert d.finished == {"hopeless": FinishReason.DEADLINE}
+    d.drain()
+    assert d.finished["fine"] is FinishReason.LENGTH
+
+
+def test_evicted_pages_come_back_from_the_host_tier():
+    config = dataclasses.replace(CONFIG, num_pages=14, host_pages=50)
+    d = Driver(config)
+    prompt = list(range(64))
+    d.add(request("a", prompt, 4))
+    d.drain()
+    for i in range(4):  # push its pages out
+        d.add(request(f"x{i}", [100 + i] * 60, 4))
+        d.drain()
+    d.add(request("b", prompt, 8))
+    d.step()
+    assert d.plans[-1].restored and d.scheduler.requests["b"].num_cached_tokens == 56
+    d.drain()
+    d.verify()
+
+
+def test_a_small_host_tier_forgets_the_oldest():
+    config = dataclasses.replace(CONFIG, num_pages=14, host_pages=5)
+    d = Driver(config)
+    for i in range(12):
+        d.add(request(f"x{i}", [i] * 60, 4))
+        d.drain()
+        assert len(d.device.host) <= 5 == d.scheduler.kv.host_tier.capacity
+        assert set(d.device.host) == set(d.scheduler.kv.host_tier._pages)
+    d.verify()
+
+
+def test_longest_cached_prefix_goes_first_when_asked_but_nobody_waits_for_ever():
+    d = Driver(dataclasses.replace(CONFIG, prefix_first=True, max_num_seqs=1))
+    stem = list(range(40))
+    d.add(request("seed", stem, 2))
+    d.drain()
+    d.add(request("cold", [99] * 40, 2))
+    d.add(request("warm", [*stem, 1], 2))
+    order = []
+    for i in range(400):
+        if "cold" in d.scheduler.requests and i % 2 == 0:
+            d.add(request(f"more{i}", [*stem, 2, i], 2))
+        d.step()
+        order += [r.request_id for r in d.plans[-1].admitted if r.request_id not in order]
+        if "cold" in order:
+            break
+    assert order[0] == "warm" and order[-1] == "cold" and len(order) > 5
+
+
+def test_fair_share_serves_a_light_tenant_beside_a_heavy_one():
+    d = Driver(dataclasses.replace(CONFIG, fair_share=True, max_num_seqs=1))
+    for i in range(100):
+        d.add(request(f"heavy{i}", [i, 1, 2], 6, tenant="heavy"))
+    for _ in range(40):
+        d.step()
+    for i in range(3):
+        d.add(request(f"light{i}", [i, 7], 2, tenant="light"))
+    order = []
+    while sum(name.startswith("light") for name in order) < 3:
+        d.step()
+        order += [r.request_id for r in d.plans[-1].admitted if r.request_id not in order]
+    assert len(order) <= 6, "the light tenant's three requests run among the heavy one's, not behind its hundred"
+    d.drain()
+    d.verify()
+
+
 def test_refuses_what_cannot_run():
     s = Scheduler(CONFIG)
     s.add(request("a", [1]))
@@ -311,6 +398,10 @@ def walk(steps: int, seed: int, prefix: bool, asynchronous: bool) -> None:
         policy=rng.choice(["fcfs", "priority"]),
         enable_prefix_caching=prefix,
         max_num_batched_tokens=rng.choice([24, 64]),
+        host_pages=rng.choice([0, 3, 100]) if prefix else 0,
+        prefix_first=rng.random() < 0.3,
+        fair_share=rng.random() < 0.3,
+        max_waiting_time=rng.choice([None, 200.0]),
     )
     d = Driver(config, asynchronous)
     stems = [[rng.randrange(50) for _ in range(rng.randrange(8, 60))] for _ in range(4)]
@@ -326,6 +417,8 @@ def walk(steps: int, seed: int, prefix: bool, asynchronous: bool) -> None:
                     SamplingParams(temperature=0, max_tokens=rng.randrange(1, 40)),
                     eos_token_ids=stop,
                     priority=rng.randrange(3),
+                    tenant=rng.choice(["a", "b"]),
+                    arrival_time=float(i),
                     deadline=i + rng.randrange(1, 60) if rng.random() < 0.1 else None,
                 )
             )

@@ -1,0 +1,73 @@
+"""When requests run out of time, and when they can no longer make it."""
+
+from __future__ import annotations
+
+import heapq
+
+from serving.engine.plan import StepPlan
+from serving.engine.request import Request, RequestState
+
+
+class Deadlines:
+    """Watches requests' own deadlines and the server's limits on waiting and running.
+
+    Args:
+        max_waiting_time, max_running_time: seconds, or None.
+    """
+
+    def __init__(self, max_waiting_time: float | None, max_running_time: float | None) -> None:
+        self._max_waiting = max_waiting_time
+        self._max_running = max_running_time
+        self._heap: list[tuple[float, int, Request]] = []
+        self._seconds_per_token = 0.0
+
+    def add(self, request: Request) -> None:
+        """Starts watching a request that has just arrived."""
+        spec = request.spec
+        self._watch(request, spec.deadline)
+        self._watch(request, spec.ttft_deadline)
+        self._watch(request, None if self._max_waiting is None else spec.arrival_time + self._max_waiting)
+
+    def started(self, request: Request, now: float) -> None:
+        """The request got its first slot."""
+        self._watch(request, None if self._max_running is None else now + self._max_running)
+
+    def due(self, now: float) -> list[Request]:
+        """Requests whose time is up."""
+        late = []
+        while self._heap and self._heap[0][0] <= now:
+            request = heapq.heappop(self._heap)[2]
+            if self._is_late(request, now) and request not in late:
+                late.append(request)
+        return late
+
+    def hopeless(self, request: Request, now: float) -> bool:
+        """Whether a waiting request's first token would be late even if it had the machine to itself from now on."""
+        limit = request.spec.ttft_deadline
+        if limit is None or request.num_output:
+            return False
+        return now + (len(request.tokens) - request.num_computed) * self._seconds_per_token > limit
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """Learns what a prompt token costs, from steps that had little else in them."""
+        tokens = sum(c.length for c in plan.chunks)
+        if tokens >= 4 * max(1, len(plan.decode)) and tokens >= 16:
+            rate = seconds / tokens
+            self._seconds_per_token += (rate - self._seconds_per_token) * (0.2 if self._seconds_per_token else 1.0)
+
+    def _watch(self, request: Request, deadline: float | None) -> None:
+        if deadline is not None:
+            heapq.heappush(self._heap, (deadline, request.arrival_order, request))
+
+    def _is_late(self, request: Request, now: float) -> bool:
+        spec = request.spec
+        if request.finished:
+            return False
+        if spec.deadline is not None and spec.deadline <= now:
+            return True
+        if spec.ttft_deadline is not None and spec.ttft_deadline <= now and request.num_output == 0:
+            return True
+        if self._max_waiting is not None and request.state is RequestState.WAITING:
+            return spec.arrival_time + self._max_waiting <= now
+        started = request.scheduled_time
+        return self._max_running is not None and started > 0 and started + self._max_running <= now

@@ -1,0 +1,108 @@
+"""Which pages a request gets: the longest cached prefix by reference, the host tier's continuation of it, the rest fresh.
+
+Joins requests to the page pool and the host tier; owns the digests' rules, not the pages' accounting.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from serving.engine.host_tier import HostTier
+from serving.engine.page_pool import PagePool, chain_digest, root_digest
+from serving.engine.request import Request
+
+
+class KVManager:
+    """Page decisions of one scheduler.
+
+    Args:
+        host_pages: capacity of the host tier; 0 for none.
+    """
+
+    def __init__(self, pool: PagePool, host_pages: int = 0) -> None:
+        self.pool = pool
+        self.host_tier = HostTier(host_pages, pool) if host_pages else None
+        self._restored: list[tuple[int, bytes]] = []
+
+    def cached_pages(self, request: Request) -> int:
+        """How many pages of the request's sequence are on the device now."""
+        return len(self.pool.match(self._reusable(request), request.tokens))
+
+    def admit(self, request: Request, reserve: int) -> bool:
+        """Gives a waiting request pages for its whole known sequence, or nothing.
+
+        Args:
+            reserve: pages to leave free for the growth of those already running.
+        """
+        size = self.pool.page_size
+        digests = self._reusable(request)
+        found = self.pool.match(digests, request.tokens)
+        self.pool.share(found)
+        needed = -(-len(request.tokens) // size) - len(found)
+        fresh = self.pool.allocate(needed) if needed + reserve <= self.pool.num_free else None
+        if fresh is None:
+            self.pool.release(found)
+            return False
+        request.pages = found + fresh
+        request.cached_pages = len(found) + self._restore(request, digests, len(found))
+        request.num_computed = request.cached_pages * size
+        return True
+
+    def register(self, request: Request) -> None:
+        """Indexes pages that are full of known tokens and whose KV is dispatched: later steps may share them."""
+        if not self.pool.enable_prefix_caching:
+            return
+        size = self.pool.page_size
+        full = min(request.num_computed, len(request.tokens)) // size
+        if full <= request.cached_pages:
+            return
+        self._extend_digests(request, full)
+        for i in range(request.cached_pages, full):
+            self.pool.register(request.pages[i], request.digests[i], _page_tokens(request, i, size))
+        request.cached_pages = full
+
+    def take_step(self) -> tuple[tuple[tuple[int, bytes], ...], tuple[tuple[int, bytes], ...], tuple[bytes, ...]]:
+        """(spilled, restored, dropped) since the last step; see StepPlan."""
+        if self.host_tier is None:
+            return (), (), ()
+        restored, self._restored = tuple(self._restored), []
+        spilled, dropped = self.host_tier.take_step()
+        return spilled, restored, dropped
+
+    def _reusable(self, request: Request) -> list[bytes]:
+        """Digests of the pages that may come from a cache: never the last token's, which must be computed to sample."""
+        every_position = request.spec.params.prompt_logprobs is not None or request.spec.pooling == "mean"
+        if not self.pool.enable_prefix_caching or every_position:
+            return []
+        full = (len(request.tokens) - 1) // self.pool.page_size
+        self._extend_digests(request, full)
+        return request.digests[:full]
+
+    def _extend_digests(self, request: Request, full: int) -> None:
+        """Digests of the first `full` pages. Kept: a sequence only ever grows."""
+        digests = request.digests
+        if len(digests) >= full:
+            return
+        parent = digests[-1] if digests else root_digest(request.spec.adapter, None, request.spec.cache_salt)
+        for i in range(len(digests), full):
+            parent = chain_digest(parent, _page_tokens(request, i, self.pool.page_size))
+            digests.append(parent)
+
+    def _restore(self, request: Request, digests: list[bytes], found: int) -> int:
+        """Continues a cached prefix with pages of the host tier; how many. Their content is copied in before the step."""
+        tier = self.host_tier
+        if tier is None:
+            return 0
+        for i in range(found, len(digests)):
+            content = _page_tokens(request, i, self.pool.page_size)
+            if not tier.has(digests[i], content):
+                return i - found
+            tier.touch(digests[i])
+            self._restored.append((request.pages[i], digests[i]))
+            self.pool.register(request.pages[i], digests[i], content)
+        return len(digests) - found
+
+
+def _page_tokens(request: Request, page: int, size: int) -> bytes:
+    """The tokens of one full page as int32 bytes."""
+    return np.array(request.tokens[page * size : (page + 1) * size], np.int32).tobytes()
