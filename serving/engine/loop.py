@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from serving.engine.masks import fill_row
+from serving.engine.masks import fill_rows
 from serving.engine.runner import InFlight, ModelRunner
 from serving.engine.scheduler import Scheduler
 from serving.engine.types import EngineOutput, EngineRequest, EngineStats, FinishReason
@@ -131,16 +131,14 @@ class EngineLoop:
 
     def _mask(self, step: InFlight) -> np.ndarray:
         mask = self.runner.new_mask(step)
-        for row, request in step.constrained:
-            if request.finished:
-                continue
-            try:
-                fill_row(request, mask[row])
-            except RuntimeError as e:
-                log.warning("request %s: its grammar cannot go on: %s", request.request_id, e)
-                output = self.scheduler.abort(request.request_id, FinishReason.ERROR)
-                if output is not None:
-                    self._emit([dataclasses.replace(output, error="the grammar became too complex to go on.")])
+        live = [(row, request) for row, request in step.constrained if not request.finished]
+        for row, reason in fill_rows(live, mask).items():
+            request = step.plan.sampled[row]
+            log.warning("request %s: its grammar cannot go on: %s", request.request_id, reason)
+            mask[row] = -1
+            output = self.scheduler.abort(request.request_id, FinishReason.ERROR)
+            if output is not None:
+                self._emit([dataclasses.replace(output, error="the grammar became too complex to go on.")])
         return mask
 
     def _emit(self, outputs: list[EngineOutput]) -> None:

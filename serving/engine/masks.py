@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,17 +16,41 @@ def is_constrained(request: Request) -> bool:
     return spec.constraint is not None or spec.params.allowed_token_ids is not None or bool(spec.bad_words_token_ids)
 
 
-def fill_row(request: Request, row_W: np.ndarray) -> None:
-    """Writes the allowed set of the request's next token, from the tokens known now; see TokenConstraint.fill_mask.
+def fill_rows(rows: Sequence[tuple[int, Request]], mask_RW: np.ndarray) -> dict[int, str]:
+    """Writes the allowed set of each request's next token, from the tokens known now; see TokenConstraint.fill_mask.
 
-    Raises:
-        RuntimeError: the grammar cannot go on.
+    Constraints of a class that fills many masks at once (a static `fill_masks`) are filled together, on several cores.
+
+    Args:
+        rows: (row of the mask, request).
+        mask_RW: int32 [R, ceil(V / 32)], all ones where a row is not mentioned.
+    Returns:
+        row -> what went wrong, for grammars that cannot go on; their rows are unusable.
     """
+    failed: dict[int, str] = {}
+    together: dict[Any, list[tuple[Any, int]]] = {}
+    for row, request in rows:
+        constraint = request.spec.constraint
+        if constraint is None:
+            continue
+        many = getattr(type(constraint), "fill_masks", None)
+        if many is not None:
+            together.setdefault(many, []).append((constraint, row))
+            continue
+        try:
+            constraint.fill_mask(mask_RW[row])
+        except RuntimeError as e:
+            failed[row] = str(e)
+    for many, items in together.items():
+        failed.update(many(items, mask_RW))
+    for row, request in rows:
+        _narrow(request, mask_RW[row])
+    return failed
+
+
+def _narrow(request: Request, row_W: np.ndarray) -> None:
+    """Takes away what allowed_token_ids and bad_words forbid."""
     spec = request.spec
-    if spec.constraint is not None:
-        spec.constraint.fill_mask(row_W)
-    else:
-        row_W[:] = -1
     if spec.params.allowed_token_ids is not None:
         allowed = np.zeros_like(row_W)
         set_bits(allowed, list(spec.params.allowed_token_ids), True)
