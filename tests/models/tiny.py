@@ -57,6 +57,8 @@ LLAMA3_ROPE = {
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
+MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+
 TINY: dict[str, Tiny] = {
     "llama": Tiny("LlamaConfig", "LlamaForCausalLM"),
     "llama, tied, one kv head": Tiny(
@@ -144,6 +146,24 @@ TINY: dict[str, Tiny] = {
     "smollm3": Tiny("SmolLM3Config", "SmolLM3ForCausalLM", {"num_hidden_layers": 4, "no_rope_layer_interval": 2}),
     "starcoder2": Tiny(
         "Starcoder2Config", "Starcoder2ForCausalLM", {"sliding_window": 16, "tie_word_embeddings": True}
+    ),
+    "mixtral": Tiny(
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20},
+        expert_mesh=True,
+    ),
+    "qwen2moe": Tiny(
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        MOE | {"shared_expert_intermediate_size": 48, "num_hidden_layers": 3, "mlp_only_layers": [1]},
+        expert_mesh=True,
+    ),
+    "qwen3moe": Tiny(
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        MOE | {"norm_topk_prob": True, "head_dim": 16},
+        expert_mesh=True,
     ),
     "gpt2": Tiny(
         "GPT2Config",

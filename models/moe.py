@@ -1,0 +1,148 @@
+"""Mixtures of experts (Shazeer et al. 2017, arXiv:1701.06538): a router, experts of which each token visits k, and
+perhaps a shared expert that every token visits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.config import ModelConfig, MoEConfig
+from models.layers import Build, GatedMLP, Linear, weight
+from models.loading import names
+from models.loading.names import Piece, Recipe, Recipes, one
+from ops.activation import activation
+from ops.experts import experts
+
+
+class Experts(nnx.Module):
+    """E gated feed-forward blocks in stacked arrays; see `GatedMLP` for the rows' order.
+
+    Args:
+        bias: both products have one.
+    """
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig, build: Build, bias: bool = False):
+        E, D, F = moe.num_experts, config.embed_dim, moe.ffw_dim
+        expert, ffw = build.axis("experts", E), build.axis("ffw", F)
+        self.shards, self.activation = build.shards("ffw", F), config.activation
+        self.gate_up = weight((E, 2 * F, D), build.dtype, (expert, ffw, "embed"), gate_shards=(1, self.shards))
+        self.down = weight((E, D, F), build.dtype, (expert, "embed", ffw))
+        self.gate_up_bias = self.down_bias = None
+        if bias:
+            self.gate_up_bias = weight((E, 2 * F), jnp.float32, (expert, ffw), gate_shards=(1, self.shards))
+            self.down_bias = weight((E, D), jnp.float32, (expert, "embed"))
+        axis = build.rules.mesh_axis
+        self.placement = (build.mesh, axis(expert), axis(ffw))
+
+    def __call__(self, x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array) -> jax.Array:
+        mesh, expert_axis, model_axis = self.placement
+        return experts(
+            x_TD,
+            ids_Tk,
+            weights_Tk,
+            self.gate_up[...],
+            self.down[...],
+            self.hidden,
+            gate_up_bias_EJ=None if self.gate_up_bias is None else self.gate_up_bias[...],
+            down_bias_ED=None if self.down_bias is None else self.down_bias[...],
+            mesh=mesh,
+            expert_axis=expert_axis,
+            model_axis=model_axis,
+        )
+
+    def hidden(self, gate_up_MJ: jax.Array) -> jax.Array:
+        """act(gate) * up, on a device's piece of the rows: its gate first, then its up."""
+        whole = self.placement[0] is None or self.placement[2] is None
+        pieces = gate_up_MJ.reshape(gate_up_MJ.shape[0], self.shards if whole else 1, 2, -1)
+        return self.gate(pieces[:, :, 0], pieces[:, :, 1]).reshape(gate_up_MJ.shape[0], -1)
+
+    def gate(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        return activation(self.activation)(gate) * up
+
+    def recipes(self, name: str, sources: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Recipes:
+        E, D, F = self.down.shape
+        gate, up, down = sources
+        gates = [Piece(f"{name}.{e}.{part}.weight", (F, D)) for e in range(E) for part in (gate, up)]
+        downs = [Piece(f"{name}.{e}.{down}.weight", (D, F)) for e in range(E)]
+        fuse = names.interleave_shards(self.shards)
+
+        def stack(*arrays: np.ndarray) -> np.ndarray:
+            out = np.empty((E, 2 * F, D), arrays[0].dtype)
+            for e in range(E):
+                out[e] = fuse(arrays[2 * e], arrays[2 * e + 1])
+            return out
+
+        return {
+            "gate_up": Recipe(tuple(gates), stack),
+            "down": Recipe(tuple(downs), lambda *arrays: np.stack(arrays)),
+        }
+
+
+def choose(logits_TE: jax.Array, moe: MoEConfig, bias_E: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """(ids_Tk int32, weights_Tk float32): which experts each token visits, and how much each counts.
+
+    Groups are DeepSeek-V2's (arXiv:2405.04434) and V3's (arXiv:2412.19437).
+    """
+    logits_TE = logits_TE.astype(jnp.float32)
+    scores_TE = jax.nn.sigmoid(logits_TE) if moe.scoring == "sigmoid" else jax.nn.softmax(logits_TE)
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if moe.groups > 1:
+        grouped_TgE = choice_TE.reshape(-1, moe.groups, moe.num_experts // moe.groups)
+        best = jax.lax.top_k(grouped_TgE, 2 if moe.group_score == "top2" else 1)[0].sum(-1)
+        _, kept = jax.lax.top_k(best, moe.groups_kept)
+        keep_Tg = jax.nn.one_hot(kept, moe.groups, dtype=bool).any(1)
+        masked = jnp.where(keep_Tg[:, :, None], grouped_TgE, -jnp.inf if moe.scoring == "softmax" else 0.0)
+        choice_TE = masked.reshape(choice_TE.shape)
+    _, ids_Tk = jax.lax.top_k(choice_TE, moe.experts_per_token)
+    weights_Tk = jnp.take_along_axis(scores_TE, ids_Tk, axis=-1)
+    if moe.normalize:
+        weights_Tk = weights_Tk / (weights_Tk.sum(-1, keepdims=True) + (1e-20 if moe.scoring == "sigmoid" else 0.0))
+    return ids_Tk.astype(jnp.int32), weights_Tk * moe.scale
+
+
+class MoE(nnx.Module):
+    """Router, experts and shared expert, in the naming of Qwen and DeepSeek.
+
+    Args:
+        shared_name: of the shared expert in checkpoints.
+    """
+
+    def __init__(self, config: ModelConfig, build: Build, shared_name: str = "shared_expert"):
+        assert config.moe is not None
+        self.moe, self.shared_name = config.moe, shared_name
+        self.router = Linear(config.embed_dim, config.moe.num_experts, build, (None, "embed"))
+        self.bias = weight((config.moe.num_experts,), jnp.float32, (None,)) if config.moe.bias else None
+        self.experts = self.make_experts(config, config.moe, build)
+        shared = config.moe.shared_ffw_dim
+        self.shared = GatedMLP(config, build, shared) if shared else None
+        self.shared_gate = Linear(config.embed_dim, 1, build, (None, "embed")) if config.moe.shared_gate else None
+
+    def make_experts(self, config: ModelConfig, moe: MoEConfig, build: Build) -> Any:
+        return Experts(config, moe, build)
+
+    def __call__(self, x_TD: jax.Array, norm: Any = None, residual_TD: jax.Array | None = None) -> jax.Array:
+        x_TD = x_TD if norm is None else norm(x_TD)
+        logits_TE = self.router(x_TD, out_dtype=jnp.float32)
+        ids_Tk, weights_Tk = choose(logits_TE, self.moe, None if self.bias is None else self.bias[...])
+        y_TD = self.experts(x_TD, ids_Tk, weights_Tk)
+        if self.shared is not None:
+            shared_TD = self.shared(x_TD)
+            if self.shared_gate is not None:
+                shared_TD = shared_TD * jax.nn.sigmoid(self.shared_gate(x_TD))
+            y_TD = y_TD + shared_TD
+        return y_TD if residual_TD is None else y_TD + residual_TD
+
+    def recipes(self, name: str) -> Recipes:
+        recipes = names.under("router", self.router.recipes(f"{name}.gate"))
+        if self.bias is not None:
+            recipes["bias"] = one(f"{name}.gate.e_score_correction_bias", *self.bias.shape)
+        recipes |= names.under("experts", self.experts.recipes(f"{name}.experts"))
+        if self.shared is not None:
+            recipes |= names.under("shared", self.shared.recipes(f"{name}.{self.shared_name}"))
+        if self.shared_gate is not None:
+            recipes |= names.under("shared_gate", self.shared_gate.recipes(f"{name}.{self.shared_name}_gate"))
+        return recipes

@@ -1,0 +1,153 @@
+"""Feed-forward experts that touch only the weights of the experts that were chosen.
+
+Assignments (token, expert) are sorted by expert, so each expert's rows are neighbours. Accelerators multiply them by
+`jax.lax.ragged_dot_general`. XLA's CPU backend expands that to a product with every expert (16 experts of 512 x 1024,
+one token: 238 ms); there, blocks of rows go through their expert one after the other, in a loop whose trip count the
+routing decides (1.0 ms, against 11 ms for computing every expert densely).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+Activation = Callable[[jax.Array], jax.Array]
+"""Product with gate and up, [M, J], in -> hidden [M, F] out."""
+
+_ROWS_BY_EXPERT = lax.RaggedDotDimensionNumbers((([1], [2]), ([], [])), [0], [0])
+
+
+def experts(
+    x_TD: jax.Array,
+    ids_Tk: jax.Array,
+    weights_Tk: jax.Array,
+    gate_up_EJD: jax.Array,
+    down_EDF: jax.Array,
+    activation: Activation,
+    *,
+    gate_up_bias_EJ: jax.Array | None = None,
+    down_bias_ED: jax.Array | None = None,
+    mesh: Mesh | None = None,
+    expert_axis: str | None = None,
+    model_axis: str | None = None,
+) -> jax.Array:
+    """y_TD: the weighted sum over each token's k experts of down_e(activation(gate_up_e x + bias)) + bias.
+
+    Args:
+        x_TD: activations.
+        ids_Tk: int32 expert ids in [0, E).
+        weights_Tk: float32 weights of the experts' results.
+        gate_up_EJD, down_EDF: one matrix an expert, `[out, in]`; J is usually 2 F.
+        activation: applied to [M, J], elementwise over M; sees each device's piece of J when that is sharded.
+        gate_up_bias_EJ, down_bias_ED: added where given.
+        mesh, expert_axis, model_axis: mesh axes that split E, and J with F; None where they are whole.
+    Returns:
+        [T, D] in x's dtype; products are accumulated in float32.
+    """
+    if mesh is None or (expert_axis is None and model_axis is None):
+        return _local(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED, activation)
+    axes = tuple(axis for axis in (expert_axis, model_axis) if axis is not None)
+
+    def on_device(x_TD, ids_Tk, weights_Tk, gate_up, down, gate_up_bias, down_bias):
+        first = 0 if expert_axis is None else lax.axis_index(expert_axis) * gate_up.shape[0]
+        if down_bias is not None and model_axis is not None:
+            # Every device of the model axis adds its part of the product: only one may add the bias.
+            down_bias = jnp.where(lax.axis_index(model_axis) == 0, down_bias, 0)
+        here = (ids_Tk >= first) & (ids_Tk < first + gate_up.shape[0])
+        # Experts of other devices: id E sorts last and belongs to no group.
+        ids_Tk = jnp.where(here, ids_Tk - first, gate_up.shape[0])
+        y_TD = _local(x_TD, ids_Tk, weights_Tk, gate_up, down, gate_up_bias, down_bias, activation)
+        return lax.psum(y_TD, axes)
+
+    P = PartitionSpec
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(
+            P(),
+            P(),
+            P(),
+            P(expert_axis, model_axis),
+            P(expert_axis, None, model_axis),
+            P(expert_axis, model_axis),
+            P(expert_axis),
+        ),  # fmt: skip
+        out_specs=P(),
+        check_vma=False,
+    )(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED)
+
+
+def _local(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED, activation):
+    """On one device; an id of E (or more) is nobody's and yields zeros."""
+    (T, k), E = ids_Tk.shape, gate_up_EJD.shape[0]
+    ids_M = ids_Tk.reshape(-1)
+    order_M = jnp.argsort(ids_M, stable=True)
+    sorted_M = ids_M[order_M]
+    sizes_E = jnp.zeros(E, jnp.int32).at[ids_M].add(1, mode="drop")
+    rows_MD = x_TD[order_M // k]
+    weights = (gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED)
+
+    def ragged(rows_MD):
+        hidden_MJ = _ragged_dot(rows_MD, gate_up_EJD, sizes_E)
+        if gate_up_bias_EJ is not None:
+            hidden_MJ = hidden_MJ + gate_up_bias_EJ[jnp.minimum(sorted_M, E - 1)]
+        y_MD = _ragged_dot(activation(hidden_MJ).astype(x_TD.dtype), down_EDF, sizes_E)
+        return y_MD if down_bias_ED is None else y_MD + down_bias_ED[jnp.minimum(sorted_M, E - 1)]
+
+    def blocks(rows_MD):
+        return _blocks(rows_MD, sizes_E, *weights, activation)
+
+    y_MD = lax.platform_dependent(rows_MD, cpu=blocks, default=ragged)
+    # Rows beyond the groups hold anything.
+    y_MD = jnp.where((sorted_M < E)[:, None], y_MD, 0.0)
+    y_TkD = y_MD[jnp.argsort(order_M)].reshape(T, k, -1)
+    return jnp.einsum("tkd,tk->td", y_TkD, weights_Tk.astype(jnp.float32)).astype(x_TD.dtype)
+
+
+def _ragged_dot(x_MI: jax.Array, weight_EOI: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return lax.ragged_dot_general(
+        x_MI.astype(weight_EOI.dtype), weight_EOI, sizes_E, _ROWS_BY_EXPERT, preferred_element_type=jnp.float32
+    )
+
+
+def block_rows(num_rows: int, num_experts: int, dtype: jax.typing.DTypeLike) -> int:
+    """Rows that go through an expert at once on CPU.
+
+    One at a time while most experts have one or two (a float32 matrix-vector product runs at the memory's speed; in
+    bfloat16 it needs a second row to leave the slow path), else about what an expert has.
+    """
+    if num_rows <= 2 * num_experts:
+        return 1 if jnp.dtype(dtype) == jnp.float32 else 2
+    return min(64, max(8, 1 << (num_rows // num_experts - 1).bit_length()))
+
+
+def _blocks(rows_MD, sizes_E, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED, activation):
+    (M, D), E = rows_MD.shape, gate_up_EJD.shape[0]
+    size = block_rows(M, E, gate_up_EJD.dtype)
+    padded = jnp.concatenate([rows_MD, jnp.zeros((size, D), rows_MD.dtype)])
+    blocks_E = -(-sizes_E // size)
+    last_E, first_row_E = jnp.cumsum(blocks_E), jnp.cumsum(sizes_E) - sizes_E
+
+    def through(expert, rows, matrix, bias):
+        y = lax.dot_general(
+            lax.dynamic_index_in_dim(matrix, expert, 0, keepdims=False),
+            rows.astype(matrix.dtype),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        ).T
+        return y if bias is None else y + bias[expert]
+
+    def body(index, y_MD):
+        expert = jnp.searchsorted(last_E, index, side="right").astype(jnp.int32)
+        row = first_row_E[expert] + (index - (last_E[expert] - blocks_E[expert])) * size
+        x = lax.dynamic_slice(padded, (row, 0), (size, D))
+        hidden = activation(through(expert, x, gate_up_EJD, gate_up_bias_EJ))
+        y = through(expert, hidden, down_EDF, down_bias_ED)
+        # Blocks come in the order of rows: what this one writes beyond its expert's rows, the next one overwrites.
+        return lax.dynamic_update_slice(y_MD, y, (row, 0))
+
+    return lax.fori_loop(0, last_E[-1], body, jnp.zeros((M + size, D), jnp.float32))[:M]
