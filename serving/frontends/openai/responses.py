@@ -10,14 +10,14 @@ from fastapi.responses import JSONResponse
 
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.openai.protocol.responses import ResponsesReply, ResponsesRequest
-from serving.frontends.openai.reply_parser import ReplyParser, parsers_for, prepare_chat
+from serving.frontends.openai.reply_parser import ChatStyle, ReplyParser, parsers_for, prepare_chat
 from serving.frontends.openai.response_events import ResponseWriter
 from serving.frontends.openai.sse import open_stream, unless_gone
 from serving.service import PreparedRequest, TextService
 
 
-def responses_router(service: TextService) -> APIRouter:
-    """The responses endpoint over `service`."""
+def responses_router(service: TextService, style: ChatStyle) -> APIRouter:
+    """The responses endpoint over `service`, whose model writes calls and reasoning in `style`."""
     router = APIRouter(tags=["responses"], responses=RESPONSES)
 
     @router.post(
@@ -28,8 +28,8 @@ def responses_router(service: TextService) -> APIRouter:
     async def create(body: ResponsesRequest, request: Request) -> Response:
         """Runs a response. `stream: true` answers with typed server-sent events, ending with response.completed."""
         chat = body.to_chat()
-        prepared = await prepare_chat(service, chat, request.state.request_id)
-        parsers = parsers_for(service, chat, prepared)
+        prepared = await prepare_chat(service, style, chat, request.state.request_id)
+        parsers = parsers_for(style, chat, prepared)
         writer = ResponseWriter(body, prepared)
         events = _run(service, prepared, parsers[0] if parsers else None, writer)
         if body.stream:

@@ -7,11 +7,11 @@ import contextlib
 import logging
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 
 from serving.frontends.openai.app import create_app
-from serving.metrics import Metrics
 from serving.service import TextService
 
 logger = logging.getLogger(__name__)
@@ -60,19 +60,21 @@ async def serve_http(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    metrics: Metrics | None = None,
-    cors_origins: tuple[str, ...] = (),
+    **options: Any,
 ) -> HttpServer:
     """Starts the OpenAI API in the running event loop and returns once it listens.
 
     Args:
+        options: further ones of `create_app`.
         port: 0 takes a free one; the handle's `port` tells which.
     Raises:
         OSError: the port is taken, or the host is not ours.
+        ValueError: as `create_app`.
     """
+    app = create_app(service, **options)
     sock = _bind(host, port)
     config = uvicorn.Config(
-        create_app(service, metrics=metrics, cors_origins=cors_origins),
+        app,
         lifespan="off",
         log_config=None,
         log_level="warning",

@@ -54,13 +54,13 @@ Start = Callable[..., Any]
 
 @pytest.fixture
 async def start() -> AsyncIterator[Start]:
-    """Starts servers and stops them after the test: `running = await start(MockEngine(...), **service_options)`."""
+    """Starts servers and stops them after the test: `running = await start(MockEngine(...), app={...}, **service)`."""
     running: list[Running] = []
 
-    async def make(engine: Any = None, **options: Any) -> Running:
+    async def make(engine: Any = None, app: dict[str, Any] | None = None, **options: Any) -> Running:
         engine = engine or MockEngine(reply="Hello wörld!")
         service = mock_service(MeteredClient(engine), **options)  # type: ignore[arg-type]
-        server = await serve_http(service, port=0)
+        server = await serve_http(service, port=0, **(app or {}))
         client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
         one = Running(engine, service, server, client, httpx.AsyncClient(base_url=server.url, timeout=30))
         running.append(one)
