@@ -193,6 +193,7 @@ class _Source:
         self._takes_parts = bool(facts["loops_over_content"])
         self._takes_text = bool(facts["tests_string"]) or not self._takes_parts
         self._takes_none = bool(facts["tests_none"])
+        self._wants_call_text = bool(facts["joins_arguments"])
 
     def shape(self, message: Mapping[str, Any], where: str) -> dict[str, Any]:
         """`message` as this template expects it.
@@ -201,7 +202,8 @@ class _Source:
         for those that only take lists; arguments of tool calls, JSON text in OpenAI's API, become mappings; reasoning
         goes by all names that templates know it by.
         """
-        shaped = dict(message)
+        # Clients send null and [] for what is not there; templates ask whether it is there.
+        shaped = {k: v for k, v in message.items() if k == "content" or (v is not None and v != [])}
         role = message.get("role")
         if role in NEWER_ROLES and role not in self._source:
             shaped["role"] = NEWER_ROLES[role]
@@ -212,8 +214,9 @@ class _Source:
         if reasoning is not None:
             shaped["reasoning_content"] = reasoning
             shaped.setdefault("thinking", reasoning)
-        if isinstance(message.get("tool_calls"), Sequence):
-            shaped["tool_calls"] = [_call(call) for call in message["tool_calls"]]
+        if isinstance(shaped.get("tool_calls"), Sequence):
+            shape = _call_as_text if self._wants_call_text else _call
+            shaped["tool_calls"] = [shape(call) for call in shaped["tool_calls"]]
         return shaped
 
     def render(self, variables: dict[str, Any]) -> str:
@@ -283,6 +286,14 @@ def _call(call: Any) -> Any:
     if not isinstance(arguments, dict):
         return dict(call)
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _call_as_text(call: Any) -> Any:
+    """A tool call with its arguments as JSON text, for templates that write them without a filter."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), Mapping):
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
 def _open(chat: list[dict[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,13 +20,21 @@ class IncrementalDetokenizer:
     Args:
         tokenizer: the model's.
         skip_special_tokens: leave control tokens out.
+        keep: control tokens that stay nevertheless: markers that the text is parsed by (`tools.kept_token_ids`).
         continues: the text goes on with another (a prompt): a leading blank belongs to it and stays, even if the
             tokenizer takes it off the start of a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, continues: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        keep: Collection[int] = (),
+        continues: bool = False,
+    ) -> None:
         self._bytes_of = tokenizer.token_bytes
-        self._skip = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
+        skip = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
+        self._skip = skip.difference(keep) if keep else skip
         self._strip = getattr(tokenizer, "strips_leading_space", False) and not continues
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 

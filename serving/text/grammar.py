@@ -78,9 +78,12 @@ class GrammarCompiler:
         except RecursionError:
             raise invalid("The constraint is nested too deeply.", PARAM) from None
 
-    def compile_lark(self, lark: str) -> ConstraintFactory:
-        """The same for a grammar in llguidance's Lark dialect, which may name special tokens (`<tool_call>`)."""
-        return self._from_source("grammar", lark)
+    def compile_tools(self, lark: str) -> ConstraintFactory:
+        """The same for a grammar made by `tools.plan_tools`; errors are about the request's tools."""
+        try:
+            return self._from_source("tools", lark)
+        except RequestError as error:
+            raise invalid(error.message, "tools") from None
 
     def _from_source(self, kind: str, text: str) -> ConstraintFactory:
         if len(text) > MAX_CHARS:
@@ -265,7 +268,7 @@ def _refusal(kind: str, message: str) -> RequestError:
     unknown = re.search(r"Unimplemented keys: \[(.*?)\]", message)
     if unknown:
         keys = unknown[1].replace('"', "")
-        return invalid(f"The {kind} uses {keys}, which cannot be enforced. Leave it out, or say it differently.", PARAM)
+        return invalid(f"The {kind} uses {keys}, which cannot be enforced. Leave it out or say it differently.", PARAM)
     if "oneOf constraints" in message:
         return invalid(
             f"The {kind} uses oneOf with alternatives that may overlap, which cannot be enforced. Use anyOf, or give "

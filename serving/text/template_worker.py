@@ -99,8 +99,17 @@ def facts(env: jinja2.Environment, source: str) -> dict:
         "loops_over_content": loops,
         "tests_string": any(test.name == "string" for test in tests),
         "tests_none": any(test.name == "none" and _is_content(test.node) for test in tests),
+        "joins_arguments": any(
+            _is_arguments(side) for node in tree.find_all(jinja2.nodes.Add) for side in (node.left, node.right)
+        ),
         "variables": sorted(jinja2.meta.find_undeclared_variables(tree)),
     }
+
+
+def _is_arguments(node: jinja2.nodes.Node) -> bool:
+    if isinstance(node, jinja2.nodes.Getitem) and isinstance(node.arg, jinja2.nodes.Const):
+        return node.arg.value == "arguments"
+    return isinstance(node, jinja2.nodes.Getattr) and node.attr == "arguments"
 
 
 def _is_content(node: jinja2.nodes.Node | None) -> bool:
