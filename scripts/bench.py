@@ -5,7 +5,7 @@
     python scripts/bench.py startup
     python scripts/bench.py serve --rate 4 --requests 200                 # a running server, over gRPC
     python scripts/bench.py peers --peer "name=command {concurrency}"     # us and others, alternately
-    python scripts/bench.py prefix | rag | longprompt | static | priority | waste | overhead | host | predict
+    python scripts/bench.py prefix | rag | longprompt | static | priority | structured | waste | overhead | host | predict
 
 Absolute figures depend on the machine and on what else it does: compare within one run.
 """

@@ -21,6 +21,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -57,20 +58,20 @@ def requests_of(trace: str, rate: float, seed: int, count: int | None) -> Iterat
     return itertools.islice(source, count)
 
 
-def simulate(run: Run) -> tuple[dict[str, object], dict[int | None, np.ndarray]]:
-    """The run's summary, and its TTFTs by priority for the plot."""
+def simulate(run: Run) -> tuple[dict[str, object], dict[str | None, np.ndarray]]:
+    """The run's summary, and its TTFTs by priority and tenant for the plot."""
     simulation = Simulation(
         run.config, run.cost, asynchronous=run.asynchronous, max_num_queued_reqs=run.max_num_queued_reqs
     )
     report = Report()
     for outcome in simulation.run(requests_of(run.trace, run.rate, run.seed, run.requests)):
         report.add(outcome)
-    priorities: list[int | None] = list(report.priorities) if len(report.priorities) > 1 else [None]
-    return report.summary(simulation.totals), {p: report.values("ttft", p) for p in priorities}
+    groups: list[str | None] = list(report.groups) if len(report.groups) > 1 else [None]
+    return report.summary(simulation.totals), {g: report.values("ttft", g) for g in groups}
 
 
-def plot(path: str, results: dict[str, tuple[dict[str, object], dict[int | None, np.ndarray]]]) -> None:
-    """The share of requests whose first token came within a time, a line a policy and priority."""
+def plot(path: str, results: dict[str, tuple[dict[str, object], dict[str | None, np.ndarray]]]) -> None:
+    """The share of requests whose first token came within a time, a line a policy and group."""
     try:
         import matplotlib
     except ImportError:
@@ -80,9 +81,9 @@ def plot(path: str, results: dict[str, tuple[dict[str, object], dict[int | None,
 
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=110)
     for policy, (_, ttfts) in results.items():
-        for priority, values in ttfts.items():
+        for group, values in ttfts.items():
             values = np.sort(values)[:: max(1, len(values) // 5000)]
-            label = policy if priority is None else f"{policy}, priority {priority}"
+            label = policy if group is None else f"{policy}: {group}"
             axes.plot(values, np.linspace(0, 1, len(values)), label=label)
     axes.set(xlabel="time to first token, s", ylabel="share of requests", ylim=(0, 1), xscale="log")
     axes.grid(alpha=0.3)
@@ -94,11 +95,35 @@ def plot(path: str, results: dict[str, tuple[dict[str, object], dict[int | None,
 def describe(policy: str, summary: dict[str, object]) -> str:
     """A few lines for a person."""
     lines = [f"policy {policy}"]
-    for key, value in summary.items():
+    groups = summary.get("by_group")
+    flat = {k: v for k, v in summary.items() if k != "by_group"}
+    if isinstance(groups, dict):
+        flat |= {f"{metric} ({group})": of[metric] for group, of in groups.items() for metric in ("ttft", "e2e")}
+    for key, value in flat.items():
         if isinstance(value, dict) and value and all(isinstance(v, float) for v in value.values()):
             value = "  ".join(f"{p} {v:.4g}" for p, v in value.items()) + " s"
-        lines.append(f"  {key:20} {value}")
+        lines.append(f"  {key:28} {value}")
     return "\n".join(lines)
+
+
+def policy_settings(policy: str) -> dict[str, Any]:
+    """'priority+fair' -> what SchedulerConfig calls it.
+
+    Raises:
+        ValueError: a word that is none of these.
+    """
+    order, *more = policy.split("+")
+    if order not in KEYS or not set(more) <= {"prefix", "fair"}:
+        raise ValueError(f"{policy!r} is not {' or '.join(sorted(KEYS))}, with +prefix or +fair behind it.")
+    return {"policy": order, "prefix_first": "prefix" in more, "fair_share": "fair" in more}
+
+
+def checked_policy(policy: str) -> str:
+    try:
+        policy_settings(policy)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return policy
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -109,7 +134,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate", type=float, default=1.0, help="requests (multi-turn: conversations) a second")
     parser.add_argument("--requests", type=int, help="how many; a file's all by default, 10000 of a generator")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--policy", nargs="+", default=["fcfs"], choices=sorted(KEYS), help="one run each")
+    parser.add_argument(
+        "--policy",
+        nargs="+",
+        default=["fcfs"],
+        type=checked_policy,
+        metavar="P",
+        help=f"one run each: {' or '.join(sorted(KEYS))}, with +prefix (longest cached prefix first) or +fair (tenants)",
+    )
     parser.add_argument("--cost", help=f"cost model (default: {DEFAULT_COST.name}, the default model on 2 CPU cores)")
     parser.add_argument("--max-num-seqs", type=int, help="default: the cost model's")
     parser.add_argument("--max-num-batched-tokens", type=int, help="default: the cost model's")
@@ -176,7 +208,7 @@ def main() -> None:
                 max_model_len=args.max_model_len,
                 page_size=args.page_size,
                 num_pages=args.num_pages,
-                policy=policy,
+                **policy_settings(policy),
                 enable_prefix_caching=not args.no_prefix_caching,
             ),
             not args.no_async_scheduling,

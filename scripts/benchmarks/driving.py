@@ -71,6 +71,7 @@ def _outcome(
         worst_gap=max(gaps, default=nan),
         e2e=e2e,
         reason=reason,
+        tenant=request.tenant,
     )
 
 

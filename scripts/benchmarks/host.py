@@ -40,6 +40,7 @@ class FakeStep:
     plan: StepPlan
     bucket: Bucket
     end: float = 0.0
+    dispatched_at: float = 0.0
     constrained: tuple[()] = ()
 
 
@@ -69,7 +70,7 @@ class FakeRunner:
         pack_forward(plan, bucket, self._forward[bucket], slots, self._page_size)
         steps = [r.total_len - r.prompt_len - 1 for r in plan.sampled]
         pack_sample(plan, bucket.samples, self._sample[bucket.samples], slots, steps, False)
-        return FakeStep(plan, bucket)
+        return FakeStep(plan, bucket, dispatched_at=time.perf_counter())
 
     def dispatch_sample(self, step: FakeStep, mask: Any) -> None:
         now = time.perf_counter()

@@ -9,17 +9,20 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks.driving import drive
+from serving import startup
 from serving.engine.config import DTYPES, KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig
+from serving.engine.constraint import TokenConstraint
 from serving.engine.engine import Engine
 from serving.engine.sampling_params import SamplingParams
 from serving.engine.types import EngineRequest
 from serving.simulator.cost import StepRecord, StepShape
 from serving.simulator.simulate import Outcome
 from serving.simulator.trace import TraceRequest
+from serving.text.grammar import GrammarCompiler
 
 _names = itertools.count()
 
@@ -50,8 +53,9 @@ def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
 class Local:
     """A started engine. Each call runs its own event loop, as a program without one would."""
 
-    def __init__(self, engine: Engine, startup_s: float = 0.0) -> None:
+    def __init__(self, engine: Engine, startup_s: float = 0.0, grammars: GrammarCompiler | None = None) -> None:
         self.engine = engine
+        self.grammars = grammars
         self.startup_s = startup_s
         self.info = engine.client.info()
 
@@ -64,12 +68,14 @@ class Local:
         prompts: Sequence[Sequence[int]] | None = None,
         *,
         private: bool = False,
+        constraint: Callable[[], TokenConstraint] | None = None,
         **params: Any,
     ) -> list[Outcome]:
         """Runs a trace.
 
         Args:
             private: each request has a cache salt of its own, so that no pages are shared.
+            constraint: makes each request's grammar.
             params: further fields of SamplingParams.
         """
         run = next(_names)
@@ -93,6 +99,8 @@ class Local:
                     )
                 ),
                 priority=request.priority,
+                tenant=request.tenant,
+                constraint=constraint() if constraint else None,
                 arrival_time=now,
                 deadline=None if request.deadline is None else now + request.deadline,
                 ttft_deadline=None if request.ttft_deadline is None else now + request.ttft_deadline,
@@ -118,8 +126,8 @@ class Local:
 def local_engine(args: argparse.Namespace, **changes: Any) -> Iterator[Local]:
     """A started engine, shut down at the end."""
     began = time.perf_counter()
-    engine = Engine.start(engine_config(args, **changes), lambda line: print(line, file=sys.stderr))
-    local = Local(engine, time.perf_counter() - began)
+    started = startup.start(engine_config(args, **changes), say=lambda line: print(line, file=sys.stderr))
+    local = Local(started.engine, time.perf_counter() - began, started.grammars)
     try:
         yield local
     finally:

@@ -13,6 +13,7 @@ from benchmarks.driving import span, throughput
 from benchmarks.local import Local, StepRecorder, add_engine_arguments, local_engine
 from benchmarks.report import show
 from benchmarks.work import mixed, uniform
+from serving.engine.sampling_params import StructuredOutputs
 from serving.simulator.simulate import Outcome
 from serving.simulator.trace import TraceRequest, overload, rag, sharegpt
 
@@ -198,6 +199,39 @@ def overhead(local: Local, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+LONG_LIST = {
+    "type": "array",
+    "minItems": 1000,
+    "items": {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "count": {"type": "integer"}, "kind": {"enum": ["a", "b"]}},
+        "required": ["name", "count", "kind"],
+        "additionalProperties": False,
+    },
+}
+"""A schema that no completion gets to the end of, so that every request makes the same number of tokens."""
+
+
+def structured(local: Local, args: argparse.Namespace) -> dict[str, Any]:
+    """A JSON schema on every request against none: throughput, alternately."""
+    if local.grammars is None:
+        raise ValueError("the engine was started without a tokenizer.")
+    factory = local.grammars.compile(StructuredOutputs(json=LONG_LIST))
+    trace = uniform(args.concurrency, 128, args.output_tokens)
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(args.repeat):
+        for constrained in (False, True):
+            outcomes = local.run(trace, private=True, constraint=factory if constrained else None)
+            rates[constrained].append(throughput(outcomes))
+    free, held = statistics.median(rates[False]), statistics.median(rates[True])
+    return {
+        "concurrency": args.concurrency,
+        "free_tok_s": round(free, 1),
+        "constrained_tok_s": round(held, 1),
+        "constrained_share": round(held / free, 3),
+    }
+
+
 Scenario = Callable[[Local, argparse.Namespace], dict[str, Any]]
 
 SCENARIOS: dict[str, tuple[Scenario, dict[str, float | int], dict[str, Any]]] = {
@@ -212,6 +246,7 @@ SCENARIOS: dict[str, tuple[Scenario, dict[str, float | int], dict[str, Any]]] = 
         {"policy": "priority"},
     ),
     "waste": (waste, {"requests": 96, "seed": 0}, {}),
+    "structured": (structured, {"concurrency": 16, "output-tokens": 64, "repeat": 3}, {}),
     "overhead": (overhead, {"concurrency": 16, "output-tokens": 64, "repeat": 3}, {}),
 }
 

@@ -18,7 +18,7 @@ class Report:
     """Collects outcomes in a few machine words each: a million requests take 40 MB."""
 
     def __init__(self) -> None:
-        self._values: dict[int, dict[str, array[float]]] = defaultdict(lambda: {m: array("d") for m in METRICS})
+        self._values: dict[str, dict[str, array[float]]] = defaultdict(lambda: {m: array("d") for m in METRICS})
         self.reasons: Counter[str] = Counter()
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -32,23 +32,24 @@ class Report:
         if finished_well(outcome):
             self.prompt_tokens += outcome.prompt_tokens
             self.cached_tokens += outcome.cached_tokens
-            values = self._values[outcome.priority]
+            values = self._values[group_of(outcome)]
             for metric in METRICS:
                 value = getattr(outcome, metric)
                 if not math.isnan(value):
                     values[metric].append(value)
 
     @property
-    def priorities(self) -> list[int]:
+    def groups(self) -> list[str]:
+        """Labels of the priorities and tenants that occurred."""
         return sorted(self._values)
 
-    def values(self, metric: str, priority: int | None = None) -> np.ndarray:
-        """Every value of a metric, of one priority or of all."""
-        kept = [v[metric] for p, v in sorted(self._values.items()) if priority in (None, p)]
+    def values(self, metric: str, group: str | None = None) -> np.ndarray:
+        """Every value of a metric, of one group or of all."""
+        kept = [v[metric] for g, v in sorted(self._values.items()) if group in (None, g)]
         return np.concatenate([np.frombuffer(a, np.float64) for a in kept if a] or [np.zeros(0)])
 
-    def percentiles(self, metric: str, priority: int | None = None) -> dict[str, float]:
-        values = self.values(metric, priority)
+    def percentiles(self, metric: str, group: str | None = None) -> dict[str, float]:
+        values = self.values(metric, group)
         if not len(values):
             return {}
         return {
@@ -76,7 +77,12 @@ class Report:
         for metric in METRICS:
             result[metric] = self.percentiles(metric)
         if len(self._values) > 1:
-            result["by_priority"] = {
-                str(p): {m: self.percentiles(m, p) for m in ("ttft", "e2e")} for p in sorted(self._values)
-            }
+            result["by_group"] = {g: {m: self.percentiles(m, g) for m in ("ttft", "e2e")} for g in self.groups}
         return result
+
+
+def group_of(outcome: Outcome) -> str:
+    """Requests of equal priority and tenant are reported together."""
+    return (
+        f"priority {outcome.priority}" if outcome.tenant is None else f"{outcome.tenant}, priority {outcome.priority}"
+    )

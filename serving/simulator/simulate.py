@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -49,6 +50,7 @@ class Outcome:
     worst_gap: float
     e2e: float
     reason: str
+    tenant: str | None = None
 
 
 @dataclasses.dataclass
@@ -104,6 +106,7 @@ class Simulation:
         self._sample_every = sample_every
         self._live: dict[str, Progress] = {}
         self._device_free = 0.0
+        self._seconds: deque[float] = deque()  # of the steps in flight
         self._params: dict[int, SamplingParams] = {}
         self._finite = np.ones(config.max_num_seqs + config.max_chunk_rows, bool)
         self._same = np.full(config.max_num_seqs + config.max_chunk_rows, OWN_TOKEN, np.int32)
@@ -133,6 +136,7 @@ class Simulation:
             if previous is not None:
                 end, done = previous
                 self.now = max(self.now, end)
+                self.scheduler.deadlines.observe(done, self._seconds.popleft())
                 yield from self._take(self.scheduler.retire(done, self._result(done), self.now))
             elif current is None:
                 if upcoming is not None:
@@ -167,6 +171,7 @@ class Simulation:
                 prompt_token_ids(request, index),
                 params,
                 priority=request.priority,
+                tenant=request.tenant,
                 arrival_time=request.arrival,
                 deadline=None if request.deadline is None else after + request.deadline,
                 ttft_deadline=None if request.ttft_deadline is None else after + request.ttft_deadline,
@@ -180,6 +185,7 @@ class Simulation:
         seconds = self.cost.seconds(shape)
         start = max(self.now, self._device_free)
         self._device_free = start + seconds
+        self._seconds.append(seconds)
         totals = self.totals
         totals.steps += 1
         totals.busy += seconds
@@ -235,6 +241,7 @@ def _outcome(live: Progress, now: float, cached: int, reason: str) -> Outcome:
         live.worst_gap if live.tokens > 1 else nan,
         now - request.arrival,
         reason,
+        request.tenant,
     )
 
 

@@ -30,6 +30,7 @@ class TraceRequest:
             is the request's own.
         output_id: segment id of its completion, so that a later prompt may contain it (multi-turn); None: nobody's.
         deadline, ttft_deadline: seconds after arrival, or None.
+        tenant: whom it is for, where shares are fair.
     """
 
     arrival: float
@@ -40,6 +41,7 @@ class TraceRequest:
     output_id: int | None = None
     deadline: float | None = None
     ttft_deadline: float | None = None
+    tenant: str | None = None
 
 
 def write_trace(path: str | pathlib.Path, requests: Iterable[TraceRequest]) -> int:
@@ -229,11 +231,19 @@ def overload(
         yield dataclasses.replace(request, priority=int(rng.random() >= urgent_share))
 
 
+def crowd(rate: float, seed: int = 0, *, heavy_share: float = 0.9) -> Iterator[TraceRequest]:
+    """Two tenants: "heavy" sends `heavy_share` of the requests, "light" the others."""
+    rng = np.random.default_rng(seed)
+    for request in poisson(rate, MIXED_PROMPT, MIXED_OUTPUT, seed + 1):
+        yield dataclasses.replace(request, tenant="heavy" if rng.random() < heavy_share else "light")
+
+
 GENERATORS: dict[str, Callable[[float, int], Iterator[TraceRequest]]] = {
     "sharegpt": sharegpt,
     "rag": rag,
     "multi-turn": multi_turn,
     "overload": overload,
+    "crowd": crowd,
     "short": lambda rate, seed: poisson(rate, Lengths(64, 0.5, 4, 512), Lengths(32, 0.5, 2, 256), seed),
 }
 """What `scripts/simulate.py --trace NAME` knows."""

@@ -66,18 +66,31 @@ def test_asynchronous_stepping_hides_host_work() -> None:
 
 
 def test_priority_keeps_urgent_requests_fast_at_twice_the_load() -> None:
-    def ttft_p95(policy: str, rate: float) -> dict[int, float]:
+    def ttft_p95(policy: str, rate: float) -> list[float]:
         report = Report()
         for outcome in run(
             itertools.islice(GENERATORS["overload"](rate, 0), 600), dataclasses.replace(CONFIG, policy=policy)
         )[0]:
             report.add(outcome)
-        return {p: report.percentiles("ttft", p)["p95"] for p in report.priorities}
+        assert report.groups == ["priority 0", "priority 1"]
+        return [report.percentiles("ttft", group)["p95"] for group in report.groups]
 
     # The batch of 8 serves 15 of these requests a second.
     fcfs, priority = ttft_p95("fcfs", 30), ttft_p95("priority", 30)
     assert priority[0] < fcfs[0] / 20
     assert priority[0] < priority[1] / 20
+
+
+def test_fair_share_protects_the_light_tenant() -> None:
+    p95 = {}
+    for fair in (False, True):
+        report = Report()
+        config = dataclasses.replace(CONFIG, fair_share=fair)
+        for outcome in run(itertools.islice(GENERATORS["crowd"](30, 0), 500), config)[0]:
+            report.add(outcome)
+        assert report.groups == ["heavy, priority 0", "light, priority 0"]
+        p95[fair] = report.percentiles("ttft", "light, priority 0")["p95"]
+    assert p95[True] < p95[False] / 10
 
 
 def test_a_shared_prefix_is_computed_once() -> None:
@@ -121,5 +134,5 @@ def test_report_adds_up() -> None:
     summary = report.summary(simulation.totals)
     assert summary["requests"] == 100 and summary["reasons"] == {"length": 100}
     assert report.output_tokens == sum(o.output_tokens for o in outcomes)
-    assert len(report.values("ttft")) == sum(len(report.values("ttft", p)) for p in report.priorities) == 100
+    assert len(report.values("ttft")) == sum(len(report.values("ttft", g)) for g in report.groups) == 100
     assert 0 <= summary["kv_waste"] < summary["kv_waste_contiguous"] < 1  # pyright: ignore[reportOperatorIssue]
