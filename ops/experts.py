@@ -48,6 +48,8 @@ def experts(
     Returns:
         [T, D] in x's dtype; products are accumulated in float32.
     """
+    gate_up_bias_EJ = None if gate_up_bias_EJ is None else jnp.asarray(gate_up_bias_EJ)
+    down_bias_ED = None if down_bias_ED is None else jnp.asarray(down_bias_ED)
     if mesh is None or (expert_axis is None and model_axis is None):
         return _local(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED, activation)
     axes = tuple(axis for axis in (expert_axis, model_axis) if axis is not None)
@@ -64,18 +66,11 @@ def experts(
         return lax.psum(y_TD, axes)
 
     P = PartitionSpec
+    up, down = P(expert_axis, model_axis), P(expert_axis, None, model_axis)
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(
-            P(),
-            P(),
-            P(),
-            P(expert_axis, model_axis),
-            P(expert_axis, None, model_axis),
-            P(expert_axis, model_axis),
-            P(expert_axis),
-        ),  # fmt: skip
+        in_specs=(P(), P(), P(), up, down, up, P(expert_axis)),
         out_specs=P(),
         check_vma=False,
     )(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED)
