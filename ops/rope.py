@@ -19,7 +19,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def rope(
-    x: jax.Array, positions_T: jax.Array, inv_freq_h2: jax.Array, scale: float = 1.0, interleaved: bool = False
+    x: jax.Array, positions_T: jax.Array, inv_freq_h2: jax.typing.ArrayLike, scale: float = 1.0, interleaved: bool = False
 ) -> jax.Array:
     """Rotates pairs of each head's channels by `position * inv_freq`.
 
@@ -34,14 +34,12 @@ def rope(
     Returns:
         As x, in x's dtype; computed in float32.
     """
-    half = inv_freq_h2.shape[0]
+    half = jnp.shape(inv_freq_h2)[0]
     if 2 * half > x.shape[-1]:
         raise ValueError(
             f"rope has {half} frequencies but a head of {x.shape[-1]} channels has only half as many pairs."
         )
-    angle = positions_T.astype(jnp.float32)[:, None] * jnp.asarray(inv_freq_h2, jnp.float32)
-    angle = angle.reshape(angle.shape[0], *(1,) * (x.ndim - 2), half)
-    cos, sin = jnp.cos(angle) * scale, jnp.sin(angle) * scale
+    cos, sin = (y.reshape(y.shape[0], *(1,) * (x.ndim - 2), half) for y in cos_sin(positions_T, inv_freq_h2, scale))
     rotated, passed = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
     if interleaved:
         pairs = rotated.reshape(*rotated.shape[:-1], half, 2)
@@ -52,6 +50,12 @@ def rope(
         out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     out = out.astype(x.dtype)
     return jnp.concatenate([out, passed], axis=-1) if passed.shape[-1] else out
+
+
+def cos_sin(positions_T: jax.Array, inv_freq_h2: jax.typing.ArrayLike, scale: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """What `rope` multiplies by: float32 [T, r / 2] cosines and sines, times `scale`."""
+    angle = positions_T.astype(jnp.float32)[:, None] * jnp.asarray(inv_freq_h2, jnp.float32)
+    return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
 def inverse_frequencies(

@@ -25,9 +25,28 @@ INLINE vf load(const int8_t* p) {
   return __builtin_convertvector(__builtin_convertvector(v8(*reinterpret_cast<const v8_loose*>(p)), vi), vf);
 }
 INLINE void store(float* p, vf x) { *reinterpret_cast<vf_loose*>(p) = x; }
-INLINE vf splat(float x) { return x - vf{}; }
+INLINE vf splat(float x) {
+#if W == 16
+  return (vf)_mm512_set1_ps(x);
+#elif W == 8
+  return (vf)_mm256_set1_ps(x);
+#else
+  return vf{x, x, x, x};
+#endif
+}
 INLINE vf pick(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 INLINE vf vmax(vf a, vf b) { return pick(a > b, a, b); }
+
+// a * b + c in one rounding where the set has it: the build turns the compiler's own contraction off.
+INLINE vf fma(vf a, vf b, vf c) {
+#if W == 16
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif W == 8
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
 
 INLINE vi iota() {
   vi x;
@@ -40,16 +59,16 @@ INLINE vi iota() {
 INLINE vf vexp(vf x) {
   const vi normal = x >= -87.3f;
   const vf big = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
-  const vf shifted = x * 1.44269504f + big;
+  const vf shifted = fma(x, splat(1.44269504f), big);
   const vf n = shifted - big;
-  const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  const vf r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
   vf y = splat(1.0f / 720);
-  y = y * r + 1.0f / 120;
-  y = y * r + 1.0f / 24;
-  y = y * r + 1.0f / 6;
-  y = y * r + 0.5f;
-  y = y * r + 1.0f;
-  y = y * r + 1.0f;
+  y = fma(y, r, splat(1.0f / 120));
+  y = fma(y, r, splat(1.0f / 24));
+  y = fma(y, r, splat(1.0f / 6));
+  y = fma(y, r, splat(0.5f));
+  y = fma(y, r, splat(1.0f));
+  y = fma(y, r, splat(1.0f));
   const vi power = ((vi)shifted << 23) + 0x3f800000;
   return (vf)((vi)(y * (vf)power) & normal);
 }
@@ -75,14 +94,14 @@ INLINE float max_lanes(vf x) {
 template <int R, int N>
 INLINE void step(vf (&acc)[R][N], const float* a, int64_t lda, const vf (&b)[N]) {
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < N; ++v) acc[r][v] += a[r * lda] * b[v];
+    for (int v = 0; v < N; ++v) acc[r][v] = fma(splat(a[r * lda]), b[v], acc[r][v]);
 }
 template <int R, int N>
 INLINE void step(vf (&acc)[R][N], const float* a, int64_t lda, const vu (&b)[N]) {
   for (int v = 0; v < N; ++v) {
     const vf low = (vf)(b[v] << 16), high = (vf)(b[v] & 0xffff0000u);
-    for (int r = 0; r < R; ++r) acc[r][v] += a[r * lda] * low;
-    for (int r = 0; r < R; ++r) acc[r][v] += a[r * lda + 1] * high;
+    for (int r = 0; r < R; ++r) acc[r][v] = fma(splat(a[r * lda]), low, acc[r][v]);
+    for (int r = 0; r < R; ++r) acc[r][v] = fma(splat(a[r * lda + 1]), high, acc[r][v]);
   }
 }
 #if BF16_DOT
@@ -135,11 +154,14 @@ AT static __attribute__((noinline)) void scores(const typename T::Query* q, int6
       p[v] = k[panel] + lane;
       ahead[v] = next[panel] + lane;
     }
+    // Prefetch a cache line once, where several steps' vectors share it.
+    const int64_t row_bytes = ldk * (int64_t)sizeof(typename T::Page);
+    const int every = row_bytes < 64 ? (int)(64 / row_bytes) : 1;
     vf acc[R][N] = {};
     for (int i = 0; i < steps; ++i) {
       typename T::Vector b[N];
       for (int v = 0; v < N; ++v) b[v] = load(p[v] + i * ldk);
-      if (AHEAD)
+      if (AHEAD && (i & (every - 1)) == 0)
         for (int v = 0; v < N; ++v) PREFETCH(ahead[v] + i * ldk);
       step<R, N>(acc, q + i * T::STRIDE, ldq, b);
     }
@@ -164,7 +186,8 @@ AT static __attribute__((noinline)) void values(const typename T::Query* weight,
       typename T::Vector b[N];
       for (int v = 0; v < N; ++v) b[v] = load(p + v * W);
       if (AHEAD)
-        for (int v = 0; v < N; ++v) PREFETCH(ahead + v * W);
+        for (int v = 0; v < N; ++v)
+          if (v * W * sizeof(typename T::Page) % 64 == 0) PREFETCH(ahead + v * W);
       step<R, N>(acc, w + i * T::STRIDE, LDW, b);
     }
     if constexpr (T::PAIR == 2) {
@@ -326,8 +349,8 @@ AT static void attend(const Tile& tile, const Pool& pool, const int32_t* table, 
     }
     for (int r = 0; r < tile.rows; ++r) {
       float* score = tile.score + r * BLOCK;
-      const int position = tile.position[r];
-      const int last = position - base, first = last - pool.window + 1;
+      const int position = tile.position[r] - base, first = position - pool.window + 1;
+      const int last = position < tokens ? position : tokens - 1;
       const bool masked = last < BLOCK - 1 || first > 0;
       constexpr int PER_PANEL = PANEL / W;
       vf s[BLOCK / W];

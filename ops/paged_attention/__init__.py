@@ -12,12 +12,14 @@ import functools
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec
 
+from ops.paged_attention import native, pallas_tpu, xla
 from ops.paged_attention import pages as _pages
-from ops.paged_attention import xla
 from ops.paged_attention.batch import Q_BLOCK, AttentionBatch, KVSpec
-from ops.paged_attention.pages import KVPages, bytes_per_page
+from ops.paged_attention.pages import KVPages, Layout, bytes_per_page
+from ops.rope import cos_sin, rope
 
 __all__ = [
     "BACKENDS",
@@ -27,11 +29,17 @@ __all__ = [
     "KVSpec",
     "allocate",
     "attend",
+    "attend_rope",
+    "best_layout",
     "bytes_per_page",
     "use_backend",
 ]
 
-BACKENDS: dict[str, Callable[..., tuple[jax.Array, KVPages]]] = {"xla": xla.attend}
+BACKENDS: dict[str, Callable[..., tuple[jax.Array, KVPages]]] = {
+    "native": native.attend,
+    "pallas_tpu": pallas_tpu.attend,
+    "xla": xla.attend,
+}
 """Implementations by name, best first."""
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("paged_attention_backend", default=None)
@@ -71,7 +79,17 @@ def allocate(
     Raises:
         ValueError: a dtype or size that no backend takes.
     """
-    return _pages.allocate(spec, num_pages, page_size, dtype, mesh, "rows")
+    layout = best_layout(spec, page_size, dtype, _pages.platform_of(mesh))
+    return _pages.allocate(spec, num_pages, page_size, dtype, mesh, layout)
+
+
+def best_layout(spec: KVSpec, page_size: int, dtype: jax.typing.DTypeLike, platform: str) -> Layout:
+    """How pages lie for the backend that will read them on `platform` ("cpu", "gpu", "tpu")."""
+    forced = _forced.get()
+    if forced in (None, "native") and native.supports(spec, page_size, np.dtype(dtype), platform):
+        return "panels"
+    wants_lanes = forced == "pallas_tpu" or (forced is None and platform == "tpu")
+    return "lanes" if wants_lanes and pallas_tpu.supports(page_size, dtype) else "rows"
 
 
 def attend(
@@ -102,29 +120,61 @@ def attend(
         (out_TKGh of v's head size in q's dtype, the updated pages). Padded tokens yield zeros. Softmax is float32; the
         products are float32 on CPU unless pages are bfloat16.
     """
+    options = {"scale": scale, "window": window, "softcap": softcap}
     forced = _forced.get()
     for name, body in BACKENDS.items():
         if forced is not None and name != forced:
             continue
         try:
-            run = functools.partial(body, scale=scale, window=window, softcap=softcap)
-            if kv.mesh is None:
-                return run(q_TKGh, k_TKh, v_TKh, kv, batch, sinks_KG=sinks_KG)
-            return _per_device(run, q_TKGh, k_TKh, v_TKh, kv, batch, sinks_KG)
+            return _per_device(functools.partial(body, **options), (q_TKGh, k_TKh, v_TKh), (), kv, batch, sinks_KG)
         except NotImplementedError:
             if forced is not None:
                 raise
     raise AssertionError("the xla backend declined")
 
 
-def _per_device(run, q_TKGh, k_TKh, v_TKh, kv, batch, sinks_KG):
+def attend_rope(
+    qkv_TKgh: jax.Array,
+    rotary: tuple[np.ndarray, float] | None,
+    kv: KVPages,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_KG: jax.Array | None = None,
+) -> tuple[jax.Array, KVPages]:
+    """`attend` on a fused projection, rotating q and k by the tokens' positions; one kernel where there is one for it.
+
+    Args:
+        qkv_TKgh: [T, K, G + 2, h]: a KV head's G queries, then its k, then its v.
+        rotary: (inv_freq, factor) as `ops.rope.inverse_frequencies` gives, channels paired (i, i + r / 2); None when
+            q and k are rotated already or never are.
+        kv, batch, scale, window, softcap, sinks_KG: as in `attend`.
+    Returns:
+        As `attend`.
+    """
+    if _forced.get() in (None, "native"):
+        run = functools.partial(native.attend_rope, scale=scale, window=window, softcap=softcap)
+        angles = () if rotary is None else cos_sin(batch.positions_T, *rotary)
+        with contextlib.suppress(NotImplementedError):
+            return _per_device(run, (qkv_TKgh,), angles, kv, batch, sinks_KG)
+    q_TKGh, k_TKh, v_TKh = qkv_TKgh[:, :, :-2], qkv_TKgh[:, :, -2], qkv_TKgh[:, :, -1]
+    if rotary is not None:
+        q_TKGh, k_TKh = (rope(x, batch.positions_T, *rotary) for x in (q_TKGh, k_TKh))
+    return attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=scale, window=window, softcap=softcap, sinks_KG=sinks_KG)
+
+
+def _per_device(run, tokens, angles, kv, batch, sinks_KG):
     """Each device attends with its own KV heads, or with all when they are not split: no communication either way."""
+    if kv.mesh is None:
+        return run(*tokens, *angles, kv, batch, sinks_KG=sinks_KG)
     heads = PartitionSpec(None, _pages.MODEL_AXIS) if kv.sharded else PartitionSpec()
     sinks = PartitionSpec(_pages.MODEL_AXIS) if kv.sharded else PartitionSpec()
     return jax.shard_map(
-        lambda q, k, v, kv, batch, sinks: run(q, k, v, kv, batch, sinks_KG=sinks),
+        lambda tokens, angles, kv, batch, sinks: run(*tokens, *angles, kv, batch, sinks_KG=sinks),
         mesh=kv.mesh,
-        in_specs=(heads, heads, heads, heads, PartitionSpec(), sinks),
+        in_specs=(heads, PartitionSpec(), heads, PartitionSpec(), sinks),
         out_specs=(heads, heads),
         check_vma=False,
-    )(q_TKGh, k_TKh, v_TKh, kv, batch, sinks_KG)
+    )(tokens, angles, kv, batch, sinks_KG)

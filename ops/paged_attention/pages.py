@@ -1,6 +1,6 @@
 """One layer's K and V in pages: how they lie in memory, how tokens get in and pages get out.
 
-Two layouts. `rows` keeps each token's K together, `[page, K, page_size, h]`, and is what plain XLA reads. `panels` is
+Three layouts. `rows` keeps each token's K together, `[page, K, page_size, h]`, and is what plain XLA reads. `panels` is
 what the CPU's native kernels read: K is turned so that a vector register holds one channel of neighbouring tokens, and
 both K and V are ready-packed right-hand sides of a matrix product, so attention reads a page where it lies:
 
@@ -8,6 +8,10 @@ both K and V are ready-packed right-hand sides of a matrix product, so attention
     bfloat16        k [page, K, h / 2, page_size, 2]   v [page, K, page_size / 2, h, 2]   (pairs for the bf16 dot)
 
 int8 pages carry one float32 scale a token and head, `[page, K, page_size]`.
+
+`lanes` is what the TPU's kernels read: one array `[page, K, page_size, L]` with a token's K and V side by side. A TPU
+pads the last axis of everything to 128 lanes, so two heads of 64 share what each would have had to itself; wider ones
+start at a multiple of 128. `v` is then None, and `k_scale` holds both scales, `[page, K, 2, page_size]`.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import numpy as np
 
 from ops.paged_attention.batch import KVSpec
 
-Layout = Literal["rows", "panels"]
+Layout = Literal["rows", "panels", "lanes"]
 MODEL_AXIS = "model"
 """The mesh axis over which KV heads are split, when it divides them."""
 
@@ -38,7 +42,8 @@ _DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5
 class KVPages:
     """One layer's pages. Opaque to models and engine: only ops/paged_attention looks inside.
 
-    `v` is None when the layer keeps one latent for K and V (KVSpec.v_head_dim == 0). Scales are None unless int8.
+    `v` is None when the layer keeps one latent for K and V (KVSpec.v_head_dim == 0), and in lanes. Scales are None unless
+    int8.
     """
 
     k: jax.Array
@@ -72,6 +77,14 @@ def _shapes(
 ) -> dict[str, tuple[tuple[int, ...], np.dtype] | None]:
     """Shape and dtype of each array of a KVPages."""
     K, h, hv = spec.num_kv_heads, spec.head_dim, spec.v_head_dim
+    if layout == "lanes":
+        scale = (num_pages, K, 2 if hv else 1, page_size), np.dtype(np.float32)
+        return {
+            "k": ((num_pages, K, page_size, lane_layout(spec).width), dtype),
+            "v": None,
+            "k_scale": scale if dtype == np.int8 else None,
+            "v_scale": None,
+        }
     k, v = (num_pages, K, page_size, h), (num_pages, K, page_size, hv)
     if layout == "panels":
         k = (num_pages, K, h, page_size)
@@ -81,9 +94,52 @@ def _shapes(
     return {"k": (k, dtype), "v": (v, dtype) if hv else None, "k_scale": scale, "v_scale": scale if hv else None}
 
 
-def bytes_per_page(spec: KVSpec, page_size: int, dtype: jax.typing.DTypeLike) -> int:
-    """Bytes that one page of one layer takes, over all devices together; every layout takes the same."""
-    shapes = _shapes(spec, 1, page_size, np.dtype(dtype), "rows").values()
+@dataclasses.dataclass(frozen=True)
+class LaneLayout:
+    """Where K and V are in a row of a page in lanes.
+
+    Attributes:
+        width: L, a multiple of 128.
+        v_first: lane at which V begins; 0 when K is V too.
+        k_slice, v_slice: (first, past the last) whole lanes that hold K, and V.
+    """
+
+    width: int
+    v_first: int
+    k_slice: tuple[int, int]
+    v_slice: tuple[int, int]
+
+
+LANES = 128
+
+
+def lane_layout(spec: KVSpec) -> LaneLayout:
+    """K and V share 128 lanes when they fit, else each begins at a multiple of 128."""
+    h, hv = spec.head_dim, spec.v_head_dim
+    k_width = -(-h // LANES) * LANES
+    if hv == 0:
+        return LaneLayout(k_width, 0, (0, k_width), (0, k_width))
+    if h + hv <= LANES:
+        return LaneLayout(LANES, h, (0, LANES), (0, LANES))
+    width = k_width + -(-hv // LANES) * LANES
+    return LaneLayout(width, k_width, (0, k_width), (k_width, width))
+
+
+def join_lanes(spec: KVSpec, k: jax.Array, v: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """[..., h] and [..., hv] as rows of a page in lanes, [..., L], zeros between."""
+    lanes = lane_layout(spec)
+    k = _cast(k, dtype)
+    parts = [k] if v is None else [_pad_last(k, lanes.v_first), _cast(v, dtype)]
+    return _pad_last(parts[0] if v is None else jnp.concatenate(parts, axis=-1), lanes.width)
+
+
+def _pad_last(x: jax.Array, width: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
+
+
+def bytes_per_page(spec: KVSpec, page_size: int, dtype: jax.typing.DTypeLike, layout: Layout = "rows") -> int:
+    """Bytes that one page of one layer takes, over all devices together; only lanes may take more than the others."""
+    shapes = _shapes(spec, 1, page_size, np.dtype(dtype), layout).values()
     return sum(int(np.prod(shape)) * kind.itemsize for shape, kind in filter(None, shapes))
 
 
@@ -111,8 +167,13 @@ def allocate(
         name: None if shape is None else jnp.zeros(shape[0], shape[1], device=sharding)
         for name, shape in _shapes(spec, num_pages, page_size, dtype, layout).items()
     }
-    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    platform = platform_of(mesh)
     return KVPages(**arrays, spec=spec, page_size=page_size, layout=layout, platform=platform, mesh=mesh)
+
+
+def platform_of(mesh: jax.sharding.Mesh | None) -> str:
+    """The platform of a mesh's devices, or of the default one."""
+    return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
 
 
 def write(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, index_T: jax.Array) -> KVPages:
@@ -121,11 +182,24 @@ def write(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, index_T: jax.A
     One scatter an array, in place when the pages are donated.
     """
     page_T, slot_T = index_T // kv.page_size, index_T % kv.page_size
+    narrow = jnp.issubdtype(kv.k.dtype, jnp.floating) and kv.k.dtype.itemsize < 4
+    if narrow and kv.platform == "cpu" and kv.layout != "lanes":
+        return _write_each(kv, k_TKh, v_TKh, index_T)
     new = {}
+    if kv.layout == "lanes":
+        if kv.k_scale is not None:
+            k_TKh, scale_TK = quantize_int8(k_TKh)
+            scales = [scale_TK]
+            if v_TKh is not None:
+                v_TKh, scale_TK = quantize_int8(v_TKh)
+                scales.append(scale_TK)
+            new["k_scale"] = kv.k_scale.at[page_T, :, :, slot_T].set(jnp.stack(scales, axis=-1), mode="drop")
+        rows_TKL = join_lanes(kv.spec, k_TKh, v_TKh, kv.k.dtype)
+        return dataclasses.replace(kv, k=kv.k.at[page_T, :, slot_T].set(rows_TKL, mode="drop"), **new)
     k_TKh, new["k_scale"] = _quantize(k_TKh, kv.k, kv.k_scale, page_T, slot_T)
     if kv.layout == "rows":
         new["k"] = kv.k.at[page_T, :, slot_T].set(k_TKh, mode="drop")
-    elif kv.k.ndim == 5:
+    elif kv.k.ndim == 5:  # bfloat16
         pairs = k_TKh.reshape(*k_TKh.shape[:2], -1, 2)
         new["k"] = kv.k.at[page_T, :, :, slot_T].set(pairs, mode="drop")
     else:
@@ -140,15 +214,50 @@ def write(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, index_T: jax.A
     return dataclasses.replace(kv, **new)
 
 
+def _write_each(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, index_T: jax.Array) -> KVPages:
+    """`write` token by token: XLA's CPU scatter of a narrow float turns all pages into float32 and back."""
+    index_T = jnp.where((index_T >= 0) & (index_T < kv.num_pages * kv.page_size), index_T, 0)
+    page_T, slot_T = index_T // kv.page_size, index_T % kv.page_size
+    k_T, v_T = _cast(k_TKh, kv.k.dtype), None if v_TKh is None else _cast(v_TKh, kv.k.dtype)
+    zero = jnp.zeros((), jnp.int32)
+
+    def put(token, arrays):
+        k, v = arrays
+        page, slot, new = page_T[token], slot_T[token], k_T[token]
+        if kv.layout == "rows":
+            k = jax.lax.dynamic_update_slice(k, new[None, :, None], (page, zero, slot, zero))
+        else:
+            pairs = new.reshape(1, new.shape[0], -1, 1, 2)
+            k = jax.lax.dynamic_update_slice(k, pairs, (page, zero, zero, slot, zero))
+        if v is not None and v_T is not None:
+            new = v_T[token]
+            if kv.layout == "rows":
+                v = jax.lax.dynamic_update_slice(v, new[None, :, None], (page, zero, slot, zero))
+            else:
+                v = jax.lax.dynamic_update_slice(
+                    v, new[None, :, None, :, None], (page, zero, slot // 2, zero, slot % 2)
+                )
+        return k, v
+
+    k, v = jax.lax.fori_loop(0, index_T.shape[0], put, (kv.k, kv.v))
+    return dataclasses.replace(kv, k=k, v=v)
+
+
 def _quantize(x_TKh, pages, scales, page_T, slot_T):
     """Tokens in the pages' dtype, and the updated scales (None when the dtype needs none)."""
     if scales is None:
-        if jnp.issubdtype(pages.dtype, jnp.floating) and pages.dtype.itemsize == 1:
-            limit = float(jnp.finfo(pages.dtype).max)
-            x_TKh = jnp.clip(x_TKh, -limit, limit)  # a cast beyond e4m3's range gives NaN
-        return x_TKh.astype(pages.dtype), None
+        return _cast(x_TKh, pages.dtype), None
     values, scale_TK = quantize_int8(x_TKh)
     return values, scales.at[page_T, :, slot_T].set(scale_TK, mode="drop")
+
+
+def _cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`x` in another float dtype; what is beyond a narrow one's range becomes its largest."""
+    dtype = jnp.dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 1:
+        limit = float(jnp.finfo(dtype).max)
+        x = jnp.clip(x, -limit, limit)  # a cast beyond e4m3's range gives NaN
+    return x.astype(dtype)
 
 
 def quantize_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -165,6 +274,8 @@ def read(kv: KVPages, pages: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[ja
     Args:
         pages: [...] int32 page ids, all in range.
     """
+    if kv.layout == "lanes":
+        return _read_lanes(kv, pages, dtype)
     k = _rows(kv.k[pages], kv.layout, keys=True).astype(dtype)
     if kv.k_scale is not None:
         k = k * kv.k_scale[pages][..., None].astype(dtype)
@@ -174,6 +285,16 @@ def read(kv: KVPages, pages: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[ja
     if kv.v_scale is not None:
         v = v * kv.v_scale[pages][..., None].astype(dtype)
     return k, v
+
+
+def _read_lanes(kv: KVPages, pages: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+    lanes = lane_layout(kv.spec)
+    rows = kv.k[pages].astype(dtype)
+    k, v = rows[..., : kv.spec.head_dim], rows[..., lanes.v_first : lanes.v_first + kv.spec.v_head_dim]
+    if kv.k_scale is not None:
+        scales = kv.k_scale[pages].astype(dtype)
+        k, v = k * scales[..., 0, :, None], v * scales[..., -1, :, None]
+    return k, v if kv.spec.v_head_dim else k
 
 
 def _rows(pages: jax.Array, layout: Layout, keys: bool) -> jax.Array:

@@ -1,5 +1,6 @@
 """Every body of paged attention against the spelled-out reference, over one table of shapes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,34 +8,79 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import paged_attention
+from ops import native, paged_attention
 from ops.paged_attention import pages, reference
 from ops.paged_attention.batch import KVSpec
 from ops.paged_attention.cases import TEST_CASES, Arguments, Case, make_arguments
+from ops.rope import inverse_frequencies, rope
 
-# (backend, layout of the pages)
-BODIES = [("xla", "rows"), ("xla", "panels")]
-
-
-def fill(case: Case, arguments: Arguments, dtype, layout) -> paged_attention.KVPages:
-    """Pages in a layout holding the case's history, leftovers of other requests included."""
-    num_pages, size, K, _ = arguments.history_k.shape
-    kv = pages.allocate(case.spec, num_pages, size, dtype, None, layout)
-    k = arguments.history_k.reshape(num_pages * size, K, -1)
-    v = None if arguments.history_v is None else arguments.history_v.reshape(num_pages * size, K, -1)
-    return jax.jit(pages.write)(kv, k, v, jnp.arange(num_pages * size, dtype=jnp.int32))
+# (backend, layout of the pages, native instruction set). Attention has no kernels of its own for the level "vnni".
+XLA = [("xla", "rows", "")]
+NATIVE = [("native", "panels", isa) for isa in ("generic", "avx2", "avx512", "bf16")]
 
 
-def run(backend: str, arguments: Arguments, kv, dtype=np.float32):
+def bodies(bodies):
+    return pytest.mark.parametrize("body", bodies, ids=lambda body: "-".join(filter(None, body)))
+
+
+@pytest.fixture(autouse=True)
+def best_isa():
+    yield
+    if native.available():
+        native.set_isa(None)
+
+
+def fill(case: Case, arguments: Arguments, dtype, body) -> paged_attention.KVPages:
+    """Pages in a body's layout holding the case's history, leftovers of other requests included."""
+    backend, layout, isa = body
+    dtype = np.dtype(dtype)
+    if backend == "native":
+        if not native.available():
+            pytest.skip(native.status())
+        if not paged_attention.native.supports(case.spec, case.page_size, dtype, "cpu"):
+            pytest.skip("no native kernel for this shape and dtype")
+        if native.set_isa(isa) != isa:
+            pytest.skip(f"this CPU has no {isa}")
+    kv = pages.allocate(case.spec, len(arguments.history_k), case.page_size, dtype, None, layout)
+    new = {}
+    for name, history in (("k", arguments.history_k), ("v", arguments.history_v)):
+        if history is None:
+            continue
+        rows_NKsh = history.swapaxes(1, 2)
+        if dtype == np.int8:
+            new[name + "_scale"] = np.abs(rows_NKsh).max(-1) / np.float32(127)
+            with np.errstate(invalid="ignore"):
+                rows_NKsh = np.round(rows_NKsh / new[name + "_scale"][..., None]).astype(dtype)
+        else:
+            rows_NKsh = rows_NKsh.astype(dtype)
+        if layout == "panels":
+            N, K, s, h = rows_NKsh.shape
+            if name == "k":  # channels before slots, and pairs of channels side by side
+                pair = 2 if dtype == jnp.bfloat16 else 1
+                rows_NKsh = rows_NKsh.reshape(N, K, s, h // pair, pair).transpose(0, 1, 3, 2, 4)
+            else:  # pairs of tokens side by side
+                pair = 2 if dtype == jnp.bfloat16 else 1
+                rows_NKsh = rows_NKsh.reshape(N, K, s // pair, pair, h).swapaxes(-1, -2)
+            rows_NKsh = rows_NKsh.reshape(getattr(kv, name).shape)
+        new[name] = rows_NKsh
+    return dataclasses.replace(kv, **{name: jnp.array(x) for name, x in new.items()})
+
+
+@functools.cache
+def step(backend: str, **options):
+    """One jitted function for a case, whatever the instruction set: only the backend decides what is compiled."""
+    return jax.jit(functools.partial(paged_attention.attend, **options), donate_argnums=3)
+
+
+def run(body, arguments: Arguments, kv, dtype=np.float32):
     """attend's output (float32 numpy) and pages."""
     options = dict(arguments.options)
     sinks_KG = options.pop("sinks_KG")
     q, k, v = (
         None if x is None else jnp.asarray(x, dtype) for x in (arguments.q_TKGh, arguments.k_TKh, arguments.v_TKh)
     )
-    with paged_attention.use_backend(backend):
-        step = jax.jit(functools.partial(paged_attention.attend, **options), donate_argnums=3)
-        out, kv = step(q, k, v, kv, arguments.batch, sinks_KG=sinks_KG)
+    with paged_attention.use_backend(body[0]):
+        out, kv = step(body[0], **options)(q, k, v, kv, arguments.batch, sinks_KG=sinks_KG)
     assert out.dtype == q.dtype
     return np.asarray(out, np.float32), kv
 
@@ -56,12 +102,12 @@ def expected(arguments: Arguments, kv):
     )[0]
 
 
-@pytest.mark.parametrize("backend,layout", BODIES, ids="-".join)
+@bodies(XLA + NATIVE)
 @pytest.mark.parametrize("name", TEST_CASES)
-def test_float32_matches_reference(name, backend, layout):
+def test_float32_matches_reference(name, body):
     case = TEST_CASES[name]
     arguments = make_arguments(case)  # leftovers are NaN: whoever lets one in is found out
-    out, kv = run(backend, arguments, fill(case, arguments, np.float32, layout))
+    out, kv = run(body, arguments, fill(case, arguments, np.float32, body))
     want, want_k, want_v = reference.attend(
         arguments.q_TKGh, arguments.k_TKh, arguments.v_TKh, arguments.history_k, arguments.history_v,
         arguments.batch, **arguments.options,
@@ -76,55 +122,114 @@ def test_float32_matches_reference(name, backend, layout):
 NARROW_CASES = ["decode", "chunk_rows", "everything", "head_24", "value_head_smaller", "latent", "page_32"]
 
 
+@pytest.mark.parametrize("name", ["everything", "value_head_smaller", "latent", "page_32"])
+@pytest.mark.parametrize("dtype", [np.float32, "bfloat16", "int8"])
+def test_xla_reads_panels(name, dtype):
+    """Plain XLA is the fallback for whatever a kernel declines, so it serves every layout."""
+    case = TEST_CASES[name]
+    if case.spec.v_head_dim == 0:
+        pytest.skip("a latent is never kept in panels")
+    arguments = make_arguments(case)
+    out, kv = run(("xla", "panels", ""), arguments, fill(case, arguments, dtype, ("xla", "panels", "")))
+    np.testing.assert_allclose(out, expected(arguments, kv), atol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
-@pytest.mark.parametrize("backend,layout", BODIES, ids="-".join)
+@bodies(XLA + NATIVE)
 @pytest.mark.parametrize("name", NARROW_CASES)
-def test_narrow_pages(name, backend, layout, dtype):
-    if layout == "panels" and dtype.startswith("float8"):
-        pytest.skip("the panels layout is not used for float8")
+def test_narrow_pages(name, body, dtype):
     case = TEST_CASES[name]
     arguments = make_arguments(case)
-    out, kv = run(backend, arguments, fill(case, arguments, dtype, layout))
-    # bfloat16 products round weights (and queries) to 8 bits; a mean of values of size 1 is then off by 2^-8 at most.
+    out, kv = run(body, arguments, fill(case, arguments, dtype, body))
+    # bfloat16 products round weights and queries to 8 bits; a mean of values of size 1 is then off by 2^-7 at most.
     np.testing.assert_allclose(out, expected(arguments, kv), atol=1.6e-2 if dtype == "bfloat16" else 2e-5)
     k_NsKh, _ = plain(kv)
     page, slot = np.divmod(arguments.batch.kv_index_T, case.page_size)
     real = page > 0
-    step = {"bfloat16": 2.0**-8, "int8": 1 / 127, "float8_e4m3fn": 2.0**-4}[dtype]
+    rounding = {"bfloat16": 2.0**-8, "int8": 1 / 127, "float8_e4m3fn": 2.0**-4}[dtype]
     largest = np.abs(arguments.k_TKh[real]).max(-1, keepdims=True)
-    assert (np.abs(k_NsKh[page, slot][real] - arguments.k_TKh[real]) <= largest * step).all()
+    assert (np.abs(k_NsKh[page, slot][real] - arguments.k_TKh[real]) <= largest * rounding).all()
 
 
-@pytest.mark.parametrize("backend,layout", BODIES, ids="-".join)
-def test_bfloat16_activations(backend, layout):
+@bodies(XLA + NATIVE[-1:])
+def test_bfloat16_activations(body):
     case = TEST_CASES["mixed"]
     arguments = make_arguments(case)
-    out, kv = run(backend, arguments, fill(case, arguments, "bfloat16", layout), jnp.bfloat16)
+    out, kv = run(body, arguments, fill(case, arguments, "bfloat16", body), jnp.bfloat16)
     np.testing.assert_allclose(out, expected(arguments, kv), atol=3e-2)
 
 
-@pytest.mark.parametrize("backend,layout", BODIES, ids="-".join)
-def test_padded_tokens_yield_zeros(backend, layout):
+@bodies(XLA + NATIVE)
+def test_padded_tokens_yield_zeros(body):
     case = TEST_CASES["mixed"]
     arguments = make_arguments(case)
-    out, _ = run(backend, arguments, fill(case, arguments, np.float32, layout))
+    out, _ = run(body, arguments, fill(case, arguments, np.float32, body))
     padding = arguments.batch.kv_index_T == 0
     assert padding.any() and (out[padding] == 0).all() and (out[~padding] != 0).any(axis=(1, 2, 3)).all()
 
 
-@pytest.mark.parametrize("backend,layout", BODIES, ids="-".join)
-def test_pages_are_updated_in_place(backend, layout):
+@pytest.mark.parametrize("dtype", [np.float32, "bfloat16", "int8"])
+@bodies([*XLA, ("xla", "panels", ""), NATIVE[0]])
+def test_pages_are_updated_in_place(body, dtype):
     case = Case(decode=(30, 31), chunks=((5, 20),))
     arguments = make_arguments(case)
-    kv = pages.allocate(case.spec, 1000, case.page_size, np.float32, None, layout)
+    fill(case, arguments, dtype, body)  # skips where there is no kernel
+    kv = pages.allocate(case.spec, 5000, case.page_size, dtype, None, body[1])
     options = {name: value for name, value in arguments.options.items() if name != "sinks_KG"}
-    with paged_attention.use_backend(backend):
-        step = jax.jit(functools.partial(paged_attention.attend, **options), donate_argnums=3)
-        program = step.lower(arguments.q_TKGh, arguments.k_TKh, arguments.v_TKh, kv, arguments.batch).compile()
+    with paged_attention.use_backend(body[0]):
+        traced = jax.jit(functools.partial(paged_attention.attend, **options), donate_argnums=3)
+        program = traced.lower(arguments.q_TKGh, arguments.k_TKh, arguments.v_TKh, kv, arguments.batch).compile()
     memory = program.memory_analysis()
-    pages_bytes = kv.k.nbytes + kv.v.nbytes
-    assert memory.alias_size_in_bytes >= pages_bytes
-    assert memory.temp_size_in_bytes < pages_bytes // 4, "the program keeps a second copy of the pages"
+    assert memory is not None
+    stored = sum(leaf.nbytes for leaf in jax.tree.leaves(kv))
+    assert memory.alias_size_in_bytes >= stored
+    assert memory.temp_size_in_bytes < stored // 3, "the program keeps a second copy of the pages"
+
+
+@bodies(XLA + NATIVE[-1:])
+@pytest.mark.parametrize("with_rope", [True, False])
+def test_attend_rope_is_rope_then_attend(with_rope, body):
+    case = TEST_CASES["everything"]
+    arguments = make_arguments(case)
+    options = dict(arguments.options)
+    sinks_KG = options.pop("sinks_KG")
+    rotary = (
+        inverse_frequencies({"rope_theta": 100.0, "partial_rotary_factor": 0.5}, case.head_dim) if with_rope else None
+    )
+    q, k, v, batch = arguments.q_TKGh, arguments.k_TKh, arguments.v_TKh, arguments.batch
+    rotated_q, rotated_k = q, k
+    if rotary is not None:
+        rotated_q, rotated_k = (np.asarray(rope(x, batch.positions_T, *rotary)) for x in (q, k))
+    want, want_kv = run(
+        body, dataclasses.replace(arguments, q_TKGh=rotated_q, k_TKh=rotated_k), fill(case, arguments, np.float32, body)
+    )
+    qkv = np.concatenate([q, k[:, :, None], v[:, :, None]], axis=2)
+    with paged_attention.use_backend(body[0]):
+        out, kv = jax.jit(
+            lambda qkv, kv, batch: paged_attention.attend_rope(qkv, rotary, kv, batch, sinks_KG=sinks_KG, **options)
+        )(qkv, fill(case, arguments, np.float32, body), batch)
+    np.testing.assert_allclose(out, want, atol=1e-5)
+    np.testing.assert_allclose(plain(kv)[0][1:], plain(want_kv)[0][1:], atol=1e-5)
+
+
+def test_heads_split_over_a_mesh():
+    """Each device holds its own heads' pages and answers for them, natively or not."""
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",))
+    case = TEST_CASES["mixed"]
+    arguments = make_arguments(case, leftovers=0.0)
+    arguments.history_k[:], arguments.history_v[:] = 0, 0
+    want = run(XLA[0], arguments, fill(case, arguments, np.float32, XLA[0]))[0]
+    kv = paged_attention.allocate(case.spec, len(arguments.history_k), case.page_size, np.float32, mesh)
+    assert kv.k.sharding.shard_shape(kv.k.shape)[1] == case.num_kv_heads // 2
+    options = {name: value for name, value in arguments.options.items() if name != "sinks_KG"}
+    traced = jax.jit(functools.partial(paged_attention.attend, **options), donate_argnums=3)
+    operands = arguments.q_TKGh, arguments.k_TKh, arguments.v_TKh
+    program = traced.lower(*operands, kv, arguments.batch).compile()
+    assert "all-" not in program.as_text(), "attention needs no communication"
+    out, _ = traced(*operands, kv, arguments.batch)
+    np.testing.assert_allclose(out, want, atol=2e-5)
 
 
 def test_bytes_per_page():

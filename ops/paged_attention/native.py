@@ -1,0 +1,99 @@
+"""The CPU's own attention: one C++ handler a layer that writes K and V and attends to pages where they lie.
+
+See `ops/native/attention.cc`. It reads the `panels` layout, so whether it can serve a layer is settled when the layer's
+pages are allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ops import native
+from ops.paged_attention.batch import AttentionBatch, KVSpec
+from ops.paged_attention.pages import KVPages
+
+_PANEL = 16  # tokens; as in attention.cc
+
+
+def supports(spec: KVSpec, page_size: int, dtype: np.dtype, platform: str) -> bool:
+    """Whether this machine has a kernel for such pages. Builds the library when first asked."""
+    fits = page_size % _PANEL == 0 and spec.head_dim % 2 == 0 and spec.v_head_dim > 0 and spec.v_head_dim % _PANEL == 0
+    return fits and platform == "cpu" and dtype.name in ("float32", "bfloat16", "int8") and native.available()
+
+
+def attend(
+    q_TKGh: jax.Array,
+    k_TKh: jax.Array,
+    v_TKh: jax.Array | None,
+    kv: KVPages,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks_KG: jax.Array | None,
+) -> tuple[jax.Array, KVPages]:
+    """See ops.paged_attention.attend."""
+    return _call(q_TKGh, k_TKh, v_TKh, (), kv, batch, scale, window, softcap, sinks_KG)
+
+
+def attend_rope(
+    qkv_TKgh: jax.Array,
+    *rest: Any,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks_KG: jax.Array | None,
+) -> tuple[jax.Array, KVPages]:
+    """`attend` on a fused projection that is not rotated yet: rows of a KV head are its queries, its k, its v.
+
+    Args:
+        rest: cos and sin as `ops.rope.cos_sin` gives, or neither, then the pages and the batch.
+    """
+    *angles, kv, batch = rest
+    if kv.spec.head_dim != kv.spec.v_head_dim:
+        raise NotImplementedError
+    nothing = jnp.zeros(0, jnp.float32)
+    return _call(qkv_TKgh, nothing, nothing, angles, kv, batch, scale, window, softcap, sinks_KG)
+
+
+def _call(q, k, v, angles, kv, batch, scale, window, softcap, sinks_KG):
+    if kv.layout != "panels" or kv.platform != "cpu" or not native.available():
+        raise NotImplementedError
+    T, K = q.shape[:2]
+    fused = k.ndim == 1
+    pages = [kv.k, kv.v, *(() if kv.k_scale is None else (kv.k_scale, kv.v_scale))]
+    operands = [
+        *(x.astype(jnp.float32) for x in (q, k, v)),
+        *(angles or (jnp.zeros((0, 0), jnp.float32),) * 2),
+        jnp.zeros(0, jnp.float32) if sinks_KG is None else sinks_KG.astype(jnp.float32),
+        batch.kv_index_T,
+        batch.decode_pages_BP,
+        batch.decode_len_B,
+        batch.chunk_pages_RP,
+        batch.chunk_start_R,
+        batch.chunk_qlen_R,
+        batch.chunk_len_R,
+    ]
+    group = q.shape[2] - 2 if fused else q.shape[2]
+    results = [jax.ShapeDtypeStruct((T, K, group, kv.spec.v_head_dim), jnp.float32)]
+    results += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pages]
+    call = jax.ffi.ffi_call(
+        native.target("jaxserve_attention"),
+        results,
+        input_output_aliases={len(operands) + i: 1 + i for i in range(len(pages))},
+    )
+    out, *pages = call(
+        *operands,
+        *pages,
+        scale=np.float32(scale),
+        softcap=np.float32(softcap or 0.0),
+        window=np.int32(min(window or 0, 2**30)),
+    )
+    names = ("k", "v", "k_scale", "v_scale")
+    return out.astype(q.dtype), dataclasses.replace(kv, **dict(zip(names, pages, strict=False)))

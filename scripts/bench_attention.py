@@ -1,0 +1,121 @@
+"""Times paged attention's bodies on this machine against the bytes or products they cannot avoid.
+
+    python scripts/bench_attention.py [--backend xla native] [--dtype float32 bfloat16 int8] [--case "decode 64"]
+
+Each case runs over as many layers as it takes to leave the caches behind, as a model does, and reports the time of one
+layer, the K and V bytes it reads a second, and the products it does a second. Bodies are timed in alternation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ops import paged_attention
+from ops.paged_attention import pages
+from ops.paged_attention.cases import BENCH_CASES, Case, make_arguments
+
+ENOUGH_BYTES = 256 << 20  # pages of all layers together: eight times a 32 MiB last-level cache
+
+
+def measured_bandwidth() -> float:
+    """Bytes a second that all cores together read from memory: XLA's sum over 1 GiB."""
+    x = jnp.ones(1 << 28, jnp.float32)
+    total = jax.jit(jnp.sum)
+    total(x).block_until_ready()
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        total(x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return x.nbytes / min(times)
+
+
+def work(case: Case, dtype: np.dtype) -> tuple[float, float]:
+    """(bytes of K and V that a step must read, floating-point operations it must do)."""
+    spec = case.spec
+    token_bytes = paged_attention.bytes_per_page(spec, 1, dtype)
+    keys = sum(min(n, case.window or n) for n in case.decode)
+    pairs = keys
+    for before, new in case.chunks:
+        keys += before + new
+        pairs += sum(min(before + j + 1, case.window or before + j + 1) for j in range(new))
+    flops = 2.0 * pairs * case.num_kv_heads * case.group * (spec.head_dim + (spec.v_head_dim or spec.head_dim))
+    return float(keys * token_bytes), flops
+
+
+def prepare(case: Case, backend: str, dtype: np.dtype):
+    """A function that runs one step over all layers and the number of layers."""
+    arguments = make_arguments(case, leftovers=0.0)
+    num_pages = arguments.history_k.shape[0]
+    bytes_a_layer = num_pages * paged_attention.bytes_per_page(case.spec, case.page_size, dtype)
+    layers = max(2, min(30, -(-ENOUGH_BYTES // bytes_a_layer)))
+    options = {name: value for name, value in arguments.options.items() if name != "sinks_KG"}
+    with paged_attention.use_backend(backend):
+        kvs = [paged_attention.allocate(case.spec, num_pages, case.page_size, dtype) for _ in range(layers)]
+        slots = num_pages * case.page_size
+        fill = jax.jit(pages.write, donate_argnums=0)
+        k = jnp.asarray(arguments.history_k.reshape(slots, case.num_kv_heads, -1))
+        v = None if arguments.history_v is None else jnp.asarray(arguments.history_v.reshape(slots, *k.shape[1:2], -1))
+        kvs = [fill(kv, k, v, jnp.arange(slots, dtype=jnp.int32)) for kv in kvs]
+
+        @functools.partial(jax.jit, donate_argnums=3)
+        def step(q, k, v, kvs, batch):
+            new = []
+            for kv in kvs:
+                out, kv = paged_attention.attend(q, k, v, kv, batch, **options)
+                q = q + 1e-6 * (out if out.shape == q.shape else out.mean())
+                new.append(kv)
+            return q, new
+
+        operands = jax.device_put((arguments.q_TKGh, arguments.k_TKh, arguments.v_TKh))
+        batch = jax.device_put(arguments.batch)
+        program = step.lower(*operands, kvs, batch).compile()
+
+    def run() -> float:
+        nonlocal kvs
+        start = time.perf_counter()
+        out, kvs = program(*operands, kvs, batch)
+        out.block_until_ready()
+        return (time.perf_counter() - start) / layers
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--backend", nargs="+", default=list(paged_attention.BACKENDS))
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16", "int8"])
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--repeat", type=int, default=15)
+    args = parser.parse_args()
+    bandwidth = measured_bandwidth()
+    print(f"memory {bandwidth / 1e9:.1f} GB/s\n")
+    print(f"{'case':24}{'backend':>8}{'dtype':>10}{'us/layer':>10}{'GB/s':>7}{'x floor':>8}{'GFLOP/s':>9}")
+    for name, case in BENCH_CASES.items():
+        if args.case not in name:
+            continue
+        bodies = [(backend, np.dtype(dtype)) for backend in args.backend for dtype in args.dtype]
+        runs = [prepare(case, *body) for body in bodies]
+        times: list[list[float]] = [[] for _ in bodies]
+        for _ in range(args.repeat):
+            for run, mine in zip(runs, times, strict=True):
+                mine.append(run())
+        for (backend, dtype), mine in zip(bodies, times, strict=True):
+            nbytes, flops = work(case, dtype)
+            best = statistics.quantiles(mine, n=4)[0]
+            print(
+                f"{name:24}{backend:>8}{dtype.name:>10}{best * 1e6:10.0f}{nbytes / best / 1e9:7.1f}"
+                f"{best * bandwidth / nbytes:8.2f}{flops / best / 1e9:9.1f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
