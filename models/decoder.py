@@ -12,7 +12,7 @@ from flax import nnx
 
 from models.api import KVCache
 from models.config import ModelConfig
-from models.layers import Attention, Build, Embedding, GatedMLP, Linear, RMSNorm, child_recipes, kv_spec
+from models.layers import MLP, Attention, Build, Embedding, GatedMLP, Linear, RMSNorm, child_recipes, kv_spec
 from models.loading.names import Recipes, under
 from ops.paged_attention.batch import AttentionBatch, KVSpec
 
@@ -44,16 +44,17 @@ class Layer(nnx.Module):
         return GatedMLP(config, build)
 
     def __call__(self, x_TD: jax.Array, batch: AttentionBatch, kv: Any) -> tuple[jax.Array, Any]:
-        attended_TD, kv = self.attn(self.attn_norm(x_TD), batch, kv)
-        x_TD = x_TD + _scaled(attended_TD, self.residual_scale)
-        return x_TD + _scaled(self.mlp(self.mlp_norm(x_TD)), self.residual_scale), kv
+        if self.residual_scale == 1.0:
+            x_TD, kv = self.attn(x_TD, batch, kv, norm=self.attn_norm, residual_TD=x_TD)
+            if isinstance(self.mlp, GatedMLP | MLP):
+                return self.mlp(x_TD, norm=self.mlp_norm, residual_TD=x_TD), kv
+            return x_TD + self.mlp(self.mlp_norm(x_TD)), kv
+        attended_TD, kv = self.attn(x_TD, batch, kv, norm=self.attn_norm)
+        x_TD = x_TD + attended_TD * self.residual_scale
+        return x_TD + self.mlp(self.mlp_norm(x_TD)) * self.residual_scale, kv
 
     def recipes(self, name: str) -> Recipes:
         return child_recipes(self, self.names, name)
-
-
-def _scaled(x_TD: jax.Array, scale: float) -> jax.Array:
-    return x_TD if scale == 1.0 else x_TD * scale
 
 
 class Decoder(nnx.Module):

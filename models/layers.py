@@ -21,7 +21,7 @@ from models.loading import names
 from models.loading.names import Recipe, Recipes, one
 from models.rotary import frequencies
 from ops.activation import activation
-from ops.linear import embed, linear
+from ops.linear import RmsNorm, embed, gated_mlp, linear
 from ops.norm import layer_norm, rms_norm
 from ops.paged_attention import attend
 from ops.paged_attention.batch import AttentionBatch, KVSpec
@@ -84,8 +84,17 @@ class Linear(nnx.Module):
         self.weight = weight((outputs, inputs), build.dtype, axes, **metadata)
         self.bias = weight((outputs,), jnp.float32, axes[:1], **metadata) if bias else None
 
-    def __call__(self, x_TI: jax.Array, out_dtype: Any = None) -> jax.Array:
-        return linear(x_TI, self.weight.get_value(), None if self.bias is None else self.bias[...], out_dtype=out_dtype)
+    def __call__(
+        self, x_TI: jax.Array, out_dtype: Any = None, norm: Norm | None = None, residual_TO: jax.Array | None = None
+    ) -> jax.Array:
+        """norm(x) W^T + b + residual; a kernel that can takes norm and residual along with the product."""
+        x_TI, rms = _norm_of(x_TI, norm)
+        return linear(
+            x_TI, self.weight.get_value(), self.bias_value(), norm=rms, residual_TO=residual_TO, out_dtype=out_dtype
+        )
+
+    def bias_value(self) -> jax.Array | None:
+        return None if self.bias is None else self.bias[...]
 
     def recipes(self, name: str) -> Recipes:
         shape = self.weight.shape
@@ -146,6 +155,16 @@ class LayerNorm(nnx.Module):
         return {"scale": one(f"{name}.weight", *self.scale.shape), "bias": one(f"{name}.bias", *self.bias.shape)}
 
 
+Norm = RMSNorm | LayerNorm
+
+
+def _norm_of(x_TD: jax.Array, norm: Norm | None) -> tuple[jax.Array, RmsNorm | None]:
+    """x and the norm that a product takes along; other kinds of norm are applied to x here."""
+    if isinstance(norm, RMSNorm):
+        return x_TD, RmsNorm(norm.scale[...], norm.eps)
+    return (x_TD if norm is None else norm(x_TD)), None
+
+
 class Attention(nnx.Module):
     """Grouped-query attention over pages.
 
@@ -171,9 +190,17 @@ class Attention(nnx.Module):
         self.window, self.softcap = config.windows[layer], config.attn_softcap
         self.sinks = weight((K, G), jnp.float32, (axis, None)) if config.attn_sinks else None
 
-    def __call__(self, x_TD: jax.Array, batch: AttentionBatch, kv: Any) -> tuple[jax.Array, Any]:
+    def __call__(
+        self,
+        x_TD: jax.Array,
+        batch: AttentionBatch,
+        kv: Any,
+        norm: Norm | None = None,
+        residual_TD: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """attention(norm(x)) + residual, and the layer's updated pages."""
         T, (K, G, h) = x_TD.shape[0], self.heads
-        qkv_TKgh = self.qkv(x_TD).reshape(T, K, G + 2, h)
+        qkv_TKgh = self.qkv(x_TD, norm=norm).reshape(T, K, G + 2, h)
         q_TKGh, k_TKh, v_TKh = qkv_TKgh[:, :, :G], qkv_TKgh[:, :, G], qkv_TKgh[:, :, G + 1]
         if self.qk_norm == "head":
             q_TKGh, k_TKh = self.q_norm(q_TKGh), self.k_norm(k_TKh)
@@ -187,7 +214,7 @@ class Attention(nnx.Module):
         sinks_KG = None if self.sinks is None else self.sinks[...]
         limits = {"window": self.window, "softcap": self.softcap, "sinks_KG": sinks_KG}
         out_TKGh, kv = attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=self.scale, **limits)
-        return self.out(out_TKGh.reshape(T, K * G * h)), kv
+        return self.out(out_TKGh.reshape(T, K * G * h), residual_TO=residual_TD), kv
 
     def recipes(self, name: str) -> Recipes:
         K, G, h = self.heads
@@ -222,8 +249,8 @@ class MLP(nnx.Module):
         self.up = Linear(config.embed_dim, config.ffw_dim, build, (axis, "embed"), bias=config.mlp_bias)
         self.down = Linear(config.ffw_dim, config.embed_dim, build, ("embed", axis), bias=config.mlp_bias)
 
-    def __call__(self, x_TD: jax.Array) -> jax.Array:
-        return self.down(activation(self.activation)(self.up(x_TD)))
+    def __call__(self, x_TD: jax.Array, norm: Norm | None = None, residual_TD: jax.Array | None = None) -> jax.Array:
+        return self.down(activation(self.activation)(self.up(x_TD, norm=norm)), residual_TO=residual_TD)
 
     def recipes(self, name: str) -> Recipes:
         up, down = self.names
@@ -246,11 +273,19 @@ class GatedMLP(nnx.Module):
         self.gate_up = Linear(D, 2 * F, build, (axis, "embed"), bias=config.mlp_bias, **layout)
         self.down = Linear(F, D, build, ("embed", axis), bias=config.mlp_bias)
 
-    def __call__(self, x_TD: jax.Array) -> jax.Array:
-        T = x_TD.shape[0]
-        gate_up = self.gate_up(x_TD).reshape(T, self.shards, 2, -1)
-        hidden = activation(self.activation)(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return self.down(hidden.reshape(T, -1))
+    def __call__(self, x_TD: jax.Array, norm: Norm | None = None, residual_TD: jax.Array | None = None) -> jax.Array:
+        x_TD, rms = _norm_of(x_TD, norm)
+        return gated_mlp(
+            x_TD,
+            self.gate_up.weight.get_value(),
+            self.down.weight.get_value(),
+            self.activation,
+            gate_up_bias=self.gate_up.bias_value(),
+            down_bias_D=self.down.bias_value(),
+            norm=rms,
+            residual_TD=residual_TD,
+            shards=self.shards,
+        )
 
     def recipes(self, name: str) -> Recipes:
         F, D = self.down.weight.shape[1], self.down.weight.shape[0]

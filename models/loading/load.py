@@ -27,7 +27,7 @@ from models.loading.gguf import GGUFCheckpoint, GGUFFile
 from models.loading.names import Recipe, Recipes
 from models.loading.safetensors import SafetensorsCheckpoint
 from models.loading.source import ModelSource, resolve
-from ops.linear import quantize
+from ops.linear import pack, quantize
 from sharding.rules import to_sharding
 
 __all__ = ["LoadedModel", "ModelSource", "load_model", "resolve"]
@@ -122,7 +122,7 @@ def _open_gguf(source: ModelSource) -> Opened:
     arch = file.metadata.get("general.architecture")
     if not isinstance(arch, str):
         raise ValueError(f"{source.path}: the metadata has no general.architecture.")
-    family = registry.find_gguf(arch)
+    family = registry.find_gguf(gguf_config.family_name(file.metadata))
     hf = gguf_config.config_dict(file, family.architectures[0])
     pairs = gguf_config.rotated_pairs(hf, arch)
     checkpoint = GGUFCheckpoint(file, arch, hf["num_hidden_layers"], pairs)
@@ -203,7 +203,7 @@ def set_values(
     total = sum(int(np.prod(parameter.get_value().shape)) for parameter in parameters.values())
     with tqdm(total=total, unit=" weights", unit_scale=True, desc="Loading", disable=not progress) as bar:
         for path, value in values:
-            parameters[path].set_value(quantize(value, quantization) if path in quantized else value)
+            parameters[path].set_value(pack(quantize(value, quantization)) if path in quantized else value)
             bar.update(value.size)
 
 

@@ -33,7 +33,7 @@ def linear(
         _f32(None if norm is None else norm.scale_I),
         *_operands(weight, bias_O),
         _f32(residual_TO),
-        **_norm_attributes(norm),
+        eps=_eps(norm),
     )
 
 
@@ -63,7 +63,7 @@ def gated_mlp(
         *_operands(down, down_bias_D),
         _f32(residual_TD),
         activation=np.int64(ACTIVATIONS[activation]),
-        **_norm_attributes(norm),
+        eps=_eps(norm),
     )
 
 
@@ -76,7 +76,5 @@ def _f32(array: jax.Array | None) -> jax.Array:
     return jnp.zeros((0,), jnp.float32) if array is None else array.astype(jnp.float32)
 
 
-def _norm_attributes(norm: RmsNorm | None) -> dict[str, np.float32]:
-    eps = 0.0 if norm is None else norm.eps
-    offset = 1.0 if norm is not None and norm.unit_offset else 0.0
-    return {"eps": np.float32(eps), "gain_offset": np.float32(offset)}
+def _eps(norm: RmsNorm | None) -> np.float32:
+    return np.float32(0.0 if norm is None else norm.eps)

@@ -15,13 +15,11 @@ class RmsNorm(NamedTuple):
     Attributes:
         scale_I: float32.
         eps: added to the mean square; static.
-        unit_offset: multiply by 1 + scale; static.
     """
 
     scale_I: jax.Array
     eps: float
-    unit_offset: bool = False
 
     def __call__(self, x_TI: jax.Array) -> jax.Array:
         """The normed x, in x's dtype."""
-        return rms_norm(x_TI, self.scale_I, self.eps, unit_offset=self.unit_offset)
+        return rms_norm(x_TI, self.scale_I, self.eps)

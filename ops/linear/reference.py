@@ -33,11 +33,10 @@ def int8_linear(x_TI: np.ndarray, weight: Int8Weight, bias_O: np.ndarray | None 
     return y_TO if bias_O is None else y_TO + np.asarray(bias_O, np.float64)
 
 
-def rms_norm(x_TI: np.ndarray, scale_I: np.ndarray, eps: float, unit_offset: bool = False) -> np.ndarray:
+def rms_norm(x_TI: np.ndarray, scale_I: np.ndarray, eps: float) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * scale, in float64."""
     x_TI = np.asarray(x_TI, np.float64)
-    scale_I = np.asarray(scale_I, np.float64) + (1.0 if unit_offset else 0.0)
-    return x_TI / np.sqrt(np.mean(x_TI**2, axis=-1, keepdims=True) + eps) * scale_I
+    return x_TI / np.sqrt(np.mean(x_TI**2, axis=-1, keepdims=True) + eps) * np.asarray(scale_I, np.float64)
 
 
 def gate(name: str, x: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
-#define INLINE inline __attribute__((always_inline))
+#define FORCE_INLINE inline __attribute__((always_inline))
 
 // The library hides everything that is not marked so.
 #define JAXSERVE_EXPORT extern "C" __attribute__((visibility("default")))

@@ -46,7 +46,6 @@ struct Rounding {
   int64_t stride, width;
   const float* gain;   // or null
   float eps;
-  float gain_offset;   // added to gain
   uint8_t* data;
   int64_t data_stride; // a multiple of 64, at least width
   float* scale;

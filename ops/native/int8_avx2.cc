@@ -84,12 +84,12 @@ TARGET_AVX2 void block(const Block& b) {
 TARGET_AVX2 void round_row(const Rounding& r, int64_t row) {
   const float* x = r.x + row * r.stride;
   const int64_t even = r.width / 8 * 8;
-  const __m256 offset = _mm256_set1_ps(r.gain_offset), sign = _mm256_set1_ps(-0.0f);
+  const __m256 sign = _mm256_set1_ps(-0.0f);
   __m256 squares = _mm256_setzero_ps(), peaks = _mm256_setzero_ps();
   for (int64_t i = 0; i < even; i += 8) {
     __m256 value = _mm256_loadu_ps(x + i);
     squares = _mm256_fmadd_ps(value, value, squares);
-    if (r.gain != nullptr) value = _mm256_mul_ps(value, _mm256_add_ps(_mm256_loadu_ps(r.gain + i), offset));
+    if (r.gain != nullptr) value = _mm256_mul_ps(value, _mm256_loadu_ps(r.gain + i));
     peaks = _mm256_max_ps(peaks, _mm256_andnot_ps(sign, value));
   }
   alignas(32) float square[8], top[8];
@@ -101,7 +101,7 @@ TARGET_AVX2 void round_row(const Rounding& r, int64_t row) {
     peak = top[i] > peak ? top[i] : peak;
   }
   for (int64_t i = even; i < r.width; ++i) {
-    const float value = r.gain == nullptr ? x[i] : x[i] * (r.gain[i] + r.gain_offset);
+    const float value = r.gain == nullptr ? x[i] : x[i] * r.gain[i];
     total += x[i] * x[i];
     peak = __builtin_fabsf(value) > peak ? __builtin_fabsf(value) : peak;
   }
@@ -109,13 +109,13 @@ TARGET_AVX2 void round_row(const Rounding& r, int64_t row) {
   int8_t* data = reinterpret_cast<int8_t*>(r.data) + row * r.data_stride;
   for (int64_t i = 0; i < even; i += 8) {
     __m256 value = _mm256_loadu_ps(x + i);
-    if (r.gain != nullptr) value = _mm256_mul_ps(value, _mm256_add_ps(_mm256_loadu_ps(r.gain + i), offset));
+    if (r.gain != nullptr) value = _mm256_mul_ps(value, _mm256_loadu_ps(r.gain + i));
     const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(value, _mm256_set1_ps(inverse)));
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(data + i), _mm_packs_epi16(words, words));
   }
   for (int64_t i = even; i < r.width; ++i) {
-    const float value = r.gain == nullptr ? x[i] : x[i] * (r.gain[i] + r.gain_offset);
+    const float value = r.gain == nullptr ? x[i] : x[i] * r.gain[i];
     data[i] = static_cast<int8_t>(__builtin_rintf(value * inverse));
   }
   for (int64_t i = r.width; i < (r.width + 3) / 4 * 4; ++i) data[i] = 0;

@@ -55,14 +55,14 @@ void round_row(const Rounding& r, int64_t row) {
   const float* x = r.x + row * r.stride;
   float squares = 0.0f, peak = 0.0f;
   for (int64_t i = 0; i < r.width; ++i) {
-    const float value = r.gain == nullptr ? x[i] : x[i] * (r.gain[i] + r.gain_offset);
+    const float value = r.gain == nullptr ? x[i] : x[i] * r.gain[i];
     squares += x[i] * x[i];
     peak = std::max(peak, std::abs(value));
   }
   const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
   int8_t* data = reinterpret_cast<int8_t*>(r.data) + row * r.data_stride;
   for (int64_t i = 0; i < r.width; ++i) {
-    const float value = r.gain == nullptr ? x[i] : x[i] * (r.gain[i] + r.gain_offset);
+    const float value = r.gain == nullptr ? x[i] : x[i] * r.gain[i];
     data[i] = static_cast<int8_t>(std::nearbyint(value * inverse));
   }
   for (int64_t i = r.width; i < (r.width + 3) / 4 * 4; ++i) data[i] = 0;

@@ -44,11 +44,10 @@ ffi::ErrorOr<Weight> weight_of(const S8& packed, const F32& scale, const S32& su
 }
 
 // Room for rounded rows; the caller's thread owns it.
-Rounding rounding(const float* x, int64_t rows, int64_t width, const float* gain, float eps, float gain_offset,
-                  int slot) {
+Rounding rounding(const float* x, int64_t rows, int64_t width, const float* gain, float eps, int slot) {
   const int64_t stride = ceil_div(width, 64) * 64;
   uint8_t* data = static_cast<uint8_t*>(scratch(slot, rows * (stride + sizeof(float))));
-  return {x, width, width, gain, eps, gain_offset, data, stride, reinterpret_cast<float*>(data + rows * stride)};
+  return {x, width, width, gain, eps, data, stride, reinterpret_cast<float*>(data + rows * stride)};
 }
 
 void add_rounding(Phases& phases, const Rounding& r, int64_t begin, int64_t rows) {
@@ -137,7 +136,7 @@ void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin
 }
 
 ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, S8 packed, F32 scale, S32 sum128, F32 bias, F32 residual,
-                  ffi::ResultBuffer<ffi::F32> out, float eps, float gain_offset) {
+                  ffi::ResultBuffer<ffi::F32> out, float eps) {
   const auto dims = x.dimensions();
   const int64_t rows = dims[0], inputs = dims[1], outputs = out->dimensions()[1];
   auto weight = weight_of(packed, scale, sum128, bias, outputs, inputs);
@@ -145,7 +144,7 @@ ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, S8 packed, F32 scale, S
   if (residual.element_count() != 0 && residual.element_count() != out->element_count()) {
     return ffi::Error::InvalidArgument("the residual does not fit the result");
   }
-  const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, gain_offset, 0);
+  const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, 0);
   Phases phases;
   add_rounding(phases, a, 0, rows);
   add_product(phases, a, *weight, 0, rows, out->typed_data(), optional(residual));
@@ -155,7 +154,7 @@ ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, S8 packed, F32 scale, S
 
 ffi::Error gated_mlp(ffi::ThreadPool pool, F32 x, F32 gain, S8 up_packed, F32 up_scale, S32 up_sum128, F32 up_bias,
                      S8 down_packed, F32 down_scale, S32 down_sum128, F32 down_bias, F32 residual,
-                     ffi::ResultBuffer<ffi::F32> out, float eps, float gain_offset, int64_t activation) {
+                     ffi::ResultBuffer<ffi::F32> out, float eps, int64_t activation) {
   const auto dims = x.dimensions();
   const int64_t rows = dims[0], inputs = dims[1], outputs = out->dimensions()[1];
   const int64_t width = up_packed.dimensions()[0] * kPanel / 2;
@@ -166,9 +165,9 @@ ffi::Error gated_mlp(ffi::ThreadPool pool, F32 x, F32 gain, S8 up_packed, F32 up
   if (width % kPanel != 0) return ffi::Error::InvalidArgument("the hidden width is not a multiple of 16");
   // A group of rows goes through the whole block before the next: its hidden values stay in the cache.
   const int64_t group = std::min<int64_t>(rows, 4 * kRowBlock);
-  const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, gain_offset, 0);
+  const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, 0);
   float* hidden = static_cast<float*>(scratch(1, group * width * sizeof(float)));
-  const Rounding h = rounding(hidden, group, width, nullptr, 0.0f, 0.0f, 2);
+  const Rounding h = rounding(hidden, group, width, nullptr, 0.0f, 2);
   Phases phases;
   add_rounding(phases, a, 0, rows);
   for (int64_t begin = 0; begin < rows; begin += group) {
@@ -197,8 +196,7 @@ JAXSERVE_HANDLER(jaxserve_int8_linear, jaxserve::int8::linear,
                      .Arg<jaxserve::int8::F32>()  // bias [O] or [0]
                      .Arg<jaxserve::int8::F32>()  // residual [T, O] or [0]
                      .Ret<jaxserve::int8::F32>()  // [T, O]
-                     .Attr<float>("eps")
-                     .Attr<float>("gain_offset"));
+                     .Attr<float>("eps"));
 
 JAXSERVE_HANDLER(jaxserve_int8_gated_mlp, jaxserve::int8::gated_mlp,
                  xla::ffi::Ffi::Bind()
@@ -216,5 +214,4 @@ JAXSERVE_HANDLER(jaxserve_int8_gated_mlp, jaxserve::int8::gated_mlp,
                      .Arg<jaxserve::int8::F32>()  // residual [T, D] or [0]
                      .Ret<jaxserve::int8::F32>()  // [T, D]
                      .Attr<float>("eps")
-                     .Attr<float>("gain_offset")
                      .Attr<int64_t>("activation"));

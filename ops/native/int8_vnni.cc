@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kRows = 6;
 
-TARGET_VNNI INLINE __m512 scaled(const Block& b, int panel, __mmask16 mask, __m512 row_scale, const int32_t* sums) {
+TARGET_VNNI FORCE_INLINE __m512 scaled(const Block& b, int panel, __mmask16 mask, __m512 row_scale, const int32_t* sums) {
   const __m512 scale = _mm512_mul_ps(row_scale, _mm512_loadu_ps(b.scale[panel]));
   const __m512 bias = b.bias[panel] == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, b.bias[panel]);
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + panel * kPanel)), scale, bias);
@@ -95,14 +95,13 @@ void block(const Block& b) {
 
 TARGET_VNNI void round_row(const Rounding& r, int64_t row) {
   const float* x = r.x + row * r.stride;
-  const __m512 offset = _mm512_set1_ps(r.gain_offset);
   __m512 squares = _mm512_setzero_ps(), peaks = _mm512_setzero_ps();
   for (int64_t i = 0; i < r.width; i += 16) {
     const __mmask16 mask = r.width - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (r.width - i)) - 1);
     __m512 value = _mm512_maskz_loadu_ps(mask, x + i);
     if (r.gain != nullptr) {
       squares = _mm512_fmadd_ps(value, value, squares);
-      value = _mm512_mul_ps(value, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, r.gain + i), offset));
+      value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, r.gain + i));
     }
     peaks = _mm512_max_ps(peaks, _mm512_abs_ps(value));
   }
@@ -112,7 +111,7 @@ TARGET_VNNI void round_row(const Rounding& r, int64_t row) {
   for (int64_t i = 0; i < r.width; i += 16) {
     const __mmask16 mask = r.width - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (r.width - i)) - 1);
     __m512 value = _mm512_maskz_loadu_ps(mask, x + i);
-    if (r.gain != nullptr) value = _mm512_mul_ps(value, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, r.gain + i), offset));
+    if (r.gain != nullptr) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, r.gain + i));
     const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
     const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(rounded, _mm512_set1_epi32(128)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(data + i), bytes);  // the stride leaves room for the last 16
