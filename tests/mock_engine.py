@@ -37,6 +37,7 @@ class MockTokenizer:
     vocab_size = 256 + len(SPECIAL)
     eos_token_ids = (EOS, END)
     special_token_ids = frozenset(range(256, vocab_size))
+    added_tokens: Mapping[str, int] = {token: 256 + i for i, token in enumerate(SPECIAL)}
     bos_token_id = BOS
     strips_leading_space = False
 
@@ -60,6 +61,9 @@ class MockTokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         kept = (i for i in ids if i < 256 or not skip_special_tokens)
         return b"".join(self.token_bytes(i) for i in kept).decode("utf-8", errors="replace")
+
+    def id_to_token(self, token_id: int) -> str | None:
+        return SPECIAL[token_id - 256] if 256 <= token_id < self.vocab_size else None
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self.special_token_ids

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from serving.frontends.openai import outcome as oc
 from serving.frontends.openai.errors import RESPONSES, error_event
 from serving.frontends.openai.protocol.chat import ChatReply, ChatRequest
-from serving.frontends.openai.reply_parser import ChatStyle, ReplyParser, parsers_for, prepare_chat
+from serving.frontends.openai.reply_parser import ChatStyle, ReplyParser, prepare_chat
 from serving.frontends.openai.sse import DONE, dumps, open_stream, quote, unless_gone
 from serving.service import PreparedRequest, TextOutput, TextService, Usage
 
@@ -29,8 +29,8 @@ def chat_router(service: TextService, style: ChatStyle) -> APIRouter:
     async def create(body: ChatRequest, request: Request) -> Response:
         """Completes a chat. `stream: true` answers with server-sent events, ending with `[DONE]`."""
         body.check_stream_options()
-        prepared = await prepare_chat(service, style, body, request.state.request_id)
-        parsers = parsers_for(style, body, prepared)
+        chat = await prepare_chat(service, style, body, request.state.request_id)
+        prepared, parsers = chat.request, chat.parsers
         if body.stream:
             return await open_stream(request, _stream(service, body, prepared, parsers), error_event)
         reply = await unless_gone(request, _whole(service, body, prepared, parsers))

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
+from serving.engine.sampling_params import StructuredOutputs
 from serving.errors import invalid
 from serving.frontends.openai.protocol.chat import ChatRequest, NamedToolChoice
 from serving.service import PreparedRequest, TextService
-from serving.text.tools.events import ContentDelta, Event, ReasoningDelta, ToolCallArguments, ToolCallStart
-from serving.text.tools.families import (
+from serving.service.prepare import ConstraintFactory
+from serving.text.tools import (
+    ContentDelta,
+    Event,
+    ReasoningDelta,
     ReasoningFamily,
+    ToolCallArguments,
+    ToolCallStart,
     ToolFamily,
+    ToolPlan,
     detect_reasoning,
     detect_tools,
+    kept_token_ids,
+    plan_tools,
     reasoning_family,
     tool_family,
 )
-from serving.text.tools.parser import ReplyParser as FamilyParser
+from serving.text.tools import ReplyParser as FamilyParser
 
 FALLBACK_TOOLS = "json"
 """For models whose template shows no known way to write calls: a JSON object with the name of an offered tool."""
@@ -48,65 +57,83 @@ class ChatStyle:
         source = getattr(service.chat_template, "source", "") or ""
         tools = tool_family(tool_parser) if tool_parser else detect_tools(source) or tool_family(FALLBACK_TOOLS)
         reasoning = reasoning_family(reasoning_parser) if reasoning_parser else detect_reasoning(source)
-        markers = (*tools.markers, *(reasoning.markers if reasoning else ()))
-        return cls(tools, reasoning, any(_is_control(service, marker) for marker in markers))
+        return cls(tools, reasoning, bool(kept_token_ids(service.tokenizer, tools, reasoning)))
 
 
-def _is_control(service: TextService, marker: str) -> bool:
-    ids = service.tokenizer.encode(marker, add_special_tokens=False)
-    return any(service.tokenizer.is_special(i) for i in ids)
+@dataclasses.dataclass(frozen=True)
+class PreparedChat:
+    """A chat that was found good, and one parser a completion; None where the text is the content."""
+
+    request: PreparedRequest
+    parsers: list[ReplyParser] | None
 
 
-async def prepare_chat(service: TextService, style: ChatStyle, body: ChatRequest, request_id: str) -> PreparedRequest:
-    """Validates and tokenizes a chat request. Raises RequestError."""
-    given = body.params()
-    _check_tool_choice(body)
-    if style.keep_special and _reads(style, body):
-        given["skip_special_tokens"] = False
-    return await service.prepare(body.to_input(request_id), service.make_params(given))
-
-
-def _check_tool_choice(body: ChatRequest) -> None:
-    choice = body.tool_choice
-    if choice in (None, "none", "auto"):
-        return
-    if not body.tools:
-        raise invalid("tool_choice needs tools to choose from.", "tool_choice")
-    if isinstance(choice, NamedToolChoice):
-        names = [tool.function.name for tool in body.tools]
-        if choice.function.name not in names:
-            raise invalid(
-                f"tool_choice names {choice.function.name!r}, but the tools are {', '.join(names)}.", "tool_choice"
-            )
-    if body.constraint() is not None:
+async def prepare_chat(service: TextService, style: ChatStyle, body: ChatRequest, request_id: str) -> PreparedChat:
+    """Validates and tokenizes a chat, and compiles what holds its tool calls to their schemas. Raises RequestError."""
+    params = body.params()
+    structured = "structured_outputs" in params
+    if structured and _forces_call(body):
         raise invalid("tool_choice and a structured output exclude each other: a call has its own form.", "tool_choice")
-
-
-def _offers_tools(body: ChatRequest) -> bool:
-    return bool(body.tools) and body.tool_choice != "none"
-
-
-def _reads(style: ChatStyle, body: ChatRequest) -> bool:
-    """Whether the completion can hold more than content. A structured output leaves no room for thinking."""
-    return _offers_tools(body) or (style.reasoning is not None and body.constraint() is None)
-
-
-def parsers_for(style: ChatStyle, body: ChatRequest, prepared: PreparedRequest) -> list[ReplyParser] | None:
-    """One parser a completion, or None where the text is the content."""
-    if not _reads(style, body):
-        return None
-    tools = style.tools if _offers_tools(body) else None
-    reasoning = style.reasoning if body.constraint() is None else None
-    schemas: Mapping[str, Mapping[str, Any]] = {
-        tool.function.name: tool.function.parameters or {} for tool in body.tools or ()
-    }
+    reasoning = None if structured else style.reasoning  # a structured output leaves no room for thinking
+    given = body.to_input(request_id)
+    thinking = False
+    if reasoning is not None and _forces_call(body):
+        prompt, _ = await service.tokenize(given)
+        thinking = reasoning.opened_by(prompt or "")
+    plan = _plan(service, style, body, reasoning, thinking)
+    if not plan.offered:
+        given = dataclasses.replace(given, tools=None)
+    family = None if structured else plan.family
+    reads = family is not None or reasoning is not None
+    if reads and style.keep_special:
+        params["skip_special_tokens"] = False
+    constraint = None
+    if plan.grammar is not None and not structured:
+        constraint, params["structured_outputs"] = await _compile(service, plan.grammar)
+    prepared = await service.prepare(given, service.make_params(params), constraint=constraint)
+    if not reads:
+        return PreparedChat(prepared, None)
     thinking = reasoning is not None and reasoning.opened_by(prepared.prompt or "")
 
     def make() -> ReplyParser:
-        parser = FamilyParser(tools, reasoning, schemas=schemas if tools else None, in_reasoning=thinking)
+        schemas = plan.schemas if family is not None else None
+        parser = FamilyParser(family, reasoning, schemas=schemas, in_reasoning=thinking)
         return ReplyParser(parser, body.include_reasoning is not False, body.parallel_tool_calls is not False)
 
-    return [make() for _ in range(prepared.params.n)]
+    return PreparedChat(prepared, [make() for _ in range(prepared.params.n)])
+
+
+def _forces_call(body: ChatRequest) -> bool:
+    return body.tool_choice not in (None, "none", "auto")
+
+
+def _plan(
+    service: TextService, style: ChatStyle, body: ChatRequest, reasoning: ReasoningFamily | None, thinking: bool
+) -> ToolPlan:
+    choice = body.tool_choice
+    return plan_tools(
+        [tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
+        choice.model_dump() if isinstance(choice, NamedToolChoice) else choice,
+        style.tools,
+        service.tokenizer,
+        parallel=body.parallel_tool_calls is not False,
+        reasoning=reasoning,
+        in_reasoning=thinking,
+    )
+
+
+async def _compile(service: TextService, grammar: str) -> tuple[ConstraintFactory | None, StructuredOutputs]:
+    """The grammar's factory, made off the event loop; None where the engine is remote and compiles the source itself."""
+    source = StructuredOutputs(grammar=grammar)
+    compile_tools = getattr(service.grammar_compiler, "compile_tools", None)
+    if compile_tools is None:
+        return None, source
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(service.limits.grammar_timeout_s):
+            return await loop.run_in_executor(None, compile_tools, grammar), source
+    except TimeoutError:
+        raise invalid("The tools' schemas took too long to compile. Simplify them.", "tools") from None
 
 
 class ReplyParser:

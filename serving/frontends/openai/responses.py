@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.openai.protocol.responses import ResponsesReply, ResponsesRequest
-from serving.frontends.openai.reply_parser import ChatStyle, ReplyParser, parsers_for, prepare_chat
+from serving.frontends.openai.reply_parser import ChatStyle, ReplyParser, prepare_chat
 from serving.frontends.openai.response_events import ResponseWriter
 from serving.frontends.openai.sse import open_stream, unless_gone
 from serving.service import PreparedRequest, TextService
@@ -27,11 +27,9 @@ def responses_router(service: TextService, style: ChatStyle) -> APIRouter:
     )
     async def create(body: ResponsesRequest, request: Request) -> Response:
         """Runs a response. `stream: true` answers with typed server-sent events, ending with response.completed."""
-        chat = body.to_chat()
-        prepared = await prepare_chat(service, style, chat, request.state.request_id)
-        parsers = parsers_for(style, chat, prepared)
-        writer = ResponseWriter(body, prepared)
-        events = _run(service, prepared, parsers[0] if parsers else None, writer)
+        chat = await prepare_chat(service, style, body.to_chat(), request.state.request_id)
+        writer = ResponseWriter(body, chat.request)
+        events = _run(service, chat.request, chat.parsers[0] if chat.parsers else None, writer)
         if body.stream:
             return await open_stream(request, events, writer.failed)
         await unless_gone(request, _drain(events))

@@ -11,6 +11,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from serving.frontends.grpc.client import RemoteGrammars
 from serving.frontends.openai.reply_parser import ChatStyle
 from tests.mock_engine import MockEngine, mock_service
 from tests.serving.frontends.openai.conftest import HI, Start
@@ -119,7 +120,7 @@ async def test_logprobs_and_ids_of_parsed_text_are_all_there(start: Start):
 
 async def test_calls_and_reasoning_in_a_response(start: Start):
     running = await start(MockEngine(reply=f"<think>hm</think>{TWO}"), app=HERMES)
-    tool = {"type": "function", **WEATHER["function"], "strict": True}  # type: ignore[dict-item]
+    tool = {"type": "function", **WEATHER["function"]}  # type: ignore[dict-item]
     reply = (await running.http.post("/v1/responses", json={"input": "weather?", "tools": [tool]})).json()
     parsed = TypeAdapter(Response).validate_python(reply)
     assert [item.type for item in parsed.output] == ["reasoning", "message", "function_call", "function_call"]
@@ -150,6 +151,46 @@ async def test_wrong_tools_are_400(start: Start, fields):
         await running.client.chat.completions.create(model="default", messages=HI, **fields)
 
 
+class _Compiler:
+    """Notes the grammars it is given and enforces none."""
+
+    def __init__(self) -> None:
+        self.grammars: list[str] = []
+
+    def compile_tools(self, lark: str):
+        self.grammars.append(lark)
+        return lambda: None
+
+
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "enforced"),
+    [
+        ({"tool_choice": "required"}, True),
+        ({"tool_choice": NAMED}, True),
+        ({"tool_choice": "auto"}, False),
+        ({}, False),
+        ({"tools": [{"type": "function", "function": {**WEATHER["function"], "strict": True}}]}, True),
+    ],
+)
+async def test_forced_and_strict_calls_are_held_to_their_schema(start: Start, fields, enforced):
+    compiler = _Compiler()
+    running = await start(MockEngine(reply=ONE), app=HERMES, grammar_compiler=compiler)
+    reply = await running.chat(**{"tools": [WEATHER], **fields})
+    assert reply.json()["choices"][0]["message"]["tool_calls"]
+    assert len(compiler.grammars) == enforced
+    assert all('"city"' in grammar and "get_weather" in grammar for grammar in compiler.grammars)
+
+
+async def test_a_remote_engine_gets_the_grammars_source(start: Start):
+    running = await start(MockEngine(reply=ONE), app=HERMES, grammar_compiler=RemoteGrammars())
+    await running.chat(tools=[WEATHER], tool_choice="required")
+    structured = running.engine.requests[0].params.structured_outputs
+    assert structured is not None and "get_weather" in structured.grammar
+
+
 def test_a_style_comes_from_the_chat_template():
     service = mock_service()
     assert ChatStyle.of(service).tools.name == "json" and ChatStyle.of(service).reasoning is None
@@ -160,10 +201,22 @@ def test_a_style_comes_from_the_chat_template():
         ChatStyle.of(service, "nope")
 
 
-async def test_markers_that_are_control_tokens_stay_in_the_text(start: Start):
-    running = await start(MockEngine(reply=ONE), app=HERMES)
-    await running.chat(tools=[WEATHER])
-    assert running.engine.requests[0].params.skip_special_tokens
+def _special_service():
     service = mock_service()
-    service.tokenizer.is_special = lambda token: token == ord("<")  # type: ignore[method-assign]
-    assert ChatStyle.of(service, "hermes").keep_special
+    service.tokenizer.special_token_ids = frozenset({300})  # type: ignore[misc]
+    service.tokenizer.id_to_token = lambda i: "<tool_call>"  # type: ignore[method-assign]
+    return service
+
+
+def test_markers_that_are_control_tokens_are_noticed():
+    assert ChatStyle.of(_special_service(), "hermes").keep_special
+    assert not ChatStyle.of(_special_service(), "mistral").keep_special
+    assert not ChatStyle.of(mock_service(), "hermes").keep_special
+
+
+async def test_markers_that_are_control_tokens_stay_in_the_text(start: Start, monkeypatch):
+    monkeypatch.setattr("serving.frontends.openai.reply_parser.kept_token_ids", lambda *_: frozenset({300}))
+    running = await start(MockEngine(reply=ONE), app={"tool_parser": "hermes"})
+    await running.chat(tools=[WEATHER])
+    await running.chat()
+    assert [r.params.skip_special_tokens for r in running.engine.requests] == [False, True]
