@@ -199,10 +199,18 @@ class _Grammar:
         more = "" if once else f"{{0,{MAX_PARALLEL_CALLS - 1}}}"
         if family.lists:
             item = f"call ({lark_string(', ')} call){more}" if more else "call"
-            parts = [self._text(begin) if not opened else "", '"["', item, '"]"', self._text(family.end)]
+            parts = [
+                "" if opened else self._text(begin),
+                self._text(family.lead),
+                '"["',
+                item,
+                '"]"',
+                self._text(family.end),
+            ]
         else:
-            one = f"{self._text(begin)} call {self._text(family.end)}"
-            first = f"call {self._text(family.end)}" if opened and not family.wrap[0] else one
+            inside = f"{self._text(family.lead)} call {self._text(family.end)}"
+            one = f"{self._text(begin)} {inside}"
+            first = inside if opened and not family.wrap[0] else one
             rest = f"({self._text(family.separator)} {one}){more}" if more else ""
             wrap = "" if opened else self._text(family.wrap[0])
             parts = [wrap, first, rest, self._text(family.wrap[1])]

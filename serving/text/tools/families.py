@@ -37,6 +37,7 @@ class ToolFamily:
     Attributes:
         name: ours; `aliases` are vLLM's names of parsers that read the same.
         begin: markers that open a call; the first is the one to write, unless `bare`.
+        lead: what is written between `begin` and the payload.
         bare: a reply that starts with the payload is a call, without a marker.
         end: what follows a call's payload.
         wrap: what opens and closes a run of calls.
@@ -52,6 +53,7 @@ class ToolFamily:
     name: str
     payload: Payload
     begin: tuple[str, ...] = ()
+    lead: str = ""
     bare: bool = False
     end: str = ""
     wrap: tuple[str, str] = ("", "")
@@ -117,6 +119,7 @@ TOOL_FAMILIES: tuple[ToolFamily, ...] = (
         "hermes",
         Payload.JSON,
         begin=("<tool_call>",),
+        lead="\n",
         end="\n</tool_call>",
         template_has=("<tool_call>",),
         aliases=("qwen", "qwen2", "qwen2_5", "qwen3", "longcat"),

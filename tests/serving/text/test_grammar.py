@@ -1,0 +1,258 @@
+"""Structured output without a model: whatever the masks allow is valid, and what cannot be enforced is refused."""
+
+import json
+import random
+import re
+import threading
+
+import jsonschema
+import numpy as np
+import pytest
+
+from serving.engine.sampling_params import StructuredOutputs
+from serving.errors import ErrorKind, RequestError
+from serving.text.grammar import GrammarCompiler, GrammarConstraint, fill_masks
+from tests.serving.text.schemas import schemas
+from tests.serving.text.vocabularies import byte_level, sentencepiece
+from tests.serving.text.walks import allowed_ids, walk
+
+WIDTH = 1024  # logits are padded beyond the vocabulary
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    return GrammarCompiler(byte_level(), WIDTH)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_walks_satisfy_a_hundred_schemas(compiler, part):
+    tokenizer = byte_level()
+    finished = 0
+    cases = schemas(120)[part::4]
+    for i, schema in enumerate(cases):
+        factory = compiler.compile(StructuredOutputs(json=schema))
+        validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker(["date", "ipv4"]))
+        for seed in range(3):
+            ids = walk(factory(), tokenizer, random.Random(1000 * i + seed))
+            if ids is None:
+                continue
+            finished += 1
+            text = tokenizer.decode(ids)
+            validator.validate(json.loads(text))
+    assert finished > 2.5 * len(cases)  # walks in recursive schemas may not end
+
+
+def test_random_walks_on_a_sentencepiece_vocabulary():
+    tokenizer = sentencepiece()
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size)
+    for i, schema in enumerate(schemas(30)):
+        ids = walk(compiler.compile(StructuredOutputs(json=schema))(), tokenizer, random.Random(i))
+        if ids is not None:
+            jsonschema.validate(json.loads(tokenizer.decode(ids)), schema)
+
+
+@pytest.mark.parametrize("regex", [r"[0-9]{3}-[a-f]+", r"(ja|nein), (Köln|Paris)\?", r"\d{4}(\.\d)?", "a*"])
+def test_regex(compiler, regex):
+    for seed in range(5):
+        ids = walk(
+            compiler.compile(StructuredOutputs(regex=regex))(), byte_level(), random.Random(seed), free_tokens=20
+        )
+        assert ids is not None
+        assert re.fullmatch(regex, byte_level().decode(ids))
+
+
+def test_choice_and_object(compiler):
+    choices = ("yes", "no", 'per "haps"\n', "nö")
+    seen = set()
+    for seed in range(40):
+        ids = walk(compiler.compile(StructuredOutputs(choice=choices))(), byte_level(), random.Random(seed))
+        seen.add(byte_level().decode(ids or []))
+    assert seen == set(choices)
+    ids = walk(compiler.compile(StructuredOutputs(json_object=True))(), byte_level(), random.Random(3))
+    assert ids is None or isinstance(json.loads(byte_level().decode(ids)), dict)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    ['start: sum\nsum: NUM ("+" NUM)*\nNUM: /[1-9]{1,3}/', 'root ::= num ("+" num)*\nnum ::= [1-9] [1-9]? [1-9]?'],
+    ids=["lark", "gbnf"],
+)
+def test_grammar(compiler, grammar):
+    for seed in range(5):
+        ids = walk(compiler.compile(StructuredOutputs(grammar=grammar))(), byte_level(), random.Random(seed), 10)
+        assert ids is not None
+        assert re.fullmatch(r"[1-9]{1,3}(\+[1-9]{1,3})*", byte_level().decode(ids))
+
+
+def test_blanks_between_parts_are_allowed_but_not_without_end(compiler):
+    tokenizer = byte_level()
+    constraint = compiler.compile(StructuredOutputs(json={"type": "object", "required": ["a"]}))()
+    blank = tokenizer.token_to_id("Ċ")
+    assert constraint.accept(tokenizer.token_to_id("{"))
+    accepted = 0
+    while constraint.accept(blank):
+        accepted += 1
+        assert accepted < 100
+    assert accepted == 32
+
+
+def test_end_of_sequence_is_allowed_exactly_where_the_text_may_end(compiler):
+    tokenizer = byte_level()
+    eos = set(tokenizer.eos_token_ids)
+    constraint = compiler.compile(StructuredOutputs(regex="ab*"))()
+    assert not eos & set(allowed_ids(constraint, WIDTH))
+    assert not constraint.accept(tokenizer.eos_token_ids[0])
+    assert constraint.accept(tokenizer.token_to_id("a"))
+    assert eos <= set(allowed_ids(constraint, WIDTH))
+    assert not constraint.finished  # b could follow
+    assert constraint.accept(tokenizer.eos_token_ids[1])
+    assert constraint.finished
+    assert not constraint.accept(tokenizer.token_to_id("b"))
+
+
+def test_a_refused_token_changes_nothing(compiler):
+    tokenizer = byte_level()
+    constraint = compiler.compile(StructuredOutputs(regex="abc"))()
+    for letter in "abc":
+        before = allowed_ids(constraint, WIDTH)
+        assert not constraint.accept(tokenizer.token_to_id("x"))
+        assert not constraint.accept(WIDTH - 1)
+        assert (allowed_ids(constraint, WIDTH) == before).all()
+        assert constraint.accept(tokenizer.token_to_id(letter))
+    assert constraint.finished
+
+
+def test_nothing_beyond_the_vocabulary_and_no_control_token_is_allowed(compiler):
+    tokenizer = byte_level()
+    constraint = compiler.compile(StructuredOutputs(regex="(.|\n)*"))()
+    allowed = set(allowed_ids(constraint, WIDTH).tolist())
+    assert max(allowed) < tokenizer.vocab_size
+    assert allowed & tokenizer.special_token_ids <= set(tokenizer.eos_token_ids)
+    assert len(allowed) > tokenizer.vocab_size // 2
+
+
+def test_rows_of_another_width_are_cut_or_zeroed():
+    tokenizer = byte_level()
+    narrow = GrammarCompiler(
+        tokenizer, tokenizer.vocab_size - 40
+    )  # some models' logits are narrower than their vocabulary
+    constraint = narrow.compile(StructuredOutputs(regex="a"))()
+    a = tokenizer.token_to_id("a")
+    for words in ((tokenizer.vocab_size - 40 + 31) // 32, 100):
+        row = np.full(words, -1, np.int32)
+        constraint.fill_mask(row)
+        bits = np.unpackbits(row.view(np.uint8), bitorder="little").nonzero()[0]
+        assert bits.tolist() == [a]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (StructuredOutputs(json={"not": {"type": "string"}}), r"uses not,"),
+        (StructuredOutputs(json={"type": "array", "uniqueItems": True, "contains": {}}), r"uniqueItems"),
+        (StructuredOutputs(json={"if": {}, "then": {}}), r"if, then"),
+        (StructuredOutputs(json={"oneOf": [{"type": "integer"}, {"type": "number"}]}), r"oneOf.*anyOf"),
+        (StructuredOutputs(json={"type": "string", "format": "martian"}), r"martian"),
+        (StructuredOutputs(json={"$ref": "https://example.com/schema"}), r"example\.com"),
+        (StructuredOutputs(json={"type": "integer", "minimum": 5, "maximum": 3}), r"minimum"),
+        (StructuredOutputs(json={"not": {}, "x-guidance": {"lenient": True}}), r"uses not,"),
+        (StructuredOutputs(json={"oneOf": [{}, {}], "x-guidance": {"coerce_one_of": True}}), r"oneOf"),
+        (StructuredOutputs(json="{"), r"not JSON"),
+        (StructuredOutputs(json="[]"), r"is an object"),
+        (StructuredOutputs(regex="(a"), r"regex"),
+        (StructuredOutputs(regex="a(?=b)"), r"look"),
+        (StructuredOutputs(grammar="start: nothing"), r"nothing"),
+        (StructuredOutputs(grammar='root ::= "a'), r"grammar"),
+        (StructuredOutputs(grammar="root ::= " + "(" * 50_000), r"nested"),
+        (StructuredOutputs(choice=("",)), r"choice"),
+        (StructuredOutputs(regex="a" * (1 << 21)), r"characters"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused_by_name(compiler, wanted, words):
+    with pytest.raises(RequestError, match=words) as error:
+        compiler.compile(wanted)
+    assert error.value.kind is ErrorKind.INVALID_ARGUMENT
+    assert error.value.param == "structured_outputs"
+    assert "\n" not in error.value.message
+
+
+def test_deeply_nested_schema_is_refused(compiler):
+    schema = {"type": "integer"}
+    for _ in range(3000):
+        schema = {"type": "object", "properties": {"a": schema}}
+    with pytest.raises(RequestError, match=r"nest|recursion"):
+        compiler.compile(StructuredOutputs(json=schema))
+
+
+def test_a_grammar_too_complex_to_go_on_is_a_runtime_error(compiler):
+    regex = "(" + "|".join(f"(.*{chr(97 + i)}.{{1,200}}){{1,50}}" for i in range(20)) + ")"
+    constraint = compiler.compile(StructuredOutputs(regex=regex))()
+    rng = random.Random(0)
+    with pytest.raises(RuntimeError):
+        for _ in range(2000):
+            ids = allowed_ids(constraint, WIDTH)
+            constraint.accept(int(rng.choice(ids)))
+
+
+def test_masks_of_a_batch_are_those_of_each_alone(compiler):
+    tokenizer = byte_level()
+    rng = random.Random(5)
+    constraints = []
+    for schema in schemas(24):
+        constraint = compiler.compile(StructuredOutputs(json=schema))()
+        for _ in range(rng.randrange(0, 6)):
+            ids = [int(i) for i in allowed_ids(constraint, WIDTH) if int(i) not in tokenizer.eos_token_ids]
+            if ids and not constraint.finished:
+                constraint.accept(rng.choice(ids))
+        constraints.append(constraint)
+
+    class Other:
+        def fill_mask(self, mask_W):
+            mask_W[:] = 7
+
+    together = np.zeros((40, WIDTH // 32), np.int32)
+    items = [(constraint, 39 - i) for i, constraint in enumerate(constraints)]
+    assert fill_masks([*items, (Other(), 0)], together) == {}
+    for constraint, row in items:
+        alone = np.zeros(WIDTH // 32, np.int32)
+        constraint.fill_mask(alone)
+        assert (together[row] == alone).all()
+    assert (together[0] == 7).all()
+    assert (together[1] == 0).all()
+    assert isinstance(constraints[0], GrammarConstraint)
+
+
+def test_equal_constraints_compile_once_and_do_not_share_state(compiler, monkeypatch):
+    built = []
+    original = compiler._build
+    monkeypatch.setattr(compiler, "_build", lambda *a: built.append(a) or original(*a))
+    wanted = StructuredOutputs(regex="once[ab]")
+    first, second = compiler.compile(wanted)(), compiler.compile(wanted)()
+    assert len(built) == 1
+    o = byte_level().token_to_id("o")
+    assert first.accept(o)
+    assert second.accept(o)
+    assert not first.accept(o)
+
+
+def test_the_cache_forgets_the_oldest():
+    compiler = GrammarCompiler(byte_level(), WIDTH, cache_size=2)
+    for regex in ("a", "b", "a", "c"):
+        compiler.compile(StructuredOutputs(regex=regex))
+    assert len(compiler._cache) == 2
+
+
+def test_threads_compile_at_once():
+    compiler = GrammarCompiler(byte_level(), WIDTH)
+    results = []
+
+    def work(i):
+        constraint = compiler.compile(StructuredOutputs(regex=f"x{i % 3}"))()
+        results.append(constraint.accept(byte_level().token_to_id("x")))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 12
