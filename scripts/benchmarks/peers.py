@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import shlex
 import statistics
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -36,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3, help="medians are taken over them")
+    parser.add_argument(
+        "--quiet",
+        type=float,
+        metavar="LOAD",
+        help="before each run, wait until the machine's 1-minute load is below this",
+    )
     parser.add_argument("--plot", metavar="PNG", help="throughput against concurrency (needs matplotlib)")
     parser.add_argument("--save", metavar="FILE", help="write every row and the machine as JSON")
 
@@ -59,9 +67,12 @@ def run(args: argparse.Namespace) -> None:
     rows: Rows = defaultdict(lambda: defaultdict(list))
     for _ in range(args.rounds):
         for name, command in commands.items():
+            if args.quiet:
+                wait_until_quiet(args.quiet)
+            load = round(os.getloadavg()[0], 1)
             for row in standard_rows(name, command):
                 rows[name][row["concurrency"]].append(row["output_tok_s"])
-                print(json.dumps({"peer": name} | row), file=sys.stderr, flush=True)
+                print(json.dumps({"peer": name, "load_before": load} | row), file=sys.stderr, flush=True)
     if args.json:
         for name, by_concurrency in rows.items():
             for concurrency, rates in by_concurrency.items():
@@ -75,6 +86,13 @@ def run(args: argparse.Namespace) -> None:
         pathlib.Path(args.save).write_text(json.dumps(saved, indent=1) + "\n")
     if args.plot:
         plot(args.plot, rows)
+
+
+def wait_until_quiet(load: float, limit_s: float = 600.0) -> None:
+    """Sleeps until others leave the machine alone, at most `limit_s` seconds."""
+    end = time.monotonic() + limit_s
+    while os.getloadavg()[0] > load and time.monotonic() < end:
+        time.sleep(2)
 
 
 def standard_rows(name: str, command: list[str]) -> Iterator[dict[str, Any]]:
