@@ -175,9 +175,9 @@ def fit_cost(args: argparse.Namespace) -> None:
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.trace not in GENERATORS and not pathlib.Path(args.trace).is_file():
         parser.error(f"--trace {args.trace}: neither a file nor one of {', '.join(GENERATORS)}.")
     if args.rate <= 0:

@@ -1,0 +1,61 @@
+"""The simulator's command line."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+import simulate
+
+from serving.simulator.cost import CostModel, StepRecord, StepShape, write_records
+
+
+def test_policies_are_compared_on_one_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    simulate.main(
+        ["--trace", "overload", "--rate", "20", "--requests", "120", "--json", "--policy", "fcfs", "priority"]
+    )
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["policy"] for r in rows] == ["fcfs", "priority"]
+    assert all(r["requests"] == 120 for r in rows)
+    urgent = [r["by_group"]["priority 0"]["ttft"]["p95"] for r in rows]
+    assert urgent[1] < urgent[0]
+
+
+def test_a_written_trace_replays_the_same(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "t.jsonl")
+    simulate.main(["--trace", "rag", "--rate", "3", "--requests", "60", "--write-trace", path])
+    capsys.readouterr()
+    results = []
+    for trace in (["--trace", "rag", "--rate", "3", "--requests", "60"], ["--trace", path]):
+        simulate.main([*trace, "--json"])
+        row = json.loads(capsys.readouterr().out)
+        results.append({k: v for k, v in row.items() if k != "wall_s"})
+    assert results[0] == results[1]
+
+
+def test_fit(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    true = CostModel((4e-3, 0.0, 2e-3, 3e-4, 5e-4, 1e-4, 3e-7, 2e-9), 8, 256)
+    shapes = [StepShape(d, c, int(c > 0), 40 * d, 10.0 * c) for d in range(9) for c in (0, 16, 64, 240) if d or c]
+    write_records(tmp_path / "steps.jsonl", [StepRecord(s, true.seconds(s)) for s in shapes])
+    sizes = ["--max-num-seqs", "8", "--max-num-batched-tokens", "256"]
+    simulate.main(["--fit", str(tmp_path / "steps.jsonl"), "--out", str(tmp_path / "cost.json"), *sizes])
+    assert "median error 0.0%" in capsys.readouterr().out
+    simulate.main(["--trace", "short", "--requests", "20", "--cost", str(tmp_path / "cost.json"), "--json"])
+    assert json.loads(capsys.readouterr().out)["requests"] == 20
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--trace", "nowhere.jsonl"], ["--rate", "0"], ["--policy", "lifo"], ["--policy", "fcfs+luck"]]
+)
+def test_wrong_arguments_are_explained(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        simulate.main(wrong)
+    assert stopped.value.code == 2
+    assert wrong[1] in capsys.readouterr().err
+
+
+def test_plot(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is an optional extra")
+    simulate.main(["--trace", "short", "--requests", "30", "--plot", str(tmp_path / "p.png")])
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
