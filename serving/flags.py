@@ -88,6 +88,14 @@ def build_parser() -> Parser:
         help="after SIGTERM, seconds that running requests get to finish; a second signal stops at once",
     )  # fmt: skip
     server.add_argument("--log-format", choices=("human", "json"), default="human", help="how log lines look")
+    server.add_argument(
+        "--tool-call-parser", default=None, metavar="NAME",
+        help="how the model writes tool calls, by vLLM's names (default: what its chat template shows)",
+    )  # fmt: skip
+    server.add_argument(
+        "--reasoning-parser", default=None, metavar="NAME",
+        help="how the model marks its thinking, by vLLM's names (default: what its chat template shows)",
+    )  # fmt: skip
     server.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="log level")
     return parser
 

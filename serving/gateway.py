@@ -117,6 +117,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", required=True, help="engines to serve from: host:port[,host:port...]")
     parser.add_argument("--model", help="where the tokenizer and chat template come from: what the engines serve")
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja file or text instead of the model's own")
+    parser.add_argument("--tool-call-parser", metavar="NAME", help="instead of what the chat template shows")
+    parser.add_argument("--reasoning-parser", metavar="NAME", help="instead of what the chat template shows")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=HTTP_PORT, help="HTTP port; 0 takes a free one (default: 8000)")
     parser.add_argument("--allowed-origins", nargs="+", default=[], metavar="ORIGIN", help="browser origins")
@@ -159,7 +161,14 @@ async def _run(args: argparse.Namespace) -> int:
             model_id=info.model_id,
             grammar_compiler=RemoteGrammars(),  # type: ignore[arg-type]
         )
-        http = await serve_http(service, host=args.host, port=args.port, cors_origins=tuple(args.allowed_origins))
+        http = await serve_http(
+            service,
+            host=args.host,
+            port=args.port,
+            cors_origins=tuple(args.allowed_origins),
+            tool_parser=args.tool_call_parser,
+            reasoning_parser=args.reasoning_parser,
+        )
         print(f"ready at {http.url}, serving {info.model_id} from {', '.join(names)}", file=sys.stderr, flush=True)
         await stop.wait()
         service.start_draining()

@@ -104,7 +104,12 @@ class Server:
                 host=self._args.host,
                 port=port,
                 cors_origins=tuple(self._args.allowed_origins),
+                tool_parser=self._args.tool_call_parser,
+                reasoning_parser=self._args.reasoning_parser,
             )
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return False
         except OSError as error:
             reason = f"cannot listen on {self._args.host}:{port} for HTTP ({error.strerror or error})"
             if self._args.port is not None:
