@@ -90,6 +90,8 @@ class Driver:
         assert sum(align(x.length) for x in plan.chunks) <= c.max_chunk_tokens
         assert len(plan.chunks) <= c.max_chunk_rows
         assert len(s.running) <= c.max_num_seqs
+        for r in s.running:
+            assert r.cached_pages * c.page_size <= r.num_computed, "a page is indexed before all of it is computed"
         owners: dict[int, list] = {}
         for r in s.running:
             for i, page in enumerate(r.pages):
