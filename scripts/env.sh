@@ -106,6 +106,10 @@ install_env() {
     "${pip[@]}" -e "$REPO[compiler]" ||
       env_say "ziglang could not be installed: without a compiler the slower plain XLA path runs."
   fi
+  if [ -z "$extras" ]; then # built here, or the first start would wait for it; kept in the user's cache
+    env_say "building the native CPU kernels"
+    env_say "$(JAX_PLATFORMS=cpu "$VENV/bin/python" -c 'from ops import native; print(native.status())' 2>&1 | tail -n 1)"
+  fi
 }
 
 # Whether group $1 was installed for stamp $2; a larger group holds the smaller ones.
