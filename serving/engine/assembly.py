@@ -31,7 +31,7 @@ def prepare_platform(config: EngineConfig) -> None:
                 ) from e
     folder = compile_cache_folder(config)
     if folder is not None:
-        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(folder / "small"))
         # The default thresholds (1 s) would store nothing here.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -104,6 +104,7 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
         mesh=mesh if mesh.size > 1 else None,
         attention_backend=config.attention_backend,
         host_tier=config.kv_offload_gb > 0,
+        num_scheduler_steps=config.num_scheduler_steps,
     )
     with _progress_bar(config.progress) as on_done:
         runner.compile(on_done)
@@ -120,6 +121,7 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
             policy=config.policy,
             enable_prefix_caching=config.enable_prefix_caching,
             seed=config.seed,
+            num_scheduler_steps=config.num_scheduler_steps,
             prefix_first=config.prefix_first,
             fair_share=config.fair_share,
             host_pages=int(config.kv_offload_gb * GIB // sizes.page_bytes),

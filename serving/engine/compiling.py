@@ -172,7 +172,10 @@ def compile_all(
             cache.store(program.name, compiled)
         return program.name, compiled
 
-    with concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool:
+    with (
+        _kept_out_of_jax_cache(),
+        concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool,
+    ):
         futures = [pool.submit(build, p) for p in programs]
         for future in concurrent.futures.as_completed(futures):
             name, compiled = future.result()
@@ -180,6 +183,22 @@ def compile_all(
             if on_done:
                 on_done(len(done), len(programs))
     return done
+
+
+@contextlib.contextmanager
+def _kept_out_of_jax_cache() -> Iterator[None]:
+    """Nothing compiled inside goes into JAX's own persistent cache.
+
+    On CPU an executable that came out of that cache cannot be serialized again: it loads, and its first call says
+    "Function ... not found" (jaxlib 0.10). A program that changed sources but not its HLO would be stored so.
+    """
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _cpu_features() -> str:
