@@ -154,6 +154,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     engine.add_argument("--scheduling-policy", choices=POLICIES, default="fcfs", help="order of waiting requests")
     engine.add_argument(
+        "--num-scheduler-steps", type=_count, default=1, metavar="N",
+        help="decode steps in one dispatch while nothing waits: less host work, coarser streaming",
+    )  # fmt: skip
+    engine.add_argument(
         "--prefix-first", action=argparse.BooleanOptionalAction, default=False,
         help="among waiting requests of equal priority, those with the longest cached prefix first",
     )  # fmt: skip

@@ -50,13 +50,14 @@ def tiny_engine(
     num_pages: int = 80,
     page_size: int = 8,
     host_pages: int = 0,
+    steps: int = 1,
 ) -> Engine:
     """A started engine; shut it down. Programs are cached over the test session."""
     config = config or EngineConfig(page_size=page_size, progress=False)
     sizes = Sizes(max_num_seqs, max_num_batched_tokens, max_model_len, num_pages, page_size, 0, "float32")
     cache = ProgramCache(_cache_folder(), repr(("tiny", sizes)))
     with starting():
-        runner = ModelRunner(tiny_model(), sizes, cache, host_tier=host_pages > 0)
+        runner = ModelRunner(tiny_model(), sizes, cache, host_tier=host_pages > 0, num_scheduler_steps=steps)
         runner.compile()
     scheduler = Scheduler(
         SchedulerConfig(
@@ -70,6 +71,7 @@ def tiny_engine(
             config.policy,
             config.enable_prefix_caching,
             host_pages=host_pages,
+            num_scheduler_steps=steps,
         )
     )
     info = EngineInfo(

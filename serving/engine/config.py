@@ -32,6 +32,7 @@ class EngineConfig:
         async_scheduling: schedule and dispatch a step while the one before it runs (False: an ablation).
         max_num_queued_reqs, max_num_queued_tokens: bounds of the waiting queue; None is unbounded.
         max_waiting_time, max_running_time: seconds a request may wait for its first slot, and run after it.
+        num_scheduler_steps: decode steps in one dispatch while nothing waits (a device loop; ends early when all rows end).
         prefix_first: among waiting requests of equal priority, those with the longest cached prefix first.
         fair_share: least-served tenant (API key or metadata) first, within equal priority.
         kv_offload_gb: GiB of host memory for pages evicted from the device.
@@ -61,6 +62,7 @@ class EngineConfig:
     max_num_queued_tokens: int | None = None
     max_waiting_time: float | None = None
     max_running_time: float | None = None
+    num_scheduler_steps: int = 1
     prefix_first: bool = False
     fair_share: bool = False
     kv_offload_gb: float = 0.0
@@ -84,6 +86,7 @@ class EngineConfig:
             "cpu_devices",
             "max_num_queued_reqs",
             "max_num_queued_tokens",
+            "num_scheduler_steps",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

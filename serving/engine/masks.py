@@ -16,6 +16,11 @@ def is_constrained(request: Request) -> bool:
     return spec.constraint is not None or spec.params.allowed_token_ids is not None or bool(spec.bad_words_token_ids)
 
 
+def needs_host(request: Request) -> bool:
+    """Whether the host has a part in every one of the request's tokens: a mask before it, or logprobs to read after."""
+    return is_constrained(request) or request.spec.params.logprobs is not None
+
+
 def fill_rows(rows: Sequence[tuple[int, Request]], mask_RW: np.ndarray) -> dict[int, str]:
     """Writes the allowed set of each request's next token, from the tokens known now; see TokenConstraint.fill_mask.
 

@@ -36,6 +36,8 @@ class StepPlan:
         spilled: (page, digest) to copy to the host tier before anything of this step is written.
         restored: (page, digest) to copy back from it, after that and before the forward pass.
         dropped: digests that the host tier has forgotten.
+        num_steps: decode steps in one dispatch, in a loop on the device; more than 1 only when there are no chunks. It may
+            end sooner, when every row has sampled an end-of-sequence or stop token.
     """
 
     step_id: int
@@ -47,11 +49,12 @@ class StepPlan:
     spilled: tuple[tuple[int, bytes], ...] = ()
     restored: tuple[tuple[int, bytes], ...] = ()
     dropped: tuple[bytes, ...] = ()
+    num_steps: int = 1
 
     @property
     def num_tokens(self) -> int:
         """Tokens scheduled, padding not counted."""
-        return len(self.decode) + sum(c.length for c in self.chunks)
+        return len(self.decode) * self.num_steps + sum(c.length for c in self.chunks)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,8 +62,8 @@ class StepResult:
     """What a step sampled, row by row of `StepPlan.sampled`.
 
     Attributes:
-        tokens: int32 [rows].
-        finite: bool [rows]; False where the logits held NaN or infinity.
+        tokens: int32 [rows], or [num_steps, rows]; rows of steps that the device left out are -1.
+        finite: bool, the same shape; False where the logits held NaN or infinity.
         logprobs: per row, where the request asked for it.
         prompt_logprobs: request id -> entries for prompt positions [chunk.start + 1, chunk.start + length] of this step.
         pooled: request id -> this step's share of its pooled hidden states, float32 [embed].

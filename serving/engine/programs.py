@@ -76,7 +76,7 @@ def make_forward(model: SplitModel, layout: Layout, keep_hidden: bool) -> Callab
     return forward
 
 
-def make_sample(model: SplitModel, layout: Layout, vocab_size: int) -> Callable[..., Any]:
+def make_sample(model: SplitModel, layout: Layout) -> Callable[..., Any]:
     """sample(leaves, state, hidden_SD, flat, mask_SW) -> (state, SampleOutput).
 
     `mask_SW` is int32 [S, ceil(V / 32)], read only when the flat array says `masked`.
@@ -85,77 +85,141 @@ def make_sample(model: SplitModel, layout: Layout, vocab_size: int) -> Callable[
     def sample(
         leaves: tuple[jax.Array, ...], state: DeviceState, hidden_SD: jax.Array, flat: jax.Array, mask_SW: jax.Array
     ) -> tuple[DeviceState, SampleOutput]:
-        f = layout.unpack(flat)
-        raw_SV = model.merge(leaves).logits(hidden_SD)
-        slot_S, step_S = f["slot_S"], f["step_S"]
-        penal_S = (f["repetition_S"] != 1) | (f["presence_S"] != 0) | (f["frequency_S"] != 0)
-        penalized = jnp.any(penal_S)
-        logits_SV = jax.lax.cond(
-            penalized,
-            lambda logits: _penalize(logits, state.seen[slot_S], f),
-            lambda logits: logits,
-            raw_SV,
-        )
-        logits_SV = jax.lax.cond(
-            jnp.any(f["biased_S"] > 0),
-            lambda logits: sampling.apply_bias(
-                logits,
-                jnp.where(f["biased_S"][:, None] > 0, state.bias_ids[slot_S], vocab_size),
-                state.bias_values[slot_S],
-            ),
-            lambda logits: logits,
-            logits_SV,
-        )
-        held_back_S = step_S < f["min_tokens_S"]
-        logits_SV = jax.lax.cond(
-            jnp.any(held_back_S),
-            lambda logits: sampling.apply_bias(
-                logits,
-                jnp.where(held_back_S[:, None], state.banned_ids[slot_S], vocab_size),
-                jnp.full((slot_S.shape[0], state.banned_ids.shape[1]), -jnp.inf, jnp.float32),
-            ),
-            lambda logits: logits,
-            logits_SV,
-        )
+        return sample_rows(model.merge(leaves), layout.unpack(flat), state, hidden_SD, mask_SW)
+
+    return sample
+
+
+def sample_rows(
+    model: Any, f: dict[str, jax.Array], state: DeviceState, hidden_SD: jax.Array, mask_SW: jax.Array | None
+) -> tuple[DeviceState, SampleOutput]:
+    """Logits, everything that changes them, and the draw; see `make_sample`. Without `mask_SW`, no mask can be asked for."""
+    vocab_size = model.vocab_size
+    raw_SV = model.logits(hidden_SD)
+    slot_S, step_S = f["slot_S"], f["step_S"]
+    penal_S = (f["repetition_S"] != 1) | (f["presence_S"] != 0) | (f["frequency_S"] != 0)
+    penalized = jnp.any(penal_S)
+    logits_SV = jax.lax.cond(
+        penalized,
+        lambda logits: _penalize(logits, state.seen[slot_S], f),
+        lambda logits: logits,
+        raw_SV,
+    )
+    logits_SV = jax.lax.cond(
+        jnp.any(f["biased_S"] > 0),
+        lambda logits: sampling.apply_bias(
+            logits,
+            jnp.where(f["biased_S"][:, None] > 0, state.bias_ids[slot_S], vocab_size),
+            state.bias_values[slot_S],
+        ),
+        lambda logits: logits,
+        logits_SV,
+    )
+    held_back_S = step_S < f["min_tokens_S"]
+    logits_SV = jax.lax.cond(
+        jnp.any(held_back_S),
+        lambda logits: sampling.apply_bias(
+            logits,
+            jnp.where(held_back_S[:, None], state.banned_ids[slot_S], vocab_size),
+            jnp.full((slot_S.shape[0], state.banned_ids.shape[1]), -jnp.inf, jnp.float32),
+        ),
+        lambda logits: logits,
+        logits_SV,
+    )
+    if mask_SW is not None:
         logits_SV = jax.lax.cond(
             f["masked"][0] > 0,
             lambda logits: sampling.apply_token_mask(logits, mask_SW),
             lambda logits: logits,
             logits_SV,
         )
-        token_S = sampling.sample(
-            logits_SV,
-            temperature_R=f["temperature_S"],
-            top_k_R=f["top_k_S"],
-            top_p_R=f["top_p_S"],
-            min_p_R=f["min_p_S"],
-            seed_R2=f["seed_S2"],
-            step_R=step_S,
-        )
-        num_S = token_S.shape[0]
-        finite_S = jnp.all(jnp.isfinite(hidden_SD), -1) & jnp.isfinite(raw_SV[jnp.arange(num_S), token_S])
-        logprobs = jax.lax.cond(
-            jnp.any(f["num_logprobs_S"] >= 0),
-            lambda logits, tokens: sampling.logprobs(logits, tokens, MAX_LOGPROBS),
-            lambda logits, tokens: (
-                jnp.zeros(num_S, jnp.float32),
-                jnp.zeros(num_S, jnp.int32),
-                jnp.zeros((num_S, MAX_LOGPROBS), jnp.int32),
-                jnp.zeros((num_S, MAX_LOGPROBS), jnp.float32),
-            ),
-            raw_SV,
-            token_S,
-        )
-        seen = jax.lax.cond(
-            penalized,
-            lambda seen: seen.at[jnp.where(penal_S, slot_S, seen.shape[0]), token_S].add(1, mode="drop"),
-            lambda seen: seen,
-            state.seen,
-        )
-        state = dataclasses.replace(state, last_token=state.last_token.at[slot_S].set(token_S), seen=seen)
-        return state, SampleOutput(jnp.stack([token_S, finite_S.astype(jnp.int32)]), *logprobs)
+    token_S = sampling.sample(
+        logits_SV,
+        temperature_R=f["temperature_S"],
+        top_k_R=f["top_k_S"],
+        top_p_R=f["top_p_S"],
+        min_p_R=f["min_p_S"],
+        seed_R2=f["seed_S2"],
+        step_R=step_S,
+    )
+    num_S = token_S.shape[0]
+    finite_S = jnp.all(jnp.isfinite(hidden_SD), -1) & jnp.isfinite(raw_SV[jnp.arange(num_S), token_S])
+    logprobs = jax.lax.cond(
+        jnp.any(f["num_logprobs_S"] >= 0),
+        lambda logits, tokens: sampling.logprobs(logits, tokens, MAX_LOGPROBS),
+        lambda logits, tokens: (
+            jnp.zeros(num_S, jnp.float32),
+            jnp.zeros(num_S, jnp.int32),
+            jnp.zeros((num_S, MAX_LOGPROBS), jnp.int32),
+            jnp.zeros((num_S, MAX_LOGPROBS), jnp.float32),
+        ),
+        raw_SV,
+        token_S,
+    )
+    seen = jax.lax.cond(
+        penalized,
+        lambda seen: seen.at[jnp.where(penal_S, slot_S, seen.shape[0]), token_S].add(1, mode="drop"),
+        lambda seen: seen,
+        state.seen,
+    )
+    state = dataclasses.replace(state, last_token=state.last_token.at[slot_S].set(token_S), seen=seen)
+    return state, SampleOutput(jnp.stack([token_S, finite_S.astype(jnp.int32)]), *logprobs)
 
-    return sample
+
+def make_decode_loop(
+    model: SplitModel, forward: Layout, sample: Layout, page_size: int, max_steps: int
+) -> Callable[..., Any]:
+    """decode_loop(leaves, kv, state, forward_flat, sample_flat, steps) -> (kv, state, int32 [2, max_steps, S]).
+
+    Up to `steps` decode steps without the host in between; ends sooner when every row has sampled a token that ends it. The
+    result holds tokens and finite flags as SampleOutput.tokens_finite; steps that did not run are -1.
+    """
+
+    def decode_loop(
+        leaves: tuple[jax.Array, ...],
+        kv: KVCache,
+        state: DeviceState,
+        forward_flat: jax.Array,
+        sample_flat: jax.Array,
+        steps: jax.Array,
+    ) -> tuple[KVCache, DeviceState, jax.Array]:
+        merged = model.merge(leaves)
+        fields, sampled = forward.unpack(forward_flat), sample.unpack(sample_flat)
+        real_B = fields["decode_len_B"] > 0
+        rows_B = jnp.arange(real_B.shape[0])
+        first_B = jnp.where(fields["tokens_T"] < 0, state.last_token[fields["decode_slot_B"]], fields["tokens_T"])
+        stops_BN = state.banned_ids[sampled["slot_S"]]
+
+        def body(carry: Any) -> Any:
+            step, kv, state, tokens_B, ended_B, out = carry
+            position_B = jnp.where(real_B, fields["positions_T"] + step, 0)
+            page_B = fields["decode_pages_BP"][rows_B, position_B // page_size]
+            batch = attention_batch(
+                fields
+                | {
+                    "positions_T": position_B,
+                    "kv_index_T": jnp.where(real_B, page_B * page_size + position_B % page_size, 0),
+                    "decode_len_B": jnp.where(real_B, fields["decode_len_B"] + step, 0),
+                }
+            )
+            hidden_BD, kv = merged.forward(tokens_B, batch, kv)
+            f = sampled | {"step_S": sampled["step_S"] + step}
+            state, output = sample_rows(merged, f, state, hidden_BD, None)
+            tokens_B = output.tokens_finite[0]
+            counted_B = f["step_S"] + 1 >= f["min_tokens_S"]
+            ended_B |= counted_B & jnp.any(tokens_B[:, None] == stops_BN, -1)
+            return step + 1, kv, state, tokens_B, ended_B, out.at[:, step].set(output.tokens_finite)
+
+        def more(carry: Any) -> jax.Array:
+            step, *_, ended_B, _ = carry
+            return (step < steps) & ~jnp.all(ended_B)
+
+        out = jnp.full((2, max_steps, real_B.shape[0]), -1, jnp.int32)
+        start = (jnp.int32(0), kv, state, first_B, ~real_B, out)
+        _, kv, state, _, _, out = jax.lax.while_loop(more, body, start)
+        return kv, state, out
+
+    return decode_loop
 
 
 def _penalize(logits_SV: jax.Array, seen_SV: jax.Array, f: dict[str, jax.Array]) -> jax.Array:

@@ -149,9 +149,8 @@ class Request:
             return FinishReason.LENGTH
         return None
 
-    def will_end_at(self, total_len: int, max_model_len: int) -> bool:
-        """Whether a sequence of `total_len` tokens is at its length limit: known before the token itself is."""
-        if total_len >= max_model_len:
-            return True
+    def tokens_left(self, max_model_len: int) -> int:
+        """How many more tokens may be sampled, those on the device counted as sampled."""
         limit = self.spec.params.max_tokens
-        return limit is not None and total_len - self.prompt_len >= limit
+        end = max_model_len if limit is None else min(max_model_len, self.prompt_len + limit)
+        return end - self.total_len

@@ -21,12 +21,14 @@ from serving.engine.compiling import CompileGuard, Program, ProgramCache, compil
 from serving.engine.masks import is_constrained
 from serving.engine.packing import forward_layout, pack_forward, pack_sample, sample_layout
 from serving.engine.page_store import PageStore
+from serving.engine.placement import place, placed
 from serving.engine.plan import Chunk, StepPlan, StepResult
 from serving.engine.programs import (
     PROMPT_LOGPROB_ROWS,
     SampleOutput,
     SplitModel,
     load_slot,
+    make_decode_loop,
     make_forward,
     make_prompt_logprobs,
     make_sample,
@@ -54,6 +56,7 @@ class InFlight:
     pooled_RD: Any  # row i belongs to chunk i, where that pools; None where none does
     dispatched_at: float = dataclasses.field(default_factory=time.perf_counter)
     output: SampleOutput | None = None
+    loop_output: Any = None  # of a dispatch of several decode steps
 
 
 class ModelRunner:
@@ -64,6 +67,7 @@ class ModelRunner:
         sizes: resolved sizes.
         cache: where executables are kept.
         attention_backend: force one implementation of paged attention.
+        num_scheduler_steps: compile decode loops of up to this many steps, when more than 1.
         host_tier: compile what moves pages to host memory and back.
     """
 
@@ -76,6 +80,7 @@ class ModelRunner:
         mesh: jax.sharding.Mesh | None = None,
         attention_backend: str | None = None,
         host_tier: bool = False,
+        num_scheduler_steps: int = 1,
     ) -> None:
         self.sizes = sizes
         self.vocab_size = model.vocab_size
@@ -91,13 +96,16 @@ class ModelRunner:
                 paged_attention.allocate(spec, sizes.num_pages, sizes.page_size, jnp.dtype(sizes.kv_dtype), mesh)
                 for spec in model.kv_specs()
             )
-        self._state = DeviceState.zeros(sizes.max_num_seqs, self.vocab_size)
+        self._state = place(mesh, DeviceState.zeros(sizes.max_num_seqs, self.vocab_size))
         self._mask_width = -(-self.vocab_size // 32)
-        self._no_mask = {s: jnp.zeros((s, self._mask_width), jnp.int32) for s in self.buckets.sample_sizes}
+        self._no_mask = {
+            s: place(mesh, jnp.zeros((s, self._mask_width), jnp.int32)) for s in self.buckets.sample_sizes
+        }
         self._forward_layouts = {b: forward_layout(b, self.pages_per_slot) for b in self.buckets.buckets}
         self._sample_layouts = {s: sample_layout(s) for s in self.buckets.sample_sizes}
         self._programs: dict[str, Any] = {}
         self._store = PageStore() if host_tier else None
+        self._max_steps = num_scheduler_steps
         self._head: list[int] = []  # which leaves the logits read
         self._hidden: jax.ShapeDtypeStruct  # of one decode row; set by compile
 
@@ -106,7 +114,8 @@ class ModelRunner:
     def compile(self, on_done: Callable[[int, int], None] | None = None) -> None:
         """Compiles every program, runs each once on padding, and arms the guard."""
         with paged_attention.use_backend(self._backend):
-            self._programs = compile_all(self._all_programs(), self._cache, on_done)
+            programs = [placed(self._mesh, program) for program in self._all_programs()]
+            self._programs = compile_all(programs, self._cache, on_done)
         if self._store is not None:
             self._store.bind(self._programs)
         self._warm_up()
@@ -123,11 +132,23 @@ class ModelRunner:
             fn = make_forward(self._split, layout, keep)
             flat = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
             programs.append(Program(f"forward {bucket}", fn, (leaves, kv, state.last_token, flat), donate=(1,)))
+            if self._max_steps > 1 and not bucket.chunk:
+                sample = self._sample_layouts[bucket.samples]
+                fn = make_decode_loop(self._split, layout, sample, self.sizes.page_size, self._max_steps)
+                args = (
+                    leaves,
+                    kv,
+                    state,
+                    flat,
+                    jax.ShapeDtypeStruct((sample.size,), jnp.int32),
+                    jax.ShapeDtypeStruct((), jnp.int32),
+                )
+                programs.append(Program(f"decode_loop {bucket.decode}", fn, args, donate=(1, 2)))
         hidden_head = jax.ShapeDtypeStruct((PROMPT_LOGPROB_ROWS, width.shape[-1]), width.dtype)
         self._head = used_leaves(lambda leaves, h: self._split.merge(leaves).logits(h), leaves, hidden_head)
         head_leaves = tuple(leaves[i] for i in self._head)
         for size, layout in self._sample_layouts.items():
-            fn = self._with_head(make_sample(self._split, layout, self.vocab_size))
+            fn = self._with_head(make_sample(self._split, layout))
             args = (
                 head_leaves,
                 state,
@@ -180,8 +201,10 @@ class ModelRunner:
             step = self._run(empty, bucket, slots)
             self.dispatch_sample(step, None)
             self.collect(step)
+            if f"decode_loop {bucket.decode}" in self._programs and not bucket.chunk:
+                self.collect(self._run(dataclasses.replace(empty, num_steps=2), bucket, slots))
         for tokens in self.buckets.chunk_sizes:
-            hidden = jnp.zeros((tokens, self._hidden.shape[-1]), self._hidden.dtype)
+            hidden = place(self._mesh, jnp.zeros((tokens, self._hidden.shape[-1]), self._hidden.dtype))
             rows = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
             self._programs[f"prompt_logprobs {tokens}"](self._head_leaves, hidden, rows, rows)
             self._programs[f"pool {tokens}"](hidden, np.zeros((self.buckets.max_rows, tokens), np.float32))
@@ -205,8 +228,8 @@ class ModelRunner:
                 self._kv = self._store.restore(self._kv, plan.restored)
             self._store.drop(plan.dropped)
         for request in plan.admitted:
-            if needs_loading(request):
-                rows = slot_rows(request, self.vocab_size)
+            if needs_loading(request, self._max_steps > 1):
+                rows = slot_rows(request, self.vocab_size, self._max_steps > 1)
                 self._state = self._programs["load_slot"](self._state, np.int32(request.slot), *rows)
         chunk_tokens = sum(align(c.length) for c in plan.chunks)
         bucket = self.buckets.find(len(plan.decode), chunk_tokens, len(plan.chunks))
@@ -214,6 +237,8 @@ class ModelRunner:
 
     def _run(self, plan: StepPlan, bucket: Bucket, slots: SlotTable) -> InFlight:
         flat = pack_forward(plan, bucket, self._forward_layouts[bucket], slots, self.sizes.page_size)
+        if plan.num_steps > 1:
+            return self._run_loop(plan, bucket, slots, flat)
         program = self._programs[f"forward {bucket}"]
         self._kv, hidden_SD, hidden_TD = program(self._leaves, self._kv, self._state.last_token, flat)
         steps = [r.total_len - r.prompt_len - 1 for r in plan.sampled]
@@ -229,6 +254,16 @@ class ModelRunner:
         ]
         pooled = self._dispatch_pool(plan, bucket, hidden_TD)
         return InFlight(plan, bucket, hidden_SD, sample_flat, constrained, asked, pooled)
+
+    def _run_loop(self, plan: StepPlan, bucket: Bucket, slots: SlotTable, flat: np.ndarray) -> InFlight:
+        """Starts several decode steps at once; sampling is part of it."""
+        steps = [r.total_len - r.prompt_len - plan.num_steps for r in plan.sampled]
+        sample_flat = pack_sample(plan, bucket.samples, self._sample_layouts[bucket.samples], slots, steps, False)
+        self._kv, self._state, out = self._programs[f"decode_loop {bucket.decode}"](
+            self._leaves, self._kv, self._state, flat, sample_flat, np.int32(plan.num_steps)
+        )
+        out.copy_to_host_async()
+        return InFlight(plan, bucket, None, sample_flat, (), [], None, loop_output=out)
 
     def _dispatch_pool(self, plan: StepPlan, bucket: Bucket, hidden_TD: Any) -> Any:
         """Pools the chunks that ask for it, one row of the result a chunk; None where nobody does."""
@@ -272,7 +307,13 @@ class ModelRunner:
         return tuple(self._leaves[i] for i in self._head)
 
     def dispatch_sample(self, step: InFlight, mask_SW: np.ndarray | None) -> None:
-        """Starts the sampling part. `mask_SW` int32 [bucket.samples, ceil(V/32)] where `step.constrained` is not empty."""
+        """Starts the sampling part, unless the step has done it itself.
+
+        Args:
+            mask_SW: int32 [bucket.samples, ceil(V/32)] where `step.constrained` is not empty.
+        """
+        if step.loop_output is not None:
+            return
         size = step.bucket.samples
         mask = self._no_mask[size] if mask_SW is None else mask_SW
         program = self._programs[f"sample {size}"]
@@ -286,6 +327,10 @@ class ModelRunner:
 
     def collect(self, step: InFlight) -> StepResult:
         """Waits for a step and reads what was asked for."""
+        if step.loop_output is not None:
+            rows, steps = len(step.plan.sampled), step.plan.num_steps
+            tokens, finite = np.asarray(step.loop_output)[:, :steps, :rows]
+            return StepResult(tokens, finite != 0)
         assert step.output is not None, "the step's sample was not dispatched"
         tokens, finite = np.asarray(step.output.tokens_finite)
         rows = len(step.plan.sampled)

@@ -14,6 +14,7 @@ import numpy as np
 
 from serving.engine.deadlines import Deadlines
 from serving.engine.kv_manager import KVManager
+from serving.engine.masks import needs_host
 from serving.engine.page_pool import PagePool
 from serving.engine.plan import Chunk, StepPlan, StepResult
 from serving.engine.policy import LOOKAHEAD, MAX_PASSED_OVER, FairShare, WaitingQueue
@@ -42,6 +43,7 @@ class SchedulerConfig:
         max_chunk_rows: prompts that may have a piece in one step.
         max_model_len: tokens a sequence may have.
         policy: see policy.KEYS.
+        num_scheduler_steps: decode steps in one dispatch while nothing waits.
         prefix_first: among waiting requests of equal priority, try those with the longest cached prefix first.
         fair_share: serve the least-served tenant first, within equal priority.
         host_pages: capacity of the host tier; 0 for none.
@@ -59,6 +61,7 @@ class SchedulerConfig:
     policy: str = "fcfs"
     enable_prefix_caching: bool = True
     seed: int = 0
+    num_scheduler_steps: int = 1
     prefix_first: bool = False
     fair_share: bool = False
     host_pages: int = 0
@@ -157,7 +160,8 @@ class Scheduler:
         admitted = self._admit(builder, now) if preemptions == self.counters.preemptions else []
         if not decode and not builder.chunks:
             return None
-        return self._commit(decode, positions, builder.chunks, admitted)
+        num_steps = 1 if builder.chunks else self._lengthen(decode)
+        return self._commit(decode, positions, builder.chunks, admitted, num_steps)
 
     def retire(self, plan: StepPlan, result: StepResult, now: float | None = None) -> list[EngineOutput]:
         """Takes in what a dispatched step sampled: appends tokens, ends what has ended, frees what nothing writes any more."""
@@ -170,17 +174,18 @@ class Scheduler:
             if result.prompt_logprobs and chunk.request.request_id in result.prompt_logprobs:
                 self._keep_prompt_logprobs(chunk, result.prompt_logprobs[chunk.request.request_id])
         outputs = self._take_pooled(plan, result.pooled) if result.pooled else []
-        tokens = result.tokens.tolist()
         all_finite = bool(result.finite.all())
-        for row, request in enumerate(plan.sampled):
-            if request.finished:
-                continue  # it ended one step before this token was known to be surplus
-            request.num_pending -= 1
-            if not all_finite and not result.finite[row]:
-                outputs.append(self._end(request, FinishReason.ERROR, error="the model's logits are not finite."))
-                continue
-            logprobs = result.logprobs[row] if result.logprobs is not None else None
-            outputs.append(self._take_token(request, tokens[row], logprobs, now))
+        steps = np.atleast_2d(result.tokens).tolist()
+        for step, tokens in enumerate(steps):
+            for row, request in enumerate(plan.sampled):
+                if request.finished:
+                    continue  # it ended before this token was known to be surplus
+                request.num_pending -= 1
+                if not all_finite and not np.atleast_2d(result.finite)[step, row]:
+                    outputs.append(self._end(request, FinishReason.ERROR, error="the model's logits are not finite."))
+                    continue
+                logprobs = result.logprobs[row] if result.logprobs is not None else None
+                outputs.append(self._take_token(request, tokens[row], logprobs, now))
         self._free_left()
         return outputs
 
@@ -194,7 +199,7 @@ class Scheduler:
         for request in self.running[:]:
             if request.state is not RequestState.RUNNING or request.num_uncomputed != 1 or request.spec.pooling:
                 continue
-            if request.num_pending and request.will_end_at(request.total_len, max_len):
+            if request.tokens_left(max_len) <= 0:
                 continue  # its last token is on its way
             if len(decode) >= budget:
                 break
@@ -207,6 +212,23 @@ class Scheduler:
             kept = [(r, p) for r, p in zip(decode, positions, strict=True) if r.state is RequestState.RUNNING]
             decode, positions = [r for r, _ in kept], [p for _, p in kept]
         return decode, positions
+
+    def _lengthen(self, decode: list[Request]) -> int:
+        """How many decode steps to dispatch at once: several only while nothing waits for the next one, and while every row
+        has the tokens and the pages for them."""
+        most = self.config.num_scheduler_steps
+        if most == 1 or len(self.waiting) or any(needs_host(r) for r in decode):
+            return 1
+        steps = min(most, *(r.tokens_left(self.config.max_model_len) for r in decode))
+        size = self.config.page_size
+        needed = [-(-(r.num_computed + steps) // size) - len(r.pages) for r in decode]
+        pages = self.pool.allocate(sum(needed)) if steps > 1 else None
+        if pages is None:
+            return 1
+        for request, count in zip(decode, needed, strict=True):
+            for _ in range(count):
+                self.slots.append_page(request, pages.pop())
+        return steps
 
     def _grow(self, request: Request) -> bool:
         """One more page for a running request, preempting the least important other if there is none."""
@@ -287,14 +309,19 @@ class Scheduler:
             self.fair.charge(request.spec.tenant, prompt_tokens=request.prompt_len - request.num_cached_tokens)
 
     def _commit(
-        self, decode: list[Request], positions: list[int], chunks: list[Chunk], admitted: list[Request]
+        self,
+        decode: list[Request],
+        positions: list[int],
+        chunks: list[Chunk],
+        admitted: list[Request],
+        num_steps: int = 1,
     ) -> StepPlan:
         """Advances every scheduled request, as if the step had already run."""
         self._step_id += 1
         self.counters.steps += 1
         for request in decode:
-            request.num_computed += 1
-            request.num_pending += 1
+            request.num_computed += num_steps
+            request.num_pending += num_steps
             request.inflight += 1
         for chunk in chunks:
             request = chunk.request
@@ -312,6 +339,7 @@ class Scheduler:
             tuple(admitted),
             sampled,
             *self.kv.take_step(),
+            num_steps,
         )
 
     # ---- pages that come free ----

@@ -32,7 +32,8 @@ class DeviceState:
         last_token: int32 [slots + 1], what the slot sampled last; the next step's input.
         seen: int16 [slots + 1, V], see PROMPT_BIT. Kept up only while a request with penalties is in the batch.
         bias_ids, bias_values: int32 and float32 [slots + 1, MAX_LOGIT_BIAS]; unused entries have id V (dropped).
-        banned_ids: int32 [slots + 1, MAX_BANNED], held back until min_tokens; unused entries have id V.
+        banned_ids: int32 [slots + 1, MAX_BANNED], what ends the completion: held back until min_tokens, and looked for by
+            the device loop of several decode steps; unused entries have id V.
     """
 
     last_token: jax.Array
@@ -53,13 +54,18 @@ class DeviceState:
         )
 
 
-def needs_loading(request: Request) -> bool:
-    """Whether the request reads any per-slot device row. Most do not, and are admitted without a device call."""
+def needs_loading(request: Request, stops: bool = False) -> bool:
+    """Whether the request reads any per-slot device row. Most do not, and are admitted without a device call.
+
+    `stops`: the device looks at stop tokens itself (several decode steps a dispatch).
+    """
     p = request.spec.params
-    return p.has_penalties or bool(p.logit_bias) or p.min_tokens > 0
+    return p.has_penalties or bool(p.logit_bias) or p.min_tokens > 0 or stops
 
 
-def slot_rows(request: Request, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def slot_rows(
+    request: Request, vocab_size: int, stops: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """A request's rows of seen_V, bias_ids, bias_values, banned_ids, from the tokens known now."""
     p = request.spec.params
     seen = np.zeros(vocab_size, np.int16)
@@ -74,7 +80,7 @@ def slot_rows(request: Request, vocab_size: int) -> tuple[np.ndarray, np.ndarray
     bias_ids[: len(bias)] = list(bias.keys())
     bias_values[: len(bias)] = list(bias.values())
     banned = np.full(MAX_BANNED, vocab_size, np.int32)
-    if p.min_tokens > 0:
+    if p.min_tokens > 0 or stops:
         ids = (*p.stop_token_ids, *(() if p.ignore_eos else request.spec.eos_token_ids))[:MAX_BANNED]
         banned[: len(ids)] = ids
     return seen, bias_ids, bias_values, banned

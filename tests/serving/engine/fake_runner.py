@@ -63,6 +63,21 @@ class FakeDevice:
                 page = slots.pages[request.slot, position // self.size]
                 assert page != 0, "a real token is written to the null page"
                 self.kv[page, position % self.size] = token
+        rows = self.sample(work)
+        tokens = [rows]
+        for _ in range(plan.num_steps - 1):
+            work = [(r, [(positions[-1][0] + 1, int(self.last_token[r.slot]))], True) for r, positions, _ in work]
+            for request, positions, _ in work:
+                page = slots.pages[request.slot, positions[0][0] // self.size]
+                assert page != 0
+                self.kv[page, positions[0][0] % self.size] = positions[0][1]
+            tokens.append(self.sample(work))
+        assert [r.request_id for r, _, samples in work if samples] == [r.request_id for r in plan.sampled]
+        return Dispatched(plan, np.asarray(tokens if plan.num_steps > 1 else rows, np.int32))
+
+    def sample(self, work) -> list[int]:
+        """One sampled token for each row that samples."""
+        slots = self.scheduler.slots
         sampled = []
         for request, positions, samples in work:
             if samples:
@@ -74,11 +89,10 @@ class FakeDevice:
                 sampled.append((request, token))
         for request, token in sampled:
             self.last_token[request.slot] = token
-        assert [r.request_id for r, _ in sampled] == [r.request_id for r in plan.sampled]
-        return Dispatched(plan, np.asarray([t for _, t in sampled], np.int32))
+        return [t for _, t in sampled]
 
     def collect(self, step: Dispatched) -> StepResult:
-        return StepResult(step.tokens, np.ones(len(step.tokens), bool))
+        return StepResult(step.tokens, np.ones(step.tokens.shape, bool))
 
 
 def expected(prompt: list[int], count: int) -> list[int]:

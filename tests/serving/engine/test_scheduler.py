@@ -86,7 +86,8 @@ class Driver:
         s.pool.check()
         if plan is None:
             return
-        assert plan.num_tokens <= c.max_num_batched_tokens
+        assert plan.num_tokens <= c.max_num_batched_tokens * plan.num_steps
+        assert plan.num_steps == 1 or not plan.chunks
         assert sum(align(x.length) for x in plan.chunks) <= c.max_chunk_tokens
         assert len(plan.chunks) <= c.max_chunk_rows
         assert len(s.running) <= c.max_num_seqs
@@ -403,6 +404,7 @@ def walk(steps: int, seed: int, prefix: bool, asynchronous: bool) -> None:
         host_pages=rng.choice([0, 3, 100]) if prefix else 0,
         prefix_first=rng.random() < 0.3,
         fair_share=rng.random() < 0.3,
+        num_scheduler_steps=rng.choice([1, 1, 4]),
         max_waiting_time=rng.choice([None, 200.0]),
     )
     d = Driver(config, asynchronous)

@@ -24,9 +24,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix=st.booleans(),
         host_pages=st.sampled_from([0, 2, 50]),
         fair=st.booleans(),
+        steps=st.sampled_from([1, 1, 5]),
         asynchronous=st.booleans(),
     )
-    def start(self, pages, budget, policy, prefix, host_pages, fair, asynchronous):
+    def start(self, pages, budget, policy, prefix, host_pages, fair, steps, asynchronous):
         config = dataclasses.replace(
             CONFIG,
             num_pages=pages,
@@ -35,6 +36,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             enable_prefix_caching=prefix,
             host_pages=host_pages if prefix else 0,
             fair_share=fair,
+            num_scheduler_steps=steps,
         )
         self.driver = Driver(config, asynchronous)
         self.now = 0.0
