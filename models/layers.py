@@ -208,7 +208,7 @@ class Attention(nnx.Module):
             q_TKGh = self.q_norm(q_TKGh.reshape(T, -1)).reshape(q_TKGh.shape)
             k_TKh = self.k_norm(k_TKh.reshape(T, -1)).reshape(k_TKh.shape)
         if self.rope is not None:
-            inv_freq, factor = _frequencies(*self.rope)
+            inv_freq, factor = layer_frequencies(*self.rope)
             q_TKGh = rope(q_TKGh, batch.positions_T, inv_freq, factor)
             k_TKh = rope(k_TKh, batch.positions_T, inv_freq, factor)
         sinks_KG = None if self.sinks is None else self.sinks[...]
@@ -311,6 +311,6 @@ def kv_spec(config: ModelConfig, layer: int) -> KVSpec:
 
 
 @functools.lru_cache(maxsize=64)
-def _frequencies(rotary: RopeConfig, max_model_len: int) -> tuple[Any, float]:
+def layer_frequencies(rotary: RopeConfig, max_model_len: int) -> tuple[Any, float]:
     """Computed on the host once for all layers that share them."""
     return frequencies(rotary, max_model_len)

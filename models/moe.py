@@ -31,10 +31,9 @@ class Experts(nnx.Module):
         self.shards, self.activation = build.shards("ffw", F), config.activation
         self.gate_up = weight((E, 2 * F, D), build.dtype, (expert, ffw, "embed"), gate_shards=(1, self.shards))
         self.down = weight((E, D, F), build.dtype, (expert, "embed", ffw))
-        self.gate_up_bias = self.down_bias = None
-        if bias:
-            self.gate_up_bias = weight((E, 2 * F), jnp.float32, (expert, ffw), gate_shards=(1, self.shards))
-            self.down_bias = weight((E, D), jnp.float32, (expert, "embed"))
+        layout = {"gate_shards": (1, self.shards)}
+        self.gate_up_bias = weight((E, 2 * F), jnp.float32, (expert, ffw), **layout) if bias else None
+        self.down_bias = weight((E, D), jnp.float32, (expert, "embed")) if bias else None
         axis = build.rules.mesh_axis
         self.placement = (build.mesh, axis(expert), axis(ffw))
 
@@ -95,7 +94,7 @@ def choose(logits_TE: jax.Array, moe: MoEConfig, bias_E: jax.Array | None) -> tu
         best = jax.lax.top_k(grouped_TgE, 2 if moe.group_score == "top2" else 1)[0].sum(-1)
         _, kept = jax.lax.top_k(best, moe.groups_kept)
         keep_Tg = jax.nn.one_hot(kept, moe.groups, dtype=bool).any(1)
-        masked = jnp.where(keep_Tg[:, :, None], grouped_TgE, -jnp.inf if moe.scoring == "softmax" else 0.0)
+        masked = jnp.where(keep_Tg[:, :, None], grouped_TgE, -jnp.inf)
         choice_TE = masked.reshape(choice_TE.shape)
     _, ids_Tk = jax.lax.top_k(choice_TE, moe.experts_per_token)
     weights_Tk = jnp.take_along_axis(scores_TE, ids_Tk, axis=-1)

@@ -162,6 +162,7 @@ class GGUFFile:
         return out.reshape(shape)
 
 
+_CONV1D = re.compile(r"\.c_(attn|proj|fc)\.weight$")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -170,6 +171,7 @@ class GGUFCheckpoint:
 
     Args:
         file: the file.
+        architecture: its `general.architecture`.
         rotated_pairs: heads of q and k whose rows were permuted for interleaved rotary pairs: (query heads, key heads),
             or None where the converter leaves them.
     """
@@ -179,6 +181,8 @@ class GGUFCheckpoint:
         self.file = file
         self._table = gguf.get_tensor_name_map(kinds[architecture], num_layers)
         self._rotated_pairs = rotated_pairs
+        self._norms_have_one = architecture.startswith("gemma")
+        self._conv1d = architecture == "gpt2"
 
     @property
     def own_names(self) -> Collection[str]:
@@ -192,6 +196,8 @@ class GGUFCheckpoint:
         own = self.locate(name)
         assert own is not None
         shape = self.file.tensors[own].shape
+        if self._conv1d and _CONV1D.search(name):
+            return shape[::-1]
         return shape[1:] if _EXPERT.search(name) else shape
 
     def read(self, name: str) -> np.ndarray:
@@ -205,6 +211,10 @@ class GGUFCheckpoint:
                 return half_split_rows(values, queries)
             if ".k_proj." in name:
                 return half_split_rows(values, keys)
+        if self._norms_have_one and name.endswith("norm.weight"):
+            return values.astype(np.float32) - 1.0
+        if self._conv1d and _CONV1D.search(name):
+            return values.T
         return values
 
 

@@ -60,7 +60,58 @@ def config_dict(file: GGUFFile, architecture: str) -> dict[str, Any]:
     if rotary and rotary != head_dim:
         config["partial_rotary_factor"] = rotary / head_dim
     config["rope_scaling"] = _rope_scaling(file, get)
+    config |= _of_family(arch, config, get)
     return {name: value for name, value in config.items() if value is not None}
+
+
+def _of_family(arch: str, config: Mapping[str, Any], get: Any) -> dict[str, Any]:
+    """What only some architectures have, under the names of their config.json.
+
+    Where the metadata does not say a number, it is the one that llama.cpp computes with for that architecture.
+    """
+    if arch in ("gemma2", "gemma3"):
+        heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+        # The 27B models (46 and 62 layers) scale scores by the width a head has of the embedding.
+        is_27b = layers == {"gemma2": 46, "gemma3": 62}[arch]
+        return {
+            "query_pre_attn_scalar": config["hidden_size"] // heads if is_27b else config["head_dim"],
+            "attn_logit_softcapping": get("attn_logit_softcapping"),
+            "final_logit_softcapping": get("final_logit_softcapping"),
+            "rope_local_base_freq": get("rope.freq_base_swa"),
+            "attention_bias": False,
+        }
+    if arch == "granite":
+        return {
+            "attention_multiplier": get("attention.scale"),
+            "embedding_multiplier": get("embedding_scale"),
+            "residual_multiplier": get("residual_scale"),
+            "logits_scaling": get("logit_scale"),
+        }
+    if arch == "gpt2":
+        return {"intermediate_size": get("feed_forward_length")}
+    if arch == "starcoder2":
+        return {"use_bias": True}
+    if arch in ("qwen2", "qwen3", "qwen2moe", "qwen3moe", "smollm3", "llama", "phi3", "olmo2"):
+        more: dict[str, Any] = {}
+        if arch in ("qwen2", "qwen2moe", "olmo2", "phi3"):
+            more["attention_bias"] = arch.startswith("qwen2")
+        if get("expert_count"):
+            more |= {
+                "num_experts": get("expert_count"),
+                "num_local_experts": get("expert_count"),
+                "num_experts_per_tok": get("expert_used_count"),
+                "moe_intermediate_size": get("expert_feed_forward_length"),
+                "shared_expert_intermediate_size": get("expert_shared_feed_forward_length"),
+                "norm_topk_prob": bool(get("expert_weights_norm", arch == "qwen3moe")),
+            }
+        return more
+    return {}
+
+
+def family_name(metadata: Mapping[str, Any]) -> str:
+    """The architecture that the registry is asked for: GGUF writes Mixtral as a llama with experts."""
+    arch = metadata["general.architecture"]
+    return "llama-moe" if arch == "llama" and metadata.get("llama.expert_count") else arch
 
 
 def rotated_pairs(config: Mapping[str, Any], arch: str) -> tuple[int, int] | None:

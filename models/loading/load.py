@@ -100,7 +100,9 @@ def load_model(
         arrays = orbax.restore(source.path, dict(parameters_of(model)), build)
         set_values(model, arrays.items(), quantization=quantization, progress=progress)
     else:
-        ignore = opened.family.ignore
+        # Layers behind the last one predict further tokens (DeepSeek-V3's MTP); they are drafts, not the model.
+        behind = range(config.num_layers, config.num_layers + (opened.hf_config.get("num_nextn_predict_layers") or 0))
+        ignore = (*opened.family.ignore, *(rf"^model\.layers\.{layer}\." for layer in behind))
         fill(model, opened.checkpoint, build, ignore=ignore, quantization=quantization, progress=progress)
     return LoadedModel(model, config, opened.model_id, opened.generation_config, source)
 

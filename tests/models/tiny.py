@@ -58,6 +58,21 @@ YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "origina
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+DEEPSEEK = {
+    "num_key_value_heads": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_group": 1,
+    "topk_group": 1,
+}
 
 TINY: dict[str, Tiny] = {
     "llama": Tiny("LlamaConfig", "LlamaForCausalLM"),
@@ -165,6 +180,33 @@ TINY: dict[str, Tiny] = {
         MOE | {"norm_topk_prob": True, "head_dim": 16},
         expert_mesh=True,
     ),
+    "gpt-oss": Tiny(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "sliding_window": 12,
+            "rope_parameters": YARN_ROPE | {"truncate": False},
+        },
+        expert_mesh=True,
+    ),
+    "deepseek v2": Tiny(
+        "DeepseekV2Config", "DeepseekV2ForCausalLM", DEEPSEEK | {"q_lora_rank": None}, expert_mesh=True
+    ),
+    "deepseek v2, groups": Tiny(
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        DEEPSEEK | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 3.0},
+    ),
+    "deepseek v3": Tiny(
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        DEEPSEEK
+        | {"n_group": 4, "topk_group": 2, "rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+        expert_mesh=True,
+    ),
     "gpt2": Tiny(
         "GPT2Config",
         "GPT2LMHeadModel",
@@ -180,7 +222,7 @@ def make_reference(name: str, directory: Path) -> None:
     import transformers
 
     tiny = TINY[name]
-    fields = {key: value for key, value in (BASE | dict(tiny.fields)).items() if value is not None}
+    fields = {key: value for key, value in (BASE | dict(tiny.fields)).items() if value is not None or key not in BASE}
     config = getattr(transformers, tiny.config)(**fields)
     torch.manual_seed(sum(name.encode()))
     model = getattr(transformers, tiny.model)(config).eval().float()

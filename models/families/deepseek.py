@@ -1,0 +1,90 @@
+"""DeepSeek-V2 and V3 (arXiv:2405.04434, arXiv:2412.19437): latent attention, many routed experts and shared ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.config import MLAConfig, ModelConfig, MoEConfig, from_hf, rope_from_hf
+from models.decoder import Decoder, Layer
+from models.family import Family
+from models.layers import Build, GatedMLP
+from models.mla import LatentAttention, latent_spec
+from models.moe import MoE
+from ops.paged_attention.batch import KVSpec
+
+
+class DeepseekLayer(Layer):
+    def make_attention(self, config: ModelConfig, index: int, build: Build) -> LatentAttention:
+        return LatentAttention(config, index, build)
+
+    def make_mlp(self, config: ModelConfig, index: int, build: Build) -> MoE | GatedMLP:
+        sparse = config.moe is not None and config.moe.layers[index]
+        return MoE(config, build, shared_name="shared_experts") if sparse else GatedMLP(config, build)
+
+
+class Deepseek(Decoder):
+    def __init__(self, config: ModelConfig, build: Build):
+        super().__init__(config, build, DeepseekLayer)
+
+    def kv_specs(self) -> tuple[KVSpec, ...]:
+        return (latent_spec(self.config),) * self.config.num_layers
+
+
+def _config(hf: Mapping[str, Any], **routing: Any) -> ModelConfig:
+    layers = hf["num_hidden_layers"]
+    first, step = hf.get("first_k_dense_replace", 0), hf.get("moe_layer_freq", 1)
+    experts = hf.get("n_routed_experts") or hf.get("num_local_experts")
+    moe = None
+    if experts:
+        moe = MoEConfig(
+            num_experts=experts,
+            experts_per_token=hf["num_experts_per_tok"],
+            ffw_dim=hf["moe_intermediate_size"],
+            layers=tuple(index >= first and index % step == 0 for index in range(layers)),
+            scale=hf.get("routed_scaling_factor", 1.0),
+            shared_ffw_dim=(hf.get("n_shared_experts") or 0) * hf["moe_intermediate_size"],
+            **routing,
+        )
+    rope_dim = hf["qk_rope_head_dim"]
+    mla = MLAConfig(hf.get("q_lora_rank"), hf["kv_lora_rank"], hf["qk_nope_head_dim"], rope_dim, hf["v_head_dim"])
+    bias = bool(hf.get("attention_bias", False))
+    return from_hf(
+        hf,
+        head_dim=hf["qk_nope_head_dim"] + rope_dim,
+        num_kv_heads=hf["num_attention_heads"],
+        rope=rope_from_hf(hf, rope_dim),
+        qkv_bias=bias,
+        out_bias=bias,
+        moe=moe,
+        mla=mla,
+        extra=(("rope_interleave", hf.get("rope_interleave", True)),),
+    )
+
+
+def deepseek_v2_config(hf: Mapping[str, Any]) -> ModelConfig:
+    grouped = hf.get("topk_method", "greedy") == "group_limited_greedy"
+    return _config(
+        hf,
+        normalize=bool(hf.get("norm_topk_prob", False)),
+        groups=(hf.get("n_group") or 1) if grouped else 1,
+        groups_kept=(hf.get("topk_group") or 1) if grouped else 1,
+    )
+
+
+def deepseek_v3_config(hf: Mapping[str, Any]) -> ModelConfig:
+    return _config(
+        hf,
+        scoring="sigmoid",
+        normalize=bool(hf.get("norm_topk_prob", True)),
+        bias=True,
+        groups=hf.get("n_group", 8),
+        groups_kept=hf.get("topk_group", 4),
+        group_score="top2",
+    )
+
+
+FAMILIES = (
+    Family("DeepSeek-V2", ("DeepseekV2ForCausalLM",), deepseek_v2_config, Deepseek),
+    Family("DeepSeek-V3, R1", ("DeepseekV3ForCausalLM",), deepseek_v3_config, Deepseek),
+)

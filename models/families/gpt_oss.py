@@ -1,0 +1,97 @@
+"""GPT-OSS (OpenAI 2025, arXiv:2508.10925): attention sinks, windows on every other layer, clamped gated experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.config import ModelConfig, MoEConfig, from_hf, windows_from_hf
+from models.decoder import Decoder, Layer
+from models.family import Family
+from models.layers import Build, Linear
+from models.loading import names
+from models.loading.names import Recipes, one
+from models.moe import Experts, MoE
+
+
+class GptOssExperts(Experts):
+    """(up + 1) * gate * sigmoid(alpha * gate), both clamped; checkpoints are [in, out] with gate and up alternating."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig, build: Build):
+        super().__init__(config, moe, build, bias=True)
+        self.alpha, self.limit = config.get("swiglu_alpha"), config.get("swiglu_limit")
+
+    def gate(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        gate = jnp.minimum(gate, self.limit)
+        up = jnp.clip(up, -self.limit, self.limit)
+        return (up + 1.0) * gate * jax.nn.sigmoid(self.alpha * gate)
+
+    def recipes(self, name: str, sources: tuple[str, str, str] = ("", "", "")) -> Recipes:
+        E, D, F = self.down.shape
+
+        def rows(array_EJ: np.ndarray) -> np.ndarray:
+            """[E, 2 F, ...] alternating -> [E, S, 2, F / S, ...]."""
+            rest = array_EJ.shape[2:]
+            pairs = array_EJ.reshape(E, self.shards, F // self.shards, 2, *rest)
+            return np.ascontiguousarray(np.moveaxis(pairs, 3, 2)).reshape(E, 2 * F, *rest)
+
+        return {
+            "gate_up": one(f"{name}.gate_up_proj", E, D, 2 * F, assemble=lambda array: rows(array.swapaxes(1, 2))),
+            "gate_up_bias": one(f"{name}.gate_up_proj_bias", E, 2 * F, assemble=rows),
+            "down": one(
+                f"{name}.down_proj", E, F, D, assemble=lambda array: np.ascontiguousarray(array.swapaxes(1, 2))
+            ),
+            "down_bias": one(f"{name}.down_proj_bias", E, D),
+        }
+
+
+class GptOssMoE(MoE):
+    def __init__(self, config: ModelConfig, build: Build):
+        super().__init__(config, build)
+        assert config.moe is not None
+        self.router = Linear(config.embed_dim, config.moe.num_experts, build, (None, "embed"), bias=True)
+
+    def make_experts(self, config: ModelConfig, moe: MoEConfig, build: Build) -> GptOssExperts:
+        return GptOssExperts(config, moe, build)
+
+    def recipes(self, name: str) -> Recipes:
+        router = names.under("router", self.router.recipes(f"{name}.router"))
+        return router | names.under("experts", self.experts.recipes(f"{name}.experts"))
+
+
+class GptOssLayer(Layer):
+    def make_mlp(self, config: ModelConfig, index: int, build: Build) -> GptOssMoE:
+        return GptOssMoE(config, build)
+
+
+def build(config: ModelConfig, build: Build) -> Decoder:
+    return Decoder(config, build, GptOssLayer)
+
+
+def gpt_oss_config(hf: Mapping[str, Any]) -> ModelConfig:
+    layers = hf["num_hidden_layers"]
+    kinds = hf.get("layer_types") or ["sliding_attention", "full_attention"] * (layers // 2)
+    moe = MoEConfig(
+        num_experts=hf.get("num_local_experts", 128),
+        experts_per_token=hf.get("num_experts_per_tok", 4),
+        ffw_dim=hf["intermediate_size"],
+        layers=(True,) * layers,
+        # The softmax over the chosen logits is the softmax over all, divided by the chosen ones' sum.
+        normalize=True,
+    )
+    return from_hf(
+        hf,
+        windows=windows_from_hf(dict(hf) | {"layer_types": kinds}, layers),
+        qkv_bias=bool(hf.get("attention_bias", True)),
+        out_bias=bool(hf.get("attention_bias", True)),
+        attn_sinks=True,
+        moe=moe,
+        extra=(("swiglu_alpha", hf.get("swiglu_alpha", 1.702)), ("swiglu_limit", hf.get("swiglu_limit", 7.0))),
+    )
+
+
+FAMILIES = (Family("GPT-OSS", ("GptOssForCausalLM",), gpt_oss_config, build),)

@@ -1,0 +1,102 @@
+"""Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434), computed on the latent that pages keep.
+
+A position's key and value for all heads are linear in one latent of `kv_rank` numbers. Instead of expanding it, queries
+are brought into the latent's space (q · W_k) and the attended latents out of it (W_v): attention is then over one shared
+head of kv_rank + rope_dim, and pages hold that alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.config import ModelConfig
+from models.layers import Build, Linear, RMSNorm, child_recipes, layer_frequencies, weight
+from models.loading.names import Piece, Recipe, Recipes
+from ops.paged_attention import attend
+from ops.paged_attention.batch import AttentionBatch, KVSpec
+from ops.rope import rope
+
+LATENT_NORM_EPS = 1e-6  # of the norms inside; the published models do not take it from the configuration
+
+
+class LatentAttention(nnx.Module):
+    """Heads [nope + rope] in queries, one latent and one rotated key for all heads."""
+
+    def __init__(self, config: ModelConfig, layer: int, build: Build):
+        assert config.mla is not None and config.rope is not None
+        mla, H, D = config.mla, config.num_heads, config.embed_dim
+        self.mla, self.num_heads = mla, H
+        axis = build.axis("heads", H)
+        head = mla.nope_dim + mla.rope_dim
+        compressed = mla.q_rank is not None
+        self.q_a = Linear(D, mla.q_rank, build, (None, "embed"), bias=config.qkv_bias) if mla.q_rank else None
+        self.q_a_norm = RMSNorm(mla.q_rank, LATENT_NORM_EPS) if mla.q_rank else None
+        self.q = Linear(mla.q_rank or D, H * head, build, (axis, None if compressed else "embed"))
+        self.kv_a = Linear(D, mla.kv_rank + mla.rope_dim, build, ("latent", "embed"), bias=config.qkv_bias)
+        self.kv_a_norm = RMSNorm(mla.kv_rank, LATENT_NORM_EPS)
+        self.k_up = weight((H, mla.nope_dim, mla.kv_rank), build.dtype, (axis, None, "latent"))
+        self.v_up = weight((H, mla.v_dim, mla.kv_rank), build.dtype, (axis, None, "latent"))
+        self.out = Linear(H * mla.v_dim, D, build, ("embed", axis), bias=config.out_bias)
+        self.rope = (config.rope, build.max_model_len)
+        self.interleaved = bool(config.get("rope_interleave", True))
+        self.scale = head**-0.5
+        if config.rope.kind != "default" and config.rope.mscale_all_dim:
+            # YaRN in DeepSeek's writing sharpens the scores too.
+            self.scale *= (0.1 * config.rope.mscale_all_dim * math.log(config.rope.factor) + 1.0) ** 2
+
+    def __call__(
+        self, x_TD: jax.Array, batch: AttentionBatch, kv: Any, norm: Any = None, residual_TD: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        T, mla = x_TD.shape[0], self.mla
+        x_TD = x_TD if norm is None else norm(x_TD)
+        compressed = x_TD if self.q_a is None or self.q_a_norm is None else self.q_a_norm(self.q_a(x_TD))
+        q_THh = self.q(compressed).reshape(T, self.num_heads, -1)
+        latent_TR, k_rope_Th = jnp.split(self.kv_a(x_TD), [mla.kv_rank], axis=-1)
+        latent_TR = self.kv_a_norm(latent_TR)
+        inv_freq, factor = layer_frequencies(*self.rope)
+        positions = batch.positions_T
+        q_rope = rope(q_THh[..., mla.nope_dim :], positions, inv_freq, factor, interleaved=self.interleaved)
+        k_rope_Th = rope(k_rope_Th[:, None], positions, inv_freq, factor, interleaved=self.interleaved)[:, 0]
+        q_latent = self._product("thn,hnr->thr", q_THh[..., : mla.nope_dim], self.k_up[...])
+        q_T1Hh = jnp.concatenate([q_latent, q_rope], axis=-1)[:, None]
+        k_T1h = jnp.concatenate([latent_TR, k_rope_Th], axis=-1)[:, None]
+        out_T1Hh, kv = attend(q_T1Hh, k_T1h, None, kv, batch, scale=self.scale)
+        out_THv = self._product("thr,hvr->thv", out_T1Hh[:, 0, :, : mla.kv_rank], self.v_up[...])
+        y_TD = self.out(out_THv.reshape(T, -1))
+        return (y_TD if residual_TD is None else y_TD + residual_TD), kv
+
+    def _product(self, equation: str, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        y = jnp.einsum(equation, x.astype(matrix.dtype), matrix, preferred_element_type=jnp.float32)
+        return y.astype(x.dtype)
+
+    def recipes(self, name: str) -> Recipes:
+        mla, H = self.mla, self.num_heads
+        children = {"kv_a": "kv_a_proj_with_mqa", "kv_a_norm": "kv_a_layernorm", "out": "o_proj"}
+        if self.q_a is None:
+            children |= {"q": "q_proj"}
+        else:
+            children |= {"q_a": "q_a_proj", "q_a_norm": "q_a_layernorm", "q": "q_b_proj"}
+        recipes = child_recipes(self, children, name)
+        both = (Piece(f"{name}.kv_b_proj.weight", (H * (mla.nope_dim + mla.v_dim), mla.kv_rank)),)
+
+        def rows(start: int, stop: int | None) -> Any:
+            def cut(kv_b: np.ndarray) -> np.ndarray:
+                return np.ascontiguousarray(kv_b.reshape(H, -1, mla.kv_rank)[:, start:stop])
+
+            return cut
+
+        recipes["k_up"] = Recipe(both, rows(0, mla.nope_dim))
+        recipes["v_up"] = Recipe(both, rows(mla.nope_dim, None))
+        return recipes
+
+
+def latent_spec(config: ModelConfig) -> KVSpec:
+    """What a `LatentAttention` layer keeps for each position."""
+    assert config.mla is not None
+    return KVSpec(1, config.mla.kv_rank + config.mla.rope_dim, 0)
