@@ -45,6 +45,7 @@ struct Tile {  // queries of one head of one request, and their softmax so far
   void* q;        // [rows, h], scaled; pairs of bfloat16 where the instruction set multiplies those
   int* position;  // [rows]
   float *best, *total, *shrink;  // [rows]
+  float *q_unit, *unit;          // [rows] what 1 in q, and in a weight, stands for
   float* score;   // [rows, BLOCK]
   void* weight;   // [rows, BLOCK] likewise
   float* sum;     // [rows, hv]
@@ -104,7 +105,7 @@ struct Tile {  // queries of one head of one request, and their softmax so far
 
 struct Kernels {
   void (*run)(const Tile&, const Pool&, const int32_t*, int, int, int, bool);
-  void (*pack_query)(const float*, Kind, int, float, void*, int64_t);
+  float (*pack_query)(const float*, Kind, int, float, void*, int64_t);
   bool bf16_dot;
 };
 
@@ -142,12 +143,12 @@ void rotate(const float* x, const float* cos, const float* sin, int half, int h,
   for (int i = 2 * half; i < h; ++i) y[i] = x[i];
 }
 
-// Symmetric int8, elements `apart`; returns the scale.
-float quantize(const float* x, int n, int64_t apart, int8_t* to) {
+// Symmetric int8; element i goes to `to + i / pair * apart + i % pair`. Returns the scale.
+float quantize(const float* x, int n, int pair, int64_t apart, int8_t* to) {
   float largest = 0;
   for (int i = 0; i < n; ++i) largest = std::max(largest, std::fabs(x[i]));
   const float scale = largest * (1.0f / 127.0f), divisor = scale == 0.0f ? 1.0f : scale;
-  for (int i = 0; i < n; ++i) to[i * apart] = static_cast<int8_t>(std::nearbyint(x[i] / divisor));
+  for (int i = 0; i < n; ++i) to[i / pair * apart + i % pair] = static_cast<int8_t>(std::nearbyint(x[i] / divisor));
   return scale;
 }
 
@@ -175,9 +176,10 @@ void write(const Step& step, const Pool& pool, int64_t token, int head) {
     for (int i = 0; i < h; ++i) k_page[i * size] = k[i];
     std::memcpy(static_cast<float*>(pool.v) + (at * size + slot) * hv, v, sizeof(float) * hv);
   } else {
-    int8_t* k_page = static_cast<int8_t*>(pool.k) + at * h * size + slot;
-    pool.k_scale[at * size + slot] = quantize(k, h, size, k_page);
-    pool.v_scale[at * size + slot] = quantize(v, hv, 1, static_cast<int8_t*>(pool.v) + (at * size + slot) * hv);
+    int8_t* k_page = static_cast<int8_t*>(pool.k) + at * h * size + 2 * slot;
+    int8_t* v_page = static_cast<int8_t*>(pool.v) + at * size * hv + (slot / 2) * 2 * hv + slot % 2;
+    pool.k_scale[at * size + slot] = quantize(k, h, 2, 2 * size, k_page);
+    pool.v_scale[at * size + slot] = quantize(v, hv, 1, 2, v_page);
   }
 }
 
@@ -186,14 +188,16 @@ Tile start_tile(const Step& step, const Pool& pool, const Kernels& kernels, int6
                 int position, bool dot, bool with_sinks) {
   Tile tile;
   const int64_t rows = tile.rows = tokens * step.group;
-  tile.score = static_cast<float*>(scratch(kTile, sizeof(float) * rows * (pool.h + pool.hv + 2 * BLOCK + 4)));
+  tile.score = static_cast<float*>(scratch(kTile, sizeof(float) * rows * (pool.h + pool.hv + 2 * BLOCK + 6)));
   tile.weight = dot ? tile.score + rows * BLOCK : tile.score;  // float32 weights replace their scores
   tile.sum = tile.score + 2 * rows * BLOCK;
   tile.q = tile.sum + rows * pool.hv;
   tile.best = tile.sum + rows * (pool.hv + pool.h);
   tile.total = tile.best + rows;
   tile.shrink = tile.total + rows;
-  tile.position = reinterpret_cast<int*>(tile.shrink + rows);
+  tile.q_unit = tile.shrink + rows;
+  tile.unit = tile.q_unit + rows;
+  tile.position = reinterpret_cast<int*>(tile.unit + rows);
   float* rotated = static_cast<float*>(scratch(kRotated, sizeof(float) * pool.h));
   for (int j = 0; j < tokens; ++j) {
     for (int g = 0; g < step.group; ++g) {
@@ -204,7 +208,7 @@ Tile start_tile(const Step& step, const Pool& pool, const Kernels& kernels, int6
         rotate(q, step.cos + at, step.sin + at, step.half, pool.h, rotated);
         q = rotated;
       }
-      kernels.pack_query(q, pool.kind, pool.h, step.scale, tile.q, row);
+      tile.q_unit[row] = kernels.pack_query(q, pool.kind, pool.h, step.scale, tile.q, row);
       tile.position[row] = position + j;
       const bool sink = with_sinks && step.sinks != nullptr;  // a key of weight exp(sink) and no value
       tile.best[row] = sink ? step.sinks[head * step.group + g] : NOTHING;
@@ -238,7 +242,7 @@ struct ChunkItem {
 ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool, const Rows& decode, const Rows& chunk,
                     int64_t num_tokens) {
   const Kernels use = kernels();
-  const bool dot = use.bf16_dot && pool.kind == Kind::kBfloat16;
+  const bool dot = pool.kind == Kind::kInt8 || (use.bf16_dot && pool.kind == Kind::kBfloat16);
   const int G = step.group, K = pool.heads, hv = pool.hv;
   const int64_t token_floats = static_cast<int64_t>(K) * G * hv;
   const int64_t limit = decode.count == 0 && chunk.count == 0 ? 0 : pool.page_size;

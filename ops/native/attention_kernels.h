@@ -14,15 +14,25 @@ typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef float vf_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint32_t vu_loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
-typedef int8_t v8 __attribute__((vector_size(W)));
-typedef int8_t v8_loose __attribute__((vector_size(W), aligned(1), may_alias));
 
 #define INLINE AT static inline __attribute__((always_inline))
 
 INLINE vf load(const float* p) { return *reinterpret_cast<const vf_loose*>(p); }
 INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_loose*>(p); }
-INLINE vf load(const int8_t* p) {
-  return __builtin_convertvector(__builtin_convertvector(v8(*reinterpret_cast<const v8_loose*>(p)), vi), vf);
+// Pairs of int8, as pairs of int16 in each lane.
+INLINE vi load(const uint16_t* p) {
+#if W == 16
+  return (vi)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif W == 8
+  return (vi)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vi x;
+  for (int i = 0; i < W; ++i) {
+    const int32_t low = static_cast<int8_t>(p[i] & 0xff), high = static_cast<int8_t>(p[i] >> 8);
+    x[i] = (low & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(high) << 16);
+  }
+  return x;
+#endif
 }
 INLINE void store(float* p, vf x) { *reinterpret_cast<vf_loose*>(p) = x; }
 INLINE vf splat(float x) {
@@ -35,7 +45,23 @@ INLINE vf splat(float x) {
 #endif
 }
 INLINE vf pick(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
-INLINE vf vmax(vf a, vf b) { return pick(a > b, a, b); }
+INLINE vf vmax(vf a, vf b) {
+#if W == 16
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif W == 8
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return pick(a > b, a, b);
+#endif
+}
+// x where a >= b, else 0.
+INLINE vf keep_from(vf x, vf a, vf b) {
+#if W == 16
+  return (vf)_mm512_maskz_mov_ps(_mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ), (__m512)x);
+#else
+  return (vf)((vi)x & (a >= b));
+#endif
+}
 
 // a * b + c in one rounding where the set has it: the build turns the compiler's own contraction off.
 INLINE vf fma(vf a, vf b, vf c) {
@@ -57,7 +83,6 @@ INLINE vi iota() {
 // e^x for x <= 0 within 2 ulp; exactly 0 below -87.3, where float32 is no longer normal. Cody-Waite reduction and a
 // polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2].
 INLINE vf vexp(vf x) {
-  const vi normal = x >= -87.3f;
   const vf big = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
   const vf shifted = fma(x, splat(1.44269504f), big);
   const vf n = shifted - big;
@@ -70,7 +95,7 @@ INLINE vf vexp(vf x) {
   y = fma(y, r, splat(1.0f));
   y = fma(y, r, splat(1.0f));
   const vi power = ((vi)shifted << 23) + 0x3f800000;
-  return (vf)((vi)(y * (vf)power) & normal);
+  return keep_from(y * (vf)power, x, splat(-87.3f));
 }
 
 INLINE vf vtanh(vf x) {
@@ -79,15 +104,23 @@ INLINE vf vtanh(vf x) {
 }
 
 INLINE float sum_lanes(vf x) {
+#if W == 16
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float total = 0;
   for (int i = 0; i < W; ++i) total += x[i];
   return total;
+#endif
 }
 
 INLINE float max_lanes(vf x) {
+#if W == 16
+  return _mm512_reduce_max_ps((__m512)x);
+#else
   float best = x[0];
   for (int i = 1; i < W; ++i) best = x[i] > best ? x[i] : best;
   return best;
+#endif
 }
 
 // One step of a product: acc[r][v] += a(r, i) * b[v], where a bfloat16 step holds a pair on each side.
@@ -114,23 +147,47 @@ INLINE void step(vf (&acc)[R][N], const uint32_t* a, int64_t lda, const vu (&b)[
 }
 #endif
 
+// Pairs of int16, exactly, into int32.
+template <int R, int N>
+INLINE void step(vi (&acc)[R][N], const uint32_t* a, int64_t lda, const vi (&b)[N]) {
+  for (int r = 0; r < R; ++r) {
+#if BF16_DOT  // such a CPU has VNNI too
+    const __m512i both = _mm512_set1_epi32(static_cast<int>(a[r * lda]));
+    for (int v = 0; v < N; ++v) acc[r][v] = (vi)_mm512_dpwssd_epi32((__m512i)acc[r][v], both, (__m512i)b[v]);
+#elif W == 16
+    const __m512i both = _mm512_set1_epi32(static_cast<int>(a[r * lda]));
+    for (int v = 0; v < N; ++v) acc[r][v] += (vi)_mm512_madd_epi16(both, (__m512i)b[v]);
+#elif W == 8
+    const __m256i both = _mm256_set1_epi32(static_cast<int>(a[r * lda]));
+    for (int v = 0; v < N; ++v) acc[r][v] += (vi)_mm256_madd_epi16(both, (__m256i)b[v]);
+#else
+    const int32_t both = static_cast<int32_t>(a[r * lda]), high = both >> 16, low = static_cast<int16_t>(both & 0xffff);
+    for (int v = 0; v < N; ++v) acc[r][v] += ((b[v] << 16) >> 16) * low + (b[v] >> 16) * high;
+#endif
+  }
+}
+
 // How pages of an element type are read: `Page` is what a pointer walks over, `Query` what q and the weights are kept
 // as, PAIR how many channels (of K) or tokens (of V) one step takes, and STRIDE how far a step moves in q.
 struct Float32 {
   typedef float Page;
   typedef float Query;
   typedef vf Vector;
+  typedef vf Sum;
   enum { PAIR = 1, STRIDE = 1 };
 };
+// Queries and weights are int16 with a scale each, 256 times finer than the pages they meet: products are exact.
 struct Int8 {
-  typedef int8_t Page;
-  typedef float Query;
-  typedef vf Vector;
-  enum { PAIR = 1, STRIDE = 1 };
+  typedef uint16_t Page;
+  typedef uint32_t Query;
+  typedef vi Vector;
+  typedef vi Sum;
+  enum { PAIR = 2, STRIDE = 1 };
 };
 struct Bfloat16 {
   typedef uint32_t Page;
   typedef vu Vector;
+  typedef vf Sum;
 #if BF16_DOT
   typedef uint32_t Query;
   enum { PAIR = 2, STRIDE = 1 };
@@ -139,6 +196,9 @@ struct Bfloat16 {
   enum { PAIR = 2, STRIDE = 2 };
 #endif
 };
+
+INLINE vf to_float(vf x) { return x; }
+INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
 #define PREFETCH(p) __builtin_prefetch((p), 0, 2)  // to the second-level cache: the first is busy with this block
 
@@ -157,7 +217,7 @@ AT static __attribute__((noinline)) void scores(const typename T::Query* q, int6
     // Prefetch a cache line once, where several steps' vectors share it.
     const int64_t row_bytes = ldk * (int64_t)sizeof(typename T::Page);
     const int every = row_bytes < 64 ? (int)(64 / row_bytes) : 1;
-    vf acc[R][N] = {};
+    typename T::Sum acc[R][N] = {};
     for (int i = 0; i < steps; ++i) {
       typename T::Vector b[N];
       for (int v = 0; v < N; ++v) b[v] = load(p[v] + i * ldk);
@@ -166,23 +226,28 @@ AT static __attribute__((noinline)) void scores(const typename T::Query* q, int6
       step<R, N>(acc, q + i * T::STRIDE, ldq, b);
     }
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < N; ++v) store(out + r * BLOCK + (first + v) * W, acc[r][v]);
+      for (int v = 0; v < N; ++v) store(out + r * BLOCK + (first + v) * W, to_float(acc[r][v]));
   }
 }
 
-// sum[r][column] = sum[r][column] * shrink[r] + weight[r] . v[column] over `tokens` tokens.
+// sum[r][column] = sum[r][column] * shrink[r] + weight[r] . v[column] * unit[r] over `tokens` tokens; units are int8's.
 template <class T, int R, int N, bool AHEAD>
-AT static __attribute__((noinline)) void values(const typename T::Query* weight, const typename T::Page* const* v_panels, int64_t ldv,
-                      const typename T::Page* const* next, int tokens, const float* shrink, float* sum, int64_t lds) {
+AT static __attribute__((noinline)) void values(const typename T::Query* weight, const typename T::Page* const* v_panels,
+                                                int64_t ldv, const typename T::Page* const* next, int tokens,
+                                                const float* shrink, const float* unit, float* sum, int64_t lds) {
   constexpr int LDW = BLOCK / T::PAIR * T::STRIDE;
-  vf acc[R][N];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < N; ++v) acc[r][v] = load(sum + r * lds + v * W) * shrink[r];
+  constexpr bool EXACT = std::is_same<T, Int8>::value;
+  typename T::Sum acc[R][N] = {};
+  if constexpr (!EXACT)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < N; ++v) acc[r][v] = load(sum + r * lds + v * W) * shrink[r];
   for (int panel = 0; panel * PANEL < tokens; ++panel) {
     const int here = tokens - panel * PANEL < PANEL ? tokens - panel * PANEL : PANEL;
     const typename T::Page *p = v_panels[panel], *ahead = next[panel];
     const typename T::Query* w = weight + panel * PANEL / T::PAIR * T::STRIDE;
-    for (int i = 0; i < here / T::PAIR; ++i, p += ldv, ahead += ldv) {
+    // int8 has no NaN: the slot of a pair's missing second token may hold anything, its weight is 0.
+    const int steps = EXACT ? (here + 1) / T::PAIR : here / T::PAIR;
+    for (int i = 0; i < steps; ++i, p += ldv, ahead += ldv) {
       typename T::Vector b[N];
       for (int v = 0; v < N; ++v) b[v] = load(p + v * W);
       if (AHEAD)
@@ -190,8 +255,8 @@ AT static __attribute__((noinline)) void values(const typename T::Query* weight,
           if (v * W * sizeof(typename T::Page) % 64 == 0) PREFETCH(ahead + v * W);
       step<R, N>(acc, w + i * T::STRIDE, LDW, b);
     }
-    if constexpr (T::PAIR == 2) {
-      if (here & 1) {  // the pair's second token is not there: what its slot holds may be NaN
+    if constexpr (T::PAIR == 2 && !EXACT) {
+      if (here & 1) {
         typename T::Vector b[N];
         for (int v = 0; v < N; ++v) b[v] = load(p + v * W) & 0xffffu;
         step<R, N>(acc, w + here / 2 * T::STRIDE, LDW, b);
@@ -199,7 +264,13 @@ AT static __attribute__((noinline)) void values(const typename T::Query* weight,
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < N; ++v) store(sum + r * lds + v * W, acc[r][v]);
+    for (int v = 0; v < N; ++v) {
+      float* const to = sum + r * lds + v * W;
+      if constexpr (EXACT)
+        store(to, fma(load(to), splat(shrink[r]), to_float(acc[r][v]) * unit[r]));
+      else
+        store(to, acc[r][v]);
+    }
 }
 
 template <class T, bool AHEAD>
@@ -230,8 +301,8 @@ AT static void all_scores(int rows, const typename T::Query* q, int64_t ldq, con
 
 template <class T, int N, bool AHEAD>
 AT static void values_columns(int rows, const typename T::Query* weight, const typename T::Page* const* v, int64_t ldv,
-                              const typename T::Page* const* next, int tokens, const float* shrink, float* sum,
-                              int64_t lds) {
+                              const typename T::Page* const* next, int tokens, const float* shrink,
+                              const float* unit, float* sum, int64_t lds) {
   constexpr int LDW = BLOCK / T::PAIR * T::STRIDE;
   for (int r = 0; r < rows;) {
     const typename T::Query* a = weight + r * LDW;
@@ -239,9 +310,9 @@ AT static void values_columns(int rows, const typename T::Query* weight, const t
 #define CASE(R)                                                                              \
   case R:                                                                                    \
     if (ahead)                                                                               \
-      values<T, R, N, true>(a, v, ldv, next, tokens, shrink + r, sum + r * lds, lds);        \
+      values<T, R, N, true>(a, v, ldv, next, tokens, shrink + r, unit + r, sum + r * lds, lds);  \
     else                                                                                     \
-      values<T, R, N, false>(a, v, ldv, next, tokens, shrink + r, sum + r * lds, lds);       \
+      values<T, R, N, false>(a, v, ldv, next, tokens, shrink + r, unit + r, sum + r * lds, lds); \
     break;
     const int take = rows - r < ROWS ? rows - r : ROWS;
     switch (take) {
@@ -257,7 +328,8 @@ AT static void values_columns(int rows, const typename T::Query* weight, const t
 
 template <class T, bool AHEAD>
 AT static void all_values(int rows, const typename T::Query* weight, const typename T::Page* const* v, int hv,
-                          const typename T::Page* const* next, int tokens, const float* shrink, float* sum) {
+                          const typename T::Page* const* next, int tokens, const float* shrink, const float* unit,
+                          float* sum) {
   constexpr int PANELS = BLOCK / PANEL;
   for (int column = 0; column < hv;) {
     const typename T::Page *p[PANELS], *ahead[PANELS];
@@ -265,12 +337,12 @@ AT static void all_values(int rows, const typename T::Query* weight, const typen
     int vectors = (hv - column) / W;
     if (vectors >= COLS) {
       vectors = COLS;
-      values_columns<T, COLS, AHEAD>(rows, weight, p, hv, ahead, tokens, shrink, sum + column, hv);
+      values_columns<T, COLS, AHEAD>(rows, weight, p, hv, ahead, tokens, shrink, unit, sum + column, hv);
     } else if (vectors >= 2) {
       vectors = 2;
-      values_columns<T, 2, AHEAD>(rows, weight, p, hv, ahead, tokens, shrink, sum + column, hv);
+      values_columns<T, 2, AHEAD>(rows, weight, p, hv, ahead, tokens, shrink, unit, sum + column, hv);
     } else {
-      values_columns<T, 1, AHEAD>(rows, weight, p, hv, ahead, tokens, shrink, sum + column, hv);
+      values_columns<T, 1, AHEAD>(rows, weight, p, hv, ahead, tokens, shrink, unit, sum + column, hv);
     }
     column += vectors * W;
   }
@@ -284,23 +356,55 @@ INLINE uint32_t round_bf16(float x) {
   return (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
 }
 
-INLINE void keep_weights(const float* from, float* to) {
-  if (from != to) memcpy(to, from, BLOCK * sizeof(float));
-}
+// The softmax's weights of a row as the products take them; returns their unit.
+INLINE float keep_weights(Float32, const float*, float*) { return 1; }  // they replace the scores, in place
 #if BF16_DOT
-INLINE void keep_weights(const float* from, uint32_t* to) {
+INLINE float keep_weights(Bfloat16, const float* from, uint32_t* to) {
   for (int i = 0; i < BLOCK; i += 2 * W) {
     const __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)load(from + i + W), (__m512)load(from + i));
     memcpy(to + i / 2, &pairs, sizeof pairs);
   }
+  return 1;
 }
+#else
+INLINE float keep_weights(Bfloat16, const float*, float*) { return 1; }
 #endif
-
-INLINE void keep_query(const float* from, int h, float scale, float* to) {
-  for (int i = 0; i < h; ++i) to[i] = from[i] * scale;
+INLINE float keep_weights(Int8, const float* from, uint32_t* to) {
+  vf best = {};
+  for (int i = 0; i < BLOCK; i += W) best = vmax(best, load(from + i));
+  const float unit = max_lanes(best) * (1.0f / 32767.0f), inverse = unit > 0 ? 1.0f / unit : 0.0f;
+  int16_t* const out = reinterpret_cast<int16_t*>(to);
+#if W == 16
+  for (int i = 0; i < BLOCK; i += W)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                        _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32((__m512)(load(from + i) * inverse))));
+#else
+  for (int i = 0; i < BLOCK; ++i) {
+    const float x = from[i] * inverse + 0.5f;
+    out[i] = static_cast<int16_t>(x < 32767.0f ? x : 32767.0f);
+  }
+#endif
+  return unit;
 }
-INLINE void keep_query(const float* from, int h, float scale, uint32_t* to) {
+
+// A query times the softmax's scale as the products take it; returns its unit.
+INLINE float keep_query(const float* from, int h, float scale, float* to) {
+  for (int i = 0; i < h; ++i) to[i] = from[i] * scale;
+  return 1;
+}
+INLINE float keep_query_bf16(const float* from, int h, float scale, uint32_t* to) {
   for (int i = 0; i < h; i += 2) to[i / 2] = round_bf16(from[i] * scale) | round_bf16(from[i + 1] * scale) << 16;
+  return 1;
+}
+INLINE float keep_query_int16(const float* from, int h, float scale, uint32_t* to) {
+  float largest = 0;
+  for (int i = 0; i < h; ++i) largest = fmaxf(largest, fabsf(from[i]));
+  // h products with an int8 stay within int32.
+  const float limit = fminf(32767.0f, static_cast<float>(INT32_MAX) / (128.0f * static_cast<float>(h)));
+  const float inverse = largest > 0 ? limit / largest : 0.0f;
+  int16_t* const out = reinterpret_cast<int16_t*>(to);
+  for (int i = 0; i < h; ++i) out[i] = static_cast<int16_t>(lrintf(from[i] * inverse));
+  return largest / limit * scale;
 }
 
 // Folds keys [begin, end) of one head into the online softmax of `tile.rows` queries.
@@ -316,7 +420,7 @@ AT static void attend(const Tile& tile, const Pool& pool, const int32_t* table, 
   const Query* q = reinterpret_cast<const Query*>(tile.q);
   Query* weight = reinterpret_cast<Query*>(tile.weight);
   const Page *k[2][PANELS], *v[2][PANELS];
-  const float *k_scale[PANELS], *v_scale[PANELS];
+  const float *k_scale[PANELS] = {}, *v_scale[PANELS] = {};
 
   // Where the panels of the block at `base` lie. Panels past the end repeat the first: never a page that is not ours.
   auto locate = [&](int base, int which) __attribute__((always_inline)) {
@@ -357,7 +461,7 @@ AT static void attend(const Tile& tile, const Pool& pool, const int32_t* table, 
       vf best = splat(NOTHING);
       for (int i = 0; i < BLOCK / W; ++i) {
         s[i] = load(score + i * W);
-        if (std::is_same<T, Int8>::value) s[i] *= load(k_scale[i / PER_PANEL] + i % PER_PANEL * W);
+        if (std::is_same<T, Int8>::value) s[i] *= tile.q_unit[r] * load(k_scale[i / PER_PANEL] + i % PER_PANEL * W);
         if (pool.softcap > 0) s[i] = pool.softcap * vtanh(s[i] * (1.0f / pool.softcap));
         if (masked) {
           const vi at = iota() + i * W;
@@ -376,16 +480,16 @@ AT static void attend(const Tile& tile, const Pool& pool, const int32_t* table, 
           p = (vf)((vi)(p * load(v_scale[i / PER_PANEL] + i % PER_PANEL * W)) & (iota() + i * W < tokens));
         store(score + i * W, p);
       }
-      const float shrink = expf(was - now_best);
+      const float shrink = vexp(splat(was - now_best))[0];
       tile.best[r] = now_best;
       tile.total[r] = tile.total[r] * shrink + sum_lanes(total);
       tile.shrink[r] = shrink;
-      keep_weights(score, weight + r * (BLOCK / T::PAIR * T::STRIDE));
+      tile.unit[r] = keep_weights(T(), score, weight + r * (BLOCK / T::PAIR * T::STRIDE));
     }
     if (AHEAD && following != now)
-      all_values<T, true>(tile.rows, weight, v[now], hv, v[following], tokens, tile.shrink, tile.sum);
+      all_values<T, true>(tile.rows, weight, v[now], hv, v[following], tokens, tile.shrink, tile.unit, tile.sum);
     else
-      all_values<T, false>(tile.rows, weight, v[now], hv, v[now], tokens, tile.shrink, tile.sum);
+      all_values<T, false>(tile.rows, weight, v[now], hv, v[now], tokens, tile.shrink, tile.unit, tile.sum);
   }
 }
 
@@ -409,11 +513,11 @@ AT static void run(const Tile& tile, const Pool& pool, const int32_t* table, int
   }
 }
 
-AT static void pack_query(const float* from, Kind kind, int h, float scale, void* tile_q, int64_t row) {
+AT static float pack_query(const float* from, Kind kind, int h, float scale, void* tile_q, int64_t row) {
+  if (kind == Kind::kInt8) return keep_query_int16(from, h, scale, static_cast<uint32_t*>(tile_q) + row * (h / 2));
   if (kind == Kind::kBfloat16 && BF16_DOT)
-    keep_query(from, h, scale, static_cast<uint32_t*>(tile_q) + row * (h / 2));
-  else
-    keep_query(from, h, scale, static_cast<float*>(tile_q) + row * h);
+    return keep_query_bf16(from, h, scale, static_cast<uint32_t*>(tile_q) + row * (h / 2));
+  return keep_query(from, h, scale, static_cast<float*>(tile_q) + row * h);
 }
 
 }  // namespace ISA

@@ -4,8 +4,8 @@ Three layouts. `rows` keeps each token's K together, `[page, K, page_size, h]`, 
 what the CPU's native kernels read: K is turned so that a vector register holds one channel of neighbouring tokens, and
 both K and V are ready-packed right-hand sides of a matrix product, so attention reads a page where it lies:
 
-    float32, int8   k [page, K, h, page_size]         v [page, K, page_size, h]
-    bfloat16        k [page, K, h / 2, page_size, 2]   v [page, K, page_size / 2, h, 2]   (pairs for the bf16 dot)
+    float32          k [page, K, h, page_size]          v [page, K, page_size, h]
+    bfloat16, int8   k [page, K, h / 2, page_size, 2]   v [page, K, page_size / 2, h, 2]   (for instructions on pairs)
 
 int8 pages carry one float32 scale a token and head, `[page, K, page_size]`.
 
@@ -88,7 +88,7 @@ def _shapes(
     k, v = (num_pages, K, page_size, h), (num_pages, K, page_size, hv)
     if layout == "panels":
         k = (num_pages, K, h, page_size)
-        if dtype == jnp.bfloat16:
+        if dtype.itemsize < 4:
             k, v = (num_pages, K, h // 2, page_size, 2), (num_pages, K, page_size // 2, hv, 2)
     scale = ((num_pages, K, page_size), np.dtype(np.float32)) if dtype == np.int8 else None
     return {"k": (k, dtype), "v": (v, dtype) if hv else None, "k_scale": scale, "v_scale": scale if hv else None}
@@ -199,7 +199,7 @@ def write(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, index_T: jax.A
     k_TKh, new["k_scale"] = _quantize(k_TKh, kv.k, kv.k_scale, page_T, slot_T)
     if kv.layout == "rows":
         new["k"] = kv.k.at[page_T, :, slot_T].set(k_TKh, mode="drop")
-    elif kv.k.ndim == 5:  # bfloat16
+    elif kv.k.ndim == 5:
         pairs = k_TKh.reshape(*k_TKh.shape[:2], -1, 2)
         new["k"] = kv.k.at[page_T, :, :, slot_T].set(pairs, mode="drop")
     else:
@@ -301,10 +301,10 @@ def _rows(pages: jax.Array, layout: Layout, keys: bool) -> jax.Array:
     """[..., K, page_size, h] of gathered pages."""
     if layout == "rows":
         return pages
-    if pages.dtype == jnp.bfloat16 and keys:
+    if pages.dtype.itemsize < 4 and keys:
         pages = jnp.moveaxis(pages, -2, -3)
         return pages.reshape(*pages.shape[:-2], -1)
-    if pages.dtype == jnp.bfloat16:
+    if pages.dtype.itemsize < 4:
         pages = jnp.moveaxis(pages, -1, -2)
         return pages.reshape(*pages.shape[:-3], -1, pages.shape[-1])
     return jnp.swapaxes(pages, -1, -2) if keys else pages
