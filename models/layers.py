@@ -23,7 +23,7 @@ from models.rotary import frequencies
 from ops.activation import activation
 from ops.linear import RmsNorm, embed, gated_mlp, linear
 from ops.norm import layer_norm, rms_norm
-from ops.paged_attention import attend
+from ops.paged_attention import attend, attend_rope
 from ops.paged_attention.batch import AttentionBatch, KVSpec
 from ops.rope import rope
 from sharding.rules import DEFAULT_RULES, ShardingRules, num_shards
@@ -201,19 +201,21 @@ class Attention(nnx.Module):
         """attention(norm(x)) + residual, and the layer's updated pages."""
         T, (K, G, h) = x_TD.shape[0], self.heads
         qkv_TKgh = self.qkv(x_TD, norm=norm).reshape(T, K, G + 2, h)
-        q_TKGh, k_TKh, v_TKh = qkv_TKgh[:, :, :G], qkv_TKgh[:, :, G], qkv_TKgh[:, :, G + 1]
-        if self.qk_norm == "head":
-            q_TKGh, k_TKh = self.q_norm(q_TKGh), self.k_norm(k_TKh)
-        elif self.qk_norm == "full":
-            q_TKGh = self.q_norm(q_TKGh.reshape(T, -1)).reshape(q_TKGh.shape)
-            k_TKh = self.k_norm(k_TKh.reshape(T, -1)).reshape(k_TKh.shape)
-        if self.rope is not None:
-            inv_freq, factor = layer_frequencies(*self.rope)
-            q_TKGh = rope(q_TKGh, batch.positions_T, inv_freq, factor)
-            k_TKh = rope(k_TKh, batch.positions_T, inv_freq, factor)
+        rotary = None if self.rope is None else layer_frequencies(*self.rope)
         sinks_KG = None if self.sinks is None else self.sinks[...]
         limits = {"window": self.window, "softcap": self.softcap, "sinks_KG": sinks_KG}
-        out_TKGh, kv = attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=self.scale, **limits)
+        if self.qk_norm == "none":
+            out_TKGh, kv = attend_rope(qkv_TKgh, rotary, kv, batch, scale=self.scale, **limits)
+        else:
+            q_TKGh, k_TKh, v_TKh = qkv_TKgh[:, :, :G], qkv_TKgh[:, :, G], qkv_TKgh[:, :, G + 1]
+            if self.qk_norm == "head":
+                q_TKGh, k_TKh = self.q_norm(q_TKGh), self.k_norm(k_TKh)
+            else:
+                q_TKGh = self.q_norm(q_TKGh.reshape(T, -1)).reshape(q_TKGh.shape)
+                k_TKh = self.k_norm(k_TKh.reshape(T, -1)).reshape(k_TKh.shape)
+            if rotary is not None:
+                q_TKGh, k_TKh = (rope(x, batch.positions_T, *rotary) for x in (q_TKGh, k_TKh))
+            out_TKGh, kv = attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=self.scale, **limits)
         return self.out(out_TKGh.reshape(T, K * G * h), residual_TO=residual_TD), kv
 
     def recipes(self, name: str) -> Recipes:
