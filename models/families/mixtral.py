@@ -43,4 +43,4 @@ def mixtral_config(hf: Mapping[str, Any]) -> ModelConfig:
     return from_hf(hf, moe=moe, windows=windows_from_hf(hf, layers))
 
 
-FAMILIES = (Family("Mixtral", ("MixtralForCausalLM",), mixtral_config, build, gguf=("llama-moe",)),)
+FAMILIES = (Family("Mixtral", ("MixtralForCausalLM",), mixtral_config, build, gguf=("llama with experts",)),)

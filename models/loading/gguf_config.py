@@ -111,7 +111,7 @@ def _of_family(arch: str, config: Mapping[str, Any], get: Any) -> dict[str, Any]
 def family_name(metadata: Mapping[str, Any]) -> str:
     """The architecture that the registry is asked for: GGUF writes Mixtral as a llama with experts."""
     arch = metadata["general.architecture"]
-    return "llama-moe" if arch == "llama" and metadata.get("llama.expert_count") else arch
+    return "llama with experts" if arch == "llama" and metadata.get("llama.expert_count") else arch
 
 
 def rotated_pairs(config: Mapping[str, Any], arch: str) -> tuple[int, int] | None:

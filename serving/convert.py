@@ -1,0 +1,86 @@
+"""`python -m serving.convert`: any checkpoint that can be served, written as an Orbax directory of ours.
+
+It is laid out for a mesh, so that each device later reads exactly its shards, and `--model` takes it like any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def convert(model: str | None, out: Path, *, dtype: str = "bfloat16", mesh: str | None = None) -> None:
+    """Loads a model and writes it.
+
+    Args:
+        model: as `--model` of the server; None for the default model.
+        out: a directory that does not exist.
+        dtype: of the weights as written.
+        mesh: as `--mesh`; None for one device.
+    Raises:
+        ValueError: the model cannot be loaded, or `out` exists.
+    """
+    from models.loading import orbax
+    from models.loading.gguf import GGUFFile
+    from models.loading.load import load_model, open_checkpoint, parameters_of, resolve
+    from serving.text.tokenizer import Tokenizer
+    from sharding.mesh import make_mesh
+
+    if out.exists():
+        raise ValueError(f"{out} exists already; give a directory that does not.")
+    source = resolve(model)
+    loaded = load_model(source, dtype=dtype, mesh=make_mesh(mesh) if mesh else None)
+    orbax.save(
+        out,
+        dict(parameters_of(loaded.model)),
+        model_id=loaded.model_id,
+        hf_config=open_checkpoint(source).hf_config,
+        generation_config=loaded.generation_config,
+        tokenizer_from=None if source.kind == "gguf" else source.path,
+    )
+    if source.kind == "gguf":
+        write_tokenizer(Tokenizer.from_gguf(GGUFFile(source.path).metadata), out)
+
+
+def write_tokenizer(tokenizer: Any, out: Path) -> None:
+    """A tokenizer as the files that Hugging Face directories have."""
+    (out / "tokenizer.json").write_text(tokenizer.hf_json())
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    config: dict[str, Any] = {name: token for name, token in tokens.items() if token is not None}
+    templates = dict(tokenizer.chat_templates)
+    if set(templates) == {"default"}:
+        config["chat_template"] = templates["default"]
+    elif templates:
+        config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def main() -> None:
+    """Command line; exits with 1 and a sentence where something is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m serving.convert", description=__doc__)
+    parser.add_argument("--model", help="GGUF file, directory or hub id; default: the default model")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
+    parser.add_argument("--mesh", help='lay out for this mesh, e.g. "model=4" (default: one device)')
+    parser.add_argument("--cpu-devices", type=int, help="make this many CPU devices, to lay out for a mesh without one")
+    arguments = parser.parse_args()
+    if arguments.cpu_devices:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", arguments.cpu_devices)
+    try:
+        convert(arguments.model, arguments.out, dtype=arguments.dtype, mesh=arguments.mesh)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    print(f"Written: {arguments.out}. Serve it with --model {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
