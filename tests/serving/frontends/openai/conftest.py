@@ -59,7 +59,7 @@ async def start() -> AsyncIterator[Start]:
 
     async def make(engine: Any = None, app: dict[str, Any] | None = None, **options: Any) -> Running:
         engine = engine or MockEngine(reply="Hello wörld!")
-        service = mock_service(MeteredClient(engine), **options)  # type: ignore[arg-type]
+        service = options.pop("service", None) or mock_service(MeteredClient(engine), **options)  # type: ignore[arg-type]
         server = await serve_http(service, port=0, **(app or {}))
         client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
         one = Running(engine, service, server, client, httpx.AsyncClient(base_url=server.url, timeout=30))
