@@ -25,6 +25,7 @@ from models.loading.checkpoint import Checkpoint
 from models.loading.default_model import MODEL_ID, RECORDED_NAME
 from models.loading.gguf import GGUFCheckpoint, GGUFFile
 from models.loading.names import Recipe, Recipes
+from models.loading.quantized import open_quantized
 from models.loading.safetensors import SafetensorsCheckpoint
 from models.loading.source import ModelSource, resolve
 from ops.linear import pack, quantize
@@ -146,6 +147,8 @@ def _open_hf(source: ModelSource) -> Opened:
     if "tie_word_embeddings" not in hf:
         # Its default differs between families; the weights say it too.
         hf["tie_word_embeddings"] = checkpoint.locate("lm_head.weight") is None
+    if hf.get("quantization_config"):
+        checkpoint = open_quantized(checkpoint, hf["quantization_config"])
     generation = {name: hf[name] for name in ("eos_token_id", "bos_token_id") if hf.get(name) is not None}
     if (source.path / "generation_config.json").exists():
         generation |= read_json(source.path / "generation_config.json")

@@ -1,0 +1,166 @@
+"""Packed checkpoints against the values that were packed, with packers written from the formats' descriptions."""
+
+from __future__ import annotations
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from models.loading.load import load_model, resolve
+from models.loading.quantized import open_quantized, unpack
+from models.loading.safetensors import SafetensorsCheckpoint
+from tests.models.loading.test_load import HF, tensors
+
+O, I, GROUP = 16, 64, 32
+RNG = np.random.default_rng(0)
+
+
+def pack(values: np.ndarray, bits: int = 4) -> np.ndarray:
+    """Columns into int32 words, lowest bits first, one word at a time."""
+    per_word = 32 // bits
+    words = np.zeros((values.shape[0], values.shape[1] // per_word), np.uint32)
+    for column in range(values.shape[1]):
+        words[:, column // per_word] |= values[:, column].astype(np.uint32) << np.uint32(bits * (column % per_word))
+    return words.view(np.int32)
+
+
+def open_one(tmp_path, arrays, config):
+    save_file(arrays, tmp_path / "model.safetensors")
+    return open_quantized(SafetensorsCheckpoint(tmp_path), config)
+
+
+def compressed(bits, **weights):
+    return {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": {"num_bits": bits, **weights}}},
+    }
+
+
+def check(checkpoint, wanted, name="a.weight"):
+    assert checkpoint.locate(name) in checkpoint.own_names
+    assert len(list(checkpoint.own_names)) == 1  # scales and the like are not left over
+    assert checkpoint.shape(name) == wanted.shape
+    np.testing.assert_allclose(checkpoint.read(name), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_compressed_tensors_packed(tmp_path, bits, zeros):
+    offset = 1 << (bits - 1)
+    q = RNG.integers(-offset, offset, (O, I))
+    scale = RNG.random((O, I // GROUP)).astype(np.float32)
+    zero = RNG.integers(-offset, offset, scale.shape) if zeros else np.zeros(scale.shape, int)
+    arrays = {"a.weight_packed": pack(q + offset, bits), "a.weight_scale": scale}
+    arrays["a.weight_shape"] = np.array([O, I], np.int64)
+    if zeros:
+        arrays["a.weight_zero_point"] = np.ascontiguousarray(pack((zero + offset).T, bits).T)
+    wanted = (q - np.repeat(zero, GROUP, 1)) * np.repeat(scale, GROUP, 1)
+    check(open_one(tmp_path, arrays, compressed(bits)), wanted)
+
+
+def test_compressed_tensors_int8_by_row(tmp_path):
+    q, scale = RNG.integers(-127, 128, (O, I)).astype(np.int8), RNG.random((O, 1)).astype(np.float32)
+    check(open_one(tmp_path, {"a.weight": q, "a.weight_scale": scale}, compressed(8)), q * scale)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (O,), (O, 1)])
+def test_float8_by_tensor_and_row(tmp_path, shape):
+    q = RNG.standard_normal((O, I)).astype(ml_dtypes.float8_e4m3fn)
+    scale = np.asarray(RNG.random(shape), np.float32)
+    arrays = {"a.weight": q, "a.weight_scale": scale, "a.input_scale": np.ones(1, np.float32)}
+    wanted = q.astype(np.float32) * (scale.reshape(-1, 1) if scale.ndim else scale)
+    check(open_one(tmp_path, arrays, {"quant_method": "fp8"}), wanted)
+
+
+def test_float8_by_block(tmp_path):
+    q = RNG.standard_normal((20, 40)).astype(ml_dtypes.float8_e4m3fn)
+    scale = RNG.random((3, 3)).astype(np.float32)
+    wanted = q.astype(np.float32) * np.repeat(np.repeat(scale, 8, 0)[:20], 16, 1)[:, :40]
+    config = {"quant_method": "fp8", "weight_block_size": [8, 16]}
+    check(open_one(tmp_path, {"a.weight": q, "a.weight_scale_inv": scale}, config), wanted)
+
+
+def test_awq(tmp_path):
+    q, zero = RNG.integers(0, 16, (I, O)), RNG.integers(0, 16, (I // GROUP, O))
+    scale = RNG.random((I // GROUP, O)).astype(np.float16)
+
+    def shuffled(values):
+        order = [0, 2, 4, 6, 1, 3, 5, 7]  # AutoAWQ's order_map: nibble i of a word holds column order[i]
+        return pack(values.reshape(len(values), -1, 8)[:, :, order].reshape(values.shape))
+
+    arrays = {"a.qweight": shuffled(q), "a.qzeros": shuffled(zero), "a.scales": scale}
+    wanted = (q - np.repeat(zero, GROUP, 0)) * np.repeat(scale.astype(np.float32), GROUP, 0)
+    check(open_one(tmp_path, arrays, {"quant_method": "awq", "bits": 4, "group_size": GROUP}), wanted.T)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_gptq(tmp_path, bits, order, version):
+    top = 1 << bits
+    q, zero = RNG.integers(0, top, (I, O)), RNG.integers(1, top, (I // GROUP, O))
+    scale = RNG.random((I // GROUP, O)).astype(np.float16)
+    group = RNG.permutation(np.arange(I) // GROUP) if order else np.arange(I) // GROUP
+    stored = zero - (version == "gptq")
+    arrays = {"a.qweight": np.ascontiguousarray(pack(q.T, bits).T), "a.qzeros": pack(stored, bits), "a.scales": scale}
+    arrays["a.g_idx"] = group.astype(np.int32)
+    config = {"quant_method": "gptq", "bits": bits, "checkpoint_format": version}
+    wanted = (q - zero[group]) * scale.astype(np.float32)[group]
+    check(open_one(tmp_path, arrays, config), wanted.T)
+
+
+def test_mxfp4(tmp_path):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    torch = pytest.importorskip("torch")
+    blocks = RNG.integers(0, 256, (3, 8, 2, 16)).astype(np.uint8)
+    scales = RNG.integers(120, 134, (3, 8, 2)).astype(np.uint8)
+    name = "model.layers.0.mlp.experts.down_proj"
+    checkpoint = open_one(tmp_path, {f"{name}_blocks": blocks, f"{name}_scales": scales}, {"quant_method": "mxfp4"})
+    wanted = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32)
+    check(checkpoint, wanted.numpy(), name)
+
+
+def test_unpack_is_the_inverse_of_packing():
+    values = RNG.integers(0, 16, (3, 16))
+    np.testing.assert_array_equal(unpack(pack(values), 4), values)
+
+
+def test_a_whole_checkpoint(tmp_path):
+    arrays = tensors(RNG)
+    dense = {}
+    for name in [name for name in arrays if "_proj" in name]:
+        weight = arrays.pop(name)
+        scale = np.abs(weight).max(1, keepdims=True) / 7
+        q = np.clip(np.round(weight / scale), -8, 7).astype(int)
+        base = name.removesuffix(".weight")
+        arrays |= {f"{base}.weight_packed": pack(q + 8), f"{base}.weight_scale": scale}
+        arrays[f"{base}.weight_shape"] = np.array(weight.shape, np.int64)
+        dense[name] = (q * scale).astype(np.float32)
+    save_file(arrays, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(HF | {"quantization_config": compressed(4)}))
+    model = load_model(resolve(str(tmp_path)), progress=False).model
+    got = np.asarray(model.layers[0].mlp.down.weight[...])
+    np.testing.assert_allclose(got, dense["model.layers.0.mlp.down_proj.weight"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"quant_method": "bitsandbytes"}, "'bitsandbytes'.*compressed-tensors"),
+        ({"quant_method": "gptq", "bits": 3}, "3 bits"),
+        ({"quant_method": "awq", "bits": 8}, "8 bits"),
+    ],
+)
+def test_what_is_not_supported_is_named(tmp_path, config, said):
+    with pytest.raises(ValueError, match=said):
+        open_one(tmp_path, {"a.weight": np.zeros((2, 2), np.float32)}, config)
+
+
+def test_missing_scale_is_named(tmp_path):
+    checkpoint = open_one(tmp_path, {"a.weight": np.zeros((2, 2), np.int8)}, {"quant_method": "fp8"})
+    with pytest.raises(ValueError, match=r"a\.weight"):
+        checkpoint.read("a.weight")
