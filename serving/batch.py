@@ -19,6 +19,8 @@ from typing import Any, TextIO
 
 from starlette.types import ASGIApp, Message
 
+from serving import event_loop
+
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 MAX_LINE_BYTES = 64 * 2**20
 RETRIES = 5
@@ -247,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        summary = asyncio.run(_run(started, args, total))
+        summary = event_loop.run(_run(started, args, total))
     except KeyboardInterrupt:
         print("interrupted; start it again to go on", file=sys.stderr)
         return 130

@@ -13,6 +13,7 @@ import sys
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
+from serving import event_loop
 from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
 from serving.errors import ErrorKind, RequestError
 
@@ -189,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = _parse(argv)
     setup_logging(args.log_format, args.log_level)
-    return asyncio.run(_run(args))
+    return event_loop.run(_run(args))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from serving import event_loop
 from serving.engine.config import EngineConfig
 from serving.flags import HTTP_PORT, describe, parse
 from serving.metrics.logs import setup_logging
@@ -214,7 +215,11 @@ def main(argv: list[str] | None = None) -> int:
     args, config = parse(argv)
     setup_logging(args.log_format, args.log_level)
     print("\n".join(describe(args)), file=sys.stderr, flush=True)
-    return asyncio.run(Server(args, config).run())
+    return event_loop.run(_run(args, config))
+
+
+async def _run(args: argparse.Namespace, config: EngineConfig) -> int:
+    return await Server(args, config).run()  # made inside the loop: its events belong to it
 
 
 if __name__ == "__main__":
