@@ -217,6 +217,13 @@ def test_messages_are_shaped_for_the_template():
     assert rendered == (
         '<|im_start|>assistant\n<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call><|im_end|>\n'
     )
+    assert template(CHATML).render(
+        [{"role": "user", "content": "x", "name": None, "tool_calls": []}], add_generation_prompt=False
+    ) == template(CHATML).render([{"role": "user", "content": "x"}], add_generation_prompt=False)
+    as_text = ChatTemplate("{% for c in messages[0]['tool_calls'] %}{{ c.function.arguments + ';' }}{% endfor %}")
+    for arguments, text in (({"city": "Köln"}, '{"city": "Köln"};'), ('{"city":"x"}', '{"city":"x"};')):
+        call = {**CALL, "function": {"name": "f", "arguments": arguments}}
+        assert as_text.render([{"role": "assistant", "content": None, "tool_calls": [call]}]) == text
     told = template(CHATML).render([{"role": "developer", "content": "x"}], add_generation_prompt=False)
     assert told == "<|im_start|>system\nx<|im_end|>\n"
     with pytest.raises(RequestError, match="image_url"):
