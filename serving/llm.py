@@ -14,13 +14,14 @@ import difflib
 import sys
 import threading
 import weakref
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from serving.engine.config import EngineConfig
 from serving.engine.sampling_params import SamplingParams
 from serving.engine.types import EngineInfo, EngineStats
 from serving.service import GenerateInput, PreparedRequest, RequestOutput, TextService, Usage
+from serving.service.outputs import EmbeddingOutput, EmbeddingRequestOutput
 
 if TYPE_CHECKING:
     from serving.startup import Started
@@ -156,6 +157,32 @@ class LLM:
         ]
         return self._run_all(inputs, sampling_params, use_tqdm)
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: str | None = None, use_tqdm: bool = True
+    ) -> list[EmbeddingRequestOutput]:
+        """Turns prompts into vectors of length 1.
+
+        Args:
+            prompts: as `generate`.
+            pooling: "last" or "mean" over the final hidden states; None is the model's own.
+        Returns:
+            one result a prompt, in their order; the vector is `.outputs.embedding`.
+        Raises:
+            RequestError: a prompt that cannot be served, or a model that gives no embeddings.
+        """
+        inputs = [_input_of(prompt) for prompt in _listed(prompts)]
+        self._check_alive()
+
+        async def one(given: GenerateInput, bar: _Bar) -> EmbeddingRequestOutput:
+            found = await self._service.embed(given, pooling=pooling)
+            bar.done(Usage(prompt_tokens=len(found.prompt_token_ids)))
+            return EmbeddingRequestOutput(
+                found.request_id, EmbeddingOutput(found.vector.tolist()), list(found.prompt_token_ids)
+            )
+
+        with _bar(len(inputs), use_tqdm, "Embeddings") as bar:
+            return self._loop.run(self._gather([lambda given=given: one(given, bar) for given in inputs]))
+
     # -- facts -------------------------------------------------------------------------------------------------------
 
     def get_tokenizer(self) -> Tokenizer:
@@ -198,11 +225,14 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
+        self._check_alive()
+        params = self._params_for(inputs, sampling_params)
+        with _bar(len(inputs), use_tqdm, "Completions") as bar:
+            return self._loop.run(self._all(inputs, params, bar))
+
+    def _check_alive(self) -> None:
         if not self._finalizer.alive:
             raise RuntimeError("This LLM has been shut down.")
-        params = self._params_for(inputs, sampling_params)
-        with _bar(len(inputs), use_tqdm) as bar:
-            return self._loop.run(self._all(inputs, params, bar))
 
     def _params_for(
         self, inputs: list[GenerateInput], given: SamplingParams | Sequence[SamplingParams] | None
@@ -216,14 +246,18 @@ class LLM:
 
     async def _all(self, inputs: list[GenerateInput], params: list[SamplingParams], bar: _Bar) -> list[RequestOutput]:
         prepared = [await self._service.prepare(i, p) for i, p in zip(inputs, params, strict=True)]
+        return await self._gather([lambda request=request: self._one(request, bar) for request in prepared])
+
+    async def _gather(self, work: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
+        """Runs all, in order of results; the first failure, or a cancellation, ends the others."""
         # Enough to keep every slot busy while finished ones are replaced; ten thousand at once would only cost memory.
         gate = asyncio.Semaphore(max(64, 4 * self._service.info.max_num_seqs))
 
-        async def one(request: PreparedRequest) -> RequestOutput:
+        async def gated(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
             async with gate:
-                return await self._one(request, bar)
+                return await make()
 
-        tasks = [asyncio.create_task(one(request)) for request in prepared]
+        tasks = [asyncio.create_task(gated(make)) for make in work]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -307,13 +341,13 @@ class _Bar:
 
 
 @contextlib.contextmanager
-def _bar(total: int, shown: bool) -> Iterator[_Bar]:
+def _bar(total: int, shown: bool, what: str) -> Iterator[_Bar]:
     if not shown:
         yield _Bar(None)
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc="Completions", unit="prompt", dynamic_ncols=True) as bar:
+    with tqdm(total=total, desc=what, unit="prompt", dynamic_ncols=True) as bar:
         yield _Bar(bar)
 
 

@@ -4,6 +4,7 @@ from serving.service.inputs import GenerateInput
 from serving.service.limits import Limits
 from serving.service.outputs import (
     CompletionOutput,
+    Embedding,
     Logprob,
     RequestOutput,
     TextOutput,
@@ -17,6 +18,7 @@ from serving.service.service import DEFAULT_MODEL, TextService
 __all__ = [
     "DEFAULT_MODEL",
     "CompletionOutput",
+    "Embedding",
     "GenerateInput",
     "Limits",
     "Logprob",

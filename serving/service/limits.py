@@ -48,7 +48,7 @@ class Limits:
     def for_model(cls, max_model_len: int, **changes: Any) -> Limits:
         """The defaults for a context of `max_model_len` tokens."""
         chars = max(64 * 1024, max_model_len * CHARS_PER_TOKEN)
-        return cls(**{"max_prompt_chars": chars, "max_body_bytes": max(16 * 2**20, 4 * chars), **changes})
+        return cls(**{"max_prompt_chars": chars, **changes})
 
     def check_count(self, what: str, count: int, limit: int, param: str | None = None) -> None:
         """Raises INVALID_ARGUMENT when there are more than `limit` of something."""

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from serving.engine.types import FinishReason, RequestTimes
 
 if TYPE_CHECKING:
@@ -160,6 +162,37 @@ class RequestOutput:
 def _position(entry: TokenLogprob) -> dict[int, Logprob]:
     """The sampled token first, as vLLM has it, then the likeliest ones."""
     return {e.token_id: Logprob(e.logprob, e.rank, e.token) for e in (entry, *entry.top)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """A prompt as a vector.
+
+    Attributes:
+        vector: float32 [embed], of length 1.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    vector: np.ndarray
+
+
+@dataclasses.dataclass
+class EmbeddingOutput:
+    """vLLM's shape: `out.outputs.embedding`."""
+
+    embedding: list[float]
+
+
+@dataclasses.dataclass
+class EmbeddingRequestOutput:
+    """A prompt with its embedding. Names are vLLM's."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
 
 
 async def collect(prepared: PreparedRequest, stream: AsyncIterator[TextOutput]) -> RequestOutput:

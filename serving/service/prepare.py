@@ -74,6 +74,15 @@ def render_and_encode(
     return prompt, ids
 
 
+def check_token_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuses a prompt without tokens, and ids outside the vocabulary."""
+    if not ids:
+        raise invalid("The prompt is empty: it has no tokens.", "prompt")
+    for i, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise invalid(f"Prompt token {i} is {token!r}; this model's ids go from 0 to {vocab_size - 1}.", "prompt")
+
+
 def fit_prompt(
     ids: Sequence[int], params: SamplingParams, truncate: int | None, vocab_size: int, max_model_len: int
 ) -> tuple[tuple[int, ...], SamplingParams]:
@@ -82,11 +91,7 @@ def fit_prompt(
     Raises:
         RequestError: INVALID_ARGUMENT: no tokens, an id outside the vocabulary, or more tokens than the context has.
     """
-    if not ids:
-        raise invalid("The prompt is empty: it has no tokens.", "prompt")
-    for i, token in enumerate(ids):
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise invalid(f"Prompt token {i} is {token!r}; this model's ids go from 0 to {vocab_size - 1}.", "prompt")
+    check_token_ids(ids, vocab_size)
     if truncate is not None:
         keep = max_model_len - (params.max_tokens or 1) if truncate == -1 else truncate
         ids = ids[-max(keep, 1) :]
@@ -107,6 +112,22 @@ def fit_prompt(
             "max_tokens",
         )
     return tuple(ids), params
+
+
+def fit_embedding_prompt(
+    ids: Sequence[int], truncate: int | None, vocab_size: int, max_model_len: int
+) -> tuple[int, ...]:
+    """The same for a prompt that is only read: it may fill the whole context."""
+    check_token_ids(ids, vocab_size)
+    if truncate is not None:
+        ids = ids[-(max_model_len if truncate == -1 else truncate) :]
+    if len(ids) > max_model_len:
+        raise invalid(
+            f"The prompt has {len(ids)} tokens; this model's context is {max_model_len} tokens. "
+            "Shorten it or set truncate_prompt_tokens.",
+            "prompt",
+        )
+    return tuple(ids)
 
 
 def check_params(params: SamplingParams, vocab_size: int, limits: Limits) -> None:

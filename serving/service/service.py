@@ -19,7 +19,7 @@ from serving.errors import ErrorKind, RequestError, invalid
 from serving.service import prepare as prep
 from serving.service.inputs import GenerateInput
 from serving.service.limits import Limits
-from serving.service.outputs import TextOutput
+from serving.service.outputs import Embedding, TextOutput
 from serving.service.prepare import ConstraintFactory, PreparedRequest
 from serving.service.stream import TextStream
 
@@ -180,6 +180,28 @@ class TextService:
         self.resolve_model(given.model)
         given.check(self.limits)
         return await self._run(prep.render_and_encode, given, self.tokenizer, self.chat_template, self.limits)
+
+    async def embed(self, given: GenerateInput, *, pooling: str | None = None) -> Embedding:
+        """One prompt's embedding.
+
+        Args:
+            pooling: "last" or "mean" over the final hidden states; None is the model's own.
+        Raises:
+            RequestError: as `prepare` and `generate`; UNIMPLEMENTED when the engine cannot pool.
+        """
+        self.check_ready()
+        self.resolve_model(given.model)
+        given.check(self.limits)
+        embed = getattr(self.client, "embed", None)
+        if embed is None:
+            raise RequestError(ErrorKind.UNIMPLEMENTED, f"The model {self.model_id!r} does not give embeddings.")
+        prompt, ids = await self._run(prep.render_and_encode, given, self.tokenizer, self.chat_template, self.limits)
+        ids = prep.fit_embedding_prompt(
+            ids, given.truncate_prompt_tokens, self.info.vocab_size, self.info.max_model_len
+        )
+        request_id = f"{given.request_id or 'embed'}#{next(self._serial)}"
+        vector = await embed(request_id, ids, pooling=pooling, priority=given.priority)
+        return Embedding(request_id, prompt, ids, vector)
 
     async def detokenize(
         self, ids: Sequence[int], *, skip_special_tokens: bool = False, model: str | None = None

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
 from serving import LLM, RequestError, SamplingParams
@@ -164,6 +165,23 @@ def test_ctrl_c_ends_the_requests_and_not_the_model():
             llm.generate(["x"] * 5, SamplingParams(ignore_eos=True, max_tokens=90_000), use_tqdm=False)
         assert not mock(llm).live
         assert llm.generate("x", SamplingParams(max_tokens=2), use_tqdm=False)[0].outputs[0].text == "wo"
+
+
+def test_embeddings_in_order():
+    async def embed(request_id, token_ids, *, pooling=None, priority=0):
+        await asyncio.sleep(0.01 / len(token_ids))
+        return np.array([len(token_ids), pooling == "mean"], np.float32)
+
+    with make() as llm:
+        with pytest.raises(RequestError, match="does not give embeddings"):
+            llm.embed("x", use_tqdm=False)
+        mock(llm).embed = embed
+        outs = llm.embed(["a", "bcd", [1, 2]], pooling="mean", use_tqdm=False)
+        with pytest.raises(RequestError, match="512 tokens"):
+            llm.embed([[1] * 513], use_tqdm=False)
+        assert len(llm.embed([[1] * 512], use_tqdm=False)) == 1, "a prompt that is only read may fill the context"
+    assert [o.outputs.embedding for o in outs] == [[2.0, 1.0], [4.0, 1.0], [2.0, 1.0]]
+    assert outs[2].prompt_token_ids == [1, 2]
 
 
 def test_shut_down_once():
