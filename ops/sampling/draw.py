@@ -59,8 +59,14 @@ def sample(
 
 
 def argmax(x_RV: jax.Array) -> jax.Array:
-    """The position of each row's maximum, the lowest on ties; int32."""
-    return jnp.argmax(x_RV, axis=-1).astype(jnp.int32)
+    """The position of each row's maximum, the lowest on ties; int32.
+
+    By blocks, because XLA:CPU computes a maximum 30 times faster than an argmax (64 rows of 49k: 0.2 against 7 ms).
+    """
+    x_RNb = blocks(x_RV)
+    block_R = jnp.argmax(jnp.max(x_RNb, axis=-1), axis=-1)
+    inside_Rb = jnp.take_along_axis(x_RNb, block_R[:, None, None], axis=1)[:, 0]
+    return (block_R * BLOCK + jnp.argmax(inside_Rb, axis=-1)).astype(jnp.int32)
 
 
 def uniform(seed_R2: jax.Array, step_R: jax.Array) -> jax.Array:
