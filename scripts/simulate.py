@@ -17,6 +17,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import sys
@@ -219,7 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     if len(runs) == 1:
         results = {policy: simulate(run) for policy, run in runs.items()}
     else:
-        with concurrent.futures.ProcessPoolExecutor(min(len(runs), os.cpu_count() or 1)) as pool:
+        workers, context = min(len(runs), os.cpu_count() or 1), multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
             results = dict(zip(runs, pool.map(simulate, runs.values()), strict=True))
     for policy, (summary, _) in results.items():
         print(json.dumps({"policy": policy} | summary) if args.json else describe(policy, summary))

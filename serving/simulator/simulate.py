@@ -81,7 +81,8 @@ class Simulation:
     """One run of one trace under one configuration.
 
     Args:
-        config: as the engine's. The pool, policy and limits are those of the real scheduler.
+        config: as the engine's; the pool, policy and limits are those of the real scheduler. Always one decode step a
+            dispatch, whatever num_scheduler_steps says.
         cost: how long each step takes.
         asynchronous: dispatch a step before the one before it has been read.
         max_num_queued_reqs: requests that may wait; more are refused on arrival. None: no bound.
@@ -97,7 +98,7 @@ class Simulation:
         max_num_queued_reqs: int | None = None,
         sample_every: int = 16,
     ) -> None:
-        self.scheduler = Scheduler(config)
+        self.scheduler = Scheduler(dataclasses.replace(config, num_scheduler_steps=1))
         self.cost = cost
         self.totals = RunTotals()
         self.now = 0.0
