@@ -86,7 +86,7 @@ class Decoder(nnx.Module):
         return self.config.vocab_size
 
     def kv_specs(self) -> tuple[KVSpec, ...]:
-        return tuple(kv_spec(self.config, layer) for layer in range(self.config.num_layers))
+        return tuple(kv_spec(self.config, index, layer.attn) for index, layer in enumerate(self.layers))
 
     def forward(
         self, tokens_T: jax.Array, batch: AttentionBatch, kv: KVCache | Sequence[Any]

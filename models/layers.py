@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from models.config import ModelConfig, RopeConfig
+from models.heads import PlacedHeads, Spread
 from models.loading import names
 from models.loading.names import Recipe, Recipes, one
 from models.rotary import frequencies
@@ -60,8 +61,21 @@ class Weight(nnx.Param):
     """A parameter that a loader fills.
 
     Metadata: `logical_axes` says how it is sharded; `gate_shards`, where there is one, is (axis, S): gate and up are
-    interleaved along that axis in S pieces.
+    interleaved along that axis in S pieces; `spread`, where heads do not divide the mesh, how it is made from the array
+    that recipes describe.
     """
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape that recipes assemble."""
+        spread = self.get_metadata().get("spread")
+        return tuple(self.shape) if spread is None else spread.stored_shape(tuple(self.shape))
+
+    def from_stored(self, array: np.ndarray) -> np.ndarray:
+        """The parameter's array from the one that recipes assemble."""
+        spread = self.get_metadata().get("spread")
+        array = array.reshape(self.stored_shape)
+        return array if spread is None else spread.apply(array)
 
 
 def weight(shape: tuple[int, ...], dtype: Any, logical_axes: tuple[str | None, ...], **metadata: Any) -> Weight:
@@ -82,6 +96,8 @@ class Linear(nnx.Module):
         **metadata: Any,
     ):
         self.weight = weight((outputs, inputs), build.dtype, axes, **metadata)
+        if metadata.get("spread") is not None and metadata["spread"].part == "out":
+            metadata = {}  # its bias is of the rows, which no head owns
         self.bias = weight((outputs,), jnp.float32, axes[:1], **metadata) if bias else None
 
     def __call__(
@@ -97,7 +113,7 @@ class Linear(nnx.Module):
         return None if self.bias is None else self.bias[...]
 
     def recipes(self, name: str) -> Recipes:
-        shape = self.weight.shape
+        shape = self.weight.stored_shape
         recipes = {"weight": one(f"{name}.weight", *shape)}
         if self.bias is not None:
             recipes["bias"] = one(f"{name}.bias", shape[0])
@@ -170,15 +186,25 @@ class Attention(nnx.Module):
 
     q, k and v are one projection, laid out per KV head: its G query heads, then its k, then its v. So cutting the rows
     into `model` pieces gives each device whole KV heads with the query heads that read them, and the product's result
-    reshapes to [T, K, G + 2, h].
+    reshapes to [T, K, G + 2, h]. Where the axis does not divide K, heads are repeated or padded: see models/heads.py.
     """
 
     def __init__(self, config: ModelConfig, layer: int, build: Build):
         K, G, h, D = config.num_kv_heads, config.group, config.head_dim, config.embed_dim
-        axis = build.axis("kv_heads", K)
-        self.heads = (K, G, h)
-        self.qkv = Linear(D, K * (G + 2) * h, build, (axis, "embed"), bias=config.qkv_bias)
-        self.out = Linear(K * G * h, D, build, ("embed", axis), bias=config.out_bias)
+        # A norm over all heads together cannot tell copies and padding from heads: there everyone has them all.
+        shards = num_shards(build.mesh, "kv_heads", build.rules) if config.qk_norm != "full" else 1
+        placed = PlacedHeads(K, G, h, shards)
+        spread: dict[str, Any] = {}
+        if placed.unchanged:
+            axis = build.axis("kv_heads", K)
+        else:
+            axis = "kv_heads"
+            spread = {part: {"spread": Spread(placed, part)} for part in ("qkv", "out", "sinks")}
+        self.heads, self.placed = (K, G, h), (placed.kv_heads, placed.group, h)
+        Kp, Gp, _ = self.placed
+        qkv_axes, out_axes = (axis, "embed"), ("embed", axis)
+        self.qkv = Linear(D, Kp * (Gp + 2) * h, build, qkv_axes, bias=config.qkv_bias, **spread.get("qkv", {}))
+        self.out = Linear(Kp * Gp * h, D, build, out_axes, bias=config.out_bias, **spread.get("out", {}))
         self.qk_norm = config.qk_norm
         if config.qk_norm != "none":
             per_head = config.qk_norm == "head"
@@ -188,7 +214,8 @@ class Attention(nnx.Module):
         self.rope = None if rotary is None else (rotary, build.max_model_len)
         self.scale = h**-0.5 if config.attn_scale is None else config.attn_scale
         self.window, self.softcap = config.windows[layer], config.attn_softcap
-        self.sinks = weight((K, G), jnp.float32, (axis, None)) if config.attn_sinks else None
+        sinks = spread.get("sinks", {})
+        self.sinks = weight((Kp, Gp), jnp.float32, (axis, None), **sinks) if config.attn_sinks else None
 
     def __call__(
         self,
@@ -199,7 +226,7 @@ class Attention(nnx.Module):
         residual_TD: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """attention(norm(x)) + residual, and the layer's updated pages."""
-        T, (K, G, h) = x_TD.shape[0], self.heads
+        T, (K, G, h) = x_TD.shape[0], self.placed
         qkv_TKgh = self.qkv(x_TD, norm=norm).reshape(T, K, G + 2, h)
         rotary = None if self.rope is None else layer_frequencies(*self.rope)
         sinks_KG = None if self.sinks is None else self.sinks[...]
@@ -307,9 +334,9 @@ def child_recipes(module: nnx.Module, children: dict[str, str], name: str) -> Re
     return recipes
 
 
-def kv_spec(config: ModelConfig, layer: int) -> KVSpec:
+def kv_spec(config: ModelConfig, layer: int, attention: Attention) -> KVSpec:
     """What an `Attention` layer keeps for each position."""
-    return KVSpec(config.num_kv_heads, config.head_dim, config.head_dim, config.windows[layer])
+    return KVSpec(attention.placed[0], config.head_dim, config.head_dim, config.windows[layer])
 
 
 @functools.lru_cache(maxsize=64)

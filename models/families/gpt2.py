@@ -23,7 +23,7 @@ from ops.paged_attention.batch import AttentionBatch
 
 def _conv1d(linear: Linear, name: str, rows: Any = lambda array: array) -> Recipes:
     """Recipes of a Conv1D; `rows` rearranges the output rows."""
-    outputs, inputs = linear.weight.shape
+    outputs, inputs = linear.weight.stored_shape
     return {
         "weight": one(f"{name}.weight", inputs, outputs, assemble=lambda array: rows(np.ascontiguousarray(array.T))),
         "bias": one(f"{name}.bias", outputs, assemble=rows),

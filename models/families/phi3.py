@@ -19,7 +19,7 @@ class Phi3Attention(Attention):
 
     def recipes(self, name: str) -> Recipes:
         K, G, h = self.heads
-        fused = one(f"{name}.qkv_proj.weight", *self.qkv.weight.shape, assemble=names.split_heads(K, G, h))
+        fused = one(f"{name}.qkv_proj.weight", *self.qkv.weight.stored_shape, assemble=names.split_heads(K, G, h))
         return {"qkv.weight": fused} | names.under("out", self.out.recipes(f"{name}.o_proj"))
 
 

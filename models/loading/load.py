@@ -194,7 +194,7 @@ def fill(
     def placed() -> Iterator[tuple[str, jax.Array]]:
         for path, host in _read_ahead(recipes, checkpoint):
             target = parameters[path].get_value()
-            yield path, place(host.reshape(target.shape), target.dtype, parameters[path], build)
+            yield path, place(parameters[path].from_stored(host), target.dtype, parameters[path], build)
 
     set_values(model, placed(), quantization=quantization, progress=progress)
 

@@ -52,6 +52,10 @@ def save(
     for path, value in arrays.items():
         if not isinstance(value, jax.Array):
             raise ValueError(f"the parameter {path} is quantized; only dense models are saved.")
+        if parameters[path].stored_shape != tuple(value.shape):
+            raise ValueError(
+                f"the parameter {path} is spread over a mesh that does not divide its heads; save without one."
+            )
     directory.mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory.resolve() / ARRAYS, arrays)
@@ -98,14 +102,19 @@ def restore(directory: Path, parameters: dict[str, Weight], build: Build) -> dic
         wanted: dict[str, jax.ShapeDtypeStruct] = {}
         for name, parameter in parameters.items():
             target = parameter.get_value()
-            if tuple(stored[name].shape) != tuple(target.shape):
+            if tuple(stored[name].shape) != parameter.stored_shape:
                 raise ValueError(
                     f"{directory}: the parameter {name} has the shape {list(stored[name].shape)}; the configuration "
-                    f"calls for {list(target.shape)}."
+                    f"calls for {list(parameter.stored_shape)}."
                 )
-            wanted[name] = jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=_sharding(parameter, build))
+            sharding = _sharding(parameter, build)
+            if parameter.stored_shape != tuple(target.shape):  # heads that are spread after reading
+                sharding = SingleDeviceSharding(jax.devices()[0])
+            wanted[name] = jax.ShapeDtypeStruct(parameter.stored_shape, target.dtype, sharding=sharding)
         arrays = checkpointer.restore(path, wanted)
     for name, parameter in parameters.items():
+        if parameter.stored_shape != tuple(parameter.shape):
+            arrays[name] = jax.device_put(parameter.from_stored(np.asarray(arrays[name])), _sharding(parameter, build))
         layout = gate_layout(parameter)
         saved = manifest["gate_shards"].get(name)
         if layout and saved != layout[1]:
