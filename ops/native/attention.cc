@@ -40,6 +40,11 @@ struct Pool {  // the pages of a layer
   float softcap;  // 0 for none
 };
 
+struct Piece {  // a stretch of one request's keys, for one KV head
+  const int32_t* table;
+  int head, begin, end;
+};
+
 struct Tile {  // queries of one head of one request, and their softmax so far
   int rows;
   void* q;        // [rows, h], scaled; pairs of bfloat16 where the instruction set multiplies those
@@ -104,7 +109,7 @@ struct Tile {  // queries of one head of one request, and their softmax so far
 #endif
 
 struct Kernels {
-  void (*run)(const Tile&, const Pool&, const int32_t*, int, int, int, bool);
+  void (*run)(const Tile&, const Pool&, const Piece&, const Piece*, bool);
   float (*pack_query)(const float*, Kind, int, float, void*, int64_t);
   bool bf16_dot;
 };
@@ -224,15 +229,30 @@ void finish(const float* sum, float total, int hv, float* out) {
   for (int i = 0; i < hv; ++i) out[i] = sum[i] * inverse;
 }
 
+// Joins `count` partial softmaxes, `apart` floats from one to the next, each its maximum, total and sums.
+void merge(float* parts, int64_t count, int64_t apart, int hv, float* out) {
+  float best = parts[0];
+  for (int64_t n = 1; n < count; ++n) best = std::max(best, parts[n * apart]);
+  float total = 0;
+  for (int64_t n = 0; n < count; ++n) {
+    const float* part = parts + n * apart;
+    const float weight = std::exp(part[0] - best);
+    total += part[1] * weight;
+    for (int c = 0; c < hv; ++c) parts[2 + c] = (n == 0 ? 0.0f : parts[2 + c]) + part[2 + c] * weight;
+  }
+  finish(parts + 2, total, hv, out);
+}
+
 struct Rows {  // the rows of one part of a batch
   const int32_t *pages, *start, *qlen, *len;
   int64_t count, width;
 };
 
-struct DecodeItem {
-  int32_t row, head, begin, end;
+struct DecodePiece {
+  Piece keys;
+  int32_t row;
   int64_t partial;  // where its sums go when the row's context is split; -1 when it is whole
-  bool last;        // reads the row's newest token
+  bool last;        // holds the row's newest token
 };
 
 struct ChunkItem {
@@ -256,10 +276,11 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     if (len < 0 || len > decode.width * limit) return ffi::Error::InvalidArgument("a context longer than its page table");
     context += len - begin_of(len);
   }
-  int64_t stretch = context * K / (cores * 4) / BLOCK * BLOCK;
-  stretch = std::min(std::max<int64_t>(stretch, BLOCK), kSplitTokens);
-  std::vector<DecodeItem> decode_items;
-  int64_t partials = 0;
+  const int64_t share = context * K / (cores * 4);
+  const int64_t stretch = std::min(std::max<int64_t>(share / BLOCK * BLOCK, BLOCK), kSplitTokens);
+  std::vector<DecodePiece> pieces;
+  std::vector<int32_t> groups{0};  // a thread takes pieces [groups[i], groups[i + 1]) together
+  int64_t partials = 0, grouped = 0;
   for (int64_t b = 0; b < decode.count; ++b) {
     const int64_t len = decode.len[b], from = begin_of(len);
     if (len == 0) {
@@ -267,17 +288,25 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
       continue;
     }
     const int64_t splits = std::max<int64_t>(1, (len - from + stretch / 2) / stretch);
-    const int64_t each = ((len - from + splits - 1) / splits + PANEL - 1) / PANEL * PANEL;
+    const int64_t each = ceil_div(ceil_div(len - from, splits), PANEL) * PANEL;
     for (int head = 0; head < K; ++head) {
       for (int64_t begin = from; begin < len; begin += each) {
         const int64_t end = std::min(begin + each, len);
         const bool whole = begin == from && end == len;
-        decode_items.push_back({static_cast<int32_t>(b), head, static_cast<int32_t>(begin), static_cast<int32_t>(end),
-                                whole ? -1 : partials, end == len});
+        pieces.push_back({{decode.pages + b * decode.width, head, static_cast<int>(begin), static_cast<int>(end)},
+                          static_cast<int32_t>(b),
+                          whole ? -1 : partials,
+                          end == len});
         partials += whole ? 0 : G * (hv + 2);
+        grouped += end - begin;
+        if (grouped >= share / 2) {
+          groups.push_back(static_cast<int32_t>(pieces.size()));
+          grouped = 0;
+        }
       }
     }
   }
+  if (groups.back() < static_cast<int32_t>(pieces.size())) groups.push_back(static_cast<int32_t>(pieces.size()));
   float* const parts = static_cast<float*>(scratch(kPartial, sizeof(float) * partials));
 
   // Chunks: tiles of queries, the longest contexts first.
@@ -313,36 +342,41 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
       for (int head = 0; head < K; ++head) write(step, pool, writes[i], head);
   };
 
-  const int64_t chunks = chunk_items.size(), decodes = decode_items.size();
-  const int64_t products = (pairs + context) * K * G * (pool.h + hv);
-  const auto attend = [&](int64_t i, int) {
-    if (i < chunks) {
-      const ChunkItem& item = chunk_items[i];
-      const int64_t token = decode.count + chunk.start[item.row] + item.first;
-      const int position = chunk.len[item.row] - chunk.qlen[item.row] + item.first;
-      const Tile tile = start_tile(step, pool, use, token, item.tokens, item.head, position, dot, true);
-      use.run(tile, pool, chunk.pages + item.row * chunk.width, item.head, std::max(0, position - pool.window + 1),
-              position + item.tokens, false);
-      for (int row = 0; row < tile.rows; ++row)
-        finish(tile.sum + row * hv, tile.total[row], hv,
-               step.out + (token + row / G) * token_floats + (static_cast<int64_t>(item.head) * G + row % G) * hv);
-    } else {
-      const DecodeItem& item = decode_items[i - chunks];
-      if (item.last) write(step, pool, item.row, item.head);
-      const Tile tile = start_tile(step, pool, use, item.row, 1, item.head, decode.len[item.row] - 1, dot, item.last);
-      use.run(tile, pool, decode.pages + item.row * decode.width, item.head, item.begin, item.end, true);
-      for (int g = 0; g < G; ++g) {
-        if (item.partial < 0) {
-          finish(tile.sum + g * hv, tile.total[g], hv,
-                 step.out + item.row * token_floats + (static_cast<int64_t>(item.head) * G + g) * hv);
-        } else {
-          float* to = parts + item.partial + g * (hv + 2);
-          to[0] = tile.best[g];
-          to[1] = tile.total[g];
-          std::memcpy(to + 2, tile.sum + g * hv, sizeof(float) * hv);
-        }
+  const auto attend_chunk = [&](const ChunkItem& item) {
+    const int64_t token = decode.count + chunk.start[item.row] + item.first;
+    const int position = chunk.len[item.row] - chunk.qlen[item.row] + item.first;
+    const Tile tile = start_tile(step, pool, use, token, item.tokens, item.head, position, dot, true);
+    const Piece keys{chunk.pages + item.row * chunk.width, item.head, std::max(0, position - pool.window + 1),
+                     position + item.tokens};
+    use.run(tile, pool, keys, nullptr, false);
+    for (int row = 0; row < tile.rows; ++row)
+      finish(tile.sum + row * hv, tile.total[row], hv,
+             step.out + (token + row / G) * token_floats + (static_cast<int64_t>(item.head) * G + row % G) * hv);
+  };
+  const auto attend_decode = [&](const DecodePiece& piece, const Piece* next) {
+    const int head = piece.keys.head;
+    if (piece.last) write(step, pool, piece.row, head);
+    const Tile tile = start_tile(step, pool, use, piece.row, 1, head, decode.len[piece.row] - 1, dot, piece.last);
+    use.run(tile, pool, piece.keys, next, true);
+    for (int g = 0; g < G; ++g) {
+      if (piece.partial < 0) {
+        finish(tile.sum + g * hv, tile.total[g], hv,
+               step.out + piece.row * token_floats + (static_cast<int64_t>(head) * G + g) * hv);
+      } else {
+        float* to = parts + piece.partial + g * (hv + 2);
+        to[0] = tile.best[g];
+        to[1] = tile.total[g];
+        std::memcpy(to + 2, tile.sum + g * hv, sizeof(float) * hv);
       }
     }
+  };
+  const int64_t chunks = chunk_items.size(), decodes = groups.size() - 1;
+  const int64_t products = (pairs + context) * K * G * (pool.h + hv);
+  const auto attend = [&](int64_t i, int) {
+    if (i < chunks) return attend_chunk(chunk_items[i]);
+    const int32_t end = groups[i - chunks + 1];
+    for (int32_t n = groups[i - chunks]; n < end; ++n)
+      attend_decode(pieces[n], n + 1 < end ? &pieces[n + 1].keys : nullptr);
   };
   if (products < kWorthAHelper) {
     for (int64_t i = 0; i < write_items; ++i) write_chunks(i, 0);
@@ -354,27 +388,14 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     phases.run(threads);
   }
 
-  // Rows that were split: items of one row and head are neighbours.
-  for (size_t i = 0; i < decode_items.size();) {
-    const DecodeItem& item = decode_items[i];
+  // Rows that were split: pieces of one row and head are neighbours.
+  for (size_t i = 0; i < pieces.size();) {
+    const DecodePiece& piece = pieces[i];
     size_t after = i + 1;
-    while (!decode_items[after - 1].last) ++after;
-    if (item.partial >= 0) {
-      for (int g = 0; g < G; ++g) {
-        const int64_t apart = G * (hv + 2);
-        float* const first = parts + item.partial + g * (hv + 2);
-        float best = first[0];
-        for (size_t n = 1; n < after - i; ++n) best = std::max(best, first[n * apart]);
-        float total = 0;
-        for (size_t n = 0; n < after - i; ++n) {
-          const float* part = first + n * apart;
-          const float weight = std::exp(part[0] - best);
-          total += part[1] * weight;
-          for (int c = 0; c < hv; ++c) first[2 + c] = (n == 0 ? 0.0f : first[2 + c]) + part[2 + c] * weight;
-        }
-        finish(first + 2, total, hv, step.out + item.row * token_floats + (static_cast<int64_t>(item.head) * G + g) * hv);
-      }
-    }
+    while (!pieces[after - 1].last) ++after;
+    for (int g = 0; piece.partial >= 0 && g < G; ++g)
+      merge(parts + piece.partial + g * (hv + 2), after - i, G * (hv + 2), hv,
+            step.out + piece.row * token_floats + (static_cast<int64_t>(piece.keys.head) * G + g) * hv);
     i = after;
   }
   return ffi::Error::Success();

@@ -407,50 +407,58 @@ INLINE float keep_query_int16(const float* from, int h, float scale, uint32_t* t
   return largest / limit * scale;
 }
 
-// Folds keys [begin, end) of one head into the online softmax of `tile.rows` queries.
+// Folds a piece's keys into the online softmax of `tile.rows` queries. With AHEAD, each block's successor is fetched
+// while it is computed; the last one's is the first of `next`, where there is one.
 template <class T, bool AHEAD>
-AT static void attend(const Tile& tile, const Pool& pool, const int32_t* table, int head, int begin, int end) {
+AT static void attend(const Tile& tile, const Pool& pool, const Piece& piece, const Piece* next) {
   constexpr int PANELS = BLOCK / PANEL;
   typedef typename T::Page Page;
   typedef typename T::Query Query;
-  const int h = pool.h, hv = pool.hv, size = pool.page_size;
+  constexpr bool SCALED = std::is_same<T, Int8>::value;
+  const int h = pool.h, hv = pool.hv, size = pool.page_size, end = piece.end;
   const int64_t k_page = (int64_t)h * size / T::PAIR, v_page = (int64_t)size * hv / T::PAIR;
   const Page *all_k = static_cast<const Page*>(pool.k), *all_v = static_cast<const Page*>(pool.v);
   const int64_t ldq = h / T::PAIR * T::STRIDE;
   const Query* q = reinterpret_cast<const Query*>(tile.q);
   Query* weight = reinterpret_cast<Query*>(tile.weight);
   const Page *k[2][PANELS], *v[2][PANELS];
-  const float *k_scale[PANELS] = {}, *v_scale[PANELS] = {};
+  const float *k_scales[2][PANELS] = {}, *v_scales[2][PANELS] = {};
 
-  // Where the panels of the block at `base` lie. Panels past the end repeat the first: never a page that is not ours.
-  auto locate = [&](int base, int which) __attribute__((always_inline)) {
+  // Where the panels of a block lie. Panels past the end repeat the first: never a page that is not the request's.
+  auto locate = [&](const Piece& of, int base, int which) __attribute__((always_inline)) {
     for (int i = 0; i < PANELS; ++i) {
-      const int token = base + i * PANEL < end ? base + i * PANEL : base;
-      const int64_t page = (int64_t)table[token / size] * pool.heads + head;
+      const int token = base + i * PANEL < of.end ? base + i * PANEL : base;
+      const int64_t page = (int64_t)of.table[token / size] * pool.heads + of.head;
       const int slot = token % size;
       k[which][i] = all_k + page * k_page + slot;
       v[which][i] = all_v + page * v_page + (int64_t)slot / T::PAIR * hv;
+      if (SCALED) {
+        k_scales[which][i] = pool.k_scale + page * size + slot;
+        v_scales[which][i] = pool.v_scale + page * size + slot;
+      }
     }
   };
 
-  begin = begin / PANEL * PANEL;
-  if (begin < end) locate(begin, 0);
+  const int begin = piece.begin / PANEL * PANEL;
+  if (begin < end) locate(piece, begin, 0);
   for (int base = begin, now = 0; base < end; base += BLOCK, now ^= 1) {
     const int tokens = end - base < BLOCK ? end - base : BLOCK;
-    const int following = base + BLOCK < end ? now ^ 1 : now;
-    if (following != now) locate(base + BLOCK, following);
-    if (AHEAD && following != now)
-      all_scores<T, true>(tile.rows, q, ldq, k[now], size, k[following], h / T::PAIR, tile.score);
+    bool ahead = true;
+    if (base + BLOCK < end)
+      locate(piece, base + BLOCK, now ^ 1);
+    else if (AHEAD && next != nullptr)
+      locate(*next, next->begin / PANEL * PANEL, now ^ 1);
     else
+      ahead = false;
+    const int following = now ^ 1;
+    if (AHEAD && ahead) {
+      if (SCALED)
+        for (int i = 0; i < PANELS; ++i) PREFETCH(k_scales[following][i]), PREFETCH(v_scales[following][i]);
+      all_scores<T, true>(tile.rows, q, ldq, k[now], size, k[following], h / T::PAIR, tile.score);
+    } else {
       all_scores<T, false>(tile.rows, q, ldq, k[now], size, k[now], h / T::PAIR, tile.score);
-    if (std::is_same<T, Int8>::value) {
-      for (int i = 0; i < PANELS; ++i) {
-        const int token = base + i * PANEL < end ? base + i * PANEL : base;
-        const int64_t at = ((int64_t)table[token / size] * pool.heads + head) * size + token % size;
-        k_scale[i] = pool.k_scale + at;
-        v_scale[i] = pool.v_scale + at;
-      }
     }
+    const float *const *k_scale = k_scales[now], *const *v_scale = v_scales[now];
     for (int r = 0; r < tile.rows; ++r) {
       float* score = tile.score + r * BLOCK;
       const int position = tile.position[r] - base, first = position - pool.window + 1;
@@ -461,7 +469,7 @@ AT static void attend(const Tile& tile, const Pool& pool, const int32_t* table, 
       vf best = splat(NOTHING);
       for (int i = 0; i < BLOCK / W; ++i) {
         s[i] = load(score + i * W);
-        if (std::is_same<T, Int8>::value) s[i] *= tile.q_unit[r] * load(k_scale[i / PER_PANEL] + i % PER_PANEL * W);
+        if (SCALED) s[i] *= tile.q_unit[r] * load(k_scale[i / PER_PANEL] + i % PER_PANEL * W);
         if (pool.softcap > 0) s[i] = pool.softcap * vtanh(s[i] * (1.0f / pool.softcap));
         if (masked) {
           const vi at = iota() + i * W;
@@ -476,7 +484,7 @@ AT static void attend(const Tile& tile, const Pool& pool, const int32_t* table, 
       for (int i = 0; i < BLOCK / W; ++i) {
         vf p = vexp(s[i] - now_best);
         total += p;
-        if (std::is_same<T, Int8>::value)  // behind the last token a scale may be NaN
+        if (SCALED)  // behind the last token a scale may be NaN
           p = (vf)((vi)(p * load(v_scale[i / PER_PANEL] + i % PER_PANEL * W)) & (iota() + i * W < tokens));
         store(score + i * W, p);
       }
@@ -486,7 +494,7 @@ AT static void attend(const Tile& tile, const Pool& pool, const int32_t* table, 
       tile.shrink[r] = shrink;
       tile.unit[r] = keep_weights(T(), score, weight + r * (BLOCK / T::PAIR * T::STRIDE));
     }
-    if (AHEAD && following != now)
+    if (AHEAD && ahead)
       all_values<T, true>(tile.rows, weight, v[now], hv, v[following], tokens, tile.shrink, tile.unit, tile.sum);
     else
       all_values<T, false>(tile.rows, weight, v[now], hv, v[now], tokens, tile.shrink, tile.unit, tile.sum);
@@ -494,22 +502,21 @@ AT static void attend(const Tile& tile, const Pool& pool, const int32_t* table, 
 }
 
 template <class T>
-AT static void run_tile(const Tile& tile, const Pool& pool, const int32_t* table, int head, int begin, int end,
-                        bool ahead) {
+AT static void run_tile(const Tile& tile, const Pool& pool, const Piece& piece, const Piece* next, bool ahead) {
   if (ahead)
-    attend<T, true>(tile, pool, table, head, begin, end);
+    attend<T, true>(tile, pool, piece, next);
   else
-    attend<T, false>(tile, pool, table, head, begin, end);
+    attend<T, false>(tile, pool, piece, next);
 }
 
-AT static void run(const Tile& tile, const Pool& pool, const int32_t* table, int head, int begin, int end, bool ahead) {
+AT static void run(const Tile& tile, const Pool& pool, const Piece& piece, const Piece* next, bool ahead) {
   switch (pool.kind) {
     case Kind::kFloat32:
-      return run_tile<Float32>(tile, pool, table, head, begin, end, ahead);
+      return run_tile<Float32>(tile, pool, piece, next, ahead);
     case Kind::kBfloat16:
-      return run_tile<Bfloat16>(tile, pool, table, head, begin, end, ahead);
+      return run_tile<Bfloat16>(tile, pool, piece, next, ahead);
     case Kind::kInt8:
-      return run_tile<Int8>(tile, pool, table, head, begin, end, ahead);
+      return run_tile<Int8>(tile, pool, piece, next, ahead);
   }
 }
 
