@@ -85,6 +85,12 @@ def deepseek_v3_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 FAMILIES = (
-    Family("DeepSeek-V2", ("DeepseekV2ForCausalLM",), deepseek_v2_config, Deepseek),
-    Family("DeepSeek-V3, R1", ("DeepseekV3ForCausalLM",), deepseek_v3_config, Deepseek),
+    Family("DeepSeek-V2", ("DeepseekV2ForCausalLM",), deepseek_v2_config, Deepseek, gguf=("deepseek2",)),
+    Family(
+        "DeepSeek-V3, R1",
+        ("DeepseekV3ForCausalLM",),
+        deepseek_v3_config,
+        Deepseek,
+        gguf=("deepseek2 with sigmoid routing",),
+    ),
 )

@@ -94,4 +94,4 @@ def gpt_oss_config(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-FAMILIES = (Family("GPT-OSS", ("GptOssForCausalLM",), gpt_oss_config, build),)
+FAMILIES = (Family("GPT-OSS", ("GptOssForCausalLM",), gpt_oss_config, build, gguf=("gpt-oss",)),)

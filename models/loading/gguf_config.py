@@ -59,7 +59,7 @@ def config_dict(file: GGUFFile, architecture: str) -> dict[str, Any]:
     head_dim = config["head_dim"] or config["hidden_size"] // heads
     if rotary and rotary != head_dim:
         config["partial_rotary_factor"] = rotary / head_dim
-    config["rope_scaling"] = _rope_scaling(file, get)
+    config["rope_scaling"] = _rope_scaling(file, arch, get)
     config |= _of_family(arch, config, get)
     return {name: value for name, value in config.items() if value is not None}
 
@@ -87,6 +87,30 @@ def _of_family(arch: str, config: Mapping[str, Any], get: Any) -> dict[str, Any]
             "residual_multiplier": get("residual_scale"),
             "logits_scaling": get("logit_scale"),
         }
+    if arch == "gpt-oss":
+        return _experts(get) | {"attention_bias": True}
+    if arch == "deepseek2":
+        rope_dim = get("rope.dimension_count")
+        kv_rank = get("attention.kv_lora_rank")
+        # Files for latent attention say what a page keeps in key_length, and a head's size in key_length_mla.
+        head = get("attention.key_length_mla") or get("attention.key_length")
+        return _experts(get) | {
+            "partial_rotary_factor": None,
+            "head_dim": None,
+            "n_routed_experts": get("expert_count"),
+            "n_shared_experts": get("expert_shared_count"),
+            "first_k_dense_replace": get("leading_dense_block_count", 0),
+            "routed_scaling_factor": get("expert_weights_scale", 1.0),
+            "norm_topk_prob": bool(get("expert_weights_norm", False)),
+            "n_group": get("expert_group_count", 1),
+            "topk_group": get("expert_group_used_count", 1),
+            "topk_method": "group_limited_greedy" if get("expert_group_count", 1) > 1 else "greedy",
+            "q_lora_rank": get("attention.q_lora_rank"),
+            "kv_lora_rank": kv_rank,
+            "qk_rope_head_dim": rope_dim,
+            "qk_nope_head_dim": head - rope_dim,
+            "v_head_dim": get("attention.value_length_mla") or get("attention.value_length"),
+        }
     if arch == "gpt2":
         return {"intermediate_size": get("feed_forward_length")}
     if arch == "starcoder2":
@@ -96,11 +120,8 @@ def _of_family(arch: str, config: Mapping[str, Any], get: Any) -> dict[str, Any]
         if arch in ("qwen2", "qwen2moe", "olmo2", "phi3"):
             more["attention_bias"] = arch.startswith("qwen2")
         if get("expert_count"):
-            more |= {
+            more |= _experts(get) | {
                 "num_experts": get("expert_count"),
-                "num_local_experts": get("expert_count"),
-                "num_experts_per_tok": get("expert_used_count"),
-                "moe_intermediate_size": get("expert_feed_forward_length"),
                 "shared_expert_intermediate_size": get("expert_shared_feed_forward_length"),
                 "norm_topk_prob": bool(get("expert_weights_norm", arch == "qwen3moe")),
             }
@@ -108,10 +129,22 @@ def _of_family(arch: str, config: Mapping[str, Any], get: Any) -> dict[str, Any]
     return {}
 
 
+def _experts(get: Any) -> dict[str, Any]:
+    return {
+        "num_local_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+    }
+
+
 def family_name(metadata: Mapping[str, Any]) -> str:
-    """The architecture that the registry is asked for: GGUF writes Mixtral as a llama with experts."""
+    """The architecture that the registry is asked for: GGUF has one name for Llama and Mixtral, DeepSeek-V2 and V3."""
     arch = metadata["general.architecture"]
-    return "llama with experts" if arch == "llama" and metadata.get("llama.expert_count") else arch
+    if arch == "llama" and metadata.get("llama.expert_count"):
+        return "llama with experts"
+    if arch == "deepseek2" and metadata.get("deepseek2.expert_gating_func") == 2:
+        return "deepseek2 with sigmoid routing"
+    return arch
 
 
 def rotated_pairs(config: Mapping[str, Any], arch: str) -> tuple[int, int] | None:
@@ -146,7 +179,7 @@ def _settled(values: np.ndarray) -> Any:
     return unique[0].item() if unique.size == 1 else values.tolist()
 
 
-def _rope_scaling(file: GGUFFile, get: Any) -> dict[str, Any] | None:
+def _rope_scaling(file: GGUFFile, arch: str, get: Any) -> dict[str, Any] | None:
     for name in ("rope_freqs.weight", "rope_factors_long.weight"):
         if name in file.tensors:
             long = file.read(name).astype(np.float32).tolist()
@@ -173,5 +206,8 @@ def _rope_scaling(file: GGUFFile, get: Any) -> dict[str, Any] | None:
     if kind == "yarn":
         scaling["beta_fast"] = get("rope.scaling.yarn_beta_fast")
         scaling["beta_slow"] = get("rope.scaling.yarn_beta_slow")
-        scaling["truncate"] = get("rope.scaling.yarn_truncate")
+        scaling["truncate"] = get("rope.scaling.yarn_truncate", False if arch == "gpt-oss" else None)
+        log_multiplier = get("rope.scaling.yarn_log_multiplier")
+        if log_multiplier:  # 0.1 * mscale_all_dim; mscale is the same in every published model
+            scaling["mscale"] = scaling["mscale_all_dim"] = 10.0 * log_multiplier
     return {name: value for name, value in scaling.items() if value is not None}

@@ -23,7 +23,8 @@ from models.layers import Build, Embedding, Linear, Weight
 from models.loading import gguf_config, orbax
 from models.loading.checkpoint import Checkpoint
 from models.loading.default_model import MODEL_ID, RECORDED_NAME
-from models.loading.gguf import GGUFCheckpoint, GGUFFile
+from models.loading.gguf import GGUFFile
+from models.loading.gguf_checkpoint import GGUFCheckpoint
 from models.loading.names import Recipe, Recipes
 from models.loading.quantized import open_quantized
 from models.loading.safetensors import SafetensorsCheckpoint

@@ -107,7 +107,7 @@ TINY: dict[str, Tiny] = {
         {
             "head_dim": 16,
             "sliding_window": 16,
-            "query_pre_attn_scalar": 20,
+            "query_pre_attn_scalar": 16,
             "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 3.0,
             "tie_word_embeddings": True,
@@ -158,14 +158,14 @@ TINY: dict[str, Tiny] = {
             },
         },
     ),
-    "smollm3": Tiny("SmolLM3Config", "SmolLM3ForCausalLM", {"num_hidden_layers": 4, "no_rope_layer_interval": 2}),
+    "smollm3": Tiny("SmolLM3Config", "SmolLM3ForCausalLM", {"num_hidden_layers": 4}),
     "starcoder2": Tiny(
         "Starcoder2Config", "Starcoder2ForCausalLM", {"sliding_window": 16, "tie_word_embeddings": True}
     ),
     "mixtral": Tiny(
         "MixtralConfig",
         "MixtralForCausalLM",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20},
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
         expert_mesh=True,
     ),
     "qwen2moe": Tiny(
@@ -252,8 +252,8 @@ def make_reference(name: str, directory: Path) -> None:
     np.savez(directory / "reference.npz", **arrays)
 
 
-def compare(directory: Path, mesh: str | None = None, steps: int = STEPS) -> dict[str, float]:
-    """Runs the checkpoint through our loader and pages; how far it is from the reference.
+def compare(directory: Path, mesh: str | None = None, steps: int = STEPS, path: Path | None = None) -> dict[str, float]:
+    """Runs the checkpoint (or the one at `path`) through our loader and pages; how far it is from the reference.
 
     Returns:
         `error`: the largest difference of logits over the largest logit. `tokens`: the fraction of greedy tokens that
@@ -266,7 +266,9 @@ def compare(directory: Path, mesh: str | None = None, steps: int = STEPS) -> dic
     from tests.models.paged import PagedModel
 
     devices = None if mesh is None else make_mesh(mesh)
-    loaded = load_model(resolve(str(directory)), dtype=jnp.float32, mesh=devices, max_model_len=160, progress=False)
+    loaded = load_model(
+        resolve(str(path or directory)), dtype=jnp.float32, mesh=devices, max_model_len=160, progress=False
+    )
     reference = np.load(directory / "reference.npz")
     prompts = [reference[f"tokens{i}"][:length].tolist() for i, length in enumerate(PROMPTS)]
     results = PagedModel(loaded.model, mesh=devices).generate(prompts, steps)

@@ -2,7 +2,8 @@ import gguf
 import numpy as np
 import pytest
 
-from models.loading.gguf import GGUFFile, half_split_rows
+from models.loading.gguf import GGUFFile
+from models.loading.gguf_checkpoint import half_split_rows
 
 
 @pytest.fixture

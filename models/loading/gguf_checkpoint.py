@@ -1,0 +1,78 @@
+"""A GGUF file as the loader sees it: by Hugging Face's names, with the converter's transforms undone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+import gguf
+import numpy as np
+
+from models.loading.gguf import GGUFFile
+from models.loading.gguf_layouts import SECONDARY, layout
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+class GGUFCheckpoint:
+    """A GGUF file's tensors by Hugging Face's names, with the transforms of the GGUF converter undone.
+
+    Args:
+        file: the file.
+        architecture: its `general.architecture`.
+        rotated_pairs: heads of q and k whose rows were permuted for interleaved rotary pairs: (query heads, key heads),
+            or None where the converter leaves them.
+    """
+
+    def __init__(self, file: GGUFFile, architecture: str, num_layers: int, rotated_pairs: tuple[int, int] | None):
+        kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        self.file = file
+        self._table = gguf.get_tensor_name_map(kinds[architecture], num_layers)
+        self._rotated_pairs = rotated_pairs
+        self._norms_have_one = architecture.startswith("gemma")
+        self._architecture = architecture
+
+    @property
+    def own_names(self) -> Collection[str]:
+        second = SECONDARY.get(self._architecture)
+        return [name for name in self.file.tensors if second is None or not second.search(name)]
+
+    def locate(self, name: str) -> str | None:
+        made = layout(self.file, self._architecture, name)
+        if made is not None:
+            return made.sources[0]
+        own = self._table.get_name(_EXPERT.sub(".experts.", name), try_suffixes=(".weight", ".bias"))
+        return own if own in self.file.tensors else None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        made = layout(self.file, self._architecture, name)
+        if made is not None:
+            return made.shape
+        own = self.locate(name)
+        assert own is not None
+        shape = self.file.tensors[own].shape
+        return shape[1:] if _EXPERT.search(name) else shape
+
+    def read(self, name: str) -> np.ndarray:
+        made = layout(self.file, self._architecture, name)
+        if made is not None:
+            return made.make(*(self.file.read(source) for source in made.sources))
+        own = self.locate(name)
+        assert own is not None
+        expert = _EXPERT.search(name)
+        values = self.file.read(own, int(expert.group(1)) if expert else None)
+        if self._rotated_pairs is not None:
+            queries, keys = self._rotated_pairs
+            if ".q_proj." in name:
+                return half_split_rows(values, queries)
+            if ".k_proj." in name:
+                return half_split_rows(values, keys)
+        if self._norms_have_one and name.endswith("norm.weight"):
+            return values.astype(np.float32) - 1.0
+        return values
+
+
+def half_split_rows(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes GGUF's interleaving of each head's rows: pairs (2i, 2i + 1) go back to (i, i + h / 2)."""
+    rest = rows.shape[1:]
+    return rows.reshape(heads, -1, 2, *rest).swapaxes(1, 2).reshape(rows.shape)

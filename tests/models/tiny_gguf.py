@@ -1,0 +1,176 @@
+"""Writes a tiny Hugging Face checkpoint as GGUF, as llama.cpp's converter does: names, permutations, metadata."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import gguf
+import numpy as np
+from safetensors.numpy import load_file
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MixtralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen2MoeForCausalLM": "qwen2moe",
+    "Qwen3MoeForCausalLM": "qwen3moe",
+    "Gemma2ForCausalLM": "gemma2",
+    "GraniteForCausalLM": "granite",
+    "Olmo2ForCausalLM": "olmo2",
+    "Phi3ForCausalLM": "phi3",
+    "SmolLM3ForCausalLM": "smollm3",
+    "Starcoder2ForCausalLM": "starcoder2",
+    "GPT2LMHeadModel": "gpt2",
+    "GptOssForCausalLM": "gpt-oss",
+    "DeepseekV2ForCausalLM": "deepseek2",
+    "DeepseekV3ForCausalLM": "deepseek2",
+}
+PERMUTED = ("llama", "granite", "smollm3")
+
+
+def to_gguf(directory: Path, path: Path) -> None:
+    """Converts `directory`, writing matrices in float32."""
+    config = json.loads((directory / "config.json").read_text())
+    arch = ARCHITECTURES[config["architectures"][0]]
+    layers = config.get("num_hidden_layers") or config["n_layer"]
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in metadata(config, arch).items():
+        if value is not None:
+            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add[type(value)](f"{arch}.{key}", value)
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(kinds[arch], layers)
+    tensors = dict(load_file(directory / "model.safetensors"))
+    for name, array in tensors_of(tensors, config, arch).items():
+        if name.endswith("e_score_correction_bias"):
+            own = f"blk.{name.split('.')[2]}.exp_probs_b.bias"
+        elif name.endswith(".sinks"):
+            own = f"blk.{name.split('.')[2]}.attn_sinks.weight"
+        else:
+            own = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert own is not None, name
+        writer.add_tensor(own, np.ascontiguousarray(array, np.float32))
+    for name, array in rope_tensors(config).items():
+        writer.add_tensor(name, np.asarray(array, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def metadata(c: dict, arch: str) -> dict:
+    heads = c.get("num_attention_heads") or c["n_head"]
+    rope = c.get("rope_parameters") or {}
+    width = c.get("hidden_size") or c["n_embd"]
+    head = c.get("head_dim") or width // heads
+    keys = {
+        "block_count": c.get("num_hidden_layers") or c["n_layer"],
+        "context_length": c.get("n_positions") or c["max_position_embeddings"],
+        "embedding_length": width,
+        "feed_forward_length": c.get("intermediate_size") or 4 * width,
+        "attention.head_count": heads,
+        "attention.head_count_kv": c.get("num_key_value_heads"),
+        "attention.key_length": head if "head_dim" in c else None,
+        "attention.layer_norm_rms_epsilon": c.get("rms_norm_eps"),
+        "attention.layer_norm_epsilon": c.get("norm_epsilon", c.get("layer_norm_epsilon")),
+        "attention.sliding_window": c.get("sliding_window")
+        if arch in ("gemma2", "phi3", "starcoder2", "gpt-oss")
+        else None,
+        "rope.freq_base": rope.get("rope_theta"),
+        "attn_logit_softcapping": c.get("attn_logit_softcapping"),
+        "final_logit_softcapping": c.get("final_logit_softcapping"),
+        "attention.scale": c.get("attention_multiplier"),
+        "embedding_scale": c.get("embedding_multiplier"),
+        "residual_scale": c.get("residual_multiplier"),
+        "logit_scale": c.get("logits_scaling"),
+        "expert_count": c.get("num_local_experts") or c.get("num_experts") or c.get("n_routed_experts"),
+        "expert_used_count": c.get("num_experts_per_tok"),
+        "expert_feed_forward_length": c.get("moe_intermediate_size"),
+        "expert_shared_feed_forward_length": c.get("shared_expert_intermediate_size"),
+    }
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        keys["rope.dimension_count"] = int(head * rope["partial_rotary_factor"])
+    if rope.get("rope_type") in ("linear", "yarn"):
+        keys["rope.scaling.type"] = rope["rope_type"]
+        keys["rope.scaling.factor"] = float(rope["factor"])
+        keys["rope.scaling.original_context_length"] = rope.get("original_max_position_embeddings")
+        if rope.get("mscale_all_dim"):
+            keys["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
+    if rope.get("rope_type") == "longrope":
+        original = rope["original_max_position_embeddings"]
+        keys["rope.scaling.original_context_length"] = original
+        stretch = c["max_position_embeddings"] / original
+        keys["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(stretch) / math.log(original))
+    if arch == "deepseek2":
+        keys |= {
+            "expert_count": c.get("n_routed_experts") or c.get("num_local_experts"),
+            "expert_shared_count": c["n_shared_experts"],
+            "leading_dense_block_count": c["first_k_dense_replace"],
+            "expert_weights_scale": float(c["routed_scaling_factor"]),
+            "expert_weights_norm": bool(c.get("norm_topk_prob", False)),
+            "expert_gating_func": 2 if "V3" in c["architectures"][0] else 1,
+            "expert_group_count": c["n_group"],
+            "expert_group_used_count": c["topk_group"],
+            "attention.q_lora_rank": c["q_lora_rank"],
+            "attention.kv_lora_rank": c["kv_lora_rank"],
+            "attention.head_count_kv": 1,
+            "attention.key_length": c["kv_lora_rank"] + c["qk_rope_head_dim"],
+            "attention.value_length": c["kv_lora_rank"],
+            "attention.key_length_mla": c["qk_nope_head_dim"] + c["qk_rope_head_dim"],
+            "attention.value_length_mla": c["v_head_dim"],
+            "rope.dimension_count": c["qk_rope_head_dim"],
+        }
+    return keys
+
+
+def rope_tensors(c: dict) -> dict:
+    rope = c.get("rope_parameters") or {}
+    if rope.get("rope_type") == "longrope":
+        return {f"rope_factors_{name}.weight": rope[f"{name}_factor"] for name in ("long", "short")}
+    if rope.get("rope_type") == "llama3":
+        head = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        inverse = rope["rope_theta"] ** -(np.arange(0, head, 2) / head)
+        wavelength, original = 2 * np.pi / inverse, rope["original_max_position_embeddings"]
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        smooth = (original / wavelength - low) / (high - low)
+        between = 1 / ((1 - smooth) / rope["factor"] + smooth)
+        kept = np.where(wavelength < original / high, 1.0, between)
+        return {"rope_freqs.weight": np.where(wavelength > original / low, rope["factor"], kept)}
+    return {}
+
+
+def tensors_of(tensors: dict, c: dict, arch: str) -> dict:
+    """The arrays as GGUF has them, still by Hugging Face's names."""
+    out: dict[str, np.ndarray] = {}
+    stacks: dict[str, dict[int, np.ndarray]] = {}
+    for name, array in tensors.items():
+        if arch in PERMUTED and (".q_proj." in name or ".k_proj." in name):
+            heads = c["num_attention_heads"] if ".q_proj." in name else c["num_key_value_heads"]
+            array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + 1
+        if arch == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+            array = array.T
+        if ".experts." in name and arch == "gpt-oss":
+            suffix = "bias" if name.endswith("_bias") else "weight"
+            base = name.split(".experts.")[0] + ".experts."
+            array = array if suffix == "bias" else array.swapaxes(1, 2)
+            if "gate_up" in name:
+                out[f"{base}gate_proj.{suffix}"], out[f"{base}up_proj.{suffix}"] = array[:, ::2], array[:, 1::2]
+            else:
+                out[f"{base}down_proj.{suffix}"] = array
+        elif ".experts." in name:
+            before, after = name.split(".experts.")
+            index, part = after.split(".", 1)
+            stacks.setdefault(f"{before}.experts.{part}", {})[int(index)] = array
+        elif name.endswith("kv_b_proj.weight"):
+            heads, nope = c["num_attention_heads"], c["qk_nope_head_dim"]
+            both = array.reshape(heads, -1, array.shape[1])
+            out[name.replace("kv_b_proj", "k_b_proj")] = both[:, :nope].swapaxes(1, 2)
+            out[name.replace("kv_b_proj", "v_b_proj")] = both[:, nope:]
+        else:
+            out[name] = array
+    return out | {name: np.stack([arrays[i] for i in range(len(arrays))]) for name, arrays in stacks.items()}
