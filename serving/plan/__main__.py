@@ -1,0 +1,135 @@
+"""`python -m serving.plan`: what a server would be, before there is hardware for it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from serving.engine.config import QUANTIZATIONS, EngineConfig
+from serving.plan import chips, facts
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags; those that the server has too mean the same."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.plan",
+        description="Compiles the server's programs for a topology from a model's configuration alone, and says what fits, "
+        "how many requests run at once and how fast it could be.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    engine = EngineConfig()
+    parser.add_argument(
+        "--model", required=True, help=f"a config.json, a folder, a model id, or one of {', '.join(facts.known())}"
+    )
+    parser.add_argument(
+        "--topology", nargs="+", required=True, help="v5e:4x4, v5p:2x2x2, v6e:2x4, cpu:4; several with --sweep"
+    )
+    parser.add_argument("--mesh", default="auto", help="as the server's; auto puts every device on the model axis")
+    parser.add_argument("--dtype", default="auto", help="of weights and activations; auto is bfloat16, float32 on cpu")
+    parser.add_argument("--quantization", default="none", choices=[q for q in QUANTIZATIONS if q != "auto"])
+    parser.add_argument(
+        "--kv-cache-dtype", default="auto", help="what pages hold: auto, bfloat16, int8, float8_e4m3fn, float32"
+    )
+    parser.add_argument("--max-num-seqs", type=int, default=256, help="requests running at once")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=4096, help="token budget of a step")
+    parser.add_argument("--max-model-len", type=int, default=8192, help="longest prompt plus completion")
+    parser.add_argument("--page-size", type=int, default=engine.page_size, help="positions a KV page holds")
+    parser.add_argument("--context", type=int, default=1024, help="tokens behind a running request, on average")
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt whose first token is timed")
+    parser.add_argument("--every-bucket", action="store_true", help="compile every program, not only the decisive ones")
+    parser.add_argument(
+        "--full-depth", action="store_true", help="compile all layers instead of extrapolating from a few"
+    )
+    parser.add_argument("--sweep", action="store_true", help="compare meshes of every topology and recommend one")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 when it fits (with --sweep: when anything does), 1 when not, 2 for wrong arguments."""
+    args = build_parser().parse_args(argv)
+    try:
+        targets = [chips.parse_target(text) for text in args.topology]
+        if len(targets) > 1 and not args.sweep:
+            raise ValueError(f"{len(targets)} topologies were given; comparing them is --sweep.")
+        gpus = [target.text for target in targets if not target.compiles]
+        if gpus:
+            raise ValueError(
+                f"{', '.join(gpus)}: programs for GPU can only be compiled on a machine with one; plan for TPU or cpu."
+            )
+        chips.prepare(targets)
+        return _sweep(args, targets) if args.sweep else _single(args, targets[0])
+    except ValueError as e:
+        print(f"serving.plan: {e}", file=sys.stderr)
+        return 2
+
+
+def _request(args: argparse.Namespace, target: chips.Target, mesh: str) -> Any:
+    from serving.plan.planner import Request
+
+    for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "context", "prompt"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    default = "float32" if target.platform == "cpu" else "bfloat16"
+    return Request(
+        hf=facts.read_config(args.model),
+        target=target,
+        mesh=mesh,
+        dtype=default if args.dtype == "auto" else args.dtype,
+        quantization=None if args.quantization == "none" else args.quantization,
+        kv_dtype=args.kv_cache_dtype,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        page_size=args.page_size,
+        max_model_len=args.max_model_len,
+        context=args.context,
+        prompt=args.prompt,
+        every_bucket=args.every_bucket,
+        full_depth=args.full_depth,
+    )
+
+
+def _single(args: argparse.Namespace, target: chips.Target) -> int:
+    from serving.plan.planner import make_plan
+    from serving.plan.report import to_json, to_text
+
+    plan = make_plan(_request(args, target, args.mesh), _say)
+    print(json.dumps(to_json(plan), indent=1) if args.json else to_text(plan))
+    return 0 if plan.fits else 1
+
+
+def _sweep(args: argparse.Namespace, targets: list[chips.Target]) -> int:
+    from serving.plan.planner import make_plan
+    from serving.plan.report import rank, sweep_text, to_json
+
+    plans: list[tuple[Any, str]] = []
+    for target in targets:
+        for mesh in candidate_meshes(target.num_devices) if args.mesh == "auto" else [args.mesh]:
+            try:
+                plans.append((make_plan(_request(args, target, mesh), _say), ""))
+            except ValueError as e:
+                plans.append((None, f"{target.text} {mesh}: {e}"))
+    made = sorted((plan for plan, _ in plans if plan is not None), key=rank)
+    if args.json:
+        print(json.dumps([to_json(plan) for plan in made], indent=1))
+    else:
+        print(sweep_text(plans))
+    return 0 if any(plan.fits for plan in made) else 1
+
+
+def candidate_meshes(num_devices: int) -> list[str]:
+    """Every split of the devices into equal halves, quarters, ... that the model axis takes; the largest first."""
+    sizes = [size for size in range(num_devices, 0, -1) if num_devices % size == 0 and size & (size - 1) == 0]
+    return [f"model={size}" if size == num_devices else f"data={num_devices // size},model={size}" for size in sizes]
+
+
+def _say(program: str, done: int, of: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\rcompiled {done}/{of}: {program:<40}", end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""From a configuration, a target and a mesh to a plan: what fits, what it costs a step, what it can serve."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+from serving.engine.buckets import Bucket
+from serving.engine.sizing import ACCELERATOR_FRACTION, Sizes
+from serving.plan.chips import Target, devices
+from serving.plan.measure import Measured, extrapolate, measure
+from serving.plan.programs import (
+    AbstractRunner,
+    abstract_model,
+    bytes_on_device,
+    config_of,
+    layer_periods,
+    weight_leaves,
+    with_layers,
+)
+from sharding.mesh import make_mesh
+
+PROBE_PAGES = 64
+"""Pages that programs are compiled with: the pool is an argument, so nothing else of a program depends on its size."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked.
+
+    Attributes:
+        hf: the model's Hugging Face configuration.
+        target: where to.
+        mesh: as the server's --mesh.
+        dtype, quantization, kv_dtype: as the server's flags; kv_dtype "auto" follows dtype.
+        max_num_seqs, max_num_batched_tokens, page_size, max_model_len: as the server's flags.
+        context: tokens that a running request has behind it, on average.
+        prompt: tokens of the prompt whose time to first token is estimated.
+        every_bucket: compile every program of the server, not only those that the numbers need.
+        full_depth: compile all layers instead of extrapolating from a few.
+    """
+
+    hf: dict[str, Any]
+    target: Target
+    mesh: str
+    dtype: str = "bfloat16"
+    quantization: str | None = None
+    kv_dtype: str = "auto"
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 4096
+    page_size: int = 16
+    max_model_len: int = 8192
+    context: int = 1024
+    prompt: int = 1024
+    every_bucket: bool = False
+    full_depth: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Roofline times of one program on one device, seconds. None of them can be beaten; all are missed by something.
+
+    Attributes:
+        name: the program's.
+        matmul: the compiler's flops at the chip's rate.
+        memory: weights and context that must be read, at the chip's bandwidth.
+        links: bytes that collectives send, at the links' bandwidth.
+        measured: what the compiler says; None where nothing was compiled.
+        context_bytes, weight_bytes: what `memory` is made of.
+    """
+
+    name: str
+    matmul: float
+    memory: float
+    links: float
+    context_bytes: float
+    weight_bytes: float
+    measured: Measured | None
+
+    @property
+    def seconds(self) -> float:
+        """Products and reads overlap; collectives stand between layers."""
+        return max(self.matmul, self.memory) + self.links
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a server would be. Bytes are of one device."""
+
+    request: Request
+    num_parameters: int
+    num_layers: int
+    weights: int
+    kv_page: int
+    state: int
+    temporaries: int
+    code: int
+    usable: int
+    num_pages: int
+    max_concurrent: int
+    steps: tuple[Step, ...]
+    decode_seconds: float | None
+    ttft_seconds: float | None
+    compile_seconds: float
+    extrapolated_from: tuple[int, int] | None
+
+    @property
+    def pool(self) -> int:
+        """Bytes of the page pool on one device."""
+        return max(self.num_pages, 0) * self.kv_page
+
+    @property
+    def fits(self) -> bool:
+        """Whether at least one request of max_model_len can run."""
+        return (self.num_pages - 1) * self.request.page_size >= self.request.max_model_len
+
+    @property
+    def tokens(self) -> int:
+        """Positions that the pool holds."""
+        return max(self.num_pages - 1, 0) * self.request.page_size
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Of the whole mesh, at `max_concurrent` requests."""
+        return self.max_concurrent / self.decode_seconds if self.fits and self.decode_seconds else None
+
+
+def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None = None) -> Plan:
+    """Compiles what the request calls for and does the arithmetic.
+
+    Args:
+        on_done: called with (program, how many are done, of how many).
+    Raises:
+        ValueError: a model, topology, mesh or size that does not work, in a sentence.
+    """
+    config = config_of(request.hf)
+    if request.max_model_len > config.max_positions:
+        request = dataclasses.replace(request, max_model_len=config.max_positions)
+    kv_dtype = request.dtype if request.kv_dtype == "auto" else request.kv_dtype
+    request = dataclasses.replace(request, kv_dtype=kv_dtype)
+    sizes = Sizes(
+        request.max_num_seqs, request.max_num_batched_tokens, request.max_model_len, PROBE_PAGES, request.page_size, 0, kv_dtype
+    )  # fmt: skip
+    mesh = make_mesh(request.mesh, devices(request.target))
+
+    def runner(num_layers: int) -> AbstractRunner:
+        model = abstract_model(
+            with_layers(config, num_layers), mesh, request.dtype, request.quantization, request.max_model_len
+        )
+        return AbstractRunner(model, sizes, mesh)
+
+    whole = runner(config.num_layers)
+    start, period = layer_periods(config)
+    depths = (start + period, start + 2 * period)
+    if request.full_depth or config.num_layers <= depths[1]:
+        depths = None
+    names = _names(whole, request)
+    measured, seconds = _measure(whole, names, runner, depths, config.num_layers, on_done)
+
+    temporaries = max(m.temporaries + m.outputs - m.aliased for m in measured.values())
+    code = sum(m.code for m in measured.values())
+    usable = int(request.target.chip.memory * ACCELERATOR_FRACTION)
+    weights, state = whole.weight_bytes_on_device, whole.state_bytes
+    free = usable - weights - state - int(temporaries) - int(code)
+    num_pages = max(0, free // whole.kv_bytes_a_page)
+    num_pages = min(num_pages, request.max_num_seqs * whole.pages_per_slot + 1)
+    concurrent_requests = min(request.max_num_seqs, max(num_pages - 1, 0) * request.page_size // request.context)
+
+    steps = tuple(_step(name, measured[name], whole, request) for name in names)
+    by_name = {step.name: step for step in steps}
+    decode = whole.buckets.find(max(concurrent_requests, 1), 0, 0)
+    decode_seconds = ttft = None
+    if f"forward {decode}" not in by_name:
+        decode = whole.buckets.find(request.max_num_seqs, 0, 0)
+    forward, sample = by_name[f"forward {decode}"], by_name[f"sample {decode.samples}"]
+    decode_seconds = forward.seconds + sample.seconds
+    ttft = _ttft(request, whole, by_name)
+    return Plan(
+        request=request,
+        num_parameters=sum(
+            _count(leaf) for path, _, leaf in weight_leaves(whole.model) if not path.endswith("scale_O")
+        ),
+        num_layers=config.num_layers,
+        weights=weights,
+        kv_page=whole.kv_bytes_a_page,
+        state=state,
+        temporaries=int(temporaries),
+        code=int(code),
+        usable=usable,
+        num_pages=num_pages,
+        max_concurrent=concurrent_requests,
+        steps=steps,
+        decode_seconds=decode_seconds,
+        ttft_seconds=ttft,
+        compile_seconds=seconds,
+        extrapolated_from=depths,
+    )
+
+
+def _count(leaf: Any) -> int:
+    count = 1
+    for extent in leaf.shape:
+        count *= extent
+    return count
+
+
+def _prompt_bucket(runner: AbstractRunner, request: Request) -> Bucket:
+    chunk = min(request.prompt, runner.buckets.max_chunk)
+    return runner.buckets.find(0, -(-chunk // 16) * 16, 1)
+
+
+def _names(runner: AbstractRunner, request: Request) -> list[str]:
+    """Programs to compile, those of steps first."""
+    if request.every_bucket:
+        return sorted(runner.programs(), key=lambda name: (not name.startswith("forward"), name))
+    buckets = runner.buckets
+    full = buckets.find(request.max_num_seqs, 0, 0)
+    mixed = buckets.find(request.max_num_seqs, buckets.max_chunk, buckets.max_rows)
+    prompt = _prompt_bucket(runner, request)
+    forwards = dict.fromkeys(f"forward {b}" for b in (full, prompt, mixed))
+    samples = dict.fromkeys(f"sample {b.samples}" for b in (full, prompt, mixed))
+    return [*forwards, *samples]
+
+
+def _measure(
+    whole: AbstractRunner,
+    names: list[str],
+    runner: Callable[[int], AbstractRunner],
+    depths: tuple[int, int] | None,
+    num_layers: int,
+    on_done: Callable[[str, int, int], None] | None,
+) -> tuple[dict[str, Measured], float]:
+    """Each program measured, forward programs extrapolated; and the seconds that it took, added up over threads."""
+    jobs: dict[tuple[str, int], Any] = {}
+    programs = whole.programs()
+    few = {depth: runner(depth).programs() for depth in depths or ()}
+    for name in names:
+        if depths and name.startswith("forward"):
+            for depth in depths:
+                jobs[name, depth] = few[depth][name]
+        else:
+            jobs[name, num_layers] = programs[name]
+    done: dict[tuple[str, int], Measured] = {}
+    with concurrent.futures.ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2))) as pool:
+        futures = {pool.submit(measure, program): key for key, program in jobs.items()}
+        for future in concurrent.futures.as_completed(futures):
+            done[futures[future]] = future.result()
+            if on_done:
+                on_done(futures[future][0], len(done), len(jobs))
+    measured = {}
+    for name in names:
+        if depths and name.startswith("forward"):
+            measured[name] = extrapolate(done[name, depths[0]], done[name, depths[1]], depths, num_layers)
+        else:
+            measured[name] = done[name, num_layers]
+    return measured, sum(m.seconds for m in measured.values())
+
+
+def _step(name: str, measured: Measured, runner: AbstractRunner, request: Request) -> Step:
+    """Roofline times of one program; attention's part is arithmetic, because kernels hide it from the compiler."""
+    chip = request.target.chip
+    weights = context_bytes = attention = 0.0
+    rate = chip.int8_ops if request.quantization == "int8" and request.target.platform == "cpu" else chip.flops
+    if name.startswith("forward"):
+        bucket = next(b for b in runner.buckets.buckets if name == f"forward {b}")
+        weights = _weights_read(runner, bucket.tokens, head=False)
+        token_bytes = runner.kv_bytes_a_page / request.page_size
+        chunk_keys = bucket.chunk + (request.context if bucket.decode else 0)
+        context_bytes = (bucket.decode * request.context + (chunk_keys if bucket.chunk else 0)) * token_bytes
+        pairs = bucket.decode * request.context + bucket.chunk * (bucket.chunk + 1) / 2
+        attention = pairs * _attention_flops(runner)
+    elif name.startswith(("sample", "prompt_logprobs")):
+        weights = _weights_read(runner, 1, head=True)
+    return Step(
+        name=name,
+        matmul=(measured.flops + attention) / rate,
+        memory=(weights + context_bytes) / chip.bandwidth,
+        links=measured.sent / chip.link,
+        context_bytes=context_bytes,
+        weight_bytes=weights,
+        measured=measured,
+    )
+
+
+def _weights_read(runner: AbstractRunner, tokens: int, head: bool) -> float:
+    """Bytes of weights that one device reads for a step of `tokens` tokens: of experts, those that are expected to be met."""
+    config = runner.model.config
+    experts = float(config.get("num_experts") or 0)
+    chosen = float(config.get("num_experts_per_tok") or config.get("experts_per_token") or 0)
+    met = 1.0 - (1.0 - chosen / experts) ** tokens if experts and chosen else 1.0
+    total = 0.0
+    tied = runner.model.head is None
+    for path, axes, leaf in weight_leaves(runner.model):
+        is_embedding, is_head = path.startswith("embed."), path.startswith("head.")
+        if head != (is_head or (tied and is_embedding)):
+            continue
+        if is_embedding and not head:
+            continue  # a few rows
+        total += bytes_on_device(leaf) * (met if "experts" in axes else 1.0)
+    return total
+
+
+def _attention_flops(runner: AbstractRunner) -> float:
+    """Operations for one query position against one key position, all layers, on one device."""
+    total = 0.0
+    config = runner.model.config
+    for spec, kv in zip(runner.model.kv_specs(), runner._kv, strict=True):
+        shards = runner._mesh.shape["model"] if runner._mesh is not None and kv.sharded else 1
+        v = spec.v_head_dim or spec.head_dim
+        total += 2.0 * max(config.num_heads, spec.num_kv_heads) / shards * (spec.head_dim + v)
+    return total
+
+
+def _ttft(request: Request, runner: AbstractRunner, steps: dict[str, Step]) -> float:
+    """Of a prompt that arrives at an idle server: its chunks, then one sample."""
+    bucket = _prompt_bucket(runner, request)
+    chunks = -(-request.prompt // bucket.chunk)
+    return chunks * steps[f"forward {bucket}"].seconds + steps[f"sample {bucket.samples}"].seconds
