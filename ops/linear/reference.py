@@ -22,14 +22,21 @@ def linear(x_TI: np.ndarray, weight: Weight, bias_O: np.ndarray | None = None) -
     return y_TO if bias_O is None else y_TO + np.asarray(bias_O, np.float64)
 
 
-def int8_linear(x_TI: np.ndarray, weight: Int8Weight, bias_O: np.ndarray | None = None) -> np.ndarray:
-    """The same with each row of x rounded to int8 on its own scale, as the int8 bodies do; float32 rounding of x."""
+def int8_linear(
+    x_TI: np.ndarray, weight: Int8Weight, bias_O: np.ndarray | None = None, group: int | None = None
+) -> np.ndarray:
+    """The same with x rounded to int8 with one scale for every `group` inputs of a row (None: for all), as the int8
+    bodies do; float32 rounding of x."""
     x_TI = np.asarray(x_TI, np.float32)
-    peak_T = np.abs(x_TI).max(axis=-1)
-    scale_T = np.where(peak_T > 1e-30, peak_T / np.float32(127), np.float32(1))
-    rounded_TI = np.clip(np.rint(x_TI / scale_T[:, None]), -127, 127)
-    y_TO = (rounded_TI.astype(np.int64) @ np.asarray(weight.values_OI, np.int64).T).astype(np.float64)
-    y_TO = y_TO * scale_T[:, None].astype(np.float64) * np.asarray(weight.scale_O, np.float64)
+    values_OI = np.asarray(weight.values_OI, np.int64)
+    y_TO = np.zeros((x_TI.shape[0], values_OI.shape[0]))
+    for start in range(0, x_TI.shape[1], group or x_TI.shape[1]):
+        part = slice(start, start + (group or x_TI.shape[1]))
+        peak_T = np.abs(x_TI[:, part]).max(axis=-1)
+        scale_T = np.where(peak_T > 1e-30, peak_T / np.float32(127), np.float32(1))
+        rounded = np.clip(np.rint(x_TI[:, part] / scale_T[:, None]), -127, 127).astype(np.int64)
+        y_TO += (rounded @ values_OI[:, part].T) * scale_T[:, None].astype(np.float64)
+    y_TO = y_TO * np.asarray(weight.scale_O, np.float64)
     return y_TO if bias_O is None else y_TO + np.asarray(bias_O, np.float64)
 
 

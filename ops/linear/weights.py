@@ -13,6 +13,7 @@ from ops import native
 
 INT8_MAX = 127.0
 PANEL = 16  # output channels a panel of a packed weight, as in ops/native/int8.h
+GROUP = 64  # inputs that share an activation scale in the native kernels
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values_OI", "scale_O"], meta_fields=[])
@@ -44,7 +45,7 @@ class Int8Weight:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["panels_PQci", "scale_O", "sum128_O"], meta_fields=["shape"]
+    jax.tree_util.register_dataclass, data_fields=["panels_PQci", "scale_O", "sums_PGc"], meta_fields=["shape"]
 )
 @dataclasses.dataclass(frozen=True)
 class PackedInt8Weight:
@@ -53,13 +54,14 @@ class PackedInt8Weight:
     Attributes:
         panels_PQci: int8 [ceil(O / 16), ceil(I / 4), 16, 4]: channels in panels of 16, inputs in fours, zero padded.
         scale_O: float32, padded with zeros to whole panels.
-        sum128_O: int32, 128 times each channel's sum: what activations stored as value + 128 add too much.
+        sums_PGc: int16 [ceil(O / 16), ceil(I / 64), 16]: each channel's sum over 64 inputs, for kernels that take
+            activations as value + 128.
         shape: (O, I), as of the dense weight.
     """
 
     panels_PQci: jax.Array
     scale_O: jax.Array
-    sum128_O: jax.Array
+    sums_PGc: jax.Array
     shape: tuple[int, int]
 
     @property
@@ -123,9 +125,12 @@ def pack_int8(weight: Int8Weight) -> PackedInt8Weight:
     O, I = weight.shape
     values_OI = jnp.pad(weight.values_OI, ((0, -O % PANEL), (0, -I % 4)))
     panels_PcQi = values_OI.reshape(values_OI.shape[0] // PANEL, PANEL, -1, 4)
-    sum128_O = jnp.sum(values_OI, axis=1, dtype=jnp.int32) * 128
+    groups_PcGi = jnp.pad(values_OI, ((0, 0), (0, -values_OI.shape[1] % GROUP))).reshape(
+        -1, PANEL, -(-I // GROUP), GROUP
+    )
+    sums_PcG = jnp.sum(groups_PcGi, axis=-1, dtype=jnp.int16)
     return PackedInt8Weight(
-        panels_PcQi.transpose(0, 2, 1, 3), jnp.pad(weight.scale_O, (0, -O % PANEL)), sum128_O, (O, I)
+        panels_PcQi.transpose(0, 2, 1, 3), jnp.pad(weight.scale_O, (0, -O % PANEL)), sums_PcG.transpose(0, 2, 1), (O, I)
     )
 
 

@@ -24,20 +24,26 @@ float activate(Activation activation, float x) {
 
 void block(const Block& b) {
   const int half = b.activation == Activation::kNone ? b.panels : b.panels / 2;
+  const int64_t groups = b.a.stride / kGroup;
   for (int64_t row = 0; row < b.rows; ++row) {
     const int8_t* a = reinterpret_cast<const int8_t*>(b.a.data) + row * b.a.stride;
     float result[kPanels][kPanel];
     for (int p = 0; p < b.panels; ++p) {
-      int32_t sum[kPanel] = {};
+      float total[kPanel] = {};
       const int8_t* w = b.weight[p];
-      for (int64_t quad = 0; quad < b.quads; ++quad, w += 4 * kPanel) {
-        for (int c = 0; c < kPanel; ++c) {
-          for (int i = 0; i < 4; ++i) sum[c] += int32_t{a[4 * quad + i]} * w[4 * c + i];
+      for (int64_t group = 0; group * kQuads < b.quads; ++group) {
+        int32_t sum[kPanel] = {};
+        for (int64_t quad = group * kQuads; quad < std::min(b.quads, (group + 1) * kQuads); ++quad, w += 4 * kPanel) {
+          for (int c = 0; c < kPanel; ++c) {
+            for (int i = 0; i < 4; ++i) sum[c] += int32_t{a[4 * quad + i]} * w[4 * c + i];
+          }
         }
+        const float scale = b.a.scale[row * groups + group];
+        for (int c = 0; c < kPanel; ++c) total[c] += static_cast<float>(sum[c]) * scale;
       }
       for (int c = 0; c < kPanel; ++c) {
         const float bias = b.bias[p] != nullptr && c < b.valid[p] ? b.bias[p][c] : 0.0f;
-        result[p][c] = static_cast<float>(sum[c]) * (b.a.scale[row] * b.scale[p][c]) + bias;
+        result[p][c] = total[c] * b.scale[p][c] + bias;
       }
     }
     for (int p = 0; p < half; ++p) {
@@ -53,22 +59,24 @@ void block(const Block& b) {
 
 void round_row(const Rounding& r, int64_t row) {
   const float* x = r.x + row * r.stride;
-  float squares = 0.0f, peak = 0.0f;
-  for (int64_t i = 0; i < r.width; ++i) {
-    const float value = r.gain == nullptr ? x[i] : x[i] * r.gain[i];
-    squares += x[i] * x[i];
-    peak = std::max(peak, std::abs(value));
+  int8_t* data = reinterpret_cast<int8_t*>(r.data) + row * r.groups * kGroup;
+  float* scale = r.scale + row * r.groups;
+  float squares = 0.0f;
+  for (int64_t group = 0; group < r.groups; ++group) {
+    float value[kGroup] = {}, peak = 0.0f;
+    for (int64_t i = group * kGroup, j = 0; i < std::min(r.width, (group + 1) * kGroup); ++i, ++j) {
+      squares += x[i] * x[i];
+      value[j] = r.gain == nullptr ? x[i] : x[i] * r.gain[i];
+      peak = std::max(peak, std::abs(value[j]));
+    }
+    const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
+    for (int j = 0; j < kGroup; ++j) data[group * kGroup + j] = static_cast<int8_t>(std::nearbyint(value[j] * inverse));
+    scale[group] = peak / 127.0f;
   }
-  const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
-  int8_t* data = reinterpret_cast<int8_t*>(r.data) + row * r.data_stride;
-  for (int64_t i = 0; i < r.width; ++i) {
-    const float value = r.gain == nullptr ? x[i] : x[i] * r.gain[i];
-    data[i] = static_cast<int8_t>(std::nearbyint(value * inverse));
-  }
-  for (int64_t i = r.width; i < (r.width + 3) / 4 * 4; ++i) data[i] = 0;
-  // The norm is one factor a row: rounding does not see it, the scale takes it.
-  const float norm = r.gain == nullptr ? 1.0f : 1.0f / std::sqrt(squares / static_cast<float>(r.width) + r.eps);
-  r.scale[row] = peak > 1e-30f ? peak * norm / 127.0f : norm;
+  if (r.gain == nullptr) return;
+  // The norm is one factor a row: rounding does not see it, the scales take it.
+  const float norm = 1.0f / std::sqrt(squares / static_cast<float>(r.width) + r.eps);
+  for (int64_t group = 0; group < r.groups; ++group) scale[group] *= norm;
 }
 
 }  // namespace

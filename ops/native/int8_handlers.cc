@@ -10,7 +10,7 @@ namespace {
 
 using F32 = ffi::Buffer<ffi::F32>;
 using S8 = ffi::Buffer<ffi::S8>;
-using S32 = ffi::Buffer<ffi::S32>;
+using S16 = ffi::Buffer<ffi::S16>;
 
 // Rows a block of a large product: 48 rows of 1,536 bytes stay in L1 and L2 beside a block's weights.
 constexpr int64_t kRowBlock = 48;
@@ -18,36 +18,41 @@ constexpr int64_t kRowBlock = 48;
 struct Weight {
   const int8_t* packed;   // [panels][quads][16][4]
   const float* scale;     // [panels * 16]
-  const int32_t* sum128;  // [panels * 16]
+  const int16_t* sums;    // [panels][groups][16]
   const float* bias;      // [outputs] or null
-  int64_t outputs, inputs, panels, quads;
+  int64_t outputs, inputs, panels, quads, groups;
 };
 
 const float* optional(const F32& buffer) { return buffer.element_count() == 0 ? nullptr : buffer.typed_data(); }
 
-ffi::ErrorOr<Weight> weight_of(const S8& packed, const F32& scale, const S32& sum128, const F32& bias, int64_t outputs,
+ffi::ErrorOr<Weight> weight_of(const S8& packed, const F32& scale, const S16& sums, const F32& bias, int64_t outputs,
                                int64_t inputs) {
   const auto dims = packed.dimensions();
   if (dims.size() != 4 || dims[0] != ceil_div(outputs, kPanel) || dims[1] != ceil_div(inputs, 4) ||
       dims[2] != kPanel || dims[3] != 4) {
     return ffi::Unexpected(ffi::Error::InvalidArgument("int8 weights are packed for another shape"));
   }
-  const int64_t padded = dims[0] * kPanel;
-  if (static_cast<int64_t>(scale.element_count()) != padded || static_cast<int64_t>(sum128.element_count()) != padded) {
+  const int64_t padded = dims[0] * kPanel, groups = ceil_div(inputs, kGroup);
+  if (static_cast<int64_t>(scale.element_count()) != padded ||
+      static_cast<int64_t>(sums.element_count()) != padded * groups) {
     return ffi::Unexpected(ffi::Error::InvalidArgument("int8 scales or sums do not fit the packed weights"));
   }
   if (bias.element_count() != 0 && static_cast<int64_t>(bias.element_count()) != outputs) {
     return ffi::Unexpected(ffi::Error::InvalidArgument("the bias does not fit the weights"));
   }
-  return Weight{packed.typed_data(), scale.typed_data(), sum128.typed_data(), optional(bias),
-                outputs,             inputs,             dims[0],             dims[1]};
+  return Weight{packed.typed_data(), scale.typed_data(), sums.typed_data(), optional(bias),
+                outputs,             inputs,             dims[0],           dims[1], groups};
 }
 
 // Room for rounded rows; the caller's thread owns it.
 Rounding rounding(const float* x, int64_t rows, int64_t width, const float* gain, float eps, int slot) {
-  const int64_t stride = ceil_div(width, 64) * 64;
-  uint8_t* data = static_cast<uint8_t*>(scratch(slot, rows * (stride + sizeof(float))));
-  return {x, width, width, gain, eps, data, stride, reinterpret_cast<float*>(data + rows * stride)};
+  const int64_t groups = ceil_div(width, kGroup);
+  uint8_t* data = static_cast<uint8_t*>(scratch(slot, rows * groups * (kGroup + sizeof(float))));
+  return {x, width, width, gain, eps, data, groups, reinterpret_cast<float*>(data + rows * groups * kGroup)};
+}
+
+Rows rows_from(const Rounding& r, int64_t row) {
+  return {r.data + row * r.groups * kGroup, r.scale + row * r.groups, r.groups * kGroup};
 }
 
 void add_rounding(Phases& phases, const Rounding& r, int64_t begin, int64_t rows) {
@@ -84,7 +89,7 @@ void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t beg
     const int64_t first = begin + chunk / columns.count() * kRowBlock;
     const int64_t panel = columns.begin(chunk % columns.count());
     Block b{};
-    b.a = {a.data + first * a.data_stride, a.scale + first, a.data_stride};
+    b.a = rows_from(a, first);
     b.rows = std::min(begin + rows - first, kRowBlock);
     b.quads = w.quads;
     b.panels = static_cast<int>(columns.begin(chunk % columns.count() + 1) - panel);
@@ -92,7 +97,7 @@ void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t beg
     for (int p = 0; p < b.panels; ++p) {
       const int64_t column = (panel + p) * kPanel;
       b.weight[p] = w.packed + (panel + p) * w.quads * 4 * kPanel;
-      b.sum128[p] = w.sum128 + column;
+      b.sums[p] = w.sums + column * w.groups;
       b.scale[p] = w.scale + column;
       b.bias[p] = w.bias == nullptr ? nullptr : w.bias + column;
       b.valid[p] = static_cast<int>(std::min<int64_t>(kPanel, w.outputs - column));
@@ -115,7 +120,7 @@ void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin
     const int64_t panel = columns.begin(chunk % columns.count());
     const int pairs = static_cast<int>(columns.begin(chunk % columns.count() + 1) - panel);
     Block b{};
-    b.a = {a.data + (begin + first) * a.data_stride, a.scale + begin + first, a.data_stride};
+    b.a = rows_from(a, begin + first);
     b.rows = std::min(rows - first, kRowBlock);
     b.quads = w.quads;
     b.panels = 2 * pairs;
@@ -124,7 +129,7 @@ void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin
     for (int p = 0; p < b.panels; ++p) {
       const int64_t at = p < pairs ? panel + p : half + panel + p - pairs;
       b.weight[p] = w.packed + at * w.quads * 4 * kPanel;
-      b.sum128[p] = w.sum128 + at * kPanel;
+      b.sums[p] = w.sums + at * kPanel * w.groups;
       b.scale[p] = w.scale + at * kPanel;
       b.bias[p] = w.bias == nullptr ? nullptr : w.bias + at * kPanel;
       b.valid[p] = kPanel;
@@ -135,11 +140,11 @@ void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin
   });
 }
 
-ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, S8 packed, F32 scale, S32 sum128, F32 bias, F32 residual,
+ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, S8 packed, F32 scale, S16 sums, F32 bias, F32 residual,
                   ffi::ResultBuffer<ffi::F32> out, float eps) {
   const auto dims = x.dimensions();
   const int64_t rows = dims[0], inputs = dims[1], outputs = out->dimensions()[1];
-  auto weight = weight_of(packed, scale, sum128, bias, outputs, inputs);
+  auto weight = weight_of(packed, scale, sums, bias, outputs, inputs);
   if (weight.has_error()) return weight.error();
   if (residual.element_count() != 0 && residual.element_count() != out->element_count()) {
     return ffi::Error::InvalidArgument("the residual does not fit the result");
@@ -152,15 +157,15 @@ ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, S8 packed, F32 scale, S
   return ffi::Error::Success();
 }
 
-ffi::Error gated_mlp(ffi::ThreadPool pool, F32 x, F32 gain, S8 up_packed, F32 up_scale, S32 up_sum128, F32 up_bias,
-                     S8 down_packed, F32 down_scale, S32 down_sum128, F32 down_bias, F32 residual,
+ffi::Error gated_mlp(ffi::ThreadPool pool, F32 x, F32 gain, S8 up_packed, F32 up_scale, S16 up_sums, F32 up_bias,
+                     S8 down_packed, F32 down_scale, S16 down_sums, F32 down_bias, F32 residual,
                      ffi::ResultBuffer<ffi::F32> out, float eps, int64_t activation) {
   const auto dims = x.dimensions();
   const int64_t rows = dims[0], inputs = dims[1], outputs = out->dimensions()[1];
   const int64_t width = up_packed.dimensions()[0] * kPanel / 2;
-  auto up = weight_of(up_packed, up_scale, up_sum128, up_bias, 2 * width, inputs);
+  auto up = weight_of(up_packed, up_scale, up_sums, up_bias, 2 * width, inputs);
   if (up.has_error()) return up.error();
-  auto down = weight_of(down_packed, down_scale, down_sum128, down_bias, outputs, width);
+  auto down = weight_of(down_packed, down_scale, down_sums, down_bias, outputs, width);
   if (down.has_error()) return down.error();
   if (width % kPanel != 0) return ffi::Error::InvalidArgument("the hidden width is not a multiple of 16");
   // A group of rows goes through the whole block before the next: its hidden values stay in the cache.
@@ -192,7 +197,7 @@ JAXSERVE_HANDLER(jaxserve_int8_linear, jaxserve::int8::linear,
                      .Arg<jaxserve::int8::F32>()  // gain [I] or [0]
                      .Arg<jaxserve::int8::S8>()   // packed
                      .Arg<jaxserve::int8::F32>()  // scale
-                     .Arg<jaxserve::int8::S32>()  // sum128
+                     .Arg<jaxserve::int8::S16>()  // sums
                      .Arg<jaxserve::int8::F32>()  // bias [O] or [0]
                      .Arg<jaxserve::int8::F32>()  // residual [T, O] or [0]
                      .Ret<jaxserve::int8::F32>()  // [T, O]
@@ -203,13 +208,13 @@ JAXSERVE_HANDLER(jaxserve_int8_gated_mlp, jaxserve::int8::gated_mlp,
                      .Ctx<xla::ffi::ThreadPool>()
                      .Arg<jaxserve::int8::F32>()  // x [T, D]
                      .Arg<jaxserve::int8::F32>()  // gain [D] or [0]
-                     .Arg<jaxserve::int8::S8>()   // gate and up: packed, scale, sum128, bias
+                     .Arg<jaxserve::int8::S8>()   // gate and up: packed, scale, sums, bias
                      .Arg<jaxserve::int8::F32>()
-                     .Arg<jaxserve::int8::S32>()
+                     .Arg<jaxserve::int8::S16>()
                      .Arg<jaxserve::int8::F32>()
-                     .Arg<jaxserve::int8::S8>()   // down: packed, scale, sum128, bias
+                     .Arg<jaxserve::int8::S8>()   // down: packed, scale, sums, bias
                      .Arg<jaxserve::int8::F32>()
-                     .Arg<jaxserve::int8::S32>()
+                     .Arg<jaxserve::int8::S16>()
                      .Arg<jaxserve::int8::F32>()
                      .Arg<jaxserve::int8::F32>()  // residual [T, D] or [0]
                      .Ret<jaxserve::int8::F32>()  // [T, D]

@@ -11,24 +11,21 @@ namespace {
 
 constexpr int kRows = 6;
 
-TARGET_VNNI FORCE_INLINE __m512 scaled(const Block& b, int panel, __mmask16 mask, __m512 row_scale, const int32_t* sums) {
-  const __m512 scale = _mm512_mul_ps(row_scale, _mm512_loadu_ps(b.scale[panel]));
+TARGET_VNNI FORCE_INLINE __m512 scaled(const Block& b, int panel, __mmask16 mask, const float* sums) {
   const __m512 bias = b.bias[panel] == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, b.bias[panel]);
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + panel * kPanel)), scale, bias);
+  return _mm512_fmadd_ps(_mm512_load_ps(sums + panel * kPanel), _mm512_loadu_ps(b.scale[panel]), bias);
 }
 
-// Scales, bias, activation, residual. It reads the sums from memory: passed in registers, the compiler keeps a copy of
-// them on the stack up to date in the loop over inputs, which halves its speed.
-TARGET_VNNI void finish(const Block& b, int64_t row, int rows, int panels, const int32_t* sums) {
+// Channel scales, bias, activation, residual.
+TARGET_VNNI void finish(const Block& b, int64_t row, int rows, int panels, const float* sums) {
   const int half = b.activation == Activation::kNone ? panels : panels / 2;
   for (int i = 0; i < rows; ++i, sums += panels * kPanel) {
-    const __m512 row_scale = _mm512_set1_ps(b.a.scale[row + i]);
     for (int j = 0; j < half; ++j) {
       const __mmask16 mask = static_cast<__mmask16>((1u << b.valid[j]) - 1);
-      __m512 value = scaled(b, j, mask, row_scale, sums);
+      __m512 value = scaled(b, j, mask, sums);
       if (half != panels) {
         value = gate512(value, static_cast<int>(b.activation));
-        value = _mm512_mul_ps(value, scaled(b, j + half, mask, row_scale, sums));
+        value = _mm512_mul_ps(value, scaled(b, j + half, mask, sums));
       }
       const int64_t at = (row + i) * b.out_stride;
       if (b.residual[j] != nullptr) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, b.residual[j] + at));
@@ -37,35 +34,46 @@ TARGET_VNNI void finish(const Block& b, int64_t row, int rows, int panels, const
   }
 }
 
+// The integer sums of one group of inputs stay in registers; scaled, they are added to float sums in L1. (Passed to
+// `finish` in registers, the compiler would keep a copy of them on the stack up to date in the innermost loop, which
+// halves its speed.)
 template <int MR, int NP>
 TARGET_VNNI void tile(const Block& b, int64_t row) {
-  __m512i sum[MR][NP];
-  UNROLL
-  for (int j = 0; j < NP; ++j) {
-    const __m512i start = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(b.sum128[j]));
-    UNROLL
-    for (int i = 0; i < MR; ++i) sum[i][j] = start;
-  }
+  alignas(64) float sums[MR * NP * kPanel];
   const uint8_t* a = b.a.data + row * b.a.stride;
-  const int8_t* w[NP];
-  UNROLL
-  for (int j = 0; j < NP; ++j) w[j] = b.weight[j];
-  for (int64_t quad = 0; quad < b.quads; ++quad) {
-    __m512i weight[NP];
+  const int64_t groups = b.a.stride / kGroup;
+  const float* scale = b.a.scale + row * groups;
+  for (int64_t group = 0; group < groups; ++group) {
+    __m512i sum[MR][NP];
     UNROLL
-    for (int j = 0; j < NP; ++j) weight[j] = _mm512_load_si512(w[j] + quad * 64);
+    for (int j = 0; j < NP; ++j) {
+      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.sums[j] + group * kPanel));
+      const __m512i start = _mm512_slli_epi32(_mm512_cvtepi16_epi32(packed), 7);
+      UNROLL
+      for (int i = 0; i < MR; ++i) sum[i][j] = _mm512_sub_epi32(_mm512_setzero_si512(), start);
+    }
+    const int64_t end = (group + 1) * kQuads < b.quads ? (group + 1) * kQuads : b.quads;
+    for (int64_t quad = group * kQuads; quad < end; ++quad) {
+      __m512i weight[NP];
+      UNROLL
+      for (int j = 0; j < NP; ++j) weight[j] = _mm512_load_si512(b.weight[j] + quad * 64);
+      UNROLL
+      for (int i = 0; i < MR; ++i) {
+        const __m512i activation = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(a + i * b.a.stride + quad * 4));
+        UNROLL
+        for (int j = 0; j < NP; ++j) sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], activation, weight[j]);
+      }
+    }
     UNROLL
     for (int i = 0; i < MR; ++i) {
-      const __m512i activation = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(a + i * b.a.stride + quad * 4));
+      const __m512 row_scale = _mm512_set1_ps(scale[i * groups + group]);
       UNROLL
-      for (int j = 0; j < NP; ++j) sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], activation, weight[j]);
+      for (int j = 0; j < NP; ++j) {
+        float* total = sums + (i * NP + j) * kPanel;
+        const __m512 before = group == 0 ? _mm512_setzero_ps() : _mm512_load_ps(total);
+        _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i][j]), row_scale, before));
+      }
     }
-  }
-  alignas(64) int32_t sums[MR * NP * kPanel];
-  UNROLL
-  for (int i = 0; i < MR; ++i) {
-    UNROLL
-    for (int j = 0; j < NP; ++j) _mm512_store_si512(sums + (i * NP + j) * kPanel, sum[i][j]);
   }
   finish(b, row, MR, NP, sums);
 }
@@ -95,34 +103,36 @@ void block(const Block& b) {
 
 TARGET_VNNI void round_row(const Rounding& r, int64_t row) {
   const float* x = r.x + row * r.stride;
-  __m512 squares = _mm512_setzero_ps(), peaks = _mm512_setzero_ps();
-  for (int64_t i = 0; i < r.width; i += 16) {
-    const __mmask16 mask = r.width - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (r.width - i)) - 1);
-    __m512 value = _mm512_maskz_loadu_ps(mask, x + i);
-    if (r.gain != nullptr) {
-      squares = _mm512_fmadd_ps(value, value, squares);
-      value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, r.gain + i));
+  uint8_t* data = r.data + row * r.groups * kGroup;
+  float* scale = r.scale + row * r.groups;
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t group = 0; group < r.groups; ++group) {
+    __m512 value[4], peaks = _mm512_setzero_ps();
+    UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int64_t at = group * kGroup + i * 16, left = r.width - at;
+      const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
+      value[i] = _mm512_maskz_loadu_ps(mask, x + at);
+      if (r.gain != nullptr) {
+        squares = _mm512_fmadd_ps(value[i], value[i], squares);
+        value[i] = _mm512_mul_ps(value[i], _mm512_maskz_loadu_ps(mask, r.gain + at));
+      }
+      peaks = _mm512_max_ps(peaks, _mm512_abs_ps(value[i]));
     }
-    peaks = _mm512_max_ps(peaks, _mm512_abs_ps(value));
+    const float peak = _mm512_reduce_max_ps(peaks);
+    const __m512 inverse = _mm512_set1_ps(peak > 1e-30f ? 127.0f / peak : 0.0f);
+    UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(value[i], inverse));
+      const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(rounded, _mm512_set1_epi32(128)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(data + group * kGroup + i * 16), bytes);
+    }
+    scale[group] = peak / 127.0f;
   }
-  const float peak = _mm512_reduce_max_ps(peaks);
-  const __m512 inverse = _mm512_set1_ps(peak > 1e-30f ? 127.0f / peak : 0.0f);
-  uint8_t* data = r.data + row * r.data_stride;
-  for (int64_t i = 0; i < r.width; i += 16) {
-    const __mmask16 mask = r.width - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (r.width - i)) - 1);
-    __m512 value = _mm512_maskz_loadu_ps(mask, x + i);
-    if (r.gain != nullptr) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, r.gain + i));
-    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
-    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(rounded, _mm512_set1_epi32(128)));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(data + i), bytes);  // the stride leaves room for the last 16
-  }
-  // The norm is one factor a row: rounding does not see it, the scale takes it.
-  float norm = 1.0f;
-  if (r.gain != nullptr) {
-    const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(r.width);
-    norm = 1.0f / __builtin_sqrtf(mean + r.eps);
-  }
-  r.scale[row] = peak > 1e-30f ? peak * norm / 127.0f : norm;
+  if (r.gain == nullptr) return;
+  // The norm is one factor a row: rounding does not see it, the scales take it.
+  const float norm = 1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / static_cast<float>(r.width) + r.eps);
+  for (int64_t group = 0; group < r.groups; ++group) scale[group] *= norm;
 }
 
 }  // namespace

@@ -9,12 +9,12 @@ import pytest
 
 from ops import native
 from ops.linear import PackedInt8Weight, RmsNorm, embed, gated_mlp, linear, quantize, reference
-from ops.linear.weights import pack_int8
+from ops.linear.weights import GROUP, pack_int8
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.status())
 
 # T, O, I: one row and ragged rows, channels and inputs; more than one row block; the tail of the tail.
-SHAPES = [(1, 64, 64), (2, 16, 4), (3, 37, 50), (7, 130, 67), (49, 96, 128), (101, 81, 33)]
+SHAPES = [(1, 64, 64), (2, 16, 4), (3, 37, 50), (7, 130, 67), (49, 96, 128), (101, 81, 133)]
 
 
 def at_each_level(run):
@@ -53,7 +53,7 @@ def test_pack_and_unpack_are_inverse():
 @pytest.mark.parametrize(("T", "O", "I"), SHAPES)
 def test_linear(T, O, I):
     x_TI, weight = normal(T, I), packed(O, I)
-    expected_TO = reference.int8_linear(x_TI, weight.unpack())
+    expected_TO = reference.int8_linear(x_TI, weight.unpack(), group=GROUP)
     run = jax.jit(linear)
     for level, y_TO in at_each_level(lambda: run(x_TI, weight)):
         np.testing.assert_allclose(y_TO, expected_TO, atol=2e-5 * I**0.5, err_msg=level)
@@ -66,7 +66,7 @@ def test_linear_with_everything_around_it(T, O, I):
     norm = RmsNorm(normal(I, seed=5), 1e-5)
     run = jax.jit(lambda x: linear(x, weight, bias_O, norm=norm, residual_TO=residual_TO))
     normed_TI = reference.rms_norm(x_TI, norm.scale_I, norm.eps)
-    expected_TO = reference.int8_linear(normed_TI, weight.unpack(), np.asarray(bias_O)) + np.asarray(residual_TO)
+    expected_TO = reference.int8_linear(normed_TI, weight.unpack(), np.asarray(bias_O), GROUP) + np.asarray(residual_TO)
     for _, y_TO in at_each_level(lambda: run(x_TI)):
         assert_close(y_TO, expected_TO, normed_TI, weight)
 
@@ -80,9 +80,11 @@ def test_gated_mlp(T, D, F, activation):
     around = {"gate_up_bias": biases[0], "down_bias_D": biases[1], "norm": norm, "residual_TD": residual_TD}
     run = jax.jit(lambda x: gated_mlp(x, gate_up, down, activation, **around))
     normed_TD = reference.rms_norm(x_TD, norm.scale_I, norm.eps)
-    hidden = reference.int8_linear(normed_TD, gate_up.unpack(), np.asarray(biases[0]))
+    hidden = reference.int8_linear(normed_TD, gate_up.unpack(), np.asarray(biases[0]), GROUP)
     hidden_TF = reference.gate(activation, hidden[:, :F]) * hidden[:, F:]
-    expected_TD = reference.int8_linear(hidden_TF, down.unpack(), np.asarray(biases[1])) + np.asarray(residual_TD)
+    expected_TD = reference.int8_linear(hidden_TF, down.unpack(), np.asarray(biases[1]), GROUP) + np.asarray(
+        residual_TD
+    )
     for _, y_TD in at_each_level(lambda: run(x_TD)):
         assert_close(y_TD, expected_TD, hidden_TF, down)
 
@@ -98,6 +100,15 @@ def test_zero_rows_give_the_bias():
     weight, bias_O, norm = packed(40, 24), normal(40), RmsNorm(jnp.ones(24), 1e-6)
     for _, y_TO in at_each_level(lambda: linear(jnp.zeros((3, 24)), weight, bias_O, norm=norm)):
         np.testing.assert_array_equal(y_TO, np.tile(bias_O, (3, 1)))
+
+
+def test_an_outlier_costs_only_its_group_precision():
+    weight, x_TI = packed(32, 256), normal(4, 256)
+    loud_TI = x_TI.at[:, 3].set(1000.0)
+    for _, y_TO in at_each_level(lambda: linear(loud_TI, weight)):
+        error = np.abs(y_TO - reference.linear(loud_TI, weight)).mean()
+        one_scale = np.abs(reference.int8_linear(loud_TI, weight.unpack()) - reference.linear(loud_TI, weight)).mean()
+        assert error < 0.7 * one_scale
 
 
 def test_every_level_gives_the_same_sums():
@@ -116,6 +127,6 @@ def test_embed_reads_packed_rows():
 
 def test_a_weight_of_another_shape_is_refused():
     weight = packed(32, 16)
-    lying = PackedInt8Weight(weight.panels_PQci, weight.scale_O, weight.sum128_O, (64, 16))
+    lying = PackedInt8Weight(weight.panels_PQci, weight.scale_O, weight.sums_PGc, (64, 16))
     with pytest.raises(Exception, match="packed for another shape"):
         jax.block_until_ready(linear(jnp.zeros((2, 16)), lying))
