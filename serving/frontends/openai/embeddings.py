@@ -4,36 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from serving.errors import ErrorKind, RequestError, invalid
+from serving.errors import invalid
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.openai.protocol.embeddings import EmbeddingReply, EmbeddingRequest
 from serving.frontends.openai.sse import unless_gone
-from serving.service import GenerateInput, TextService
-
-
-class Embedder(Protocol):
-    """What an `EngineClient` has when its engine can pool hidden states. Optional: absent means 501."""
-
-    async def embed(
-        self, request_id: str, token_ids: tuple[int, ...], *, pooling: str | None = None, priority: int = 0
-    ) -> np.ndarray:
-        """One sequence's embedding.
-
-        Args:
-            token_ids: at least one id, each in [0, vocab).
-            pooling: "last" or "mean" over the final hidden states after the last norm; None is the model's own.
-        Returns:
-            float32 [embed], of length 1.
-        Raises:
-            RequestError: RESOURCE_EXHAUSTED, UNAVAILABLE, UNIMPLEMENTED, INTERNAL.
-        """
-        ...
+from serving.service import Embedding, GenerateInput, TextService
 
 
 def embeddings_router(service: TextService) -> APIRouter:
@@ -43,23 +24,18 @@ def embeddings_router(service: TextService) -> APIRouter:
     @router.post("/v1/embeddings", response_model=EmbeddingReply)
     async def create(body: EmbeddingRequest, request: Request) -> Response:
         """Embeds one or more inputs, in order."""
-        service.check_ready()
-        model = service.resolve_model(body.model)
-        if not hasattr(service.client, "embed"):
-            raise RequestError(ErrorKind.UNIMPLEMENTED, f"The served model {model!r} does not give embeddings.")
         inputs = _inputs(body)
         service.limits.check_count("inputs", len(inputs), service.limits.max_batch, "input")
-        ids = [await _tokens(service, body, one) for one in inputs]
-        vectors = await unless_gone(request, _embed(cast(Embedder, service.client), body, request, ids))
-        used = sum(len(one) for one in ids)
+        found = await unless_gone(request, _embed(service, body, inputs, request.state.request_id))
+        used = sum(len(one.prompt_token_ids) for one in found)
         return JSONResponse(
             {
                 "object": "list",
                 "data": [
-                    {"object": "embedding", "index": i, "embedding": _encoded(vector, body)}
-                    for i, vector in enumerate(vectors)
+                    {"object": "embedding", "index": i, "embedding": _encoded(one.vector, body)}
+                    for i, one in enumerate(found)
                 ],
-                "model": model,
+                "model": service.resolve_model(body.model),
                 "usage": {"prompt_tokens": used, "total_tokens": used},
             }
         )
@@ -75,31 +51,22 @@ def _inputs(body: EmbeddingRequest) -> list[Any]:
     return [body.input] if isinstance(body.input[0], int) else list(body.input)
 
 
-async def _tokens(service: TextService, body: EmbeddingRequest, one: str | list[int]) -> tuple[int, ...]:
-    given = GenerateInput(text=one) if isinstance(one, str) else GenerateInput(token_ids=one)
-    _, ids = await service.tokenize(given)
-    limit, keep = service.info.max_model_len, body.truncate_prompt_tokens
-    if keep is not None:
-        if keep == 0 or keep < -1:
-            raise invalid(f"truncate_prompt_tokens must be at least 1, or -1, got {keep}.", "truncate_prompt_tokens")
-        ids = ids[-(limit if keep == -1 else keep) :]
-    if not ids:
-        raise invalid("input is empty: it has no tokens.", "input")
-    if len(ids) > limit:
-        raise invalid(f"An input has {len(ids)} tokens; this model takes {limit}. Shorten it.", "input")
-    bad = next((i for i in ids if not 0 <= i < service.info.vocab_size), None)
-    if bad is not None:
-        raise invalid(f"Token id {bad} is not in the vocabulary of {service.info.vocab_size}.", "input")
-    return tuple(ids)
-
-
-async def _embed(
-    client: Embedder, body: EmbeddingRequest, request: Request, ids: list[tuple[int, ...]]
-) -> list[np.ndarray]:
-    rid, priority = request.state.request_id, body.priority or 0
+async def _embed(service: TextService, body: EmbeddingRequest, inputs: list[Any], request_id: str) -> list[Embedding]:
     tasks = [
-        asyncio.create_task(client.embed(f"{rid}#e{i}", one, pooling=body.pooling, priority=priority))
-        for i, one in enumerate(ids)
+        asyncio.create_task(
+            service.embed(
+                GenerateInput(
+                    text=one if isinstance(one, str) else None,
+                    token_ids=None if isinstance(one, str) else one,
+                    truncate_prompt_tokens=body.truncate_prompt_tokens,
+                    model=body.model,
+                    request_id=request_id,
+                    priority=body.priority or 0,
+                ),
+                pooling=body.pooling,
+            )
+        )
+        for one in inputs
     ]
     try:
         return await asyncio.gather(*tasks)  # not a TaskGroup: the first failure is to come out as itself
