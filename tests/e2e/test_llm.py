@@ -1,5 +1,7 @@
 """LLM on the default model, in this process."""
 
+import json
+import pathlib
 import time
 
 import pytest
@@ -46,3 +48,17 @@ def test_no_compilation_after_start_and_no_page_lost(llm):
         time.sleep(0.02)
     assert stats.num_recompilations == 0
     assert (stats.num_running, stats.num_waiting, stats.num_pages_free) == (0, 0, stats.num_pages_total)
+
+
+def test_the_notebook_in_examples(llm, monkeypatch, capsys):
+    """Its cells run, on the model that is here already; and what is committed was executed without an error."""
+    notebook = json.loads((pathlib.Path(__file__).parents[2] / "examples" / "quickstart.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
+    monkeypatch.setattr("serving.llm.LLM", lambda **kwargs: llm)
+    monkeypatch.setattr(llm, "shutdown", lambda: None)
+    names = {}
+    for cell in cells:
+        exec("".join(cell["source"]), names)  # noqa: S102 - our own notebook
+    assert "Paris" in capsys.readouterr().out
