@@ -1,0 +1,170 @@
+"""Runs the clients that people use against a running server: `python scripts/check_clients.py [--url URL]`.
+
+A client that is not installed is skipped; those there are: openai, langchain-openai, openai-agents, litellm, and the
+npm client (with `--node-modules DIR`, where `npm install openai` was run). Exit status 1 when one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+
+ASK = "Say hello in one short sentence."
+SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"enum": ["yes", "no"]}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+NODE = """
+import OpenAI from 'openai';
+const client = new OpenAI({ baseURL: process.argv[2], apiKey: 'none' });
+const messages = [{ role: 'user', content: process.argv[3] }];
+const reply = await client.chat.completions.create({ model: 'default', messages, max_tokens: 16 });
+if (!reply.choices[0].message.content) throw new Error('no content');
+let text = '', usage = null;
+const options = { model: 'default', messages, max_tokens: 16, stream: true, stream_options: { include_usage: true } };
+for await (const chunk of await client.chat.completions.create(options)) {
+  text += chunk.choices[0]?.delta?.content ?? '';
+  usage = chunk.usage ?? usage;
+}
+if (!text || !usage?.completion_tokens) throw new Error('no stream');
+const response = await client.responses.create({ model: 'default', input: process.argv[3], max_output_tokens: 16 });
+if (!response.output_text) throw new Error('no response');
+try {
+  await client.chat.completions.create({ model: 'no-such-model', messages });
+  throw new Error('an unknown model was served');
+} catch (error) { if (error.status !== 404) throw error; }
+"""
+
+
+def check_openai(url: str) -> None:
+    """Models, chat, stream with usage, structured output, completions, responses, errors."""
+    import openai
+
+    client = openai.OpenAI(base_url=url, api_key="none")
+    messages = [{"role": "user", "content": ASK}]
+    assert "default" in [model.id for model in client.models.list()]
+    chat = client.chat.completions.create(model="default", messages=messages, max_tokens=16)  # type: ignore[arg-type]
+    assert chat.choices[0].message.content and chat.usage
+    usage = None
+    for chunk in client.chat.completions.create(
+        model="default",
+        messages=messages,
+        max_tokens=16,
+        stream=True,
+        stream_options={"include_usage": True},  # type: ignore[arg-type]
+    ):
+        usage = chunk.usage or usage
+    assert usage and usage.completion_tokens
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}}
+    held = client.chat.completions.create(model="default", messages=messages, response_format=form)  # type: ignore[call-overload]
+    assert held.choices[0].message.content.strip().endswith("}")
+    text = client.completions.create(model="default", prompt="The sky is", max_tokens=4, logprobs=1, echo=True)
+    assert text.choices[0].text.startswith("The sky is") and text.choices[0].logprobs
+    assert client.responses.create(model="default", input=ASK, max_output_tokens=16).output_text
+    try:
+        client.chat.completions.create(model="no-such-model", messages=messages)  # type: ignore[arg-type]
+    except openai.NotFoundError as error:
+        assert error.code == "model_not_found"
+    else:
+        raise AssertionError("an unknown model was served")
+
+
+def check_langchain_openai(url: str) -> None:
+    """Invoke, stream with usage, structured output, a bound tool."""
+    from langchain_openai import ChatOpenAI  # type: ignore[import-not-found]
+
+    model = ChatOpenAI(base_url=url, api_key="none", model="default", max_tokens=64, stream_usage=True)
+    assert model.invoke(ASK).content
+    chunks = list(model.stream(ASK))
+    assert "".join(chunk.content for chunk in chunks) and any(chunk.usage_metadata for chunk in chunks)
+    held = model.with_structured_output({**SCHEMA, "title": "reply"}, method="json_schema").invoke("Is water wet?")
+    assert held["answer"] in ("yes", "no")
+    tool = {"type": "function", "function": {"name": "reply", "description": "Replies.", "parameters": SCHEMA}}
+    (call,) = model.bind_tools([tool], tool_choice="reply").invoke("Is water wet?").tool_calls
+    assert call["name"] == "reply" and call["args"]["answer"] in ("yes", "no")
+
+
+def check_agents(url: str) -> None:
+    """One run of an agent over chat completions."""
+    import openai
+    from agents import Agent, OpenAIChatCompletionsModel, Runner, set_tracing_disabled  # type: ignore[import-not-found]
+
+    set_tracing_disabled(True)
+
+    async def run() -> None:
+        client = openai.AsyncOpenAI(base_url=url, api_key="none")
+        model = OpenAIChatCompletionsModel(model="default", openai_client=client)
+        result = await Runner.run(Agent(name="a", instructions="Be short.", model=model), ASK)
+        assert result.final_output
+
+    asyncio.run(run())
+
+
+def check_litellm(url: str) -> None:
+    """Completion and stream through its OpenAI-compatible provider."""
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it asks the network for prices
+    import litellm  # type: ignore[import-not-found]
+
+    more = {"model": "hosted_vllm/default", "api_base": url, "api_key": "none", "max_tokens": 16}
+    messages = [{"role": "user", "content": ASK}]
+    assert litellm.completion(messages=messages, **more).choices[0].message.content
+    stream = litellm.completion(messages=messages, stream=True, **more)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+
+def check_npm(url: str, node_modules: str) -> None:
+    """The JavaScript client: chat, stream, response, error."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = pathlib.Path(folder) / "check.mjs"
+        script.write_text(NODE)
+        (pathlib.Path(folder) / "node_modules").symlink_to(pathlib.Path(node_modules).resolve())
+        subprocess.run(["node", str(script), url, ASK], check=True, timeout=300)
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    "openai": check_openai,
+    "langchain_openai": check_langchain_openai,
+    "agents": check_agents,
+    "litellm": check_litellm,
+}
+
+
+def main() -> int:
+    """Prints one line a client. Returns 1 when one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="the API (default: %(default)s)")
+    parser.add_argument("--node-modules", metavar="DIR", help="folder with the npm package openai")
+    args = parser.parse_args()
+    todo: dict[str, Callable[[], None] | None] = {
+        name: (lambda check=check: check(args.url)) if importlib.util.find_spec(name) else None
+        for name, check in CHECKS.items()
+    }
+    found = args.node_modules and shutil.which("node")
+    todo["npm openai"] = (lambda: check_npm(args.url, args.node_modules)) if found else None
+    failed = False
+    for name, run in todo.items():
+        if run is None:
+            print(f"{name:<18} skipped: not installed")
+            continue
+        try:
+            run()
+        except Exception as error:
+            failed = True
+            print(f"{name:<18} FAILED: {type(error).__name__}: {error}")
+        else:
+            print(f"{name:<18} ok")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
