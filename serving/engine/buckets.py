@@ -6,6 +6,9 @@ import dataclasses
 
 from serving.engine.scheduler import CHUNK_ALIGN
 
+MAX_CHUNK_ROWS = 16
+"""Prompts that may have a piece in one step."""
+
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Bucket:
@@ -22,8 +25,13 @@ class Bucket:
 
     @property
     def samples(self) -> int:
-        """S, rows of the `sample` program that follows: every decode row and every prompt may sample."""
-        return self.decode + self.rows
+        """S, rows of the `sample` program that follows: every decode row and every prompt may sample.
+
+        Rounded up so that buckets share programs: a `sample` takes a second to compile and next to nothing a spare row.
+        """
+        if not self.chunk:
+            return max(self.decode, 4)
+        return self.decode + (MAX_CHUNK_ROWS if self.decode else self.rows)
 
     def __str__(self) -> str:
         return f"decode {self.decode} + chunk {self.chunk}x{self.rows}" if self.chunk else f"decode {self.decode}"
@@ -43,7 +51,7 @@ class BucketTable:
         chunks = _quadrupling(4 * CHUNK_ALIGN, align_up(max_num_batched_tokens, CHUNK_ALIGN))
         buckets = {Bucket(b, 0, 0) for b in decodes}
         for chunk in chunks:
-            rows = min(chunk // CHUNK_ALIGN, 16, max_num_seqs)
+            rows = min(chunk // CHUNK_ALIGN, MAX_CHUNK_ROWS, max_num_seqs)
             buckets |= {Bucket(0, chunk, rows), Bucket(max_num_seqs, chunk, rows)}
         return cls(tuple(sorted(buckets, key=lambda b: (b.tokens, b.decode))))
 

@@ -169,7 +169,7 @@ def sample_rows(
 def make_decode_loop(
     model: SplitModel, forward: Layout, sample: Layout, page_size: int, max_steps: int
 ) -> Callable[..., Any]:
-    """decode_loop(leaves, kv, state, forward_flat, sample_flat, steps) -> (kv, state, int32 [2, max_steps, S]).
+    """decode_loop(leaves, kv, state, forward_flat, sample_flat, steps) -> (kv, state, int32 [2, max_steps, B]).
 
     Up to `steps` decode steps without the host in between; ends sooner when every row has sampled a token that ends it. The
     result holds tokens and finite flags as SampleOutput.tokens_finite; steps that did not run are -1.
@@ -188,7 +188,8 @@ def make_decode_loop(
         real_B = fields["decode_len_B"] > 0
         rows_B = jnp.arange(real_B.shape[0])
         first_B = jnp.where(fields["tokens_T"] < 0, state.last_token[fields["decode_slot_B"]], fields["tokens_T"])
-        stops_BN = state.banned_ids[sampled["slot_S"]]
+        num_rows = real_B.shape[0]
+        stops_BN = state.banned_ids[sampled["slot_S"][:num_rows]]
 
         def body(carry: Any) -> Any:
             step, kv, state, tokens_B, ended_B, out = carry
@@ -204,17 +205,17 @@ def make_decode_loop(
             )
             hidden_BD, kv = merged.forward(tokens_B, batch, kv)
             f = sampled | {"step_S": sampled["step_S"] + step}
-            state, output = sample_rows(merged, f, state, hidden_BD, None)
-            tokens_B = output.tokens_finite[0]
-            counted_B = f["step_S"] + 1 >= f["min_tokens_S"]
-            ended_B |= counted_B & jnp.any(tokens_B[:, None] == stops_BN, -1)
-            return step + 1, kv, state, tokens_B, ended_B, out.at[:, step].set(output.tokens_finite)
+            state, output = sample_rows(merged, f, state, hidden_BD[fields["sample_row_S"]], None)
+            found = output.tokens_finite[:, :num_rows]
+            counted_B = (f["step_S"] + 1 >= f["min_tokens_S"])[:num_rows]
+            ended_B |= counted_B & jnp.any(found[0][:, None] == stops_BN, -1)
+            return step + 1, kv, state, found[0], ended_B, out.at[:, step].set(found)
 
         def more(carry: Any) -> jax.Array:
             step, *_, ended_B, _ = carry
             return (step < steps) & ~jnp.all(ended_B)
 
-        out = jnp.full((2, max_steps, real_B.shape[0]), -1, jnp.int32)
+        out = jnp.full((2, max_steps, num_rows), -1, jnp.int32)
         start = (jnp.int32(0), kv, state, first_B, ~real_B, out)
         _, kv, state, _, _, out = jax.lax.while_loop(more, body, start)
         return kv, state, out
