@@ -3,7 +3,8 @@
     python scripts/bench_attention.py [--backend xla native] [--dtype float32 bfloat16 int8] [--case "decode 64"]
 
 Each case runs over as many layers as it takes to leave the caches behind, as a model does, and reports the time of one
-layer, the K and V bytes it reads a second, and the products it does a second. Bodies are timed in alternation.
+layer (lower quartile; wall clock and all threads' CPU), the K and V bytes it reads a second beside what memory gave
+between the runs, and the products it does a second, by wall clock and by CPU second. Bodies run in alternation.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ from ops.paged_attention.cases import BENCH_CASES, Case, make_arguments
 ENOUGH_BYTES = 256 << 20  # pages of all layers together: eight times a 32 MiB last-level cache
 
 
-def measured_bandwidth() -> float:
-    """Bytes a second that all cores together read from memory: XLA's sum over 1 GiB."""
-    x = jnp.ones(1 << 28, jnp.float32)
+def bandwidth_probe():
+    """A function that reads 256 MiB with all cores and returns bytes a second."""
+    x = jnp.ones(1 << 26, jnp.float32)
     total = jax.jit(jnp.sum)
     total(x).block_until_ready()
-    times = []
-    for _ in range(7):
+
+    def probe() -> float:
         start = time.perf_counter()
         total(x).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return x.nbytes / min(times)
+        return x.nbytes / (time.perf_counter() - start)
+
+    return probe
 
 
 def work(case: Case, dtype: np.dtype) -> tuple[float, float]:
@@ -78,12 +80,12 @@ def prepare(case: Case, backend: str, dtype: np.dtype):
         batch = jax.device_put(arguments.batch)
         program = step.lower(*operands, kvs, batch).compile()
 
-    def run() -> float:
+    def run() -> tuple[float, float]:
         nonlocal kvs
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         out, kvs = program(*operands, kvs, batch)
         out.block_until_ready()
-        return (time.perf_counter() - start) / layers
+        return (time.perf_counter() - start) / layers, (time.process_time() - cpu) / layers
 
     return run
 
@@ -95,24 +97,27 @@ def main() -> None:
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--repeat", type=int, default=15)
     args = parser.parse_args()
-    bandwidth = measured_bandwidth()
-    print(f"memory {bandwidth / 1e9:.1f} GB/s\n")
-    print(f"{'case':24}{'backend':>8}{'dtype':>10}{'us/layer':>10}{'GB/s':>7}{'x floor':>8}{'GFLOP/s':>9}")
+    probe = bandwidth_probe()
+    columns = f"{'us/layer':>10}{'cpu us':>9}{'GB/s':>7}{'memory':>8}{'x floor':>8}{'GFLOP/s':>9}{'a cpu s':>9}"
+    print(f"{'case':24}{'backend':>8}{'dtype':>10}" + columns)
     for name, case in BENCH_CASES.items():
         if args.case not in name:
             continue
         bodies = [(backend, np.dtype(dtype)) for backend in args.backend for dtype in args.dtype]
         runs = [prepare(case, *body) for body in bodies]
-        times: list[list[float]] = [[] for _ in bodies]
+        times: list[list[tuple[float, float]]] = [[] for _ in bodies]
+        probes = []
         for _ in range(args.repeat):
+            probes.append(probe())
             for run, mine in zip(runs, times, strict=True):
                 mine.append(run())
+        bandwidth = statistics.quantiles(probes, n=4)[2]
         for (backend, dtype), mine in zip(bodies, times, strict=True):
             nbytes, flops = work(case, dtype)
-            best = statistics.quantiles(mine, n=4)[0]
+            wall, cpu = (statistics.quantiles(column, n=4)[0] for column in zip(*mine, strict=True))
             print(
-                f"{name:24}{backend:>8}{dtype.name:>10}{best * 1e6:10.0f}{nbytes / best / 1e9:7.1f}"
-                f"{best * bandwidth / nbytes:8.2f}{flops / best / 1e9:9.1f}",
+                f"{name:24}{backend:>8}{dtype.name:>10}{wall * 1e6:10.0f}{cpu * 1e6:9.0f}{nbytes / wall / 1e9:7.1f}"
+                f"{bandwidth / 1e9:8.1f}{wall * bandwidth / nbytes:8.2f}{flops / wall / 1e9:9.1f}{flops / cpu / 1e9:9.1f}",
                 flush=True,
             )
 
