@@ -12,7 +12,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -195,21 +195,6 @@ class GrammarConstraint:
             except RuntimeError as error:
                 failed[row] = str(error)
         return failed
-
-
-def fill_masks(items: Iterable[tuple[TokenConstraint, int]], mask_RW: np.ndarray) -> dict[int, str]:
-    """`GrammarConstraint.fill_masks` for constraints of any kind: the others one by one."""
-    grammars: list[tuple[GrammarConstraint, int]] = []
-    failed: dict[int, str] = {}
-    for constraint, row in items:
-        if isinstance(constraint, GrammarConstraint):
-            grammars.append((constraint, row))
-            continue
-        try:
-            constraint.fill_mask(mask_RW[row])
-        except RuntimeError as error:
-            failed[row] = str(error)
-    return {**failed, **GrammarConstraint.fill_masks(grammars, mask_RW)}
 
 
 _EXECUTOR: LLExecutor | None = None

@@ -11,7 +11,7 @@ import pytest
 
 from serving.engine.sampling_params import StructuredOutputs
 from serving.errors import ErrorKind, RequestError
-from serving.text.grammar import GrammarCompiler, GrammarConstraint, fill_masks
+from serving.text.grammar import GrammarCompiler, GrammarConstraint
 from tests.serving.text.schemas import schemas
 from tests.serving.text.vocabularies import byte_level, sentencepiece
 from tests.serving.text.walks import allowed_ids, walk
@@ -205,21 +205,35 @@ def test_masks_of_a_batch_are_those_of_each_alone(compiler):
             if ids and not constraint.finished:
                 constraint.accept(rng.choice(ids))
         constraints.append(constraint)
-
-    class Other:
-        def fill_mask(self, mask_W):
-            mask_W[:] = 7
-
     together = np.zeros((40, WIDTH // 32), np.int32)
     items = [(constraint, 39 - i) for i, constraint in enumerate(constraints)]
-    assert fill_masks([*items, (Other(), 0)], together) == {}
+    assert GrammarConstraint.fill_masks(items, together) == {}
     for constraint, row in items:
         alone = np.zeros(WIDTH // 32, np.int32)
         constraint.fill_mask(alone)
         assert (together[row] == alone).all()
-    assert (together[0] == 7).all()
-    assert (together[1] == 0).all()
-    assert isinstance(constraints[0], GrammarConstraint)
+    assert (together[0] == 0).all()
+    few = np.zeros((40, WIDTH // 32), np.int32)
+    assert GrammarConstraint.fill_masks(items[:2], few) == {}
+    assert (few[38:] == together[38:]).all()
+
+
+def test_one_grammar_that_cannot_go_on_does_not_stop_the_others(compiler):
+    regex = "(" + "|".join(f"(.*{chr(97 + i)}.{{1,200}}){{1,50}}" for i in range(20)) + ")"
+    broken = compiler.compile(StructuredOutputs(regex=regex))()
+    rng = random.Random(0)
+    with pytest.raises(RuntimeError):
+        for _ in range(2000):
+            broken.accept(int(rng.choice(allowed_ids(broken, WIDTH))))
+    good = [compiler.compile(StructuredOutputs(choice=(text,)))() for text in "abcde"]
+    mask = np.zeros((6, WIDTH // 32), np.int32)
+    for items in ([(broken, 0), (good[0], 1)], [(broken, 0), *((c, i + 1) for i, c in enumerate(good))]):
+        failed = GrammarConstraint.fill_masks(items, mask)
+        assert list(failed) == [0]
+        assert failed[0]
+        for _, row in items[1:]:
+            bits = np.unpackbits(mask[row].view(np.uint8), bitorder="little").nonzero()[0]
+            assert bits.tolist() == [byte_level().token_to_id("abcde"[row - 1])]
 
 
 def test_equal_constraints_compile_once_and_do_not_share_state(compiler, monkeypatch):

@@ -364,6 +364,30 @@ def test_required_calls_are_valid_in_every_family(compiler, name):
     assert finished >= 2
 
 
+def test_markers_that_are_tokens_in_a_real_vocabulary():
+    tokenizer = real("qwen3")
+    compiler = GrammarCompiler(tokenizer, 151_936)
+    tools = [tool("first", OBJECTS[3]), tool("second", OBJECTS[4])]
+    think = reasoning_family("think")
+    plan = plan_tools(tools, "required", tool_family("hermes"), tokenizer, reasoning=think, parallel=False)
+    offered = {"first": OBJECTS[3], "second": OBJECTS[4]}
+    for seed in range(4):
+        constraint = compiler.compile_tools(plan.grammar)()
+        ids = []
+        if seed % 2:
+            ids = tokenizer.encode("<think>\nhm </b>\n</think>\n\n", parse_special=True)
+            assert all(constraint.accept(token) for token in ids)
+        rest = walk(constraint, tokenizer, random.Random(seed), free_tokens=20)
+        assert rest is not None
+        text = IncrementalDetokenizer(tokenizer).push([*ids, *rest])
+        thoughts, content, calls = message(parse(text, plan.family, schemas=plan.schemas, reasoning=think))
+        assert ("hm </b>" in thoughts) == bool(seed % 2)
+        assert content == ""
+        assert len(calls) == 1
+        for called, arguments in calls:
+            jsonschema.validate(json.loads(arguments), offered[called])
+
+
 def test_a_named_function_is_called_once(compiler):
     tokenizer = byte_level()
     tools = [tool("a", OBJECTS[1]), tool("b", OBJECTS[2]), tool("c")]

@@ -9,6 +9,8 @@ import numpy as np
 from serving.engine.constraint import TokenConstraint
 from serving.text.tokenizer import Tokenizer
 
+CLOSERS = ("</think>", '"', "}", "]", '"}', '"]', "}}", "]}", ",", ":")
+
 
 def allowed_ids(constraint: TokenConstraint, vocab_size: int) -> np.ndarray:
     mask = np.zeros((vocab_size + 31) // 32, np.int32)
@@ -28,7 +30,7 @@ def walk(
     After `free_tokens` random steps the walk heads for the end: it closes what it can, and prefers short tokens.
     """
     eos = set(tokenizer.eos_token_ids)
-    closers = [i for text in ('"', "}", "]", '"}', '"]', "}}", "]}", ",", ":") if (i := tokenizer.token_to_id(text))]
+    closers = [i for text in CLOSERS if (i := tokenizer.token_to_id(text))]
     ids: list[int] = []
     for step in range(max_tokens):
         allowed = allowed_ids(constraint, tokenizer.vocab_size)
