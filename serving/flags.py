@@ -87,6 +87,11 @@ def build_parser() -> Parser:
         "--drain-timeout", type=_seconds, default=30.0, metavar="S",
         help="after SIGTERM, seconds that running requests get to finish; a second signal stops at once",
     )  # fmt: skip
+    server.add_argument(
+        "--otlp-traces-endpoint", default=None, metavar="URL",
+        help="OpenTelemetry collector that gets a span of each completion, such as http://localhost:4317; "
+        "needs the extra otel (default: none)",
+    )  # fmt: skip
     server.add_argument("--log-format", choices=("human", "json"), default="human", help="how log lines look")
     server.add_argument(
         "--tool-call-parser", default=None, metavar="NAME",

@@ -17,6 +17,7 @@ from serving import event_loop
 from serving.engine.config import EngineConfig
 from serving.flags import HTTP_PORT, describe, parse
 from serving.metrics.logs import setup_logging
+from serving.metrics.tracing import Tracing
 
 if TYPE_CHECKING:
     from serving.frontends.grpc.server import GrpcServer
@@ -32,9 +33,10 @@ WATCH_S = 0.25  # how often to look whether the engine lives
 class Server:
     """One run of the server, from flags to exit status."""
 
-    def __init__(self, args: argparse.Namespace, config: EngineConfig) -> None:
+    def __init__(self, args: argparse.Namespace, config: EngineConfig, tracing: Tracing | None = None) -> None:
         self._args = args
         self._config = config
+        self._tracing = tracing
         self._began = time.monotonic()
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -64,7 +66,7 @@ class Server:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_FAILED
         await preloading
-        service = started.service(served_names=self._args.served_model_name)
+        service = started.service(served_names=self._args.served_model_name, tracing=self._tracing)
         if not await self._serve(grpc_server, service):
             return EXIT_FAILED
         return await self._until_stopped(started, grpc_server, service)
@@ -215,11 +217,22 @@ def main(argv: list[str] | None = None) -> int:
     args, config = parse(argv)
     setup_logging(args.log_format, args.log_level)
     print("\n".join(describe(args)), file=sys.stderr, flush=True)
-    return event_loop.run(_run(args, config))
+    tracing = None
+    if args.otlp_traces_endpoint is not None:
+        try:
+            tracing = Tracing.to_collector(args.otlp_traces_endpoint)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_FAILED
+    try:
+        return event_loop.run(_run(args, config, tracing))
+    finally:
+        if tracing is not None:
+            tracing.shutdown()
 
 
-async def _run(args: argparse.Namespace, config: EngineConfig) -> int:
-    return await Server(args, config).run()  # made inside the loop: its events belong to it
+async def _run(args: argparse.Namespace, config: EngineConfig, tracing: Tracing | None) -> int:
+    return await Server(args, config, tracing).run()  # made inside the loop: its events belong to it
 
 
 if __name__ == "__main__":

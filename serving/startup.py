@@ -16,6 +16,7 @@ from serving.errors import RequestError
 if TYPE_CHECKING:
     from models.loading.source import ModelSource
     from serving.engine.engine import Engine
+    from serving.metrics.tracing import Tracing
     from serving.service import Limits, TextService
     from serving.text.chat_template import ChatTemplate
     from serving.text.grammar import GrammarCompiler
@@ -47,12 +48,18 @@ class Started:
     grammars: GrammarCompiler | None = None
 
     def service(
-        self, *, served_names: Sequence[str] = (), limits: Limits | None = None, executor: Any = None
+        self,
+        *,
+        served_names: Sequence[str] = (),
+        limits: Limits | None = None,
+        executor: Any = None,
+        tracing: Tracing | None = None,
     ) -> TextService:
         """A text service for the calling event loop.
 
         Args:
             served_names: names for the model, the first of which answers carry; the model's own name without.
+            tracing: where spans of what is served go.
         """
         from serving.metrics import MeteredClient
         from serving.service import TextService
@@ -60,7 +67,7 @@ class Started:
         info = self.engine.client.info()
         names = list(served_names) or [info.model_id]
         return TextService(
-            MeteredClient(self.engine.client, names[0]),
+            MeteredClient(self.engine.client, names[0], tracing),
             self.text.tokenizer,
             self.text.chat_template,
             model_id=names[0],

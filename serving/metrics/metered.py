@@ -11,6 +11,7 @@ from serving.engine.client import EngineClient
 from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
 from serving.errors import RequestError
 from serving.metrics.metrics import Metrics
+from serving.metrics.tracing import Tracing
 
 
 class MeteredClient:
@@ -18,10 +19,13 @@ class MeteredClient:
 
     Args:
         model_name: the metrics' `model_name` label; None takes the engine's model id.
+        tracing: where a span of each completion goes; None makes none.
     """
 
-    def __init__(self, client: EngineClient, model_name: str | None = None) -> None:
+    def __init__(self, client: EngineClient, model_name: str | None = None, tracing: Tracing | None = None) -> None:
         self._client = client
+        self._model_name = model_name or client.info().model_id
+        self._tracing = tracing
         self.metrics = Metrics(client, model_name)
         h = self.metrics.histograms
         self._ttft = h["time_to_first_token_seconds"].observe
@@ -30,7 +34,7 @@ class MeteredClient:
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """As EngineClient.generate."""
         start = request.arrival_time or time.monotonic()
-        last, tokens, cached, final = 0.0, 0, 0, None
+        last, ttft, tokens, cached, final = 0.0, 0.0, 0, 0, None
         stream = cast(AsyncGenerator[EngineOutput, None], self._client.generate(request))  # can be closed: its contract
         entered = True
         try:
@@ -41,7 +45,8 @@ class MeteredClient:
                         if tokens:
                             self._gap(now - last)
                         else:
-                            self._ttft(now - start)
+                            ttft = now - start
+                            self._ttft(ttft)
                         last = now
                         tokens += len(output.token_ids)
                     cached = max(cached, output.num_cached_tokens)
@@ -55,6 +60,8 @@ class MeteredClient:
         finally:
             if entered:
                 self._finished(request, final, tokens, cached, time.monotonic() - start)
+                if self._tracing is not None:
+                    self._tracing.record(self._model_name, request, final, tokens, ttft, start)
 
     def _finished(
         self, request: EngineRequest, final: EngineOutput | None, tokens: int, cached: int, seconds: float

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.frontends.openai.errors import error_body
 from serving.metrics.logs import request_id_of_task
+from serving.metrics.tracing import TRACE_HEADERS, trace_headers_of_task
 
 access_log = logging.getLogger("serving.access")
 MAX_REQUEST_ID_CHARS = 128
@@ -25,6 +26,8 @@ LINGER_BYTES = 32 * 2**20
 LINGER_S = 2.0
 """How much of a body that is too large is read and dropped: a client that is still sending when the connection closes
 sees a reset instead of the reply."""
+
+_TRACE_HEADERS = frozenset(name.encode() for name in TRACE_HEADERS)
 
 OnRequest = Callable[[str, str, int, float], None]
 """Called with method, route, status and seconds when a reply is complete."""
@@ -56,6 +59,8 @@ class RequestContext:
             await send(message)
 
         token = request_id_of_task.set(request_id)
+        trace = {k.decode(): v.decode("latin-1") for k, v in scope["headers"] if k in _TRACE_HEADERS}
+        trace_token = trace_headers_of_task.set(trace or None)
         try:
             await self.app(scope, receive, send_with_id)
         except Exception as error:
@@ -67,6 +72,7 @@ class RequestContext:
         finally:
             self._done(scope, status or 499, time.monotonic() - start)
             request_id_of_task.reset(token)
+            trace_headers_of_task.reset(trace_token)
 
     def _done(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or "unmatched"
