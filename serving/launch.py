@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from serving import event_loop
 from serving.engine.config import EngineConfig
@@ -235,10 +235,15 @@ async def _run(args: argparse.Namespace, config: EngineConfig, tracing: Tracing 
     return await Server(args, config, tracing).run()  # made inside the loop: its events belong to it
 
 
-if __name__ == "__main__":
+def cli() -> NoReturn:
+    """The process: runs the server and ends with its status."""
     status = main()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: that joins threads, and those of a dead engine or an interrupted compilation may never end.
     os._exit(status)
+
+
+if __name__ == "__main__":
+    cli()
