@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+TIMEOUT_S = 120.0  # for machines that are busy with everything else
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's name for a reference to an element
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -35,8 +36,8 @@ class Browser:
         self._driver = await asyncio.create_subprocess_exec(
             "chromedriver", f"--port={port}", stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
         )
-        self._http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60)
-        async with asyncio.timeout(30):
+        self._http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S)
+        async with asyncio.timeout(TIMEOUT_S):
             while True:
                 try:
                     if (await self._http.get("/status")).json()["value"]["ready"]:
@@ -70,7 +71,7 @@ class Browser:
 
     async def wait(self, script: str) -> Any:
         """The value of an expression once it is true."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(TIMEOUT_S):
             while not (value := await self.run(script)):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
             return value

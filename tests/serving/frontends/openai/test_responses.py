@@ -13,6 +13,7 @@ from serving.frontends.openai.protocol.responses import ResponsesRequest
 from tests.mock_engine import MockEngine
 from tests.serving.frontends.openai.conftest import Running, Start
 
+EVENT: TypeAdapter = TypeAdapter(ResponseStreamEvent)
 PATH = "/v1/responses"
 TEXT = "Hello wörld!"
 
@@ -31,7 +32,7 @@ async def test_a_response_has_openais_shape(running: Running):
 
 async def test_events_follow_openais_order_and_add_up(running: Running):
     lines = await running.events(PATH, input="hi")
-    events = [TypeAdapter(ResponseStreamEvent).validate_python(json.loads(line)) for line in lines]
+    events = [EVENT.validate_python(json.loads(line)) for line in lines]
     kinds = [e.type for e in events]
     assert [k for i, k in enumerate(kinds) if i == 0 or kinds[i - 1] != k] == [
         "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
@@ -89,5 +90,5 @@ async def test_a_failure_inside_a_stream_is_an_event(start: Start):
     running = await start(MockEngine(reply="Hello"))
     running.engine.fail_next = "The model produced NaN."
     lines = await running.events(PATH, input="hi")
-    last = TypeAdapter(ResponseStreamEvent).validate_python(json.loads(lines[-1]))
+    last = EVENT.validate_python(json.loads(lines[-1]))
     assert last.type == "response.failed" and last.response.error and "NaN" in last.response.error.message

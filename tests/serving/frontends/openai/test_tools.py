@@ -16,6 +16,7 @@ from serving.frontends.openai.reply_parser import ChatStyle
 from tests.mock_engine import MockEngine, mock_service
 from tests.serving.frontends.openai.conftest import HI, Start
 
+EVENT: TypeAdapter = TypeAdapter(ResponseStreamEvent)
 WEATHER = {
     "type": "function",
     "function": {
@@ -125,7 +126,7 @@ async def test_calls_and_reasoning_in_a_response(start: Start):
     parsed = TypeAdapter(Response).validate_python(reply)
     assert [item.type for item in parsed.output] == ["reasoning", "message", "function_call", "function_call"]
     lines = await running.events("/v1/responses", input="weather?", tools=[tool])
-    events = [TypeAdapter(ResponseStreamEvent).validate_python(json.loads(line)) for line in lines]
+    events = [EVENT.validate_python(json.loads(line)) for line in lines]
     done = [e for e in events if e.type == "response.function_call_arguments.done"]
     assert [json.loads(e.arguments)["city"] for e in done] == ["Zürich", "Bern"]
     first = [e.delta for e in events if e.type == "response.function_call_arguments.delta" and e.output_index == 2]
