@@ -74,10 +74,16 @@ class TemplatePool:
     """Workers that are started when asked for and kept; at most `size` answer at a time. Thread-safe."""
 
     def __init__(self, size: int) -> None:
-        self._free = threading.Semaphore(size)
+        self._size = size
+        self._reset()
+        atexit.register(self.close)
+        # A forked process must not talk to its parent's workers.
+        os.register_at_fork(after_in_child=self._reset)
+
+    def _reset(self) -> None:
+        self._free = threading.Semaphore(self._size)
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
-        atexit.register(self.close)
 
     def load(self, template: str, source: str, deadline_s: float) -> dict[str, Any]:
         """Compiles a template in one worker, under the name `template`."""

@@ -164,6 +164,7 @@ def test_rows_of_another_width_are_cut_or_zeroed():
         (StructuredOutputs(grammar="start: nothing"), r"nothing"),
         (StructuredOutputs(grammar='root ::= "a'), r"grammar"),
         (StructuredOutputs(grammar="root ::= " + "(" * 50_000), r"nested"),
+        (StructuredOutputs(grammar='root ::= "a"\n' + 'x ::= "b"\n' * 5000), r"5001 rules.*Lark"),
         (StructuredOutputs(choice=("",)), r"choice"),
         (StructuredOutputs(regex="a" * (1 << 21)), r"characters"),
     ],
