@@ -39,3 +39,18 @@ class CausalLM(Protocol):
     def logits(self, hidden_RD: jax.Array) -> jax.Array:
         """Next-token logits_RV, float32, soft-capped and scaled where the architecture says so."""
         ...
+
+
+class Encoder(Protocol):
+    """A model that turns texts into hidden states, all tokens seeing each other; `models.pooling` makes vectors of them."""
+
+    config: Any
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the token table."""
+        ...
+
+    def encode(self, tokens_BS: jax.Array, length_B: jax.Array, segments_BS: jax.Array | None = None) -> jax.Array:
+        """hidden_BSD of B texts of length_B tokens, padded behind their ends (arbitrary there)."""
+        ...

@@ -189,7 +189,9 @@ def fill(
     parameters = dict(parameters_of(model))
     assert recipes.keys() == parameters.keys(), f"recipes do not match: {recipes.keys() ^ parameters.keys()}"
     _check(
-        recipes, checkpoint, (*IGNORED, *ignore, *(() if model.head is not None else (r"^(lm_head|output)\.weight$",)))
+        recipes,
+        checkpoint,
+        (*IGNORED, *ignore, *(() if getattr(model, "head", None) is not None else (r"^(lm_head|output)\.weight$",))),
     )
 
     def placed() -> Iterator[tuple[str, jax.Array]]:

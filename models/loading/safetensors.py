@@ -136,6 +136,7 @@ class SafetensorsCheckpoint:
 
 
 _WRAPPERS = (
+    (re.compile(r"^bert\."), ""),
     (re.compile(r"^(model\.language_model\.|language_model\.model\.)"), "model."),
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
 )
