@@ -47,7 +47,7 @@ class TextService:
         limits: None takes the defaults for the engine's context.
         default_params: values for sampling parameters that a client leaves out (the model's generation_config).
         grammar_compiler: None refuses structured outputs.
-        executor: where tokenizing, rendering and grammar compilation run; None makes two threads.
+        executor: where tokenizing and rendering run; None makes two threads.
     """
 
     def __init__(
@@ -75,6 +75,8 @@ class TextService:
         self.created = int(time.time())
         self.started = time.monotonic()
         self._executor = executor or ThreadPoolExecutor(2, thread_name_prefix="jaxserve-text")
+        # Apart: a thread cannot be interrupted, so a grammar that runs into its time limit goes on occupying one.
+        self._grammar_executor = ThreadPoolExecutor(2, thread_name_prefix="jaxserve-grammar")
         self._serial = itertools.count()
         self._live: dict[str, dict[int, PreparedRequest]] = {}
         self._num_live = 0
@@ -310,17 +312,17 @@ class TextService:
             )
         try:
             async with asyncio.timeout(self.limits.grammar_timeout_s):
-                return await self._run(self.grammar_compiler.compile, grammar)
+                return await self._run(self.grammar_compiler.compile, grammar, executor=self._grammar_executor)
         except TimeoutError:
             raise invalid(
                 f"The grammar took more than {self.limits.grammar_timeout_s:g} seconds to compile. Simplify it.",
                 "structured_outputs",
             ) from None
 
-    async def _run(self, function: Any, *args: Any) -> Any:
+    async def _run(self, function: Any, *args: Any, executor: Executor | None = None) -> Any:
         """Runs a function of the text side in a thread. Its ValueErrors are sentences about the request."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+            return await asyncio.get_running_loop().run_in_executor(executor or self._executor, function, *args)
         except ValueError as error:
             raise invalid(str(error)) from error
 

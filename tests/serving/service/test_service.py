@@ -352,6 +352,23 @@ async def test_grammars_that_cannot_be_compiled(compiler, limits, kind, word):
     assert word in (await refused(service, GenerateInput(text="x"), params, kind)).message
 
 
+async def test_grammars_that_never_end_do_not_stop_others():
+    gate = threading.Event()
+
+    class Stuck:
+        def compile(self, grammar):
+            gate.wait(30)
+
+    service = mock_service(MockEngine("fine"), grammar_compiler=Stuck(), limits=Limits(grammar_timeout_s=0.01))
+    params = SamplingParams(structured_outputs=StructuredOutputs(regex="a"))
+    try:
+        for _ in range(4):
+            await refused(service, GenerateInput(text="x"), params)
+        assert (await ask(service)).outputs[0].text == "fine"
+    finally:
+        gate.set()
+
+
 # -- the rest ----------------------------------------------------------------------------------------------------------
 
 
