@@ -40,6 +40,7 @@ def ops_router(service: TextService, metrics: Metrics) -> APIRouter:
     async def version() -> Response:
         return JSONResponse({"version": service.info.version})
 
+    @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def prometheus(request: Request) -> Response:
         """Prometheus text, or OpenMetrics where the scraper asks for it."""

@@ -25,6 +25,11 @@ async def test_health_ready_version(running: Running):
     assert (await running.http.get("/version")).json() == {"version": "0.0.0"}
 
 
+async def test_load_generators_may_look_at_the_metrics_by_head(running: Running):
+    reply = await running.http.head("/metrics")
+    assert reply.status_code == 200 and reply.content == b""
+
+
 async def test_tokens_there_and_back(running: Running):
     reply = (await running.http.post("/tokenize", json={"prompt": "hé", "return_token_strs": True})).json()
     assert reply["tokens"] == [256, *"hé".encode()] and reply["count"] == 4 and reply["max_model_len"] == 512
