@@ -29,6 +29,9 @@ sees a reset instead of the reply."""
 
 _TRACE_HEADERS = frozenset(name.encode() for name in TRACE_HEADERS)
 
+BODY_GAP_S = 60.0
+"""A body that stops coming for so long is given up."""
+
 OnRequest = Callable[[str, str, int, float], None]
 """Called with method, route, status and seconds when a reply is complete."""
 
@@ -105,15 +108,22 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"")
         too_large = declared.isdigit() and int(declared[:18]) > self.max_bytes
-        seen = 0
+        seen, complete = 0, False
 
         async def bounded() -> Message:
-            nonlocal seen
+            nonlocal seen, complete
             if too_large:
                 await _discard(receive)
                 raise self._refusal()
-            message = await receive()
+            if complete:
+                return await receive()  # which now waits for the client to go
+            try:
+                async with asyncio.timeout(BODY_GAP_S):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "The body stopped coming.", headers={"Connection": "close"}) from None
             if message["type"] == "http.request":
+                complete = not message.get("more_body")
                 seen += len(message.get("body", b""))
                 if seen > self.max_bytes:
                     if message.get("more_body"):

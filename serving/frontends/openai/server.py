@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from serving.frontends.openai.app import create_app
+from serving.frontends.openai.http_protocol import BoundedHttpProtocol
 from serving.service import TextService
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ async def serve_http(
         access_log=False,  # our middleware writes it, with request ids
         server_header=False,
         timeout_keep_alive=65,  # longer than the 60 s of common load balancers, which reuse connections
-        h11_max_incomplete_event_size=64 * 1024,
+        http=BoundedHttpProtocol,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[sock]), name="jaxserve-http")
