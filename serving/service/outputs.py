@@ -78,7 +78,8 @@ class Usage:
     def add(self, output: TextOutput) -> None:
         """Takes in one output of any index."""
         self.prompt_tokens = output.num_prompt_tokens
-        self.cached_tokens = max(self.cached_tokens, output.num_cached_tokens)
+        if output.index == 0:  # its siblings find the prompt that it has just computed
+            self.cached_tokens = max(self.cached_tokens, output.num_cached_tokens)
         self.completion_tokens += len(output.token_ids)
 
     @property
@@ -151,7 +152,8 @@ class RequestOutput:
             choice.cumulative_logprob = (choice.cumulative_logprob or 0.0) + sum(e.logprob for e in output.logprobs)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = [entry and _position(entry) for entry in output.prompt_logprobs]
-        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        if output.index == 0:
+            self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         if output.finish_reason is not None:
             choice.finish_reason = output.finish_reason.value
             choice.stop_reason = output.stop_reason

@@ -124,7 +124,12 @@ class TextService:
             EngineRequest(
                 request_id=f"{request_id}#{next(self._serial)}",
                 prompt_token_ids=prompt_ids,
-                params=dataclasses.replace(params, n=1, seed=prep.child_seed(params.seed, i)),
+                params=dataclasses.replace(
+                    params,
+                    n=1,
+                    seed=prep.child_seed(params.seed, i),
+                    prompt_logprobs=params.prompt_logprobs if i == 0 else None,  # the prompt is the same one
+                ),
                 eos_token_ids=tuple(self.tokenizer.eos_token_ids),
                 priority=given.priority,
                 constraint=constraint() if constraint is not None else None,

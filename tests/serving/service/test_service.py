@@ -11,7 +11,7 @@ import pytest
 from serving.engine.sampling_params import SamplingParams, StructuredOutputs
 from serving.engine.types import FinishReason
 from serving.errors import ErrorKind, RequestError
-from serving.service import GenerateInput, Limits, Usage, collect
+from serving.service import GenerateInput, Limits, TextOutput, Usage, collect
 from tests.mock_engine import BOS, END, EOS, MockEngine, mock_service, until
 
 
@@ -217,6 +217,23 @@ async def test_n_shares_the_prompt_and_counts_once():
     assert len({r.params.seed for r in service.client.requests}) == 3
     assert len({r.request_id for r in service.client.requests}) == 3
     assert {r.params.n for r in service.client.requests} == {1}
+
+
+async def test_siblings_that_find_the_prompt_in_the_cache_do_not_count_as_cached():
+    usage, result = Usage(), []
+    for index, cached in ((0, 0), (1, 16), (0, 0)):
+        usage.add(TextOutput(index=index, token_ids=(1,), num_prompt_tokens=20, num_cached_tokens=cached))
+        result.append(usage.cached_tokens)
+    assert (result, usage.completion_tokens, usage.total_tokens) == ([0, 0, 0], 3, 23)
+    usage.add(TextOutput(index=0, num_prompt_tokens=20, num_cached_tokens=16))
+    assert usage.cached_tokens == 16
+
+
+async def test_prompt_logprobs_are_computed_once():
+    service = mock_service()
+    result = await ask(service, params=SamplingParams(n=3, prompt_logprobs=1, max_tokens=1))
+    assert [r.params.prompt_logprobs for r in service.client.requests] == [1, None, None]
+    assert len(result.prompt_logprobs) == len(result.prompt_token_ids)
 
 
 async def test_same_seed_same_children():
