@@ -188,11 +188,9 @@ def fill(
     recipes: Recipes = model.recipes()
     parameters = dict(parameters_of(model))
     assert recipes.keys() == parameters.keys(), f"recipes do not match: {recipes.keys() ^ parameters.keys()}"
-    _check(
-        recipes,
-        checkpoint,
-        (*IGNORED, *ignore, *(() if getattr(model, "head", None) is not None else (r"^(lm_head|output)\.weight$",))),
-    )
+    if getattr(model, "head", None) is None:
+        ignore = (*ignore, r"^(lm_head|output)\.weight$")
+    _check(recipes, checkpoint, (*IGNORED, *ignore))
 
     def placed() -> Iterator[tuple[str, jax.Array]]:
         for path, host in _read_ahead(recipes, checkpoint):
