@@ -28,8 +28,10 @@
 // In front of a loop over registers: they only stay registers when the loop is gone before scalars are replaced.
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
+#define UNROLL_4 _Pragma("unroll 4")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_4 _Pragma("GCC unroll 4")
 #endif
 #define FORCE_INLINE inline __attribute__((always_inline))
 
