@@ -134,7 +134,7 @@ def plot(path: str, rows: Rows) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4), dpi=100)
+    figure, axes = plt.subplots(figsize=(7.6, 3.8), dpi=90)
     for name, by in rows.items():
         concurrencies = sorted(by)
         axes.plot(concurrencies, [statistics.median(by[c]) for c in concurrencies], marker="o", label=name)
@@ -143,6 +143,6 @@ def plot(path: str, rows: Rows) -> None:
     axes.set_xticks(ticks, [str(c) for c in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     figure.savefig(path)
