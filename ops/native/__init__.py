@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from ops.native.build import BuildError, build, handlers, source_hash
+from ops.native import build
 
 ISA_LEVELS = ("generic", "avx2", "avx512", "vnni", "bf16")
 
@@ -55,7 +55,7 @@ def target(name: str) -> str:
     It carries the sources' hash: a program in the persistent compilation cache never meets a handler with other
     operands than those it was compiled for.
     """
-    return f"jaxserve.{name}.{source_hash()}"
+    return f"jaxserve.{name}.{build.source_hash()}"
 
 
 _level = 0
@@ -76,12 +76,12 @@ def _load() -> tuple[Any, str]:
     if os.environ.get("JAXSERVE_NATIVE", "1") == "0":
         return None, "native CPU kernels are turned off by JAXSERVE_NATIVE=0"
     try:
-        library = ctypes.CDLL(str(build()))
-    except BuildError as error:
+        library = ctypes.CDLL(str(build.build()))
+    except build.BuildError as error:
         return None, str(error)
     except OSError as error:
         return None, f"native CPU kernels could not be loaded: {error}"
     _level = library.jaxserve_set_isa(_level_number(os.environ.get("JAXSERVE_NATIVE_ISA") or None))
-    for name in handlers():
+    for name in build.handlers():
         jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library, ""

@@ -1,0 +1,72 @@
+"""Finding a compiler, saying what is missing, and the loaded library's switches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ops import native
+from ops.native import build
+
+
+def test_handlers_are_found_in_the_sources():
+    assert "jaxserve_int8_linear" in build.handlers()
+    assert len(set(build.handlers())) == len(build.handlers())
+
+
+def test_without_a_compiler_the_message_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(build.BuildError, match="pip install ziglang"):
+        build.find_compiler()
+
+
+def test_the_compiler_named_by_cxx_is_taken_first(monkeypatch, tmp_path):
+    compiler = tmp_path / "mycc"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{compiler} -m64")
+    assert build.find_compiler() == [str(compiler), "-m64"]
+
+
+def test_a_compiler_that_fails_is_one_line(monkeypatch, tmp_path):
+    compiler = tmp_path / "badcc"
+    compiler.write_text("#!/bin/sh\necho 'x.cc:1: error: no such thing' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(build.BuildError) as caught:
+        build.build(tmp_path / "cache")
+    assert "no such thing" in str(caught.value) and "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").glob("libjaxserve*"))
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(build.BuildError, match="could not be built in"):
+        build.build(tmp_path / "file" / "cache")
+
+
+def test_turned_off_by_the_environment():
+    code = "from ops import native; assert not native.available(); print(native.status())"
+    env = {**os.environ, "JAXSERVE_NATIVE": "0", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert "JAXSERVE_NATIVE=0" in done.stdout
+
+
+@pytest.mark.skipif(not native.available(), reason=native.status())
+def test_levels_can_be_lowered_and_restored():
+    best = native.set_isa(None)
+    try:
+        assert native.set_isa("generic") == "generic" and "generic" in native.status()
+    finally:
+        assert native.set_isa(None) == best
+    with pytest.raises(ValueError, match="known ones are generic"):
+        native.set_isa("mmx")
