@@ -118,6 +118,7 @@ def prepare(targets: list[Target]) -> None:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask no cloud metadata server what this machine is
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is locked: compiling shares no device
     cpus = max((target.num_devices for target in targets if target.platform == "cpu"), default=1)
     if cpus > 1:
         jax.config.update("jax_num_cpu_devices", cpus)

@@ -1,0 +1,32 @@
+"""Run as `python -m tests.serving.plan.plan_run`: plans for CPU meshes, compiled whole and extrapolated. Prints JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from serving.plan import chips
+
+TARGET = chips.parse_target("cpu:2")
+HF = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def main() -> None:
+    chips.prepare([TARGET])
+    from serving.plan.planner import Request, make_plan
+    from serving.plan.report import sweep_text, to_json, to_text
+
+    few = Request(
+        hf=HF, target=TARGET, mesh="model=2", dtype="float32", max_num_seqs=4, max_num_batched_tokens=64,
+        page_size=16, max_model_len=256, context=100, prompt=40,
+    )  # fmt: skip
+    plans = [make_plan(few), make_plan(dataclasses.replace(few, full_depth=True))]
+    print(json.dumps([to_json(plan) for plan in plans] + [to_text(plans[0]), sweep_text([(p, "") for p in plans])]))
+
+
+if __name__ == "__main__":
+    main()

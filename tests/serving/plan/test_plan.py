@@ -1,0 +1,145 @@
+"""serving.plan: its arithmetic against arithmetic done by hand, and extrapolation against compiling every layer."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from serving.plan import chips, facts
+from serving.plan.__main__ import candidate_meshes, main
+from serving.plan.measure import Collective, collectives
+from serving.plan.programs import config_of, layer_periods, with_layers
+
+
+@pytest.fixture(scope="module")
+def plans():
+    """Extrapolated plan, whole plan, and the two texts; a process of its own, for its two CPU devices."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serving.plan.plan_run"], capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_extrapolation_is_exact(plans):
+    extrapolated, whole = plans[:2]
+    assert extrapolated["extrapolated_from_layers"] == [1, 2] and whole["extrapolated_from_layers"] is None
+    assert extrapolated["memory"]["weights"] == whole["memory"]["weights"]
+    for few, all_layers in zip(extrapolated["programs"], whole["programs"], strict=True):
+        assert few["name"] == all_layers["name"]
+        for name in ("flops", "bytes_accessed", "arguments", "outputs", "aliased"):
+            assert few[name] == pytest.approx(all_layers[name], rel=1e-9), (few["name"], name)
+        assert few["collectives"] == all_layers["collectives"]
+
+
+def test_memory_is_weights_and_pages_by_hand(plans):
+    plan = plans[1]
+    D, F, V, L, h = 64, 96, 256, 5, 16
+    layer = (4 + 2 * 2) * h * D + 4 * h * D + 3 * D * F  # matrices of one layer
+    matrices = L * layer + 2 * V * D  # all are cut in two
+    norms = (2 * L + 1) * D  # whole on each device
+    assert plan["num_parameters"] == matrices + norms
+    assert plan["memory"]["weights"] == 4 * (matrices // 2 + norms)
+    assert plan["memory"]["page"] == L * 16 * 2 * h * 4  # one of two KV heads: 16 positions of K and V in float32
+    free = plan["memory"]["usable"] - sum(plan["memory"][part] for part in ("weights", "state", "temporaries", "code"))
+    assert plan["num_pages"] == min(free // plan["memory"]["page"], 4 * 16 + 1)
+    assert plan["fits"] and plan["max_concurrent_requests"] == 4
+
+
+def test_two_all_reduces_a_layer(plans):
+    forward = next(p for p in plans[1]["programs"] if p["name"] == "forward decode 4")
+    count, sent = forward["collectives"]["all-reduce"]
+    assert count == 2 * 5 + 1 and list(forward["collectives"]) == ["all-reduce"]
+    assert sent == count * 4 * 64 * 4  # a ring of two sends as much as the operand has: 4 rows of 64 float32
+
+
+def test_steps_are_rooflines_by_hand(plans):
+    plan = plans[1]
+    forward = next(p for p in plan["programs"] if p["name"] == "forward decode 4")
+    cpu = chips.CHIPS["cpu"]
+    assert forward["context_bytes"] == 4 * 100 * plan["memory"]["page"] / 16
+    read = forward["weight_bytes"] + forward["context_bytes"]
+    assert forward["memory_seconds"] == pytest.approx(read / cpu.bandwidth)
+    slower = max(forward["memory_seconds"], forward["matmul_seconds"])
+    assert forward["seconds"] == pytest.approx(slower + forward["links_seconds"])
+    sample = next(p for p in plan["programs"] if p["name"] == "sample 4")
+    assert plan["decode_step_seconds"] == pytest.approx(forward["seconds"] + sample["seconds"])
+    assert sample["weight_bytes"] == 256 * 64 * 4 / 2
+
+
+def test_texts_name_what_matters(plans):
+    page, sweep = plans[2:]
+    assert "FITS" in page and "forward decode 4" in page and "time to first token" in page
+    assert "Recommended: --mesh model=2 on cpu:2" in sweep
+
+
+@pytest.mark.parametrize(
+    "line,kind,nbytes,devices",
+    [
+        (
+            "%a = bf16[256,8192]{1,0} all-reduce(%x), replica_groups=mesh['a'=16,'b'=1] {'a'}, to",
+            "all-reduce",
+            4 << 20,
+            16,
+        ),
+        ("%a = f32[4,8]{1,0} all-gather(%x), replica_groups=[4,4]<=[16], dimensions={1}", "all-gather", 128, 4),
+        ("%a = (s32[2]{0}, s32[4]{0}) all-gather-start(%x), replica_groups={{0,1},{2,3}}", "all-gather", 16, 2),
+        ("%a = s8[10]{0} collective-permute(%x), source_target_pairs={{0,1}}", "collective-permute", 10, 0),
+    ],
+)
+def test_collectives_are_read_from_compiled_programs(line, kind, nbytes, devices):
+    (found,) = collectives(f"HloModule m\n  {line}\n  %b = f32[2] fusion(%all-reduce.1), kind=kLoop")
+    assert found == Collective(kind, nbytes, devices)
+
+
+def test_ring_costs():
+    assert Collective("all-reduce", 800, 8).sent == 2 * 7 * 100
+    assert Collective("all-gather", 800, 8).sent == 700
+    assert Collective("collective-permute", 800, 0).sent == 800
+
+
+@pytest.mark.parametrize(
+    "model,billions", [("Llama-3.1-8B", 8.03), ("meta-llama/Llama-3.1-70B-Instruct", 70.55), ("Qwen3-32B", 32.76)]
+)
+def test_facts_are_the_models_they_say(model, billions):
+    config = config_of(facts.read_config(model))
+    D, h = config.embed_dim, config.head_dim
+    attention = (2 * config.num_heads + 2 * config.num_kv_heads) * h * D
+    parameters = config.num_layers * (attention + 3 * D * config.ffw_dim + 2 * D) + 2 * config.vocab_size * D + D
+    assert parameters / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.mark.parametrize("model", ["Qwen3-235B-A22B", "DeepSeek-V3"])
+def test_mixtures_are_known_to_the_registry(model):
+    config = config_of(facts.read_config(model))
+    start, period = layer_periods(config)
+    assert period == 1 and start == (3 if model == "DeepSeek-V3" else 0)
+    assert with_layers(config, 5).num_layers == 5 and len(with_layers(config, 5).windows) == 5
+
+
+def test_targets_are_read_or_explained():
+    target = chips.parse_target("v5e:4x4")
+    assert (target.num_devices, target.platform) == (16, "tpu")
+    assert chips.parse_target("v5p:2x2x2").num_devices == 8
+    assert chips.parse_target("cpu").num_devices == 1
+    for text, said in (("v9:2x2", "not known"), ("v5e:2x2x2", "v5e:4x4"), ("v5p:4x4", "v5p:2x2x1"), ("cpu:x", "cpu:8")):
+        with pytest.raises(ValueError, match=said):
+            chips.parse_target(text)
+
+
+def test_candidates_cover_every_power_of_two():
+    assert candidate_meshes(8) == ["model=8", "data=2,model=4", "data=4,model=2", "data=8,model=1"]
+
+
+@pytest.mark.parametrize(
+    "arguments,said",
+    [
+        (["--model", "nothing", "--topology", "cpu"], "No configuration for the model 'nothing'"),
+        (["--model", "Llama-3.1-8B", "--topology", "h100:8"], "only be compiled on a machine with one"),
+        (["--model", "Llama-3.1-8B", "--topology", "cpu", "cpu:2"], "--sweep"),
+    ],
+)
+def test_wrong_arguments_are_explained(arguments, said, capsys):
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
