@@ -207,6 +207,27 @@ TINY: dict[str, Tiny] = {
         | {"n_group": 4, "topk_group": 2, "rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 1.0}},
         expert_mesh=True,
     ),
+    "llama4": Tiny(
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "intermediate_size_mlp": 80,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "head_dim": 16,
+            "floor_scale": 8,
+            "attention_chunk_size": 256,
+        },
+        expert_mesh=True,
+    ),
+    "ministral": Tiny(
+        "MinistralConfig",
+        "MinistralForCausalLM",
+        {"sliding_window": 16, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "gpt2": Tiny(
         "GPT2Config",
         "GPT2LMHeadModel",

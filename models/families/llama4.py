@@ -1,0 +1,158 @@
+"""Llama 4, text (Meta 2025): layers that rotate and attend within chunks, and layers without rotation that see everything;
+one routed expert a token whose input (not output) the router scales, beside a shared one.
+
+Attention within chunks of `attention_chunk_size` (8192) positions is full attention up to that length, which is the
+longest context served here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.config import ModelConfig, MoEConfig, from_hf
+from models.decoder import Decoder, Layer
+from models.family import Family
+from models.layers import Attention, Build, GatedMLP, layer_frequencies
+from models.loading import names
+from models.loading.names import Recipes, one
+from models.moe import Experts, MoE
+from ops.norm import rms_norm
+from ops.paged_attention import attend
+from ops.paged_attention.batch import AttentionBatch
+from ops.rope import rope
+
+VISION = (r"^(vision_model|multi_modal_projector)\.", r"^model\.(vision_model|multi_modal_projector)\.")
+
+
+class Llama4Attention(Attention):
+    """Rotated layers normalize q and k by their length; the others scale q with the position (arXiv:2501.19399)."""
+
+    def __init__(self, config: ModelConfig, layer: int, build: Build):
+        super().__init__(config, layer, build)
+        self.eps, self.l2_norm = config.norm_eps, bool(config.get("use_qk_norm"))
+        self.tuning = (config.get("floor_scale"), config.get("temperature"))
+
+    def __call__(
+        self, x_TD: jax.Array, batch: AttentionBatch, kv: Any, norm: Any = None, residual_TD: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        T, (K, G, h) = x_TD.shape[0], self.placed
+        qkv_TKgh = self.qkv(x_TD, norm=norm).reshape(T, K, G + 2, h)
+        q_TKGh, k_TKh, v_TKh = qkv_TKgh[:, :, :G], qkv_TKgh[:, :, G], qkv_TKgh[:, :, G + 1]
+        if self.rope is not None:
+            inv_freq, factor = layer_frequencies(*self.rope)
+            q_TKGh = rope(q_TKGh, batch.positions_T, inv_freq, factor, interleaved=True)
+            k_TKh = rope(k_TKh, batch.positions_T, inv_freq, factor, interleaved=True)
+            if self.l2_norm:
+                q_TKGh, k_TKh = rms_norm(q_TKGh, None, self.eps), rms_norm(k_TKh, None, self.eps)
+        elif self.tuning[1]:
+            floor_scale, strength = self.tuning
+            steps_T = jnp.floor((batch.positions_T.astype(jnp.float32) + 1.0) / floor_scale)
+            q_TKGh = (q_TKGh * (jnp.log1p(steps_T) * strength + 1.0)[:, None, None, None]).astype(q_TKGh.dtype)
+        out_TKGh, kv = attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=self.scale)
+        return self.out(out_TKGh.reshape(T, K * G * h), residual_TO=residual_TD), kv
+
+
+class Llama4Experts(Experts):
+    """Experts in one tensor, [E, in, gate then up]."""
+
+    def recipes(self, name: str, sources: tuple[str, str, str] = ("", "", "")) -> Recipes:
+        E, D, F = self.down.shape
+
+        def rows(array_EDJ: np.ndarray) -> np.ndarray:
+            pieces = array_EDJ.swapaxes(1, 2).reshape(E, 2, self.shards, F // self.shards, D)
+            return np.ascontiguousarray(pieces.swapaxes(1, 2)).reshape(E, 2 * F, D)
+
+        turned = one(f"{name}.down_proj", E, F, D, assemble=lambda array: np.ascontiguousarray(array.swapaxes(1, 2)))
+        return {"gate_up": one(f"{name}.gate_up_proj", E, D, 2 * F, assemble=rows), "down": turned}
+
+
+class Llama4MoE(MoE):
+    """shared(x) + the sum over chosen experts of expert(x * sigmoid(router logit))."""
+
+    def make_experts(self, config: ModelConfig, moe: MoEConfig, build: Build) -> Llama4Experts:
+        return Llama4Experts(config, moe, build)
+
+    def __call__(self, x_TD: jax.Array, norm: Any = None, residual_TD: jax.Array | None = None) -> jax.Array:
+        x_TD = x_TD if norm is None else norm(x_TD)
+        T, k = x_TD.shape[0], self.moe.experts_per_token
+        logits_Tk, ids_Tk = jax.lax.top_k(self.router(x_TD, out_dtype=jnp.float32), k)
+        scaled_TkD = (x_TD[:, None] * jax.nn.sigmoid(logits_Tk)[..., None]).astype(x_TD.dtype)
+        ids = ids_Tk.astype(jnp.int32).reshape(T * k, 1)
+        routed = self.experts(scaled_TkD.reshape(T * k, -1), ids, jnp.ones((T * k, 1), jnp.float32))
+        y_TD = routed.reshape(T, k, -1).sum(1)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD if residual_TD is None else y_TD + residual_TD
+
+    def recipes(self, name: str) -> Recipes:
+        assert self.shared is not None
+        recipes = names.under("router", self.router.recipes(f"{name}.router"))
+        recipes |= names.under("experts", self.experts.recipes(f"{name}.experts"))
+        return recipes | names.under("shared", self.shared.recipes(f"{name}.shared_expert"))
+
+
+class Llama4Layer(Layer):
+    names: ClassVar[dict[str, str]] = Layer.names | {"mlp": "feed_forward"}
+
+    def make_attention(self, config: ModelConfig, index: int, build: Build) -> Llama4Attention:
+        return Llama4Attention(config, index, build)
+
+    def make_mlp(self, config: ModelConfig, index: int, build: Build) -> Llama4MoE | GatedMLP:
+        assert config.moe is not None
+        return Llama4MoE(config, build) if config.moe.layers[index] else GatedMLP(config, build)
+
+
+def build(config: ModelConfig, build: Build) -> Decoder:
+    chunk = config.get("chunk")
+    if chunk and build.max_model_len > chunk:
+        raise ValueError(
+            f"max_model_len is {build.max_model_len}; Llama 4 is served up to its attention chunk of {chunk} tokens. "
+            f"Pass --max-model-len {chunk} or less."
+        )
+    return Decoder(config, build, Llama4Layer)
+
+
+def llama4_config(hf: Mapping[str, Any]) -> ModelConfig:
+    layers, every = hf["num_hidden_layers"], hf.get("no_rope_layer_interval", 4)
+    step, chunk = hf.get("interleave_moe_layer_step", 1), hf.get("attention_chunk_size")
+    rotates = hf.get("no_rope_layers") or [(index + 1) % every != 0 for index in range(layers)]
+    sparse = hf.get("moe_layers")
+    sparse = set(range(step - 1, layers, step)) if sparse is None else set(sparse)
+    moe = MoEConfig(
+        num_experts=hf.get("num_local_experts", 16),
+        experts_per_token=hf.get("num_experts_per_tok", 1),
+        ffw_dim=hf["intermediate_size"],
+        layers=tuple(index in sparse for index in range(layers)),
+        shared_ffw_dim=hf["intermediate_size"],
+    )
+    positions = hf.get("max_position_embeddings", 131072)
+    tuning = hf.get("attn_temperature_tuning", True)
+    return from_hf(
+        hf,
+        ffw_dim=hf.get("intermediate_size_mlp", 16384),
+        max_positions=min(positions, chunk) if chunk else positions,
+        rope_layers=tuple(bool(rotated) for rotated in rotates),
+        moe=moe,
+        extra=(
+            ("chunk", chunk),
+            ("use_qk_norm", hf.get("use_qk_norm", True)),
+            ("floor_scale", hf.get("floor_scale", 8192)),
+            ("temperature", hf.get("attn_scale", 0.1) if tuning else None),
+        ),
+    )
+
+
+FAMILIES = (
+    Family(
+        "Llama 4 (text)",
+        ("Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
+        llama4_config,
+        build,
+        ignore=VISION,
+    ),
+)
