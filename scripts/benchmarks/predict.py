@@ -69,9 +69,6 @@ def compare(measured: list[Outcome], predicted: list[Outcome]) -> dict[str, Any]
         "tpot_median": lambda outcomes: statistics.median(o.tpot for o in outcomes if o.output_tokens > 1),
     }.items():
         real, virtual = of(measured), of(predicted)
-        result[name] = {
-            "measured": round(real, 4),
-            "predicted": round(virtual, 4),
-            "error": round(virtual / real - 1, 4),
-        }
+        error = round(virtual / real - 1, 4) if real else None  # tokens that piled up and came as one have no gaps
+        result[name] = {"measured": round(real, 4), "predicted": round(virtual, 4), "error": error}
     return result

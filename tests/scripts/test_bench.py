@@ -18,6 +18,7 @@ from benchmarks.report import latencies, standard_row
 from benchmarks.work import mixed, standard_prompts, uniform
 
 from serving.engine.config import EngineConfig
+from serving.simulator.simulate import Outcome
 from serving.simulator.trace import TraceRequest
 from tests.tiny import tiny_engine
 
@@ -102,7 +103,7 @@ def test_rag_computes_less_by_what_is_shared(local: Local, monkeypatch: pytest.M
 
 def test_longprompt(local: Local) -> None:
     row = scenarios.longprompt(local, options("longprompt", streams=3, stream_tokens=40, prompt_tokens=200, after=0.01))
-    assert row["worst_gap_s"] > 0 and row["long_prompt_ttft_s"] > 0
+    assert row["budget"] == 64 and row["decode_step_s"] > 0 and row["long_prompt_ttft_s"] > 0
 
 
 def test_static_and_priority_and_waste(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,10 +123,15 @@ def test_host_runs_the_real_engine_around_a_fake_device() -> None:
     assert row["running"] == 12 and row["host_ms_median"] > 0
 
 
-def test_prediction_is_compared_with_what_was_measured(local: Local) -> None:
-    outcomes = local.run(uniform(4, 16, 8), private=True)
-    row = predict.compare(outcomes, outcomes)
-    assert {v["error"] for v in row.values()} == {0.0}
+def outcome(tpot: float, ttft: float = 0.5) -> Outcome:
+    return Outcome(0.0, 0, 16, 0, 8, ttft, tpot, tpot, ttft + 7 * tpot, "length")
+
+
+def test_prediction_is_compared_with_what_was_measured() -> None:
+    row = predict.compare([outcome(0.1), outcome(0.1)], [outcome(0.1, ttft=0.6), outcome(0.2, ttft=0.6)])
+    assert row["ttft_median"] == {"measured": 0.5, "predicted": 0.6, "error": 0.2}
+    assert row["tpot_median"]["error"] == 0.5
+    assert predict.compare([outcome(0.0)], [outcome(0.1)])["tpot_median"]["error"] is None
 
 
 ROWS: peers.Rows = {"ours": {1: [10.0, 12.0, 11.0], 16: [80.0]}, "theirs": {1: [5.5], 16: []}}
