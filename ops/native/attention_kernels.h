@@ -203,16 +203,16 @@ INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 #define PREFETCH(p) __builtin_prefetch((p), 0, 2)  // to the second-level cache: the first is busy with this block
 
 // score[r][token] = q[r] . k[token] for the BLOCK tokens of four panels.
-template <class T, int R, bool AHEAD>
+template <class T, int R>
 AT static __attribute__((noinline)) void scores(const typename T::Query* q, int64_t ldq, const typename T::Page* const* k, int64_t ldk,
                       const typename T::Page* const* next, int steps, float* out) {
   constexpr int PER_PANEL = PANEL / W, N = COLS < BLOCK / W ? COLS : BLOCK / W;
   for (int first = 0; first < BLOCK / W; first += N) {
-    const typename T::Page *p[N], *ahead[N];
+    const typename T::Page *p[N], *later[N];
     for (int v = 0; v < N; ++v) {
       const int panel = (first + v) / PER_PANEL, lane = (first + v) % PER_PANEL * W;
       p[v] = k[panel] + lane;
-      ahead[v] = next[panel] + lane;
+      later[v] = next == nullptr ? nullptr : next[panel] + lane;
     }
     // Prefetch a cache line once, where several steps' vectors share it.
     const int64_t row_bytes = ldk * (int64_t)sizeof(typename T::Page);
@@ -221,8 +221,8 @@ AT static __attribute__((noinline)) void scores(const typename T::Query* q, int6
     for (int i = 0; i < steps; ++i) {
       typename T::Vector b[N];
       for (int v = 0; v < N; ++v) b[v] = load(p[v] + i * ldk);
-      if (AHEAD && (i & (every - 1)) == 0)
-        for (int v = 0; v < N; ++v) PREFETCH(ahead[v] + i * ldk);
+      if (next != nullptr && (i & (every - 1)) == 0)
+        for (int v = 0; v < N; ++v) PREFETCH(later[v] + i * ldk);
       step<R, N>(acc, q + i * T::STRIDE, ldq, b);
     }
     for (int r = 0; r < R; ++r)
@@ -231,7 +231,7 @@ AT static __attribute__((noinline)) void scores(const typename T::Query* q, int6
 }
 
 // sum[r][column] = sum[r][column] * shrink[r] + weight[r] . v[column] * unit[r] over `tokens` tokens; units are int8's.
-template <class T, int R, int N, bool AHEAD>
+template <class T, int R, int N>
 AT static __attribute__((noinline)) void values(const typename T::Query* weight, const typename T::Page* const* v_panels,
                                                 int64_t ldv, const typename T::Page* const* next, int tokens,
                                                 const float* shrink, const float* unit, float* sum, int64_t lds) {
@@ -243,16 +243,16 @@ AT static __attribute__((noinline)) void values(const typename T::Query* weight,
       for (int v = 0; v < N; ++v) acc[r][v] = load(sum + r * lds + v * W) * shrink[r];
   for (int panel = 0; panel * PANEL < tokens; ++panel) {
     const int here = tokens - panel * PANEL < PANEL ? tokens - panel * PANEL : PANEL;
-    const typename T::Page *p = v_panels[panel], *ahead = next[panel];
+    const typename T::Page *p = v_panels[panel], *later = next == nullptr ? p : next[panel];
     const typename T::Query* w = weight + panel * PANEL / T::PAIR * T::STRIDE;
     // int8 has no NaN: the slot of a pair's missing second token may hold anything, its weight is 0.
     const int steps = EXACT ? (here + 1) / T::PAIR : here / T::PAIR;
-    for (int i = 0; i < steps; ++i, p += ldv, ahead += ldv) {
+    for (int i = 0; i < steps; ++i, p += ldv, later += ldv) {
       typename T::Vector b[N];
       for (int v = 0; v < N; ++v) b[v] = load(p + v * W);
-      if (AHEAD)
+      if (next != nullptr)
         for (int v = 0; v < N; ++v)
-          if (v * W * sizeof(typename T::Page) % 64 == 0) PREFETCH(ahead + v * W);
+          if (v * W * sizeof(typename T::Page) % 64 == 0) PREFETCH(later + v * W);
       step<R, N>(acc, w + i * T::STRIDE, LDW, b);
     }
     if constexpr (T::PAIR == 2 && !EXACT) {
@@ -273,78 +273,69 @@ AT static __attribute__((noinline)) void values(const typename T::Query* weight,
     }
 }
 
-template <class T, bool AHEAD>
+// The blocks that `next` names are fetched by the first rows, and not again; null for none.
+template <class T>
 AT static void all_scores(int rows, const typename T::Query* q, int64_t ldq, const typename T::Page* const* k,
                           int64_t ldk, const typename T::Page* const* next, int steps, float* out) {
-  for (int r = 0; r < rows;) {
-    const typename T::Query* a = q + r * ldq;
-    float* c = out + r * BLOCK;
-    const bool ahead = AHEAD && r == 0;
-#define CASE(R)                                                          \
-  case R:                                                                \
-    if (ahead)                                                           \
-      scores<T, R, true>(a, ldq, k, ldk, next, steps, c);                \
-    else                                                                 \
-      scores<T, R, false>(a, ldq, k, ldk, next, steps, c);               \
-    break;
+  for (int r = 0; r < rows; next = nullptr) {
     const int take = rows - r < ROWS ? rows - r : ROWS;
     switch (take) {
+#define CASE(R)                                                            \
+  case R:                                                                  \
+    scores<T, R>(q + r * ldq, ldq, k, ldk, next, steps, out + r * BLOCK); \
+    break;
       CASE(1) CASE(2) CASE(3) CASE(4)
 #if ROWS > 4
       CASE(5) CASE(6)
 #endif
-    }
 #undef CASE
+    }
     r += take;
   }
 }
 
-template <class T, int N, bool AHEAD>
+template <class T, int N>
 AT static void values_columns(int rows, const typename T::Query* weight, const typename T::Page* const* v, int64_t ldv,
-                              const typename T::Page* const* next, int tokens, const float* shrink,
-                              const float* unit, float* sum, int64_t lds) {
+                              const typename T::Page* const* next, int tokens, const float* shrink, const float* unit,
+                              float* sum, int64_t lds) {
   constexpr int LDW = BLOCK / T::PAIR * T::STRIDE;
-  for (int r = 0; r < rows;) {
-    const typename T::Query* a = weight + r * LDW;
-    const bool ahead = AHEAD && r == 0;
-#define CASE(R)                                                                              \
-  case R:                                                                                    \
-    if (ahead)                                                                               \
-      values<T, R, N, true>(a, v, ldv, next, tokens, shrink + r, unit + r, sum + r * lds, lds);  \
-    else                                                                                     \
-      values<T, R, N, false>(a, v, ldv, next, tokens, shrink + r, unit + r, sum + r * lds, lds); \
-    break;
+  for (int r = 0; r < rows; next = nullptr) {
     const int take = rows - r < ROWS ? rows - r : ROWS;
     switch (take) {
+#define CASE(R)                                                                                                \
+  case R:                                                                                                      \
+    values<T, R, N>(weight + r * LDW, v, ldv, next, tokens, shrink + r, unit + r, sum + r * lds, lds); \
+    break;
       CASE(1) CASE(2) CASE(3) CASE(4)
 #if ROWS > 4
       CASE(5) CASE(6)
 #endif
-    }
 #undef CASE
+    }
     r += take;
   }
 }
 
-template <class T, bool AHEAD>
+template <class T>
 AT static void all_values(int rows, const typename T::Query* weight, const typename T::Page* const* v, int hv,
                           const typename T::Page* const* next, int tokens, const float* shrink, const float* unit,
                           float* sum) {
   constexpr int PANELS = BLOCK / PANEL;
   for (int column = 0; column < hv;) {
-    const typename T::Page *p[PANELS], *ahead[PANELS];
-    for (int i = 0; i < PANELS; ++i) p[i] = v[i] + column, ahead[i] = next[i] + column;
-    int vectors = (hv - column) / W;
-    if (vectors >= COLS) {
-      vectors = COLS;
-      values_columns<T, COLS, AHEAD>(rows, weight, p, hv, ahead, tokens, shrink, unit, sum + column, hv);
-    } else if (vectors >= 2) {
-      vectors = 2;
-      values_columns<T, 2, AHEAD>(rows, weight, p, hv, ahead, tokens, shrink, unit, sum + column, hv);
-    } else {
-      values_columns<T, 1, AHEAD>(rows, weight, p, hv, ahead, tokens, shrink, unit, sum + column, hv);
+    const typename T::Page *p[PANELS], *later[PANELS];
+    for (int i = 0; i < PANELS; ++i) {
+      p[i] = v[i] + column;
+      later[i] = next == nullptr ? nullptr : next[i] + column;
     }
-    column += vectors * W;
+    const typename T::Page* const* fetch = next == nullptr ? nullptr : later;
+    if (hv - column >= COLS * W) {
+      values_columns<T, COLS>(rows, weight, p, hv, fetch, tokens, shrink, unit, sum + column, hv);
+      column += COLS * W;
+    } else {  // hv is a multiple of PANEL
+      values_columns<T, PANEL / W < COLS ? PANEL / W : COLS>(rows, weight, p, hv, fetch, tokens, shrink, unit,
+                                                            sum + column, hv);
+      column += PANEL / W < COLS ? PANEL : COLS * W;
+    }
   }
 }
 
@@ -407,10 +398,10 @@ INLINE float keep_query_int16(const float* from, int h, float scale, uint32_t* t
   return largest / limit * scale;
 }
 
-// Folds a piece's keys into the online softmax of `tile.rows` queries. With AHEAD, each block's successor is fetched
+// Folds a piece's keys into the online softmax of `tile.rows` queries. With `fetch`, each block's successor is fetched
 // while it is computed; the last one's is the first of `next`, where there is one.
-template <class T, bool AHEAD>
-AT static void attend(const Tile& tile, const Pool& pool, const Piece& piece, const Piece* next) {
+template <class T>
+AT static void attend(const Tile& tile, const Pool& pool, const Piece& piece, const Piece* next, bool fetch) {
   constexpr int PANELS = BLOCK / PANEL;
   typedef typename T::Page Page;
   typedef typename T::Query Query;
@@ -443,21 +434,17 @@ AT static void attend(const Tile& tile, const Pool& pool, const Piece& piece, co
   if (begin < end) locate(piece, begin, 0);
   for (int base = begin, now = 0; base < end; base += BLOCK, now ^= 1) {
     const int tokens = end - base < BLOCK ? end - base : BLOCK;
-    bool ahead = true;
+    const int following = now ^ 1;
+    bool ahead = fetch;
     if (base + BLOCK < end)
-      locate(piece, base + BLOCK, now ^ 1);
-    else if (AHEAD && next != nullptr)
-      locate(*next, next->begin / PANEL * PANEL, now ^ 1);
+      locate(piece, base + BLOCK, following);
+    else if (fetch && next != nullptr)
+      locate(*next, next->begin / PANEL * PANEL, following);
     else
       ahead = false;
-    const int following = now ^ 1;
-    if (AHEAD && ahead) {
-      if (SCALED)
-        for (int i = 0; i < PANELS; ++i) PREFETCH(k_scales[following][i]), PREFETCH(v_scales[following][i]);
-      all_scores<T, true>(tile.rows, q, ldq, k[now], size, k[following], h / T::PAIR, tile.score);
-    } else {
-      all_scores<T, false>(tile.rows, q, ldq, k[now], size, k[now], h / T::PAIR, tile.score);
-    }
+    if (SCALED && ahead)
+      for (int i = 0; i < PANELS; ++i) PREFETCH(k_scales[following][i]), PREFETCH(v_scales[following][i]);
+    all_scores<T>(tile.rows, q, ldq, k[now], size, ahead ? k[following] : nullptr, h / T::PAIR, tile.score);
     const float *const *k_scale = k_scales[now], *const *v_scale = v_scales[now];
     for (int r = 0; r < tile.rows; ++r) {
       float* score = tile.score + r * BLOCK;
@@ -494,29 +481,19 @@ AT static void attend(const Tile& tile, const Pool& pool, const Piece& piece, co
       tile.shrink[r] = shrink;
       tile.unit[r] = keep_weights(T(), score, weight + r * (BLOCK / T::PAIR * T::STRIDE));
     }
-    if (AHEAD && ahead)
-      all_values<T, true>(tile.rows, weight, v[now], hv, v[following], tokens, tile.shrink, tile.unit, tile.sum);
-    else
-      all_values<T, false>(tile.rows, weight, v[now], hv, v[now], tokens, tile.shrink, tile.unit, tile.sum);
+    all_values<T>(tile.rows, weight, v[now], hv, ahead ? v[following] : nullptr, tokens, tile.shrink, tile.unit,
+                  tile.sum);
   }
 }
 
-template <class T>
-AT static void run_tile(const Tile& tile, const Pool& pool, const Piece& piece, const Piece* next, bool ahead) {
-  if (ahead)
-    attend<T, true>(tile, pool, piece, next);
-  else
-    attend<T, false>(tile, pool, piece, next);
-}
-
-AT static void run(const Tile& tile, const Pool& pool, const Piece& piece, const Piece* next, bool ahead) {
+AT static void run(const Tile& tile, const Pool& pool, const Piece& piece, const Piece* next, bool fetch) {
   switch (pool.kind) {
     case Kind::kFloat32:
-      return run_tile<Float32>(tile, pool, piece, next, ahead);
+      return attend<Float32>(tile, pool, piece, next, fetch);
     case Kind::kBfloat16:
-      return run_tile<Bfloat16>(tile, pool, piece, next, ahead);
+      return attend<Bfloat16>(tile, pool, piece, next, fetch);
     case Kind::kInt8:
-      return run_tile<Int8>(tile, pool, piece, next, ahead);
+      return attend<Int8>(tile, pool, piece, next, fetch);
   }
 }
 
