@@ -26,8 +26,8 @@ TARGET_AVX2 void tile(const Block& b, int64_t row, int panel, float* result) {
     for (int i = 0; i < MR; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
     const int64_t end = (group + 1) * kQuads < b.quads ? (group + 1) * kQuads : b.quads;
     for (int64_t quad = group * kQuads; quad < end; ++quad, w += 64) {
-      const __m256i low = _mm256_load_si256(reinterpret_cast<const __m256i*>(w));
-      const __m256i high = _mm256_load_si256(reinterpret_cast<const __m256i*>(w + 32));
+      const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+      const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32));
       UNROLL
       for (int i = 0; i < MR; ++i) {
         const __m256i x = _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(a + i * b.a.stride + quad * 4));

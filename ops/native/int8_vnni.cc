@@ -73,7 +73,7 @@ TARGET_VNNI void tile(const Block& b, int64_t row, Chosen<NP> chosen) {
     for (int64_t quad = group * kQuads; quad < end; ++quad) {
       __m512i weight[NP];
       UNROLL
-      for (int j = 0; j < NP; ++j) weight[j] = _mm512_load_si512(w[j] + quad * 64);
+      for (int j = 0; j < NP; ++j) weight[j] = _mm512_loadu_si512(w[j] + quad * 64);
       UNROLL
       for (int i = 0; i < MR; ++i) {
         const __m512i activation = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(a + i * b.a.stride + quad * 4));
