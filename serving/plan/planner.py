@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from typing import Any
 
+from models.loading.load import parameters_of
 from serving.engine.buckets import Bucket
 from serving.engine.sizing import ACCELERATOR_FRACTION, Sizes
 from serving.plan.chips import Target, devices
@@ -180,9 +182,7 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     ttft = _ttft(request, whole, by_name)
     return Plan(
         request=request,
-        num_parameters=sum(
-            _count(leaf) for path, _, leaf in weight_leaves(whole.model) if not path.endswith("scale_O")
-        ),
+        num_parameters=sum(math.prod(parameter.stored_shape) for _, parameter in parameters_of(whole.model)),
         num_layers=config.num_layers,
         weights=weights,
         kv_page=whole.kv_bytes_a_page,
@@ -198,13 +198,6 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
         compile_seconds=seconds,
         extrapolated_from=depths,
     )
-
-
-def _count(leaf: Any) -> int:
-    count = 1
-    for extent in leaf.shape:
-        count *= extent
-    return count
 
 
 def _prompt_bucket(runner: AbstractRunner, request: Request) -> Bucket:
@@ -288,18 +281,17 @@ def _step(name: str, measured: Measured, runner: AbstractRunner, request: Reques
 def _weights_read(runner: AbstractRunner, tokens: int, head: bool) -> float:
     """Bytes of weights that one device reads for a step of `tokens` tokens: of experts, those that are expected to be met."""
     config = runner.model.config
-    experts = float(config.get("num_experts") or 0)
-    chosen = float(config.get("num_experts_per_tok") or config.get("experts_per_token") or 0)
-    met = 1.0 - (1.0 - chosen / experts) ** tokens if experts and chosen else 1.0
+    moe = config.moe
+    met = 1.0 if moe is None else 1.0 - (1.0 - moe.experts_per_token / moe.num_experts) ** tokens
     total = 0.0
     tied = runner.model.head is None
-    for path, axes, leaf in weight_leaves(runner.model):
+    for path, _, leaf in weight_leaves(runner.model):
         is_embedding, is_head = path.startswith("embed."), path.startswith("head.")
         if head != (is_head or (tied and is_embedding)):
             continue
         if is_embedding and not head:
             continue  # a few rows
-        total += bytes_on_device(leaf) * (met if "experts" in axes else 1.0)
+        total += bytes_on_device(leaf) * (met if ".experts." in path else 1.0)
     return total
 
 

@@ -37,26 +37,33 @@ def config_of(hf: dict[str, Any]) -> ModelConfig:
 
 
 def layer_periods(config: ModelConfig) -> tuple[int, int]:
-    """(layers of the irregular beginning, layers of the pattern that repeats after it)."""
+    """(layers of an irregular beginning, layers of the pattern that repeats after it), as few as describe the model."""
     L = config.num_layers
-    per_layer = [value for value in vars(config).values() if isinstance(value, tuple) and len(value) == L]
-    kinds = [tuple(column[i] for column in per_layer) for i in range(L)]
-    start = int(config.get("first_k_dense_replace") or config.get("dense_layers") or 0)
-    for period in range(1, L - start + 1):
-        if all(kinds[i] == kinds[start + (i - start) % period] for i in range(start, L)):
-            return start, period
-    return start, max(1, L - start)
+    columns = [value for value in vars(config).values() if isinstance(value, tuple) and len(value) == L]
+    if config.moe is not None:
+        columns.append(config.moe.layers)
+    kinds = [tuple(column[i] for column in columns) for i in range(L)]
+    splits = sorted(
+        ((start, period) for start in range(L) for period in range(1, L - start + 1)), key=lambda s: s[0] + 2 * s[1]
+    )
+    return next(
+        (start, period)
+        for start, period in splits
+        if all(kinds[i] == kinds[start + (i - start) % period] for i in range(start, L))
+    )
 
 
 def with_layers(config: ModelConfig, num_layers: int) -> ModelConfig:
     """The same model with its first `num_layers` layers only."""
-    changes = {
+    changes: dict[str, Any] = {
         field.name: getattr(config, field.name)[:num_layers]
         for field in dataclasses.fields(config)
         if isinstance(getattr(config, field.name), tuple)
         and field.name != "extra"
         and len(getattr(config, field.name)) == config.num_layers
     }
+    if config.moe is not None:
+        changes["moe"] = dataclasses.replace(config.moe, layers=config.moe.layers[:num_layers])
     return dataclasses.replace(config, num_layers=num_layers, **changes)
 
 

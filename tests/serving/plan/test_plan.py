@@ -1,5 +1,6 @@
 """serving.plan: its arithmetic against arithmetic done by hand, and extrapolation against compiling every layer."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -115,7 +116,16 @@ def test_mixtures_are_known_to_the_registry(model):
     config = config_of(facts.read_config(model))
     start, period = layer_periods(config)
     assert period == 1 and start == (3 if model == "DeepSeek-V3" else 0)
-    assert with_layers(config, 5).num_layers == 5 and len(with_layers(config, 5).windows) == 5
+    few = with_layers(config, 5)
+    assert few.num_layers == len(few.windows) == len(few.moe.layers) == 5
+
+
+def test_patterns_of_layers_are_found():
+    config = config_of(facts.read_config("Llama-3.1-8B"))
+    assert layer_periods(config) == (0, 1)
+    alternating = dataclasses.replace(config, windows=(None, 64) * 16)
+    assert layer_periods(alternating) == (0, 2)
+    assert layer_periods(dataclasses.replace(config, windows=(None,) * 2 + (64, 64, None) * 10)) == (1, 3)
 
 
 def test_targets_are_read_or_explained():
