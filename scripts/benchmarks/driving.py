@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from serving.errors import RequestError
 from serving.simulator.simulate import Outcome
 from serving.simulator.trace import TraceRequest, prompt_token_ids
 
@@ -23,10 +25,11 @@ async def drive(
         prompts: token ids in place of those that the trace stands for.
     Returns:
         An outcome a request, in trace order; `arrival` is when it was really sent. A request that failed has the error's
-        name as its reason.
+        name and status as its reason; the first one's message goes to stderr.
     """
     prompts = prompts or [prompt_token_ids(r, i) for i, r in enumerate(trace)]
     zero = time.perf_counter()
+    failures: list[int] = []
 
     async def one(index: int) -> Outcome:
         request = trace[index]
@@ -42,10 +45,21 @@ async def drive(
                 tokens += new
                 cached = max(cached, found)
         except Exception as error:  # whatever it was, the others go on
-            reason = f"{type(error).__name__}: {error}"[:200]
+            reason = f"{type(error).__name__} {_status(error)}".strip()
+            if not failures:
+                print(f"request {index} failed: {str(error)[:500]}", file=sys.stderr)
+            failures.append(index)
         return _outcome(request, sent - zero, times, tokens, cached, time.perf_counter() - sent, reason, sent)
 
     return list(await asyncio.gather(*(one(i) for i in range(len(trace)))))
+
+
+def _status(error: Exception) -> str:
+    """What kind of failure it was, so that equal ones are counted together."""
+    if isinstance(error, RequestError):
+        return error.kind.name
+    code = getattr(error, "code", None)  # gRPC's
+    return code().name if callable(code) else str(getattr(error, "status", ""))
 
 
 def _outcome(

@@ -14,7 +14,16 @@ import grpc
 from benchmarks.driving import Send, drive
 from benchmarks.report import latencies, show
 from proto.jaxserve.v1 import inference_pb2, inference_pb2_grpc
-from serving.simulator.trace import GENERATORS, Lengths, TraceRequest, poisson, read_trace, write_trace
+from serving.simulator.simulate import Outcome
+from serving.simulator.trace import (
+    GENERATORS,
+    Lengths,
+    TraceRequest,
+    poisson,
+    prompt_token_ids,
+    read_trace,
+    write_trace,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vocab-size", type=int, default=40_000, help="of the model, where it is smaller than this")
     parser.add_argument("--write-trace", metavar="FILE", help="write what was sent, for scripts/simulate.py")
 
 
@@ -38,7 +48,9 @@ def run(args: argparse.Namespace) -> None:
         trace = make_trace(args, rate)
         if args.write_trace:
             write_trace(args.write_trace, trace)
-        outcomes = asyncio.run(over_http(args.target, trace) if args.http else over_grpc(args.target, trace))
+        prompts = [[t % args.vocab_size for t in prompt_token_ids(r, i)] for i, r in enumerate(trace)]
+        over = over_http if args.http else over_grpc
+        outcomes = asyncio.run(over(args.target, trace, prompts))
         show({"protocol": "http" if args.http else "grpc", "rate": rate} | latencies(outcomes), args.json)
 
 
@@ -54,7 +66,7 @@ def make_trace(args: argparse.Namespace, rate: float) -> list[TraceRequest]:
     return list(itertools.islice(read_trace(args.trace), args.requests))
 
 
-async def over_grpc(target: str, trace: Sequence[TraceRequest]) -> list:
+async def over_grpc(target: str, trace: Sequence[TraceRequest], prompts: Sequence[Sequence[int]]) -> list[Outcome]:
     """Runs a trace against Inference.Generate."""
     async with grpc.aio.insecure_channel(target) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
@@ -73,13 +85,21 @@ async def over_grpc(target: str, trace: Sequence[TraceRequest]) -> list:
             async for reply in stub.Generate(message):
                 yield len(reply.token_ids), reply.usage.cached_tokens
 
-        return await drive(send, trace)
+        return await drive(send, trace, prompts)
 
 
-async def over_http(target: str, trace: Sequence[TraceRequest]) -> list:
+async def over_http(target: str, trace: Sequence[TraceRequest], prompts: Sequence[Sequence[int]]) -> list[Outcome]:
     """Runs a trace against POST /v1/completions with stream=true, a connection a request."""
     host, port = target.rsplit(":", 1)
-    return await drive(http_sender(host, int(port)), trace)
+    return await drive(http_sender(host, int(port)), trace, prompts)
+
+
+class HttpError(Exception):
+    """An answer other than 200."""
+
+    def __init__(self, status: str, body: str) -> None:
+        super().__init__(f"HTTP {status}: {body}")
+        self.status = status
 
 
 def http_sender(host: str, port: int) -> Send:
@@ -104,7 +124,7 @@ def http_sender(host: str, port: int) -> Send:
             writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
             status = (await reader.readline()).split()
             if len(status) < 2 or status[1] != b"200":
-                raise RuntimeError(f"HTTP {b' '.join(status[1:]).decode()}: {(await reader.read())[-300:].decode()}")
+                raise HttpError(b" ".join(status[1:2]).decode(), (await reader.read())[-400:].decode())
             counted = 0
             async for line in reader:  # chunk sizes and headers are lines too: only events are looked at
                 if not line.startswith(b"data: {"):

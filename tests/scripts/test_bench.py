@@ -11,15 +11,18 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from benchmarks import host, peers, predict, scenarios
+from benchmarks import host, peers, predict, scenarios, serve
 from benchmarks.driving import span, throughput
 from benchmarks.local import Local, StepRecorder
 from benchmarks.report import latencies, standard_row
 from benchmarks.work import mixed, standard_prompts, uniform
 
 from serving.engine.config import EngineConfig
+from serving.frontends.grpc.server import GrpcServer
+from serving.frontends.openai.server import serve_http
 from serving.simulator.simulate import Outcome
 from serving.simulator.trace import TraceRequest
+from tests.mock_engine import mock_service
 from tests.tiny import tiny_engine
 
 
@@ -152,3 +155,27 @@ def test_a_peer_is_a_command_that_prints_rows(tmp_path: pathlib.Path) -> None:
     script.write_text("raise RuntimeError('no weights')")
     with pytest.raises(SystemExit, match="no weights"):
         list(peers.standard_rows("other", [sys.executable, str(script)]))
+
+
+async def test_a_served_trace_over_grpc_and_http() -> None:
+    """The real front ends around a mock engine."""
+    service = mock_service()
+    grpc_server = GrpcServer("127.0.0.1", 0)
+    await grpc_server.start()
+    await grpc_server.serve(service)
+    http_server = await serve_http(service, host="127.0.0.1", port=0)
+    try:
+        trace = [TraceRequest(0.01 * i, 12, 3 + i) for i in range(5)]
+        prompts = [[1 + i] * 12 for i in range(5)]
+        for target, over in (
+            (f"127.0.0.1:{grpc_server.port}", serve.over_grpc),
+            (http_server.url.removeprefix("http://"), serve.over_http),
+        ):
+            outcomes = await over(target, trace, prompts)
+            assert [o.reason for o in outcomes] == ["length"] * 5
+            assert [o.output_tokens for o in outcomes] == [3, 4, 5, 6, 7]
+            wrong = await over(target, trace[:2], [[10**6] * 12] * 2)
+            assert len({o.reason for o in wrong}) == 1 and "length" not in {o.reason for o in wrong}
+    finally:
+        await http_server.stop(0.0)
+        await grpc_server.stop(0.0)
