@@ -128,7 +128,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     model.add_argument(
         "--quantization", choices=QUANTIZATIONS, default="auto",
-        help="of the weights; auto is int8 on a CPU with native kernels and none elsewhere",
+        help="of the weights; auto is int8 on a CPU with native kernels (when --dtype is auto too) and none elsewhere",
     )  # fmt: skip
     model.add_argument(
         "--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of the KV cache; auto follows the others"

@@ -53,6 +53,7 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
     import jax
 
     from models.loading.load import load_model, resolve
+    from ops import native
     from serving.engine.compiling import ProgramCache
     from serving.engine.engine import version
     from serving.engine.runner import ModelRunner
@@ -63,7 +64,9 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
     platform = jax.default_backend()
     mesh = make_mesh(config.mesh)
     dtype = resolve_dtype(config, platform)
-    quantization = resolve_quantization(config, platform, dtype)
+    quantization = resolve_quantization(config, platform, mesh.size)
+    if platform == "cpu":
+        say(native.status())
     began = time.monotonic()
     source = resolve(config.model)
     loaded = load_model(

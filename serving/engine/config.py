@@ -17,7 +17,8 @@ class EngineConfig:
     Attributes:
         model: GGUF file, Hugging Face or Orbax directory, hub id, or None for the default model.
         dtype: compute dtype; `auto` is float32 on CPU and bfloat16 elsewhere.
-        quantization: weight quantization; `auto` is int8 on a CPU with native kernels and none elsewhere.
+        quantization: weight quantization; `auto` is int8 on a CPU with native kernels (when `dtype` is auto too) and none
+            elsewhere.
         kv_cache_dtype: what pages hold; `auto` follows dtype and quantization.
         max_model_len: longest prompt plus completion, in tokens; None is the model's own, cut to what the pool holds.
         max_num_seqs: requests running at once (slots). None: 64 on CPU, 256 elsewhere.

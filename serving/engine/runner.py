@@ -98,9 +98,7 @@ class ModelRunner:
             )
         self._state = place(mesh, DeviceState.zeros(sizes.max_num_seqs, self.vocab_size))
         self._mask_width = -(-self.vocab_size // 32)
-        self._no_mask = {
-            s: place(mesh, jnp.zeros((s, self._mask_width), jnp.int32)) for s in self.buckets.sample_sizes
-        }
+        self._no_mask = {s: place(mesh, jnp.zeros((s, self._mask_width), jnp.int32)) for s in self.buckets.sample_sizes}
         self._forward_layouts = {b: forward_layout(b, self.pages_per_slot) for b in self.buckets.buckets}
         self._sample_layouts = {s: sample_layout(s) for s in self.buckets.sample_sizes}
         self._programs: dict[str, Any] = {}

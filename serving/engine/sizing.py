@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from models.api import CausalLM
+from ops import native
 from ops.paged_attention import bytes_per_page
 from serving.engine.config import EngineConfig
 from serving.engine.scheduler import CHUNK_ALIGN
@@ -38,9 +39,13 @@ def resolve_dtype(config: EngineConfig, platform: str) -> str:
     return "float32" if platform == "cpu" else "bfloat16"
 
 
-def resolve_quantization(config: EngineConfig, platform: str, dtype: str) -> str | None:
-    """`auto` is no quantization: int8 is chosen by the operator until its quality gates make it the default."""
-    return config.quantization if config.quantization in ("int8",) else None
+def resolve_quantization(config: EngineConfig, platform: str, devices: int) -> str | None:
+    """The weights' scheme. `auto` is int8 where that is both fastest and within 1 % of float32's perplexity: on one CPU
+    device with vectorized native kernels (docs/benchmarks/notes_matmul.md), when the dtype is left open too."""
+    if config.quantization != "auto":
+        return None if config.quantization in (None, "none") else config.quantization
+    wanted = platform == "cpu" and devices == 1 and config.dtype == "auto"
+    return "int8" if wanted and native.available() and native.isa() != "generic" else None
 
 
 def resolve_kv_dtype(config: EngineConfig, dtype: str) -> str:
