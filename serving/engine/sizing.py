@@ -94,10 +94,16 @@ def resolve_sizes(config: EngineConfig, model: CausalLM, max_positions: int, dty
 
 
 def default_kv_memory(devices: int) -> int:
-    """Bytes for the page pool: on CPU a quarter of the free memory, at most 2 GiB; on accelerators what is left."""
+    """Bytes for the page pool: on CPU a quarter of the free memory, at most 2 GiB; on accelerators what is left.
+
+    A power of two on CPU and whole 256 MiB elsewhere, because the pool's size is in every compiled program: were it to
+    follow the free memory of the moment, no start would find the programs of the one before.
+    """
     if jax.default_backend() == "cpu":
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return max(min(available // 4, 2 * GIB), GIB // 4)
+        quarter = max(min(available // 4, 2 * GIB), GIB // 4)
+        return 1 << (quarter.bit_length() - 1)
     stats = [d.memory_stats() or {} for d in jax.local_devices()[:devices]]
     free = min(s.get("bytes_limit", 8 * GIB) * ACCELERATOR_FRACTION - s.get("bytes_in_use", 0) for s in stats)
-    return max(int((free - GIB) * devices), GIB // 4)
+    step = GIB // 4
+    return max(int((free - GIB) * devices) // step * step, step)
