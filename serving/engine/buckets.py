@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from serving.engine.scheduler import CHUNK_ALIGN
+from serving.engine.chunks import CHUNK_ALIGN
 
 MAX_CHUNK_ROWS = 16
 """Prompts that may have a piece in one step."""

@@ -15,8 +15,8 @@ import numpy as np
 
 from ops.paged_attention.batch import Q_BLOCK, AttentionBatch
 from serving.engine.buckets import Bucket
+from serving.engine.chunks import CHUNK_ALIGN, align
 from serving.engine.plan import StepPlan
-from serving.engine.scheduler import CHUNK_ALIGN, align
 from serving.engine.slots import SlotTable
 
 assert CHUNK_ALIGN == Q_BLOCK, "the scheduler and the kernels must agree on where pieces start"

@@ -17,6 +17,7 @@ import numpy as np
 
 from ops import paged_attention
 from serving.engine.buckets import Bucket, BucketTable
+from serving.engine.chunks import align
 from serving.engine.compiling import CompileGuard, Program, ProgramCache, compile_all
 from serving.engine.masks import is_constrained
 from serving.engine.packing import forward_layout, pack_forward, pack_sample, sample_layout
@@ -36,7 +37,6 @@ from serving.engine.programs import (
     used_leaves,
 )
 from serving.engine.request import Request
-from serving.engine.scheduler import align
 from serving.engine.sizing import Sizes
 from serving.engine.slots import SlotTable
 from serving.engine.state import DeviceState, needs_loading, slot_rows

@@ -7,11 +7,14 @@ go first (decode rows, then unfinished prompts), then waiting ones. See request.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
+from serving.engine.chunks import ChunkBuilder
 from serving.engine.deadlines import Deadlines
 from serving.engine.kv_manager import KVManager
 from serving.engine.masks import needs_host
@@ -22,14 +25,6 @@ from serving.engine.request import Request, RequestState
 from serving.engine.slots import SlotTable
 from serving.engine.types import EngineOutput, EngineRequest, FinishReason, RequestTimes, TokenLogprobs
 from serving.errors import invalid
-
-CHUNK_ALIGN = 16
-"""Pieces of prompts start at multiples of this in the chunk part of a step (ops' Q_BLOCK)."""
-
-
-def align(tokens: int) -> int:
-    """Chunk positions that a piece of `tokens` takes up."""
-    return -(-tokens // CHUNK_ALIGN) * CHUNK_ALIGN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +99,7 @@ class Scheduler:
         self._retired_step = 0
         self._leaving: deque[tuple[int, list[int], int]] = deque()  # (last step that writes, pages, slot)
         self._leaving_pages = 0
+        self._short_of_pages: Request | None = None
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
 
     # ---- what comes in ----
@@ -152,12 +148,15 @@ class Scheduler:
         """The next step, or None when nothing can run before a dispatched step retires."""
         now = time.monotonic() if now is None else now
         budget = self.config.max_num_batched_tokens
+        self._make_way()
         preemptions = self.counters.preemptions
         decode, positions = self._schedule_decode(budget)
-        builder = _ChunkBuilder(self.config, budget - len(decode))
-        self._schedule_unfinished_prompts(builder)
+        builder = ChunkBuilder(budget - len(decode), self.config.max_chunk_tokens, self.config.max_chunk_rows)
+        urgent = self._first_waiting_priority()
+        self._schedule_unfinished_prompts(builder, lambda r: r.spec.priority <= urgent)
         # A step that took pages from somebody gives none to newcomers: they would be preempted in turn.
         admitted = self._admit(builder, now) if preemptions == self.counters.preemptions else []
+        self._schedule_unfinished_prompts(builder, lambda r: r.spec.priority > urgent and r not in admitted)
         if not decode and not builder.chunks:
             return None
         num_steps = 1 if builder.chunks else self._lengthen(decode)
@@ -245,13 +244,38 @@ class Scheduler:
         self.slots.append_page(request, pages[0])
         return True
 
-    def _schedule_unfinished_prompts(self, builder: _ChunkBuilder) -> None:
+    def _make_way(self) -> None:
+        """Under the priority policy, takes slots (and pages, when the first in line lacked them) from running requests that are
+        strictly less important than waiting ones. They keep their indexed pages for as long as nobody needs those."""
+        if self.config.policy != "priority":
+            return
+        free = self.slots.num_free + len(self._leaving)
+        for request in self.waiting.head(min(LOOKAHEAD, self.config.max_num_seqs)):
+            lacks_pages = request is self._short_of_pages and self._leaving_pages == 0
+            if free > 0 and not lacks_pages:
+                free -= 1
+                continue
+            victim = max(self.running, key=self.waiting.key, default=None)
+            if victim is None or victim.spec.priority <= request.spec.priority:
+                break
+            self._preempt(victim)
+        self._short_of_pages = None
+
+    def _first_waiting_priority(self) -> float:
+        """Unfinished prompts less important than this let newcomers go first. Arrival alone never lets one overtake."""
+        head = self.waiting.head(1) if self.config.policy == "priority" else []
+        return head[0].spec.priority if head else math.inf
+
+    def _schedule_unfinished_prompts(self, builder: ChunkBuilder, which: Callable[[Request], bool]) -> None:
+        """Continues prompts that were begun, those of `which`."""
         for request in self.running:
+            if not which(request):
+                continue
             least = 1 if request.spec.pooling else 2  # a single position is a decode row, where a token is wanted
             if request.state is RequestState.RUNNING and request.num_uncomputed >= least and not request.num_pending:
                 builder.add(request)
 
-    def _admit(self, builder: _ChunkBuilder, now: float) -> list[Request]:
+    def _admit(self, builder: ChunkBuilder, now: float) -> list[Request]:
         """Moves waiting requests into the batch: in policy order, passing over those that do not fit, within the ageing bound."""
         admitted: list[Request] = []
         passed: list[Request] = []
@@ -261,6 +285,7 @@ class Scheduler:
             if request.num_pending:
                 continue  # preempted with a token in flight: its sequence is not complete yet
             if not self._take_pages(request):
+                self._short_of_pages = self._short_of_pages or request
                 passed.append(request)
                 if request.passed_over >= MAX_PASSED_OVER:
                     break
@@ -473,28 +498,3 @@ class Scheduler:
 
 
 _NO_TIMES = RequestTimes()
-
-
-class _ChunkBuilder:
-    """Fills the chunk part of a step: token budget, aligned capacity, rows."""
-
-    def __init__(self, config: SchedulerConfig, budget: int) -> None:
-        self.budget = budget
-        self.room = config.max_chunk_tokens
-        self.rows = config.max_chunk_rows
-        self.chunks: list[Chunk] = []
-
-    @property
-    def has_room(self) -> bool:
-        return self.budget > 0 and self.room >= CHUNK_ALIGN and self.rows > 0
-
-    def add(self, request: Request) -> None:
-        """Gives the request as long a piece as fits."""
-        if not self.has_room:
-            return
-        length = min(request.num_uncomputed, self.budget, self.room)
-        samples = length == request.num_uncomputed and not request.spec.pooling
-        self.chunks.append(Chunk(request, request.num_computed, length, samples))
-        self.budget -= length
-        self.room -= align(length)
-        self.rows -= 1

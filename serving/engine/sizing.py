@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from models.api import CausalLM
 from ops import native
 from ops.paged_attention import bytes_per_page
+from serving.engine.chunks import CHUNK_ALIGN
 from serving.engine.config import EngineConfig
-from serving.engine.scheduler import CHUNK_ALIGN
 
 GIB = 1 << 30
 ACCELERATOR_FRACTION = 0.9

@@ -7,9 +7,10 @@ import random
 
 import pytest
 
+from serving.engine.chunks import align
 from serving.engine.request import RequestState
 from serving.engine.sampling_params import SamplingParams
-from serving.engine.scheduler import Scheduler, SchedulerConfig, align
+from serving.engine.scheduler import Scheduler, SchedulerConfig
 from serving.engine.types import EngineRequest, FinishReason
 from serving.errors import RequestError
 from tests.serving.engine import fake_runner as fake
@@ -251,6 +252,48 @@ def test_priority_policy_admits_and_preempts_by_priority():
         d.step()
         order += [r.request_id for r in d.plans[-1].admitted if r.request_id not in order]
     assert order == ["high", "middle", "low"]
+
+
+def test_an_urgent_request_takes_a_slot_and_goes_before_unfinished_prompts():
+    config = dataclasses.replace(CONFIG, policy="priority", max_num_seqs=2)
+    for asynchronous in (True, False):
+        d = Driver(config, asynchronous)
+        d.add(request("a", [1] * 20, 60, priority=3))
+        d.add(request("b", list(range(90)), 6, priority=5))
+        d.step()
+        d.add(request("urgent", [7] * 30, 3, priority=0))
+        steps = 0
+        while "urgent" not in [c.request.request_id for c in d.plans[-1].chunks]:
+            d.step()
+            steps += 1
+        assert steps <= 3, "one step to take the slot, one for it to come free"
+        assert d.scheduler.requests["b"].state is RequestState.PREEMPTED
+        assert d.scheduler.requests["a"].state is RequestState.RUNNING
+        d.drain()
+        d.verify()
+
+
+def test_an_urgent_request_takes_pages():
+    d = Driver(dataclasses.replace(CONFIG, policy="priority", num_pages=14))
+    d.add(request("a", [1] * 40, 40, priority=3))
+    d.add(request("b", [2] * 40, 40, priority=5))
+    for _ in range(3):
+        d.step()
+    d.add(request("urgent", [7] * 40, 3, priority=0))
+    for _ in range(6):
+        d.step()
+    assert d.tokens["urgent"] and not d.finished.get("a")
+    d.drain()
+    d.verify()
+
+
+def test_equal_priorities_do_not_preempt_each_other():
+    d = Driver(dataclasses.replace(CONFIG, policy="priority", max_num_seqs=1))
+    for i in range(4):
+        d.add(request(f"r{i}", [i, 2], 8, priority=1))
+    d.drain()
+    d.verify()
+    assert d.scheduler.counters.preemptions == 0
 
 
 def test_a_request_that_does_not_fit_lets_others_pass_but_not_for_ever():
