@@ -86,11 +86,11 @@ async def alone(engine, requests):
     }
 
 
-async def together(engine, requests, seed=0):
+async def together(engine, requests, seed=0, spread=0.3):
     rng = random.Random(seed)
 
     async def later(r):
-        await asyncio.sleep(rng.random() * 0.3)
+        await asyncio.sleep(rng.random() * spread)
         return r.request_id, await run(engine, r)
 
     return dict(await asyncio.gather(*(later(r) for r in requests)))
@@ -110,8 +110,8 @@ async def test_batching_changes_no_token(engine):
     [
         (EngineConfig(async_scheduling=False, progress=False), {}),
         (EngineConfig(enable_prefix_caching=False, progress=False), {}),
-        (EngineConfig(progress=False), {"num_pages": 20, "max_model_len": 128}),
-        (EngineConfig(progress=False), {"num_pages": 20, "max_model_len": 128, "host_pages": 60}),
+        (EngineConfig(progress=False), {"num_pages": 18, "max_num_seqs": 8}),
+        (EngineConfig(progress=False), {"num_pages": 18, "max_num_seqs": 8, "host_pages": 60}),
         (EngineConfig(policy="priority", progress=False), {"max_num_batched_tokens": 32}),
         (EngineConfig(progress=False), {"steps": 4}),
     ],
@@ -122,7 +122,7 @@ async def test_how_it_is_scheduled_changes_no_token(engine, config, sizes):
     expected = await alone(engine, requests)
     other = tiny_engine(config, **sizes)
     try:
-        got = await together(other, requests)
+        got = await together(other, requests, spread=0.0 if "num_pages" in sizes else 0.3)
         assert {k: v.token_ids for k, v in got.items()} == {k: v.token_ids for k, v in expected.items()}
         if "num_pages" in sizes:
             assert other.scheduler.counters.preemptions > 0
