@@ -19,7 +19,11 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def rope(
-    x: jax.Array, positions_T: jax.Array, inv_freq_h2: jax.typing.ArrayLike, scale: float = 1.0, interleaved: bool = False
+    x: jax.Array,
+    positions_T: jax.Array,
+    inv_freq_h2: jax.typing.ArrayLike,
+    scale: float = 1.0,
+    interleaved: bool = False,
 ) -> jax.Array:
     """Rotates pairs of each head's channels by `position * inv_freq`.
 
@@ -52,7 +56,9 @@ def rope(
     return jnp.concatenate([out, passed], axis=-1) if passed.shape[-1] else out
 
 
-def cos_sin(positions_T: jax.Array, inv_freq_h2: jax.typing.ArrayLike, scale: float = 1.0) -> tuple[jax.Array, jax.Array]:
+def cos_sin(
+    positions_T: jax.Array, inv_freq_h2: jax.typing.ArrayLike, scale: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
     """What `rope` multiplies by: float32 [T, r / 2] cosines and sines, times `scale`."""
     angle = positions_T.astype(jnp.float32)[:, None] * jnp.asarray(inv_freq_h2, jnp.float32)
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
