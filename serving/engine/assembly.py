@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from serving.engine.config import EngineConfig
@@ -151,25 +152,18 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
     return loaded, runner, scheduler, info
 
 
-class _progress_bar:  # noqa: N801 - used as a function
-    """A tqdm bar for compile k/n, or silence."""
+@contextlib.contextmanager
+def _progress_bar(shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """What compilation tells (done, total) to: a tqdm bar, or nothing."""
+    if not shown:
+        yield None
+        return
+    from tqdm.auto import tqdm
 
-    def __init__(self, shown: bool) -> None:
-        self._shown = shown
-        self._bar: Any = None
+    with tqdm(desc="compiling", unit="program", file=sys.stderr) as bar:
 
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self._on_done
+        def on_done(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-    def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def _on_done(self, done: int, total: int) -> None:
-        if not self._shown:
-            return
-        if self._bar is None:
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(total=total, desc="compiling", unit="program", file=sys.stderr)
-        self._bar.update(done - self._bar.n)
+        yield on_done

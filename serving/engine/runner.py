@@ -37,10 +37,11 @@ from serving.engine.programs import (
     used_leaves,
 )
 from serving.engine.request import Request
+from serving.engine.sampling_params import SamplingParams
 from serving.engine.sizing import Sizes
 from serving.engine.slots import SlotTable
 from serving.engine.state import DeviceState, needs_loading, slot_rows
-from serving.engine.types import TokenLogprobs
+from serving.engine.types import EngineRequest, TokenLogprobs
 
 
 @dataclasses.dataclass(slots=True)
@@ -381,9 +382,6 @@ class ModelRunner:
 
 def slot_rows_neutral(vocab_size: int) -> tuple[np.ndarray, ...]:
     """Rows of a request that asks for nothing."""
-    from serving.engine.sampling_params import SamplingParams
-    from serving.engine.types import EngineRequest
-
     return slot_rows(Request(EngineRequest("", (0,), SamplingParams()), 0), vocab_size)
 
 
