@@ -14,6 +14,7 @@ from serving.engine.config import EngineConfig
 from serving.engine.sampling_params import SamplingParams
 from serving.engine.types import EngineRequest, FinishReason
 from serving.errors import ErrorKind, RequestError
+from tests.mock_engine import until
 from tests.tiny import VOCAB, tiny_engine
 
 
@@ -40,17 +41,9 @@ def settled(engine) -> bool:
     return engine.call(lambda: (pool.num_free == pool.num_pages - 1) and not engine.scheduler.requests)
 
 
-async def until(condition):
-    for _ in range(3000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("it does not come true")
-
-
 async def settle(engine):
     """Waits until no request is left, and asserts that no page is either."""
-    for _ in range(200):
+    for _ in range(3000):
         if await asyncio.to_thread(settled, engine):
             return
         await asyncio.sleep(0.01)

@@ -8,7 +8,7 @@ import pytest
 from proto.jaxserve.v1 import control_pb2, sampling_pb2
 from proto.jaxserve.v1 import inference_pb2 as pb
 from serving.service import Limits
-from tests.mock_engine import VOCAB, MockEngine
+from tests.mock_engine import VOCAB, MockEngine, until
 
 INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 CONTEXT = 64
@@ -92,7 +92,7 @@ async def server(serve):
 async def still_serves(running):
     messages = [m async for m in running.inference.Generate(text())]
     assert "".join(m.text for m in messages) == "fine"
-    assert not running.engine.live and not running.service.num_live
+    await until(lambda: not running.engine.live and not running.service.num_live, "nothing is left behind")
 
 
 async def failure(call):

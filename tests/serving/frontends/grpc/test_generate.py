@@ -4,7 +4,7 @@ import pytest
 
 from proto.jaxserve.v1 import inference_pb2 as pb
 from proto.jaxserve.v1.sampling_pb2 import SamplingParams
-from tests.mock_engine import END, MockEngine
+from tests.mock_engine import END, MockEngine, until
 
 
 async def read(call):
@@ -94,7 +94,7 @@ async def test_stop_string_ends_the_text_before_it_and_the_engine_is_told(serve)
         messages = await read(s.inference.Generate(pb.GenerateRequest(text="x", sampling_params=wire)))
         assert text_of(messages) == "one two "
         assert messages[-1].finish_reason == pb.FINISH_REASON_STOP and messages[-1].stop_string == "three"
-        assert len(s.engine.aborted) == 1 and not s.engine.live
+        await until(lambda: len(s.engine.aborted) == 1 and not s.engine.live, "the engine was told")
 
 
 async def test_n_completions_with_their_own_seeds(serve):

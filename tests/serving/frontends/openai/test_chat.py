@@ -9,7 +9,7 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import TypeAdapter
 
-from tests.mock_engine import MockEngine
+from tests.mock_engine import MockEngine, until
 from tests.serving.frontends.openai.conftest import HI, Running, Start
 
 TEXT = "Hello wörld!"
@@ -146,28 +146,20 @@ async def test_a_client_that_goes_aborts_its_stream(start: Start):
         if seen == 3:
             break
     await stream.close()
-    await _until(lambda: running.engine.aborted)
-    assert not running.engine.live and running.service.num_live == 0
+    await until(lambda: running.engine.aborted and not running.engine.live and running.service.num_live == 0)
 
 
 async def test_a_client_that_goes_aborts_an_unstreamed_request(start: Start):
     running = await start(MockEngine(reply="x" * 400, step_s=0.005))
     with pytest.raises(openai.APITimeoutError):
         await running.client.with_options(timeout=0.1).chat.completions.create(model="default", messages=HI, n=3)
-    await _until(lambda: len(running.engine.aborted) == 3)
-    assert not running.engine.live
+    await until(lambda: len(running.engine.aborted) == 3 and not running.engine.live)
 
 
 async def test_a_client_that_goes_before_the_first_token_aborts(start: Start):
     running = await start(MockEngine(reply="x", step_s=30.0))
     task = asyncio.ensure_future(running.chat(stream=True))
-    await _until(lambda: running.engine.live)
+    await until(lambda: running.engine.live)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    await _until(lambda: not running.engine.live)
-
-
-async def _until(condition) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+    await until(lambda: not running.engine.live)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 
 import httpx
 import pytest
 
 from serving.frontends.openai.app import STATIC
-from tests.mock_engine import MockEngine
+from tests.mock_engine import MockEngine, until
 from tests.serving.frontends.openai import browser
 from tests.serving.frontends.openai.conftest import Running, Start
 
@@ -67,9 +66,8 @@ async def test_a_conversation_in_a_browser(start: Start, tmp_path):
         await page.press(ESCAPE)
         await page.wait("!document.querySelector('.busy')")
         # The page is done when it hangs up; the server learns of that a moment later.
-        async with asyncio.timeout(10):
-            while len(running.engine.aborted) < 2 or running.engine.live:
-                await asyncio.sleep(0.01)
+        engine = running.engine
+        await until(lambda: len(engine.aborted) == 2 and not engine.live, "both were aborted")
 
         running.engine.step_s = 0.001
         await page.click("#clear")
