@@ -59,6 +59,19 @@ class EngineRequest:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenPair:
+    """Two texts as one sequence, for a cross-encoder: [CLS] first [SEP] second [SEP], or what the model takes instead.
+
+    Attributes:
+        token_ids: both texts with the special tokens around them.
+        segment_ids: which text each token is of (Hugging Face's token_type_ids), as long as `token_ids`.
+    """
+
+    token_ids: tuple[int, ...]
+    segment_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
     """Log probabilities (natural log, of the distribution before temperature and filters) at one position.
 
@@ -113,7 +126,12 @@ class EngineOutput:
 
 @dataclasses.dataclass(frozen=True)
 class EngineInfo:
-    """Facts about a running engine that front ends and clients may show or check against."""
+    """Facts about a running engine that front ends and clients may show or check against.
+
+    Attributes:
+        tasks: what it can do: "generate", "embed" (see EmbeddingClient), "score" (see ScoringClient).
+        pooling: how its embeddings are made where a request does not say.
+    """
 
     model_id: str
     architecture: str
@@ -129,6 +147,8 @@ class EngineInfo:
     platform: str
     version: str
     num_parameters: int = 0
+    tasks: tuple[str, ...] = ("generate", "embed")
+    pooling: str = "last"
 
 
 @dataclasses.dataclass(frozen=True)

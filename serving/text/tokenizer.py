@@ -140,6 +140,33 @@ class Tokenizer:
         tokenizer = self._parsing if parse_special else self._plain
         return tokenizer.encode(clean_unicode(text), add_special_tokens=add_special_tokens).ids
 
+    def encode_pair(
+        self, first: str, second: str | None = None, max_tokens: int | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Token ids and segment ids of one text, or of two as one sequence, with the model's special tokens around them.
+
+        Control tokens written in the texts are text.
+
+        Args:
+            max_tokens: cut to this many, special tokens included: of two texts the longer one first, at its end.
+        Raises:
+            ValueError: `max_tokens` leaves no room for the special tokens and one token of each text.
+        """
+        tokenizer = self._plain
+        texts = [first] if second is None else [first, second]
+        parts = [tokenizer.encode(clean_unicode(text), add_special_tokens=False) for text in texts]
+        if max_tokens is not None:
+            room = max_tokens - tokenizer.num_special_tokens_to_add(second is not None)
+            if room < len(parts):
+                raise ValueError(
+                    f"At most {max_tokens} tokens were asked for; the special tokens around the text alone are "
+                    f"{max_tokens - room}."
+                )
+            for part, length in zip(parts, _longest_first([len(part.ids) for part in parts], room), strict=True):
+                part.truncate(length)
+        encoding = tokenizer.post_process(parts[0], parts[1] if second is not None else None)
+        return encoding.ids, encoding.type_ids
+
     def chat_guard(self, template_source: str = "") -> ControlTokenGuard:
         """What keeps users' text from becoming control tokens in chats rendered with this template."""
         return ControlTokenGuard(self._parsing, template_source)
@@ -201,6 +228,14 @@ class Tokenizer:
         if self._form == "wordpiece":
             return token[2:].encode() if token.startswith("##") else b" " + token.encode()
         return token.encode()
+
+
+def _longest_first(lengths: list[int], room: int) -> list[int]:
+    """Lengths of one or two texts that sum to at most `room`: the longer is cut, and once they are equal both."""
+    if len(lengths) == 1:
+        return [min(lengths[0], room)]
+    first = min(lengths[0], max(room - lengths[1], room - room // 2))
+    return [first, min(lengths[1], room - first)]
 
 
 def _decoder_json(tokenizer: tokenizers.Tokenizer) -> str:
