@@ -209,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
                 max_model_len=args.max_model_len,
                 page_size=args.page_size,
                 num_pages=args.num_pages,
+                buckets=table,
                 **policy_settings(policy),
                 enable_prefix_caching=not args.no_prefix_caching,
             ),

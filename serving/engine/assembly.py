@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -55,6 +56,7 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
 
     from models.loading.load import load_model, resolve
     from ops import native
+    from serving.engine.buckets import ACCELERATOR_RIDGE, CPU_RIDGE
     from serving.engine.compiling import ProgramCache
     from serving.engine.engine import version
     from serving.engine.runner import ModelRunner
@@ -131,6 +133,9 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
             host_pages=int(config.kv_offload_gb * GIB // sizes.page_bytes),
             max_waiting_time=config.max_waiting_time,
             max_running_time=config.max_running_time,
+            buckets=dataclasses.replace(
+                runner.buckets, ridge=CPU_RIDGE if platform == "cpu" else ACCELERATOR_RIDGE
+            ),
         )
     )
     info = EngineInfo(

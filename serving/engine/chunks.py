@@ -21,25 +21,43 @@ class ChunkBuilder:
         budget: tokens left of the step's budget.
         room: capacity in tokens, alignment included.
         rows: prompts that may have a piece.
+        background: to how many tokens, alignment included, pieces of background requests may lengthen the chunk part.
     """
 
-    def __init__(self, budget: int, room: int, rows: int) -> None:
+    def __init__(self, budget: int, room: int, rows: int, background: int) -> None:
         self.budget = budget
-        self.room = room
+        self.capacity = room
+        self.background = background
         self.rows = rows
+        self.tokens = 0  # taken so far, alignment included
         self.chunks: list[Chunk] = []
 
-    @property
-    def has_room(self) -> bool:
-        return self.budget > 0 and self.room >= CHUNK_ALIGN and self.rows > 0
+    def has_room(self, background: bool = False) -> bool:
+        """Whether a further prompt gets a piece."""
+        limit = min(self.capacity, self.background) if background else self.capacity
+        return self.budget > 0 and self.rows > 0 and limit - self.tokens >= CHUNK_ALIGN
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, background: bool = False) -> None:
         """Gives the request as long a piece as fits."""
-        if not self.has_room:
+        if not self.has_room(background):
             return
-        length = min(request.num_uncomputed, self.budget, self.room)
+        limit = min(self.capacity, self.background) if background else self.capacity
+        self._append(request, min(request.num_uncomputed, self.budget, limit - self.tokens))
+
+    def shorten(self, tokens: int) -> None:
+        """Takes pieces back, the last ones first, until the chunk part is no longer than `tokens` (a multiple of the
+        alignment)."""
+        while self.tokens > tokens:
+            last = self.chunks.pop()
+            self.tokens -= align(last.length)
+            self.budget += last.length
+            self.rows += 1
+            if self.tokens < tokens:
+                self._append(last.request, min(last.length, tokens - self.tokens))
+
+    def _append(self, request: Request, length: int) -> None:
         samples = length == request.num_uncomputed and not request.spec.pooling
         self.chunks.append(Chunk(request, request.num_computed, length, samples))
         self.budget -= length
-        self.room -= align(length)
+        self.tokens += align(length)
         self.rows -= 1

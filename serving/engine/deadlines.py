@@ -13,13 +13,16 @@ class Deadlines:
 
     Args:
         max_waiting_time, max_running_time: seconds, or None.
+
+    Attributes:
+        seconds_per_token: what a prompt token costs, learned; 0.0 until a step has told.
     """
 
     def __init__(self, max_waiting_time: float | None, max_running_time: float | None) -> None:
         self._max_waiting = max_waiting_time
         self._max_running = max_running_time
         self._heap: list[tuple[float, int, Request]] = []
-        self._seconds_per_token = 0.0
+        self.seconds_per_token = 0.0
 
     def add(self, request: Request) -> None:
         """Starts watching a request that has just arrived."""
@@ -46,14 +49,14 @@ class Deadlines:
         limit = request.spec.ttft_deadline
         if limit is None or request.num_output:
             return False
-        return now + (len(request.tokens) - request.num_computed) * self._seconds_per_token > limit
+        return now + (len(request.tokens) - request.num_computed) * self.seconds_per_token > limit
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """Learns what a prompt token costs, from steps that had little else in them."""
         tokens = sum(c.length for c in plan.chunks)
         if tokens >= 4 * max(1, len(plan.decode)) and tokens >= 16:
             rate = seconds / tokens
-            self._seconds_per_token += (rate - self._seconds_per_token) * (0.2 if self._seconds_per_token else 1.0)
+            self.seconds_per_token += (rate - self.seconds_per_token) * (0.2 if self.seconds_per_token else 1.0)
 
     def _watch(self, request: Request, deadline: float | None) -> None:
         if deadline is not None:

@@ -1,9 +1,12 @@
 """Which pages a request gets: the longest cached prefix by reference, the host tier's continuation of it, the rest fresh.
+And when they come free: once the last dispatched step that may write them has retired.
 
 Joins requests to the page pool and the host tier; owns the digests' rules, not the pages' accounting.
 """
 
 from __future__ import annotations
+
+from collections import deque
 
 import numpy as np
 
@@ -17,12 +20,21 @@ class KVManager:
 
     Args:
         host_pages: capacity of the host tier; 0 for none.
+        restore_page_s: seconds that copying a page back from the host tier takes; 0.0 where nobody has measured it.
+
+    Attributes:
+        num_leaving: pages of requests that are gone, but that a step in flight may still write.
+        compute_token_s: seconds that computing a prompt token takes, kept up by whoever learns it; 0.0 until then.
     """
 
-    def __init__(self, pool: PagePool, host_pages: int = 0) -> None:
+    def __init__(self, pool: PagePool, host_pages: int = 0, restore_page_s: float = 0.0) -> None:
         self.pool = pool
         self.host_tier = HostTier(host_pages, pool) if host_pages else None
+        self.num_leaving = 0
+        self.compute_token_s = 0.0
+        self._restore_page_s = restore_page_s
         self._restored: list[tuple[int, bytes]] = []
+        self._leaving: deque[tuple[int, list[int]]] = deque()  # (last step that may write, pages)
 
     def cached_pages(self, request: Request) -> int:
         """How many pages of the request's sequence are on the device now."""
@@ -47,6 +59,27 @@ class KVManager:
         request.cached_pages = len(found) + self._restore(request, digests, len(found))
         request.num_computed = request.cached_pages * size
         return True
+
+    def more(self, count: int) -> list[int] | None:
+        """Pages for running requests to grow into, or None when there are not that many."""
+        return self.pool.allocate(count)
+
+    def leave(self, request: Request, step: int) -> None:
+        """Takes the request's pages back: now, or once `step` (the last one dispatched) has retired, if one that may write
+        them is in flight."""
+        pages, request.pages, request.cached_pages = request.pages, [], 0
+        if request.inflight:
+            self._leaving.append((step, pages))
+            self.num_leaving += len(pages)
+        else:
+            self.pool.release(pages)
+
+    def retired(self, step: int) -> None:
+        """Every step up to this one has been read: frees what only they could write."""
+        while self._leaving and self._leaving[0][0] <= step:
+            _, pages = self._leaving.popleft()
+            self.num_leaving -= len(pages)
+            self.pool.release(pages)
 
     def register(self, request: Request) -> None:
         """Indexes pages that are full of known tokens and whose KV is dispatched: later steps may share them."""
@@ -89,9 +122,10 @@ class KVManager:
             digests.append(parent)
 
     def _restore(self, request: Request, digests: list[bytes], found: int) -> int:
-        """Continues a cached prefix with pages of the host tier; how many. Their content is copied in before the step."""
+        """Continues a cached prefix with pages of the host tier, where copying them back is cheaper than computing them
+        anew; how many. Their content is copied in before the step."""
         tier = self.host_tier
-        if tier is None:
+        if tier is None or self._restore_page_s > self.pool.page_size * self.compute_token_s > 0:
             return 0
         for i in range(found, len(digests)):
             content = _page_tokens(request, i, self.pool.page_size)

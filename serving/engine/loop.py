@@ -69,7 +69,11 @@ class EngineLoop:
         self._on_death = on_death
         self._asynchronous = asynchronous
         self._stopping = False
-        self._host_seconds = 0.0
+        self._host_seconds = 0.0  # of the last step
+        self._host_total = 0.0
+        self._waited_total = 0.0
+        self._scheduled_tokens = 0
+        self._bucket_tokens = 0
         self._last_read = 0.0
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
 
@@ -98,36 +102,41 @@ class EngineLoop:
             if self._stopping:
                 return
             began = time.perf_counter()
+            waited = self._waited_total
             self._emit(self.scheduler.expire(time.monotonic()))
             plan = self.scheduler.schedule()
             current = None
             if plan is not None:
                 current = self.runner.dispatch_forward(plan, self.scheduler.slots)
+                self._scheduled_tokens += plan.num_tokens
+                self._bucket_tokens += current.bucket.tokens * plan.num_steps
                 if current.constrained and previous is not None:
                     self._retire(previous)  # a mask needs the token before it; forward is running meanwhile
                     previous = None
                 self.runner.dispatch_sample(current, self._mask(current) if current.constrained else None)
                 if not self._asynchronous:
                     previous, current = current, None
-            host = time.perf_counter() - began
             if previous is not None:
-                host += self._retire(previous)
+                self._retire(previous)
             elif plan is None and self.scheduler.has_work:
                 # Everything waits for pages that nobody holds in flight: cannot happen while limits hold.
                 raise RuntimeError("the scheduler has work, but nothing can run")
-            self._host_seconds = host
             previous = current
-            self._publish(time.perf_counter() - began)
+            took = time.perf_counter() - began
+            self._host_seconds = took - (self._waited_total - waited)
+            self._host_total += self._host_seconds
+            self._publish(took)
 
-    def _retire(self, step: InFlight) -> float:
-        """Reads a step and hands out its tokens. Returns host seconds, waiting for the device not counted."""
-        result = self.runner.collect(step)
+    def _retire(self, step: InFlight) -> None:
+        """Waits for a step, reads it and hands out its tokens."""
         began = time.perf_counter()
+        result = self.runner.collect(step)
+        now = time.perf_counter()
+        self._waited_total += now - began
         # The device took this step up when it was dispatched, or when it was done with the one before.
-        self.scheduler.deadlines.observe(step.plan, began - max(step.dispatched_at, self._last_read))
-        self._last_read = began
+        self.scheduler.observe(step.plan, now - max(step.dispatched_at, self._last_read))
+        self._last_read = now
         self._emit(self.scheduler.retire(step.plan, result))
-        return time.perf_counter() - began
 
     def _mask(self, step: InFlight) -> np.ndarray:
         mask = self.runner.new_mask(step)
@@ -181,7 +190,11 @@ class EngineLoop:
             prompt_tokens=c.prompt_tokens,
             generation_tokens=c.generation_tokens,
             num_steps=c.steps,
+            num_scheduled_tokens_total=self._scheduled_tokens,
+            num_bucket_tokens_total=self._bucket_tokens,
             num_recompilations=self.runner.guard.count,
             last_step_s=step_seconds,
             host_step_s=self._host_seconds,
+            host_time_s_total=self._host_total,
+            device_wait_time_s_total=self._waited_total,
         )

@@ -21,6 +21,13 @@ LOOKAHEAD = 64
 OUTPUT_WEIGHT = 2
 """What a completion token costs a tenant, in prompt tokens: it occupies a step of its own."""
 
+FOREGROUND_S = 60.0
+"""How long after the last request of the most urgent priority the next one counts as the most urgent."""
+
+BACKGROUND_SHARE = 4
+"""Where there are several priorities, prompts of all but the most urgent lengthen a step to a quarter of the budget at most:
+an urgent request that arrives waits for the step that runs and the one behind it, so those must not be long ones."""
+
 Key = tuple[int, int]
 
 
@@ -35,6 +42,22 @@ def priority_key(request: Request) -> Key:
 
 
 KEYS: dict[str, Callable[[Request], Key]] = {"fcfs": fcfs_key, "priority": priority_key}
+
+
+class Foreground:
+    """Which priority is the most urgent of late. All others are background to it."""
+
+    def __init__(self) -> None:
+        self._priority: int | None = None
+        self._seen = 0.0
+
+    def arrive(self, priority: int, now: float) -> None:
+        """A request came in; `now` in seconds of the clock that all of them use."""
+        if self._priority is None or priority <= self._priority or now - self._seen > FOREGROUND_S:
+            self._priority, self._seen = priority, now
+
+    def is_background(self, request: Request) -> bool:
+        return self._priority is not None and request.spec.priority > self._priority
 
 
 class FairShare:

@@ -6,74 +6,27 @@ go first (decode rows, then unfinished prompts), then waiting ones. See request.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 
 import numpy as np
 
-from serving.engine.chunks import ChunkBuilder
+from serving.engine.chunks import CHUNK_ALIGN, ChunkBuilder
 from serving.engine.deadlines import Deadlines
 from serving.engine.kv_manager import KVManager
 from serving.engine.masks import needs_host
+from serving.engine.outputs import Outputs, add_pooled, verdict
 from serving.engine.page_pool import PagePool
 from serving.engine.plan import Chunk, StepPlan, StepResult
-from serving.engine.policy import LOOKAHEAD, MAX_PASSED_OVER, FairShare, WaitingQueue
+from serving.engine.policy import BACKGROUND_SHARE, LOOKAHEAD, MAX_PASSED_OVER, FairShare, Foreground, WaitingQueue
 from serving.engine.request import Request, RequestState
+from serving.engine.scheduler_config import Counters, SchedulerConfig
 from serving.engine.slots import SlotTable
-from serving.engine.types import EngineOutput, EngineRequest, FinishReason, RequestTimes, TokenLogprobs
+from serving.engine.types import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from serving.errors import invalid
 
-
-@dataclasses.dataclass(frozen=True)
-class SchedulerConfig:
-    """Sizes the scheduler keeps to.
-
-    Attributes:
-        max_num_seqs: slots.
-        max_num_batched_tokens: tokens a step may compute, decode and chunks together.
-        max_chunk_tokens: capacity of the chunk part, alignment included.
-        max_chunk_rows: prompts that may have a piece in one step.
-        max_model_len: tokens a sequence may have.
-        policy: see policy.KEYS.
-        num_scheduler_steps: decode steps in one dispatch while nothing waits.
-        prefix_first: among waiting requests of equal priority, try those with the longest cached prefix first.
-        fair_share: serve the least-served tenant first, within equal priority.
-        host_pages: capacity of the host tier; 0 for none.
-        max_waiting_time, max_running_time: seconds after which a request that waits for its first slot, or has had one,
-            is ended.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_chunk_tokens: int
-    max_chunk_rows: int
-    max_model_len: int
-    page_size: int
-    num_pages: int
-    policy: str = "fcfs"
-    enable_prefix_caching: bool = True
-    seed: int = 0
-    num_scheduler_steps: int = 1
-    prefix_first: bool = False
-    fair_share: bool = False
-    host_pages: int = 0
-    max_waiting_time: float | None = None
-    max_running_time: float | None = None
-
-
-@dataclasses.dataclass(slots=True)
-class Counters:
-    """Totals since start."""
-
-    preemptions: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    steps: int = 0
+__all__ = ["Scheduler", "SchedulerConfig"]
 
 
 class Scheduler:
@@ -88,19 +41,17 @@ class Scheduler:
         self.pool = PagePool(config.num_pages, config.page_size, config.enable_prefix_caching)
         self.slots = SlotTable(config.max_num_seqs, -(-config.max_model_len // config.page_size), config.seed)
         self.fair = FairShare() if config.fair_share else None
+        self.foreground = Foreground() if config.policy == "priority" else None
         self.waiting = WaitingQueue(config.policy, self.fair)
-        self.kv = KVManager(self.pool, config.host_pages)
+        self.kv = KVManager(self.pool, config.host_pages, config.restore_page_s)
         self.deadlines = Deadlines(config.max_waiting_time, config.max_running_time)
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}
         self.counters = Counters()
         self._arrivals = 0
         self._step_id = 0
-        self._retired_step = 0
-        self._leaving: deque[tuple[int, list[int], int]] = deque()  # (last step that writes, pages, slot)
-        self._leaving_pages = 0
         self._short_of_pages: Request | None = None
-        self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
+        self._outputs = Outputs()
 
     # ---- what comes in ----
 
@@ -123,6 +74,8 @@ class Scheduler:
         self.waiting.push(request)
         if self.fair is not None:
             self.fair.arrive(spec.tenant)
+        if self.foreground is not None:
+            self.foreground.arrive(spec.priority, spec.arrival_time)
         self.deadlines.add(request)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> EngineOutput | None:
@@ -151,12 +104,17 @@ class Scheduler:
         self._make_way()
         preemptions = self.counters.preemptions
         decode, positions = self._schedule_decode(budget)
-        builder = ChunkBuilder(budget - len(decode), self.config.max_chunk_tokens, self.config.max_chunk_rows)
+        background = max(CHUNK_ALIGN, budget // BACKGROUND_SHARE)
+        builder = ChunkBuilder(
+            budget - len(decode), self.config.max_chunk_tokens, self.config.max_chunk_rows, background
+        )
         urgent = self._first_waiting_priority()
         self._schedule_unfinished_prompts(builder, lambda r: r.spec.priority <= urgent)
         # A step that took pages from somebody gives none to newcomers: they would be preempted in turn.
         admitted = self._admit(builder, now) if preemptions == self.counters.preemptions else []
         self._schedule_unfinished_prompts(builder, lambda r: r.spec.priority > urgent and r not in admitted)
+        if self.config.buckets is not None:
+            builder.shorten(self.config.buckets.chunk_tokens(builder.tokens, len(decode)))
         if not decode and not builder.chunks:
             return None
         num_steps = 1 if builder.chunks else self._lengthen(decode)
@@ -165,28 +123,39 @@ class Scheduler:
     def retire(self, plan: StepPlan, result: StepResult, now: float | None = None) -> list[EngineOutput]:
         """Takes in what a dispatched step sampled: appends tokens, ends what has ended, frees what nothing writes any more."""
         now = time.monotonic() if now is None else now
-        self._retired_step = plan.step_id
         for request in plan.decode:
             request.inflight -= 1
+        outputs: list[EngineOutput] = []
         for chunk in plan.chunks:
-            chunk.request.inflight -= 1
-            if result.prompt_logprobs and chunk.request.request_id in result.prompt_logprobs:
-                self._keep_prompt_logprobs(chunk, result.prompt_logprobs[chunk.request.request_id])
-        outputs = self._take_pooled(plan, result.pooled) if result.pooled else []
+            request = chunk.request
+            request.inflight -= 1
+            if result.prompt_logprobs and request.request_id in result.prompt_logprobs:
+                self._outputs.keep_prompt_logprobs(chunk, result.prompt_logprobs[request.request_id])
+            if result.pooled and request.request_id in result.pooled and not request.finished:
+                pooled = add_pooled(chunk, result.pooled[request.request_id])
+                if pooled is not None:
+                    request.first_token_time = now
+                    outputs.append(self._end(request, FinishReason.STOP, now=now, pooled=pooled))
         all_finite = bool(result.finite.all())
         steps = np.atleast_2d(result.tokens).tolist()
         for step, tokens in enumerate(steps):
             for row, request in enumerate(plan.sampled):
-                if request.finished:
+                if request.state is RequestState.FINISHED:
                     continue  # it ended before this token was known to be surplus
                 request.num_pending -= 1
                 if not all_finite and not np.atleast_2d(result.finite)[step, row]:
-                    outputs.append(self._end(request, FinishReason.ERROR, error="the model's logits are not finite."))
+                    error = "the model's logits are not finite."
+                    outputs.append(self._end(request, FinishReason.ERROR, error=error, now=now))
                     continue
                 logprobs = result.logprobs[row] if result.logprobs is not None else None
                 outputs.append(self._take_token(request, tokens[row], logprobs, now))
-        self._free_left()
+        self.kv.retired(plan.step_id)
         return outputs
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """Learns what a step costs from one that took the device `seconds`."""
+        self.deadlines.observe(plan, seconds)
+        self.kv.compute_token_s = self.deadlines.seconds_per_token
 
     # ---- the parts of schedule() ----
 
@@ -199,6 +168,7 @@ class Scheduler:
             if request.state is not RequestState.RUNNING or request.num_uncomputed != 1 or request.spec.pooling:
                 continue
             if request.tokens_left(max_len) <= 0:
+                self._spare_slot(request)
                 continue  # its last token is on its way
             if len(decode) >= budget:
                 break
@@ -221,7 +191,7 @@ class Scheduler:
         steps = min(most, *(r.tokens_left(self.config.max_model_len) for r in decode))
         size = self.config.page_size
         needed = [-(-(r.num_computed + steps) // size) - len(r.pages) for r in decode]
-        pages = self.pool.allocate(sum(needed)) if steps > 1 else None
+        pages = self.kv.more(sum(needed)) if steps > 1 else None
         if pages is None:
             return 1
         for request, count in zip(decode, needed, strict=True):
@@ -231,14 +201,16 @@ class Scheduler:
 
     def _grow(self, request: Request) -> bool:
         """One more page for a running request, preempting the least important other if there is none."""
-        pages = self.pool.allocate(1)
+        pages = self.kv.more(1)
         if pages is None:
-            if self._leaving_pages == 0:
-                victim = max((r for r in self.running if r.state is RequestState.RUNNING), key=self.waiting.key)
+            if self.kv.num_leaving == 0:
+                victim = self._least_important()
+                if victim is None:
+                    return False
                 self._preempt(victim)
                 if victim is request:
                     return False
-            pages = self.pool.allocate(1)
+            pages = self.kv.more(1)
             if pages is None:
                 return False  # the pages are free one step later, when nothing in flight can write them
         self.slots.append_page(request, pages[0])
@@ -249,17 +221,22 @@ class Scheduler:
         strictly less important than waiting ones. They keep their indexed pages for as long as nobody needs those."""
         if self.config.policy != "priority":
             return
-        free = self.slots.num_free + len(self._leaving)
+        free = self.slots.num_free
         for request in self.waiting.head(min(LOOKAHEAD, self.config.max_num_seqs)):
-            lacks_pages = request is self._short_of_pages and self._leaving_pages == 0
+            lacks_pages = request is self._short_of_pages and self.kv.num_leaving == 0
             if free > 0 and not lacks_pages:
                 free -= 1
                 continue
-            victim = max(self.running, key=self.waiting.key, default=None)
+            victim = self._least_important()
             if victim is None or victim.spec.priority <= request.spec.priority:
                 break
             self._preempt(victim)
         self._short_of_pages = None
+
+    def _least_important(self) -> Request | None:
+        """Whom to preempt: nobody whose last token is on its way, because that gains nothing."""
+        candidates = (r for r in self.running if r.slot >= 0)
+        return max(candidates, key=self.waiting.key, default=None)
 
     def _first_waiting_priority(self) -> float:
         """Unfinished prompts less important than this let newcomers go first. Arrival alone never lets one overtake."""
@@ -273,14 +250,18 @@ class Scheduler:
                 continue
             least = 1 if request.spec.pooling else 2  # a single position is a decode row, where a token is wanted
             if request.state is RequestState.RUNNING and request.num_uncomputed >= least and not request.num_pending:
-                builder.add(request)
+                builder.add(request, self._is_background(request))
+
+    def _is_background(self, request: Request) -> bool:
+        return self.foreground is not None and self.foreground.is_background(request)
 
     def _admit(self, builder: ChunkBuilder, now: float) -> list[Request]:
         """Moves waiting requests into the batch: in policy order, passing over those that do not fit, within the ageing bound."""
         admitted: list[Request] = []
         passed: list[Request] = []
         for request in self._candidates():
-            if not builder.has_room or not self.slots.num_free:
+            background = self._is_background(request)
+            if not builder.has_room(background) or not self.slots.num_free:
                 break
             if request.num_pending:
                 continue  # preempted with a token in flight: its sequence is not complete yet
@@ -297,7 +278,7 @@ class Scheduler:
             self.slots.acquire(request)
             self.running.append(request)
             admitted.append(request)
-            builder.add(request)
+            builder.add(request, background)
             for other in passed:
                 other.passed_over += 1
         return admitted
@@ -379,23 +360,15 @@ class Scheduler:
         self.waiting.push(request)
 
     def _leave(self, request: Request) -> None:
-        """Gives pages and slot back once the last dispatched step that may write them has retired."""
+        """Gives slot and pages back, the pages once the last dispatched step that may write them has retired."""
         self.running.remove(request)
-        pages, slot = request.pages, request.slot
-        request.pages, request.slot, request.cached_pages = [], -1, 0
-        if request.inflight:
-            self._leaving.append((self._step_id, pages, slot))
-            self._leaving_pages += len(pages)
-        else:
-            self.pool.release(pages)
-            self.slots.release(slot)
+        self._spare_slot(request)
+        self.kv.leave(request, self._step_id)
 
-    def _free_left(self) -> None:
-        while self._leaving and self._leaving[0][0] <= self._retired_step:
-            _, pages, slot = self._leaving.popleft()
-            self._leaving_pages -= len(pages)
-            self.pool.release(pages)
-            self.slots.release(slot)
+    def _spare_slot(self, request: Request) -> None:
+        """Gives the slot back, if it has one still: a request whose last token is on its way needs none."""
+        if request.slot >= 0:
+            self.slots.release(request)
 
     # ---- what goes out ----
 
@@ -411,25 +384,10 @@ class Scheduler:
             request.first_token_time = now
         elif request.state is RequestState.RUNNING and len(request.tokens) % self.config.page_size == 1:
             self.kv.register(request)  # the page before this token's is full of known tokens now
-        reason = request.check_stop(self.config.max_model_len)
-        error = None
-        constraint = request.spec.constraint
-        if constraint is not None and reason is not FinishReason.STOP:
-            if not constraint.accept(token):
-                reason, error = FinishReason.ERROR, "the grammar does not allow the sampled token."
-            elif constraint.finished:
-                reason = FinishReason.STOP
-        if reason is not None:
-            return self._end(request, reason, (token,), logprobs, error, now)
-        return EngineOutput(
-            request.spec.request_id,
-            (token,),
-            None if logprobs is None else (logprobs,),
-            self._first_prompt_logprobs(request) if first else None,
-            num_prompt_tokens=request.prompt_len,
-            num_cached_tokens=request.num_cached_tokens,
-            times=self._times(request) if first else _NO_TIMES,
-        )
+        reason, error = verdict(request, self.config.max_model_len)
+        if reason is None:
+            return self._outputs.token(request, token, logprobs)
+        return self._end(request, reason, (token,), logprobs, error, now)
 
     def _end(
         self,
@@ -439,6 +397,7 @@ class Scheduler:
         logprobs: TokenLogprobs | None = None,
         error: str | None = None,
         now: float | None = None,
+        pooled: np.ndarray | None = None,
     ) -> EngineOutput:
         if request.state is RequestState.RUNNING:
             self.kv.register(request)
@@ -449,52 +408,4 @@ class Scheduler:
         del self.requests[request.request_id]
         if self.fair is not None:
             self.fair.leave(request.spec.tenant)
-        prompt_logprobs = self._first_prompt_logprobs(request)
-        return EngineOutput(
-            request.spec.request_id,
-            tokens,
-            None if logprobs is None else (logprobs,),
-            prompt_logprobs,
-            finish_reason=reason,
-            stop_reason=request.stop_reason,
-            error=error,
-            num_prompt_tokens=request.prompt_len,
-            num_cached_tokens=request.num_cached_tokens,
-            times=self._times(request, time.monotonic() if now is None else now),
-        )
-
-    def _keep_prompt_logprobs(self, chunk: Chunk, entries: list[TokenLogprobs]) -> None:
-        if not chunk.request.finished:
-            kept = self._prompt_logprobs.setdefault(chunk.request.request_id, [None])
-            del kept[chunk.start + 1 :]  # a preempted request computes its prompt again
-            kept.extend(entries)
-
-    def _take_pooled(self, plan: StepPlan, pooled: dict[str, np.ndarray]) -> list[EngineOutput]:
-        """Adds a step's share to each pooling request; ends those whose prompt is complete."""
-        outputs = []
-        for chunk in plan.chunks:
-            request = chunk.request
-            if request.finished or request.request_id not in pooled:
-                continue
-            first = chunk.start == request.num_cached_tokens or request.pooled is None
-            request.pooled = pooled[request.request_id] + (0 if first else request.pooled)
-            if chunk.start + chunk.length == request.prompt_len:
-                request.first_token_time = time.monotonic()
-                count = request.prompt_len if request.spec.pooling == "mean" else 1
-                output = self._end(request, FinishReason.STOP)
-                outputs.append(dataclasses.replace(output, pooled=request.pooled / count))
-        return outputs
-
-    def _first_prompt_logprobs(self, request: Request) -> tuple[TokenLogprobs | None, ...] | None:
-        kept = self._prompt_logprobs.pop(request.request_id, None)
-        if kept is None:
-            # A one-token prompt has no position to report on, but was asked.
-            asked = request.spec.params.prompt_logprobs is not None and request.num_output == 1
-            return (None,) if asked and request.prompt_len == 1 else None
-        return tuple(kept[: request.prompt_len])
-
-    def _times(self, request: Request, finished: float = 0.0) -> RequestTimes:
-        return RequestTimes(request.spec.arrival_time, request.scheduled_time, request.first_token_time, finished)
-
-
-_NO_TIMES = RequestTimes()
+        return self._outputs.last(request, reason, tokens, logprobs, error, now, pooled)

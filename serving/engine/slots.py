@@ -60,7 +60,13 @@ class SlotTable:
         self.pages[request.slot, len(request.pages)] = page
         request.pages.append(page)
 
-    def release(self, slot: int) -> None:
-        if slot in self._free:
-            raise RuntimeError(f"slot {slot} released twice")
-        self._free.append(slot)
+    def release(self, request: Request) -> None:
+        """Takes the request's slot back; it may be given on at once.
+
+        Steps in flight may still use the row, but only what a step is packed from changes here, and the device's rows are
+        rewritten by later steps, which the arrays that they share put in order.
+        """
+        if request.slot in self._free or request.slot < 0:
+            raise RuntimeError(f"slot {request.slot} of request {request.request_id} released twice")
+        self._free.append(request.slot)
+        request.slot = -1

@@ -153,7 +153,14 @@ class EngineInfo:
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
-    """A snapshot of the engine's counters and gauges. Counters count since start."""
+    """A snapshot of the engine's counters and gauges. Counters count since start.
+
+    Attributes:
+        num_bucket_tokens_total: rows that steps were padded to; num_scheduled_tokens_total over it is how full buckets are.
+        host_time_s_total: seconds that the engine thread worked: scheduled, packed, dispatched, handed tokens out.
+        device_wait_time_s_total: seconds that it waited for a step's tokens. With asynchronous stepping the device works
+            during both.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -165,9 +172,13 @@ class EngineStats:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     num_steps: int = 0
+    num_scheduled_tokens_total: int = 0
+    num_bucket_tokens_total: int = 0
     num_recompilations: int = 0
     last_step_s: float = 0.0
     host_step_s: float = 0.0
+    host_time_s_total: float = 0.0
+    device_wait_time_s_total: float = 0.0
 
     @property
     def kv_usage(self) -> float:

@@ -137,7 +137,7 @@ class Simulation:
             if previous is not None:
                 end, done = previous
                 self.now = max(self.now, end)
-                self.scheduler.deadlines.observe(done, self._seconds.popleft())
+                self.scheduler.observe(done, self._seconds.popleft())
                 yield from self._take(self.scheduler.retire(done, self._result(done), self.now))
             elif current is None:
                 if upcoming is not None:

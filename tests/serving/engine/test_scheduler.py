@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from serving.engine.buckets import BucketTable
 from serving.engine.chunks import align
 from serving.engine.request import RequestState
 from serving.engine.sampling_params import SamplingParams
@@ -76,7 +77,7 @@ class Driver:
         else:
             raise AssertionError("the scheduler does not drain")
         s = self.scheduler
-        assert not s.requests and not s.running and not len(s.waiting) and not s._leaving
+        assert not s.requests and not s.running and not len(s.waiting) and not s.kv.num_leaving
         assert s.pool.num_free == s.config.num_pages - 1
         assert s.slots.num_free == s.config.max_num_seqs
         assert s.waiting.num_tokens == 0
@@ -91,7 +92,9 @@ class Driver:
         assert plan.num_steps == 1 or not plan.chunks
         assert sum(align(x.length) for x in plan.chunks) <= c.max_chunk_tokens
         assert len(plan.chunks) <= c.max_chunk_rows
-        assert len(s.running) <= c.max_num_seqs
+        holders = [r for r in s.running if r.slot >= 0]
+        assert len({r.slot for r in holders}) == len(holders) == c.max_num_seqs - s.slots.num_free
+        assert all(r.slot >= 0 or r.tokens_left(c.max_model_len) <= 0 for r in s.running)
         for r in s.running:
             assert r.cached_pages * c.page_size <= r.num_computed, "a page is indexed before all of it is computed"
         owners: dict[int, list] = {}
@@ -99,7 +102,7 @@ class Driver:
             for i, page in enumerate(r.pages):
                 owners.setdefault(page, []).append((r, i))
         for page, holders in owners.items():
-            assert s.pool.ref_count(page) == len(holders) + sum(page in pages for _, pages, _ in s._leaving)
+            assert s.pool.ref_count(page) == len(holders) + sum(page in pages for _, pages in s.kv._leaving)
             if len(holders) > 1:  # shared: read-only for all, so full and computed
                 assert all((i + 1) * c.page_size <= r.num_computed for r, i in holders)
 
@@ -260,17 +263,56 @@ def test_an_urgent_request_takes_a_slot_and_goes_before_unfinished_prompts():
         d = Driver(config, asynchronous)
         d.add(request("a", [1] * 20, 60, priority=3))
         d.add(request("b", list(range(90)), 6, priority=5))
-        d.step()
-        d.add(request("urgent", [7] * 30, 3, priority=0))
-        steps = 0
-        while "urgent" not in [c.request.request_id for c in d.plans[-1].chunks]:
+        for _ in range(3):
             d.step()
-            steps += 1
-        assert steps <= 3, "one step to take the slot, one for it to come free"
+        d.add(request("urgent", [7] * 30, 3, priority=0))
+        d.step()
+        assert d.plans[-1].chunks[0].request.request_id == "urgent", "the slot is taken and used in the same step"
+        assert [c.length for c in d.plans[-1].chunks] == [30], "nothing less urgent makes its step longer"
         assert d.scheduler.requests["b"].state is RequestState.PREEMPTED
         assert d.scheduler.requests["a"].state is RequestState.RUNNING
         d.drain()
         d.verify()
+
+
+def test_background_prompts_keep_steps_short_once_there_are_urgent_ones():
+    config = dataclasses.replace(CONFIG, policy="priority")
+    d = Driver(config)
+    d.add(request("low", list(range(90)), 2, priority=5))
+    d.step()
+    assert sum(c.length for c in d.plans[-1].chunks) == 64, "as long as there is one class, it has the whole budget"
+    d.add(request("urgent", [7], 2, priority=0))
+    d.drain()
+    d.add(request("low again", [*range(50, 90), *range(50)], 2, priority=5, arrival_time=10.0))
+    d.step()
+    assert sum(c.length for c in d.plans[-1].chunks) == 64 // 4
+    d.drain()
+    d.add(request("much later", [*range(90, 50, -1), *range(50)], 2, priority=5, arrival_time=100.0))
+    d.step()
+    assert sum(c.length for c in d.plans[-1].chunks) == 64
+    d.drain()
+    d.verify()
+
+
+def test_chunks_are_cut_to_fill_a_bucket():
+    table = BucketTable.make(4, 256)
+    assert [b.chunk for b in table.buckets if b.decode and b.chunk] == [64, 256]
+    config = dataclasses.replace(
+        CONFIG, max_num_batched_tokens=256, max_chunk_tokens=256, max_model_len=256, num_pages=200, buckets=table
+    )
+    d = Driver(config)
+    d.add(request("a", list(range(70)), 8))
+    d.add(request("b", list(range(100, 140)), 8))
+    d.step()
+    # 70 and 40 tokens take up 80 and 48 positions: two buckets of 64 and not one of 256.
+    assert [(c.request.request_id, c.length, c.samples) for c in d.plans[-1].chunks] == [("a", 64, False)]
+    d.step()
+    assert [(c.request.request_id, c.length, c.samples) for c in d.plans[-1].chunks] == [
+        ("a", 6, True),
+        ("b", 40, True),
+    ]
+    d.drain()
+    d.verify()
 
 
 def test_an_urgent_request_takes_pages():
