@@ -16,6 +16,7 @@ from models.layers import Build
 from serving.engine.compiling import ProgramCache, starting
 from serving.engine.config import EngineConfig
 from serving.engine.engine import Engine
+from serving.engine.executor import Executor
 from serving.engine.runner import ModelRunner
 from serving.engine.scheduler import Scheduler, SchedulerConfig
 from serving.engine.sizing import Sizes
@@ -57,8 +58,9 @@ def tiny_engine(
     sizes = Sizes(max_num_seqs, max_num_batched_tokens, max_model_len, num_pages, page_size, 0, "float32")
     cache = ProgramCache(_cache_folder(), repr(("tiny", sizes)))
     with starting():
-        runner = ModelRunner(tiny_model(), sizes, cache, host_tier=host_pages > 0, num_scheduler_steps=steps)
-        runner.compile()
+        executor = Executor(tiny_model(), sizes, cache, host_tier=host_pages > 0, num_scheduler_steps=steps)
+        executor.compile()
+    runner = ModelRunner(executor)
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs,

@@ -59,6 +59,7 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
     from serving.engine.buckets import ACCELERATOR_RIDGE, CPU_RIDGE
     from serving.engine.compiling import ProgramCache
     from serving.engine.engine import version
+    from serving.engine.executor import Executor
     from serving.engine.runner import ModelRunner
     from serving.engine.scheduler import Scheduler, SchedulerConfig
     from serving.engine.sizing import GIB, resolve_dtype, resolve_quantization, resolve_sizes
@@ -103,7 +104,7 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
             sorted((k, v) for k, v in os.environ.items() if k.startswith(("JAXSERVE_", "XLA_FLAGS"))),
         )
     )
-    runner = ModelRunner(
+    executor = Executor(
         loaded.model,
         sizes,
         ProgramCache(folder, fingerprint),
@@ -113,7 +114,8 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
         num_scheduler_steps=config.num_scheduler_steps,
     )
     with _progress_bar(config.progress) as on_done:
-        runner.compile(on_done)
+        executor.compile(on_done)
+    runner = ModelRunner(executor)
     say(f"compiled {len(runner.buckets.buckets)} step shapes in {time.monotonic() - began:.1f} s")
     scheduler = Scheduler(
         SchedulerConfig(
@@ -152,7 +154,7 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
         mesh=config.mesh,
         platform=platform,
         version=version(),
-        num_parameters=runner.num_parameters,
+        num_parameters=executor.num_parameters,
     )
     return loaded, runner, scheduler, info
 

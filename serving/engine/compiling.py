@@ -115,6 +115,7 @@ class ProgramCache:
             device.platform,
             device.device_kind,
             str(len(jax.devices())),
+            f"{jax.process_index()} of {jax.process_count()}",
         )
         self._key = hashlib.sha256("\0".join((*parts, _cpu_features())).encode()).hexdigest()[:32]
         if folder is not None:
@@ -152,12 +153,17 @@ class ProgramCache:
 
 
 def compile_all(
-    programs: Sequence[Program], cache: ProgramCache, on_done: Callable[[int, int], None] | None = None
+    programs: Sequence[Program],
+    cache: ProgramCache,
+    on_done: Callable[[int, int], None] | None = None,
+    agree: Callable[[bool], bool] | None = None,
 ) -> dict[str, Any]:
     """Loads or compiles every program, several at once.
 
     Args:
         on_done: called with (how many are done, of how many) after each.
+        agree: with several processes, asked whether all may use what they found, given that this one found everything. Where
+            one compiles, all do: on GPUs a compilation waits for the others' measurements of its kernels.
     Returns:
         name -> executable, called like the function with arguments of exactly the declared shapes.
     """
@@ -165,18 +171,23 @@ def compile_all(
     workers = max(2, min(16, os.cpu_count() or 2))
 
     def build(program: Program) -> tuple[str, Any]:
-        compiled = cache.load(program.name)
-        if compiled is None:
-            jitted = jax.jit(program.fn, donate_argnums=program.donate)
-            compiled = jitted.lower(*program.args).compile()
-            cache.store(program.name, compiled)
+        jitted = jax.jit(program.fn, donate_argnums=program.donate)
+        compiled = jitted.lower(*program.args).compile()
+        cache.store(program.name, compiled)
         return program.name, compiled
 
     with (
         _kept_out_of_jax_cache(),
         concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool,
     ):
-        futures = [pool.submit(build, p) for p in programs]
+        for program, found in zip(programs, pool.map(lambda p: cache.load(p.name), programs), strict=True):
+            if found is not None:
+                done[program.name] = found
+        if agree is not None and not agree(len(done) == len(programs)):
+            done.clear()
+        if on_done and done:
+            on_done(len(done), len(programs))
+        futures = [pool.submit(build, p) for p in programs if p.name not in done]
         for future in concurrent.futures.as_completed(futures):
             name, compiled = future.result()
             done[name] = compiled

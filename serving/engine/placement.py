@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ops.paged_attention import KVPages
@@ -14,8 +15,19 @@ from serving.engine.compiling import Program
 
 
 def place(mesh: Mesh | None, tree: Any) -> Any:
-    """The arrays, whole on every device of the mesh; as they are without one."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """The arrays, whole on every device of the mesh; as they are without one.
+
+    With several processes each puts its own copy on its own devices: they must have the same content everywhere.
+    """
+    if mesh is None:
+        return tree
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def put(array: Any) -> jax.Array:
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, everywhere, lambda index: host[index])
+
+    return jax.tree.map(put, tree)
 
 
 def placed(mesh: Mesh | None, program: Program) -> Program:

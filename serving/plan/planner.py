@@ -15,7 +15,7 @@ from serving.engine.sizing import ACCELERATOR_FRACTION, Sizes
 from serving.plan.chips import Target, devices
 from serving.plan.measure import Measured, extrapolate, measure
 from serving.plan.programs import (
-    AbstractRunner,
+    AbstractExecutor,
     abstract_model,
     bytes_on_device,
     config_of,
@@ -148,11 +148,11 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     )  # fmt: skip
     mesh = make_mesh(request.mesh, devices(request.target))
 
-    def runner(num_layers: int) -> AbstractRunner:
+    def runner(num_layers: int) -> AbstractExecutor:
         model = abstract_model(
             with_layers(config, num_layers), mesh, request.dtype, request.quantization, request.max_model_len
         )
-        return AbstractRunner(model, sizes, mesh)
+        return AbstractExecutor(model, sizes, mesh)
 
     whole = runner(config.num_layers)
     start, period = layer_periods(config)
@@ -200,12 +200,12 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     )
 
 
-def _prompt_bucket(runner: AbstractRunner, request: Request) -> Bucket:
+def _prompt_bucket(runner: AbstractExecutor, request: Request) -> Bucket:
     chunk = min(request.prompt, runner.buckets.max_chunk)
     return runner.buckets.find(0, -(-chunk // 16) * 16, 1)
 
 
-def _names(runner: AbstractRunner, request: Request) -> list[str]:
+def _names(runner: AbstractExecutor, request: Request) -> list[str]:
     """Programs to compile, those of steps first."""
     if request.every_bucket:
         return sorted(runner.programs(), key=lambda name: (not name.startswith("forward"), name))
@@ -219,9 +219,9 @@ def _names(runner: AbstractRunner, request: Request) -> list[str]:
 
 
 def _measure(
-    whole: AbstractRunner,
+    whole: AbstractExecutor,
     names: list[str],
-    runner: Callable[[int], AbstractRunner],
+    runner: Callable[[int], AbstractExecutor],
     depths: tuple[int, int] | None,
     num_layers: int,
     on_done: Callable[[str, int, int], None] | None,
@@ -252,7 +252,7 @@ def _measure(
     return measured, sum(m.seconds for m in measured.values())
 
 
-def _step(name: str, measured: Measured, runner: AbstractRunner, request: Request) -> Step:
+def _step(name: str, measured: Measured, runner: AbstractExecutor, request: Request) -> Step:
     """Roofline times of one program; attention's part is arithmetic, because kernels hide it from the compiler."""
     chip = request.target.chip
     weights = context_bytes = attention = 0.0
@@ -278,7 +278,7 @@ def _step(name: str, measured: Measured, runner: AbstractRunner, request: Reques
     )
 
 
-def _weights_read(runner: AbstractRunner, tokens: int, head: bool) -> float:
+def _weights_read(runner: AbstractExecutor, tokens: int, head: bool) -> float:
     """Bytes of weights that one device reads for a step of `tokens` tokens: of experts, those that are expected to be met."""
     config = runner.model.config
     moe = config.moe
@@ -295,7 +295,7 @@ def _weights_read(runner: AbstractRunner, tokens: int, head: bool) -> float:
     return total
 
 
-def _attention_flops(runner: AbstractRunner) -> float:
+def _attention_flops(runner: AbstractExecutor) -> float:
     """Operations for one query position against one key position, all layers, on one device."""
     total = 0.0
     config = runner.model.config
@@ -306,7 +306,7 @@ def _attention_flops(runner: AbstractRunner) -> float:
     return total
 
 
-def _ttft(request: Request, runner: AbstractRunner, steps: dict[str, Step]) -> float:
+def _ttft(request: Request, runner: AbstractExecutor, steps: dict[str, Step]) -> float:
     """Of a prompt that arrives at an idle server: its chunks, then one sample."""
     bucket = _prompt_bucket(runner, request)
     chunks = -(-request.prompt // bucket.chunk)

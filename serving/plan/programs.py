@@ -18,10 +18,10 @@ from ops import paged_attention
 from ops.linear import quantize
 from serving.engine.buckets import BucketTable
 from serving.engine.compiling import Program
+from serving.engine.executor import Executor
 from serving.engine.packing import forward_layout, sample_layout
 from serving.engine.placement import placed
 from serving.engine.programs import SplitModel
-from serving.engine.runner import ModelRunner
 from serving.engine.sizing import Sizes
 from serving.engine.state import DeviceState
 from sharding.rules import to_sharding
@@ -129,8 +129,8 @@ def abstract_kv(model: Any, num_pages: int, page_size: int, dtype: str, mesh: Me
     return tuple(made[spec] for spec in model.kv_specs())
 
 
-class AbstractRunner(ModelRunner):
-    """A `ModelRunner` that can name its programs and run none: nothing is allocated."""
+class AbstractExecutor(Executor):
+    """An `Executor` that can name its programs and run none: nothing is allocated."""
 
     def __init__(self, model: Any, sizes: Sizes, mesh: Mesh) -> None:
         self.sizes = sizes
@@ -139,17 +139,17 @@ class AbstractRunner(ModelRunner):
         self.buckets = BucketTable.make(sizes.max_num_seqs, sizes.max_num_batched_tokens)
         self.model = model
         everywhere = NamedSharding(mesh, PartitionSpec())
-        self._mesh, self._backend, self._store = mesh, None, None
+        self._mesh, self._backend, self.store = mesh, None, None
         self._split, self._leaves = SplitModel.split(model)
         self._kv = abstract_kv(model, sizes.num_pages, sizes.page_size, sizes.kv_dtype, mesh)
         self._state = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
             jax.eval_shape(lambda: DeviceState.zeros(sizes.max_num_seqs, self.vocab_size)),
         )
-        self._mask_width = -(-self.vocab_size // 32)
-        self._forward_layouts = {b: forward_layout(b, self.pages_per_slot) for b in self.buckets.buckets}
-        self._sample_layouts = {s: sample_layout(s) for s in self.buckets.sample_sizes}
-        self._head, self._max_steps = [], 1
+        self.mask_width = -(-self.vocab_size // 32)
+        self.forward_layouts = {b: forward_layout(b, self.pages_per_slot) for b in self.buckets.buckets}
+        self.sample_layouts = {s: sample_layout(s) for s in self.buckets.sample_sizes}
+        self._head, self.max_steps = [], 1
 
     def programs(self) -> dict[str, Program]:
         """Every program of the server by name, its arguments placed on the mesh."""

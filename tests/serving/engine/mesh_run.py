@@ -26,6 +26,7 @@ from models.loading.load import parameters_of  # noqa: E402
 from serving.engine.compiling import ProgramCache  # noqa: E402
 from serving.engine.config import EngineConfig  # noqa: E402
 from serving.engine.engine import Engine  # noqa: E402
+from serving.engine.executor import Executor  # noqa: E402
 from serving.engine.runner import ModelRunner  # noqa: E402
 from serving.engine.sampling_params import SamplingParams  # noqa: E402
 from serving.engine.scheduler import Scheduler, SchedulerConfig  # noqa: E402
@@ -54,8 +55,9 @@ def model_on(folder: pathlib.Path, mesh: jax.sharding.Mesh | None):
 
 def make_engine(folder: pathlib.Path, text: str) -> Engine:
     mesh = make_mesh(text)
-    runner = ModelRunner(model_on(folder, mesh), SIZES, ProgramCache(None, ""), mesh=mesh if mesh.size > 1 else None)
-    runner.compile()
+    executor = Executor(model_on(folder, mesh), SIZES, ProgramCache(None, ""), mesh=mesh if mesh.size > 1 else None)
+    executor.compile()
+    runner = ModelRunner(executor)
     rows, tokens = runner.buckets.max_rows, runner.buckets.max_chunk
     scheduler = Scheduler(SchedulerConfig(2, 32, tokens, rows, 128, 8, 60))
     info = EngineInfo(
@@ -85,7 +87,7 @@ async def answers(engine: Engine) -> list[list[int]]:
 def collectives(engine: Engine) -> dict[str, dict[str, int]]:
     """How many of each kind the forward programs hold."""
     found = {}
-    for name, program in engine.runner._programs.items():
+    for name, program in engine.runner.executor.programs.items():
         if name.startswith("forward"):
             found[name] = dict(collections.Counter(COLLECTIVE.findall(program.as_text())))
     return found

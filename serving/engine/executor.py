@@ -1,0 +1,287 @@
+"""The device side of an engine: owns weights, pages, device state and compiled programs, and carries out commands.
+
+Every process of an engine has one, and all are given the same commands in the same order. Nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ops import paged_attention
+from serving.engine.buckets import BucketTable
+from serving.engine.commands import Command, DecodeLoop, Forward, LoadSlot, Pool, PromptLogprobs, Sample
+from serving.engine.compiling import CompileGuard, Program, ProgramCache, compile_all
+from serving.engine.group import Group
+from serving.engine.packing import forward_layout, pack_forward, pack_sample, sample_layout
+from serving.engine.page_store import PageStore
+from serving.engine.placement import place, placed
+from serving.engine.plan import StepPlan
+from serving.engine.programs import (
+    PROMPT_LOGPROB_ROWS,
+    SplitModel,
+    load_slot,
+    make_decode_loop,
+    make_forward,
+    make_prompt_logprobs,
+    make_sample,
+    pool,
+    used_leaves,
+)
+from serving.engine.request import Request
+from serving.engine.sampling_params import SamplingParams
+from serving.engine.sizing import Sizes
+from serving.engine.slots import SlotTable
+from serving.engine.state import DeviceState, slot_rows
+from serving.engine.types import EngineRequest
+
+
+class Executor:
+    """One model on one mesh.
+
+    Args:
+        model: an nnx.Module implementing models.api.CausalLM, weights on their devices.
+        sizes: resolved sizes.
+        cache: where executables are kept.
+        attention_backend: force one implementation of paged attention.
+        num_scheduler_steps: compile decode loops of up to this many steps, when more than 1.
+        host_tier: compile what moves pages to host memory and back.
+
+    Attributes:
+        guard: counts compilations after start.
+        num_sampled: commands so far that sampled tokens.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sizes: Sizes,
+        cache: ProgramCache,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        attention_backend: str | None = None,
+        host_tier: bool = False,
+        num_scheduler_steps: int = 1,
+    ) -> None:
+        self.sizes = sizes
+        self.vocab_size = model.vocab_size
+        self.pages_per_slot = -(-sizes.max_model_len // sizes.page_size)
+        self.buckets = BucketTable.make(sizes.max_num_seqs, sizes.max_num_batched_tokens)
+        self.guard = CompileGuard()
+        self.num_sampled = 0
+        self._cache = cache
+        self._mesh = mesh
+        self._backend = attention_backend
+        self._split, self._leaves = SplitModel.split(model)
+        with paged_attention.use_backend(attention_backend):
+            self._kv = tuple(
+                paged_attention.allocate(spec, sizes.num_pages, sizes.page_size, jnp.dtype(sizes.kv_dtype), mesh)
+                for spec in model.kv_specs()
+            )
+        self._state = place(mesh, DeviceState.zeros(sizes.max_num_seqs, self.vocab_size))
+        self.mask_width = -(-self.vocab_size // 32)
+        self._no_mask = {s: place(mesh, jnp.zeros((s, self.mask_width), jnp.int32)) for s in self.buckets.sample_sizes}
+        self.forward_layouts = {b: forward_layout(b, self.pages_per_slot) for b in self.buckets.buckets}
+        self.sample_layouts = {s: sample_layout(s) for s in self.buckets.sample_sizes}
+        self.programs: dict[str, Any] = {}
+        self.store = PageStore() if host_tier else None
+        self.max_steps = num_scheduler_steps
+        self._head: list[int] = []  # which leaves the logits read
+        self._hidden: jax.ShapeDtypeStruct  # of one decode row; set by compile
+        self._hidden_SD: Any = None  # of the last Forward, until its Sample
+        self._hidden_TD: Any = None
+        self._group: Group | None = None
+
+    # ---- start ----
+
+    def compile(self, on_done: Callable[[int, int], None] | None = None, group: Group | None = None) -> None:
+        """Compiles every program, runs each once on padding, and arms the guard.
+
+        Args:
+            on_done: told (how many are compiled, of how many).
+            group: the other processes of the engine. Each compiles and warms up for itself; from then on they are sent what
+                is executed here.
+        """
+        with paged_attention.use_backend(self._backend):
+            programs = [placed(self._mesh, program) for program in self._all_programs()]
+            agree = None if group is None else lambda found: bool(group.least("programs found", int(found)))
+            self.programs = compile_all(programs, self._cache, on_done, agree)
+        if self.store is not None:
+            self.store.bind(self.programs)
+        if group is not None:
+            group.least("programs compiled", 1)  # the first collective must not wait for a process that compiles
+        self._warm_up()
+        self.guard.arm()
+        self.num_sampled = 0
+        self._group = group
+
+    def _all_programs(self) -> list[Program]:
+        leaves = jax.tree.map(_abstract, self._leaves)
+        kv = jax.tree.map(_abstract, self._kv)
+        state = jax.tree.map(_abstract, self._state)
+        width = self._hidden = self._hidden_width(leaves, kv)
+        programs = []
+        for bucket, layout in self.forward_layouts.items():
+            keep = bucket.chunk > 0
+            fn = make_forward(self._split, layout, keep)
+            flat = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+            programs.append(Program(f"forward {bucket}", fn, (leaves, kv, state.last_token, flat), donate=(1,)))
+            if self.max_steps > 1 and not bucket.chunk:
+                sample = self.sample_layouts[bucket.samples]
+                fn = make_decode_loop(self._split, layout, sample, self.sizes.page_size, self.max_steps)
+                args = (
+                    leaves,
+                    kv,
+                    state,
+                    flat,
+                    jax.ShapeDtypeStruct((sample.size,), jnp.int32),
+                    jax.ShapeDtypeStruct((), jnp.int32),
+                )
+                programs.append(Program(f"decode_loop {bucket.decode}", fn, args, donate=(1, 2)))
+        hidden_head = jax.ShapeDtypeStruct((PROMPT_LOGPROB_ROWS, width.shape[-1]), width.dtype)
+        self._head = used_leaves(lambda leaves, h: self._split.merge(leaves).logits(h), leaves, hidden_head)
+        head_leaves = tuple(leaves[i] for i in self._head)
+        for size, layout in self.sample_layouts.items():
+            fn = self._with_head(make_sample(self._split, layout))
+            args = (
+                head_leaves,
+                state,
+                jax.ShapeDtypeStruct((size, width.shape[-1]), width.dtype),
+                jax.ShapeDtypeStruct((layout.size,), jnp.int32),
+                jax.ShapeDtypeStruct((size, self.mask_width), jnp.int32),
+            )
+            programs.append(Program(f"sample {size}", fn, args, donate=(1,)))
+        rows = jax.ShapeDtypeStruct((PROMPT_LOGPROB_ROWS,), jnp.int32)
+        for tokens in self.buckets.chunk_sizes:
+            hidden = jax.ShapeDtypeStruct((tokens, width.shape[-1]), width.dtype)
+            fn = self._with_head(make_prompt_logprobs(self._split))
+            programs.append(Program(f"prompt_logprobs {tokens}", fn, (head_leaves, hidden, rows, rows)))
+            weights = jax.ShapeDtypeStruct((self.buckets.max_rows, tokens), jnp.float32)
+            programs.append(Program(f"pool {tokens}", pool, (hidden, weights)))
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        slot = [
+            jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
+            for a in (state.seen, state.bias_ids, state.bias_values, state.banned_ids)
+        ]
+        if self.store is not None:
+            programs += self.store.programs(kv)
+        programs.append(Program("load_slot", load_slot, (state, scalar, *slot), donate=(0,)))
+        # Longest first: with two workers a large program compiled last would be waited for alone.
+        return sorted(programs, key=lambda p: -sum(a.size for a in jax.tree.leaves(p.args[-1])))
+
+    def _with_head(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn` over the leaves that logits read, the others absent."""
+
+        def with_head(head: tuple[Any, ...], *rest: Any) -> Any:
+            leaves: list[Any] = [None] * len(self._leaves)
+            for i, leaf in zip(self._head, head, strict=True):
+                leaves[i] = leaf
+            return fn(tuple(leaves), *rest)
+
+        return with_head
+
+    def _hidden_width(self, leaves: Any, kv: Any) -> jax.ShapeDtypeStruct:
+        bucket = self.buckets.buckets[0]
+        layout = self.forward_layouts[bucket]
+        last = jax.ShapeDtypeStruct((self.sizes.max_num_seqs + 1,), jnp.int32)
+        flat = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+        return jax.eval_shape(make_forward(self._split, layout, False), leaves, kv, last, flat)[1]
+
+    def _warm_up(self) -> None:
+        """Runs every program once, so that the first request is as fast as the tenth (first calls allocate and page in)."""
+        slots = SlotTable(self.sizes.max_num_seqs, self.pages_per_slot)
+        empty = StepPlan(0, (), (), (), (), ())
+        rows = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
+        for bucket in self.buckets.buckets:
+            forward = pack_forward(empty, bucket, self.forward_layouts[bucket], slots, self.sizes.page_size)
+            sample = pack_sample(empty, bucket.samples, self.sample_layouts[bucket.samples], slots, [], False)
+            self.execute(Forward(bucket, forward))
+            if bucket.chunk:
+                self.execute(PromptLogprobs(bucket.tokens, rows, rows))
+                self.execute(Pool(np.zeros((self.buckets.max_rows, bucket.tokens), np.float32)))
+            self.execute(Sample(bucket.samples, sample))
+            if f"decode_loop {bucket.decode}" in self.programs and not bucket.chunk:
+                self.execute(DecodeLoop(bucket, forward, sample, 2))
+        if self.store is not None:
+            self.spill(((0, b""),))
+            self.restore(((0, b""),))
+            self.store.settle()
+            self.store.drop((b"",))
+        neutral = slot_rows(Request(EngineRequest("", (0,), SamplingParams()), 0), self.vocab_size)
+        self.execute(LoadSlot(self.sizes.max_num_seqs, *neutral))
+        jax.block_until_ready(self._state)
+
+    # ---- commands ----
+
+    def execute(self, command: Command) -> Any:
+        """Starts one program.
+
+        Returns:
+            what the host may read: SampleOutput of Sample; int32 [2, max_steps, B] of DecodeLoop (`programs`); float32 [R, D]
+            of Pool; (logprob, rank, top_ids, top_values) of PromptLogprobs; None of the others.
+        """
+        if self._group is not None:
+            self._group.send(command)
+        match command:
+            case Forward(bucket, packed):
+                self._kv, self._hidden_SD, self._hidden_TD = self.programs[f"forward {bucket}"](
+                    self._leaves, self._kv, self._state.last_token, packed
+                )
+                return None
+            case Sample(rows, packed, mask):
+                mask = self._no_mask[rows] if mask is None else mask
+                hidden_SD, self._hidden_SD, self._hidden_TD = self._hidden_SD, None, None
+                self._state, output = self.programs[f"sample {rows}"](
+                    self._head_leaves, self._state, hidden_SD, packed, mask
+                )
+                self.num_sampled += 1
+                return output
+            case DecodeLoop(bucket, forward, sample, steps):
+                self._kv, self._state, tokens = self.programs[f"decode_loop {bucket.decode}"](
+                    self._leaves, self._kv, self._state, forward, sample, np.int32(steps)
+                )
+                self.num_sampled += 1
+                return tokens
+            case Pool(weights):
+                return self.programs[f"pool {command.tokens}"](self._hidden_TD, weights)
+            case PromptLogprobs(tokens, rows, targets):
+                return self.programs[f"prompt_logprobs {tokens}"](self._head_leaves, self._hidden_TD, rows, targets)
+            case LoadSlot(slot, seen, ids, values, banned):
+                self._state = self.programs["load_slot"](self._state, np.int32(slot), seen, ids, values, banned)
+                return None
+
+    def spill(self, pages: tuple[tuple[int, bytes], ...]) -> None:
+        """Starts copying pages to the host tier: (page, digest)."""
+        assert self.store is not None
+        self.store.spill(self._kv, pages)
+
+    def restore(self, pages: tuple[tuple[int, bytes], ...]) -> None:
+        """Copies pages back from the host tier: (page, digest)."""
+        assert self.store is not None
+        self._kv = self.store.restore(self._kv, pages)
+
+    def sampled(self, number: int, tokens: np.ndarray) -> None:
+        """Tells the other processes what command number `number` that sampled gave here, so that they can compare."""
+        if self._group is not None:
+            self._group.sampled(number, tokens)
+
+    @functools.cached_property
+    def _head_leaves(self) -> tuple[Any, ...]:
+        return tuple(self._leaves[i] for i in self._head)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._leaves))
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self._leaves))
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

@@ -1,0 +1,28 @@
+"""Other processes of one engine, as the first one sees them. Implemented over gRPC in `serving/processes`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from serving.engine.commands import Command
+
+
+class Group(Protocol):
+    """Every process starts in the same way and calls `least` at the same points; then the first one sends commands.
+
+    A process that is lost ends the others; no call returns an error for it.
+    """
+
+    def least(self, point: str, value: int) -> int:
+        """Waits for every process to come to this point, and returns the smallest of their values."""
+        ...
+
+    def send(self, command: Command) -> None:
+        """Gives a command to the other processes, which carry out all in this order. Does not wait."""
+        ...
+
+    def sampled(self, number: int, tokens: np.ndarray) -> None:
+        """What the sampling command number `number` (from 1) gave, to be compared between processes. Does not wait."""
+        ...
