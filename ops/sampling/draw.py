@@ -1,4 +1,4 @@
-"""One token a row: the argmax, or a draw by inverting the cumulative distribution at one uniform number."""
+"""One token a row: the argmax, or a draw by inverting the cumulative distribution at uniform numbers."""
 
 from __future__ import annotations
 
@@ -40,18 +40,17 @@ def sample(
     greedy_R = temperature_R < GREEDY_TEMPERATURE
 
     def drawn() -> jax.Array:
-        x_RV = logits_RV / jnp.where(greedy_R, 1.0, temperature_R)[:, None]
-        peak_R = jnp.max(x_RV, axis=-1)
+        peak_R = jnp.max(logits_RV, axis=-1)
         peak_R = jnp.where(jnp.isfinite(peak_R), peak_R, 0.0)
+        inverse_R = 1.0 / jnp.where(greedy_R, 1.0, temperature_R)
+        x_RV = (logits_RV - peak_R[:, None]) * inverse_R[:, None]
         filtered_R = ~greedy_R & (((top_k_R > 0) & (top_k_R < logits_RV.shape[1])) | (top_p_R < 1.0) | (min_p_R > 0.0))
         low_R = lax.cond(
             jnp.any(filtered_R),
-            lambda: threshold(
-                x_RV, peak_R, jnp.where(greedy_R, 0, top_k_R), jnp.where(greedy_R, 1.0, top_p_R), min_p_R
-            ),
+            lambda: threshold(x_RV, jnp.where(greedy_R, 0, top_k_R), jnp.where(greedy_R, 1.0, top_p_R), min_p_R),
             lambda: jnp.full_like(peak_R, -jnp.inf),
         )
-        weight_RV = jnp.where(x_RV >= low_R[:, None], jnp.exp(x_RV - peak_R[:, None]), 0.0)
+        weight_RV = jnp.where(x_RV >= low_R[:, None], jnp.exp(x_RV), 0.0)
         tokens_R = invert(weight_RV, uniform(seed_R2, step_R))
         return lax.cond(jnp.any(greedy_R), lambda: jnp.where(greedy_R, argmax(logits_RV), tokens_R), lambda: tokens_R)
 
@@ -70,33 +69,33 @@ def argmax(x_RV: jax.Array) -> jax.Array:
 
 
 def uniform(seed_R2: jax.Array, step_R: jax.Array) -> jax.Array:
-    """A float32 in [0, 1) from each row's seed and step, the same whatever the other rows are."""
+    """Two float32 in [0, 1) from each row's seed and step, the same whatever the other rows are: [R, 2]."""
 
     def one(seed_2: jax.Array, step: jax.Array) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(seed_2, impl="threefry2x32"), step))
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed_2, impl="threefry2x32"), step)
+        return jax.random.uniform(key, 2)
 
     return jax.vmap(one)(seed_R2, step_R)
 
 
-def invert(weight_RV: jax.Array, uniform_R: jax.Array) -> jax.Array:
-    """The token at which the cumulative weight passes `uniform` of the total; only tokens with weight > 0.
+def invert(weight_RV: jax.Array, uniform_R2: jax.Array) -> jax.Array:
+    """Draws a block by its sum of weights, then a token in it by its weight; only tokens with weight > 0.
 
-    Two levels: among the sums of blocks, then inside one block, so the vocabulary is read once and never scanned.
+    Each draw takes the place at which the cumulative weight passes its uniform number's share of the total. Two levels
+    read the vocabulary once and never scan it, and with a number each they reach tokens far less likely than 2^-23,
+    the step of one number.
     """
     weight_RNb = blocks(weight_RV)
     weight_RNb = jnp.where(weight_RNb > 0.0, weight_RNb, 0.0)  # the padding is -inf
-    sum_RN = jnp.sum(weight_RNb, axis=-1)
-    end_RN = jnp.cumsum(sum_RN, axis=-1)
-    target_R = uniform_R * end_RN[:, -1]
-    block_R = _first_past(end_RN, target_R, sum_RN)
+    block_R = _draw(jnp.sum(weight_RNb, axis=-1), uniform_R2[:, 0])
     inside_Rb = jnp.take_along_axis(weight_RNb, block_R[:, None, None], axis=1)[:, 0]
-    start_R = jnp.take_along_axis(end_RN - sum_RN, block_R[:, None], axis=1)[:, 0]
-    place_R = _first_past(jnp.cumsum(inside_Rb, axis=-1), target_R - start_R, inside_Rb)
-    return block_R * BLOCK + place_R
+    return block_R * BLOCK + _draw(inside_Rb, uniform_R2[:, 1])
 
 
-def _first_past(end_RN: jax.Array, target_R: jax.Array, weight_RN: jax.Array) -> jax.Array:
+def _draw(weight_RN: jax.Array, uniform_R: jax.Array) -> jax.Array:
     """The first place with weight whose end is past the target; the last with weight if rounding leaves none."""
+    end_RN = jnp.cumsum(weight_RN, axis=-1)
+    target_R = uniform_R * end_RN[:, -1]
     place_N = jnp.arange(end_RN.shape[1], dtype=jnp.int32)
     past_RN = (end_RN > target_R[:, None]) & (weight_RN > 0.0)
     first_R = jnp.min(jnp.where(past_RN, place_N, end_RN.shape[1]), axis=-1)

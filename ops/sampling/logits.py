@@ -1,8 +1,4 @@
-"""What changes logits before sampling: penalties, forbidden tokens, biases. Each returns new logits_RV float32.
-
-Callers put these under a `lax.cond` together with the sampling that reads their result: a branch that only returned
-logits would copy [R, V] when nobody asked for it.
-"""
+"""What changes logits before sampling: penalties, forbidden tokens, biases. Each returns new logits_RV float32."""
 
 from __future__ import annotations
 

@@ -12,16 +12,7 @@ from ops.sampling.threshold import BLOCK, blocks
 def logprobs(
     logits_RV: jax.Array, tokens_R: jax.Array, num_top: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Log-softmax of the logits as the model gave them, at the chosen and at the `num_top` likeliest tokens.
-
-    Args:
-        logits_RV: float32, before temperature and penalties (vLLM's raw_logprobs).
-        tokens_R: int32 chosen ids, in [0, V).
-        num_top: static, 0..V.
-    Returns:
-        chosen_R float32; rank_R int32, 1 for the likeliest (tokens that tie count as before it); top_ids_RN int32 and
-        top_values_RN float32, likeliest first, the lowest id first on ties.
-    """
+    """See ops.sampling.logprobs; all rows are asked for."""
     norm_R = jax.nn.logsumexp(logits_RV, axis=-1)
     chosen_R = jnp.take_along_axis(logits_RV, tokens_R[:, None], axis=1)[:, 0]
     rank_R = jnp.sum(logits_RV >= chosen_R[:, None], axis=-1, dtype=jnp.int32)

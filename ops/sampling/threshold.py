@@ -27,14 +27,11 @@ def blocks(x_RV: jax.Array) -> jax.Array:
     return padded_RV.reshape(rows, -1, BLOCK)
 
 
-def threshold(
-    x_RV: jax.Array, peak_R: jax.Array, top_k_R: jax.Array, top_p_R: jax.Array, min_p_R: jax.Array
-) -> jax.Array:
+def threshold(x_RV: jax.Array, top_k_R: jax.Array, top_p_R: jax.Array, min_p_R: jax.Array) -> jax.Array:
     """The lowest logit that is kept in each row: min-p and top-k first, then top-p on what they leave.
 
     Args:
-        x_RV: logits over temperature, float32.
-        peak_R: each row's maximum, finite.
+        x_RV: float32, (logits - maximum) over temperature: each row's maximum is 0, or it has no finite number.
         top_k_R: int32; below 1 or at least V keeps all.
         top_p_R: float32 in (0, 1]; 1 keeps all.
         min_p_R: float32 in [0, 1]; 0 keeps all.
@@ -44,20 +41,20 @@ def threshold(
     count = min(CANDIDATE_BLOCKS, x_RNb.shape[1])
     best_RC, ids_RC = lax.top_k(jnp.max(x_RNb, axis=-1), count)
     candidates_RC = jnp.take_along_axis(x_RNb, ids_RC[:, :, None], axis=1).reshape(x_RV.shape[0], -1)
-    bound_R = best_RC[:, -1] if count < x_RNb.shape[1] else jnp.full_like(peak_R, -jnp.inf)
+    bound_R = best_RC[:, -1] if count < x_RNb.shape[1] else jnp.full(x_RV.shape[:1], -jnp.inf)
 
     def find(weigh, need_R: jax.Array, active_R: jax.Array) -> jax.Array:
-        found_R = search(candidates_RC, weigh(candidates_RC), need_R, peak_R, active_R)
+        found_R = search(candidates_RC, weigh(candidates_RC), need_R, active_R)
         missed_R = active_R & (found_R <= bound_R)
         # Each row keeps its own answer: what it gets never depends on its neighbours in the batch.
         found_R = lax.cond(
             jnp.any(missed_R),
-            lambda: jnp.where(missed_R, search(x_RV, weigh(x_RV), need_R, peak_R, missed_R), found_R),
+            lambda: jnp.where(missed_R, search(x_RV, weigh(x_RV), need_R, missed_R), found_R),
             lambda: found_R,
         )
         return jnp.where(active_R, found_R, -jnp.inf)
 
-    low_R = peak_R + jnp.log(min_p_R)
+    low_R = jnp.log(min_p_R)
     with_k_R = (top_k_R > 0) & (top_k_R < vocab)
     low_R = lax.cond(
         jnp.any(with_k_R),
@@ -67,24 +64,22 @@ def threshold(
     with_p_R = top_p_R < 1.0
 
     def nucleus() -> jax.Array:
-        weight_RV = jnp.where(x_RV >= low_R[:, None], jnp.exp(x_RV - peak_R[:, None]), 0.0)
+        weight_RV = jnp.where(x_RV >= low_R[:, None], jnp.exp(x_RV), 0.0)
         need_R = top_p_R * jnp.sum(weight_RV, axis=-1)
-        return jnp.maximum(low_R, find(lambda x_RN: jnp.exp(x_RN - peak_R[:, None]), need_R, with_p_R))
+        return jnp.maximum(low_R, find(jnp.exp, need_R, with_p_R))
 
     return lax.cond(jnp.any(with_p_R), nucleus, lambda: low_R)
 
 
-def search(
-    x_RN: jax.Array, weight_RN: jax.Array, need_R: jax.Array, peak_R: jax.Array, active_R: jax.Array
-) -> jax.Array:
+def search(x_RN: jax.Array, weight_RN: jax.Array, need_R: jax.Array, active_R: jax.Array) -> jax.Array:
     """The highest element t of each row for which the weights of the elements >= t sum to at least `need`.
 
-    Elements more than `NEGLIGIBLE` below the peak are not told apart; when even they are needed, the lowest element
-    above them is returned.
+    A row's maximum is 0. Elements more than `NEGLIGIBLE` below it are not told apart; when even they are needed, the
+    lowest element above them is returned.
     """
-    low_R = jnp.min(jnp.where(x_RN >= peak_R[:, None] - NEGLIGIBLE, x_RN, jnp.inf), axis=-1)
+    low_R = jnp.min(jnp.where(x_RN >= -NEGLIGIBLE, x_RN, jnp.inf), axis=-1)
     # Invariant: the answer is an element in [low, high]; both ends are elements.
-    low_R = jnp.where(active_R, jnp.minimum(low_R, peak_R), peak_R)
+    low_R = jnp.where(active_R, jnp.minimum(low_R, 0.0), 0.0)
 
     def going(ends: tuple[jax.Array, jax.Array]) -> jax.Array:
         return jnp.any(ends[0] < ends[1])
@@ -102,4 +97,4 @@ def search(
         high_next_R = jnp.where(enough_R | done_R, high_R, highest_below_R)
         return low_next_R, high_next_R
 
-    return lax.while_loop(going, halve, (low_R, peak_R))[0]
+    return lax.while_loop(going, halve, (low_R, jnp.zeros_like(low_R)))[0]

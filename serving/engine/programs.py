@@ -18,7 +18,7 @@ from models.api import KVCache
 from ops import sampling
 from serving.engine.packing import Layout, attention_batch
 from serving.engine.sampling_params import MAX_LOGPROBS
-from serving.engine.state import PROMPT_BIT, DeviceState
+from serving.engine.state import DeviceState
 
 PROMPT_LOGPROB_ROWS = 64
 """Positions whose full logits are in memory at once when prompt logprobs are asked for."""
@@ -26,16 +26,23 @@ PROMPT_LOGPROB_ROWS = 64
 
 @dataclasses.dataclass(frozen=True)
 class SplitModel:
-    """A model as a function of its flat leaves (a nested state costs 20 ms a call to flatten, a tuple 0.1)."""
+    """A model as a function of its flat leaves (a nested state costs 20 ms a call to flatten, a tuple 0.1).
+
+    Attributes:
+        sampler: what its programs sample with, see ops.sampling.best_body.
+    """
 
     graphdef: Any
     treedef: Any
+    sampler: sampling.Body
 
     @classmethod
     def split(cls, model: nnx.Module) -> tuple[SplitModel, tuple[jax.Array, ...]]:
         graphdef, state = nnx.split(model)
         leaves, treedef = jax.tree.flatten(state)
-        return cls(graphdef, treedef), tuple(leaves)
+        devices = set[jax.Device]().union(*(x.devices() for x in leaves if isinstance(x, jax.Array)))
+        platform = next(iter(devices)).platform if devices else "none"
+        return cls(graphdef, treedef, sampling.best_body(platform, len(devices))), tuple(leaves)
 
     def merge(self, leaves: Sequence[jax.Array]) -> Any:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
@@ -85,83 +92,52 @@ def make_sample(model: SplitModel, layout: Layout) -> Callable[..., Any]:
     def sample(
         leaves: tuple[jax.Array, ...], state: DeviceState, hidden_SD: jax.Array, flat: jax.Array, mask_SW: jax.Array
     ) -> tuple[DeviceState, SampleOutput]:
-        return sample_rows(model.merge(leaves), layout.unpack(flat), state, hidden_SD, mask_SW)
+        return sample_rows(model.merge(leaves), layout.unpack(flat), state, hidden_SD, mask_SW, model.sampler)
 
     return sample
 
 
 def sample_rows(
-    model: Any, f: dict[str, jax.Array], state: DeviceState, hidden_SD: jax.Array, mask_SW: jax.Array | None
+    model: Any,
+    f: dict[str, jax.Array],
+    state: DeviceState,
+    hidden_SD: jax.Array,
+    mask_SW: jax.Array | None,
+    body: sampling.Body,
 ) -> tuple[DeviceState, SampleOutput]:
     """Logits, everything that changes them, and the draw; see `make_sample`. Without `mask_SW`, no mask can be asked for."""
-    vocab_size = model.vocab_size
-    raw_SV = model.logits(hidden_SD)
+    logits_SV = model.logits(hidden_SD)
     slot_S, step_S = f["slot_S"], f["step_S"]
-    penal_S = (f["repetition_S"] != 1) | (f["presence_S"] != 0) | (f["frequency_S"] != 0)
-    penalized = jnp.any(penal_S)
-    logits_SV = jax.lax.cond(
-        penalized,
-        lambda logits: _penalize(logits, state.seen[slot_S], f),
-        lambda logits: logits,
-        raw_SV,
+    edits = sampling.Edits(
+        slot_R=slot_S,
+        repetition_R=f["repetition_S"],
+        presence_R=f["presence_S"],
+        frequency_R=f["frequency_S"],
+        biased_R=f["biased_S"] > 0,
+        held_back_R=step_S < f["min_tokens_S"],
+        masked=f["masked"][0] > 0,
+        seen_NV=state.seen,
+        bias_ids_NE=state.bias_ids,
+        bias_values_NE=state.bias_values,
+        banned_ids_NE=state.banned_ids,
+        mask_RW=mask_SW,
     )
-    logits_SV = jax.lax.cond(
-        jnp.any(f["biased_S"] > 0),
-        lambda logits: sampling.apply_bias(
-            logits,
-            jnp.where(f["biased_S"][:, None] > 0, state.bias_ids[slot_S], vocab_size),
-            state.bias_values[slot_S],
-        ),
-        lambda logits: logits,
+    token_S = sampling.choose(
         logits_SV,
-    )
-    held_back_S = step_S < f["min_tokens_S"]
-    logits_SV = jax.lax.cond(
-        jnp.any(held_back_S),
-        lambda logits: sampling.apply_bias(
-            logits,
-            jnp.where(held_back_S[:, None], state.banned_ids[slot_S], vocab_size),
-            jnp.full((slot_S.shape[0], state.banned_ids.shape[1]), -jnp.inf, jnp.float32),
-        ),
-        lambda logits: logits,
-        logits_SV,
-    )
-    if mask_SW is not None:
-        logits_SV = jax.lax.cond(
-            f["masked"][0] > 0,
-            lambda logits: sampling.apply_token_mask(logits, mask_SW),
-            lambda logits: logits,
-            logits_SV,
-        )
-    token_S = sampling.sample(
-        logits_SV,
+        edits,
         temperature_R=f["temperature_S"],
         top_k_R=f["top_k_S"],
         top_p_R=f["top_p_S"],
         min_p_R=f["min_p_S"],
         seed_R2=f["seed_S2"],
         step_R=step_S,
+        body=body,
     )
     num_S = token_S.shape[0]
-    finite_S = jnp.all(jnp.isfinite(hidden_SD), -1) & jnp.isfinite(raw_SV[jnp.arange(num_S), token_S])
-    logprobs = jax.lax.cond(
-        jnp.any(f["num_logprobs_S"] >= 0),
-        lambda logits, tokens: sampling.logprobs(logits, tokens, MAX_LOGPROBS),
-        lambda logits, tokens: (
-            jnp.zeros(num_S, jnp.float32),
-            jnp.zeros(num_S, jnp.int32),
-            jnp.zeros((num_S, MAX_LOGPROBS), jnp.int32),
-            jnp.zeros((num_S, MAX_LOGPROBS), jnp.float32),
-        ),
-        raw_SV,
-        token_S,
-    )
-    seen = jax.lax.cond(
-        penalized,
-        lambda seen: seen.at[jnp.where(penal_S, slot_S, seen.shape[0]), token_S].add(1, mode="drop"),
-        lambda seen: seen,
-        state.seen,
-    )
+    finite_S = jnp.all(jnp.isfinite(hidden_SD), -1) & jnp.isfinite(logits_SV[jnp.arange(num_S), token_S])
+    logprobs = sampling.logprobs(logits_SV, token_S, MAX_LOGPROBS, f["num_logprobs_S"] >= 0, body)
+    # Rows without penalties write nowhere. Not under a cond: that would copy `seen`, which is megabytes.
+    seen = state.seen.at[jnp.where(edits.penalized, slot_S, state.seen.shape[0]), token_S].add(1, mode="drop")
     state = dataclasses.replace(state, last_token=state.last_token.at[slot_S].set(token_S), seen=seen)
     return state, SampleOutput(jnp.stack([token_S, finite_S.astype(jnp.int32)]), *logprobs)
 
@@ -205,7 +181,7 @@ def make_decode_loop(
             )
             hidden_BD, kv = merged.forward(tokens_B, batch, kv)
             f = sampled | {"step_S": sampled["step_S"] + step}
-            state, output = sample_rows(merged, f, state, hidden_BD[fields["sample_row_S"]], None)
+            state, output = sample_rows(merged, f, state, hidden_BD[fields["sample_row_S"]], None, model.sampler)
             found = output.tokens_finite[:, :num_rows]
             counted_B = (f["step_S"] + 1 >= f["min_tokens_S"])[:num_rows]
             ended_B |= counted_B & jnp.any(found[0][:, None] == stops_BN, -1)
@@ -221,17 +197,6 @@ def make_decode_loop(
         return kv, state, out
 
     return decode_loop
-
-
-def _penalize(logits_SV: jax.Array, seen_SV: jax.Array, f: dict[str, jax.Array]) -> jax.Array:
-    return sampling.apply_penalties(
-        logits_SV,
-        prompt_mask_RV=(seen_SV & PROMPT_BIT) > 0,
-        output_counts_RV=(seen_SV & (PROMPT_BIT - 1)).astype(jnp.int32),
-        repetition_R=f["repetition_S"],
-        presence_R=f["presence_S"],
-        frequency_R=f["frequency_S"],
-    )
 
 
 def load_slot(
@@ -262,7 +227,7 @@ def make_prompt_logprobs(model: SplitModel) -> Callable[..., Any]:
         leaves: tuple[jax.Array, ...], hidden_TD: jax.Array, rows: jax.Array, targets: jax.Array
     ) -> tuple[jax.Array, ...]:
         logits = model.merge(leaves).logits(hidden_TD[rows])
-        return sampling.logprobs(logits, targets, MAX_LOGPROBS)
+        return sampling.logprobs(logits, targets, MAX_LOGPROBS, body=model.sampler)
 
     return prompt_logprobs
 

@@ -9,14 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ops.sampling import PROMPT_BIT
 from serving.engine.request import Request
 from serving.engine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
 MAX_BANNED = MAX_STOP_TOKEN_IDS + 16
 """Stop and end-of-sequence ids that `min_tokens` holds back."""
-
-PROMPT_BIT = 1 << 14
-"""In `seen`: the token is in the prompt. The bits below count it in the completion."""
 
 
 @functools.partial(
@@ -30,7 +28,7 @@ class DeviceState:
 
     Attributes:
         last_token: int32 [slots + 1], what the slot sampled last; the next step's input.
-        seen: int16 [slots + 1, V], see PROMPT_BIT. Kept up only while a request with penalties is in the batch.
+        seen: int16 [slots + 1, V], see PROMPT_BIT. Kept up for slots whose request has penalties.
         bias_ids, bias_values: int32 and float32 [slots + 1, MAX_LOGIT_BIAS]; unused entries have id V (dropped).
         banned_ids: int32 [slots + 1, MAX_BANNED], what ends the completion: held back until min_tokens, and looked for by
             the device loop of several decode steps; unused entries have id V.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ops import native
 from ops.sampling import apply_bias, apply_penalties, apply_token_mask, logprobs, reference
 
 VOCAB = 203
@@ -66,15 +67,19 @@ def test_bias_drops_padding():
 
 @pytest.mark.parametrize("num_top", [0, 1, 5, 20])
 @pytest.mark.parametrize("vocab", [25, 203, 5000])
-def test_logprobs(vocab, num_top):
+@pytest.mark.parametrize("body", ["xla", "native"])
+def test_logprobs(body, vocab, num_top):
+    if body == "native" and not native.available():
+        pytest.skip(native.status())
     rng = np.random.default_rng(vocab)
     # Rounded logits, so that there are ties.
     logits_RV = np.round(rng.normal(size=(3, vocab)) * 3, 1).astype(np.float32)
     tokens_R = rng.integers(0, vocab, 3)
-    run = jax.jit(logprobs, static_argnums=2)
-    chosen_R, rank_R, top_ids_RN, top_values_RN = run(logits_RV, jnp.asarray(tokens_R), num_top)
+    run = jax.jit(logprobs, static_argnames=("num_top", "body"))
+    asked_R = jnp.array([True, False, True])
+    chosen_R, rank_R, top_ids_RN, top_values_RN = run(logits_RV, jnp.asarray(tokens_R), num_top, asked_R, body=body)
     assert top_ids_RN.shape == (3, num_top)
-    for row in range(3):
+    for row in (0, 2):
         chosen, rank, ids, values = reference.logprobs(logits_RV[row], tokens_R[row], num_top)
         np.testing.assert_allclose(chosen_R[row], chosen, atol=1e-5)
         assert rank_R[row] == rank
