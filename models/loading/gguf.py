@@ -2,13 +2,15 @@
 
 The header is parsed here rather than by `gguf.GGUFReader`, which takes 2 to 10 s for one (it makes several arrays for
 each of some 10^5 tokens; this takes 0.1 to 0.5 s), and every offset is checked against the file's size.
-Block formats are decoded by `gguf.quants`.
+Block formats are decoded by `gguf.quants`. Models split over several files (`-00001-of-00003.gguf`, llama.cpp's gguf-split)
+are read as one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -29,37 +31,79 @@ _PLAIN = {
     gguf.GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
     gguf.GGMLQuantizationType.F64: np.dtype("<f8"),
 }
+DECODED = frozenset(kind for kind in gguf.GGMLQuantizationType if hasattr(gguf.quants, kind.name))
+"""Block types that `gguf.quants` decodes: each is a class of its own there."""
 _GROUP_BYTES = 1 << 20  # blocks decoded at once: their float32 temporaries stay in cache
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is: numpy's shape (slowest axis first), block type, offset in bytes from the file's start."""
+    """Where a tensor is: numpy's shape (slowest axis first), block type, offset in bytes from its file's start, and which of
+    a split model's files."""
 
     shape: tuple[int, ...]
     kind: gguf.GGMLQuantizationType
     offset: int
     num_bytes: int
+    part: int = 0
+
+
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+def split_paths(path: Path) -> list[Path]:
+    """All files of the split that `path` is named as a part of, in order; only itself where it is not named so."""
+    match = _PART.search(path.name)
+    if match is None:
+        return [path]
+    base, count = path.name[: match.start()], int(match[2])
+    return [path.with_name(f"{base}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
 
 
 class GGUFFile:
-    """Metadata and tensors of one file.
+    """Metadata and tensors of one model, in one file or split over several.
+
+    Args:
+        path: the file, or any of the files that a model is split over.
 
     Attributes:
         metadata: scalars, strings, lists of strings, or numpy arrays, by key.
         tensors: by GGUF's name.
     Raises:
-        ValueError: not a GGUF file, damaged, or truncated.
+        ValueError: not a GGUF file, damaged, truncated, or a part of a split is missing.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._size = path.stat().st_size
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
+        self._data: list[np.ndarray] = []
+        parts = split_paths(path)
+        self._open(parts[0] if parts[0].exists() else path)
+        count = int(self.metadata.get("split.count", 1))
+        if count <= 1:
+            return
+        if len(parts) != count:
+            raise ValueError(
+                f"{path} is one of {count} files, but is not named like one of them (...-00001-of-{count:05d}.gguf)."
+            )
+        missing = [part.name for part in parts if not part.exists()]
+        if missing:
+            raise ValueError(f"{path} is one of {count} files; {missing[0]} is not there: the download is incomplete.")
+        for part in parts[1:]:
+            self._open(part)
+        wanted = self.metadata.get("split.tensors.count", len(self.tensors))
+        if len(self.tensors) != wanted:
+            raise ValueError(
+                f"{path}: its {count} files hold {len(self.tensors)} tensors, not the {wanted} they claim."
+            )
+
+    def _open(self, path: Path) -> None:
+        self.path, self._size = path, path.stat().st_size
         try:
-            self._data = np.memmap(path, mode="r", dtype=np.uint8)
-            self._parse(memoryview(self._data))  # pyright: ignore[reportArgumentType]
+            data = np.memmap(path, mode="r", dtype=np.uint8)
+            self._data.append(data)
+            self._parse(memoryview(data))  # pyright: ignore[reportArgumentType]
         except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:
             raise ValueError(f"{path} is a damaged or truncated GGUF file: {error}.") from None
 
@@ -69,11 +113,12 @@ class GGUFFile:
         version, num_tensors, num_keys = struct.unpack_from("<IQQ", data, 4)
         if version not in (2, 3):
             raise ValueError(f"{self.path} is GGUF version {version}; versions 2 and 3 are supported.")
-        position = 24
+        position, metadata = 24, {}
         for _ in range(num_keys):
             key, position = self._string(data, position)
             (kind,) = struct.unpack_from("<I", data, position)
-            self.metadata[key], position = self._value(data, position + 4, kind, key)
+            metadata[key], position = self._value(data, position + 4, kind, key)
+        self.metadata = metadata | self.metadata  # the first file's is the model's
         placed: list[tuple[str, tuple[int, ...], int, int]] = []
         for _ in range(num_tensors):
             name, position = self._string(data, position)
@@ -84,9 +129,11 @@ class GGUFFile:
             kind, offset = struct.unpack_from("<IQ", data, position + 4 + 8 * num_dims)
             position += 16 + 8 * num_dims
             placed.append((name, shape[::-1], kind, offset))
-        alignment = int(self.metadata.get("general.alignment", 32)) or 32
+        alignment = int(metadata.get("general.alignment", 32)) or 32
         start = -(-position // alignment) * alignment
         for name, shape, kind, offset in placed:
+            if name in self.tensors:
+                raise ValueError(f"{self.path}: the tensor {name!r} is in another of the model's files too.")
             self.tensors[name] = self._tensor(name, shape, kind, start + offset)
 
     def _tensor(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> TensorInfo:
@@ -95,6 +142,10 @@ class GGUFFile:
             block, block_bytes = gguf.GGML_QUANT_SIZES[block_type]
         except (ValueError, KeyError):
             raise ValueError(f"{self.path}: tensor {name!r} has the unknown block type {kind}.") from None
+        if block_type not in _PLAIN and block_type not in DECODED:
+            raise ValueError(
+                f"{self.path}: tensor {name!r} has the block type {block_type.name}, which cannot be decoded."
+            )
         elements = math.prod(shape)
         if elements % block or (shape and shape[-1] % block):
             raise ValueError(f"{self.path}: tensor {name!r} {list(shape)} does not fill blocks of {block}.")
@@ -103,7 +154,7 @@ class GGUFFile:
             raise ValueError(
                 f"{self.path} is truncated: tensor {name!r} ends at byte {offset + num_bytes}, the file has {self._size}."
             )
-        return TensorInfo(shape, block_type, offset, num_bytes)
+        return TensorInfo(shape, block_type, offset, num_bytes, len(self._data) - 1)
 
     def _string(self, data: memoryview, position: int) -> tuple[str, int]:
         (length,) = struct.unpack_from("<Q", data, position)
@@ -146,7 +197,7 @@ class GGUFFile:
         if index is not None:
             num_bytes //= shape[0]
             start, shape = start + index * num_bytes, shape[1:]
-        raw = self._data[start : start + num_bytes]
+        raw = self._data[info.part][start : start + num_bytes]
         if info.kind in _PLAIN:
             return raw.view(_PLAIN[info.kind]).reshape(shape)
         block, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]

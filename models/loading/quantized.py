@@ -72,12 +72,12 @@ class DequantizingCheckpoint:
         if own is None:
             return self._inner.shape(name)
         shape = self._inner.shape(own)
-        per_word = 32 // self._bits
+        bits = self._bits
         if own.endswith(".weight_packed"):
             return tuple(int(n) for n in self._inner.read(own.removesuffix("_packed") + "_shape"))
         if own.endswith(".qweight"):
             rows, columns = shape
-            return (columns * per_word, rows) if self._method == "awq" else (columns, rows * per_word)
+            return (columns * 32 // bits, rows) if self._method == "awq" else (columns, rows * 32 // bits)
         if own.endswith("_blocks"):  # [E, out, in / 32, 16] -> [E, in, out]
             return (shape[0], shape[2] * 32, shape[1])
         return shape
@@ -168,10 +168,17 @@ class DequantizingCheckpoint:
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
-    """[rows, n] int32 -> [rows, n * 32 / bits] unsigned values as int32, lowest bits first."""
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    values = (np.ascontiguousarray(words).view(np.uint32)[..., None] >> shifts) & np.uint32((1 << bits) - 1)
-    return values.reshape(*words.shape[:-1], -1).astype(np.int32)
+    """[rows, n] int32 -> [rows, n * 32 / bits] unsigned values as int32, lowest bits first.
+
+    Three bits do not divide a word: there values run on from one word into the next.
+    """
+    words = np.ascontiguousarray(words)
+    if 32 % bits == 0:
+        shifts = np.arange(0, 32, bits, dtype=np.uint32)
+        values = (words.view(np.uint32)[..., None] >> shifts) & np.uint32((1 << bits) - 1)
+        return values.reshape(*words.shape[:-1], -1).astype(np.int32)
+    stream = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
+    return stream.reshape(*words.shape[:-1], -1, bits) @ (1 << np.arange(bits, dtype=np.int32))
 
 
 def expand(scale: np.ndarray, shape: tuple[int, ...], block: tuple[int, int] | None = None) -> np.ndarray:
@@ -212,7 +219,7 @@ def _bits(method: str, config: Mapping[str, Any]) -> int:
         bits = widths.pop() if widths else 8
     else:
         bits = config.get("bits", config.get("w_bit", 4)) if method in ("awq", "gptq") else 8
-    supported = (4,) if method == "awq" else (2, 4, 8)
+    supported = {"awq": (4,), "gptq": (2, 3, 4, 8)}.get(method, (2, 4, 8))
     if bits not in supported:
         raise ValueError(f"the checkpoint has {method} weights of {bits!r} bits; supported: {list(supported)}.")
     return int(bits)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from models.loading import hub
 from models.loading.default_model import MODEL_ID, default_model
+from models.loading.gguf import split_paths
 
 Kind = Literal["gguf", "hf", "orbax"]
 MANIFEST = "jaxserve.json"
@@ -64,7 +65,7 @@ def _directory(model: str, path: Path) -> ModelSource:
     if (path / "config.json").exists():
         return ModelSource("hf", path)
     files = sorted(path.glob("*.gguf"))
-    if len(files) == 1:
+    if len(files) == 1 or (files and set(files) <= set(split_paths(files[0]))):
         return ModelSource("gguf", files[0])
     if files:
         raise ValueError(

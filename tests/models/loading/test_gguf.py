@@ -2,8 +2,9 @@ import gguf
 import numpy as np
 import pytest
 
-from models.loading.gguf import GGUFFile
+from models.loading.gguf import DECODED, GGUFFile
 from models.loading.gguf_checkpoint import half_split_rows
+from models.loading.source import resolve
 
 
 @pytest.fixture
@@ -74,3 +75,83 @@ def test_half_split_undoes_the_converters_permutation():
     # llama.cpp's convert_hf_to_gguf: (first half, second half) of each head become neighbours.
     permuted = rows.reshape(heads, 2, width // 2, 2).swapaxes(1, 2).reshape(rows.shape)
     np.testing.assert_array_equal(half_split_rows(permuted, heads), rows)
+
+
+@pytest.mark.parametrize("kind", sorted(DECODED), ids=lambda kind: kind.name)
+def test_every_block_type(kind, tmp_path):
+    """Any bytes are blocks of some values (scales apart): ours are those of gguf.quants, groups of blocks joined right."""
+    rng = np.random.default_rng(int(kind))
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rows, columns = 3, block * max(2, 8192 // block)
+    raw = rng.integers(0, 256, (rows * 40, columns // block * block_bytes), np.uint8)
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("t", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with np.errstate(all="ignore"):
+        got = GGUFFile(path).read("t")
+        wanted = gguf.quants.dequantize(raw, kind)
+    assert got.shape == (rows * 40, columns)
+    np.testing.assert_array_equal(got.astype(np.float32), wanted.reshape(got.shape))
+
+
+def test_a_block_type_that_cannot_be_decoded_is_named(tmp_path):
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("t", np.zeros((1, 292), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_K)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="Q8_K"):
+        GGUFFile(path)
+
+
+def write_split(folder, arrays, parts=3, claimed=None):
+    """A model's tensors dealt out over files, as llama.cpp's gguf-split names and marks them."""
+    paths = [folder / f"m-{n + 1:05d}-of-{parts:05d}.gguf" for n in range(parts)]
+    names = list(arrays)
+    for n, path in enumerate(paths):
+        writer = gguf.GGUFWriter(path, "llama")
+        if n == 0:
+            writer.add_string("note", "of the model")
+        writer.add_uint16("split.no", n)
+        writer.add_uint16("split.count", parts)
+        writer.add_int32("split.tensors.count", len(names) if claimed is None else claimed)
+        for name in names[n::parts]:
+            writer.add_tensor(name, arrays[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+def test_a_split_model_is_read_from_any_of_its_files(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {f"t{i}": rng.standard_normal((i + 1, 32)).astype(np.float32) for i in range(7)}
+    paths = write_split(tmp_path, arrays)
+    for path in paths:
+        file = GGUFFile(path)
+        assert file.metadata["note"] == "of the model"
+        assert file.tensors.keys() == arrays.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(file.read(name), array)
+    assert resolve(str(tmp_path)).path == paths[0]
+    (tmp_path / "other.gguf").write_bytes(paths[0].read_bytes())
+    with pytest.raises(ValueError, match="4 GGUF files"):
+        resolve(str(tmp_path))
+    with pytest.raises(ValueError, match="not named like one of them"):
+        GGUFFile(tmp_path / "other.gguf")
+    paths[1].unlink()
+    with pytest.raises(ValueError, match=r"m-00002-of-00003\.gguf is not there"):
+        GGUFFile(paths[2])
+
+
+def test_a_split_that_lacks_tensors(tmp_path):
+    paths = write_split(tmp_path, {"a": np.ones((1, 32), np.float32), "b": np.ones((1, 32), np.float32)}, 2, claimed=3)
+    with pytest.raises(ValueError, match="2 tensors, not the 3"):
+        GGUFFile(paths[0])

@@ -14,17 +14,36 @@ from models.loading.quantized import open_quantized, unpack
 from models.loading.safetensors import SafetensorsCheckpoint
 from tests.models.loading.test_load import HF, tensors
 
-O, I, GROUP = 16, 64, 32
+O, I, GROUP = 32, 64, 32
 RNG = np.random.default_rng(0)
 
 
 def pack(values: np.ndarray, bits: int = 4) -> np.ndarray:
-    """Columns into int32 words, lowest bits first, one word at a time."""
+    """Columns into int32 words, lowest bits first, one word at a time; GPTQ's three bits as a stream of them."""
+    if bits == 3:
+        return pack_3_bits(values)
     per_word = 32 // bits
     words = np.zeros((values.shape[0], values.shape[1] // per_word), np.uint32)
     for column in range(values.shape[1]):
         words[:, column // per_word] |= values[:, column].astype(np.uint32) << np.uint32(bits * (column % per_word))
     return words.view(np.int32)
+
+
+def pack_3_bits(values: np.ndarray) -> np.ndarray:
+    """32 values in three words, as AutoGPTQ's packing loop writes them: values 10 and 21 lie across two words."""
+    out = []
+    for at in range(0, values.shape[1], 32):
+        v = values[:, at : at + 32].astype(np.uint64)
+        words = np.zeros((values.shape[0], 3), np.uint64)
+        for i in range(10):
+            words[:, 0] |= v[:, i] << np.uint64(3 * i)
+            words[:, 1] |= v[:, 11 + i] << np.uint64(3 * i + 1)
+            words[:, 2] |= v[:, 22 + i] << np.uint64(3 * i + 2)
+        words[:, 0] |= (v[:, 10] & np.uint64(3)) << np.uint64(30)
+        words[:, 1] |= (v[:, 10] >> np.uint64(2)) | (v[:, 21] & np.uint64(1)) << np.uint64(31)
+        words[:, 2] |= v[:, 21] >> np.uint64(1)
+        out.append(words.astype(np.uint32).view(np.int32))
+    return np.concatenate(out, axis=1)
 
 
 def open_one(tmp_path, arrays, config):
@@ -96,7 +115,7 @@ def test_awq(tmp_path):
     check(open_one(tmp_path, arrays, {"quant_method": "awq", "bits": 4, "group_size": GROUP}), wanted.T)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 def test_gptq(tmp_path, bits, order, version):
@@ -151,7 +170,7 @@ def test_a_whole_checkpoint(tmp_path):
     ("config", "said"),
     [
         ({"quant_method": "bitsandbytes"}, "'bitsandbytes'.*compressed-tensors"),
-        ({"quant_method": "gptq", "bits": 3}, "3 bits"),
+        ({"quant_method": "gptq", "bits": 5}, "5 bits"),
         ({"quant_method": "awq", "bits": 8}, "8 bits"),
     ],
 )
