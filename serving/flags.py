@@ -8,6 +8,7 @@ import re
 import sys
 from typing import Any, NoReturn
 
+from serving.access.flags import SECRET_FLAGS, access_of, add_access_flags, tls_of
 from serving.engine.config import DTYPES, KV_CACHE_DTYPES, POLICIES, QUANTIZATIONS, EngineConfig
 
 GRPC_PORT = 50051
@@ -102,6 +103,7 @@ def build_parser() -> Parser:
         help="how the model marks its thinking, by vLLM's names (default: what its chat template shows)",
     )  # fmt: skip
     server.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="log level")
+    add_access_flags(parser)
     return parser
 
 
@@ -237,7 +239,8 @@ def describe(args: argparse.Namespace) -> list[str]:
     for name in sorted(vars(args)):
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         mark = "" if value == defaults.get(name) else "  (given)"
-        lines.append(f"{flag:<{width}} {_plain(value)}{mark}")
+        shown = f"({len(value)} hidden)" if name in SECRET_FLAGS and value else _plain(value)
+        lines.append(f"{flag:<{width}} {shown}{mark}")
     return lines
 
 
@@ -304,6 +307,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, EngineConf
     parser = build_parser()
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
+        access_of(args), tls_of(args)
         return args, engine_config(args)
     except ValueError as error:
         parser.error(re.sub(r"^([a-z]+(?:_[a-z]+)*) ", lambda m: "--" + m[1].replace("_", "-") + " ", str(error)))

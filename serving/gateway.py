@@ -8,16 +8,20 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from serving import event_loop
+from serving.access import ClientTls
+from serving.access.flags import access_of, add_access_flags, tls_of, warnings_for
 from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
 from serving.errors import ErrorKind, RequestError
 
 log = logging.getLogger("serving.gateway")
+TARGET_KEY_VARIABLE = "JAXSERVE_TARGET_API_KEY"
 
 
 class Target(Protocol):
@@ -125,9 +129,31 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--allowed-origins", nargs="+", default=[], metavar="ORIGIN", help="browser origins")
     parser.add_argument("--connect-timeout", type=float, default=60.0, metavar="S", help="seconds to wait for engines")
     parser.add_argument("--drain-timeout", type=float, default=30.0, metavar="S", help="seconds to finish at the end")
+    add_access_flags(parser)
+    targets = parser.add_argument_group("targets")
+    targets.add_argument(
+        "--target-api-key", default=os.environ.get(TARGET_KEY_VARIABLE), metavar="KEY",
+        help=f"key of role proxy at the engines, or {TARGET_KEY_VARIABLE} in the environment (default: none)",
+    )  # fmt: skip
+    targets.add_argument(
+        "--target-tls", action="store_true", help="reach the engines over TLS; implied by the other --target-ssl flags"
+    )
+    targets.add_argument("--target-ssl-ca-certs", metavar="FILE", help="authorities of the engines' certificates, PEM")
+    targets.add_argument("--target-ssl-keyfile", metavar="FILE", help="our certificate's key, for engines that ask, PEM")
+    targets.add_argument("--target-ssl-certfile", metavar="FILE", help="our certificate, for engines that ask, PEM")
     parser.add_argument("--log-format", choices=("human", "json"), default="human")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        access_of(args), tls_of(args), _target_tls(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def _target_tls(args: argparse.Namespace) -> ClientTls | None:
+    tls = ClientTls(args.target_ssl_ca_certs, args.target_ssl_keyfile, args.target_ssl_certfile)
+    return tls if args.target_tls or tls != ClientTls() else None
 
 
 async def _run(args: argparse.Namespace) -> int:
@@ -135,9 +161,12 @@ async def _run(args: argparse.Namespace) -> int:
     from serving.frontends.grpc.client import RemoteEngineClient, RemoteGrammars
     from serving.frontends.openai.server import serve_http
     from serving.metrics import MeteredClient
-    from serving.service import TextService
+    from serving.service import Limits, TextService
     from serving.startup import load_text_side
 
+    access, tls = access_of(args), tls_of(args)
+    for line in warnings_for(args.host, access, tls):
+        print(line, file=sys.stderr, flush=True)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -146,7 +175,8 @@ async def _run(args: argparse.Namespace) -> int:
     clients: list[RemoteEngineClient] = []
     try:
         for name in names:
-            clients.append(await RemoteEngineClient.connect(name, timeout_s=args.connect_timeout))
+            reach = {"api_key": args.target_api_key, "tls": _target_tls(args)}
+            clients.append(await RemoteEngineClient.connect(name, timeout_s=args.connect_timeout, **reach))
         pool = Pool(clients)
         side = await asyncio.to_thread(lambda: load_text_side(resolve(args.model, progress=True), args.chat_template))
         info = pool.info()
@@ -161,11 +191,14 @@ async def _run(args: argparse.Namespace) -> int:
             side.chat_template,
             model_id=info.model_id,
             grammar_compiler=RemoteGrammars(),  # type: ignore[arg-type]
+            limits=Limits.for_model(info.max_model_len, requests_per_minute=args.requests_per_minute),
         )
         http = await serve_http(
             service,
             host=args.host,
             port=args.port,
+            tls=tls,
+            access=access,
             cors_origins=tuple(args.allowed_origins),
             tool_parser=args.tool_call_parser,
             reasoning_parser=args.reasoning_parser,

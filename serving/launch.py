@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from serving import event_loop
+from serving.access.flags import access_of, tls_of, warnings_for
 from serving.engine.config import EngineConfig
 from serving.flags import HTTP_PORT, describe, parse
 from serving.metrics.logs import setup_logging
@@ -37,6 +38,8 @@ class Server:
         self._args = args
         self._config = config
         self._tracing = tracing
+        self._access = access_of(args)
+        self._tls = tls_of(args)
         self._began = time.monotonic()
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -66,7 +69,11 @@ class Server:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_FAILED
         await preloading
-        service = started.service(served_names=self._args.served_model_name, tracing=self._tracing)
+        service = started.service(
+            served_names=self._args.served_model_name,
+            tracing=self._tracing,
+            requests_per_minute=self._args.requests_per_minute,
+        )
         if not await self._serve(grpc_server, service):
             return EXIT_FAILED
         return await self._until_stopped(started, grpc_server, service)
@@ -77,7 +84,9 @@ class Server:
         """Binds the gRPC port before the model is loaded: a taken port is told at once, and health can be asked."""
         from serving.frontends.grpc.server import GrpcServer
 
-        server = GrpcServer(self._args.host, self._args.grpc_port)
+        for line in warnings_for(self._args.host, self._access, self._tls):
+            print(line, file=sys.stderr, flush=True)
+        server = GrpcServer(self._args.host, self._args.grpc_port, access=self._access, tls=self._tls)
         try:
             await server.start()
         except OSError as error:
@@ -106,6 +115,8 @@ class Server:
                 service,
                 host=self._args.host,
                 port=port,
+                tls=self._tls,
+                access=self._access,
                 cors_origins=tuple(self._args.allowed_origins),
                 tool_parser=self._args.tool_call_parser,
                 reasoning_parser=self._args.reasoning_parser,

@@ -54,15 +54,17 @@ class Started:
         limits: Limits | None = None,
         executor: Any = None,
         tracing: Tracing | None = None,
+        requests_per_minute: int | None = None,
     ) -> TextService:
         """A text service for the calling event loop.
 
         Args:
             served_names: names for the model, the first of which answers carry; the model's own name without.
+            limits: None takes the defaults for the engine's context, with `requests_per_minute` of one key.
             tracing: where spans of what is served go.
         """
         from serving.metrics import MeteredClient
-        from serving.service import TextService
+        from serving.service import Limits, TextService
 
         info = self.engine.client.info()
         names = list(served_names) or [info.model_id]
@@ -72,7 +74,7 @@ class Started:
             self.text.chat_template,
             model_id=names[0],
             aliases=names[1:],
-            limits=limits,
+            limits=limits or Limits.for_model(info.max_model_len, requests_per_minute=requests_per_minute),
             default_params=self.default_params,
             grammar_compiler=self.grammars,
             executor=executor,

@@ -31,6 +31,7 @@ class Limits:
         grammar_timeout_s: time to compile a grammar.
         max_name_chars: request ids, model names, salts, tenants.
         max_timeout_s: the largest timeout taken; one day.
+        requests_per_minute: of one API key (of everybody together, where there are no keys); None: no bound.
     """
 
     max_body_bytes: int = 16 * 2**20
@@ -43,6 +44,7 @@ class Limits:
     grammar_timeout_s: float = 10.0
     max_name_chars: int = 256
     max_timeout_s: float = 86400.0
+    requests_per_minute: int | None = None
 
     @classmethod
     def for_model(cls, max_model_len: int, **changes: Any) -> Limits:

@@ -32,6 +32,7 @@ class PreparedRequest:
         prompt_token_ids: after truncation.
         params: with `max_tokens` resolved.
         children: one engine request a completion, in order of index; their ids are unique in this process.
+        owner: name of the API key that sent it, or None.
     """
 
     request_id: str
@@ -40,6 +41,7 @@ class PreparedRequest:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     children: tuple[EngineRequest, ...]
+    owner: str | None = None
 
 
 def render_and_encode(

@@ -12,6 +12,8 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
+from serving.access.keys import caller_of_task
+from serving.access.rates import RateMeter
 from serving.engine.client import EngineClient
 from serving.engine.sampling_params import SamplingParams, StructuredOutputs
 from serving.engine.types import EngineOutput, EngineRequest, FinishReason
@@ -70,6 +72,7 @@ class TextService:
         self.info = client.info()
         self.model_names = tuple(dict.fromkeys((model_id, *aliases, DEFAULT_MODEL, self.info.model_id)))
         self.limits = limits or Limits.for_model(self.info.max_model_len)
+        self._rates = RateMeter(self.limits.requests_per_minute)
         self.default_params = dict(default_params or {})
         self.grammar_compiler = grammar_compiler
         self.created = int(time.time())
@@ -112,6 +115,8 @@ class TextService:
         model = self.resolve_model(given.model)
         given.check(self.limits)
         prep.check_params(params, self.info.vocab_size, self.limits)
+        caller = caller_of_task.get()
+        self._rates.take(caller.name if caller else "", params.n)
         prompt, ids = await self._run(prep.render_and_encode, given, self.tokenizer, self.chat_template, self.limits)
         prompt_ids, params = prep.fit_prompt(
             ids, params, given.truncate_prompt_tokens, self.info.vocab_size, self.info.max_model_len
@@ -136,13 +141,14 @@ class TextService:
                 arrival_time=arrival,
                 deadline=None if given.timeout_s is None else arrival + given.timeout_s,
                 ttft_deadline=None if given.ttft_timeout_s is None else arrival + given.ttft_timeout_s,
-                cache_salt=given.cache_salt,
-                tenant=given.tenant,
+                cache_salt=caller.cache_salt(given.cache_salt) if caller else given.cache_salt,
+                tenant=caller.tenant(given.tenant) if caller else given.tenant,
                 bad_words_token_ids=bad_words,
             )
             for i in range(params.n)
         )
-        return PreparedRequest(request_id, model, prompt, prompt_ids, params, children)
+        owner = caller.name if caller else None
+        return PreparedRequest(request_id, model, prompt, prompt_ids, params, children, owner)
 
     async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[TextOutput, None]:
         """Runs a prepared request; yields deltas of its completions, interleaved, each until its finish reason.
@@ -164,14 +170,15 @@ class TextService:
             self._leave(prepared, key)
 
     async def abort(self, request_id: str) -> bool:
-        """Ends every live request with this id: its completions finish with reason ABORT. False if there is none."""
-        live = self._live.get(request_id)
-        if not live:
-            return False
-        for prepared in list(live.values()):
+        """Ends every live request with this id that the caller's key began (all of them, for an admin's key or where
+        there are no keys): its completions finish with reason ABORT. False if there is none."""
+        caller = caller_of_task.get()
+        live = self._live.get(request_id, {}).values()
+        found = [prepared for prepared in live if caller is None or caller.may_end(prepared.owner)]
+        for prepared in found:
             for child in prepared.children:
                 await self.client.abort(child.request_id)
-        return True
+        return bool(found)
 
     async def abort_all(self) -> None:
         """Ends every live request with reason ABORT: the server stops now."""
@@ -186,6 +193,7 @@ class TextService:
         """
         self.resolve_model(given.model)
         given.check(self.limits)
+        self._count()
         return await self._run(prep.render_and_encode, given, self.tokenizer, self.chat_template, self.limits)
 
     async def embed(self, given: GenerateInput, *, pooling: str | None = None) -> Embedding:
@@ -199,6 +207,7 @@ class TextService:
         self.check_ready()
         self.resolve_model(given.model)
         given.check(self.limits)
+        self._count()
         embed = getattr(self.client, "embed", None)
         if embed is None:
             raise RequestError(ErrorKind.UNIMPLEMENTED, f"The model {self.model_id!r} does not give embeddings.")
@@ -225,6 +234,7 @@ class TextService:
                 raise invalid(
                     f"Token {i} is {token!r}; this model's ids go from 0 to {self.info.vocab_size - 1}.", "token_ids"
                 )
+        self._count()
         return await self._run(lambda: self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     # -- the server's state ------------------------------------------------------------------------------------------
@@ -293,6 +303,11 @@ class TextService:
                 yield text
                 if text.finish_reason is not None:
                     return
+
+    def _count(self) -> None:
+        """Counts a request without completions against its key's rate."""
+        caller = caller_of_task.get()
+        self._rates.take(caller.name if caller else "")
 
     def _enter(self, prepared: PreparedRequest) -> int:
         key = next(self._serial)

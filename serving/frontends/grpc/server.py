@@ -6,7 +6,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from serving.access import Access, ServerTls
 from serving.errors import ErrorKind, RequestError
+from serving.frontends.grpc.access import RequireKey
 from serving.frontends.grpc.handlers import CONTROL, INFERENCE, Control, Inference, generic_handler
 from serving.service import Limits, TextService
 
@@ -40,12 +42,24 @@ class GrpcServer:
     Args:
         host, port: where to listen; port 0 takes a free one.
         limits: bounds the size of a message.
+        access: the keys that calls must bring; None asks for none.
+        tls: listen with TLS; None does without.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 50051, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 50051,
+        limits: Limits | None = None,
+        *,
+        access: Access | None = None,
+        tls: ServerTls | None = None,
+    ) -> None:
         self._host = host
         self._asked_port = port
         self._limits = limits or Limits()
+        self._access = access or Access()
+        self._tls = tls
         self._service: TextService | None = None
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - set at run time
         self.port = 0
@@ -56,7 +70,9 @@ class GrpcServer:
         Raises:
             OSError: the address cannot be bound, in a sentence.
         """
-        self._server = grpc.aio.server(options=server_options(self._limits.max_body_bytes))
+        self._server = grpc.aio.server(
+            interceptors=(RequireKey(self._access),), options=server_options(self._limits.max_body_bytes)
+        )
         for servicer in (Inference(self._require), Control(self._require)):
             self._server.add_generic_rpc_handlers((generic_handler(servicer),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -65,7 +81,11 @@ class GrpcServer:
         host = f"[{self._host}]" if ":" in self._host else self._host
         address = f"{host}:{self._asked_port}"
         try:
-            self.port = self._server.add_insecure_port(address)
+            if self._tls is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                credentials = grpc.ssl_server_credentials(**self._tls.grpc_arguments())
+                self.port = self._server.add_secure_port(address, credentials)
         except RuntimeError:
             self.port = 0
         if not self.port:

@@ -11,7 +11,9 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
+from serving.access import Access
 from serving.frontends.openai import errors
+from serving.frontends.openai.access import RequireKey
 from serving.frontends.openai.chat import chat_router
 from serving.frontends.openai.completions import completions_router
 from serving.frontends.openai.embeddings import embeddings_router
@@ -32,6 +34,7 @@ def create_app(
     service: TextService,
     *,
     metrics: Metrics | None = None,
+    access: Access | None = None,
     cors_origins: tuple[str, ...] = (),
     page: bool = True,
     tool_parser: str | None = None,
@@ -41,6 +44,7 @@ def create_app(
 
     Args:
         metrics: what `/metrics` shows; None makes one over the service's engine (see serving.metrics).
+        access: the keys that requests must bring; None asks for none.
         cors_origins: origins whose web pages may call us; "*" is all of them.
         page: serve the playground at `/`.
         tool_parser, reasoning_parser: how the model writes calls and thinking, by a parser's name; None takes what its
@@ -62,6 +66,7 @@ def create_app(
     if page:
         _add_page(app)
     app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes)
+    app.add_middleware(RequireKey, access=access or Access())
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 _TYPES = {
     ErrorKind.INVALID_ARGUMENT: ("invalid_request_error", None),
     ErrorKind.UNAUTHENTICATED: ("authentication_error", "invalid_api_key"),
+    ErrorKind.PERMISSION_DENIED: ("permission_error", "permission_denied"),
     ErrorKind.NOT_FOUND: ("invalid_request_error", "not_found"),
     ErrorKind.RESOURCE_EXHAUSTED: ("rate_limit_error", "rate_limit_exceeded"),
     ErrorKind.DEADLINE_EXCEEDED: ("timeout_error", "deadline_exceeded"),
@@ -35,6 +36,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply, "description": text}
     for status, text in {
         400: "A field is wrong.",
+        401: "The API key is missing or wrong, where the server asks for one.",
         404: "No such model.",
         413: "The body is too large.",
         429: "The queue is full; see Retry-After.",

@@ -11,6 +11,7 @@ from typing import Any
 
 import uvicorn
 
+from serving.access import ServerTls
 from serving.frontends.openai.app import create_app
 from serving.frontends.openai.http_protocol import BoundedHttpProtocol
 from serving.service import TextService
@@ -28,17 +29,18 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """A running HTTP front end. Made by `serve_http`."""
 
-    def __init__(self, server: _Server, task: asyncio.Task[None], host: str, port: int) -> None:
+    def __init__(self, server: _Server, task: asyncio.Task[None], host: str, port: int, scheme: str) -> None:
         self._server = server
         self._task = task
         self.host = host
         self.port = port
+        self._scheme = scheme
 
     @property
     def url(self) -> str:
         """Where it listens, as a URL."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"{self._scheme}://{host}:{self.port}"
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Closes the port, gives open replies `grace_s` seconds, then drops them."""
@@ -61,11 +63,13 @@ async def serve_http(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    tls: ServerTls | None = None,
     **options: Any,
 ) -> HttpServer:
     """Starts the OpenAI API in the running event loop and returns once it listens.
 
     Args:
+        tls: serve https with these files.
         options: further ones of `create_app`.
         port: 0 takes a free one; the handle's `port` tells which.
     Raises:
@@ -84,6 +88,9 @@ async def serve_http(
         timeout_keep_alive=65,  # longer than the 60 s of common load balancers, which reuse connections
         http=BoundedHttpProtocol,
     )
+    if tls is not None:
+        config.load()
+        config.ssl = tls.context()  # our own, whose lowest version is set and which never asks for a password
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[sock]), name="jaxserve-http")
     while not server.started:
@@ -91,7 +98,7 @@ async def serve_http(
             task.result()
             raise OSError(f"The HTTP server could not start on {host}:{port}.")
         await asyncio.sleep(0.01)
-    return HttpServer(server, task, host, sock.getsockname()[1])
+    return HttpServer(server, task, host, sock.getsockname()[1], "https" if tls else "http")
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -1,0 +1,53 @@
+"""Asks every HTTP request for its key, but for the probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serving.access import Access, caller_of_task
+from serving.errors import RequestError
+from serving.frontends.openai.errors import error_response
+
+PROBES = frozenset({"/health", "/ready"})
+"""Answer without a key: an orchestrator asks them, and they tell nothing but yes or no."""
+
+
+class RequireKey:
+    """Refuses what has no key with 401, and tells the task on whose behalf it works.
+
+    It decides by the path that the router goes by (`scope["path"]`, decoded once, compared whole), not by a URL put
+    together from headers; and what is not known to be open is closed, so that another spelling opens nothing.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self.app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (scope["path"] in PROBES and scope["method"] in ("GET", "HEAD")):
+            return await self.app(scope, receive, send)
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        try:
+            # Two headers: a proxy in front may have looked at the other one.
+            caller = self._access.check(given[0].decode("latin-1") if len(given) == 1 else None)
+        except RequestError as error:
+            reply = error_response(error)
+            reply.headers["WWW-Authenticate"] = "Bearer"
+            return await reply(scope, receive, send)
+        token = caller_of_task.set(caller)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            caller_of_task.reset(token)
+
+
+def control_check(access: Access) -> Callable[[Request], None]:
+    """A dependency for routes that change the server."""
+
+    def check(request: Request) -> None:
+        access.check_control(caller_of_task.get())
+
+    return check
