@@ -157,4 +157,62 @@ SPECIAL: list[dict[str, Any]] = [
     {"type": "object", "patternProperties": {"^n_[a-z]{1,5}$": {"type": "integer"}}, "additionalProperties": False},
     {"allOf": [{"type": "object", "properties": {"a": {"type": "integer"}}}, {"required": ["a"]}]},
     {"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 1, "maxProperties": 3},
+    {
+        "$defs": {
+            "Node": {
+                "type": "object",
+                "properties": {
+                    "label": {"type": "string", "maxLength": 6},
+                    "children": {"type": "array", "items": {"$ref": "#/$defs/Node"}, "maxItems": 2},
+                },
+                "required": ["label", "children"],
+                "additionalProperties": False,
+            }
+        },
+        "$ref": "#/$defs/Node",
+    },
+    {
+        "$defs": {
+            "Term": {
+                "anyOf": [
+                    {"type": "integer", "minimum": 0, "maximum": 99},
+                    {
+                        "type": "object",
+                        "properties": {
+                            "op": {"enum": ["+", "-", "*"]},
+                            "left": {"$ref": "#/$defs/Term"},
+                            "right": {"$ref": "#/$defs/Term"},
+                        },
+                        "required": ["op", "left", "right"],
+                        "additionalProperties": False,
+                    },
+                ]
+            }
+        },
+        "type": "object",
+        "properties": {"formula": {"$ref": "#/$defs/Term"}},
+        "required": ["formula"],
+        "additionalProperties": False,
+    },
+    {
+        "type": "array",
+        "items": {
+            "oneOf": [
+                {
+                    "type": "object",
+                    "properties": {"kind": {"const": "move"}, "to": {"type": "string", "pattern": "^[a-h][1-8]$"}},
+                    "required": ["kind", "to"],
+                    "additionalProperties": False,
+                },
+                {
+                    "type": "object",
+                    "properties": {"kind": {"const": "wait"}, "seconds": {"type": "number", "exclusiveMaximum": 60}},
+                    "required": ["kind", "seconds"],
+                    "additionalProperties": False,
+                },
+            ]
+        },
+        "minItems": 1,
+        "maxItems": 3,
+    },
 ]
