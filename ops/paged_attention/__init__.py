@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from ops.paged_attention import native, pallas_tpu, xla
+from ops.paged_attention import native, pallas_gpu, pallas_tpu, xla
 from ops.paged_attention import pages as _pages
 from ops.paged_attention.batch import Q_BLOCK, AttentionBatch, KVSpec
 from ops.paged_attention.pages import KVPages, Layout, bytes_per_page
@@ -38,6 +38,7 @@ __all__ = [
 BACKENDS: dict[str, Callable[..., tuple[jax.Array, KVPages]]] = {
     "native": native.attend,
     "pallas_tpu": pallas_tpu.attend,
+    "pallas_gpu": pallas_gpu.attend,
     "xla": xla.attend,
 }
 """Implementations by name, best first."""
@@ -123,8 +124,8 @@ def attend(
     options = {"scale": scale, "window": window, "softcap": softcap}
     forced = _forced.get()
     for name, body in BACKENDS.items():
-        if forced is not None and name != forced:
-            continue
+        if name != forced if forced is not None else name == "pallas_gpu" and kv.platform != "gpu":
+            continue  # that one would run anywhere, interpreted
         try:
             return _per_device(functools.partial(body, **options), (q_TKGh, k_TKh, v_TKh), (), kv, batch, sinks_KG)
         except NotImplementedError:

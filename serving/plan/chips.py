@@ -100,6 +100,11 @@ def tpu_compiler() -> bool:
     return bool(os.environ.get("TPU_LIBRARY_PATH")) or importlib.util.find_spec("libtpu") is not None
 
 
+def gpu_compiler() -> bool:
+    """Whether JAX's CUDA plugin is installed, which holds the GPU compiler (`pip install 'jaxserve[cuda]'`)."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") is not None for version in (13, 12))
+
+
 def prepare(targets: list[Target]) -> None:
     """Settings for compiling without hardware. Call it before JAX makes its first array.
 
