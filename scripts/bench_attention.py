@@ -60,12 +60,13 @@ def prepare(case: Case, backend: str, dtype: np.dtype):
     layers = max(2, min(30, -(-ENOUGH_BYTES // bytes_a_layer)))
     options = {name: value for name, value in arguments.options.items() if name != "sinks_KG"}
     with paged_attention.use_backend(backend):
-        kvs = [paged_attention.allocate(case.spec, num_pages, case.page_size, dtype) for _ in range(layers)]
+        kv = paged_attention.allocate(case.spec, num_pages, case.page_size, dtype)
         slots = num_pages * case.page_size
         fill = jax.jit(pages.write, donate_argnums=0)
         k = jnp.asarray(arguments.history_k.reshape(slots, case.num_kv_heads, -1))
         v = None if arguments.history_v is None else jnp.asarray(arguments.history_v.reshape(slots, *k.shape[1:2], -1))
-        kvs = [fill(kv, k, v, jnp.arange(slots, dtype=jnp.int32)) for kv in kvs]
+        kv = fill(kv, k, v, jnp.arange(slots, dtype=jnp.int32))
+        kvs = [kv, *(jax.tree.map(jnp.copy, kv) for _ in range(layers - 1))]
 
         @functools.partial(jax.jit, donate_argnums=3)
         def step(q, k, v, kvs, batch):

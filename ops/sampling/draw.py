@@ -73,7 +73,7 @@ def uniform(seed_R2: jax.Array, step_R: jax.Array) -> jax.Array:
 
     def one(seed_2: jax.Array, step: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(seed_2, impl="threefry2x32"), step)
-        return jax.random.uniform(key, 2)
+        return jax.random.uniform(key, (2,))
 
     return jax.vmap(one)(seed_R2, step_R)
 

@@ -62,4 +62,7 @@ def logprobs(
         ((rows, num_top), jnp.float32),
     )
     call = jax.ffi.ffi_call(native.target("jaxserve_logprobs"), [jax.ShapeDtypeStruct(*shape) for shape in shapes])
-    return tuple(call(logits_RV.astype(jnp.float32), tokens_R.astype(jnp.int32), asked_R.astype(jnp.int32)))
+    chosen_R, rank_R, top_ids_RN, top_values_RN = call(
+        logits_RV.astype(jnp.float32), tokens_R.astype(jnp.int32), asked_R.astype(jnp.int32)
+    )
+    return chosen_R, rank_R, top_ids_RN, top_values_RN

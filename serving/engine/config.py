@@ -19,7 +19,7 @@ class EngineConfig:
         dtype: compute dtype; `auto` is float32 on CPU and bfloat16 elsewhere.
         quantization: weight quantization; `auto` is int8 on a CPU with native kernels (when `dtype` is auto too) and none
             elsewhere.
-        kv_cache_dtype: what pages hold; `auto` follows dtype and quantization.
+        kv_cache_dtype: what pages hold; `auto` follows dtype and quantization (serving/engine/sizing.py says how).
         max_model_len: longest prompt plus completion, in tokens; None is the model's own, cut to what the pool holds.
         max_num_seqs: requests running at once (slots). None: 64 on CPU, 256 elsewhere.
         max_num_batched_tokens: token budget of one step, decode and prefill together. None: 1024 on CPU, 4096 elsewhere.
