@@ -25,7 +25,6 @@ from pathlib import Path
 
 import jax
 import jaxlib.version
-import platformdirs
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra")
@@ -92,7 +91,10 @@ def build(folder: Path | None = None) -> Path:
     if folder is None and (found := prebuilt()) is not None:
         return found
     compiler = find_compiler()
-    folder = folder or platformdirs.user_cache_path("jaxserve") / "native"
+    if folder is None:
+        import platformdirs  # ops needs jax alone wherever nothing is built
+
+        folder = platformdirs.user_cache_path("jaxserve") / "native"
     target = folder / f"libjaxserve-{source_hash()}-{_compiler_hash(tuple(compiler))}{_suffix()}"
     if target.exists():
         return target
