@@ -54,3 +54,11 @@ class Encoder(Protocol):
     def encode(self, tokens_BS: jax.Array, length_B: jax.Array, segments_BS: jax.Array | None = None) -> jax.Array:
         """hidden_BSD of B texts of length_B tokens, padded behind their ends (arbitrary there)."""
         ...
+
+
+class CrossEncoder(Encoder, Protocol):
+    """An encoder that reads two texts as one sequence and says how well they fit."""
+
+    def score(self, hidden_BSD: jax.Array) -> jax.Array:
+        """score_B float32 of B pairs, from what `encode` gave."""
+        ...

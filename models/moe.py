@@ -12,10 +12,10 @@ from flax import nnx
 
 from models.config import ModelConfig, MoEConfig
 from models.layers import Build, GatedMLP, Linear, weight
-from models.loading import names
+from models.loading import buffers, names
 from models.loading.names import Piece, Recipe, Recipes, one
 from ops.activation import activation
-from ops.experts import experts
+from ops.experts import can_pack, experts
 
 
 class Experts(nnx.Module):
@@ -29,8 +29,13 @@ class Experts(nnx.Module):
         E, D, F = moe.num_experts, config.embed_dim, moe.ffw_dim
         expert, ffw = build.axis("experts", E), build.axis("ffw", F)
         self.shards, self.activation = build.shards("ffw", F), config.activation
-        self.gate_up = weight((E, 2 * F, D), build.dtype, (expert, ffw, "embed"), gate_shards=(1, self.shards))
-        self.down = weight((E, D, F), build.dtype, (expert, "embed", ffw))
+        # What native kernels compute by themselves: act(gate) * up, the gate's rows first.
+        plain = type(self).gate is Experts.gate and self.shards == 1
+        self.gated = config.activation if plain else None
+        packed = can_pack((E, 2 * F, D), self.gated) and can_pack((E, D, F), self.gated)
+        up_axes, down_axes = (expert, ffw, "embed"), (expert, "embed", ffw)
+        self.gate_up = weight((E, 2 * F, D), build.dtype, up_axes, gate_shards=(1, self.shards), packed=packed)
+        self.down = weight((E, D, F), build.dtype, down_axes, packed=packed)
         layout = {"gate_shards": (1, self.shards)}
         self.gate_up_bias = weight((E, 2 * F), jnp.float32, (expert, ffw), **layout) if bias else None
         self.down_bias = weight((E, D), jnp.float32, (expert, "embed")) if bias else None
@@ -43,9 +48,10 @@ class Experts(nnx.Module):
             x_TD,
             ids_Tk,
             weights_Tk,
-            self.gate_up[...],
-            self.down[...],
+            self.gate_up.get_value(),
+            self.down.get_value(),
             self.hidden,
+            gated=self.gated,
             gate_up_bias_EJ=None if self.gate_up_bias is None else self.gate_up_bias[...],
             down_bias_ED=None if self.down_bias is None else self.down_bias[...],
             mesh=mesh,
@@ -70,14 +76,20 @@ class Experts(nnx.Module):
         fuse = names.interleave_shards(self.shards)
 
         def stack(*arrays: np.ndarray) -> np.ndarray:
-            out = np.empty((E, 2 * F, D), arrays[0].dtype)
+            out = buffers.empty((E, 2 * F, D), arrays[0].dtype)
             for e in range(E):
-                out[e] = fuse(arrays[2 * e], arrays[2 * e + 1])
+                buffers.copy(out[e], fuse(arrays[2 * e], arrays[2 * e + 1]))
+            return out
+
+        def stack_down(*arrays: np.ndarray) -> np.ndarray:
+            out = buffers.empty((E, D, F), arrays[0].dtype)
+            for e in range(E):
+                buffers.copy(out[e], arrays[e])
             return out
 
         return {
             "gate_up": Recipe(tuple(gates), stack),
-            "down": Recipe(tuple(downs), lambda *arrays: np.stack(arrays)),
+            "down": Recipe(tuple(downs), stack_down),
         }
 
 

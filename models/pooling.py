@@ -41,10 +41,34 @@ def pool(hidden_BSD: jax.Array, length_B: jax.Array, mode: str, normalize: bool 
 
 
 def pooling_mode(directory: Path, default: str = "mean") -> str:
-    """The mode that a sentence-transformers directory asks for; `default` where it does not say."""
+    """The mode that a sentence-transformers directory asks for; `default` where it does not say.
+
+    Raises:
+        ValueError: a mode, or a step behind pooling (modules.json), that is not supported.
+    """
+    modules = directory / "modules.json"
+    if modules.exists():
+        kinds = [entry.get("type", "").rpartition(".")[2] for entry in json.loads(modules.read_text())]
+        unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+        if unknown:
+            raise ValueError(
+                f"{modules} has the step {unknown[0]!r}, which is not supported; supported: Transformer, Pooling, Normalize."
+            )
     path = directory / "1_Pooling" / "config.json"
     if not path.exists():
         return default
     config = json.loads(path.read_text())
-    names = {"cls": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken", "mean": "pooling_mode_mean_tokens"}
-    return next((mode for mode, name in names.items() if config.get(name)), default)
+    asked = [name.removeprefix("pooling_mode_") for name, value in config.items() if value is True and "_mode_" in name]
+    # A mean over sqrt(length) differs from the mean by a factor, and vectors are scaled to length 1.
+    names = {"cls_token": "cls", "lasttoken": "last", "mean_tokens": "mean", "mean_sqrt_len_tokens": "mean"}
+    if not asked:
+        return default
+    if len(asked) > 1 or asked[0] not in names:
+        raise ValueError(f"{path} asks for the pooling {' and '.join(asked)}; supported: {', '.join(names)}.")
+    return names[asked[0]]
+
+
+def max_sequence(directory: Path) -> int | None:
+    """The longest text, in tokens, that a sentence-transformers directory was made for; None where it does not say."""
+    path = directory / "sentence_bert_config.json"
+    return json.loads(path.read_text()).get("max_seq_length") if path.exists() else None

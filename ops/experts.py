@@ -4,6 +4,8 @@ Assignments (token, expert) are sorted by expert, so each expert's rows are neig
 `jax.lax.ragged_dot_general`. XLA's CPU backend expands that to a product with every expert (16 experts of 512 x 1024,
 one token: 238 ms); there, blocks of rows go through their expert one after the other, in a loop whose trip count the
 routing decides (1.0 ms, against 11 ms for computing every expert densely).
+
+In int8 (`quantize`, `pack`) one native call does all of it on CPU: see ops/native/int8_experts.cc.
 """
 
 from __future__ import annotations
@@ -12,8 +14,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+
+from ops import native
+from ops.linear import native as linear_native
+from ops.linear.weights import PANEL, Int8Weight, PackedInt8Weight, Weight, pack, quantize_rows
 
 Activation = Callable[[jax.Array], jax.Array]
 """Product with gate and up, [M, J], in -> hidden [M, F] out."""
@@ -25,10 +32,11 @@ def experts(
     x_TD: jax.Array,
     ids_Tk: jax.Array,
     weights_Tk: jax.Array,
-    gate_up_EJD: jax.Array,
-    down_EDF: jax.Array,
+    gate_up_EJD: Weight,
+    down_EDF: Weight,
     activation: Activation,
     *,
+    gated: str | None = None,
     gate_up_bias_EJ: jax.Array | None = None,
     down_bias_ED: jax.Array | None = None,
     mesh: Mesh | None = None,
@@ -41,8 +49,11 @@ def experts(
         x_TD: activations.
         ids_Tk: int32 expert ids in [0, E).
         weights_Tk: float32 weights of the experts' results.
-        gate_up_EJD, down_EDF: one matrix an expert, `[out, in]`; J is usually 2 F.
+        gate_up_EJD, down_EDF: one matrix an expert, `[out, in]`; J is usually 2 F. Dense, or quantized by
+            `ops.linear.quantize`, or what `pack` made of that.
         activation: applied to [M, J], elementwise over M; sees each device's piece of J when that is sharded.
+        gated: the name of an activation of ops.activation, where `activation` is that of the first half of J times the
+            second half; packed weights need it.
         gate_up_bias_EJ, down_bias_ED: added where given.
         mesh, expert_axis, model_axis: mesh axes that split E, and J with F; None where they are whole.
     Returns:
@@ -50,6 +61,11 @@ def experts(
     """
     gate_up_bias_EJ = None if gate_up_bias_EJ is None else jnp.asarray(gate_up_bias_EJ)
     down_bias_ED = None if down_bias_ED is None else jnp.asarray(down_bias_ED)
+    if isinstance(gate_up_EJD, PackedInt8Weight) and isinstance(down_EDF, PackedInt8Weight):
+        assert gated is not None
+        return _packed(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gated, gate_up_bias_EJ, down_bias_ED)
+    assert not isinstance(gate_up_EJD, PackedInt8Weight)
+    assert not isinstance(down_EDF, PackedInt8Weight)
     if mesh is None or (expert_axis is None and model_axis is None):
         return _local(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED, activation)
     axes = tuple(axis for axis in (expert_axis, model_axis) if axis is not None)
@@ -67,13 +83,58 @@ def experts(
 
     P = PartitionSpec
     up, down = P(expert_axis, model_axis), P(expert_axis, None, model_axis)
+    up_spec = Int8Weight(up, up) if isinstance(gate_up_EJD, Int8Weight) else up  # pyright: ignore[reportArgumentType]
+    down_spec = Int8Weight(down, P(expert_axis)) if isinstance(down_EDF, Int8Weight) else down  # pyright: ignore[reportArgumentType]
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(P(), P(), P(), up, down, up, P(expert_axis)),
+        in_specs=(P(), P(), P(), up_spec, down_spec, up, P(expert_axis)),
         out_specs=P(),
         check_vma=False,
     )(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED)
+
+
+def can_pack(shape_EOI: tuple[int, ...], gated: str | None) -> bool:
+    """Whether `pack` can lay out experts of this shape and activation: whole panels each, and an activation that the
+    kernel has."""
+    return gated in linear_native.ACTIVATIONS and shape_EOI[1] % PANEL == 0
+
+
+def pack_experts(weight: Weight) -> Weight:
+    """Quantized experts in the layout of this machine's fastest kernel; unchanged where there is no other.
+
+    Args:
+        weight: [E, O, I], of which `can_pack` is true.
+    Returns:
+        one PackedInt8Weight [E * O, I], where `ops.linear.pack` makes one.
+    """
+    if not isinstance(weight, Int8Weight):
+        return weight
+    E, O, I = weight.values_OI.shape
+    flat = Int8Weight(weight.values_OI.reshape(E * O, I), weight.scale_O.reshape(E * O))
+    packed = pack(flat)
+    return packed if isinstance(packed, PackedInt8Weight) else weight
+
+
+def _packed(x_TD, ids_Tk, weights_Tk, gate_up, down, gated, gate_up_bias_EJ, down_bias_ED):
+    call = jax.ffi.ffi_call(
+        native.target("jaxserve_int8_experts"), jax.ShapeDtypeStruct((x_TD.shape[0], x_TD.shape[1]), jnp.float32)
+    )
+
+    def operands(weight: PackedInt8Weight, bias: jax.Array | None) -> tuple[jax.Array, ...]:
+        flat = jnp.zeros((0,), jnp.float32) if bias is None else bias.astype(jnp.float32).reshape(-1)
+        return weight.panels_PQci, weight.scale_O, weight.sums_PGc, flat
+
+    y_TD = call(
+        x_TD.astype(jnp.float32),
+        ids_Tk.astype(jnp.int32),
+        weights_Tk.astype(jnp.float32),
+        *operands(gate_up, gate_up_bias_EJ),
+        *operands(down, down_bias_ED),
+        num_experts=np.int64(down.shape[0] // x_TD.shape[1]),
+        activation=np.int64(linear_native.ACTIVATIONS[gated]),
+    )
+    return y_TD.astype(x_TD.dtype)
 
 
 def _local(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED, activation):
@@ -87,10 +148,10 @@ def _local(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, dow
     weights = (gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED)
 
     def ragged(rows_MD):
-        hidden_MJ = _ragged_dot(rows_MD, gate_up_EJD, sizes_E)
+        hidden_MJ = _ragged_dot(rows_MD, gate_up_EJD, sizes_E, sorted_M)
         if gate_up_bias_EJ is not None:
             hidden_MJ = hidden_MJ + gate_up_bias_EJ[jnp.minimum(sorted_M, E - 1)]
-        y_MD = _ragged_dot(activation(hidden_MJ).astype(x_TD.dtype), down_EDF, sizes_E)
+        y_MD = _ragged_dot(activation(hidden_MJ).astype(x_TD.dtype), down_EDF, sizes_E, sorted_M)
         return y_MD if down_bias_ED is None else y_MD + down_bias_ED[jnp.minimum(sorted_M, E - 1)]
 
     def blocks(rows_MD):
@@ -103,10 +164,16 @@ def _local(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, dow
     return jnp.einsum("tkd,tk->td", y_TkD, weights_Tk.astype(jnp.float32)).astype(x_TD.dtype)
 
 
-def _ragged_dot(x_MI: jax.Array, weight_EOI: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return lax.ragged_dot_general(
-        x_MI.astype(weight_EOI.dtype), weight_EOI, sizes_E, _ROWS_BY_EXPERT, preferred_element_type=jnp.float32
+def _ragged_dot(
+    x_MI: jax.Array, weight_EOI: jax.Array | Int8Weight, sizes_E: jax.Array, expert_M: jax.Array
+) -> jax.Array:
+    matrices = weight_EOI.values_OI.astype(x_MI.dtype) if isinstance(weight_EOI, Int8Weight) else weight_EOI
+    y_MO = lax.ragged_dot_general(
+        x_MI.astype(matrices.dtype), matrices, sizes_E, _ROWS_BY_EXPERT, preferred_element_type=jnp.float32
     )
+    if isinstance(weight_EOI, Int8Weight):
+        y_MO = y_MO * weight_EOI.scale_O[jnp.minimum(expert_M, matrices.shape[0] - 1)]
+    return y_MO
 
 
 def block_rows(num_rows: int, num_experts: int, dtype: jax.typing.DTypeLike) -> int:
@@ -127,13 +194,13 @@ def _blocks(rows_MD, sizes_E, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_
     blocks_E = -(-sizes_E // size)
     last_E, first_row_E = jnp.cumsum(blocks_E), jnp.cumsum(sizes_E) - sizes_E
 
-    def through(expert, rows, matrix, bias):
-        y = lax.dot_general(
-            lax.dynamic_index_in_dim(matrix, expert, 0, keepdims=False),
-            rows.astype(matrix.dtype),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        ).T
+    def through(expert, rows, weight, bias):
+        if isinstance(weight, Int8Weight):
+            rows, row_scale = quantize_rows(rows)
+            y = _one(weight.values_OI, expert, rows, jnp.int32).astype(jnp.float32)
+            y = y * row_scale[:, None] * weight.scale_O[expert]
+        else:
+            y = _one(weight, expert, rows.astype(weight.dtype), jnp.float32)
         return y if bias is None else y + bias[expert]
 
     def body(index, y_MD):
@@ -146,3 +213,13 @@ def _blocks(rows_MD, sizes_E, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_
         return lax.dynamic_update_slice(y_MD, y, (row, 0))
 
     return lax.fori_loop(0, last_E[-1], body, jnp.zeros((M + size, D), jnp.float32))[:M]
+
+
+def _one(matrix_EOI: jax.Array, expert: jax.Array, rows_RI: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """y_RO of rows through one expert's matrix."""
+    return lax.dot_general(
+        lax.dynamic_index_in_dim(matrix_EOI, expert, 0, keepdims=False),
+        rows_RI,
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=dtype,
+    ).T

@@ -1,11 +1,13 @@
-"""BERT-like encoders (Devlin et al. 2018, arXiv:1810.04805): MiniLM, BGE, E5 and other models that turn texts into vectors.
+"""BERT-like encoders (Devlin et al. 2018, arXiv:1810.04805), with the RoBERTa (Liu et al. 2019, arXiv:1907.11692) and XLM-R
+checkpoints of the same network: MiniLM, BGE, E5 and others that turn texts into vectors.
 
 Not a `CausalLM`: every token attends to every other of its text, nothing is kept, and there are no logits. `encode` gives
-hidden states, `pool` (models.pooling) one vector a text.
+hidden states, `pool` (models.pooling) one vector a text. Models that score pairs of texts are in cross_encoder.py.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -22,6 +24,8 @@ from ops.activation import activation
 from ops.linear import embed
 
 _MASKED = -1e30
+_QUERY_BLOCK = 512
+"""Query positions whose scores are in memory at once: of 8192 positions, 16 heads and one text that is 268 MB, not 4.3 GB."""
 
 
 class SelfAttention(nnx.Module):
@@ -37,10 +41,16 @@ class SelfAttention(nnx.Module):
     def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
         (B, S, _), (H, h) = x_BSD.shape, self.heads
         q_BSHh, k_BSHh, v_BSHh = jnp.moveaxis(self.qkv(x_BSD).reshape(B, S, H, 3, h), 3, 0)
-        scores = jnp.einsum("bqhd,bshd->bhqs", q_BSHh, k_BSHh, preferred_element_type=jnp.float32) * h**-0.5
-        weights = jax.nn.softmax(jnp.where(valid_BS[:, None, None], scores, _MASKED), axis=-1)
-        out_BSHh = jnp.einsum("bhqs,bshd->bqhd", weights.astype(v_BSHh.dtype), v_BSHh)
-        return self.out(out_BSHh.reshape(B, S, H * h))
+
+        def attend(q_BQHh: jax.Array) -> jax.Array:
+            scores = jnp.einsum("bqhd,bshd->bhqs", q_BQHh, k_BSHh, preferred_element_type=jnp.float32) * h**-0.5
+            weights = jax.nn.softmax(jnp.where(valid_BS[:, None, None], scores, _MASKED), axis=-1)
+            return jnp.einsum("bhqs,bshd->bqhd", weights.astype(v_BSHh.dtype), v_BSHh)
+
+        if S <= _QUERY_BLOCK or S % _QUERY_BLOCK:
+            return self.out(attend(q_BSHh).reshape(B, S, H * h))
+        blocks = jnp.moveaxis(q_BSHh.reshape(B, S // _QUERY_BLOCK, _QUERY_BLOCK, H, h), 1, 0)
+        return self.out(jnp.moveaxis(jax.lax.map(attend, blocks), 0, 1).reshape(B, S, H * h))
 
     def recipes(self, name: str) -> Recipes:
         H, h = self.heads
@@ -91,7 +101,9 @@ class Bert(nnx.Module):
         self.config, self.compute_dtype = config, build.compute_dtype
         D = config.embed_dim
         self.embed = Embedding(config.vocab_size, D, build)
-        self.positions = weight((config.max_positions, D), build.dtype, (None, "embed"))
+        # RoBERTa's table begins with rows for padding, which no token uses.
+        self.first_position = config.get("first_position", 0)
+        self.positions = weight((self.first_position + config.max_positions, D), build.dtype, (None, "embed"))
         self.segments = weight((config.get("segments"), D), build.dtype, (None, "embed"))
         self.norm = LayerNorm(D, config.norm_eps)
         self.layers: Any = nnx.List([EncoderLayer(config, build) for _ in range(config.num_layers)])
@@ -106,18 +118,21 @@ class Bert(nnx.Module):
         Args:
             tokens_BS: int32 ids.
             length_B: int32 tokens of each text, 0 for a padded row.
-            segments_BS: int32 which of a pair of texts a token is of; None for the first.
+            segments_BS: int32 which of a pair of texts a token is of; None for the first. Models with one segment read both
+                texts of a pair as that one.
         Returns:
             hidden_BSD in the compute dtype; arbitrary beyond a text's end.
         """
         S = tokens_BS.shape[1]
         dtype = self.compute_dtype
-        x_BSD = self.embed(tokens_BS, dtype) + embed(self.positions[...], jnp.arange(S, dtype=jnp.int32), dtype)
+        positions = jnp.arange(S, dtype=jnp.int32) + self.first_position
+        x_BSD = self.embed(tokens_BS, dtype) + embed(self.positions[...], positions, dtype)
         segments_BS = jnp.zeros_like(tokens_BS) if segments_BS is None else segments_BS
+        segments_BS = jnp.minimum(segments_BS, self.segments.shape[0] - 1)
         x_BSD = self.norm(x_BSD + embed(self.segments[...], segments_BS, dtype))
         valid_BS = jnp.arange(S) < length_B[:, None]
         for layer in self.layers:
-            x_BSD = layer(x_BSD, valid_BS)
+            x_BSD = _run_layer(*nnx.split(layer), x_BSD, valid_BS)
         return x_BSD
 
     def recipes(self) -> Recipes:
@@ -129,26 +144,75 @@ class Bert(nnx.Module):
         return recipes
 
 
-def bert_config(hf: Mapping[str, Any]) -> ModelConfig:
+@functools.partial(jax.jit, static_argnums=0)
+def _run_layer(graphdef: Any, state: Any, x_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
+    """One layer as a function of its own: equal layers are traced once."""
+    return nnx.merge(graphdef, state)(x_BSD, valid_BS)
+
+
+def bert_config(hf: Mapping[str, Any], first_position: int = 0) -> ModelConfig:
+    """BERT's numbers.
+
+    Args:
+        first_position: row of the position table that the first token takes.
+    """
     kind = hf.get("position_embedding_type", "absolute")
     if kind != "absolute":
         raise ValueError(f"config.json: position_embedding_type {kind!r} is not supported; supported: 'absolute'.")
+    if hf.get("is_decoder"):
+        raise ValueError("config.json: is_decoder is set; this architecture is supported as an encoder.")
     return from_hf(
         hf,
         rope=None,
         norm_eps=hf.get("layer_norm_eps", 1e-12),
         activation=hf.get("hidden_act", "gelu"),
         tie_embeddings=True,
-        extra=(("segments", hf.get("type_vocab_size", 2)),),
+        max_positions=hf.get("max_position_embeddings", 512) - first_position,
+        extra=(
+            ("segments", hf.get("type_vocab_size", 2)),
+            ("first_position", first_position),
+            ("num_labels", num_labels(hf)),
+            ("score_activation", score_activation(hf)),
+        ),
     )
 
+
+def roberta_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """RoBERTa and XLM-R: positions are counted from behind the padding's id."""
+    return bert_config(hf, (1 if hf.get("pad_token_id") is None else hf["pad_token_id"]) + 1)
+
+
+def num_labels(hf: Mapping[str, Any]) -> int:
+    """How many numbers a classification head gives; transformers' default is 2."""
+    return len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels") or 2
+
+
+def score_activation(hf: Mapping[str, Any]) -> str:
+    """What sentence-transformers puts behind a one-label head: "identity" where the file says so, else "sigmoid"."""
+    noted = (hf.get("sentence_transformers") or {}).get("activation_fn") or hf.get(
+        "sbert_ce_default_activation_function"
+    )
+    return "identity" if noted and noted.rpartition(".")[2] == "Identity" else "sigmoid"
+
+
+# Heads that were trained for something else than embeddings.
+IGNORED_HEADS = (r"^(bert\.|roberta\.)?pooler\.", r"position_ids$", r"^cls\.", r"^lm_head\.")
 
 FAMILIES = (
     Family(
         "BERT encoders (MiniLM, BGE, E5)",
-        ("BertModel",),
+        ("BertModel", "BertForMaskedLM"),
         bert_config,
         Bert,
-        ignore=(r"^(bert\.)?pooler\.", r"position_ids$", r"^cls\."),
+        ignore=IGNORED_HEADS,
+        tasks=("embed",),
+    ),
+    Family(
+        "RoBERTa and XLM-R encoders (BGE-M3, multilingual E5)",
+        ("RobertaModel", "XLMRobertaModel"),
+        roberta_config,
+        Bert,
+        ignore=IGNORED_HEADS,
+        tasks=("embed",),
     ),
 )

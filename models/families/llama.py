@@ -24,5 +24,11 @@ def mistral_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 FAMILIES = (
     Family("Llama 2, 3, 3.x, SmolLM2", ("LlamaForCausalLM",), llama_config, Decoder, gguf=("llama",)),
-    Family("Mistral, Ministral", ("MistralForCausalLM", "MinistralForCausalLM"), mistral_config, Decoder),
+    Family(
+        "Mistral, Ministral",
+        ("MistralForCausalLM", "MinistralForCausalLM"),
+        mistral_config,
+        Decoder,
+        gguf=("llama with windows",),
+    ),
 )

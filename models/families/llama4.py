@@ -153,6 +153,7 @@ FAMILIES = (
         ("Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
         llama4_config,
         build,
+        gguf=("llama4",),
         ignore=VISION,
     ),
 )

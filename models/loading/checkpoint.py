@@ -27,3 +27,7 @@ class Checkpoint(Protocol):
     def read(self, name: str) -> np.ndarray:
         """Its values: float32, float16 or bfloat16, whatever is stored (quantized ones come out as float32)."""
         ...
+
+    def release(self, name: str) -> None:
+        """Its values are not needed any more: memory that the file occupies in this process may be given back."""
+        ...

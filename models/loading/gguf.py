@@ -19,6 +19,9 @@ import gguf
 import ml_dtypes
 import numpy as np
 
+from models.loading import buffers
+from models.loading.mapped import MappedFile
+
 _SCALARS = {
     0: np.dtype("<u1"), 1: np.dtype("<i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
     5: np.dtype("<i4"), 6: np.dtype("<f4"), 7: np.dtype("?"), 10: np.dtype("<u8"), 11: np.dtype("<i8"),
@@ -77,7 +80,7 @@ class GGUFFile:
         self.path = path
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        self._data: list[np.ndarray] = []
+        self._data: list[MappedFile] = []
         parts = split_paths(path)
         self._open(parts[0] if parts[0].exists() else path)
         count = int(self.metadata.get("split.count", 1))
@@ -101,9 +104,8 @@ class GGUFFile:
     def _open(self, path: Path) -> None:
         self.path, self._size = path, path.stat().st_size
         try:
-            data = np.memmap(path, mode="r", dtype=np.uint8)
-            self._data.append(data)
-            self._parse(memoryview(data))  # pyright: ignore[reportArgumentType]
+            self._data.append(MappedFile(path))
+            self._parse(memoryview(self._data[-1].bytes))  # pyright: ignore[reportArgumentType]
         except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:
             raise ValueError(f"{path} is a damaged or truncated GGUF file: {error}.") from None
 
@@ -197,15 +199,20 @@ class GGUFFile:
         if index is not None:
             num_bytes //= shape[0]
             start, shape = start + index * num_bytes, shape[1:]
-        raw = self._data[info.part][start : start + num_bytes]
+        raw = self._data[info.part].bytes[start : start + num_bytes]
         if info.kind in _PLAIN:
             return raw.view(_PLAIN[info.kind]).reshape(shape)
         block, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]
         group = max(1, _GROUP_BYTES // (4 * block)) * block_bytes
-        out = np.empty(math.prod(shape), np.float32)
+        out = buffers.empty((math.prod(shape),), np.float32)
         for first in range(0, num_bytes, group):
             blocks = raw[first : first + group].reshape(1, -1)
             begin = first // block_bytes * block
             values = gguf.quants.dequantize(blocks, info.kind).reshape(-1)
             out[begin : begin + values.size] = values
         return out.reshape(shape)
+
+    def release(self, name: str) -> None:
+        """Lets go of a tensor's part of the file."""
+        info = self.tensors[name]
+        self._data[info.part].release(info.offset, info.num_bytes)

@@ -53,6 +53,12 @@ class GGUFCheckpoint:
         shape = self.file.tensors[own].shape
         return shape[1:] if _EXPERT.search(name) else shape
 
+    def release(self, name: str) -> None:
+        made = layout(self.file, self._architecture, name)
+        for own in (self.locate(name),) if made is None else made.sources:
+            if own is not None:
+                self.file.release(own)
+
     def read(self, name: str) -> np.ndarray:
         made = layout(self.file, self._architecture, name)
         if made is not None:

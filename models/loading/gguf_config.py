@@ -59,6 +59,9 @@ def config_dict(file: GGUFFile, architecture: str) -> dict[str, Any]:
     head_dim = config["head_dim"] or config["hidden_size"] // heads
     if rotary and rotary != head_dim:
         config["partial_rotary_factor"] = rotary / head_dim
+    pattern = metadata.get(f"{arch}.attention.sliding_window_pattern")
+    if config["sliding_window"] and pattern is not None:
+        config["layer_types"] = _layer_types(pattern, config["num_hidden_layers"])
     config["rope_scaling"] = _rope_scaling(file, arch, get)
     config |= _of_family(arch, config, get)
     return {name: value for name, value in config.items() if value is not None}
@@ -111,6 +114,14 @@ def _of_family(arch: str, config: Mapping[str, Any], get: Any) -> dict[str, Any]
             "qk_nope_head_dim": head - rope_dim,
             "v_head_dim": get("attention.value_length_mla") or get("attention.value_length"),
         }
+    if arch == "llama4":
+        return _experts(get) | {
+            "intermediate_size": get("expert_feed_forward_length"),
+            "intermediate_size_mlp": get("feed_forward_length"),
+            "interleave_moe_layer_step": get("interleave_moe_layer_step", 1),
+            "use_qk_norm": get("expert_count") != 128,  # Maverick's 128 experts go without
+            "attention_chunk_size": 8192,
+        }
     if arch == "gpt2":
         return {"intermediate_size": get("feed_forward_length")}
     if arch == "starcoder2":
@@ -129,6 +140,16 @@ def _of_family(arch: str, config: Mapping[str, Any], get: Any) -> dict[str, Any]
     return {}
 
 
+def _layer_types(pattern: Any, num_layers: int) -> list[str]:
+    """Which layers have the window: one truth value each, or a number n of which every n-th has none."""
+    if np.ndim(pattern) == 0:
+        every = int(pattern)
+        sliding = [every == 0 or layer % every < every - 1 for layer in range(num_layers)]
+    else:
+        sliding = [bool(value) for value in pattern]
+    return ["sliding_attention" if slides else "full_attention" for slides in sliding]
+
+
 def _experts(get: Any) -> dict[str, Any]:
     return {
         "num_local_experts": get("expert_count"),
@@ -138,8 +159,11 @@ def _experts(get: Any) -> dict[str, Any]:
 
 
 def family_name(metadata: Mapping[str, Any]) -> str:
-    """The architecture that the registry is asked for: GGUF has one name for Llama and Mixtral, DeepSeek-V2 and V3."""
+    """The architecture that the registry is asked for: GGUF has one name for Llama, Mistral and Mixtral, and for
+    DeepSeek-V2 and V3."""
     arch = metadata["general.architecture"]
+    if arch == "llama" and metadata.get("llama.attention.sliding_window") and not metadata.get("llama.expert_count"):
+        return "llama with windows"
     if arch == "llama" and metadata.get("llama.expert_count"):
         return "llama with experts"
     if arch == "deepseek2" and metadata.get("deepseek2.expert_gating_func") == 2:

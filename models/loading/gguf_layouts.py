@@ -26,7 +26,11 @@ class Layout:
     make: Callable[..., np.ndarray]
 
 
-SECONDARY = {"gpt-oss": re.compile(r"\.ffn_up_exps\."), "deepseek2": re.compile(r"\.attn_v_b\.")}
+SECONDARY = {
+    "gpt-oss": re.compile(r"\.ffn_up_exps\."),
+    "llama4": re.compile(r"\.ffn_up_exps\."),
+    "deepseek2": re.compile(r"\.attn_v_b\."),
+}
 """Tensors that only come in as a second source; they stand for no tensor of their own."""
 
 _LAYER = re.compile(r"^(?:model\.layers|transformer\.h)\.(\d+)\.(.+)$")
@@ -78,6 +82,22 @@ def _gpt_oss(file: GGUFFile, block: str, part: str) -> Layout | None:
     return None
 
 
+def _llama4(file: GGUFFile, block: str, part: str) -> Layout | None:
+    """Experts: gate and up apart and [out, in]; Hugging Face has the gate first, then up, and [in, out]."""
+    gate, up, down = (f"{block}.ffn_{name}_exps.weight" for name in ("gate", "up", "down"))
+    if part == "feed_forward.experts.gate_up_proj" and gate in file.tensors and up in file.tensors:
+        E, F, D = file.tensors[gate].shape
+
+        def join(gate_EFD: np.ndarray, up_EFD: np.ndarray) -> np.ndarray:
+            return np.concatenate([gate_EFD, up_EFD], axis=1).swapaxes(1, 2)
+
+        return Layout((gate, up), (E, D, 2 * F), join)
+    if part == "feed_forward.experts.down_proj" and down in file.tensors:
+        E, D, F = file.tensors[down].shape
+        return Layout((down,), (E, F, D), lambda array: array.swapaxes(1, 2))
+    return None
+
+
 def _deepseek2(file: GGUFFile, block: str, part: str) -> Layout | None:
     """The latent's expansion is stored as one matrix a head for keys (turned) and one for values."""
     if part == "mlp.gate.e_score_correction_bias" and f"{block}.exp_probs_b.bias" in file.tensors:
@@ -97,5 +117,6 @@ def _deepseek2(file: GGUFFile, block: str, part: str) -> Layout | None:
 _MAKERS: dict[str, Callable[[GGUFFile, str, str], Layout | None]] = {
     "gpt2": _gpt2,
     "gpt-oss": _gpt_oss,
+    "llama4": _llama4,
     "deepseek2": _deepseek2,
 }

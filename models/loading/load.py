@@ -21,14 +21,17 @@ from models import registry
 from models.family import Family
 from models.layers import Build, Embedding, Linear, Weight
 from models.loading import gguf_config, orbax
+from models.loading.buffers import owned
 from models.loading.checkpoint import Checkpoint
 from models.loading.default_model import MODEL_ID, RECORDED_NAME
 from models.loading.gguf import GGUFFile
 from models.loading.gguf_checkpoint import GGUFCheckpoint
-from models.loading.names import Recipe, Recipes
+from models.loading.names import Recipes
 from models.loading.quantized import open_quantized
 from models.loading.safetensors import SafetensorsCheckpoint
 from models.loading.source import ModelSource, resolve
+from models.moe import Experts
+from ops.experts import pack_experts
 from ops.linear import pack, quantize
 from sharding.rules import to_sharding
 
@@ -61,6 +64,7 @@ class LoadedModel:
 class Opened:
     """A checkpoint whose headers have been read."""
 
+    source: ModelSource
     family: Family
     hf_config: dict[str, Any]
     checkpoint: Checkpoint | None  # None: Orbax restores parameters, not tensors
@@ -76,6 +80,7 @@ def load_model(
     quantization: str | None = None,
     max_model_len: int | None = None,
     progress: bool = True,
+    opened: Opened | None = None,
 ) -> LoadedModel:
     """Loads a checkpoint tensor by tensor; the host never holds more than a few of them.
 
@@ -85,10 +90,11 @@ def load_model(
         quantization: a scheme of `ops.linear.quantize` for every Linear; None keeps `dtype`.
         max_model_len: the longest context to serve; None for what the checkpoint claims.
         progress: show a bar.
+        opened: what `open_checkpoint` gave, where that was called before.
     Raises:
         ValueError: an unsupported architecture, a damaged file, or a missing, extra or wrongly shaped tensor, by name.
     """
-    opened = open_checkpoint(source)
+    opened = opened or open_checkpoint(source)
     config = opened.family.config(opened.hf_config)
     on_cpu = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform == "cpu"
     build = Build(
@@ -118,7 +124,7 @@ def open_checkpoint(source: ModelSource) -> Opened:
     hf = read_json(source.path / "config.json")
     generation = read_json(source.path / "generation_config.json")
     manifest = orbax.read_manifest(source.path)
-    return Opened(registry.find(hf["architectures"][0]), hf, None, manifest["model_id"], generation)
+    return Opened(source, registry.find(hf["architectures"][0]), hf, None, manifest["model_id"], generation)
 
 
 def _open_gguf(source: ModelSource) -> Opened:
@@ -132,7 +138,7 @@ def _open_gguf(source: ModelSource) -> Opened:
     checkpoint = GGUFCheckpoint(file, arch, hf["num_hidden_layers"], pairs)
     recorded = str(file.metadata.get("general.name") or source.path.stem)
     name = MODEL_ID if recorded == RECORDED_NAME else recorded.replace(" ", "-")
-    return Opened(family, hf, checkpoint, source.name or name, gguf_config.generation_defaults(file.metadata))
+    return Opened(source, family, hf, checkpoint, source.name or name, gguf_config.generation_defaults(file.metadata))
 
 
 def _open_hf(source: ModelSource) -> Opened:
@@ -153,7 +159,7 @@ def _open_hf(source: ModelSource) -> Opened:
     generation = {name: hf[name] for name in ("eos_token_id", "bos_token_id") if hf.get(name) is not None}
     if (source.path / "generation_config.json").exists():
         generation |= read_json(source.path / "generation_config.json")
-    return Opened(family, hf, checkpoint, source.name or source.path.name, generation)
+    return Opened(source, family, hf, checkpoint, source.name or source.path.name, generation)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -192,10 +198,26 @@ def fill(
         ignore = (*ignore, r"^(lm_head|output)\.weight$")
     _check(recipes, checkpoint, (*IGNORED, *ignore))
 
+    on_cpu = build.mesh is None and jax.devices()[0].platform == "cpu"
+    narrow = set(quantizable(model)) if quantization else set()
+
+    def make(path: str) -> np.ndarray:
+        recipe, parameter = recipes[path], parameters[path]
+        arrays = [checkpoint.read(piece.name) for piece in recipe.pieces]
+        assemble: Callable[..., np.ndarray] = recipe.assemble or (lambda array: array)
+        host = parameter.from_stored(assemble(*arrays))
+        dtype = parameter.get_value().dtype
+        if not on_cpu or (path in narrow and host.dtype.itemsize < dtype.itemsize):
+            dtype = host.dtype  # devices cast faster than the host, and quantizing widens by itself
+        host = owned(host, dtype)
+        for piece in recipe.pieces:
+            checkpoint.release(piece.name)
+        return host
+
     def placed() -> Iterator[tuple[str, jax.Array]]:
-        for path, host in _read_ahead(recipes, checkpoint):
-            target = parameters[path].get_value()
-            yield path, place(parameters[path].from_stored(host), target.dtype, parameters[path], build)
+        for path, host in _read_ahead(recipes, make):
+            dtype = host.dtype if path in narrow else parameters[path].get_value().dtype
+            yield path, place(host, dtype, parameters[path], build)
 
     set_values(model, placed(), quantization=quantization, progress=progress)
 
@@ -209,8 +231,19 @@ def set_values(
     total = sum(int(np.prod(parameter.get_value().shape)) for parameter in parameters.values())
     with tqdm(total=total, unit=" weights", unit_scale=True, desc="Loading", disable=not progress) as bar:
         for path, value in values:
-            parameters[path].set_value(pack(quantize(value, quantization)) if path in quantized else value)
-            bar.update(value.size)
+            size = value.size
+            parameters[path].set_value(
+                _quantized(parameters[path], value, quantization) if path in quantized else value
+            )
+            bar.update(size)
+
+
+def _quantized(parameter: Weight, value: jax.Array, scheme: str | None) -> Any:
+    """The value as a scheme stores it, laid out for this machine."""
+    weight = quantize(value, scheme)
+    if value.ndim == 2:
+        return pack(weight)
+    return pack_experts(weight) if parameter.get_metadata().get("packed") else weight
 
 
 def parameters_of(model: nnx.Module) -> Iterator[tuple[str, Weight]]:
@@ -226,7 +259,9 @@ def _at(node: Any, path: tuple[Any, ...]) -> Any:
 
 
 def quantizable(model: nnx.Module) -> Iterator[str]:
-    """Paths of the weights that a quantization scheme applies to: those of Linears and of a tied embedding.
+    """Paths of the weights that a quantization scheme applies to: those of Linears, experts and a tied embedding.
+
+    Not routers: they are small, and a rounded score sends a token to another expert.
 
     Not the down projections of the first tenth of the layers: a few of their inputs are hundreds of times larger than the
     rest (Sun et al. 2024, "Massive Activations in Large Language Models", arXiv:2402.17762). With them in int8 the default
@@ -236,8 +271,10 @@ def quantizable(model: nnx.Module) -> Iterator[str]:
     for path, module in nnx.iter_modules(model):
         name = ".".join(map(str, (*path, "weight")))
         down = re.fullmatch(r"layers\.(\d+)\.mlp\.down\.weight", name)
-        if isinstance(module, Linear) and down:
-            if int(down[1]) >= outliers:
+        if isinstance(module, Experts):
+            yield from (".".join(map(str, (*path, part))) for part in ("gate_up", "down"))
+        elif isinstance(module, Linear) and (down or path[-1] in ("router", "shared_gate")):
+            if down and int(down[1]) >= outliers:
                 yield name
         elif isinstance(module, Linear) or (isinstance(module, Embedding) and getattr(model, "head", None) is None):
             yield name
@@ -265,18 +302,12 @@ def _check(recipes: Recipes, checkpoint: Checkpoint, ignore: tuple[str, ...]) ->
         )
 
 
-def _read_ahead(recipes: Recipes, checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, assembled array), two in the making at any time: decoding overlaps with the transfer."""
-
-    def make(recipe: Recipe) -> np.ndarray:
-        arrays = [checkpoint.read(piece.name) for piece in recipe.pieces]
-        assemble: Callable[..., np.ndarray] = recipe.assemble or (lambda array: array)
-        return assemble(*arrays)
-
+def _read_ahead(paths: Iterable[str], make: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, its array), two in the making at any time: as many as keep the memory busy."""
     with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
         pending: list[tuple[str, Any]] = []
-        for path, recipe in recipes.items():
-            pending.append((path, pool.submit(make, recipe)))
+        for path in paths:
+            pending.append((path, pool.submit(make, path)))
             if len(pending) > 2:
                 done, future = pending.pop(0)
                 yield done, future.result()
@@ -285,11 +316,14 @@ def _read_ahead(recipes: Recipes, checkpoint: Checkpoint) -> Iterator[tuple[str,
 
 
 def place(host: np.ndarray, dtype: Any, parameter: Weight, build: Build) -> jax.Array:
-    """One array to its devices, sharded by the parameter's logical axes, as `dtype`."""
+    """One array to its devices, sharded by the parameter's logical axes, as `dtype`.
+
+    Args:
+        host: from `buffers.owned`: on one CPU device the result is this memory, not a copy.
+    """
     axes = parameter.get_metadata()["logical_axes"]
     if build.mesh is None:
-        # A copy: on CPU device_put may alias host memory, and that may be the mapped file.
-        return jnp.array(host, copy=True).astype(dtype)
+        return jax.device_put(host).astype(dtype)
     sharding: NamedSharding = to_sharding(build.mesh, axes, build.rules)
     array = jax.make_array_from_callback(host.shape, sharding, lambda index: np.ascontiguousarray(host[index]))
     return array.astype(dtype)

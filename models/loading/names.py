@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from models.loading import buffers
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -53,10 +55,10 @@ def interleave_heads(kv_heads: int, group: int) -> Callable[..., np.ndarray]:
     def assemble(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
         rest = q.shape[1:]
         head_dim = k.shape[0] // kv_heads
-        out = np.empty((kv_heads, group + 2, head_dim, *rest), q.dtype)
-        out[:, :group] = q.reshape(kv_heads, group, head_dim, *rest)
-        out[:, group] = k.reshape(kv_heads, head_dim, *rest)
-        out[:, group + 1] = v.reshape(kv_heads, head_dim, *rest)
+        out = buffers.empty((kv_heads, group + 2, head_dim, *rest), q.dtype)
+        buffers.copy(out[:, :group], q.reshape(kv_heads, group, head_dim, *rest))
+        buffers.copy(out[:, group], k.reshape(kv_heads, head_dim, *rest))
+        buffers.copy(out[:, group + 1], v.reshape(kv_heads, head_dim, *rest))
         return out.reshape(-1, *rest)
 
     return assemble
@@ -77,9 +79,9 @@ def interleave_shards(shards: int) -> Callable[..., np.ndarray]:
 
     def assemble(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         width, rest = gate.shape[0], gate.shape[1:]
-        out = np.empty((shards, 2, width // shards, *rest), gate.dtype)
-        out[:, 0] = gate.reshape(shards, -1, *rest)
-        out[:, 1] = up.reshape(shards, -1, *rest)
+        out = buffers.empty((shards, 2, width // shards, *rest), gate.dtype)
+        buffers.copy(out[:, 0], gate.reshape(shards, -1, *rest))
+        buffers.copy(out[:, 1], up.reshape(shards, -1, *rest))
         return out.reshape(2 * width, *rest)
 
     return assemble

@@ -94,6 +94,9 @@ class DequantizingCheckpoint:
         }
         return next(reader for suffix, reader in readers.items() if own.endswith(suffix))(own)
 
+    def release(self, name: str) -> None:
+        self._inner.release(self._primary.get(name) or name)
+
     def _optional(self, own: str) -> np.ndarray | None:
         return self._inner.read(own) if self._inner.locate(own) is not None else None
 

@@ -16,6 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from models.loading.mapped import MappedFile
+
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
@@ -67,7 +69,7 @@ class SafetensorsFile:
         self.tensors: dict[str, tuple[Any, tuple[int, ...], int]] = {}
         for name, entry in header.items():
             self.tensors[name] = self._entry(name, entry, size - self._start)
-        self._data = np.memmap(path, mode="r", dtype=np.uint8) if size else np.zeros(0, np.uint8)
+        self._data = MappedFile(path)
 
     def _entry(self, name: str, entry: Any, data_bytes: int) -> tuple[Any, tuple[int, ...], int]:
         try:
@@ -91,7 +93,12 @@ class SafetensorsFile:
         """A read-only view of a tensor."""
         dtype, shape, start = self.tensors[name]
         begin = self._start + start
-        return self._data[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        return self._data.bytes[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+    def release(self, name: str) -> None:
+        """Lets go of a tensor's part of the file."""
+        dtype, shape, start = self.tensors[name]
+        self._data.release(self._start + start, math.prod(shape) * dtype.itemsize)
 
 
 class SafetensorsCheckpoint:
@@ -134,9 +141,14 @@ class SafetensorsCheckpoint:
         assert own is not None
         return self._files[own].read(own)
 
+    def release(self, name: str) -> None:
+        own = self.locate(name)
+        if own is not None:
+            self._files[own].release(own)
+
 
 _WRAPPERS = (
-    (re.compile(r"^bert\."), ""),
+    (re.compile(r"^(bert|roberta)\."), ""),
     (re.compile(r"^(model\.language_model\.|language_model\.model\.)"), "model."),
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
 )

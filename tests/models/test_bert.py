@@ -1,7 +1,8 @@
-"""Encoders against transformers: tiny random ones, and MiniLM where JAXSERVE_TEST_MODELS has it."""
+"""Encoders and cross-encoders against transformers: tiny random ones, and MiniLM where JAXSERVE_TEST_MODELS has it."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -12,10 +13,38 @@ import pytest
 from flax import nnx
 
 from models.loading.load import load_model, resolve
-from models.pooling import pool, pooling_mode
+from models.pooling import max_sequence, pool, pooling_mode
 
 FOLDER = os.environ.get("JAXSERVE_TEST_MODELS")
 MINILM = Path(FOLDER) / "minilm" if FOLDER else None
+TEXTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [3]]
+TINY = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+}
+ENCODERS = {
+    "BertModel": "BertConfig",
+    "RobertaModel": "RobertaConfig",
+    "XLMRobertaModel": "XLMRobertaConfig",
+}
+RERANKERS = {
+    "BertForSequenceClassification": "BertConfig",
+    "RobertaForSequenceClassification": "RobertaConfig",
+    "XLMRobertaForSequenceClassification": "XLMRobertaConfig",
+}
+
+
+def padded(texts: list[list[int]], more: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """tokens_BS and length_B; the last row is empty."""
+    length = np.array([len(text) for text in texts] + [0], np.int32)
+    tokens = np.zeros((len(length), max(length) + more), np.int32)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = text
+    return tokens, length
 
 
 def run(model, texts: list[list[int]], mode="mean"):
@@ -26,35 +55,82 @@ def run(model, texts: list[list[int]], mode="mean"):
         hidden = nnx.merge(graphdef, state).encode(tokens_BS, length_B)
         return hidden, pool(hidden, length_B, mode)
 
-    length = np.array([len(text) for text in texts] + [0], np.int32)
-    tokens = np.zeros((len(length), max(length) + 3), np.int32)
-    for row, text in enumerate(texts):
-        tokens[row, : len(text)] = text
-    hidden, pooled = encode(state, tokens, length)
+    hidden, pooled = encode(state, *padded(texts))
     assert not np.asarray(pooled[-1]).any()
     return np.asarray(hidden), np.asarray(pooled)
 
 
-def test_tiny(tmp_path):
+def reference_model(architecture: str, config_class: str, folder: Path, **fields):
     import torch
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
-    )
-    reference = transformers.BertModel(config).eval()
+    config = getattr(transformers, config_class)(**TINY | fields)
+    reference = getattr(transformers, architecture)(config).eval()
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    reference.save_pretrained(tmp_path)
+    reference.save_pretrained(folder)
+    return reference
+
+
+@pytest.mark.parametrize("architecture", ENCODERS)
+def test_hidden_states(architecture, tmp_path):
+    import torch
+
+    reference = reference_model(architecture, ENCODERS[architecture], tmp_path)
     loaded = load_model(resolve(str(tmp_path)), progress=False)
-    texts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [1]]
-    hidden, _ = run(loaded.model, texts)
-    for row, text in enumerate(texts):
+    assert loaded.config.max_positions == (40 if architecture == "BertModel" else 38)
+    hidden, _ = run(loaded.model, TEXTS)
+    for row, text in enumerate(TEXTS):
         with torch.no_grad():
             wanted = reference(torch.tensor([text])).last_hidden_state[0].numpy()
         np.testing.assert_allclose(hidden[row, : len(text)], wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "identity"])
+@pytest.mark.parametrize("architecture", RERANKERS)
+def test_scores(architecture, activation, tmp_path):
+    import torch
+
+    one_segment = {"type_vocab_size": 1} if "Roberta" in architecture else {}  # as published ones have
+    reference = reference_model(architecture, RERANKERS[architecture], tmp_path, num_labels=1, **one_segment)
+    if activation == "identity":
+        path = tmp_path / "config.json"
+        noted = {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | noted))
+    model = load_model(resolve(str(tmp_path)), progress=False).model
+    tokens, length = padded(TEXTS)
+    segments = (np.arange(tokens.shape[1]) >= 2).astype(np.int32) * (tokens > 0)
+    scores = np.asarray(model.score(model.encode(tokens, length, segments)))
+    for row, text in enumerate(TEXTS):
+        more = (
+            {"token_type_ids": torch.tensor(segments[row : row + 1, : len(text)])} if "Rob" not in architecture else {}
+        )
+        with torch.no_grad():
+            logit = reference(torch.tensor([text]), **more).logits[0, 0]
+        wanted = float(torch.sigmoid(logit)) if activation == "sigmoid" else float(logit)
+        assert scores[row] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_classifier_is_refused(tmp_path):
+    reference_model("BertForSequenceClassification", "BertConfig", tmp_path, num_labels=3)
+    with pytest.raises(ValueError, match="3 labels"):
+        load_model(resolve(str(tmp_path)), progress=False)
+
+
+def test_long_texts_in_blocks(tmp_path, monkeypatch):
+    """Blocks of queries give what all queries at once give."""
+    reference_model("BertModel", "BertConfig", tmp_path)
+    model = load_model(resolve(str(tmp_path)), progress=False).model
+    tokens, length = padded([[*range(5, 37)], [7, 8]], more=0)
+    whole = np.asarray(model.encode(tokens, length))
+    monkeypatch.setattr("models.families.bert._QUERY_BLOCK", 8)
+    jax.clear_caches()
+    blocks = np.asarray(model.encode(tokens, length))
+    jax.clear_caches()
+    np.testing.assert_allclose(blocks[0], whole[0], atol=1e-5)
+    np.testing.assert_allclose(blocks[1, :2], whole[1, :2], atol=1e-5)
 
 
 def test_modes():
@@ -68,20 +144,34 @@ def test_modes():
         pool(hidden, length, "max")
 
 
-def test_mode_of_a_directory(tmp_path):
+def test_what_a_directory_asks_for(tmp_path):
     assert pooling_mode(tmp_path) == "mean"
+    assert pooling_mode(tmp_path, "last") == "last"
+    assert max_sequence(tmp_path) is None
     (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    asked = tmp_path / "1_Pooling" / "config.json"
+    asked.write_text('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false, "include_prompt": true}')
     assert pooling_mode(tmp_path) == "cls"
+    asked.write_text('{"pooling_mode_max_tokens": true}')
+    with pytest.raises(ValueError, match="max_tokens"):
+        pooling_mode(tmp_path)
+    asked.write_text("{}")
+    modules = [{"type": f"sentence_transformers.models.{kind}"} for kind in ("Transformer", "Pooling", "Dense")]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match="'Dense'"):
+        pooling_mode(tmp_path)
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 256}')
+    assert max_sequence(tmp_path) == 256
 
 
 @pytest.mark.skipif(MINILM is None or not MINILM.exists(), reason="JAXSERVE_TEST_MODELS has no folder minilm")
-def test_minilm(tmp_path):
+def test_minilm():
     import tokenizers
     import torch
     import transformers
     from safetensors.torch import load_file
 
+    assert MINILM is not None
     texts = ["A man is eating food.", "Someone has a meal.", "The stock market fell by 3 % on Tuesday.", "ja"]
     tokenizer = tokenizers.Tokenizer.from_file(str(MINILM / "tokenizer.json"))
     tokenizer.no_padding()

@@ -129,6 +129,21 @@ TINY: dict[str, Tiny] = {
             },
         },
     ),
+    "gemma3, scaled by its heads": Tiny(
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            "head_dim": 16,
+            "sliding_window": 12,
+            "num_hidden_layers": 6,
+            "query_pre_attn_scalar": 16,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     "granite": Tiny(
         "GraniteConfig",
         "GraniteForCausalLM",
@@ -173,6 +188,9 @@ TINY: dict[str, Tiny] = {
         "Qwen2MoeForCausalLM",
         MOE | {"shared_expert_intermediate_size": 48, "num_hidden_layers": 3, "mlp_only_layers": [1]},
         expert_mesh=True,
+    ),
+    "qwen2moe, every layer": Tiny(
+        "Qwen2MoeConfig", "Qwen2MoeForCausalLM", MOE | {"shared_expert_intermediate_size": 48}
     ),
     "qwen3moe": Tiny(
         "Qwen3MoeConfig",
@@ -222,6 +240,18 @@ TINY: dict[str, Tiny] = {
             "attention_chunk_size": 256,
         },
         expert_mesh=True,
+    ),
+    "llama4, as published": Tiny(
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "intermediate_size_mlp": 80,
+            "interleave_moe_layer_step": 1,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "head_dim": 16,
+        },
     ),
     "ministral": Tiny(
         "MinistralConfig",

@@ -12,12 +12,15 @@ from safetensors.numpy import load_file
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "MinistralForCausalLM": "llama",
     "MixtralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen2MoeForCausalLM": "qwen2moe",
     "Qwen3MoeForCausalLM": "qwen3moe",
     "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
     "GraniteForCausalLM": "granite",
     "Olmo2ForCausalLM": "olmo2",
     "Phi3ForCausalLM": "phi3",
@@ -25,6 +28,7 @@ ARCHITECTURES = {
     "Starcoder2ForCausalLM": "starcoder2",
     "GPT2LMHeadModel": "gpt2",
     "GptOssForCausalLM": "gpt-oss",
+    "Llama4ForCausalLM": "llama4",
     "DeepseekV2ForCausalLM": "deepseek2",
     "DeepseekV3ForCausalLM": "deepseek2",
 }
@@ -39,7 +43,13 @@ def to_gguf(directory: Path, path: Path) -> None:
     writer = gguf.GGUFWriter(path, arch)
     for key, value in metadata(config, arch).items():
         if value is not None:
-            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add = {
+                bool: writer.add_bool,
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                str: writer.add_string,
+                list: writer.add_array,
+            }
             add[type(value)](f"{arch}.{key}", value)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[arch], layers)
@@ -77,7 +87,7 @@ def metadata(c: dict, arch: str) -> dict:
         "attention.layer_norm_rms_epsilon": c.get("rms_norm_eps"),
         "attention.layer_norm_epsilon": c.get("norm_epsilon", c.get("layer_norm_epsilon")),
         "attention.sliding_window": c.get("sliding_window")
-        if arch in ("gemma2", "phi3", "starcoder2", "gpt-oss")
+        if arch in ("llama", "gemma2", "gemma3", "phi3", "starcoder2", "gpt-oss")
         else None,
         "rope.freq_base": rope.get("rope_theta"),
         "attn_logit_softcapping": c.get("attn_logit_softcapping"),
@@ -91,6 +101,16 @@ def metadata(c: dict, arch: str) -> dict:
         "expert_feed_forward_length": c.get("moe_intermediate_size"),
         "expert_shared_feed_forward_length": c.get("shared_expert_intermediate_size"),
     }
+    if "full_attention" in rope:
+        keys["rope.freq_base_swa"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+        keys["rope.freq_base"] = rope["rope_theta"]
+    if arch == "llama" and c.get("layer_types"):
+        keys["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in c["layer_types"]]
+    if arch == "llama4":
+        keys["feed_forward_length"] = c["intermediate_size_mlp"]
+        keys["expert_feed_forward_length"] = c["intermediate_size"]
+        keys["interleave_moe_layer_step"] = c["interleave_moe_layer_step"]
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         keys["rope.dimension_count"] = int(head * rope["partial_rotary_factor"])
     if rope.get("rope_type") in ("linear", "yarn"):
@@ -162,6 +182,12 @@ def tensors_of(tensors: dict, c: dict, arch: str) -> dict:
                 out[f"{base}gate_proj.{suffix}"], out[f"{base}up_proj.{suffix}"] = array[:, ::2], array[:, 1::2]
             else:
                 out[f"{base}down_proj.{suffix}"] = array
+        elif ".experts." in name and arch == "llama4":
+            base, turned = name.split(".experts.")[0] + ".experts.", array.swapaxes(1, 2)
+            if "gate_up" in name:
+                out[f"{base}gate_proj.weight"], out[f"{base}up_proj.weight"] = np.split(turned, 2, axis=1)
+            else:
+                out[f"{base}down_proj.weight"] = turned
         elif ".experts." in name:
             before, after = name.split(".experts.")
             index, part = after.split(".", 1)

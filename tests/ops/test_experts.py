@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from ops import experts as module
-from ops.experts import block_rows, experts
+from ops import native
+from ops.experts import block_rows, can_pack, experts, pack_experts
+from ops.linear import Int8Weight, PackedInt8Weight, quantize
 
 D, F = 24, 20
 
@@ -25,7 +27,7 @@ def every_expert(x, ids, weights, gate_up, down, gate_up_bias, down_bias):
     return y
 
 
-def arguments(T, E, k, seed=0):
+def arguments(T, E, k, seed=0, D=D, F=F):
     rng = np.random.default_rng(seed)
     ids = np.stack([rng.choice(E, k, replace=False) for _ in range(T)]).astype(np.int32)
     arrays = [rng.standard_normal(shape) for shape in ((T, k), (E, 2 * F, D), (E, D, F), (E, 2 * F), (E, D))]
@@ -74,3 +76,67 @@ def test_block_rows():
     assert block_rows(2, 8, jnp.bfloat16) == 2
     assert block_rows(128, 16, jnp.float32) == 8
     assert block_rows(10_000, 16, jnp.float32) == 64
+
+
+def int8_arguments(T, E, k, D=48, F=32):
+    """As `arguments`, the weights rounded, with the matrices that the rounded ones stand for."""
+    x, ids, weights, gate_up, down, *biases = arguments(T, E, k, D=D, F=F)
+    rounded = [quantize(jnp.asarray(a), "int8") for a in (gate_up, down)]
+    dense = [np.asarray(w.values_OI, np.float32) * np.asarray(w.scale_O)[..., None] for w in rounded]
+    return x, ids, weights, rounded, dense, biases
+
+
+@pytest.mark.parametrize(("T", "E", "k"), [(1, 8, 2), (5, 4, 4), (130, 6, 2)])
+@pytest.mark.parametrize("body", ["cpu", "default"])
+def test_int8_in_plain_xla(T, E, k, body, monkeypatch):
+    x, ids, weights, rounded, dense, biases = int8_arguments(T, E, k)
+    if body == "default":
+        monkeypatch.setattr(module.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    got = experts(x, ids, weights, *rounded, activation, gate_up_bias_EJ=biases[0], down_bias_ED=biases[1])
+    wanted = every_expert(x, ids, weights, *dense, *biases)
+    # On CPU activations are rounded too, by row: 1 / 254 of the largest.
+    np.testing.assert_allclose(got, wanted, atol=(0.02 if body == "cpu" else 1e-5) * np.abs(wanted).max())
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+@pytest.mark.parametrize(("T", "E", "k"), [(1, 8, 2), (5, 4, 4), (130, 6, 2), (200, 3, 1)])
+@pytest.mark.parametrize(("D", "F"), [(48, 32), (80, 16), (128, 176)])
+@pytest.mark.parametrize("isa", ["generic", None])
+def test_int8_native(T, E, k, D, F, isa):
+    x, ids, weights, rounded, dense, biases = int8_arguments(T, E, k, D, F)
+    assert all(can_pack(w.shape, "silu") for w in rounded)
+    packed = [pack_experts(w) for w in rounded]
+    assert all(isinstance(w, PackedInt8Weight) for w in packed)
+    native.set_isa(isa)
+    try:
+        for bias in (False, True):
+            given = {"gate_up_bias_EJ": biases[0], "down_bias_ED": biases[1]} if bias else {}
+            got = jax.jit(lambda *a, given=given: experts(*a, activation, gated="silu", **given))(
+                x, ids, weights, *packed
+            )
+            wanted = every_expert(x, ids, weights, *dense, *(biases if bias else [np.zeros_like(b) for b in biases]))
+            np.testing.assert_allclose(got, wanted, atol=0.02 * np.abs(wanted).max())
+    finally:
+        native.set_isa(None)
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_int8_native_without_some_experts():
+    """Ids that are nobody's add nothing; experts without tokens are skipped."""
+    x, ids, weights, rounded, dense, biases = int8_arguments(20, 6, 2)
+    ids = np.where(ids < 3, ids, 6).astype(np.int32)
+    got = experts(x, ids, weights, *(pack_experts(w) for w in rounded), activation, gated="silu")
+    padded = [np.concatenate([a, np.zeros_like(a[:1])]) for a in dense]
+    wanted = every_expert(x, ids, weights, *padded, *(np.zeros((7, b.shape[1]), np.float32) for b in biases))
+    np.testing.assert_allclose(got, wanted, atol=0.02 * np.abs(wanted).max())
+    nobody = experts(x, np.full_like(ids, 6), weights, *(pack_experts(w) for w in rounded), activation, gated="silu")
+    assert not np.asarray(nobody).any()
+
+
+def test_what_cannot_be_packed():
+    assert not can_pack((4, 24, 16), "silu")  # half a panel
+    assert not can_pack((4, 32, 16), "gelu")  # the exact one is in no kernel
+    assert not can_pack((4, 32, 16), None)
+    dense = jnp.ones((2, 32, 16))
+    assert pack_experts(dense) is dense
+    assert isinstance(quantize(dense, "int8"), Int8Weight)
