@@ -15,7 +15,7 @@ from serving.errors import RequestError
 
 if TYPE_CHECKING:
     from models.loading.source import ModelSource
-    from serving.engine.engine import Engine
+    from serving.engine.start import AnyEngine
     from serving.metrics.tracing import Tracing
     from serving.service import Limits, TextService
     from serving.text.chat_template import ChatTemplate
@@ -42,7 +42,7 @@ class TextSide:
 class Started:
     """A running engine and what a TextService over it needs. `service` may be called once per event loop."""
 
-    engine: Engine
+    engine: AnyEngine
     text: TextSide
     default_params: dict[str, Any]
     grammars: GrammarCompiler | None = None
@@ -104,17 +104,20 @@ def start(
     # The tokenizer takes about a second of pure Python and Rust, most of which fits into the time that the engine
     # spends in XLA.
     text = _InThread(lambda: load_text_side(text_source, config.chat_template))
-    from serving.engine.engine import Engine
+    from serving.engine.start import start_engine
     from serving.text.grammar import GrammarCompiler
 
-    engine = Engine.start(config, progress=say)
+    engine = start_engine(config, progress=say)
     try:
         side = text.result()
         defaults = sampling_defaults(engine.generation_config) if use_generation_config else {}
     except BaseException:
         engine.shutdown()
         raise
-    grammars = GrammarCompiler(side.tokenizer, engine.client.info().vocab_size)
+    info = engine.client.info()
+    if "generate" not in info.tasks:
+        return Started(engine, side, defaults)
+    grammars = GrammarCompiler(side.tokenizer, info.vocab_size)
     _InThread(grammars.warm)  # so that the first constrained request does not wait for it
     return Started(engine, side, defaults, grammars)
 

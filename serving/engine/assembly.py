@@ -49,12 +49,17 @@ def compile_cache_folder(config: EngineConfig) -> Any:
     return pathlib.Path(config.compile_cache) if config.compile_cache else cache_folder() / "programs"
 
 
-def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any, Any, EngineInfo]:
-    """Loads the model, sizes the pool, compiles. Returns (loaded model, runner, scheduler, info)."""
+def assemble(config: EngineConfig, say: Callable[[str], None], opened: Any = None) -> tuple[Any, Any, Any, EngineInfo]:
+    """Loads the model, sizes the pool, compiles. Returns (loaded model, runner, scheduler, info).
+
+    Args:
+        opened: the checkpoint's headers (`models.loading.load.Opened`), where they have been read before.
+    """
     prepare_platform(config)
     import jax
 
     from models.loading.load import load_model, resolve
+    from models.pooling import pooling_mode
     from ops import native
     from serving.engine.buckets import ACCELERATOR_RIDGE, CPU_RIDGE
     from serving.engine.compiling import ProgramCache
@@ -72,14 +77,14 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
     if platform == "cpu":
         say(native.status())
     began = time.monotonic()
-    source = resolve(config.model)
     loaded = load_model(
-        source,
+        resolve(config.model) if opened is None else opened.source,
         dtype=dtype,
         mesh=mesh,
         quantization=quantization,
         max_model_len=config.max_model_len,
         progress=config.progress,
+        opened=opened,
     )
     say(
         f"loaded {loaded.model_id} ({loaded.config.architecture}, {dtype}{', ' + quantization if quantization else ''}) "
@@ -113,7 +118,7 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
         host_tier=config.kv_offload_gb > 0,
         num_scheduler_steps=config.num_scheduler_steps,
     )
-    with _progress_bar(config.progress) as on_done:
+    with progress_bar(config.progress) as on_done:
         executor.compile(on_done)
     runner = ModelRunner(executor)
     say(f"compiled {len(runner.buckets.buckets)} step shapes in {time.monotonic() - began:.1f} s")
@@ -155,12 +160,13 @@ def assemble(config: EngineConfig, say: Callable[[str], None]) -> tuple[Any, Any
         platform=platform,
         version=version(),
         num_parameters=executor.num_parameters,
+        pooling=pooling_mode(loaded.source.path, "last"),
     )
     return loaded, runner, scheduler, info
 
 
 @contextlib.contextmanager
-def _progress_bar(shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(shown: bool) -> Iterator[Callable[[int, int], None] | None]:
     """What compilation tells (done, total) to: a tqdm bar, or nothing."""
     if not shown:
         yield None

@@ -9,11 +9,12 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from serving.engine.admission import check_door, check_queue
 from serving.engine.config import EngineConfig
 from serving.engine.loop import Abort, Call, EngineLoop, Submit
 from serving.engine.sampling_params import SamplingParams
@@ -51,9 +52,11 @@ class Engine:
         self.client = InProcessClient(self, info)
 
     @classmethod
-    def start(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
-        """Loads, compiles and starts. Blocks until ready.
+    def start(cls, config: EngineConfig, progress: Progress | None = None, *, opened: Any = None) -> Engine:
+        """Loads, compiles and starts a model that generates (`serving.engine.start` takes encoders too). Blocks until ready.
 
+        Args:
+            opened: what `models.loading.load.open_checkpoint` gave, where that was called before.
         Raises:
             ValueError: a configuration or checkpoint that cannot be served, in a sentence.
         """
@@ -61,7 +64,7 @@ class Engine:
         from serving.engine.compiling import starting
 
         with starting():
-            engine = cls(config, *assemble(config, progress or (lambda line: None)))
+            engine = cls(config, *assemble(config, progress or (lambda line: None), opened))
         engine.loop.start()
         return engine
 
@@ -145,26 +148,19 @@ class InProcessClient:
                 self._engine.loop.inbox.put(Abort(request.request_id))
 
     async def embed(
-        self, request_id: str, token_ids: tuple[int, ...], *, pooling: str | None = None, priority: int = 0
+        self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0
     ) -> np.ndarray:
-        """One sequence's embedding: float32 [embed] of length 1.
-
-        Args:
-            token_ids: at least one id, each in [0, vocab).
-            pooling: "last" (a decoder's summary of all it has read) or "mean", of the hidden states after the final norm;
-                None is "last".
-        Raises:
-            RequestError: as `generate`; INVALID_ARGUMENT for another pooling.
-        """
-        if pooling not in (None, "last", "mean"):
+        """See EmbeddingClient.embed; of the hidden states after the final norm."""
+        pooling = pooling or self._info.pooling
+        if pooling not in ("last", "mean"):
             raise invalid(f"pooling must be 'last' or 'mean', got {pooling!r}.", "pooling")
         request = EngineRequest(
             request_id,
-            token_ids,
+            tuple(token_ids),
             SamplingParams(temperature=0, max_tokens=1),
             priority=priority,
             arrival_time=time.monotonic(),
-            pooling=pooling or "last",
+            pooling=pooling,
         )
         async for output in self.generate(request):
             if output.pooled is not None:
@@ -194,32 +190,19 @@ class InProcessClient:
         """Admission: what is refused here is refused at once, whatever the engine is doing."""
         config = self._engine.config
         with self._lock:
-            if self._engine.failure is not None:
-                raise RequestError(ErrorKind.INTERNAL, "the engine died; the server is going down.")
-            if self.draining:
-                raise RequestError(ErrorKind.UNAVAILABLE, "the server is draining.", retry_after_s=5.0)
-            if request.request_id in self._streams:
-                raise RequestError(
-                    ErrorKind.INVALID_ARGUMENT, f"request id {request.request_id!r} is in use.", param="request_id"
-                )
-            waiting = self._engine.loop.stats.num_waiting + self._engine.loop.inbox.qsize()
-            limit = config.max_num_queued_reqs
-            if limit is not None and waiting >= limit:
-                raise RequestError(
-                    ErrorKind.RESOURCE_EXHAUSTED,
-                    f"{waiting} requests are waiting; the queue holds {limit}. Try again later.",
-                    code="queue_full",
-                    retry_after_s=1.0,
-                )
-            queued = sum(self._queued_tokens.values()) if config.max_num_queued_tokens is not None else 0
+            check_door(
+                failed=self._engine.failure is not None,
+                draining=self.draining,
+                request_id=request.request_id,
+                in_use=request.request_id in self._streams,
+            )
             tokens = len(request.prompt_token_ids)
-            if config.max_num_queued_tokens is not None and queued + tokens > config.max_num_queued_tokens and queued:
-                raise RequestError(
-                    ErrorKind.RESOURCE_EXHAUSTED,
-                    f"{queued} prompt tokens are waiting; the queue holds {config.max_num_queued_tokens}. Try again later.",
-                    code="queue_full",
-                    retry_after_s=1.0,
-                )
+            check_queue(
+                config,
+                waiting=self._engine.loop.stats.num_waiting + self._engine.loop.inbox.qsize(),
+                waiting_tokens=sum(self._queued_tokens.values()) if config.max_num_queued_tokens is not None else 0,
+                tokens=tokens,
+            )
             self._streams[request.request_id] = stream
             self._queued_tokens[request.request_id] = tokens
         self._engine.loop.inbox.put(Submit(request))

@@ -1,0 +1,35 @@
+"""Starts the engine that a model needs: one that generates, or one that reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from serving.engine.config import EngineConfig
+from serving.engine.encoder_engine import EncoderEngine
+from serving.engine.engine import Engine
+
+AnyEngine = Engine | EncoderEngine
+
+
+def start_engine(config: EngineConfig, progress: Callable[[str], None] | None = None) -> AnyEngine:
+    """Loads, compiles and starts. Blocks until ready.
+
+    Args:
+        progress: told each step of the start as one line.
+    Raises:
+        ValueError: a configuration or checkpoint that cannot be served, in a sentence.
+    """
+    from models.loading.load import open_checkpoint, resolve
+    from serving.engine.assembly import prepare_platform
+    from serving.engine.compiling import starting
+
+    prepare_platform(config)
+    opened = open_checkpoint(resolve(config.model, progress=config.progress))
+    if "generate" in opened.family.tasks:
+        return Engine.start(config, progress, opened=opened)
+    from serving.engine.encoder_assembly import assemble_encoder
+
+    with starting():
+        engine = EncoderEngine(config, *assemble_encoder(config, progress or (lambda line: None), opened))
+    engine.start()
+    return engine
