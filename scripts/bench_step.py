@@ -1,0 +1,154 @@
+"""Times whole decode and prefill steps of a model against the bytes they must read.
+
+    python scripts/bench_step.py [--model ...] [--kv bfloat16 float32] [--decode 1x256 64x256 8x4096] [--prefill 1024]
+
+`--decode BxS` is B requests that have S positions each, `--prefill N` one fresh chunk of N tokens. For each it prints the
+milliseconds of the layers, of the logits and of the draw (temperature 1, top-p 0.9; lower quartiles of wall clock), and
+the floor: all weights, and the pages of the contexts, over the bandwidth that memory gave between the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_attention import bandwidth_probe
+from flax import nnx
+
+from models.loading.load import load_model, resolve
+from ops import paged_attention, sampling
+from ops.paged_attention import Q_BLOCK, AttentionBatch
+
+PAGE = 16
+
+
+def make_batch(decode: tuple[int, ...], chunk: int) -> tuple[AttentionBatch, int]:
+    """A step of decode rows with these context lengths, or of one chunk; and the number of pages. Pages are scattered."""
+    lengths = np.asarray([*decode, *([chunk] if chunk else [])], np.int32)
+    width = -(-int(lengths.max()) // PAGE)
+    table = 1 + np.random.default_rng(0).permutation(len(lengths) * width).reshape(len(lengths), width).astype(np.int32)
+    rows, padded = len(decode), -(-chunk // Q_BLOCK) * Q_BLOCK
+    at = np.concatenate([lengths[:rows] - 1, np.arange(chunk), np.zeros(padded - chunk, np.int64)]).astype(np.int32)
+    row = np.concatenate([np.arange(rows), np.full(padded, rows)]).astype(np.int32)
+    row = np.minimum(row, len(lengths) - 1)
+    chunks = np.zeros(1 if chunk else 0, np.int32)
+    arrays = AttentionBatch(
+        positions_T=at,  # pyright: ignore[reportArgumentType]
+        kv_index_T=table[row, at // PAGE] * PAGE + at % PAGE,  # pyright: ignore[reportArgumentType]
+        decode_pages_BP=table[:rows],  # pyright: ignore[reportArgumentType]
+        decode_len_B=lengths[:rows],  # pyright: ignore[reportArgumentType]
+        chunk_pages_RP=table[rows:],  # pyright: ignore[reportArgumentType]
+        chunk_start_R=chunks,  # pyright: ignore[reportArgumentType]
+        chunk_qlen_R=chunks + chunk,  # pyright: ignore[reportArgumentType]
+        chunk_len_R=chunks + chunk,  # pyright: ignore[reportArgumentType]
+        chunk_row_N=np.zeros(padded // Q_BLOCK, np.int32),  # pyright: ignore[reportArgumentType]
+    )
+    return jax.device_put(arrays), table.size + 1
+
+
+def prepare(model: Any, decode: tuple[int, ...], chunk: int, kv_dtype: str) -> tuple[dict[str, Callable], int]:
+    """Functions that run the layers, the logits and the draw of one step and wait; and the bytes of K and V to be read."""
+    batch, num_pages = make_batch(decode, chunk)
+    tokens_T = jnp.asarray(
+        np.random.default_rng(1).integers(0, model.vocab_size, batch.positions_T.shape[0]), jnp.int32
+    )
+    graphdef, state = nnx.split(model)
+    specs = model.kv_specs()
+    kv = tuple(paged_attention.allocate(spec, num_pages, PAGE, jnp.dtype(kv_dtype)) for spec in specs)
+    rows = len(decode) or 1
+
+    @jax.jit
+    def logits(state, hidden_RD):
+        return nnx.merge(graphdef, state).logits(hidden_RD)
+
+    def forward(state, tokens_T, batch, kv):
+        hidden_TD, kv = nnx.merge(graphdef, state).forward(tokens_T, batch, kv)
+        return hidden_TD[:rows], kv
+
+    program = jax.jit(forward, donate_argnums=3).lower(state, tokens_T, batch, kv).compile()
+    hidden_RD, kv = program(state, tokens_T, batch, kv)
+    logits_RV = logits(state, hidden_RD)
+    zeros_R = jnp.zeros(rows, jnp.int32)
+    edits = sampling.Edits(
+        slot_R=zeros_R,
+        repetition_R=jnp.ones(rows),
+        presence_R=jnp.zeros(rows),
+        frequency_R=jnp.zeros(rows),
+        biased_R=zeros_R > 0,
+        held_back_R=zeros_R > 0,
+        masked=jnp.asarray(False),
+        seen_NV=jnp.zeros((1, model.vocab_size), jnp.int16),
+        bias_ids_NE=jnp.zeros((1, 1), jnp.int32),
+        bias_values_NE=jnp.zeros((1, 1)),
+        banned_ids_NE=jnp.zeros((1, 1), jnp.int32),
+        mask_RW=None,
+    )
+    body = sampling.best_body(jax.default_backend())
+
+    @jax.jit
+    def draw(logits_RV):
+        seeds_R2 = jnp.stack([zeros_R, jnp.arange(rows)], axis=1).astype(jnp.uint32)
+        filters = {"top_k_R": zeros_R, "min_p_R": jnp.zeros(rows), "seed_R2": seeds_R2, "step_R": zeros_R}
+        ones = {"temperature_R": jnp.ones(rows), "top_p_R": jnp.full(rows, 0.9)}
+        return sampling.choose(logits_RV, edits, **filters, **ones, body=body)
+
+    def run_layers() -> None:
+        nonlocal kv
+        out, kv = program(state, tokens_T, batch, kv)
+        out.block_until_ready()
+
+    bytes_a_page = sum(paged_attention.bytes_per_page(spec, PAGE, jnp.dtype(kv_dtype)) for spec in specs)
+    return {
+        "layers": run_layers,
+        "logits": lambda: logits(state, hidden_RD).block_until_ready(),
+        "draw": lambda: draw(logits_RV).block_until_ready(),
+    }, sum(decode) * bytes_a_page // PAGE
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--model", help="GGUF file, directory or hub id; default: the default model")
+    parser.add_argument("--quantization", default="int8", help="a scheme of the server's --quantization, or none")
+    parser.add_argument("--kv", nargs="+", default=["bfloat16", "float32"], help="what pages hold")
+    parser.add_argument("--decode", nargs="*", default=["1x256", "16x256", "64x256", "8x4096"], metavar="BxS")
+    parser.add_argument("--prefill", nargs="*", type=int, default=[1024], metavar="N")
+    parser.add_argument("--repeat", type=int, default=9)
+    args = parser.parse_args()
+    scheme = None if args.quantization == "none" else args.quantization
+    model = load_model(resolve(args.model), dtype="float32", quantization=scheme, max_model_len=8192).model
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.split(model)[1]))
+    probe = bandwidth_probe()
+    cases = [(f"decode {case}", (int(case.split("x")[1]),) * int(case.split("x")[0]), 0) for case in args.decode]
+    cases += [(f"prefill {tokens}", (), tokens) for tokens in args.prefill]
+    print(
+        f"{'step':16}{'pages':>10}{'layers':>9}{'logits':>9}{'draw':>7}{'GB':>7}{'GB/s':>7}{'floor':>8}{'x floor':>9}"
+    )
+    for name, decode, chunk in cases:
+        for kv_dtype in args.kv:
+            parts, kv_bytes = prepare(model, decode, chunk, kv_dtype)
+            times: dict[str, list[float]] = {part: [] for part in parts}
+            probes = []
+            for _ in range(args.repeat):
+                probes.append(probe())
+                for part, run in parts.items():
+                    start = time.perf_counter()
+                    run()
+                    times[part].append((time.perf_counter() - start) * 1e3)
+            bandwidth = statistics.quantiles(probes, n=4)[2]
+            ms = {part: statistics.quantiles(mine, n=4)[0] for part, mine in times.items()}
+            floor = (weights + kv_bytes) / bandwidth * 1e3
+            print(
+                f"{name:16}{kv_dtype:>10}{ms['layers']:9.2f}{ms['logits']:9.2f}{ms['draw']:7.2f}"
+                f"{(weights + kv_bytes) / 1e9:7.2f}{bandwidth / 1e9:7.1f}{floor:8.2f}{sum(ms.values()) / floor:9.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
