@@ -1,0 +1,158 @@
+"""Every object in scripts/deploy against Kubernetes' own schemas; groups of hosts against what the server understands."""
+
+import copy
+import json
+import pathlib
+import re
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from serving.flags import GRPC_PORT, HTTP_PORT, build_parser, engine_config
+from serving.plan import chips
+from sharding.mesh import parse_mesh
+
+KUBERNETES = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "deploy" / "kubernetes"
+VERSION = "1.32"  # the newest whose clusters are still served by every large cloud's default channel
+SINGLE, GROUPS = ("cpu", "cuda", "tpu"), ("multihost-cuda", "multihost-tpu")
+
+
+def documents(path):
+    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+
+
+def built(overlay):
+    """(kind, name) -> object: a kustomization's resources with its JSON patches (RFC 6902: add, replace) applied."""
+    folder = KUBERNETES / overlay
+    (kustomization,) = documents(folder / "kustomization.yaml")
+    objects = {}
+    for resource in kustomization["resources"]:
+        if resource.startswith("../"):
+            objects |= built(resource.removeprefix("../"))
+        else:
+            objects |= {(d["kind"], d["metadata"]["name"]): d for d in documents(folder / resource)}
+    for patch in kustomization.get("patches", []):
+        target = objects[patch["target"]["kind"], patch["target"]["name"]]
+        for step in yaml.safe_load(patch["patch"]):
+            *way, last = step["path"].strip("/").split("/")
+            at = target
+            for part in way:
+                at = at[int(part)] if isinstance(at, list) else at[part]
+            assert step["op"] == "add" or last in at, f"{overlay}: nothing to replace at {step['path']}"
+            at[last] = copy.deepcopy(step["value"])
+    return objects
+
+
+def templates(group):
+    """(leader's, worker's) pod template."""
+    template = group["spec"]["leaderWorkerTemplate"]
+    return template["leaderTemplate"], template["workerTemplate"]
+
+
+def only_container(template):
+    (only,) = template["spec"]["containers"]
+    return only
+
+
+@pytest.mark.parametrize("overlay", SINGLE + GROUPS)
+def test_objects_fit_kubernetes_schemas(overlay):
+    objects = built(overlay)
+    assert len(objects) >= 4
+    for (kind, _), document in objects.items():
+        if kind != "LeaderWorkerSet":
+            kubernetes_validate.validate(document, VERSION, strict=True)
+            continue
+        for template in templates(document):  # a custom resource: what is Kubernetes' own in it
+            pod = {"apiVersion": "v1", "kind": "Pod", **copy.deepcopy(template)}
+            pod["metadata"]["name"] = "one"
+            kubernetes_validate.validate(pod, VERSION, strict=True)
+
+
+def test_the_schemas_notice_mistakes():
+    document = copy.deepcopy(built("cpu")["Deployment", "jaxserve"])
+    document["spec"]["template"]["spec"]["containers"][0]["livenesProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(document, VERSION, strict=True)
+
+
+# The fields of leaderworkerset.x-k8s.io/v1 that are used here, from the API's reference (https://lws.sigs.k8s.io).
+GROUP_FIELDS = {"replicas", "rolloutStrategy", "leaderWorkerTemplate", "startupPolicy", "networkConfig"}
+TEMPLATE_FIELDS = {"size", "restartPolicy", "leaderTemplate", "workerTemplate", "subGroupPolicy"}
+
+
+@pytest.mark.parametrize("overlay", GROUPS)
+def test_groups_have_the_fields_of_their_api(overlay):
+    group = built(overlay)["LeaderWorkerSet", "jaxserve"]
+    assert group["apiVersion"] == "leaderworkerset.x-k8s.io/v1"
+    assert set(group["spec"]) <= GROUP_FIELDS
+    template = group["spec"]["leaderWorkerTemplate"]
+    assert set(template) <= TEMPLATE_FIELDS and template["size"] >= 2
+    assert template["restartPolicy"] == "RecreateGroupOnPodRestart"  # what is left of a broken group answers nobody
+    rollout = group["spec"]["rolloutStrategy"]
+    assert rollout["type"] == "RollingUpdate" and rollout["rollingUpdateConfiguration"]["maxSurge"] == 0
+
+
+@pytest.mark.parametrize("overlay", GROUPS)
+def test_leader_and_workers_run_the_same_program(overlay):
+    leader, worker = templates(built(overlay)["LeaderWorkerSet", "jaxserve"])
+    for name in ("image", "args", "resources", "volumeMounts", "securityContext"):
+        assert only_container(leader)[name] == only_container(worker)[name], name
+    for name in ("volumes", "terminationGracePeriodSeconds", "securityContext"):
+        assert leader["spec"][name] == worker["spec"][name], name
+    assert leader["spec"].get("nodeSelector") == worker["spec"].get("nodeSelector")
+
+
+@pytest.mark.parametrize("overlay", GROUPS)
+def test_meshes_use_every_accelerator_of_the_group(overlay):
+    group = built(overlay)["LeaderWorkerSet", "jaxserve"]
+    leader, _ = templates(group)
+    args = build_parser().parse_args(only_container(leader)["args"])
+    engine_config(args)
+    assert args.drain_timeout < leader["spec"]["terminationGracePeriodSeconds"]
+    wanted = 1
+    for size in parse_mesh(args.mesh).values():
+        wanted *= size
+    limits = only_container(leader)["resources"]["limits"]
+    a_host = int(limits["google.com/tpu" if "tpu" in overlay else "nvidia.com/gpu"])
+    assert wanted == a_host * group["spec"]["leaderWorkerTemplate"]["size"]
+    if "tpu" in overlay:
+        topology = leader["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+        assert chips.parse_target(f"v5e:{topology}").num_devices == wanted
+
+
+@pytest.mark.parametrize("overlay", GROUPS)
+def test_only_leaders_are_asked(overlay):
+    objects = built(overlay)
+    leader, worker = templates(objects["LeaderWorkerSet", "jaxserve"])
+    labels, others = leader["metadata"]["labels"], worker["metadata"]["labels"]
+    services = [document for (kind, _), document in objects.items() if kind == "Service"]
+    assert len(services) == 2 and any(service["spec"].get("clusterIP") == "None" for service in services)
+    for service in services:
+        selector = service["spec"]["selector"]
+        assert selector.items() <= labels.items() and not selector.items() <= others.items()
+        ports = {port["name"]: port["containerPort"] for port in only_container(leader)["ports"]}
+        assert ports == {"grpc": GRPC_PORT, "http": HTTP_PORT}
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= set(ports)
+    assert "readinessProbe" in only_container(leader) and "readinessProbe" not in only_container(worker)
+    claims = {
+        v["persistentVolumeClaim"]["claimName"] for v in leader["spec"]["volumes"] if "persistentVolumeClaim" in v
+    }
+    assert all(("PersistentVolumeClaim", claim) in objects for claim in claims)
+
+
+def test_commands_in_comments_are_real():
+    """`python -m serving.plan ...` in a comment names models and topologies that the planner knows."""
+    from serving.plan import facts
+    from serving.plan.__main__ import build_parser as plan_parser
+
+    found = []
+    for path in KUBERNETES.rglob("kustomization.yaml"):
+        found += re.findall(r"`python -m serving\.plan ([^`]*)`", path.read_text())
+    assert len(found) >= 3
+    for command in found:
+        args = plan_parser().parse_args(command.split())
+        facts.read_config(args.model)
+        for text in args.topology:
+            chips.parse_target(text)
+        json.dumps(vars(args))
