@@ -217,8 +217,24 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=None,
         metavar="N",
-        help="split the CPU into this many devices (default: 1)",
+        help="split the CPU into this many devices (default: 1); of each process, where there are several",
     )
+    devices.add_argument(
+        "--coordinator", default=None, metavar="HOST:PORT",
+        help="run as one of several processes that share the mesh: an address on which process 0 listens for the others, "
+        "or auto to ask Cloud TPU, LeaderWorkerSet, Kubernetes, Slurm or Open MPI (default: a single process)",
+    )  # fmt: skip
+    devices.add_argument(
+        "--num-processes", type=_count, default=None, metavar="N", help="how many processes there are (default: found)"
+    )
+    devices.add_argument(
+        "--process-id", type=_index, default=None, metavar="I",
+        help="which one this is: 0 schedules and serves, the others only compute (default: found)",
+    )  # fmt: skip
+    devices.add_argument(
+        "--step-timeout", type=_seconds, default=10.0, metavar="S",
+        help="with several processes, seconds that a step may take before the engine counts as stuck and ends",
+    )  # fmt: skip
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -264,6 +280,10 @@ class _Help(argparse.HelpFormatter):
 
 def _port(text: str) -> int:
     return _within(text, 0, 65535, "a port from 0 to 65535")
+
+
+def _index(text: str) -> int:
+    return _within(text, 0, 2**31, "a whole number of at least 0")
 
 
 def _count(text: str) -> int:

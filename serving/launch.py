@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from serving import event_loop
@@ -21,6 +22,7 @@ from serving.metrics.logs import setup_logging
 from serving.metrics.tracing import Tracing
 
 if TYPE_CHECKING:
+    from serving.engine.engine import Engine
     from serving.frontends.grpc.server import GrpcServer
     from serving.service import TextService
     from serving.startup import Started
@@ -46,20 +48,27 @@ class Server:
         self._signal = 0
         self._http: Any = None
         self._http_at = ""
+        self._lost = asyncio.Event()
+        self._loss = ""
+        self._engine: Engine | None = None
 
     async def run(self) -> int:
         """Returns the exit status: 0 after a stop that was asked for, 1 when start or engine failed."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        starting = _start_in_thread(self._config, self._args, self._say)
+        starting = _start_in_thread(self._config, self._args, self._say, self._on_loss)
         grpc_server = await self._listen()
         if grpc_server is None:
             return EXIT_FAILED
         # Imports of a second or so, while XLA works and Python is idle.
         preloading = asyncio.create_task(asyncio.to_thread(_import_front_ends, not self._args.no_http))
         asked = asyncio.create_task(self._stop.wait())
-        await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
+        lost = asyncio.create_task(self._lost.wait())
+        await asyncio.wait({starting, asked, lost}, return_when=asyncio.FIRST_COMPLETED)
+        if lost.done():
+            print(f"error: {self._loss}", file=sys.stderr)
+            return EXIT_FAILED
         if not starting.done():
             self._say("stopped before it was ready")
             return 128 + self._signal
@@ -138,22 +147,34 @@ class Server:
 
     async def _until_stopped(self, started: Started, grpc_server: GrpcServer, service: TextService) -> int:
         """Serves; then drains and stops."""
-        engine = started.engine
+        engine = self._engine = started.engine
+        if self._lost.is_set():
+            self._on_loss(self._loss)
         while engine.failure is None and not self._stop.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), WATCH_S)
+        if engine.failure is None:
+            await self._drain(grpc_server, service)
         if engine.failure is not None:
-            log.error("the engine died", exc_info=engine.failure)
-            await grpc_server.stop(0.5)
-            return EXIT_FAILED
-        await self._drain(grpc_server, service)
+            return await self._give_up(engine.failure, started, grpc_server)
         await service.abort_all()
         if self._http is not None:
             await self._http.stop(0.0 if self._stop_now.is_set() else 1.0)
         await grpc_server.stop(1.0)
-        await asyncio.to_thread(engine.shutdown)
+        await asyncio.to_thread(started.shutdown)
         self._say("stopped")
         return 128 + self._signal if self._stop_now.is_set() else 0
+
+    async def _give_up(self, failure: BaseException, started: Started, grpc_server: GrpcServer) -> int:
+        """Ends a server whose engine is dead: whoever waits for it has been told so, and gets a moment to hear it."""
+        if not self._loss:
+            log.error("the engine died", exc_info=failure)
+        await grpc_server.stop(0.5)
+        if self._loss:  # the loss of a process may be known later than what it caused
+            print(f"error: {self._loss}", file=sys.stderr)
+        elif started.group is not None:
+            await asyncio.to_thread(started.group.stop, "the engine of process 0 died.")
+        return EXIT_FAILED
 
     async def _drain(self, grpc_server: GrpcServer, service: TextService) -> None:
         timeout = self._args.drain_timeout
@@ -172,6 +193,13 @@ class Server:
         if service.num_live:
             self._say(f"ending {service.num_live} requests that still run")
 
+    def _on_loss(self, reason: str) -> None:
+        """Another process of the engine is lost, and so is the engine."""
+        self._loss = reason
+        self._lost.set()
+        if self._engine is not None:
+            self._engine.fail(ConnectionError(reason))
+
     def _on_signal(self, number: int) -> None:
         self._signal = number
         if self._stop.is_set():
@@ -182,7 +210,9 @@ class Server:
         print(f"[{time.monotonic() - self._began:6.1f} s] {line}", file=sys.stderr, flush=True)
 
 
-def _start_in_thread(config: EngineConfig, args: argparse.Namespace, say: Any) -> asyncio.Future[Any]:
+def _start_in_thread(
+    config: EngineConfig, args: argparse.Namespace, say: Any, on_loss: Callable[[str], None]
+) -> asyncio.Future[Any]:
     """Starts the engine beside the event loop. A daemon thread: a signal during start-up ends the process at once."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
@@ -205,6 +235,7 @@ def _start_in_thread(config: EngineConfig, args: argparse.Namespace, say: Any) -
                 tokenizer=args.tokenizer,
                 use_generation_config=args.generation_config == "auto",
                 say=lambda line: loop.call_soon_threadsafe(say, line) and None,
+                on_loss=lambda reason: loop.call_soon_threadsafe(on_loss, reason) and None,
             )
         except BaseException as caught:
             error = caught
@@ -228,6 +259,16 @@ def main(argv: list[str] | None = None) -> int:
     args, config = parse(argv)
     setup_logging(args.log_format, args.log_level)
     print("\n".join(describe(args)), file=sys.stderr, flush=True)
+    if config.coordinator is not None or config.num_processes is not None or config.process_id is not None:
+        from serving.processes.start import follow, place_of
+
+        try:
+            place = place_of(config)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_FAILED
+        if place is not None and place.index > 0:
+            return follow(config, place, lambda line: print(line, file=sys.stderr, flush=True))
     tracing = None
     if args.otlp_traces_endpoint is not None:
         try:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from models.loading.source import ModelSource
     from serving.engine.start import AnyEngine
     from serving.metrics.tracing import Tracing
+    from serving.processes.leader import Leader
     from serving.service import Limits, TextService
     from serving.text.chat_template import ChatTemplate
     from serving.text.grammar import GrammarCompiler
@@ -46,6 +47,13 @@ class Started:
     text: TextSide
     default_params: dict[str, Any]
     grammars: GrammarCompiler | None = None
+    group: Leader | None = None
+
+    def shutdown(self) -> None:
+        """Ends what still runs, and the engine's other processes."""
+        self.engine.shutdown()
+        if self.group is not None:
+            self.group.stop()
 
     def service(
         self,
@@ -87,6 +95,7 @@ def start(
     tokenizer: str | None = None,
     use_generation_config: bool = True,
     say: Progress = lambda line: None,
+    on_loss: Callable[[str], None] | None = None,
 ) -> Started:
     """Starts an engine and loads the text side beside it. Blocks until both are ready.
 
@@ -94,11 +103,15 @@ def start(
         tokenizer: GGUF file, Hugging Face directory or hub id to take the tokenizer from instead of the model's own.
         use_generation_config: let the checkpoint's sampling defaults apply to requests that leave them open.
         say: told each step as one line.
+        on_loss: told when another process of the engine is lost, which may be at any time and on any thread.
     Raises:
         ValueError: what cannot be served, in a sentence.
     """
     from models.loading.source import resolve
 
+    group = None
+    if config.coordinator is not None:
+        group = _lead(config, on_loss, say)
     source = resolve(config.model, progress=config.progress)
     text_source = resolve(tokenizer, progress=config.progress) if tokenizer is not None else source
     # The tokenizer takes about a second of pure Python and Rust, most of which fits into the time that the engine
@@ -107,7 +120,12 @@ def start(
     from serving.engine.start import start_engine
     from serving.text.grammar import GrammarCompiler
 
-    engine = start_engine(config, progress=say)
+    try:
+        engine = start_engine(config, say, group)
+    except BaseException as error:
+        if group is not None:
+            group.stop(f"process 0 could not start: {error}")
+        raise
     try:
         side = text.result()
         defaults = sampling_defaults(engine.generation_config) if use_generation_config else {}
@@ -119,7 +137,19 @@ def start(
         return Started(engine, side, defaults)
     grammars = GrammarCompiler(side.tokenizer, info.vocab_size)
     _InThread(grammars.warm)  # so that the first constrained request does not wait for it
-    return Started(engine, side, defaults, grammars)
+    return Started(engine, side, defaults, grammars, group)
+
+
+def _lead(config: EngineConfig, on_loss: Callable[[str], None] | None, say: Progress) -> Leader | None:
+    """Makes this process the first of several; None when it is alone."""
+    from serving.processes.start import lead, place_of
+
+    processes = place_of(config)
+    if processes is None:
+        return None
+    if on_loss is None or processes.index != 0:
+        raise ValueError("several processes need the server: run python -m serving.launch in each of them.")
+    return lead(config, processes, on_loss, say)
 
 
 def load_text_side(source: ModelSource, chat_template: str | None = None) -> TextSide:

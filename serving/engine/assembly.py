@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from serving.engine.config import EngineConfig
+from serving.engine.group import Meet
 from serving.engine.types import EngineInfo
 
 
@@ -49,11 +50,14 @@ def compile_cache_folder(config: EngineConfig) -> Any:
     return pathlib.Path(config.compile_cache) if config.compile_cache else cache_folder() / "programs"
 
 
-def assemble(config: EngineConfig, say: Callable[[str], None], opened: Any = None) -> tuple[Any, Any, Any, EngineInfo]:
+def assemble(
+    config: EngineConfig, say: Callable[[str], None], opened: Any = None, meet: Meet | None = None
+) -> tuple[Any, Any, Any, EngineInfo]:
     """Loads the model, sizes the pool, compiles. Returns (loaded model, runner, scheduler, info).
 
     Args:
         opened: the checkpoint's headers (`models.loading.load.Opened`), where they have been read before.
+        meet: with several processes, `Group.least`. All assemble the same; a follower has no use for the scheduler.
     """
     prepare_platform(config)
     import jax
@@ -91,7 +95,7 @@ def assemble(config: EngineConfig, say: Callable[[str], None], opened: Any = Non
         f"in {time.monotonic() - began:.1f} s"
     )
 
-    sizes = resolve_sizes(config, loaded.model, loaded.config.max_positions, dtype, mesh.size)
+    sizes = resolve_sizes(config, loaded.model, loaded.config.max_positions, dtype, mesh.size, meet)
     say(
         f"KV cache: {sizes.num_pages} pages of {sizes.page_size} tokens, {sizes.num_pages * sizes.page_bytes / GIB:.2f} GiB "
         f"({sizes.kv_dtype}); up to {sizes.max_num_seqs} requests at once, {sizes.max_model_len} tokens each"
@@ -119,7 +123,7 @@ def assemble(config: EngineConfig, say: Callable[[str], None], opened: Any = Non
         num_scheduler_steps=config.num_scheduler_steps,
     )
     with progress_bar(config.progress) as on_done:
-        executor.compile(on_done)
+        executor.compile(on_done, meet)
     runner = ModelRunner(executor)
     say(f"compiled {len(runner.buckets.buckets)} step shapes in {time.monotonic() - began:.1f} s")
     scheduler = Scheduler(
@@ -140,9 +144,7 @@ def assemble(config: EngineConfig, say: Callable[[str], None], opened: Any = Non
             host_pages=int(config.kv_offload_gb * GIB // sizes.page_bytes),
             max_waiting_time=config.max_waiting_time,
             max_running_time=config.max_running_time,
-            buckets=dataclasses.replace(
-                runner.buckets, ridge=CPU_RIDGE if platform == "cpu" else ACCELERATOR_RIDGE
-            ),
+            buckets=dataclasses.replace(runner.buckets, ridge=CPU_RIDGE if platform == "cpu" else ACCELERATOR_RIDGE),
         )
     )
     info = EngineInfo(

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import io
 import logging
 import os
 import pathlib
@@ -134,7 +135,7 @@ class ProgramCache:
             return None
         try:
             # Our own file, in a folder of mode 0700 owned by this user, checked above: not foreign input.
-            return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))  # noqa: S301
+            return serialize_executable.deserialize_and_load(*_Unpickler(io.BytesIO(path.read_bytes())).load())
         except Exception as e:  # a stale or torn file costs a compilation, never the start
             log.info("cached program %s is not usable (%s)", name, type(e).__name__)
             return None
@@ -144,12 +145,25 @@ class ProgramCache:
         if path is None:
             return
         try:
-            blob = pickle.dumps(serialize_executable.serialize(compiled))
+            blob = io.BytesIO()
+            _Pickler(blob).dump(serialize_executable.serialize(compiled))
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
-                f.write(blob)
+                f.write(blob.getbuffer())
             os.replace(f.name, path)
         except Exception as e:  # not every backend can serialize; a full disk must not stop a server
             log.info("program %s was not cached (%s: %s)", name, type(e).__name__, e)
+
+
+class _Pickler(pickle.Pickler):
+    """Devices by their ids: a program's arguments name the mesh that pages are on."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.id if isinstance(obj, jax.Device) else None
+
+
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, pid: Any) -> Any:
+        return next(device for device in jax.devices() if device.id == pid)
 
 
 def compile_all(

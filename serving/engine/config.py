@@ -28,6 +28,9 @@ class EngineConfig:
         seed: base of the seeds of requests that bring none.
         mesh: "data=1,model=1".
         cpu_devices: split the CPU into this many devices.
+        coordinator: with several processes, "host:port" of process 0, or "auto"; see sharding.processes.find.
+        num_processes, process_id: how many there are and which one this is; found by "auto".
+        step_timeout: with several processes, seconds that a step may take before the engine counts as stuck.
         policy: order of waiting requests.
         enable_prefix_caching: share pages of equal prefixes.
         async_scheduling: schedule and dispatch a step while the one before it runs (False: an ablation).
@@ -56,6 +59,10 @@ class EngineConfig:
     seed: int = 0
     mesh: str = "data=1,model=1"
     cpu_devices: int | None = None
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    step_timeout: float = 10.0
     policy: str = "fcfs"
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
@@ -85,6 +92,7 @@ class EngineConfig:
             "max_num_batched_tokens",
             "kv_cache_memory",
             "cpu_devices",
+            "num_processes",
             "max_num_queued_reqs",
             "max_num_queued_tokens",
             "num_scheduler_steps",

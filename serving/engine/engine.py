@@ -16,6 +16,7 @@ import numpy as np
 
 from serving.engine.admission import check_door, check_queue
 from serving.engine.config import EngineConfig
+from serving.engine.group import Group
 from serving.engine.loop import Abort, Call, EngineLoop, Submit
 from serving.engine.sampling_params import SamplingParams
 from serving.engine.streams import OutputStream
@@ -52,11 +53,19 @@ class Engine:
         self.client = InProcessClient(self, info)
 
     @classmethod
-    def start(cls, config: EngineConfig, progress: Progress | None = None, *, opened: Any = None) -> Engine:
+    def start(
+        cls,
+        config: EngineConfig,
+        progress: Progress | None = None,
+        *,
+        opened: Any = None,
+        group: Group | None = None,
+    ) -> Engine:
         """Loads, compiles and starts a model that generates (`serving.engine.start` takes encoders too). Blocks until ready.
 
         Args:
             opened: what `models.loading.load.open_checkpoint` gave, where that was called before.
+            group: the engine's other processes; this is the first.
         Raises:
             ValueError: a configuration or checkpoint that cannot be served, in a sentence.
         """
@@ -64,7 +73,10 @@ class Engine:
         from serving.engine.compiling import starting
 
         with starting():
-            engine = cls(config, *assemble(config, progress or (lambda line: None), opened))
+            meet = None if group is None else group.least
+            engine = cls(config, *assemble(config, progress or (lambda line: None), opened, meet))
+        if group is not None:
+            engine.runner.executor.lead(group)
         engine.loop.start()
         return engine
 
@@ -104,6 +116,10 @@ class Engine:
         if not ok:
             raise value
         return value
+
+    def fail(self, error: BaseException) -> None:
+        """Gives the engine up, from any thread: who waits for it is told so, and it takes nothing more."""
+        self._on_death(error)
 
     def _deliver(self, outputs: list[EngineOutput]) -> None:
         self.client.deliver(outputs)

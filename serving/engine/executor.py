@@ -17,7 +17,7 @@ from ops import paged_attention
 from serving.engine.buckets import BucketTable
 from serving.engine.commands import Command, DecodeLoop, Forward, LoadSlot, Pool, PromptLogprobs, Sample
 from serving.engine.compiling import CompileGuard, Program, ProgramCache, compile_all
-from serving.engine.group import Group
+from serving.engine.group import Group, Meet
 from serving.engine.packing import forward_layout, pack_forward, pack_sample, sample_layout
 from serving.engine.page_store import PageStore
 from serving.engine.placement import place, placed
@@ -99,25 +99,27 @@ class Executor:
 
     # ---- start ----
 
-    def compile(self, on_done: Callable[[int, int], None] | None = None, group: Group | None = None) -> None:
+    def compile(self, on_done: Callable[[int, int], None] | None = None, meet: Meet | None = None) -> None:
         """Compiles every program, runs each once on padding, and arms the guard.
 
         Args:
             on_done: told (how many are compiled, of how many).
-            group: the other processes of the engine. Each compiles and warms up for itself; from then on they are sent what
-                is executed here.
+            meet: with several processes, `Group.least`: each compiles and warms up for itself, but all together.
         """
         with paged_attention.use_backend(self._backend):
             programs = [placed(self._mesh, program) for program in self._all_programs()]
-            agree = None if group is None else lambda found: bool(group.least("programs found", int(found)))
+            agree = None if meet is None else lambda found: bool(meet("programs found", int(found)))
             self.programs = compile_all(programs, self._cache, on_done, agree)
         if self.store is not None:
             self.store.bind(self.programs)
-        if group is not None:
-            group.least("programs compiled", 1)  # the first collective must not wait for a process that compiles
+        if meet is not None:
+            meet("programs compiled", 1)  # the first collective must not wait for a process that compiles
         self._warm_up()
         self.guard.arm()
         self.num_sampled = 0
+
+    def lead(self, group: Group) -> None:
+        """From now on, other processes are sent what is executed here."""
         self._group = group
 
     def _all_programs(self) -> list[Program]:

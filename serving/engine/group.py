@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
 from serving.engine.commands import Command
 
+Meet = Callable[[str, int], int]
+"""`Group.least`, as followers have it too."""
+
 
 class Group(Protocol):
-    """Every process starts in the same way and calls `least` at the same points; then the first one sends commands.
-
-    A process that is lost ends the others; no call returns an error for it.
-    """
+    """Every process starts in the same way and calls `least` at the same points; then the first one sends commands."""
 
     def least(self, point: str, value: int) -> int:
-        """Waits for every process to come to this point, and returns the smallest of their values."""
+        """Waits for every process to come to this point, and returns the smallest of their values.
+
+        Raises:
+            ConnectionError: one of them is lost.
+        """
         ...
 
     def send(self, command: Command) -> None:

@@ -13,6 +13,7 @@ from ops import native
 from ops.paged_attention import best_layout, bytes_per_page, use_backend
 from serving.engine.chunks import CHUNK_ALIGN
 from serving.engine.config import EngineConfig
+from serving.engine.group import Meet
 
 GIB = 1 << 30
 ACCELERATOR_FRACTION = 0.9
@@ -63,8 +64,13 @@ def resolve_kv_dtype(config: EngineConfig, model: CausalLM, dtype: str, devices:
     return "bfloat16" if layouts == {"panels"} else dtype
 
 
-def resolve_sizes(config: EngineConfig, model: CausalLM, max_positions: int, dtype: str, devices: int) -> Sizes:
+def resolve_sizes(
+    config: EngineConfig, model: CausalLM, max_positions: int, dtype: str, devices: int, meet: Meet | None = None
+) -> Sizes:
     """Fills in what the configuration leaves open.
+
+    Args:
+        meet: with several processes, `Group.least`: the one with the least memory decides.
 
     Raises:
         ValueError: sizes that contradict each other, with both numbers and the flag to change.
@@ -93,6 +99,8 @@ def resolve_sizes(config: EngineConfig, model: CausalLM, max_positions: int, dty
         )
     most = seqs * -(-wanted_len // config.page_size) + 1
     memory = config.kv_cache_memory or default_kv_memory(devices)
+    if meet is not None:
+        memory = meet("KV cache memory", memory)
     num_pages = min(most, memory // page_bytes)
     fits = (num_pages - 1) * config.page_size
     if fits < 2 * config.page_size or (config.max_model_len and fits < config.max_model_len):

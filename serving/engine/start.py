@@ -7,15 +7,19 @@ from collections.abc import Callable
 from serving.engine.config import EngineConfig
 from serving.engine.encoder_engine import EncoderEngine
 from serving.engine.engine import Engine
+from serving.engine.group import Group
 
 AnyEngine = Engine | EncoderEngine
 
 
-def start_engine(config: EngineConfig, progress: Callable[[str], None] | None = None) -> AnyEngine:
+def start_engine(
+    config: EngineConfig, progress: Callable[[str], None] | None = None, group: Group | None = None
+) -> AnyEngine:
     """Loads, compiles and starts. Blocks until ready.
 
     Args:
         progress: told each step of the start as one line.
+        group: the engine's other processes; this is the first.
     Raises:
         ValueError: a configuration or checkpoint that cannot be served, in a sentence.
     """
@@ -26,7 +30,9 @@ def start_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     prepare_platform(config)
     opened = open_checkpoint(resolve(config.model, progress=config.progress))
     if "generate" in opened.family.tasks:
-        return Engine.start(config, progress, opened=opened)
+        return Engine.start(config, progress, opened=opened, group=group)
+    if group is not None:
+        raise ValueError(f"{opened.model_id} is an encoder; an encoder runs in a single process.")
     from serving.engine.encoder_assembly import assemble_encoder
 
     with starting():

@@ -1,0 +1,96 @@
+"""Commands as protobuf messages and back. Arrays travel as little-endian bytes; their shapes follow from the configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+
+import numpy as np
+
+from proto.jaxserve.v1 import processes_pb2 as pb
+from serving.engine import commands
+from serving.engine.buckets import Bucket
+
+assert sys.byteorder == "little", "arrays are sent as they lie in memory"
+
+
+def encode(command: commands.Command) -> pb.Command:
+    """The message of a command."""
+    match command:
+        case commands.Forward(bucket, packed):
+            return pb.Command(forward=pb.Forward(bucket=_bucket(bucket), packed=packed.tobytes()))
+        case commands.Sample(rows, packed, mask):
+            sample = pb.Sample(rows=rows, packed=packed.tobytes())
+            if mask is not None:
+                sample.mask = mask.tobytes()
+            return pb.Command(sample=sample)
+        case commands.DecodeLoop(bucket, forward, sample, steps):
+            loop = pb.DecodeLoop(
+                bucket=_bucket(bucket), forward=forward.tobytes(), sample=sample.tobytes(), steps=steps
+            )
+            return pb.Command(decode_loop=loop)
+        case commands.LoadSlot(slot, seen, ids, values, banned):
+            load = pb.LoadSlot(
+                slot=slot,
+                seen=seen.tobytes(),
+                bias_ids=ids.tobytes(),
+                bias_values=values.tobytes(),
+                banned_ids=banned.tobytes(),
+            )
+            return pb.Command(load_slot=load)
+        case commands.Pool(weights):
+            return pb.Command(pool=pb.Pool(tokens=command.tokens, weights=weights.tobytes()))
+        case commands.PromptLogprobs(tokens, rows, targets):
+            scored = pb.PromptLogprobs(tokens=tokens, rows=rows.tobytes(), targets=targets.tobytes())
+            return pb.Command(prompt_logprobs=scored)
+
+
+def decode(message: pb.Command) -> commands.Command:
+    """The command of a message.
+
+    Raises:
+        ValueError: a kind that this version does not know.
+    """
+    match message.WhichOneof("command"):
+        case "forward":
+            m = message.forward
+            return commands.Forward(_to_bucket(m.bucket), np.frombuffer(m.packed, np.int32))
+        case "sample":
+            m = message.sample
+            mask = np.frombuffer(m.mask, np.int32).reshape(m.rows, -1) if m.HasField("mask") else None
+            return commands.Sample(m.rows, np.frombuffer(m.packed, np.int32), mask)
+        case "decode_loop":
+            m = message.decode_loop
+            forward, sample = np.frombuffer(m.forward, np.int32), np.frombuffer(m.sample, np.int32)
+            return commands.DecodeLoop(_to_bucket(m.bucket), forward, sample, m.steps)
+        case "load_slot":
+            m = message.load_slot
+            return commands.LoadSlot(
+                m.slot,
+                np.frombuffer(m.seen, np.int16),
+                np.frombuffer(m.bias_ids, np.int32),
+                np.frombuffer(m.bias_values, np.float32),
+                np.frombuffer(m.banned_ids, np.int32),
+            )
+        case "pool":
+            m = message.pool
+            return commands.Pool(np.frombuffer(m.weights, np.float32).reshape(-1, m.tokens))
+        case "prompt_logprobs":
+            m = message.prompt_logprobs
+            rows, targets = np.frombuffer(m.rows, np.int32), np.frombuffer(m.targets, np.int32)
+            return commands.PromptLogprobs(m.tokens, rows, targets)
+        case kind:
+            raise ValueError(f"process 0 sent a command of the unknown kind {kind!r}.")
+
+
+def digest(tokens: np.ndarray) -> bytes:
+    """16 bytes that differ where sampled tokens do."""
+    return hashlib.blake2b(np.ascontiguousarray(tokens, np.int32).tobytes(), digest_size=16).digest()
+
+
+def _bucket(bucket: Bucket) -> pb.Bucket:
+    return pb.Bucket(decode=bucket.decode, chunk=bucket.chunk, rows=bucket.rows)
+
+
+def _to_bucket(bucket: pb.Bucket) -> Bucket:
+    return Bucket(bucket.decode, bucket.chunk, bucket.rows)
