@@ -23,4 +23,5 @@ ensure_env
 echo "serving on $(hostname), first of ${SLURM_JOB_NUM_NODES:-1} nodes: gRPC 50051, HTTP 8000"
 # SIGTERM reaches the server 60 s before the limit: running requests finish, new ones are refused. A task that ends in
 # failure ends the others: a model with a piece missing answers nobody.
-exec srun --kill-on-bad-exit=1 bash scripts/serve.sh --host 0.0.0.0 --log-format json --no-progress --drain-timeout 45 "$@"
+exec srun --kill-on-bad-exit=1 bash scripts/serve.sh --host 0.0.0.0 --log-format json --no-progress --drain-timeout 45 \
+  --coordinator auto "$@"
