@@ -93,20 +93,29 @@ def longprompt(local: Local, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def static(local: Local, args: argparse.Namespace) -> dict[str, Any]:
-    """Mixed lengths: continuous batching against batches that start together and end with their longest."""
+    """Mixed lengths: continuous batching against batches that start together and end with their longest.
+
+    A static batch is what transformers' `generate` computes: every prompt padded to the batch's longest, every row decoded until
+    the longest completion ends. Here its rows are requests of those lengths on the same engine, so that both sides have the same
+    kernels, chunked prefill and asynchronous stepping; a static server's own step would not be faster. Tokens that nobody asked
+    for do not count. With --pad-prompts 0 prompts keep their own lengths, as no static batch can without ragged kernels.
+    """
     trace = [dataclasses.replace(r, arrival=0.0) for r in mixed(args.requests, 1.0, args.seed)]
     continuous = local.run(trace, private=True)
     seconds, ttfts, batch = 0.0, [], args.batch or local.info.max_num_seqs
     for start in range(0, len(trace), batch):
         group = trace[start : start + batch]
-        longest = max(r.output_tokens for r in group)  # a fixed batch computes every row until the last one ends
-        outcomes = local.run([dataclasses.replace(r, output_tokens=longest) for r in group], private=True)
+        same = {"output_tokens": max(r.output_tokens for r in group)}
+        if args.pad_prompts:
+            same["prompt_tokens"] = max(r.prompt_tokens for r in group)
+        outcomes = local.run([dataclasses.replace(r, **same) for r in group], private=True)
         ttfts += [seconds + o.ttft for o in outcomes]
         seconds += span(outcomes)
     wanted = sum(r.output_tokens for r in trace)
     return {
         "requests": len(trace),
         "static_batch": batch,
+        "prompts_padded": bool(args.pad_prompts),
         "continuous_tok_s": round(wanted / span(continuous), 1),
         "static_tok_s": round(wanted / seconds, 1),
         "throughput_ratio": round(seconds / span(continuous), 2),
@@ -239,7 +248,7 @@ SCENARIOS: dict[str, tuple[Scenario, dict[str, float | int], dict[str, Any]]] = 
     "prefix": (prefix, {"users": 64, "system-tokens": 1000, "own-tokens": 32, "output-tokens": 16}, {}),
     "rag": (rag_trace, {"requests": 60, "rate": 2.0, "documents": 12, "seed": 0}, {}),
     "longprompt": (longprompt, {"streams": 16, "stream-tokens": 192, "prompt-tokens": 4000, "after": 2.0}, {}),
-    "static": (static, {"requests": 192, "batch": 0, "seed": 0}, {}),
+    "static": (static, {"requests": 128, "batch": 0, "pad-prompts": 1, "seed": 0}, {}),
     "priority": (
         priority,
         {"calibrate": 64, "requests": 150, "urgent-share": 0.2, "unloaded": 0.3, "overload": 2.0, "seed": 0},

@@ -142,6 +142,7 @@ def assemble(
             prefix_first=config.prefix_first,
             fair_share=config.fair_share,
             host_pages=int(config.kv_offload_gb * GIB // sizes.page_bytes),
+            restore_page_s=executor.store.restore_page_s if executor.store is not None else 0.0,
             max_waiting_time=config.max_waiting_time,
             max_running_time=config.max_running_time,
             buckets=dataclasses.replace(runner.buckets, ridge=CPU_RIDGE if platform == "cpu" else ACCELERATOR_RIDGE),

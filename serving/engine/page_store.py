@@ -6,6 +6,7 @@ read. What is restored sooner comes straight from the copy that is still on the 
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import jax
@@ -30,9 +31,14 @@ def write_pages(kv: KVCache, ids: jax.Array, content: Any) -> KVCache:
 
 
 class PageStore:
-    """Host copies by digest. One runner's."""
+    """Host copies by digest. One runner's.
+
+    Attributes:
+        restore_page_s: seconds that copying a page back takes, in a full group; measured by the first `restore`.
+    """
 
     def __init__(self) -> None:
+        self.restore_page_s = 0.0
         self._pages: dict[bytes, Any] = {}  # digest -> list of arrays, one a leaf
         self._pending: list[tuple[list[bytes], Any]] = []  # groups whose copies are on their way
         self._programs: dict[str, Any] = {}
@@ -67,7 +73,15 @@ class PageStore:
                 self._pages[digest] = (leaves, row)
 
     def restore(self, kv: KVCache, pages: tuple[tuple[int, bytes], ...]) -> KVCache:
-        """Copies pages back in. Every digest must be here."""
+        """Copies pages back in. Every digest must be here. The first call, warm-up's, does it twice and times it."""
+        if not self.restore_page_s:
+            kv = jax.block_until_ready(self._restore(kv, pages[:GROUP]))
+            began = time.perf_counter()
+            kv = jax.block_until_ready(self._restore(kv, pages[:GROUP]))
+            self.restore_page_s = (time.perf_counter() - began) / GROUP
+        return self._restore(kv, pages)
+
+    def _restore(self, kv: KVCache, pages: tuple[tuple[int, bytes], ...]) -> KVCache:
         treedef = jax.tree.structure(kv)
         for start in range(0, len(pages), GROUP):
             group = pages[start : start + GROUP]

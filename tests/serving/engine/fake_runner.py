@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from serving.engine.masks import is_constrained
 from serving.engine.plan import StepPlan, StepResult
 from serving.engine.scheduler import Scheduler
 
@@ -22,8 +23,38 @@ def next_token(tokens: list[int]) -> int:
 
 @dataclasses.dataclass
 class Dispatched:
+    """A step whose forward part has run; `tokens` are there once it has sampled."""
+
     plan: StepPlan
-    tokens: np.ndarray
+    work: list
+    tokens: np.ndarray | None = None
+
+    @property
+    def constrained(self) -> bool:
+        return any(is_constrained(r) for r in self.plan.sampled)
+
+
+class Residues:
+    """A grammar: the i-th token is i modulo 3, and after `count` tokens it is finished."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.seen = count, 0
+
+    def fill_mask(self, mask_W: np.ndarray) -> None:
+        raise AssertionError("the fake device asks `choose`")
+
+    def choose(self, token: int) -> int:
+        """What is sampled where the model alone would sample `token`."""
+        return token - token % 3 + self.seen % 3
+
+    def accept(self, token: int) -> bool:
+        allowed = token % 3 == self.seen % 3
+        self.seen += 1
+        return allowed
+
+    @property
+    def finished(self) -> bool:
+        return self.seen >= self.count
 
 
 class FakeDevice:
@@ -41,63 +72,73 @@ class FakeDevice:
         self.last_token = np.full(c.max_num_seqs + 1, -1, np.int64)
         self.host: dict[bytes, np.ndarray] = {}
 
-    def dispatch(self, plan: StepPlan) -> Dispatched:
-        """Writes first, then reads, as one step of the model does."""
-        slots = self.scheduler.slots
+    def forward(self, plan: StepPlan) -> Dispatched:
+        """Writes, as the first half of a step of the model does."""
         for page, digest in plan.spilled:
             self.host[digest] = self.kv[page].copy()
         for page, digest in plan.restored:
             self.kv[page] = self.host[digest]
         for digest in plan.dropped:
             del self.host[digest]
-        work = []
+        slots = self.scheduler.slots
+        work = []  # (request, its page table now, its slot now, [(position, token)], whether it samples)
         for request, position in zip(plan.decode, plan.decode_positions, strict=True):
             known = position < len(request.tokens)
             token = request.tokens[position] if known else int(self.last_token[request.slot])
-            work.append((request, [(position, token)], True))
+            work.append((request, slots.pages[request.slot].copy(), request.slot, [(position, token)], True))
         for chunk in plan.chunks:
             span = range(chunk.start, chunk.start + chunk.length)
-            work.append((chunk.request, [(p, chunk.request.tokens[p]) for p in span], chunk.samples))
-        for request, positions, _ in work:
+            tokens = [(p, chunk.request.tokens[p]) for p in span]
+            slot = chunk.request.slot
+            work.append((chunk.request, slots.pages[slot].copy(), slot, tokens, chunk.samples))
+        assert [r.request_id for r, *_, samples in work if samples] == [r.request_id for r in plan.sampled]
+        self.write(work)
+        return Dispatched(plan, work)
+
+    def sample(self, step: Dispatched) -> None:
+        """Attends through the page tables that the step was packed with, and samples; several times in a device loop."""
+        work = step.work
+        tokens = [self.sample_rows(work)]
+        for _ in range(step.plan.num_steps - 1):
+            work = [
+                (request, pages, slot, [(positions[-1][0] + 1, int(self.last_token[slot]))], True)
+                for request, pages, slot, positions, _ in work
+            ]
+            self.write(work)
+            tokens.append(self.sample_rows(work))
+        step.tokens = np.asarray(tokens if step.plan.num_steps > 1 else tokens[0], np.int32)
+
+    def write(self, work) -> None:
+        for _, pages, _, positions, _ in work:
             for position, token in positions:
-                page = slots.pages[request.slot, position // self.size]
+                page = pages[position // self.size]
                 assert page != 0, "a real token is written to the null page"
                 self.kv[page, position % self.size] = token
-        rows = self.sample(work)
-        tokens = [rows]
-        for _ in range(plan.num_steps - 1):
-            work = [(r, [(positions[-1][0] + 1, int(self.last_token[r.slot]))], True) for r, positions, _ in work]
-            for request, positions, _ in work:
-                page = slots.pages[request.slot, positions[0][0] // self.size]
-                assert page != 0
-                self.kv[page, positions[0][0] % self.size] = positions[0][1]
-            tokens.append(self.sample(work))
-        assert [r.request_id for r, _, samples in work if samples] == [r.request_id for r in plan.sampled]
-        return Dispatched(plan, np.asarray(tokens if plan.num_steps > 1 else rows, np.int32))
 
-    def sample(self, work) -> list[int]:
+    def sample_rows(self, work) -> list[int]:
         """One sampled token for each row that samples."""
-        slots = self.scheduler.slots
         sampled = []
-        for request, positions, samples in work:
+        for request, pages, slot, positions, samples in work:
             if samples:
                 length = positions[-1][0] + 1
-                pages = slots.pages[request.slot, : -(-length // self.size)]
-                context = self.kv[pages].reshape(-1)[:length].tolist()
+                context = self.kv[pages[: -(-length // self.size)]].reshape(-1)[:length].tolist()
                 assert -1 not in context, "attention reads a position that was never written"
                 token = next_token(context)
-                sampled.append((request, token))
-        for request, token in sampled:
-            self.last_token[request.slot] = token
+                grammar = request.spec.constraint
+                sampled.append((slot, grammar.choose(token) if grammar and not request.finished else token))
+        for slot, token in sampled:
+            self.last_token[slot] = token
         return [t for _, t in sampled]
 
     def collect(self, step: Dispatched) -> StepResult:
+        assert step.tokens is not None
         return StepResult(step.tokens, np.ones(step.tokens.shape, bool))
 
 
-def expected(prompt: list[int], count: int) -> list[int]:
-    """The first `count` tokens of the true completion."""
+def expected(prompt: list[int], count: int, grammar: bool = False) -> list[int]:
+    """The first `count` tokens of the true completion, under Residues if `grammar`."""
     tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens))
+    for i in range(count):
+        token = next_token(tokens)
+        tokens.append(token - token % 3 + i % 3 if grammar else token)
     return tokens[len(prompt) :]

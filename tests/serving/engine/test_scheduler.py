@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import Counter
 
 import pytest
 
-from serving.engine.buckets import BucketTable
+from serving.engine.buckets import Bucket, BucketTable
 from serving.engine.chunks import align
 from serving.engine.request import RequestState
 from serving.engine.sampling_params import SamplingParams
@@ -33,13 +34,22 @@ def request(name: str, prompt: list[int], max_tokens: int = 10, **kw) -> EngineR
 
 
 class Driver:
-    """Runs a scheduler with a fake device, one step late or not, checking invariants after every step."""
+    """Runs a scheduler with a fake device as the engine's loop does, one step late or not, checking invariants after every
+    step.
 
-    def __init__(self, config: SchedulerConfig = CONFIG, asynchronous: bool = True) -> None:
+    Args:
+        token_s: what the scheduler is told that a token of a step takes; None: nothing.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig = CONFIG, asynchronous: bool = True, token_s: float | None = None
+    ) -> None:
         self.scheduler = Scheduler(config)
         self.device = fake.FakeDevice(self.scheduler)
         self.asynchronous = asynchronous
+        self.token_s = token_s
         self.previous = None
+        self.events: Counter[str] = Counter()
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, FinishReason] = {}
         self.specs: dict[str, EngineRequest] = {}
@@ -58,16 +68,29 @@ class Driver:
     def step(self, now: float = 0.0) -> bool:
         self._take(self.scheduler.expire(now))
         plan = self.scheduler.schedule(now)
-        current = self.device.dispatch(plan) if plan else None
+        current = None
         if plan:
             self.plans.append(plan)
+            self.events["restored"] += len(plan.restored)
+            self.events["several steps"] += plan.num_steps > 1
+            current = self.device.forward(plan)
+            if current.constrained and self.previous is not None:
+                self._retire(self.previous, now)
+                self.previous = None
+            self.device.sample(current)
         if not self.asynchronous:
             self.previous, current = current, None
         if self.previous is not None:
-            self._take(self.scheduler.retire(self.previous.plan, self.device.collect(self.previous), now))
+            self._retire(self.previous, now)
         self.previous = current
         self.check(plan)
         return bool(plan) or current is not None
+
+    def _retire(self, step: fake.Dispatched, now: float) -> None:
+        self.events["surplus"] += sum(r.finished for r in step.plan.sampled)
+        if self.token_s is not None:
+            self.scheduler.observe(step.plan, self.token_s * step.plan.num_tokens)
+        self._take(self.scheduler.retire(step.plan, self.device.collect(step), now))
 
     def drain(self, limit: int = 10_000) -> None:
         for _ in range(limit):
@@ -112,12 +135,15 @@ class Driver:
             self.tokens[o.request_id].extend(o.token_ids)
             if o.finish_reason:
                 self.finished[o.request_id] = o.finish_reason
+                self.events[o.finish_reason.value] += 1
+                self.events["grammar"] += self.specs[o.request_id].constraint is not None
 
     def verify(self) -> None:
         """Every token of every request is what it would have been alone."""
         for name, tokens in self.tokens.items():
             prompt = list(self.specs[name].prompt_token_ids)
-            assert tokens == fake.expected(prompt, len(tokens)), name
+            grammar = self.specs[name].constraint is not None
+            assert tokens == fake.expected(prompt, len(tokens), grammar), name
             if self.finished[name] is FinishReason.LENGTH:
                 room = self.scheduler.config.max_model_len - len(prompt)
                 assert len(tokens) == min(self.specs[name].params.max_tokens, room)
@@ -303,14 +329,9 @@ def test_chunks_are_cut_to_fill_a_bucket():
     d = Driver(config)
     d.add(request("a", list(range(70)), 8))
     d.add(request("b", list(range(100, 140)), 8))
-    d.step()
-    # 70 and 40 tokens take up 80 and 48 positions: two buckets of 64 and not one of 256.
-    assert [(c.request.request_id, c.length, c.samples) for c in d.plans[-1].chunks] == [("a", 64, False)]
-    d.step()
-    assert [(c.request.request_id, c.length, c.samples) for c in d.plans[-1].chunks] == [
-        ("a", 6, True),
-        ("b", 40, True),
-    ]
+    for pieces in ([("a", 64, False)], [("a", 6, True), ("b", 40, True)]):
+        d.step()  # 70 and 40 tokens take up 80 and 48 positions: two buckets of 64 and not one of 256
+        assert [(c.request.request_id, c.length, c.samples) for c in d.plans[-1].chunks] == pieces
     d.drain()
     d.verify()
 
@@ -411,6 +432,38 @@ def test_evicted_pages_come_back_from_the_host_tier():
     d.verify()
 
 
+def test_pages_are_computed_anew_where_that_is_cheaper_than_copying_them_back():
+    for restore_page_s, restored in ((0.05, True), (0.2, False)):
+        config = dataclasses.replace(CONFIG, num_pages=14, host_pages=50, restore_page_s=restore_page_s)
+        d = Driver(config, token_s=0.01)  # a page of 8 tokens takes 0.08 s
+        prompt = list(range(64))
+        for i, p in enumerate([prompt, *([100 + j] * 60 for j in range(4)), prompt]):
+            d.add(request(f"r{i}", p, 4))
+            d.drain()
+        assert (d.events["restored"] > 0) is restored
+        d.verify()
+
+
+def test_a_grammar_holds_while_steps_are_read_late():
+    for asynchronous in (True, False):
+        d = Driver(asynchronous=asynchronous)
+        for i in range(6):
+            grammar = fake.Residues(4 + i) if i % 2 else None
+            d.add(request(f"r{i}", [i, 2, 3], 12, constraint=grammar))
+        d.drain()
+        d.verify()
+        assert [len(d.tokens[f"r{i}"]) for i in range(6)] == [12, 5, 12, 7, 12, 9]
+
+
+def test_a_slot_is_given_on_while_the_last_token_is_on_its_way():
+    d = Driver(dataclasses.replace(CONFIG, max_num_seqs=1))
+    d.add(request("a", [1, 2, 3], 3))
+    d.add(request("b", [4, 5, 6], 3))
+    d.drain()
+    d.verify()
+    assert len(d.plans) == 6, "no step is without a row"
+
+
 def test_a_small_host_tier_forgets_the_oldest():
     config = dataclasses.replace(CONFIG, num_pages=14, host_pages=5)
     d = Driver(config)
@@ -468,37 +521,64 @@ def test_refuses_what_cannot_run():
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("prefix", [True, False])
 def test_random_walk(seed, prefix):
-    walk(steps=400, seed=seed, prefix=prefix, asynchronous=seed % 3 != 0)
+    walk(steps=400, seed=seed, asynchronous=seed % 3 != 0, enable_prefix_caching=prefix)
+
+
+LONG_WALKS = {
+    "fcfs": {"num_pages": 20, "host_pages": 0},
+    "priority and swaps": {"num_pages": 14, "policy": "priority", "host_pages": 60},
+    "fair share and longest prefix first": {"num_pages": 20, "fair_share": True, "prefix_first": True, "host_pages": 3},
+    "several steps": {"num_pages": 60, "num_scheduler_steps": 4, "max_num_batched_tokens": 24},
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 104))
-def test_long_random_walk(seed):
-    walk(steps=25_000, seed=seed, prefix=True, asynchronous=True)
+@pytest.mark.parametrize("name", LONG_WALKS)
+def test_long_random_walk(name):
+    """100,000 steps in all, and every kind of event in them."""
+    d = walk(steps=25_000, seed=len(name), asynchronous=True, max_waiting_time=40.0, **LONG_WALKS[name])
+    for event in ("stop", "length", "abort", "deadline", "surplus", "grammar"):
+        assert d.events[event] > 100, event
+    assert d.scheduler.counters.prefix_hits > 1000
+    if LONG_WALKS[name]["num_pages"] < 60:
+        assert d.scheduler.counters.preemptions > 100
+    if name == "priority and swaps":
+        assert d.events["restored"] > 100
+    if name == "several steps":
+        assert d.events["several steps"] > 100
 
 
-def walk(steps: int, seed: int, prefix: bool, asynchronous: bool) -> None:
-    """Arrivals, shared prefixes, aborts, deadlines, priorities and late stops at random, on a pool that is too small."""
+BUCKETS = BucketTable(tuple(Bucket(b, c, c // 16) for c in (16, 64) for b in (0, 4)))
+
+
+def walk(steps: int, seed: int, asynchronous: bool, **fixed) -> Driver:
+    """Arrivals, shared prefixes, aborts, deadlines, time limits, priorities, tenants, grammars and late stops at random, on a
+    pool that is too small; `fixed` sets what the seed does not choose."""
     rng = random.Random(seed)
-    config = dataclasses.replace(
-        CONFIG,
-        num_pages=rng.choice([14, 20, 60]),
-        policy=rng.choice(["fcfs", "priority"]),
-        enable_prefix_caching=prefix,
-        max_num_batched_tokens=rng.choice([24, 64]),
-        host_pages=rng.choice([0, 3, 100]) if prefix else 0,
-        prefix_first=rng.random() < 0.3,
-        fair_share=rng.random() < 0.3,
-        num_scheduler_steps=rng.choice([1, 1, 4]),
-        max_waiting_time=rng.choice([None, 200.0]),
-    )
-    d = Driver(config, asynchronous)
+    chosen = {
+        "num_pages": rng.choice([14, 20, 60]),
+        "policy": rng.choice(["fcfs", "priority"]),
+        "max_num_batched_tokens": rng.choice([24, 64]),
+        "host_pages": rng.choice([0, 3, 100]),
+        "prefix_first": rng.random() < 0.3,
+        "fair_share": rng.random() < 0.3,
+        "num_scheduler_steps": rng.choice([1, 1, 4]),
+        "max_waiting_time": rng.choice([None, 40.0]),
+        "max_running_time": rng.choice([None, 60.0]),
+        "restore_page_s": rng.choice([0.0, 0.05, 0.5]),
+        "buckets": rng.choice([None, BUCKETS]),
+    }
+    config = dataclasses.replace(CONFIG, **(chosen | fixed))
+    if not config.enable_prefix_caching:
+        config = dataclasses.replace(config, host_pages=0)
+    d = Driver(config, asynchronous, token_s=0.02)
     stems = [[rng.randrange(50) for _ in range(rng.randrange(8, 60))] for _ in range(4)]
     for i in range(steps):
         if rng.random() < 0.35 and len(d.scheduler.requests) < 30:
             stem = rng.choice(stems)
             prompt = stem[: rng.randrange(1, len(stem) + 1)] + [rng.randrange(50) for _ in range(rng.randrange(0, 12))]
-            stop = (fake.expected(prompt, 6)[rng.randrange(6)],) if rng.random() < 0.4 else ()
+            grammar = fake.Residues(rng.randrange(1, 30)) if rng.random() < 0.2 else None
+            stop = (fake.expected(prompt, 6, grammar is not None)[rng.randrange(6)],) if rng.random() < 0.4 else ()
             d.add(
                 EngineRequest(
                     f"r{i}",
@@ -506,9 +586,11 @@ def walk(steps: int, seed: int, prefix: bool, asynchronous: bool) -> None:
                     SamplingParams(temperature=0, max_tokens=rng.randrange(1, 40)),
                     eos_token_ids=stop,
                     priority=rng.randrange(3),
+                    constraint=grammar,
                     tenant=rng.choice(["a", "b"]),
                     arrival_time=float(i),
                     deadline=i + rng.randrange(1, 60) if rng.random() < 0.1 else None,
+                    ttft_deadline=i + rng.randrange(1, 20) if rng.random() < 0.1 else None,
                 )
             )
         if rng.random() < 0.05 and d.scheduler.requests:
@@ -516,3 +598,4 @@ def walk(steps: int, seed: int, prefix: bool, asynchronous: bool) -> None:
         d.step(float(i))
     d.drain()
     d.verify()
+    return d
