@@ -94,8 +94,7 @@ class BucketTable:
         cost_of: dict[int, float] = {}
         for bucket in self.buckets:
             if bucket.chunk and (bucket.decode > 0) == mixed:
-                # Half of the decode rows' cost counts: they would run anyway, but later, and prompts wait for them.
-                cost_of[bucket.chunk] = max(bucket.tokens, self.ridge) - bucket.decode / 2 + STEP_OVERHEAD
+                cost_of[bucket.chunk] = max(bucket.tokens, self.ridge) + STEP_OVERHEAD
         cheapest, first = [0.0], [0]
         for blocks in range(1, max(cost_of, default=0) // CHUNK_ALIGN + 1):
             ways = [(c + cheapest[max(0, blocks - size // CHUNK_ALIGN)], -size) for size, c in cost_of.items()]
