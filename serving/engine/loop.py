@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from serving.engine.masks import fill_rows
+from serving.engine.pacing import Pacer
 from serving.engine.runner import InFlight, ModelRunner
 from serving.engine.scheduler import Scheduler
 from serving.engine.types import EngineOutput, EngineRequest, EngineStats, FinishReason
@@ -68,6 +69,7 @@ class EngineLoop:
         self._reject = reject
         self._on_death = on_death
         self._asynchronous = asynchronous
+        self._pacer = Pacer() if asynchronous and scheduler.config.policy == "priority" else None
         self._stopping = False
         self._host_seconds = 0.0  # of the last step
         self._host_total = 0.0
@@ -98,6 +100,8 @@ class EngineLoop:
         previous: InFlight | None = None
         while True:
             idle = previous is None and not self.scheduler.has_work
+            if self._pacer is not None and previous is not None:
+                self._wait_for_arrivals(previous, self._pacer)
             self._take_messages(block=idle)
             if self._stopping:
                 return
@@ -134,9 +138,17 @@ class EngineLoop:
         now = time.perf_counter()
         self._waited_total += now - began
         # The device took this step up when it was dispatched, or when it was done with the one before.
-        self.scheduler.observe(step.plan, now - max(step.dispatched_at, self._last_read))
+        seconds = now - max(step.dispatched_at, self._last_read)
+        self.scheduler.observe(step.plan, seconds)
+        if self._pacer is not None:
+            self._pacer.observe((step.bucket, step.plan.num_steps), seconds)
         self._last_read = now
         self._emit(self.scheduler.retire(step.plan, result))
+
+    def _wait_for_arrivals(self, step: InFlight, pacer: Pacer) -> None:
+        """Waits while `step` runs, so that urgent requests that arrive meanwhile are in the next one; see pacing.py."""
+        began = max(step.dispatched_at, self._last_read)
+        time.sleep(max(0.0, began + pacer.wait((step.bucket, step.plan.num_steps)) - time.perf_counter()))
 
     def _mask(self, step: InFlight) -> np.ndarray:
         mask = self.runner.new_mask(step)

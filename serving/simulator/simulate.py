@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from serving.engine.buckets import Bucket
+from serving.engine.pacing import Pacer
 from serving.engine.plan import StepPlan, StepResult
 from serving.engine.sampling_params import SamplingParams
 from serving.engine.scheduler import Scheduler, SchedulerConfig
@@ -102,6 +104,7 @@ class Simulation:
         self.cost = cost
         self.totals = RunTotals()
         self.now = 0.0
+        self._pacer = Pacer() if config.policy == "priority" and asynchronous else None
         self._asynchronous = asynchronous
         self._max_queued = max_num_queued_reqs
         self._sample_every = sample_every
@@ -125,6 +128,10 @@ class Simulation:
         start, host = self.now, self.cost.host_s
         previous: tuple[float, StepPlan] | None = None
         while True:
+            if previous is not None and self._pacer is not None:
+                done = previous[1]
+                seconds = self._seconds[0]
+                self.now = max(self.now, previous[0] - seconds + self._pacer.wait(self._bucket(done)))
             while upcoming is not None and upcoming[1].arrival <= self.now:
                 yield from self._submit(*upcoming)
                 upcoming = next(arrivals, None)
@@ -137,7 +144,10 @@ class Simulation:
             if previous is not None:
                 end, done = previous
                 self.now = max(self.now, end)
-                self.scheduler.observe(done, self._seconds.popleft())
+                seconds = self._seconds.popleft()
+                self.scheduler.observe(done, seconds)
+                if self._pacer is not None:
+                    self._pacer.observe(self._bucket(done), seconds)
                 yield from self._take(self.scheduler.retire(done, self._result(done), self.now))
             elif current is None:
                 if upcoming is not None:
@@ -194,6 +204,9 @@ class Simulation:
         if totals.steps % self._sample_every == 0:
             self._look_at_pages(seconds * self._sample_every)
         return self._device_free
+
+    def _bucket(self, plan: StepPlan) -> Bucket:
+        return self.cost.bucket(StepShape.of(plan))
 
     def _look_at_pages(self, weight: float) -> None:
         running = self.scheduler.running
