@@ -108,7 +108,7 @@ def test_meshes_use_every_accelerator_of_the_group(overlay):
     group = built(overlay)["LeaderWorkerSet", "jaxserve"]
     leader, _ = templates(group)
     args = build_parser().parse_args(only_container(leader)["args"])
-    engine_config(args)
+    assert engine_config(args).coordinator == "auto", "the processes have to find each other"
     assert args.drain_timeout < leader["spec"]["terminationGracePeriodSeconds"]
     wanted = 1
     for size in parse_mesh(args.mesh).values():
