@@ -16,6 +16,7 @@ class Deadlines:
 
     Attributes:
         seconds_per_token: what a prompt token costs, learned; 0.0 until a step has told.
+        watches_first_tokens: whether a request had a deadline for its first token, ever.
     """
 
     def __init__(self, max_waiting_time: float | None, max_running_time: float | None) -> None:
@@ -23,12 +24,14 @@ class Deadlines:
         self._max_running = max_running_time
         self._heap: list[tuple[float, int, Request]] = []
         self.seconds_per_token = 0.0
+        self.watches_first_tokens = False
 
     def add(self, request: Request) -> None:
         """Starts watching a request that has just arrived."""
         spec = request.spec
         self._watch(request, spec.deadline)
         self._watch(request, spec.ttft_deadline)
+        self.watches_first_tokens |= spec.ttft_deadline is not None
         self._watch(request, None if self._max_waiting is None else spec.arrival_time + self._max_waiting)
 
     def started(self, request: Request, now: float) -> None:

@@ -136,7 +136,7 @@ class Request:
         """Whether the last known token ends the completion; sets `stop_reason` for a stop token id."""
         params = self.spec.params
         token = self.tokens[-1]
-        n = self.num_output
+        n = len(self.tokens) - self.prompt_len
         if n >= params.min_tokens:
             if not params.ignore_eos and token in self.spec.eos_token_ids:
                 return FinishReason.STOP
@@ -153,4 +153,4 @@ class Request:
         """How many more tokens may be sampled, those on the device counted as sampled."""
         limit = self.spec.params.max_tokens
         end = max_model_len if limit is None else min(max_model_len, self.prompt_len + limit)
-        return end - self.total_len
+        return end - len(self.tokens) - self.num_pending

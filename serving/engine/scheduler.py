@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 
 import numpy as np
 
@@ -88,7 +87,8 @@ class Scheduler:
     def expire(self, now: float) -> list[EngineOutput]:
         """Ends every request whose time is up, and waiting ones that can no longer make their first token's deadline."""
         late = self.deadlines.due(now)
-        late += [r for r in self.waiting.head(LOOKAHEAD) if self.deadlines.hopeless(r, now) and r not in late]
+        if self.deadlines.watches_first_tokens:
+            late += [r for r in self.waiting.head(LOOKAHEAD) if self.deadlines.hopeless(r, now) and r not in late]
         return [self._end(request, FinishReason.DEADLINE) for request in late]
 
     @property
@@ -103,22 +103,22 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         self._make_way()
         preemptions = self.counters.preemptions
-        decode, positions = self._schedule_decode(budget)
+        decode, unfinished = self._schedule_decode(budget)
         background = max(CHUNK_ALIGN, budget // BACKGROUND_SHARE)
         builder = ChunkBuilder(
             budget - len(decode), self.config.max_chunk_tokens, self.config.max_chunk_rows, background
         )
         urgent = self._first_waiting_priority()
-        self._schedule_unfinished_prompts(builder, lambda r: r.spec.priority <= urgent)
+        self._continue_prompts(builder, [r for r in unfinished if r.spec.priority <= urgent])
         # A step that took pages from somebody gives none to newcomers: they would be preempted in turn.
         admitted = self._admit(builder, now) if preemptions == self.counters.preemptions else []
-        self._schedule_unfinished_prompts(builder, lambda r: r.spec.priority > urgent and r not in admitted)
+        self._continue_prompts(builder, [r for r in unfinished if r.spec.priority > urgent])
         if self.config.buckets is not None:
             builder.shorten(self.config.buckets.chunk_tokens(builder.tokens, len(decode)))
         if not decode and not builder.chunks:
             return None
         num_steps = 1 if builder.chunks else self._lengthen(decode)
-        return self._commit(decode, positions, builder.chunks, admitted, num_steps)
+        return self._commit(decode, builder.chunks, admitted, num_steps)
 
     def retire(self, plan: StepPlan, result: StepResult, now: float | None = None) -> list[EngineOutput]:
         """Takes in what a dispatched step sampled: appends tokens, ends what has ended, frees what nothing writes any more."""
@@ -159,28 +159,35 @@ class Scheduler:
 
     # ---- the parts of schedule() ----
 
-    def _schedule_decode(self, budget: int) -> tuple[list[Request], list[int]]:
-        """Rows with exactly one position to compute, given a page where they need one."""
+    def _schedule_decode(self, budget: int) -> tuple[list[Request], list[Request]]:
+        """Rows with exactly one position to compute, given a page where they need one; and the requests that have more to
+        compute, whose prompts were begun. One pass without properties: 256 requests a step come by here."""
         decode: list[Request] = []
-        positions: list[int] = []
+        unfinished: list[Request] = []
         page_size, max_len = self.config.page_size, self.config.max_model_len
+        preemptions = self.counters.preemptions
         for request in self.running[:]:
-            if request.state is not RequestState.RUNNING or request.num_uncomputed != 1 or request.spec.pooling:
+            position = request.num_computed
+            uncomputed = len(request.tokens) + request.num_pending - position
+            if request.state is not RequestState.RUNNING or uncomputed < 1:
+                continue
+            if uncomputed > 1 or request.spec.pooling:
+                unfinished.append(request)
                 continue
             if request.tokens_left(max_len) <= 0:
                 self._spare_slot(request)
                 continue  # its last token is on its way
             if len(decode) >= budget:
-                break
-            position = request.num_computed
+                continue
             if position // page_size >= len(request.pages) and not self._grow(request):
                 continue
             decode.append(request)
-            positions.append(position)
-        if any(r.state is not RequestState.RUNNING for r in decode):  # preempted by a later row's need of a page
-            kept = [(r, p) for r, p in zip(decode, positions, strict=True) if r.state is RequestState.RUNNING]
-            decode, positions = [r for r, _ in kept], [p for _, p in kept]
-        return decode, positions
+        if (
+            self.counters.preemptions != preemptions
+        ):  # a later row's need of a page may have cost an earlier row its own
+            decode = [r for r in decode if r.state is RequestState.RUNNING]
+            unfinished = [r for r in unfinished if r.state is RequestState.RUNNING]
+        return decode, unfinished
 
     def _lengthen(self, decode: list[Request]) -> int:
         """How many decode steps to dispatch at once: several only while nothing waits for the next one, and while every row
@@ -243,13 +250,10 @@ class Scheduler:
         head = self.waiting.head(1) if self.config.policy == "priority" else []
         return head[0].spec.priority if head else math.inf
 
-    def _schedule_unfinished_prompts(self, builder: ChunkBuilder, which: Callable[[Request], bool]) -> None:
-        """Continues prompts that were begun, those of `which`."""
-        for request in self.running:
-            if not which(request):
-                continue
-            least = 1 if request.spec.pooling else 2  # a single position is a decode row, where a token is wanted
-            if request.state is RequestState.RUNNING and request.num_uncomputed >= least and not request.num_pending:
+    def _continue_prompts(self, builder: ChunkBuilder, unfinished: list[Request]) -> None:
+        """Gives pieces to prompts that were begun."""
+        for request in unfinished:
+            if not request.num_pending:
                 builder.add(request, self._is_background(request))
 
     def _is_background(self, request: Request) -> bool:
@@ -317,7 +321,6 @@ class Scheduler:
     def _commit(
         self,
         decode: list[Request],
-        positions: list[int],
         chunks: list[Chunk],
         admitted: list[Request],
         num_steps: int = 1,
@@ -325,6 +328,7 @@ class Scheduler:
         """Advances every scheduled request, as if the step had already run."""
         self._step_id += 1
         self.counters.steps += 1
+        positions = tuple([request.num_computed for request in decode])
         for request in decode:
             request.num_computed += num_steps
             request.num_pending += num_steps
@@ -340,7 +344,7 @@ class Scheduler:
         return StepPlan(
             self._step_id,
             tuple(decode),
-            tuple(positions),
+            positions,
             tuple(chunks),
             tuple(admitted),
             sampled,
@@ -379,10 +383,10 @@ class Scheduler:
         self.counters.generation_tokens += 1
         if self.fair is not None:
             self.fair.charge(request.spec.tenant, output_tokens=1)
-        first = request.num_output == 1
-        if first:
+        length = len(request.tokens)
+        if length == request.prompt_len + 1:
             request.first_token_time = now
-        elif request.state is RequestState.RUNNING and len(request.tokens) % self.config.page_size == 1:
+        elif length % self.config.page_size == 1 and request.state is RequestState.RUNNING:
             self.kv.register(request)  # the page before this token's is full of known tokens now
         reason, error = verdict(request, self.config.max_model_len)
         if reason is None:
