@@ -17,6 +17,8 @@ from serving.processes.leader import OPTIONS
 from serving.processes.watch import HEARTBEAT_S, Patience, ProcessLostError, Watchdog
 from serving.processes.wire import decode, digest
 
+CLOSE_S = 2.0
+
 
 class Follower:
     """The connection to process 0.
@@ -46,6 +48,7 @@ class Follower:
         self._num_sampled = 0
         self._lost: str | None = None
         self._ended = False
+        self._closed = threading.Event()  # process 0 has ended the stream
         self._heard = time.monotonic()
         self._outbox.put(pb.FollowRequest(hello=pb.Hello(process_id=index, facts=facts)))
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
@@ -91,8 +94,8 @@ class Follower:
         self._watchdog.stop()
         if reason:
             self._outbox.put(pb.FollowRequest(end=pb.End(reason=reason)))
+            self._closed.wait(CLOSE_S)  # process 0 has read it then
         self._outbox.put(None)
-        self._call.cancel() if not reason else self._call.code()  # with a reason: until it has been read
         self._channel.close()
 
     def lose(self, reason: str) -> None:
@@ -132,6 +135,7 @@ class Follower:
                         break
         except (grpc.RpcError, ValueError) as e:
             reason = str(e) if isinstance(e, ValueError) else reason
+        self._closed.set()
         if reason:
             self.lose(reason)
         else:

@@ -172,7 +172,8 @@ class Leader(rpc.ProcessesServicer):
         refusal = self._enter(follower, hello)
         if refusal is not None:
             yield pb.FollowResponse(end=pb.End(reason=refusal))
-            self.lose(refusal)
+            if len(self._followers) < self._count - 1:  # a stranger cannot end an engine that is complete
+                self.lose(refusal)
             return
         threading.Thread(target=self._read, args=(follower, request_iterator), daemon=True).start()
         yield pb.FollowResponse(welcome=pb.Welcome())

@@ -141,6 +141,17 @@ def test_two_processes_of_one_id_and_ids_out_of_range():
         assert "calls itself 3" in following(address, 3)[1].reason()
 
 
+def test_a_stranger_does_not_end_an_engine_that_is_complete():
+    with leading() as (leader, loss, address):
+        follower, _ = following(address)
+        meet(leader, follower)
+        assert "two processes call themselves 1" in following(address)[1].reason()
+        with grpc.insecure_channel(address) as channel:
+            assert "calls itself 0" in next(rpc.ProcessesStub(channel).Follow(iter(()))).end.reason
+        leader.send(commands.Sample(1, np.zeros(1, np.int32)))
+        assert next(follower.commands()).rows == 1 and not loss.reasons
+
+
 def test_diverging_tokens_end_everybody():
     with leading(3) as (leader, loss, address):
         (one, one_told), (two, two_told) = following(address, 1), following(address, 2)
