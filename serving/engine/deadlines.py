@@ -38,13 +38,14 @@ class Deadlines:
         """The request got its first slot."""
         self._watch(request, None if self._max_running is None else now + self._max_running)
 
-    def due(self, now: float) -> list[Request]:
-        """Requests whose time is up."""
-        late = []
+    def due(self, now: float) -> dict[Request, str]:
+        """Requests whose time is up, and which limit that was, in a few words."""
+        late: dict[Request, str] = {}
         while self._heap and self._heap[0][0] <= now:
             request = heapq.heappop(self._heap)[2]
-            if self._is_late(request, now) and request not in late:
-                late.append(request)
+            why = self._passed(request, now)
+            if why is not None:
+                late[request] = why
         return late
 
     def hopeless(self, request: Request, now: float) -> bool:
@@ -65,15 +66,19 @@ class Deadlines:
         if deadline is not None:
             heapq.heappush(self._heap, (deadline, request.arrival_order, request))
 
-    def _is_late(self, request: Request, now: float) -> bool:
-        spec = request.spec
+    def _passed(self, request: Request, now: float) -> str | None:
+        spec, started = request.spec, request.scheduled_time
         if request.finished:
-            return False
+            return None
         if spec.deadline is not None and spec.deadline <= now:
-            return True
+            return "it was not finished in time."
         if spec.ttft_deadline is not None and spec.ttft_deadline <= now and request.num_output == 0:
-            return True
+            return "its first token did not come in time."
         if self._max_waiting is not None and request.state is RequestState.WAITING:
-            return spec.arrival_time + self._max_waiting <= now
-        started = request.scheduled_time
-        return self._max_running is not None and started > 0 and started + self._max_running <= now
+            waited = spec.arrival_time + self._max_waiting <= now
+            return (
+                f"it waited {self._max_waiting:g} s for its turn (the server's max_waiting_time)." if waited else None
+            )
+        if self._max_running is not None and started > 0 and started + self._max_running <= now:
+            return f"it ran for {self._max_running:g} s (the server's max_running_time)."
+        return None

@@ -88,8 +88,9 @@ class Scheduler:
         """Ends every request whose time is up, and waiting ones that can no longer make their first token's deadline."""
         late = self.deadlines.due(now)
         if self.deadlines.watches_first_tokens:
-            late += [r for r in self.waiting.head(LOOKAHEAD) if self.deadlines.hopeless(r, now) and r not in late]
-        return [self._end(request, FinishReason.DEADLINE) for request in late]
+            hopeless = [r for r in self.waiting.head(LOOKAHEAD) if self.deadlines.hopeless(r, now)]
+            late |= {r: "its first token cannot come in time any more." for r in hopeless if r not in late}
+        return [self._end(request, FinishReason.DEADLINE, error=why) for request, why in late.items()]
 
     @property
     def has_work(self) -> bool:

@@ -106,7 +106,7 @@ class EngineOutput:
         prompt_logprobs: in the first output only, where asked for: None for the first prompt token, then one each.
         finish_reason: set on the last output.
         stop_reason: the stop token id that ended it (None for end-of-sequence).
-        error: a sentence, when finish_reason is ERROR.
+        error: a sentence, when finish_reason is ERROR; which limit it was, when DEADLINE.
         num_cached_tokens: prompt tokens whose KV was already there.
         pooled: float32 [embed], with the last output of a request that asked for pooling.
     """

@@ -52,6 +52,7 @@ class Driver:
         self.events: Counter[str] = Counter()
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, FinishReason] = {}
+        self.errors: dict[str, str | None] = {}
         self.specs: dict[str, EngineRequest] = {}
         self.plans = []
 
@@ -135,6 +136,7 @@ class Driver:
             self.tokens[o.request_id].extend(o.token_ids)
             if o.finish_reason:
                 self.finished[o.request_id] = o.finish_reason
+                self.errors[o.request_id] = o.error
                 self.events[o.finish_reason.value] += 1
                 self.events["grammar"] += self.specs[o.request_id].constraint is not None
 
@@ -387,6 +389,7 @@ def test_deadlines_end_requests_waiting_and_running():
     d.add(request("late", [1, 2], 80, deadline=2.0))
     d.step(6.0)
     assert d.finished == {"running": FinishReason.DEADLINE, "late": FinishReason.DEADLINE}
+    assert d.errors["late"] == "it was not finished in time."
     d.drain()
     assert d.finished["first"] is FinishReason.LENGTH
 
@@ -400,6 +403,7 @@ def test_limits_on_waiting_and_running():
         if now == 3:
             assert not d.finished
     assert d.finished == {"waits": FinishReason.DEADLINE, "runs": FinishReason.DEADLINE}
+    assert "waited 4 s" in str(d.errors["waits"]) and "ran for 10 s" in str(d.errors["runs"])
     d.drain()
 
 
@@ -412,6 +416,7 @@ def test_a_first_token_that_cannot_come_in_time_is_not_waited_for():
     d.add(request("fine", [8] * 10, 5, ttft_deadline=4.0))
     d.step(1.0)
     assert d.finished == {"hopeless": FinishReason.DEADLINE}
+    assert "cannot come in time" in str(d.errors["hopeless"])
     d.drain()
     assert d.finished["fine"] is FinishReason.LENGTH
 
