@@ -30,11 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     with local_engine(args) as local:
+        before = local.engine.client.stats()
         with StepRecorder(local) as recorder:
             burst = local.run(at_once(mixed(args.requests, 1.0, args.seed)), private=True)
             capacity = len(burst) / span(burst)
             local.run(mixed(args.requests // 2, 0.5 * capacity, args.seed + 1), private=True)
-        cost = fit(recorder.records, local.info.max_num_seqs, local.info.max_num_batched_tokens)
+        after = local.engine.client.stats()
+        host_s = (after.host_time_s_total - before.host_time_s_total) / (after.num_steps - before.num_steps)
+        cost = fit(recorder.records, local.info.max_num_seqs, local.info.max_num_batched_tokens, host_s=host_s)
         if args.record:
             write_records(args.record, recorder.records)
         if args.save_cost:
