@@ -1,8 +1,8 @@
 """Llama 4, text (Meta 2025): layers that rotate and attend within chunks, and layers without rotation that see everything;
 one routed expert a token whose input (not output) the router scales, beside a shared one.
 
-Attention within chunks of `attention_chunk_size` (8192) positions is full attention up to that length, which is the
-longest context served here.
+Attention within chunks of `attention_chunk_size` (8192) positions is full attention up to that length: where no longer context
+is served, kernels without chunks do it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Llama4Attention(Attention):
         super().__init__(config, layer, build)
         self.eps, self.l2_norm = config.norm_eps, bool(config.get("use_qk_norm"))
         self.tuning = (config.get("floor_scale"), config.get("temperature"))
+        chunk = config.get("chunk")
+        self.chunk = chunk if chunk and self.rope is not None and build.max_model_len > chunk else None
 
     def __call__(
         self, x_TD: jax.Array, batch: AttentionBatch, kv: Any, norm: Any = None, residual_TD: jax.Array | None = None
@@ -53,7 +55,7 @@ class Llama4Attention(Attention):
             floor_scale, strength = self.tuning
             steps_T = jnp.floor((batch.positions_T.astype(jnp.float32) + 1.0) / floor_scale)
             q_TKGh = (q_TKGh * (jnp.log1p(steps_T) * strength + 1.0)[:, None, None, None]).astype(q_TKGh.dtype)
-        out_TKGh, kv = attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=self.scale)
+        out_TKGh, kv = attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=self.scale, chunk=self.chunk)
         return self.out(out_TKGh.reshape(T, K * G * h), residual_TO=residual_TD), kv
 
 
@@ -108,18 +110,12 @@ class Llama4Layer(Layer):
 
 
 def build(config: ModelConfig, build: Build) -> Decoder:
-    chunk = config.get("chunk")
-    if chunk and build.max_model_len > chunk:
-        raise ValueError(
-            f"max_model_len is {build.max_model_len}; Llama 4 is served up to its attention chunk of {chunk} tokens. "
-            f"Pass --max-model-len {chunk} or less."
-        )
     return Decoder(config, build, Llama4Layer)
 
 
 def llama4_config(hf: Mapping[str, Any]) -> ModelConfig:
     layers, every = hf["num_hidden_layers"], hf.get("no_rope_layer_interval", 4)
-    step, chunk = hf.get("interleave_moe_layer_step", 1), hf.get("attention_chunk_size")
+    step = hf.get("interleave_moe_layer_step", 1)
     rotates = hf.get("no_rope_layers") or [(index + 1) % every != 0 for index in range(layers)]
     sparse = hf.get("moe_layers")
     sparse = set(range(step - 1, layers, step)) if sparse is None else set(sparse)
@@ -130,16 +126,15 @@ def llama4_config(hf: Mapping[str, Any]) -> ModelConfig:
         layers=tuple(index in sparse for index in range(layers)),
         shared_ffw_dim=hf["intermediate_size"],
     )
-    positions = hf.get("max_position_embeddings", 131072)
     tuning = hf.get("attn_temperature_tuning", True)
     return from_hf(
         hf,
         ffw_dim=hf.get("intermediate_size_mlp", 16384),
-        max_positions=min(positions, chunk) if chunk else positions,
+        max_positions=hf.get("max_position_embeddings", 131072),
         rope_layers=tuple(bool(rotated) for rotated in rotates),
         moe=moe,
         extra=(
-            ("chunk", chunk),
+            ("chunk", hf.get("attention_chunk_size")),
             ("use_qk_norm", hf.get("use_qk_norm", True)),
             ("floor_scale", hf.get("floor_scale", 8192)),
             ("temperature", hf.get("attn_scale", 0.1) if tuning else None),

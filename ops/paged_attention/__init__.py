@@ -104,6 +104,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     sinks_KG: jax.Array | None = None,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, KVPages]:
     """Writes this step's K and V into their pages, then attends causally over each request's positions so far.
 
@@ -117,11 +118,16 @@ def attend(
         window: attend this many positions back, itself included; None for all.
         softcap: scores become softcap * tanh(score / softcap).
         sinks_KG: a logit a head that joins the softmax's denominator with no value behind it.
+        chunk: positions are cut into pieces of so many, and attend within their own alone (Llama 4); None for no such limit.
+            Only the plain XLA body does it.
     Returns:
         (out_TKGh of v's head size in q's dtype, the updated pages). Padded tokens yield zeros. Softmax is float32; the
         products are float32 on CPU unless pages are bfloat16.
     """
     options = {"scale": scale, "window": window, "softcap": softcap}
+    if chunk is not None:
+        body = functools.partial(xla.attend, **options, chunk=chunk)
+        return _per_device(body, (q_TKGh, k_TKh, v_TKh), (), kv, batch, sinks_KG)
     forced = _forced.get()
     for name, body in BACKENDS.items():
         if name != forced if forced is not None else name == "pallas_gpu" and kv.platform != "gpu":

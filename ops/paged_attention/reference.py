@@ -17,6 +17,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     sinks_KG: np.ndarray | None = None,
+    chunk: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """What ops.paged_attention.attend computes, in float64, on pages that lie plainly as [page, slot, K, h].
 
@@ -36,6 +37,8 @@ def attend(
     out_TKGh = np.zeros((*q_TKGh.shape[:3], values_NsKh.shape[-1]))
     for token, pages_P, position in _queries(batch):
         first = 0 if window is None else max(0, position - window + 1)
+        if chunk is not None:
+            first = max(first, position // chunk * chunk)
         seen = np.arange(first, position + 1)
         k_SKh = k_NsKh[pages_P[seen // page_size], seen % page_size]
         v_SKh = values_NsKh[pages_P[seen // page_size], seen % page_size]

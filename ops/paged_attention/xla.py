@@ -31,12 +31,13 @@ def attend(
     window: int | None,
     softcap: float | None,
     sinks_KG: jax.Array | None,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, KVPages]:
     """See ops.paged_attention.attend."""
     kv = kv_pages.write(kv, k_TKh, v_TKh, batch.kv_index_T)
     B, C = batch.num_decode, batch.num_chunk
     _, K, G, h = q_TKGh.shape
-    options = {"scale": scale, "window": window, "softcap": softcap}
+    options = {"scale": scale, "window": window, "softcap": softcap, "chunk": chunk}
     parts = []
     if B:
         sinks_KM = sinks_KG
@@ -73,6 +74,7 @@ def _attend_rows(
     scale: float,
     window: int | None,
     softcap: float | None,
+    chunk: int | None,
 ) -> jax.Array:
     """M queries against each of X page tables. A query at position -1 sees nothing and yields zeros. float32."""
     X, K, M, _ = q_XKMh.shape
@@ -85,6 +87,13 @@ def _attend_rows(
     pages_XP = jnp.pad(pages_XP, ((0, 0), (0, -pages_XP.shape[1] % per_group)))
     q_XKMh = (q_XKMh.astype(jnp.float32) * scale).astype(dtype)
     last_X = position_XM.max(axis=1)
+    # The first position that each query sees.
+    first_XM = None
+    if window is not None:
+        first_XM = position_XM - (window - 1)
+    if chunk is not None:
+        start_XM = position_XM // chunk * chunk
+        first_XM = start_XM if first_XM is None else jnp.maximum(first_XM, start_XM)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
     def fold(group, carry):
@@ -102,8 +111,8 @@ def _attend_rows(
         if softcap is not None:
             score_XKMS = softcap * jnp.tanh(score_XKMS / softcap)
         seen_XMS = position_S <= position_XM[..., None]
-        if window is not None:
-            seen_XMS &= position_S > position_XM[..., None] - window
+        if first_XM is not None:
+            seen_XMS &= position_S >= first_XM[..., None]
         seen_XKMS = seen_XMS[:, None]
         new_best = jnp.maximum(best_XKM, jnp.where(seen_XKMS, score_XKMS, _NOTHING).max(axis=-1))
         weight_XKMS = jnp.where(seen_XKMS, jnp.exp(score_XKMS - new_best[..., None]), 0.0)
@@ -127,8 +136,8 @@ def _attend_rows(
         total_XKM = jnp.ones((X, K, M), jnp.float32)
     end = jnp.max(last_X) // S + 1
     begin = jnp.zeros((), jnp.int32)
-    if window is not None:
-        earliest_XM = jnp.where(position_XM >= 0, position_XM, jnp.iinfo(jnp.int32).max)
-        begin = jnp.minimum(jnp.maximum(earliest_XM.min() - window + 1, 0) // S, end)
+    if first_XM is not None:
+        earliest_XM = jnp.where(position_XM >= 0, first_XM, jnp.iinfo(jnp.int32).max)
+        begin = jnp.minimum(jnp.maximum(earliest_XM.min(), 0) // S, end)
     _, total_XKM, sum_XKMh = jax.lax.fori_loop(begin, end, fold, (best_XKM, total_XKM, sum_XKMh))
     return sum_XKMh / jnp.where(total_XKM == 0.0, 1.0, total_XKM)[..., None]

@@ -54,10 +54,10 @@ QUESTIONS = [
 
 
 def checkpoints() -> list[pathlib.Path | None]:
-    """The default model (None), and Qwen2.5-Coder where JAXSERVE_TEST_MODELS names a folder that has it."""
+    """The default model (None), and Qwen2.5-Coder and Gemma 3 where JAXSERVE_TEST_MODELS names a folder that has them."""
     folder = os.environ.get("JAXSERVE_TEST_MODELS")
-    more = sorted(pathlib.Path(folder).glob("qwen2.5-coder-0.5b*.gguf")) if folder else []
-    return [None, *more]
+    patterns = ("qwen2.5-coder-0.5b*.gguf", "gemma-3-270m*.gguf") if folder else ()
+    return [None, *(path for pattern in patterns for path in sorted(pathlib.Path(folder or "").glob(pattern)))]
 
 
 @pytest.mark.parametrize("path", checkpoints(), ids=lambda p: "default" if p is None else p.stem)
@@ -82,10 +82,14 @@ def test_greedy_tokens_are_those_of_transformers(path, capsys):
 
 
 def complete(path: pathlib.Path) -> tuple[list[list[int]], list[list[int]]]:
-    """Our greedy completions of all questions, batched and chunked as the server does it."""
+    """Our greedy completions of all questions, batched and chunked as the server does it. A base model, which has no chat
+    template, goes on with the question as it is, past any end of text."""
     tokenizer = Tokenizer.from_gguf(GGUFFile(path).metadata)
     template = ChatTemplate.from_tokenizer(tokenizer)
-    prompts = [template.encode(tokenizer, [{"role": "user", "content": q}])[1] for q in QUESTIONS]
+    if template is None:
+        prompts = [tokenizer.encode(q) for q in QUESTIONS]
+    else:
+        prompts = [template.encode(tokenizer, [{"role": "user", "content": q}])[1] for q in QUESTIONS]
     config = EngineConfig(
         model=str(path),
         dtype="float32",
@@ -99,7 +103,7 @@ def complete(path: pathlib.Path) -> tuple[list[list[int]], list[list[int]]]:
     try:
 
         async def one(i: int) -> list[int]:
-            params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+            params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=template is None)
             request = EngineRequest(f"q{i}", tuple(prompts[i]), params, eos_token_ids=tokenizer.eos_token_ids)
             return [t async for output in engine.client.generate(request) for t in output.token_ids]
 

@@ -18,7 +18,7 @@ logits of all positions within 1e-4 of the largest logit, and greedy tokens iden
 one request decodes while the other's prompt still runs. A cell counts the variants of the family that pass:
 
 - *64 tokens*: on one device, 64 greedy tokens behind prompts of 37 and 21.
-- *beyond the window*: of those with sliding windows, the ones whose prompts are longer than every window.
+- *beyond the window*: of those with sliding windows or attention chunks, the ones with a prompt longer than those.
 - *model=4* and *expert=2,model=2*: 8 tokens on a mesh of four CPU devices.
 - *through GGUF*: 4 tokens through a GGUF file written from the same weights; numbers for which GGUF's metadata has no place
   cannot be tried.
@@ -40,12 +40,14 @@ HEAD = (
 
 
 def windowed(name: str) -> bool:
-    """Whether a variant has sliding windows; all are shorter than every prompt.
+    """Whether a variant has sliding windows or attention chunks; all are shorter than the longest prompt.
 
     Raises:
         AssertionError: a window that no prompt goes beyond.
     """
     window = TINY[name].fields.get("sliding_window")
+    if "chunks" in name:
+        window = TINY[name].fields["attention_chunk_size"]
     assert window is None or window < max(PROMPTS), f"{name}: prompts of {PROMPTS} tokens stay inside {window}"
     return window is not None
 

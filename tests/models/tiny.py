@@ -241,6 +241,19 @@ TINY: dict[str, Tiny] = {
         },
         expert_mesh=True,
     ),
+    "llama4, chunks": Tiny(
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {
+            "intermediate_size_mlp": 80,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "head_dim": 16,
+            "attention_chunk_size": 24,
+        },
+    ),
     "llama4, as published": Tiny(
         "Llama4TextConfig",
         "Llama4ForCausalLM",

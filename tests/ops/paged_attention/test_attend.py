@@ -269,3 +269,20 @@ def test_wrong_arguments_are_explained():
         paged_attention.allocate(spec, 1, 16, np.float32)
     with pytest.raises(ValueError, match="Unknown attention backend 'fast'"), paged_attention.use_backend("fast"):
         pass
+
+
+def test_chunks_of_positions():
+    """Positions attend within their own piece of 24 alone; prompts' pieces lie across the limits."""
+    case = Case(decode=(1, 24, 25, 100, 0), chunks=((0, 20), (20, 30), (47, 3), (90, 40)), pad_blocks=1)
+    arguments = make_arguments(case)
+    kv = fill(case, arguments, np.float32, ("xla", "rows", ""))
+    a = arguments
+    history = (a.history_k, a.history_v)
+    for softcap in (None, 5.0):
+        options = a.options | {"chunk": 24, "softcap": softcap}
+        wanted, *_ = reference.attend(a.q_TKGh, a.k_TKh, a.v_TKh, *history, a.batch, **options)
+        attend = jax.jit(functools.partial(paged_attention.attend, **options))
+        got, _ = attend(a.q_TKGh, a.k_TKh, a.v_TKh, kv, a.batch)
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
+        whole, *_ = reference.attend(a.q_TKGh, a.k_TKh, a.v_TKh, *history, a.batch, **options | {"chunk": None})
+        assert np.abs(whole - wanted).max() > 0.1
