@@ -247,6 +247,18 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(**{name: getattr(args, name) for name in names}, policy=args.scheduling_policy)
 
 
+def check_parsers(args: argparse.Namespace) -> None:
+    """Raises ValueError, listing those there are, for a name of no parser: told now, not once the model is loaded."""
+    if args.tool_call_parser is None and args.reasoning_parser is None:
+        return
+    from serving.text.tools import reasoning_family, tool_family
+
+    if args.tool_call_parser is not None:
+        tool_family(args.tool_call_parser)
+    if args.reasoning_parser is not None:
+        reasoning_family(args.reasoning_parser)
+
+
 def describe(args: argparse.Namespace) -> list[str]:
     """The flags in effect, as lines: those that were given are marked."""
     defaults = vars(build_parser().parse_args([]))
@@ -328,6 +340,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, EngineConf
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
         access_of(args), tls_of(args)
+        check_parsers(args)
         return args, engine_config(args)
     except ValueError as error:
         parser.error(re.sub(r"^([a-z]+(?:_[a-z]+)*) ", lambda m: "--" + m[1].replace("_", "-") + " ", str(error)))

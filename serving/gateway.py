@@ -11,13 +11,15 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Protocol
+
+import numpy as np
 
 from serving import event_loop
 from serving.access import ClientTls
 from serving.access.flags import access_of, add_access_flags, tls_of, warnings_for
-from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
+from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
 from serving.errors import ErrorKind, RequestError
 
 log = logging.getLogger("serving.gateway")
@@ -25,9 +27,16 @@ TARGET_KEY_VARIABLE = "JAXSERVE_TARGET_API_KEY"
 
 
 class Target(Protocol):
-    """What the pool needs of a remote engine: an EngineClient whose streams can be closed."""
+    """What the pool needs of a remote engine: an EngineClient whose streams can be closed. Its `info().tasks` says whether
+    it embeds and scores."""
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]: ...
+
+    async def embed(
+        self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0
+    ) -> np.ndarray: ...
+
+    async def score(self, request_id: str, pairs: Sequence[TokenPair], *, priority: int = 0) -> np.ndarray: ...
 
     async def abort(self, request_id: str) -> bool: ...
 
@@ -37,6 +46,14 @@ class Target(Protocol):
 
     @property
     def healthy(self) -> bool: ...
+
+
+_ELSEWHERE = frozenset({ErrorKind.UNAVAILABLE, ErrorKind.RESOURCE_EXHAUSTED})
+"""Refusals that another engine may not share."""
+
+
+def _nobody() -> RequestError:
+    return RequestError(ErrorKind.UNAVAILABLE, "No engine behind this gateway answers.", retry_after_s=2.0)
 
 
 class Pool:
@@ -54,7 +71,7 @@ class Pool:
         if not targets:
             raise ValueError("A gateway needs at least one target.")
         infos = [target.info() for target in targets]
-        for name in ("model_id", "vocab_size"):
+        for name in ("model_id", "vocab_size", "tasks"):
             values = sorted({str(getattr(info, name)) for info in infos})
             if len(values) > 1:
                 raise ValueError(f"The targets differ in {name}: {', '.join(values)}. A gateway serves one model.")
@@ -76,7 +93,7 @@ class Pool:
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """As EngineClient.generate."""
-        failure = RequestError(ErrorKind.UNAVAILABLE, "No engine behind this gateway answers.", retry_after_s=2.0)
+        failure = _nobody()
         for i in self._order():
             begun = False
             self._live[i] += 1
@@ -87,7 +104,32 @@ class Pool:
                         yield output
                 return
             except RequestError as error:
-                if begun or error.kind not in (ErrorKind.UNAVAILABLE, ErrorKind.RESOURCE_EXHAUSTED):
+                if begun or error.kind not in _ELSEWHERE:
+                    raise
+                failure = error
+            finally:
+                self._live[i] -= 1
+        raise failure
+
+    async def embed(
+        self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0
+    ) -> np.ndarray:
+        """As EmbeddingClient.embed."""
+        return await self._once(lambda t: t.embed(request_id, token_ids, pooling=pooling, priority=priority))
+
+    async def score(self, request_id: str, pairs: Sequence[TokenPair], *, priority: int = 0) -> np.ndarray:
+        """As ScoringClient.score."""
+        return await self._once(lambda t: t.score(request_id, pairs, priority=priority))
+
+    async def _once(self, call: Callable[[Target], Awaitable[np.ndarray]]) -> np.ndarray:
+        """A call with one answer, by the engine with the least work; the others are tried where it refuses."""
+        failure = _nobody()
+        for i in self._order():
+            self._live[i] += 1
+            try:
+                return await call(self._targets[i])
+            except RequestError as error:
+                if error.kind not in _ELSEWHERE:
                     raise
                 failure = error
             finally:
@@ -116,7 +158,7 @@ class Pool:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from serving.flags import HTTP_PORT, Parser
+    from serving.flags import HTTP_PORT, Parser, check_parsers
 
     parser = Parser(prog="python -m serving.gateway", description=__doc__, allow_abbrev=False)
     parser.add_argument("--target", required=True, help="engines to serve from: host:port[,host:port...]")
@@ -139,13 +181,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--target-tls", action="store_true", help="reach the engines over TLS; implied by the other --target-ssl flags"
     )
     targets.add_argument("--target-ssl-ca-certs", metavar="FILE", help="authorities of the engines' certificates, PEM")
-    targets.add_argument("--target-ssl-keyfile", metavar="FILE", help="our certificate's key, for engines that ask, PEM")
+    targets.add_argument(
+        "--target-ssl-keyfile", metavar="FILE", help="our certificate's key, for engines that ask, PEM"
+    )
     targets.add_argument("--target-ssl-certfile", metavar="FILE", help="our certificate, for engines that ask, PEM")
     parser.add_argument("--log-format", choices=("human", "json"), default="human")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     args = parser.parse_args(argv)
     try:
         access_of(args), tls_of(args), _target_tls(args)
+        check_parsers(args)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -191,6 +236,8 @@ async def _run(args: argparse.Namespace) -> int:
             side.chat_template,
             model_id=info.model_id,
             grammar_compiler=RemoteGrammars(),  # type: ignore[arg-type]
+            tool_parser=args.tool_call_parser,
+            reasoning_parser=args.reasoning_parser,
             limits=Limits.for_model(info.max_model_len, requests_per_minute=args.requests_per_minute),
         )
         http = await serve_http(
@@ -200,8 +247,6 @@ async def _run(args: argparse.Namespace) -> int:
             tls=tls,
             access=access,
             cors_origins=tuple(args.allowed_origins),
-            tool_parser=args.tool_call_parser,
-            reasoning_parser=args.reasoning_parser,
         )
         print(f"ready at {http.url}, serving {info.model_id} from {', '.join(names)}", file=sys.stderr, flush=True)
         await stop.wait()

@@ -82,6 +82,8 @@ class Server:
             served_names=self._args.served_model_name,
             tracing=self._tracing,
             requests_per_minute=self._args.requests_per_minute,
+            tool_parser=self._args.tool_call_parser,
+            reasoning_parser=self._args.reasoning_parser,
         )
         if not await self._serve(grpc_server, service):
             return EXIT_FAILED
@@ -127,12 +129,7 @@ class Server:
                 tls=self._tls,
                 access=self._access,
                 cors_origins=tuple(self._args.allowed_origins),
-                tool_parser=self._args.tool_call_parser,
-                reasoning_parser=self._args.reasoning_parser,
             )
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return False
         except OSError as error:
             reason = f"cannot listen on {self._args.host}:{port} for HTTP ({error.strerror or error})"
             if self._args.port is not None:

@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from serving.engine.config import EngineConfig
 from serving.engine.sampling_params import SamplingParams
 from serving.engine.types import EngineInfo, EngineStats
-from serving.service import GenerateInput, PreparedRequest, RequestOutput, TextService, Usage
+from serving.service import (
+    ChatOptions,
+    GenerateInput,
+    PreparedChat,
+    PreparedRequest,
+    RequestOutput,
+    ScoreInput,
+    TextService,
+    Usage,
+    prepare_chat,
+)
 from serving.service.outputs import EmbeddingOutput, EmbeddingRequestOutput
 
 if TYPE_CHECKING:
@@ -129,6 +139,8 @@ class LLM:
         *,
         use_tqdm: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -137,9 +149,13 @@ class LLM:
 
         Args:
             messages: OpenAI's messages, or a list of such lists.
-            tools, add_generation_prompt, continue_final_message, chat_template_kwargs: for the chat template.
+            tools: functions in OpenAI's shape that the model may call.
+            tool_choice: "none", "auto", "required" or {"type": "function", "function": {"name": ...}}. A call that is
+                required or named has arguments that satisfy the tool's schema.
+            parallel_tool_calls: False allows one call an answer.
+            add_generation_prompt, continue_final_message, chat_template_kwargs: for the chat template.
         Returns:
-            one result a conversation, in their order.
+            one result a conversation, in their order; `.outputs[0].message` has the calls and the thinking.
         Raises:
             RequestError: as `generate`.
         """
@@ -155,7 +171,7 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self._run_all(inputs, sampling_params, use_tqdm)
+        return self._run_all(inputs, sampling_params, use_tqdm, ChatOptions(tool_choice, parallel_tool_calls))
 
     def embed(
         self, prompts: Prompt | Sequence[Prompt], *, pooling: str | None = None, use_tqdm: bool = True
@@ -182,6 +198,27 @@ class LLM:
 
         with _bar(len(inputs), use_tqdm, "Embeddings") as bar:
             return self._loop.run(self._gather([lambda given=given: one(given, bar) for given in inputs]))
+
+    def score(
+        self, first: str | Sequence[str], second: str | Sequence[str], *, truncate_prompt_tokens: int | None = None
+    ) -> list[float]:
+        """How relevant the second texts are to the first: a cross-encoder's own scores, else cosines of embeddings.
+
+        Args:
+            first: one text for all of `second`, or one each.
+            second: one or more texts.
+            truncate_prompt_tokens: keep so many tokens of a pair (of a text, where the model reads texts one by one).
+        Returns:
+            one score a pair, in their order.
+        Raises:
+            RequestError: texts that cannot be served, or a model that gives neither scores nor embeddings.
+        """
+        self._check_alive()
+        seconds = [second] if isinstance(second, str) else list(second)
+        firsts = [first] * len(seconds) if isinstance(first, str) else list(first)
+        _same_length("first", firsts, seconds)
+        given = ScoreInput(list(zip(firsts, seconds, strict=True)), truncate_prompt_tokens)
+        return list(self._loop.run(self._service.score(given)).values)
 
     # -- facts -------------------------------------------------------------------------------------------------------
 
@@ -224,11 +261,12 @@ class LLM:
         inputs: list[GenerateInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
+        options: ChatOptions | None = None,
     ) -> list[RequestOutput]:
         self._check_alive()
         params = self._params_for(inputs, sampling_params)
         with _bar(len(inputs), use_tqdm, "Completions") as bar:
-            return self._loop.run(self._all(inputs, params, bar))
+            return self._loop.run(self._all(inputs, params, bar, options))
 
     def _check_alive(self) -> None:
         if not self._finalizer.alive:
@@ -244,9 +282,25 @@ class LLM:
         _same_length("sampling_params", given, inputs)
         return list(given)
 
-    async def _all(self, inputs: list[GenerateInput], params: list[SamplingParams], bar: _Bar) -> list[RequestOutput]:
-        prepared = [await self._service.prepare(i, p) for i, p in zip(inputs, params, strict=True)]
-        return await self._gather([lambda request=request: self._one(request, bar) for request in prepared])
+    async def _all(
+        self,
+        inputs: list[GenerateInput],
+        params: list[SamplingParams],
+        bar: _Bar,
+        options: ChatOptions | None,
+    ) -> list[RequestOutput]:
+        prepared = [await self._prepare(given, p, options) for given, p in zip(inputs, params, strict=True)]
+        results = await self._gather([lambda chat=chat: self._one(chat.request, bar) for chat in prepared])
+        if options is not None:
+            for chat, result in zip(prepared, results, strict=True):
+                _put_messages(chat, result)
+        return results
+
+    async def _prepare(self, given: GenerateInput, params: SamplingParams, options: ChatOptions | None) -> PreparedChat:
+        if options is None or not params.detokenize:
+            return PreparedChat(await self._service.prepare(given, params), None)
+        fields = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+        return await prepare_chat(self._service, given, fields, options)
 
     async def _gather(self, work: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
         """Runs all, in order of results; the first failure, or a cancellation, ends the others."""
@@ -274,6 +328,14 @@ class LLM:
                 usage.add(output)
         bar.done(usage)
         return result
+
+
+def _put_messages(chat: PreparedChat, result: RequestOutput) -> None:
+    for i, choice in enumerate(result.outputs):
+        if chat.parsers is not None:
+            choice.message, _ = chat.parsers[i].whole(choice.text)
+        else:
+            choice.message = {"role": "assistant", "content": choice.text}
 
 
 class _LoopThread:

@@ -63,6 +63,8 @@ class Started:
         executor: Any = None,
         tracing: Tracing | None = None,
         requests_per_minute: int | None = None,
+        tool_parser: str | None = None,
+        reasoning_parser: str | None = None,
     ) -> TextService:
         """A text service for the calling event loop.
 
@@ -70,6 +72,7 @@ class Started:
             served_names: names for the model, the first of which answers carry; the model's own name without.
             limits: None takes the defaults for the engine's context, with `requests_per_minute` of one key.
             tracing: where spans of what is served go.
+            tool_parser, reasoning_parser: as for `TextService`.
         """
         from serving.metrics import MeteredClient
         from serving.service import Limits, TextService
@@ -86,6 +89,8 @@ class Started:
             default_params=self.default_params,
             grammar_compiler=self.grammars,
             executor=executor,
+            tool_parser=tool_parser,
+            reasoning_parser=reasoning_parser,
         )
 
 

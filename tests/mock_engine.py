@@ -6,6 +6,7 @@ service = mock_service(MockEngine(reply="Hello"))
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from serving.engine.types import (
     FinishReason,
     RequestTimes,
     TokenLogprobs,
+    TokenPair,
 )
 from serving.errors import ErrorKind, RequestError
 from serving.service import TextService
@@ -52,6 +54,15 @@ class MockTokenizer:
             ids.append(256 + which)
             text = text[at + len(SPECIAL[which]) :]
         return ids
+
+    def encode_pair(
+        self, first: str, second: str | None = None, max_tokens: int | None = None
+    ) -> tuple[list[int], list[int]]:
+        parts = [text.encode() for text in (first, second) if text is not None]
+        if max_tokens is not None:
+            parts = [part[: max(1, (max_tokens - 1) // len(parts))] for part in parts]
+        ids = [BOS, *(i for part in parts for i in part)]
+        return ids, [0] * (1 + len(parts[0])) + [1] * (len(ids) - 1 - len(parts[0]))
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id < 256:
@@ -279,6 +290,44 @@ class MockEngine:
         if k is None:
             return None
         return (None, *(_logprobs(token, k) for token in request.prompt_token_ids[1:]))
+
+
+class EmbeddingEngine(MockEngine):
+    """Embeds a sequence as its first ids, at length 1. `embedded` has what it read."""
+
+    def __init__(self, reply: Any = None, **options: Any) -> None:
+        super().__init__(reply, **options)
+        self.embedded: list[tuple[int, ...]] = []
+        self.poolings: list[str | None] = []
+
+    async def embed(
+        self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0
+    ) -> np.ndarray:
+        if self.fail_next:
+            raise RequestError(ErrorKind.RESOURCE_EXHAUSTED, self.fail_next)
+        self.embedded.append(tuple(token_ids))
+        self.poolings.append(pooling)
+        vector = np.asarray([*token_ids, 0, 0, 0, 0][:4], np.float32)
+        return vector / max(float(np.linalg.norm(vector)), 1e-9)
+
+
+class ScoringEngine(MockEngine):
+    """Reads pairs of texts alone, and scores each by the share of the second's tokens that the first has too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._info = dataclasses.replace(self._info, tasks=("score",))
+        self.scored: list[TokenPair] = []
+
+    async def score(self, request_id: str, pairs: Sequence[TokenPair], *, priority: int = 0) -> np.ndarray:
+        self.scored.extend(pairs)
+        scores = []
+        for pair in pairs:
+            sides: tuple[list[int], list[int]] = ([], [])
+            for token, segment in zip(pair.token_ids, pair.segment_ids, strict=True):
+                sides[segment].append(token)
+            scores.append(sum(token in sides[0] for token in sides[1]) / max(len(sides[1]), 1))
+        return np.asarray(scores, np.float32)
 
 
 def _logprobs(token: int, k: int) -> TokenLogprobs:

@@ -7,10 +7,20 @@ import json
 import logging
 import sys
 import time
+import uuid
 from typing import Literal, TextIO
 
 request_id_of_task: contextvars.ContextVar[str | None] = contextvars.ContextVar("jaxserve_request_id", default=None)
 """The id of the request that the running task serves; front ends set it."""
+
+MAX_REQUEST_ID_CHARS = 128
+
+
+def request_id_or_new(asked: str) -> str:
+    """The id that a client gives its request, where it is printable ASCII and short; else a new one."""
+    if 0 < len(asked) <= MAX_REQUEST_ID_CHARS and asked.isascii() and asked.isprintable():
+        return asked
+    return uuid.uuid4().hex
 
 
 class _Human(logging.Formatter):

@@ -1,5 +1,6 @@
 """What every entry goes through: validation, limits, templates to tokens, tokens to text, `n`."""
 
+from serving.service.chat import ChatOptions, ChatStyle, PreparedChat, prepare_chat
 from serving.service.inputs import GenerateInput
 from serving.service.limits import Limits
 from serving.service.outputs import (
@@ -7,6 +8,7 @@ from serving.service.outputs import (
     Embedding,
     Logprob,
     RequestOutput,
+    Scores,
     TextOutput,
     TokenLogprob,
     Usage,
@@ -14,19 +16,26 @@ from serving.service.outputs import (
 )
 from serving.service.prepare import PreparedRequest
 from serving.service.service import DEFAULT_MODEL, TextService
+from serving.service.vectors import ScoreInput
 
 __all__ = [
     "DEFAULT_MODEL",
+    "ChatOptions",
+    "ChatStyle",
     "CompletionOutput",
     "Embedding",
     "GenerateInput",
     "Limits",
     "Logprob",
+    "PreparedChat",
     "PreparedRequest",
     "RequestOutput",
+    "ScoreInput",
+    "Scores",
     "TextOutput",
     "TextService",
     "TokenLogprob",
     "Usage",
     "collect",
+    "prepare_chat",
 ]

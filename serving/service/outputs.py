@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -104,6 +104,8 @@ class CompletionOutput:
         logprobs: one dictionary a token (token id -> Logprob; the sampled token and the likeliest), or None.
         cumulative_logprob: sum over the sampled tokens, or None.
         finish_reason: "stop", "length" or "abort".
+        message: of a chat: the completion as an assistant's message in OpenAI's shape, with `tool_calls` and `reasoning`
+            told apart from `content`; ready to be the conversation's next turn. `text` is all that the model wrote.
     """
 
     index: int
@@ -113,6 +115,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    message: dict[str, Any] | None = None
 
     @property
     def finished(self) -> bool:
@@ -178,6 +181,19 @@ class Embedding:
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     vector: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Relevance of pairs of texts.
+
+    Attributes:
+        values: one a pair.
+        prompt_tokens: tokens that were read for them.
+    """
+
+    values: tuple[float, ...]
+    prompt_tokens: int
 
 
 @dataclasses.dataclass

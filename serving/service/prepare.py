@@ -33,6 +33,7 @@ class PreparedRequest:
         params: with `max_tokens` resolved.
         children: one engine request a completion, in order of index; their ids are unique in this process.
         owner: name of the API key that sent it, or None.
+        markers: control tokens that stay in the text, because it is parsed by them.
     """
 
     request_id: str
@@ -42,6 +43,7 @@ class PreparedRequest:
     params: SamplingParams
     children: tuple[EngineRequest, ...]
     owner: str | None = None
+    markers: frozenset[int] = frozenset()
 
 
 def render_and_encode(
@@ -114,22 +116,6 @@ def fit_prompt(
             "max_tokens",
         )
     return tuple(ids), params
-
-
-def fit_embedding_prompt(
-    ids: Sequence[int], truncate: int | None, vocab_size: int, max_model_len: int
-) -> tuple[int, ...]:
-    """The same for a prompt that is only read: it may fill the whole context."""
-    check_token_ids(ids, vocab_size)
-    if truncate is not None:
-        ids = ids[-(max_model_len if truncate == -1 else truncate) :]
-    if len(ids) > max_model_len:
-        raise invalid(
-            f"The prompt has {len(ids)} tokens; this model's context is {max_model_len} tokens. "
-            "Shorten it or set truncate_prompt_tokens.",
-            "prompt",
-        )
-    return tuple(ids)
 
 
 def check_params(params: SamplingParams, vocab_size: int, limits: Limits) -> None:

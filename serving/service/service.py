@@ -8,22 +8,25 @@ import dataclasses
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 from serving.access.keys import caller_of_task
 from serving.access.rates import RateMeter
-from serving.engine.client import EngineClient
+from serving.engine.client import EmbeddingClient, EngineClient, ScoringClient
 from serving.engine.sampling_params import SamplingParams, StructuredOutputs
 from serving.engine.types import EngineOutput, EngineRequest, FinishReason
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.service import prepare as prep
+from serving.service import vectors
+from serving.service.chat import ChatStyle
 from serving.service.inputs import GenerateInput
 from serving.service.limits import Limits
-from serving.service.outputs import Embedding, TextOutput
+from serving.service.outputs import Embedding, Scores, TextOutput
 from serving.service.prepare import ConstraintFactory, PreparedRequest
 from serving.service.stream import TextStream
+from serving.service.vectors import ScoreInput
 
 if TYPE_CHECKING:
     from serving.text.chat_template import ChatTemplate
@@ -50,6 +53,10 @@ class TextService:
         default_params: values for sampling parameters that a client leaves out (the model's generation_config).
         grammar_compiler: None refuses structured outputs.
         executor: where tokenizing and rendering run; None makes two threads.
+        tool_parser, reasoning_parser: how the model writes calls and thinking, by a parser's name; None takes what its
+            chat template shows.
+    Raises:
+        ValueError: there is no such parser.
     """
 
     def __init__(
@@ -64,10 +71,13 @@ class TextService:
         default_params: Mapping[str, Any] | None = None,
         grammar_compiler: GrammarCompiler | None = None,
         executor: Executor | None = None,
+        tool_parser: str | None = None,
+        reasoning_parser: str | None = None,
     ) -> None:
         self.client = client
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self.style = ChatStyle.of(chat_template, tokenizer, tool_parser, reasoning_parser)
         self.model_id = model_id
         self.info = client.info()
         self.model_names = tuple(dict.fromkeys((model_id, *aliases, DEFAULT_MODEL, self.info.model_id)))
@@ -84,6 +94,7 @@ class TextService:
         self._live: dict[str, dict[int, PreparedRequest]] = {}
         self._num_live = 0
         self._draining = False
+        self.draining_listeners: list[Callable[[bool], None]] = []
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -101,18 +112,26 @@ class TextService:
         return SamplingParams(**{"max_tokens": None, **self.default_params, **given})
 
     async def prepare(
-        self, given: GenerateInput, params: SamplingParams, *, constraint: ConstraintFactory | None = None
+        self,
+        given: GenerateInput,
+        params: SamplingParams,
+        *,
+        constraint: ConstraintFactory | None = None,
+        markers: frozenset[int] = frozenset(),
     ) -> PreparedRequest:
-        """Validates a request wholly and tokenizes it, off the event loop.
+        """Validates a request wholly and tokenizes it, off the event loop. Chats with tools or thinking come through
+        `serving.service.chat.prepare_chat`.
 
         Args:
             constraint: a grammar compiled elsewhere (tool calls), instead of `params.structured_outputs`.
+            markers: control tokens that stay in the text even where special tokens are left out.
         Raises:
             RequestError: INVALID_ARGUMENT, NOT_FOUND (model), UNAVAILABLE (draining or engine dead), UNIMPLEMENTED.
         """
         arrival = time.monotonic()
         self.check_ready()
         model = self.resolve_model(given.model)
+        self._check_task("generate", "does not complete text")
         given.check(self.limits)
         prep.check_params(params, self.info.vocab_size, self.limits)
         caller = caller_of_task.get()
@@ -148,7 +167,7 @@ class TextService:
             for i in range(params.n)
         )
         owner = caller.name if caller else None
-        return PreparedRequest(request_id, model, prompt, prompt_ids, params, children, owner)
+        return PreparedRequest(request_id, model, prompt, prompt_ids, params, children, owner, markers)
 
     async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[TextOutput, None]:
         """Runs a prepared request; yields deltas of its completions, interleaved, each until its finish reason.
@@ -161,7 +180,7 @@ class TextService:
         """
         key = self._enter(prepared)
         try:
-            streams = [self._one(i, child) for i, child in enumerate(prepared.children)]
+            streams = [self._one(i, child, prepared.markers) for i, child in enumerate(prepared.children)]
             merged = streams[0] if len(streams) == 1 else _merge(streams)
             async with contextlib.aclosing(merged):
                 async for output in merged:
@@ -200,24 +219,44 @@ class TextService:
         """One prompt's embedding.
 
         Args:
-            pooling: "last" or "mean" over the final hidden states; None is the model's own.
+            pooling: "last", "mean" or (encoders) "cls"; None is the model's own.
         Raises:
             RequestError: as `prepare` and `generate`; UNIMPLEMENTED when the engine cannot pool.
         """
         self.check_ready()
         self.resolve_model(given.model)
+        self._check_task("embed", "does not give embeddings")
         given.check(self.limits)
         self._count()
-        embed = getattr(self.client, "embed", None)
-        if embed is None:
-            raise RequestError(ErrorKind.UNIMPLEMENTED, f"The model {self.model_id!r} does not give embeddings.")
-        prompt, ids = await self._run(prep.render_and_encode, given, self.tokenizer, self.chat_template, self.limits)
-        ids = prep.fit_embedding_prompt(
-            ids, given.truncate_prompt_tokens, self.info.vocab_size, self.info.max_model_len
-        )
+        return await self._embed(given, pooling)
+
+    async def _embed(self, given: GenerateInput, pooling: str | None = None) -> Embedding:
+        prompt, ids = await self._run(vectors.encode, given, self.tokenizer, self.chat_template, self.limits, self.info)
         request_id = f"{given.request_id or 'embed'}#{next(self._serial)}"
-        vector = await embed(request_id, ids, pooling=pooling, priority=given.priority)
+        client = cast(EmbeddingClient, self.client)
+        vector = await client.embed(request_id, ids, pooling=pooling, priority=given.priority)
         return Embedding(request_id, prompt, ids, vector)
+
+    async def score(self, given: ScoreInput) -> Scores:
+        """How relevant the second text of each pair is to the first: by the model itself where it reads pairs, else by
+        the cosine of the two texts' embeddings, each text embedded once.
+
+        Raises:
+            RequestError: as `embed`; UNIMPLEMENTED when the model neither scores nor embeds.
+        """
+        self.check_ready()
+        self.resolve_model(given.model)
+        reads_pairs = self._can("score")
+        if not reads_pairs:
+            self._check_task("embed", "does not give scores or embeddings")
+        given.check(self.limits)
+        self._count()
+        if not reads_pairs:
+            return await vectors.score_by_cosine(self._embed, given)
+        pairs = await self._run(vectors.encode_pairs, given, self.tokenizer, self.info)
+        request_id = f"{given.request_id or 'score'}#{next(self._serial)}"
+        found = await cast(ScoringClient, self.client).score(request_id, pairs, priority=given.priority)
+        return Scores(tuple(map(float, found)), sum(len(pair.token_ids) for pair in pairs))
 
     async def detokenize(
         self, ids: Sequence[int], *, skip_special_tokens: bool = False, model: str | None = None
@@ -250,7 +289,16 @@ class TextService:
 
     def start_draining(self) -> None:
         """From now on `prepare` refuses with UNAVAILABLE; what runs goes on."""
-        self._draining = True
+        self._set_draining(True)
+
+    def stop_draining(self) -> None:
+        """Takes requests again."""
+        self._set_draining(False)
+
+    def _set_draining(self, draining: bool) -> None:
+        self._draining = draining
+        for tell in self.draining_listeners:
+            tell(draining)
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Waits until no request is live; False when some still are after `timeout_s` seconds."""
@@ -288,14 +336,44 @@ class TextService:
             )
         return name
 
+    async def compile_tools(self, grammar: str) -> ConstraintFactory | None:
+        """What holds a completion to the grammar of `plan_tools`, made off the event loop; None where the engine is
+        remote and compiles the source itself.
+
+        Raises:
+            RequestError: INVALID_ARGUMENT about the tools: not enforceable, or too slow to compile.
+        """
+        compiler = getattr(self.grammar_compiler, "compile_tools", None)
+        if compiler is None:
+            return None
+        return await self._within_time(compiler, grammar, "The tools' schemas took", "tools")
+
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    async def _one(self, index: int, request: EngineRequest) -> AsyncGenerator[TextOutput, None]:
-        stream = TextStream(index, request.params, request.eos_token_ids, self.tokenizer)
+    def _can(self, task: str) -> bool:
+        """Whether the served model is made for "generate", "embed" or "score", and its engine does it."""
+        return task in self.info.tasks and (task == "generate" or hasattr(self.client, task))
+
+    def _check_task(self, task: str, lacks: str) -> None:
+        if not self._can(task):
+            raise RequestError(ErrorKind.UNIMPLEMENTED, f"The model {self.model_id!r} {lacks}.", param="model")
+
+    async def _one(
+        self, index: int, request: EngineRequest, markers: frozenset[int]
+    ) -> AsyncGenerator[TextOutput, None]:
+        stream = TextStream(index, request.params, request.eos_token_ids, self.tokenizer, markers)
         outputs = cast(AsyncGenerator[EngineOutput, None], self.client.generate(request))  # can be closed: its contract
         async with contextlib.aclosing(outputs):
             async for output in outputs:
-                text = stream.push(output)
+                try:
+                    text = stream.push(output)
+                except (KeyboardInterrupt, SystemExit):
+                    raise
+                except BaseException as error:
+                    log.error("text of request %s could not be made", request.request_id, exc_info=error)
+                    raise RequestError(
+                        ErrorKind.INTERNAL, "The server failed to make this completion's text; its log says why."
+                    ) from error
                 if output.finish_reason in (FinishReason.DEADLINE, FinishReason.ERROR) and not stream.stopped:
                     if text.text or text.token_ids:
                         yield dataclasses.replace(text, finish_reason=None)
@@ -330,14 +408,15 @@ class TextService:
             raise RequestError(
                 ErrorKind.UNIMPLEMENTED, "This server has no grammar compiler.", param="structured_outputs"
             )
+        return await self._within_time(self.grammar_compiler.compile, grammar, "The grammar took", "structured_outputs")
+
+    async def _within_time(self, compiler: Any, grammar: Any, subject: str, param: str) -> ConstraintFactory:
+        limit = self.limits.grammar_timeout_s
         try:
-            async with asyncio.timeout(self.limits.grammar_timeout_s):
-                return await self._run(self.grammar_compiler.compile, grammar, executor=self._grammar_executor)
+            async with asyncio.timeout(limit):
+                return await self._run(compiler, grammar, executor=self._grammar_executor)
         except TimeoutError:
-            raise invalid(
-                f"The grammar took more than {self.limits.grammar_timeout_s:g} seconds to compile. Simplify it.",
-                "structured_outputs",
-            ) from None
+            raise invalid(f"{subject} more than {limit:g} seconds to compile. Simplify.", param) from None
 
     async def _run(self, function: Any, *args: Any, executor: Executor | None = None) -> Any:
         """Runs a function of the text side in a thread. Its ValueErrors are sentences about the request."""
@@ -359,16 +438,17 @@ def _failure(output: EngineOutput) -> RequestError:
 
 async def _merge(streams: list[AsyncGenerator[TextOutput, None]]) -> AsyncGenerator[TextOutput, None]:
     """Interleaves streams as their items come. The first failure ends all; closing closes all."""
-    queue: asyncio.Queue[TextOutput | Exception | None] = asyncio.Queue()
+    # Bounded: for a client that reads slowly outputs wait in the engine's streams, where they are merged.
+    queue: asyncio.Queue[TextOutput | Exception | None] = asyncio.Queue(4 * len(streams))
 
     async def pump(stream: AsyncGenerator[TextOutput, None]) -> None:
         try:
             async with contextlib.aclosing(stream):
                 async for item in stream:
-                    queue.put_nowait(item)
-            queue.put_nowait(None)
+                    await queue.put(item)
+            await queue.put(None)
         except Exception as error:
-            queue.put_nowait(error)
+            await queue.put(error)
 
     tasks = [asyncio.create_task(pump(stream)) for stream in streams]
     try:

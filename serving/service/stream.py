@@ -17,18 +17,25 @@ if TYPE_CHECKING:
 class TextStream:
     """Turns the engine's outputs of one sequence into text outputs.
 
+    Args:
+        markers: control tokens that stay in the text even where special tokens are left out.
     Attributes:
         stopped: a stop string was found: the engine's request is to be ended, its further outputs are not wanted.
     """
 
     def __init__(
-        self, index: int, params: SamplingParams, eos_token_ids: tuple[int, ...], tokenizer: Tokenizer
+        self,
+        index: int,
+        params: SamplingParams,
+        eos_token_ids: tuple[int, ...],
+        tokenizer: Tokenizer,
+        markers: frozenset[int] = frozenset(),
     ) -> None:
         self._index = index
         self._params = params
         self._tokenizer = tokenizer
         self._detokenizer = (
-            IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
+            IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens, keep=markers)
             if params.detokenize
             else None
         )

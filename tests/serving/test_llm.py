@@ -228,3 +228,34 @@ def test_the_names_of_the_package():
         assert getattr(serving, name) is not None and name in dir(serving)
     with pytest.raises(AttributeError):
         serving.Nothing  # noqa: B018
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+}
+CALL = '<think>Easy.</think>Here: <tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+
+
+def test_a_chats_message_has_calls_and_thinking_told_apart():
+    engine: Any = Engine(MockEngine(CALL))
+    tokenizer: Any = MockTokenizer()
+    template: Any = MockTemplate()
+    template.source = "<tool_call> <think>"
+    chat = [{"role": "user", "content": "1?"}]
+    with LLM.from_started(Started(engine, TextSide(tokenizer, template), {"max_tokens": 200})) as llm:
+        params = SamplingParams(max_tokens=200)
+        (out,) = llm.chat(chat, params, tools=[TOOL], use_tqdm=False)
+        message = out.outputs[0].message
+        assert out.outputs[0].text == CALL
+        assert (message["role"], message["content"], message["reasoning"]) == ("assistant", "Here:", "Easy.")
+        assert message["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
+        answer = {"role": "tool", "content": "2", "tool_call_id": message["tool_calls"][0]["id"]}
+        llm.chat([*chat, message, answer], params, tools=[TOOL], use_tqdm=False)  # it is the next turn as it is
+        (out,) = llm.chat(chat, params, tools=[TOOL], tool_choice="none", use_tqdm=False)
+        assert "tool_calls" not in out.outputs[0].message
+        (out,) = llm.generate("1?", params, use_tqdm=False)
+        assert out.outputs[0].message is None
+        with pytest.raises(RequestError, match="not among the tools"):
+            named = {"type": "function", "function": {"name": "sub"}}
+            llm.chat(chat, params, tools=[TOOL], tool_choice=named, use_tqdm=False)

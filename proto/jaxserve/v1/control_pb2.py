@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19jaxserve/v1/control.proto\x12\x0bjaxserve.v1\"\x16\n\x14GetServerInfoRequest\"\xc1\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08platform\x18\x02 \x01(\t\x12\x0c\n\x04mesh\x18\x03 \x01(\t\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\x12\x16\n\x0enum_pages_free\x18\x08 \x01(\r\x12\x17\n\x0fnum_pages_total\x18\t \x01(\r\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x19\n\x11generation_tokens\x18\x0b \x01(\x04\x12\x11\n\tnum_steps\x18\x0c \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\r \x01(\x04\x12\x1a\n\x12num_recompilations\x18\x0e \x01(\x04\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xbd\x02\n\x14GetModelInfoResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x16\n\x0enum_parameters\x18\x04 \x01(\x04\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x07 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x08 \x01(\r\x12\x11\n\tpage_size\x18\t \x01(\r\x12\x11\n\tnum_pages\x18\n \x01(\r\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x14\n\x0cquantization\x18\x0c \x01(\t\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12\x19\n\x11has_chat_template\x18\x0e \x01(\x08\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\xf6\x01\n\x07\x43ontrol\x12V\n\rGetServerInfo\x12!.jaxserve.v1.GetServerInfoRequest\x1a\".jaxserve.v1.GetServerInfoResponse\x12S\n\x0cGetModelInfo\x12 .jaxserve.v1.GetModelInfoRequest\x1a!.jaxserve.v1.GetModelInfoResponse\x12>\n\x05\x41\x62ort\x12\x19.jaxserve.v1.AbortRequest\x1a\x1a.jaxserve.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19jaxserve/v1/control.proto\x12\x0bjaxserve.v1\"\x16\n\x14GetServerInfoRequest\"\xc1\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08platform\x18\x02 \x01(\t\x12\x0c\n\x04mesh\x18\x03 \x01(\t\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\x12\x16\n\x0enum_pages_free\x18\x08 \x01(\r\x12\x17\n\x0fnum_pages_total\x18\t \x01(\r\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x19\n\x11generation_tokens\x18\x0b \x01(\x04\x12\x11\n\tnum_steps\x18\x0c \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\r \x01(\x04\x12\x1a\n\x12num_recompilations\x18\x0e \x01(\x04\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xdd\x02\n\x14GetModelInfoResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x16\n\x0enum_parameters\x18\x04 \x01(\x04\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x07 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x08 \x01(\r\x12\x11\n\tpage_size\x18\t \x01(\r\x12\x11\n\tnum_pages\x18\n \x01(\r\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x14\n\x0cquantization\x18\x0c \x01(\t\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12\x19\n\x11has_chat_template\x18\x0e \x01(\x08\x12\r\n\x05tasks\x18\x0f \x03(\t\x12\x0f\n\x07pooling\x18\x10 \x01(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\xf6\x01\n\x07\x43ontrol\x12V\n\rGetServerInfo\x12!.jaxserve.v1.GetServerInfoRequest\x1a\".jaxserve.v1.GetServerInfoResponse\x12S\n\x0cGetModelInfo\x12 .jaxserve.v1.GetModelInfoRequest\x1a!.jaxserve.v1.GetModelInfoResponse\x12>\n\x05\x41\x62ort\x12\x19.jaxserve.v1.AbortRequest\x1a\x1a.jaxserve.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,11 +38,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELINFOREQUEST']._serialized_start=390
   _globals['_GETMODELINFOREQUEST']._serialized_end=426
   _globals['_GETMODELINFORESPONSE']._serialized_start=429
-  _globals['_GETMODELINFORESPONSE']._serialized_end=746
-  _globals['_ABORTREQUEST']._serialized_start=748
-  _globals['_ABORTREQUEST']._serialized_end=782
-  _globals['_ABORTRESPONSE']._serialized_start=784
-  _globals['_ABORTRESPONSE']._serialized_end=814
-  _globals['_CONTROL']._serialized_start=817
-  _globals['_CONTROL']._serialized_end=1063
+  _globals['_GETMODELINFORESPONSE']._serialized_end=778
+  _globals['_ABORTREQUEST']._serialized_start=780
+  _globals['_ABORTREQUEST']._serialized_end=814
+  _globals['_ABORTRESPONSE']._serialized_start=816
+  _globals['_ABORTRESPONSE']._serialized_end=846
+  _globals['_CONTROL']._serialized_start=849
+  _globals['_CONTROL']._serialized_end=1095
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,10 @@ if _version_not_supported:
 
 
 class InferenceStub:
-    """Completions, and the tokenizer that they use.
+    """Completions, vectors and scores, and the tokenizer that they use.
+
+    Metadata of a call: "x-request-id" names it in logs (and comes back in the initial metadata; without one the server makes
+    one), "traceparent" and "tracestate" (W3C) make its spans part of the caller's trace.
 
     Errors are gRPC statuses with a sentence: INVALID_ARGUMENT (the request itself), NOT_FOUND (the model),
     RESOURCE_EXHAUSTED (queue full, message too large), DEADLINE_EXCEEDED, UNAVAILABLE (shutting down), INTERNAL.
@@ -45,6 +48,16 @@ class InferenceStub:
                 request_serializer=jaxserve_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/jaxserve.v1.Inference/Embed',
+                request_serializer=jaxserve_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/jaxserve.v1.Inference/Score',
+                request_serializer=jaxserve_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/jaxserve.v1.Inference/Tokenize',
                 request_serializer=jaxserve_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -58,7 +71,10 @@ class InferenceStub:
 
 
 class InferenceServicer:
-    """Completions, and the tokenizer that they use.
+    """Completions, vectors and scores, and the tokenizer that they use.
+
+    Metadata of a call: "x-request-id" names it in logs (and comes back in the initial metadata; without one the server makes
+    one), "traceparent" and "tracestate" (W3C) make its spans part of the caller's trace.
 
     Errors are gRPC statuses with a sentence: INVALID_ARGUMENT (the request itself), NOT_FOUND (the model),
     RESOURCE_EXHAUSTED (queue full, message too large), DEADLINE_EXCEEDED, UNAVAILABLE (shutting down), INTERNAL.
@@ -68,6 +84,20 @@ class InferenceServicer:
 
     def Generate(self, request, context):
         """Streams the completions of one prompt as they are made. Dropping the stream, or its deadline, aborts the request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """The vectors of one or more texts. UNIMPLEMENTED when the model gives none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """How relevant the second text of each pair is to the first. UNIMPLEMENTED when the model can neither score nor embed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,6 +125,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     request_deserializer=jaxserve_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=jaxserve_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
             ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=jaxserve_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=jaxserve_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
+            ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
                     request_deserializer=jaxserve_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
@@ -114,7 +154,10 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference:
-    """Completions, and the tokenizer that they use.
+    """Completions, vectors and scores, and the tokenizer that they use.
+
+    Metadata of a call: "x-request-id" names it in logs (and comes back in the initial metadata; without one the server makes
+    one), "traceparent" and "tracestate" (W3C) make its spans part of the caller's trace.
 
     Errors are gRPC statuses with a sentence: INVALID_ARGUMENT (the request itself), NOT_FOUND (the model),
     RESOURCE_EXHAUSTED (queue full, message too large), DEADLINE_EXCEEDED, UNAVAILABLE (shutting down), INTERNAL.
@@ -139,6 +182,60 @@ class Inference:
             '/jaxserve.v1.Inference/Generate',
             jaxserve_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             jaxserve_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Inference/Embed',
+            jaxserve_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            jaxserve_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Inference/Score',
+            jaxserve_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+            jaxserve_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,10 +7,11 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import grpc
+import numpy as np
 
 from proto.jaxserve.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
 from proto.jaxserve.v1 import inference_pb2 as pb
@@ -24,8 +25,10 @@ from serving.engine.types import (
     EngineStats,
     RequestTimes,
     TokenLogprobs,
+    TokenPair,
 )
 from serving.frontends.grpc import convert
+from serving.frontends.grpc.context import outgoing_metadata
 from serving.frontends.grpc.errors import error_of
 
 log = logging.getLogger(__name__)
@@ -89,7 +92,7 @@ class RemoteEngineClient:
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """See EngineClient.generate. Closing the iterator cancels the call, and with it the request there."""
-        call = self._inference.Generate(_wire_request(request))
+        call = self._inference.Generate(_wire_request(request), metadata=outgoing_metadata())
         prompt_tokens = len(request.prompt_token_ids)
         first_token = 0.0
         try:
@@ -101,6 +104,34 @@ class RemoteEngineClient:
             raise error_of(error) from error
         finally:
             call.cancel()  # does nothing to a call that is over
+
+    async def embed(
+        self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0
+    ) -> np.ndarray:
+        """See EmbeddingClient.embed."""
+        wire = pb.EmbedRequest(
+            inputs=[pb.EmbedInput(token_ids=pb.TokenIds(ids=token_ids))],
+            request_id=request_id,
+            priority=priority,
+            pooling=pooling or "",
+        )
+        try:
+            reply = await self._inference.Embed(wire, metadata=outgoing_metadata())
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        return np.array(reply.embeddings[0].values, np.float32)
+
+    async def score(self, request_id: str, pairs: Sequence[TokenPair], *, priority: int = 0) -> np.ndarray:
+        """See ScoringClient.score."""
+        tokens = [pb.TokenPair(token_ids=pair.token_ids, segment_ids=pair.segment_ids) for pair in pairs]
+        wire = pb.ScoreRequest(
+            pairs=[pb.ScorePair(tokens=pair) for pair in tokens], request_id=request_id, priority=priority
+        )
+        try:
+            reply = await self._inference.Score(wire, metadata=outgoing_metadata())
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        return np.array(reply.scores, np.float32)
 
     async def abort(self, request_id: str) -> bool:
         """See EngineClient.abort."""
@@ -256,4 +287,6 @@ def _info(model: control_pb2.GetModelInfoResponse, server: control_pb2.GetServer
         platform=server.platform,
         version=server.version,
         num_parameters=model.num_parameters,
+        tasks=tuple(model.tasks),
+        pooling=model.pooling,
     )

@@ -8,9 +8,11 @@ from typing import Any
 from proto.jaxserve.v1 import inference_pb2 as pb
 from proto.jaxserve.v1 import sampling_pb2
 from serving.engine.sampling_params import StructuredOutputs
-from serving.engine.types import FinishReason
+from serving.engine.types import FinishReason, TokenPair
 from serving.errors import invalid
-from serving.service import GenerateInput, TextOutput, TokenLogprob
+from serving.metrics.logs import request_id_of_task
+from serving.service import ChatOptions, GenerateInput, ScoreInput, TextOutput, TokenLogprob
+from serving.text.tools import ContentDelta, Event, ReasoningDelta, ToolCallArguments, ToolCallStart
 
 FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -48,7 +50,7 @@ def generate_input_from(request: pb.GenerateRequest, timeout_s: float | None) ->
     own = request.timeout_s if request.HasField("timeout_s") else None
     return input_from(
         request,
-        request_id=request.request_id or None,
+        request_id=request.request_id or request_id_of_task.get(),
         priority=request.priority,
         timeout_s=timeout_s if own is None or (timeout_s is not None and timeout_s < own) else own,
         ttft_timeout_s=request.ttft_timeout_s if request.HasField("ttft_timeout_s") else None,
@@ -56,6 +58,72 @@ def generate_input_from(request: pb.GenerateRequest, timeout_s: float | None) ->
         tenant=request.tenant or None,
         truncate_prompt_tokens=(request.truncate_prompt_tokens if request.HasField("truncate_prompt_tokens") else None),
     )
+
+
+def chat_options_from(chat: pb.Chat) -> ChatOptions:
+    """What a chat says about tools and thinking."""
+    choice: Any = None
+    which = chat.tool_choice.WhichOneof("choice") if chat.HasField("tool_choice") else None
+    if which == "function":
+        choice = {"type": "function", "function": {"name": chat.tool_choice.function}}
+    elif which == "mode":
+        mode = chat.tool_choice.mode
+        if mode not in _MODES:
+            raise invalid(f"chat.tool_choice.mode {mode} is not known.", "chat.tool_choice")
+        choice = _MODES[mode]
+    return ChatOptions(
+        choice,
+        parallel_tool_calls=chat.parallel_tool_calls if chat.HasField("parallel_tool_calls") else True,
+        include_reasoning=chat.include_reasoning if chat.HasField("include_reasoning") else True,
+    )
+
+
+_MODES = {
+    pb.ToolChoice.MODE_UNSPECIFIED: None,
+    pb.ToolChoice.MODE_NONE: "none",
+    pb.ToolChoice.MODE_AUTO: "auto",
+    pb.ToolChoice.MODE_REQUIRED: "required",
+}
+
+
+def embed_input_from(request: pb.EmbedRequest, index: int) -> GenerateInput:
+    """One input of an EmbedRequest, as the service takes it."""
+    one = request.inputs[index]
+    which = one.WhichOneof("input")
+    return GenerateInput(
+        text=one.text if which == "text" else None,
+        token_ids=list(one.token_ids.ids) if which == "token_ids" else None,
+        **_shared(request),
+    )
+
+
+def score_input_from(request: pb.ScoreRequest) -> ScoreInput:
+    """A whole ScoreRequest.
+
+    Raises:
+        RequestError: INVALID_ARGUMENT: a pair that is neither of texts nor of tokens.
+    """
+    pairs: list[tuple[str, str] | TokenPair] = []
+    for i, pair in enumerate(request.pairs):
+        which = pair.WhichOneof("pair")
+        if which is None:
+            raise invalid(f"pairs[{i}] is empty: give texts or tokens.", f"pairs[{i}]")
+        if which == "texts":
+            pairs.append((pair.texts.first, pair.texts.second))
+        else:
+            pairs.append(TokenPair(tuple(pair.tokens.token_ids), tuple(pair.tokens.segment_ids)))
+    return ScoreInput(pairs, **_shared(request))
+
+
+def _shared(request: pb.EmbedRequest | pb.ScoreRequest) -> dict[str, Any]:
+    return {
+        "truncate_prompt_tokens": request.truncate_prompt_tokens
+        if request.HasField("truncate_prompt_tokens")
+        else None,
+        "model": request.model or None,
+        "request_id": request.request_id or request_id_of_task.get(),
+        "priority": request.priority,
+    }
 
 
 def _chat(chat: pb.Chat) -> dict[str, Any]:
@@ -95,6 +163,8 @@ def _tool(tool: pb.Tool, index: int) -> dict[str, Any]:
             function["parameters"] = json.loads(tool.parameters_json)
         except ValueError as error:
             raise invalid(f"{where} is not JSON: {error}.", where) from None
+    if tool.HasField("strict"):
+        function["strict"] = tool.strict
     return {"type": "function", "function": function}
 
 
@@ -179,6 +249,17 @@ def response_to(request_id: str, output: TextOutput) -> pb.GenerateResponse:
         )
     )
     return wire
+
+
+def put_events(wire: pb.GenerateResponse, events: list[Event]) -> None:
+    """Puts what a parser made of a delta's text in the text's place."""
+    wire.text = "".join(event.text for event in events if isinstance(event, ContentDelta))
+    wire.reasoning = "".join(event.text for event in events if isinstance(event, ReasoningDelta))
+    for event in events:
+        if isinstance(event, ToolCallStart):
+            wire.tool_calls.append(pb.ToolCallDelta(index=event.index, id=event.call_id, name=event.name))
+        elif isinstance(event, ToolCallArguments):
+            wire.tool_calls.append(pb.ToolCallDelta(index=event.index, arguments_json=event.text))
 
 
 def _logprob(entry: TokenLogprob) -> pb.TokenLogprob:

@@ -16,8 +16,11 @@ from google.protobuf.message import DecodeError, Message
 from proto.jaxserve.v1 import control_pb2, inference_pb2
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.frontends.grpc import convert
+from serving.frontends.grpc.context import begin_call, end_call, id_metadata
 from serving.frontends.grpc.errors import status_of
-from serving.service import TextService
+from serving.service import TextService, prepare_chat
+from serving.service.chat import ReplyParser
+from serving.service.vectors import shortened, together
 
 log = logging.getLogger(__name__)
 Context = Any  # grpc.aio.ServicerContext, which is generic in types that bytes-level handlers do not have
@@ -27,7 +30,7 @@ CONTROL: ServiceDescriptor = control_pb2.DESCRIPTOR.services_by_name["Control"]
 
 
 class Inference:
-    """Generate, Tokenize, Detokenize.
+    """Generate, Embed, Score, Tokenize, Detokenize.
 
     Args:
         service: gives the service, or raises UNAVAILABLE while there is none yet.
@@ -48,11 +51,47 @@ class Inference:
         limit = service.limits.max_timeout_s
         timeout = remaining if remaining is None or remaining <= limit else None
         given = convert.generate_input_from(request, timeout)
-        params = service.make_params(convert.params_from(request.sampling_params))
-        prepared = await service.prepare(given, params)
+        params = convert.params_from(request.sampling_params)
+        parsers: list[ReplyParser] | None = None
+        if given.messages is None or params.get("detokenize") is False:
+            prepared = await service.prepare(given, service.make_params(params))
+        else:
+            chat = await prepare_chat(service, given, params, convert.chat_options_from(request.chat))
+            prepared, parsers = chat.request, chat.parsers
         async with contextlib.aclosing(service.generate(prepared)) as outputs:
             async for output in outputs:
-                yield convert.response_to(prepared.request_id, output)
+                message = convert.response_to(prepared.request_id, output)
+                if parsers is not None:
+                    parser = parsers[output.index]
+                    convert.put_events(message, parser.push(output.text, output.finish_reason is not None))
+                    if parser.called and message.finish_reason == inference_pb2.FINISH_REASON_STOP:
+                        message.finish_reason = inference_pb2.FINISH_REASON_TOOL_CALLS
+                yield message
+
+    async def Embed(  # noqa: N802
+        self, request: inference_pb2.EmbedRequest, context: Context
+    ) -> inference_pb2.EmbedResponse:
+        service = self._service()
+        if not request.inputs:
+            raise invalid("inputs is empty: give at least one text.", "inputs")
+        service.limits.check_count("inputs", len(request.inputs), service.limits.max_batch, "inputs")
+        dimensions = request.dimensions if request.HasField("dimensions") else None
+        given = [convert.embed_input_from(request, i) for i in range(len(request.inputs))]
+        found = await together([service.embed(one, pooling=request.pooling or None) for one in given])
+        return inference_pb2.EmbedResponse(
+            embeddings=[
+                inference_pb2.Embedding(
+                    values=shortened(one.vector, dimensions), prompt_tokens=len(one.prompt_token_ids)
+                )
+                for one in found
+            ]
+        )
+
+    async def Score(  # noqa: N802
+        self, request: inference_pb2.ScoreRequest, context: Context
+    ) -> inference_pb2.ScoreResponse:
+        found = await self._service().score(convert.score_input_from(request))
+        return inference_pb2.ScoreResponse(scores=found.values, prompt_tokens=found.prompt_tokens)
 
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: Context
@@ -145,8 +184,9 @@ def generic_handler(servicer: Inference | Control) -> grpc.GenericRpcHandler:
 def _method_handler(method: MethodDescriptor, function: Callable[..., Any]) -> grpc.RpcMethodHandler:
     kind = message_factory.GetMessageClass(method.input_type)
     if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(_streaming(kind, function), None, _serialize)  # type: ignore[arg-type]
-    return grpc.unary_unary_rpc_method_handler(_unary(kind, function), None, _serialize)  # type: ignore[arg-type]
+        stream = _streaming(kind, function, method.name)
+        return grpc.unary_stream_rpc_method_handler(stream, None, _serialize)  # type: ignore[arg-type]
+    return grpc.unary_unary_rpc_method_handler(_unary(kind, function, method.name), None, _serialize)  # type: ignore[arg-type]
 
 
 def _serialize(message: Message) -> bytes:
@@ -163,29 +203,40 @@ def _parse(kind: type[Message], data: bytes) -> Message:
 
 
 def _unary(
-    kind: type[Message], function: Callable[[Any, Context], Awaitable[Message]]
+    kind: type[Message], function: Callable[[Any, Context], Awaitable[Message]], name: str
 ) -> Callable[[bytes, Context], Awaitable[Message]]:
     async def handle(data: bytes, context: Context) -> Message:
+        began = begin_call(context)
         try:
-            return await function(_parse(kind, data), context)
+            reply = await function(_parse(kind, data), context)
+            await context.send_initial_metadata(id_metadata())
+            return reply
         except Exception as error:
             raise await _abort(context, error) from error
+        finally:
+            end_call(context, name, began)
 
     return handle
 
 
 def _streaming(
-    kind: type[Message], function: Callable[[Any, Context], AsyncIterator[Message]]
+    kind: type[Message], function: Callable[[Any, Context], AsyncIterator[Message]], name: str
 ) -> Callable[[bytes, Context], Awaitable[None]]:
     async def handle(data: bytes, context: Context) -> None:
         # A dropped call cancels this coroutine wherever it waits, in `write` too: only closing the stream there and
         # then lets the engine free its pages at once.
+        began, first = begin_call(context), True
         try:
             async with contextlib.aclosing(function(_parse(kind, data), context)) as messages:  # type: ignore[type-var]
                 async for message in messages:
+                    if first:
+                        await context.send_initial_metadata(id_metadata())
+                        first = False
                     await context.write(message)
         except Exception as error:
             raise await _abort(context, error) from error
+        finally:
+            end_call(context, name, began)
 
     return handle
 
@@ -198,5 +249,5 @@ async def _abort(context: Context, error: Exception) -> Exception:
         log.error("a call failed", exc_info=error)
         error = RequestError(ErrorKind.INTERNAL, "The server failed to handle the request; its log says why.")
     status, message, trailing = status_of(error)
-    await context.abort(status, message, trailing)
+    await context.abort(status, message, (*trailing, *id_metadata()))
     return error

@@ -19,8 +19,8 @@ from serving.frontends.openai.completions import completions_router
 from serving.frontends.openai.embeddings import embeddings_router
 from serving.frontends.openai.middleware import BodyLimit, RequestContext
 from serving.frontends.openai.ops import ops_router
-from serving.frontends.openai.reply_parser import ChatStyle
 from serving.frontends.openai.responses import responses_router
+from serving.frontends.openai.scores import scores_router
 from serving.frontends.openai.tokens import tokens_router
 from serving.metrics import Metrics
 from serving.service import TextService
@@ -37,8 +37,6 @@ def create_app(
     access: Access | None = None,
     cors_origins: tuple[str, ...] = (),
     page: bool = True,
-    tool_parser: str | None = None,
-    reasoning_parser: str | None = None,
 ) -> FastAPI:
     """The OpenAI API over `service` as an ASGI application.
 
@@ -47,21 +45,18 @@ def create_app(
         access: the keys that requests must bring; None asks for none.
         cors_origins: origins whose web pages may call us; "*" is all of them.
         page: serve the playground at `/`.
-        tool_parser, reasoning_parser: how the model writes calls and thinking, by a parser's name; None takes what its
-            chat template shows.
-    Raises:
-        ValueError: there is no such parser.
     """
-    style = ChatStyle.of(service, tool_parser, reasoning_parser)
     metrics = metrics or Metrics.of(service.client)
     # FastAPI's own documentation pages load scripts from a CDN: left out. /openapi.json stays.
     app = FastAPI(title="jaxserve", version=service.info.version, docs_url=None, redoc_url=None)
     errors.install(app)
+    app.state.stalled_reader_s = service.limits.stalled_reader_s
     app.include_router(ops_router(service, metrics))
-    app.include_router(chat_router(service, style))
+    app.include_router(chat_router(service))
     app.include_router(completions_router(service))
-    app.include_router(responses_router(service, style))
+    app.include_router(responses_router(service))
     app.include_router(embeddings_router(service))
+    app.include_router(scores_router(service))
     app.include_router(tokens_router(service))
     if page:
         _add_page(app)

@@ -10,15 +10,16 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from serving.frontends.openai import outcome as oc
+from serving.frontends.openai.chat_requests import deltas, prepare_body
 from serving.frontends.openai.errors import RESPONSES, error_event
 from serving.frontends.openai.protocol.chat import ChatReply, ChatRequest
-from serving.frontends.openai.reply_parser import ChatStyle, ReplyParser, prepare_chat
 from serving.frontends.openai.sse import DONE, dumps, open_stream, quote, unless_gone
 from serving.service import PreparedRequest, TextOutput, TextService, Usage
+from serving.service.chat import ReplyParser
 
 
-def chat_router(service: TextService, style: ChatStyle) -> APIRouter:
-    """The chat endpoint over `service`, whose model writes calls and reasoning in `style`."""
+def chat_router(service: TextService) -> APIRouter:
+    """The chat endpoint over `service`."""
     router = APIRouter(tags=["chat"], responses=RESPONSES)
 
     @router.post(
@@ -29,7 +30,7 @@ def chat_router(service: TextService, style: ChatStyle) -> APIRouter:
     async def create(body: ChatRequest, request: Request) -> Response:
         """Completes a chat. `stream: true` answers with server-sent events, ending with `[DONE]`."""
         body.check_stream_options()
-        chat = await prepare_chat(service, style, body, request.state.request_id)
+        chat = await prepare_body(service, body, request.state.request_id)
         prepared, parsers = chat.request, chat.parsers
         if body.stream:
             return await open_stream(request, _stream(service, body, prepared, parsers), error_event)
@@ -49,7 +50,7 @@ async def _whole(
         called = False
         if parsers is not None:
             parsed, called = parsers[i].whole(choice.text)
-            message.update(parsed)
+            message |= parsed
         item = {
             "index": i,
             "message": message,
@@ -176,13 +177,13 @@ def _events(
     if parsers is None:
         if finish is None and not more:
             return chunks.text(i, output.text) if output.text else b""
-        deltas: list[dict[str, Any]] = [{"content": output.text}] if output.text or finish is None else []
+        new: list[dict[str, Any]] = [{"content": output.text}] if output.text or finish is None else []
         called = False
     else:
-        deltas = parsers[i].push(output.text, last=finish is not None)
+        new = deltas(parsers[i].push(output.text, last=finish is not None))
         called = parsers[i].called
     out = []
-    for delta in deltas or ([{}] if more and finish is None else []):
+    for delta in new or ([{}] if more and finish is None else []):
         out.append(chunks.choice(i, delta, **more))
         more = {}
     if finish is not None:

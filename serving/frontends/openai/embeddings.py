@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from typing import Any
 
@@ -15,6 +14,7 @@ from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.openai.protocol.embeddings import EmbeddingReply, EmbeddingRequest
 from serving.frontends.openai.sse import unless_gone
 from serving.service import Embedding, GenerateInput, TextService
+from serving.service.vectors import shortened, together
 
 
 def embeddings_router(service: TextService) -> APIRouter:
@@ -52,40 +52,23 @@ def _inputs(body: EmbeddingRequest) -> list[Any]:
 
 
 async def _embed(service: TextService, body: EmbeddingRequest, inputs: list[Any], request_id: str) -> list[Embedding]:
-    tasks = [
-        asyncio.create_task(
-            service.embed(
-                GenerateInput(
-                    text=one if isinstance(one, str) else None,
-                    token_ids=None if isinstance(one, str) else one,
-                    truncate_prompt_tokens=body.truncate_prompt_tokens,
-                    model=body.model,
-                    request_id=request_id,
-                    priority=body.priority or 0,
-                ),
-                pooling=body.pooling,
-            )
+    given = [
+        GenerateInput(
+            text=one if isinstance(one, str) else None,
+            token_ids=None if isinstance(one, str) else one,
+            truncate_prompt_tokens=body.truncate_prompt_tokens,
+            model=body.model,
+            request_id=request_id,
+            priority=body.priority or 0,
         )
         for one in inputs
     ]
-    try:
-        return await asyncio.gather(*tasks)  # not a TaskGroup: the first failure is to come out as itself
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return await together([service.embed(one, pooling=body.pooling) for one in given])
 
 
 def _encoded(vector: np.ndarray, body: EmbeddingRequest) -> list[float] | str:
-    """Shortened to `dimensions` and scaled back to length 1 (Matryoshka), as numbers or little-endian base64."""
-    vector = np.asarray(vector, np.float32)
-    if body.dimensions is not None:
-        if not 1 <= body.dimensions <= len(vector):
-            raise invalid(
-                f"dimensions must be between 1 and {len(vector)} for this model, got {body.dimensions}.", "dimensions"
-            )
-        vector = vector[: body.dimensions]
-        vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
+    """As numbers or little-endian base64."""
+    vector = shortened(vector, body.dimensions)
     if body.encoding_format == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     return vector.tolist()

@@ -7,18 +7,16 @@ import contextlib
 import json
 import logging
 import time
-import uuid
 from collections.abc import Callable
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.frontends.openai.errors import error_body
-from serving.metrics.logs import request_id_of_task
+from serving.metrics.logs import request_id_of_task, request_id_or_new
 from serving.metrics.tracing import TRACE_HEADERS, trace_headers_of_task
 
 access_log = logging.getLogger("serving.access")
-MAX_REQUEST_ID_CHARS = 128
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Probes and scrapes come every few seconds: logged at debug level."""
 
@@ -88,12 +86,8 @@ class RequestContext:
 
 
 def _request_id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            text = value.decode("latin-1")
-            if 0 < len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable():
-                return text
-    return uuid.uuid4().hex
+    asked = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return request_id_or_new(asked.decode("latin-1"))
 
 
 class BodyLimit:

@@ -8,16 +8,17 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from serving.frontends.openai.chat_requests import deltas, prepare_body
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.openai.protocol.responses import ResponsesReply, ResponsesRequest
-from serving.frontends.openai.reply_parser import ChatStyle, ReplyParser, prepare_chat
 from serving.frontends.openai.response_events import ResponseWriter
 from serving.frontends.openai.sse import open_stream, unless_gone
 from serving.service import PreparedRequest, TextService
+from serving.service.chat import ReplyParser
 
 
-def responses_router(service: TextService, style: ChatStyle) -> APIRouter:
-    """The responses endpoint over `service`, whose model writes calls and reasoning in `style`."""
+def responses_router(service: TextService) -> APIRouter:
+    """The responses endpoint over `service`."""
     router = APIRouter(tags=["responses"], responses=RESPONSES)
 
     @router.post(
@@ -27,7 +28,7 @@ def responses_router(service: TextService, style: ChatStyle) -> APIRouter:
     )
     async def create(body: ResponsesRequest, request: Request) -> Response:
         """Runs a response. `stream: true` answers with typed server-sent events, ending with response.completed."""
-        chat = await prepare_chat(service, style, body.to_chat(), request.state.request_id)
+        chat = await prepare_body(service, body.to_chat(), request.state.request_id)
         writer = ResponseWriter(body, chat.request)
         events = _run(service, chat.request, chat.parsers[0] if chat.parsers else None, writer)
         if body.stream:
@@ -50,12 +51,12 @@ async def _run(
                 # Held back until the engine has taken the request, so that a refusal is an HTTP status.
                 opening, first = writer.start(), False
             last = output.finish_reason is not None
-            deltas: list[dict[str, Any]] = (
+            new: list[dict[str, Any]] = (
                 ([{"content": output.text}] if output.text or output.logprobs else [])
                 if parser is None
-                else parser.push(output.text, last)
+                else deltas(parser.push(output.text, last))
             )
-            events = opening + writer.push(output, deltas)
+            events = opening + writer.push(output, new)
             opening = b""
             if events:
                 yield events

@@ -74,7 +74,6 @@ async def serve_http(
         port: 0 takes a free one; the handle's `port` tells which.
     Raises:
         OSError: the port is taken, or the host is not ours.
-        ValueError: as `create_app`.
     """
     app = create_app(service, **options)
     sock = _bind(host, port)

@@ -16,7 +16,7 @@ class EmbeddingRequest(ApiRequest):
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = number(1, text="Keep only the first so many numbers, then scale to length 1.")
-    pooling: Literal["last", "mean"] | None = Field(default=None, description="Left out: the model's own.")
+    pooling: Literal["last", "mean", "cls"] | None = Field(default=None, description="Left out: the model's own.")
     truncate_prompt_tokens: int | None = None
     priority: int | None = None
     user: str | None = Field(default=None, description="Accepted and ignored.")

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from serving.frontends.openai.app import create_app
-from tests.mock_engine import mock_service
-from tests.serving.frontends.openai.test_server_routes import EmbeddingEngine
+from tests.mock_engine import EmbeddingEngine, mock_service
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 positive_data_acceptance = schemathesis.checks.positive_data_acceptance

@@ -8,8 +8,7 @@ import numpy as np
 import openai
 import pytest
 
-from serving.errors import ErrorKind, RequestError
-from tests.mock_engine import MockEngine
+from tests.mock_engine import EmbeddingEngine
 from tests.serving.frontends.openai.conftest import Running, Start
 
 
@@ -55,16 +54,6 @@ async def test_tokens_there_and_back(running: Running):
 )
 async def test_wrong_token_requests(running: Running, path, body):
     assert (await running.http.post(path, json=body)).status_code == 400
-
-
-class EmbeddingEngine(MockEngine):
-    """Embeds a sequence as its first ids, at length 1."""
-
-    async def embed(self, request_id: str, token_ids, *, pooling=None, priority=0) -> np.ndarray:
-        if self.fail_next:
-            raise RequestError(ErrorKind.RESOURCE_EXHAUSTED, self.fail_next)
-        vector = np.asarray([*token_ids, 0, 0, 0, 0][:4], np.float32)
-        return vector / max(np.linalg.norm(vector), 1e-9)
 
 
 async def test_embeddings_of_text_and_ids_in_both_encodings(start: Start):

@@ -68,8 +68,8 @@ async def any_model(start: Start) -> Running:
     engine = RandomEngine()
     template: Any = MockTemplate()
     compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size)
-    service = TextService(engine, tokenizer, template, model_id="any", grammar_compiler=compiler)
-    return await start(engine, app={"tool_parser": "hermes"}, service=service)
+    service = TextService(engine, tokenizer, template, model_id="any", grammar_compiler=compiler, tool_parser="hermes")
+    return await start(engine, service=service)
 
 
 def _json_schema(schema: dict) -> dict:

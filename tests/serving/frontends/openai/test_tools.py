@@ -12,8 +12,8 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from serving.frontends.grpc.client import RemoteGrammars
-from serving.frontends.openai.reply_parser import ChatStyle
-from tests.mock_engine import MockEngine, mock_service
+from serving.service import ChatStyle, TextService
+from tests.mock_engine import MockEngine, MockTemplate, MockTokenizer, mock_service
 from tests.serving.frontends.openai.conftest import HI, Start
 
 EVENT: TypeAdapter = TypeAdapter(ResponseStreamEvent)
@@ -32,7 +32,7 @@ HERMES = {"tool_parser": "hermes", "reasoning_parser": "think"}
 
 
 async def test_a_call_comes_back_as_openais_message(start: Start):
-    running = await start(MockEngine(reply=ONE), app=HERMES)
+    running = await start(MockEngine(reply=ONE), **HERMES)
     reply = TypeAdapter(ChatCompletion).validate_python((await running.chat(tools=[WEATHER])).json())
     choice = reply.choices[0]
     (call,) = choice.message.tool_calls or ()
@@ -44,12 +44,12 @@ async def test_a_call_comes_back_as_openais_message(start: Start):
 
 
 async def test_a_message_of_calls_alone_has_no_content(start: Start):
-    running = await start(MockEngine(reply=ONE.removeprefix("Let me look.\n")), app=HERMES)
+    running = await start(MockEngine(reply=ONE.removeprefix("Let me look.\n")), **HERMES)
     assert (await running.chat(tools=[WEATHER])).json()["choices"][0]["message"]["content"] is None
 
 
 async def test_parallel_calls_stream_as_deltas_that_add_up(start: Start):
-    running = await start(MockEngine(reply=TWO), app=HERMES)
+    running = await start(MockEngine(reply=TWO), **HERMES)
     chunks = await running.chunks(tools=[WEATHER])
     for chunk in chunks:
         TypeAdapter(ChatCompletionChunk).validate_python(chunk)
@@ -69,7 +69,7 @@ async def test_parallel_calls_stream_as_deltas_that_add_up(start: Start):
 
 
 async def test_the_client_accumulates_a_streamed_call(start: Start):
-    running = await start(MockEngine(reply=ONE), app=HERMES)
+    running = await start(MockEngine(reply=ONE), **HERMES)
     async with running.client.chat.completions.stream(model="default", messages=HI, tools=[WEATHER]) as stream:
         async for _ in stream:
             pass
@@ -79,14 +79,14 @@ async def test_the_client_accumulates_a_streamed_call(start: Start):
 
 
 async def test_parallel_tool_calls_false_keeps_the_first(start: Start):
-    running = await start(MockEngine(reply=TWO), app=HERMES)
+    running = await start(MockEngine(reply=TWO), **HERMES)
     message = (await running.chat(tools=[WEATHER], parallel_tool_calls=False)).json()["choices"][0]["message"]
     assert len(message["tool_calls"]) == 1
 
 
 @pytest.mark.parametrize("fields", [{"tools": [WEATHER], "tool_choice": "none"}, {}])
 async def test_without_tools_a_call_is_text(start: Start, fields):
-    running = await start(MockEngine(reply=ONE), app={"tool_parser": "hermes"})
+    running = await start(MockEngine(reply=ONE), tool_parser="hermes")
     choice = (await running.chat(**fields)).json()["choices"][0]
     assert choice["message"]["content"] == ONE and choice["finish_reason"] == "stop"
     assert "tool_calls" not in choice["message"]
@@ -94,13 +94,13 @@ async def test_without_tools_a_call_is_text(start: Start, fields):
 
 async def test_a_call_of_no_offered_tool_is_text(start: Start):
     text = ONE.replace("get_weather", "rm_rf")
-    running = await start(MockEngine(reply=text), app=HERMES)
+    running = await start(MockEngine(reply=text), **HERMES)
     message = (await running.chat(tools=[WEATHER])).json()["choices"][0]["message"]
     assert "tool_calls" not in message and "rm_rf" in message["content"]
 
 
 async def test_reasoning_is_told_apart(start: Start):
-    running = await start(MockEngine(reply=THOUGHT), app=HERMES)
+    running = await start(MockEngine(reply=THOUGHT), **HERMES)
     message = (await running.chat()).json()["choices"][0]["message"]
     assert message["reasoning"] == "Is it big?\nYes." and message["content"] == "It is big."
     chunks = await running.chunks()
@@ -112,7 +112,7 @@ async def test_reasoning_is_told_apart(start: Start):
 
 
 async def test_logprobs_and_ids_of_parsed_text_are_all_there(start: Start):
-    running = await start(MockEngine(reply=ONE), app=HERMES)
+    running = await start(MockEngine(reply=ONE), **HERMES)
     chunks = await running.chunks(tools=[WEATHER], logprobs=True, return_token_ids=True)
     ids = [i for c in chunks for i in c["choices"][0].get("token_ids") or ()]
     entries = [e for c in chunks for e in (c["choices"][0]["logprobs"] or {"content": []})["content"]]
@@ -120,7 +120,7 @@ async def test_logprobs_and_ids_of_parsed_text_are_all_there(start: Start):
 
 
 async def test_calls_and_reasoning_in_a_response(start: Start):
-    running = await start(MockEngine(reply=f"<think>hm</think>{TWO}"), app=HERMES)
+    running = await start(MockEngine(reply=f"<think>hm</think>{TWO}"), **HERMES)
     tool = {"type": "function", **WEATHER["function"]}  # type: ignore[dict-item]
     reply = (await running.http.post("/v1/responses", json={"input": "weather?", "tools": [tool]})).json()
     parsed = TypeAdapter(Response).validate_python(reply)
@@ -147,7 +147,7 @@ async def test_calls_and_reasoning_in_a_response(start: Start):
     ],
 )
 async def test_wrong_tools_are_400(start: Start, fields):
-    running = await start(app=HERMES)
+    running = await start(**HERMES)
     with pytest.raises(openai.BadRequestError):
         await running.client.chat.completions.create(model="default", messages=HI, **fields)
 
@@ -178,7 +178,7 @@ NAMED = {"type": "function", "function": {"name": "get_weather"}}
 )
 async def test_forced_and_strict_calls_are_held_to_their_schema(start: Start, fields, enforced):
     compiler = _Compiler()
-    running = await start(MockEngine(reply=ONE), app=HERMES, grammar_compiler=compiler)
+    running = await start(MockEngine(reply=ONE), **HERMES, grammar_compiler=compiler)
     reply = await running.chat(**{"tools": [WEATHER], **fields})
     assert reply.json()["choices"][0]["message"]["tool_calls"]
     assert len(compiler.grammars) == enforced
@@ -186,7 +186,7 @@ async def test_forced_and_strict_calls_are_held_to_their_schema(start: Start, fi
 
 
 async def test_a_remote_engine_gets_the_grammars_source(start: Start):
-    running = await start(MockEngine(reply=ONE), app=HERMES, grammar_compiler=RemoteGrammars())
+    running = await start(MockEngine(reply=ONE), **HERMES, grammar_compiler=RemoteGrammars())
     await running.chat(tools=[WEATHER], tool_choice="required")
     structured = running.engine.requests[0].params.structured_outputs
     assert structured is not None and "get_weather" in structured.grammar
@@ -194,30 +194,38 @@ async def test_a_remote_engine_gets_the_grammars_source(start: Start):
 
 def test_a_style_comes_from_the_chat_template():
     service = mock_service()
-    assert ChatStyle.of(service).tools.name == "json" and ChatStyle.of(service).reasoning is None
-    service.chat_template.source = "{% if tools %}<tool_call>{% endif %}<think>"  # type: ignore[union-attr]
-    style = ChatStyle.of(service)
+    assert service.style.tools.name == "json" and service.style.reasoning is None
+    template, tokenizer = MockTemplate(), service.tokenizer
+    template.source = "{% if tools %}<tool_call>{% endif %}<think>"  # type: ignore[attr-defined]
+    style = ChatStyle.of(template, tokenizer)  # type: ignore[arg-type]
     assert style.tools.name == "hermes" and style.reasoning is not None and style.reasoning.name == "think"
     with pytest.raises(ValueError, match="no tool-call parser named 'nope'"):
-        ChatStyle.of(service, "nope")
+        mock_service(tool_parser="nope")
 
 
-def _special_service():
-    service = mock_service()
-    service.tokenizer.special_token_ids = frozenset({300})  # type: ignore[misc]
-    service.tokenizer.id_to_token = lambda i: "<tool_call>"  # type: ignore[method-assign]
-    return service
+OPEN, CLOSE, OTHER = 300, 301, 302
+MARKED = {OPEN: "<tool_call>", CLOSE: "</tool_call>", OTHER: "<|pad|>"}
 
 
-def test_markers_that_are_control_tokens_are_noticed():
-    assert ChatStyle.of(_special_service(), "hermes").keep_special
-    assert not ChatStyle.of(_special_service(), "mistral").keep_special
-    assert not ChatStyle.of(mock_service(), "hermes").keep_special
+class _MarkingTokenizer(MockTokenizer):
+    """Its markers of calls are control tokens, as in most models that call tools."""
+
+    special_token_ids = frozenset({*MockTokenizer.special_token_ids, *MARKED})
+
+    def id_to_token(self, token_id: int) -> str | None:
+        return MARKED.get(token_id) or super().id_to_token(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return MARKED[token_id].encode() if token_id in MARKED else super().token_bytes(token_id)
 
 
-async def test_markers_that_are_control_tokens_stay_in_the_text(start: Start, monkeypatch):
-    monkeypatch.setattr("serving.frontends.openai.reply_parser.kept_token_ids", lambda *_: frozenset({300}))
-    running = await start(MockEngine(reply=ONE), app={"tool_parser": "hermes"})
-    await running.chat(tools=[WEATHER])
-    await running.chat()
-    assert [r.params.skip_special_tokens for r in running.engine.requests] == [False, True]
+async def test_markers_that_are_control_tokens_stay_in_the_text_and_others_do_not(start: Start):
+    call = [OPEN, *b'{"name": "get_weather", "arguments": {"city": "Bern"}}', CLOSE]
+    engine = MockEngine(reply=[*b"So:", OTHER, *call])
+    template: Any = MockTemplate()
+    service = TextService(engine, _MarkingTokenizer(), template, model_id="m", tool_parser="hermes")  # type: ignore[arg-type]
+    running = await start(engine, service=service)
+    message = (await running.chat(tools=[WEATHER])).json()["choices"][0]["message"]
+    assert message["content"] == "So:" and message["tool_calls"][0]["function"]["name"] == "get_weather"
+    message = (await running.chat()).json()["choices"][0]["message"]
+    assert message["content"] == 'So:{"name": "get_weather", "arguments": {"city": "Bern"}}'

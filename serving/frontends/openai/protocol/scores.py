@@ -1,0 +1,117 @@
+"""/score and /rerank: vLLM's shapes, which are Jina's and Cohere's too.
+
+https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html#score-api , https://jina.ai/reranker ,
+https://docs.cohere.com/reference/rerank
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from serving.errors import invalid
+from serving.frontends.openai.protocol.common import ApiReply, ApiRequest, UsageReply, number
+
+Texts = str | list[str]
+_FIRST = ("text_1", "queries", "data_1")
+_SECOND = ("text_2", "documents", "items", "data_2")
+_EITHER = "One text, or several."
+
+
+class PairFields(ApiRequest):
+    """What both requests may say beside their texts."""
+
+    model: str | None = None
+    truncate_prompt_tokens: int | None = Field(
+        default=None, description="Keep so many tokens of a pair (of a text, where the model reads texts one by one)."
+    )
+    priority: int | None = None
+    request_id: str | None = None
+    user: str | None = Field(default=None, description="Accepted and ignored.")
+
+
+class ScoreRequest(PairFields):
+    """One text against one or several, or as many against as many, in the names of any of vLLM's forms."""
+
+    text_1: Texts | None = Field(default=None, description=_EITHER)
+    text_2: Texts | None = Field(default=None, description=_EITHER)
+    queries: Texts | None = Field(default=None, description="Another name of text_1.")
+    documents: Texts | None = Field(default=None, description="Another name of text_2.")
+    items: Texts | None = Field(default=None, description="Another name of text_2.")
+    data_1: Texts | None = Field(default=None, description="Another name of text_1.")
+    data_2: Texts | None = Field(default=None, description="Another name of text_2.")
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """The pairs to score. Raises RequestError naming the field at fault."""
+        first, second = self._texts(_FIRST), self._texts(_SECOND)
+        if len(first) == 1:
+            first = first * len(second)
+        if len(first) != len(second):
+            raise invalid(
+                f"text_1 has {len(first)} texts and text_2 {len(second)}: give one text in text_1, or as many as in text_2.",
+                "text_1",
+            )
+        return list(zip(first, second, strict=True))
+
+    def _texts(self, names: tuple[str, ...]) -> list[str]:
+        given: list[Any] = [value for name in names if (value := getattr(self, name)) is not None]
+        if len(given) != 1:
+            raise invalid(f"Give the texts once, as {names[0]} ({' or '.join(names[1:])} are other names).", names[0])
+        texts = [given[0]] if isinstance(given[0], str) else given[0]
+        if not texts:
+            raise invalid(f"{names[0]} is empty: give at least one text.", names[0])
+        return texts
+
+
+class RerankDocument(ApiRequest):
+    text: str
+
+
+class RerankRequest(PairFields):
+    """Documents to order by how relevant they are to a query."""
+
+    query: str
+    documents: list[str | RerankDocument] = Field(json_schema_extra={"minItems": 1})
+    top_n: int | None = number(0, text="Tell only the best so many; left out or 0: all.")
+    return_documents: bool | None = Field(default=None, description="false leaves the texts out of the reply.")
+
+    def texts(self) -> list[str]:
+        """The documents' texts. Raises RequestError when there are none, or `top_n` makes no sense."""
+        if not self.documents:
+            raise invalid("documents is empty: give at least one.", "documents")
+        if self.top_n is not None and self.top_n < 0:
+            raise invalid(f"top_n must be at least 0, got {self.top_n}.", "top_n")
+        return [one if isinstance(one, str) else one.text for one in self.documents]
+
+
+class Score(ApiReply):
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class ScoreReply(ApiReply):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Score]
+    usage: UsageReply
+
+
+class RankedText(ApiReply):
+    text: str
+
+
+class Ranked(ApiReply):
+    index: int
+    document: RankedText | None = None
+    relevance_score: float
+
+
+class RerankReply(ApiReply):
+    id: str
+    model: str
+    results: list[Ranked]
+    usage: UsageReply

@@ -1,0 +1,57 @@
+"""/score, /v1/score, /rerank, /v1/rerank, /v2/rerank: how relevant texts are to a query.
+
+A cross-encoder reads each pair itself; of a model that only embeds, scores are cosines of embeddings.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from serving.frontends.openai.errors import RESPONSES
+from serving.frontends.openai.protocol.scores import PairFields, RerankReply, RerankRequest, ScoreReply, ScoreRequest
+from serving.frontends.openai.sse import unless_gone
+from serving.service import ScoreInput, Scores, TextService
+
+
+def scores_router(service: TextService) -> APIRouter:
+    """The scoring endpoints over `service`."""
+    router = APIRouter(tags=["scores"], responses=RESPONSES)
+
+    async def run(body: PairFields, pairs: list[tuple[str, str]], request: Request) -> tuple[Scores, dict[str, Any]]:
+        """The scores, and what both replies begin with."""
+        request_id = body.request_id or request.state.request_id
+        given = ScoreInput(pairs, body.truncate_prompt_tokens, body.model, request_id, body.priority or 0)
+        found = await unless_gone(request, service.score(given))
+        usage = {"prompt_tokens": found.prompt_tokens, "total_tokens": found.prompt_tokens}
+        return found, {"model": service.resolve_model(body.model), "usage": usage}
+
+    @router.post("/score", response_model=ScoreReply, operation_id="score")
+    @router.post("/v1/score", response_model=ScoreReply, operation_id="score_v1")
+    async def score(body: ScoreRequest, request: Request) -> Response:
+        """Scores one text against one or several, or as many against as many."""
+        found, head = await run(body, body.pairs(), request)
+        data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(found.values)]
+        reply_id = f"score-{request.state.request_id}"
+        return JSONResponse({"id": reply_id, "object": "list", "created": int(time.time()), **head, "data": data})
+
+    @router.post("/rerank", response_model=RerankReply, operation_id="rerank")
+    @router.post("/v1/rerank", response_model=RerankReply, operation_id="rerank_v1")
+    @router.post("/v2/rerank", response_model=RerankReply, operation_id="rerank_v2")
+    async def rerank(body: RerankRequest, request: Request) -> Response:
+        """Orders documents by their relevance to a query, the most relevant first."""
+        texts = body.texts()
+        found, head = await run(body, [(body.query, text) for text in texts], request)
+        best = sorted(range(len(texts)), key=lambda i: -found.values[i])[: body.top_n or None]
+        results = [
+            {"index": i}
+            | ({} if body.return_documents is False else {"document": {"text": texts[i]}})
+            | {"relevance_score": found.values[i]}
+            for i in best
+        ]
+        return JSONResponse({"id": f"rerank-{request.state.request_id}", **head, "results": results})
+
+    return router

@@ -1,0 +1,183 @@
+"""Texts to vectors and scores: what an embedding or a score reads, and scores of models that only embed."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from serving.engine.types import EngineInfo, TokenPair
+from serving.errors import invalid
+from serving.service.inputs import GenerateInput, check_prompt_text
+from serving.service.limits import Limits
+from serving.service.outputs import Embedding, Scores
+from serving.service.prepare import check_token_ids, render_and_encode
+
+if TYPE_CHECKING:
+    from serving.text.chat_template import ChatTemplate
+    from serving.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreInput:
+    """Pairs of texts to score.
+
+    Attributes:
+        pairs: (first, second) each; or, from another of our servers, token pairs as they are.
+        truncate_prompt_tokens: keep only so many tokens of what is read at once: a pair for models that read pairs, a text
+            for others; -1 keeps what fits the context; None refuses what is longer.
+        model, request_id, priority: as in `GenerateInput`.
+    """
+
+    pairs: Sequence[tuple[str, str] | TokenPair]
+    truncate_prompt_tokens: int | None = None
+    model: str | None = None
+    request_id: str | None = None
+    priority: int = 0
+
+    def check(self, limits: Limits) -> None:
+        """Checks everything that needs no model.
+
+        Raises:
+            RequestError: INVALID_ARGUMENT naming the field.
+        """
+        if not self.pairs:
+            raise invalid("There is nothing to score: give at least one pair of texts.", "pairs")
+        limits.check_count("pairs", len(self.pairs), limits.max_batch, "pairs")
+        for pair in self.pairs:
+            if not isinstance(pair, TokenPair):
+                for text in pair:
+                    check_prompt_text(text, limits)
+        # The rest is what any prompt has, the text aside.
+        GenerateInput(
+            text="-",
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
+            model=self.model,
+            request_id=self.request_id,
+            priority=self.priority,
+        ).check(limits)
+
+
+def encode(
+    given: GenerateInput, tokenizer: Tokenizer, template: ChatTemplate | None, limits: Limits, info: EngineInfo
+) -> tuple[str | None, tuple[int, ...]]:
+    """What an embedding reads: the prompt as text (None for token ids) and as ids, cut where asked for.
+
+    Control tokens written in a text are text: what is embedded is data. A decoder keeps the end of what is cut, whose
+    last token sums it up; an encoder the beginning, with its special tokens.
+
+    Raises:
+        RequestError: INVALID_ARGUMENT: no tokens, an id outside the vocabulary, or more tokens than the context has.
+    """
+    keep = given.truncate_prompt_tokens
+    most = info.max_model_len if keep == -1 else keep
+    if given.text is not None and given.add_special_tokens is not False:
+        prompt: str | None = given.text
+        encoder = "generate" not in info.tasks
+        ids: Sequence[int] = tokenizer.encode_pair(given.text, None, most if encoder else None)[0]
+    else:
+        prompt, ids = render_and_encode(given, tokenizer, template, limits)
+    check_token_ids(ids, info.vocab_size)
+    if most is not None:
+        ids = ids[-most:]
+    _check_fits(len(ids), info)
+    return prompt, tuple(ids)
+
+
+def encode_pairs(given: ScoreInput, tokenizer: Tokenizer, info: EngineInfo) -> list[TokenPair]:
+    """What a cross-encoder reads.
+
+    Raises:
+        RequestError: INVALID_ARGUMENT, as `encode`.
+    """
+    keep = given.truncate_prompt_tokens
+    most = info.max_model_len if keep == -1 else keep
+    made = []
+    for pair in given.pairs:
+        if not isinstance(pair, TokenPair):
+            ids, segments = tokenizer.encode_pair(*pair, max_tokens=most)
+            pair = TokenPair(tuple(ids), tuple(segments))
+        check_token_ids(pair.token_ids, info.vocab_size)
+        if len(pair.segment_ids) != len(pair.token_ids):
+            raise invalid(
+                f"A pair has {len(pair.token_ids)} token ids and {len(pair.segment_ids)} segment ids; give one each.",
+                "pairs",
+            )
+        _check_fits(len(pair.token_ids), info)
+        made.append(pair)
+    return made
+
+
+async def score_by_cosine(
+    embed: Callable[[GenerateInput], Coroutine[Any, Any, Embedding]], given: ScoreInput
+) -> Scores:
+    """Scores by the cosine of two texts' embeddings, -1 to 1; each text is embedded once.
+
+    Raises:
+        RequestError: as `embed`; INVALID_ARGUMENT for token pairs, which only a model that reads pairs takes.
+    """
+    pairs: list[tuple[str, str]] = []
+    for pair in given.pairs:
+        if isinstance(pair, TokenPair):
+            raise invalid("This model embeds single texts: give pairs of texts, not of tokens.", "pairs")
+        pairs.append(pair)
+    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+    found = await together(
+        [
+            embed(
+                GenerateInput(
+                    text=text,
+                    truncate_prompt_tokens=given.truncate_prompt_tokens,
+                    model=given.model,
+                    request_id=given.request_id,
+                    priority=given.priority,
+                )
+            )
+            for text in texts
+        ]
+    )
+    vectors = {text: one.vector for text, one in zip(texts, found, strict=True)}
+    scores = tuple(float(np.dot(vectors[first], vectors[second])) for first, second in pairs)
+    return Scores(scores, sum(len(one.prompt_token_ids) for one in found))
+
+
+def shortened(vector: np.ndarray, dimensions: int | None) -> np.ndarray:
+    """The first `dimensions` numbers, scaled back to length 1 (Matryoshka embeddings, Kusupati et al. 2022); None for all.
+
+    Returns:
+        float32.
+    Raises:
+        RequestError: INVALID_ARGUMENT: more numbers than the vector has, or none.
+    """
+    vector = np.asarray(vector, np.float32)
+    if dimensions is None:
+        return vector
+    if not 1 <= dimensions <= len(vector):
+        raise invalid(f"dimensions must be between 1 and {len(vector)} for this model, got {dimensions}.", "dimensions")
+    vector = vector[:dimensions]
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)
+
+
+async def together(work: Sequence[Awaitable[T]]) -> list[T]:
+    """The results of all, in their order. The first failure, or a cancellation, ends the others."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))  # not a TaskGroup: the first failure is to come out as itself
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _check_fits(length: int, info: EngineInfo) -> None:
+    if length > info.max_model_len:
+        raise invalid(
+            f"The prompt has {length} tokens; this model's context is {info.max_model_len} tokens. "
+            "Shorten it or set truncate_prompt_tokens.",
+            "prompt",
+        )
