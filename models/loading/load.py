@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from models import registry
 from models.family import Family
 from models.layers import Build, Embedding, Linear, Weight
-from models.loading import gguf_config, orbax
+from models.loading import buffers, gguf_config, orbax
 from models.loading.buffers import owned
 from models.loading.checkpoint import Checkpoint
 from models.loading.default_model import MODEL_ID, RECORDED_NAME
@@ -32,10 +32,12 @@ from models.loading.safetensors import SafetensorsCheckpoint
 from models.loading.source import ModelSource, resolve
 from models.moe import Experts
 from ops.experts import pack_experts
-from ops.linear import pack, quantize
+from ops.linear import PackedInt8Weight, host_pack, pack, quantize
 from sharding.rules import to_sharding
 
 __all__ = ["LoadedModel", "ModelSource", "load_model", "resolve"]
+
+T = TypeVar("T")
 
 IGNORED = (r"\.rotary_emb\.inv_freq$", r"^rope_(freqs|factors_(long|short))\.weight$", r"\.attention\.(masked_)?bias$")
 """Tensors of any checkpoint that hold no weights: tables that are computed or read with the configuration."""
@@ -200,12 +202,20 @@ def fill(
 
     on_cpu = build.mesh is None and jax.devices()[0].platform == "cpu"
     narrow = set(quantizable(model)) if quantization else set()
+    packs = on_cpu and quantization == "int8" and host_pack.available()
 
-    def make(path: str) -> np.ndarray:
+    def make(path: str) -> np.ndarray | PackedInt8Weight:
         recipe, parameter = recipes[path], parameters[path]
         arrays = [checkpoint.read(piece.name) for piece in recipe.pieces]
         assemble: Callable[..., np.ndarray] = recipe.assemble or (lambda array: array)
         host = parameter.from_stored(assemble(*arrays))
+        if packs and path in narrow and (host.ndim == 2 or parameter.get_metadata().get("packed")):
+            if host.dtype not in host_pack.SOURCES or not host.flags.c_contiguous:
+                host = owned(host, np.float32)
+            packed = host_pack.pack(host.reshape(-1, host.shape[-1]), buffers.empty)
+            for piece in recipe.pieces:
+                checkpoint.release(piece.name)
+            return packed
         dtype = parameter.get_value().dtype
         if not on_cpu or (path in narrow and host.dtype.itemsize < dtype.itemsize):
             dtype = host.dtype  # devices cast faster than the host, and quantizing widens by itself
@@ -214,8 +224,11 @@ def fill(
             checkpoint.release(piece.name)
         return host
 
-    def placed() -> Iterator[tuple[str, jax.Array]]:
+    def placed() -> Iterator[tuple[str, jax.Array | PackedInt8Weight]]:
         for path, host in _read_ahead(recipes, make):
+            if isinstance(host, PackedInt8Weight):
+                yield path, jax.tree.map(jax.device_put, host)
+                continue
             dtype = host.dtype if path in narrow else parameters[path].get_value().dtype
             yield path, place(host, dtype, parameters[path], build)
 
@@ -223,18 +236,22 @@ def fill(
 
 
 def set_values(
-    model: Any, values: Iterable[tuple[str, jax.Array]], *, quantization: str | None = None, progress: bool = True
+    model: Any,
+    values: Iterable[tuple[str, jax.Array | PackedInt8Weight]],
+    *,
+    quantization: str | None = None,
+    progress: bool = True,
 ) -> None:
-    """Gives every parameter its array, quantized where the scheme applies to it."""
+    """Gives every parameter its array, quantized where the scheme applies to it and that has not been done yet."""
     parameters = dict(parameters_of(model))
     quantized = set(quantizable(model)) if quantization else set()
     total = sum(int(np.prod(parameter.get_value().shape)) for parameter in parameters.values())
     with tqdm(total=total, unit=" weights", unit_scale=True, desc="Loading", disable=not progress) as bar:
         for path, value in values:
-            size = value.size
-            parameters[path].set_value(
-                _quantized(parameters[path], value, quantization) if path in quantized else value
-            )
+            size = int(np.prod(value.shape))
+            if path in quantized and not isinstance(value, PackedInt8Weight):
+                value = _quantized(parameters[path], value, quantization)
+            parameters[path].set_value(value)
             bar.update(size)
 
 
@@ -302,7 +319,7 @@ def _check(recipes: Recipes, checkpoint: Checkpoint, ignore: tuple[str, ...]) ->
         )
 
 
-def _read_ahead(paths: Iterable[str], make: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def _read_ahead(paths: Iterable[str], make: Callable[[str], T]) -> Iterator[tuple[str, T]]:
     """(path, its array), two in the making at any time: as many as keep the memory busy."""
     with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
         pending: list[tuple[str, Any]] = []

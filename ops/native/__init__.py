@@ -24,6 +24,18 @@ def available() -> bool:
     return _load()[0] is not None
 
 
+def library() -> ctypes.CDLL:
+    """The library, for functions that are no XLA handlers.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    found, reason = _load()
+    if found is None:
+        raise ValueError(reason)
+    return found
+
+
 def status() -> str:
     """One line: the instruction set in use, or what is missing and how to get it."""
     library, reason = _load()

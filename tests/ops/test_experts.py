@@ -38,12 +38,36 @@ def arguments(T, E, k, seed=0, D=D, F=F):
 
 @pytest.mark.parametrize(("T", "E", "k"), [(1, 8, 2), (3, 4, 4), (7, 16, 3), (64, 4, 1), (130, 6, 2)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_against_every_expert(T, E, k, bias):
+@pytest.mark.parametrize("body", ["generic", "avx2", "avx512", "blocks"])
+def test_against_every_expert(T, E, k, bias, body, monkeypatch):
+    if body == "blocks":
+        monkeypatch.setattr(module, "has_native_dot", lambda weight: False)
+    elif not native.available():
+        pytest.skip("no native kernels")
+    elif native.set_isa(body) != body:
+        native.set_isa(None)
+        pytest.skip(f"this CPU has no {body}")
     x, ids, weights, gate_up, down, *biases = arguments(T, E, k)
     given = {"gate_up_bias_EJ": biases[0], "down_bias_ED": biases[1]} if bias else {}
     got = jax.jit(lambda *a: experts(*a, activation, **given))(x, ids, weights, gate_up, down)
     used = biases if bias else [np.zeros_like(b) for b in biases]
     np.testing.assert_allclose(got, every_expert(x, ids, weights, gate_up, down, *used), atol=1e-4)
+    if native.available():
+        native.set_isa(None)
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("D", "F"), [(64, 48), (37, 5), (130, 67)])
+def test_native_products_of_any_width(dtype, D, F):
+    x, ids, weights, gate_up, down, *biases = arguments(33, 7, 3, D=D, F=F)
+    ids = np.where(ids == 2, 7, ids).astype(np.int32)  # one expert is nobody's, one is another device's
+    rounded = [jnp.asarray(a, dtype) for a in (gate_up, down)]
+    assert all(module.has_native_dot(a) for a in rounded)
+    got = jax.jit(lambda *a: experts(*a, activation))(x, ids, weights, *rounded)
+    padded = [np.concatenate([np.asarray(a, np.float32), np.zeros((1, *a.shape[1:]), np.float32)]) for a in rounded]
+    zeros = [np.zeros((8, b.shape[1]), np.float32) for b in biases]
+    np.testing.assert_allclose(got, every_expert(x, ids, weights, *padded, *zeros), atol=1e-4)
 
 
 def test_all_tokens_to_one_expert():
