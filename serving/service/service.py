@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from serving.text.chat_template import ChatTemplate
     from serving.text.grammar import GrammarCompiler
     from serving.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "default"
 """The name that always means the base model."""
@@ -317,6 +320,9 @@ class TextService:
             )
         if not self.client.healthy:
             raise RequestError(ErrorKind.UNAVAILABLE, "The engine has stopped; the server is about to restart.")
+        refusal = getattr(self.client, "refusal", None)
+        if refusal is not None:
+            raise RequestError(ErrorKind.UNAVAILABLE, refusal, retry_after_s=5.0)
 
     def resolve_model(self, name: str | None) -> str:
         """The served name for what a client asked for.
@@ -419,11 +425,17 @@ class TextService:
             raise invalid(f"{subject} more than {limit:g} seconds to compile. Simplify.", param) from None
 
     async def _run(self, function: Any, *args: Any, executor: Executor | None = None) -> Any:
-        """Runs a function of the text side in a thread. Its ValueErrors are sentences about the request."""
+        """Runs a function of the text side in a thread. Its ValueErrors are sentences about the request; whatever else it
+        raises is this request's too, panics of the tokenizer's Rust, which are no `Exception`, included."""
         try:
             return await asyncio.get_running_loop().run_in_executor(executor or self._executor, function, *args)
         except ValueError as error:
             raise invalid(str(error)) from error
+        except (RequestError, asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            log.error("the text side failed on a request", exc_info=error)
+            raise RequestError(ErrorKind.INTERNAL, "The server failed to read this request; its log says why.") from error
 
 
 def _failure(output: EngineOutput) -> RequestError:
