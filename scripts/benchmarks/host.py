@@ -48,13 +48,15 @@ class FakeRunner:
     """What the engine loop calls of a ModelRunner, with a device that is busy for a fixed time a step.
 
     Attributes:
-        host: seconds of engine-thread work between two waits for the device.
+        host: seconds from one wait for the device to the next.
+        work: of those, seconds that the engine thread had a core.
         idle: seconds that the device waited for the next step.
     """
 
     def __init__(self, buckets: BucketTable, pages_per_slot: int, page_size: int, step_s: float) -> None:
         self.guard = types.SimpleNamespace(count=0, close=lambda: None)
         self.host: list[float] = []
+        self.work: list[float] = []
         self.idle: list[float] = []
         self._buckets = buckets
         self._page_size = page_size
@@ -62,7 +64,7 @@ class FakeRunner:
         self._forward = {b: forward_layout(b, pages_per_slot) for b in buckets.buckets}
         self._sample = {s: sample_layout(s) for s in buckets.sample_sizes}
         self._free = 0.0
-        self._woke = 0.0
+        self._woke = self._woke_cpu = 0.0
 
     def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> FakeStep:
         chunk = sum(-(-c.length // 16) * 16 for c in plan.chunks)
@@ -82,8 +84,9 @@ class FakeRunner:
         now = time.perf_counter()
         if self._woke:
             self.host.append(now - self._woke)
+            self.work.append(time.thread_time() - self._woke_cpu)
         time.sleep(max(0.0, step.end - now))
-        self._woke = time.perf_counter()
+        self._woke, self._woke_cpu = time.perf_counter(), time.thread_time()
         rows = len(step.plan.sampled)
         return StepResult(np.full(rows, 7, np.int32), np.ones(rows, bool))
 
@@ -128,6 +131,7 @@ def measure(running: int, steps: int, step_s: float, max_model_len: int, asynchr
         "asynchronous": asynchronous,
         "running": running,
         "step_ms": step_s * 1e3,
+        "host_cpu_ms_median": round(1e3 * statistics.median(runner.work[warm:]), 3),
         "host_ms_median": round(1e3 * statistics.median(runner.host[warm:]), 3),
         "host_ms_p95": round(1e3 * float(np.percentile(runner.host[warm:], 95)), 3),
         "process_cpu_ms_a_step": round(1e3 * cpu / len(runner.host), 3),
