@@ -6,6 +6,7 @@ import functools
 import pathlib
 import tempfile
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 from flax import nnx
@@ -52,13 +53,21 @@ def tiny_engine(
     page_size: int = 8,
     host_pages: int = 0,
     steps: int = 1,
+    model: Any = None,
+    window: int | None = None,
 ) -> Engine:
-    """A started engine; shut it down. Programs are cached over the test session."""
+    """A started engine; shut it down. Programs are cached over the test session.
+
+    Args:
+        model: another than `tiny_model`, with the same vocabulary.
+        window: as in SchedulerConfig.
+    """
+    model = model or tiny_model()
     config = config or EngineConfig(page_size=page_size, progress=False)
     sizes = Sizes(max_num_seqs, max_num_batched_tokens, max_model_len, num_pages, page_size, 0, "float32")
-    cache = ProgramCache(_cache_folder(), repr(("tiny", sizes)))
+    cache = ProgramCache(_cache_folder(), repr(("tiny", model.config, sizes)))
     with starting():
-        executor = Executor(tiny_model(), sizes, cache, host_tier=host_pages > 0, num_scheduler_steps=steps)
+        executor = Executor(model, sizes, cache, host_tier=host_pages > 0, num_scheduler_steps=steps)
         executor.compile()
     runner = ModelRunner(executor)
     scheduler = Scheduler(
@@ -74,6 +83,7 @@ def tiny_engine(
             config.enable_prefix_caching,
             host_pages=host_pages,
             num_scheduler_steps=steps,
+            window=window,
         )
     )
     info = EngineInfo(

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from serving.engine.config import EngineConfig
@@ -143,6 +143,7 @@ def assemble(
             fair_share=config.fair_share,
             host_pages=int(config.kv_offload_gb * GIB // sizes.page_bytes),
             restore_page_s=executor.store.restore_page_s if executor.store is not None else 0.0,
+            window=widest_window(loaded.config.windows),
             max_waiting_time=config.max_waiting_time,
             max_running_time=config.max_running_time,
             buckets=dataclasses.replace(runner.buckets, ridge=CPU_RIDGE if platform == "cpu" else ACCELERATOR_RIDGE),
@@ -166,6 +167,12 @@ def assemble(
         pooling=pooling_mode(loaded.source.path, "last"),
     )
     return loaded, runner, scheduler, info
+
+
+def widest_window(windows: Sequence[int | None]) -> int | None:
+    """The positions that a token attends to in the layer that sees most; None where one sees all."""
+    limited = [window for window in windows if window is not None]
+    return max(limited) if len(limited) == len(windows) else None
 
 
 @contextlib.contextmanager

@@ -225,16 +225,17 @@ class Executor:
 
         Returns:
             what the host may read: SampleOutput of Sample; int32 [2, max_steps, B] of DecodeLoop (`programs`); float32 [R, D]
-            of Pool; (logprob, rank, top_ids, top_values) of PromptLogprobs; None of the others.
+            of Pool; (logprob, rank, top_ids, top_values) of PromptLogprobs; None of the others,
+            but of Forward int32 [layers, E], how many tokens visited each expert, where the model has some.
         """
         if self._group is not None:
             self._group.send(command)
         match command:
             case Forward(bucket, packed):
-                self._kv, self._hidden_SD, self._hidden_TD = self.programs[f"forward {bucket}"](
+                self._kv, self._hidden_SD, self._hidden_TD, loads = self.programs[f"forward {bucket}"](
                     self._leaves, self._kv, self._state.last_token, packed
                 )
-                return None
+                return loads[0] if loads else None
             case Sample(rows, packed, mask):
                 mask = self._no_mask[rows] if mask is None else mask
                 hidden_SD, self._hidden_SD, self._hidden_TD = self._hidden_SD, None, None

@@ -1,5 +1,6 @@
 """Which pages a request gets: the longest cached prefix by reference, the host tier's continuation of it, the rest fresh.
-And when they come free: once the last dispatched step that may write them has retired.
+And when they come free: once the last dispatched step that may write them has retired. Where every layer has a window, that
+begins as soon as no position to come attends to them.
 
 Joins requests to the page pool and the host tier; owns the digests' rules, not the pages' accounting.
 """
@@ -11,7 +12,7 @@ from collections import deque
 import numpy as np
 
 from serving.engine.host_tier import HostTier
-from serving.engine.page_pool import PagePool, chain_digest, root_digest
+from serving.engine.page_pool import NULL_PAGE, PagePool, chain_digest, root_digest
 from serving.engine.request import Request
 
 
@@ -21,14 +22,19 @@ class KVManager:
     Args:
         host_pages: capacity of the host tier; 0 for none.
         restore_page_s: seconds that copying a page back from the host tier takes; 0.0 where nobody has measured it.
+        window: positions that a token attends to, itself included, where that is limited in every layer; None where some
+            layer sees all.
 
     Attributes:
         num_leaving: pages of requests that are gone, but that a step in flight may still write.
         compute_token_s: seconds that computing a prompt token takes, kept up by whoever learns it; 0.0 until then.
     """
 
-    def __init__(self, pool: PagePool, host_pages: int = 0, restore_page_s: float = 0.0) -> None:
+    def __init__(
+        self, pool: PagePool, host_pages: int = 0, restore_page_s: float = 0.0, window: int | None = None
+    ) -> None:
         self.pool = pool
+        self.window = window
         self.host_tier = HostTier(host_pages, pool) if host_pages else None
         self.num_leaving = 0
         self.compute_token_s = 0.0
@@ -67,12 +73,28 @@ class KVManager:
     def leave(self, request: Request, step: int) -> None:
         """Takes the request's pages back: now, or once `step` (the last one dispatched) has retired, if one that may write
         them is in flight."""
-        pages, request.pages, request.cached_pages = request.pages, [], 0
-        if request.inflight:
-            self._leaving.append((step, pages))
-            self.num_leaving += len(pages)
-        else:
-            self.pool.release(pages)
+        pages, request.pages = request.pages[request.pages_behind :], []
+        request.cached_pages = request.pages_behind = 0
+        self._release(request, pages, step)
+
+    def leave_behind(self, request: Request, position: int, step: int) -> int:
+        """Takes back the pages that neither `position` nor any later one attends to, as `leave` does; the null page stands for
+        them. They stay indexed, for as long as nobody needs them.
+
+        Returns:
+            how many of the request's first pages are the null page now.
+        """
+        if self.window is None:
+            return 0
+        past = max(0, position - self.window + 1) // self.pool.page_size
+        if self.pool.enable_prefix_caching:
+            past = min(past, request.cached_pages)  # what is not indexed yet, its owner will index
+        if past > request.pages_behind:
+            pages = request.pages[request.pages_behind : past]
+            request.pages[request.pages_behind : past] = [NULL_PAGE] * len(pages)
+            request.pages_behind = past
+            self._release(request, pages, step)
+        return request.pages_behind
 
     def retired(self, step: int) -> None:
         """Every step up to this one has been read: frees what only they could write."""
@@ -101,6 +123,14 @@ class KVManager:
         restored, self._restored = tuple(self._restored), []
         spilled, dropped = self.host_tier.take_step()
         return spilled, restored, dropped
+
+    def _release(self, request: Request, pages: list[int], step: int) -> None:
+        """Gives up pages that are the request's no more: now, or once `step` has retired, if one in flight may write them."""
+        if request.inflight:
+            self._leaving.append((step, pages))
+            self.num_leaving += len(pages)
+        else:
+            self.pool.release(pages)
 
     def _reusable(self, request: Request) -> list[bytes]:
         """Digests of the pages that may come from a cache: never the last token's, which must be computed to sample."""

@@ -205,6 +205,7 @@ class EngineLoop:
             num_scheduled_tokens_total=self._scheduled_tokens,
             num_bucket_tokens_total=self._bucket_tokens,
             num_recompilations=self.runner.guard.count,
+            expert_loads=self.runner.expert_loads,
             last_step_s=step_seconds,
             host_step_s=self._host_seconds,
             host_time_s_total=self._host_total,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.api import KVCache
+from models.expert_loads import counting
 from ops import sampling
 from serving.engine.packing import Layout, attention_batch
 from serving.engine.sampling_params import MAX_LOGPROBS
@@ -66,19 +67,23 @@ class SampleOutput:
 
 
 def make_forward(model: SplitModel, layout: Layout, keep_hidden: bool) -> Callable[..., Any]:
-    """forward(leaves, kv, last_token, flat) -> (kv, hidden_SD of the rows that sample, hidden_TD or None)."""
+    """forward(leaves, kv, last_token, flat) -> (kv, hidden_SD of the rows that sample, hidden_TD or None, loads).
+
+    `loads` has, for models with experts, one int32 [layers with experts, E]: how many of the step's tokens visited each.
+    """
 
     def forward(
         leaves: tuple[jax.Array, ...], kv: KVCache, last_token: jax.Array, flat: jax.Array
-    ) -> tuple[KVCache, jax.Array, jax.Array | None]:
+    ) -> tuple[KVCache, jax.Array, jax.Array | None, tuple[jax.Array, ...]]:
         f = layout.unpack(flat)
         tokens_T = f["tokens_T"]
         num_decode = f["decode_slot_B"].shape[0]
         fed_back = last_token[f["decode_slot_B"]]
         tokens_T = tokens_T.at[:num_decode].set(jnp.where(tokens_T[:num_decode] < 0, fed_back, tokens_T[:num_decode]))
-        hidden_TD, kv = model.merge(leaves).forward(tokens_T, attention_batch(f), kv)
+        with counting() as loads:
+            hidden_TD, kv = model.merge(leaves).forward(tokens_T, attention_batch(f), kv)
         hidden_SD = hidden_TD[f["sample_row_S"]]
-        return kv, hidden_SD, hidden_TD if keep_hidden else None
+        return kv, hidden_SD, hidden_TD if keep_hidden else None, tuple(loads)
 
     return forward
 

@@ -55,6 +55,7 @@ class Request:
         "num_pending",
         "num_preemptions",
         "pages",
+        "pages_behind",
         "passed_over",
         "pooled",
         "prompt_len",
@@ -76,6 +77,7 @@ class Request:
         self.num_pending = 0
         self.inflight = 0  # dispatched steps that touch its pages and have not retired
         self.pages: list[int] = []
+        self.pages_behind = 0  # first pages that fell out of every layer's window: the null page now
         self.digests: list[bytes] = []  # prefix-chain digest of each full page so far
         self.cached_pages = 0  # of its pages, how many are registered in the prefix index
         self.slot = -1

@@ -39,15 +39,22 @@ class InFlight:
     output: SampleOutput | None = None
     loop_output: Any = None  # of a dispatch of several decode steps
     number: int = 0  # of its sampling, counted from 1
+    expert_loads: Any = None  # int32 [layers, E]; None where the model has no experts
 
 
 class ModelRunner:
-    """The scheduler's side of an executor."""
+    """The scheduler's side of an executor.
+
+    Attributes:
+        expert_loads: int64 [layers with experts, E]: tokens that visited each expert since the start, those of dispatches of
+            several steps aside; None for models without experts. Never changed in place.
+    """
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         self.buckets = executor.buckets
         self.guard = executor.guard
+        self.expert_loads: np.ndarray | None = None
 
     # ---- a step ----
 
@@ -73,7 +80,9 @@ class ModelRunner:
         flat = pack_forward(plan, bucket, executor.forward_layouts[bucket], slots, executor.sizes.page_size)
         if plan.num_steps > 1:
             return self._run_loop(plan, bucket, slots, flat)
-        executor.execute(Forward(bucket, flat))
+        expert_loads = executor.execute(Forward(bucket, flat))
+        if expert_loads is not None:
+            expert_loads.copy_to_host_async()
         steps = [r.total_len - r.prompt_len - 1 for r in plan.sampled]
         constrained = tuple((row, r) for row, r in enumerate(plan.sampled) if is_constrained(r))
         layout = executor.sample_layouts[bucket.samples]
@@ -85,7 +94,7 @@ class ModelRunner:
             for part in self._dispatch_prompt_logprobs(plan, bucket, chunk)
         ]
         pooled = self._dispatch_pool(plan, bucket)
-        return InFlight(plan, bucket, sample_flat, constrained, asked, pooled)
+        return InFlight(plan, bucket, sample_flat, constrained, asked, pooled, expert_loads=expert_loads)
 
     def _run_loop(self, plan: StepPlan, bucket: Bucket, slots: SlotTable, flat: np.ndarray) -> InFlight:
         """Starts several decode steps at once; sampling is part of it."""
@@ -164,6 +173,9 @@ class ModelRunner:
             logprobs = self._read_logprobs(step)
         if self.executor.store is not None:
             self.executor.store.settle()
+        if step.expert_loads is not None:
+            loads = np.asarray(step.expert_loads).astype(np.int64)
+            self.expert_loads = loads if self.expert_loads is None else self.expert_loads + loads
         pooled = None
         if step.pooled_RD is not None:
             sums = np.asarray(step.pooled_RD)

@@ -42,7 +42,7 @@ class Scheduler:
         self.fair = FairShare() if config.fair_share else None
         self.foreground = Foreground() if config.policy == "priority" else None
         self.waiting = WaitingQueue(config.policy, self.fair)
-        self.kv = KVManager(self.pool, config.host_pages, config.restore_page_s)
+        self.kv = KVManager(self.pool, config.host_pages, config.restore_page_s, config.window)
         self.deadlines = Deadlines(config.max_waiting_time, config.max_running_time)
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}
@@ -327,6 +327,9 @@ class Scheduler:
         num_steps: int = 1,
     ) -> StepPlan:
         """Advances every scheduled request, as if the step had already run."""
+        if self.config.window is not None:
+            for request in (*decode, *(c.request for c in chunks)):
+                self.slots.drop_pages(request, self.kv.leave_behind(request, request.num_computed, self._step_id))
         self._step_id += 1
         self.counters.steps += 1
         positions = tuple([request.num_computed for request in decode])

@@ -23,6 +23,7 @@ class SchedulerConfig:
         fair_share: serve the least-served tenant first, within equal priority.
         host_pages: capacity of the host tier; 0 for none.
         restore_page_s: seconds that a page takes back from the host tier; 0.0 if unknown.
+        window: positions that a token attends to, where every layer has a window; None where some layer sees all.
         max_waiting_time, max_running_time: seconds after which a request that waits for its first slot, or has had one,
             is ended.
         buckets: what steps are padded to: the chunk part is cut so that it fills one. None: steps of any size cost the same
@@ -44,6 +45,7 @@ class SchedulerConfig:
     fair_share: bool = False
     host_pages: int = 0
     restore_page_s: float = 0.0
+    window: int | None = None
     max_waiting_time: float | None = None
     max_running_time: float | None = None
     buckets: BucketTable | None = None

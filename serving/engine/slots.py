@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from serving.engine.page_pool import NULL_PAGE
 from serving.engine.request import Request
 
 
@@ -59,6 +60,10 @@ class SlotTable:
         """Adds a page to the request and its page table."""
         self.pages[request.slot, len(request.pages)] = page
         request.pages.append(page)
+
+    def drop_pages(self, request: Request, count: int) -> None:
+        """Puts the null page in the place of the request's first pages."""
+        self.pages[request.slot, :count] = NULL_PAGE
 
     def release(self, request: Request) -> None:
         """Takes the request's slot back; it may be given on at once.

@@ -160,6 +160,8 @@ class EngineStats:
         host_time_s_total: seconds that the engine thread worked: scheduled, packed, dispatched, handed tokens out.
         device_wait_time_s_total: seconds that it waited for a step's tokens. With asynchronous stepping the device works
             during both.
+        expert_loads: int64 [layers with experts, E]: tokens that visited each expert; None for models without experts, and
+            where it is not known. Not to be changed.
     """
 
     num_running: int = 0
@@ -177,6 +179,7 @@ class EngineStats:
     num_recompilations: int = 0
     last_step_s: float = 0.0
     host_step_s: float = 0.0
+    expert_loads: np.ndarray | None = dataclasses.field(default=None, compare=False)
     host_time_s_total: float = 0.0
     device_wait_time_s_total: float = 0.0
 

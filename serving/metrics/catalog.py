@@ -118,6 +118,20 @@ SPECS: tuple[Spec, ...] = (
     _counter("recompilations", "Programs compiled after start-up. Above 0 is a defect: please report it.", same=False),
     _gauge("last_step_seconds", "Seconds that the last step took, device and host.", same=False),
     _gauge("last_step_host_seconds", "Seconds of the last step that the host worked.", same=False),
+    _counter(
+        "expert_tokens",
+        "Tokens that visited each expert of a mixture, over all layers.",
+        same=False,
+        labels=("expert",),
+        always=False,
+    ),
+    _gauge(
+        "expert_load_ratio",
+        "Tokens of the busiest expert over the mean of its layer since the start, of the worst of a group of layers; 1 is even.",
+        same=False,
+        labels=("layers",),
+        always=False,
+    ),
     _gauge("startup_seconds", "Seconds of each phase of start-up.", same=False, labels=("phase",), always=False),
     _counter(
         "http_requests",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 
+import numpy as np
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
@@ -128,6 +129,7 @@ class Metrics(Collector):
             "last_step_host_seconds": s.host_step_s,
         }
         values: dict[str, dict[tuple[str, ...], float]] = {k: {(): float(v)} for k, v in plain.items()}
+        values["expert_tokens"], values["expert_load_ratio"] = _experts(s.expert_loads)
         values["startup_seconds"] = {(phase,): seconds for phase, seconds in self._startup.items()}
         return values
 
@@ -157,5 +159,19 @@ class Metrics(Collector):
         labels = [str(known[name] if name in known else getattr(info, name)) for name in spec.labels]
         return self._family(spec, {tuple(labels): 1.0})
 
+
+def _experts(loads_LE: np.ndarray | None) -> tuple[dict[tuple[str, ...], float], dict[tuple[str, ...], float]]:
+    """Samples of expert_tokens by expert, and of expert_load_ratio by up to LAYER_GROUPS groups of layers."""
+    if loads_LE is None or not loads_LE.any():
+        return {}, {}
+    tokens = {(str(e),): float(n) for e, n in enumerate(loads_LE.sum(axis=0))}
+    ratio_L = loads_LE.max(axis=1) / np.maximum(loads_LE.mean(axis=1), 1e-9)
+    ratios = {}
+    for group in np.array_split(np.arange(len(ratio_L)), min(LAYER_GROUPS, len(ratio_L))):
+        ratios[(f"{group[0]}-{group[-1]}",)] = float(ratio_L[group].max())
+    return tokens, ratios
+
+
+LAYER_GROUPS = 4
 
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"})

@@ -14,7 +14,7 @@ VOCAB = 997
 
 
 def next_token(tokens: list[int]) -> int:
-    """What the fake model continues a sequence with."""
+    """What the fake model continues a sequence with: it looks at the last 8 tokens, and at how many there are."""
     h = 17
     for t in tokens[-8:]:
         h = (h * 31 + t + 1) % 1_000_003
@@ -117,12 +117,13 @@ class FakeDevice:
 
     def sample_rows(self, work) -> list[int]:
         """One sampled token for each row that samples."""
-        sampled = []
+        sampled, window = [], self.scheduler.config.window
         for request, pages, slot, positions, samples in work:
             if samples:
                 length = positions[-1][0] + 1
                 context = self.kv[pages[: -(-length // self.size)]].reshape(-1)[:length].tolist()
-                assert -1 not in context, "attention reads a position that was never written"
+                first = 0 if window is None else max(0, length - window)
+                assert -1 not in context[first:], "attention reads a position that was never written"
                 token = next_token(context)
                 grammar = request.spec.constraint
                 sampled.append((slot, grammar.choose(token) if grammar and not request.finished else token))

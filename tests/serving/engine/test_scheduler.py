@@ -123,7 +123,8 @@ class Driver:
             assert r.cached_pages * c.page_size <= r.num_computed, "a page is indexed before all of it is computed"
         owners: dict[int, list] = {}
         for r in s.running:
-            for i, page in enumerate(r.pages):
+            assert r.pages[: r.pages_behind] == [0] * r.pages_behind
+            for i, page in enumerate(r.pages[r.pages_behind :], r.pages_behind):
                 owners.setdefault(page, []).append((r, i))
         for page, holders in owners.items():
             assert s.pool.ref_count(page) == len(holders) + sum(page in pages for _, pages in s.kv._leaving)
@@ -529,10 +530,40 @@ def test_random_walk(seed, prefix):
     walk(steps=400, seed=seed, asynchronous=seed % 3 != 0, enable_prefix_caching=prefix)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_pages_behind_every_window_come_free(asynchronous, prefix):
+    """A long sequence holds its window's pages and those in flight; what it left serves others' prefixes until it is needed."""
+    config = dataclasses.replace(CONFIG, window=8, enable_prefix_caching=prefix, max_num_batched_tokens=16)
+    d = Driver(config, asynchronous)
+    d.add(request("long", list(range(50)), 40))
+    held = []
+    while d.scheduler.has_work:
+        d.step()
+        held += [len(r.pages) - r.pages_behind for r in d.scheduler.running if r.num_computed > 60]
+    assert max(held) <= 4  # 8 positions lie in two pages of 8; one more was just begun, one waits to be indexed
+    d.add(request("again", list(range(50)), 5))
+    d.drain()
+    d.verify()
+    assert (d.scheduler.counters.prefix_hits > 0) == prefix
+
+
+def test_a_window_lets_more_run_at_once():
+    """Two sequences of 88 tokens on 15 pages of 8: without a window they cannot both run to their ends at once."""
+    for window, preempted in ((None, True), (8, False)):
+        d = Driver(dataclasses.replace(CONFIG, window=window, num_pages=16, enable_prefix_caching=False))
+        for name in ("a", "b"):
+            d.add(request(name, [ord(name)] * 8, 80))
+        d.drain()
+        d.verify()
+        assert (d.scheduler.counters.preemptions > 0) == preempted
+
+
 LONG_WALKS = {
     "fcfs": {"num_pages": 20, "host_pages": 0},
     "priority and swaps": {"num_pages": 14, "policy": "priority", "host_pages": 60},
     "fair share and longest prefix first": {"num_pages": 20, "fair_share": True, "prefix_first": True, "host_pages": 3},
+    "windows": {"num_pages": 14, "host_pages": 3, "window": 8},
     "several steps": {"num_pages": 60, "num_scheduler_steps": 4, "max_num_batched_tokens": 24},
 }
 
@@ -545,7 +576,7 @@ def test_long_random_walk(name):
     for event in ("stop", "length", "abort", "deadline", "surplus", "grammar"):
         assert d.events[event] > 100, event
     assert d.scheduler.counters.prefix_hits > 1000
-    if LONG_WALKS[name]["num_pages"] < 60:
+    if LONG_WALKS[name]["num_pages"] < 60 and name != "windows":  # those leave enough pages behind
         assert d.scheduler.counters.preemptions > 100
     if name == "priority and swaps":
         assert d.events["restored"] > 100
@@ -571,6 +602,7 @@ def walk(steps: int, seed: int, asynchronous: bool, **fixed) -> Driver:
         "max_waiting_time": rng.choice([None, 40.0]),
         "max_running_time": rng.choice([None, 60.0]),
         "restore_page_s": rng.choice([0.0, 0.05, 0.5]),
+        "window": rng.choice([None, None, 8, 21]),
         "buckets": rng.choice([None, BUCKETS]),
     }
     config = dataclasses.replace(CONFIG, **(chosen | fixed))
