@@ -63,7 +63,9 @@ def attend(
     parts = []
     if B:
         tuning = decode_tuning(G, v_dim)
-        items, first_B, count_B = decode_items(batch, tuning, q_TKGh.shape[1], G, kv.page_size, window)
+        programs = PROGRAMS if v_dim <= 256 else PROGRAMS // 4  # wide ones fill a multiprocessor by twos
+        wanted = -(-programs // (q_TKGh.shape[1] * -(-G // tuning.rows)))
+        items, first_B, count_B = decode_items(batch, tuning, wanted, G, kv.page_size, window)
         sums = pallas_gpu_attend.attend_items(
             q_TKGh[:B], *arrays, batch.decode_pages_BP, items, None, window=None, tuning=tuning, parts=True, **options
         )
@@ -90,8 +92,10 @@ def decode_tuning(group: int, v_dim: int) -> Tuning:
     """Sizes for decode rows: memory-bound, so few rows, and loads well ahead."""
     from ops.paged_attention.pallas_gpu_attend import LEAST_DOT, Tuning
 
-    rows = min(max(_power(group), LEAST_DOT), 16 if v_dim > 256 else 64)
-    return Tuning(rows, keys=32 if v_dim > 256 else 64, warps=4, stages=2 if v_dim > 256 else 3)
+    rows = min(max(_power(group), LEAST_DOT), 32 if v_dim > 256 else 64)
+    if v_dim > 256:
+        return Tuning(rows, keys=32, warps=8 if rows > 16 else 4, stages=2)
+    return Tuning(rows, keys=64, warps=4, stages=3)
 
 
 def chunk_tuning(rows: int, v_dim: int, narrow: bool) -> Tuning:
@@ -104,17 +108,18 @@ def chunk_tuning(rows: int, v_dim: int, narrow: bool) -> Tuning:
 
 
 def decode_items(
-    batch: AttentionBatch, tuning: Tuning, K: int, G: int, page_size: int, window: int | None
+    batch: AttentionBatch, tuning: Tuning, wanted: int, G: int, page_size: int, window: int | None
 ) -> tuple[Items, jax.Array, jax.Array]:
     """Decode rows cut into parts of equal length, so many that they fill the device however lengths differ.
 
+    Args:
+        wanted: parts that do; there may be one more a row.
     Returns:
         (items, first part of each row [B], how many parts it has [B]).
     """
     from ops.paged_attention.pallas_gpu_attend import Items
 
     S, B = tuning.keys, batch.num_decode
-    wanted = -(-PROGRAMS // (K * -(-G // tuning.rows)))
     most = -(-batch.decode_pages_BP.shape[1] * page_size // max(S, LEAST_KEYS))
     W = min(B + wanted, B * most)
     len_B = batch.decode_len_B

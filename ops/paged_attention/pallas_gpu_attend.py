@@ -128,7 +128,7 @@ def attend_items(
     )
     return pl.pallas_call(
         kernel,
-        grid=(W, K, -(-G // tuning.rows) if parts else 1),
+        grid=(-(-G // tuning.rows) if parts else 1, W, K),  # programs that read the same keys start together
         out_shape=out_shape,
         input_output_aliases=aliases,
         compiler_params=plt.CompilerParams(num_warps=tuning.warps, num_stages=tuning.stages),
@@ -144,15 +144,15 @@ def _attend_kernel(
     refs = list(refs)
     v_PKsh, k_scale_PKs, v_scale_PKs, sinks_KG = (refs.pop(0) if there else None for there in present)
     # Later rows of a prompt have more keys: they go first, so that no long item is left for the end.
-    w = pl.num_programs(0) - 1 - pl.program_id(0)
-    head = pl.program_id(1)
+    w = pl.num_programs(1) - 1 - pl.program_id(1)
+    head = pl.program_id(2)
     M, S = tuning.rows, tuning.keys
     G, page_size = q_TKGh.shape[2], k_PKsh.shape[2]
     dtype = q_TKGh.dtype
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
     table, base, first, past, rows = table_W[w], base_W[w], first_W[w], past_W[w], rows_W[w]
-    first_row = row_W[w] + pl.program_id(2) * M
+    first_row = row_W[w] + pl.program_id(0) * M
     row_M = first_row + jnp.arange(M, dtype=jnp.int32)
     real_M = row_M < rows
     token_M, group_M = jax.lax.div(row_M, G), jax.lax.rem(row_M, G)

@@ -102,7 +102,7 @@ def test_every_key_of_a_decode_row_is_in_exactly_one_part(lengths, window):
     case = Case(decode=lengths, window=window, num_kv_heads=1, group=2)
     batch = jax.tree.map(jnp.asarray, make_arguments(case).batch)
     tuning = pallas_gpu.decode_tuning(2, 64)
-    items, first_B, count_B = pallas_gpu.decode_items(batch, tuning, 1, 2, 16, window)
+    items, first_B, count_B = pallas_gpu.decode_items(batch, tuning, 40, 2, 16, window)
     first_B, count_B = np.asarray(first_B), np.asarray(count_B)
     used = []
     for row, length in enumerate(lengths):
