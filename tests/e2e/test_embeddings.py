@@ -49,8 +49,8 @@ def test_minilm_over_http_agrees_with_transformers():
         ):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 ask(url, path, body)
-            assert refused.value.code == 400
-            assert "does not generate" in refused.value.read().decode()
+            assert refused.value.code == 501
+            assert "does not complete text" in refused.value.read().decode()
         assert ask(url, "/v1/models")["data"][0]["id"] == "minilm"
         metrics = urllib.request.urlopen(f"{url}/metrics").read().decode()
         served = [line for line in metrics.splitlines() if line.startswith("jaxserve:prompt_tokens_total")]
