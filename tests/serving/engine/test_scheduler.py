@@ -304,6 +304,20 @@ def test_an_urgent_request_takes_a_slot_and_goes_before_unfinished_prompts():
         d.verify()
 
 
+def test_an_urgent_prompt_does_not_wait_for_the_next_tokens_of_others():
+    d = Driver(dataclasses.replace(CONFIG, policy="priority"))
+    d.add(request("low", [1, 2], 30, priority=5))
+    for _ in range(3):
+        d.step()
+    d.add(request("urgent", list(range(90)), 4, priority=0))
+    for decode, chunk_lengths in (([], [64]), (["low"], [26]), (["low", "urgent"], [])):
+        d.step()
+        assert [r.request_id for r in d.plans[-1].decode] == decode
+        assert [c.length for c in d.plans[-1].chunks] == chunk_lengths
+    d.drain()
+    d.verify()
+
+
 def test_background_prompts_keep_steps_short_once_there_are_urgent_ones():
     config = dataclasses.replace(CONFIG, policy="priority")
     d = Driver(config)
