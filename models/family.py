@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,3 +32,21 @@ class Family:
     gguf: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("generate", "embed")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", _told(self.config))
+
+
+def _told(read: Callable[[Mapping[str, Any]], ModelConfig]) -> Callable[[Mapping[str, Any]], ModelConfig]:
+    """`read`, with what a damaged config.json makes it raise as the ValueError that readers of checkpoints expect."""
+
+    @functools.wraps(read)
+    def config(hf: Mapping[str, Any]) -> ModelConfig:
+        try:
+            return read(hf)
+        except KeyError as error:
+            raise ValueError(f"config.json has no {error}: it is not a complete model configuration.") from error
+        except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
+            raise ValueError(f"config.json has a field of a wrong type or value: {error}.") from error
+
+    return config

@@ -16,6 +16,7 @@ class ErrorKind(enum.Enum):
     UNAUTHENTICATED = ("UNAUTHENTICATED", 401)
     PERMISSION_DENIED = ("PERMISSION_DENIED", 403)
     NOT_FOUND = ("NOT_FOUND", 404)
+    FAILED_PRECONDITION = ("FAILED_PRECONDITION", 409)
     RESOURCE_EXHAUSTED = ("RESOURCE_EXHAUSTED", 429)
     DEADLINE_EXCEEDED = ("DEADLINE_EXCEEDED", 504)
     UNIMPLEMENTED = ("UNIMPLEMENTED", 501)
@@ -29,6 +30,11 @@ class ErrorKind(enum.Enum):
     @property
     def http_status(self) -> int:
         return self.value[1]
+
+
+DIED = "engine_died"
+"""`RequestError.code` of requests that were running when the engine died: where nothing of an answer is out yet, another
+replica may be asked."""
 
 
 class RequestError(Exception):

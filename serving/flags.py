@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from serving.access.flags import SECRET_FLAGS, access_of, add_access_flags, tls_of
 from serving.engine.config import DTYPES, KV_CACHE_DTYPES, POLICIES, QUANTIZATIONS, EngineConfig
+from serving.reliability.faults import Fault
 
 GRPC_PORT = 50051
 HTTP_PORT = 8000
@@ -102,6 +103,18 @@ def build_parser() -> Parser:
         "--reasoning-parser", default=None, metavar="NAME",
         help="how the model marks its thinking, by vLLM's names (default: what its chat template shows)",
     )  # fmt: skip
+    server.add_argument(
+        "--supervise", action="store_true", help="keep a second process that starts the server again when it dies"
+    )
+    server.add_argument(
+        "--watchdog-timeout", type=_seconds, default=300.0, metavar="S",
+        help="a step that takes longer means that the device or the engine is stuck: clients are told, a crash report is "
+        "written, the process ends; 0 for never",
+    )  # fmt: skip
+    server.add_argument(
+        "--crash-dir", default=None, metavar="DIR", help="where crash reports go (default: the user's state folder)"
+    )
+    server.add_argument("--inject-fault", nargs="+", default=[], metavar="FAULT", help=argparse.SUPPRESS)
     server.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="log level")
     add_access_flags(parser)
     return parser
@@ -285,7 +298,12 @@ class _Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
-        if action.option_strings and action.dest != "help" and "(default:" not in text:
+        if (
+            action.option_strings
+            and action.dest != "help"
+            and text is not argparse.SUPPRESS
+            and "(default:" not in text
+        ):
             text += f" (default: {_plain(action.default)})"
         return text.replace("%", "%%")
 
@@ -340,6 +358,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, EngineConf
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
         access_of(args), tls_of(args)
+        [Fault.parse(text) for text in args.inject_fault]
         check_parsers(args)
         return args, engine_config(args)
     except ValueError as error:

@@ -20,7 +20,7 @@ from serving import event_loop
 from serving.access import ClientTls
 from serving.access.flags import access_of, add_access_flags, tls_of, warnings_for
 from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
-from serving.errors import ErrorKind, RequestError
+from serving.errors import DIED, ErrorKind, RequestError
 
 log = logging.getLogger("serving.gateway")
 TARGET_KEY_VARIABLE = "JAXSERVE_TARGET_API_KEY"
@@ -104,7 +104,7 @@ class Pool:
                         yield output
                 return
             except RequestError as error:
-                if begun or error.kind not in _ELSEWHERE:
+                if begun or (error.kind not in _ELSEWHERE and error.code != DIED):
                     raise
                 failure = error
             finally:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -15,11 +16,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from serving import event_loop
-from serving.access.flags import access_of, tls_of, warnings_for
+from serving.access.flags import SECRET_FLAGS, access_of, tls_of, warnings_for
 from serving.engine.config import EngineConfig
 from serving.flags import HTTP_PORT, describe, parse
 from serving.metrics.logs import setup_logging
 from serving.metrics.tracing import Tracing
+from serving.reliability import crash_report
+from serving.reliability.faults import Fault, FaultyRunner, strike_at_start
+from serving.reliability.notify import notify
+from serving.reliability.supervisor import Supervisor
+from serving.reliability.watchdog import StalledError, Watchdog
 
 if TYPE_CHECKING:
     from serving.engine.engine import Engine
@@ -30,6 +36,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("serving")
 
 EXIT_FAILED = 1
+EXIT_STALLED = 75
+"""Nothing moved any more, and the process had to be ended from its watchdog's thread."""
+
+LAST_WORDS_S = 0.5
+"""What clients' connections get to carry their errors out, when the engine has died."""
+
 WATCH_S = 0.25  # how often to look whether the engine lives
 
 
@@ -48,6 +60,7 @@ class Server:
         self._signal = 0
         self._http: Any = None
         self._http_at = ""
+        self._reported = False
         self._lost = asyncio.Event()
         self._loss = ""
         self._engine: Engine | None = None
@@ -78,6 +91,7 @@ class Server:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_FAILED
         await preloading
+        self._watch(started)
         service = started.service(
             served_names=self._args.served_model_name,
             tracing=self._tracing,
@@ -114,6 +128,7 @@ class Server:
         self._say(f"serving {service.model_id} (names: {names})")
         where = f"gRPC {self._args.host}:{grpc_server.port}" + (f", {self._http_at}" if self._http else "")
         self._say(f"ready at {where}")
+        notify("READY=1")
         return True
 
     async def _serve_http(self, service: TextService) -> bool:
@@ -151,6 +166,7 @@ class Server:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), WATCH_S)
         if engine.failure is None:
+            notify("STOPPING=1")
             await self._drain(grpc_server, service)
         if engine.failure is not None:
             return await self._give_up(engine.failure, started, grpc_server)
@@ -166,12 +182,54 @@ class Server:
         """Ends a server whose engine is dead: whoever waits for it has been told so, and gets a moment to hear it."""
         if not self._loss:
             log.error("the engine died", exc_info=failure)
-        await grpc_server.stop(0.5)
+        await grpc_server.drain()
+        self._report(started.engine, failure)
+        await asyncio.sleep(LAST_WORDS_S)
+        await grpc_server.stop(LAST_WORDS_S)
         if self._loss:  # the loss of a process may be known later than what it caused
             print(f"error: {self._loss}", file=sys.stderr)
         elif started.group is not None:
             await asyncio.to_thread(started.group.stop, "the engine of process 0 died.")
         return EXIT_FAILED
+
+    # -- what may go wrong -------------------------------------------------------------------------------------------
+
+    def _watch(self, started: Started) -> None:
+        """Puts the watchdog beside a running engine, and the faults that were asked for into it."""
+        engine: Any = started.engine
+        loop = asyncio.get_running_loop()
+        if self._args.inject_fault:
+            faults = [Fault.parse(text) for text in self._args.inject_fault]
+            block = lambda seconds: loop.call_soon_threadsafe(time.sleep, seconds)  # noqa: E731
+            engine.loop.runner = FaultyRunner(engine.loop.runner, faults, block)
+        engine_loop = getattr(engine, "loop", None)
+        if not self._args.watchdog_timeout or not hasattr(engine_loop, "busy_since"):
+            return
+
+        def on_stall(error: StalledError) -> None:
+            if engine.failure is None:
+                engine.declare_dead(error)
+                self._report(engine, error)
+
+        Watchdog(
+            lambda: engine_loop.busy_since,
+            self._args.watchdog_timeout,
+            on_stall,
+            lambda: os._exit(EXIT_STALLED),
+            loop,
+        ).start()
+
+    def _report(self, engine: Any, error: BaseException) -> None:
+        """Writes the crash report, once."""
+        if self._reported:
+            return
+        self._reported = True
+        where = pathlib.Path(self._args.crash_dir) if self._args.crash_dir else crash_report.folder()
+        flags = {name: value for name, value in vars(self._args).items() if name not in SECRET_FLAGS}
+        recent = getattr(getattr(engine, "loop", None), "recent", ())
+        path = crash_report.write(where, error, flags=flags, stats=engine.client.stats(), steps=list(recent))
+        if path is not None:
+            self._say(f"crash report: {path}")
 
     async def _drain(self, grpc_server: GrpcServer, service: TextService) -> None:
         timeout = self._args.drain_timeout
@@ -195,7 +253,7 @@ class Server:
         self._loss = reason
         self._lost.set()
         if self._engine is not None:
-            self._engine.fail(ConnectionError(reason))
+            self._engine.declare_dead(ConnectionError(reason))
 
     def _on_signal(self, number: int) -> None:
         self._signal = number
@@ -253,9 +311,13 @@ def _import_front_ends(http: bool) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the server. Returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     args, config = parse(argv)
+    if args.supervise:
+        return Supervisor([sys.executable, "-m", "serving.launch", *(a for a in argv if a != "--supervise")]).run()
     setup_logging(args.log_format, args.log_level)
     print("\n".join(describe(args)), file=sys.stderr, flush=True)
+    strike_at_start([Fault.parse(text) for text in args.inject_fault])
     if config.coordinator is not None or config.num_processes is not None or config.process_id is not None:
         from serving.processes.start import follow, place_of
 

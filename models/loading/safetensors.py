@@ -79,7 +79,7 @@ class SafetensorsFile:
             raise ValueError(f"{self.path}: the header's entry of tensor {name!r} is malformed.") from None
         if not valid:
             raise ValueError(f"{self.path}: the header's entry of tensor {name!r} has numbers that are not sizes.")
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"{self.path}: tensor {name!r} has the unknown type {dtype!r}.")
         wanted = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
         if end - start != wanted or end > data_bytes:

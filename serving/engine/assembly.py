@@ -50,6 +50,30 @@ def compile_cache_folder(config: EngineConfig) -> Any:
     return pathlib.Path(config.compile_cache) if config.compile_cache else cache_folder() / "programs"
 
 
+def model_loader(config: EngineConfig) -> Callable[[str | None], Any]:
+    """How to read a checkpoint (None: the configuration's own) as `assemble` read the first: same dtype, quantization and
+    placement."""
+
+    def load(name: str | None) -> Any:
+        import jax
+
+        from models.loading.load import load_model, resolve
+        from serving.engine.sizing import resolve_dtype, resolve_quantization
+        from sharding.mesh import make_mesh
+
+        platform, mesh = jax.default_backend(), make_mesh(config.mesh)
+        return load_model(
+            resolve(config.model if name is None else name),
+            dtype=resolve_dtype(config, platform),
+            mesh=mesh,
+            quantization=resolve_quantization(config, platform, mesh.size),
+            max_model_len=config.max_model_len,
+            progress=False,
+        ).model
+
+    return load
+
+
 def assemble(
     config: EngineConfig, say: Callable[[str], None], opened: Any = None, meet: Meet | None = None
 ) -> tuple[Any, Any, Any, EngineInfo]:
@@ -110,7 +134,11 @@ def assemble(
             quantization,
             str(mesh),
             config.attention_backend,
-            sorted((k, v) for k, v in os.environ.items() if k.startswith(("JAXSERVE_", "XLA_FLAGS"))),
+            sorted(
+                (k, v)
+                for k, v in os.environ.items()
+                if k.startswith(("JAXSERVE_", "XLA_FLAGS")) and not k.endswith("_KEY")
+            ),
         )
     )
     executor = Executor(

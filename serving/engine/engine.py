@@ -17,11 +17,14 @@ import numpy as np
 from serving.engine.admission import check_door, check_queue
 from serving.engine.config import EngineConfig
 from serving.engine.group import Group
+from serving.engine.lifecycle import Lifecycle, LoadModel
 from serving.engine.loop import Abort, Call, EngineLoop, Submit
+from serving.engine.out_of_memory import explain
+from serving.engine.recovery import is_out_of_memory
 from serving.engine.sampling_params import SamplingParams
 from serving.engine.streams import OutputStream
 from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
-from serving.errors import ErrorKind, RequestError, invalid
+from serving.errors import DIED, ErrorKind, RequestError, invalid
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +40,18 @@ class Engine:
         source: where the model came from (the tokenizer and chat template are built from it by the text side).
         generation_config: the checkpoint's own sampling defaults.
         failure: what killed the engine, or None.
+        lifecycle: pausing, sleeping, new weights.
     """
 
-    def __init__(self, config: EngineConfig, loaded: Any, runner: Any, scheduler: Any, info: EngineInfo) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        loaded: Any,
+        runner: Any,
+        scheduler: Any,
+        info: EngineInfo,
+        load_model: LoadModel | None = None,
+    ) -> None:
         self.config = config
         self.source = loaded.source
         self.generation_config: dict[str, Any] = loaded.generation_config
@@ -48,8 +60,9 @@ class Engine:
         self.failure: BaseException | None = None
         self.died = threading.Event()
         self.loop = EngineLoop(
-            scheduler, runner, self._deliver, self._reject, self._on_death, asynchronous=config.async_scheduling
+            scheduler, runner, self._deliver, self._reject, self.declare_dead, asynchronous=config.async_scheduling
         )
+        self.lifecycle = Lifecycle(self, load_model)
         self.client = InProcessClient(self, info)
 
     @classmethod
@@ -69,12 +82,20 @@ class Engine:
         Raises:
             ValueError: a configuration or checkpoint that cannot be served, in a sentence.
         """
-        from serving.engine.assembly import assemble
+        from serving.engine.assembly import assemble, model_loader
         from serving.engine.compiling import starting
 
         with starting():
             meet = None if group is None else group.least
-            engine = cls(config, *assemble(config, progress or (lambda line: None), opened, meet))
+            try:
+                parts = assemble(config, progress or (lambda line: None), opened, meet)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                import jax
+
+                raise ValueError(explain(error, config, jax.local_devices())) from error
+            engine = cls(config, *parts, load_model=model_loader(config))
         if group is not None:
             engine.runner.executor.lead(group)
         engine.loop.start()
@@ -117,20 +138,20 @@ class Engine:
             raise value
         return value
 
-    def fail(self, error: BaseException) -> None:
-        """Gives the engine up, from any thread: who waits for it is told so, and it takes nothing more."""
-        self._on_death(error)
-
     def _deliver(self, outputs: list[EngineOutput]) -> None:
         self.client.deliver(outputs)
 
     def _reject(self, request_id: str, error: RequestError) -> None:
         self.client.fail(request_id, error)
 
-    def _on_death(self, error: BaseException) -> None:
+    def declare_dead(self, error: BaseException) -> None:
+        """Ends every request with an error, and takes no more. What the engine's own thread does when it fails, and a
+        watchdog for one that is stuck."""
+        if self.failure is not None:
+            return
         self.failure = error
         self.client.draining = True
-        self.client.fail_all(RequestError(ErrorKind.INTERNAL, "the engine died; the server is going down."))
+        self.client.fail_all(RequestError(ErrorKind.INTERNAL, "the engine died; the server is going down.", code=DIED))
         self.died.set()
 
 
@@ -202,6 +223,16 @@ class InProcessClient:
     def healthy(self) -> bool:
         return self._engine.failure is None
 
+    @property
+    def lifecycle(self) -> Lifecycle:
+        """Pausing, sleeping, new weights."""
+        return self._engine.lifecycle
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it takes no requests now although it lives, or None."""
+        return self._engine.lifecycle.refusal
+
     def _open(self, request: EngineRequest, stream: OutputStream) -> None:
         """Admission: what is refused here is refused at once, whatever the engine is doing."""
         config = self._engine.config
@@ -212,6 +243,8 @@ class InProcessClient:
                 request_id=request.request_id,
                 in_use=request.request_id in self._streams,
             )
+            if self.refusal is not None:
+                raise RequestError(ErrorKind.UNAVAILABLE, self.refusal, retry_after_s=5.0)
             tokens = len(request.prompt_token_ids)
             check_queue(
                 config,

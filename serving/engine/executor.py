@@ -16,7 +16,7 @@ import numpy as np
 from ops import paged_attention
 from serving.engine.buckets import BucketTable
 from serving.engine.commands import Command, DecodeLoop, Forward, LoadSlot, Pool, PromptLogprobs, Sample
-from serving.engine.compiling import CompileGuard, Program, ProgramCache, compile_all
+from serving.engine.compiling import CompileGuard, Program, ProgramCache, compile_all, starting
 from serving.engine.group import Group, Meet
 from serving.engine.packing import forward_layout, pack_forward, pack_sample, sample_layout
 from serving.engine.page_store import PageStore
@@ -78,12 +78,11 @@ class Executor:
         self._mesh = mesh
         self._backend = attention_backend
         self._split, self._leaves = SplitModel.split(model)
-        with paged_attention.use_backend(attention_backend):
-            self._kv = tuple(
-                paged_attention.allocate(spec, sizes.num_pages, sizes.page_size, jnp.dtype(sizes.kv_dtype), mesh)
-                for spec in model.kv_specs()
-            )
-        self._state = place(mesh, DeviceState.zeros(sizes.max_num_seqs, self.vocab_size))
+        self._kv_specs = tuple(model.kv_specs())
+        self._kv: Any = None
+        self._state: Any = None
+        self._asleep: list[tuple[np.ndarray, Any]] = []  # (leaf, sharding) in host memory, while the device has none
+        self.reset_cache()
         self.mask_width = -(-self.vocab_size // 32)
         self._no_mask = {s: place(mesh, jnp.zeros((s, self.mask_width), jnp.int32)) for s in self.buckets.sample_sizes}
         self.forward_layouts = {b: forward_layout(b, self.pages_per_slot) for b in self.buckets.buckets}
@@ -258,6 +257,75 @@ class Executor:
                 self._state = self.programs["load_slot"](self._state, np.int32(slot), seen, ids, values, banned)
                 return None
 
+    # ---- memory ----
+
+    def reset_cache(self) -> None:
+        """Empty pages and device state, in place of those there are or a failed program took over."""
+        _delete((self._kv, self._state))
+        self._kv = self._state = None
+        sizes = self.sizes
+        with starting(), paged_attention.use_backend(self._backend):
+            self._kv = tuple(
+                paged_attention.allocate(spec, sizes.num_pages, sizes.page_size, jnp.dtype(sizes.kv_dtype), self._mesh)
+                for spec in self._kv_specs
+            )
+            self._state = place(self._mesh, DeviceState.zeros(sizes.max_num_seqs, self.vocab_size))
+
+    def leaves_of(self, model: Any) -> tuple[Any, ...]:
+        """The weights of another checkpoint, checked to fit this model's programs.
+
+        Raises:
+            ValueError: another structure, shape, dtype or placement, in a sentence.
+        """
+        _, leaves = SplitModel.split(model)
+        if len(leaves) != len(self._leaves):
+            raise ValueError(f"the checkpoint has {len(leaves)} arrays, the served model {len(self._leaves)}.")
+        for i, (new, old) in enumerate(zip(leaves, self._leaves, strict=True)):
+            if (new.shape, new.dtype) != (old.shape, old.dtype) or not new.sharding.is_equivalent_to(
+                old.sharding, old.ndim
+            ):
+                raise ValueError(
+                    f"array {i} of the checkpoint is {new.dtype}{list(new.shape)}, the served model's {old.dtype}"
+                    f"{list(old.shape)}: only a checkpoint of the same shape can take its place."
+                )
+        return leaves
+
+    def replace_weights(self, leaves: tuple[Any, ...]) -> None:
+        """Uses other weights from the next program on; see `leaves_of`. Steps in flight keep those they were given."""
+        self._leaves = leaves
+        self.__dict__.pop("_head_leaves", None)
+
+    def sleep(self, keep_weights: bool) -> int:
+        """Gives the device's memory back: pages and state are lost, weights are kept in host memory or lost too.
+
+        Returns:
+            bytes freed.
+        """
+        if self._group is not None:
+            raise ValueError("An engine of several processes cannot sleep.")
+        jax.block_until_ready((self._kv, self._state))
+        freed = sum(leaf.nbytes for leaf in jax.tree.leaves((self._leaves, self._kv, self._state)))
+        # Copies, not views: on the CPU a view would keep the device's buffer.
+        if keep_weights:
+            self._asleep = [(np.array(leaf, copy=True), leaf.sharding) for leaf in self._leaves]
+        self.__dict__.pop("_head_leaves", None)
+        _delete((self._leaves, self._kv, self._state))
+        self._kv = self._state = None
+        return freed
+
+    def wake(self, leaves: tuple[Any, ...] | None = None) -> None:
+        """Takes device memory again.
+
+        Args:
+            leaves: the weights, where `sleep` did not keep them.
+        """
+        if leaves is None:
+            assert self._asleep, "the weights were not kept"
+            leaves = tuple(jax.device_put(host, sharding) for host, sharding in self._asleep)
+        self._asleep = []
+        self.replace_weights(leaves)
+        self.reset_cache()
+
     def spill(self, pages: tuple[tuple[int, bytes], ...]) -> None:
         """Starts copying pages to the host tier: (page, digest)."""
         assert self.store is not None
@@ -284,6 +352,12 @@ class Executor:
     @property
     def num_parameters(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self._leaves))
+
+
+def _delete(tree: Any) -> None:
+    for leaf in jax.tree.leaves(tree):
+        if not leaf.is_deleted():
+            leaf.delete()
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

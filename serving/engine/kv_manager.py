@@ -39,6 +39,7 @@ class KVManager:
         self.num_leaving = 0
         self.compute_token_s = 0.0
         self._restore_page_s = restore_page_s
+        self._epoch = 0
         self._restored: list[tuple[int, bytes]] = []
         self._leaving: deque[tuple[int, list[int]]] = deque()  # (last step that may write, pages)
 
@@ -103,6 +104,19 @@ class KVManager:
             self.num_leaving -= len(pages)
             self.pool.release(pages)
 
+    def forget(self, step: int | None = None) -> None:
+        """Begins a new epoch: no prefix of the old one, on the device or the host, is found again. For weights or pages that
+        are others now.
+
+        Args:
+            step: the last one dispatched, where its results will never come; frees what only it could write.
+        """
+        self._epoch += 1
+        self._restored = []
+        if step is not None:
+            self.retired(step)
+        self.pool.reset_cache()
+
     def register(self, request: Request) -> None:
         """Indexes pages that are full of known tokens and whose KV is dispatched: later steps may share them."""
         if not self.pool.enable_prefix_caching:
@@ -146,7 +160,11 @@ class KVManager:
         digests = request.digests
         if len(digests) >= full:
             return
-        parent = digests[-1] if digests else root_digest(request.spec.adapter, None, request.spec.cache_salt)
+        parent = (
+            digests[-1]
+            if digests
+            else root_digest(request.spec.adapter, None, request.spec.cache_salt, str(self._epoch))
+        )
         for i in range(len(digests), full):
             parent = chain_digest(parent, _page_tokens(request, i, self.pool.page_size))
             digests.append(parent)

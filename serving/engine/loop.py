@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from serving.engine.masks import fill_rows
 from serving.engine.pacing import Pacer
+from serving.engine.plan import StepPlan
+from serving.engine.recovery import StepFailedError, Suspects, is_out_of_memory
 from serving.engine.runner import InFlight, ModelRunner
 from serving.engine.scheduler import Scheduler
 from serving.engine.types import EngineOutput, EngineRequest, EngineStats, FinishReason
-from serving.errors import RequestError
+from serving.errors import ErrorKind, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,32 @@ class Call:
 
 Message = Submit | Abort | Call | None  # None: stop
 
+PAUSED_LOOK_S = 0.2
+"""How often a paused loop looks for requests whose time is up."""
+
+TRACE_STEPS = 32
+"""Steps that a crash report tells of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTrace:
+    """What a step was, without a word of anybody's text."""
+
+    step_id: int
+    decode_rows: int
+    chunk_tokens: int
+    num_steps: int
+    seconds: float
+
+
+@contextlib.contextmanager
+def _carrying_out(plan: StepPlan) -> Iterator[None]:
+    """Failures in here are the step's, not the scheduler's, whose state they leave whole."""
+    try:
+        yield
+    except Exception as error:
+        raise StepFailedError(plan) from error
+
 
 class EngineLoop:
     """Takes messages, steps, hands outputs over.
@@ -50,6 +80,12 @@ class EngineLoop:
         reject: called with a submission that the scheduler refuses.
         on_death: called once with the exception that ended the loop.
         asynchronous: dispatch a step before the one before it has been read.
+
+    Attributes:
+        busy_since: time.monotonic() seconds at which the current round began; None while there is nothing to do. What a
+            watchdog looks at, from its own thread.
+        paused: take messages, but start no steps. Set on the engine thread.
+        recent: the last steps.
     """
 
     def __init__(
@@ -77,6 +113,11 @@ class EngineLoop:
         self._scheduled_tokens = 0
         self._bucket_tokens = 0
         self._last_read = 0.0
+        self.busy_since: float | None = None
+        self.paused = False
+        self.recent: deque[StepTrace] = deque(maxlen=TRACE_STEPS)
+        self.suspects = Suspects()
+        self._previous: InFlight | None = None
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
 
     def start(self) -> None:
@@ -95,46 +136,89 @@ class EngineLoop:
         except BaseException as e:
             log.exception("the engine died")
             self._on_death(e)
+        finally:
+            self.busy_since = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a dispatched step has not been read. Asked on the engine thread."""
+        return self._previous is not None
 
     def _loop(self) -> None:
-        previous: InFlight | None = None
         while True:
-            idle = previous is None and not self.scheduler.has_work
-            if self._pacer is not None and previous is not None:
-                self._wait_for_arrivals(previous, self._pacer)
+            idle = self._previous is None and (self.paused or not self.scheduler.has_work)
+            self.busy_since = None
+            if self._pacer is not None and self._previous is not None:
+                self._wait_for_arrivals(self._previous, self._pacer)
             self._take_messages(block=idle)
             if self._stopping:
                 return
+            self.busy_since = time.monotonic()
             began = time.perf_counter()
             waited = self._waited_total
-            self._emit(self.scheduler.expire(time.monotonic()))
-            plan = self.scheduler.schedule()
-            current = None
-            if plan is not None:
-                current = self.runner.dispatch_forward(plan, self.scheduler.slots)
-                self._scheduled_tokens += plan.num_tokens
-                self._bucket_tokens += current.bucket.tokens * plan.num_steps
-                if current.constrained and previous is not None:
-                    self._retire(previous)  # a mask needs the token before it; forward is running meanwhile
-                    previous = None
-                self.runner.dispatch_sample(current, self._mask(current) if current.constrained else None)
-                if not self._asynchronous:
-                    previous, current = current, None
-            if previous is not None:
-                self._retire(previous)
-            elif plan is None and self.scheduler.has_work:
-                # Everything waits for pages that nobody holds in flight: cannot happen while limits hold.
-                raise RuntimeError("the scheduler has work, but nothing can run")
-            previous = current
+            try:
+                self._step()
+            except StepFailedError as failure:
+                self._recover(failure)
             took = time.perf_counter() - began
             self._host_seconds = took - (self._waited_total - waited)
             self._host_total += self._host_seconds
             self._publish(took)
 
+    def _step(self) -> None:
+        """Dispatches a step and reads the one before it."""
+        previous = self._previous
+        self._emit(self.scheduler.expire(time.monotonic()))
+        self.suspects.gone(self.scheduler.requests.__contains__)
+        self.scheduler.only = self.suspects.only
+        plan = None if self.paused else self.scheduler.schedule()
+        current = None
+        if plan is not None:
+            with _carrying_out(plan):
+                current = self.runner.dispatch_forward(plan, self.scheduler.slots)
+            self._scheduled_tokens += plan.num_tokens
+            self._bucket_tokens += current.bucket.tokens * plan.num_steps
+            if current.constrained and previous is not None:
+                self._retire(previous)  # a mask needs the token before it; forward is running meanwhile
+                previous = self._previous = None
+            mask = self._mask(current) if current.constrained else None
+            with _carrying_out(plan):
+                self.runner.dispatch_sample(current, mask)
+            if not self._asynchronous:
+                previous, current = current, None
+        if previous is not None:
+            self._retire(previous)
+        elif plan is None and self.scheduler.has_work and not self.paused:
+            # Everything waits for pages that nobody holds in flight: cannot happen while limits hold.
+            raise RuntimeError("the scheduler has work, but nothing can run")
+        self._previous = current
+
+    def _recover(self, failure: StepFailedError) -> None:
+        """Goes on after a step that failed; see recovery.py. Raises its cause when that makes no sense."""
+        cause = failure.__cause__ or failure
+        plan = failure.plan
+        log.error("step %d failed, with %d requests; trying again", plan.step_id, len(plan.requests), exc_info=cause)
+        self._previous = None
+        ids = [r.request_id for r in plan.requests if not r.finished]
+        if is_out_of_memory(cause) and self.scheduler.shrink():
+            log.error("steps are now of at most %d tokens; see --max-num-batched-tokens", self.scheduler.max_tokens)
+            culprit = None if len(ids) == 1 else self.suspects.failed(ids)
+        else:
+            culprit = self.suspects.failed(ids)
+        if self.suspects.hopeless:
+            raise cause
+        self.scheduler.requeue()
+        self.runner.executor.reset_cache()
+        if culprit is not None:
+            output = self.scheduler.abort(culprit, FinishReason.ERROR)
+            if output is not None:
+                self._emit([dataclasses.replace(output, error="the model failed on this request.")])
+
     def _retire(self, step: InFlight) -> None:
         """Waits for a step, reads it and hands out its tokens."""
         began = time.perf_counter()
-        result = self.runner.collect(step)
+        with _carrying_out(step.plan):
+            result = self.runner.collect(step)
         now = time.perf_counter()
         self._waited_total += now - began
         # The device took this step up when it was dispatched, or when it was done with the one before.
@@ -143,7 +227,13 @@ class EngineLoop:
         if self._pacer is not None:
             self._pacer.observe((step.bucket, step.plan.num_steps), seconds)
         self._last_read = now
-        self._emit(self.scheduler.retire(step.plan, result))
+        plan = step.plan
+        chunk_tokens = sum(chunk.length for chunk in plan.chunks)
+        seconds = round(now - step.dispatched_at, 6)
+        self.recent.append(StepTrace(plan.step_id, len(plan.decode), chunk_tokens, plan.num_steps, seconds))
+        if self.suspects.failures:
+            self.suspects.passed([r.request_id for r in plan.requests])
+        self._emit(self.scheduler.retire(plan, result))
 
     def _wait_for_arrivals(self, step: InFlight, pacer: Pacer) -> None:
         """Waits while `step` runs, so that urgent requests that arrive meanwhile are in the next one; see pacing.py."""
@@ -169,7 +259,7 @@ class EngineLoop:
     def _take_messages(self, block: bool) -> None:
         while True:
             try:
-                message = self.inbox.get(block=block)
+                message = self.inbox.get(block, PAUSED_LOOK_S if self.paused else None)
             except queue.Empty:
                 return
             block = False
@@ -182,6 +272,12 @@ class EngineLoop:
                         self.scheduler.add(request)
                     except RequestError as e:
                         self._reject(request.request_id, e)
+                    except Exception:
+                        log.exception("request %s could not be taken", request.request_id)
+                        self._reject(
+                            request.request_id,
+                            RequestError(ErrorKind.INTERNAL, "the engine failed to take this request."),
+                        )
                 case Abort(request_id, reason):
                     output = self.scheduler.abort(request_id, reason)
                     if output is not None:
@@ -206,6 +302,8 @@ class EngineLoop:
             num_bucket_tokens_total=self._bucket_tokens,
             num_recompilations=self.runner.guard.count,
             expert_loads=self.runner.expert_loads,
+            num_failed_steps=self.suspects.failures,
+            num_nonfinite=c.nonfinite,
             last_step_s=step_seconds,
             host_step_s=self._host_seconds,
             host_time_s_total=self._host_total,

@@ -44,8 +44,8 @@ def fill_rows(rows: Sequence[tuple[int, Request]], mask_RW: np.ndarray) -> dict[
             continue
         try:
             constraint.fill_mask(mask_RW[row])
-        except RuntimeError as e:
-            failed[row] = str(e)
+        except Exception as e:  # whatever it is, it is this request's
+            failed[row] = f"{type(e).__name__}: {e}"
     for many, items in together.items():
         failed.update(many(items, mask_RW))
     for row, request in rows:

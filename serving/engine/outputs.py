@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from serving.engine.plan import Chunk
 from serving.engine.request import Request
 from serving.engine.types import EngineOutput, FinishReason, RequestTimes, TokenLogprobs
+
+log = logging.getLogger(__name__)
 
 
 def verdict(request: Request, max_model_len: int) -> tuple[FinishReason | None, str | None]:
@@ -20,9 +23,13 @@ def verdict(request: Request, max_model_len: int) -> tuple[FinishReason | None, 
     constraint = request.spec.constraint
     if constraint is None or reason is FinishReason.STOP:
         return reason, None
-    if not constraint.accept(request.tokens[-1]):
-        return FinishReason.ERROR, "the grammar does not allow the sampled token."
-    return (FinishReason.STOP if constraint.finished else reason), None
+    try:
+        if not constraint.accept(request.tokens[-1]):
+            return FinishReason.ERROR, "the grammar does not allow the sampled token."
+        return (FinishReason.STOP if constraint.finished else reason), None
+    except Exception:  # a grammar's own failure ends its request, not everybody's step
+        log.exception("request %s: its grammar failed", request.request_id)
+        return FinishReason.ERROR, "the grammar failed."
 
 
 class Outputs:

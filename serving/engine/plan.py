@@ -52,6 +52,11 @@ class StepPlan:
     num_steps: int = 1
 
     @property
+    def requests(self) -> tuple[Request, ...]:
+        """Everybody whom the step computes something of."""
+        return (*self.decode, *(chunk.request for chunk in self.chunks))
+
+    @property
     def num_tokens(self) -> int:
         """Tokens scheduled, padding not counted."""
         return len(self.decode) * self.num_steps + sum(c.length for c in self.chunks)

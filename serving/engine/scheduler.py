@@ -50,6 +50,9 @@ class Scheduler:
         self._arrivals = 0
         self._step_id = 0
         self._hurried = False  # the last step left decode rows out
+        self._hurried = False  # the last step left decode rows out
+        self.only: frozenset[str] | None = None  # ids that may be admitted, while one of them is under suspicion
+        self.max_tokens = config.max_num_batched_tokens
         self._short_of_pages: Request | None = None
         self._outputs = Outputs()
 
@@ -102,10 +105,12 @@ class Scheduler:
     def schedule(self, now: float | None = None) -> StepPlan | None:
         """The next step, or None when nothing can run before a dispatched step retires."""
         now = time.monotonic() if now is None else now
-        budget = self.config.max_num_batched_tokens
+        budget = self.max_tokens
         self._make_way()
         preemptions = self.counters.preemptions
         decode, unfinished = self._schedule_decode(budget)
+        held = decode if self._hurries(unfinished) else []
+        decode = [] if held else decode
         held = decode if self._hurries(unfinished) else []
         decode = [] if held else decode
         background = max(CHUNK_ALIGN, budget // BACKGROUND_SHARE)
@@ -119,6 +124,9 @@ class Scheduler:
         self._continue_prompts(builder, [r for r in unfinished if r.spec.priority > urgent])
         if self.config.buckets is not None:
             builder.shorten(self.config.buckets.chunk_tokens(builder.tokens, len(decode)))
+        if held and not builder.chunks:  # nobody could be admitted after all
+            decode, held = held, []
+        self._hurried = bool(held)
         if held and not builder.chunks:  # nobody could be admitted after all
             decode, held = held, []
         self._hurried = bool(held)
@@ -152,6 +160,7 @@ class Scheduler:
                 request.num_pending -= 1
                 if not all_finite and not np.atleast_2d(result.finite)[step, row]:
                     error = "the model's logits are not finite."
+                    self.counters.nonfinite += 1
                     outputs.append(self._end(request, FinishReason.ERROR, error=error, now=now))
                     continue
                 logprobs = result.logprobs[row] if result.logprobs is not None else None
@@ -233,7 +242,7 @@ class Scheduler:
     def _make_way(self) -> None:
         """Under the priority policy, takes slots (and pages, when the first in line lacked them) from running requests that are
         strictly less important than waiting ones. They keep their indexed pages for as long as nobody needs those."""
-        if self.config.policy != "priority":
+        if self.config.policy != "priority" or self.only is not None:
             return
         free = self.slots.num_free
         for request in self.waiting.head(min(LOOKAHEAD, self.config.max_num_seqs)):
@@ -262,6 +271,15 @@ class Scheduler:
         for request in unfinished:
             if not request.num_pending:
                 builder.add(request, self._is_background(request))
+
+    def _hurries(self, unfinished: list[Request]) -> bool:
+        """Whether the step is to be for prompts alone: an urgent one is to be computed while requests that are less urgent run,
+        and its first token should not wait for everybody's next one. Streams lose a step so, but never two in a row."""
+        if self.foreground is None or self._hurried:
+            return False
+        waiting = self.waiting.head(1) if self.slots.num_free else []
+        urgent = any(not self._is_background(r) for r in (*unfinished, *waiting))
+        return urgent and any(self._is_background(r) for r in self.running)
 
     def _hurries(self, unfinished: list[Request]) -> bool:
         """Whether the step is to be for prompts alone: an urgent one is to be computed while requests that are less urgent run,
@@ -305,6 +323,9 @@ class Scheduler:
 
     def _candidates(self) -> list[Request]:
         """Waiting requests in the order to try them."""
+        if self.only is not None:
+            found = (self.requests.get(i) for i in sorted(self.only))
+            return [r for r in found if r is not None and r.state is not RequestState.RUNNING]
         head = self.waiting.head(LOOKAHEAD)
         if not self.config.prefix_first or len(head) < 2:
             return head
@@ -370,6 +391,28 @@ class Scheduler:
             *self.kv.take_step(),
             num_steps,
         )
+
+    # ---- after a step that failed, or whose pages are gone ----
+
+    def requeue(self) -> None:
+        """Puts every request back to waiting, with nothing of it computed: what steps in flight would have given is lost, and
+        so is what every page held. Each will sample the tokens that it would have."""
+        for request in self.requests.values():
+            request.inflight = request.num_pending = 0
+        for request in self.running[:]:
+            self._preempt(request)
+        for request in self.requests.values():
+            request.digests.clear()
+        self.kv.forget(self._step_id)
+        self._short_of_pages = None
+
+    def shrink(self) -> bool:
+        """Halves the tokens of a step from now on. False when it is as small as it can be."""
+        smaller = max(self.max_tokens // 2 // CHUNK_ALIGN * CHUNK_ALIGN, self.config.max_num_seqs + CHUNK_ALIGN)
+        if smaller >= self.max_tokens:
+            return False
+        self.max_tokens = smaller
+        return True
 
     # ---- pages that come free ----
 

@@ -61,3 +61,4 @@ class Counters:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     steps: int = 0
+    nonfinite: int = 0  # requests that NaN or infinite logits ended

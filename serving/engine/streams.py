@@ -11,10 +11,16 @@ from serving.engine.types import EngineOutput
 from serving.errors import RequestError
 
 
+MAX_ITEMS = 64
+
+
 class OutputStream:
     """Single-producer, single-consumer stream of one request's outputs, living on one event loop.
 
-    A consumer that falls behind gets what piled up as one merged output: memory is bounded by the completion itself.
+    A consumer that falls behind gets what piled up as one merged output. What waits is merged every `MAX_ITEMS` outputs, so a
+    consumer that reads nothing costs the token ids of one completion (and their logprobs, where asked for), not an object a
+    token, and never more than a completion may have. Whether to go on for it is the front end's to decide
+    (`Limits.stalled_reader_s`).
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -26,6 +32,10 @@ class OutputStream:
     def put(self, output: EngineOutput) -> None:
         """On the event loop's thread."""
         self._items.append(output)
+        if len(self._items) >= MAX_ITEMS:
+            merged = merge(self._items)
+            self._items.clear()
+            self._items.append(merged)
         self._wakeup.set()
 
     def fail(self, error: RequestError) -> None:

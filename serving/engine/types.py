@@ -177,6 +177,8 @@ class EngineStats:
     num_scheduled_tokens_total: int = 0
     num_bucket_tokens_total: int = 0
     num_recompilations: int = 0
+    num_failed_steps: int = 0  # tried again, in smaller company
+    num_nonfinite: int = 0  # requests that NaN or infinite logits ended
     last_step_s: float = 0.0
     host_step_s: float = 0.0
     expert_loads: np.ndarray | None = dataclasses.field(default=None, compare=False)

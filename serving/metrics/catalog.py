@@ -116,6 +116,8 @@ SPECS: tuple[Spec, ...] = (
     _gauge("healthy", "1 while the engine can serve, 0 once it died.", same=False),
     _counter("engine_steps", "Steps that the engine ran.", same=False),
     _counter("recompilations", "Programs compiled after start-up. Above 0 is a defect: please report it.", same=False),
+    _counter("failed_steps", "Steps that the device failed, and that were tried again.", same=False),
+    _counter("nonfinite_requests", "Requests that NaN or infinite logits ended.", same=False),
     _gauge("last_step_seconds", "Seconds that the last step took, device and host.", same=False),
     _gauge("last_step_host_seconds", "Seconds of the last step that the host worked.", same=False),
     _counter(

@@ -125,6 +125,8 @@ class Metrics(Collector):
             "healthy": int(self._client.healthy),
             "engine_steps": s.num_steps,
             "recompilations": s.num_recompilations,
+            "failed_steps": s.num_failed_steps,
+            "nonfinite_requests": s.num_nonfinite,
             "last_step_seconds": s.last_step_s,
             "last_step_host_seconds": s.host_step_s,
         }

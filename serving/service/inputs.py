@@ -110,7 +110,21 @@ class GenerateInput:
                 "continue_final_message and add_generation_prompt exclude each other: set the latter to false.",
                 "continue_final_message",
             )
+        limits.check_count(
+            "chat_template_kwargs",
+            len(self.chat_template_kwargs),
+            limits.max_template_arguments,
+            "chat_template_kwargs",
+        )
         for name, value in self.chat_template_kwargs.items():
+            if len(name) > limits.max_name_chars or (
+                isinstance(value, str) and len(value) > limits.max_template_argument_chars
+            ):
+                raise invalid(
+                    f"An entry of chat_template_kwargs is too long: names have at most {limits.max_name_chars} characters, "
+                    f"texts {limits.max_template_argument_chars}.",
+                    "chat_template_kwargs",
+                )
             if name in TEMPLATE_ARGUMENTS:
                 raise invalid(f"chat_template_kwargs cannot set {name!r}.", "chat_template_kwargs")
             if value is not None and not isinstance(value, str | int | float | bool):

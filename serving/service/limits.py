@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from serving.engine.sampling_params import MAX_N, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
 from serving.errors import RequestError, invalid
 
 CHARS_PER_TOKEN = 32
@@ -18,14 +19,23 @@ come near this."""
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How large a request may be.
+    """How large a request may be, how long it may take to come, and how many may: the same for gRPC, HTTP, gateways, batch
+    files and `LLM`, as far as an entry has the thing that is bounded.
 
     Attributes:
         max_body_bytes: one gRPC message or HTTP body.
+        max_head_bytes: an HTTP request's head, or a call's metadata.
+        max_headers: header lines of an HTTP request.
+        head_timeout_s: for an HTTP request's head to come, from its first byte or from connecting.
+        body_gap_s: between two pieces of an HTTP body.
+        stalled_reader_s: for a client to take something of a stream that has more for it; then the request is aborted.
         max_prompt_chars: a prompt's text, rendered.
         max_messages: messages of a chat.
         max_tools: tools offered to a chat.
+        max_template_arguments, max_template_argument_chars: variables for the chat template, and the text in each.
         max_batch: prompts in one HTTP request.
+        max_n: completions of one prompt.
+        max_stop_strings, max_stop_chars: strings that end a completion, and characters of each.
         max_sequences: prompts times `n` in one request.
         max_grammar_chars: a JSON schema, regular expression, grammar, or all choices together.
         grammar_timeout_s: time to compile a grammar.
@@ -35,10 +45,20 @@ class Limits:
     """
 
     max_body_bytes: int = 16 * 2**20
+    max_head_bytes: int = 64 * 1024
+    max_headers: int = 256
+    head_timeout_s: float = 30.0
+    body_gap_s: float = 60.0
+    stalled_reader_s: float = 60.0
     max_prompt_chars: int = 1 << 20
     max_messages: int = 2048
     max_tools: int = 128
+    max_template_arguments: int = 64
+    max_template_argument_chars: int = 64 * 1024
     max_batch: int = 1024
+    max_n: int = MAX_N
+    max_stop_strings: int = MAX_STOP_STRINGS
+    max_stop_chars: int = MAX_STOP_STRING_CHARS
     max_sequences: int = 1024
     max_grammar_chars: int = 256 * 1024
     grammar_timeout_s: float = 10.0

@@ -120,7 +120,10 @@ def fit_prompt(
 
 def check_params(params: SamplingParams, vocab_size: int, limits: Limits) -> None:
     """Checks what of the sampling parameters depends on the model or on the server's limits."""
-    limits.check_count("completions (n)", params.n, limits.max_sequences, "n")
+    limits.check_count("completions (n)", params.n, min(limits.max_n, limits.max_sequences), "n")
+    limits.check_count("stop strings", len(params.stop_strings), limits.max_stop_strings, "stop")
+    for text in params.stop_strings:
+        limits.check_count("characters in a stop string", len(text), limits.max_stop_chars, "stop")
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         for token in getattr(params, name) or ():
             if token >= vocab_size:

@@ -202,6 +202,8 @@ class _Source:
         for those that only take lists; arguments of tool calls, JSON text in OpenAI's API, become mappings; reasoning
         goes by all names that templates know it by.
         """
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise invalid(f"{where} must be an object with a role.", where)
         # Clients send null and [] for what is not there; templates ask whether it is there.
         shaped = {k: v for k, v in message.items() if k == "content" or (v is not None and v != [])}
         role = message.get("role")

@@ -45,6 +45,16 @@ def read(folder: Path) -> TokenizerFiles:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"tokenizer.json of {folder.name} cannot be read: {error}") from None
+    try:
+        return _with_settings(folder, tokenizer)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"a file beside tokenizer.json of {folder.name} has an entry that is missing or of a wrong type: {error}."
+        ) from error
+
+
+def _with_settings(folder: Path, tokenizer: tokenizers.Tokenizer) -> TokenizerFiles:
+    """What the files beside tokenizer.json add."""
     config = _json(folder / "tokenizer_config.json")
     specials = _json(folder / "special_tokens_map.json")
 

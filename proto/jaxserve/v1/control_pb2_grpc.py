@@ -50,6 +50,41 @@ class ControlStub:
                 request_serializer=jaxserve_dot_v1_dot_control__pb2.AbortRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_v1_dot_control__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.Pause = channel.unary_unary(
+                '/jaxserve.v1.Control/Pause',
+                request_serializer=jaxserve_dot_v1_dot_control__pb2.PauseRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_control__pb2.PauseResponse.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/jaxserve.v1.Control/Resume',
+                request_serializer=jaxserve_dot_v1_dot_control__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_control__pb2.ResumeResponse.FromString,
+                _registered_method=True)
+        self.Sleep = channel.unary_unary(
+                '/jaxserve.v1.Control/Sleep',
+                request_serializer=jaxserve_dot_v1_dot_control__pb2.SleepRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_control__pb2.SleepResponse.FromString,
+                _registered_method=True)
+        self.WakeUp = channel.unary_unary(
+                '/jaxserve.v1.Control/WakeUp',
+                request_serializer=jaxserve_dot_v1_dot_control__pb2.WakeUpRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_control__pb2.WakeUpResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/jaxserve.v1.Control/Drain',
+                request_serializer=jaxserve_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_control__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.ResetPrefixCache = channel.unary_unary(
+                '/jaxserve.v1.Control/ResetPrefixCache',
+                request_serializer=jaxserve_dot_v1_dot_control__pb2.ResetPrefixCacheRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_control__pb2.ResetPrefixCacheResponse.FromString,
+                _registered_method=True)
+        self.UpdateWeights = channel.unary_unary(
+                '/jaxserve.v1.Control/UpdateWeights',
+                request_serializer=jaxserve_dot_v1_dot_control__pb2.UpdateWeightsRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_control__pb2.UpdateWeightsResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -77,6 +112,58 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pause(self, request, context):
+        """What follows changes the server, needs an admin key, and is closed on a server without one (PERMISSION_DENIED).
+        FAILED_PRECONDITION: it does not fit the state. UNIMPLEMENTED: no engine runs in that process (a gateway).
+
+        Starts no further steps: streams hold, new requests wait.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Goes on after Pause or Drain.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Sleep(self, request, context):
+        """Gives the devices' memory back. What runs waits and is computed anew afterwards; new requests get UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WakeUp(self, request, context):
+        """Takes the memory again and goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Takes no more requests (health says so), and waits for those that run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResetPrefixCache(self, request, context):
+        """Forgets every cached prefix.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateWeights(self, request, context):
+        """Swaps to another checkpoint of the same shape between two steps, while streams run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +181,41 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=jaxserve_dot_v1_dot_control__pb2.AbortRequest.FromString,
                     response_serializer=jaxserve_dot_v1_dot_control__pb2.AbortResponse.SerializeToString,
+            ),
+            'Pause': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pause,
+                    request_deserializer=jaxserve_dot_v1_dot_control__pb2.PauseRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_control__pb2.PauseResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=jaxserve_dot_v1_dot_control__pb2.ResumeRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_control__pb2.ResumeResponse.SerializeToString,
+            ),
+            'Sleep': grpc.unary_unary_rpc_method_handler(
+                    servicer.Sleep,
+                    request_deserializer=jaxserve_dot_v1_dot_control__pb2.SleepRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_control__pb2.SleepResponse.SerializeToString,
+            ),
+            'WakeUp': grpc.unary_unary_rpc_method_handler(
+                    servicer.WakeUp,
+                    request_deserializer=jaxserve_dot_v1_dot_control__pb2.WakeUpRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_control__pb2.WakeUpResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=jaxserve_dot_v1_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
+            'ResetPrefixCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetPrefixCache,
+                    request_deserializer=jaxserve_dot_v1_dot_control__pb2.ResetPrefixCacheRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_control__pb2.ResetPrefixCacheResponse.SerializeToString,
+            ),
+            'UpdateWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateWeights,
+                    request_deserializer=jaxserve_dot_v1_dot_control__pb2.UpdateWeightsRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_control__pb2.UpdateWeightsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +300,195 @@ class Control:
             '/jaxserve.v1.Control/Abort',
             jaxserve_dot_v1_dot_control__pb2.AbortRequest.SerializeToString,
             jaxserve_dot_v1_dot_control__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pause(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/Pause',
+            jaxserve_dot_v1_dot_control__pb2.PauseRequest.SerializeToString,
+            jaxserve_dot_v1_dot_control__pb2.PauseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/Resume',
+            jaxserve_dot_v1_dot_control__pb2.ResumeRequest.SerializeToString,
+            jaxserve_dot_v1_dot_control__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sleep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/Sleep',
+            jaxserve_dot_v1_dot_control__pb2.SleepRequest.SerializeToString,
+            jaxserve_dot_v1_dot_control__pb2.SleepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WakeUp(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/WakeUp',
+            jaxserve_dot_v1_dot_control__pb2.WakeUpRequest.SerializeToString,
+            jaxserve_dot_v1_dot_control__pb2.WakeUpResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/Drain',
+            jaxserve_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+            jaxserve_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetPrefixCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/ResetPrefixCache',
+            jaxserve_dot_v1_dot_control__pb2.ResetPrefixCacheRequest.SerializeToString,
+            jaxserve_dot_v1_dot_control__pb2.ResetPrefixCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/UpdateWeights',
+            jaxserve_dot_v1_dot_control__pb2.UpdateWeightsRequest.SerializeToString,
+            jaxserve_dot_v1_dot_control__pb2.UpdateWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

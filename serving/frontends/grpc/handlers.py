@@ -17,6 +17,7 @@ from proto.jaxserve.v1 import control_pb2, inference_pb2
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.frontends.grpc import convert
 from serving.frontends.grpc.context import begin_call, end_call, id_metadata
+from serving.frontends.grpc.control import ControlCalls
 from serving.frontends.grpc.errors import status_of
 from serving.service import TextService, prepare_chat
 from serving.service.chat import ReplyParser
@@ -109,13 +110,10 @@ class Inference:
         return inference_pb2.DetokenizeResponse(text=text)
 
 
-class Control:
-    """GetServerInfo, GetModelInfo, Abort."""
+class Control(ControlCalls):
+    """GetServerInfo, GetModelInfo, Abort; and what changes the server."""
 
     descriptor = CONTROL
-
-    def __init__(self, service: Callable[[], TextService]) -> None:
-        self._service = service
 
     async def GetServerInfo(  # noqa: N802
         self, request: control_pb2.GetServerInfoRequest, context: Context
@@ -160,6 +158,8 @@ class Control:
             quantization=info.quantization or "",
             eos_token_ids=service.tokenizer.eos_token_ids,
             has_chat_template=service.chat_template is not None,
+            tasks=info.tasks,
+            pooling=info.pooling,
         )
 
     async def Abort(  # noqa: N802

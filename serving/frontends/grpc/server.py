@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -17,10 +19,13 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def server_options(max_body_bytes: int) -> list[tuple[str, int]]:
+def server_options(limits: Limits) -> list[tuple[str, int]]:
     """Channel arguments of the server."""
     return [
-        ("grpc.max_receive_message_length", max_body_bytes),
+        ("grpc.max_receive_message_length", limits.max_body_bytes),
+        # Beyond the first calls fail now and then, the more the closer to the second: here at one bound.
+        ("grpc.max_metadata_size", limits.max_head_bytes),
+        ("grpc.absolute_max_metadata_size", limits.max_head_bytes),
         ("grpc.max_send_message_length", -1),
         # By default a second server on the port would silently take half of the connections.
         ("grpc.so_reuseport", 0),
@@ -59,6 +64,7 @@ class GrpcServer:
         self._asked_port = port
         self._limits = limits or Limits()
         self._access = access or Access()
+        self._telling: set[asyncio.Task[None]] = set()
         self._tls = tls
         self._service: TextService | None = None
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - set at run time
@@ -70,10 +76,8 @@ class GrpcServer:
         Raises:
             OSError: the address cannot be bound, in a sentence.
         """
-        self._server = grpc.aio.server(
-            interceptors=(RequireKey(self._access),), options=server_options(self._limits.max_body_bytes)
-        )
-        for servicer in (Inference(self._require), Control(self._require)):
+        self._server = grpc.aio.server(interceptors=(RequireKey(self._access),), options=server_options(self._limits))
+        for servicer in (Inference(self._require), Control(self._require, self._access)):
             self._server.add_generic_rpc_handlers((generic_handler(servicer),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -99,7 +103,13 @@ class GrpcServer:
     async def serve(self, service: TextService) -> None:
         """From now on requests are answered."""
         self._service = service
-        await self._set_ready(True)
+        service.draining_listeners.append(self._on_draining)
+        await self._set_ready(not service.draining)
+
+    def _on_draining(self, draining: bool) -> None:
+        task = asyncio.get_running_loop().create_task(self._set_ready(not draining))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
 
     async def drain(self) -> None:
         """Tells load balancers to send no more. The service itself refuses new requests and ends the old ones."""

@@ -16,6 +16,7 @@ from serving.frontends.openai import errors
 from serving.frontends.openai.access import RequireKey
 from serving.frontends.openai.chat import chat_router
 from serving.frontends.openai.completions import completions_router
+from serving.frontends.openai.control import control_router
 from serving.frontends.openai.embeddings import embeddings_router
 from serving.frontends.openai.middleware import BodyLimit, RequestContext
 from serving.frontends.openai.ops import ops_router
@@ -58,9 +59,10 @@ def create_app(
     app.include_router(embeddings_router(service))
     app.include_router(scores_router(service))
     app.include_router(tokens_router(service))
+    app.include_router(control_router(service, access or Access()))
     if page:
         _add_page(app)
-    app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes, gap_s=service.limits.body_gap_s)
     app.add_middleware(RequireKey, access=access or Access())
     if cors_origins:
         app.add_middleware(

@@ -23,6 +23,7 @@ _TYPES = {
     ErrorKind.UNAUTHENTICATED: ("authentication_error", "invalid_api_key"),
     ErrorKind.PERMISSION_DENIED: ("permission_error", "permission_denied"),
     ErrorKind.NOT_FOUND: ("invalid_request_error", "not_found"),
+    ErrorKind.FAILED_PRECONDITION: ("invalid_request_error", "failed_precondition"),
     ErrorKind.RESOURCE_EXHAUSTED: ("rate_limit_error", "rate_limit_exceeded"),
     ErrorKind.DEADLINE_EXCEEDED: ("timeout_error", "deadline_exceeded"),
     ErrorKind.UNIMPLEMENTED: ("not_implemented_error", "not_implemented"),

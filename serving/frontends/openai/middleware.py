@@ -27,9 +27,6 @@ sees a reset instead of the reply."""
 
 _TRACE_HEADERS = frozenset(name.encode() for name in TRACE_HEADERS)
 
-BODY_GAP_S = 60.0
-"""A body that stops coming for so long is given up."""
-
 OnRequest = Callable[[str, str, int, float], None]
 """Called with method, route, status and seconds when a reply is complete."""
 
@@ -91,11 +88,13 @@ def _request_id(scope: Scope) -> str:
 
 
 class BodyLimit:
-    """Refuses bodies over `max_bytes` with 413, by their declared length or as they come."""
+    """Refuses bodies over `max_bytes` with 413, by their declared length or as they come, and gives up those of which
+    nothing comes for `gap_s` seconds."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, gap_s: float) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.gap_s = gap_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -112,7 +111,7 @@ class BodyLimit:
             if complete:
                 return await receive()  # which now waits for the client to go
             try:
-                async with asyncio.timeout(BODY_GAP_S):
+                async with asyncio.timeout(self.gap_s):
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, "The body stopped coming.", headers={"Connection": "close"}) from None

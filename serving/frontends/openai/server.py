@@ -13,7 +13,7 @@ import uvicorn
 
 from serving.access import ServerTls
 from serving.frontends.openai.app import create_app
-from serving.frontends.openai.http_protocol import BoundedHttpProtocol
+from serving.frontends.openai.http_protocol import bounded_protocol
 from serving.service import TextService
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ async def serve_http(
         access_log=False,  # our middleware writes it, with request ids
         server_header=False,
         timeout_keep_alive=65,  # longer than the 60 s of common load balancers, which reuse connections
-        http=BoundedHttpProtocol,
+        http=bounded_protocol(service.limits),
     )
     if tls is not None:
         config.load()

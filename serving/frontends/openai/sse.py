@@ -62,6 +62,26 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
+def _patient(send: Send, limit_s: float | None) -> Send:
+    """`send`, which waits while the client's and our buffers are full, for `limit_s` seconds at most.
+
+    Raises:
+        ClientGoneError: the client has taken nothing for so long. Its request would otherwise keep a slot and pages for as
+            long as it likes.
+    """
+    if limit_s is None:
+        return send
+
+    async def patient(message: Any) -> None:
+        try:
+            async with asyncio.timeout(limit_s):
+                await send(message)
+        except TimeoutError:
+            raise ClientGoneError from None
+
+    return patient
+
+
 class EventStream(Response):
     """A `text/event-stream` reply. Its generator is closed when the client goes, whatever it was waiting for.
 
@@ -84,6 +104,7 @@ class EventStream(Response):
         self.raw_headers = [(k, v) for k, v in self.raw_headers if k != b"content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        send = _patient(send, getattr(scope["app"].state, "stalled_reader_s", None))
         writer = asyncio.ensure_future(self._write(send))
         watch = asyncio.ensure_future(_gone(receive))
         try:
@@ -161,16 +182,17 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tu
             async for item in only:
                 yield 0, item
         return
-    queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
+    # Bounded: for a client that reads slowly outputs wait in the engine's streams, where they are merged.
+    queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(4 * len(streams))
 
     async def pump(i: int, stream: AsyncGenerator[T, None]) -> None:
         try:
             async with contextlib.aclosing(stream):
                 async for item in stream:
-                    queue.put_nowait((i, item))
-            queue.put_nowait(None)
+                    await queue.put((i, item))
+            await queue.put(None)
         except Exception as error:
-            queue.put_nowait(error)
+            await queue.put(error)
 
     tasks = [asyncio.create_task(pump(i, stream)) for i, stream in enumerate(streams)]
     try:

@@ -1,0 +1,60 @@
+"""The calls of Control that change the server. They need an admin key, and are closed without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from proto.jaxserve.v1 import control_pb2
+from serving.access import Access, caller_of_task
+from serving.service import TextService
+from serving.service.control import ServerControl, State
+
+
+class ControlCalls:
+    """Pause, Resume, Sleep, WakeUp, Drain, ResetPrefixCache, UpdateWeights.
+
+    Args:
+        service: gives the service, or raises UNAVAILABLE while there is none yet.
+        access: who may.
+    """
+
+    def __init__(self, service: Callable[[], TextService], access: Access) -> None:
+        self._service = service
+        self._access = access
+
+    async def Pause(self, request: Any, context: Any) -> control_pb2.PauseResponse:  # noqa: N802 - as in the .proto
+        return control_pb2.PauseResponse(state=_state(await self._control().pause()))
+
+    async def Resume(self, request: Any, context: Any) -> control_pb2.ResumeResponse:  # noqa: N802
+        return control_pb2.ResumeResponse(state=_state(await self._control().resume()))
+
+    async def Sleep(self, request: control_pb2.SleepRequest, context: Any) -> control_pb2.SleepResponse:  # noqa: N802
+        return control_pb2.SleepResponse(
+            state=_state(await self._control().sleep(request.level if request.HasField("level") else 1))
+        )
+
+    async def WakeUp(self, request: Any, context: Any) -> control_pb2.WakeUpResponse:  # noqa: N802
+        return control_pb2.WakeUpResponse(state=_state(await self._control().wake()))
+
+    async def Drain(self, request: control_pb2.DrainRequest, context: Any) -> control_pb2.DrainResponse:  # noqa: N802
+        timeout = request.timeout_s if request.HasField("timeout_s") else None
+        return control_pb2.DrainResponse(state=_state(await self._control().drain(timeout)))
+
+    async def ResetPrefixCache(self, request: Any, context: Any) -> control_pb2.ResetPrefixCacheResponse:  # noqa: N802
+        return control_pb2.ResetPrefixCacheResponse(state=_state(await self._control().reset_prefix_cache()))
+
+    async def UpdateWeights(  # noqa: N802
+        self, request: control_pb2.UpdateWeightsRequest, context: Any
+    ) -> control_pb2.UpdateWeightsResponse:
+        return control_pb2.UpdateWeightsResponse(state=_state(await self._control().update_weights(request.source)))
+
+    def _control(self) -> ServerControl:
+        self._access.check_control(caller_of_task.get())
+        return ServerControl(self._service())
+
+
+def _state(state: State) -> control_pb2.ControlState:
+    return control_pb2.ControlState(
+        paused=state.paused, asleep=state.asleep, draining=state.draining, num_live=state.num_live
+    )

@@ -1,0 +1,164 @@
+"""HTTP bodies and gRPC messages, through the whole front ends over an engine that answers at once.
+
+Whatever comes, the reply is no 5xx (501, what this server cannot do, aside), says nothing internal, and leaves nothing running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+
+from proto.jaxserve.v1 import control_pb2, inference_pb2, sampling_pb2
+from serving.frontends.grpc.server import GrpcServer
+from serving.frontends.openai.app import create_app
+from serving.service import Limits
+from tests.fuzz.mutate import dump, mutate_bytes, mutate_json, random_json
+from tests.fuzz.run import Case
+from tests.mock_engine import MockEngine, mock_service
+
+USER = {"role": "user", "content": "hi"}
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
+}
+SAMPLING = {
+    "max_tokens": 4, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "n": 1, "seed": 3, "stop": ["x"], "logprobs": None,
+    "logit_bias": {"5": 1.5}, "presence_penalty": 0.1, "min_tokens": 1, "stop_token_ids": [3], "ignore_eos": False, "user": "u",
+    "truncate_prompt_tokens": 10, "bad_words": ["no"], "cache_salt": "s", "priority": 0, "stream": False,
+}  # fmt: skip
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"model": "default", "prompt": "hello", "echo": False, "suffix": None, **SAMPLING},
+    "/v1/chat/completions": {
+        "model": "default", "messages": [{"role": "system", "content": "s"}, USER], "tools": [TOOL], "tool_choice": "none",
+        "response_format": {"type": "text"}, "stream_options": None, "chat_template_kwargs": {"x": 1}, **SAMPLING,
+    },
+    "/v1/responses": {"model": "default", "input": [{"role": "user", "content": "x"}], "max_output_tokens": 4, "instructions": "i"},
+    "/v1/embeddings": {"model": "default", "input": ["a", "b"], "encoding_format": "float", "dimensions": 2},
+    "/tokenize": {"model": "default", "prompt": "a", "add_special_tokens": True},
+    "/detokenize": {"model": "default", "tokens": [1, 2, 3]},
+}  # fmt: skip
+LIMITS = Limits(max_body_bytes=256 * 1024, grammar_timeout_s=2.0)
+
+
+def _service() -> tuple[MockEngine, Any]:
+    engine = MockEngine(reply="Hello", max_model_len=256)
+    return engine, mock_service(engine, limits=LIMITS)
+
+
+def http_bodies(folder: pathlib.Path) -> Case:
+    """POST bodies, at the ASGI application: routing, validation, limits, errors."""
+    loop = asyncio.new_event_loop()
+
+    async def make() -> tuple[MockEngine, Any]:
+        engine, service = _service()
+        return engine, create_app(service, page=False)
+
+    engine, app = loop.run_until_complete(make())
+
+    def case(rng: random.Random) -> Iterable[str]:
+        path = rng.choice(list(BODIES))
+        value = mutate_json(rng, BODIES[path]) if rng.random() < 0.95 else random_json(rng, 4)
+        body = dump(rng, value)
+        kind = rng.choice(
+            (b"application/json",) * 12 + (b"text/plain", b"", b"application/json; charset=utf-16", b"\xff")
+        )
+        status, text = loop.run_until_complete(_post(app, path, body, kind))
+        assert status < 500 or status == 501, f"{path} {status}: {text[:300]}"
+        assert not engine.live, "a request is still live"
+        return [text] if status != 200 else []
+
+    return case
+
+
+async def _post(app: Any, path: str, body: bytes, kind: bytes) -> tuple[int, str]:
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http", "path": path,
+        "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": headers, "client": None, "server": None,
+    }  # fmt: skip
+    sent, status, chunks = False, 0, []
+    gone = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        nonlocal sent
+        if sent:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            status = message["status"]
+        else:
+            chunks.append(message.get("body", b""))
+
+    await app(scope, receive, send)
+    return status, b"".join(chunks).decode("utf-8", "replace")
+
+
+GENERATE = inference_pb2.GenerateRequest(
+    text="hello",
+    sampling_params=sampling_pb2.SamplingParams(max_tokens=4, temperature=0.5, top_k=3, stop=["x"], stop_token_ids=[3]),
+    model="default", request_id="r", priority=1, timeout_s=5.0, cache_salt="s", tenant="t",
+)  # fmt: skip
+CHAT = inference_pb2.GenerateRequest(
+    chat=inference_pb2.Chat(
+        messages=[inference_pb2.ChatMessage(role="user", content="hi")],
+        tools=[inference_pb2.Tool(name="f", parameters_json="{}")],
+        chat_template_kwargs={"a": inference_pb2.Scalar(int_value=1)},
+    ),
+    sampling_params=sampling_pb2.SamplingParams(max_tokens=3),
+)
+MESSAGES = {
+    "/jaxserve.v1.Inference/Generate": [GENERATE, CHAT],
+    "/jaxserve.v1.Inference/Tokenize": [inference_pb2.TokenizeRequest(text="a b", model="default")],
+    "/jaxserve.v1.Inference/Detokenize": [inference_pb2.DetokenizeRequest(token_ids=[1, 2, 300], model="default")],
+    "/jaxserve.v1.Control/Abort": [control_pb2.AbortRequest(request_id="r")],
+    "/jaxserve.v1.Control/GetModelInfo": [control_pb2.GetModelInfoRequest(model="default")],
+}
+BAD = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS}
+
+
+def grpc_messages(folder: pathlib.Path) -> Case:
+    """Serialized messages with bytes changed, over a real connection."""
+    loop = asyncio.new_event_loop()
+
+    async def start() -> tuple[MockEngine, Any]:
+        engine, service = _service()
+        server = GrpcServer(port=0, limits=LIMITS)
+        port = await server.start()
+        await server.serve(service)
+        return engine, (server, grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
+
+    engine, (server, channel) = loop.run_until_complete(start())
+
+    async def call(path: str, data: bytes) -> tuple[grpc.StatusCode, str]:
+        try:
+            if path.endswith("Generate"):
+                async for _ in channel.unary_stream(path)(data, timeout=8):
+                    pass
+            else:
+                await channel.unary_unary(path)(data, timeout=8)
+        except grpc.aio.AioRpcError as error:
+            return error.code(), error.details() or ""
+        return grpc.StatusCode.OK, ""
+
+    def case(rng: random.Random, keep: Any = server) -> Iterable[str]:
+        path = rng.choice(list(MESSAGES) + ["/jaxserve.v1.Inference/Generate"] * 3)
+        data = rng.choice(MESSAGES[path]).SerializeToString()
+        data = mutate_bytes(rng, data, 4) if rng.random() < 0.9 else rng.randbytes(rng.randint(0, 200))
+        code, text = loop.run_until_complete(call(path, data))
+        assert code not in BAD, f"{path} {code}: {text}"
+        return [text] if code is not grpc.StatusCode.OK else []
+
+    return case
+
+
+TARGETS = {"http": http_bodies, "grpc": grpc_messages}

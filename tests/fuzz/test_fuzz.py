@@ -1,0 +1,35 @@
+"""A bounded share of scripts/fuzz.py: a few hundred cases of each target, always the same ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fuzz import parsers, protocols
+from tests.fuzz.run import INTERNAL, run
+
+CASES = {"gguf": 150, "tokenizer": 120, "template": 60, "schema": 200, "regex": 200, "grammar": 200}
+
+
+@pytest.mark.parametrize("name", [*parsers.TARGETS, *protocols.TARGETS])
+def test_nothing_crashes_hangs_or_tells(name):
+    targets = {**parsers.TARGETS, **protocols.TARGETS}
+    result = run(name, targets[name], CASES.get(name, 300), seed=1)
+    assert not result.failures
+    assert result.cases == CASES.get(name, 300)
+
+
+def test_the_watch_sees_what_it_is_for():
+    """A case that raises, one that tells a path, and one that leaves a trace are failures."""
+
+    def make(folder):
+        def case(rng):
+            kind = rng.randrange(3)
+            if kind == 0:
+                raise KeyError("x")
+            return [] if kind == 1 else ['File "/usr/lib/x.py", line 3']
+
+        return case
+
+    result = run("x", make, 30, seed=0)
+    assert 0 < result.accepted < 30 and len(result.failures) == 30 - result.accepted
+    assert INTERNAL.search("<Thing object at 0x7f0011223344>") and not INTERNAL.search("max_tokens is 3, more than 2.")

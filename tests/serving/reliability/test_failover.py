@@ -1,0 +1,86 @@
+"""Gateways: what an engine's death costs, and that its return is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from serving.engine.sampling_params import SamplingParams
+from serving.engine.types import EngineRequest
+from serving.errors import DIED, ErrorKind, RequestError
+from serving.frontends.grpc.client import RemoteEngineClient
+from serving.frontends.grpc.server import GrpcServer
+from serving.gateway import Pool
+from tests.mock_engine import MockEngine, mock_service, until
+
+
+class Dying(MockEngine):
+    """Dies under each request: before its first token, or after."""
+
+    def __init__(self, after: int, code: str | None = DIED) -> None:
+        super().__init__(reply="dying")
+        self.after, self.code, self.tried = after, code, 0
+
+    async def generate(self, request):
+        self.tried += 1
+        count = 0
+        async for output in super().generate(request):
+            if count == self.after:
+                raise RequestError(ErrorKind.INTERNAL, "the engine died; the server is going down.", code=self.code)
+            count += 1
+            yield output
+
+
+def request(name="r"):
+    return EngineRequest(name, (1, 2), SamplingParams(max_tokens=4), eos_token_ids=(257,))
+
+
+async def tokens_of(client, name="r"):
+    return [t async for output in client.generate(request(name)) for t in output.token_ids]
+
+
+async def test_what_has_no_token_yet_goes_to_another_engine():
+    dying, good = Dying(after=0), MockEngine(reply="good")
+    pool = Pool([dying, good])
+    for i in range(4):
+        assert bytes(await tokens_of(pool, f"r{i}")) == b"good"
+    assert dying.tried
+
+
+async def test_what_has_begun_is_told_and_not_begun_again():
+    dying, good = Dying(after=1), MockEngine(reply="good")
+    results = await asyncio.gather(*(tokens_of(Pool([dying, good]), f"r{i}") for i in range(2)), return_exceptions=True)
+    assert all(isinstance(r, RequestError) and r.code == DIED for r in results) and not good.requests
+
+
+async def test_other_failures_are_not_tried_elsewhere():
+    """An error that is the request's own would only be the next engine's too."""
+    pool = Pool([Dying(after=0, code=None), MockEngine(reply="good")])
+    with pytest.raises(RequestError):
+        await tokens_of(pool)
+
+
+async def test_a_restarted_engine_is_found_again():
+    async def start(port=0):
+        server = GrpcServer(port=port)
+        await server.start()
+        await server.serve(mock_service(MockEngine(reply="good")))
+        return server
+
+    server = await start()
+    port = server.port
+    client = await RemoteEngineClient.connect(f"127.0.0.1:{port}", timeout_s=20, poll_s=0.05)
+    try:
+        assert bytes(await tokens_of(client)) == b"good"
+        await server.stop()
+        await until(lambda: not client.healthy, "the gateway notices that it is gone")
+        with pytest.raises(RequestError) as caught:
+            await tokens_of(Pool([client]), "gone")
+        assert caught.value.kind is ErrorKind.UNAVAILABLE
+        server = await start(port)
+        await until(lambda: client.healthy, "the gateway notices that it is back")
+        assert bytes(await tokens_of(Pool([client]), "again")) == b"good"
+    finally:
+        await client.close()
+        await server.stop()
