@@ -9,8 +9,11 @@ from models.registry import families
 
 
 def rows() -> list[dict[str, object]]:
-    """One entry a family: its name, `architectures` of config.json, and `general.architecture` of GGUF files."""
-    return [{"name": f.name, "architectures": list(f.architectures), "gguf": list(f.gguf)} for f in families()]
+    """One entry a family: its name, `architectures` of config.json, `general.architecture` of GGUF files, and what it does."""
+    return [
+        {"name": f.name, "architectures": list(f.architectures), "gguf": list(f.gguf), "tasks": list(f.tasks)}
+        for f in families()
+    ]
 
 
 def main() -> None:
@@ -21,9 +24,9 @@ def main() -> None:
         for row in rows():
             print(json.dumps(row))
         return
-    table = [("family", "architectures (config.json)", "GGUF")]
-    table += [(f.name, ", ".join(f.architectures), ", ".join(f.gguf) or "-") for f in families()]
-    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    table = [("family", "architectures (config.json)", "GGUF", "does")]
+    table += [(f.name, ", ".join(f.architectures), ", ".join(f.gguf) or "-", ", ".join(f.tasks)) for f in families()]
+    widths = [max(len(row[column]) for row in table) for column in range(4)]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 

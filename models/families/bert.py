@@ -204,6 +204,7 @@ FAMILIES = (
         ("BertModel", "BertForMaskedLM"),
         bert_config,
         Bert,
+        gguf=("bert",),
         ignore=IGNORED_HEADS,
         tasks=("embed",),
     ),

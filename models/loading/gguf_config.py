@@ -63,6 +63,10 @@ def config_dict(file: GGUFFile, architecture: str) -> dict[str, Any]:
     if config["sliding_window"] and pattern is not None:
         config["layer_types"] = _layer_types(pattern, config["num_hidden_layers"])
     config["rope_scaling"] = _rope_scaling(file, arch, get)
+    if arch == "bert":
+        for field, tensor in (("type_vocab_size", "token_types"), ("max_position_embeddings", "position_embd")):
+            if f"{tensor}.weight" in file.tensors:
+                config[field] = file.tensors[f"{tensor}.weight"].shape[0]
     config |= _of_family(arch, config, get)
     return {name: value for name, value in config.items() if value is not None}
 
@@ -169,6 +173,12 @@ def family_name(metadata: Mapping[str, Any]) -> str:
     if arch == "deepseek2" and metadata.get("deepseek2.expert_gating_func") == 2:
         return "deepseek2 with sigmoid routing"
     return arch
+
+
+def pooling(metadata: Mapping[str, Any]) -> str | None:
+    """How the file's authors make embeddings; None where they do not say."""
+    kind = metadata.get(f"{metadata['general.architecture']}.pooling_type")
+    return None if kind is None else {1: "mean", 2: "cls", 3: "last"}.get(int(kind))
 
 
 def rotated_pairs(config: Mapping[str, Any], arch: str) -> tuple[int, int] | None:

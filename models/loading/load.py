@@ -72,6 +72,7 @@ class Opened:
     checkpoint: Checkpoint | None  # None: Orbax restores parameters, not tensors
     model_id: str
     generation_config: dict[str, Any]
+    pooling: str | None = None  # how embeddings are made, where a GGUF file says so
 
 
 def load_model(
@@ -140,7 +141,9 @@ def _open_gguf(source: ModelSource) -> Opened:
     checkpoint = GGUFCheckpoint(file, arch, hf["num_hidden_layers"], pairs)
     recorded = str(file.metadata.get("general.name") or source.path.stem)
     name = MODEL_ID if recorded == RECORDED_NAME else recorded.replace(" ", "-")
-    return Opened(source, family, hf, checkpoint, source.name or name, gguf_config.generation_defaults(file.metadata))
+    generation = gguf_config.generation_defaults(file.metadata)
+    pooling = gguf_config.pooling(file.metadata)
+    return Opened(source, family, hf, checkpoint, source.name or name, generation, pooling)
 
 
 def _open_hf(source: ModelSource) -> Opened:

@@ -27,6 +27,9 @@ TOKENIZER_FILES = (
     "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
 
+POOLING_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
+"""What sentence-transformers says of an embedding model."""
+
 
 def save(
     directory: Path,
@@ -42,7 +45,7 @@ def save(
     Args:
         directory: must not exist.
         parameters: dense ones, on their devices.
-        tokenizer_from: a directory whose tokenizer files are copied.
+        tokenizer_from: a directory whose tokenizer files, and what it says of embeddings, are copied.
     Raises:
         ValueError: the directory exists, or a parameter is quantized.
     """
@@ -60,8 +63,9 @@ def save(
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory.resolve() / ARRAYS, arrays)
     if tokenizer_from is not None:
-        for name in TOKENIZER_FILES:
+        for name in (*TOKENIZER_FILES, *POOLING_FILES):
             if (tokenizer_from / name).exists():
+                (directory / name).parent.mkdir(exist_ok=True)
                 shutil.copy(tokenizer_from / name, directory / name)
     (directory / "config.json").write_text(json.dumps(hf_config, indent=2))
     (directory / "generation_config.json").write_text(json.dumps(generation_config, indent=2))

@@ -41,7 +41,7 @@ def assemble_encoder(
         say(native.status())
     began = time.monotonic()
     directory = opened.source.path
-    pooling = pooling_mode(directory)
+    pooling = opened.pooling or pooling_mode(directory)
     loaded = load_model(
         opened.source, dtype=dtype, mesh=mesh, quantization=quantization, progress=config.progress, opened=opened
     )

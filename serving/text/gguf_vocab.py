@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
+from serving.text import gguf_wordpiece
 from serving.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 
 SPACE = "\u2581"  # SentencePiece's visible blank
@@ -60,10 +61,12 @@ def build(metadata: Mapping[str, Any]) -> Tokenizer:
         tokenizer = _byte_level(metadata, tokens, types)
     elif kind == "llama":
         tokenizer = _sentencepiece(metadata, tokens, types)
+    elif kind == "bert":
+        return gguf_wordpiece.build(metadata, tokens)
     else:
         raise ValueError(
-            f"tokenizer.ggml.model is {kind!r}; 'gpt2' (byte-level BPE) and 'llama' (SentencePiece) can be read. "
-            "Put the model's tokenizer.json beside it and name the folder instead."
+            f"tokenizer.ggml.model is {kind!r}; 'gpt2' (byte-level BPE), 'llama' (SentencePiece) and 'bert' (WordPiece) "
+            "can be read. Put the model's tokenizer.json beside it and name the folder instead."
         )
     _add_tokens(tokenizer, tokens, types)
     bos = metadata.get("tokenizer.ggml.bos_token_id") if _adds_bos(metadata, kind) else None

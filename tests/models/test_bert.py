@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.loading.load import load_model, resolve
+from models.loading.load import load_model, open_checkpoint, resolve
 from models.pooling import max_sequence, pool, pooling_mode
 
 FOLDER = os.environ.get("JAXSERVE_TEST_MODELS")
@@ -189,3 +189,37 @@ def test_minilm():
         assert cosine > 1 - 1e-6
     similar, other = vectors[0] @ vectors[1], vectors[0] @ vectors[2]
     assert similar > 0.6 > 0.3 > other
+
+
+def test_through_gguf(tmp_path):
+    """A file as llama.cpp's converter writes it: its names, no pooler, and how embeddings are made in the metadata."""
+    import gguf
+    import torch
+    from safetensors.numpy import load_file
+
+    reference = reference_model("BertModel", "BertConfig", tmp_path)
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "bert")
+    writer.add_block_count(TINY["num_hidden_layers"])
+    writer.add_context_length(TINY["max_position_embeddings"])
+    writer.add_embedding_length(TINY["hidden_size"])
+    writer.add_feed_forward_length(TINY["intermediate_size"])
+    writer.add_head_count(TINY["num_attention_heads"])
+    writer.add_layer_norm_eps(1e-12)
+    writer.add_pooling_type(gguf.PoolingType.CLS)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, TINY["num_hidden_layers"])
+    for name, array in load_file(tmp_path / "model.safetensors").items():
+        if not name.startswith("pooler."):
+            writer.add_tensor(str(names.get_name(name, try_suffixes=(".weight", ".bias"))), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = resolve(str(tmp_path / "tiny.gguf"))
+    opened = open_checkpoint(source)
+    assert opened.pooling == "cls"
+    assert opened.family.tasks == ("embed",)
+    hidden, _ = run(load_model(source, progress=False, opened=opened).model, TEXTS)
+    for row, text in enumerate(TEXTS):
+        with torch.no_grad():
+            wanted = reference(torch.tensor([text])).last_hidden_state[0].numpy()
+        np.testing.assert_allclose(hidden[row, : len(text)], wanted, atol=1e-4 * np.abs(wanted).max())
