@@ -50,7 +50,6 @@ class Scheduler:
         self._arrivals = 0
         self._step_id = 0
         self._hurried = False  # the last step left decode rows out
-        self._hurried = False  # the last step left decode rows out
         self.only: frozenset[str] | None = None  # ids that may be admitted, while one of them is under suspicion
         self.max_tokens = config.max_num_batched_tokens
         self._short_of_pages: Request | None = None
@@ -111,8 +110,6 @@ class Scheduler:
         decode, unfinished = self._schedule_decode(budget)
         held = decode if self._hurries(unfinished) else []
         decode = [] if held else decode
-        held = decode if self._hurries(unfinished) else []
-        decode = [] if held else decode
         background = max(CHUNK_ALIGN, budget // BACKGROUND_SHARE)
         builder = ChunkBuilder(
             budget - len(decode), self.config.max_chunk_tokens, self.config.max_chunk_rows, background
@@ -124,9 +121,6 @@ class Scheduler:
         self._continue_prompts(builder, [r for r in unfinished if r.spec.priority > urgent])
         if self.config.buckets is not None:
             builder.shorten(self.config.buckets.chunk_tokens(builder.tokens, len(decode)))
-        if held and not builder.chunks:  # nobody could be admitted after all
-            decode, held = held, []
-        self._hurried = bool(held)
         if held and not builder.chunks:  # nobody could be admitted after all
             decode, held = held, []
         self._hurried = bool(held)
@@ -271,15 +265,6 @@ class Scheduler:
         for request in unfinished:
             if not request.num_pending:
                 builder.add(request, self._is_background(request))
-
-    def _hurries(self, unfinished: list[Request]) -> bool:
-        """Whether the step is to be for prompts alone: an urgent one is to be computed while requests that are less urgent run,
-        and its first token should not wait for everybody's next one. Streams lose a step so, but never two in a row."""
-        if self.foreground is None or self._hurried:
-            return False
-        waiting = self.waiting.head(1) if self.slots.num_free else []
-        urgent = any(not self._is_background(r) for r in (*unfinished, *waiting))
-        return urgent and any(self._is_background(r) for r in self.running)
 
     def _hurries(self, unfinished: list[Request]) -> bool:
         """Whether the step is to be for prompts alone: an urgent one is to be computed while requests that are less urgent run,
