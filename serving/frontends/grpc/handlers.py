@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -170,21 +171,30 @@ class Control(ControlCalls):
         return control_pb2.AbortResponse(found=await self._service().abort(request.request_id))
 
 
-def generic_handler(servicer: Inference | Control) -> grpc.GenericRpcHandler:
+def generic_handler(servicer: Inference | Control, stalled_reader_s: float | None = None) -> grpc.GenericRpcHandler:
     """Registers a servicer's methods, with messages parsed here instead of inside grpc.
+
+    Args:
+        stalled_reader_s: how long a client may take nothing of a stream that has more for it; then its call ends, and with it
+            what it asked for.
 
     The stubs' own registration lets grpc parse, which answers INTERNAL to a message that does not parse (invalid
     UTF-8, say); that is the client's fault and must be INVALID_ARGUMENT.
     """
     descriptor = servicer.descriptor
-    handlers = {method.name: _method_handler(method, getattr(servicer, method.name)) for method in descriptor.methods}
+    handlers = {
+        method.name: _method_handler(method, getattr(servicer, method.name), stalled_reader_s)
+        for method in descriptor.methods
+    }
     return grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
 
 
-def _method_handler(method: MethodDescriptor, function: Callable[..., Any]) -> grpc.RpcMethodHandler:
+def _method_handler(
+    method: MethodDescriptor, function: Callable[..., Any], stalled_reader_s: float | None
+) -> grpc.RpcMethodHandler:
     kind = message_factory.GetMessageClass(method.input_type)
     if method.server_streaming:
-        stream = _streaming(kind, function, method.name)
+        stream = _streaming(kind, function, method.name, stalled_reader_s)
         return grpc.unary_stream_rpc_method_handler(stream, None, _serialize)  # type: ignore[arg-type]
     return grpc.unary_unary_rpc_method_handler(_unary(kind, function, method.name), None, _serialize)  # type: ignore[arg-type]
 
@@ -220,8 +230,18 @@ def _unary(
 
 
 def _streaming(
-    kind: type[Message], function: Callable[[Any, Context], AsyncIterator[Message]], name: str
+    kind: type[Message],
+    function: Callable[[Any, Context], AsyncIterator[Message]],
+    name: str,
+    stalled_reader_s: float | None,
 ) -> Callable[[bytes, Context], Awaitable[None]]:
+    async def write(context: Context, message: Message) -> None:
+        try:
+            async with asyncio.timeout(stalled_reader_s):
+                await context.write(message)
+        except TimeoutError:
+            raise RequestError(ErrorKind.RESOURCE_EXHAUSTED, "The client reads nothing of its stream.") from None
+
     async def handle(data: bytes, context: Context) -> None:
         # A dropped call cancels this coroutine wherever it waits, in `write` too: only closing the stream there and
         # then lets the engine free its pages at once.
@@ -232,7 +252,7 @@ def _streaming(
                     if first:
                         await context.send_initial_metadata(id_metadata())
                         first = False
-                    await context.write(message)
+                    await write(context, message)
         except Exception as error:
             raise await _abort(context, error) from error
         finally:

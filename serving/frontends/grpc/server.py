@@ -78,7 +78,7 @@ class GrpcServer:
         """
         self._server = grpc.aio.server(interceptors=(RequireKey(self._access),), options=server_options(self._limits))
         for servicer in (Inference(self._require), Control(self._require, self._access)):
-            self._server.add_generic_rpc_handlers((generic_handler(servicer),))
+            self._server.add_generic_rpc_handlers((generic_handler(servicer, self._limits.stalled_reader_s),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         await self._set_ready(False)

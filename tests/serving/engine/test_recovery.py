@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import jax
@@ -16,8 +17,9 @@ from serving.engine.lifecycle import Lifecycle
 from serving.engine.recovery import MAX_IN_A_ROW, Suspects, is_out_of_memory
 from serving.engine.sampling_params import SamplingParams
 from serving.engine.types import EngineRequest, FinishReason
-from serving.errors import ErrorKind, RequestError
+from serving.errors import DIED, ErrorKind, RequestError
 from serving.reliability.faults import Fault, FaultyRunner
+from serving.reliability.watchdog import StalledError, Watchdog
 from tests.mock_engine import until
 from tests.tiny import VOCAB, tiny_engine, tiny_model
 
@@ -266,3 +268,26 @@ async def test_weights_of_another_shape_are_refused_and_the_old_ones_serve_on(al
         await asyncio.to_thread(alive.lifecycle.update_weights, "none")
     alive.lifecycle._load_model = lambda name: _copy()
     assert [tokens for tokens, _ in await _run_all(alive, _requests())] == expected
+
+
+# -- a step that never ends ----------------------------------------------------------------------------------------------
+
+
+async def test_a_stalled_step_reaches_every_waiting_client_at_once_and_new_ones():
+    engine = tiny_engine()
+    engine.loop.runner = FaultyRunner(engine.runner, [Fault.parse("stall@4")])
+    gave_up = threading.Event()
+    watchdog = Watchdog(lambda: engine.loop.busy_since, 0.5, engine.declare_dead, gave_up.set, grace_s=0.1)
+    watchdog.start()
+    results = await asyncio.gather(*(_run(engine, r) for r in _requests(12)), return_exceptions=True)
+    assert all(isinstance(r, RequestError) and r.code == DIED for r in results)
+    assert isinstance(engine.failure, StalledError) and not engine.client.healthy
+    with pytest.raises(RequestError):
+        await _run(engine, EngineRequest("late", (1,), SamplingParams(max_tokens=1)))
+    assert await asyncio.to_thread(gave_up.wait, 30), "a process whose engine hangs is ended"
+    engine.runner.guard.close()  # the thread itself hangs for ever: that is the point
+
+
+async def test_an_idle_engine_is_not_stalled(engine):
+    await _run_all(engine, _requests(2))
+    await until(lambda: engine.loop.busy_since is None)

@@ -7,11 +7,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from proto.jaxserve.v1 import control_pb2, sampling_pb2
+from proto.jaxserve.v1 import control_pb2, inference_pb2_grpc, sampling_pb2
 from proto.jaxserve.v1 import inference_pb2 as pb
 from serving.errors import ErrorKind
 from serving.frontends.grpc.server import SERVICES, GrpcServer
-from tests.mock_engine import MockEngine, until
+from serving.service import Limits
+from tests.mock_engine import MockEngine, mock_service, until
 
 ENDLESS = pb.GenerateRequest(
     text="hi", request_id="endless", sampling_params=sampling_pb2.SamplingParams(ignore_eos=True)
@@ -204,3 +205,21 @@ async def test_reflection_lists_and_describes_the_services(serve):
     names = {service.name for service in listed.list_services_response.service}
     assert {*SERVICES, "grpc.health.v1.Health"} <= names
     assert len(described.file_descriptor_response.file_descriptor_proto) >= 1
+
+
+async def test_a_client_that_reads_nothing_is_given_up_and_its_request_ended():
+    """Flow control stops the server's writes once the client's window is full."""
+    engine = MockEngine(reply="word " * 400, max_model_len=10**6)
+    limits = Limits(stalled_reader_s=0.4, max_prompt_chars=10**6)
+    server = GrpcServer(port=0, limits=limits)
+    await server.start()
+    await server.serve(mock_service(engine, limits=limits))
+    options = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", options=options) as channel:
+        params = sampling_pb2.SamplingParams(max_tokens=500_000, ignore_eos=True)
+        call = inference_pb2_grpc.InferenceStub(channel).Generate(pb.GenerateRequest(text="a", sampling_params=params))
+        await call.read()
+        await until(lambda: not engine.live, "it was given up")
+        assert engine.aborted and engine.steps < 500_000
+        call.cancel()
+    await server.stop()
