@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from models import registry
@@ -203,7 +203,8 @@ def fill(
         ignore = (*ignore, r"^(lm_head|output)\.weight$")
     _check(recipes, checkpoint, (*IGNORED, *ignore))
 
-    on_cpu = build.mesh is None and jax.devices()[0].platform == "cpu"
+    devices = [jax.devices()[0]] if build.mesh is None else list(build.mesh.devices.flat)
+    on_cpu = len(devices) == 1 and devices[0].platform == "cpu"
     narrow = set(quantizable(model)) if quantization else set()
     packs = on_cpu and quantization == "int8" and host_pack.available()
 
@@ -230,7 +231,10 @@ def fill(
     def placed() -> Iterator[tuple[str, jax.Array | PackedInt8Weight]]:
         for path, host in _read_ahead(recipes, make):
             if isinstance(host, PackedInt8Weight):
-                yield path, jax.tree.map(jax.device_put, host)
+                yield (
+                    path,
+                    jax.device_put(host, None if build.mesh is None else NamedSharding(build.mesh, PartitionSpec())),
+                )
                 continue
             dtype = host.dtype if path in narrow else parameters[path].get_value().dtype
             yield path, place(host, dtype, parameters[path], build)
@@ -345,5 +349,7 @@ def place(host: np.ndarray, dtype: Any, parameter: Weight, build: Build) -> jax.
     if build.mesh is None:
         return jax.device_put(host).astype(dtype)
     sharding: NamedSharding = to_sharding(build.mesh, axes, build.rules)
+    if build.mesh.size == 1:
+        return jax.device_put(host, sharding).astype(dtype)
     array = jax.make_array_from_callback(host.shape, sharding, lambda index: np.ascontiguousarray(host[index]))
     return array.astype(dtype)

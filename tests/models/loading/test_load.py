@@ -12,6 +12,8 @@ from models.dummy import random_model
 from models.layers import Build
 from models.loading import orbax
 from models.loading.load import load_model, open_checkpoint, parameters_of, resolve
+from ops import native
+from ops.linear import PackedInt8Weight
 
 HF = {
     "architectures": ["LlamaForCausalLM"],
@@ -194,3 +196,39 @@ def test_random_model():
     model = random_model(config, Build(dtype=jnp.bfloat16))
     assert all(isinstance(parameter.get_value(), jax.Array) for _, parameter in parameters_of(model))
     assert float(model.norm.scale[0]) == 1.0
+
+
+@pytest.mark.parametrize("mesh", [None, "data=1,model=1"])
+def test_one_cpu_device_takes_the_hosts_memory_over(directory, mesh, monkeypatch):
+    """No copy on the way from the buffer that is filled to the device's array, with a mesh of one device or without."""
+    from models.loading import buffers, load
+    from sharding.mesh import make_mesh
+
+    filled = {}
+
+    def owned(array, dtype):
+        out = buffers.owned(array, dtype)
+        filled[out.ctypes.data] = out
+        return out
+
+    monkeypatch.setattr(load, "owned", owned)
+    devices = None if mesh is None else make_mesh(mesh)
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(resolve(str(directory)), dtype=dtype, mesh=devices, progress=False).model
+        for path, parameter in parameters_of(model):
+            pointer = parameter.get_value().unsafe_buffer_pointer()
+            assert pointer in filled, path
+            assert pointer % buffers.ALIGNMENT == 0
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+@pytest.mark.parametrize("mesh", [None, "data=1,model=1"])
+def test_int8_is_packed_on_the_way(directory, mesh, monkeypatch):
+    from models.loading import load
+    from sharding.mesh import make_mesh
+
+    monkeypatch.setattr(load, "quantize", None)  # nothing is left for the device to do
+    devices = None if mesh is None else make_mesh(mesh)
+    model = load_model(resolve(str(directory)), mesh=devices, quantization="int8", progress=False).model
+    assert isinstance(model.layers[0].attn.qkv.weight.get_value(), PackedInt8Weight)
+    assert isinstance(model.head.weight.get_value(), PackedInt8Weight)
