@@ -286,3 +286,13 @@ def test_chunks_of_positions():
         np.testing.assert_allclose(got, wanted, atol=2e-5)
         whole, *_ = reference.attend(a.q_TKGh, a.k_TKh, a.v_TKh, *history, a.batch, **options | {"chunk": None})
         assert np.abs(whole - wanted).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["chunk_rows", "everything"])
+def test_xla_off_the_cpu(name):
+    """On other platforms the plain body takes all blocks of a chunk at once; its arithmetic is the same anywhere."""
+    case = TEST_CASES[name]
+    arguments = make_arguments(case)
+    kv = dataclasses.replace(fill(case, arguments, np.float32, XLA[0]), platform="gpu")
+    out, kv = run(XLA[0], arguments, kv)
+    np.testing.assert_allclose(out, expected(arguments, kv), atol=2e-5)
