@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -144,12 +144,15 @@ class Pool:
         return self._info
 
     def stats(self) -> EngineStats:
-        """Sums over the engines; the last step's times are the longest."""
+        """Sums over the engines; the last step's times are the longest. What the wire does not carry stays unknown."""
         all_stats = [target.stats() for target in self._targets]
-        merged = {}
+        merged: dict[str, Any] = {}
         for field in dataclasses.fields(EngineStats):
             values = [getattr(stats, field.name) for stats in all_stats]
-            merged[field.name] = max(values) if field.name.endswith("_s") else sum(values)
+            if any(value is None for value in values):
+                merged[field.name] = None
+            else:
+                merged[field.name] = max(values) if field.name.endswith("_s") else sum(values)
         return EngineStats(**merged)
 
     @property

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from serving.engine import phases
 from serving.engine.config import EngineConfig
 from serving.engine.sampling_params import SamplingParams
 from serving.errors import RequestError
@@ -79,8 +81,10 @@ class Started:
 
         info = self.engine.client.info()
         names = list(served_names) or [info.model_id]
+        metered = MeteredClient(self.engine.client, names[0], tracing)
+        metered.metrics.set_startup(phases.recorded())
         return TextService(
-            MeteredClient(self.engine.client, names[0], tracing),
+            metered,
             self.text.tokenizer,
             self.text.chat_template,
             model_id=names[0],
@@ -112,6 +116,7 @@ def start(
     Raises:
         ValueError: what cannot be served, in a sentence.
     """
+    began = time.monotonic()
     from models.loading.source import resolve
 
     group = None
@@ -121,7 +126,7 @@ def start(
     text_source = resolve(tokenizer, progress=config.progress) if tokenizer is not None else source
     # The tokenizer takes about a second of pure Python and Rust, most of which fits into the time that the engine
     # spends in XLA.
-    text = _InThread(lambda: load_text_side(text_source, config.chat_template))
+    text = _InThread(lambda: _timed("text", lambda: load_text_side(text_source, config.chat_template)))
     from serving.engine.start import start_engine
     from serving.text.grammar import GrammarCompiler
 
@@ -137,12 +142,20 @@ def start(
     except BaseException:
         engine.shutdown()
         raise
+    phases.record("total", time.monotonic() - began)
     info = engine.client.info()
     if "generate" not in info.tasks:
         return Started(engine, side, defaults)
     grammars = GrammarCompiler(side.tokenizer, info.vocab_size)
     _InThread(grammars.warm)  # so that the first constrained request does not wait for it
     return Started(engine, side, defaults, grammars, group)
+
+
+def _timed(phase: str, function: Callable[[], T]) -> T:
+    began = time.monotonic()
+    result = function()
+    phases.record(phase, time.monotonic() - began)
+    return result
 
 
 def _lead(config: EngineConfig, on_loss: Callable[[str], None] | None, say: Progress) -> Leader | None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from serving.engine import phases
 from serving.engine.config import EngineConfig
 from serving.engine.group import Meet
 from serving.engine.types import EngineInfo
@@ -118,6 +119,7 @@ def assemble(
         f"loaded {loaded.model_id} ({loaded.config.architecture}, {dtype}{', ' + quantization if quantization else ''}) "
         f"in {time.monotonic() - began:.1f} s"
     )
+    phases.record("load", time.monotonic() - began)
 
     sizes = resolve_sizes(config, loaded.model, loaded.config.max_positions, dtype, mesh.size, meet)
     say(
@@ -154,6 +156,7 @@ def assemble(
         executor.compile(on_done, meet)
     runner = ModelRunner(executor)
     say(f"compiled {len(runner.buckets.buckets)} step shapes in {time.monotonic() - began:.1f} s")
+    phases.record("compile", time.monotonic() - began)
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs=sizes.max_num_seqs,

@@ -121,6 +121,13 @@ SPECS: tuple[Spec, ...] = (
     _gauge("last_step_seconds", "Seconds that the last step took, device and host.", same=False),
     _gauge("last_step_host_seconds", "Seconds of the last step that the host worked.", same=False),
     _counter(
+        "step_host_seconds", "Seconds that the engine thread worked: scheduling, packing, dispatching.", same=False
+    ),
+    _counter("step_device_wait_seconds", "Seconds that the engine thread waited for the device.", same=False),
+    _counter("scheduled_tokens", "Tokens of prompts and completions that steps computed.", same=False),
+    _counter("bucket_tokens", "The same with the padding to the compiled step shapes.", same=False),
+    _gauge("bucket_fill_ratio", "Scheduled tokens over those with padding, since start; 1 wastes nothing.", same=False),
+    _counter(
         "expert_tokens",
         "Tokens that visited each expert of a mixture, over all layers.",
         same=False,

@@ -88,7 +88,7 @@ class Metrics(Collector):
         histogram.observe(seconds)
 
     def set_startup(self, phases: dict[str, float]) -> None:
-        """Seconds of each phase of start-up, for instance {"load": 1.2, "compile": 3.4}."""
+        """Seconds of each phase of start-up: load, compile, text (tokenizer and template, beside the others), total."""
         self._startup = dict(phases)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
@@ -129,6 +129,11 @@ class Metrics(Collector):
             "nonfinite_requests": s.num_nonfinite,
             "last_step_seconds": s.last_step_s,
             "last_step_host_seconds": s.host_step_s,
+            "step_host_seconds": s.host_time_s_total,
+            "step_device_wait_seconds": s.device_wait_time_s_total,
+            "scheduled_tokens": s.num_scheduled_tokens_total,
+            "bucket_tokens": s.num_bucket_tokens_total,
+            "bucket_fill_ratio": s.num_scheduled_tokens_total / max(1, s.num_bucket_tokens_total),
         }
         values: dict[str, dict[tuple[str, ...], float]] = {k: {(): float(v)} for k, v in plain.items()}
         values["expert_tokens"], values["expert_load_ratio"] = _experts(s.expert_loads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
@@ -9,11 +10,12 @@ import pathlib
 import re
 
 import httpx
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.engine.sampling_params import SamplingParams
-from serving.engine.types import EngineRequest
+from serving.engine.types import EngineRequest, EngineStats
 from serving.errors import RequestError
 from serving.frontends.openai.server import serve_http
 from serving.metrics import MeteredClient, Metrics
@@ -65,6 +67,28 @@ async def test_what_is_served_is_counted():
     )
 
 
+async def test_step_times_fill_and_start_up_are_told():
+    stats = EngineStats(
+        num_scheduled_tokens_total=30,
+        num_bucket_tokens_total=40,
+        host_time_s_total=1.5,
+        device_wait_time_s_total=4.0,
+    )
+    engine = MockEngine()
+    engine.stats = lambda: stats  # type: ignore[method-assign]
+    metrics = Metrics(engine)
+    metrics.set_startup({"load": 1.0, "total": 3.0})
+    got = _samples(metrics)
+    assert (got["scheduled_tokens_total", ()], got["bucket_tokens_total", ()], got["bucket_fill_ratio", ()]) == (
+        30,
+        40,
+        0.75,
+    )
+    assert (got["step_host_seconds_total", ()], got["step_device_wait_seconds_total", ()]) == (1.5, 4.0)
+    assert got["startup_seconds", (("phase", "load"),)] == 1.0
+    assert got["startup_seconds", (("phase", "total"),)] == 3.0
+
+
 async def test_aborts_refusals_and_failures_have_their_reason():
     engine = MockEngine(reply="abcdefgh", max_live=1)
     client = MeteredClient(engine)
@@ -93,6 +117,8 @@ def test_histograms_count_a_bound_into_its_bucket():
 async def _exported() -> tuple[dict[str, set[str]], str]:
     """Sample names of a server that has seen traffic, each with its label names; and the raw text."""
     engine = MockEngine(reply="abc", max_live=1)
+    plain = engine.stats
+    engine.stats = lambda: dataclasses.replace(plain(), expert_loads=np.array([[3, 1]]))  # type: ignore[method-assign]
     client = MeteredClient(engine)
     client.metrics.set_startup({"load": 1.0, "compile": 2.0})
     server = await serve_http(mock_service(client), port=0)
