@@ -28,6 +28,9 @@ BACKGROUND_SHARE = 4
 """Where there are several priorities, prompts of all but the most urgent lengthen a step to a quarter of the budget at most:
 an urgent request that arrives waits for the step that runs and the one behind it, so those must not be long ones."""
 
+MAX_HURRIED = 3
+"""Steps in a row that may compute urgent prompts alone, without the running requests' decode rows."""
+
 Key = tuple[int, int]
 
 

@@ -18,7 +18,15 @@ from serving.engine.masks import needs_host
 from serving.engine.outputs import Outputs, add_pooled, verdict
 from serving.engine.page_pool import PagePool
 from serving.engine.plan import Chunk, StepPlan, StepResult
-from serving.engine.policy import BACKGROUND_SHARE, LOOKAHEAD, MAX_PASSED_OVER, FairShare, Foreground, WaitingQueue
+from serving.engine.policy import (
+    BACKGROUND_SHARE,
+    LOOKAHEAD,
+    MAX_HURRIED,
+    MAX_PASSED_OVER,
+    FairShare,
+    Foreground,
+    WaitingQueue,
+)
 from serving.engine.request import Request, RequestState
 from serving.engine.scheduler_config import Counters, SchedulerConfig
 from serving.engine.slots import SlotTable
@@ -49,7 +57,7 @@ class Scheduler:
         self.counters = Counters()
         self._arrivals = 0
         self._step_id = 0
-        self._hurried = False  # the last step left decode rows out
+        self._hurried = 0  # steps in a row that left decode rows out
         self.only: frozenset[str] | None = None  # ids that may be admitted, while one of them is under suspicion
         self.max_tokens = config.max_num_batched_tokens
         self._short_of_pages: Request | None = None
@@ -123,7 +131,7 @@ class Scheduler:
             builder.shorten(self.config.buckets.chunk_tokens(builder.tokens, len(decode)))
         if held and not builder.chunks:  # nobody could be admitted after all
             decode, held = held, []
-        self._hurried = bool(held)
+        self._hurried = self._hurried + 1 if held else 0
         if not decode and not builder.chunks:
             return None
         num_steps = 1 if builder.chunks else self._lengthen(decode)
@@ -268,8 +276,8 @@ class Scheduler:
 
     def _hurries(self, unfinished: list[Request]) -> bool:
         """Whether the step is to be for prompts alone: an urgent one is to be computed while requests that are less urgent run,
-        and its first token should not wait for everybody's next one. Streams lose a step so, but never two in a row."""
-        if self.foreground is None or self._hurried:
+        and its first token should not wait for everybody's next one. Never for more than MAX_HURRIED steps in a row."""
+        if self.foreground is None or self._hurried >= MAX_HURRIED:
             return False
         waiting = self.waiting.head(1) if self.slots.num_free else []
         urgent = any(not self._is_background(r) for r in (*unfinished, *waiting))

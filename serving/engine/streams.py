@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 from serving.engine.types import EngineOutput
 from serving.errors import RequestError
 
-
 MAX_ITEMS = 64
 
 

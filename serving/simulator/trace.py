@@ -245,5 +245,6 @@ GENERATORS: dict[str, Callable[[float, int], Iterator[TraceRequest]]] = {
     "overload": overload,
     "crowd": crowd,
     "short": lambda rate, seed: poisson(rate, Lengths(64, 0.5, 4, 512), Lengths(32, 0.5, 2, 256), seed),
+    "labels": lambda rate, seed: poisson(rate, Lengths(64, 0.5, 4, 512), Lengths(4, 0.5, 1, 16), seed),
 }
 """What `scripts/simulate.py --trace NAME` knows."""

@@ -10,6 +10,7 @@ import pytest
 
 from serving.engine.buckets import Bucket, BucketTable
 from serving.engine.chunks import align
+from serving.engine.policy import MAX_HURRIED
 from serving.engine.request import RequestState
 from serving.engine.sampling_params import SamplingParams
 from serving.engine.scheduler import Scheduler, SchedulerConfig
@@ -305,15 +306,16 @@ def test_an_urgent_request_takes_a_slot_and_goes_before_unfinished_prompts():
 
 
 def test_an_urgent_prompt_does_not_wait_for_the_next_tokens_of_others():
-    d = Driver(dataclasses.replace(CONFIG, policy="priority"))
+    d = Driver(dataclasses.replace(CONFIG, policy="priority", max_num_batched_tokens=16))
     d.add(request("low", [1, 2], 30, priority=5))
     for _ in range(3):
         d.step()
-    d.add(request("urgent", list(range(90)), 4, priority=0))
-    for decode, chunk_lengths in (([], [64]), (["low"], [26]), (["low", "urgent"], [])):
+    d.add(request("urgent", list(range(70)), 4, priority=0))
+    steps = [([], 16)] * MAX_HURRIED + [(["low"], 15), ([], 7), (["low", "urgent"], 0)]
+    for decode, chunk_tokens in steps:
         d.step()
         assert [r.request_id for r in d.plans[-1].decode] == decode
-        assert [c.length for c in d.plans[-1].chunks] == chunk_lengths
+        assert sum(c.length for c in d.plans[-1].chunks) == chunk_tokens
     d.drain()
     d.verify()
 
