@@ -65,7 +65,7 @@ TEST_CASES: dict[str, Case] = {
     "chunk_later": Case(chunks=((37, 50),)),
     "chunk_ends_on_page": Case(chunks=((16, 32),)),
     "chunk_rows": Case(chunks=((0, 5), (100, 17), (0, 0), (31, 16)), pad_blocks=2),
-    "chunk_blocks": Case(chunks=((0, 150), (40, 100), (7, 30)), group=2, head_dim=16),
+    "chunk_blocks": Case(chunks=((0, 135), (7, 20)), num_kv_heads=1, group=2, head_dim=16),
     "chunk_past_group": Case(chunks=((500, 33), (3, 20))),
     "mixed": Case(decode=(5, 0, 70), chunks=((0, 18), (48, 9), (0, 0)), pad_blocks=1),
     "window": Case(decode=(300, 12, 600), chunks=((290, 40), (0, 30)), window=24),
