@@ -1,14 +1,18 @@
 """Runs the clients that people use against a running server: `python scripts/check_clients.py [--url URL]`.
 
-A client that is not installed is skipped; those there are: openai, langchain-openai, openai-agents, litellm, and the
-npm client (with `--node-modules DIR`, where `npm install openai` was run). Exit status 1 when one failed.
+It checks those that the interpreter running it has: openai, langchain-openai, openai-agents, litellm, lm-eval; and the npm
+client (with `--node-modules DIR`, where `npm install openai` was run). Needs no network. Exit status 1 when one failed.
+
+`--venvs DIR` checks them all: it makes a virtual environment a group in DIR (needs a package index), and starts itself in each.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.metadata
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
@@ -71,6 +75,19 @@ def check_openai(url: str) -> None:
     text = client.completions.create(model="default", prompt="The sky is", max_tokens=4, logprobs=1, echo=True)
     assert text.choices[0].text.startswith("The sky is") and text.choices[0].logprobs
     assert client.responses.create(model="default", input=ASK, max_output_tokens=16).output_text
+    tool = {"type": "function", "function": {"name": "reply", "parameters": SCHEMA}}
+    called = client.chat.completions.create(
+        model="default",
+        messages=messages,
+        tools=[tool],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=64,  # type: ignore[call-overload]
+    )
+    (call,) = called.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments)["answer"] in ("yes", "no")
+    vectors = client.embeddings.create(model="default", input=["a text", "another"], dimensions=8).data
+    assert [len(one.embedding) for one in vectors] == [8, 8]
     try:
         client.chat.completions.create(model="no-such-model", messages=messages)  # type: ignore[arg-type]
     except openai.NotFoundError as error:
@@ -122,6 +139,55 @@ def check_litellm(url: str) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream)
 
 
+LM_EVAL_TASK = """
+task: continents
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "The capital of {{{{country}}}} is"
+{target}
+metric_list: [{{metric: {metric}}}]
+{more}
+"""
+CAPITALS = [("France", "Paris"), ("Italy", "Rome"), ("Japan", "Tokyo"), ("Germany", "Berlin"), ("Spain", "Madrid")]
+
+
+def check_lm_eval(url: str) -> None:
+    """A local JSON task through `local-completions`, by log-likelihoods (echo with logprobs) and by generation."""
+    os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+    from lm_eval import simple_evaluate  # type: ignore[import-not-found]
+    from lm_eval.models.openai_completions import LocalCompletionsAPI  # type: ignore[import-not-found]
+    from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
+
+    choices = [capital for _, capital in CAPITALS]
+    with tempfile.TemporaryDirectory() as folder:
+        data = pathlib.Path(folder) / "capitals.jsonl"
+        lines = [
+            {"country": country, "choices": choices, "label": choices.index(capital), "capital": capital}
+            for country, capital in CAPITALS
+        ]
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        picked = 'doc_to_choice: "{{choices}}"\ndoc_to_target: label'
+        stop = 'generation_kwargs: {max_gen_toks: 8, until: ["\\n"]}'
+        forms = {
+            "multiple_choice": {"target": picked, "metric": "acc", "more": ""},
+            "generate_until": {"target": 'doc_to_target: "{{capital}}"', "metric": "exact_match", "more": stop},
+        }
+        model = LocalCompletionsAPI(
+            model="default", base_url=f"{url}/completions", tokenizer_backend="remote", tokenized_requests=True
+        )
+        for kind, form in forms.items():
+            (pathlib.Path(folder) / f"{kind}.yaml").write_text(
+                LM_EVAL_TASK.format(data=data, kind=kind, **form).replace("task: continents", f"task: capitals_{kind}")
+            )
+        tasks = TaskManager(include_path=folder, include_defaults=False)
+        names: list[str | dict[str, object]] = [f"capitals_{kind}" for kind in forms]
+        results = simple_evaluate(model=model, tasks=names, task_manager=tasks, bootstrap_iters=0)["results"]
+    accuracy = results["capitals_multiple_choice"]["acc,none"]
+    assert accuracy >= 0.8, f"{accuracy} of the capitals were found likeliest"
+
+
 def check_npm(url: str, node_modules: str) -> None:
     """The JavaScript client: chat, stream, response, error."""
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +202,15 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "langchain_openai": check_langchain_openai,
     "agents": check_agents,
     "litellm": check_litellm,
+    "lm_eval": check_lm_eval,
 }
+DISTRIBUTIONS = {"agents": "openai-agents", "langchain_openai": "langchain-openai", "lm_eval": "lm-eval"}
+VENVS = {
+    "openai2": ["openai>=2,<3", "langchain-openai", "litellm", "openai-agents"],
+    "openai3": ["openai>=3,<4"],
+    "lm_eval": ["lm-eval[api]"],
+}
+"""Groups of clients that can be installed together: langchain-openai, litellm and openai-agents still ask for openai 2."""
 
 
 def main() -> int:
@@ -144,7 +218,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="the API (default: %(default)s)")
     parser.add_argument("--node-modules", metavar="DIR", help="folder with the npm package openai")
+    parser.add_argument(
+        "--venvs", type=pathlib.Path, metavar="DIR", help="make virtual environments here, and check in each"
+    )
     args = parser.parse_args()
+    if args.venvs is not None:
+        return check_in_venvs(args.venvs, args.url, args.node_modules)
     todo: dict[str, Callable[[], None] | None] = {
         name: (lambda check=check: check(args.url)) if importlib.util.find_spec(name) else None
         for name, check in CHECKS.items()
@@ -162,7 +241,30 @@ def main() -> int:
             failed = True
             print(f"{name:<18} FAILED: {type(error).__name__}: {error}")
         else:
-            print(f"{name:<18} ok")
+            print(f"{name:<18} ok {_version(name, args.node_modules)}", flush=True)
+    return int(failed)
+
+
+def _version(name: str, node_modules: str | None) -> str:
+    if name == "npm openai":
+        return json.loads((pathlib.Path(node_modules or "") / "openai" / "package.json").read_text())["version"]
+    return importlib.metadata.version(DISTRIBUTIONS.get(name, name))
+
+
+def check_in_venvs(folder: pathlib.Path, url: str, node_modules: str | None) -> int:
+    """Makes what is not there yet, and runs the checks in each. Returns 1 when one failed."""
+    failed = False
+    for name, packages in VENVS.items():
+        python = folder / name / "bin" / "python"
+        if not python.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(folder / name)], check=True)
+            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
+        print(f"-- {name}", flush=True)
+        failed |= bool(subprocess.run([str(python), __file__, "--url", url], check=False).returncode)
+    if node_modules is not None:
+        print("-- npm", flush=True)
+        command = [sys.executable, __file__, "--url", url, "--node-modules", node_modules]
+        failed |= bool(subprocess.run(command, check=False).returncode)
     return int(failed)
 
 

@@ -30,6 +30,9 @@ from serving.service import GenerateInput, TextService, collect
 from tests.serving.text.schemas import schemas
 
 
+PROMPT_CHARS = 600
+"""Of a schema, at most so many are shown to the model: what holds it is the grammar."""
+
 SHOWN = 20
 """Of wrong completions, at most so many are printed."""
 
@@ -68,7 +71,7 @@ async def check(
 
     async def one(number: int, seed: int) -> None:
         schema = wanted[number]
-        ask = f"Write a JSON value that fits this schema: {json.dumps(schema, ensure_ascii=False)[:1000]}"
+        ask = f"Write a JSON value that fits this schema: {json.dumps(schema, ensure_ascii=False)[:PROMPT_CHARS]}"
         given = GenerateInput(messages=[{"role": "user", "content": ask}])
         fields = {
             "temperature": temperature,
