@@ -29,7 +29,6 @@ from serving.errors import RequestError
 from serving.service import GenerateInput, TextService, collect
 from tests.serving.text.schemas import schemas
 
-
 PROMPT_CHARS = 600
 """Of a schema, at most so many are shown to the model: what holds it is the grammar."""
 
