@@ -577,7 +577,7 @@ def test_a_window_lets_more_run_at_once():
 
 LONG_WALKS = {
     "fcfs": {"num_pages": 20, "host_pages": 0},
-    "priority and swaps": {"num_pages": 14, "policy": "priority", "host_pages": 60},
+    "priority and swaps": {"num_pages": 14, "policy": "priority", "host_pages": 60, "restore_page_s": 0.05},
     "fair share and longest prefix first": {"num_pages": 20, "fair_share": True, "prefix_first": True, "host_pages": 3},
     "windows": {"num_pages": 14, "host_pages": 3, "window": 8},
     "several steps": {"num_pages": 60, "num_scheduler_steps": 4, "max_num_batched_tokens": 24},
