@@ -50,6 +50,8 @@ products are summed in another order. A token out of place is several nats off."
 
 MAX_SLOPE_MB_MIN = 2.0
 QUEUE = 64
+SLOW_S = 0.4
+"""Between two reads of a slow client."""
 DEADLINE_S = 120.0
 
 
@@ -103,7 +105,8 @@ class Soak:
         self.samples: list[Sample] = []
 
     def _ids(self, count: int) -> list[int]:
-        return [self._rng.randrange(300, min(self._vocab, 30_000)) for _ in range(count)]
+        low = min(300, self._vocab // 4)  # past the control tokens, where there are so many
+        return [self._rng.randrange(low, min(self._vocab, 30_000)) for _ in range(count)]
 
     def _make(self, kind: str) -> Record:
         stem = self._rng.choice(self._shared) if self._rng.random() < 0.4 else ()
@@ -151,7 +154,7 @@ class Soak:
                 record.first_s = record.first_s or time.monotonic() - began
                 record.tokens += message.token_ids
                 if record.kind == "slow":
-                    await asyncio.sleep(0.4)
+                    await asyncio.sleep(SLOW_S)
                 if stop_at is not None and len(record.tokens) >= stop_at:
                     record.status = "ABORTED"
                     return
