@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from typing import Any, cast
 
-from serving.engine.client import EngineClient
-from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
+import numpy as np
+
+from serving.engine.client import EmbeddingClient, EngineClient, ScoringClient
+from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, TokenPair
 from serving.errors import RequestError
 from serving.metrics.metrics import Metrics
 from serving.metrics.tracing import Tracing
@@ -30,6 +32,11 @@ class MeteredClient:
         h = self.metrics.histograms
         self._ttft = h["time_to_first_token_seconds"].observe
         self._gap = h["inter_token_latency_seconds"].observe
+        # Only where the engine has them: a service asks a client what it has.
+        if hasattr(client, "embed"):
+            self.embed = self._embed
+        if hasattr(client, "score"):
+            self.score = self._score
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """As EngineClient.generate."""
@@ -90,6 +97,35 @@ class MeteredClient:
         if t.first_token and tokens > 1:
             per_token = max(0.0, t.finished - t.first_token) / (tokens - 1)
             h["request_time_per_output_token_seconds"].observe(per_token)
+
+    async def _embed(self, request_id: str, token_ids: Sequence[int], **options: Any) -> np.ndarray:
+        client = cast(EmbeddingClient, self._client)
+        return await self._read(client.embed(request_id, token_ids, **options), (len(token_ids),))
+
+    async def _score(self, request_id: str, pairs: Sequence[TokenPair], **options: Any) -> np.ndarray:
+        client = cast(ScoringClient, self._client)
+        return await self._read(client.score(request_id, pairs, **options), [len(pair.token_ids) for pair in pairs])
+
+    async def _read(self, work: Awaitable[np.ndarray], lengths: Sequence[int]) -> np.ndarray:
+        """Observes sequences that are only read: each counts as one request that made no token."""
+        start = time.monotonic()
+        metrics, h = self.metrics, self.metrics.histograms
+        reason = FinishReason.ABORT  # which a cancellation is
+        entered = True
+        try:
+            result = await work
+            reason = FinishReason.STOP
+            return result
+        except RequestError as error:
+            entered = False
+            metrics.count("admission_rejections", error.kind.name.lower())
+            raise
+        finally:
+            if entered:
+                metrics.count("request_success", reason.value, by=len(lengths))
+                for length in lengths:
+                    h["request_prompt_tokens"].observe(length)
+                    h["e2e_request_latency_seconds"].observe(time.monotonic() - start)
 
     async def abort(self, request_id: str) -> bool:
         return await self._client.abort(request_id)

@@ -15,14 +15,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.engine.sampling_params import SamplingParams
-from serving.engine.types import EngineRequest, EngineStats
+from serving.engine.types import EngineRequest, EngineStats, TokenPair
 from serving.errors import RequestError
 from serving.frontends.openai.server import serve_http
 from serving.metrics import MeteredClient, Metrics
 from serving.metrics.catalog import BY_NAME, LABELS, PREFIX, SPECS, markdown_table
 from serving.metrics.logs import request_id_of_task, setup_logging
 from serving.metrics.metrics import Histogram
-from tests.mock_engine import MockEngine, mock_service
+from tests.mock_engine import EmbeddingEngine, MockEngine, ScoringEngine, mock_service
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -105,6 +105,25 @@ async def test_aborts_refusals_and_failures_have_their_reason():
     assert got["request_success_total", (("finished_reason", "stop"),)] == 0
     assert got["admission_rejections_total", (("reason", "resource_exhausted"),)] == 1
     assert engine.aborted == ["gone"]
+
+
+async def test_what_is_only_read_is_counted():
+    engine = EmbeddingEngine()
+    client = MeteredClient(engine)
+    await client.embed("r", (3, 4))
+    engine.fail_next = "full"
+    with pytest.raises(RequestError):
+        await client.embed("r", (3, 4))
+    got = _samples(client.metrics)
+    assert got["request_success_total", (("finished_reason", "stop"),)] == 1
+    assert got["request_prompt_tokens_sum", ()] == 2 and got["e2e_request_latency_seconds_count", ()] == 1
+    assert got["admission_rejections_total", (("reason", "resource_exhausted"),)] == 1
+    client = MeteredClient(ScoringEngine())
+    await client.score("r", [TokenPair((1, 2, 3), (0, 0, 1)), TokenPair((1, 2), (0, 1))])
+    got = _samples(client.metrics)
+    assert got["request_success_total", (("finished_reason", "stop"),)] == 2
+    assert got["request_prompt_tokens_sum", ()] == 5
+    assert not hasattr(client, "embed") and not hasattr(MeteredClient(MockEngine()), "score")
 
 
 def test_histograms_count_a_bound_into_its_bucket():
