@@ -11,7 +11,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "platform", "mesh", "uptime_s", "draining", "num_running", "num_waiting", "num_pages_free", "num_pages_total", "prompt_tokens", "generation_tokens", "num_steps", "num_preemptions", "num_recompilations")
+    __slots__ = ("version", "platform", "mesh", "uptime_s", "draining", "num_running", "num_waiting", "num_pages_free", "num_pages_total", "prompt_tokens", "generation_tokens", "num_steps", "num_preemptions", "num_recompilations", "prefix_queries", "prefix_hits", "num_scheduled_tokens", "num_bucket_tokens", "host_time_s", "device_wait_time_s")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PLATFORM_FIELD_NUMBER: _ClassVar[int]
     MESH_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,12 @@ class GetServerInfoResponse(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_RECOMPILATIONS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HITS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SCHEDULED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BUCKET_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HOST_TIME_S_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_WAIT_TIME_S_FIELD_NUMBER: _ClassVar[int]
     version: str
     platform: str
     mesh: str
@@ -40,7 +46,13 @@ class GetServerInfoResponse(_message.Message):
     num_steps: int
     num_preemptions: int
     num_recompilations: int
-    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., mesh: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_free: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_recompilations: _Optional[int] = ...) -> None: ...
+    prefix_queries: int
+    prefix_hits: int
+    num_scheduled_tokens: int
+    num_bucket_tokens: int
+    host_time_s: float
+    device_wait_time_s: float
+    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., mesh: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_free: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_recompilations: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_scheduled_tokens: _Optional[int] = ..., num_bucket_tokens: _Optional[int] = ..., host_time_s: _Optional[float] = ..., device_wait_time_s: _Optional[float] = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
     __slots__ = ("model",)

@@ -184,6 +184,12 @@ class RemoteEngineClient:
             generation_tokens=server.generation_tokens,
             num_steps=server.num_steps,
             num_recompilations=server.num_recompilations,
+            prefix_queries=server.prefix_queries,
+            prefix_hits=server.prefix_hits,
+            num_scheduled_tokens_total=server.num_scheduled_tokens,
+            num_bucket_tokens_total=server.num_bucket_tokens,
+            host_time_s_total=server.host_time_s,
+            device_wait_time_s_total=server.device_wait_time_s,
         )
 
 

@@ -136,6 +136,12 @@ class Control(ControlCalls):
             num_steps=stats.num_steps,
             num_preemptions=stats.num_preemptions,
             num_recompilations=stats.num_recompilations,
+            prefix_queries=stats.prefix_queries,
+            prefix_hits=stats.prefix_hits,
+            num_scheduled_tokens=stats.num_scheduled_tokens_total,
+            num_bucket_tokens=stats.num_bucket_tokens_total,
+            host_time_s=stats.host_time_s_total,
+            device_wait_time_s=stats.device_wait_time_s_total,
         )
 
     async def GetModelInfo(  # noqa: N802

@@ -1,10 +1,12 @@
 """A TextService over RemoteEngineClient over our gRPC says what one over the engine itself says."""
 
 import contextlib
+import dataclasses
 
 import pytest
 
 from serving.engine.sampling_params import SamplingParams, StructuredOutputs
+from serving.engine.types import EngineStats
 from serving.errors import ErrorKind, RequestError
 from serving.frontends.grpc.client import RemoteEngineClient, RemoteGrammars
 from serving.service import GenerateInput, collect
@@ -111,3 +113,14 @@ async def test_nobody_there():
     with pytest.raises(RequestError) as caught:
         await RemoteEngineClient.connect("127.0.0.1:1", timeout_s=0.2)
     assert caught.value.kind in (ErrorKind.UNAVAILABLE, ErrorKind.DEADLINE_EXCEEDED)
+
+
+async def test_a_servers_counters_arrive_whole(serve):
+    """All but those that the wire has no place for."""
+    absent = {"num_failed_steps", "num_nonfinite", "last_step_s", "host_step_s", "expert_loads"}
+    names = [field.name for field in dataclasses.fields(EngineStats) if field.name not in absent]
+    stats = EngineStats(**{name: i + 1 for i, name in enumerate(names)})
+    engine = MockEngine()
+    engine.stats = lambda: stats
+    async with gateway(serve, engine) as (_, service):
+        assert service.client.stats() == stats
