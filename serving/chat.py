@@ -15,6 +15,7 @@ from proto.jaxserve.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
 from proto.jaxserve.v1 import inference_pb2 as pb
 from proto.jaxserve.v1.sampling_pb2 import SamplingParams
 
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"  # ECMA-48: a model's thinking is shown faint, and on terminals alone
 HELP = "/clear forgets the conversation, /system TEXT sets the system prompt, /quit or Ctrl-D leaves."
 
 
@@ -66,6 +67,8 @@ class Chat:
         try:
             for delta in call:
                 answer += delta.text
+                if delta.reasoning and self._out.isatty():
+                    self._out.write(f"{DIM}{delta.reasoning}{PLAIN}")
                 self._out.write(delta.text)
                 self._out.flush()
                 if delta.HasField("usage"):

@@ -16,7 +16,7 @@ from tests.mock_engine import MockEngine, mock_service, until
 
 
 @contextlib.contextmanager
-def server(engine):
+def server(engine, **options):
     """A server in a thread of its own: the chat blocks."""
     events = asyncio.new_event_loop()
     thread = threading.Thread(target=events.run_forever, daemon=True)
@@ -25,7 +25,7 @@ def server(engine):
     async def start():
         grpc_server = GrpcServer("127.0.0.1", 0)
         await grpc_server.start()
-        await grpc_server.serve(mock_service(engine))
+        await grpc_server.serve(mock_service(engine, **options))
         return grpc_server
 
     running = asyncio.run_coroutine_threadsafe(start(), events).result(30)
@@ -51,6 +51,23 @@ def typed(*lines):
         return line
 
     return read
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_thinking_is_shown_on_terminals_and_not_remembered():
+    with (
+        server(MockEngine("<think>hm</think>Yes."), reasoning_parser="think") as (target, _),
+        grpc.insecure_channel(target) as channel,
+    ):
+        for out, shown in ((io.StringIO(), "Yes.\n"), (_Terminal(), "\x1b[2mhm\x1b[0mYes.\n")):
+            chat = Chat(channel, SamplingParams(), out=out)
+            chat.ask("Really?")
+            assert out.getvalue().replace("\x1b[0m\x1b[2m", "") == shown
+            assert chat.turns[-1].content == "Yes."
 
 
 def test_a_conversation_is_remembered_until_it_is_cleared():
