@@ -210,6 +210,8 @@ def test_flags_reach_the_configuration():
         ("--drain-timeout -1", "seconds"),
         ("--dtype float8", "choose from"),
         ("stray", "'stray' belongs to no flag"),
+        ("--tool-call-parser nope", "There is no tool-call parser named 'nope'"),
+        ("--reasoning-parser nope", "There is no reasoning parser named 'nope'"),
     ],
 )
 def test_wrong_flags_are_explained(given, sentence, capsys):
