@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from serving.access import Access
 from serving.frontends.openai.access import control_check
+from serving.frontends.openai.errors import RESPONSES
 from serving.service import TextService
 from serving.service.control import ServerControl, State
 
@@ -32,7 +33,8 @@ class UpdateWeightsRequest(BaseModel):
 
 def control_router(service: TextService, access: Access) -> APIRouter:
     """POST /pause, /resume, /sleep, /wake_up, /drain, /reset_prefix_cache, /update_weights; GET /is_paused, /is_sleeping."""
-    router = APIRouter(tags=["control"], dependencies=[Depends(control_check(access))])
+    responses = {status: RESPONSES[status] for status in (400, 401, 403, 409, 501)}
+    router = APIRouter(tags=["control"], dependencies=[Depends(control_check(access))], responses=responses)
     control = ServerControl(service)
 
     async def reply(work: Awaitable[State]) -> Response:

@@ -38,7 +38,9 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "A field is wrong.",
         401: "The API key is missing or wrong, where the server asks for one.",
+        403: "The key may not do this, or control is closed.",
         404: "No such model.",
+        409: "It does not fit the server's state.",
         413: "The body is too large.",
         429: "The queue is full; see Retry-After.",
         500: "The server failed.",
