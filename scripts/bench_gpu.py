@@ -1,6 +1,7 @@
 """Measures kernels, a decode step and the engine on a GPU, and writes docs/benchmarks/gpu.md.
 
     python scripts/bench_gpu.py [--out FOLDER] [--only ceilings decode prefill step engine] [--backend xla]
+    python scripts/bench_gpu.py --only tune  which sizes of the kernels' programs are fastest here
     python scripts/bench_gpu.py --smoke      tiny sizes, kernels interpreted: whether it all runs, on any machine
 
 Needs a GPU, jax with CUDA and this checkout; `engine` needs what serving needs, and transformers with torch to compare
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=pathlib.Path, default=ROOT / "docs" / "benchmarks", help="where gpu.md and gpu.json go"
     )
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--only", nargs="+", choices=(*SECTIONS, "tune"), default=SECTIONS)
     parser.add_argument("--backend", help="of attention, instead of the first that fits")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--smoke", action="store_true")
@@ -68,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
                     _measured(lambda c=c: gpu_ops.attention(*c, activations, repeats, runs), c[0], limits)
                     for c in cases(args.smoke)
                 ]
+        if "tune" in args.only:
+            found["tune"] = _tune(gpu_ops, limits, args.smoke, activations, repeats, runs)
         if "step" in args.only:
             found["step"] = [
                 _step(gpu_ops, size, limits, args.smoke, repeats, runs) for size in _step_sizes(args.smoke)
@@ -92,6 +95,23 @@ def _measured(run: Any, name: str, limits: Any) -> dict[str, Any]:
         "bandwidth_share": row.bytes / row.seconds / limits.bandwidth,
         "flops_share": row.flops / row.seconds / limits.flops,
     }
+
+
+def _tune(
+    gpu_ops: Any, limits: Any, smoke: bool, activations: str, repeats: int, runs: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Every tuning of the second decode and the first prefill case, best first."""
+    chosen = {"decode": gpu_ops.decode_cases(smoke)[1], "prefill": gpu_ops.prefill_cases(smoke)[0]}
+    found = {}
+    for section, (name, case, dtype) in chosen.items():
+        rows = [
+            _measured(
+                lambda t=t, c=case, d=dtype: gpu_ops.with_tuning(t, c, d, activations, repeats, runs), str(t), limits
+            )
+            for t in gpu_ops.tunings(smoke, section == "prefill")
+        ]
+        found[f"{section} {name}"] = sorted(rows, key=lambda row: row.get("seconds", float("inf")))
+    return found
 
 
 def _step_sizes(smoke: bool) -> list[tuple[int, int, str]]:
@@ -152,6 +172,9 @@ def to_markdown(found: dict[str, Any]) -> str:
                 else f"| {row['name']} | {row['seconds'] * 1e3:.3f} | {row[share]:.0%} |"
                 for row in found[section]
             ]
+    for title, rows in found.get("tune", {}).items():
+        lines += ["", f"## Tunings: {title}", "", "| sizes | ms |", "|---|---|"]
+        lines += [f"| {row['name']} | {row.get('error') or format(row['seconds'] * 1e3, '.3f')} |" for row in rows]
     if "step" in found:
         lines += [
             "", "## Decode step of Llama-3.1-8B, random weights in bfloat16", "",

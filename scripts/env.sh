@@ -141,3 +141,26 @@ ensure_env() {
   fi
   exec 9>&-
 }
+
+# Prints the path of the library with the TPU compiler, of the version that the installed JAX asks for; fetches it where it
+# is missing (200 MB, 700 on disk). Not into .venv: beside jax it would make every start look for a TPU. Fails, with a
+# reason on stderr, where it cannot be had within TPU_COMPILER_LIMIT seconds (default 300).
+tpu_compiler() {
+  local wanted folder
+  if [ -n "${TPU_LIBRARY_PATH:-}" ]; then
+    printf '%s\n' "$TPU_LIBRARY_PATH"
+    return
+  fi
+  wanted="$("$VENV/bin/python" -c '
+import importlib.metadata, re
+print(next(re.split("[; ]", r)[0] for r in importlib.metadata.requires("jax") if r.startswith("libtpu")))')" || return 1
+  folder="${XDG_CACHE_HOME:-$HOME/.cache}/jaxserve/${wanted//[^A-Za-z0-9.]/-}"
+  if [ ! -e "$folder/libtpu/libtpu.so" ]; then
+    env_say "fetching $wanted, which holds the TPU compiler"
+    rm -rf "$folder.new"
+    timeout "${TPU_COMPILER_LIMIT:-300}" "$VENV/bin/python" -m pip --disable-pip-version-check install -q --no-deps \
+      --only-binary :all: --target "$folder.new" "$wanted" >&2 && mv "$folder.new" "$folder" ||
+      { env_say "could not fetch $wanted: programs for TPU are not compiled"; return 1; }
+  fi
+  printf '%s\n' "$folder/libtpu/libtpu.so"
+}

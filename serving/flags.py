@@ -214,6 +214,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help='folder of compiled programs; "" for none (default: the user\'s cache folder)',
     )  # fmt: skip
     engine.add_argument(
+        "--compiled", default=None, metavar="DIR",
+        help="run the programs that python -m serving.plan --save compiled, and compile nothing",
+    )  # fmt: skip
+    engine.add_argument(
         "--attention-backend", default=None, metavar="NAME",
         help="force one implementation of paged attention (default: the first that fits)",
     )  # fmt: skip

@@ -32,6 +32,7 @@ __all__ = [
     "attend_rope",
     "best_layout",
     "bytes_per_page",
+    "least_page_size",
     "use_backend",
 ]
 
@@ -91,6 +92,11 @@ def best_layout(spec: KVSpec, page_size: int, dtype: jax.typing.DTypeLike, platf
         return "panels"
     wants_lanes = forced == "pallas_tpu" or (forced is None and platform == "tpu")
     return "lanes" if wants_lanes and pallas_tpu.supports(page_size, dtype) else "rows"
+
+
+def least_page_size(dtype: jax.typing.DTypeLike, platform: str) -> int:
+    """Tokens a page must hold at least for the platform's kernels to read it: a TPU copies whole tiles; 1 elsewhere."""
+    return pallas_tpu.least_page_size(dtype) if platform == "tpu" else 1
 
 
 def attend(

@@ -66,10 +66,14 @@ def attend(
         programs = PROGRAMS if v_dim <= 256 else PROGRAMS // 4  # wide ones fill a multiprocessor by twos
         wanted = -(-programs // (q_TKGh.shape[1] * -(-G // tuning.rows)))
         items, first_B, count_B = decode_items(batch, tuning, wanted, G, kv.page_size, window)
-        sums = pallas_gpu_attend.attend_items(
+        best_WKG, total_WKG, sum_WKGv = pallas_gpu_attend.attend_items(
             q_TKGh[:B], *arrays, batch.decode_pages_BP, items, None, window=None, tuning=tuning, parts=True, **options
         )
-        parts.append(pallas_gpu_attend.combine(*sums, first_B, count_B, sinks_KG, q_TKGh.dtype, interpret=interpret))
+        parts.append(
+            pallas_gpu_attend.combine(
+                best_WKG, total_WKG, sum_WKGv, first_B, count_B, sinks_KG, q_TKGh.dtype, interpret=interpret
+            )
+        )
     if C:
         tuning = chunk_tuning(C * G, v_dim, narrow)
         items = chunk_items(batch, tuning, G, window)

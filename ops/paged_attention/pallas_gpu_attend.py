@@ -182,7 +182,7 @@ def _attend_kernel(
             score_MS = score_MS * (scale * _LOG2E)
         else:
             score_MS = (softcap * _LOG2E) * jnp.tanh(score_MS * (scale / softcap))
-        if masked:
+        if inside_S is not None:
             seen_MS = inside_S[None, :] & (position_S[None, :] <= position_M[:, None])
             if window is not None:
                 seen_MS &= position_S[None, :] > position_M[:, None] - window

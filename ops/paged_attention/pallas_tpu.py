@@ -33,15 +33,18 @@ def sublanes(dtype: jax.typing.DTypeLike) -> int:
     return 8 * 4 // jnp.dtype(dtype).itemsize
 
 
-def supports(page_size: int, dtype: jax.typing.DTypeLike) -> bool:
-    """Whether the kernels can work on such pages.
+def least_page_size(dtype: jax.typing.DTypeLike) -> int:
+    """Positions that a page must hold: whole tiles, and of int8 whole rows of scales, which lie along the 128 lanes.
 
-    A page must hold whole tiles: 8 positions of float32, 16 of bfloat16, 32 of one-byte types; and 128 of int8, whose
-    scales lie along the lanes.
+    8 positions of float32, 16 of bfloat16, 32 of one-byte floats, 128 of int8.
     """
     dtype = jnp.dtype(dtype)
-    rows = 128 if dtype == jnp.int8 else sublanes(dtype)
-    return page_size % rows == 0 and dtype != jnp.float16
+    return 128 if dtype == jnp.int8 else sublanes(dtype)
+
+
+def supports(page_size: int, dtype: jax.typing.DTypeLike) -> bool:
+    """Whether the kernels can work on such pages."""
+    return page_size % least_page_size(dtype) == 0 and jnp.dtype(dtype) != jnp.float16
 
 
 def attend(

@@ -252,3 +252,35 @@ def prefill_cases(smoke: bool) -> Sequence[tuple[str, Case, str]]:
         ("2048 after 30720", layer(chunks=((30720, 2048),)), "bfloat16"),
         ("1 x 4096, int8", layer(chunks=((0, 4096),)), "int8"),
     ]
+
+
+def tunings(smoke: bool, chunks: bool) -> Sequence[tuple[int, int, int, int]]:
+    """(rows, keys, warps, stages) to try for Llama's layer."""
+    if smoke:
+        return [(16, 32, 4, 2)]
+    if chunks:
+        return [
+            (rows, keys, warps, stages)
+            for rows in (64, 128)
+            for keys in (32, 64, 128)
+            for warps in (4, 8)
+            for stages in (2, 3)
+        ]
+    return [(16, keys, warps, stages) for keys in (32, 64, 128) for warps in (2, 4, 8) for stages in (2, 3, 4)]
+
+
+def with_tuning(
+    sizes: tuple[int, int, int, int], case: Case, dtype: str, activations: str, repeats: int, runs: int
+) -> AttentionRow:
+    """`attention` with these sizes instead of those that the kernels would choose."""
+    from ops.paged_attention import pallas_gpu
+    from ops.paged_attention.pallas_gpu_attend import Tuning
+
+    name = "chunk_tuning" if case.chunks else "decode_tuning"
+    chosen = getattr(pallas_gpu, name)
+    setattr(pallas_gpu, name, lambda *_: Tuning(*sizes))
+    try:
+        label = "rows {}, keys {}, warps {}, stages {}".format(*sizes)
+        return attention(label, case, dtype, activations, repeats, runs)
+    finally:
+        setattr(pallas_gpu, name, chosen)

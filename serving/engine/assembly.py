@@ -91,6 +91,7 @@ def assemble(
     from models.pooling import pooling_mode
     from ops import native
     from serving.engine.buckets import ACCELERATOR_RIDGE, CPU_RIDGE
+    from serving.engine.bundle import Bundle
     from serving.engine.compiling import ProgramCache
     from serving.engine.engine import version
     from serving.engine.executor import Executor
@@ -99,6 +100,9 @@ def assemble(
     from serving.engine.sizing import GIB, resolve_dtype, resolve_quantization, resolve_sizes
     from sharding.mesh import make_mesh
 
+    bundle = None if config.compiled is None else Bundle.read(config.compiled)
+    if bundle is not None:
+        config = bundle.apply(config)
     platform = jax.default_backend()
     mesh = make_mesh(config.mesh)
     dtype = resolve_dtype(config, platform)
@@ -127,7 +131,6 @@ def assemble(
         f"({sizes.kv_dtype}); up to {sizes.max_num_seqs} requests at once, {sizes.max_model_len} tokens each"
     )
     began = time.monotonic()
-    folder = compile_cache_folder(config)
     fingerprint = repr(
         (
             loaded.config,
@@ -143,10 +146,15 @@ def assemble(
             ),
         )
     )
+    if bundle is None:
+        cache = ProgramCache(compile_cache_folder(config), fingerprint)
+    else:
+        bundle.check(loaded.config, sizes)
+        cache = bundle.sealed()
     executor = Executor(
         loaded.model,
         sizes,
-        ProgramCache(folder, fingerprint),
+        cache,
         mesh=mesh if mesh.size > 1 else None,
         attention_backend=config.attention_backend,
         host_tier=config.kv_offload_gb > 0,

@@ -99,6 +99,15 @@ def source_digest() -> str:
     return h.hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The devices that programs are for."""
+
+    platform: str
+    kind: str
+    number: int
+
+
 class ProgramCache:
     """Serialized executables in a folder that only this user may write: loading one runs its code.
 
@@ -106,19 +115,27 @@ class ProgramCache:
     (12 forward programs of 30 layers); this one saves all three.
     """
 
-    def __init__(self, folder: pathlib.Path | None, fingerprint: str) -> None:
+    def __init__(self, folder: pathlib.Path | None, fingerprint: str, target: Target | None = None) -> None:
+        """
+        Args:
+            folder: None keeps nothing.
+            fingerprint: of everything that decides the programs besides the code and the devices.
+            target: the devices, where they are not this process's.
+        """
         self._folder = folder
         device = jax.devices()[0]
+        target = target or Target(device.platform, device.device_kind, len(jax.devices()))
         parts = (
             fingerprint,
             source_digest(),
             jax.__version__,
-            device.platform,
-            device.device_kind,
-            str(len(jax.devices())),
+            target.platform,
+            target.kind,
+            str(target.number),
             f"{jax.process_index()} of {jax.process_count()}",
         )
-        self._key = hashlib.sha256("\0".join((*parts, _cpu_features())).encode()).hexdigest()[:32]
+        features = _cpu_features() if target.platform == "cpu" else ""
+        self._key = hashlib.sha256("\0".join((*parts, features)).encode()).hexdigest()[:32]
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
 QUANTIZATIONS = ("auto", "none", "int8")
 POLICIES = ("fcfs", "priority")
 
@@ -41,6 +41,7 @@ class EngineConfig:
         fair_share: least-served tenant (API key or metadata) first, within equal priority.
         kv_offload_gb: GiB of host memory for pages evicted from the device.
         compile_cache: folder of compiled programs; None is the user's cache folder, "" is none.
+        compiled: folder that `serving.plan --save` wrote: its programs are run, and nothing is compiled.
         served_model_name: id under which the model is served; None is its own name.
         chat_template: file or text overriding the model's.
         attention_backend: force one implementation of paged attention; None takes the first that fits.
@@ -75,6 +76,7 @@ class EngineConfig:
     fair_share: bool = False
     kv_offload_gb: float = 0.0
     compile_cache: str | None = None
+    compiled: str | None = None
     served_model_name: str | None = None
     chat_template: str | None = None
     attention_backend: str | None = None

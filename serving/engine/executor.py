@@ -14,25 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ops import paged_attention
-from serving.engine.buckets import BucketTable
 from serving.engine.commands import Command, DecodeLoop, Forward, LoadSlot, Pool, PromptLogprobs, Sample
 from serving.engine.compiling import CompileGuard, Program, ProgramCache, compile_all, starting
 from serving.engine.group import Group, Meet
-from serving.engine.packing import forward_layout, pack_forward, pack_sample, sample_layout
+from serving.engine.packing import pack_forward, pack_sample
 from serving.engine.page_store import PageStore
 from serving.engine.placement import place, placed
 from serving.engine.plan import StepPlan
-from serving.engine.programs import (
-    PROMPT_LOGPROB_ROWS,
-    SplitModel,
-    load_slot,
-    make_decode_loop,
-    make_forward,
-    make_prompt_logprobs,
-    make_sample,
-    pool,
-    used_leaves,
-)
+from serving.engine.program_list import StepShapes, list_programs
+from serving.engine.programs import PROMPT_LOGPROB_ROWS, SplitModel
 from serving.engine.request import Request
 from serving.engine.sampling_params import SamplingParams
 from serving.engine.sizing import Sizes
@@ -70,8 +60,11 @@ class Executor:
     ) -> None:
         self.sizes = sizes
         self.vocab_size = model.vocab_size
-        self.pages_per_slot = -(-sizes.max_model_len // sizes.page_size)
-        self.buckets = BucketTable.make(sizes.max_num_seqs, sizes.max_num_batched_tokens)
+        self._shapes = StepShapes.of(sizes, self.vocab_size)
+        self.buckets = self._shapes.buckets
+        self.mask_width = self._shapes.mask_width
+        self.forward_layouts = self._shapes.forward_layouts
+        self.sample_layouts = self._shapes.sample_layouts
         self.guard = CompileGuard()
         self.num_sampled = 0
         self._cache = cache
@@ -83,15 +76,11 @@ class Executor:
         self._state: Any = None
         self._asleep: list[tuple[np.ndarray, Any]] = []  # (leaf, sharding) in host memory, while the device has none
         self.reset_cache()
-        self.mask_width = -(-self.vocab_size // 32)
         self._no_mask = {s: place(mesh, jnp.zeros((s, self.mask_width), jnp.int32)) for s in self.buckets.sample_sizes}
-        self.forward_layouts = {b: forward_layout(b, self.pages_per_slot) for b in self.buckets.buckets}
-        self.sample_layouts = {s: sample_layout(s) for s in self.buckets.sample_sizes}
         self.programs: dict[str, Any] = {}
         self.store = PageStore() if host_tier else None
         self.max_steps = num_scheduler_steps
         self._head: list[int] = []  # which leaves the logits read
-        self._hidden: jax.ShapeDtypeStruct  # of one decode row; set by compile
         self._hidden_SD: Any = None  # of the last Forward, until its Sample
         self._hidden_TD: Any = None
         self._group: Group | None = None
@@ -106,7 +95,7 @@ class Executor:
             meet: with several processes, `Group.least`: each compiles and warms up for itself, but all together.
         """
         with paged_attention.use_backend(self._backend):
-            programs = [placed(self._mesh, program) for program in self._all_programs()]
+            programs = self._list_programs()
             agree = None if meet is None else lambda found: bool(meet("programs found", int(found)))
             self.programs = compile_all(programs, self._cache, on_done, agree)
         if self.store is not None:
@@ -121,81 +110,16 @@ class Executor:
         """From now on, other processes are sent what is executed here."""
         self._group = group
 
-    def _all_programs(self) -> list[Program]:
-        leaves = jax.tree.map(_abstract, self._leaves)
-        kv = jax.tree.map(_abstract, self._kv)
-        state = jax.tree.map(_abstract, self._state)
-        width = self._hidden = self._hidden_width(leaves, kv)
-        programs = []
-        for bucket, layout in self.forward_layouts.items():
-            keep = bucket.chunk > 0
-            fn = make_forward(self._split, layout, keep)
-            flat = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-            programs.append(Program(f"forward {bucket}", fn, (leaves, kv, state.last_token, flat), donate=(1,)))
-            if self.max_steps > 1 and not bucket.chunk:
-                sample = self.sample_layouts[bucket.samples]
-                fn = make_decode_loop(self._split, layout, sample, self.sizes.page_size, self.max_steps)
-                args = (
-                    leaves,
-                    kv,
-                    state,
-                    flat,
-                    jax.ShapeDtypeStruct((sample.size,), jnp.int32),
-                    jax.ShapeDtypeStruct((), jnp.int32),
-                )
-                programs.append(Program(f"decode_loop {bucket.decode}", fn, args, donate=(1, 2)))
-        hidden_head = jax.ShapeDtypeStruct((PROMPT_LOGPROB_ROWS, width.shape[-1]), width.dtype)
-        self._head = used_leaves(lambda leaves, h: self._split.merge(leaves).logits(h), leaves, hidden_head)
-        head_leaves = tuple(leaves[i] for i in self._head)
-        for size, layout in self.sample_layouts.items():
-            fn = self._with_head(make_sample(self._split, layout))
-            args = (
-                head_leaves,
-                state,
-                jax.ShapeDtypeStruct((size, width.shape[-1]), width.dtype),
-                jax.ShapeDtypeStruct((layout.size,), jnp.int32),
-                jax.ShapeDtypeStruct((size, self.mask_width), jnp.int32),
-            )
-            programs.append(Program(f"sample {size}", fn, args, donate=(1,)))
-        rows = jax.ShapeDtypeStruct((PROMPT_LOGPROB_ROWS,), jnp.int32)
-        for tokens in self.buckets.chunk_sizes:
-            hidden = jax.ShapeDtypeStruct((tokens, width.shape[-1]), width.dtype)
-            fn = self._with_head(make_prompt_logprobs(self._split))
-            programs.append(Program(f"prompt_logprobs {tokens}", fn, (head_leaves, hidden, rows, rows)))
-            weights = jax.ShapeDtypeStruct((self.buckets.max_rows, tokens), jnp.float32)
-            programs.append(Program(f"pool {tokens}", pool, (hidden, weights)))
-        scalar = jax.ShapeDtypeStruct((), jnp.int32)
-        slot = [
-            jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
-            for a in (state.seen, state.bias_ids, state.bias_values, state.banned_ids)
-        ]
-        if self.store is not None:
-            programs += self.store.programs(kv)
-        programs.append(Program("load_slot", load_slot, (state, scalar, *slot), donate=(0,)))
-        # Longest first: with two workers a large program compiled last would be waited for alone.
-        return sorted(programs, key=lambda p: -sum(a.size for a in jax.tree.leaves(p.args[-1])))
-
-    def _with_head(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn` over the leaves that logits read, the others absent."""
-
-        def with_head(head: tuple[Any, ...], *rest: Any) -> Any:
-            leaves: list[Any] = [None] * len(self._leaves)
-            for i, leaf in zip(self._head, head, strict=True):
-                leaves[i] = leaf
-            return fn(tuple(leaves), *rest)
-
-        return with_head
-
-    def _hidden_width(self, leaves: Any, kv: Any) -> jax.ShapeDtypeStruct:
-        bucket = self.buckets.buckets[0]
-        layout = self.forward_layouts[bucket]
-        last = jax.ShapeDtypeStruct((self.sizes.max_num_seqs + 1,), jnp.int32)
-        flat = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        return jax.eval_shape(make_forward(self._split, layout, False), leaves, kv, last, flat)[1]
+    def _list_programs(self) -> list[Program]:
+        leaves, kv, state = (jax.tree.map(_abstract, tree) for tree in (self._leaves, self._kv, self._state))
+        more = () if self.store is None else self.store.programs(kv)
+        listed = list_programs(self._split, leaves, kv, state, self._shapes, self.max_steps, more)
+        self._head = listed.head
+        return [placed(self._mesh, program) for program in listed.programs]
 
     def _warm_up(self) -> None:
         """Runs every program once, so that the first request is as fast as the tenth (first calls allocate and page in)."""
-        slots = SlotTable(self.sizes.max_num_seqs, self.pages_per_slot)
+        slots = SlotTable(self.sizes.max_num_seqs, self._shapes.pages_per_slot)
         empty = StepPlan(0, (), (), (), (), ())
         rows = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
         for bucket in self.buckets.buckets:

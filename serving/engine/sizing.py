@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from models.api import CausalLM
 from ops import native
-from ops.paged_attention import best_layout, bytes_per_page, use_backend
+from ops.paged_attention import best_layout, bytes_per_page, least_page_size, use_backend
 from serving.engine.chunks import CHUNK_ALIGN
 from serving.engine.config import EngineConfig
 from serving.engine.group import Meet
@@ -65,12 +65,19 @@ def resolve_kv_dtype(config: EngineConfig, model: CausalLM, dtype: str, devices:
 
 
 def resolve_sizes(
-    config: EngineConfig, model: CausalLM, max_positions: int, dtype: str, devices: int, meet: Meet | None = None
+    config: EngineConfig,
+    model: CausalLM,
+    max_positions: int,
+    dtype: str,
+    devices: int,
+    meet: Meet | None = None,
+    platform: str | None = None,
 ) -> Sizes:
     """Fills in what the configuration leaves open.
 
     Args:
         meet: with several processes, `Group.least`: the one with the least memory decides.
+        platform: where the pages will be; None for where this process is.
 
     Raises:
         ValueError: sizes that contradict each other, with both numbers and the flag to change.
@@ -90,26 +97,39 @@ def resolve_sizes(
         else:
             budget = -(-(seqs + CHUNK_ALIGN) // CHUNK_ALIGN) * CHUNK_ALIGN
     kv_dtype = resolve_kv_dtype(config, model, dtype, devices)
-    page_bytes = sum(bytes_per_page(s, config.page_size, jnp.dtype(kv_dtype)) for s in model.kv_specs())
+    platform = platform or jax.default_backend()
+    page_size = max(config.page_size, least_page_size(kv_dtype, platform))
+    page_bytes = model_page_bytes(model, page_size, kv_dtype, platform, config.attention_backend)
     wanted_len = min(config.max_model_len or max_positions, max_positions)
     if config.max_model_len and config.max_model_len > max_positions:
         raise ValueError(
             f"max_model_len is {config.max_model_len}, but the model was made for {max_positions} positions: "
             f"use at most that."
         )
-    most = seqs * -(-wanted_len // config.page_size) + 1
+    most = seqs * -(-wanted_len // page_size) + 1
     memory = config.kv_cache_memory or default_kv_memory(devices)
     if meet is not None:
         memory = meet("KV cache memory", memory)
     num_pages = min(most, memory // page_bytes)
-    fits = (num_pages - 1) * config.page_size
-    if fits < 2 * config.page_size or (config.max_model_len and fits < config.max_model_len):
-        need = (-(-(config.max_model_len or 2 * config.page_size) // config.page_size) + 1) * page_bytes
+    fits = (num_pages - 1) * page_size
+    if fits < 2 * page_size or (config.max_model_len and fits < config.max_model_len):
+        need = (-(-(config.max_model_len or 2 * page_size) // page_size) + 1) * page_bytes
         raise ValueError(
             f"the KV cache may take {memory / GIB:.2f} GiB, which holds {max(fits, 0)} tokens; one sequence of "
             f"max_model_len needs {need / GIB:.2f} GiB. Raise --kv-cache-memory or lower --max-model-len."
         )
-    return Sizes(seqs, budget, min(wanted_len, fits), num_pages, config.page_size, page_bytes, kv_dtype)
+    return Sizes(seqs, budget, min(wanted_len, fits), num_pages, page_size, page_bytes, kv_dtype)
+
+
+def model_page_bytes(
+    model: CausalLM, page_size: int, kv_dtype: str, platform: str, attention_backend: str | None = None
+) -> int:
+    """Bytes of one page of every layer, in the layout that the platform's kernels read, over all devices together."""
+    with use_backend(attention_backend):
+        return sum(
+            bytes_per_page(s, page_size, jnp.dtype(kv_dtype), best_layout(s, page_size, jnp.dtype(kv_dtype), platform))
+            for s in model.kv_specs()
+        )
 
 
 def default_kv_memory(devices: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import sys
 from typing import Any
 
@@ -25,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", required=True, help=f"a config.json, a folder, a model id, or one of {', '.join(facts.known())}"
     )
     parser.add_argument(
-        "--topology", nargs="+", required=True, help="v5e:4x4, v5p:2x2x2, v6e:2x4, cpu:4; several with --sweep"
+        "--topology", nargs="+", required=True, help="v5e:4x4, v5p:2x2x2, v6e:2x4, h200:8, cpu:4; several with --sweep"
     )
     parser.add_argument("--mesh", default="auto", help="as the server's; auto puts every device on the model axis")
     parser.add_argument("--dtype", default="auto", help="of weights and activations; auto is bfloat16, float32 on cpu")
@@ -44,6 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--full-depth", action="store_true", help="compile all layers instead of extrapolating from a few"
     )
     parser.add_argument("--sweep", action="store_true", help="compare meshes of every topology and recommend one")
+    parser.add_argument("--decode-only", action="store_true", help="compile the decode step alone: quick, no TTFT")
+    parser.add_argument(
+        "--save", default=None, metavar="DIR",
+        help="compile every program and keep it in DIR, for serving.launch --compiled DIR",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -53,13 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         targets = [chips.parse_target(text) for text in args.topology]
+        if args.save is not None and args.sweep:
+            raise ValueError("--save keeps the programs of one plan: choose one from --sweep first.")
         if len(targets) > 1 and not args.sweep:
             raise ValueError(f"{len(targets)} topologies were given; comparing them is --sweep.")
-        gpus = [target.text for target in targets if not target.compiles]
-        if gpus:
-            raise ValueError(
-                f"{', '.join(gpus)}: programs for GPU can only be compiled on a machine with one; plan for TPU or cpu."
-            )
         chips.prepare(targets)
         return _sweep(args, targets) if args.sweep else _single(args, targets[0])
     except ValueError as e:
@@ -89,6 +92,7 @@ def _request(args: argparse.Namespace, target: chips.Target, mesh: str) -> Any:
         prompt=args.prompt,
         every_bucket=args.every_bucket,
         full_depth=args.full_depth,
+        decode_only=args.decode_only,
     )
 
 
@@ -98,16 +102,24 @@ def _single(args: argparse.Namespace, target: chips.Target) -> int:
 
     plan = make_plan(_request(args, target, args.mesh), _say)
     print(json.dumps(to_json(plan), indent=1) if args.json else to_text(plan))
+    if args.save is not None:
+        from serving.plan.save import save
+
+        bundle = save(plan, pathlib.Path(args.save), lambda done, of: _say("to keep", done, of))
+        print(f"\n{len(bundle.programs)} programs kept: serving.launch --compiled {args.save}", file=sys.stderr)
     return 0 if plan.fits else 1
 
 
 def _sweep(args: argparse.Namespace, targets: list[chips.Target]) -> int:
     from serving.plan.planner import make_plan
+    from serving.plan.programs import config_of
     from serving.plan.report import rank, sweep_text, to_json
 
+    experts = config_of(facts.read_config(args.model)).moe is not None
     plans: list[tuple[Any, str]] = []
     for target in targets:
-        for mesh in candidate_meshes(target.num_devices) if args.mesh == "auto" else [args.mesh]:
+        meshes = candidate_meshes(target.num_devices, experts) if args.mesh == "auto" else [args.mesh]
+        for mesh in meshes:
             try:
                 plans.append((make_plan(_request(args, target, mesh), _say), ""))
             except ValueError as e:
@@ -120,10 +132,17 @@ def _sweep(args: argparse.Namespace, targets: list[chips.Target]) -> int:
     return 0 if any(plan.fits for plan in made) else 1
 
 
-def candidate_meshes(num_devices: int) -> list[str]:
-    """Every split of the devices into equal halves, quarters, ... that the model axis takes; the largest first."""
+def candidate_meshes(num_devices: int, experts: bool = False) -> list[str]:
+    """Splits of the devices into equal halves, quarters, ... of the model axis, the largest first.
+
+    Args:
+        experts: also over the expert axis.
+    """
     sizes = [size for size in range(num_devices, 0, -1) if num_devices % size == 0 and size & (size - 1) == 0]
-    return [f"model={size}" if size == num_devices else f"data={num_devices // size},model={size}" for size in sizes]
+    found = [f"model={size}" if size == num_devices else f"data={num_devices // size},model={size}" for size in sizes]
+    if experts:
+        found += [f"model={size},expert={num_devices // size}" for size in sizes if size < num_devices]
+    return found
 
 
 def _say(program: str, done: int, of: int) -> None:

@@ -69,11 +69,6 @@ class Target:
         """JAX's name: "tpu", "gpu" or "cpu"."""
         return "gpu" if self.chip.name in GPUS else "cpu" if self.chip.name == "cpu" else "tpu"
 
-    @property
-    def compiles(self) -> bool:
-        """Whether programs can be compiled for it here; without a GPU there is no compiler for one."""
-        return self.platform != "gpu"
-
 
 def parse_target(text: str) -> Target:
     """Reads "v5e:4x4", "v5p:2x2x1", "h100:8" or "cpu:4".
@@ -101,7 +96,7 @@ def tpu_compiler() -> bool:
 
 
 def gpu_compiler() -> bool:
-    """Whether JAX's CUDA plugin is installed, which holds the GPU compiler (`pip install 'jaxserve[cuda]'`)."""
+    """Whether JAX's CUDA plugin is installed, which holds the GPU compiler (`pip install 'jaxserve[cuda]'`; no GPU is needed)."""
     return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") is not None for version in (13, 12))
 
 
@@ -109,11 +104,16 @@ def prepare(targets: list[Target]) -> None:
     """Settings for compiling without hardware. Call it before JAX makes its first array.
 
     Raises:
-        ValueError: the TPU compiler is not installed.
+        ValueError: the compiler for a target is not installed.
     """
     import jax
 
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cpu")  # for CUDA's plugin too: it then looks for no driver
+    if any(target.platform == "gpu" for target in targets) and not gpu_compiler():
+        raise ValueError(
+            "Programs for GPU need the compiler in JAX's CUDA plugin, which is not installed: pip install "
+            "'jaxserve[cuda]' (4 GB on disk; no GPU is needed)."
+        )
     if any(target.platform == "tpu" for target in targets):
         if not tpu_compiler():
             raise ValueError(
@@ -130,7 +130,7 @@ def prepare(targets: list[Target]) -> None:
 
 
 def devices(target: Target) -> list[Any]:
-    """The target's devices; those of a TPU are descriptions that can be compiled for.
+    """The target's devices; those of accelerators are descriptions that can be compiled for.
 
     Raises:
         ValueError: the compiler knows no such topology.
@@ -140,6 +140,10 @@ def devices(target: Target) -> list[Any]:
 
     if target.platform == "cpu":
         return jax.devices("cpu")[: target.num_devices]
+    if target.platform == "gpu":
+        from serving.plan.cuda import topology_devices
+
+        return topology_devices(target)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=_compilable(target)).devices)
     except Exception as e:

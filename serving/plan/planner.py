@@ -6,16 +6,17 @@ import concurrent.futures
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from models.loading.load import parameters_of
+from ops.paged_attention import least_page_size
 from serving.engine.buckets import Bucket
 from serving.engine.sizing import ACCELERATOR_FRACTION, Sizes
 from serving.plan.chips import Target, devices
 from serving.plan.measure import Measured, extrapolate, measure
 from serving.plan.programs import (
-    AbstractExecutor,
+    AbstractEngine,
     abstract_model,
     bytes_on_device,
     config_of,
@@ -43,6 +44,7 @@ class Request:
         prompt: tokens of the prompt whose time to first token is estimated.
         every_bucket: compile every program of the server, not only those that the numbers need.
         full_depth: compile all layers instead of extrapolating from a few.
+        decode_only: compile the decode step alone; then there is no time to first token.
     """
 
     hf: dict[str, Any]
@@ -59,6 +61,7 @@ class Request:
     prompt: int = 1024
     every_bucket: bool = False
     full_depth: bool = False
+    decode_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,17 +145,18 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     if request.max_model_len > config.max_positions:
         request = dataclasses.replace(request, max_model_len=config.max_positions)
     kv_dtype = request.dtype if request.kv_dtype == "auto" else request.kv_dtype
-    request = dataclasses.replace(request, kv_dtype=kv_dtype)
+    page_size = max(request.page_size, least_page_size(kv_dtype, request.target.platform))
+    request = dataclasses.replace(request, kv_dtype=kv_dtype, page_size=page_size)
     sizes = Sizes(
         request.max_num_seqs, request.max_num_batched_tokens, request.max_model_len, PROBE_PAGES, request.page_size, 0, kv_dtype
     )  # fmt: skip
     mesh = make_mesh(request.mesh, devices(request.target))
 
-    def runner(num_layers: int) -> AbstractExecutor:
+    def runner(num_layers: int) -> AbstractEngine:
         model = abstract_model(
             with_layers(config, num_layers), mesh, request.dtype, request.quantization, request.max_model_len
         )
-        return AbstractExecutor(model, sizes, mesh)
+        return AbstractEngine(model, sizes, mesh)
 
     whole = runner(config.num_layers)
     start, period = layer_periods(config)
@@ -168,18 +172,18 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     weights, state = whole.weight_bytes_on_device, whole.state_bytes
     free = usable - weights - state - int(temporaries) - int(code)
     num_pages = max(0, free // whole.kv_bytes_a_page)
-    num_pages = min(num_pages, request.max_num_seqs * whole.pages_per_slot + 1)
+    num_pages = min(num_pages, request.max_num_seqs * whole.shapes.pages_per_slot + 1)
     concurrent_requests = min(request.max_num_seqs, max(num_pages - 1, 0) * request.page_size // request.context)
 
     steps = tuple(_step(name, measured[name], whole, request) for name in names)
     by_name = {step.name: step for step in steps}
-    decode = whole.buckets.find(max(concurrent_requests, 1), 0, 0)
+    decode = whole.shapes.buckets.find(max(concurrent_requests, 1), 0, 0)
     decode_seconds = ttft = None
     if f"forward {decode}" not in by_name:
-        decode = whole.buckets.find(request.max_num_seqs, 0, 0)
+        decode = whole.shapes.buckets.find(request.max_num_seqs, 0, 0)
     forward, sample = by_name[f"forward {decode}"], by_name[f"sample {decode.samples}"]
     decode_seconds = forward.seconds + sample.seconds
-    ttft = _ttft(request, whole, by_name)
+    ttft = None if request.decode_only else _ttft(request, whole, by_name)
     return Plan(
         request=request,
         num_parameters=sum(math.prod(parameter.stored_shape) for _, parameter in parameters_of(whole.model)),
@@ -200,17 +204,19 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     )
 
 
-def _prompt_bucket(runner: AbstractExecutor, request: Request) -> Bucket:
-    chunk = min(request.prompt, runner.buckets.max_chunk)
-    return runner.buckets.find(0, -(-chunk // 16) * 16, 1)
+def _prompt_bucket(runner: AbstractEngine, request: Request) -> Bucket:
+    chunk = min(request.prompt, runner.shapes.buckets.max_chunk)
+    return runner.shapes.buckets.find(0, -(-chunk // 16) * 16, 1)
 
 
-def _names(runner: AbstractExecutor, request: Request) -> list[str]:
+def _names(runner: AbstractEngine, request: Request) -> list[str]:
     """Programs to compile, those of steps first."""
     if request.every_bucket:
         return sorted(runner.programs(), key=lambda name: (not name.startswith("forward"), name))
-    buckets = runner.buckets
+    buckets = runner.shapes.buckets
     full = buckets.find(request.max_num_seqs, 0, 0)
+    if request.decode_only:
+        return [f"forward {full}", f"sample {full.samples}"]
     mixed = buckets.find(request.max_num_seqs, buckets.max_chunk, buckets.max_rows)
     prompt = _prompt_bucket(runner, request)
     forwards = dict.fromkeys(f"forward {b}" for b in (full, prompt, mixed))
@@ -219,9 +225,9 @@ def _names(runner: AbstractExecutor, request: Request) -> list[str]:
 
 
 def _measure(
-    whole: AbstractExecutor,
+    whole: AbstractEngine,
     names: list[str],
-    runner: Callable[[int], AbstractExecutor],
+    runner: Callable[[int], AbstractEngine],
     depths: tuple[int, int] | None,
     num_layers: int,
     on_done: Callable[[str, int, int], None] | None,
@@ -252,24 +258,29 @@ def _measure(
     return measured, sum(m.seconds for m in measured.values())
 
 
-def _step(name: str, measured: Measured, runner: AbstractExecutor, request: Request) -> Step:
+def _step(name: str, measured: Measured, runner: AbstractEngine, request: Request) -> Step:
     """Roofline times of one program; attention's part is arithmetic, because kernels hide it from the compiler."""
     chip = request.target.chip
-    weights = context_bytes = attention = 0.0
+    weights = context_bytes = attention = products = 0.0
     rate = chip.int8_ops if request.quantization == "int8" and request.target.platform == "cpu" else chip.flops
     if name.startswith("forward"):
-        bucket = next(b for b in runner.buckets.buckets if name == f"forward {b}")
+        bucket = next(b for b in runner.shapes.buckets.buckets if name == f"forward {b}")
         weights = _weights_read(runner, bucket.tokens, head=False)
         token_bytes = runner.kv_bytes_a_page / request.page_size
         chunk_keys = bucket.chunk + (request.context if bucket.decode else 0)
         context_bytes = (bucket.decode * request.context + (chunk_keys if bucket.chunk else 0)) * token_bytes
         pairs = bucket.decode * request.context + bucket.chunk * (bucket.chunk + 1) / 2
         attention = pairs * _attention_flops(runner)
+        products = _product_flops(runner, bucket.tokens, head=False)
     elif name.startswith(("sample", "prompt_logprobs")):
         weights = _weights_read(runner, 1, head=True)
+        products = _product_flops(runner, int(name.rsplit(" ", 1)[1]), head=True)
+    flops = measured.flops
+    if request.target.platform != "tpu":  # the GPU compiler counts nothing, and CPU kernels hide products from theirs
+        flops = max(flops, products / runner.mesh.shape["data"])
     return Step(
         name=name,
-        matmul=(measured.flops + attention) / rate,
+        matmul=(flops + attention) / rate,
         memory=(weights + context_bytes) / chip.bandwidth,
         links=measured.sent / chip.link,
         context_bytes=context_bytes,
@@ -278,12 +289,29 @@ def _step(name: str, measured: Measured, runner: AbstractExecutor, request: Requ
     )
 
 
-def _weights_read(runner: AbstractExecutor, tokens: int, head: bool) -> float:
+def _weights_read(runner: AbstractEngine, tokens: int, head: bool) -> float:
     """Bytes of weights that one device reads for a step of `tokens` tokens: of experts, those that are expected to be met."""
-    config = runner.model.config
-    moe = config.moe
+    moe = runner.model.config.moe
     met = 1.0 if moe is None else 1.0 - (1.0 - moe.experts_per_token / moe.num_experts) ** tokens
-    total = 0.0
+    return sum(bytes_on_device(leaf) * (met if routed else 1.0) for routed, leaf in _used(runner, head))
+
+
+def _product_flops(runner: AbstractEngine, tokens: int, head: bool) -> float:
+    """Operations of `tokens` tokens with the weights of one device: of experts, a token's own."""
+    moe = runner.model.config.moe
+    share = 1.0 if moe is None else moe.experts_per_token / moe.num_experts
+    return (
+        2.0
+        * tokens
+        * sum(
+            bytes_on_device(leaf) / leaf.dtype.itemsize * (share if routed else 1.0)
+            for routed, leaf in _used(runner, head)
+        )
+    )
+
+
+def _used(runner: AbstractEngine, head: bool) -> Iterator[tuple[bool, Any]]:
+    """(whether it belongs to experts that tokens are sent to, array) of the layers' weights, or of those of the logits."""
     tied = runner.model.head is None
     for path, _, leaf in weight_leaves(runner.model):
         is_embedding, is_head = path.startswith("embed."), path.startswith("head.")
@@ -291,22 +319,21 @@ def _weights_read(runner: AbstractExecutor, tokens: int, head: bool) -> float:
             continue
         if is_embedding and not head:
             continue  # a few rows
-        total += bytes_on_device(leaf) * (met if ".experts." in path else 1.0)
-    return total
+        yield ".experts." in path, leaf
 
 
-def _attention_flops(runner: AbstractExecutor) -> float:
+def _attention_flops(runner: AbstractEngine) -> float:
     """Operations for one query position against one key position, all layers, on one device."""
     total = 0.0
     config = runner.model.config
-    for spec, kv in zip(runner.model.kv_specs(), runner._kv, strict=True):
-        shards = runner._mesh.shape["model"] if runner._mesh is not None and kv.sharded else 1
+    for spec, kv in zip(runner.model.kv_specs(), runner.kv, strict=True):
+        shards = runner.mesh.shape["model"] if kv.sharded else 1
         v = spec.v_head_dim or spec.head_dim
         total += 2.0 * max(config.num_heads, spec.num_kv_heads) / shards * (spec.head_dim + v)
     return total
 
 
-def _ttft(request: Request, runner: AbstractExecutor, steps: dict[str, Step]) -> float:
+def _ttft(request: Request, runner: AbstractEngine, steps: dict[str, Step]) -> float:
     """Of a prompt that arrives at an idle server: its chunks, then one sample."""
     bucket = _prompt_bucket(runner, request)
     chunks = -(-request.prompt // bucket.chunk)

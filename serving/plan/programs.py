@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from models import registry
 from models.config import ModelConfig
 from models.layers import Build
 from models.loading.load import parameters_of, quantizable
-from ops import paged_attention
-from ops.linear import quantize
-from serving.engine.buckets import BucketTable
+from ops import native, paged_attention
+from ops.linear import Int8Weight, quantize
+from ops.linear.weights import pack_int8
+from ops.paged_attention import pages
 from serving.engine.compiling import Program
-from serving.engine.executor import Executor
-from serving.engine.packing import forward_layout, sample_layout
 from serving.engine.placement import placed
+from serving.engine.program_list import StepShapes, list_programs
 from serving.engine.programs import SplitModel
 from serving.engine.sizing import Sizes
 from serving.engine.state import DeviceState
@@ -78,13 +79,23 @@ def abstract_model(config: ModelConfig, mesh: Mesh, dtype: Any, quantization: st
     )
     model = registry.find(config.architecture).build(config, build)
     quantized = set(quantizable(model)) if quantization else set()
+    packs = on_cpu and mesh.size == 1 and native.available()  # as ops.linear.pack decides for arrays
     for path, parameter in parameters_of(model):
         value = parameter.get_value()
         axes = parameter.get_metadata()["logical_axes"]
         if path in quantized:
             value = jax.eval_shape(lambda w: quantize(w, quantization), value)
+            if packs and len(value.shape) == 2:
+                value = jax.eval_shape(pack_int8, value)
+            elif packs and parameter.get_metadata().get("packed"):
+                value = jax.eval_shape(lambda w: pack_int8(_flat(w)), value)
         parameter.set_value(jax.tree.map(lambda leaf, axes=axes: _place(leaf, axes, mesh, build), value))
     return model
+
+
+def _flat(experts: Int8Weight) -> Int8Weight:
+    """Experts [E, O, I] as one matrix [E * O, I], as `ops.experts.pack_experts` packs them."""
+    return Int8Weight(experts.values_OI.reshape(-1, experts.values_OI.shape[-1]), experts.scale_O.reshape(-1))
 
 
 def _place(leaf: Any, axes: Sequence[str | None], mesh: Mesh, build: Build) -> jax.ShapeDtypeStruct:
@@ -112,58 +123,65 @@ def bytes_on_device(leaf: jax.ShapeDtypeStruct) -> int:
 
 
 def abstract_kv(model: Any, num_pages: int, page_size: int, dtype: str, mesh: Mesh) -> tuple[Any, ...]:
-    """One `KVPages` a layer."""
+    """One `KVPages` a layer, as the server would allocate them; it uses no mesh on a single device."""
+    platform = pages.platform_of(mesh)
+    server_mesh = mesh if mesh.size > 1 else None
     made: dict[Any, Any] = {}
     for spec in model.kv_specs():
-        if spec not in made:
-            kv = jax.eval_shape(
-                lambda spec=spec: paged_attention.allocate(spec, num_pages, page_size, jnp.dtype(dtype), mesh)
-            )
-            heads = PartitionSpec(None, "model") if kv.sharded else PartitionSpec()
-            made[spec] = jax.tree.map(
-                lambda leaf, heads=heads: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, heads)
-                ),
-                kv,
-            )
+        if spec in made:
+            continue
+        layout = paged_attention.best_layout(spec, page_size, dtype, platform)
+        make = functools.partial(pages.allocate, spec, num_pages, page_size, dtype, server_mesh, layout)
+        kv = jax.eval_shape(make)
+        kv = dataclasses.replace(kv, platform=platform)
+        heads = PartitionSpec(None, "model") if kv.sharded else PartitionSpec()
+        place = NamedSharding(mesh, heads) if server_mesh is not None else SingleDeviceSharding(mesh.devices.flat[0])
+        made[spec] = jax.tree.map(
+            lambda leaf, place=place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), kv
+        )
     return tuple(made[spec] for spec in model.kv_specs())
 
 
-class AbstractExecutor(Executor):
-    """An `Executor` that can name its programs and run none: nothing is allocated."""
+class AbstractEngine:
+    """What an `Executor` would own, as shapes and places: it names the executor's programs and runs none.
+
+    Attributes:
+        model: from `abstract_model`.
+        shapes: of the steps.
+        leaves, kv, state: ShapeDtypeStructs of weights, pages and device state.
+        mesh: where they are.
+    """
 
     def __init__(self, model: Any, sizes: Sizes, mesh: Mesh) -> None:
-        self.sizes = sizes
-        self.vocab_size = model.vocab_size
-        self.pages_per_slot = -(-sizes.max_model_len // sizes.page_size)
-        self.buckets = BucketTable.make(sizes.max_num_seqs, sizes.max_num_batched_tokens)
         self.model = model
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        self._mesh, self._backend, self.store = mesh, None, None
-        self._split, self._leaves = SplitModel.split(model)
-        self._kv = abstract_kv(model, sizes.num_pages, sizes.page_size, sizes.kv_dtype, mesh)
-        self._state = jax.tree.map(
+        self.sizes = sizes
+        self.shapes = StepShapes.of(sizes, model.vocab_size)
+        self.mesh = mesh
+        self._server_mesh = mesh if mesh.size > 1 else None
+        self._split, self.leaves = SplitModel.split(model)
+        self.kv = abstract_kv(model, sizes.num_pages, sizes.page_size, sizes.kv_dtype, mesh)
+        everywhere: Any = SingleDeviceSharding(mesh.devices.flat[0])
+        if self._server_mesh is not None:
+            everywhere = NamedSharding(mesh, PartitionSpec())
+        self.state = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-            jax.eval_shape(lambda: DeviceState.zeros(sizes.max_num_seqs, self.vocab_size)),
+            jax.eval_shape(lambda: DeviceState.zeros(sizes.max_num_seqs, model.vocab_size)),
         )
-        self.mask_width = -(-self.vocab_size // 32)
-        self.forward_layouts = {b: forward_layout(b, self.pages_per_slot) for b in self.buckets.buckets}
-        self.sample_layouts = {s: sample_layout(s) for s in self.buckets.sample_sizes}
-        self._head, self.max_steps = [], 1
 
     def programs(self) -> dict[str, Program]:
         """Every program of the server by name, its arguments placed on the mesh."""
-        return {program.name: placed(self._mesh, program) for program in self._all_programs()}
+        listed = list_programs(self._split, self.leaves, self.kv, self.state, self.shapes)
+        return {program.name: placed(self._server_mesh, program) for program in listed.programs}
 
     @property
     def kv_bytes_a_page(self) -> int:
         """Bytes of one page of every layer on one device."""
-        return sum(bytes_on_device(leaf) for leaf in jax.tree.leaves(self._kv)) // self.sizes.num_pages
+        return sum(bytes_on_device(leaf) for leaf in jax.tree.leaves(self.kv)) // self.sizes.num_pages
 
     @property
     def weight_bytes_on_device(self) -> int:
-        return sum(bytes_on_device(leaf) for leaf in jax.tree.leaves(self._leaves))
+        return sum(bytes_on_device(leaf) for leaf in jax.tree.leaves(self.leaves))
 
     @property
     def state_bytes(self) -> int:
-        return sum(bytes_on_device(leaf) for leaf in jax.tree.leaves(self._state))
+        return sum(bytes_on_device(leaf) for leaf in jax.tree.leaves(self.state))

@@ -103,13 +103,18 @@ def to_text(plan: Plan) -> str:
             f"{_si(m.sent if m else 0):>9}{m.num_collectives if m else 0:>6.0f}{step.matmul * 1e3:>9.3f}{step.memory * 1e3:>9.3f}"
             f"{step.links * 1e3:>9.3f}{step.seconds * 1e3:>9.3f}{m.seconds if m else 0:>11.1f}"
         )
-    if plan.fits and plan.decode_seconds and plan.ttft_seconds:
+    if plan.fits and plan.decode_seconds:
         lines += [
             "",
             f"decode: {plan.decode_seconds * 1e3:.2f} ms a step of {plan.max_concurrent} requests, "
             f"{plan.decode_tokens_per_second or 0:,.0f} tokens/s ({1 / plan.decode_seconds:.1f} tokens/s each)",
-            f"time to first token of a {request.prompt}-token prompt on an idle server: {plan.ttft_seconds * 1e3:.1f} ms",
         ]
+    if plan.fits and plan.ttft_seconds:
+        lines.append(
+            f"time to first token of a {request.prompt}-token prompt on an idle server: {plan.ttft_seconds * 1e3:.1f} ms"
+        )
+    if request.decode_only:
+        lines += ["", "Only the decode step was compiled: temporaries are its own, and those of prompts are larger."]
     lines += ["", "Times are rooflines: the chip's published rates, nothing lost. docs/plan.md says what is in them."]
     if plan.extrapolated_from:
         a, b = plan.extrapolated_from
@@ -155,7 +160,7 @@ def sweep_text(plans: list[tuple[Plan | None, str]]) -> str:
         lines.append(
             f"{plan.request.target.text:<14}{plan.request.mesh:<20}{'yes' if plan.fits else 'no':<6}{plan.weights / GIB:>12.2f}"
             f"{plan.tokens:>11}{plan.max_concurrent:>9}{rate:>14,.0f}{rate / plan.request.target.num_devices:>11,.0f}"
-            f"{(plan.ttft_seconds or 0) * 1e3:>9.1f}"
+            f"{'-' if plan.ttft_seconds is None else f'{plan.ttft_seconds * 1e3:.1f}':>9}"
         )
     lines += [f"{text}" for plan, text in plans if plan is None]
     best = next((p for p in ranked if p.fits), None)

@@ -14,7 +14,7 @@ from serving.engine.engine import version
 
 _ANY = (
     # Where a process is, what it is called, and what only process 0 makes use of.
-    "process_id", "model", "compile_cache", "progress", "served_model_name", "chat_template", "policy",
+    "process_id", "model", "compile_cache", "compiled", "progress", "served_model_name", "chat_template", "policy",
     "enable_prefix_caching", "async_scheduling", "max_num_queued_reqs", "max_num_queued_tokens", "max_waiting_time",
     "max_running_time", "prefix_first", "fair_share", "seed",
 )  # fmt: skip

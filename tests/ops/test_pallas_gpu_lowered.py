@@ -53,7 +53,7 @@ def arguments(shape: Shape, place=None, B=8, C=128, R=2, P=32):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=place)
 
     spec = KVSpec(shape.K, shape.h, shape.v)
-    kv = jax.eval_shape(lambda: pages.allocate(spec, 500, 16, shape.dtype, None, "rows"))
+    kv = jax.eval_shape(lambda: pages.allocate(spec, 5000, 16, shape.dtype, None, "rows"))
     kv = jax.tree.map(lambda leaf: array(leaf.dtype, *leaf.shape), kv)
     kv = dataclasses.replace(kv, platform="gpu")
     T, i = B + C, jnp.int32

@@ -11,7 +11,7 @@ from ops.paged_attention.cases import Case, make_arguments
 
 
 def test_smoke_writes_a_page_with_every_section(tmp_path, capsys):
-    only = ["ceilings", "decode", "prefill", "step"]
+    only = ["ceilings", "decode", "prefill", "step", "tune"]
     assert bench_gpu.main(["--smoke", "--out", str(tmp_path), "--only", *only]) == 0
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["ceilings"]["bandwidth"] > 0 and found["ceilings"]["flops"] > 0
@@ -20,7 +20,9 @@ def test_smoke_writes_a_page_with_every_section(tmp_path, capsys):
     assert all(row["seconds"] > 0 for row in rows)
     page = (tmp_path / "gpu.md").read_text()
     assert page == capsys.readouterr().out.rstrip("\n") + "\n"
-    for heading in ("Decode attention", "Prefill attention", "Decode step"):
+    assert [len(rows) for rows in found["tune"].values()] == [1, 1]
+    assert not [row for rows in found["tune"].values() for row in rows if "error" in row]
+    for heading in ("Decode attention", "Prefill attention", "Decode step", "Tunings"):
         assert heading in page
 
 

@@ -9,7 +9,7 @@ import pytest
 from ops import native
 from ops.paged_attention import KVSpec
 from serving.engine.config import EngineConfig
-from serving.engine.sizing import resolve_kv_dtype
+from serving.engine.sizing import model_page_bytes, resolve_kv_dtype, resolve_sizes
 
 
 @dataclasses.dataclass
@@ -64,3 +64,25 @@ def test_what_is_asked_for_is_taken():
 def test_without_native_kernels_pages_are_float32(monkeypatch):
     monkeypatch.setattr(native, "available", lambda: False)
     assert kv_dtype() == "float32"
+
+
+def sizes(platform, **options):
+    options = {"dtype": "bfloat16", "max_num_seqs": 4, "max_model_len": 256, "kv_cache_memory": 1 << 24} | options
+    config = EngineConfig(**options)
+    return resolve_sizes(config, Layers((PLAIN,)), 1024, "bfloat16", 1, platform=platform)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("dtype,least", [("bfloat16", 16), ("float8_e4m3fn", 32), ("int8", 128), ("float32", 16)])
+def test_pages_on_tpu_hold_whole_tiles(dtype, least):
+    assert sizes("tpu", kv_cache_dtype=dtype).page_size == least
+    assert sizes("gpu", kv_cache_dtype=dtype).page_size == 16
+    assert sizes("tpu", kv_cache_dtype=dtype, page_size=256).page_size == 256
+
+
+def test_pages_are_counted_in_the_layout_of_the_platform():
+    # K and V of 64 share 128 lanes; of 20 they share as many, of which 88 are padding.
+    assert sizes("tpu").page_bytes == sizes("gpu").page_bytes == 2 * 16 * 128 * 2
+    assert model_page_bytes(Layers((ODD,)), 16, "bfloat16", "gpu") == 2 * 16 * 40 * 2
+    assert model_page_bytes(Layers((ODD,)), 16, "bfloat16", "tpu") == 2 * 16 * 128 * 2
+    assert sizes("tpu", kv_cache_dtype="int8").page_bytes == 2 * 128 * 128 + 2 * 2 * 128 * 4  # and a scale each
+    assert sizes("tpu").num_pages == 4 * 16 + 1

@@ -25,7 +25,9 @@ def main() -> None:
         page_size=16, max_model_len=256, context=100, prompt=40,
     )  # fmt: skip
     plans = [make_plan(few), make_plan(dataclasses.replace(few, full_depth=True))]
-    print(json.dumps([to_json(plan) for plan in plans] + [to_text(plans[0]), sweep_text([(p, "") for p in plans])]))
+    quick = dataclasses.replace(plans[0], ttft_seconds=None, request=dataclasses.replace(few, decode_only=True))
+    texts = [to_text(plans[0]), sweep_text([(p, "") for p in plans]), to_text(quick), sweep_text([(quick, "")])]
+    print(json.dumps([to_json(plan) for plan in plans] + texts))
 
 
 if __name__ == "__main__":

@@ -70,9 +70,11 @@ def test_steps_are_rooflines_by_hand(plans):
 
 
 def test_texts_name_what_matters(plans):
-    page, sweep = plans[2:]
+    page, sweep, quick, quick_sweep = plans[2:]
     assert "FITS" in page and "forward decode 4" in page and "time to first token" in page
     assert "Recommended: --mesh model=2 on cpu:2" in sweep
+    assert "decode:" in quick and "time to first token" not in quick and "Only the decode step" in quick
+    assert quick_sweep.splitlines()[1].split()[-1] == "-"
 
 
 @pytest.mark.parametrize(
@@ -140,13 +142,15 @@ def test_targets_are_read_or_explained():
 
 def test_candidates_cover_every_power_of_two():
     assert candidate_meshes(8) == ["model=8", "data=2,model=4", "data=4,model=2", "data=8,model=1"]
+    mixture = candidate_meshes(8, experts=True)[4:]
+    assert mixture == ["model=4,expert=2", "model=2,expert=4", "model=1,expert=8"]
 
 
 @pytest.mark.parametrize(
     "arguments,said",
     [
         (["--model", "nothing", "--topology", "cpu"], "No configuration for the model 'nothing'"),
-        (["--model", "Llama-3.1-8B", "--topology", "h100:8"], "only be compiled on a machine with one"),
+        (["--model", "Llama-3.1-8B", "--topology", "h100:8"], "need the compiler in JAX's CUDA plugin"),
         (["--model", "Llama-3.1-8B", "--topology", "cpu", "cpu:2"], "--sweep"),
     ],
 )
