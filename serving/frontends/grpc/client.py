@@ -32,6 +32,11 @@ from serving.frontends.grpc.context import outgoing_metadata
 from serving.frontends.grpc.errors import error_of
 
 log = logging.getLogger(__name__)
+INFO_TIMEOUT_S = 5.0
+MAX_LATE = 6
+"""A server that is gone refuses the connection; one that is busy (thousands of streams that begin at once) answers late. Only
+after so many late answers in a row it counts as gone too."""
+
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -163,11 +168,17 @@ class RemoteEngineClient:
         await self._channel.close()
 
     async def _poll(self, every_s: float) -> None:
+        late = 0
         while True:
             await asyncio.sleep(every_s)
             try:
-                self._note(await self._control.GetServerInfo(control_pb2.GetServerInfoRequest(), timeout=5.0))
+                request = control_pb2.GetServerInfoRequest()
+                self._note(await self._control.GetServerInfo(request, timeout=INFO_TIMEOUT_S))
+                late = 0
             except grpc.aio.AioRpcError as error:
+                late += 1
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and late < MAX_LATE:
+                    continue
                 if self._healthy:
                     log.warning("the engine does not answer: %s", error.details())
                 self._healthy = False

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
 from serving.engine.sampling_params import SamplingParams
 from serving.engine.types import EngineRequest
 from serving.errors import DIED, ErrorKind, RequestError
+from serving.frontends.grpc import client as client_module
 from serving.frontends.grpc.client import RemoteEngineClient
 from serving.frontends.grpc.server import GrpcServer
 from serving.gateway import Pool
@@ -81,6 +83,34 @@ async def test_a_restarted_engine_is_found_again():
         server = await start(port)
         await until(lambda: client.healthy, "the gateway notices that it is back")
         assert bytes(await tokens_of(Pool([client]), "again")) == b"good"
+    finally:
+        await client.close()
+        await server.stop()
+
+
+async def test_an_engine_that_answers_late_is_not_gone(monkeypatch):
+    """Until it does so again and again."""
+    monkeypatch.setattr(client_module, "INFO_TIMEOUT_S", 0.05)
+    engine = MockEngine(reply="good")
+    server = GrpcServer(port=0)
+    await server.start()
+    await server.serve(mock_service(engine))
+    client = await RemoteEngineClient.connect(f"127.0.0.1:{server.port}", timeout_s=20, poll_s=0.01)
+    asked, real = [], engine.stats
+
+    def late():
+        asked.append(client.healthy)
+        time.sleep(0.15)
+        return real()
+
+    try:
+        engine.stats = late
+        await until(lambda: len(asked) >= 3)
+        assert asked[:3] == [True] * 3
+        await until(lambda: not client.healthy, "it was late too often")
+        assert len(asked) >= client_module.MAX_LATE
+        engine.stats = real
+        await until(lambda: client.healthy)
     finally:
         await client.close()
         await server.stop()
