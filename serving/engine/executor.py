@@ -183,6 +183,11 @@ class Executor:
 
     # ---- memory ----
 
+    @property
+    def alone(self) -> bool:
+        """Whether no other process carries out the same commands: those know nothing of what follows here."""
+        return self._group is None
+
     def reset_cache(self) -> None:
         """Empty pages and device state, in place of those there are or a failed program took over."""
         _delete((self._kv, self._state))
@@ -225,8 +230,6 @@ class Executor:
         Returns:
             bytes freed.
         """
-        if self._group is not None:
-            raise ValueError("An engine of several processes cannot sleep.")
         jax.block_until_ready((self._kv, self._state))
         freed = sum(leaf.nbytes for leaf in jax.tree.leaves((self._leaves, self._kv, self._state)))
         # Copies, not views: on the CPU a view would keep the device's buffer.

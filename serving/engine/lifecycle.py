@@ -74,6 +74,7 @@ class Lifecycle:
         with self._lock:
             if self._level:
                 raise _failed("The server is asleep already.")
+            self._check_alone()
             if level == 2 and self._load_model is None:
                 raise _failed("This engine cannot read its weights again: sleep at level 1.")
             self._settle()
@@ -83,12 +84,7 @@ class Lifecycle:
                 self._engine.scheduler.requeue()
                 return self._engine.runner.executor.sleep(keep_weights=level == 1)
 
-            try:
-                freed = self._engine.call(give_back)
-            except ValueError as error:
-                self.refusal = None
-                self._engine.call(self._go_on)
-                raise _failed(str(error)) from error
+            freed = self._engine.call(give_back)
             self._level = level
             log.info("asleep: %.1f MiB of device memory given back", freed / 2**20)
             return freed
@@ -122,6 +118,7 @@ class Lifecycle:
         with self._lock:
             if self._level:
                 raise _failed("The server is asleep: wake it up first.")
+            self._check_alone()
             leaves = self._read(source)
 
             def swap() -> None:
@@ -143,6 +140,10 @@ class Lifecycle:
                 return self._engine.runner.executor.leaves_of(self._load_model(source))
         except (ValueError, OSError) as error:
             raise _failed(f"The weights cannot be used: {error}") from error
+
+    def _check_alone(self) -> None:
+        if not self._engine.runner.executor.alone:
+            raise _failed("An engine of several processes can neither sleep nor change its weights: restart it.")
 
     def _settle(self) -> None:
         """No further steps, and none in flight."""

@@ -205,7 +205,7 @@ class EngineLoop:
             culprit = None if len(ids) == 1 else self.suspects.failed(ids)
         else:
             culprit = self.suspects.failed(ids)
-        if self.suspects.hopeless:
+        if self.suspects.hopeless or not self.runner.executor.alone:
             raise cause
         self.scheduler.requeue()
         self.runner.executor.reset_cache()
