@@ -16,7 +16,8 @@ def test_empty_is_aligned(shape):
         assert (made.shape, made.dtype) == (shape, dtype)
         assert made.flags.c_contiguous
         assert made.flags.writeable
-        assert made.ctypes.data % buffers.ALIGNMENT == 0
+        # Nothing has no address.
+        assert not made.size or made.ctypes.data % buffers.ALIGNMENT == 0
 
 
 @pytest.mark.parametrize("source", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.float64])
