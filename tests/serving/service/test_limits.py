@@ -28,7 +28,7 @@ from serving.service import GenerateInput, Limits
 from tests.mock_engine import MockEngine, mock_service
 
 SMALL = Limits(
-    max_body_bytes=8000, max_head_bytes=4000, max_headers=20, head_timeout_s=0.4, body_gap_s=0.4, max_prompt_chars=200,
+    max_body_bytes=8000, max_head_bytes=4000, max_headers=20, head_timeout_s=2.0, body_gap_s=2.0, max_prompt_chars=200,
     max_messages=3, max_tools=2, max_template_arguments=2, max_template_argument_chars=20, max_batch=3, max_n=3,
     max_stop_strings=2, max_stop_chars=10, max_sequences=4, max_grammar_chars=60, max_name_chars=40, max_timeout_s=60.0,
     requests_per_minute=4,

@@ -84,7 +84,7 @@ async def test_a_client_that_reads_nothing_is_given_up_and_its_request_ended(sta
 
 async def test_a_client_that_reads_slowly_gets_everything(start):
     engine = MockEngine(reply="word " * 40, max_model_len=4096)
-    running = await start(engine, limits=Limits(stalled_reader_s=0.4))
+    running = await start(engine, limits=Limits(stalled_reader_s=5.0))
     body = b'{"prompt": "a", "max_tokens": 200, "ignore_eos": true, "stream": true}'
     reader, writer = await asyncio.open_connection("127.0.0.1", running.server.port, limit=1024)
     writer.write(POST + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
