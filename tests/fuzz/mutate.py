@@ -10,7 +10,8 @@ from typing import Any
 # Values that broke parsers before: edges of integers and floats, lone surrogates, deep nesting, odd Unicode.
 INTERESTING: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2**31, -(2**31), 2**63, 2**64, 10**30, 0.5, -0.0, 1e308, 5e-324, "", " ", "a", "\x00", "\ud800",
-    "\U0010ffff", "\u202e", "a" * 300, "../../etc/passwd", "<|im_end|>", "</s>", "{{7*7}}", "%s%n", "${jndi:x}", [], {}, [[]], [None],
+    "\U0010ffff", "\u202e", "a" * 300, "../../etc/passwd", "<|im_end|>", "</s>", "{{7*7}}", "%s%n", "${jndi:x}",
+    [], {}, [[]], [None],
     {"": ""}, {"a": {"b": {"c": []}}}, "true", "1", "NaN", "default",
 )  # fmt: skip
 WORDS = (

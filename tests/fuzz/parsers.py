@@ -126,7 +126,8 @@ def tokenizer_files(folder: pathlib.Path) -> Case:
     base = json.loads(byte_level().hf_json if isinstance(byte_level().hf_json, str) else byte_level().hf_json())  # type: ignore[operator]
     small = {**base, "added_tokens": base["added_tokens"][:4]}
     settings = {
-        "bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "add_bos_token": True, "chat_template": "{{ messages }}",
+        "bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "add_bos_token": True,
+        "chat_template": "{{ messages }}",
         "added_tokens_decoder": {"0": {"content": "<|endoftext|>", "special": True}}, "model_max_length": 10**30,
     }  # fmt: skip
 
@@ -231,7 +232,8 @@ TEMPLATE = (
 JINJA = (
     "{{", "}}", "{%", "%}", "{% for i in range(10**9) %}", "{% endfor %}", "{% include 'x' %}", "{{ ''.__class__ }}", "| tojson",
     "{{ messages.__class__.__mro__ }}", "{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}", "{{ 'a' * 10**9 }}", "| format",
-    "{{ cycler.__init__.__globals__ }}", "{{ (9**9**9) }}", "{% set x = x ~ x %}", "loop.index", "strftime_now('%Y')", "[", "(", "'",
+    "{{ cycler.__init__.__globals__ }}", "{{ (9**9**9) }}", "{% set x = x ~ x %}", "loop.index", "strftime_now('%Y')", "[",
+    "(", "'",
 )  # fmt: skip
 
 

@@ -156,6 +156,7 @@ def grpc_messages(folder: pathlib.Path) -> Case:
         data = mutate_bytes(rng, data, 4) if rng.random() < 0.9 else rng.randbytes(rng.randint(0, 200))
         code, text = loop.run_until_complete(call(path, data))
         assert code not in BAD, f"{path} {code}: {text}"
+        assert not engine.live, "a request is still live"
         return [text] if code is not grpc.StatusCode.OK else []
 
     return case
