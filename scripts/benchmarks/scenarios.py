@@ -15,6 +15,7 @@ from benchmarks.driving import span, throughput
 from benchmarks.local import Local, StepRecorder, add_engine_arguments, local_engine
 from benchmarks.report import show
 from benchmarks.work import mixed, uniform
+from serving.engine import scheduler as scheduling
 from serving.engine.sampling_params import StructuredOutputs
 from serving.simulator.simulate import Outcome
 from serving.simulator.trace import TraceRequest, overload, rag, sharegpt
@@ -128,7 +129,13 @@ def static(local: Local, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def priority(local: Local, args: argparse.Namespace) -> dict[str, Any]:
-    """Twice the load that can be served: time to first token of urgent requests, against the same ones at a low load."""
+    """Twice the load that can be served: time to first token of urgent requests, against the same ones at a low load.
+
+    Ablations: --pacing 0 schedules each step a whole step ahead; --max-hurried 0 leaves no decode rows out for urgent prompts.
+    """
+    if not args.pacing:
+        local.engine.loop._pacer = None
+    scheduling.MAX_HURRIED = args.max_hurried
     full = local.run([dataclasses.replace(r, arrival=0.0) for r in mixed(args.calibrate, 1.0, args.seed)], private=True)
     capacity = len(full) / span(full)
     trace = list(
@@ -143,6 +150,7 @@ def priority(local: Local, args: argparse.Namespace) -> dict[str, Any]:
     others = [o.ttft for o in outcomes if o.priority > 0]
     return {
         "capacity_requests_s": round(capacity, 3),
+        "capacity_tok_s": round(throughput(full), 1),
         "overload": args.overload,
         "urgent": len(urgent),
         "urgent_p50_ttft_unloaded_s": round(float(np.median(unloaded)), 4),
@@ -257,7 +265,16 @@ SCENARIOS: dict[str, tuple[Scenario, dict[str, float | int], dict[str, Any]]] = 
     "static": (static, {"requests": 128, "batch": 0, "pad-prompts": 1, "seed": 0}, {}),
     "priority": (
         priority,
-        {"calibrate": 128, "requests": 300, "urgent-share": 0.2, "unloaded": 0.3, "overload": 2.0, "seed": 0},
+        {
+            "calibrate": 128,
+            "requests": 300,
+            "urgent-share": 0.2,
+            "unloaded": 0.3,
+            "overload": 2.0,
+            "pacing": 1,
+            "max-hurried": scheduling.MAX_HURRIED,
+            "seed": 0,
+        },
         {"policy": "priority"},
     ),
     "waste": (waste, {"requests": 96, "seed": 0}, {}),
