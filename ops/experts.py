@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ops import native
 from ops.linear import native as linear_native
-from ops.linear.weights import PANEL, Int8Weight, PackedInt8Weight, Weight, pack, quantize_rows
+from ops.linear.weights import PANEL, Int8Weight, PackedInt8Weight, Weight, pack, quantize_rows, rotate
 
 Activation = Callable[[jax.Array], jax.Array]
 """Product with gate and up, [M, J], in -> hidden [M, F] out."""
@@ -103,8 +105,8 @@ def experts(
 
     P = PartitionSpec
     up, down = P(expert_axis, model_axis), P(expert_axis, None, model_axis)
-    up_spec = Int8Weight(up, up) if isinstance(gate_up_EJD, Int8Weight) else up  # pyright: ignore[reportArgumentType]
-    down_spec = Int8Weight(down, P(expert_axis)) if isinstance(down_EDF, Int8Weight) else down  # pyright: ignore[reportArgumentType]
+    up_spec = _specs(gate_up_EJD, up, up)
+    down_spec = _specs(down_EDF, down, P(expert_axis))
     return jax.shard_map(
         on_device,
         mesh=mesh,
@@ -112,6 +114,11 @@ def experts(
         out_specs=P(),
         check_vma=False,
     )(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED)
+
+
+def _specs(weight: jax.Array | Int8Weight, values: PartitionSpec, scale: PartitionSpec) -> Any:
+    """The partition specs of a weight, in its own structure."""
+    return dataclasses.replace(weight, values_OI=values, scale_O=scale) if isinstance(weight, Int8Weight) else values
 
 
 def can_pack(shape_EOI: tuple[int, ...], gated: str | None) -> bool:
@@ -131,7 +138,7 @@ def pack_experts(weight: Weight) -> Weight:
     if not isinstance(weight, Int8Weight):
         return weight
     E, O, I = weight.values_OI.shape
-    flat = Int8Weight(weight.values_OI.reshape(E * O, I), weight.scale_O.reshape(E * O))
+    flat = Int8Weight(weight.values_OI.reshape(E * O, I), weight.scale_O.reshape(E * O), weight.rotated)
     packed = pack(flat)
     return packed if isinstance(packed, PackedInt8Weight) else weight
 
@@ -153,6 +160,8 @@ def _packed(x_TD, ids_Tk, weights_Tk, gate_up, down, gated, gate_up_bias_EJ, dow
         *operands(down, down_bias_ED),
         num_experts=np.int64(down.shape[0] // x_TD.shape[1]),
         activation=np.int64(linear_native.ACTIVATIONS[gated]),
+        up_rotated=np.int64(gate_up.rotated),
+        down_rotated=np.int64(down.rotated),
     )
     return y_TD.astype(x_TD.dtype)
 
@@ -189,6 +198,8 @@ def _local(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, dow
 def _ragged_dot(
     x_MI: jax.Array, weight_EOI: jax.Array | Int8Weight, sizes_E: jax.Array, expert_M: jax.Array
 ) -> jax.Array:
+    if isinstance(weight_EOI, Int8Weight) and weight_EOI.rotated:
+        x_MI = rotate(x_MI)
     matrices = weight_EOI.values_OI.astype(x_MI.dtype) if isinstance(weight_EOI, Int8Weight) else weight_EOI
     y_MO = lax.ragged_dot_general(
         x_MI.astype(matrices.dtype), matrices, sizes_E, _ROWS_BY_EXPERT, preferred_element_type=jnp.float32
@@ -238,7 +249,7 @@ def _blocks(rows_MD, sizes_E, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_
 
     def through(expert, rows, weight, bias):
         if isinstance(weight, Int8Weight):
-            rows, row_scale = quantize_rows(rows)
+            rows, row_scale = quantize_rows(rotate(rows) if weight.rotated else rows)
             y = _one(weight.values_OI, expert, rows, jnp.int32).astype(jnp.float32)
             y = y * row_scale[:, None] * weight.scale_O[expert]
         else:

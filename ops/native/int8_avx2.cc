@@ -86,6 +86,30 @@ TARGET_AVX2 void block(const Block& b) {
   }
 }
 
+// The Hadamard transform of a group, without its factor.
+TARGET_AVX2 void rotate(float* value) {
+  __m256 v[8];
+  for (int i = 0; i < 8; ++i) v[i] = _mm256_load_ps(value + 8 * i);
+  for (int stride = 4; stride > 0; stride /= 2) {
+    for (int i = 0; i < 8; ++i) {
+      if (i & stride) continue;
+      const __m256 a = v[i], b = v[i + stride];
+      v[i] = _mm256_add_ps(a, b);
+      v[i + stride] = _mm256_sub_ps(a, b);
+    }
+  }
+  // In a register: each lane and the one it changes places with, their sum in the lower and difference in the upper.
+  for (int i = 0; i < 8; ++i) {
+    __m256 x = v[i], swapped = _mm256_permute2f128_ps(x, x, 1);
+    x = _mm256_blend_ps(_mm256_add_ps(x, swapped), _mm256_sub_ps(swapped, x), 0xf0);
+    swapped = _mm256_permute_ps(x, 0x4e);
+    x = _mm256_blend_ps(_mm256_add_ps(x, swapped), _mm256_sub_ps(swapped, x), 0xcc);
+    swapped = _mm256_permute_ps(x, 0xb1);
+    x = _mm256_blend_ps(_mm256_add_ps(x, swapped), _mm256_sub_ps(swapped, x), 0xaa);
+    _mm256_store_ps(value + 8 * i, x);
+  }
+}
+
 TARGET_AVX2 void round_row(const Rounding& r, int64_t row) {
   const float* x = r.x + row * r.stride;
   int8_t* data = reinterpret_cast<int8_t*>(r.data) + row * r.groups * kGroup;
@@ -105,6 +129,7 @@ TARGET_AVX2 void round_row(const Rounding& r, int64_t row) {
     if (r.gain != nullptr) {
       for (int64_t i = 0; i < count; ++i) value[i] *= r.gain[begin + i];
     }
+    if (r.rotated) rotate(value);
     for (int i = 0; i < kGroup; i += 8) peaks = _mm256_max_ps(peaks, _mm256_andnot_ps(sign, _mm256_load_ps(value + i)));
     _mm256_store_ps(top, peaks);
     float peak = 0.0f;
@@ -115,7 +140,7 @@ TARGET_AVX2 void round_row(const Rounding& r, int64_t row) {
       const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
       _mm_storel_epi64(reinterpret_cast<__m128i*>(data + begin + i), _mm_packs_epi16(words, words));
     }
-    scale[group] = peak / 127.0f;
+    scale[group] = peak / 127.0f * (r.rotated ? kRotation : 1.0f);
   }
   if (r.gain == nullptr) return;
   alignas(32) float square[8];

@@ -68,8 +68,9 @@ struct Quantized {
   Rows from(int64_t row) const { return {data + row * groups * kGroup, scale + row * groups, groups * kGroup}; }
 };
 
-void add_rounding(Phases& phases, const float* x, int64_t rows, int64_t width, const Quantized& q) {
-  const Rounding r{x, width, width, nullptr, 0.0f, q.data, q.groups, q.scale};
+void add_rounding(Phases& phases, const float* x, int64_t rows, int64_t width, bool rotated,
+                  const Quantized& q) {
+  const Rounding r{x, width, width, nullptr, 0.0f, q.data, q.groups, q.scale, rotated};
   const int64_t step = std::max<int64_t>(1, std::min<int64_t>(16, 16384 / width));
   phases.add(ceil_div(rows, step), [=, &k = kernels()](int64_t chunk, int) {
     const int64_t end = std::min(rows, (chunk + 1) * step);
@@ -84,7 +85,8 @@ struct Task {
 
 ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, S8 up_packed, F32 up_scale, S16 up_sums,
                    F32 up_bias, S8 down_packed, F32 down_scale, S16 down_sums, F32 down_bias,
-                   ffi::ResultBuffer<ffi::F32> out, int64_t num_experts, int64_t activation) {
+                   ffi::ResultBuffer<ffi::F32> out, int64_t num_experts, int64_t activation, int64_t up_rotated,
+                   int64_t down_rotated) {
   const int64_t T = x.dimensions()[0], D = x.dimensions()[1], k = ids.dimensions()[1], E = num_experts;
   const int64_t F = up_packed.dimensions()[0] * kPanel / (2 * E);
   auto up_or = stack_of(up_packed, up_scale, up_sums, up_bias, E, 2 * F, D);
@@ -92,6 +94,9 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, S8 up_pack
   auto down_or = stack_of(down_packed, down_scale, down_sums, down_bias, E, D, F);
   if (down_or.has_error()) return down_or.error();
   if (F % kPanel != 0) return ffi::Error::InvalidArgument("the experts' width is not a multiple of 16");
+  if ((up_rotated && D % kGroup != 0) || (down_rotated && F % kGroup != 0)) {
+    return ffi::Error::InvalidArgument("a rotated weight's inputs are a multiple of 64");
+  }
   const Stack up = *up_or, down = *down_or;
 
   // A counting sort of the assignments by expert; ids that are nobody's get no place.
@@ -118,7 +123,7 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, S8 up_pack
   float* hidden = static_cast<float*>(scratch(3, M * F * sizeof(float)));
   float* y = static_cast<float*>(scratch(4, M * D * sizeof(float)));
   Phases phases;
-  add_rounding(phases, x.typed_data(), T, D, rounded);
+  add_rounding(phases, x.typed_data(), T, D, up_rotated, rounded);
   const int64_t gather = 16;
   phases.add(ceil_div(M, gather), [=, &token](int64_t chunk, int) {
     for (int64_t m = chunk * gather; m < std::min(M, (chunk + 1) * gather); ++m) {
@@ -146,7 +151,7 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, S8 up_pack
     }
     kernel.block(b);
   });
-  add_rounding(phases, hidden, M, F, narrow);
+  add_rounding(phases, hidden, M, F, down_rotated, narrow);
   const int64_t down_columns = ceil_div(down.panels, kPanels);
   phases.add(static_cast<int64_t>(tasks.size()) * down_columns, [=, &tasks, &kernel = kernels()](int64_t chunk, int) {
     const Task& task = tasks[chunk / down_columns];
@@ -198,4 +203,6 @@ JAXSERVE_HANDLER(jaxserve_int8_experts, jaxserve::int8::experts,
                      .Arg<jaxserve::int8::F32>()
                      .Ret<jaxserve::int8::F32>()  // [T, D]
                      .Attr<int64_t>("num_experts")
-                     .Attr<int64_t>("activation"));
+                     .Attr<int64_t>("activation")
+                     .Attr<int64_t>("up_rotated")
+                     .Attr<int64_t>("down_rotated"));

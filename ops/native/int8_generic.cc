@@ -67,11 +67,12 @@ void round_row(const Rounding& r, int64_t row) {
     for (int64_t i = group * kGroup, j = 0; i < std::min(r.width, (group + 1) * kGroup); ++i, ++j) {
       squares += x[i] * x[i];
       value[j] = r.gain == nullptr ? x[i] : x[i] * r.gain[i];
-      peak = std::max(peak, std::abs(value[j]));
     }
+    if (r.rotated) rotate_group(value);
+    for (int j = 0; j < kGroup; ++j) peak = std::max(peak, std::abs(value[j]));
     const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
     for (int j = 0; j < kGroup; ++j) data[group * kGroup + j] = static_cast<int8_t>(std::nearbyint(value[j] * inverse));
-    scale[group] = peak / 127.0f;
+    scale[group] = peak / 127.0f * (r.rotated ? kRotation : 1.0f);
   }
   if (r.gain == nullptr) return;
   // The norm is one factor a row: rounding does not see it, the scales take it.

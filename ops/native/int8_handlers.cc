@@ -23,6 +23,8 @@ struct Weight {
   int64_t outputs, inputs, panels, quads, groups;
 };
 
+constexpr char kRagged[] = "a rotated weight's inputs are a multiple of 64";
+
 const float* optional(const F32& buffer) { return buffer.element_count() == 0 ? nullptr : buffer.typed_data(); }
 
 ffi::ErrorOr<Weight> weight_of(const S8& packed, const F32& scale, const S16& sums, const F32& bias, int64_t outputs,
@@ -45,10 +47,11 @@ ffi::ErrorOr<Weight> weight_of(const S8& packed, const F32& scale, const S16& su
 }
 
 // Room for rounded rows; the caller's thread owns it.
-Rounding rounding(const float* x, int64_t rows, int64_t width, const float* gain, float eps, int slot) {
+Rounding rounding(const float* x, int64_t rows, int64_t width, const float* gain, float eps, bool rotated, int slot) {
   const int64_t groups = ceil_div(width, kGroup);
   uint8_t* data = static_cast<uint8_t*>(scratch(slot, rows * groups * (kGroup + sizeof(float))));
-  return {x, width, width, gain, eps, data, groups, reinterpret_cast<float*>(data + rows * groups * kGroup)};
+  return {x, width, width, gain, eps, data, groups, reinterpret_cast<float*>(data + rows * groups * kGroup),
+          rotated};
 }
 
 Rows rows_from(const Rounding& r, int64_t row) {
@@ -141,7 +144,7 @@ void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin
 }
 
 ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, S8 packed, F32 scale, S16 sums, F32 bias, F32 residual,
-                  ffi::ResultBuffer<ffi::F32> out, float eps) {
+                  ffi::ResultBuffer<ffi::F32> out, float eps, int64_t rotated) {
   const auto dims = x.dimensions();
   const int64_t rows = dims[0], inputs = dims[1], outputs = out->dimensions()[1];
   auto weight = weight_of(packed, scale, sums, bias, outputs, inputs);
@@ -149,7 +152,8 @@ ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, S8 packed, F32 scale, S
   if (residual.element_count() != 0 && residual.element_count() != out->element_count()) {
     return ffi::Error::InvalidArgument("the residual does not fit the result");
   }
-  const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, 0);
+  if (rotated && inputs % kGroup != 0) return ffi::Error::InvalidArgument(kRagged);
+  const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, rotated, 0);
   Phases phases;
   add_rounding(phases, a, 0, rows);
   add_product(phases, a, *weight, 0, rows, out->typed_data(), optional(residual));
@@ -159,7 +163,8 @@ ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, S8 packed, F32 scale, S
 
 ffi::Error gated_mlp(ffi::ThreadPool pool, F32 x, F32 gain, S8 up_packed, F32 up_scale, S16 up_sums, F32 up_bias,
                      S8 down_packed, F32 down_scale, S16 down_sums, F32 down_bias, F32 residual,
-                     ffi::ResultBuffer<ffi::F32> out, float eps, int64_t activation) {
+                     ffi::ResultBuffer<ffi::F32> out, float eps, int64_t activation, int64_t up_rotated,
+                     int64_t down_rotated) {
   const auto dims = x.dimensions();
   const int64_t rows = dims[0], inputs = dims[1], outputs = out->dimensions()[1];
   const int64_t width = up_packed.dimensions()[0] * kPanel / 2;
@@ -168,11 +173,14 @@ ffi::Error gated_mlp(ffi::ThreadPool pool, F32 x, F32 gain, S8 up_packed, F32 up
   auto down = weight_of(down_packed, down_scale, down_sums, down_bias, outputs, width);
   if (down.has_error()) return down.error();
   if (width % kPanel != 0) return ffi::Error::InvalidArgument("the hidden width is not a multiple of 16");
+  if ((up_rotated && inputs % kGroup != 0) || (down_rotated && width % kGroup != 0)) {
+    return ffi::Error::InvalidArgument(kRagged);
+  }
   // A group of rows goes through the whole block before the next: its hidden values stay in the cache.
   const int64_t group = std::min<int64_t>(rows, 4 * kRowBlock);
-  const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, 0);
+  const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, up_rotated, 0);
   float* hidden = static_cast<float*>(scratch(1, group * width * sizeof(float)));
-  const Rounding h = rounding(hidden, group, width, nullptr, 0.0f, 2);
+  const Rounding h = rounding(hidden, group, width, nullptr, 0.0f, down_rotated, 2);
   Phases phases;
   add_rounding(phases, a, 0, rows);
   for (int64_t begin = 0; begin < rows; begin += group) {
@@ -201,7 +209,8 @@ JAXSERVE_HANDLER(jaxserve_int8_linear, jaxserve::int8::linear,
                      .Arg<jaxserve::int8::F32>()  // bias [O] or [0]
                      .Arg<jaxserve::int8::F32>()  // residual [T, O] or [0]
                      .Ret<jaxserve::int8::F32>()  // [T, O]
-                     .Attr<float>("eps"));
+                     .Attr<float>("eps")
+                     .Attr<int64_t>("rotated"));
 
 JAXSERVE_HANDLER(jaxserve_int8_gated_mlp, jaxserve::int8::gated_mlp,
                  xla::ffi::Ffi::Bind()
@@ -219,4 +228,6 @@ JAXSERVE_HANDLER(jaxserve_int8_gated_mlp, jaxserve::int8::gated_mlp,
                      .Arg<jaxserve::int8::F32>()  // residual [T, D] or [0]
                      .Ret<jaxserve::int8::F32>()  // [T, D]
                      .Attr<float>("eps")
-                     .Attr<int64_t>("activation"));
+                     .Attr<int64_t>("activation")
+                     .Attr<int64_t>("up_rotated")
+                     .Attr<int64_t>("down_rotated"));

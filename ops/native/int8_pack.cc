@@ -27,9 +27,9 @@ FORCE_INLINE void widen(const void* from, Source source, int64_t first, int64_t 
   for (int64_t i = 0; i < count; ++i) bits[i] = static_cast<uint32_t>(half[i]) << 16;
 }
 
-// One panel: 16 channels from `first` on, of which `channels` exist. x and q hold one row and 16 rows of whole groups.
+// Rotated panels have whole groups of inputs. One panel: 16 channels from `first` on, of which `channels` exist. x and q hold one row and 16 rows of whole groups.
 FORCE_INLINE void pack_panel(const void* from, Source source, int64_t first, int64_t channels, int64_t inputs,
-                             int64_t quads, int64_t groups, float* x, int8_t* q, int8_t* panel, float* scale,
+                             bool rotated, int64_t quads, int64_t groups, float* x, int8_t* q, int8_t* panel, float* scale,
                              int16_t* sums) {
   const int64_t width = groups * kGroup;
   std::memset(q, 0, kPanel * width);
@@ -37,6 +37,10 @@ FORCE_INLINE void pack_panel(const void* from, Source source, int64_t first, int
     scale[c] = 0.0f;
     if (c >= channels) continue;
     widen(from, source, (first + c) * inputs, inputs, x);
+    if (rotated) {
+      for (int64_t i = 0; i < inputs; i += kGroup) rotate_group(x + i);
+      for (int64_t i = 0; i < inputs; ++i) x[i] *= kRotation;
+    }
     float peak = 0.0f;
     for (int64_t i = 0; i < inputs; ++i) peak = std::max(peak, std::fabs(x[i]));
     // A row of zeros gets scale 1; a denormal peak would overflow the division below.
@@ -62,13 +66,13 @@ FORCE_INLINE void pack_panel(const void* from, Source source, int64_t first, int
   }
 }
 
-using PackPanel = void (*)(const void*, Source, int64_t, int64_t, int64_t, int64_t, int64_t, float*, int8_t*, int8_t*,
+using PackPanel = void (*)(const void*, Source, int64_t, int64_t, int64_t, bool, int64_t, int64_t, float*, int8_t*, int8_t*,
                            float*, int16_t*);
 
 #define PACK_PANEL(name, target)                                                                                     \
-  target void name(const void* from, Source source, int64_t first, int64_t channels, int64_t inputs, int64_t quads,  \
-                   int64_t groups, float* x, int8_t* q, int8_t* panel, float* scale, int16_t* sums) {                \
-    pack_panel(from, source, first, channels, inputs, quads, groups, x, q, panel, scale, sums);                      \
+  target void name(const void* from, Source source, int64_t first, int64_t channels, int64_t inputs, bool rotated,   \
+                   int64_t quads, int64_t groups, float* x, int8_t* q, int8_t* panel, float* scale, int16_t* sums) { \
+    pack_panel(from, source, first, channels, inputs, rotated, quads, groups, x, q, panel, scale, sums);             \
   }
 
 PACK_PANEL(pack_generic, )
@@ -89,16 +93,18 @@ PackPanel pack_for(Isa isa) {
 }  // namespace jaxserve::int8
 
 // Quantizes and packs a weight [outputs, inputs]: panels int8 [ceil(outputs / 16)][ceil(inputs / 4)][16][4], scale float32 and
-// sums int16 as in int8.h. `source`: 0 float32, 1 bfloat16.
-JAXSERVE_EXPORT void jaxserve_int8_pack(const void* from, int64_t source, int64_t outputs, int64_t inputs, int8_t* panels,
-                                        float* scale, int16_t* sums) {
+// sums int16 as in int8.h. `source`: 0 float32, 1 bfloat16. Rotated
+// weights have a multiple of 64 inputs.
+JAXSERVE_EXPORT void jaxserve_int8_pack(const void* from, int64_t source, int64_t outputs, int64_t inputs, int64_t rotated,
+                                        int8_t* panels, float* scale, int16_t* sums) {
   using namespace jaxserve::int8;
   const int64_t quads = jaxserve::ceil_div(inputs, 4), groups = jaxserve::ceil_div(inputs, kGroup);
   std::vector<float> x(inputs);
   std::vector<int8_t> q(kPanel * groups * kGroup);
   const PackPanel pack = pack_for(jaxserve::isa());
   for (int64_t first = 0; first < outputs; first += kPanel) {
-    pack(from, static_cast<Source>(source), first, std::min<int64_t>(kPanel, outputs - first), inputs, quads, groups,
+    pack(from, static_cast<Source>(source), first, std::min<int64_t>(kPanel, outputs - first), inputs, rotated,
+         quads, groups,
          x.data(), q.data(), panels + first * quads * 4, scale + first, sums + first * groups);
   }
 }

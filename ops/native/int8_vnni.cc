@@ -130,11 +130,39 @@ void block(const Block& b) {
   if (p < b.panels) rows<1>(b, {{p}});
 }
 
+// x of lane i plus, or minus where `upper` has the bit of i, that of the lane it changes places with in `swapped`.
+TARGET_VNNI FORCE_INLINE __m512 butterfly(__m512 x, __m512 swapped, __mmask16 upper) {
+  return _mm512_mask_sub_ps(_mm512_add_ps(x, swapped), upper, swapped, x);
+}
+
+// The Hadamard transform of a group, without its factor.
+TARGET_VNNI FORCE_INLINE void rotate(__m512 (&value)[4]) {
+  UNROLL
+  for (int stride = 2; stride > 0; stride /= 2) {
+    UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if (i & stride) continue;
+      const __m512 a = value[i], b = value[i + stride];
+      value[i] = _mm512_add_ps(a, b);
+      value[i + stride] = _mm512_sub_ps(a, b);
+    }
+  }
+  UNROLL
+  for (int i = 0; i < 4; ++i) {
+    __m512 x = value[i];
+    x = butterfly(x, _mm512_shuffle_f32x4(x, x, 0x4e), 0xff00);  // lanes 8 apart
+    x = butterfly(x, _mm512_shuffle_f32x4(x, x, 0xb1), 0xf0f0);  // 4
+    x = butterfly(x, _mm512_permute_ps(x, 0x4e), 0xcccc);        // 2
+    value[i] = butterfly(x, _mm512_permute_ps(x, 0xb1), 0xaaaa);
+  }
+}
+
 TARGET_VNNI void round_row(const Rounding& r, int64_t row) {
   const float* x = r.x + row * r.stride;
   uint8_t* data = r.data + row * r.groups * kGroup;
   float* scale = r.scale + row * r.groups;
   __m512 squares = _mm512_setzero_ps();
+  const float unit = r.rotated ? kRotation : 1.0f;
   for (int64_t group = 0; group < r.groups; ++group) {
     __m512 value[4], peaks = _mm512_setzero_ps();
     UNROLL
@@ -146,8 +174,10 @@ TARGET_VNNI void round_row(const Rounding& r, int64_t row) {
         squares = _mm512_fmadd_ps(value[i], value[i], squares);
         value[i] = _mm512_mul_ps(value[i], _mm512_maskz_loadu_ps(mask, r.gain + at));
       }
-      peaks = _mm512_max_ps(peaks, _mm512_abs_ps(value[i]));
     }
+    if (r.rotated) rotate(value);
+    UNROLL
+    for (int i = 0; i < 4; ++i) peaks = _mm512_max_ps(peaks, _mm512_abs_ps(value[i]));
     const float peak = _mm512_reduce_max_ps(peaks);
     const __m512 inverse = _mm512_set1_ps(peak > 1e-30f ? 127.0f / peak : 0.0f);
     UNROLL
@@ -156,7 +186,7 @@ TARGET_VNNI void round_row(const Rounding& r, int64_t row) {
       const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(rounded, _mm512_set1_epi32(128)));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(data + group * kGroup + i * 16), bytes);
     }
-    scale[group] = peak / 127.0f;
+    scale[group] = peak / 127.0f * unit;
   }
   if (r.gain == nullptr) return;
   // The norm is one factor a row: rounding does not see it, the scales take it.

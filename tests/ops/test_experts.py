@@ -111,7 +111,7 @@ def int8_arguments(T, E, k, D=48, F=32):
     """As `arguments`, the weights rounded, with the matrices that the rounded ones stand for."""
     x, ids, weights, gate_up, down, *biases = arguments(T, E, k, D=D, F=F)
     rounded = [quantize(jnp.asarray(a), "int8") for a in (gate_up, down)]
-    dense = [np.asarray(w.values_OI, np.float32) * np.asarray(w.scale_O)[..., None] for w in rounded]
+    dense = [np.asarray(w.dequantize()) for w in rounded]
     return x, ids, weights, rounded, dense, biases
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -70,3 +73,10 @@ def test_levels_can_be_lowered_and_restored():
         assert native.set_isa(None) == best
     with pytest.raises(ValueError, match="known ones are generic"):
         native.set_isa("mmx")
+
+
+def test_a_wheel_carries_what_the_library_is_built_from():
+    config = tomllib.loads((pathlib.Path(build.SOURCES).parents[1] / "pyproject.toml").read_text())
+    patterns = config["tool"]["setuptools"]["package-data"]["*"]
+    needed = [path.name for path in build.SOURCES.iterdir() if path.suffix in (".cc", ".h")]
+    assert needed and not [name for name in needed if not any(fnmatch.fnmatch(name, p) for p in patterns)]
