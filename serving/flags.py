@@ -361,8 +361,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, EngineConf
     parser = build_parser()
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        access_of(args), tls_of(args)
-        [Fault.parse(text) for text in args.inject_fault]
+        access_of(args)
+        tls_of(args)
+        for text in args.inject_fault:
+            Fault.parse(text)
         check_parsers(args)
         return args, engine_config(args)
     except ValueError as error:

@@ -192,7 +192,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     args = parser.parse_args(argv)
     try:
-        access_of(args), tls_of(args), _target_tls(args)
+        access_of(args)
+        tls_of(args)
+        _target_tls(args)
         check_parsers(args)
     except ValueError as error:
         parser.error(str(error))

@@ -200,9 +200,12 @@ class Server:
         loop = asyncio.get_running_loop()
         if self._args.inject_fault:
             faults = [Fault.parse(text) for text in self._args.inject_fault]
-            block = lambda seconds: loop.call_soon_threadsafe(time.sleep, seconds)  # noqa: E731
+
+            def block(seconds: float) -> None:
+                loop.call_soon_threadsafe(time.sleep, seconds)
+
             engine.loop.runner = FaultyRunner(engine.loop.runner, faults, block)
-        engine_loop = getattr(engine, "loop", None)
+        engine_loop: Any = getattr(engine, "loop", None)
         if not self._args.watchdog_timeout or not hasattr(engine_loop, "busy_since"):
             return
 

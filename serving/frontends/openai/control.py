@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Awaitable
+from typing import Any
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, Response
@@ -33,7 +34,7 @@ class UpdateWeightsRequest(BaseModel):
 
 def control_router(service: TextService, access: Access) -> APIRouter:
     """POST /pause, /resume, /sleep, /wake_up, /drain, /reset_prefix_cache, /update_weights; GET /is_paused, /is_sleeping."""
-    responses = {status: RESPONSES[status] for status in (400, 401, 403, 409, 501)}
+    responses: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (400, 401, 403, 409, 501)}
     router = APIRouter(tags=["control"], dependencies=[Depends(control_check(access))], responses=responses)
     control = ServerControl(service)
 
