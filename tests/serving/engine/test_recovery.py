@@ -7,6 +7,7 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 from hypothesis import given, settings
@@ -258,9 +259,10 @@ async def test_weights_of_another_shape_are_refused_and_the_old_ones_serve_on(al
     config = ModelConfig(
         "LlamaForCausalLM", VOCAB, 3, 64, 80, 4, 2, 16, 512, 1e-5, tie_embeddings=True, rope=RopeConfig(10000.0, 16)
     )
-    alive.lifecycle._load_model = lambda name: (
-        tiny_model() if name == "tiny" else Decoder(config, Build(max_model_len=512))
-    )
+    graph, state = nnx.split(Decoder(config, Build(max_model_len=512)))
+    with starting():
+        wide = nnx.merge(graph, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state))
+    alive.lifecycle._load_model = lambda name: wide
     with pytest.raises(RequestError, match="same shape"):
         await asyncio.to_thread(alive.lifecycle.update_weights, "wide")
     alive.lifecycle._load_model = lambda name: (_ for _ in ()).throw(ValueError("no such file."))
