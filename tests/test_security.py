@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 import pathlib
+import re
 import socket
 import sys
 
@@ -202,3 +203,19 @@ async def test_template_variables_cannot_replace_what_the_server_sets():
             GenerateInput(messages=[{"role": "user", "content": "x"}], chat_template_kwargs={name: "x"}).check(
                 service.limits
             )
+
+
+def test_the_tests_that_the_document_names_are_there():
+    """`path::test`, `::test` of the same path, or a whole file, below tests/ or tests/serving/."""
+    rows = [line for line in (ROOT / "docs/security.md").read_text().splitlines() if line.startswith("| ")]
+    named, path = 0, None
+    for row in rows:
+        for file, name in re.findall(r"`([\w/]*\.py)?(?:::(test_\w+))?`", row.split("|")[-2]):
+            if not file and not name:
+                continue
+            if file:
+                path = next((p for p in (ROOT / "tests" / file, ROOT / "tests/serving" / file) if p.is_file()), None)
+            assert path is not None, f"{file} of {row[:60]}"
+            assert not name or f"def {name}(" in path.read_text(), f"{name} in {path}"
+            named += 1
+    assert named > 25
