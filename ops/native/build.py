@@ -1,8 +1,8 @@
 """Builds the library of native CPU handlers with whatever C++ compiler is at hand, once for each version of it.
 
 The result lies in the user's cache under a name made of the sources' hash, the compiler and jaxlib's version, so that
-a change of any of them builds anew and several versions live side by side. A prebuilt library in the package folder,
-where a wheel puts it, is taken first.
+a change of any of them builds anew and several versions live side by side. A library in this folder is taken first:
+`python -m ops.native.build ops/native` before `pip wheel .` makes a wheel that carries it (and is then for one platform).
 """
 
 from __future__ import annotations
@@ -76,15 +76,20 @@ def find_compiler() -> list[str]:
 
 def prebuilt() -> Path | None:
     """The library that came with the package, if it was built from these very sources."""
-    path = SOURCES / f"libjaxserve-{source_hash()}{_suffix()}"
+    path = SOURCES / _carried_name()
     return path if path.exists() else None
+
+
+def _carried_name() -> str:
+    return f"libjaxserve-{source_hash()}{_suffix()}"
 
 
 def build(folder: Path | None = None) -> Path:
     """The library's path, building it when it is not there yet. Safe to call from several processes.
 
     Args:
-        folder: where to put it; the user's cache folder when None.
+        folder: where to put it, under the name that a package carries; the user's cache folder when None, under a name
+            with the compiler in it.
     Raises:
         BuildError: no compiler, or it failed.
     """
@@ -95,7 +100,9 @@ def build(folder: Path | None = None) -> Path:
         import platformdirs  # ops needs jax alone wherever nothing is built
 
         folder = platformdirs.user_cache_path("jaxserve") / "native"
-    target = folder / f"libjaxserve-{source_hash()}-{_compiler_hash(tuple(compiler))}{_suffix()}"
+        target = folder / f"libjaxserve-{source_hash()}-{_compiler_hash(tuple(compiler))}{_suffix()}"
+    else:
+        target = folder / _carried_name()
     if target.exists():
         return target
     try:

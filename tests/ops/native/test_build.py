@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -55,6 +56,18 @@ def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(build.BuildError, match="could not be built in"):
         build.build(tmp_path / "file" / "cache")
+
+
+def test_a_library_built_into_the_package_is_taken_first(monkeypatch, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho library > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    package = shutil.copytree(build.SOURCES, tmp_path / "native", ignore=shutil.ignore_patterns("libjaxserve-*"))
+    monkeypatch.setattr(build, "SOURCES", package)
+    assert build.prebuilt() is None
+    built = build.build(package)
+    assert built.read_text() == "library\n" and build.build() == build.prebuilt() == built
 
 
 def test_turned_off_by_the_environment():
