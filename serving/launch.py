@@ -22,7 +22,7 @@ from serving.flags import HTTP_PORT, describe, parse
 from serving.metrics.logs import setup_logging
 from serving.metrics.tracing import Tracing
 from serving.reliability import crash_report
-from serving.reliability.faults import Fault, FaultyRunner, strike_at_start
+from serving.reliability.faults import FaultyRunner, strike_at_start, wanted
 from serving.reliability.notify import notify
 from serving.reliability.supervisor import Supervisor
 from serving.reliability.watchdog import StalledError, Watchdog
@@ -198,8 +198,7 @@ class Server:
         """Puts the watchdog beside a running engine, and the faults that were asked for into it."""
         engine: Any = started.engine
         loop = asyncio.get_running_loop()
-        if self._args.inject_fault:
-            faults = [Fault.parse(text) for text in self._args.inject_fault]
+        if faults := wanted(self._args.inject_fault):
 
             def block(seconds: float) -> None:
                 loop.call_soon_threadsafe(time.sleep, seconds)
@@ -320,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         return Supervisor([sys.executable, "-m", "serving.launch", *(a for a in argv if a != "--supervise")]).run()
     setup_logging(args.log_format, args.log_level)
     print("\n".join(describe(args)), file=sys.stderr, flush=True)
-    strike_at_start([Fault.parse(text) for text in args.inject_fault])
+    strike_at_start(wanted(args.inject_fault))
     if config.coordinator is not None or config.num_processes is not None or config.process_id is not None:
         from serving.processes.start import follow, place_of
 

@@ -20,6 +20,9 @@ from collections.abc import Callable, Sequence
 
 from serving.reliability.notify import VARIABLE
 
+RESTARTS = "SUPERVISED_RESTARTS"
+"""In the server's environment: how often it was started again."""
+
 FIRST_DELAY_S = 1.0
 LONGEST_DELAY_S = 60.0
 SETTLED_S = 60.0
@@ -75,7 +78,7 @@ class Supervisor:
             # A session of its own: Ctrl-C on the terminal reaches the server once, through us, and not twice.
             self._child = subprocess.Popen(
                 self._command,
-                env=environment,
+                env={**environment, RESTARTS: str(self.restarts)},
                 start_new_session=True,
                 preexec_fn=_die_with_parent,  # noqa: PLW1509 - one thread
             )
