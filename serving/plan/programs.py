@@ -17,7 +17,7 @@ from models.layers import Build
 from models.loading.load import parameters_of, quantizable
 from ops import native, paged_attention
 from ops.linear import Int8Weight, quantize
-from ops.linear.weights import pack_int8
+from ops.linear.weights import BLOCK, pack_int8
 from ops.paged_attention import pages
 from serving.engine.compiling import Program
 from serving.engine.placement import placed
@@ -84,7 +84,10 @@ def abstract_model(config: ModelConfig, mesh: Mesh, dtype: Any, quantization: st
         value = parameter.get_value()
         axes = parameter.get_metadata()["logical_axes"]
         if path in quantized:
+            inputs = to_sharding(mesh, axes, build.rules).shard_shape(value.shape)[-1]
             value = jax.eval_shape(lambda w: quantize(w, quantization), value)
+            # Traced, `quantize` does not know how the weight is cut.
+            value = dataclasses.replace(value, rotated=inputs % BLOCK == 0)
             if packs and len(value.shape) == 2:
                 value = jax.eval_shape(pack_int8, value)
             elif packs and parameter.get_metadata().get("packed"):
@@ -95,7 +98,8 @@ def abstract_model(config: ModelConfig, mesh: Mesh, dtype: Any, quantization: st
 
 def _flat(experts: Int8Weight) -> Int8Weight:
     """Experts [E, O, I] as one matrix [E * O, I], as `ops.experts.pack_experts` packs them."""
-    return Int8Weight(experts.values_OI.reshape(-1, experts.values_OI.shape[-1]), experts.scale_O.reshape(-1))
+    values_OI = experts.values_OI.reshape(-1, experts.values_OI.shape[-1])
+    return Int8Weight(values_OI, experts.scale_O.reshape(-1), experts.rotated)
 
 
 def _place(leaf: Any, axes: Sequence[str | None], mesh: Mesh, build: Build) -> jax.ShapeDtypeStruct:
