@@ -26,6 +26,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ops import native
 from ops.linear import native as linear_native
 from ops.linear.weights import PANEL, Int8Weight, PackedInt8Weight, Weight, pack, quantize_rows, rotate
+from ops.per_device import per_device
 
 Activation = Callable[[jax.Array], jax.Array]
 """Product with gate and up, [M, J], in -> hidden [M, F] out."""
@@ -107,12 +108,11 @@ def experts(
     up, down = P(expert_axis, model_axis), P(expert_axis, None, model_axis)
     up_spec = _specs(gate_up_EJD, up, up)
     down_spec = _specs(down_EDF, down, P(expert_axis))
-    return jax.shard_map(
+    return per_device(
         on_device,
-        mesh=mesh,
+        mesh,
         in_specs=(P(), P(), P(), up_spec, down_spec, up, P(expert_axis)),
         out_specs=P(),
-        check_vma=False,
     )(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED)
 
 

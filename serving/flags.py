@@ -227,7 +227,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
     devices = parser.add_argument_group("devices")
     devices.add_argument(
-        "--mesh", default="data=1,model=1", metavar="AXES", help="axes of the device mesh and their sizes"
+        "--mesh",
+        default="data=1,model=1",
+        metavar="AXES",
+        help="axes of the device mesh and their sizes: data "
+        "(replicas with pages and requests of their own), model (tensor parallel), expert",
     )
     devices.add_argument(
         "--cpu-devices",

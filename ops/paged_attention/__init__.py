@@ -19,6 +19,7 @@ from ops.paged_attention import native, pallas_gpu, pallas_tpu, xla
 from ops.paged_attention import pages as _pages
 from ops.paged_attention.batch import Q_BLOCK, AttentionBatch, KVSpec
 from ops.paged_attention.pages import KVPages, Layout, bytes_per_page
+from ops.per_device import per_device
 from ops.rope import cos_sin, rope
 
 __all__ = [
@@ -73,11 +74,12 @@ def allocate(
     """Zeroed pages for one layer, in the layout that the best backend for them reads.
 
     Args:
-        num_pages: pages, the null page 0 included; at least 2.
+        num_pages: pages of each replica (see `mesh`), the null page 0 included; at least 2.
         page_size: tokens a page.
         dtype: float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, or int8 (one scale a token and head is kept
             beside it).
-        mesh: KV heads are split over its `model` axis when that divides them, else every device keeps all.
+        mesh: KV heads are split over its `model` axis when that divides them, else every device keeps all. Each index of
+            its `data` axis is a replica with pages of its own.
     Raises:
         ValueError: a dtype or size that no backend takes.
     """
@@ -179,15 +181,15 @@ def attend_rope(
 
 
 def _per_device(run, tokens, angles, kv, batch, sinks_KG):
-    """Each device attends with its own KV heads, or with all when they are not split: no communication either way."""
+    """Each device attends with its own KV heads, or with all when they are not split, and a replica with its own pages: no
+    communication either way."""
     if kv.mesh is None:
         return run(*tokens, *angles, kv, batch, sinks_KG=sinks_KG)
     heads = PartitionSpec(None, _pages.MODEL_AXIS) if kv.sharded else PartitionSpec()
     sinks = PartitionSpec(_pages.MODEL_AXIS) if kv.sharded else PartitionSpec()
-    return jax.shard_map(
+    return per_device(
         lambda tokens, angles, kv, batch, sinks: run(*tokens, *angles, kv, batch, sinks_KG=sinks),
-        mesh=kv.mesh,
+        kv.mesh,
         in_specs=(heads, PartitionSpec(), heads, PartitionSpec(), sinks),
         out_specs=(heads, heads),
-        check_vma=False,
     )(tokens, angles, kv, batch, sinks_KG)

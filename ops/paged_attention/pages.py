@@ -29,6 +29,8 @@ from ops.paged_attention.batch import KVSpec
 Layout = Literal["rows", "panels", "lanes"]
 MODEL_AXIS = "model"
 """The mesh axis over which KV heads are split, when it divides them."""
+DATA_AXIS = "data"
+"""The mesh axis over which pages are split: each replica has as many, and page tables count them within it."""
 
 _DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m2")
 
@@ -58,7 +60,7 @@ class KVPages:
 
     @property
     def num_pages(self) -> int:
-        """Pages, the null page included."""
+        """Pages, null pages included: all replicas', or, in what a replica runs, its own."""
         return self.k.shape[0]
 
     @property
@@ -66,10 +68,22 @@ class KVPages:
         """Whether KV heads are split over the mesh's model axis."""
         return self.mesh is not None and _head_axis(self.spec, self.mesh) is not None
 
+    @property
+    def placement(self) -> jax.sharding.PartitionSpec:
+        """How the first axes of each array, pages and KV heads, are split over the mesh."""
+        return _placement(self.spec, self.mesh)
+
 
 def _head_axis(spec: KVSpec, mesh: jax.sharding.Mesh) -> str | None:
     size = mesh.shape.get(MODEL_AXIS, 1)
     return MODEL_AXIS if size > 1 and spec.num_kv_heads % size == 0 else None
+
+
+def _placement(spec: KVSpec, mesh: jax.sharding.Mesh | None) -> jax.sharding.PartitionSpec:
+    if mesh is None:
+        return jax.sharding.PartitionSpec()
+    pages = DATA_AXIS if mesh.shape.get(DATA_AXIS, 1) > 1 else None
+    return jax.sharding.PartitionSpec(pages, _head_axis(spec, mesh))
 
 
 def _shapes(
@@ -162,10 +176,11 @@ def allocate(
         )
     sharding = None
     if mesh is not None:
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, _head_axis(spec, mesh)))
+        sharding = jax.sharding.NamedSharding(mesh, _placement(spec, mesh))
+    total = num_pages * (1 if mesh is None else mesh.shape.get(DATA_AXIS, 1))
     arrays: dict[str, Any] = {
         name: None if shape is None else jnp.zeros(shape[0], shape[1], device=sharding)
-        for name, shape in _shapes(spec, num_pages, page_size, dtype, layout).items()
+        for name, shape in _shapes(spec, total, page_size, dtype, layout).items()
     }
     platform = platform_of(mesh)
     return KVPages(**arrays, spec=spec, page_size=page_size, layout=layout, platform=platform, mesh=mesh)

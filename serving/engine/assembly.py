@@ -95,6 +95,7 @@ def assemble(
     from serving.engine.compiling import ProgramCache
     from serving.engine.engine import version
     from serving.engine.executor import Executor
+    from serving.engine.placement import num_replicas
     from serving.engine.runner import ModelRunner
     from serving.engine.scheduler import Scheduler, SchedulerConfig
     from serving.engine.sizing import GIB, resolve_dtype, resolve_quantization, resolve_sizes
@@ -125,10 +126,14 @@ def assemble(
     )
     phases.record("load", time.monotonic() - began)
 
-    sizes = resolve_sizes(config, loaded.model, loaded.config.max_positions, dtype, mesh.size, meet)
+    sizes = resolve_sizes(config, loaded.model, loaded.config.max_positions, dtype, mesh, meet)
+    replicas = num_replicas(mesh)
+    if replicas > 1 and config.kv_offload_gb > 0:
+        raise ValueError("--kv-offload-gb works with one replica only; leave data out of --mesh, or do without it.")
     say(
         f"KV cache: {sizes.num_pages} pages of {sizes.page_size} tokens, {sizes.num_pages * sizes.page_bytes / GIB:.2f} GiB "
         f"({sizes.kv_dtype}); up to {sizes.max_num_seqs} requests at once, {sizes.max_model_len} tokens each"
+        + (f"; all of it in each of {replicas} replicas" if replicas > 1 else "")
     )
     began = time.monotonic()
     fingerprint = repr(
@@ -185,6 +190,7 @@ def assemble(
             window=widest_window(loaded.config.windows),
             max_waiting_time=config.max_waiting_time,
             max_running_time=config.max_running_time,
+            replicas=replicas,
             buckets=dataclasses.replace(runner.buckets, ridge=CPU_RIDGE if platform == "cpu" else ACCELERATOR_RIDGE),
         )
     )
@@ -193,10 +199,10 @@ def assemble(
         architecture=loaded.config.architecture,
         vocab_size=loaded.config.vocab_size,
         max_model_len=sizes.max_model_len,
-        max_num_seqs=sizes.max_num_seqs,
-        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        max_num_seqs=sizes.max_num_seqs * replicas,
+        max_num_batched_tokens=sizes.max_num_batched_tokens * replicas,
         page_size=sizes.page_size,
-        num_pages=sizes.num_pages,
+        num_pages=scheduler.pool.num_pages,
         dtype=dtype,
         quantization=quantization,
         mesh=config.mesh,

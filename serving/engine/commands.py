@@ -1,7 +1,8 @@
 """What the host asks of the devices, one command a program call, as plain arrays.
 
 The runner makes them from plans; the executor of every process carries out the same ones in the same order. With several
-processes the first sends them to the others (`serving/processes`).
+processes the first sends them to the others (`serving/processes`). Where the mesh holds several replicas, arrays are theirs
+laid end to end along the first axis.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ class DecodeLoop:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoadSlot:
-    """Writes one slot's rows of the device state; see `state.slot_rows`."""
+    """Writes one slot's rows of the device state; see `state.slot_rows`. `slot`: among its replica's."""
 
+    replica: int
     slot: int
     seen_V: np.ndarray
     bias_ids: np.ndarray
@@ -70,7 +72,7 @@ class Pool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Scores rows of the last `Forward`, which had `tokens`, against target ids. Both int32 [PROMPT_LOGPROB_ROWS]."""
+    """Scores rows of the last `Forward`, which had `tokens`, against target ids. Both int32 [PROMPT_LOGPROB_ROWS] a replica."""
 
     tokens: int
     rows: np.ndarray

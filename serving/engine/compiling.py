@@ -30,14 +30,19 @@ class Program:
     Attributes:
         name: shown in progress and errors; unique.
         fn: a pure function of arrays.
-        args: arrays or ShapeDtypeStructs with shardings.
+        args: arrays or ShapeDtypeStructs; of one replica, where the mesh has several (see placement.py).
         donate: positions of arguments whose buffers the result may take over.
+        shared: positions of arguments that are the same for every replica, in a program that each replica runs. None: it
+            is of the whole mesh.
+        resident: the results stay on the devices, each with its replica.
     """
 
     name: str
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     donate: tuple[int, ...] = ()
+    shared: tuple[int, ...] | None = None
+    resident: bool = False
 
 
 _starting = 0

@@ -26,7 +26,7 @@ class EngineConfig:
         page_size: positions a KV page holds.
         kv_cache_memory: bytes for the page pool over all devices; None: from free memory.
         seed: base of the seeds of requests that bring none.
-        mesh: "data=1,model=1".
+        mesh: "data=1,model=1"; data is the number of replicas, which share what the sizes here allow.
         cpu_devices: split the CPU into this many devices.
         coordinator: with several processes, "host:port" of process 0, or "auto"; see sharding.processes.find.
         num_processes, process_id: how many there are and which one this is; found by "auto".

@@ -19,7 +19,7 @@ from serving.engine.compiling import CompileGuard, Program, ProgramCache, compil
 from serving.engine.group import Group, Meet
 from serving.engine.packing import pack_forward, pack_sample
 from serving.engine.page_store import PageStore
-from serving.engine.placement import place, placed
+from serving.engine.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, place, placed
 from serving.engine.plan import StepPlan
 from serving.engine.program_list import StepShapes, list_programs
 from serving.engine.programs import PROMPT_LOGPROB_ROWS, SplitModel
@@ -45,6 +45,7 @@ class Executor:
     Attributes:
         guard: counts compilations after start.
         num_sampled: commands so far that sampled tokens.
+        replicas: how many replicas the mesh holds; sizes, buckets and layouts are of one.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class Executor:
         self.sample_layouts = self._shapes.sample_layouts
         self.guard = CompileGuard()
         self.num_sampled = 0
+        self.replicas = num_replicas(mesh)
+        self._group: Group | None = None
         self._cache = cache
         self._mesh = mesh
         self._backend = attention_backend
@@ -76,14 +79,17 @@ class Executor:
         self._state: Any = None
         self._asleep: list[tuple[np.ndarray, Any]] = []  # (leaf, sharding) in host memory, while the device has none
         self.reset_cache()
-        self._no_mask = {s: place(mesh, jnp.zeros((s, self.mask_width), jnp.int32)) for s in self.buckets.sample_sizes}
+        by_replica = BY_REPLICA if self.replicas > 1 else EVERYWHERE
+        self._no_mask = {
+            s: place(mesh, jnp.zeros((self.replicas * s, self.mask_width), jnp.int32), by_replica)
+            for s in self.buckets.sample_sizes
+        }
         self.programs: dict[str, Any] = {}
         self.store = PageStore() if host_tier else None
         self.max_steps = num_scheduler_steps
         self._head: list[int] = []  # which leaves the logits read
         self._hidden_SD: Any = None  # of the last Forward, until its Sample
         self._hidden_TD: Any = None
-        self._group: Group | None = None
 
     # ---- start ----
 
@@ -111,7 +117,8 @@ class Executor:
         self._group = group
 
     def _list_programs(self) -> list[Program]:
-        leaves, kv, state = (jax.tree.map(_abstract, tree) for tree in (self._leaves, self._kv, self._state))
+        leaves = jax.tree.map(_abstract, self._leaves)
+        kv, state = jax.tree.map(lambda array: of_one(self._mesh, array), (self._kv, self._state))
         more = () if self.store is None else self.store.programs(kv)
         listed = list_programs(self._split, leaves, kv, state, self._shapes, self.max_steps, more)
         self._head = listed.head
@@ -121,14 +128,15 @@ class Executor:
         """Runs every program once, so that the first request is as fast as the tenth (first calls allocate and page in)."""
         slots = SlotTable(self.sizes.max_num_seqs, self._shapes.pages_per_slot)
         empty = StepPlan(0, (), (), (), (), ())
-        rows = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
+        rows = np.zeros(self.replicas * PROMPT_LOGPROB_ROWS, np.int32)
         for bucket in self.buckets.buckets:
             forward = pack_forward(empty, bucket, self.forward_layouts[bucket], slots, self.sizes.page_size)
             sample = pack_sample(empty, bucket.samples, self.sample_layouts[bucket.samples], slots, [], False)
+            forward, sample = np.tile(forward, self.replicas), np.tile(sample, self.replicas)
             self.execute(Forward(bucket, forward))
             if bucket.chunk:
                 self.execute(PromptLogprobs(bucket.tokens, rows, rows))
-                self.execute(Pool(np.zeros((self.buckets.max_rows, bucket.tokens), np.float32)))
+                self.execute(Pool(np.zeros((self.replicas * self.buckets.max_rows, bucket.tokens), np.float32)))
             self.execute(Sample(bucket.samples, sample))
             if f"decode_loop {bucket.decode}" in self.programs and not bucket.chunk:
                 self.execute(DecodeLoop(bucket, forward, sample, 2))
@@ -138,7 +146,7 @@ class Executor:
             self.store.settle()
             self.store.drop((b"",))
         neutral = slot_rows(Request(EngineRequest("", (0,), SamplingParams()), 0), self.vocab_size)
-        self.execute(LoadSlot(self.sizes.max_num_seqs, *neutral))
+        self.execute(LoadSlot(0, self.sizes.max_num_seqs, *neutral))
         jax.block_until_ready(self._state)
 
     # ---- commands ----
@@ -147,8 +155,8 @@ class Executor:
         """Starts one program.
 
         Returns:
-            what the host may read: SampleOutput of Sample; int32 [2, max_steps, B] of DecodeLoop (`programs`); float32 [R, D]
-            of Pool; (logprob, rank, top_ids, top_values) of PromptLogprobs; None of the others,
+            what the host may read, replicas end to end: SampleOutput of Sample; int32 [2, max_steps, B] of DecodeLoop
+            (`programs`); float32 [R, D] of Pool; (logprob, rank, top_ids, top_values) of PromptLogprobs; None of the others,
             but of Forward int32 [layers, E], how many tokens visited each expert, where the model has some.
         """
         if self._group is not None:
@@ -177,8 +185,11 @@ class Executor:
                 return self.programs[f"pool {command.tokens}"](self._hidden_TD, weights)
             case PromptLogprobs(tokens, rows, targets):
                 return self.programs[f"prompt_logprobs {tokens}"](self._head_leaves, self._hidden_TD, rows, targets)
-            case LoadSlot(slot, seen, ids, values, banned):
-                self._state = self.programs["load_slot"](self._state, np.int32(slot), seen, ids, values, banned)
+            case LoadSlot(replica, slot, seen, ids, values, banned):
+                # Out of range, so nothing is written, but for the one replica.
+                slots = np.full(self.replicas, self.sizes.max_num_seqs + 1, np.int32)
+                slots[replica] = slot
+                self._state = self.programs["load_slot"](self._state, slots, seen, ids, values, banned)
                 return None
 
     # ---- memory ----
@@ -198,7 +209,9 @@ class Executor:
                 paged_attention.allocate(spec, sizes.num_pages, sizes.page_size, jnp.dtype(sizes.kv_dtype), self._mesh)
                 for spec in self._kv_specs
             )
-            self._state = place(self._mesh, DeviceState.zeros(sizes.max_num_seqs, self.vocab_size))
+            rows = self.replicas * (sizes.max_num_seqs + 1)
+            by_replica = BY_REPLICA if self.replicas > 1 else EVERYWHERE
+            self._state = place(self._mesh, DeviceState.zeros(rows - 1, self.vocab_size), by_replica)
 
     def leaves_of(self, model: Any) -> tuple[Any, ...]:
         """The weights of another checkpoint, checked to fit this model's programs.

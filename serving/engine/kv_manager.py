@@ -8,6 +8,7 @@ Joins requests to the page pool and the host tier; owns the digests' rules, not 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -67,9 +68,14 @@ class KVManager:
         request.num_computed = request.cached_pages * size
         return True
 
-    def more(self, count: int) -> list[int] | None:
-        """Pages for running requests to grow into, or None when there are not that many."""
-        return self.pool.allocate(count)
+    def more(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]] | None:
+        """Pages for running requests to grow into, so many for each, or None when there are not that many."""
+        pages = self.pool.allocate(sum(counts))
+        return None if pages is None else [[pages.pop() for _ in range(count)] for count in counts]
+
+    def leaving_of(self, request: Request) -> int:
+        """`num_leaving` of the pool that the request's pages come from."""
+        return self.num_leaving
 
     def leave(self, request: Request, step: int) -> None:
         """Takes the request's pages back: now, or once `step` (the last one dispatched) has retired, if one that may write

@@ -177,7 +177,7 @@ class EngineLoop:
             with _carrying_out(plan):
                 current = self.runner.dispatch_forward(plan, self.scheduler.slots)
             self._scheduled_tokens += plan.num_tokens
-            self._bucket_tokens += current.bucket.tokens * plan.num_steps
+            self._bucket_tokens += current.bucket.tokens * plan.num_steps * self.scheduler.config.replicas
             if current.constrained and previous is not None:
                 self._retire(previous)  # a mask needs the token before it; forward is running meanwhile
                 previous = self._previous = None
@@ -243,8 +243,9 @@ class EngineLoop:
     def _mask(self, step: InFlight) -> np.ndarray:
         mask = self.runner.new_mask(step)
         live = [(row, request) for row, request in step.constrained if not request.finished]
+        request_of = dict(live)
         for row, reason in fill_rows(live, mask).items():
-            request = step.plan.sampled[row]
+            request = request_of[row]
             log.warning("request %s: its grammar cannot go on: %s", request.request_id, reason)
             mask[row] = -1
             output = self.scheduler.abort(request.request_id, FinishReason.ERROR)

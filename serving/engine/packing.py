@@ -105,10 +105,13 @@ def attention_batch(fields: dict[str, Any]) -> AttentionBatch:
 
 
 def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTable, page_size: int) -> np.ndarray:
-    """Host side of `forward_layout`. A fresh array each time: the CPU backend may alias a host buffer, not copy it."""
+    """Host side of `forward_layout`, of a plan for one replica.
+
+    A fresh array each time: the CPU backend may alias a host buffer, not copy it.
+    """
     flat = np.zeros(layout.size, np.int32)
     f = layout.views(flat)
-    f["decode_slot_B"][:] = slots.num_slots
+    f["decode_slot_B"][:] = slots.per_replica
     f["chunk_row_N"][:] = bucket.rows
     n = len(plan.decode)
     if n:
@@ -119,7 +122,7 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
             np.int32,
             n,
         )
-        f["decode_slot_B"][:n] = slot
+        f["decode_slot_B"][:n] = slots.on_device(slot)
         f["positions_T"][:n] = position
         pages = f["decode_pages_BP"]
         np.take(slots.pages, slot, axis=0, out=pages[:n], mode="clip")
@@ -152,7 +155,7 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
 def pack_sample(
     plan: StepPlan, rows: int, layout: Layout, slots: SlotTable, steps: Sequence[int], masked: bool
 ) -> np.ndarray:
-    """Host side of `sample_layout`.
+    """Host side of `sample_layout`, of a plan for one replica.
 
     Args:
         steps: of each sampled row, how many completion tokens come before the one it samples.
@@ -161,9 +164,9 @@ def pack_sample(
     flat = np.zeros(layout.size, np.int32)
     f = layout.views(flat)
     n = len(plan.sampled)
-    slot = f["slot_S"]
-    slot[:] = slots.num_slots
+    slot = np.full(rows, slots.num_slots, np.int32)
     slot[:n] = np.fromiter((r.slot for r in plan.sampled), np.int32, n)
+    f["slot_S"][:] = slots.on_device(slot)
     f["step_S"][:n] = steps
     for name, source in (
         ("temperature_S", slots.temperature),

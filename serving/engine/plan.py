@@ -51,6 +51,17 @@ class StepPlan:
     dropped: tuple[bytes, ...] = ()
     num_steps: int = 1
 
+    def of_replica(self, replica: int) -> StepPlan:
+        """What one replica has to do: its rows and chunks, in their order."""
+        decode = [(r, p) for r, p in zip(self.decode, self.decode_positions, strict=True) if r.replica == replica]
+        return dataclasses.replace(
+            self,
+            decode=tuple(r for r, _ in decode),
+            decode_positions=tuple(p for _, p in decode),
+            chunks=tuple(c for c in self.chunks if c.request.replica == replica),
+            sampled=tuple(r for r in self.sampled if r.replica == replica),
+        )
+
     @property
     def requests(self) -> tuple[Request, ...]:
         """Everybody whom the step computes something of."""

@@ -206,19 +206,19 @@ def make_decode_loop(
 
 def load_slot(
     state: DeviceState,
-    slot: jax.Array,
+    slot_1: jax.Array,
     seen_V: jax.Array,
     bias_ids: jax.Array,
     bias_values: jax.Array,
     banned_ids: jax.Array,
 ) -> DeviceState:
-    """Writes one slot's rows, before the first step of a request that reads them."""
+    """Writes one slot's rows, before the first step of a request that reads them; none for a slot out of range."""
     return dataclasses.replace(
         state,
-        seen=state.seen.at[slot].set(seen_V),
-        bias_ids=state.bias_ids.at[slot].set(bias_ids),
-        bias_values=state.bias_values.at[slot].set(bias_values),
-        banned_ids=state.banned_ids.at[slot].set(banned_ids),
+        seen=state.seen.at[slot_1].set(seen_V, mode="drop"),
+        bias_ids=state.bias_ids.at[slot_1].set(bias_ids, mode="drop"),
+        bias_values=state.bias_values.at[slot_1].set(bias_values, mode="drop"),
+        banned_ids=state.banned_ids.at[slot_1].set(banned_ids, mode="drop"),
     )
 
 

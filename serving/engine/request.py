@@ -59,6 +59,7 @@ class Request:
         "passed_over",
         "pooled",
         "prompt_len",
+        "replica",
         "scheduled_time",
         "slot",
         "spec",
@@ -80,6 +81,7 @@ class Request:
         self.pages_behind = 0  # first pages that fell out of every layer's window: the null page now
         self.digests: list[bytes] = []  # prefix-chain digest of each full page so far
         self.cached_pages = 0  # of its pages, how many are registered in the prefix index
+        self.replica = 0  # where its pages and its slot are
         self.slot = -1
         self.drawn_seed: int | None = None  # kept over preemptions, so that a resumed request samples the same tokens
         self.num_cached_tokens = 0

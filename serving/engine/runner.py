@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from serving.engine.commands import DecodeLoop, Forward, LoadSlot, Pool, PromptL
 from serving.engine.executor import Executor
 from serving.engine.masks import is_constrained
 from serving.engine.packing import pack_forward, pack_sample
+from serving.engine.placement import on_this_process
 from serving.engine.plan import Chunk, StepPlan, StepResult
 from serving.engine.programs import PROMPT_LOGPROB_ROWS, SampleOutput
 from serving.engine.request import Request
@@ -27,19 +29,31 @@ from serving.engine.types import TokenLogprobs
 
 @dataclasses.dataclass(slots=True)
 class InFlight:
-    """A dispatched step on its way. `output` is None until its sampling is dispatched."""
+    """A dispatched step on its way. `output` is None until its sampling is dispatched.
+
+    Attributes:
+        parts: the plan's parts by replica, as it was dispatched: a request may be in another one by the time it is read.
+        rows: of each sampled request, its row in what the device samples: replicas are there end to end.
+        constrained: (row, request) of rows that need a mask.
+        prompt_logprobs: (chunk, offset in it, its replica, program output).
+        pooled_RD: program output, or None where nobody pools; row i of a replica belongs to its i-th chunk.
+        number: of its sampling, counted from 1.
+        expert_loads: int32 [layers, E] of each replica; None where the model has no experts.
+    """
 
     plan: StepPlan
+    parts: Sequence[StepPlan]
     bucket: Bucket
+    rows: np.ndarray
     sample_flat: np.ndarray
-    constrained: tuple[tuple[int, Request], ...]  # (row, request) of rows that need a mask
-    prompt_logprobs: list[tuple[Chunk, int, Any]]  # (chunk, offset in it, program output)
-    pooled_RD: Any  # row i belongs to chunk i, where that pools; None where none does
+    constrained: tuple[tuple[int, Request], ...]
+    prompt_logprobs: list[tuple[Chunk, int, int, Any]]
+    pooled_RD: Any
     dispatched_at: float = dataclasses.field(default_factory=time.perf_counter)
     output: SampleOutput | None = None
     loop_output: Any = None  # of a dispatch of several decode steps
-    number: int = 0  # of its sampling, counted from 1
-    expert_loads: Any = None  # int32 [layers, E]; None where the model has no experts
+    number: int = 0
+    expert_loads: Any = None
 
 
 class ModelRunner:
@@ -47,7 +61,7 @@ class ModelRunner:
 
     Attributes:
         expert_loads: int64 [layers with experts, E]: tokens that visited each expert since the start, those of dispatches of
-            several steps aside; None for models without experts. Never changed in place.
+            several steps aside, and those of replicas on other processes; None for models without experts. Never changed in place.
     """
 
     def __init__(self, executor: Executor) -> None:
@@ -70,58 +84,79 @@ class ModelRunner:
         stops = executor.max_steps > 1
         for request in plan.admitted:
             if needs_loading(request, stops):
-                executor.execute(LoadSlot(request.slot, *slot_rows(request, executor.vocab_size, stops)))
-        chunk_tokens = sum(align(c.length) for c in plan.chunks)
-        bucket = self.buckets.find(len(plan.decode), chunk_tokens, len(plan.chunks))
-        return self._run(plan, bucket, slots)
+                rows = slot_rows(request, executor.vocab_size, stops)
+                executor.execute(LoadSlot(request.replica, request.slot % slots.per_replica, *rows))
+        plans = self._split(plan)
+        bucket = self.buckets.find(
+            max(len(p.decode) for p in plans),
+            max(sum(align(c.length) for c in p.chunks) for p in plans),
+            max(len(p.chunks) for p in plans),
+        )
+        return self._run(plan, plans, bucket, slots)
 
-    def _run(self, plan: StepPlan, bucket: Bucket, slots: SlotTable) -> InFlight:
+    def _split(self, plan: StepPlan) -> Sequence[StepPlan]:
+        """Each replica's part of the plan."""
+        count = self.executor.replicas
+        return (plan,) if count == 1 else [plan.of_replica(replica) for replica in range(count)]
+
+    def _run(self, plan: StepPlan, plans: Sequence[StepPlan], bucket: Bucket, slots: SlotTable) -> InFlight:
         executor = self.executor
-        flat = pack_forward(plan, bucket, executor.forward_layouts[bucket], slots, executor.sizes.page_size)
+        layout, page_size = executor.forward_layouts[bucket], executor.sizes.page_size
+        flat = _end_to_end([pack_forward(part, bucket, layout, slots, page_size) for part in plans])
+        rows = _rows(plan, plans, bucket)
+        constrained = tuple((int(row), r) for row, r in zip(rows, plan.sampled, strict=True) if is_constrained(r))
+        sample_layout = executor.sample_layouts[bucket.samples]
+
+        def steps(part: StepPlan) -> list[int]:
+            return [r.total_len - r.prompt_len - plan.num_steps for r in part.sampled]
+
+        sample_flat = _end_to_end(
+            [pack_sample(part, bucket.samples, sample_layout, slots, steps(part), bool(constrained)) for part in plans]
+        )
         if plan.num_steps > 1:
-            return self._run_loop(plan, bucket, slots, flat)
+            out = executor.execute(DecodeLoop(bucket, flat, sample_flat, plan.num_steps))
+            out.copy_to_host_async()
+            number = executor.num_sampled
+            return InFlight(plan, plans, bucket, rows, sample_flat, (), [], None, loop_output=out, number=number)
         expert_loads = executor.execute(Forward(bucket, flat))
         if expert_loads is not None:
             expert_loads.copy_to_host_async()
-        steps = [r.total_len - r.prompt_len - 1 for r in plan.sampled]
-        constrained = tuple((row, r) for row, r in enumerate(plan.sampled) if is_constrained(r))
-        layout = executor.sample_layouts[bucket.samples]
-        sample_flat = pack_sample(plan, bucket.samples, layout, slots, steps, bool(constrained))
         asked = [
-            part
-            for chunk in plan.chunks
+            piece
+            for part in plans
+            for chunk in part.chunks
             if chunk.request.spec.params.prompt_logprobs is not None
-            for part in self._dispatch_prompt_logprobs(plan, bucket, chunk)
+            for piece in self._dispatch_prompt_logprobs(part, bucket, chunk)
         ]
-        pooled = self._dispatch_pool(plan, bucket)
-        return InFlight(plan, bucket, sample_flat, constrained, asked, pooled, expert_loads=expert_loads)
+        pooled = self._dispatch_pool(plans, bucket)
+        return InFlight(plan, plans, bucket, rows, sample_flat, constrained, asked, pooled, expert_loads=expert_loads)
 
-    def _run_loop(self, plan: StepPlan, bucket: Bucket, slots: SlotTable, flat: np.ndarray) -> InFlight:
-        """Starts several decode steps at once; sampling is part of it."""
-        steps = [r.total_len - r.prompt_len - plan.num_steps for r in plan.sampled]
-        layout = self.executor.sample_layouts[bucket.samples]
-        sample_flat = pack_sample(plan, bucket.samples, layout, slots, steps, False)
-        out = self.executor.execute(DecodeLoop(bucket, flat, sample_flat, plan.num_steps))
-        out.copy_to_host_async()
-        return InFlight(plan, bucket, sample_flat, (), [], None, loop_output=out, number=self.executor.num_sampled)
-
-    def _dispatch_pool(self, plan: StepPlan, bucket: Bucket) -> Any:
+    def _dispatch_pool(self, plans: Sequence[StepPlan], bucket: Bucket) -> Any:
         """Pools the chunks that ask for it, one row of the result a chunk; None where nobody does."""
-        if not any(c.request.spec.pooling for c in plan.chunks):
+        if not any(c.request.spec.pooling for part in plans for c in part.chunks):
             return None
-        weights = np.zeros((self.buckets.max_rows, bucket.tokens), np.float32)
-        at = bucket.decode
-        for row, chunk in enumerate(plan.chunks):
-            end = at + chunk.length
-            if chunk.request.spec.pooling == "mean":
-                weights[row, at:end] = 1.0
-            elif chunk.request.spec.pooling and chunk.start + chunk.length == chunk.request.prompt_len:
-                weights[row, end - 1] = 1.0
-            at += align(chunk.length)
-        return self.executor.execute(Pool(weights))
+        parts = []
+        for part in plans:
+            weights = np.zeros((self.buckets.max_rows, bucket.tokens), np.float32)
+            at = bucket.decode
+            for row, chunk in enumerate(part.chunks):
+                end = at + chunk.length
+                if chunk.request.spec.pooling == "mean":
+                    weights[row, at:end] = 1.0
+                elif chunk.request.spec.pooling and chunk.start + chunk.length == chunk.request.prompt_len:
+                    weights[row, end - 1] = 1.0
+                at += align(chunk.length)
+            parts.append(weights)
+        return self.executor.execute(Pool(_end_to_end(parts)))
 
-    def _dispatch_prompt_logprobs(self, plan: StepPlan, bucket: Bucket, chunk: Chunk) -> list[tuple[Chunk, int, Any]]:
-        """Scores the chunk's positions against the prompt tokens that follow them, PROMPT_LOGPROB_ROWS at a time."""
+    def _dispatch_prompt_logprobs(
+        self, plan: StepPlan, bucket: Bucket, chunk: Chunk
+    ) -> list[tuple[Chunk, int, int, Any]]:
+        """Scores the chunk's positions against the prompt tokens that follow them, PROMPT_LOGPROB_ROWS at a time.
+
+        Args:
+            plan: of the chunk's replica.
+        """
         request = chunk.request
         first = bucket.decode
         for other in plan.chunks:
@@ -132,18 +167,19 @@ class ModelRunner:
         parts = []
         for offset in range(0, len(targets), PROMPT_LOGPROB_ROWS):
             piece = targets[offset : offset + PROMPT_LOGPROB_ROWS]
-            rows = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
-            ids = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
-            rows[: len(piece)] = np.arange(first + offset, first + offset + len(piece))
-            ids[: len(piece)] = piece
-            parts.append((chunk, offset, self.executor.execute(PromptLogprobs(bucket.tokens, rows, ids))))
+            rows = np.zeros((self.executor.replicas, PROMPT_LOGPROB_ROWS), np.int32)
+            ids = np.zeros_like(rows)
+            rows[request.replica, : len(piece)] = np.arange(first + offset, first + offset + len(piece))
+            ids[request.replica, : len(piece)] = piece
+            command = PromptLogprobs(bucket.tokens, rows.reshape(-1), ids.reshape(-1))
+            parts.append((chunk, offset, request.replica, self.executor.execute(command)))
         return parts
 
     def dispatch_sample(self, step: InFlight, mask_SW: np.ndarray | None) -> None:
         """Starts the sampling part of the step dispatched last, unless the step has done it itself.
 
         Args:
-            mask_SW: int32 [bucket.samples, ceil(V/32)] where `step.constrained` is not empty.
+            mask_SW: from `new_mask`, where `step.constrained` is not empty.
         """
         if step.loop_output is not None:
             return
@@ -152,62 +188,91 @@ class ModelRunner:
         step.output, step.number = output, self.executor.num_sampled
 
     def new_mask(self, step: InFlight) -> np.ndarray:
-        """A mask that allows everything, for the step's rows."""
-        return np.full((step.bucket.samples, self.executor.mask_width), -1, np.int32)
+        """int32 [rows, ceil(V / 32)] that allows everything, for the step's rows."""
+        return np.full((self.executor.replicas * step.bucket.samples, self.executor.mask_width), -1, np.int32)
 
     def collect(self, step: InFlight) -> StepResult:
         """Waits for a step and reads what was asked for."""
         if step.loop_output is not None:
             found = np.asarray(step.loop_output)
             self.executor.sampled(step.number, found)
-            rows, steps = len(step.plan.sampled), step.plan.num_steps
-            tokens, finite = found[:, :steps, :rows]
+            # [2, steps, B] of each replica; a row of `rows` counts S of each, and B may be less.
+            samples, steps = step.bucket.samples, step.plan.num_steps
+            found = found.reshape(self.executor.replicas, 2, *found.shape[1:])
+            tokens, finite = np.moveaxis(found[step.rows // samples, :, :, step.rows % samples], 0, -1)[:, :steps]
             return StepResult(tokens, finite != 0)
         assert step.output is not None, "the step's sample was not dispatched"
         found = np.asarray(step.output.tokens_finite)
         self.executor.sampled(step.number, found)
-        tokens, finite = found
-        rows = len(step.plan.sampled)
+        tokens, finite = self._by_row(found)[:, step.rows]
         logprobs = None
         if any(r.spec.params.logprobs is not None for r in step.plan.sampled):
-            logprobs = self._read_logprobs(step)
+            logprobs = self._read_logprobs(step, tokens)
         if self.executor.store is not None:
             self.executor.store.settle()
         if step.expert_loads is not None:
-            loads = np.asarray(step.expert_loads).astype(np.int64)
+            loads = on_this_process(step.expert_loads).astype(np.int64)
+            layers = step.expert_loads.shape[0] // self.executor.replicas
+            loads = loads.reshape(-1, layers, loads.shape[-1]).sum(axis=0)
             self.expert_loads = loads if self.expert_loads is None else self.expert_loads + loads
         pooled = None
         if step.pooled_RD is not None:
             sums = np.asarray(step.pooled_RD)
-            chunks = enumerate(step.plan.chunks)
-            pooled = {c.request.request_id: sums[i] for i, c in chunks if c.request.spec.pooling}
-        return StepResult(tokens[:rows], finite[:rows] > 0, logprobs, self._read_prompt_logprobs(step), pooled)
+            pooled = {
+                c.request.request_id: sums[replica * self.buckets.max_rows + i]
+                for replica, part in enumerate(step.parts)
+                for i, c in enumerate(part.chunks)
+                if c.request.spec.pooling
+            }
+        return StepResult(tokens, finite > 0, logprobs, self._read_prompt_logprobs(step), pooled)
 
-    def _read_logprobs(self, step: InFlight) -> list[TokenLogprobs | None]:
+    def _by_row(self, found: np.ndarray) -> np.ndarray:
+        """[2, S] of each replica, end to end along the first axis, as [2, all rows]."""
+        replicas = self.executor.replicas
+        return found if replicas == 1 else found.reshape(replicas, 2, -1).swapaxes(0, 1).reshape(2, -1)
+
+    def _read_logprobs(self, step: InFlight, tokens: np.ndarray) -> list[TokenLogprobs | None]:
         out = step.output
         assert out is not None
-        tokens = np.asarray(out.tokens_finite)[0]
         host = [np.asarray(a) for a in (out.logprob_S, out.rank_S, out.top_ids_SN, out.top_values_SN)]
         entries: list[TokenLogprobs | None] = []
-        for row, request in enumerate(step.plan.sampled):
+        for row, token, request in zip(step.rows, tokens, step.plan.sampled, strict=True):
             count = request.spec.params.logprobs
-            entries.append(None if count is None else _entry(int(tokens[row]), count, row, *host))
+            entries.append(None if count is None else _entry(int(token), count, row, *host))
         return entries
 
     def _read_prompt_logprobs(self, step: InFlight) -> dict[str, list[TokenLogprobs]] | None:
         if not step.prompt_logprobs:
             return None
         found: dict[str, list[TokenLogprobs]] = {}
-        for chunk, offset, output in step.prompt_logprobs:
+        for chunk, offset, replica, output in step.prompt_logprobs:
             request = chunk.request
             host = [np.asarray(a) for a in output]
+            base = replica * PROMPT_LOGPROB_ROWS
             first = chunk.start + 1 + offset
             last = min(first + PROMPT_LOGPROB_ROWS, chunk.start + chunk.length + 1, request.prompt_len)
             count = request.spec.params.prompt_logprobs or 0
             found.setdefault(request.request_id, []).extend(
-                _entry(request.tokens[position], count, row, *host) for row, position in enumerate(range(first, last))
+                _entry(request.tokens[position], count, base + row, *host)
+                for row, position in enumerate(range(first, last))
             )
         return found
+
+
+def _rows(plan: StepPlan, plans: Sequence[StepPlan], bucket: Bucket) -> np.ndarray:
+    """Of each sampled request of `plan`, its row in what all replicas sample, int64."""
+    if len(plans) == 1:
+        return np.arange(len(plan.sampled))
+    row_of = {
+        r.request_id: replica * bucket.samples + i
+        for replica, part in enumerate(plans)
+        for i, r in enumerate(part.sampled)
+    }
+    return np.array([row_of[r.request_id] for r in plan.sampled], np.int64)
+
+
+def _end_to_end(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _entry(

@@ -27,6 +27,7 @@ from serving.engine.policy import (
     Foreground,
     WaitingQueue,
 )
+from serving.engine.replicas import Replicas
 from serving.engine.request import Request, RequestState
 from serving.engine.scheduler_config import Counters, SchedulerConfig
 from serving.engine.slots import SlotTable
@@ -45,12 +46,22 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.pool = PagePool(config.num_pages, config.page_size, config.enable_prefix_caching)
-        self.slots = SlotTable(config.max_num_seqs, -(-config.max_model_len // config.page_size), config.seed)
+        managers = [
+            KVManager(
+                PagePool(config.num_pages, config.page_size, config.enable_prefix_caching),
+                config.host_pages,
+                config.restore_page_s,
+                config.window,
+            )
+            for _ in range(config.replicas)
+        ]
+        self.kv = managers[0] if config.replicas == 1 else Replicas(managers)
+        self.pool = self.kv.pool
+        pages_per_slot = -(-config.max_model_len // config.page_size)
+        self.slots = SlotTable(config.max_num_seqs, pages_per_slot, config.seed, config.replicas)
         self.fair = FairShare() if config.fair_share else None
         self.foreground = Foreground() if config.policy == "priority" else None
         self.waiting = WaitingQueue(config.policy, self.fair)
-        self.kv = KVManager(self.pool, config.host_pages, config.restore_page_s, config.window)
         self.deadlines = Deadlines(config.max_waiting_time, config.max_running_time)
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}
@@ -119,23 +130,28 @@ class Scheduler:
         held = decode if self._hurries(unfinished) else []
         decode = [] if held else decode
         background = max(CHUNK_ALIGN, budget // BACKGROUND_SHARE)
-        builder = ChunkBuilder(
-            budget - len(decode), self.config.max_chunk_tokens, self.config.max_chunk_rows, background
-        )
+        rows = self._by_replica(decode)
+        builders = [
+            ChunkBuilder(budget - count, self.config.max_chunk_tokens, self.config.max_chunk_rows, background)
+            for count in rows
+        ]
         urgent = self._first_waiting_priority()
-        self._continue_prompts(builder, [r for r in unfinished if r.spec.priority <= urgent])
+        self._continue_prompts(builders, [r for r in unfinished if r.spec.priority <= urgent])
         # A step that took pages from somebody gives none to newcomers: they would be preempted in turn.
-        admitted = self._admit(builder, now) if preemptions == self.counters.preemptions else []
-        self._continue_prompts(builder, [r for r in unfinished if r.spec.priority > urgent])
-        if self.config.buckets is not None:
-            builder.shorten(self.config.buckets.chunk_tokens(builder.tokens, len(decode)))
-        if held and not builder.chunks:  # nobody could be admitted after all
+        admitted = self._admit(builders, now) if preemptions == self.counters.preemptions else []
+        self._continue_prompts(builders, [r for r in unfinished if r.spec.priority > urgent])
+        if self.config.buckets is not None:  # all replicas are padded to one bucket
+            tokens = self.config.buckets.chunk_tokens(max(b.tokens for b in builders), max(rows))
+            for builder in builders:
+                builder.shorten(tokens)
+        chunks = [chunk for builder in builders for chunk in builder.chunks]
+        if held and not chunks:  # nobody could be admitted after all
             decode, held = held, []
         self._hurried = self._hurried + 1 if held else 0
-        if not decode and not builder.chunks:
+        if not decode and not chunks:
             return None
-        num_steps = 1 if builder.chunks else self._lengthen(decode)
-        return self._commit(decode, builder.chunks, admitted, num_steps)
+        num_steps = 1 if chunks else self._lengthen(decode)
+        return self._commit(decode, chunks, admitted, num_steps)
 
     def retire(self, plan: StepPlan, result: StepResult, now: float | None = None) -> list[EngineOutput]:
         """Takes in what a dispatched step sampled: appends tokens, ends what has ended, frees what nothing writes any more."""
@@ -182,6 +198,7 @@ class Scheduler:
         compute, whose prompts were begun. One pass without properties: 256 requests a step come by here."""
         decode: list[Request] = []
         unfinished: list[Request] = []
+        rows = [0] * self.config.replicas
         page_size, max_len = self.config.page_size, self.config.max_model_len
         preemptions = self.counters.preemptions
         for request in self.running[:]:
@@ -195,11 +212,12 @@ class Scheduler:
             if request.tokens_left(max_len) <= 0:
                 self._spare_slot(request)
                 continue  # its last token is on its way
-            if len(decode) >= budget:
+            if rows[request.replica] >= budget:
                 continue
             if position // page_size >= len(request.pages) and not self._grow(request):
                 continue
             decode.append(request)
+            rows[request.replica] += 1
         if (
             self.counters.preemptions != preemptions
         ):  # a later row's need of a page may have cost an earlier row its own
@@ -216,29 +234,29 @@ class Scheduler:
         steps = min(most, *(r.tokens_left(self.config.max_model_len) for r in decode))
         size = self.config.page_size
         needed = [-(-(r.num_computed + steps) // size) - len(r.pages) for r in decode]
-        pages = self.kv.more(sum(needed)) if steps > 1 else None
+        pages = self.kv.more(decode, needed) if steps > 1 else None
         if pages is None:
             return 1
-        for request, count in zip(decode, needed, strict=True):
-            for _ in range(count):
-                self.slots.append_page(request, pages.pop())
+        for request, its in zip(decode, pages, strict=True):
+            for page in its:
+                self.slots.append_page(request, page)
         return steps
 
     def _grow(self, request: Request) -> bool:
         """One more page for a running request, preempting the least important other if there is none."""
-        pages = self.kv.more(1)
+        pages = self.kv.more([request], [1])
         if pages is None:
-            if self.kv.num_leaving == 0:
-                victim = self._least_important()
+            if self.kv.leaving_of(request) == 0:
+                victim = self._least_important(request.replica)
                 if victim is None:
                     return False
                 self._preempt(victim)
                 if victim is request:
                     return False
-            pages = self.kv.more(1)
+            pages = self.kv.more([request], [1])
             if pages is None:
                 return False  # the pages are free one step later, when nothing in flight can write them
-        self.slots.append_page(request, pages[0])
+        self.slots.append_page(request, pages[0][0])
         return True
 
     def _make_way(self) -> None:
@@ -258,9 +276,9 @@ class Scheduler:
             self._preempt(victim)
         self._short_of_pages = None
 
-    def _least_important(self) -> Request | None:
-        """Whom to preempt: nobody whose last token is on its way, because that gains nothing."""
-        candidates = (r for r in self.running if r.slot >= 0)
+    def _least_important(self, replica: int | None = None) -> Request | None:
+        """Whom to preempt (in one replica): nobody whose last token is on its way, because that gains nothing."""
+        candidates = (r for r in self.running if r.slot >= 0 and replica in (None, r.replica))
         return max(candidates, key=self.waiting.key, default=None)
 
     def _first_waiting_priority(self) -> float:
@@ -268,11 +286,11 @@ class Scheduler:
         head = self.waiting.head(1) if self.config.policy == "priority" else []
         return head[0].spec.priority if head else math.inf
 
-    def _continue_prompts(self, builder: ChunkBuilder, unfinished: list[Request]) -> None:
+    def _continue_prompts(self, builders: list[ChunkBuilder], unfinished: list[Request]) -> None:
         """Gives pieces to prompts that were begun."""
         for request in unfinished:
             if not request.num_pending:
-                builder.add(request, self._is_background(request))
+                builders[request.replica].add(request, self._is_background(request))
 
     def _hurries(self, unfinished: list[Request]) -> bool:
         """Whether the step is to be for prompts alone: an urgent one is to be computed while requests that are less urgent run,
@@ -286,17 +304,18 @@ class Scheduler:
     def _is_background(self, request: Request) -> bool:
         return self.foreground is not None and self.foreground.is_background(request)
 
-    def _admit(self, builder: ChunkBuilder, now: float) -> list[Request]:
+    def _admit(self, builders: list[ChunkBuilder], now: float) -> list[Request]:
         """Moves waiting requests into the batch: in policy order, passing over those that do not fit, within the ageing bound."""
         admitted: list[Request] = []
         passed: list[Request] = []
         for request in self._candidates():
             background = self._is_background(request)
-            if not builder.has_room(background) or not self.slots.num_free:
+            open_replicas = self._open_replicas(request, builders, background)
+            if not open_replicas:
                 break
             if request.num_pending:
                 continue  # preempted with a token in flight: its sequence is not complete yet
-            if not self._take_pages(request):
+            if not self._take_pages(request, open_replicas):
                 self._short_of_pages = self._short_of_pages or request
                 passed.append(request)
                 if request.passed_over >= MAX_PASSED_OVER:
@@ -309,7 +328,7 @@ class Scheduler:
             self.slots.acquire(request)
             self.running.append(request)
             admitted.append(request)
-            builder.add(request, background)
+            builders[request.replica].add(request, background)
             for other in passed:
                 other.passed_over += 1
         return admitted
@@ -333,10 +352,35 @@ class Scheduler:
                 request.passed_over += 1
         return ordered
 
-    def _take_pages(self, request: Request) -> bool:
+    def _open_replicas(self, request: Request, builders: list[ChunkBuilder], background: bool) -> list[int]:
+        """Replicas that have a slot and room in the step for the request, the best one first."""
+
+        def is_open(replica: int) -> bool:
+            return builders[replica].has_room(background) and self.slots.free_in(replica) > 0
+
+        if isinstance(self.kv, Replicas):
+            return self.kv.best(request, self._by_replica(self.running), is_open)
+        return [0] if is_open(0) else []
+
+    def _by_replica(self, requests: list[Request]) -> list[int]:
+        """How many of the requests are in each replica."""
+        if self.config.replicas == 1:
+            return [len(requests)]
+        counts = [0] * self.config.replicas
+        for request in requests:
+            counts[request.replica] += 1
+        return counts
+
+    def _take_pages(self, request: Request, replicas: list[int]) -> bool:
+        """Pages in the first of the replicas that has them; the request is of that one then."""
         # Growth room: without it an admission would be paid for by preempting somebody a few steps later.
-        reserve = min(len(self.running), self.pool.num_pages // 32)
-        return self.kv.admit(request, reserve)
+        running = self._by_replica(self.running)
+        for replica in replicas:
+            request.replica = replica
+            reserve = min(running[replica], self.config.num_pages // 32)
+            if self.kv.admit(request, reserve):
+                return True
+        return False
 
     def _count_first_admission(self, request: Request, now: float) -> None:
         request.scheduled_time = now

@@ -9,7 +9,7 @@ from serving.engine.buckets import BucketTable
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
-    """Sizes the scheduler keeps to.
+    """Sizes the scheduler keeps to; where there are several replicas, each one's.
 
     Attributes:
         max_num_seqs: slots.
@@ -26,6 +26,7 @@ class SchedulerConfig:
         window: positions that a token attends to, where every layer has a window; None where some layer sees all.
         max_waiting_time, max_running_time: seconds after which a request that waits for its first slot, or has had one,
             is ended.
+        replicas: how many replicas of the model there are to place requests in.
         buckets: what steps are padded to: the chunk part is cut so that it fills one. None: steps of any size cost the same
             a token.
     """
@@ -48,6 +49,7 @@ class SchedulerConfig:
     window: int | None = None
     max_waiting_time: float | None = None
     max_running_time: float | None = None
+    replicas: int = 1
     buckets: BucketTable | None = None
 
 

@@ -7,6 +7,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from models.api import CausalLM
 from ops import native
@@ -14,6 +15,7 @@ from ops.paged_attention import best_layout, bytes_per_page, least_page_size, us
 from serving.engine.chunks import CHUNK_ALIGN
 from serving.engine.config import EngineConfig
 from serving.engine.group import Meet
+from serving.engine.placement import num_replicas
 
 GIB = 1 << 30
 ACCELERATOR_FRACTION = 0.9
@@ -22,7 +24,7 @@ ACCELERATOR_FRACTION = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Resolved sizes of an engine."""
+    """Resolved sizes of an engine; of each replica, where its mesh holds several."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -69,13 +71,14 @@ def resolve_sizes(
     model: CausalLM,
     max_positions: int,
     dtype: str,
-    devices: int,
+    mesh: Mesh | None,
     meet: Meet | None = None,
     platform: str | None = None,
 ) -> Sizes:
     """Fills in what the configuration leaves open.
 
     Args:
+        mesh: its replicas share evenly what the configuration gives; None for a single device.
         meet: with several processes, `Group.least`: the one with the least memory decides.
         platform: where the pages will be; None for where this process is.
 
@@ -83,14 +86,15 @@ def resolve_sizes(
         ValueError: sizes that contradict each other, with both numbers and the flag to change.
     """
     cpu = jax.default_backend() == "cpu"
-    seqs = config.max_num_seqs or (64 if cpu else 256)
-    budget = config.max_num_batched_tokens or (1024 if cpu else 4096)
+    replicas, devices = num_replicas(mesh), 1 if mesh is None else mesh.size
+    seqs = -(-(config.max_num_seqs or (64 if cpu else 256)) // replicas)
+    budget = -(-(config.max_num_batched_tokens or (1024 if cpu else 4096)) // replicas)
     budget = max(CHUNK_ALIGN, budget // CHUNK_ALIGN * CHUNK_ALIGN)
     if budget < seqs + CHUNK_ALIGN:
         if config.max_num_batched_tokens is not None and config.max_num_seqs is not None:
             raise ValueError(
-                f"max_num_batched_tokens is {config.max_num_batched_tokens}; with max_num_seqs {seqs} it must be at least "
-                f"{seqs + CHUNK_ALIGN}, or a full batch of decodes would leave no room for prompts."
+                f"max_num_batched_tokens is {config.max_num_batched_tokens}; with max_num_seqs {config.max_num_seqs} it must "
+                f"be at least {replicas * (seqs + CHUNK_ALIGN)}, or a full batch of decodes would leave no room for prompts."
             )
         if config.max_num_seqs is None:
             seqs = max(1, budget - CHUNK_ALIGN)
@@ -110,10 +114,10 @@ def resolve_sizes(
     memory = config.kv_cache_memory or default_kv_memory(devices)
     if meet is not None:
         memory = meet("KV cache memory", memory)
-    num_pages = min(most, memory // page_bytes)
+    num_pages = min(most, memory // replicas // page_bytes)
     fits = (num_pages - 1) * page_size
     if fits < 2 * page_size or (config.max_model_len and fits < config.max_model_len):
-        need = (-(-(config.max_model_len or 2 * page_size) // page_size) + 1) * page_bytes
+        need = (-(-(config.max_model_len or 2 * page_size) // page_size) + 1) * page_bytes * replicas
         raise ValueError(
             f"the KV cache may take {memory / GIB:.2f} GiB, which holds {max(fits, 0)} tokens; one sequence of "
             f"max_model_len needs {need / GIB:.2f} GiB. Raise --kv-cache-memory or lower --max-model-len."

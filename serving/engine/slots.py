@@ -10,12 +10,19 @@ from serving.engine.request import Request
 
 
 class SlotTable:
-    """Free slots, page tables and sampling parameters. Row `num_slots` is a dummy that padding rows use."""
+    """Free slots, page tables and sampling parameters. Row `num_slots` is a dummy that padding rows use.
 
-    def __init__(self, num_slots: int, pages_per_slot: int, seed: int = 0) -> None:
-        self.num_slots = num_slots
-        rows = num_slots + 1
-        self._free = list(range(num_slots - 1, -1, -1))
+    Args:
+        num_slots: of each replica. Replica r has the slots from r * num_slots on.
+    """
+
+    def __init__(self, num_slots: int, pages_per_slot: int, seed: int = 0, replicas: int = 1) -> None:
+        self.per_replica = num_slots
+        self.num_slots = num_slots * replicas
+        rows = self.num_slots + 1
+        self._free = [
+            list(range((replica + 1) * num_slots - 1, replica * num_slots - 1, -1)) for replica in range(replicas)
+        ]
         self._seeds = np.random.default_rng(seed)
         self.pages = np.zeros((rows, pages_per_slot), np.int32)
         self.temperature = np.zeros(rows, np.float32)
@@ -32,11 +39,19 @@ class SlotTable:
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return sum(map(len, self._free))
+
+    def free_in(self, replica: int) -> int:
+        """Free slots of one replica."""
+        return len(self._free[replica])
+
+    def on_device(self, rows: np.ndarray) -> np.ndarray:
+        """int32 rows as a replica's device state counts them: its slots, and then its own dummy."""
+        return np.where(rows == self.num_slots, self.per_replica, rows % self.per_replica).astype(np.int32)
 
     def acquire(self, request: Request) -> None:
-        """Gives the request a slot and writes its row."""
-        slot = self._free.pop()
+        """Gives the request a slot of its replica and writes its row."""
+        slot = self._free[request.replica].pop()
         request.slot = slot
         p = request.spec.params
         self.temperature[slot] = p.temperature
@@ -71,7 +86,8 @@ class SlotTable:
         Steps in flight may still use the row, but only what a step is packed from changes here, and the device's rows are
         rewritten by later steps, which the arrays that they share put in order.
         """
-        if request.slot in self._free or request.slot < 0:
+        free = self._free[request.replica]
+        if request.slot in free or request.slot < 0:
             raise RuntimeError(f"slot {request.slot} of request {request.request_id} released twice")
-        self._free.append(request.slot)
+        free.append(request.slot)
         request.slot = -1

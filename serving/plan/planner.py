@@ -12,6 +12,7 @@ from typing import Any
 from models.loading.load import parameters_of
 from ops.paged_attention import least_page_size
 from serving.engine.buckets import Bucket
+from serving.engine.placement import num_replicas
 from serving.engine.sizing import ACCELERATOR_FRACTION, Sizes
 from serving.plan.chips import Target, devices
 from serving.plan.measure import Measured, extrapolate, measure
@@ -104,7 +105,8 @@ class Plan:
     temporaries: int
     code: int
     usable: int
-    num_pages: int
+    replicas: int
+    num_pages: int  # of each replica
     max_concurrent: int
     steps: tuple[Step, ...]
     decode_seconds: float | None
@@ -124,8 +126,8 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Positions that the pool holds."""
-        return max(self.num_pages - 1, 0) * self.request.page_size
+        """Positions that the pools of all replicas hold."""
+        return self.replicas * max(self.num_pages - 1, 0) * self.request.page_size
 
     @property
     def decode_tokens_per_second(self) -> float | None:
@@ -147,10 +149,10 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     kv_dtype = request.dtype if request.kv_dtype == "auto" else request.kv_dtype
     page_size = max(request.page_size, least_page_size(kv_dtype, request.target.platform))
     request = dataclasses.replace(request, kv_dtype=kv_dtype, page_size=page_size)
-    sizes = Sizes(
-        request.max_num_seqs, request.max_num_batched_tokens, request.max_model_len, PROBE_PAGES, request.page_size, 0, kv_dtype
-    )  # fmt: skip
     mesh = make_mesh(request.mesh, devices(request.target))
+    replicas = num_replicas(mesh)
+    seqs, budget = -(-request.max_num_seqs // replicas), -(-request.max_num_batched_tokens // replicas)
+    sizes = Sizes(seqs, budget, request.max_model_len, PROBE_PAGES, request.page_size, 0, kv_dtype)
 
     def runner(num_layers: int) -> AbstractEngine:
         model = abstract_model(
@@ -172,15 +174,15 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     weights, state = whole.weight_bytes_on_device, whole.state_bytes
     free = usable - weights - state - int(temporaries) - int(code)
     num_pages = max(0, free // whole.kv_bytes_a_page)
-    num_pages = min(num_pages, request.max_num_seqs * whole.shapes.pages_per_slot + 1)
-    concurrent_requests = min(request.max_num_seqs, max(num_pages - 1, 0) * request.page_size // request.context)
+    num_pages = min(num_pages, seqs * whole.shapes.pages_per_slot + 1)
+    concurrent_requests = min(seqs, max(num_pages - 1, 0) * request.page_size // request.context)
 
     steps = tuple(_step(name, measured[name], whole, request) for name in names)
     by_name = {step.name: step for step in steps}
     decode = whole.shapes.buckets.find(max(concurrent_requests, 1), 0, 0)
     decode_seconds = ttft = None
     if f"forward {decode}" not in by_name:
-        decode = whole.shapes.buckets.find(request.max_num_seqs, 0, 0)
+        decode = whole.shapes.buckets.find(seqs, 0, 0)
     forward, sample = by_name[f"forward {decode}"], by_name[f"sample {decode.samples}"]
     decode_seconds = forward.seconds + sample.seconds
     ttft = None if request.decode_only else _ttft(request, whole, by_name)
@@ -194,8 +196,9 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
         temporaries=int(temporaries),
         code=int(code),
         usable=usable,
+        replicas=replicas,
         num_pages=num_pages,
-        max_concurrent=concurrent_requests,
+        max_concurrent=concurrent_requests * replicas,
         steps=steps,
         decode_seconds=decode_seconds,
         ttft_seconds=ttft,
@@ -214,10 +217,11 @@ def _names(runner: AbstractEngine, request: Request) -> list[str]:
     if request.every_bucket:
         return sorted(runner.programs(), key=lambda name: (not name.startswith("forward"), name))
     buckets = runner.shapes.buckets
-    full = buckets.find(request.max_num_seqs, 0, 0)
+    seqs = runner.sizes.max_num_seqs
+    full = buckets.find(seqs, 0, 0)
     if request.decode_only:
         return [f"forward {full}", f"sample {full.samples}"]
-    mixed = buckets.find(request.max_num_seqs, buckets.max_chunk, buckets.max_rows)
+    mixed = buckets.find(seqs, buckets.max_chunk, buckets.max_rows)
     prompt = _prompt_bucket(runner, request)
     forwards = dict.fromkeys(f"forward {b}" for b in (full, prompt, mixed))
     samples = dict.fromkeys(f"sample {b.samples}" for b in (full, prompt, mixed))

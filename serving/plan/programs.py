@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from models import registry
 from models.config import ModelConfig
@@ -20,7 +20,7 @@ from ops.linear import Int8Weight, quantize
 from ops.linear.weights import BLOCK, pack_int8
 from ops.paged_attention import pages
 from serving.engine.compiling import Program
-from serving.engine.placement import placed
+from serving.engine.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, placed
 from serving.engine.program_list import StepShapes, list_programs
 from serving.engine.programs import SplitModel
 from serving.engine.sizing import Sizes
@@ -138,8 +138,9 @@ def abstract_kv(model: Any, num_pages: int, page_size: int, dtype: str, mesh: Me
         make = functools.partial(pages.allocate, spec, num_pages, page_size, dtype, server_mesh, layout)
         kv = jax.eval_shape(make)
         kv = dataclasses.replace(kv, platform=platform)
-        heads = PartitionSpec(None, "model") if kv.sharded else PartitionSpec()
-        place = NamedSharding(mesh, heads) if server_mesh is not None else SingleDeviceSharding(mesh.devices.flat[0])
+        place: Any = NamedSharding(mesh, kv.placement)
+        if server_mesh is None:
+            place = SingleDeviceSharding(mesh.devices.flat[0])
         made[spec] = jax.tree.map(
             lambda leaf, place=place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), kv
         )
@@ -164,22 +165,24 @@ class AbstractEngine:
         self._server_mesh = mesh if mesh.size > 1 else None
         self._split, self.leaves = SplitModel.split(model)
         self.kv = abstract_kv(model, sizes.num_pages, sizes.page_size, sizes.kv_dtype, mesh)
-        everywhere: Any = SingleDeviceSharding(mesh.devices.flat[0])
+        replicas = num_replicas(mesh)
+        place: Any = SingleDeviceSharding(mesh.devices.flat[0])
         if self._server_mesh is not None:
-            everywhere = NamedSharding(mesh, PartitionSpec())
+            place = NamedSharding(mesh, BY_REPLICA if replicas > 1 else EVERYWHERE)
         self.state = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-            jax.eval_shape(lambda: DeviceState.zeros(sizes.max_num_seqs, model.vocab_size)),
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            jax.eval_shape(lambda: DeviceState.zeros(replicas * (sizes.max_num_seqs + 1) - 1, model.vocab_size)),
         )
 
     def programs(self) -> dict[str, Program]:
         """Every program of the server by name, its arguments placed on the mesh."""
-        listed = list_programs(self._split, self.leaves, self.kv, self.state, self.shapes)
+        kv, state = jax.tree.map(lambda array: of_one(self._server_mesh, array), (self.kv, self.state))
+        listed = list_programs(self._split, self.leaves, kv, state, self.shapes)
         return {program.name: placed(self._server_mesh, program) for program in listed.programs}
 
     @property
     def kv_bytes_a_page(self) -> int:
-        """Bytes of one page of every layer on one device."""
+        """Bytes of one page of every layer on one device of its replica."""
         return sum(bytes_on_device(leaf) for leaf in jax.tree.leaves(self.kv)) // self.sizes.num_pages
 
     @property

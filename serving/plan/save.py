@@ -58,7 +58,7 @@ def save(plan: Plan, folder: pathlib.Path, on_done: Callable[[int, int], None] |
         model,
         model_config.max_positions,
         request.dtype,
-        target.num_devices,
+        mesh,
         platform=target.platform,
     )
     engine = AbstractEngine(model, sizes, mesh)

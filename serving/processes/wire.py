@@ -29,8 +29,9 @@ def encode(command: commands.Command) -> pb.Command:
                 bucket=_bucket(bucket), forward=forward.tobytes(), sample=sample.tobytes(), steps=steps
             )
             return pb.Command(decode_loop=loop)
-        case commands.LoadSlot(slot, seen, ids, values, banned):
+        case commands.LoadSlot(replica, slot, seen, ids, values, banned):
             load = pb.LoadSlot(
+                replica=replica,
                 slot=slot,
                 seen=seen.tobytes(),
                 bias_ids=ids.tobytes(),
@@ -66,6 +67,7 @@ def decode(message: pb.Command) -> commands.Command:
         case "load_slot":
             m = message.load_slot
             return commands.LoadSlot(
+                m.replica,
                 m.slot,
                 np.frombuffer(m.seen, np.int16),
                 np.frombuffer(m.bias_ids, np.int32),

@@ -144,18 +144,20 @@ class DecodeLoop(_message.Message):
     def __init__(self, bucket: _Optional[_Union[Bucket, _Mapping]] = ..., forward: _Optional[bytes] = ..., sample: _Optional[bytes] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class LoadSlot(_message.Message):
-    __slots__ = ("slot", "seen", "bias_ids", "bias_values", "banned_ids")
+    __slots__ = ("replica", "slot", "seen", "bias_ids", "bias_values", "banned_ids")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
     SEEN_FIELD_NUMBER: _ClassVar[int]
     BIAS_IDS_FIELD_NUMBER: _ClassVar[int]
     BIAS_VALUES_FIELD_NUMBER: _ClassVar[int]
     BANNED_IDS_FIELD_NUMBER: _ClassVar[int]
+    replica: int
     slot: int
     seen: bytes
     bias_ids: bytes
     bias_values: bytes
     banned_ids: bytes
-    def __init__(self, slot: _Optional[int] = ..., seen: _Optional[bytes] = ..., bias_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., banned_ids: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, replica: _Optional[int] = ..., slot: _Optional[int] = ..., seen: _Optional[bytes] = ..., bias_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., banned_ids: _Optional[bytes] = ...) -> None: ...
 
 class Pool(_message.Message):
     __slots__ = ("tokens", "weights")

@@ -68,16 +68,16 @@ class FakeDevice:
         c = scheduler.config
         self.scheduler = scheduler
         self.size = c.page_size
-        self.kv = np.full((c.num_pages, c.page_size), -1, np.int64)
-        self.last_token = np.full(c.max_num_seqs + 1, -1, np.int64)
+        self.kv = np.full((c.replicas, c.num_pages, c.page_size), -1, np.int64)
+        self.last_token = np.full(c.replicas * c.max_num_seqs + 1, -1, np.int64)
         self.host: dict[bytes, np.ndarray] = {}
 
     def forward(self, plan: StepPlan) -> Dispatched:
         """Writes, as the first half of a step of the model does."""
         for page, digest in plan.spilled:
-            self.host[digest] = self.kv[page].copy()
+            self.host[digest] = self.kv[0, page].copy()
         for page, digest in plan.restored:
-            self.kv[page] = self.host[digest]
+            self.kv[0, page] = self.host[digest]
         for digest in plan.dropped:
             del self.host[digest]
         slots = self.scheduler.slots
@@ -109,11 +109,11 @@ class FakeDevice:
         step.tokens = np.asarray(tokens if step.plan.num_steps > 1 else tokens[0], np.int32)
 
     def write(self, work) -> None:
-        for _, pages, _, positions, _ in work:
+        for request, pages, _, positions, _ in work:
             for position, token in positions:
                 page = pages[position // self.size]
                 assert page != 0, "a real token is written to the null page"
-                self.kv[page, position % self.size] = token
+                self.kv[request.replica, page, position % self.size] = token
 
     def sample_rows(self, work) -> list[int]:
         """One sampled token for each row that samples."""
@@ -121,7 +121,7 @@ class FakeDevice:
         for request, pages, slot, positions, samples in work:
             if samples:
                 length = positions[-1][0] + 1
-                context = self.kv[pages[: -(-length // self.size)]].reshape(-1)[:length].tolist()
+                context = self.kv[request.replica, pages[: -(-length // self.size)]].reshape(-1)[:length].tolist()
                 first = 0 if window is None else max(0, length - window)
                 assert -1 not in context[first:], "attention reads a position that was never written"
                 token = next_token(context)

@@ -1,6 +1,7 @@
 """Run as `python -m tests.serving.engine.mesh_run FOLDER`: the same requests on several meshes of four CPU devices.
 
-Prints a JSON object: mesh -> {"tokens": of each request, "collectives": of each program, by kind}.
+Prints a JSON object: model -> mesh -> {"tokens": of each request, "numbers": of some, "collectives": of each program, by
+kind and by the axes they cross, "hits": prompt tokens found in a cache, "placed": how many requests each replica ran}.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import json
+import math
 import pathlib
 import re
 import sys
@@ -17,8 +19,11 @@ import jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time; what is counted is the same
 
-from models.config import ModelConfig, RopeConfig  # noqa: E402
+import numpy as np  # noqa: E402
+
+from models.config import ModelConfig, MoEConfig, RopeConfig  # noqa: E402
 from models.dummy import random_model  # noqa: E402
 from models.layers import Build  # noqa: E402
 from models.loading import orbax  # noqa: E402
@@ -34,74 +39,174 @@ from serving.engine.sizing import Sizes  # noqa: E402
 from serving.engine.types import EngineInfo, EngineRequest  # noqa: E402
 from sharding.mesh import make_mesh  # noqa: E402
 
-MESHES = ("model=1", "model=4", "data=2,model=2")
 LAYERS = 2
-CONFIG = ModelConfig(
-    "LlamaForCausalLM", 256, LAYERS, 48, 96, 9, 3, 16, 256, 1e-5, rope=RopeConfig(10000.0, 16)
-)  # 9 and 3 heads: neither mesh divides them
-SIZES = Sizes(2, 32, 128, 60, 8, 0, "float32")
-COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
+ROPE = RopeConfig(10000.0, 16)
+MODELS = {
+    # 9 and 3 heads: no mesh divides them
+    "dense": ModelConfig("LlamaForCausalLM", 256, LAYERS, 48, 96, 9, 3, 16, 256, 1e-5, rope=ROPE),
+    "moe": ModelConfig(
+        "MixtralForCausalLM",
+        256,
+        LAYERS,
+        48,
+        64,
+        4,
+        2,
+        16,
+        256,
+        1e-5,
+        rope=ROPE,
+        moe=MoEConfig(4, 2, 64, (True,) * LAYERS, normalize=True),
+    ),
+}
+MESHES = {
+    "dense": ("model=1", "model=2", "model=4", "data=2,model=2", "data=4"),
+    "moe": ("model=1", "expert=2,model=2"),
+}
+SIZES = Sizes(2, 32, 128, 60, 8, 0, "float32")  # of each replica
+COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(.*?"
+    r"(?:replica_groups|source_target_pairs)=(?:(?P<listed>\{\{[\d,{}]*\}\})"
+    r"|\[(?P<shape>[\d,]+)\]<=\[(?P<iota>[\d,]+)\](?:T\((?P<turn>[\d,]+)\))?"
+    r"|mesh\[(?P<axes>[^\]]*)\](?:, device_ids=\(\[(?P<ids>[\d,]+)\](?:T\((?P<turned>[\d,]+)\))?\))? \{(?P<used>[^}]*)\})"
+)
 
 
-def model_on(folder: pathlib.Path, mesh: jax.sharding.Mesh | None):
+def model_on(folder: pathlib.Path, config: ModelConfig, mesh: jax.sharding.Mesh | None):
     """The saved model on a mesh, loaded as a server loads it."""
     build = Build(mesh=mesh, max_model_len=256)
-    model = random_model(CONFIG, build, seed=7)  # for its structure; every parameter is replaced
+    model = random_model(config, build, seed=7)  # for its structure; every parameter is replaced
     parameters = dict(parameters_of(model))
     for path, value in orbax.restore(folder, parameters, build).items():
         parameters[path].set_value(value)
     return model
 
 
-def make_engine(folder: pathlib.Path, text: str) -> Engine:
+def make_engine(folder: pathlib.Path, config: ModelConfig, text: str) -> Engine:
     mesh = make_mesh(text)
-    executor = Executor(model_on(folder, mesh), SIZES, ProgramCache(None, ""), mesh=mesh if mesh.size > 1 else None)
+    executor = Executor(
+        model_on(folder, config, mesh), SIZES, ProgramCache(None, ""), mesh=mesh if mesh.size > 1 else None
+    )
     executor.compile()
     runner = ModelRunner(executor)
     rows, tokens = runner.buckets.max_rows, runner.buckets.max_chunk
-    scheduler = Scheduler(SchedulerConfig(2, 32, tokens, rows, 128, 8, 60))
+    scheduler = Scheduler(SchedulerConfig(2, 32, tokens, rows, 128, 8, 60, replicas=executor.replicas))
     info = EngineInfo(
         "tiny", "LlamaForCausalLM", 256, 128, 2, 32, 8, 60, "float32", None, text, "cpu", "test"
     )  # fmt: skip
-    config = EngineConfig(page_size=8, progress=False)
-    engine = Engine(config, SimpleNamespace(source=None, generation_config={}), runner, scheduler, info)
+    engine = Engine(
+        EngineConfig(page_size=8, progress=False),
+        SimpleNamespace(source=None, generation_config={}),
+        runner,
+        scheduler,
+        info,
+    )
     engine.loop.start()
     return engine
 
 
-async def answers(engine: Engine) -> list[list[int]]:
-    """Greedy answers to more requests than run at once; the first three share two pages of their prompts."""
+async def answers(engine: Engine) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy answers to more requests than run at once; the first four share two pages of their prompts. And numbers that
+    were asked for beside them: log probabilities of prompts and completions, and embeddings."""
     shared = [(7 * i) % 250 for i in range(19)]
-    prompts = [[*shared, i, i + 1] for i in range(3)] + [[11, 5, 200 + i] * (1 + 9 * i) for i in range(3)]
+    prompts = [[*shared, i, i + 1] for i in range(4)] + [[11, 5, 200 + i] * (1 + 9 * (i % 3)) for i in range(8)]
 
     async def one(index: int, prompt: list[int]) -> list[int]:
-        request = EngineRequest(
-            f"r{index}", tuple(prompt), SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-        )
+        params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+        if index == 5:  # what the host masks is masked in its own row
+            params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, allowed_token_ids=(3, 5, 8))
+        if index == 6:  # and what a slot keeps on the device is that slot's
+            params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, repetition_penalty=1.7)
+        request = EngineRequest(f"r{index}", tuple(prompt), params)
         return [token async for output in engine.client.generate(request) for token in output.token_ids]
 
+    async def numbers_of(index: int, prompt: list[int]) -> list[float]:
+        if index % 2:
+            return (await engine.client.embed(f"e{index}", tuple(prompt), pooling="mean")).tolist()
+        params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+        request = EngineRequest(f"n{index}", tuple(prompt), params)
+        found = []
+        async for output in engine.client.generate(request):
+            found += [entry for entry in (*(output.prompt_logprobs or ()), *(output.logprobs or ())) if entry]
+        return [entry.logprob for entry in found]
+
     first = await one(0, prompts[0])  # alone, so that its pages are there to share
-    return [first, *await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts[1:], 1)))]
+    tokens = asyncio.gather(*(one(i, p) for i, p in enumerate(prompts[1:], 1)))
+    beside = asyncio.gather(*(numbers_of(i, p) for i, p in enumerate(prompts[2:8])))
+    return [first, *await tokens], await beside
 
 
-def collectives(engine: Engine) -> dict[str, dict[str, int]]:
-    """How many of each kind the forward programs hold."""
+def numbers(text: str | None) -> list[int]:
+    return [int(i) for i in text.split(",")] if text else []
+
+
+def groups_of(found: re.Match[str], size: int) -> list[list[int]]:
+    """Which devices a collective joins, from any of XLA's three ways to write it."""
+    if found["listed"]:
+        return [numbers(group) for group in found["listed"][2:-2].split("},{")]
+    if found["shape"]:
+        ids = np.arange(size).reshape(numbers(found["iota"])).transpose(numbers(found["turn"]) or None)
+        return ids.reshape(numbers(found["shape"])).tolist()
+    axes = dict(re.findall(r"'(\w+)'=(\d+)", found["axes"]))
+    ids = np.arange(size).reshape(numbers(found["ids"]) or size).transpose(numbers(found["turned"]) or None)
+    ids = ids.reshape([int(extent) for extent in axes.values()])
+    used = [list(axes).index(name) for name in re.findall(r"'(\w+)'", found["used"])]
+    others = [axis for axis in range(ids.ndim) if axis not in used]
+    return ids.transpose(others + used).reshape(-1, math.prod(ids.shape[axis] for axis in used)).tolist()
+
+
+def axes_of(found: re.Match[str], mesh: jax.sharding.Mesh) -> str:
+    """The mesh axes that a collective crosses: "model", "data+model", ..."""
+    crossed = set()
+    for group in groups_of(found, mesh.size):
+        places = np.unravel_index(group, mesh.devices.shape)
+        crossed |= {name for name, along in zip(mesh.axis_names, places, strict=True) if len(set(along)) > 1}
+    return "+".join(sorted(crossed))
+
+
+def collectives(engine: Engine, mesh: jax.sharding.Mesh) -> dict[str, dict[str, int]]:
+    """How many collectives of each kind and each set of axes the programs hold."""
     found = {}
     for name, program in engine.runner.executor.programs.items():
-        if name.startswith("forward"):
-            found[name] = dict(collections.Counter(COLLECTIVE.findall(program.as_text())))
+        if name.startswith(("forward", "sample")):
+            counts = collections.Counter()
+            for match in COLLECTIVE.finditer(program.as_text()):
+                counts[f"{match[1]} over {axes_of(match, mesh)}"] += 1
+            found[name] = dict(counts)
     return found
 
 
+def run(folder: pathlib.Path, config: ModelConfig, text: str) -> dict:
+    engine = make_engine(folder, config, text)
+    placed = collections.Counter()
+    schedule = engine.scheduler.schedule
+
+    def noting(*args):
+        plan = schedule(*args)
+        for request in plan.admitted if plan is not None else ():
+            placed[request.replica] += 1
+        return plan
+
+    engine.scheduler.schedule = noting
+    tokens, beside = asyncio.run(answers(engine))
+    engine.shutdown()
+    engine.runner.guard.check()
+    assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_pages - 1, "pages leaked"
+    return {
+        "tokens": tokens,
+        "numbers": beside,
+        "collectives": collectives(engine, make_mesh(text)),
+        "hits": engine.scheduler.counters.prefix_hits,
+        "placed": [placed[replica] for replica in range(engine.runner.executor.replicas)],
+    }
+
+
 def main(folder: pathlib.Path) -> None:
-    plain = random_model(CONFIG, Build(max_model_len=256), seed=3)
-    orbax.save(folder / "model", dict(parameters_of(plain)), hf_config={}, generation_config={}, model_id="tiny")
     results = {}
-    for mesh in MESHES:
-        engine = make_engine(folder / "model", mesh)
-        results[mesh] = {"tokens": asyncio.run(answers(engine)), "collectives": collectives(engine)}
-        engine.shutdown()
-        engine.runner.guard.check()
+    for name, config in MODELS.items():
+        plain = random_model(config, Build(max_model_len=256), seed=3)
+        orbax.save(folder / name, dict(parameters_of(plain)), hf_config={}, generation_config={}, model_id="tiny")
+        results[name] = {text: run(folder / name, config, text) for text in MESHES[name]}
     print(json.dumps(results))
 
 

@@ -69,7 +69,7 @@ def test_without_native_kernels_pages_are_float32(monkeypatch):
 def sizes(platform, **options):
     options = {"dtype": "bfloat16", "max_num_seqs": 4, "max_model_len": 256, "kv_cache_memory": 1 << 24} | options
     config = EngineConfig(**options)
-    return resolve_sizes(config, Layers((PLAIN,)), 1024, "bfloat16", 1, platform=platform)  # pyright: ignore[reportArgumentType]
+    return resolve_sizes(config, Layers((PLAIN,)), 1024, "bfloat16", None, platform=platform)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("dtype,least", [("bfloat16", 16), ("float8_e4m3fn", 32), ("int8", 128), ("float32", 16)])

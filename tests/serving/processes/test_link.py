@@ -77,7 +77,7 @@ def meet(leader, *followers, value=0):
 def some_commands():
     words = np.arange(6, dtype=np.int32)
     return [
-        commands.LoadSlot(3, np.array([1, 2], np.int16), words, words.astype(np.float32) / 3, words[:2]),
+        commands.LoadSlot(1, 3, np.array([1, 2], np.int16), words, words.astype(np.float32) / 3, words[:2]),
         commands.Forward(Bucket(2, 64, 4), words),
         commands.PromptLogprobs(66, words, words[::-1].copy()),
         commands.Pool(np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 6)),
