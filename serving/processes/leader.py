@@ -183,6 +183,8 @@ class Leader(rpc.ProcessesServicer):
             except queue.Empty:
                 message = pb.FollowResponse(heartbeat=pb.Heartbeat())
             if message is None:
+                if self._stopping:  # JAX aborts a process whose coordinator is gone: the follower has to go first
+                    follower.ended.wait(STOP_S)
                 return
             yield message
 
@@ -215,6 +217,7 @@ class Leader(rpc.ProcessesServicer):
                         self._compare(follower.index, message.sampled.number, message.sampled.digest)
                     case "end":
                         reason = f"process {follower.index} ended: {message.end.reason}"
+                        break
         except Exception:  # grpc gives the iterator's end as various errors
             pass
         follower.ended.set()

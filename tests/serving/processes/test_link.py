@@ -25,6 +25,12 @@ LONG = Patience(silence=60.0, step=60.0)
 SHORT = Patience(silence=60.0, step=0.2)
 
 
+@pytest.fixture(autouse=True)
+def short_goodbyes(monkeypatch):
+    """Followers of these tests are no processes that end: a leader need not wait for it."""
+    monkeypatch.setattr("serving.processes.leader.STOP_S", 0.1)
+
+
 class Loss:
     """What a side was told about its end."""
 
@@ -119,6 +125,20 @@ def test_commands_arrive_in_order_everywhere_and_peace_ends_them():
                 same(a, b)
             follower.close()
         assert not loss.reasons
+
+
+def test_a_leader_goes_after_its_followers(monkeypatch):
+    monkeypatch.setattr("serving.processes.leader.STOP_S", 60.0)
+    with leading() as (leader, loss, address):
+        follower, _ = following(address)
+        meet(leader, follower)
+        stopping = threading.Thread(target=leader.stop)
+        stopping.start()
+        assert list(follower.commands()) == []
+        assert stopping.is_alive(), "the follower still is"
+        follower.close()
+        stopping.join(30)
+        assert not stopping.is_alive() and not loss.reasons
 
 
 def test_other_flags_are_refused_on_both_sides():
