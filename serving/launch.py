@@ -28,7 +28,7 @@ from serving.reliability.supervisor import Supervisor
 from serving.reliability.watchdog import StalledError, Watchdog
 
 if TYPE_CHECKING:
-    from serving.engine.engine import Engine
+    from serving.engine.start import AnyEngine
     from serving.frontends.grpc.server import GrpcServer
     from serving.service import TextService
     from serving.startup import Started
@@ -63,7 +63,7 @@ class Server:
         self._reported = False
         self._lost = asyncio.Event()
         self._loss = ""
-        self._engine: Engine | None = None
+        self._engine: AnyEngine | None = None
 
     async def run(self) -> int:
         """Returns the exit status: 0 after a stop that was asked for, 1 when start or engine failed."""
@@ -204,8 +204,7 @@ class Server:
                 loop.call_soon_threadsafe(time.sleep, seconds)
 
             engine.loop.runner = FaultyRunner(engine.loop.runner, faults, block)
-        engine_loop: Any = getattr(engine, "loop", None)
-        if not self._args.watchdog_timeout or not hasattr(engine_loop, "busy_since"):
+        if not self._args.watchdog_timeout:
             return
 
         def on_stall(error: StalledError) -> None:
@@ -214,7 +213,7 @@ class Server:
                 self._report(engine, error)
 
         Watchdog(
-            lambda: engine_loop.busy_since,
+            lambda: engine.busy_since,
             self._args.watchdog_timeout,
             on_stall,
             lambda: os._exit(EXIT_STALLED),

@@ -17,7 +17,7 @@ from serving.engine.config import EngineConfig
 from serving.engine.encoder_queue import EncoderQueue, Job
 from serving.engine.encoder_runner import POOLINGS, EncoderRunner, Text
 from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
-from serving.errors import ErrorKind, RequestError, invalid
+from serving.errors import DIED, ErrorKind, RequestError, invalid
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class EncoderEngine:
         generation_config: empty.
         failure: what killed the engine, or None.
         runner: owns weights and programs.
+        busy_since: time.monotonic() seconds at which the batch that runs began, or None. What a watchdog looks at.
     """
 
     def __init__(self, config: EngineConfig, loaded: Any, runner: EncoderRunner, info: EngineInfo) -> None:
@@ -63,6 +64,7 @@ class EncoderEngine:
         self.queue = EncoderQueue(runner.buckets)
         self.stats = EngineStats()
         self.wake = threading.Condition()
+        self.busy_since: float | None = None
         self._stopping = False
         self._running: list[Job] = []
         self.client = EncoderClient(self, info)
@@ -92,10 +94,16 @@ class EncoderEngine:
             while self._step():
                 pass
         except BaseException as error:  # nothing may end this thread silently
-            self.failure = error
-            self.client.draining = True
-            self.client.fail_all(RequestError(ErrorKind.INTERNAL, "the engine died; the server is going down."))
-            self.died.set()
+            self.declare_dead(error)
+
+    def declare_dead(self, error: BaseException) -> None:
+        """As Engine.declare_dead."""
+        if self.failure is not None:
+            return
+        self.failure = error
+        self.client.draining = True
+        self.client.fail_all(RequestError(ErrorKind.INTERNAL, "the engine died; the server is going down.", code=DIED))
+        self.died.set()
 
     def _step(self) -> bool:
         """Waits for texts and runs one batch. False once the engine is to stop."""
@@ -104,9 +112,10 @@ class EncoderEngine:
             if self._stopping:
                 return False
             self._running = batch = self.queue.take()
-        began = time.perf_counter()
+        self.busy_since = began = time.monotonic()
         results = self.runner.run([job.text for job in batch])
-        seconds = time.perf_counter() - began
+        seconds = time.monotonic() - began
+        self.busy_since = None
         tokens = sum(len(job.text.token_ids) for job in batch)
         self.stats = dataclasses.replace(
             self.stats,

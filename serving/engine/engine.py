@@ -144,6 +144,11 @@ class Engine:
     def _reject(self, request_id: str, error: RequestError) -> None:
         self.client.fail(request_id, error)
 
+    @property
+    def busy_since(self) -> float | None:
+        """See EngineLoop.busy_since."""
+        return self.loop.busy_since
+
     def declare_dead(self, error: BaseException) -> None:
         """Ends every request with an error, and takes no more. What the engine's own thread does when it fails, and a
         watchdog for one that is stuck."""

@@ -104,7 +104,6 @@ def placed(mesh: Mesh | None, program: Program) -> Program:
         return jax.tree.map(result, each(*args), is_leaf=lambda value: isinstance(value, KVPages | DeviceState))
 
     args = tuple(
-        jax.tree.map(lambda leaf, whole=i in shared: argument(leaf, whole), arg)
-        for i, arg in enumerate(program.args)
+        jax.tree.map(lambda leaf, whole=i in shared: argument(leaf, whole), arg) for i, arg in enumerate(program.args)
     )
     return dataclasses.replace(program, fn=fn, args=args)

@@ -435,7 +435,9 @@ class TextService:
             raise
         except BaseException as error:
             log.error("the text side failed on a request", exc_info=error)
-            raise RequestError(ErrorKind.INTERNAL, "The server failed to read this request; its log says why.") from error
+            raise RequestError(
+                ErrorKind.INTERNAL, "The server failed to read this request; its log says why."
+            ) from error
 
 
 def _failure(output: EngineOutput) -> RequestError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +218,26 @@ def test_death_and_shutdown_end_what_runs():
         late = refused(engine.client.embed("late", TEXTS[0]))
         assert late.kind is (ErrorKind.INTERNAL if die else ErrorKind.UNAVAILABLE)
         engine.shutdown()
+
+
+def test_a_batch_that_is_stuck_can_be_seen_and_given_up():
+    engine = tiny_encoder_engine()
+
+    async def run():
+        assert engine.busy_since is None
+        with Blocked(engine) as blocked:
+            task = asyncio.create_task(engine.client.embed("r", TEXTS[0]))
+            assert await asyncio.to_thread(blocked.entered.wait, 60)
+            assert engine.busy_since is not None and engine.busy_since <= time.monotonic()
+            engine.declare_dead(TimeoutError("stuck"))
+            (result,) = await asyncio.gather(task, return_exceptions=True)
+            blocked.go.set()
+            return result
+
+    result = asyncio.run(run())
+    assert isinstance(result, RequestError) and result.kind is ErrorKind.INTERNAL
+    assert isinstance(engine.failure, TimeoutError) and not engine.client.healthy
+    engine.shutdown()
 
 
 def test_a_result_that_is_no_number_concerns_its_request_alone(engine):

@@ -110,7 +110,10 @@ def test_a_server_knows_how_often_it_was_started_again(tmp_path):
     """So that a fault on purpose strikes its first life alone."""
     from serving.reliability.faults import wanted
 
-    code = "notify('READY=1'); print('life', os.environ['SUPERVISED_RESTARTS'], file=sys.stderr, flush=True)\nif n < 3: os._exit(1)\n"
+    code = (
+        "notify('READY=1'); print('life', os.environ['SUPERVISED_RESTARTS'], file=sys.stderr, flush=True)\n"
+        "if n < 3: os._exit(1)\n"
+    )
     _, text = end(supervised(tmp_path, code))
     assert re.findall(r"life (\d)", text) == ["0", "1", "2"]
     with pytest.MonkeyPatch.context() as patch:
