@@ -64,10 +64,20 @@ def main(argv: list[str] | None = None) -> int:
         if len(targets) > 1 and not args.sweep:
             raise ValueError(f"{len(targets)} topologies were given; comparing them is --sweep.")
         chips.prepare(targets)
+        if args.save is not None:
+            _keep_out_of_jax_cache()
         return _sweep(args, targets) if args.sweep else _single(args, targets[0])
     except ValueError as e:
         print(f"serving.plan: {e}", file=sys.stderr)
         return 2
+
+
+def _keep_out_of_jax_cache() -> None:
+    """A CPU program that comes out of JAX's own persistent cache, which the user's environment may name, loads once more but
+    cannot be serialized: what is to be kept must be compiled here."""
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _request(args: argparse.Namespace, target: chips.Target, mesh: str) -> Any:

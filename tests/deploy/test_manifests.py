@@ -110,6 +110,7 @@ def test_image_copies_what_is_installed_and_starts_the_server():
 def test_slurm_script_is_bash_and_its_flags_exist():
     script = DEPLOY / "slurm.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
-    line = next(line for line in script.read_text().splitlines() if line.startswith("exec srun"))
+    lines = script.read_text().replace("\\\n", " ").splitlines()
+    line = next(line for line in lines if line.startswith("exec srun"))
     flags = line.split("scripts/serve.sh ")[1].removesuffix(' "$@"').split()
     build_parser().parse_args(flags)

@@ -110,7 +110,7 @@ def test_longprompt(local: Local) -> None:
 
 
 def test_static_and_priority_and_waste(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = [TraceRequest(0.0, 8 + i % 9, 2 + i % 7, priority=i % 2) for i in range(40)]
+    short = [TraceRequest(0.01 * i, 8 + i % 9, 2 + i % 7, priority=i % 2) for i in range(40)]
     monkeypatch.setattr(scenarios, "mixed", lambda count, rate, seed: short[:count])
     monkeypatch.setattr(scenarios, "overload", lambda rate, seed, urgent_share: iter(short))
     row = scenarios.static(local, options("static", requests=20, batch=5))

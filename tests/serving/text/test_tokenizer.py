@@ -135,7 +135,8 @@ def test_lone_surrogates_become_replacement_characters():
         ({"tokenizer.ggml.merges": ["zz qq"]}, "does not fit"),
         ({"tokenizer.ggml.token_type": [1]}, "token_type"),
         ({"tokenizer.ggml.pre": "martian"}, "martian"),
-        ({"tokenizer.ggml.model": "bert"}, "bert"),
+        ({"tokenizer.ggml.model": "martian"}, "martian"),
+        ({"tokenizer.ggml.model": "bert"}, "unknown_token_id"),
     ],
 )
 def test_damaged_metadata_is_explained(change, words):
