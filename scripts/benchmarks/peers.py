@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.report import machine
+from benchmarks.report import machine, pyplot
 
 Rows = dict[str, dict[int, list[float]]]
 """engine -> concurrency -> output tokens a second of each round."""
@@ -127,14 +127,7 @@ def table(rows: Rows, base: str) -> str:
 
 def plot(path: str, rows: Rows) -> None:
     """Throughput against concurrency, a line an engine."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install 'jaxserve[plot]'.") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.6, 3.8), dpi=90)
+    figure, axes = pyplot().subplots(figsize=(7.6, 3.8), dpi=90)
     for name, by in rows.items():
         concurrencies = sorted(by)
         axes.plot(concurrencies, [statistics.median(by[c]) for c in concurrencies], marker="o", label=name)

@@ -52,6 +52,22 @@ def show(row: dict[str, Any], as_json: bool) -> None:
     print(flush=True)
 
 
+def pyplot() -> Any:
+    """matplotlib's, drawing into files.
+
+    Raises:
+        SystemExit: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: pip install 'jaxserve[plot]'.") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def machine() -> dict[str, Any]:
     """Date, processor and versions: what a figure means nothing without."""
     import importlib.metadata as metadata

@@ -8,11 +8,12 @@ import itertools
 import json
 import pathlib
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import grpc
 
 from benchmarks.driving import Send, drive
-from benchmarks.report import latencies, show
+from benchmarks.report import latencies, pyplot, show
 from proto.jaxserve.v1 import inference_pb2, inference_pb2_grpc
 from serving.simulator.simulate import Outcome
 from serving.simulator.trace import (
@@ -38,12 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab-size", type=int, default=40_000, help="of the model, where it is smaller than this")
+    parser.add_argument("--plot", metavar="PNG", help="latencies against the rate (needs matplotlib)")
     parser.add_argument("--write-trace", metavar="FILE", help="write what was sent, for scripts/simulate.py")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.http and args.target == "127.0.0.1:50051":
         args.target = "127.0.0.1:8000"
+    rows = []
     for rate in args.rate:
         trace = make_trace(args, rate)
         if args.write_trace:
@@ -51,7 +54,25 @@ def run(args: argparse.Namespace) -> None:
         prompts = [[t % args.vocab_size for t in prompt_token_ids(r, i)] for i, r in enumerate(trace)]
         over = over_http if args.http else over_grpc
         outcomes = asyncio.run(over(args.target, trace, prompts))
-        show({"protocol": "http" if args.http else "grpc", "rate": rate} | latencies(outcomes), args.json)
+        rows.append({"protocol": "http" if args.http else "grpc", "rate": rate} | latencies(outcomes))
+        show(rows[-1], args.json)
+    if args.plot:
+        plot(args.plot, rows)
+
+
+def plot(path: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Time to first token and time a token against the rate."""
+    figure, pair = pyplot().subplots(1, 2, figsize=(8.6, 3.4), dpi=90)
+    titles = {"ttft": "time to first token, ms", "tpot": "time a token after it, ms"}
+    for axes, (metric, title) in zip(pair, titles.items(), strict=True):
+        for quantile in ("p50", "p95"):
+            values = [1000 * row[metric][quantile] for row in rows]
+            axes.plot([row["rate"] for row in rows], values, marker="o", label=quantile)
+        axes.set(xlabel="requests a second", ylabel=title, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 def make_trace(args: argparse.Namespace, rate: float) -> list[TraceRequest]:
