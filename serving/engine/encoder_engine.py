@@ -16,8 +16,9 @@ from serving.engine.admission import check_door, check_queue
 from serving.engine.config import EngineConfig
 from serving.engine.encoder_queue import EncoderQueue, Job
 from serving.engine.encoder_runner import POOLINGS, EncoderRunner, Text
+from serving.engine.mortal import Mortal
 from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
-from serving.errors import DIED, ErrorKind, RequestError, invalid
+from serving.errors import ErrorKind, RequestError, invalid
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class _Pending:
             self.future.set_result(np.stack([result for result in self.results if result is not None]))
 
 
-class EncoderEngine:
+class EncoderEngine(Mortal):
     """A running encoder. `start` starts its thread; the attributes are those of `Engine`.
 
     Attributes:
@@ -55,12 +56,11 @@ class EncoderEngine:
     """
 
     def __init__(self, config: EngineConfig, loaded: Any, runner: EncoderRunner, info: EngineInfo) -> None:
+        super().__init__()
         self.config = config
         self.source = loaded.source
         self.generation_config: dict[str, Any] = {}
         self.runner = runner
-        self.failure: BaseException | None = None
-        self.died = threading.Event()
         self.queue = EncoderQueue(runner.buckets)
         self.stats = EngineStats()
         self.wake = threading.Condition()
@@ -95,15 +95,6 @@ class EncoderEngine:
                 pass
         except BaseException as error:  # nothing may end this thread silently
             self.declare_dead(error)
-
-    def declare_dead(self, error: BaseException) -> None:
-        """As Engine.declare_dead."""
-        if self.failure is not None:
-            return
-        self.failure = error
-        self.client.draining = True
-        self.client.fail_all(RequestError(ErrorKind.INTERNAL, "the engine died; the server is going down.", code=DIED))
-        self.died.set()
 
     def _step(self) -> bool:
         """Waits for texts and runs one batch. False once the engine is to stop."""

@@ -19,12 +19,13 @@ from serving.engine.config import EngineConfig
 from serving.engine.group import Group
 from serving.engine.lifecycle import Lifecycle, LoadModel
 from serving.engine.loop import Abort, Call, EngineLoop, Submit
+from serving.engine.mortal import Mortal
 from serving.engine.out_of_memory import explain
 from serving.engine.recovery import is_out_of_memory
 from serving.engine.sampling_params import SamplingParams
 from serving.engine.streams import OutputStream
 from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
-from serving.errors import DIED, ErrorKind, RequestError, invalid
+from serving.errors import ErrorKind, RequestError, invalid
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ Progress = Callable[[str], None]
 """Told each step of the start as one line."""
 
 
-class Engine:
+class Engine(Mortal):
     """A running engine. Make one with `Engine.start`.
 
     Attributes:
@@ -52,13 +53,12 @@ class Engine:
         info: EngineInfo,
         load_model: LoadModel | None = None,
     ) -> None:
+        super().__init__()
         self.config = config
         self.source = loaded.source
         self.generation_config: dict[str, Any] = loaded.generation_config
         self.runner = runner
         self.scheduler = scheduler
-        self.failure: BaseException | None = None
-        self.died = threading.Event()
         self.loop = EngineLoop(
             scheduler, runner, self._deliver, self._reject, self.declare_dead, asynchronous=config.async_scheduling
         )
@@ -148,16 +148,6 @@ class Engine:
     def busy_since(self) -> float | None:
         """See EngineLoop.busy_since."""
         return self.loop.busy_since
-
-    def declare_dead(self, error: BaseException) -> None:
-        """Ends every request with an error, and takes no more. What the engine's own thread does when it fails, and a
-        watchdog for one that is stuck."""
-        if self.failure is not None:
-            return
-        self.failure = error
-        self.client.draining = True
-        self.client.fail_all(RequestError(ErrorKind.INTERNAL, "the engine died; the server is going down.", code=DIED))
-        self.died.set()
 
 
 class InProcessClient:
