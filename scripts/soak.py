@@ -115,7 +115,7 @@ class Soak:
 
     # -- clients -----------------------------------------------------------------------------------------------------
 
-    async def _one(self, kind: str) -> None:
+    async def _one(self, kind: str) -> Record:
         record = self._make(kind)
         self.records.append(record)
         began = time.monotonic()
@@ -127,6 +127,7 @@ class Soak:
             record.status, record.problem = "LOST", f"{type(error).__name__}"
         record.total_s = time.monotonic() - began
         self._judge(record)
+        return record
 
     def _request(self, record: Record) -> pb.GenerateRequest:
         params = sp.SamplingParams(max_tokens=record.asked, ignore_eos=True, temperature=0.0)
@@ -215,15 +216,17 @@ class Soak:
     # -- the run -----------------------------------------------------------------------------------------------------
 
     async def capacity(self, seconds: float, width: int) -> float:
-        """Requests a second that a closed loop of `width` clients gets through; the mix without the wrong ones."""
+        """Requests a second that a closed loop of `width` clients gets answered whole."""
         end = time.monotonic() + seconds
         done = 0
 
         async def client() -> None:
             nonlocal done
             while time.monotonic() < end:
-                await self._one("greedy")
-                done += 1
+                if (await self._one("greedy")).status == "OK":
+                    done += 1
+                else:  # the queue is full: no answer, and no reason to ask again at once
+                    await asyncio.sleep(0.1)
 
         await asyncio.gather(*(client() for _ in range(width)))
         return done / (time.monotonic() - end + seconds)
@@ -232,7 +235,7 @@ class Soak:
         """Poisson arrivals; returns when the last has its answer."""
         watch = asyncio.create_task(self._watch())
         kinds, weights = list(KINDS), list(KINDS.values())
-        tasks: set[asyncio.Task[None]] = set()
+        tasks: set[asyncio.Task[Record]] = set()
         end = time.monotonic() + seconds
         next_at = time.monotonic()
         while next_at < end:
@@ -363,7 +366,7 @@ async def _run(args: argparse.Namespace, ready: re.Match[str], pid: int) -> int:
     async with grpc.aio.insecure_channel(target) as channel:
         model = await control_pb2_grpc.ControlStub(channel).GetModelInfo(control_pb2.GetModelInfoRequest())
     soak = Soak(target, http_port, pid, model.vocab_size, args.seed)
-    capacity = await soak.capacity(args.warm_up, 2 * model.max_num_seqs)
+    capacity = await soak.capacity(args.warm_up, model.max_num_seqs + QUEUE // 2)
     soak.records.clear()
     rate, seconds = args.factor * capacity, args.minutes * 60
     print(f"capacity {capacity:.2f} requests/s; offering {rate:.2f} for {seconds:.0f} s", flush=True)
