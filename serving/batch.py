@@ -128,13 +128,13 @@ def finished_keys(path: pathlib.Path) -> set[str]:
     return keys
 
 
-async def call_app(app: ASGIApp, url: str, body: dict[str, Any], request_id: str) -> tuple[int, Any]:
-    """One POST straight into the HTTP application, without a socket. Returns status and decoded reply."""
-    payload = json.dumps(body).encode()
-    headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode())]
+async def post_app(
+    app: ASGIApp, path: str, payload: bytes, headers: Sequence[tuple[bytes, bytes]]
+) -> tuple[int, bytes]:
+    """One POST straight into the HTTP application, without a socket. Returns status (500 where none was sent) and body."""
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-        "path": url, "raw_path": url.encode(), "query_string": b"", "root_path": "", "headers": headers,
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": list(headers),
         "client": None, "server": None,
     }  # fmt: skip
     sent, status, chunks = False, 500, []
@@ -155,7 +155,14 @@ async def call_app(app: ASGIApp, url: str, body: dict[str, Any], request_id: str
             chunks.append(message.get("body", b""))
 
     await app(scope, receive, send)
-    return status, json.loads(b"".join(chunks) or b"null")
+    return status, b"".join(chunks)
+
+
+async def call_app(app: ASGIApp, url: str, body: dict[str, Any], request_id: str) -> tuple[int, Any]:
+    """`post_app` of JSON. Returns status and decoded reply."""
+    headers = ((b"content-type", b"application/json"), (b"x-request-id", request_id.encode()))
+    status, reply = await post_app(app, url, json.dumps(body).encode(), headers)
+    return status, json.loads(reply or b"null")
 
 
 async def run_batch(

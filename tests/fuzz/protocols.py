@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from proto.jaxserve.v1 import control_pb2, inference_pb2, sampling_pb2
+from serving.batch import post_app
 from serving.frontends.grpc.server import GrpcServer
 from serving.frontends.openai.app import create_app
 from serving.service import Limits
@@ -67,40 +68,14 @@ def http_bodies(folder: pathlib.Path) -> Case:
         kind = rng.choice(
             (b"application/json",) * 12 + (b"text/plain", b"", b"application/json; charset=utf-16", b"\xff")
         )
-        status, text = loop.run_until_complete(_post(app, path, body, kind))
+        headers = ((b"content-type", kind), (b"content-length", str(len(body)).encode()))
+        status, reply = loop.run_until_complete(post_app(app, path, body, headers))
+        text = reply.decode("utf-8", "replace")
         assert status < 500 or status == 501, f"{path} {status}: {text[:300]}"
         assert not engine.live, "a request is still live"
         return [text] if status != 200 else []
 
     return case
-
-
-async def _post(app: Any, path: str, body: bytes, kind: bytes) -> tuple[int, str]:
-    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
-    scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http", "path": path,
-        "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": headers, "client": None, "server": None,
-    }  # fmt: skip
-    sent, status, chunks = False, 0, []
-    gone = asyncio.Event()
-
-    async def receive() -> dict[str, Any]:
-        nonlocal sent
-        if sent:
-            await gone.wait()
-            return {"type": "http.disconnect"}
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def send(message: Any) -> None:
-        nonlocal status
-        if message["type"] == "http.response.start":
-            status = message["status"]
-        else:
-            chunks.append(message.get("body", b""))
-
-    await app(scope, receive, send)
-    return status, b"".join(chunks).decode("utf-8", "replace")
 
 
 GENERATE = inference_pb2.GenerateRequest(
