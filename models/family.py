@@ -37,11 +37,18 @@ class Family:
         object.__setattr__(self, "config", _told(self.config))
 
 
+MAX_LAYERS = 10_000
+"""Readers make a list with an entry a layer, so a number out of a damaged file must not get that far."""
+
+
 def _told(read: Callable[[Mapping[str, Any]], ModelConfig]) -> Callable[[Mapping[str, Any]], ModelConfig]:
     """`read`, with what a damaged config.json makes it raise as the ValueError that readers of checkpoints expect."""
 
     @functools.wraps(read)
     def config(hf: Mapping[str, Any]) -> ModelConfig:
+        for name in ("num_hidden_layers", "n_layer"):
+            if isinstance(layers := hf.get(name), int) and layers > MAX_LAYERS:
+                raise ValueError(f"config.json has {name} = {layers}; {MAX_LAYERS} is the most.")
         try:
             return read(hf)
         except KeyError as error:

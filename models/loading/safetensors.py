@@ -59,8 +59,10 @@ class SafetensorsFile:
                     "a safetensors file."
                 )
             try:
-                header = json.loads(file.read(header_bytes))
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+                header = json.loads(file.read(header_bytes).decode())  # of bytes, json would guess UTF-16 and UTF-32
+            except UnicodeDecodeError:
+                raise ValueError(f"{path}: its header is not UTF-8: it is not a safetensors file.") from None
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{path}: its header is not JSON ({error}): it is not a safetensors file.") from None
         if not isinstance(header, dict):
             raise ValueError(f"{path}: its header is not a JSON object.")

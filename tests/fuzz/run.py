@@ -21,8 +21,8 @@ CASE_LIMIT_S = 10.0
 """A case that takes longer has hung. (Grammars may take their own limit, which the targets set to 2 s.)"""
 
 INTERNAL = re.compile(
-    r"Traceback \(most|File \"|site-packages|0x[0-9a-f]{6,}|\.py\b|/(?:root|home|usr|tmp|work|opt|var|proc)/\w|\bat 0x|"
-    r"object at |src/[\w/]+\.rs"
+    r"Traceback \(most|File \"|site-packages|0x[0-9a-f]{6,}|/\w+\.py\b|\.py(?:\", line |:)\d|"
+    r"/(?:root|home|usr|tmp|work|opt|var|proc)/\w|\bat 0x|src/[\w/]+\.rs"
 )
 """What no reply may hold: stacks, addresses, and paths that are not the client's own."""
 

@@ -137,6 +137,13 @@ def test_incomplete_config(directory):
         load(directory)
 
 
+def test_more_layers_than_any_model_has(directory):
+    llama4 = HF | {"architectures": ["Llama4ForCausalLM"], "num_hidden_layers": 10**18}  # its reader lists them
+    (directory / "config.json").write_text(json.dumps(llama4))
+    with pytest.raises(ValueError, match="10000 is the most"):
+        load(directory)
+
+
 @pytest.mark.parametrize("text", ["no/such/file.gguf", "nothing", "./here"])
 def test_no_such_model(text):
     with pytest.raises(ValueError, match="no such file or directory"):

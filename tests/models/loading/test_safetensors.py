@@ -45,6 +45,8 @@ ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
         ({"a": {"dtype": "F32"}}, bytes(16), None, "malformed"),
         ({"a": ENTRY}, bytes(16), 1 << 40, "claims"),
         (b"{nonsense", b"", None, "not JSON"),
+        ('{"a": 1}'.encode("utf-32-be"), b"", None, "not JSON"),
+        (b"\xff{}", b"", None, "not UTF-8"),
         (b"[1]", b"", None, "not a JSON object"),
     ],
 )
