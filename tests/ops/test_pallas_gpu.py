@@ -9,38 +9,13 @@ import numpy as np
 import pytest
 
 from ops import paged_attention
-from ops.paged_attention import pages, pallas_gpu, reference
+from ops.paged_attention import pages, pallas_gpu
 from ops.paged_attention.batch import KVSpec
 from ops.paged_attention.cases import TEST_CASES, Case, make_arguments
+from tests.ops.paged_attention import against_reference
 
-
-def fill(case, arguments, dtype):
-    """Pages in rows holding the case's history, leftovers of other requests included."""
-    num_pages, size, K, _ = arguments.history_k.shape
-    kv = pages.allocate(case.spec, num_pages, size, dtype, None, "rows")
-    k = arguments.history_k.reshape(num_pages * size, K, -1)
-    v = None if arguments.history_v is None else arguments.history_v.reshape(num_pages * size, K, -1)
-    return jax.jit(pages.write)(kv, k, v, jnp.arange(num_pages * size, dtype=jnp.int32))
-
-
-def run(arguments, kv, dtype=np.float32):
-    """attend's output (float32 numpy) and pages."""
-    options = dict(arguments.options)
-    sinks_KG = options.pop("sinks_KG")
-    q, k, v = (
-        None if x is None else jnp.asarray(x, dtype) for x in (arguments.q_TKGh, arguments.k_TKh, arguments.v_TKh)
-    )
-    with paged_attention.use_backend("pallas_gpu"):
-        step = jax.jit(functools.partial(paged_attention.attend, **options))
-        out, kv = jax.block_until_ready(step(q, k, v, kv, arguments.batch, sinks_KG=sinks_KG))
-    assert out.dtype == q.dtype
-    return np.asarray(out, np.float32), kv
-
-
-def plain(kv):
-    """Pages as [page, slot, K, h] float32."""
-    k, v = pages.read(kv, jnp.arange(kv.num_pages), jnp.float32)
-    return np.asarray(k).swapaxes(1, 2), np.asarray(v).swapaxes(1, 2) if kv.spec.v_head_dim else None
+fill = functools.partial(against_reference.fill, layout="rows")
+run = functools.partial(against_reference.run, "pallas_gpu")
 
 
 @pytest.mark.parametrize("name", TEST_CASES)
@@ -48,15 +23,7 @@ def test_float32_matches_reference(name):
     case = TEST_CASES[name]
     arguments = make_arguments(case)  # leftovers are NaN: whoever lets one in is found out
     out, kv = run(arguments, fill(case, arguments, np.float32))
-    want, want_k, want_v = reference.attend(
-        arguments.q_TKGh, arguments.k_TKh, arguments.v_TKh, arguments.history_k, arguments.history_v,
-        arguments.batch, **arguments.options,
-    )  # fmt: skip
-    np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-5)
-    k_NsKh, v_NsKh = plain(kv)
-    np.testing.assert_array_equal(k_NsKh[1:], want_k[1:].astype(np.float32))
-    if want_v is not None:
-        np.testing.assert_array_equal(v_NsKh[1:], want_v[1:].astype(np.float32))
+    against_reference.assert_is_reference(arguments, out, kv)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn", "float8_e5m2"])
@@ -66,29 +33,20 @@ def test_narrow_pages(name, dtype):
     # NaN has no int8; its leftovers are loud numbers
     arguments = make_arguments(case, leftovers=1e4 if dtype == "int8" else np.nan)
     out, kv = run(arguments, fill(case, arguments, dtype), "bfloat16")
-    k_NsKh, v_NsKh = plain(kv)
-    page, slot = np.divmod(arguments.batch.kv_index_T, case.page_size)
-    v_TKh = None if v_NsKh is None else v_NsKh[page, slot]
-    want, _, _ = reference.attend(
-        arguments.q_TKGh, k_NsKh[page, slot], v_TKh, k_NsKh, v_NsKh, arguments.batch, **arguments.options
-    )
     # bfloat16 products round queries and weights to 8 bits: a mean of values of size 1 is then off by 2^-7 at most,
     # plus 2^-8 for the result itself.
-    np.testing.assert_allclose(out, want, atol=3e-2)
-    real = page > 0
-    step = {"bfloat16": 2.0**-8, "int8": 1 / 127, "float8_e4m3fn": 2.0**-4, "float8_e5m2": 2.0**-3}[dtype]
-    new_k = np.asarray(jnp.asarray(arguments.k_TKh, "bfloat16"), np.float32)[real]
-    largest = np.abs(new_k).max(-1, keepdims=True)
-    assert (np.abs(k_NsKh[page, slot][real] - new_k) <= largest * step).all()
+    np.testing.assert_allclose(out, against_reference.expected(arguments, kv), atol=3e-2)
+    against_reference.assert_new_keys_are_stored(arguments, kv, dtype, "bfloat16")
 
 
 def test_int8_is_written_as_plain_xla_writes_it():
     case = TEST_CASES["mixed"]
     arguments = make_arguments(case, leftovers=1.0)
     arguments.k_TKh[0] = 0.0  # a row whose scale is zero
-    kv = fill(case, arguments, "int8")
-    _, got = run(arguments, kv)
-    want = jax.jit(pages.write)(kv, arguments.k_TKh, arguments.v_TKh, arguments.batch.kv_index_T)
+    _, got = run(arguments, fill(case, arguments, "int8"))
+    want = jax.jit(pages.write)(
+        fill(case, arguments, "int8"), arguments.k_TKh, arguments.v_TKh, arguments.batch.kv_index_T
+    )
     for name in ("k", "v", "k_scale", "v_scale"):
         one, other = (np.asarray(getattr(x, name), np.float32)[1:] for x in (got, want))
         # x / scale is rounded once here and once there: a tie may fall to either side.

@@ -5,50 +5,28 @@ something never written shows in the result.
 """
 
 import dataclasses
-import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from ops import paged_attention
-from ops.paged_attention import pages, pallas_tpu, reference
+from ops.paged_attention import pages, pallas_tpu
 from ops.paged_attention.batch import KVSpec
 from ops.paged_attention.cases import TEST_CASES, make_arguments
+from tests.ops.paged_attention import against_reference
 
 SIMULATOR = pltpu.InterpretParams(dma_execution_mode="on_wait", uninitialized_memory="nan")
 
 
 def fill(case, arguments, dtype):
-    """Pages in lanes holding the case's history, leftovers of other requests included, as if on a TPU."""
-    num_pages, size, K, _ = arguments.history_k.shape
-    kv = pages.allocate(case.spec, num_pages, size, dtype, None, "lanes")
-    k = arguments.history_k.reshape(num_pages * size, K, -1)
-    v = None if arguments.history_v is None else arguments.history_v.reshape(num_pages * size, K, -1)
-    kv = jax.jit(pages.write)(kv, k, v, jnp.arange(num_pages * size, dtype=jnp.int32))
-    return dataclasses.replace(kv, platform="tpu")
+    """Pages as if on a TPU."""
+    return dataclasses.replace(against_reference.fill(case, arguments, dtype, "lanes"), platform="tpu")
 
 
 def run(arguments, kv, dtype=np.float32):
-    """attend's output (float32 numpy) and pages."""
-    options = dict(arguments.options)
-    sinks_KG = options.pop("sinks_KG")
-    q, k, v = (
-        None if x is None else jnp.asarray(x, dtype) for x in (arguments.q_TKGh, arguments.k_TKh, arguments.v_TKh)
-    )
-    with paged_attention.use_backend("pallas_tpu"), pltpu.force_tpu_interpret_mode(SIMULATOR):
-        step = jax.jit(functools.partial(paged_attention.attend, **options))
-        out, kv = jax.block_until_ready(step(q, k, v, kv, arguments.batch, sinks_KG=sinks_KG))
-    assert out.dtype == q.dtype
-    return np.asarray(out, np.float32), kv
-
-
-def plain(kv):
-    """Pages as [page, slot, K, h] float32."""
-    k, v = pages.read(kv, jnp.arange(kv.num_pages), jnp.float32)
-    return np.asarray(k).swapaxes(1, 2), np.asarray(v).swapaxes(1, 2) if kv.spec.v_head_dim else None
+    with pltpu.force_tpu_interpret_mode(SIMULATOR):
+        return against_reference.run("pallas_tpu", arguments, kv, dtype)
 
 
 SOME = ("chunk_rows", "everything", "latent", "page_32")
@@ -67,15 +45,7 @@ def test_float32_matches_reference(name):
     case = TEST_CASES[name]
     arguments = make_arguments(case)  # leftovers are NaN: whoever lets one in is found out
     out, kv = run(arguments, fill(case, arguments, np.float32))
-    want, want_k, want_v = reference.attend(
-        arguments.q_TKGh, arguments.k_TKh, arguments.v_TKh, arguments.history_k, arguments.history_v,
-        arguments.batch, **arguments.options,
-    )  # fmt: skip
-    np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-5)
-    k_NsKh, v_NsKh = plain(kv)
-    np.testing.assert_array_equal(k_NsKh[1:], want_k[1:].astype(np.float32))
-    if want_v is not None:
-        np.testing.assert_array_equal(v_NsKh[1:], want_v[1:].astype(np.float32))
+    against_reference.assert_is_reference(arguments, out, kv)
 
 
 @pytest.mark.parametrize(
@@ -92,19 +62,11 @@ def test_narrow_pages(dtype, page_size, head_dim, activations):
     if dtype == "int8":  # NaN has no int8; its leftovers are loud numbers
         arguments = make_arguments(case, leftovers=1e4)
     out, kv = run(arguments, fill(case, arguments, dtype), activations)
-    k_NsKh, v_NsKh = plain(kv)
-    page, slot = np.divmod(arguments.batch.kv_index_T, case.page_size)
-    want, _, _ = reference.attend(
-        arguments.q_TKGh, k_NsKh[page, slot], v_NsKh[page, slot], k_NsKh, v_NsKh, arguments.batch, **arguments.options
-    )
     # bfloat16 products round queries and weights to 8 bits: a mean of values of size 1 is then off by 2^-7 at most,
     # plus 2^-8 for the result itself.
-    np.testing.assert_allclose(out, want, atol=3e-2 if activations == "bfloat16" else 2e-5)
-    real = page > 0
-    step = {"bfloat16": 2.0**-8, "int8": 1 / 127, "float8_e4m3fn": 2.0**-4}[dtype]
-    new_k = np.asarray(jnp.asarray(arguments.k_TKh, activations), np.float32)[real]
-    largest = np.abs(new_k).max(-1, keepdims=True)
-    assert (np.abs(k_NsKh[page, slot][real] - new_k) <= largest * step).all()
+    atol = 3e-2 if activations == "bfloat16" else 2e-5
+    np.testing.assert_allclose(out, against_reference.expected(arguments, kv), atol=atol)
+    against_reference.assert_new_keys_are_stored(arguments, kv, dtype, activations)
 
 
 def test_kernels_decline_what_they_cannot_read():

@@ -13,6 +13,13 @@ from ops.paged_attention import pages, reference
 from ops.paged_attention.batch import KVSpec
 from ops.paged_attention.cases import TEST_CASES, Arguments, Case, make_arguments
 from ops.rope import inverse_frequencies, rope
+from tests.ops.paged_attention import against_reference
+from tests.ops.paged_attention.against_reference import (
+    assert_is_reference,
+    assert_new_keys_are_stored,
+    expected,
+    plain,
+)
 
 # (backend, layout of the pages, native instruction set). Attention has no kernels of its own for the level "vnni".
 XLA = [("xla", "rows", "")]
@@ -66,43 +73,8 @@ def fill(case: Case, arguments: Arguments, dtype, body) -> paged_attention.KVPag
     return dataclasses.replace(kv, **{name: jnp.array(x) for name, x in new.items()})
 
 
-@functools.cache
-def step(backend: str, **options):
-    """One jitted function for a case, whatever the instruction set: only the backend decides what is compiled."""
-    return jax.jit(functools.partial(paged_attention.attend, **options), donate_argnums=3)
-
-
 def run(body, arguments: Arguments, kv, dtype=np.float32):
-    """attend's output (float32 numpy) and pages."""
-    options = dict(arguments.options)
-    sinks_KG = options.pop("sinks_KG")
-    q, k, v = (
-        None if x is None else jnp.asarray(x, dtype) for x in (arguments.q_TKGh, arguments.k_TKh, arguments.v_TKh)
-    )
-    with paged_attention.use_backend(body[0]):
-        out, kv = step(body[0], **options)(q, k, v, kv, arguments.batch, sinks_KG=sinks_KG)
-    assert out.dtype == q.dtype
-    return np.asarray(out, np.float32), kv
-
-
-_read = jax.jit(pages.read, static_argnums=2)
-
-
-def plain(kv) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pages as [page, slot, K, h] float32."""
-    k, v = _read(kv, np.arange(kv.num_pages), jnp.float32)
-    k, v = np.asarray(k).swapaxes(1, 2), np.asarray(v).swapaxes(1, 2)
-    return k, None if kv.v is None else v
-
-
-def expected(arguments: Arguments, kv):
-    """The reference's output on what the pages hold after the step (so that rounding into pages is not counted)."""
-    k_NsKh, v_NsKh = plain(kv)
-    page, slot = np.divmod(arguments.batch.kv_index_T, kv.page_size)
-    new_v = None if v_NsKh is None else v_NsKh[page, slot]
-    return reference.attend(
-        arguments.q_TKGh, k_NsKh[page, slot], new_v, k_NsKh, v_NsKh, arguments.batch, **arguments.options
-    )[0]
+    return against_reference.run(body[0], arguments, kv, dtype)
 
 
 # XLA has no code of its own for these shapes; a compilation of its loop costs a second.
@@ -122,15 +94,7 @@ def test_float32_matches_reference(name, body):
     case = TEST_CASES[name]
     arguments = make_arguments(case)  # leftovers are NaN: whoever lets one in is found out
     out, kv = run(body, arguments, fill(case, arguments, np.float32, body))
-    want, want_k, want_v = reference.attend(
-        arguments.q_TKGh, arguments.k_TKh, arguments.v_TKh, arguments.history_k, arguments.history_v,
-        arguments.batch, **arguments.options,
-    )  # fmt: skip
-    np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-5)
-    k_NsKh, v_NsKh = plain(kv)
-    np.testing.assert_array_equal(k_NsKh[1:], want_k[1:].astype(np.float32))
-    if want_v is not None:
-        np.testing.assert_array_equal(v_NsKh[1:], want_v[1:].astype(np.float32))
+    assert_is_reference(arguments, out, kv)
 
 
 @pytest.mark.parametrize("name,dtype", [("page_32", np.float32), ("everything", "bfloat16"), ("everything", "int8")])
@@ -161,12 +125,7 @@ def test_narrow_pages(name, dtype, body):
     # Products of bfloat16 round weights and queries to 8 bits, the native ones of int8 to 15; XLA's to none.
     atol = {"bfloat16": 1.6e-2, "int8": 3e-4}.get(dtype, 2e-5)
     np.testing.assert_allclose(out, expected(arguments, kv), atol=atol)
-    k_NsKh, _ = plain(kv)
-    page, slot = np.divmod(arguments.batch.kv_index_T, case.page_size)
-    real = page > 0
-    rounding = {"bfloat16": 2.0**-8, "int8": 1 / 127, "float8_e4m3fn": 2.0**-4}[dtype]
-    largest = np.abs(arguments.k_TKh[real]).max(-1, keepdims=True)
-    assert (np.abs(k_NsKh[page, slot][real] - arguments.k_TKh[real]) <= largest * rounding).all()
+    assert_new_keys_are_stored(arguments, kv, dtype)
 
 
 @bodies(XLA + NATIVE[-1:])
