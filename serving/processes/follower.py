@@ -14,7 +14,7 @@ from proto.jaxserve.v1 import processes_pb2 as pb
 from proto.jaxserve.v1 import processes_pb2_grpc as rpc
 from serving.engine.commands import Command, DecodeLoop, Sample
 from serving.processes.leader import OPTIONS
-from serving.processes.watch import HEARTBEAT_S, Patience, ProcessLostError, Watchdog
+from serving.processes.watch import Patience, ProcessLostError, Watchdog, outgoing
 from serving.processes.wire import decode, digest
 
 CLOSE_S = 2.0
@@ -52,7 +52,8 @@ class Follower:
         self._heard = time.monotonic()
         self._outbox.put(pb.FollowRequest(hello=pb.Hello(process_id=index, facts=facts)))
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
-        self._call = rpc.ProcessesStub(self._channel).Follow(self._outgoing(), wait_for_ready=True)
+        sent = outgoing(self._outbox, pb.FollowRequest(heartbeat=pb.Heartbeat()))
+        self._call = rpc.ProcessesStub(self._channel).Follow(sent, wait_for_ready=True)
         threading.Thread(target=self._read, name="jaxserve-follower", daemon=True).start()
         self._watchdog = Watchdog(self._look, self.lose)
 
@@ -107,16 +108,6 @@ class Follower:
             self._changed.notify_all()
         self._commands.put(None)
         self._on_loss(reason)
-
-    def _outgoing(self) -> Iterator[pb.FollowRequest]:
-        while True:
-            try:
-                message = self._outbox.get(timeout=HEARTBEAT_S)
-            except queue.Empty:
-                message = pb.FollowRequest(heartbeat=pb.Heartbeat())
-            if message is None:
-                return
-            yield message
 
     def _read(self) -> None:
         reason = "process 0 is gone: its connection closed."

@@ -17,7 +17,7 @@ from proto.jaxserve.v1 import processes_pb2 as pb
 from proto.jaxserve.v1 import processes_pb2_grpc as rpc
 from serving.engine.commands import Command, DecodeLoop, Sample
 from serving.processes.facts import difference
-from serving.processes.watch import HEARTBEAT_S, Patience, ProcessLostError, Watchdog
+from serving.processes.watch import Patience, ProcessLostError, Watchdog, outgoing
 from serving.processes.wire import digest, encode
 
 OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))  # a mask has megabytes
@@ -177,16 +177,9 @@ class Leader(rpc.ProcessesServicer):
             return
         threading.Thread(target=self._read, args=(follower, request_iterator), daemon=True).start()
         yield pb.FollowResponse(welcome=pb.Welcome())
-        while True:
-            try:
-                message = follower.outbox.get(timeout=HEARTBEAT_S)
-            except queue.Empty:
-                message = pb.FollowResponse(heartbeat=pb.Heartbeat())
-            if message is None:
-                if self._stopping:  # JAX aborts a process whose coordinator is gone: the follower has to go first
-                    follower.ended.wait(STOP_S)
-                return
-            yield message
+        yield from outgoing(follower.outbox, pb.FollowResponse(heartbeat=pb.Heartbeat()))
+        if self._stopping:  # JAX aborts a process whose coordinator is gone: the follower has to go first
+            follower.ended.wait(STOP_S)
 
     def _enter(self, follower: _Follower, hello: pb.Hello) -> str | None:
         """Takes a follower in, or says why not."""

@@ -1,11 +1,15 @@
-"""When another process counts as lost."""
+"""How a process shows that it lives, and when another counts as lost."""
 
 from __future__ import annotations
 
 import dataclasses
+import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+Message = TypeVar("Message")
 
 HEARTBEAT_S = 1.0
 """A side that has said nothing for this long says that it is alive."""
@@ -27,6 +31,18 @@ class Patience:
 
     silence: float = 6.0
     step: float = 10.0
+
+
+def outgoing(outbox: queue.SimpleQueue[Message | None], heartbeat: Message) -> Iterator[Message]:
+    """What one side sends: what is put into the outbox, until a None, and `heartbeat` after HEARTBEAT_S of silence."""
+    while True:
+        try:
+            message = outbox.get(timeout=HEARTBEAT_S)
+        except queue.Empty:
+            message = heartbeat
+        if message is None:
+            return
+        yield message
 
 
 class Watchdog:
