@@ -28,15 +28,12 @@ HF = {
 }  # fmt: skip
 
 
-def gguf_files(folder: pathlib.Path) -> Case:
-    """Headers, metadata and tensors of GGUF files, and the tokenizer in them."""
+def write_gguf(path: pathlib.Path) -> bytes:
+    """A small valid file; its bytes."""
     import gguf
 
-    from models.loading.gguf import GGUFFile
-    from serving.text.tokenizer import Tokenizer
     from tests.serving.text.vocabularies import byte_level_metadata
 
-    path = folder / "base.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in byte_level_metadata(size=300).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
@@ -47,7 +44,16 @@ def gguf_files(folder: pathlib.Path) -> Case:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    base = path.read_bytes()
+    return path.read_bytes()
+
+
+def gguf_files(folder: pathlib.Path) -> Case:
+    """Headers, metadata and tensors of GGUF files, and the tokenizer in them."""
+    from models.loading.gguf import GGUFFile
+    from serving.text.tokenizer import Tokenizer
+
+    path = folder / "base.gguf"
+    base = write_gguf(path)
     tensors = base.rindex(b"blk.0.attn_q.weight")
 
     def case(rng: random.Random) -> Iterable[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzz import parsers, protocols
+from tests.fuzz import guided, parsers, protocols
 from tests.fuzz.run import INTERNAL, run
 
 CASES = {"gguf": 150, "tokenizer": 120, "template": 60, "schema": 200, "regex": 200, "grammar": 200}
@@ -33,3 +33,14 @@ def test_the_watch_sees_what_it_is_for():
     result = run("x", make, 30, seed=0)
     assert 0 < result.accepted < 30 and len(result.failures) == 30 - result.accepted
     assert INTERNAL.search("<Thing object at 0x7f0011223344>") and not INTERNAL.search("max_tokens is 3, more than 2.")
+
+
+@pytest.mark.parametrize("name", sorted(guided.TARGETS))
+def test_guided_targets(name, tmp_path):
+    """What scripts/fuzz_guided.py runs holds for valid input, and for it cut off anywhere and with a byte changed."""
+    one = guided.TARGETS[name](tmp_path)
+    for seed in guided.seeds(name, tmp_path):
+        one(seed)
+        for at in range(0, len(seed), max(1, len(seed) // 40)):
+            one(seed[:at])
+            one(seed[:at] + bytes([seed[at] ^ 0x41]) + seed[at + 1 :])
