@@ -26,7 +26,8 @@ def declared() -> dict[str, dict[str, str]]:
     }
     extras = [item for items in project["project"]["optional-dependencies"].values() for item in items]
     sections = {"To serve": project["project"]["dependencies"], "Extras": extras}
-    sections |= {f"To {'test' if name == 'test' else 'develop'}": items for name, items in groups.items()}
+    titles = {"test": "To test", "fuzz": "To fuzz", "dev": "To develop"}
+    sections |= {titles[name]: items for name, items in groups.items()}
     return {section: dict(map(split, items)) for section, items in sections.items()}
 
 
@@ -43,7 +44,7 @@ def documented() -> dict[str, dict[str, str]]:
     return sections
 
 
-@pytest.mark.parametrize("section", ["To serve", "Extras", "To test", "To develop"])
+@pytest.mark.parametrize("section", ["To serve", "Extras", "To test", "To develop", "To fuzz"])
 def test_document_lists_what_is_declared(section: str) -> None:
     assert documented()[section] == declared()[section]
 
