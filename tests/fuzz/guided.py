@@ -7,43 +7,35 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 One = Callable[[bytes], None]
+
+
+def _read_all(path: pathlib.Path, open_file: Callable[[pathlib.Path], Any], data: bytes) -> None:
+    path.write_bytes(data)
+    try:
+        file = open_file(path)
+        for name in list(file.tensors)[:4]:
+            file.read(name)
+    except ValueError:
+        pass
 
 
 def gguf(folder: pathlib.Path) -> One:
     """A GGUF file: header, metadata, tensors."""
     from models.loading.gguf import GGUFFile
 
-    path = folder / "x.gguf"
-
-    def one(data: bytes) -> None:
-        path.write_bytes(data)
-        try:
-            file = GGUFFile(path)
-            for name in list(file.tensors)[:4]:
-                file.read(name)
-        except ValueError:
-            pass
-
-    return one
+    return lambda data: _read_all(folder / "x.gguf", GGUFFile, data)
 
 
 def safetensors(folder: pathlib.Path) -> One:
     """A safetensors file. The length in front is put right, so that the header behind it is what is searched."""
     from models.loading.safetensors import SafetensorsFile
 
-    path = folder / "x.safetensors"
-
     def one(data: bytes) -> None:
         header, _, content = data.partition(b"\0")
-        path.write_bytes(len(header).to_bytes(8, "little") + header + content)
-        try:
-            file = SafetensorsFile(path)
-            for name in list(file.tensors)[:4]:
-                file.read(name)
-        except ValueError:
-            pass
+        _read_all(folder / "x.safetensors", SafetensorsFile, len(header).to_bytes(8, "little") + header + content)
 
     return one
 
