@@ -2,11 +2,11 @@
 
 python scripts/bench_load.py --gb 1 --stored bfloat16 --dtype bfloat16
 
-Writes a random Llama checkpoint as safetensors (unless --model names one), reads the file once so that it is in the page
-cache, then times in turn: reading it into a fresh buffer, and `models.loading.load.load_model`. Each runs in a process of its
-own, so that neither inherits the other's memory, after touching as much as it will need and giving it back: in a virtual
-machine the first touch of a page that the host has not backed yet takes 20 times as long as later ones. Peak memory is the
-process's resident set at its highest (VmHWM), less what it was before loading.
+Writes a random Llama checkpoint as safetensors (unless --model names one; with --orbax it is converted first, and read as that),
+reads the files once so that they are in the page cache, then times in turn: reading them into a fresh buffer, and
+`models.loading.load.load_model`. Each runs in a process of its own, so that neither inherits the other's memory, after touching
+as much as it will need and giving it back: in a virtual machine the first touch of a page that the host has not backed yet takes
+20 times as long as later ones. Peak memory is the process's resident set at its highest (VmHWM), less what it was before loading.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 WIDTH, FFW, HEADS, KV_HEADS, VOCAB = 2048, 5632, 32, 8, 32000
+FP8_BLOCK = 128
 
 
 def write_checkpoint(folder: Path, gigabytes: float, stored: str) -> None:
@@ -32,6 +33,8 @@ def write_checkpoint(folder: Path, gigabytes: float, stored: str) -> None:
     import numpy as np
 
     dtype = np.dtype(getattr(ml_dtypes, stored, stored))
+    packed = dtype.itemsize == 1
+    plain = np.dtype(ml_dtypes.bfloat16) if packed else dtype  # of what is not a layer's matrix
     head = WIDTH // HEADS
     shapes = {
         "self_attn.q_proj": (WIDTH, WIDTH),
@@ -45,24 +48,32 @@ def write_checkpoint(folder: Path, gigabytes: float, stored: str) -> None:
         "post_attention_layernorm": (WIDTH,),
     }
     a_layer = sum(int(np.prod(shape)) for shape in shapes.values()) * dtype.itemsize
-    layers = max(1, round((gigabytes * 1e9 - VOCAB * WIDTH * dtype.itemsize) / a_layer))
+    layers = max(1, round((gigabytes * 1e9 - VOCAB * WIDTH * plain.itemsize) / a_layer))
     tensors = {"model.embed_tokens.weight": (VOCAB, WIDTH), "model.norm.weight": (WIDTH,)}
     for layer in range(layers):
         tensors |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in shapes.items()}
-    header, at = {}, 0
-    names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+    stored_as: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     for name, shape in tensors.items():
-        end = at + int(np.prod(shape)) * dtype.itemsize
-        header[name] = {"dtype": names[stored], "shape": shape, "data_offsets": [at, end]}
+        matrix = packed and name.endswith("_proj.weight")
+        stored_as[name] = (shape, dtype if matrix else plain)
+        if matrix:  # as DeepSeek-V3 scales them
+            blocks = tuple(-(-n // FP8_BLOCK) for n in shape)
+            stored_as[f"{name}_scale_inv"] = (blocks, np.dtype(np.float32))
+    header, at = {}, 0
+    names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3"}
+    for name, (shape, kind) in stored_as.items():
+        end = at + int(np.prod(shape)) * kind.itemsize
+        header[name] = {"dtype": names[kind.name], "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     # Drawing a billion numbers would take longer than everything that is measured.
-    block = (np.random.default_rng(0).standard_normal(1 << 22, np.float32) * 0.02).astype(dtype)
+    block = np.random.default_rng(0).standard_normal(1 << 22, np.float32) * 0.02
+    blocks = {kind: block.astype(kind) for kind in {kind for _, kind in stored_as.values()}}
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for shape in tensors.values():
-            file.write(np.resize(block, shape).tobytes())
+        for shape, kind in stored_as.values():
+            file.write(np.resize(blocks[kind], shape).tobytes())
     config = {
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": VOCAB,
@@ -75,6 +86,8 @@ def write_checkpoint(folder: Path, gigabytes: float, stored: str) -> None:
         "tie_word_embeddings": True,
         "max_position_embeddings": 2048,
     }
+    if packed:
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
     (folder / "config.json").write_text(json.dumps(config))
 
 

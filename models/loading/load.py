@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -320,16 +320,22 @@ def _check(recipes: Recipes, checkpoint: Checkpoint, ignore: tuple[str, ...]) ->
 
 
 def _read_ahead(paths: Iterable[str], make: Callable[[str], T]) -> Iterator[tuple[str, T]]:
-    """(path, its array), two in the making at any time: as many as keep the memory busy."""
+    """(path, its array), in the order in which they are done; two in the making at any time: as many as keep the memory busy."""
     with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
-        pending: list[tuple[str, Any]] = []
+        pending: dict[Future[T], str] = {}
         for path in paths:
-            pending.append((path, pool.submit(make, path)))
-            if len(pending) > 2:
-                done, future = pending.pop(0)
-                yield done, future.result()
-        for done, future in pending:
-            yield done, future.result()
+            pending[pool.submit(make, path)] = path
+            while len(pending) > 3:
+                yield from _finished(pending)
+        while pending:
+            yield from _finished(pending)
+
+
+def _finished(pending: dict[Future[T], str]) -> Iterator[tuple[str, T]]:
+    """Waits for one at least."""
+    done, _ = wait(pending, return_when=FIRST_COMPLETED)
+    for future in done:
+        yield pending.pop(future), future.result()
 
 
 def place(host: np.ndarray, dtype: Any, parameter: Weight, build: Build) -> jax.Array:

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from models.loading import buffers
 from models.loading.safetensors import SafetensorsCheckpoint, canonical_name
+from ops import casts
 
 AUXILIARY = re.compile(
     r"\.(weight_scale|weight_scale_inv|weight_zero_point|weight_shape|weight_g_idx|input_scale|output_scale"
@@ -52,6 +54,9 @@ class DequantizingCheckpoint:
     def __init__(self, inner: SafetensorsCheckpoint, method: str, config: Mapping[str, Any]):
         self._inner, self._method, self._config = inner, method, config
         self._bits = _bits(method, config)
+        self._weights = _weights_config(config)
+        size = self._weights.get("group_size") or config.get("group_size") or config.get("q_group_size") or 0
+        self._group_size = max(int(size), 0)  # -1: a whole row
         self._primary: dict[str, str] = {}
         for own in inner.own_names:
             dense = _dense_name(canonical_name(own))
@@ -118,9 +123,7 @@ class DequantizingCheckpoint:
             if zero.dtype == np.int32:  # packed along the rows
                 zero = unpack(zero.T, self._bits).T[:rows].astype(np.float32) - offset
             zero = zero.astype(np.float32)
-        group = np.arange(columns) // (columns // scale.shape[1])
-        if order is not None and (order >= 0).all():
-            group = order
+        group = self._columns_group(columns, scale.shape[1], order)
         values -= 0 if zero is None else zero[:, group]
         return values * scale[:, group]
 
@@ -141,24 +144,42 @@ class DequantizingCheckpoint:
         less = 0 if self._config.get("checkpoint_format") == "gptq_v2" else 1
         zero_GO = unpack(self._need(base + "qzeros"), self._bits).astype(np.float32) + less
         order = self._optional(base + "g_idx")
-        size = weight_OI.shape[1] // scale_GO.shape[0]
-        group = np.arange(weight_OI.shape[1]) // size if order is None else order
+        group = self._columns_group(weight_OI.shape[1], scale_GO.shape[0], order)
         return (weight_OI - zero_GO.T[:, group]) * scale_GO.T[:, group]
 
     def _scaled(self, own: str) -> np.ndarray:
-        values = self._inner.read(own).astype(np.float32)
-        for suffix in ("_scale_inv", "_scale"):
-            scale = self._optional(own + suffix)
-            if scale is not None:
-                zero = self._optional(f"{own}_zero_point")
-                if zero is not None:
-                    values = values - expand(zero.astype(np.float32), values.shape, self._block())
-                return values * expand(scale.astype(np.float32), values.shape, self._block())
-        raise ValueError(f"the quantized checkpoint has no scale for the tensor {own!r}.")
+        values = self._inner.read(own)
+        found = (self._optional(own + suffix) for suffix in ("_scale_inv", "_scale"))
+        scale = next((scale for scale in found if scale is not None), None)
+        if scale is None:
+            raise ValueError(f"the quantized checkpoint has no scale for the tensor {own!r}.")
+        zero = self._optional(f"{own}_zero_point")
+        scale = as_matrix(scale)
+        down, across = block_of(values.shape, scale.shape, self._config_block(values.shape))
+        out = buffers.empty(values.shape, np.float32)
+        if zero is None and casts.cast_scaled(out, values, scale, down, across):
+            return out
+        buffers.copy(out, values)
+        if zero is not None:
+            out -= spread(as_matrix(zero), out.shape, down, across)
+        out *= spread(scale, out.shape, down, across)
+        return out
 
-    def _block(self) -> tuple[int, int] | None:
-        block = self._config.get("weight_block_size")
-        return None if block is None else (int(block[0]), int(block[1]))
+    def _config_block(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """The block that shares a scale, where the configuration says it."""
+        block = self._config.get("weight_block_size") or self._weights.get("block_structure")
+        if block is not None:
+            return int(block[0]), int(block[1])
+        return (1, self._group_size) if self._group_size else None
+
+    def _columns_group(self, columns: int, groups: int, order: np.ndarray | None) -> np.ndarray:
+        """For each input, which of the groups it is in: `order` where activations were sorted, else neighbours."""
+        if order is not None and (order >= 0).all():
+            return order
+        size = self._group_size
+        if not size or -(-columns // size) != groups:
+            size = -(-columns // groups)
+        return np.arange(columns) // size
 
     def _mxfp4(self, own: str) -> np.ndarray:
         blocks_EOGb = self._inner.read(own)
@@ -184,15 +205,28 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
     return stream.reshape(*words.shape[:-1], -1, bits) @ (1 << np.arange(bits, dtype=np.int32))
 
 
-def expand(scale: np.ndarray, shape: tuple[int, ...], block: tuple[int, int] | None = None) -> np.ndarray:
-    """A scale by tensor, row, group of columns or block, as something that multiplies an array of `shape`."""
+def as_matrix(scale: np.ndarray) -> np.ndarray:
+    """A scale (or zero) of a tensor, of rows, or of blocks as float32 [blocks down, blocks across]."""
+    return np.ascontiguousarray(scale.reshape(scale.shape[0] if scale.ndim else 1, -1).astype(np.float32))
+
+
+def block_of(shape: tuple[int, ...], scales: tuple[int, ...], said: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(rows, columns) of a matrix that share one of its `scales`.
+
+    Args:
+        said: what the configuration says, for matrices that are not whole blocks; where scales are fewer or more than that
+            makes them (one a tensor or a row), their number says it.
+    """
+    if said is not None and tuple(-(-n // size) for n, size in zip(shape, said, strict=True)) == scales:
+        return said
+    down, across = (-(-n // count) for n, count in zip(shape, scales, strict=True))
+    return down, across
+
+
+def spread(scale: np.ndarray, shape: tuple[int, ...], down: int, across: int) -> np.ndarray:
+    """A scale of blocks as something that multiplies an array of `shape`."""
     rows, columns = shape
-    if scale.size == 1:
-        return scale.reshape(1, 1)
-    if scale.ndim == 1:
-        scale = scale[:, None]
-    down, across = block or (-(-rows // scale.shape[0]), -(-columns // scale.shape[1]))
-    if scale.shape[0] != rows:
+    if scale.shape[0] not in (1, rows):
         scale = np.repeat(scale, down, axis=0)[:rows]
     if scale.shape[1] not in (1, columns):
         scale = np.repeat(scale, across, axis=1)[:, :columns]
@@ -211,6 +245,12 @@ def _dense_name(canonical: str) -> str | None:
         if canonical.endswith(packed):
             return canonical.removesuffix(packed) + dense
     return None
+
+
+def _weights_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What compressed-tensors says of the weights; nothing for other schemes."""
+    groups = list((config.get("config_groups") or {}).values())
+    return (groups[0].get("weights") or {}) if groups else {}
 
 
 def _bits(method: str, config: Mapping[str, Any]) -> int:

@@ -5,8 +5,15 @@ import numpy as np
 import pytest
 
 from models.loading import buffers
+from ops import native
 
 RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(params=["native", "numpy"])
+def library(request, monkeypatch):
+    if request.param == "numpy":
+        monkeypatch.setattr(native, "available", lambda: False)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (5, 7), (2, 3, 4)])
@@ -22,6 +29,7 @@ def test_empty_is_aligned(shape):
 
 @pytest.mark.parametrize("source", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.float64])
 @pytest.mark.parametrize("target", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.usefixtures("library")
 def test_copies_and_casts(source, target):
     values = RNG.standard_normal((6, 40)).astype(source)
     values[0, 0] = 0.0
@@ -34,6 +42,7 @@ def test_copies_and_casts(source, target):
     np.testing.assert_array_equal(part[:, 40:].astype(np.float64), values.astype(target).astype(np.float64))
 
 
+@pytest.mark.usefixtures("library")
 def test_widening_keeps_every_bit_pattern():
     patterns = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16)
     many = np.tile(patterns, 5)  # more than a block

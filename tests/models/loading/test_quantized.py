@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from models.loading.load import load_model, resolve
 from models.loading.quantized import open_quantized, unpack
 from models.loading.safetensors import SafetensorsCheckpoint
+from ops import native
 from tests.models.loading.test_load import HF, tensors
 
 O, I, GROUP = 32, 64, 32
@@ -94,7 +95,10 @@ def test_float8_by_tensor_and_row(tmp_path, shape):
     check(open_one(tmp_path, arrays, {"quant_method": "fp8"}), wanted)
 
 
-def test_float8_by_block(tmp_path):
+@pytest.mark.parametrize("kernels", [True, False])
+def test_float8_by_block(tmp_path, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(native, "available", lambda: False)
     q = RNG.standard_normal((20, 40)).astype(ml_dtypes.float8_e4m3fn)
     scale = RNG.random((3, 3)).astype(np.float32)
     wanted = q.astype(np.float32) * np.repeat(np.repeat(scale, 8, 0)[:20], 16, 1)[:, :40]

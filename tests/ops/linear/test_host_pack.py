@@ -19,7 +19,7 @@ def best_isa():
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (50, 70), (16, 2048), (33, 129), (1, 4), (17, 3)])
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_as_in_xla(shape, dtype, isa):
     native.set_isa(isa)
