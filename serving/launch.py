@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from serving import event_loop
+from serving import event_loop, memory
 from serving.access.flags import SECRET_FLAGS, access_of, tls_of, warnings_for
 from serving.engine.config import EngineConfig
 from serving.flags import HTTP_PORT, describe, parse
@@ -121,8 +121,10 @@ class Server:
         return server
 
     async def _serve(self, grpc_server: GrpcServer, service: TextService) -> bool:
+        await service.rehearse()
         if not self._args.no_http and not await self._serve_http(service):
             return False
+        memory.end_start()
         await grpc_server.serve(service)
         names = ", ".join(repr(name) for name in service.model_names)
         self._say(f"serving {service.model_id} (names: {names})")
@@ -316,6 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     args, config = parse(argv)
     if args.supervise:
         return Supervisor([sys.executable, "-m", "serving.launch", *(a for a in argv if a != "--supervise")]).run()
+    memory.begin_start()
     setup_logging(args.log_format, args.log_level)
     print("\n".join(describe(args)), file=sys.stderr, flush=True)
     strike_at_start(wanted(args.inject_fault))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from serving import memory
 from serving.engine import phases
 from serving.engine.config import EngineConfig
 from serving.engine.sampling_params import SamplingParams
@@ -142,6 +143,7 @@ def start(
     except BaseException:
         engine.shutdown()
         raise
+    memory.give_back()
     phases.record("total", time.monotonic() - began)
     info = engine.client.info()
     if "generate" not in info.tasks:

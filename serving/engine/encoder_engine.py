@@ -66,13 +66,18 @@ class EncoderEngine(Mortal):
         self.wake = threading.Condition()
         self.busy_since: float | None = None
         self._stopping = False
+        self._rehearsed = threading.Event()
         self._running: list[Job] = []
         self.client = EncoderClient(self, info)
         self._thread = threading.Thread(target=self._run, daemon=True, name="jaxserve-encoder")
 
     def start(self) -> None:
-        """Starts the thread that runs batches."""
+        """Starts the thread that runs batches, and waits until it has run one: a thread's own first call is dear, and is not to
+        be the first client's. Raises what that one raised."""
         self._thread.start()
+        self._rehearsed.wait()
+        if self.failure is not None:
+            raise self.failure
 
     def shutdown(self, timeout: float = 30.0) -> None:
         """Stops the thread and ends what still runs with UNAVAILABLE."""
@@ -91,10 +96,14 @@ class EncoderEngine(Mortal):
 
     def _run(self) -> None:
         try:
+            self.runner.run([Text((0,))])
+            self._rehearsed.set()
             while self._step():
                 pass
         except BaseException as error:  # nothing may end this thread silently
             self.declare_dead(error)
+        finally:
+            self._rehearsed.set()
 
     def _step(self) -> bool:
         """Waits for texts and runs one batch. False once the engine is to stop."""

@@ -29,6 +29,9 @@ from serving.errors import ErrorKind, RequestError, invalid
 
 log = logging.getLogger(__name__)
 
+REHEARSAL_S = 600.0
+"""How long a request of two tokens may take on the slowest device before the start counts as failed."""
+
 Progress = Callable[[str], None]
 """Told each step of the start as one line."""
 
@@ -84,6 +87,7 @@ class Engine(Mortal):
         """
         from serving.engine.assembly import assemble, model_loader
         from serving.engine.compiling import starting
+        from serving.engine.rehearsal import rehearse
 
         with starting():
             meet = None if group is None else group.least
@@ -99,6 +103,11 @@ class Engine(Mortal):
         if group is not None:
             engine.runner.executor.lead(group)
         engine.loop.start()
+        try:
+            engine.call(lambda: rehearse(engine.scheduler, engine.runner), timeout=REHEARSAL_S)
+        except BaseException:
+            engine.shutdown()
+            raise
         return engine
 
     def drain(self, timeout: float | None) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 
 from serving.access import ServerTls
-from serving.frontends.openai.app import create_app
+from serving.frontends.openai.app import create_app, rehearse
 from serving.frontends.openai.http_protocol import bounded_protocol
 from serving.service import TextService
 
@@ -76,6 +76,7 @@ async def serve_http(
         OSError: the port is taken, or the host is not ours.
     """
     app = create_app(service, **options)
+    await rehearse(app)
     sock = _bind(host, port)
     config = uvicorn.Config(
         app,

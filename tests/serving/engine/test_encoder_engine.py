@@ -19,7 +19,7 @@ from serving.engine.sampling_params import SamplingParams
 from serving.engine.types import EngineRequest, TokenPair
 from serving.errors import ErrorKind, RequestError
 from tests.mock_engine import until
-from tests.tiny_encoder import LONGEST, WIDTH, tiny_encoder, tiny_encoder_engine
+from tests.tiny_encoder import LONGEST, WIDTH, tiny_encoder, tiny_encoder_engine, tiny_runner
 
 TEXTS = [tuple(range(5, 5 + n)) for n in (3, 1, 17, 40, 16, 33, 2, 8)]
 
@@ -261,3 +261,23 @@ def test_a_result_that_is_no_number_concerns_its_request_alone(engine):
     assert results[0].kind is ErrorKind.INTERNAL
     assert isinstance(results[1], np.ndarray) == (sizes == [2])
     assert engine.client.healthy
+
+
+def test_its_own_thread_has_run_a_batch_before_it_is_ready(monkeypatch):
+    seen, run = [], tiny_runner("embed").run
+    monkeypatch.setattr(
+        tiny_runner("embed"), "run", lambda texts: seen.append(threading.current_thread().name) or run(texts)
+    )
+    engine = tiny_encoder_engine()
+    assert seen == ["jaxserve-encoder"]
+    assert (engine.client.stats().num_steps, engine.client.stats().prompt_tokens) == (0, 0)
+    engine.shutdown()
+
+
+def test_a_runner_that_fails_at_once_fails_the_start(monkeypatch):
+    def fail(texts):
+        raise ValueError("no device")
+
+    monkeypatch.setattr(tiny_runner("embed"), "run", fail)
+    with pytest.raises(ValueError, match="no device"):
+        tiny_encoder_engine()
