@@ -43,7 +43,9 @@ def read(folder: Path) -> TokenizerFiles:
         raise ValueError(f"{folder.name} has no tokenizer.json.{other}")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and where its Rust code panics no Exception at all
         raise ValueError(f"tokenizer.json of {folder.name} cannot be read: {error}") from None
     try:
         return _with_settings(folder, tokenizer)

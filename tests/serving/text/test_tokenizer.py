@@ -145,6 +145,14 @@ def test_damaged_metadata_is_explained(change, words):
         Tokenizer.from_gguf(metadata)
 
 
+def test_what_makes_the_reading_library_panic_is_explained(tmp_path):
+    hf = json.loads(byte_level().hf_json())
+    hf["model"]["continuing_subword_prefix"] = "longer than any token of a merge"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(hf))
+    with pytest.raises(ValueError, match=r"tokenizer\.json .* cannot be read"):
+        Tokenizer.from_directory(tmp_path)
+
+
 def test_folder(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         Tokenizer.from_directory(tmp_path)
