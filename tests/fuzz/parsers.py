@@ -147,9 +147,15 @@ def tokenizer_files(folder: pathlib.Path) -> Case:
         )
         try:
             tokenizer = Tokenizer.from_directory(folder)
-            tokenizer.decode(tokenizer.encode("Hello <|im_end|> wörld"))
         except ValueError as error:
             return [str(error)]
+        try:
+            tokenizer.decode(tokenizer.encode("Hello <|im_end|> wörld"))
+        except (
+            BaseException
+        ) as error:  # in a request this ends the request: tests/serving/service/test_one_bad_request.py
+            if type(error).__name__ != "PanicException":
+                raise
         return []
 
     return case
