@@ -59,6 +59,6 @@ class Encoder(Protocol):
 class CrossEncoder(Encoder, Protocol):
     """An encoder that reads two texts as one sequence and says how well they fit."""
 
-    def score(self, hidden_BSD: jax.Array) -> jax.Array:
-        """score_B float32 of B pairs, from what `encode` gave."""
+    def score(self, hidden_BSD: jax.Array, length_B: jax.Array) -> jax.Array:
+        """score_B float32 of B pairs of length_B tokens, from what `encode` gave."""
         ...

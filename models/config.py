@@ -212,9 +212,10 @@ def from_hf(hf: Mapping[str, Any], **overrides: Any) -> ModelConfig:
     """
     heads = need(hf, "num_attention_heads")
     embed = need(hf, "hidden_size")
+    architecture = (hf.get("architectures") or ["?"])[0]
     head_dim = hf.get("head_dim") or embed // heads
     values: dict[str, Any] = {
-        "architecture": (hf.get("architectures") or ["?"])[0],
+        "architecture": architecture,
         "vocab_size": need(hf, "vocab_size"),
         "num_layers": need(hf, "num_hidden_layers"),
         "embed_dim": embed,
@@ -225,7 +226,8 @@ def from_hf(hf: Mapping[str, Any], **overrides: Any) -> ModelConfig:
         "max_positions": hf.get("max_position_embeddings", 2048),
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
         "activation": hf.get("hidden_act") or hf.get("hidden_activation") or "silu",
-        "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        # A bare network (an embedding model) has no head of its own.
+        "tie_embeddings": bool(hf.get("tie_word_embeddings", False)) or architecture.endswith("Model"),
     }
     if "rope" not in overrides:
         values["rope"] = rope_from_hf(hf, int(head_dim * partial_rotary(hf)))

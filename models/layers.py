@@ -157,18 +157,19 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Mean-and-variance norm with float32 scale and bias."""
+    """Mean-and-variance norm with float32 scale and, unless told otherwise, bias."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, bias: bool = True):
         self.eps = eps
         self.scale = weight((width,), jnp.float32, (None,))
-        self.bias = weight((width,), jnp.float32, (None,))
+        self.bias = weight((width,), jnp.float32, (None,)) if bias else None
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
-        return layer_norm(x_TD, self.scale[...], self.bias[...], self.eps)
+        return layer_norm(x_TD, self.scale[...], None if self.bias is None else self.bias[...], self.eps)
 
     def recipes(self, name: str) -> Recipes:
-        return {"scale": one(f"{name}.weight", *self.scale.shape), "bias": one(f"{name}.bias", *self.bias.shape)}
+        recipes = {"scale": one(f"{name}.weight", *self.scale.shape)}
+        return recipes if self.bias is None else recipes | {"bias": one(f"{name}.bias", *self.scale.shape)}
 
 
 Norm = RMSNorm | LayerNorm

@@ -42,15 +42,7 @@ class SelfAttention(nnx.Module):
         (B, S, _), (H, h) = x_BSD.shape, self.heads
         q_BSHh, k_BSHh, v_BSHh = jnp.moveaxis(self.qkv(x_BSD).reshape(B, S, H, 3, h), 3, 0)
 
-        def attend(q_BQHh: jax.Array) -> jax.Array:
-            scores = jnp.einsum("bqhd,bshd->bhqs", q_BQHh, k_BSHh, preferred_element_type=jnp.float32) * h**-0.5
-            weights = jax.nn.softmax(jnp.where(valid_BS[:, None, None], scores, _MASKED), axis=-1)
-            return jnp.einsum("bhqs,bshd->bqhd", weights.astype(v_BSHh.dtype), v_BSHh)
-
-        if S <= _QUERY_BLOCK or S % _QUERY_BLOCK:
-            return self.out(attend(q_BSHh).reshape(B, S, H * h))
-        blocks = jnp.moveaxis(q_BSHh.reshape(B, S // _QUERY_BLOCK, _QUERY_BLOCK, H, h), 1, 0)
-        return self.out(jnp.moveaxis(jax.lax.map(attend, blocks), 0, 1).reshape(B, S, H * h))
+        return self.out(attend_texts(q_BSHh, k_BSHh, v_BSHh, valid_BS).reshape(B, S, H * h))
 
     def recipes(self, name: str) -> Recipes:
         H, h = self.heads
@@ -61,6 +53,33 @@ class SelfAttention(nnx.Module):
         biases = names.pieces([f"{source}.bias" for source in sources], *((H * h,),) * 3)
         recipes = {"qkv.weight": Recipe(weights, fuse), "qkv.bias": Recipe(biases, fuse)}
         return recipes | names.under("out", self.out.recipes(f"{name}.output.dense"))
+
+
+def attend_texts(
+    q_BSHh: jax.Array, k_BSHh: jax.Array, v_BSHh: jax.Array, valid_BS: jax.Array, reach: int | None = None
+) -> jax.Array:
+    """Every token attends to its text's others, both ways: out_BSHh.
+
+    Args:
+        valid_BS: which positions are tokens.
+        reach: how far from a token those are that it attends to; None for all.
+    """
+    B, S, H, h = q_BSHh.shape
+
+    def attend(q_BQHh: jax.Array, first: jax.Array | int) -> jax.Array:
+        scores = jnp.einsum("bqhd,bshd->bhqs", q_BQHh, k_BSHh, preferred_element_type=jnp.float32) * h**-0.5
+        seen = valid_BS[:, None, None]
+        if reach is not None:
+            position_Q = first + jnp.arange(q_BQHh.shape[1])
+            seen = seen & (jnp.abs(position_Q[:, None] - jnp.arange(S)) <= reach)
+        weights = jax.nn.softmax(jnp.where(seen, scores, _MASKED), axis=-1)
+        return jnp.einsum("bhqs,bshd->bqhd", weights.astype(v_BSHh.dtype), v_BSHh)
+
+    if S <= _QUERY_BLOCK or S % _QUERY_BLOCK:
+        return attend(q_BSHh, 0)
+    blocks = jnp.moveaxis(q_BSHh.reshape(B, S // _QUERY_BLOCK, _QUERY_BLOCK, H, h), 1, 0)
+    firsts = jnp.arange(0, S, _QUERY_BLOCK)
+    return jnp.moveaxis(jax.lax.map(lambda block: attend(*block), (blocks, firsts)), 0, 1).reshape(B, S, H, h)
 
 
 class EncoderLayer(nnx.Module):

@@ -27,8 +27,9 @@ class CrossEncoder(Bert):
         self.head = Linear(D, 1, build, (None, "embed"), bias=True)
         self.score_activation = config.get("score_activation")
 
-    def score(self, hidden_BSD: jax.Array) -> jax.Array:
+    def score(self, hidden_BSD: jax.Array, length_B: jax.Array) -> jax.Array:
         """score_B float32 from what `encode` gave."""
+        del length_B  # the first token's state is the pair's, however long it is
         state_BD = jnp.tanh(self.dense(hidden_BSD[:, 0]))
         logit_B = self.head(state_BD, out_dtype=jnp.float32)[:, 0]
         return logit_B if self.score_activation == "identity" else jax.nn.sigmoid(logit_B)

@@ -1,5 +1,6 @@
-"""Gemma 2 (arXiv:2408.00118) and Gemma 3 (arXiv:2503.19786), text: a norm before and after each block, local and global
-layers in turn, soft-capped scores and logits (2) or a norm over each head's q and k (3)."""
+"""Gemma (arXiv:2403.08295): Llama with scaled embeddings. Gemma 2 (arXiv:2408.00118) and 3 (arXiv:2503.19786), text: a norm
+before and after each block, local and global layers in turn, soft-capped scores and logits (2) or a norm over each head's q
+and k (3)."""
 
 from __future__ import annotations
 
@@ -42,6 +43,21 @@ class GemmaLayer(Layer):
 
 def build(config: ModelConfig, build: Build) -> Decoder:
     return Decoder(config, build, GemmaLayer)
+
+
+def gemma_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Published files say "gelu" where the tanh approximation was trained."""
+    told = hf.get("hidden_activation") or hf.get("hidden_act")
+    return from_hf(
+        hf,
+        head_dim=hf.get("head_dim", 256),
+        activation=told if told not in (None, "gelu") else "gelu_pytorch_tanh",
+        norm_offset=True,
+        embed_scale=hf["hidden_size"] ** 0.5,
+        tie_embeddings=True,
+        qkv_bias=bool(hf.get("attention_bias", False)),
+        out_bias=bool(hf.get("attention_bias", False)),
+    )
 
 
 def _shared(hf: Mapping[str, Any], every: int) -> dict[str, Any]:
@@ -95,6 +111,7 @@ def gemma3_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 FAMILIES = (
+    Family("Gemma", ("GemmaForCausalLM",), gemma_config, Decoder, gguf=("gemma",)),
     Family("Gemma 2", ("Gemma2ForCausalLM",), gemma2_config, build, gguf=("gemma2",)),
     Family(
         "Gemma 3 (text)",

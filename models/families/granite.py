@@ -1,13 +1,20 @@
-"""Granite 3, dense (IBM 2024): Llama with multipliers on embeddings, scores, residuals and logits."""
+"""Granite 3 (IBM 2024), dense and with experts: Llama with multipliers on embeddings, scores, residuals and logits."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from models.config import ModelConfig, from_hf
-from models.decoder import Decoder
+import numpy as np
+
+from models.config import ModelConfig, MoEConfig, from_hf
+from models.decoder import Decoder, Layer
 from models.family import Family
+from models.layers import Build
+from models.loading import names
+from models.loading.names import Recipes, one
+from models.moe import Experts, MoE
 
 
 def granite_config(hf: Mapping[str, Any]) -> ModelConfig:
@@ -24,4 +31,56 @@ def granite_config(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-FAMILIES = (Family("Granite 3", ("GraniteForCausalLM",), granite_config, Decoder, gguf=("granite",)),)
+class GraniteExperts(Experts):
+    """Experts in one tensor each, `[E, out, in]`, the gate's rows first."""
+
+    def recipes(self, name: str, sources: tuple[str, str, str] = ("", "", "")) -> Recipes:
+        E, D, F = self.down.shape
+        base = name.removesuffix(".experts")
+
+        def rows(array_EJD: np.ndarray) -> np.ndarray:
+            pieces = array_EJD.reshape(E, 2, self.shards, F // self.shards, D)
+            return np.ascontiguousarray(pieces.swapaxes(1, 2)).reshape(E, 2 * F, D)
+
+        return {
+            "gate_up": one(f"{base}.input_linear.weight", E, 2 * F, D, assemble=rows if self.shards > 1 else None),
+            "down": one(f"{base}.output_linear.weight", E, D, F),
+        }
+
+
+class GraniteMoE(MoE):
+    def make_experts(self, config: ModelConfig, moe: MoEConfig, build: Build) -> GraniteExperts:
+        return GraniteExperts(config, moe, build)
+
+    def recipes(self, name: str) -> Recipes:
+        router = names.under("router", self.router.recipes(f"{name}.router.layer"))
+        return router | names.under("experts", self.experts.recipes(f"{name}.experts"))
+
+
+class GraniteMoELayer(Layer):
+    names: ClassVar[dict[str, str]] = Layer.names | {"mlp": "block_sparse_moe"}
+
+    def make_mlp(self, config: ModelConfig, index: int, build: Build) -> GraniteMoE:
+        return GraniteMoE(config, build)
+
+
+def build_moe(config: ModelConfig, build: Build) -> Decoder:
+    return Decoder(config, build, GraniteMoELayer)
+
+
+def granite_moe_config(hf: Mapping[str, Any]) -> ModelConfig:
+    moe = MoEConfig(
+        num_experts=hf.get("num_local_experts", 8),
+        experts_per_token=hf.get("num_experts_per_tok", 2),
+        ffw_dim=hf["intermediate_size"],
+        layers=(True,) * hf["num_hidden_layers"],
+        # The softmax over the chosen logits is the softmax over all, divided by the chosen ones' sum.
+        normalize=True,
+    )
+    return dataclasses.replace(granite_config(hf), moe=moe)
+
+
+FAMILIES = (
+    Family("Granite 3", ("GraniteForCausalLM",), granite_config, Decoder, gguf=("granite",)),
+    Family("Granite 3 MoE", ("GraniteMoeForCausalLM",), granite_moe_config, build_moe, gguf=("granitemoe",)),
+)

@@ -1,12 +1,11 @@
-"""Llama 2, 3, 3.x, SmolLM2 (Touvron et al. 2023, arXiv:2307.09288; Llama Team 2024, arXiv:2407.21783) and Mistral 7B with
-its sliding window (Jiang et al. 2023, arXiv:2310.06825)."""
+"""Llama 2, 3, 3.x, SmolLM2 (Touvron et al. 2023, arXiv:2307.09288; Llama Team 2024, arXiv:2407.21783)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from models.config import ModelConfig, from_hf, windows_from_hf
+from models.config import ModelConfig, from_hf
 from models.decoder import Decoder
 from models.family import Family
 
@@ -17,18 +16,12 @@ def llama_config(hf: Mapping[str, Any]) -> ModelConfig:
     return from_hf(hf, qkv_bias=bias, out_bias=bias, mlp_bias=bool(hf.get("mlp_bias", False)))
 
 
-def mistral_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """Mistral: Llama with a sliding window on every layer, or on those that `layer_types` names (Ministral)."""
-    return from_hf(hf, windows=windows_from_hf(hf, hf["num_hidden_layers"]))
-
-
 FAMILIES = (
-    Family("Llama 2, 3, 3.x, SmolLM2", ("LlamaForCausalLM",), llama_config, Decoder, gguf=("llama",)),
     Family(
-        "Mistral, Ministral",
-        ("MistralForCausalLM", "MinistralForCausalLM"),
-        mistral_config,
+        "Llama 2, 3, 3.x, SmolLM2",
+        ("LlamaForCausalLM", "LlamaModel"),
+        llama_config,
         Decoder,
-        gguf=("llama with windows",),
+        gguf=("llama",),
     ),
 )

@@ -26,4 +26,4 @@ def qwen2_config(hf: Mapping[str, Any]) -> ModelConfig:
     return from_hf(hf, qkv_bias=True, windows=qwen_windows(hf))
 
 
-FAMILIES = (Family("Qwen 2, 2.5", ("Qwen2ForCausalLM",), qwen2_config, Decoder, gguf=("qwen2",)),)
+FAMILIES = (Family("Qwen 2, 2.5", ("Qwen2ForCausalLM", "Qwen2Model"), qwen2_config, Decoder, gguf=("qwen2",)),)

@@ -16,4 +16,4 @@ def qwen3_config(hf: Mapping[str, Any]) -> ModelConfig:
     return from_hf(hf, qkv_bias=bias, out_bias=bias, qk_norm="head", windows=qwen_windows(hf))
 
 
-FAMILIES = (Family("Qwen 3", ("Qwen3ForCausalLM",), qwen3_config, Decoder, gguf=("qwen3",)),)
+FAMILIES = (Family("Qwen 3", ("Qwen3ForCausalLM", "Qwen3Model"), qwen3_config, Decoder, gguf=("qwen3",)),)

@@ -87,8 +87,9 @@ def _of_family(arch: str, config: Mapping[str, Any], get: Any) -> dict[str, Any]
             "rope_local_base_freq": get("rope.freq_base_swa"),
             "attention_bias": False,
         }
-    if arch == "granite":
+    if arch in ("granite", "granitemoe"):
         return {
+            **(_experts(get) if arch == "granitemoe" else {}),
             "attention_multiplier": get("attention.scale"),
             "embedding_multiplier": get("embedding_scale"),
             "residual_multiplier": get("residual_scale"),
@@ -130,9 +131,9 @@ def _of_family(arch: str, config: Mapping[str, Any], get: Any) -> dict[str, Any]
         return {"intermediate_size": get("feed_forward_length")}
     if arch == "starcoder2":
         return {"use_bias": True}
-    if arch in ("qwen2", "qwen3", "qwen2moe", "qwen3moe", "smollm3", "llama", "phi3", "olmo2"):
+    if arch in ("qwen2", "qwen3", "qwen2moe", "qwen3moe", "smollm3", "llama", "phi3", "olmo2", "olmoe"):
         more: dict[str, Any] = {}
-        if arch in ("qwen2", "qwen2moe", "olmo2", "phi3"):
+        if arch in ("qwen2", "qwen2moe", "olmo2", "olmoe", "phi3"):
             more["attention_bias"] = arch.startswith("qwen2")
         if get("expert_count"):
             more |= _experts(get) | {
@@ -163,9 +164,11 @@ def _experts(get: Any) -> dict[str, Any]:
 
 
 def family_name(metadata: Mapping[str, Any]) -> str:
-    """The architecture that the registry is asked for: GGUF has one name for Llama, Mistral and Mixtral, and for
-    DeepSeek-V2 and V3."""
+    """The architecture that the registry is asked for: GGUF has one name for Llama, Mistral and Mixtral, for OLMo 2 and 3, and
+    for DeepSeek-V2 and V3."""
     arch = metadata["general.architecture"]
+    if arch == "olmo2" and metadata.get("olmo2.attention.sliding_window"):
+        return "olmo2 with windows"
     if arch == "llama" and metadata.get("llama.attention.sliding_window") and not metadata.get("llama.expert_count"):
         return "llama with windows"
     if arch == "llama" and metadata.get("llama.expert_count"):
@@ -244,4 +247,6 @@ def _rope_scaling(file: GGUFFile, arch: str, get: Any) -> dict[str, Any] | None:
         log_multiplier = get("rope.scaling.yarn_log_multiplier")
         if log_multiplier:  # 0.1 * mscale_all_dim; mscale is the same in every published model
             scaling["mscale"] = scaling["mscale_all_dim"] = 10.0 * log_multiplier
+    if arch == "mistral3":
+        scaling["llama_4_scaling_beta"] = get("attention.temperature_scale")
     return {name: value for name, value in scaling.items() if value is not None}

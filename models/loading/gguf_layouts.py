@@ -29,6 +29,7 @@ class Layout:
 SECONDARY = {
     "gpt-oss": re.compile(r"\.ffn_up_exps\."),
     "llama4": re.compile(r"\.ffn_up_exps\."),
+    "granitemoe": re.compile(r"\.ffn_up_exps\."),
     "deepseek2": re.compile(r"\.attn_v_b\."),
 }
 """Tensors that only come in as a second source; they stand for no tensor of their own."""
@@ -98,6 +99,15 @@ def _llama4(file: GGUFFile, block: str, part: str) -> Layout | None:
     return None
 
 
+def _granitemoe(file: GGUFFile, block: str, part: str) -> Layout | None:
+    """Experts: gate and up apart; Hugging Face has the gate's rows first, then up's."""
+    gate, up = (f"{block}.ffn_{name}_exps.weight" for name in ("gate", "up"))
+    if part != "block_sparse_moe.input_linear.weight" or gate not in file.tensors or up not in file.tensors:
+        return None
+    E, F, D = file.tensors[gate].shape
+    return Layout((gate, up), (E, 2 * F, D), lambda *halves: np.concatenate(halves, axis=1))
+
+
 def _deepseek2(file: GGUFFile, block: str, part: str) -> Layout | None:
     """The latent's expansion is stored as one matrix a head for keys (turned) and one for values."""
     if part == "mlp.gate.e_score_correction_bias" and f"{block}.exp_probs_b.bias" in file.tensors:
@@ -118,5 +128,6 @@ _MAKERS: dict[str, Callable[[GGUFFile, str, str], Layout | None]] = {
     "gpt2": _gpt2,
     "gpt-oss": _gpt_oss,
     "llama4": _llama4,
+    "granitemoe": _granitemoe,
     "deepseek2": _deepseek2,
 }

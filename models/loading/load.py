@@ -155,6 +155,7 @@ def _open_hf(source: ModelSource) -> Opened:
     text = hf.get("text_config")
     if isinstance(text, Mapping) and "num_hidden_layers" not in hf:
         hf = {**hf, **text, "architectures": architectures}
+        hf.pop("tie_word_embeddings", None)  # the two may differ
     checkpoint = SafetensorsCheckpoint(source.path)
     if "tie_word_embeddings" not in hf:
         # Its default differs between families; the weights say it too.

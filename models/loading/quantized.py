@@ -23,7 +23,7 @@ from ops import casts
 
 AUXILIARY = re.compile(
     r"\.(weight_scale|weight_scale_inv|weight_zero_point|weight_shape|weight_g_idx|input_scale|output_scale"
-    r"|input_zero_point|qzeros|scales|g_idx|[kv]_scale|[qkv]_proj\.output_scale)$|_scales$"
+    r"|activation_scale|input_zero_point|qzeros|scales|g_idx|[kv]_scale|[qkv]_proj\.output_scale)$|_scales$"
 )
 """Tensors that belong to a packed weight, and activation scales, which float32 activations do without."""
 
@@ -70,10 +70,13 @@ class DequantizingCheckpoint:
         return [own for own in self._inner.own_names if not AUXILIARY.search(own)]
 
     def locate(self, name: str) -> str | None:
-        return self._primary.get(name) or self._inner.locate(name)
+        return self._packed_name(name) or self._inner.locate(name)
+
+    def _packed_name(self, name: str) -> str | None:
+        return self._primary.get(name) or self._primary.get(name.removeprefix("model."))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        own = self._primary.get(name)
+        own = self._packed_name(name)
         if own is None:
             return self._inner.shape(name)
         shape = self._inner.shape(own)
@@ -88,7 +91,7 @@ class DequantizingCheckpoint:
         return shape
 
     def read(self, name: str) -> np.ndarray:
-        own = self._primary.get(name)
+        own = self._packed_name(name)
         if own is None:
             return self._inner.read(name)
         readers: dict[str, Callable[[str], np.ndarray]] = {
@@ -100,7 +103,7 @@ class DequantizingCheckpoint:
         return next(reader for suffix, reader in readers.items() if own.endswith(suffix))(own)
 
     def release(self, name: str) -> None:
-        self._inner.release(self._primary.get(name) or name)
+        self._inner.release(self._packed_name(name) or name)
 
     def _optional(self, own: str) -> np.ndarray | None:
         return self._inner.read(own) if self._inner.locate(own) is not None else None

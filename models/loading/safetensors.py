@@ -125,7 +125,10 @@ class SafetensorsCheckpoint:
         return self._files.keys()
 
     def locate(self, name: str) -> str | None:
-        return name if name in self._files else self._by_canonical.get(name)
+        if name in self._files:
+            return name
+        # A bare network's names lack what the same network with a head has in front.
+        return self._by_canonical.get(name) or self._by_canonical.get(name.removeprefix("model."))
 
     def shape(self, name: str) -> tuple[int, ...]:
         own = self.locate(name)

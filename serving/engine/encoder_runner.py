@@ -146,7 +146,7 @@ class EncoderRunner:
         length_B, pooling_B = packed[:, -2], packed[:, -1]
         hidden_BSD = model.encode(packed[:, :S], length_B, packed[:, S : 2 * S])
         if self._scores:
-            return model.score(hidden_BSD)
+            return model.score(hidden_BSD, length_B)
         pooled = jnp.stack([pool(hidden_BSD, length_B, mode) for mode in POOLINGS])
         return jnp.take_along_axis(pooled, pooling_B[None, :, None], axis=0)[0]
 

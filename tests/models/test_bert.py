@@ -17,7 +17,7 @@ from models.pooling import max_sequence, pool, pooling_mode
 
 FOLDER = os.environ.get("JAXSERVE_TEST_MODELS")
 MINILM = Path(FOLDER) / "minilm" if FOLDER else None
-TEXTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [3]]
+TEXTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [3]]
 TINY = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -26,12 +26,17 @@ TINY = {
     "intermediate_size": 48,
     "max_position_embeddings": 40,
 }
+MODERN = {"local_attention": 6, "num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MODERN |= {"cls_token_id": 1, "sep_token_id": 2}
 ENCODERS = {
+    "ModernBertModel": "ModernBertConfig",
+    "ModernBertForMaskedLM": "ModernBertConfig",
     "BertModel": "BertConfig",
     "RobertaModel": "RobertaConfig",
     "XLMRobertaModel": "XLMRobertaConfig",
 }
 RERANKERS = {
+    "ModernBertForSequenceClassification": "ModernBertConfig",
     "BertForSequenceClassification": "BertConfig",
     "RobertaForSequenceClassification": "RobertaConfig",
     "XLMRobertaForSequenceClassification": "XLMRobertaConfig",
@@ -65,6 +70,7 @@ def reference_model(architecture: str, config_class: str, folder: Path, **fields
     import transformers
 
     torch.manual_seed(0)
+    fields = (MODERN if config_class == "ModernBertConfig" else {}) | fields
     config = getattr(transformers, config_class)(**TINY | fields)
     reference = getattr(transformers, architecture)(config).eval()
     with torch.no_grad():
@@ -79,8 +85,9 @@ def test_hidden_states(architecture, tmp_path):
     import torch
 
     reference = reference_model(architecture, ENCODERS[architecture], tmp_path)
+    reference = getattr(reference, "model", reference)  # of the masked language model, the encoder
     loaded = load_model(resolve(str(tmp_path)), progress=False)
-    assert loaded.config.max_positions == (40 if architecture == "BertModel" else 38)
+    assert loaded.config.max_positions == (38 if "Roberta" in architecture else 40)
     hidden, _ = run(loaded.model, TEXTS)
     for row, text in enumerate(TEXTS):
         with torch.no_grad():
@@ -93,8 +100,10 @@ def test_hidden_states(architecture, tmp_path):
 def test_scores(architecture, activation, tmp_path):
     import torch
 
-    one_segment = {"type_vocab_size": 1} if "Roberta" in architecture else {}  # as published ones have
-    reference = reference_model(architecture, RERANKERS[architecture], tmp_path, num_labels=1, **one_segment)
+    more = {"type_vocab_size": 1} if "Roberta" in architecture else {}  # as published ones have
+    if "Modern" in architecture:
+        more = {"classifier_pooling": "mean" if activation == "identity" else "cls", "norm_bias": True}
+    reference = reference_model(architecture, RERANKERS[architecture], tmp_path, num_labels=1, **more)
     if activation == "identity":
         path = tmp_path / "config.json"
         noted = {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}
@@ -102,11 +111,10 @@ def test_scores(architecture, activation, tmp_path):
     model = load_model(resolve(str(tmp_path)), progress=False).model
     tokens, length = padded(TEXTS)
     segments = (np.arange(tokens.shape[1]) >= 2).astype(np.int32) * (tokens > 0)
-    scores = np.asarray(model.score(model.encode(tokens, length, segments)))
+    scores = np.asarray(model.score(model.encode(tokens, length, segments), length))
     for row, text in enumerate(TEXTS):
-        more = (
-            {"token_type_ids": torch.tensor(segments[row : row + 1, : len(text)])} if "Rob" not in architecture else {}
-        )
+        given = {"token_type_ids": torch.tensor(segments[row : row + 1, : len(text)])}
+        more = given if architecture.startswith("Bert") else {}
         with torch.no_grad():
             logit = reference(torch.tensor([text]), **more).logits[0, 0]
         wanted = float(torch.sigmoid(logit)) if activation == "sigmoid" else float(logit)
@@ -119,9 +127,10 @@ def test_a_classifier_is_refused(tmp_path):
         load_model(resolve(str(tmp_path)), progress=False)
 
 
-def test_long_texts_in_blocks(tmp_path, monkeypatch):
+@pytest.mark.parametrize("architecture", ["BertModel", "ModernBertModel"])
+def test_long_texts_in_blocks(architecture, tmp_path, monkeypatch):
     """Blocks of queries give what all queries at once give."""
-    reference_model("BertModel", "BertConfig", tmp_path)
+    reference_model(architecture, ENCODERS[architecture], tmp_path)
     model = load_model(resolve(str(tmp_path)), progress=False).model
     tokens, length = padded([[*range(5, 37)], [7, 8]], more=0)
     whole = np.asarray(model.encode(tokens, length))

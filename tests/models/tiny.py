@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,15 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
@@ -190,7 +200,7 @@ TINY: dict[str, Tiny] = {
         expert_mesh=True,
     ),
     "qwen2moe, every layer": Tiny(
-        "Qwen2MoeConfig", "Qwen2MoeForCausalLM", MOE | {"shared_expert_intermediate_size": 48}
+        "Qwen2MoeConfig", "Qwen2MoeForCausalLM", MOE | {"shared_expert_intermediate_size": 48}, expert_mesh=True
     ),
     "qwen3moe": Tiny(
         "Qwen3MoeConfig",
@@ -217,6 +227,7 @@ TINY: dict[str, Tiny] = {
         "DeepseekV2Config",
         "DeepseekV2ForCausalLM",
         DEEPSEEK | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 3.0},
+        expert_mesh=True,
     ),
     "deepseek v3": Tiny(
         "DeepseekV3Config",
@@ -253,6 +264,7 @@ TINY: dict[str, Tiny] = {
             "head_dim": 16,
             "attention_chunk_size": 24,
         },
+        expert_mesh=True,
     ),
     "llama4, as published": Tiny(
         "Llama4TextConfig",
@@ -265,11 +277,80 @@ TINY: dict[str, Tiny] = {
             "num_experts_per_tok": 1,
             "head_dim": 16,
         },
+        expert_mesh=True,
     ),
     "ministral": Tiny(
         "MinistralConfig",
         "MinistralForCausalLM",
         {"sliding_window": 16, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "ministral 3": Tiny(
+        "Ministral3Config",
+        "Ministral3ForCausalLM",
+        {"head_dim": 16, "rope_parameters": MINISTRAL3_ROPE},
+    ),
+    "mistral small 3": Tiny(
+        "Mistral3Config",
+        "Mistral3ForConditionalGeneration",
+        dict.fromkeys(BASE)
+        | {
+            "text_config": BASE
+            | {"model_type": "ministral3", "head_dim": 16, "rope_parameters": MINISTRAL3_ROPE, "sliding_window": None},
+            "vision_config": {
+                "model_type": "pixtral",
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "head_dim": 16,
+                "image_size": 28,
+            },
+            "image_token_index": 10,
+        },
+    ),
+    "gemma": Tiny("GemmaConfig", "GemmaForCausalLM", {"head_dim": 16, "tie_word_embeddings": True}),
+    "granitemoe": Tiny(
+        "GraniteMoeConfig",
+        "GraniteMoeForCausalLM",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 4.0,
+        },
+        expert_mesh=True,
+    ),
+    "olmo3": Tiny(
+        "Olmo3Config",
+        "Olmo3ForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 16,
+            "rope_parameters": {
+                "full_attention": YARN_ROPE,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "olmoe": Tiny("OlmoeConfig", "OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 3}, expert_mesh=True),
+    "phi3, as in Phi-4-mini": Tiny(
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {
+            "hidden_size": 128,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 16,
+                "short_factor": [1.0, 1.0, 1.1, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 1.2, 1.5, 2.5, 4.0, 6.0],
+            },
+        },
     ),
     "gpt2": Tiny(
         "GPT2Config",
@@ -300,10 +381,11 @@ def make_reference(name: str, directory: Path) -> None:
             else:
                 parameter.normal_(0.0, 0.3)
     model.save_pretrained(directory)
+    vocab = config.get_text_config().vocab_size
     rng = np.random.default_rng(len(name))
     arrays: dict[str, np.ndarray] = {}
     for index, length in enumerate(PROMPTS):
-        tokens = rng.integers(3, fields["vocab_size"], length).tolist()
+        tokens = rng.integers(3, vocab, length).tolist()
         with torch.no_grad():
             cache: Any = None
             pending = tokens
@@ -348,8 +430,9 @@ def compare(directory: Path, mesh: str | None = None, steps: int = STEPS, path: 
 
 
 def slug(name: str) -> str:
-    """A folder's name."""
-    return name.replace(",", "").replace(" ", "-")
+    """A folder's name: another one when the variant is defined anew, since folders may outlive a run."""
+    digest = hashlib.sha256(repr((BASE, TINY[name], PROMPTS, STEPS)).encode()).hexdigest()[:8]
+    return f"{name.replace(',', '').replace(' ', '-')}-{digest}"
 
 
 def main(root: str, mesh: str, names: list[str]) -> None:

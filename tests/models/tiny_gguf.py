@@ -14,15 +14,20 @@ ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
     "MinistralForCausalLM": "llama",
+    "Ministral3ForCausalLM": "mistral3",
     "MixtralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen2MoeForCausalLM": "qwen2moe",
     "Qwen3MoeForCausalLM": "qwen3moe",
+    "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
     "GraniteForCausalLM": "granite",
+    "GraniteMoeForCausalLM": "granitemoe",
     "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo2",
+    "OlmoeForCausalLM": "olmoe",
     "Phi3ForCausalLM": "phi3",
     "SmolLM3ForCausalLM": "smollm3",
     "Starcoder2ForCausalLM": "starcoder2",
@@ -32,7 +37,7 @@ ARCHITECTURES = {
     "DeepseekV2ForCausalLM": "deepseek2",
     "DeepseekV3ForCausalLM": "deepseek2",
 }
-PERMUTED = ("llama", "granite", "smollm3")
+PERMUTED = ("llama", "mistral3", "granite", "granitemoe", "smollm3")
 
 
 def to_gguf(directory: Path, path: Path) -> None:
@@ -87,7 +92,7 @@ def metadata(c: dict, arch: str) -> dict:
         "attention.layer_norm_rms_epsilon": c.get("rms_norm_eps"),
         "attention.layer_norm_epsilon": c.get("norm_epsilon", c.get("layer_norm_epsilon")),
         "attention.sliding_window": c.get("sliding_window")
-        if arch in ("llama", "gemma2", "gemma3", "phi3", "starcoder2", "gpt-oss")
+        if arch in ("llama", "gemma2", "gemma3", "phi3", "starcoder2", "gpt-oss", "olmo2")
         else None,
         "rope.freq_base": rope.get("rope_theta"),
         "attn_logit_softcapping": c.get("attn_logit_softcapping"),
@@ -105,7 +110,7 @@ def metadata(c: dict, arch: str) -> dict:
         keys["rope.freq_base_swa"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
         keys["rope.freq_base"] = rope["rope_theta"]
-    if arch == "llama" and c.get("layer_types"):
+    if arch in ("llama", "olmo2") and c.get("layer_types"):
         keys["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in c["layer_types"]]
     if arch == "llama4":
         keys["feed_forward_length"] = c["intermediate_size_mlp"]
@@ -118,7 +123,9 @@ def metadata(c: dict, arch: str) -> dict:
         keys["rope.scaling.factor"] = float(rope["factor"])
         keys["rope.scaling.original_context_length"] = rope.get("original_max_position_embeddings")
         if rope.get("mscale_all_dim"):
-            keys["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
+            keys["rope.scaling.yarn_log_multiplier"] = rope["mscale_all_dim"] * (1.0 if arch == "mistral3" else 0.1)
+    if rope.get("llama_4_scaling_beta"):
+        keys["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
     if rope.get("rope_type") == "longrope":
         original = rope["original_max_position_embeddings"]
         keys["rope.scaling.original_context_length"] = original
@@ -188,6 +195,10 @@ def tensors_of(tensors: dict, c: dict, arch: str) -> dict:
                 out[f"{base}gate_proj.weight"], out[f"{base}up_proj.weight"] = np.split(turned, 2, axis=1)
             else:
                 out[f"{base}down_proj.weight"] = turned
+        elif name.endswith(".input_linear.weight"):
+            base = name.split(".input_linear.")[0]
+            gate, up = np.split(array, 2, axis=1)
+            out[f"{base}.experts.w1.weight"], out[f"{base}.experts.w3.weight"] = gate, up
         elif ".experts." in name:
             before, after = name.split(".experts.")
             index, part = after.split(".", 1)

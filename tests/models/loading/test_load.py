@@ -99,6 +99,20 @@ def test_generation_config_wins(directory):
     assert load(directory).generation_config == {"temperature": 0.6, "eos_token_id": [2, 7]}
 
 
+def test_a_bare_network(directory):
+    """Embedding models are saved without a head, and without the name that the network has inside of one with a head."""
+    whole = load(directory).model
+    arrays = load_file(directory / "model.safetensors")
+    del arrays["lm_head.weight"]
+    save_file({name.removeprefix("model."): array for name, array in arrays.items()}, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(HF | {"architectures": ["LlamaModel"]}))
+    bare = load(directory).model
+    assert bare.head is None
+    parameters = dict(parameters_of(whole))
+    for path, parameter in parameters_of(bare):
+        np.testing.assert_array_equal(np.asarray(parameter[...]), np.asarray(parameters[path][...]))
+
+
 def test_missing_tensor_is_named(directory):
     change(directory, **{"model.layers.0.mlp.up_proj.weight": None})
     with pytest.raises(ValueError, match=r"no tensor 'model\.layers\.0\.mlp\.up_proj\.weight'"):

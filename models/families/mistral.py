@@ -1,0 +1,80 @@
+"""Mistral 7B with its sliding window (Jiang et al. 2023, arXiv:2310.06825), Ministral, whose layers have windows in turn, and
+Mistral Small 3 and Ministral 3 (Mistral AI 2025), text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.config import ModelConfig, from_hf, windows_from_hf
+from models.decoder import Decoder, Layer
+from models.families.gemma import VISION
+from models.family import Family
+from models.layers import Attention, Build, layer_frequencies
+from ops.paged_attention import attend_rope
+from ops.paged_attention.batch import AttentionBatch
+
+
+class Ministral3Attention(Attention):
+    """q grows with the logarithm of how many original contexts lie before it (Nakanishi 2025, arXiv:2501.19399)."""
+
+    def __init__(self, config: ModelConfig, layer: int, build: Build):
+        super().__init__(config, layer, build)
+        self.beta, self.length = config.get("query_beta"), config.get("query_length")
+
+    def __call__(
+        self, x_TD: jax.Array, batch: AttentionBatch, kv: Any, norm: Any = None, residual_TD: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        T, (K, G, h) = x_TD.shape[0], self.placed
+        qkv_TKgh = self.qkv(x_TD, norm=norm).reshape(T, K, G + 2, h)
+        passed_T = jnp.floor(batch.positions_T.astype(jnp.float32) / self.length)
+        growth_T = 1.0 + self.beta * jnp.log1p(passed_T)
+        # Rotation is linear: q may as well grow before it, beside the k and v that do not.
+        growth_Tg = jnp.where(jnp.arange(G + 2) < G, growth_T[:, None], 1.0)
+        qkv_TKgh = (qkv_TKgh * growth_Tg[:, None, :, None]).astype(qkv_TKgh.dtype)
+        rotary = None if self.rope is None else layer_frequencies(*self.rope)
+        out_TKGh, kv = attend_rope(qkv_TKgh, rotary, kv, batch, scale=self.scale, window=self.window)
+        return self.out(out_TKGh.reshape(T, K * G * h), residual_TO=residual_TD), kv
+
+
+class MistralLayer(Layer):
+    def make_attention(self, config: ModelConfig, index: int, build: Build) -> Attention:
+        # Within the original context nothing grows.
+        grows = config.get("query_beta") and build.max_model_len > config.get("query_length")
+        return (Ministral3Attention if grows else Attention)(config, index, build)
+
+
+def build(config: ModelConfig, build: Build) -> Decoder:
+    return Decoder(config, build, MistralLayer)
+
+
+def mistral_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Llama with a window on every layer, or on those that `layer_types` names; what grows q stands beside the rotation."""
+    scaling = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    config = from_hf(hf, windows=windows_from_hf(hf, hf["num_hidden_layers"]))
+    beta = scaling.get("llama_4_scaling_beta")
+    if not beta or config.rope is None:
+        return config
+    extra = (("query_beta", float(beta)), ("query_length", config.rope.original_max_positions))
+    return from_hf(hf, windows=config.windows, extra=extra)
+
+
+FAMILIES = (
+    Family(
+        "Mistral, Mistral Small, Ministral, Ministral 3 (text)",
+        (
+            "MistralForCausalLM",
+            "MinistralForCausalLM",
+            "Ministral3ForCausalLM",
+            "Mistral3ForConditionalGeneration",
+            "MistralModel",
+        ),
+        mistral_config,
+        build,
+        gguf=("llama with windows", "mistral3"),
+        ignore=VISION,
+    ),
+)
