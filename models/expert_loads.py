@@ -5,11 +5,18 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 _counts: contextvars.ContextVar[list[jax.Array] | None] = contextvars.ContextVar("counts", default=None)
+
+
+def shape(config: Any) -> tuple[int, int] | None:
+    """(layers with experts, E) of a model's counts, by its configuration; None for models without."""
+    moe = getattr(config, "moe", None)
+    return (sum(moe.layers), moe.num_experts) if moe is not None and any(moe.layers) else None
 
 
 @contextlib.contextmanager

@@ -155,7 +155,7 @@ class Executor:
         """Starts one program.
 
         Returns:
-            what the host may read, replicas end to end: SampleOutput of Sample; int32 [2, max_steps, B] of DecodeLoop
+            what the host may read, replicas end to end: SampleOutput of Sample, LoopOutput of DecodeLoop
             (`programs`); float32 [R, D] of Pool; (logprob, rank, top_ids, top_values) of PromptLogprobs; None of the others,
             but of Forward int32 [layers, E], how many tokens visited each expert, where the model has some.
         """

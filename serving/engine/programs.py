@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models import expert_loads
 from models.api import KVCache
 from models.expert_loads import counting
 from ops import sampling
@@ -64,6 +65,20 @@ class SampleOutput:
     rank_S: jax.Array
     top_ids_SN: jax.Array
     top_values_SN: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoopOutput:
+    """What one `decode_loop` returns besides pages and state.
+
+    Attributes:
+        tokens_finite: int32 [2, max_steps, B], as SampleOutput.tokens_finite; steps that did not run are -1.
+        loads: for models with experts, one int32 [layers with experts, E]: how many tokens of all steps visited each.
+    """
+
+    tokens_finite: jax.Array
+    loads: tuple[jax.Array, ...]
 
 
 def make_forward(model: SplitModel, layout: Layout, keep_hidden: bool) -> Callable[..., Any]:
@@ -150,10 +165,9 @@ def sample_rows(
 def make_decode_loop(
     model: SplitModel, forward: Layout, sample: Layout, page_size: int, max_steps: int
 ) -> Callable[..., Any]:
-    """decode_loop(leaves, kv, state, forward_flat, sample_flat, steps) -> (kv, state, int32 [2, max_steps, B]).
+    """decode_loop(leaves, kv, state, forward_flat, sample_flat, steps) -> (kv, state, LoopOutput).
 
-    Up to `steps` decode steps without the host in between; ends sooner when every row has sampled a token that ends it. The
-    result holds tokens and finite flags as SampleOutput.tokens_finite; steps that did not run are -1.
+    Up to `steps` decode steps without the host in between; ends sooner when every row has sampled a token that ends it.
     """
 
     def decode_loop(
@@ -163,7 +177,7 @@ def make_decode_loop(
         forward_flat: jax.Array,
         sample_flat: jax.Array,
         steps: jax.Array,
-    ) -> tuple[KVCache, DeviceState, jax.Array]:
+    ) -> tuple[KVCache, DeviceState, LoopOutput]:
         merged = model.merge(leaves)
         fields, sampled = forward.unpack(forward_flat), sample.unpack(sample_flat)
         real_B = fields["decode_len_B"] > 0
@@ -173,7 +187,7 @@ def make_decode_loop(
         stops_BN = state.banned_ids[sampled["slot_S"][:num_rows]]
 
         def body(carry: Any) -> Any:
-            step, kv, state, tokens_B, ended_B, out = carry
+            step, kv, state, tokens_B, ended_B, loads, out = carry
             position_B = jnp.where(real_B, fields["positions_T"] + step, 0)
             page_B = fields["decode_pages_BP"][rows_B, position_B // page_size]
             batch = attention_batch(
@@ -184,22 +198,27 @@ def make_decode_loop(
                     "decode_len_B": jnp.where(real_B, fields["decode_len_B"] + step, 0),
                 }
             )
-            hidden_BD, kv = merged.forward(tokens_B, batch, kv)
+            with counting() as counted:
+                hidden_BD, kv = merged.forward(tokens_B, batch, kv)
+            if counted:  # a plug-in's model with experts may not count
+                loads = tuple(total + count for total, count in zip(loads, counted, strict=True))
             f = sampled | {"step_S": sampled["step_S"] + step}
             state, output = sample_rows(merged, f, state, hidden_BD[fields["sample_row_S"]], None, model.sampler)
             found = output.tokens_finite[:, :num_rows]
             counted_B = (f["step_S"] + 1 >= f["min_tokens_S"])[:num_rows]
             ended_B |= counted_B & jnp.any(found[0][:, None] == stops_BN, -1)
-            return step + 1, kv, state, found[0], ended_B, out.at[:, step].set(found)
+            return step + 1, kv, state, found[0], ended_B, loads, out.at[:, step].set(found)
 
         def more(carry: Any) -> jax.Array:
-            step, *_, ended_B, _ = carry
+            step, *_, ended_B, _, _ = carry
             return (step < steps) & ~jnp.all(ended_B)
 
         out = jnp.full((2, max_steps, num_rows), -1, jnp.int32)
-        start = (jnp.int32(0), kv, state, first_B, ~real_B, out)
-        _, kv, state, _, _, out = jax.lax.while_loop(more, body, start)
-        return kv, state, out
+        counts = expert_loads.shape(merged.config)
+        loads = () if counts is None else (jnp.zeros(counts, jnp.int32),)
+        start = (jnp.int32(0), kv, state, first_B, ~real_B, loads, out)
+        _, kv, state, _, _, loads, out = jax.lax.while_loop(more, body, start)
+        return kv, state, LoopOutput(out, loads)
 
     return decode_loop
 

@@ -60,8 +60,8 @@ class ModelRunner:
     """The scheduler's side of an executor.
 
     Attributes:
-        expert_loads: int64 [layers with experts, E]: tokens that visited each expert since the start, those of dispatches of
-            several steps aside, and those of replicas on other processes; None for models without experts. Never changed in place.
+        expert_loads: int64 [layers with experts, E]: tokens that visited each expert since the start, but not those of replicas on
+            other processes; None for models without experts. Never changed in place.
     """
 
     def __init__(self, executor: Executor) -> None:
@@ -115,9 +115,21 @@ class ModelRunner:
         )
         if plan.num_steps > 1:
             out = executor.execute(DecodeLoop(bucket, flat, sample_flat, plan.num_steps))
-            out.copy_to_host_async()
-            number = executor.num_sampled
-            return InFlight(plan, plans, bucket, rows, sample_flat, (), [], None, loop_output=out, number=number)
+            out.tokens_finite.copy_to_host_async()
+            number, loads = executor.num_sampled, out.loads[0] if out.loads else None
+            return InFlight(
+                plan,
+                plans,
+                bucket,
+                rows,
+                sample_flat,
+                (),
+                [],
+                None,
+                loop_output=out.tokens_finite,
+                number=number,
+                expert_loads=loads,
+            )
         expert_loads = executor.execute(Forward(bucket, flat))
         if expert_loads is not None:
             expert_loads.copy_to_host_async()
@@ -193,6 +205,8 @@ class ModelRunner:
 
     def collect(self, step: InFlight) -> StepResult:
         """Waits for a step and reads what was asked for."""
+        if step.expert_loads is not None:
+            self._count(step.expert_loads)
         if step.loop_output is not None:
             found = np.asarray(step.loop_output)
             self.executor.sampled(step.number, found)
@@ -210,11 +224,6 @@ class ModelRunner:
             logprobs = self._read_logprobs(step, tokens)
         if self.executor.store is not None:
             self.executor.store.settle()
-        if step.expert_loads is not None:
-            loads = on_this_process(step.expert_loads).astype(np.int64)
-            layers = step.expert_loads.shape[0] // self.executor.replicas
-            loads = loads.reshape(-1, layers, loads.shape[-1]).sum(axis=0)
-            self.expert_loads = loads if self.expert_loads is None else self.expert_loads + loads
         pooled = None
         if step.pooled_RD is not None:
             sums = np.asarray(step.pooled_RD)
@@ -225,6 +234,12 @@ class ModelRunner:
                 if c.request.spec.pooling
             }
         return StepResult(tokens, finite > 0, logprobs, self._read_prompt_logprobs(step), pooled)
+
+    def _count(self, found: Any) -> None:
+        """Adds a step's int32 [layers, E] of each replica to `expert_loads`."""
+        layers = found.shape[0] // self.executor.replicas
+        loads = on_this_process(found).astype(np.int64).reshape(-1, layers, found.shape[-1]).sum(axis=0)
+        self.expert_loads = loads if self.expert_loads is None else self.expert_loads + loads
 
     def _by_row(self, found: np.ndarray) -> np.ndarray:
         """[2, S] of each replica, end to end along the first axis, as [2, all rows]."""

@@ -130,9 +130,8 @@ def _carry_out(follower: Follower, executor: Any) -> None:
     for command in follower.commands():
         result = executor.execute(command)
         if isinstance(command, Sample | DecodeLoop):
-            tokens = result.tokens_finite if isinstance(command, Sample) else result
-            tokens.copy_to_host_async()
-            sampled.put((executor.num_sampled, tokens))
+            result.tokens_finite.copy_to_host_async()
+            sampled.put((executor.num_sampled, result.tokens_finite))
 
 
 def _leave_sigterm_to_process_0(say: Callable[[str], None]) -> None:
