@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -20,6 +19,7 @@ from serving.frontends.grpc import convert
 from serving.frontends.grpc.context import begin_call, end_call, id_metadata
 from serving.frontends.grpc.control import ControlCalls
 from serving.frontends.grpc.errors import status_of
+from serving.frontends.stalled import StalledError, StallWatch
 from serving.service import TextService, prepare_chat
 from serving.service.chat import ReplyParser
 from serving.service.vectors import shortened, together
@@ -241,27 +241,25 @@ def _streaming(
     name: str,
     stalled_reader_s: float | None,
 ) -> Callable[[bytes, Context], Awaitable[None]]:
-    async def write(context: Context, message: Message) -> None:
-        try:
-            async with asyncio.timeout(stalled_reader_s):
-                await context.write(message)
-        except TimeoutError:
-            raise RequestError(ErrorKind.RESOURCE_EXHAUSTED, "The client reads nothing of its stream.") from None
-
     async def handle(data: bytes, context: Context) -> None:
         # A dropped call cancels this coroutine wherever it waits, in `write` too: only closing the stream there and
         # then lets the engine free its pages at once.
         began, first = begin_call(context), True
+        watch = StallWatch(stalled_reader_s)
         try:
             async with contextlib.aclosing(function(_parse(kind, data), context)) as messages:  # type: ignore[type-var]
                 async for message in messages:
                     if first:
                         await context.send_initial_metadata(id_metadata())
                         first = False
-                    await write(context, message)
+                    await watch.write(context.write, message)
+        except StalledError as error:
+            stalled = RequestError(ErrorKind.RESOURCE_EXHAUSTED, "The client reads nothing of its stream.")
+            raise await _abort(context, stalled) from error
         except Exception as error:
             raise await _abort(context, error) from error
         finally:
+            watch.close()
             end_call(context, name, began)
 
     return handle

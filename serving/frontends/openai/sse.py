@@ -17,6 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from serving.frontends.stalled import StalledError, StallWatch
+
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 PING = b": still working\n\n"
@@ -62,26 +64,6 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-def _patient(send: Send, limit_s: float | None) -> Send:
-    """`send`, which waits while the client's and our buffers are full, for `limit_s` seconds at most.
-
-    Raises:
-        ClientGoneError: the client has taken nothing for so long. Its request would otherwise keep a slot and pages for as
-            long as it likes.
-    """
-    if limit_s is None:
-        return send
-
-    async def patient(message: Any) -> None:
-        try:
-            async with asyncio.timeout(limit_s):
-                await send(message)
-        except TimeoutError:
-            raise ClientGoneError from None
-
-    return patient
-
-
 class EventStream(Response):
     """A `text/event-stream` reply. Its generator is closed when the client goes, whatever it was waiting for.
 
@@ -104,8 +86,8 @@ class EventStream(Response):
         self.raw_headers = [(k, v) for k, v in self.raw_headers if k != b"content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        send = _patient(send, getattr(scope["app"].state, "stalled_reader_s", None))
-        writer = asyncio.ensure_future(self._write(send))
+        limit_s = getattr(scope["app"].state, "stalled_reader_s", None)
+        writer = asyncio.ensure_future(self._write(send, limit_s))
         watch = asyncio.ensure_future(_gone(receive))
         try:
             await asyncio.wait({writer, watch}, return_when=asyncio.FIRST_COMPLETED)
@@ -117,12 +99,22 @@ class EventStream(Response):
                     one.cancel()
             await asyncio.gather(writer, watch, return_exceptions=True)
 
-    async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with contextlib.aclosing(self._events) as events:
-            async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    async def _write(self, send: Send, limit_s: float | None) -> None:
+        """Raises ClientGoneError when the client has taken nothing for `limit_s` seconds: its request would otherwise keep a slot
+        and pages for as long as it likes."""
+        watch = StallWatch(limit_s)
+        try:
+            await watch.write(
+                send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )
+            async with contextlib.aclosing(self._events) as events:
+                async for event in events:
+                    await watch.write(send, {"type": "http.response.body", "body": event, "more_body": True})
+            await watch.write(send, {"type": "http.response.body", "body": b"", "more_body": False})
+        except StalledError:
+            raise ClientGoneError from None
+        finally:
+            watch.close()
 
 
 async def open_stream(

@@ -45,3 +45,19 @@ async def test_what_came_before_an_error_comes_first():
     except RequestError as error:
         seen.append(error.message)
     assert seen == [*range(MAX_ITEMS + 1), "it died."]
+
+
+async def test_a_reader_that_waits_is_woken_and_one_that_was_cancelled_is_not():
+    stream = OutputStream(asyncio.get_running_loop())
+    reader = asyncio.ensure_future(anext(aiter(stream)))
+    await asyncio.sleep(0)
+    stream.put(_output(0))
+    stream.put(_output(1))  # before it has run: both are one output
+    assert (await reader).token_ids == (0, 1)
+    reader = asyncio.ensure_future(anext(aiter(stream)))
+    await asyncio.sleep(0)
+    reader.cancel()
+    stream.put(_output(2))  # nobody takes it, and nothing fails
+    await asyncio.gather(reader, return_exceptions=True)
+    stream.put(_output(3, last=True))
+    assert [t async for o in stream for t in o.token_ids] == [2, 3]
