@@ -1,7 +1,7 @@
 """From logits to tokens: pure functions that the compiled sampling program is made of.
 
 Two bodies: `native` on a CPU with native kernels, `xla` everywhere else. `best_body` says which one a program should
-be traced with.
+be traced with. Both take whole rows: on a mesh, `by_rows` gives each device some.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jax import lax
 
 from ops import native as _native_kernels
 from ops.sampling import native as _native
+from ops.sampling.by_rows import by_rows
 from ops.sampling.draw import GREEDY_TEMPERATURE, sample
 from ops.sampling.edits import PROMPT_BIT, Edits, apply_edits
 from ops.sampling.logits import apply_bias, apply_penalties, apply_token_mask
@@ -29,6 +30,7 @@ __all__ = [
     "apply_penalties",
     "apply_token_mask",
     "best_body",
+    "by_rows",
     "choose",
     "logprobs",
     "sample",
@@ -37,12 +39,9 @@ __all__ = [
 Body = Literal["native", "xla"]
 
 
-def best_body(platform: str, num_devices: int = 1) -> Body:
-    """What a program on these devices should sample with; builds the native library when first asked on a CPU.
-
-    Several devices split the vocabulary between them, which only XLA can follow.
-    """
-    return "native" if platform == "cpu" and num_devices == 1 and _native_kernels.available() else "xla"
+def best_body(platform: str) -> Body:
+    """What a program on this platform should sample with; builds the native library when first asked on a CPU."""
+    return "native" if platform == "cpu" and _native_kernels.available() else "xla"
 
 
 def choose(

@@ -7,12 +7,14 @@ before it is: see docs/design.md.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from models import expert_loads
 from models.api import KVCache
@@ -32,19 +34,23 @@ class SplitModel:
 
     Attributes:
         sampler: what its programs sample with, see ops.sampling.best_body.
+        mesh: that its leaves are on, when it has several devices.
     """
 
     graphdef: Any
     treedef: Any
     sampler: sampling.Body
+    mesh: Mesh | None
 
     @classmethod
     def split(cls, model: nnx.Module) -> tuple[SplitModel, tuple[jax.Array, ...]]:
         graphdef, state = nnx.split(model)
         leaves, treedef = jax.tree.flatten(state)
-        devices = set[jax.Device]().union(*(x.devices() for x in leaves if isinstance(x, jax.Array)))
-        platform = next(iter(devices)).platform if devices else "none"
-        return cls(graphdef, treedef, sampling.best_body(platform, len(devices))), tuple(leaves)
+        places = [leaf.sharding for leaf in leaves if leaf.sharding is not None]
+        platform = next(iter(places[0].device_set)).platform if places else "none"
+        meshes = (place.mesh for place in places if isinstance(place, NamedSharding))
+        mesh = next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.size > 1), None)
+        return cls(graphdef, treedef, sampling.best_body(platform), mesh), tuple(leaves)
 
     def merge(self, leaves: Sequence[jax.Array]) -> Any:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
@@ -112,7 +118,8 @@ def make_sample(model: SplitModel, layout: Layout) -> Callable[..., Any]:
     def sample(
         leaves: tuple[jax.Array, ...], state: DeviceState, hidden_SD: jax.Array, flat: jax.Array, mask_SW: jax.Array
     ) -> tuple[DeviceState, SampleOutput]:
-        return sample_rows(model.merge(leaves), layout.unpack(flat), state, hidden_SD, mask_SW, model.sampler)
+        f = layout.unpack(flat)
+        return sample_rows(model.merge(leaves), f, state, hidden_SD, mask_SW, model.sampler, model.mesh)
 
     return sample
 
@@ -124,42 +131,60 @@ def sample_rows(
     hidden_SD: jax.Array,
     mask_SW: jax.Array | None,
     body: sampling.Body,
+    mesh: Mesh | None = None,
 ) -> tuple[DeviceState, SampleOutput]:
     """Logits, everything that changes them, and the draw; see `make_sample`. Without `mask_SW`, no mask can be asked for."""
     logits_SV = model.logits(hidden_SD)
-    slot_S, step_S = f["slot_S"], f["step_S"]
-    edits = sampling.Edits(
-        slot_R=slot_S,
-        repetition_R=f["repetition_S"],
-        presence_R=f["presence_S"],
-        frequency_R=f["frequency_S"],
-        biased_R=f["biased_S"] > 0,
-        held_back_R=step_S < f["min_tokens_S"],
-        masked=f["masked"][0] > 0,
+    rows = {name: column for name, column in f.items() if name != "masked"}
+    rows["finite_S"] = jnp.all(jnp.isfinite(hidden_SD), -1)
+    if mask_SW is not None:
+        rows["mask_SW"] = mask_SW
+    tables = (f["masked"][0] > 0, state)
+    token_S, finite_S, *logprobs = sampling.by_rows(functools.partial(_draw, body), mesh, logits_SV, rows, tables)
+    # Rows without penalties write nowhere. Not under a cond: that would copy `seen`, which is megabytes.
+    slot_S, penalized_S = f["slot_S"], _edits(rows, tables).penalized
+    seen = state.seen.at[jnp.where(penalized_S, slot_S, state.seen.shape[0]), token_S].add(1, mode="drop")
+    state = dataclasses.replace(state, last_token=state.last_token.at[slot_S].set(token_S), seen=seen)
+    return state, SampleOutput(jnp.stack([token_S, finite_S]), *logprobs)
+
+
+def _draw(
+    body: sampling.Body, logits_SV: jax.Array, rows: dict[str, jax.Array], tables: tuple[jax.Array, DeviceState]
+) -> tuple[jax.Array, ...]:
+    """(token_S, finite_S as int32, *logprobs) of some rows."""
+    token_S = sampling.choose(
+        logits_SV,
+        _edits(rows, tables),
+        temperature_R=rows["temperature_S"],
+        top_k_R=rows["top_k_S"],
+        top_p_R=rows["top_p_S"],
+        min_p_R=rows["min_p_S"],
+        seed_R2=rows["seed_S2"],
+        step_R=rows["step_S"],
+        body=body,
+    )
+    finite_S = rows["finite_S"] & jnp.isfinite(logits_SV[jnp.arange(token_S.shape[0]), token_S])
+    logprobs = sampling.logprobs(logits_SV, token_S, MAX_LOGPROBS, rows["num_logprobs_S"] >= 0, body)
+    return token_S, finite_S.astype(jnp.int32), *logprobs
+
+
+def _edits(rows: dict[str, jax.Array], tables: tuple[jax.Array, DeviceState]) -> sampling.Edits:
+    """What rows ask for, from their fields of `packing.sample_layout` and (whether any is masked, the slots' facts)."""
+    masked, state = tables
+    return sampling.Edits(
+        slot_R=rows["slot_S"],
+        repetition_R=rows["repetition_S"],
+        presence_R=rows["presence_S"],
+        frequency_R=rows["frequency_S"],
+        biased_R=rows["biased_S"] > 0,
+        held_back_R=rows["step_S"] < rows["min_tokens_S"],
+        masked=masked,
         seen_NV=state.seen,
         bias_ids_NE=state.bias_ids,
         bias_values_NE=state.bias_values,
         banned_ids_NE=state.banned_ids,
-        mask_RW=mask_SW,
+        mask_RW=rows.get("mask_SW"),
     )
-    token_S = sampling.choose(
-        logits_SV,
-        edits,
-        temperature_R=f["temperature_S"],
-        top_k_R=f["top_k_S"],
-        top_p_R=f["top_p_S"],
-        min_p_R=f["min_p_S"],
-        seed_R2=f["seed_S2"],
-        step_R=step_S,
-        body=body,
-    )
-    num_S = token_S.shape[0]
-    finite_S = jnp.all(jnp.isfinite(hidden_SD), -1) & jnp.isfinite(logits_SV[jnp.arange(num_S), token_S])
-    logprobs = sampling.logprobs(logits_SV, token_S, MAX_LOGPROBS, f["num_logprobs_S"] >= 0, body)
-    # Rows without penalties write nowhere. Not under a cond: that would copy `seen`, which is megabytes.
-    seen = state.seen.at[jnp.where(edits.penalized, slot_S, state.seen.shape[0]), token_S].add(1, mode="drop")
-    state = dataclasses.replace(state, last_token=state.last_token.at[slot_S].set(token_S), seen=seen)
-    return state, SampleOutput(jnp.stack([token_S, finite_S.astype(jnp.int32)]), *logprobs)
 
 
 def make_decode_loop(
@@ -203,7 +228,8 @@ def make_decode_loop(
             if counted:  # a plug-in's model with experts may not count
                 loads = tuple(total + count for total, count in zip(loads, counted, strict=True))
             f = sampled | {"step_S": sampled["step_S"] + step}
-            state, output = sample_rows(merged, f, state, hidden_BD[fields["sample_row_S"]], None, model.sampler)
+            hidden_SD = hidden_BD[fields["sample_row_S"]]
+            state, output = sample_rows(merged, f, state, hidden_SD, None, model.sampler, model.mesh)
             found = output.tokens_finite[:, :num_rows]
             counted_B = (f["step_S"] + 1 >= f["min_tokens_S"])[:num_rows]
             ended_B |= counted_B & jnp.any(found[0][:, None] == stops_BN, -1)
@@ -250,8 +276,12 @@ def make_prompt_logprobs(model: SplitModel) -> Callable[..., Any]:
     def prompt_logprobs(
         leaves: tuple[jax.Array, ...], hidden_TD: jax.Array, rows: jax.Array, targets: jax.Array
     ) -> tuple[jax.Array, ...]:
-        logits = model.merge(leaves).logits(hidden_TD[rows])
-        return sampling.logprobs(logits, targets, MAX_LOGPROBS, body=model.sampler)
+        logits_RV = model.merge(leaves).logits(hidden_TD[rows])
+
+        def score(logits_RV: jax.Array, targets_R: jax.Array, tables: Any) -> tuple[jax.Array, ...]:
+            return sampling.logprobs(logits_RV, targets_R, MAX_LOGPROBS, body=model.sampler)
+
+        return sampling.by_rows(score, model.mesh, logits_RV, targets)
 
     return prompt_logprobs
 

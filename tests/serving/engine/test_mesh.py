@@ -55,6 +55,17 @@ def test_experts_add_what_they_have(results):
         assert counts == {"all-reduce over model": LAYERS + 1, "all-reduce over expert+model": LAYERS}, program
 
 
+@pytest.mark.parametrize(("model", "mesh"), CASES)
+def test_sampling_exchanges_logits_and_results_and_nothing_else(results, model, mesh):
+    """And so nothing in its branches, which replicas take as their requests want: that would wait for ever."""
+    wanted = {} if mesh == "data=4" else {"all-to-all over model": 1, "all-gather over model": 1}
+    samples = {k: v for k, v in results[model][mesh]["collectives"].items() if k.startswith("sample")}
+    assert samples
+    for program, counts in samples.items():
+        assert {kind: n for kind, n in counts.items() if "data" not in kind} == wanted, program
+        assert sum(n for kind, n in counts.items() if "data" in kind) == (5 if "data" in mesh else 0), program
+
+
 @pytest.mark.parametrize(("model", "mesh"), [case for case in CASES if "data" in case[1]])
 def test_replicas_only_meet_where_the_host_reads(results, model, mesh):
     result = results[model][mesh]
