@@ -1,4 +1,5 @@
-"""The server as two processes of two CPU devices each: same tokens as one process, and what happens when one is killed."""
+"""The server as two processes of two CPU devices each: same tokens as one process, and what happens when one is killed
+or frozen."""
 
 from __future__ import annotations
 
@@ -73,20 +74,10 @@ def files(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def pair(files, *flags, follower_flags=()):
+def pair(files, *flags, mesh="model=4", follower_flags=()):
     """Process 0 and process 1, started."""
     model, programs = files
-    common = (
-        "--model",
-        str(model),
-        "--compile-cache",
-        str(programs),
-        *FLAGS,
-        "--mesh",
-        "model=4",
-        "--cpu-devices",
-        "2",
-    )
+    common = ("--model", str(model), "--compile-cache", str(programs), *FLAGS, "--mesh", mesh, "--cpu-devices", "2")
     common += ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", *flags)
     processes = [Process(*common, "--grpc-port", "0", "--process-id", "0")]
     try:
@@ -125,17 +116,31 @@ def answers(inference):
         return [first, *pool.map(one, prompts()[1:])]
 
 
-def test_same_tokens_as_one_process(files):
+@pytest.fixture(scope="module")
+def expected(files):
+    """The answers of one process with one device."""
     model, programs = files
     alone = Process("--model", str(model), "--compile-cache", str(programs), *FLAGS, "--grpc-port", "0")
     try:
         with stub(alone) as inference:
-            expected = answers(inference)
+            tokens = answers(inference)
     finally:
         alone.popen.kill()
         alone.popen.wait()
-    assert all(len(tokens) == 24 for tokens in expected) and len({tuple(tokens) for tokens in expected}) == 6
-    with pair(files) as (leader, follower):
+    assert all(len(answer) == 24 for answer in tokens) and len({tuple(answer) for answer in tokens}) == 6
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("mesh", "flags"),
+    [
+        ("model=4", ()),  # weights cut across both processes
+        # A replica in each; they share sizes out between them.
+        ("data=2,model=2", ("--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--kv-cache-memory", "4MB")),
+    ],
+)
+def test_same_tokens_as_one_process(files, expected, mesh, flags):
+    with pair(files, *flags, mesh=mesh) as (leader, follower):
         with stub(leader) as inference:
             assert answers(inference) == expected
         follower.popen.send_signal(signal.SIGTERM)  # a cluster tells every process; only process 0 acts on it
@@ -188,6 +193,27 @@ def test_the_leader_is_killed_under_load(files):
         # JAX's own watch aborts a process whose coordinator is gone; it may be faster than ours.
         assert follower.status() in (1, -signal.SIGABRT)
         assert re.search("error: process 0 is gone|another task died", follower.text)
+
+
+def test_the_follower_is_frozen_under_load(files):
+    """It is there, holds its connections, and does nothing: as a machine does whose network is gone."""
+    with pair(files) as (leader, follower), stub(leader) as inference:
+        outcomes = load(inference)
+        follower.popen.send_signal(signal.SIGSTOP)
+        assert seen(outcomes) <= {"finished", grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE}
+        assert grpc.StatusCode.INTERNAL in seen(outcomes), "somebody was in the middle of an answer"
+        assert leader.status() == 1
+        assert "error: process 1 has been silent for" in leader.text
+
+
+def test_the_leader_is_frozen_under_load(files):
+    with pair(files) as (leader, follower), stub(leader) as inference:
+        outcomes = load(inference)
+        leader.popen.send_signal(signal.SIGSTOP)
+        assert follower.status() == 1
+        assert "error: process 0 has been silent for" in follower.text
+        leader.popen.kill()  # as the launcher does when one of its processes ends; only then can clients know
+        assert seen(outcomes) <= {"finished", grpc.StatusCode.UNAVAILABLE}
 
 
 def test_other_flags_are_refused_before_anything_is_loaded(files):
