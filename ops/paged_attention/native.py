@@ -1,6 +1,6 @@
 """The CPU's own attention: one C++ handler a layer that writes K and V and attends to pages where they lie.
 
-See `ops/native/attention.cc`. It reads the `panels` layout, so whether it can serve a layer is settled when the layer's
+See `ops/native/attention_step.cc`. It reads the `panels` layout, so whether it can serve a layer is settled when the layer's
 pages are allocated.
 """
 
@@ -17,7 +17,7 @@ from ops import native
 from ops.paged_attention.batch import AttentionBatch, KVSpec
 from ops.paged_attention.pages import KVPages
 
-_PANEL = 16  # tokens; as in attention.cc
+_PANEL = 16  # tokens; as in attention.h
 
 
 def supports(spec: KVSpec, page_size: int, dtype: np.dtype, platform: str) -> bool:

@@ -1,0 +1,98 @@
+// What the parts of paged attention share: a layer's pages, a step's operands, tiles of queries, and the functions that
+// each instruction set brings.
+
+#pragma once
+
+#include <climits>
+#include <cstdint>
+
+#include "common.h"
+
+namespace jaxserve::attention {
+
+constexpr int PANEL = 16;          // neighbouring tokens that lie together in K; a page holds a multiple of it
+constexpr int ROWS_AT_ONCE = 6;    // most queries that any instruction set takes at once
+constexpr int LANES = 16;          // most floats of a vector
+constexpr int DECODE_KEYS = 64;    // keys that are folded into a decode row's softmax at once: a fetch ahead of memory
+constexpr int CHUNK_KEYS = 256;    // into a chunk's: maxima, shrinking and the sums' way to memory cost once for each
+constexpr float kBitsANat = 1.44269504089f;
+constexpr float NOTHING = -1e30f;  // running maximum before any key; finite, so that differences are not NaN
+
+enum class Kind { kFloat32, kBfloat16, kInt8 };
+
+struct Pool {  // the pages of a layer
+  void *k, *v;
+  float *k_scale, *v_scale;
+  Kind kind;
+  int64_t pages;
+  int heads, h, hv, page_size;
+  int window;     // positions; INT_MAX / 2 for all
+  float softcap;  // in bits, like scores; 0 for none
+};
+
+// A step's operands, with the strides in which q, k and v lie.
+struct Step {
+  const float *q, *k, *v;
+  int64_t q_token, k_token, v_token;  // floats from a token to the next
+  int64_t q_head, k_head, v_head;     // floats from a KV head to the next
+  const float *cos, *sin;             // [T, half], or null
+  int half;
+  const float* sinks;  // [K, G] in nats, or null
+  const int32_t* index;
+  int group;
+  float scale;  // what turns q . k into bits: weights are powers of 2
+  float* out;   // [T, K, G, hv]
+};
+
+struct Piece {  // a stretch of one request's keys, for one KV head
+  const int32_t* table;
+  int head, begin, end;
+};
+
+struct Tile {  // queries of one head of one request, and their softmax so far; positions ascend
+  int rows;
+  void* q;        // [rows, h], scaled; pairs of bfloat16 where the instruction set multiplies those, of int16 for int8
+  int* position;  // [rows]
+  float* best;    // [rows]
+  float* total;   // [rows, LANES], to be summed up
+  float* q_unit;        // [rows] what 1 in q stands for
+  float* sum;           // [rows, hv]
+  float* score;         // [ROWS_AT_ONCE, keys at once]
+  void* weight;         // likewise; the same memory where weights are float32
+};
+
+// Slots of a thread's scratch memory.
+enum { kToken, kTile, kPartial };
+
+// What an instruction set brings.
+struct Kernels {
+  bool bf16_dot;  // it multiplies pairs of bfloat16
+  // Writes one token's K and V of one head, k rotated, into its page; nothing when the page is not there.
+  void (*write)(const Step&, const Pool&, int64_t token, int head);
+  // Puts one query head of one token, rotated and scaled, into a row of a tile.
+  void (*query)(const Step&, const Pool&, int64_t token, int head, int member, const Tile&, int row);
+  // Fold a piece's keys into a tile's softmax. Decode fetches what comes next while it computes: within the piece and,
+  // at its end, the first keys of `next`, where there is one.
+  void (*decode)(const Tile&, const Pool&, const Piece&, const Piece* next);
+  void (*chunk)(const Tile&, const Pool&, const Piece&);
+  // out = sum / total; zeros when nothing was attended to.
+  void (*finish)(const float* sum, float total, int hv, float* out);
+};
+
+Kernels generic_kernels();
+#if JAXSERVE_X86
+Kernels avx2_kernels();
+Kernels avx512_kernels();
+Kernels bf16_kernels();
+#endif
+
+struct Rows {  // the rows of one part of a batch
+  const int32_t *pages, *start, *qlen, *len;
+  int64_t count, width;
+};
+
+// Does a layer's step: rotation of q and k (when cosines are given), the write, decode rows and chunk tokens.
+ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool, const Rows& decode, const Rows& chunk,
+                    int64_t num_tokens);
+
+}  // namespace jaxserve::attention

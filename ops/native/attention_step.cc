@@ -1,0 +1,255 @@
+// A step of paged attention: what is to be written, which rows and chunks there are, and how the cores share them.
+//
+// Decode is bound by memory, so K and V are read once, for all query heads of a KV head together, and the next block is
+// fetched while this one is computed; long contexts are split so that every core has work. Chunks are bound by
+// arithmetic: a tile of about 96 queries meets blocks of 256 keys.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "attention.h"
+
+namespace jaxserve::attention {
+namespace {
+
+constexpr int TILE_ROWS = 96;             // queries of a tile, about
+constexpr int64_t kSplitTokens = 1024;    // longest stretch of keys that one decode item reads
+constexpr int64_t kWorthAHelper = 32768;  // multiply-adds below which waking another thread costs more than it saves
+
+Kernels best_kernels() {
+#if JAXSERVE_X86
+  if (isa() >= Isa::kBf16) return bf16_kernels();
+  if (isa() >= Isa::kAvx512) return avx512_kernels();
+  if (isa() >= Isa::kAvx2) return avx2_kernels();
+#endif
+  return generic_kernels();
+}
+
+// Tokens that a pass over several is ahead with fetching: heads of a token lie together, those of the next do not.
+constexpr int kAhead = 4;
+
+// Fetches n floats.
+void fetch(const float* x, int n) {
+  for (int i = 0; i < n; i += 16) __builtin_prefetch(x + i);
+}
+
+// Fills a tile with `tokens` tokens' queries of one KV head, the first at `position`.
+Tile start_tile(const Step& step, const Pool& pool, const Kernels& use, int64_t token, int tokens, int head,
+                int position, int keys, bool with_sinks) {
+  Tile tile;
+  const int64_t rows = tile.rows = tokens * step.group;
+  const bool apart = pool.kind == Kind::kInt8 || (use.bf16_dot && pool.kind == Kind::kBfloat16);
+  constexpr int64_t kSlack = 64;  // floats behind the queries, which are written by whole vectors
+  const int64_t floats = 2 * ROWS_AT_ONCE * keys + rows * (pool.hv + pool.h + LANES + 3) + kSlack;
+  tile.score = static_cast<float*>(scratch(kTile, sizeof(float) * floats));
+  tile.weight = apart ? tile.score + ROWS_AT_ONCE * keys : tile.score;  // float32 weights replace their scores
+  tile.sum = tile.score + 2 * ROWS_AT_ONCE * keys;
+  float* const q = tile.sum + rows * pool.hv;
+  tile.q = q;
+  tile.total = q + rows * pool.h + kSlack;
+  tile.best = tile.total + rows * LANES;
+  tile.q_unit = tile.best + rows;
+  tile.position = reinterpret_cast<int*>(tile.q_unit + rows);
+  std::memset(tile.sum, 0, sizeof(float) * rows * pool.hv);
+  std::memset(tile.total, 0, sizeof(float) * rows * LANES);
+  for (int j = 0; j < tokens; ++j) {
+    if (j + kAhead < tokens)
+      fetch(step.q + (token + j + kAhead) * step.q_token + head * step.q_head, step.group * pool.h);
+    for (int g = 0; g < step.group; ++g) {
+      const int row = j * step.group + g;
+      use.query(step, pool, token + j, head, g, tile, row);
+      tile.position[row] = position + j;
+      const bool sink = with_sinks && step.sinks != nullptr;  // a key of weight exp(sink) and no value
+      tile.best[row] = sink ? step.sinks[head * step.group + g] * kBitsANat : NOTHING;
+      tile.total[row * LANES] = sink ? 1.0f : 0.0f;
+    }
+  }
+  return tile;
+}
+
+// Joins `count` partial softmaxes, `apart` floats from one to the next, each its maximum, total and sums.
+void merge(const Kernels& use, float* parts, int64_t count, int64_t apart, int hv, float* out) {
+  float best = parts[0];
+  for (int64_t n = 1; n < count; ++n) best = std::max(best, parts[n * apart]);
+  float total = 0;
+  for (int64_t n = 0; n < count; ++n) {
+    const float* part = parts + n * apart;
+    const float weight = std::exp2(part[0] - best);
+    total += part[1] * weight;
+    for (int c = 0; c < hv; ++c) parts[2 + c] = (n == 0 ? 0.0f : parts[2 + c]) + part[2 + c] * weight;
+  }
+  use.finish(parts + 2, total, hv, out);
+}
+
+float total_of(const Tile& tile, int row) {
+  float total = 0;
+  for (int i = 0; i < LANES; ++i) total += tile.total[row * LANES + i];
+  return total;
+}
+
+struct DecodePiece {
+  Piece keys;
+  int32_t row;
+  int64_t partial;  // where its sums go when the row's context is split; -1 when it is whole
+  bool last;        // holds the row's newest token
+};
+
+struct ChunkItem {
+  int32_t row, head, first, tokens;
+};
+
+}  // namespace
+
+ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool, const Rows& decode, const Rows& chunk,
+                    int64_t num_tokens) {
+  const Kernels use = best_kernels();
+  const int G = step.group, K = pool.heads, hv = pool.hv;
+  const int64_t token_floats = static_cast<int64_t>(K) * G * hv;
+  const int64_t limit = decode.count == 0 && chunk.count == 0 ? 0 : pool.page_size;
+  const int64_t cores = std::max<int64_t>(threads.num_threads(), 1);
+
+  // Decode: one item a row and KV head, more where contexts are long beside the number of items.
+  int64_t context = 0;
+  auto begin_of = [&](int64_t len) { return std::max<int64_t>(0, len - pool.window) / PANEL * PANEL; };
+  for (int64_t b = 0; b < decode.count; ++b) {
+    const int64_t len = decode.len[b];
+    if (len < 0 || len > decode.width * limit)
+      return ffi::Error::InvalidArgument("a context longer than its page table");
+    context += len - begin_of(len);
+  }
+  const int64_t share = context * K / (cores * 4);
+  const int64_t stretch = std::min(std::max<int64_t>(share / DECODE_KEYS * DECODE_KEYS, DECODE_KEYS), kSplitTokens);
+  std::vector<DecodePiece> pieces;
+  std::vector<int32_t> groups{0};  // a thread takes pieces [groups[i], groups[i + 1]) together
+  int64_t partials = 0, grouped = 0;
+  for (int64_t b = 0; b < decode.count; ++b) {
+    const int64_t len = decode.len[b], from = begin_of(len);
+    if (len == 0) {
+      std::memset(step.out + b * token_floats, 0, sizeof(float) * token_floats);
+      continue;
+    }
+    const int64_t splits = std::max<int64_t>(1, (len - from + stretch / 2) / stretch);
+    const int64_t each = ceil_div(ceil_div(len - from, splits), PANEL) * PANEL;
+    for (int head = 0; head < K; ++head) {
+      for (int64_t begin = from; begin < len; begin += each) {
+        const int64_t end = std::min(begin + each, len);
+        const bool whole = begin == from && end == len;
+        pieces.push_back({{decode.pages + b * decode.width, head, static_cast<int>(begin), static_cast<int>(end)},
+                          static_cast<int32_t>(b),
+                          whole ? -1 : partials,
+                          end == len});
+        partials += whole ? 0 : G * (hv + 2);
+        grouped += end - begin;
+        if (grouped >= share / 2) {
+          groups.push_back(static_cast<int32_t>(pieces.size()));
+          grouped = 0;
+        }
+      }
+    }
+  }
+  if (groups.back() < static_cast<int32_t>(pieces.size())) groups.push_back(static_cast<int32_t>(pieces.size()));
+  float* const parts = static_cast<float*>(scratch(kPartial, sizeof(float) * partials));
+
+  // Chunks: tiles of queries, the longest contexts first.
+  int tile_tokens = std::max(1, TILE_ROWS / G);
+  while (tile_tokens * G > 24 && (num_tokens - decode.count) / tile_tokens * K < 4 * cores) tile_tokens /= 2;
+  std::vector<ChunkItem> chunk_items;
+  std::vector<int64_t> writes;
+  std::vector<char> real(num_tokens - decode.count, 0);
+  int64_t pairs = 0;
+  for (int64_t r = 0; r < chunk.count; ++r) {
+    const int64_t qlen = chunk.qlen[r], len = chunk.len[r], start = chunk.start[r];
+    if (qlen == 0) continue;
+    if (qlen < 0 || qlen > len || len > chunk.width * limit || start < 0 || decode.count + start + qlen > num_tokens)
+      return ffi::Error::InvalidArgument("a chunk outside its step or its page table");
+    for (int64_t j = 0; j < qlen; ++j) {
+      writes.push_back(decode.count + start + j);
+      real[start + j] = 1;
+    }
+    pairs += qlen * std::min<int64_t>(len, pool.window);
+    for (int head = 0; head < K; ++head)
+      for (int64_t first = (qlen - 1) / tile_tokens * tile_tokens; first >= 0; first -= tile_tokens)
+        chunk_items.push_back({static_cast<int32_t>(r), head, static_cast<int32_t>(first),
+                               static_cast<int32_t>(std::min<int64_t>(tile_tokens, qlen - first))});
+  }
+  for (size_t i = 0; i < real.size(); ++i)
+    if (!real[i]) std::memset(step.out + (decode.count + i) * token_floats, 0, sizeof(float) * token_floats);
+
+  // Every chunk token must be in its page before a tile reads it. A decode row's token is written by whoever reads it.
+  constexpr int64_t kWritesAnItem = 64;
+  const int64_t write_items = ceil_div(writes.size(), kWritesAnItem);
+  const auto write_chunks = [&](int64_t item, int) {
+    const size_t end = std::min(writes.size(), static_cast<size_t>(item + 1) * kWritesAnItem);
+    for (size_t i = item * kWritesAnItem; i < end; ++i)
+      for (int head = 0; head < K; ++head) {
+        fetch(step.k + (writes[i] + kAhead) * step.k_token + head * step.k_head, pool.h);
+        fetch(step.v + (writes[i] + kAhead) * step.v_token + head * step.v_head, hv);
+        use.write(step, pool, writes[i], head);
+      }
+  };
+
+  const auto attend_chunk = [&](const ChunkItem& item) {
+    const int64_t token = decode.count + chunk.start[item.row] + item.first;
+    const int position = chunk.len[item.row] - chunk.qlen[item.row] + item.first;
+    const Tile tile = start_tile(step, pool, use, token, item.tokens, item.head, position, CHUNK_KEYS, true);
+    float* const out = step.out + token * token_floats + item.head * G * hv;
+    for (int j = 0; j < item.tokens; ++j)  // a store that misses the cache waits, and there is time until then
+      for (int i = 0; i < G * hv; i += 16) __builtin_prefetch(out + j * token_floats + i, 1, 2);
+    const Piece keys{chunk.pages + item.row * chunk.width, item.head, std::max(0, position - pool.window + 1),
+                     position + item.tokens};
+    use.chunk(tile, pool, keys);
+    for (int row = 0; row < tile.rows; ++row)
+      use.finish(tile.sum + row * hv, total_of(tile, row), hv, out + row / G * token_floats + row % G * hv);
+  };
+  const auto attend_decode = [&](const DecodePiece& piece, const Piece* next) {
+    const int head = piece.keys.head;
+    if (piece.last) use.write(step, pool, piece.row, head);
+    const int position = decode.len[piece.row] - 1;
+    const Tile tile = start_tile(step, pool, use, piece.row, 1, head, position, DECODE_KEYS, piece.last);
+    use.decode(tile, pool, piece.keys, next);
+    for (int g = 0; g < G; ++g) {
+      if (piece.partial < 0) {
+        use.finish(tile.sum + g * hv, total_of(tile, g), hv,
+                   step.out + piece.row * token_floats + (static_cast<int64_t>(head) * G + g) * hv);
+      } else {
+        float* to = parts + piece.partial + g * (hv + 2);
+        to[0] = tile.best[g];
+        to[1] = total_of(tile, g);
+        std::memcpy(to + 2, tile.sum + g * hv, sizeof(float) * hv);
+      }
+    }
+  };
+  const int64_t chunks = chunk_items.size(), decodes = groups.size() - 1;
+  const int64_t products = (pairs + context) * K * G * (pool.h + hv);
+  const auto attend = [&](int64_t i, int) {
+    if (i < chunks) return attend_chunk(chunk_items[i]);
+    const int32_t end = groups[i - chunks + 1];
+    for (int32_t n = groups[i - chunks]; n < end; ++n)
+      attend_decode(pieces[n], n + 1 < end ? &pieces[n + 1].keys : nullptr);
+  };
+  if (products < kWorthAHelper) {
+    for (int64_t i = 0; i < write_items; ++i) write_chunks(i, 0);
+    for (int64_t i = 0; i < chunks + decodes; ++i) attend(i, 0);
+  } else {
+    Phases phases;
+    phases.add(write_items, write_chunks);
+    phases.add(chunks + decodes, attend);
+    phases.run(threads);
+  }
+
+  // Rows that were split: pieces of one row and head are neighbours.
+  for (size_t i = 0; i < pieces.size();) {
+    const DecodePiece& piece = pieces[i];
+    size_t after = i + 1;
+    while (!pieces[after - 1].last) ++after;
+    for (int g = 0; piece.partial >= 0 && g < G; ++g)
+      merge(use, parts + piece.partial + g * (hv + 2), after - i, G * (hv + 2), hv,
+            step.out + piece.row * token_floats + (static_cast<int64_t>(piece.keys.head) * G + g) * hv);
+    i = after;
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace jaxserve::attention

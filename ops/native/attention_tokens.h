@@ -1,0 +1,143 @@
+// What happens to a token's q, k and v before and after attention, for one instruction set: rotation, rounding to what
+// the products take, the write into a page. Included by attention_kernels.h.
+
+// The nearest integers, ties to even, of numbers below 2^22.
+INLINE vi nearest(vf x) {
+  const vf big = splat(12582912.0f);  // 1.5 * 2^23: a sum with it is rounded to an integer, left in the low bits
+  return (vi)(x + big) - (vi)big;
+}
+
+// The low halves, and bytes, of each element.
+INLINE void store_halves(uint16_t* to, vi x) {
+#if W == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)x));
+#else
+  for (int i = 0; i < W; ++i) to[i] = static_cast<uint16_t>(x[i]);
+#endif
+}
+INLINE void store_bytes(int8_t* to, vi x) {
+#if W == 16
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)x));
+#else
+  for (int i = 0; i < W; ++i) to[i] = static_cast<int8_t>(x[i]);
+#endif
+}
+
+// float32 rounded to bfloat16 (to nearest, ties to even), in the low halves. A NaN stays one.
+INLINE vi bf16_bits(vf x) {
+  const vi bits = (vi)x, high = (vi)((vu)bits >> 16);
+  const vi rounded = (vi)((vu)(bits + 0x7fff + (high & 1)) >> 16);
+  return (vi)pick((bits & 0x7fffffff) > 0x7f800000, (vf)(high | 0x40), (vf)rounded);
+}
+
+// Passes over a token's n channels go by whole vectors; buffers have room for them, and zeros behind the channels.
+INLINE int whole(int n) { return (n + W - 1) / W * W; }
+
+// Copies a token's q or k into `y`, rotated where the step rotates.
+AT static void rotate(const Step& step, int64_t token, const float* x, int h, float* y) {
+  for (int i = h / W * W; i < h; i += W) store(y + i, vf{});
+  if (step.cos == nullptr) {
+    memcpy(y, x, sizeof(float) * h);
+    return;
+  }
+  const int half = step.half;
+  const float *cos = step.cos + token * half, *sin = step.sin + token * half;
+  int i = 0;
+  for (; i + W <= half; i += W) {
+    const vf a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+    store(y + i, a * c - b * s);
+    store(y + half + i, b * c + a * s);
+  }
+  for (; i < half; ++i) {
+    y[i] = x[i] * cos[i] - x[half + i] * sin[i];
+    y[half + i] = x[half + i] * cos[i] + x[i] * sin[i];
+  }
+  memcpy(y + 2 * half, x + 2 * half, sizeof(float) * (h - 2 * half));
+}
+
+AT static float largest_of(const float* x, int n) {
+  vf largest = {};
+  for (int i = 0; i < n; i += W) largest = vmax(largest, (vf)((vi)load(x + i) & 0x7fffffff));
+  return max_lanes(largest);
+}
+
+// Symmetric int8; returns the scale.
+AT static float quantize(const float* x, int n, int8_t* to) {
+  const float scale = largest_of(x, n) * (1.0f / 127.0f), divisor = scale == 0.0f ? 1.0f : scale;
+  for (int i = 0; i < n; i += W) store_bytes(to + i, nearest(load(x + i) / divisor));
+  return scale;
+}
+
+// Fetches the panel of 16 tokens whose first one is to be written: each of its channels is a line of memory, and stores
+// wait for one line after the other (a chunk's writes took twice the time).
+AT static void fetch_panel(const Pool& pool, int64_t at, int slot) {
+  const int64_t bytes = pool.kind == Kind::kFloat32 ? 4 : pool.kind == Kind::kBfloat16 ? 2 : 1;
+  const int64_t pair = bytes < 4 ? 2 : 1;
+  const char* k = static_cast<const char*>(pool.k) + (at * pool.h * pool.page_size + slot * pair) * bytes;
+  const char* v = static_cast<const char*>(pool.v) + (at * pool.page_size + slot) * pool.hv * bytes;
+  for (int i = 0; i < pool.h / pair; ++i) __builtin_prefetch(k + i * pool.page_size * pair * bytes, 1, 3);
+  for (int64_t i = 0; i < PANEL * pool.hv * bytes; i += 64) __builtin_prefetch(v + i, 1, 3);
+}
+
+AT static void write(const Step& step, const Pool& pool, int64_t token, int head) {
+  const int64_t index = step.index[token];
+  const int64_t page = index / pool.page_size;
+  const int slot = static_cast<int>(index % pool.page_size), size = pool.page_size, h = pool.h, hv = pool.hv;
+  if (index < 0 || page >= pool.pages) return;
+  float* const k = static_cast<float*>(scratch(kToken, sizeof(float) * 2 * (whole(h) + hv)));
+  rotate(step, token, step.k + token * step.k_token + head * step.k_head, h, k);
+  const float* v = step.v + token * step.v_token + head * step.v_head;
+  if (slot % PANEL == 0) fetch_panel(pool, page * pool.heads + head, slot);
+  void* const rounded = k + whole(h);
+  const int64_t at = page * pool.heads + head;
+  if (pool.kind == Kind::kFloat32) {
+    float* k_page = static_cast<float*>(pool.k) + at * h * size + slot;
+    for (int i = 0; i < h; ++i) k_page[(int64_t)i * size] = k[i];
+    memcpy(static_cast<float*>(pool.v) + (at * size + slot) * hv, v, sizeof(float) * hv);
+  } else if (pool.kind == Kind::kBfloat16) {
+    uint16_t* const bits = static_cast<uint16_t*>(rounded);
+    uint16_t* k_page = static_cast<uint16_t*>(pool.k) + at * h * size + 2 * slot;
+    for (int i = 0; i < h; i += W) store_halves(bits + i, bf16_bits(load(k + i)));
+    for (int i = 0; i < h; i += 2) memcpy(k_page + (int64_t)i * size, bits + i, 4);
+    uint16_t* v_page = static_cast<uint16_t*>(pool.v) + at * size * hv + (slot / 2) * 2 * hv + slot % 2;
+    for (int i = 0; i < hv; i += W) store_halves(bits + i, bf16_bits(load(v + i)));
+    for (int i = 0; i < hv; ++i) v_page[2 * i] = bits[i];
+  } else {
+    int8_t* const bytes = static_cast<int8_t*>(rounded);
+    int8_t* k_page = static_cast<int8_t*>(pool.k) + at * h * size + 2 * slot;
+    pool.k_scale[at * size + slot] = quantize(k, h, bytes);
+    for (int i = 0; i < h; i += 2) memcpy(k_page + (int64_t)i * size, bytes + i, 2);
+    int8_t* v_page = static_cast<int8_t*>(pool.v) + at * size * hv + (slot / 2) * 2 * hv + slot % 2;
+    pool.v_scale[at * size + slot] = quantize(v, hv, bytes);
+    for (int i = 0; i < hv; ++i) v_page[2 * i] = bytes[i];
+  }
+}
+
+// Rows are filled in order: one may run over into the next, and the last into what is behind it.
+AT static void query(const Step& step, const Pool& pool, int64_t token, int head, int member, const Tile& tile,
+                     int row) {
+  const int h = pool.h;
+  float* const q = static_cast<float*>(scratch(kToken, sizeof(float) * whole(h)));
+  rotate(step, token, step.q + token * step.q_token + head * step.q_head + (int64_t)member * h, h, q);
+  tile.q_unit[row] = 1;
+  if (pool.kind == Kind::kInt8) {
+    const float largest = largest_of(q, h);
+    // h products with an int8 stay within int32.
+    const float limit = fminf(32767.0f, static_cast<float>(INT32_MAX) / (128.0f * static_cast<float>(h)));
+    const float inverse = largest > 0 ? limit / largest : 0.0f;
+    uint16_t* const to = static_cast<uint16_t*>(tile.q) + (int64_t)row * h;
+    for (int i = 0; i < h; i += W) store_halves(to + i, nearest(load(q + i) * inverse));
+    tile.q_unit[row] = largest / limit * step.scale;
+  } else if (BF16_DOT && pool.kind == Kind::kBfloat16) {
+    uint16_t* const to = static_cast<uint16_t*>(tile.q) + (int64_t)row * h;
+    for (int i = 0; i < h; i += W) store_halves(to + i, bf16_bits(load(q + i) * step.scale));
+  } else {
+    float* const to = static_cast<float*>(tile.q) + (int64_t)row * h;
+    for (int i = 0; i < h; i += W) store(to + i, load(q + i) * step.scale);
+  }
+}
+
+AT static void finish(const float* sum, float total, int hv, float* out) {
+  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+  for (int i = 0; i < hv; i += W) store(out + i, load(sum + i) * inverse);
+}
