@@ -20,6 +20,7 @@ KINDS = {
     np.dtype(ml_dtypes.float8_e4m3fn): 3,
     np.dtype(ml_dtypes.float8_e5m2): 4,
     np.dtype(np.int8): 5,
+    np.dtype(np.uint8): 6,
 }
 """What can be cast, by the numbers of ops/native/host_casts.h."""
 
@@ -44,29 +45,41 @@ def cast(out: np.ndarray, source: np.ndarray) -> bool:
 
 
 def cast_scaled(
-    out_RC: np.ndarray, source_RC: np.ndarray, scale: np.ndarray, block_rows: int, block_columns: int
+    out_RC: np.ndarray,
+    source_RC: np.ndarray,
+    scale: np.ndarray,
+    block_rows: int,
+    block_columns: int,
+    zero: np.ndarray | None = None,
 ) -> bool:
-    """out = source * scale of the block that a number is in, where the native library can.
+    """out = (source - zero) * scale, of the block that a number is in, where the native library can.
 
     Args:
         out_RC: float32.
-        scale: float32 [ceil(R / block_rows), ceil(C / block_columns)].
+        scale, zero: float32 [ceil(R / block_rows), ceil(C / block_columns)].
     Returns:
         whether it was done, as `cast`.
     Raises:
-        ValueError: a scale of another shape.
+        ValueError: a scale or zero of another shape.
     """
     R, C = source_RC.shape
     wanted = (-(-R // block_rows), -(-C // block_columns))
-    if scale.shape != wanted or out_RC.shape != (R, C):
+    if scale.shape != wanted or out_RC.shape != (R, C) or (zero is not None and zero.shape != wanted):
         raise ValueError(f"scales {list(scale.shape)} of a matrix {[R, C]} should be {list(wanted)}.")
-    arrays = (out_RC, source_RC, scale)
-    can = source_RC.dtype in KINDS and out_RC.dtype == scale.dtype == np.float32
-    if not can or not all(array.flags.c_contiguous for array in arrays) or not native.available():
+    floats = [out_RC, scale] + ([] if zero is None else [zero])
+    can = source_RC.dtype in KINDS and all(array.dtype == np.float32 for array in floats)
+    if not can or not all(array.flags.c_contiguous for array in (source_RC, *floats)) or not native.available():
         return False
     sizes = [ctypes.c_int64(n) for n in (KINDS[source_RC.dtype], R, C, block_rows, block_columns)]
+    no_zero = ctypes.c_void_p(None)
     native.library().jaxserve_cast_scaled(
-        _pointer(source_RC), sizes[0], _pointer(out_RC), *sizes[1:3], _pointer(scale), *sizes[3:]
+        _pointer(source_RC),
+        sizes[0],
+        _pointer(out_RC),
+        *sizes[1:3],
+        _pointer(scale),
+        no_zero if zero is None else _pointer(zero),
+        *sizes[3:],
     )
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -38,6 +39,7 @@ from sharding.rules import to_sharding
 __all__ = ["LoadedModel", "ModelSource", "load_model", "resolve"]
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 IGNORED = (r"\.rotary_emb\.inv_freq$", r"^rope_(freqs|factors_(long|short))\.weight$", r"\.attention\.(masked_)?bias$")
 """Tensors of any checkpoint that hold no weights: tables that are computed or read with the configuration."""
@@ -313,6 +315,14 @@ def _check(recipes: Recipes, checkpoint: Checkpoint, ignore: tuple[str, ...]) ->
             used.add(own)
     extra = sorted(name for name in checkpoint.own_names if name not in used)
     extra = [name for name in extra if not any(re.search(pattern, name) for pattern in ignore)]
+    if not isinstance(checkpoint, GGUFCheckpoint):
+        # What hangs beside the network (a value head, a draft's layers, a tower of another sense) is no part of it. Inside of
+        # it an unknown tensor means that the configuration says something else than the weights.
+        inside = {name.partition(".")[0] for name in used}
+        beside = sorted({top for name in extra if (top := name.partition(".")[0]) not in inside})
+        if beside:
+            log.warning("the checkpoint's %s: not a part of the network, not loaded.", ", ".join(beside))
+        extra = [name for name in extra if name.partition(".")[0] in inside]
     if extra:
         more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
         raise ValueError(

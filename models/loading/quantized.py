@@ -2,8 +2,8 @@
 
 Each scheme is named by `quantization_config.quant_method` of config.json. Weights come out as float32 `[out, in]`:
 
-- `compressed-tensors` (vLLM's llm-compressor): int4 or int8 packed in int32, or plain int8 or float8; scales by tensor,
-  row or group of columns.
+- `compressed-tensors` (vLLM's llm-compressor): integers of up to eight bits packed in int32, plain int8 or float8, four-bit floats
+  (NVFP4, MXFP4); scales by tensor, row, block or group of columns. Tensors may differ: their shapes say how each is packed.
 - `awq` (Lin et al. 2023, arXiv:2306.00978) and `gptq` (Frantar et al. 2022, arXiv:2210.17323): packed in int32, transposed.
 - `fp8`: float8 with scales by tensor, row, or block of 128 x 128 (DeepSeek-V3).
 - `mxfp4` (OCP Microscaling Formats 1.0): the experts of GPT-OSS, 32 values a scale.
@@ -22,8 +22,9 @@ from models.loading.safetensors import SafetensorsCheckpoint, canonical_name
 from ops import casts
 
 AUXILIARY = re.compile(
-    r"\.(weight_scale|weight_scale_inv|weight_zero_point|weight_shape|weight_g_idx|input_scale|output_scale"
-    r"|activation_scale|input_zero_point|qzeros|scales|g_idx|[kv]_scale|[qkv]_proj\.output_scale)$|_scales$"
+    r"\.(weight_scale|weight_scale_inv|weight_zero_point|weight_shape|weight_g_idx|weight_global_scale|input_global_scale"
+    r"|input_scale|output_scale|activation_scale|input_zero_point|qzeros|scales|g_idx|[kv]_scale|[qkv]_proj\.output_scale)$"
+    r"|_scales$"
 )
 """Tensors that belong to a packed weight, and activation scales, which float32 activations do without."""
 
@@ -82,7 +83,7 @@ class DequantizingCheckpoint:
         shape = self._inner.shape(own)
         bits = self._bits
         if own.endswith(".weight_packed"):
-            return tuple(int(n) for n in self._inner.read(own.removesuffix("_packed") + "_shape"))
+            return self.shape_of_packed(own)
         if own.endswith(".qweight"):
             rows, columns = shape
             return (columns * 32 // bits, rows) if self._method == "awq" else (columns, rows * 32 // bits)
@@ -115,40 +116,56 @@ class DequantizingCheckpoint:
         return value
 
     def _packed(self, own: str) -> np.ndarray:
-        base = own.removesuffix("_packed")
-        rows, columns = (int(n) for n in self._need(f"{base}_shape"))
-        offset = 1 << (self._bits - 1)
-        values = unpack(self._inner.read(own), self._bits)[:rows, :columns].astype(np.float32) - offset
-        scale = self._need(f"{base}_scale").astype(np.float32)
+        base, words = own.removesuffix("_packed"), self._inner.read(own)
+        if words.dtype == np.uint8:
+            return self._float4(base, words)
+        rows, columns = self.shape_of_packed(own)
+        bits, scale = _bits_of(words.shape[-1], columns), self._need(f"{base}_scale")
+        offset = 1 << (bits - 1)
+        values = unpack(words, bits)[:rows, :columns]
         zero = self._optional(f"{base}_zero_point")
-        order = self._optional(f"{base}_g_idx")
-        if zero is not None:
-            if zero.dtype == np.int32:  # packed along the rows
-                zero = unpack(zero.T, self._bits).T[:rows].astype(np.float32) - offset
-            zero = zero.astype(np.float32)
-        group = self._columns_group(columns, scale.shape[1], order)
-        values -= 0 if zero is None else zero[:, group]
-        return values * scale[:, group]
+        if zero is None:
+            zero = np.full(scale.shape, offset, np.float32)
+        elif zero.dtype == np.int32:  # packed along the rows
+            zero = unpack(zero.T, bits).T[:rows]
+        else:
+            zero = zero.astype(np.float32) + offset
+        group = self._columns_group(columns, scale.shape[1], self._optional(f"{base}_g_idx"))
+        return dequantize(values, scale, zero, group)
+
+    def _float4(self, base: str, bytes_OI: np.ndarray) -> np.ndarray:
+        """NVFP4 (scales in float8, all times one more) and MXFP4 (scales that are powers of two)."""
+        scale = self._need(f"{base}_scale")
+        scale = np.ldexp(np.float32(1), scale.astype(np.int32) - 127) if scale.dtype == np.uint8 else scale
+        overall = self._optional(f"{base}_global_scale")
+        scale = scale.astype(np.float32)
+        if overall is not None:
+            scale = scale / overall.astype(np.float32)
+        values = _FP4[unpack(bytes_OI, 4)]
+        return dequantize(values, scale, None, values.shape[1] // scale.shape[1])
+
+    def shape_of_packed(self, own: str) -> tuple[int, ...]:
+        """Of a `weight_packed`; four-bit floats do not say it: they fill their bytes."""
+        words = self._inner.shape(own)
+        said = self._optional(own.removesuffix("_packed") + "_shape")
+        return (words[0], 2 * words[1]) if said is None else tuple(int(n) for n in said)
 
     def _awq(self, own: str) -> np.ndarray:
         base = own.removesuffix("qweight")
         weight_IO, zero_GO = (_awq_columns(self._need(base + part), self._bits) for part in ("qweight", "qzeros"))
-        scale_GO = self._need(base + "scales").astype(np.float32)
-        size = weight_IO.shape[0] // scale_GO.shape[0]
-        groups = weight_IO.reshape(-1, size, weight_IO.shape[1]).astype(np.float32)
-        dense = (groups - zero_GO[:, None]) * scale_GO[:, None]
-        return np.ascontiguousarray(dense.reshape(weight_IO.shape).T)
+        scale_GO = self._need(base + "scales")
+        group = self._columns_group(weight_IO.shape[0], scale_GO.shape[0], None)
+        return dequantize(weight_IO.T, scale_GO.T, zero_GO.T, group)
 
     def _gptq(self, own: str) -> np.ndarray:
         base = own.removesuffix("qweight")
-        weight_OI = unpack(self._inner.read(own).T, self._bits).astype(np.float32)
-        scale_GO = self._need(base + "scales").astype(np.float32)
-        # The first GPTQ format stores zero points less one.
-        less = 0 if self._config.get("checkpoint_format") == "gptq_v2" else 1
-        zero_GO = unpack(self._need(base + "qzeros"), self._bits).astype(np.float32) + less
-        order = self._optional(base + "g_idx")
+        weight_OI = unpack(self._inner.read(own).T, self._bits)
+        scale_GO, order = self._need(base + "scales"), self._optional(base + "g_idx")
+        zero_GO = unpack(self._need(base + "qzeros"), self._bits)[:, : scale_GO.shape[1]]
+        if self._config.get("checkpoint_format") != "gptq_v2":  # the first format stores zero points less one
+            zero_GO = (zero_GO + np.uint8(1)) & np.uint8((1 << self._bits) - 1)
         group = self._columns_group(weight_OI.shape[1], scale_GO.shape[0], order)
-        return (weight_OI - zero_GO.T[:, group]) * scale_GO.T[:, group]
+        return dequantize(weight_OI, scale_GO.T, zero_GO.T, group)
 
     def _scaled(self, own: str) -> np.ndarray:
         values = self._inner.read(own)
@@ -156,33 +173,27 @@ class DequantizingCheckpoint:
         scale = next((scale for scale in found if scale is not None), None)
         if scale is None:
             raise ValueError(f"the quantized checkpoint has no scale for the tensor {own!r}.")
-        zero = self._optional(f"{own}_zero_point")
-        scale = as_matrix(scale)
-        down, across = block_of(values.shape, scale.shape, self._config_block(values.shape))
-        out = buffers.empty(values.shape, np.float32)
-        if zero is None and casts.cast_scaled(out, values, scale, down, across):
-            return out
-        buffers.copy(out, values)
-        if zero is not None:
-            out -= spread(as_matrix(zero), out.shape, down, across)
-        out *= spread(scale, out.shape, down, across)
-        return out
+        if scale.dtype == np.uint8:  # MXFP8: powers of two
+            scale = np.ldexp(np.float32(1), scale.astype(np.int32) - 127)
+        zero, scale = self._optional(f"{own}_zero_point"), as_matrix(scale)
+        blocks = block_of(values.shape, scale.shape, self._config_block())
+        return scaled(values, scale, None if zero is None else as_matrix(zero), *blocks)
 
-    def _config_block(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    def _config_block(self) -> tuple[int, int] | None:
         """The block that shares a scale, where the configuration says it."""
         block = self._config.get("weight_block_size") or self._weights.get("block_structure")
         if block is not None:
             return int(block[0]), int(block[1])
         return (1, self._group_size) if self._group_size else None
 
-    def _columns_group(self, columns: int, groups: int, order: np.ndarray | None) -> np.ndarray:
-        """For each input, which of the groups it is in: `order` where activations were sorted, else neighbours."""
-        if order is not None and (order >= 0).all():
-            return order
+    def _columns_group(self, columns: int, groups: int, order: np.ndarray | None) -> np.ndarray | int:
+        """Which of the groups each input is in where inputs were sorted (`order`), else how many neighbours are one."""
         size = self._group_size
         if not size or -(-columns // size) != groups:
             size = -(-columns // groups)
-        return np.arange(columns) // size
+        if order is None or (order < 0).any() or (order == np.arange(columns) // size).all():
+            return size
+        return order
 
     def _mxfp4(self, own: str) -> np.ndarray:
         blocks_EOGb = self._inner.read(own)
@@ -195,17 +206,53 @@ class DequantizingCheckpoint:
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
-    """[rows, n] int32 -> [rows, n * 32 / bits] unsigned values as int32, lowest bits first.
+    """[rows, n] int32 or uint8 -> [rows, n * itemsize * 8 / bits] unsigned values as uint8, lowest bits first.
 
-    Three bits do not divide a word: there values run on from one word into the next.
+    Where bits do not divide a byte, values run on from one byte and word into the next.
     """
-    words = np.ascontiguousarray(words)
-    if 32 % bits == 0:
-        shifts = np.arange(0, 32, bits, dtype=np.uint32)
-        values = (words.view(np.uint32)[..., None] >> shifts) & np.uint32((1 << bits) - 1)
-        return values.reshape(*words.shape[:-1], -1).astype(np.int32)
-    stream = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
-    return stream.reshape(*words.shape[:-1], -1, bits) @ (1 << np.arange(bits, dtype=np.int32))
+    words = np.ascontiguousarray(words).view(np.uint8)
+    if 8 % bits == 0:
+        out = np.empty((*words.shape, 8 // bits), np.uint8)
+        for i in range(8 // bits):
+            np.right_shift(words, bits * i, out=out[..., i])
+        out &= np.uint8((1 << bits) - 1)
+        return out.reshape(*words.shape[:-1], -1)
+    stream = np.unpackbits(words, axis=-1, bitorder="little")
+    count = stream.shape[-1] // bits
+    values = stream[..., : count * bits].reshape(*words.shape[:-1], count, bits)
+    return (values << np.arange(bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)
+
+
+def dequantize(
+    values_OI: np.ndarray, scale_OG: np.ndarray, zero_OG: np.ndarray | None, group: np.ndarray | int
+) -> np.ndarray:
+    """(values - zero) * scale as float32 [O, I].
+
+    Args:
+        values_OI: of any dtype.
+        group: how many neighbouring inputs share a scale, or for each input its group.
+    """
+    scale_OG = np.ascontiguousarray(scale_OG, np.float32)
+    zero_OG = None if zero_OG is None else np.ascontiguousarray(zero_OG, np.float32)
+    if not isinstance(group, np.ndarray):
+        return scaled(np.ascontiguousarray(values_OI), scale_OG, zero_OG, 1, group)
+    out = values_OI.astype(np.float32)
+    if zero_OG is not None:
+        out -= zero_OG[:, group]
+    out *= scale_OG[:, group]
+    return out
+
+
+def scaled(values: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, down: int, across: int) -> np.ndarray:
+    """(values - zero) * scale as float32, where blocks of `down` x `across` share them."""
+    out = buffers.empty(values.shape, np.float32)
+    if casts.cast_scaled(out, values, scale, down, across, zero):
+        return out
+    buffers.copy(out, values)
+    if zero is not None:
+        out -= spread(zero, out.shape, down, across)
+    out *= spread(scale, out.shape, down, across)
+    return out
 
 
 def as_matrix(scale: np.ndarray) -> np.ndarray:
@@ -256,16 +303,23 @@ def _weights_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return (groups[0].get("weights") or {}) if groups else {}
 
 
+def _bits_of(words: int, columns: int) -> int:
+    """How wide values are of which `columns` fill so many int32; compressed-tensors may mix widths.
+
+    Raises:
+        ValueError: none that is known.
+    """
+    bits = words * 32 // columns
+    if not 1 <= bits <= 8:
+        raise ValueError(f"{columns} packed values in {words} words: {bits} bits each; 1 to 8 are supported.")
+    return bits
+
+
 def _bits(method: str, config: Mapping[str, Any]) -> int:
-    if method == "compressed-tensors":
-        groups = (config.get("config_groups") or {}).values()
-        widths = {(group.get("weights") or {}).get("num_bits", 8) for group in groups}
-        if len(widths) > 1:
-            raise ValueError(f"the checkpoint mixes weights of {sorted(widths)} bits, which is not supported.")
-        bits = widths.pop() if widths else 8
-    else:
-        bits = config.get("bits", config.get("w_bit", 4)) if method in ("awq", "gptq") else 8
-    supported = {"awq": (4,), "gptq": (2, 3, 4, 8)}.get(method, (2, 4, 8))
+    if method not in ("awq", "gptq"):
+        return 8
+    bits = config.get("bits", config.get("w_bit", 4))
+    supported = {"awq": (4,), "gptq": (2, 3, 4, 8)}[method]
     if bits not in supported:
         raise ValueError(f"the checkpoint has {method} weights of {bits!r} bits; supported: {list(supported)}.")
     return int(bits)

@@ -24,29 +24,30 @@ FORCE_INLINE void cast_all(const void* from, Kind source, void* to, Kind target,
 }
 
 FORCE_INLINE void scale_all(const void* from, Kind source, float* out, int64_t rows, int64_t columns, const float* scale,
-                            int64_t block_rows, int64_t block_columns) {
+                            const float* zero, int64_t block_rows, int64_t block_columns) {
   const int64_t across = ceil_div(columns, block_columns);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t block = 0; block < across; ++block) {
       const int64_t begin = block * block_columns, size = std::min(block_columns, columns - begin);
       float* part = out + row * columns + begin;
       widen(from, source, row * columns + begin, size, part);
-      const float factor = scale[row / block_rows * across + block];
-      for (int64_t i = 0; i < size; ++i) part[i] *= factor;
+      const int64_t at = row / block_rows * across + block;
+      const float factor = scale[at], none = zero == nullptr ? 0.0f : zero[at];
+      for (int64_t i = 0; i < size; ++i) part[i] = (part[i] - none) * factor;
     }
   }
 }
 
 using CastAll = void (*)(const void*, Kind, void*, Kind, int64_t);
-using ScaleAll = void (*)(const void*, Kind, float*, int64_t, int64_t, const float*, int64_t, int64_t);
+using ScaleAll = void (*)(const void*, Kind, float*, int64_t, int64_t, const float*, const float*, int64_t, int64_t);
 
 #define CASTS(name, target)                                                                                    \
   target void cast_##name(const void* from, Kind source, void* to, Kind kind, int64_t count) {                 \
     cast_all(from, source, to, kind, count);                                                                   \
   }                                                                                                            \
   target void scale_##name(const void* from, Kind source, float* out, int64_t rows, int64_t columns,           \
-                           const float* scale, int64_t block_rows, int64_t block_columns) {                    \
-    scale_all(from, source, out, rows, columns, scale, block_rows, block_columns);                             \
+                           const float* scale, const float* zero, int64_t block_rows, int64_t block_columns) { \
+    scale_all(from, source, out, rows, columns, scale, zero, block_rows, block_columns);                       \
   }
 
 CASTS(generic, )
@@ -69,14 +70,16 @@ JAXSERVE_EXPORT void jaxserve_cast(const void* from, int64_t source, void* to, i
   cast(from, static_cast<Kind>(source), to, static_cast<Kind>(target), count);
 }
 
-// A matrix [rows, columns] to float32, each block of it times its scale: [ceil(rows / block_rows)][ceil(columns / block_columns)].
+// A matrix [rows, columns] to float32, each block of it less its zero (null: none) and times its scale: [ceil(rows / block_rows)]
+// [ceil(columns / block_columns)].
 JAXSERVE_EXPORT void jaxserve_cast_scaled(const void* from, int64_t source, float* out, int64_t rows, int64_t columns,
-                                          const float* scale, int64_t block_rows, int64_t block_columns) {
+                                          const float* scale, const float* zero, int64_t block_rows,
+                                          int64_t block_columns) {
   using namespace jaxserve::casts;
   ScaleAll scaled = scale_generic;
 #if JAXSERVE_X86
   if (jaxserve::isa() >= jaxserve::Isa::kAvx512) scaled = scale_avx512;
   else if (jaxserve::isa() >= jaxserve::Isa::kAvx2) scaled = scale_avx2;
 #endif
-  scaled(from, static_cast<Kind>(source), out, rows, columns, scale, block_rows, block_columns);
+  scaled(from, static_cast<Kind>(source), out, rows, columns, scale, zero, block_rows, block_columns);
 }

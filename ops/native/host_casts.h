@@ -11,7 +11,7 @@
 namespace jaxserve::casts {
 
 // As ops/casts.py numbers them. kFloat8E4M3 has no infinities (OCP 8-bit floating point, "E4M3").
-enum class Kind : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3, kFloat8E5M2 = 4, kInt8 = 5 };
+enum class Kind : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3, kFloat8E5M2 = 4, kInt8 = 5, kUint8 = 6 };
 
 FORCE_INLINE float as_float(uint32_t bits) {
   float value;
@@ -74,6 +74,9 @@ FORCE_INLINE void widen(const void* from, Kind kind, int64_t first, int64_t coun
       return;
     case Kind::kInt8:
       for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(static_cast<int8_t>(bytes[i]));
+      return;
+    case Kind::kUint8:
+      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(bytes[i]);
       return;
   }
 }

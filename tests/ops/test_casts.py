@@ -54,15 +54,19 @@ def test_float32_is_rounded_to_bfloat16(isa):
 
 
 @pytest.mark.parametrize("block", [(1, 1), (1, 100), (7, 5), (4, 64), (128, 128), (1, 33)])
-@pytest.mark.parametrize("kind", [np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.int8)], ids=str)
-def test_blocks_and_their_scales(kind, block, isa):
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("kind", [np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.int8), np.dtype(np.uint8)], ids=str)
+def test_blocks_and_their_scales(kind, zeros, block, isa):
     rng = np.random.default_rng(1)
-    source = (rng.standard_normal((30, 100)) * 20).astype(kind)
+    source = np.abs(rng.standard_normal((30, 100)) * 20).astype(kind)
     scale = rng.random((-(-30 // block[0]), -(-100 // block[1]))).astype(np.float32)
+    zero = np.floor(scale * 16) if zeros else None
     out = np.empty(source.shape, np.float32)
-    assert casts.cast_scaled(out, source, scale, *block)
-    whole = np.repeat(np.repeat(scale, block[0], 0)[:30], block[1], 1)[:, :100]
-    np.testing.assert_array_equal(out, source.astype(np.float32) * whole)
+    assert casts.cast_scaled(out, source, scale, *block, zero)
+    factor, none = (
+        np.repeat(np.repeat(x, block[0], 0)[:30], block[1], 1)[:, :100] for x in (scale, np.floor(scale * 16))
+    )
+    np.testing.assert_array_equal(out, (source.astype(np.float32) - (none if zeros else 0)) * factor)
 
 
 def test_what_is_left_to_numpy():

@@ -125,6 +125,18 @@ def test_extra_tensor_is_named(directory):
         load(directory)
 
 
+def test_what_hangs_beside_the_network_is_left_out(directory, caplog):
+    """A value head that training left there, in a shard that the index does not even mention it in."""
+    change(directory, **{"v_head.summary.weight": np.zeros((1, 16), np.float32)})
+    arrays = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").rename(directory / "part.safetensors")
+    index = {"weight_map": dict.fromkeys((name for name in arrays if "v_head" not in name), "part.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"x": np.zeros(1, np.float32)}, directory / "consolidated.safetensors")  # of another format's copy
+    load(directory)
+    assert "v_head" in caplog.text
+
+
 def test_wrong_shape_is_named(directory):
     change(directory, **{"model.norm.weight": np.zeros(17, np.float32)})
     with pytest.raises(ValueError, match=r"'model\.norm\.weight' has the shape \[17\]; .* \[16\]"):

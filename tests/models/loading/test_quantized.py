@@ -81,6 +81,71 @@ def test_compressed_tensors_packed(tmp_path, bits, zeros):
     check(open_one(tmp_path, arrays, compressed(bits)), wanted)
 
 
+def bitstream(values: np.ndarray, bits: int) -> np.ndarray:
+    """Columns into int32 words as one long number a row, lowest bits first: how compressed-tensors packs any width."""
+    words = -(-values.shape[1] * bits // 32)
+    rows = [sum(int(v) << (bits * i) for i, v in enumerate(row)).to_bytes(4 * words, "little") for row in values]
+    return np.frombuffer(b"".join(rows), np.int32).reshape(len(values), words).copy()
+
+
+@pytest.mark.parametrize("columns", [64, 100])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_compressed_tensors_of_any_width(tmp_path, bits, columns):
+    """Two tensors of different widths, groups that do not fill their last one, inputs in another order."""
+    groups = -(-columns // GROUP)
+    arrays, wanted = {}, {}
+    for name, width in (("a", bits), ("b", 4)):
+        half = 1 << (width - 1)
+        q, scale = RNG.integers(-half, half, (O, columns)), RNG.random((O, groups)).astype(np.float32)
+        group = np.arange(columns) // GROUP if name == "a" else RNG.permutation(np.arange(columns) // GROUP)
+        arrays |= {f"{name}.weight_packed": bitstream(q + half, width), f"{name}.weight_scale": scale}
+        arrays[f"{name}.weight_shape"] = np.array([O, columns], np.int64)
+        if name == "b":
+            arrays["b.weight_g_idx"] = group.astype(np.int32)
+        wanted[name] = q * scale[:, group]
+    checkpoint = open_one(tmp_path, arrays, compressed(bits, group_size=GROUP))
+    for name, values in wanted.items():
+        assert checkpoint.shape(f"{name}.weight") == values.shape
+        np.testing.assert_allclose(checkpoint.read(f"{name}.weight"), values, rtol=1e-6)
+
+
+def float4(code: int) -> float:
+    """E2M1: a sign, two bits of exponent with an offset of 1, one of mantissa."""
+    sign, exponent, mantissa = -1.0 if code & 8 else 1.0, code >> 1 & 3, code & 1
+    return sign * (0.5 * mantissa if exponent == 0 else 2.0 ** (exponent - 1) * (1 + 0.5 * mantissa))
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4"])
+def test_compressed_tensors_four_bit_floats(tmp_path, kind):
+    codes = RNG.integers(0, 16, (O, I))
+    dense = np.vectorize(float4)(codes)
+    arrays = {"a.weight_packed": (codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8)}
+    if kind == "nvfp4":
+        scale = (RNG.random((O, I // 16)) * 200 + 1).astype(ml_dtypes.float8_e4m3fn)
+        arrays |= {"a.weight_scale": scale, "a.weight_global_scale": np.array([37.5], np.float32)}
+        arrays["a.input_global_scale"] = np.array([2.0], np.float32)
+        wanted = dense * np.repeat(scale.astype(np.float32), 16, 1) / 37.5
+    else:
+        exponent = RNG.integers(120, 134, (O, I // 32))
+        arrays["a.weight_scale"] = exponent.astype(np.uint8)
+        wanted = dense * np.repeat(2.0 ** (exponent - 127), 32, 1)
+    check(open_one(tmp_path, arrays, compressed(4, type="float", group_size=16 if kind == "nvfp4" else 32)), wanted)
+
+
+def test_compressed_tensors_float8_of_32_inputs(tmp_path):
+    q, exponent = RNG.standard_normal((O, I)).astype(ml_dtypes.float8_e4m3fn), RNG.integers(120, 134, (O, I // 32))
+    arrays = {"a.weight": q, "a.weight_scale": exponent.astype(np.uint8)}
+    wanted = q.astype(np.float32) * np.repeat(2.0 ** (exponent - 127), 32, 1)
+    check(open_one(tmp_path, arrays, compressed(8, type="float", group_size=32)), wanted)
+
+
+def test_compressed_tensors_int8_with_zeros(tmp_path):
+    q, scale = RNG.integers(-127, 128, (O, I)).astype(np.int8), RNG.random((O, 1)).astype(np.float32)
+    zero = RNG.integers(-20, 20, (O, 1)).astype(np.int8)
+    arrays = {"a.weight": q, "a.weight_scale": scale, "a.weight_zero_point": zero}
+    check(open_one(tmp_path, arrays, compressed(8)), (q.astype(np.float32) - zero) * scale)
+
+
 def test_compressed_tensors_int8_by_row(tmp_path):
     q, scale = RNG.integers(-127, 128, (O, I)).astype(np.int8), RNG.random((O, 1)).astype(np.float32)
     check(open_one(tmp_path, {"a.weight": q, "a.weight_scale": scale}, compressed(8)), q * scale)
@@ -91,6 +156,7 @@ def test_float8_by_tensor_and_row(tmp_path, shape):
     q = RNG.standard_normal((O, I)).astype(ml_dtypes.float8_e4m3fn)
     scale = np.asarray(RNG.random(shape), np.float32)
     arrays = {"a.weight": q, "a.weight_scale": scale, "a.input_scale": np.ones(1, np.float32)}
+    arrays["a.activation_scale"] = np.ones(1, np.float32)
     wanted = q.astype(np.float32) * (scale.reshape(-1, 1) if scale.ndim else scale)
     check(open_one(tmp_path, arrays, {"quant_method": "fp8"}), wanted)
 
@@ -106,17 +172,19 @@ def test_float8_by_block(tmp_path, kernels, monkeypatch):
     check(open_one(tmp_path, {"a.weight": q, "a.weight_scale_inv": scale}, config), wanted)
 
 
-def test_awq(tmp_path):
-    q, zero = RNG.integers(0, 16, (I, O)), RNG.integers(0, 16, (I // GROUP, O))
-    scale = RNG.random((I // GROUP, O)).astype(np.float16)
+@pytest.mark.parametrize("size", [GROUP, -1])
+def test_awq(tmp_path, size):
+    groups = I // (I if size == -1 else size)
+    q, zero = RNG.integers(0, 16, (I, O)), RNG.integers(0, 16, (groups, O))
+    scale = RNG.random((groups, O)).astype(np.float16)
 
     def shuffled(values):
         order = [0, 2, 4, 6, 1, 3, 5, 7]  # AutoAWQ's order_map: nibble i of a word holds column order[i]
         return pack(values.reshape(len(values), -1, 8)[:, :, order].reshape(values.shape))
 
     arrays = {"a.qweight": shuffled(q), "a.qzeros": shuffled(zero), "a.scales": scale}
-    wanted = (q - np.repeat(zero, GROUP, 0)) * np.repeat(scale.astype(np.float32), GROUP, 0)
-    check(open_one(tmp_path, arrays, {"quant_method": "awq", "bits": 4, "group_size": GROUP}), wanted.T)
+    wanted = (q - np.repeat(zero, I // groups, 0)) * np.repeat(scale.astype(np.float32), I // groups, 0)
+    check(open_one(tmp_path, arrays, {"quant_method": "awq", "bits": 4, "group_size": size}), wanted.T)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -124,10 +192,10 @@ def test_awq(tmp_path):
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 def test_gptq(tmp_path, bits, order, version):
     top = 1 << bits
-    q, zero = RNG.integers(0, top, (I, O)), RNG.integers(1, top, (I // GROUP, O))
+    q, zero = RNG.integers(0, top, (I, O)), RNG.integers(0, top, (I // GROUP, O))
     scale = RNG.random((I // GROUP, O)).astype(np.float16)
     group = RNG.permutation(np.arange(I) // GROUP) if order else np.arange(I) // GROUP
-    stored = zero - (version == "gptq")
+    stored = (zero - (version == "gptq")) % top
     arrays = {"a.qweight": np.ascontiguousarray(pack(q.T, bits).T), "a.qzeros": pack(stored, bits), "a.scales": scale}
     arrays["a.g_idx"] = group.astype(np.int32)
     config = {"quant_method": "gptq", "bits": bits, "checkpoint_format": version}
