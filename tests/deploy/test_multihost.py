@@ -9,13 +9,15 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from serving.access.__main__ import main as make_key
+from serving.access.keys import read_file
 from serving.flags import GRPC_PORT, HTTP_PORT, build_parser, engine_config
 from serving.plan import chips
 from sharding.mesh import parse_mesh
 
 KUBERNETES = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "deploy" / "kubernetes"
 VERSION = "1.32"  # the newest whose clusters are still served by every large cloud's default channel
-SINGLE, GROUPS = ("cpu", "cuda", "tpu"), ("multihost-cuda", "multihost-tpu")
+SINGLE, GROUPS = ("cpu", "cuda", "tpu", "keys"), ("multihost-cuda", "multihost-tpu")
 
 
 def documents(path):
@@ -40,7 +42,10 @@ def built(overlay):
             for part in way:
                 at = at[int(part)] if isinstance(at, list) else at[part]
             assert step["op"] == "add" or last in at, f"{overlay}: nothing to replace at {step['path']}"
-            at[last] = copy.deepcopy(step["value"])
+            if last == "-":
+                at.append(copy.deepcopy(step["value"]))
+            else:
+                at[last] = copy.deepcopy(step["value"])
     return objects
 
 
@@ -74,6 +79,24 @@ def test_the_schemas_notice_mistakes():
     document["spec"]["template"]["spec"]["containers"][0]["livenesProbe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(document, VERSION, strict=True)
+
+
+def test_keys_are_read_from_the_secret(tmp_path):
+    template = built("keys")["Deployment", "jaxserve"]["spec"]["template"]
+    only = only_container(template)
+    args = build_parser().parse_args(only["args"])
+    mounts = {mount["mountPath"]: mount["name"] for mount in only["volumeMounts"]}
+    assert len(only["volumeMounts"]) == len(template["spec"]["volumes"]) == 2, "the cache is still there"
+    folder, _, name = args.api_key_file.rpartition("/")
+    (secret,) = [volume["secret"] for volume in template["spec"]["volumes"] if volume["name"] == mounts[folder]]
+    text = (KUBERNETES / "keys" / "kustomization.yaml").read_text()
+    assert f"create secret generic {secret['secretName']} --from-file={name}\n" in text
+    assert secret["defaultMode"] == 0o440 and template["spec"]["securityContext"]["fsGroup"] == 10001
+    made = re.findall(r"python -m serving\.access (.*)", text)
+    for command in made:
+        file, *rest = command.split()
+        assert file == name and make_key([str(tmp_path / file), *rest]) == 0
+    assert len(read_file(tmp_path / name)) == len(made) == 2
 
 
 # The fields of leaderworkerset.x-k8s.io/v1 that are used here, from the API's reference (https://lws.sigs.k8s.io).
