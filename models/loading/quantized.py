@@ -6,6 +6,7 @@ Each scheme is named by `quantization_config.quant_method` of config.json. Weigh
   (NVFP4, MXFP4); scales by tensor, row, block or group of columns. Tensors may differ: their shapes say how each is packed.
 - `awq` (Lin et al. 2023, arXiv:2306.00978) and `gptq` (Frantar et al. 2022, arXiv:2210.17323): packed in int32, transposed.
 - `fp8`: float8 with scales by tensor, row, or block of 128 x 128 (DeepSeek-V3).
+- `bitsandbytes` (see bitsandbytes.py): four bits, or int8 with a scale a row (Dettmers et al. 2022, arXiv:2208.07339).
 - `mxfp4` (OCP Microscaling Formats 1.0): the experts of GPT-OSS, 32 values a scale.
 """
 
@@ -17,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from models.loading import buffers
+from models.loading import bitsandbytes, buffers
 from models.loading.safetensors import SafetensorsCheckpoint, canonical_name
 from ops import casts
 
 AUXILIARY = re.compile(
     r"\.(weight_scale|weight_scale_inv|weight_zero_point|weight_shape|weight_g_idx|weight_global_scale|input_global_scale"
     r"|input_scale|output_scale|activation_scale|input_zero_point|qzeros|scales|g_idx|[kv]_scale|[qkv]_proj\.output_scale)$"
-    r"|_scales$"
+    r"|\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(nf4|fp4))$"
+    r"|\.(SCB|weight_format)$|_scales$"
 )
 """Tensors that belong to a packed weight, and activation scales, which float32 activations do without."""
 
@@ -41,10 +43,10 @@ def open_quantized(inner: SafetensorsCheckpoint, config: Mapping[str, Any]) -> D
         ValueError: a scheme that is not supported, by name.
     """
     method = config.get("quant_method", "compressed-tensors" if "config_groups" in config else None)
-    if method not in ("compressed-tensors", "awq", "gptq", "fp8", "mxfp4"):
+    if method not in ("compressed-tensors", "awq", "gptq", "fp8", "bitsandbytes", "mxfp4"):
         raise ValueError(
             f"the checkpoint is quantized by {method!r}, which is not supported; supported: compressed-tensors, awq, "
-            "gptq, fp8, mxfp4."
+            "gptq, fp8, bitsandbytes, mxfp4."
         )
     return DequantizingCheckpoint(inner, method, config)
 
@@ -87,6 +89,8 @@ class DequantizingCheckpoint:
         if own.endswith(".qweight"):
             rows, columns = shape
             return (columns * 32 // bits, rows) if self._method == "awq" else (columns, rows * 32 // bits)
+        if (state := bitsandbytes.state_of(self._optional, own)) is not None:
+            return state["shape"]
         if own.endswith("_blocks"):  # [E, out, in / 32, 16] -> [E, in, out]
             return (shape[0], shape[2] * 32, shape[1])
         return shape
@@ -95,6 +99,8 @@ class DequantizingCheckpoint:
         own = self._packed_name(name)
         if own is None:
             return self._inner.read(name)
+        if bitsandbytes.state_of(self._optional, own) is not None:
+            return bitsandbytes.dequantize(self._optional, own)
         readers: dict[str, Callable[[str], np.ndarray]] = {
             ".weight_packed": self._packed,
             ".qweight": self._awq if self._method == "awq" else self._gptq,
@@ -171,6 +177,9 @@ class DequantizingCheckpoint:
         values = self._inner.read(own)
         found = (self._optional(own + suffix) for suffix in ("_scale_inv", "_scale"))
         scale = next((scale for scale in found if scale is not None), None)
+        by_row = self._optional(own.removesuffix("weight") + "SCB")  # bitsandbytes' int8: each row's largest magnitude
+        if scale is None and by_row is not None:
+            scale = by_row / np.float32(127)
         if scale is None:
             raise ValueError(f"the quantized checkpoint has no scale for the tensor {own!r}.")
         if scale.dtype == np.uint8:  # MXFP8: powers of two

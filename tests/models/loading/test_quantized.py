@@ -203,6 +203,43 @@ def test_gptq(tmp_path, bits, order, version):
     check(open_one(tmp_path, arrays, config), wanted.T)
 
 
+NF4 = np.array([-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0,
+                0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1], np.float32)  # fmt: skip
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(O, I), (5, 50)])
+def test_bitsandbytes_four_bits(tmp_path, shape, nested):
+    """Blocks of 64 run on over the ends of rows; the last one may not be full."""
+    count = shape[0] * shape[1]
+    codes, blocks = RNG.integers(0, 16, count), -(-count // 64)
+    absmax = RNG.random(blocks).astype(np.float32) + 0.5
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(shape)}
+    arrays = {"a.weight": (codes[::2] << 4 | codes[1::2]).astype(np.uint8)[:, None], "a.weight.quant_map": NF4}
+    if nested:
+        rounded, levels = RNG.integers(0, 256, blocks).astype(np.uint8), np.linspace(-1, 1, 256, dtype=np.float32)
+        outer = RNG.random(-(-blocks // 16)).astype(np.float32)
+        state |= {"nested_blocksize": 16, "nested_dtype": "float32", "nested_offset": 0.6}
+        arrays |= {"a.weight.absmax": rounded, "a.weight.nested_absmax": outer, "a.weight.nested_quant_map": levels}
+        absmax = np.array([levels[rounded[b]] * outer[b // 16] + 0.6 for b in range(blocks)], np.float32)
+    else:
+        arrays["a.weight.absmax"] = absmax
+    arrays["a.weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    wanted = np.array([NF4[code] * absmax[i // 64] for i, code in enumerate(codes)], np.float32).reshape(shape)
+    check(open_one(tmp_path, arrays, {"quant_method": "bitsandbytes", "load_in_4bit": True}), wanted)
+    arrays["a.weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(b"{}", np.uint8)
+    with pytest.raises(ValueError, match=r"a\.weight.* damaged"):
+        open_one(tmp_path, arrays, {"quant_method": "bitsandbytes"}).read("a.weight")
+
+
+def test_bitsandbytes_int8(tmp_path):
+    q, largest = RNG.integers(-127, 128, (O, I)).astype(np.int8), RNG.random(O).astype(np.float32)
+    arrays = {"a.weight": q, "a.SCB": largest, "a.weight_format": np.array(0, np.uint8)}
+    check(
+        open_one(tmp_path, arrays, {"quant_method": "bitsandbytes", "load_in_8bit": True}), q * largest[:, None] / 127
+    )
+
+
 def test_mxfp4(tmp_path):
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -241,7 +278,7 @@ def test_a_whole_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"quant_method": "bitsandbytes"}, "'bitsandbytes'.*compressed-tensors"),
+        ({"quant_method": "quip"}, "'quip'.*compressed-tensors"),
         ({"quant_method": "gptq", "bits": 5}, "5 bits"),
         ({"quant_method": "awq", "bits": 8}, "8 bits"),
     ],
