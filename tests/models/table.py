@@ -30,6 +30,11 @@ Real checkpoints checked against transformers on the same weights: SmolLM2-135M-
 (`qwen2`), Gemma 3 270M (`gemma3`): 64 greedy tokens of each of 22 prompts, through the served engine
 (`tests/e2e/test_fidelity.py`); all-MiniLM-L6-v2 (`BertModel`): embeddings over HTTP (`tests/e2e/test_embeddings.py`).
 
+Checkpoints may be safetensors (float32, float16, bfloat16, float8 with scales by tensor, row or block), packed by
+compressed-tensors (integers of up to eight bits, float8, NVFP4, MXFP4, MXFP8), AWQ, GPTQ (both formats, sorted inputs too),
+bitsandbytes (NF4, FP4, int8) or MXFP4 as in GPT-OSS, GGUF of every block type that `gguf` decodes, and our own Orbax directories.
+Packed ones are unpacked as they are read (`tests/models/loading`).
+
 An installed package can add families: see `examples/model_plugin`.
 """
 
