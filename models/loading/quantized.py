@@ -158,10 +158,10 @@ class DequantizingCheckpoint:
 
     def _awq(self, own: str) -> np.ndarray:
         base = own.removesuffix("qweight")
-        weight_IO, zero_GO = (_awq_columns(self._need(base + part), self._bits) for part in ("qweight", "qzeros"))
+        weight_OI, zero_OG = (_awq_rows(self._need(base + part)) for part in ("qweight", "qzeros"))
         scale_GO = self._need(base + "scales")
-        group = self._columns_group(weight_IO.shape[0], scale_GO.shape[0], None)
-        return dequantize(weight_IO.T, scale_GO.T, zero_GO.T, group)
+        group = self._columns_group(weight_OI.shape[1], scale_GO.shape[0], None)
+        return dequantize(weight_OI, scale_GO.T, zero_OG, group)
 
     def _gptq(self, own: str) -> np.ndarray:
         base = own.removesuffix("qweight")
@@ -292,10 +292,13 @@ def spread(scale: np.ndarray, shape: tuple[int, ...], down: int, across: int) ->
     return scale
 
 
-def _awq_columns(words: np.ndarray, bits: int) -> np.ndarray:
-    """AWQ's order of the eight columns in each int32, undone."""
-    values = unpack(words, bits)
-    return values.reshape(values.shape[0], -1, 8)[..., _AWQ_ORDER].reshape(values.shape)
+def _awq_rows(words: np.ndarray) -> np.ndarray:
+    """[inputs, outputs / 8] int32 -> [outputs, inputs] uint8: AWQ's order of the eight outputs in each int32, undone."""
+    turned = np.ascontiguousarray(words.T).view(np.uint32)
+    out = np.empty((turned.shape[0], 8, turned.shape[1]), np.uint8)
+    for i, place in enumerate(_AWQ_ORDER):
+        out[:, i] = turned >> np.uint32(4 * place) & np.uint32(15)
+    return out.reshape(-1, turned.shape[1])
 
 
 def _dense_name(canonical: str) -> str | None:
