@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import signal
+import subprocess
 import sys
 from typing import Any
 
@@ -51,11 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="compile every program and keep it in DIR, for serving.launch --compiled DIR",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 when it fits (with --sweep: when anything does), 1 when not, 2 for wrong arguments."""
+    """Returns the exit status: 0 when it fits (with --sweep: when anything does), 1 when not, 2 for wrong arguments and
+    where the compiler gives up."""
     args = build_parser().parse_args(argv)
     try:
         targets = [chips.parse_target(text) for text in args.topology]
@@ -63,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--save keeps the programs of one plan: choose one from --sweep first.")
         if len(targets) > 1 and not args.sweep:
             raise ValueError(f"{len(targets)} topologies were given; comparing them is --sweep.")
+        if any(target.platform == "tpu" for target in targets) and not args.in_this_process:
+            given = sys.argv[1:] if argv is None else argv
+            return guarded([sys.executable, "-m", "serving.plan", *given, "--in-this-process"])
         chips.prepare(targets)
         if args.save is not None:
             _keep_out_of_jax_cache()
@@ -70,6 +77,24 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as e:
         print(f"serving.plan: {e}", file=sys.stderr)
         return 2
+
+
+def guarded(command: list[str]) -> int:
+    """Runs the command in a process of its own, because the compiler in libtpu ends its process when it fails.
+
+    Returns:
+        its exit status.
+    Raises:
+        ValueError: it was ended by a signal.
+    """
+    status = subprocess.run(command, check=False).returncode
+    if status >= 0:
+        return status
+    raise ValueError(
+        f"the compiler ended by {signal.Signals(-status).name} while it compiled this plan (what it said is above): a defect "
+        "of its own, or too little memory here. Try another --mesh, a smaller --max-num-seqs or --max-num-batched-tokens, "
+        "--decode-only, or another version of libtpu."
+    )
 
 
 def _keep_out_of_jax_cache() -> None:

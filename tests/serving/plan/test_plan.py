@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from serving.plan import chips, facts
-from serving.plan.__main__ import candidate_meshes, main
+from serving.plan.__main__ import candidate_meshes, guarded, main
 from serving.plan.measure import Collective, collectives
 from serving.plan.programs import config_of, layer_periods, with_layers
 
@@ -157,3 +157,17 @@ def test_candidates_cover_every_power_of_two():
 def test_wrong_arguments_are_explained(arguments, said, capsys):
     assert main(arguments) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_compiler_that_ends_its_process_is_a_sentence():
+    assert guarded([sys.executable, "-c", "raise SystemExit(1)"]) == 1
+    with pytest.raises(ValueError, match="ended by SIGABRT while it compiled"):
+        guarded([sys.executable, "-c", "import os; os.abort()"])
+
+
+def test_plans_for_tpu_are_compiled_in_a_process_of_their_own(monkeypatch):
+    ran = []
+    monkeypatch.setattr("serving.plan.__main__.guarded", lambda command: ran.append(command) or 1)
+    arguments = ["--model", "Llama-3.1-8B", "--topology", "v5e:2x4"]
+    assert main(arguments) == 1
+    assert ran == [[sys.executable, "-m", "serving.plan", *arguments, "--in-this-process"]]
