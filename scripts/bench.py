@@ -5,7 +5,8 @@
     python scripts/bench.py startup
     python scripts/bench.py serve --rate 4 --requests 200                 # a running server, over gRPC
     python scripts/bench.py peers --peer "name=command {concurrency}"     # us and others, alternately
-    python scripts/bench.py prefix | rag | longprompt | static | priority | structured | waste | overhead | host | predict
+    python scripts/bench.py prefix | rag | longprompt | static | priority | structured | waste | overhead | predict
+    python scripts/bench.py host | frontends                              # what the host costs a step
 
 Absolute figures depend on the machine and on what else it does: compare within one run.
 """
@@ -18,7 +19,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks import host, peers, predict, scenarios, serve, startup, throughput
+from benchmarks import frontends, host, peers, predict, scenarios, serve, startup, throughput
 
 COMMANDS = {
     "throughput": throughput,
@@ -26,6 +27,7 @@ COMMANDS = {
     "serve": serve,
     "peers": peers,
     "host": host,
+    "frontends": frontends,
     "predict": predict,
 }
 

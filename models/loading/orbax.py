@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from models.layers import Build, Weight
@@ -59,6 +58,8 @@ def save(
             raise ValueError(
                 f"the parameter {path} is spread over a mesh that does not divide its heads; save without one."
             )
+    import orbax.checkpoint as ocp  # 0.3 s, which every start would pay
+
     directory.mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory.resolve() / ARRAYS, arrays)
@@ -96,6 +97,8 @@ def restore(directory: Path, parameters: dict[str, Weight], build: Build) -> dic
     Raises:
         ValueError: a missing, extra or wrongly shaped parameter, by name.
     """
+    import orbax.checkpoint as ocp
+
     manifest = read_manifest(directory)
     path = directory.resolve() / ARRAYS
     with ocp.StandardCheckpointer() as checkpointer:

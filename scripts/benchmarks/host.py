@@ -102,7 +102,7 @@ def fake_engine(running: int, max_model_len: int, step_s: float, asynchronous: b
         SchedulerConfig(running, budget, table.max_chunk, table.max_rows, max_model_len, page_size, num_pages)
     )
     info = EngineInfo(
-        "fake", "none", 50_000, max_model_len, running, budget, page_size, num_pages, "none", None, "", "", ""
+        "fake", "none", 50_000, max_model_len, running, budget, page_size, num_pages, "none", None, "", "", "0"
     )
     loaded = types.SimpleNamespace(source=None, generation_config={})
     return Engine(EngineConfig(async_scheduling=asynchronous), loaded, runner, scheduler, info), runner

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from benchmarks import host, peers, predict, scenarios, serve
+from benchmarks import frontends, host, peers, predict, scenarios, serve
 from benchmarks.driving import span, throughput
 from benchmarks.local import Local, StepRecorder
 from benchmarks.report import latencies, standard_row
@@ -24,6 +24,7 @@ from serving.simulator.simulate import Outcome
 from serving.simulator.trace import TraceRequest
 from tests.mock_engine import mock_service
 from tests.tiny import tiny_engine
+from tests.tiny_checkpoint import write_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +180,15 @@ async def test_a_served_trace_over_grpc_and_http() -> None:
     finally:
         await http_server.stop(0.0)
         await grpc_server.stop(0.0)
+
+
+def test_frontends_count_the_time_of_the_event_loop(tmp_path, capsys):
+    model = str(write_tiny_checkpoint(tmp_path / "model"))
+    args = argparse.Namespace(
+        client=None, kinds=["grpc", "minimal"], streams=2, step_ms=5.0, seconds=0.5, model=model, json=True
+    )
+    frontends.run(args)
+    served, minimal = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (served["kind"], minimal["kind"]) == ("grpc", "minimal")
+    assert served["event_loop_cpu_ms"] > 0 < minimal["event_loop_cpu_ms"]
+    assert served["engine_thread_cpu_ms"] > 0 == minimal["engine_thread_cpu_ms"]
