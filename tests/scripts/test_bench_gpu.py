@@ -1,11 +1,12 @@
 """scripts/bench_gpu.py on whatever this is: that it runs to its end, and that its arithmetic is right."""
 
 import json
+import sys
 
 import bench_gpu
 import numpy as np
 import pytest
-from benchmarks import gpu_ops
+from benchmarks import gpu_ops, gpu_parts
 
 from ops.paged_attention.cases import Case, make_arguments
 
@@ -43,8 +44,47 @@ def test_a_case_that_fails_is_a_row():
     def fails():
         raise ValueError("no such thing\nand more")
 
-    row = bench_gpu._measured(fails, "case", gpu_ops.Ceilings(1.0, 1.0))
-    assert row == {"name": "case", "error": "ValueError: no such thing"}
+    assert gpu_parts.measured("case", fails) == {"name": "case", "error": "ValueError: no such thing"}
+
+
+@pytest.mark.parametrize(
+    ("code", "limit_s", "why"),
+    [
+        ("import sys; sys.exit('out of luck')", 300, "ended with status 1: out of luck"),
+        ("import os; os.abort()", 300, "ended with status -6"),
+        ("import time; time.sleep(600)", 5, "took over 5 s"),
+        ("", 300, None),
+    ],
+)
+def test_a_part_that_fails_keeps_its_rows(code, limit_s, why):
+    rows = []
+    program = f"print('ROW {{\"a\": 1}}', flush=True); print('noise', flush=True)\n{code}"
+    assert gpu_parts.run([sys.executable, "-c", program], limit_s, rows.append) == why
+    assert rows == [{"a": 1}]
+
+
+def test_a_later_call_adds_to_what_is_there(tmp_path, monkeypatch):
+    device = {"device": "one", "platform": "gpu", "jax": "1"}
+
+    def run(command, limit_s, take):
+        part = command[-1]
+        if part == "ceilings":
+            take(device)
+            take({"bandwidth": 100.0, "flops": 1000.0})
+        else:
+            take({"name": part, "seconds": 2.0, "bytes": 100.0, "flops": 200.0, "tokens_per_second": 1.0})
+        return "no more of it" if part == "prefill" else None
+
+    monkeypatch.setattr(gpu_parts, "run", run)
+    assert bench_gpu.main(["--out", str(tmp_path), "--only", "decode"]) == 0
+    assert bench_gpu.main(["--out", str(tmp_path), "--only", "prefill", "step"]) == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [found[part][0]["bandwidth_share"] for part in ("decode", "prefill", "step")] == [0.5] * 3
+    assert found["decode"][0]["flops_share"] == 0.1 and found["failed"] == {"prefill": "no more of it"}
+    assert "`prefill` did not come to its end: no more of it." in (tmp_path / "gpu.md").read_text()
+    device["jax"] = "2"
+    assert bench_gpu.main(["--out", str(tmp_path), "--only", "step"]) == 0
+    assert "decode" not in json.loads((tmp_path / "gpu.json").read_text())
 
 
 def test_batches_are_those_of_the_tests():
