@@ -132,9 +132,11 @@ def test_scores(scorer):
     assert scores.shape == (3,)
     for pair, score in zip(pairs, scores, strict=True):
         hidden, _ = hidden_of("BertForSequenceClassification", pair.token_ids, pair.segment_ids)
-        assert float(score) == pytest.approx(float(model.score(hidden)[0]), abs=1e-5)
+        assert float(score) == pytest.approx(float(model.score(hidden, np.array([len(pair.token_ids)]))[0]), abs=1e-5)
         without, _ = hidden_of("BertForSequenceClassification", pair.token_ids)
-        assert abs(float(model.score(without)[0]) - float(score)) > 1e-4  # segments matter
+        assert (
+            abs(float(model.score(without, np.array([len(pair.token_ids)]))[0]) - float(score)) > 1e-4
+        )  # segments matter
 
 
 def refused(coroutine) -> RequestError:
