@@ -114,6 +114,11 @@ def read_once(files: list[Path]) -> float:
     return time.perf_counter() - began if kept else 0.0
 
 
+def files_of(model: str) -> list[Path]:
+    """The files that hold a checkpoint's weights: safetensors, or an Orbax directory's."""
+    return sorted(Path(model).glob("*.safetensors")) or sorted(p for p in Path(model).rglob("*") if p.is_file())
+
+
 def load_once(model: str, dtype: str, quantization: str | None) -> dict[str, float]:
     """Loads once; seconds, and bytes of memory at the highest and after."""
     import jax
@@ -121,7 +126,7 @@ def load_once(model: str, dtype: str, quantization: str | None) -> dict[str, flo
     from models.loading.load import load_model, resolve
 
     jax.block_until_ready(jax.numpy.zeros(1))  # the client's own start
-    touch(3 * sum(path.stat().st_size for path in Path(model).glob("*.safetensors")))
+    touch(3 * sum(path.stat().st_size for path in files_of(model)))
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
     before = resident("VmRSS")
     began = time.perf_counter()
@@ -144,14 +149,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a directory with safetensors (default: a random one)")
     parser.add_argument("--gb", type=float, default=1.0, help="size of the random checkpoint, 10^9 bytes")
-    parser.add_argument("--stored", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    stored = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+    parser.add_argument("--stored", default="bfloat16", choices=stored, help="how the random checkpoint is stored")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--quantization", choices=("int8",))
+    parser.add_argument(
+        "--orbax", action="store_true", help="convert it to an Orbax directory of --dtype, and load that"
+    )
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--inner", choices=("read", "load"), help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.inner == "read":
-        print(json.dumps({"seconds": read_once(sorted(Path(a.model).glob("*.safetensors")))}))
+        print(json.dumps({"seconds": read_once(files_of(a.model))}))
         return
     if a.inner == "load":
         print(json.dumps(load_once(a.model, a.dtype, a.quantization)))
@@ -160,7 +169,12 @@ def main() -> None:
         if a.model is None:
             write_checkpoint(Path(folder), a.gb, a.stored)
         model = a.model or folder
-        size = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+        if a.orbax:
+            out = str(Path(folder) / "orbax")
+            convert = [sys.executable, "-m", "serving.convert", "--model", model, "--out", out, "--dtype", a.dtype]
+            subprocess.run(convert, capture_output=True, check=True, cwd=ROOT)
+            model = out
+        size = sum(path.stat().st_size for path in files_of(model))
         more = ["--quantization", a.quantization] if a.quantization else []
         reads, loads = [], []
         for _ in range(a.repeat):
@@ -169,7 +183,7 @@ def main() -> None:
         read, load = statistics.median(reads), statistics.median(one["seconds"] for one in loads)
         peak, after = max(one["peak"] for one in loads), loads[-1]["after"]
         print(
-            f"{size / 1e9:.2f} GB {a.stored} as {a.dtype}{' ' + a.quantization if a.quantization else ''}: "
+            f"{size / 1e9:.2f} GB {'Orbax' if a.orbax else a.stored} as {a.dtype}{' ' + a.quantization if a.quantization else ''}: "
             f"reading {read:.2f} s, loading {load:.2f} s ({load / read:.2f} x); "
             f"memory +{after / 1e9:.2f} GB after, at most +{peak / 1e9:.2f} GB"
         )
