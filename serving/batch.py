@@ -17,9 +17,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp
 
 from serving import event_loop
+from serving.frontends.openai.direct import post
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 MAX_LINE_BYTES = 64 * 2**20
@@ -128,40 +129,10 @@ def finished_keys(path: pathlib.Path) -> set[str]:
     return keys
 
 
-async def post_app(
-    app: ASGIApp, path: str, payload: bytes, headers: Sequence[tuple[bytes, bytes]]
-) -> tuple[int, bytes]:
-    """One POST straight into the HTTP application, without a socket. Returns status (500 where none was sent) and body."""
-    scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": list(headers),
-        "client": None, "server": None,
-    }  # fmt: skip
-    sent, status, chunks = False, 500, []
-    never = asyncio.Event()
-
-    async def receive() -> Message:
-        nonlocal sent
-        if sent:
-            await never.wait()  # no client that could go away
-        sent = True
-        return {"type": "http.request", "body": payload, "more_body": False}
-
-    async def send(message: Message) -> None:
-        nonlocal status
-        if message["type"] == "http.response.start":
-            status = message["status"]
-        else:
-            chunks.append(message.get("body", b""))
-
-    await app(scope, receive, send)
-    return status, b"".join(chunks)
-
-
 async def call_app(app: ASGIApp, url: str, body: dict[str, Any], request_id: str) -> tuple[int, Any]:
-    """`post_app` of JSON. Returns status and decoded reply."""
+    """One POST of JSON. Returns status and decoded reply."""
     headers = ((b"content-type", b"application/json"), (b"x-request-id", request_id.encode()))
-    status, reply = await post_app(app, url, json.dumps(body).encode(), headers)
+    status, reply = await post(app, url, json.dumps(body).encode(), headers)
     return status, json.loads(reply or b"null")
 
 

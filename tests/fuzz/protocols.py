@@ -14,9 +14,9 @@ from typing import Any
 import grpc
 
 from proto.jaxserve.v1 import control_pb2, inference_pb2, sampling_pb2
-from serving.batch import post_app
 from serving.frontends.grpc.server import GrpcServer
 from serving.frontends.openai.app import create_app
+from serving.frontends.openai.direct import post
 from serving.service import Limits
 from tests.fuzz.mutate import dump, mutate_bytes, mutate_json, random_json
 from tests.fuzz.run import Case
@@ -69,7 +69,7 @@ def http_bodies(folder: pathlib.Path) -> Case:
             (b"application/json",) * 12 + (b"text/plain", b"", b"application/json; charset=utf-16", b"\xff")
         )
         headers = ((b"content-type", kind), (b"content-length", str(len(body)).encode()))
-        status, reply = loop.run_until_complete(post_app(app, path, body, headers))
+        status, reply = loop.run_until_complete(post(app, path, body, headers))
         text = reply.decode("utf-8", "replace")
         assert status < 500 or status == 501, f"{path} {status}: {text[:300]}"
         assert not engine.live, "a request is still live"

@@ -12,7 +12,6 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
-from starlette.types import Message
 
 from serving.access import Access
 from serving.frontends.openai import errors
@@ -20,6 +19,7 @@ from serving.frontends.openai.access import RequireKey
 from serving.frontends.openai.chat import chat_router
 from serving.frontends.openai.completions import completions_router
 from serving.frontends.openai.control import control_router
+from serving.frontends.openai.direct import post
 from serving.frontends.openai.embeddings import embeddings_router
 from serving.frontends.openai.middleware import BodyLimit, RequestContext
 from serving.frontends.openai.ops import ops_router
@@ -88,29 +88,9 @@ async def rehearse(app: FastAPI) -> None:
     bodies are not JSON, so no request comes of it, and what logs and counts requests is not passed."""
     routes = AsyncExitStackMiddleware(app.router)
     for path in REHEARSED:
-        scope: dict[str, Any] = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "scheme": "http",
-            "method": "POST",
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "headers": [(b"content-type", b"application/json")],
-            "app": app,
-            "state": {"request_id": ""},
-        }
-
-        async def receive() -> Message:
-            return {"type": "http.request", "body": b"{", "more_body": False}
-
-        async def send(message: Message) -> None:
-            pass
-
         with contextlib.suppress(Exception):  # a RequestValidationError; and whatever it is, a client would see it too
-            await routes(scope, receive, send)
+            headers = ((b"content-type", b"application/json"),)
+            await post(routes, path, b"{", headers, {"app": app, "state": {"request_id": ""}})
 
 
 def _add_page(app: FastAPI) -> None:
