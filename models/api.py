@@ -9,7 +9,8 @@ import jax
 from ops.paged_attention.batch import AttentionBatch, KVSpec
 
 KVCache = tuple[Any, ...]
-"""One `KVPages` (an opaque pytree owned by ops/paged_attention) a layer."""
+"""`KVPages` (opaque pytrees owned by ops/paged_attention): one a layer, or fewer that layers share
+(`AttentionBatch.place`)."""
 
 
 class CausalLM(Protocol):

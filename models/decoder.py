@@ -88,20 +88,21 @@ class Decoder(nnx.Module):
         return self.config.vocab_size
 
     def kv_specs(self) -> tuple[KVSpec, ...]:
-        return tuple(kv_spec(self.config, index, layer.attn) for index, layer in enumerate(self.layers))
+        return tuple(kv_spec(self.config, layer.attn) for layer in self.layers)
 
     def forward(
         self, tokens_T: jax.Array, batch: AttentionBatch, kv: KVCache | Sequence[Any]
     ) -> tuple[jax.Array, KVCache]:
-        x_TD = self.embed_tokens(tokens_T, batch)
-        updated, visited = [], []
-        for layer, layer_kv in zip(self.layers, kv, strict=True):
-            x_TD, layer_kv, ids = _run_layer(*nnx.split(layer), x_TD, batch, layer_kv)
-            updated.append(layer_kv)
+        groups, arrays = batch.by_group(), list(kv)
+        x_TD = self.embed_tokens(tokens_T, groups[0])
+        visited = []
+        for index, layer in enumerate(self.layers):
+            group, array = batch.place(index)
+            x_TD, arrays[array], ids = _run_layer(*nnx.split(layer), x_TD, groups[group], arrays[array])
             visited += ids
         if self.config.moe is not None:
-            expert_loads.count(visited, self.config.moe.num_experts, batch.kv_index_T > 0)
-        return self.norm(x_TD), tuple(updated)
+            expert_loads.count(visited, self.config.moe.num_experts, groups[0].kv_index_T > 0)
+        return self.norm(x_TD), tuple(arrays)
 
     def embed_tokens(self, tokens_T: jax.Array, batch: AttentionBatch) -> jax.Array:
         """The residual stream's start, x_TD. Families with learned positions add them here."""

@@ -335,9 +335,9 @@ def child_recipes(module: nnx.Module, children: dict[str, str], name: str) -> Re
     return recipes
 
 
-def kv_spec(config: ModelConfig, layer: int, attention: Attention) -> KVSpec:
+def kv_spec(config: ModelConfig, attention: Attention) -> KVSpec:
     """What an `Attention` layer keeps for each position."""
-    return KVSpec(attention.placed[0], config.head_dim, config.head_dim, config.windows[layer])
+    return KVSpec(attention.placed[0], config.head_dim, config.head_dim, attention.window)
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,7 +15,12 @@ import pytest
 
 from serving import flags, gateway
 from serving.access.flags import access_of, is_loopback, tls_of, warnings_for
+from serving.engine import kv_manager
 from serving.engine.page_pool import PagePool
+from serving.engine.request import Request
+from serving.engine.sampling_params import SamplingParams
+from serving.engine.slots import SlotTable
+from serving.engine.types import EngineRequest
 from serving.errors import RequestError
 from serving.frontends.openai.app import create_app
 from serving.service import GenerateInput
@@ -174,8 +179,23 @@ def test_a_digest_collision_gives_nobody_anothers_pages():
     pool = PagePool(8, 8)
     (page,) = pool.allocate(1) or []
     pool.register(page, b"same digest", np.arange(8, dtype=np.int32).tobytes())
-    assert pool.match([b"same digest"], list(range(8))) == [page]
-    assert pool.match([b"same digest"], list(range(1, 9))) == []
+    assert pool.holds(b"same digest", np.arange(8, dtype=np.int32).tobytes())
+    assert not pool.holds(b"same digest", np.arange(1, 9, dtype=np.int32).tobytes())
+
+
+def test_a_request_gets_no_pages_of_a_digest_that_is_anothers(monkeypatch):
+    monkeypatch.setattr(kv_manager, "chain_digest", lambda parent, tokens: b"same digest")
+    manager = kv_manager.KVManager(PagePool(8, 8), SlotTable(2, 4))
+    first, second = (
+        Request(EngineRequest(name, tokens, SamplingParams()), i)
+        for i, (name, tokens) in enumerate((("a", tuple(range(9))), ("b", tuple(range(1, 10)))))
+    )
+    assert manager.admit(first, 0)
+    first.num_computed = 8
+    manager.register(first)
+    assert manager.cached_pages(first) == 1
+    assert manager.cached_pages(second) == 0 and manager.admit(second, 0)
+    assert second.num_computed == 0 and second.pages[0][0] != first.pages[0][0]
 
 
 @pytest.mark.timeout(60)

@@ -54,17 +54,21 @@ def tiny_engine(
     host_pages: int = 0,
     steps: int = 1,
     model: Any = None,
-    window: int | None = None,
+    layers_per_page: int | None = None,
+    windows: tuple[int | None, ...] | None = None,
 ) -> Engine:
     """A started engine; shut it down. Programs are cached over the test session.
 
     Args:
         model: another than `tiny_model`, with the same vocabulary.
-        window: as in SchedulerConfig.
+        layers_per_page: as in Sizes.
+        windows: as in SchedulerConfig; None for those of the model's groups.
     """
     model = model or tiny_model()
     config = config or EngineConfig(page_size=page_size, progress=False)
-    sizes = Sizes(max_num_seqs, max_num_batched_tokens, max_model_len, num_pages, page_size, 0, "float32")
+    sizes = Sizes(
+        max_num_seqs, max_num_batched_tokens, max_model_len, num_pages, page_size, 0, "float32", layers_per_page
+    )
     cache = ProgramCache(_cache_folder(), repr(("tiny", model.config, sizes)))
     with starting():
         executor = Executor(model, sizes, cache, host_tier=host_pages > 0, num_scheduler_steps=steps)
@@ -83,7 +87,7 @@ def tiny_engine(
             config.enable_prefix_caching,
             host_pages=host_pages,
             num_scheduler_steps=steps,
-            window=window,
+            windows=executor.groups.windows if windows is None else windows,
         )
     )
     info = EngineInfo(

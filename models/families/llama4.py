@@ -38,6 +38,7 @@ class Llama4Attention(Attention):
         self.tuning = (config.get("floor_scale"), config.get("temperature"))
         chunk = config.get("chunk")
         self.chunk = chunk if chunk and self.rope is not None and build.max_model_len > chunk else None
+        self.window = self.chunk  # what is a chunk back is in another chunk
 
     def __call__(
         self, x_TD: jax.Array, batch: AttentionBatch, kv: Any, norm: Any = None, residual_TD: jax.Array | None = None

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from ops.paged_attention import native, pallas_gpu, pallas_tpu, xla
 from ops.paged_attention import pages as _pages
 from ops.paged_attention.batch import Q_BLOCK, AttentionBatch, KVSpec
+from ops.paged_attention.groups import KVGroups
 from ops.paged_attention.pages import KVPages, Layout, bytes_per_page
 from ops.per_device import per_device
 from ops.rope import cos_sin, rope
@@ -26,6 +27,7 @@ __all__ = [
     "BACKENDS",
     "Q_BLOCK",
     "AttentionBatch",
+    "KVGroups",
     "KVPages",
     "KVSpec",
     "allocate",

@@ -23,7 +23,7 @@ Q_BLOCK = 16
         "positions_T", "kv_index_T", "decode_pages_BP", "decode_len_B",
         "chunk_pages_RP", "chunk_start_R", "chunk_qlen_R", "chunk_len_R", "chunk_row_N",
     ],
-    meta_fields=[],
+    meta_fields=["places"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class AttentionBatch:
@@ -32,6 +32,10 @@ class AttentionBatch:
     Padding: a padded decode row has decode_len 0; a padded chunk row has chunk_qlen 0; a padded token has kv_index 0
     (page 0 is the null page: it may be written by anyone and is read by none), position 0 and arbitrary output.
     Page tables are padded with 0.
+
+    A model whose layers are in several groups (`groups.KVGroups`) is given the tables of all, with an axis for groups in front
+    of what depends on pages: kv_index_GT, decode_pages_GBP and chunk_pages_GRP. `by_group` takes it apart; a layer's batch is
+    its group's.
     """
 
     positions_T: jax.Array  # position of each token in its sequence, from 0
@@ -43,6 +47,7 @@ class AttentionBatch:
     chunk_qlen_R: jax.Array  # tokens in its piece
     chunk_len_R: jax.Array  # its context length after this step; token j of the piece is at chunk_len - qlen + j
     chunk_row_N: jax.Array  # [C / Q_BLOCK] which row a block of chunk tokens belongs to; R for padding blocks
+    places: tuple[tuple[int, int], ...] | None = None  # static: KVGroups.places
 
     @property
     def num_decode(self) -> int:
@@ -54,6 +59,25 @@ class AttentionBatch:
         """C, static."""
         return self.positions_T.shape[0] - self.num_decode
 
+    def by_group(self) -> tuple[AttentionBatch, ...]:
+        """The batch of each group of layers."""
+        if self.places is None:
+            return (self,)
+        return tuple(
+            dataclasses.replace(
+                self,
+                kv_index_T=self.kv_index_T[group],
+                decode_pages_BP=self.decode_pages_BP[group],
+                chunk_pages_RP=self.chunk_pages_RP[group],
+                places=None,
+            )
+            for group in range(self.kv_index_T.shape[0])
+        )
+
+    def place(self, layer: int) -> tuple[int, int]:
+        """(group, array of pages) of a layer."""
+        return (0, layer) if self.places is None else self.places[layer]
+
 
 @dataclasses.dataclass(frozen=True)
 class KVSpec:
@@ -62,7 +86,7 @@ class KVSpec:
     Attributes:
         num_kv_heads, head_dim: K heads and their size.
         v_head_dim: size of V heads; 0 when the layer stores one latent for both (MLA).
-        window: how many positions back it attends, itself included; None for all.
+        window: how many positions back it attends at most, itself included; None for all.
     """
 
     num_kv_heads: int

@@ -183,7 +183,9 @@ def waste(local: Local, args: argparse.Namespace) -> dict[str, Any]:
         nonlocal used, allocated, contiguous
         plan = schedule(now)
         used += sum(r.num_computed for r in scheduler.running)
-        allocated += scheduler.config.page_size * sum(len(r.pages) for r in scheduler.running)
+        allocated += (
+            scheduler.config.page_size * sum(r.num_held for r in scheduler.running) / len(scheduler.config.windows)
+        )
         contiguous += limit * len(scheduler.running)
         return plan
 

@@ -7,7 +7,8 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from serving.engine import phases
@@ -90,6 +91,7 @@ def assemble(
     from models.loading.load import load_model, resolve
     from models.pooling import pooling_mode
     from ops import native
+    from ops.paged_attention import KVGroups
     from serving.engine.buckets import ACCELERATOR_RIDGE, CPU_RIDGE
     from serving.engine.bundle import Bundle
     from serving.engine.compiling import ProgramCache
@@ -130,10 +132,11 @@ def assemble(
     replicas = num_replicas(mesh)
     if replicas > 1 and config.kv_offload_gb > 0:
         raise ValueError("--kv-offload-gb works with one replica only; leave data out of --mesh, or do without it.")
+    groups = KVGroups.of(loaded.model.kv_specs(), sizes.layers_per_page)
     say(
-        f"KV cache: {sizes.num_pages} pages of {sizes.page_size} tokens, {sizes.num_pages * sizes.page_bytes / GIB:.2f} GiB "
-        f"({sizes.kv_dtype}); up to {sizes.max_num_seqs} requests at once, {sizes.max_model_len} tokens each"
-        + (f"; all of it in each of {replicas} replicas" if replicas > 1 else "")
+        f"KV cache: {sizes.num_pages} pages of {sizes.page_size} tokens{_what_pages_hold(groups)}, "
+        f"{sizes.num_pages * sizes.page_bytes / GIB:.2f} GiB ({sizes.kv_dtype}); up to {sizes.max_num_seqs} requests at once, "
+        f"{sizes.max_model_len} tokens each" + (f"; all of it in each of {replicas} replicas" if replicas > 1 else "")
     )
     began = time.monotonic()
     fingerprint = repr(
@@ -187,7 +190,7 @@ def assemble(
             fair_share=config.fair_share,
             host_pages=int(config.kv_offload_gb * GIB // sizes.page_bytes),
             restore_page_s=executor.store.restore_page_s if executor.store is not None else 0.0,
-            window=widest_window(loaded.config.windows),
+            windows=executor.groups.windows,
             max_waiting_time=config.max_waiting_time,
             max_running_time=config.max_running_time,
             replicas=replicas,
@@ -214,10 +217,13 @@ def assemble(
     return loaded, runner, scheduler, info
 
 
-def widest_window(windows: Sequence[int | None]) -> int | None:
-    """The positions that a token attends to in the layer that sees most; None where one sees all."""
-    limited = [window for window in windows if window is not None]
-    return max(limited) if len(limited) == len(windows) else None
+def _what_pages_hold(groups: Any) -> str:
+    """Where layers are in groups: for how many layers a page holds tokens, and what groups attend to."""
+    if groups.places is None:
+        return ""
+    counts = Counter(groups.windows)
+    kinds = ", ".join(f"{n} {f'with a window of {w}' if w else 'that see all'}" for w, n in counts.items())
+    return f" for {len(groups.arrays)} layers ({len(groups.windows)} groups of layers: {kinds})"
 
 
 @contextlib.contextmanager

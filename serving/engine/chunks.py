@@ -37,12 +37,20 @@ class ChunkBuilder:
         limit = min(self.capacity, self.background) if background else self.capacity
         return self.budget > 0 and self.rows > 0 and limit - self.tokens >= CHUNK_ALIGN
 
-    def add(self, request: Request, background: bool = False) -> None:
-        """Gives the request as long a piece as fits."""
+    def room_for(self, request: Request, background: bool = False) -> int:
+        """Tokens of the longest piece that the request could get; 0 for none."""
         if not self.has_room(background):
-            return
+            return 0
         limit = min(self.capacity, self.background) if background else self.capacity
-        self._append(request, min(request.num_uncomputed, self.budget, limit - self.tokens))
+        return min(request.num_uncomputed, self.budget, limit - self.tokens)
+
+    def add(self, request: Request, length: int) -> None:
+        """Gives the request a piece no longer than `room_for` says."""
+        samples = length == request.num_uncomputed and not request.spec.pooling
+        self.chunks.append(Chunk(request, request.num_computed, length, samples))
+        self.budget -= length
+        self.tokens += align(length)
+        self.rows -= 1
 
     def shorten(self, tokens: int) -> None:
         """Takes pieces back, the last ones first, until the chunk part is no longer than `tokens` (a multiple of the
@@ -53,11 +61,4 @@ class ChunkBuilder:
             self.budget += last.length
             self.rows += 1
             if self.tokens < tokens:
-                self._append(last.request, min(last.length, tokens - self.tokens))
-
-    def _append(self, request: Request, length: int) -> None:
-        samples = length == request.num_uncomputed and not request.spec.pooling
-        self.chunks.append(Chunk(request, request.num_computed, length, samples))
-        self.budget -= length
-        self.tokens += align(length)
-        self.rows -= 1
+                self.add(last.request, min(last.length, tokens - self.tokens))

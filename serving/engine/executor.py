@@ -43,6 +43,7 @@ class Executor:
         host_tier: compile what moves pages to host memory and back.
 
     Attributes:
+        groups: which layers share pages.
         guard: counts compilations after start.
         num_sampled: commands so far that sampled tokens.
         replicas: how many replicas the mesh holds; sizes, buckets and layouts are of one.
@@ -61,7 +62,8 @@ class Executor:
     ) -> None:
         self.sizes = sizes
         self.vocab_size = model.vocab_size
-        self._shapes = StepShapes.of(sizes, self.vocab_size)
+        self._shapes = StepShapes.of(sizes, model)
+        self.groups = self._shapes.groups
         self.buckets = self._shapes.buckets
         self.mask_width = self._shapes.mask_width
         self.forward_layouts = self._shapes.forward_layouts
@@ -74,7 +76,6 @@ class Executor:
         self._mesh = mesh
         self._backend = attention_backend
         self._split, self._leaves = SplitModel.split(model)
-        self._kv_specs = tuple(model.kv_specs())
         self._kv: Any = None
         self._state: Any = None
         self._asleep: list[tuple[np.ndarray, Any]] = []  # (leaf, sharding) in host memory, while the device has none
@@ -126,7 +127,7 @@ class Executor:
 
     def _warm_up(self) -> None:
         """Runs every program once, so that the first request is as fast as the tenth (first calls allocate and page in)."""
-        slots = SlotTable(self.sizes.max_num_seqs, self._shapes.pages_per_slot)
+        slots = SlotTable(self.sizes.max_num_seqs, self._shapes.pages_per_slot, groups=len(self.groups.windows))
         empty = StepPlan(0, (), (), (), (), ())
         rows = np.zeros(self.replicas * PROMPT_LOGPROB_ROWS, np.int32)
         for bucket in self.buckets.buckets:
@@ -207,7 +208,7 @@ class Executor:
         with starting(), paged_attention.use_backend(self._backend):
             self._kv = tuple(
                 paged_attention.allocate(spec, sizes.num_pages, sizes.page_size, jnp.dtype(sizes.kv_dtype), self._mesh)
-                for spec in self._kv_specs
+                for spec in self.groups.arrays
             )
             rows = self.replicas * (sizes.max_num_seqs + 1)
             by_replica = BY_REPLICA if self.replicas > 1 else EVERYWHERE

@@ -26,7 +26,11 @@ class HostTier:
     def __len__(self) -> int:
         return len(self._pages)
 
-    def has(self, digest: bytes, tokens: bytes) -> bool:
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._pages
+
+    def holds(self, digest: bytes, tokens: bytes) -> bool:
+        """Whether the page under this digest holds these tokens."""
         return self._pages.get(digest) == tokens
 
     def touch(self, digest: bytes) -> None:

@@ -56,18 +56,23 @@ class Layout:
         return out
 
 
-def forward_layout(bucket: Bucket, pages_per_slot: int) -> Layout:
-    """Fields of AttentionBatch, the tokens (-1: take the slot's last sampled one), and which rows sample."""
+def forward_layout(bucket: Bucket, pages_per_slot: int, groups: int = 1) -> Layout:
+    """Fields of AttentionBatch, the tokens (-1: take the slot's last sampled one), and which rows sample.
+
+    Args:
+        groups: attention groups. What comes from page tables has an axis for them in front where there are several.
+    """
     t, b, c, r = bucket.tokens, bucket.decode, bucket.chunk, bucket.rows
+    each = () if groups == 1 else (groups,)
     return Layout(
         (
             ("tokens_T", (t,), "int32"),
             ("decode_slot_B", (b,), "int32"),
             ("positions_T", (t,), "int32"),
-            ("kv_index_T", (t,), "int32"),
-            ("decode_pages_BP", (b, pages_per_slot), "int32"),
+            ("kv_index_T", (*each, t), "int32"),
+            ("decode_pages_BP", (*each, b, pages_per_slot), "int32"),
             ("decode_len_B", (b,), "int32"),
-            ("chunk_pages_RP", (r, pages_per_slot), "int32"),
+            ("chunk_pages_RP", (*each, r, pages_per_slot), "int32"),
             ("chunk_start_R", (r,), "int32"),
             ("chunk_qlen_R", (r,), "int32"),
             ("chunk_len_R", (r,), "int32"),
@@ -99,9 +104,10 @@ def sample_layout(rows: int) -> Layout:
     )
 
 
-def attention_batch(fields: dict[str, Any]) -> AttentionBatch:
-    names = [f.name for f in dataclasses.fields(AttentionBatch)]
-    return AttentionBatch(**{name: fields[name] for name in names})
+def attention_batch(fields: dict[str, Any], places: tuple[tuple[int, int], ...] | None) -> AttentionBatch:
+    """The fields of `forward_layout` that a model reads. `places`: as in KVGroups."""
+    names = [f.name for f in dataclasses.fields(AttentionBatch) if f.name != "places"]
+    return AttentionBatch(**{name: fields[name] for name in names}, places=places)
 
 
 def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTable, page_size: int) -> np.ndarray:
@@ -113,6 +119,11 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
     f = layout.views(flat)
     f["decode_slot_B"][:] = slots.per_replica
     f["chunk_row_N"][:] = bucket.rows
+    groups = len(slots.pages)
+    index_GT, decode_pages_GBP, chunk_pages_GRP = (
+        f[name].reshape(groups, *f[name].shape[-dims:])
+        for name, dims in (("kv_index_T", 1), ("decode_pages_BP", 2), ("chunk_pages_RP", 2))
+    )
     n = len(plan.decode)
     if n:
         slot = np.fromiter((r.slot for r in plan.decode), np.int32, n)
@@ -124,9 +135,10 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
         )
         f["decode_slot_B"][:n] = slots.on_device(slot)
         f["positions_T"][:n] = position
-        pages = f["decode_pages_BP"]
-        np.take(slots.pages, slot, axis=0, out=pages[:n], mode="clip")
-        f["kv_index_T"][:n] = pages[np.arange(n), position // page_size] * page_size + position % page_size
+        page, offset = position // page_size, position % page_size
+        for table, pages, index in zip(slots.pages, decode_pages_GBP, index_GT, strict=True):
+            np.take(table, slot, axis=0, out=pages[:n], mode="clip")
+            index[:n] = pages[np.arange(n), page] * page_size + offset
         f["decode_len_B"][:n] = position + 1
     samples = f["sample_row_S"]
     samples[:n] = np.arange(n)
@@ -136,11 +148,11 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
         request, length = chunk.request, chunk.length
         at = bucket.decode + start
         position = np.arange(chunk.start, chunk.start + length, dtype=np.int32)
-        table = slots.pages[request.slot]
+        table_GP = slots.pages[:, request.slot]
         f["tokens_T"][at : at + length] = request.tokens[chunk.start : chunk.start + length]
         f["positions_T"][at : at + length] = position
-        f["kv_index_T"][at : at + length] = table[position // page_size] * page_size + position % page_size
-        f["chunk_pages_RP"][i] = table
+        index_GT[:, at : at + length] = table_GP[:, position // page_size] * page_size + position % page_size
+        chunk_pages_GRP[:, i] = table_GP
         f["chunk_start_R"][i] = start
         f["chunk_qlen_R"][i] = length
         f["chunk_len_R"][i] = chunk.start + length

@@ -15,8 +15,6 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
-
 NULL_PAGE = 0
 
 
@@ -89,7 +87,7 @@ class PagePool:
             self._ref[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Drops one reference of each page of a request, given in sequence order."""
+        """Drops one reference of each page of a request, given in sequence order: the last ones are evicted first."""
         for page in reversed(pages):
             count = self._ref[page]
             if count <= 0:
@@ -101,25 +99,18 @@ class PagePool:
                 else:
                     self._free.append(page)
 
-    def match(self, digests: Sequence[bytes], tokens: Sequence[int]) -> list[int]:
-        """The longest run of indexed pages that hold this prefix. Changes nothing: `share` what you take.
+    def __contains__(self, digest: bytes) -> bool:
+        """Whether a page is indexed under this digest."""
+        return digest in self._index
 
-        Args:
-            digests: chain digests of the sequence's full pages.
-            tokens: the sequence. Compared with what each page holds, so a digest collision is a miss.
-        """
-        found: list[int] = []
-        for digest in digests:
-            page = self._index.get(digest)
-            if page is None:
-                break
-            found.append(page)
-        raw = np.array(tokens[: len(found) * self.page_size], np.int32).tobytes()
-        width = 4 * self.page_size
-        for i, page in enumerate(found):
-            if self._held[page][1] != raw[i * width : (i + 1) * width]:
-                return found[:i]
-        return found
+    def find(self, digest: bytes) -> int | None:
+        """The page that is indexed under a digest. Changes nothing: `share` what you take."""
+        return self._index.get(digest)
+
+    def holds(self, digest: bytes, tokens: bytes) -> bool:
+        """Whether the page under this digest holds these tokens (int32 bytes): a collision of digests is a miss."""
+        page = self._index.get(digest)
+        return page is not None and self._held[page][1] == tokens
 
     def register(self, page: int, digest: bytes, tokens: bytes) -> None:
         """Indexes a full page that its owner will not write again. The first page of equal content stays the indexed one."""

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from models.api import CausalLM
+from ops.paged_attention.groups import KVGroups
 from serving.engine.buckets import Bucket, BucketTable
 from serving.engine.compiling import Program
 from serving.engine.packing import Layout, forward_layout, sample_layout
@@ -37,6 +39,7 @@ class StepShapes:
     Attributes:
         pages_per_slot: columns of a page table.
         mask_width: int32 words of a row of a grammar's mask.
+        groups: which layers share pages.
         forward_layouts, sample_layouts: how a step's packed arguments lie, by bucket and by number of sampled rows.
     """
 
@@ -45,12 +48,14 @@ class StepShapes:
     buckets: BucketTable
     pages_per_slot: int
     mask_width: int
+    groups: KVGroups
     forward_layouts: dict[Bucket, Layout]
     sample_layouts: dict[int, Layout]
 
     @classmethod
-    def of(cls, sizes: Sizes, vocab_size: int) -> StepShapes:
-        """The shapes for these sizes."""
+    def of(cls, sizes: Sizes, model: CausalLM) -> StepShapes:
+        """The shapes for a model and these sizes."""
+        vocab_size, groups = model.vocab_size, KVGroups.of(model.kv_specs(), sizes.layers_per_page)
         buckets = BucketTable.make(sizes.max_num_seqs, sizes.max_num_batched_tokens)
         pages_per_slot = -(-sizes.max_model_len // sizes.page_size)
         return cls(
@@ -59,7 +64,8 @@ class StepShapes:
             buckets,
             pages_per_slot,
             -(-vocab_size // 32),
-            {b: forward_layout(b, pages_per_slot) for b in buckets.buckets},
+            groups,
+            {b: forward_layout(b, pages_per_slot, len(groups.windows)) for b in buckets.buckets},
             {s: sample_layout(s) for s in buckets.sample_sizes},
         )
 
@@ -103,12 +109,12 @@ def list_programs(
 
     programs = list(more)
     for bucket, layout in shapes.forward_layouts.items():
-        fn = make_forward(split, layout, bucket.chunk > 0)
+        fn = make_forward(split, shapes.groups, layout, bucket.chunk > 0)
         flat = ints(layout.size)
         programs.append(Program(f"forward {bucket}", fn, (leaves, kv, state.last_token, flat), (1,), (0,), True))
         if max_steps > 1 and not bucket.chunk:
             sample = shapes.sample_layouts[bucket.samples]
-            fn = make_decode_loop(split, layout, sample, shapes.sizes.page_size, max_steps)
+            fn = make_decode_loop(split, shapes.groups, layout, sample, shapes.sizes.page_size, max_steps)
             args = (leaves, kv, state, flat, ints(sample.size), ints())
             programs.append(Program(f"decode_loop {bucket.decode}", fn, args, (1, 2), (0, 5)))
     head = used_leaves(lambda leaves, h: split.merge(leaves).logits(h), leaves, hidden(PROMPT_LOGPROB_ROWS))
@@ -157,4 +163,4 @@ def _hidden_width(split: SplitModel, leaves: Any, kv: Any, shapes: StepShapes) -
     layout = shapes.forward_layouts[shapes.buckets.buckets[0]]
     last = jax.ShapeDtypeStruct((shapes.sizes.max_num_seqs + 1,), jnp.int32)
     flat = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-    return jax.eval_shape(make_forward(split, layout, False), leaves, kv, last, flat)[1]
+    return jax.eval_shape(make_forward(split, shapes.groups, layout, False), leaves, kv, last, flat)[1]

@@ -20,6 +20,7 @@ from models import expert_loads
 from models.api import KVCache
 from models.expert_loads import counting
 from ops import sampling
+from ops.paged_attention.groups import KVGroups
 from serving.engine.packing import Layout, attention_batch
 from serving.engine.sampling_params import MAX_LOGPROBS
 from serving.engine.state import DeviceState
@@ -87,7 +88,7 @@ class LoopOutput:
     loads: tuple[jax.Array, ...]
 
 
-def make_forward(model: SplitModel, layout: Layout, keep_hidden: bool) -> Callable[..., Any]:
+def make_forward(model: SplitModel, groups: KVGroups, layout: Layout, keep_hidden: bool) -> Callable[..., Any]:
     """forward(leaves, kv, last_token, flat) -> (kv, hidden_SD of the rows that sample, hidden_TD or None, loads).
 
     `loads` has, for models with experts, one int32 [layers with experts, E]: how many of the step's tokens visited each.
@@ -102,7 +103,7 @@ def make_forward(model: SplitModel, layout: Layout, keep_hidden: bool) -> Callab
         fed_back = last_token[f["decode_slot_B"]]
         tokens_T = tokens_T.at[:num_decode].set(jnp.where(tokens_T[:num_decode] < 0, fed_back, tokens_T[:num_decode]))
         with counting() as loads:
-            hidden_TD, kv = model.merge(leaves).forward(tokens_T, attention_batch(f), kv)
+            hidden_TD, kv = model.merge(leaves).forward(tokens_T, attention_batch(f, groups.places), kv)
         hidden_SD = hidden_TD[f["sample_row_S"]]
         return kv, hidden_SD, hidden_TD if keep_hidden else None, tuple(loads)
 
@@ -188,7 +189,7 @@ def _edits(rows: dict[str, jax.Array], tables: tuple[jax.Array, DeviceState]) ->
 
 
 def make_decode_loop(
-    model: SplitModel, forward: Layout, sample: Layout, page_size: int, max_steps: int
+    model: SplitModel, groups: KVGroups, forward: Layout, sample: Layout, page_size: int, max_steps: int
 ) -> Callable[..., Any]:
     """decode_loop(leaves, kv, state, forward_flat, sample_flat, steps) -> (kv, state, LoopOutput).
 
@@ -214,14 +215,16 @@ def make_decode_loop(
         def body(carry: Any) -> Any:
             step, kv, state, tokens_B, ended_B, loads, out = carry
             position_B = jnp.where(real_B, fields["positions_T"] + step, 0)
-            page_B = fields["decode_pages_BP"][rows_B, position_B // page_size]
+            # Of each group of layers, where there are several.
+            page_B = fields["decode_pages_BP"][..., rows_B, position_B // page_size]
             batch = attention_batch(
                 fields
                 | {
                     "positions_T": position_B,
                     "kv_index_T": jnp.where(real_B, page_B * page_size + position_B % page_size, 0),
                     "decode_len_B": jnp.where(real_B, fields["decode_len_B"] + step, 0),
-                }
+                },
+                groups.places,
             )
             with counting() as counted:
                 hidden_BD, kv = merged.forward(tokens_B, batch, kv)

@@ -11,10 +11,18 @@ from collections.abc import Callable, Sequence
 
 from serving.engine.kv_manager import KVManager
 from serving.engine.request import Request
+from serving.engine.scheduler_config import SchedulerConfig
+from serving.engine.slots import SlotTable
 
 ROW_TOKENS = 64
 """What a running request more than elsewhere weighs against prompt tokens to compute. A step lasts as long as its fullest
 replica's, for as many steps as the request has tokens; a prefix that is not there is computed once, and is there then."""
+
+
+def make_kv(config: SchedulerConfig, slots: SlotTable) -> KVManager | Replicas:
+    """The pages of every replica."""
+    managers = [KVManager.of(config, slots) for _ in range(config.replicas)]
+    return managers[0] if config.replicas == 1 else Replicas(managers)
 
 
 class Replicas:
@@ -80,22 +88,24 @@ class Replicas:
     def admit(self, request: Request, reserve: int) -> bool:
         return self._of(request).admit(request, reserve)
 
-    def more(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]] | None:
+    def cover(self, request: Request, end: int, step: int) -> int:
+        return self._of(request).cover(request, end, step)
+
+    def cover_all(self, requests: Sequence[Request], ends: Sequence[int], step: int) -> bool:
         needed = Counter()
-        for request, count in zip(requests, counts, strict=True):
-            needed[request.replica] += count
+        for request, end in zip(requests, ends, strict=True):
+            needed[request.replica] += self._of(request).lacking(request, end)
         if any(count > self._managers[replica].pool.num_free for replica, count in needed.items()):
-            return None
-        return [self._of(r).pool.allocate(count) or [] for r, count in zip(requests, counts, strict=True)]
+            return False
+        for request, end in zip(requests, ends, strict=True):
+            self.cover(request, end, step)
+        return True
 
     def register(self, request: Request) -> None:
         self._of(request).register(request)
 
     def leave(self, request: Request, step: int) -> None:
         self._of(request).leave(request, step)
-
-    def leave_behind(self, request: Request, position: int, step: int) -> int:
-        return self._of(request).leave_behind(request, position, step)
 
     def retired(self, step: int) -> None:
         for manager in self._managers:

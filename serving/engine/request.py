@@ -44,6 +44,7 @@ class Request:
 
     __slots__ = (
         "arrival_order",
+        "behind",
         "cached_pages",
         "digests",
         "drawn_seed",
@@ -55,10 +56,10 @@ class Request:
         "num_pending",
         "num_preemptions",
         "pages",
-        "pages_behind",
         "passed_over",
         "pooled",
         "prompt_len",
+        "reach",
         "replica",
         "scheduled_time",
         "slot",
@@ -77,10 +78,11 @@ class Request:
         self.num_computed = 0
         self.num_pending = 0
         self.inflight = 0  # dispatched steps that touch its pages and have not retired
-        self.pages: list[int] = []
-        self.pages_behind = 0  # first pages that fell out of every layer's window: the null page now
+        self.pages: list[list[int]] = []  # the page table of each attention group
+        self.behind: list[int] = []  # of each, how many of the first pages are out of its window: the null page now
+        self.reach = 0  # pages that every group's table has
         self.digests: list[bytes] = []  # prefix-chain digest of each full page so far
-        self.cached_pages = 0  # of its pages, how many are registered in the prefix index
+        self.cached_pages = 0  # how many of each table's first pages are registered in the prefix index, or were
         self.replica = 0  # where its pages and its slot are
         self.slot = -1
         self.drawn_seed: int | None = None  # kept over preemptions, so that a resumed request samples the same tokens
@@ -106,6 +108,11 @@ class Request:
     def num_uncomputed(self) -> int:
         """Positions that exist and whose KV is not dispatched yet."""
         return self.total_len - self.num_computed
+
+    @property
+    def num_held(self) -> int:
+        """Pages that it holds, in all groups together."""
+        return sum(map(len, self.pages)) - sum(self.behind)
 
     @property
     def num_output(self) -> int:

@@ -13,10 +13,8 @@ import numpy as np
 
 from serving.engine.chunks import CHUNK_ALIGN, ChunkBuilder
 from serving.engine.deadlines import Deadlines
-from serving.engine.kv_manager import KVManager
 from serving.engine.masks import needs_host
 from serving.engine.outputs import Outputs, add_pooled, verdict
-from serving.engine.page_pool import PagePool
 from serving.engine.plan import Chunk, StepPlan, StepResult
 from serving.engine.policy import (
     BACKGROUND_SHARE,
@@ -27,7 +25,7 @@ from serving.engine.policy import (
     Foreground,
     WaitingQueue,
 )
-from serving.engine.replicas import Replicas
+from serving.engine.replicas import Replicas, make_kv
 from serving.engine.request import Request, RequestState
 from serving.engine.scheduler_config import Counters, SchedulerConfig
 from serving.engine.slots import SlotTable
@@ -46,19 +44,11 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        managers = [
-            KVManager(
-                PagePool(config.num_pages, config.page_size, config.enable_prefix_caching),
-                config.host_pages,
-                config.restore_page_s,
-                config.window,
-            )
-            for _ in range(config.replicas)
-        ]
-        self.kv = managers[0] if config.replicas == 1 else Replicas(managers)
-        self.pool = self.kv.pool
         pages_per_slot = -(-config.max_model_len // config.page_size)
-        self.slots = SlotTable(config.max_num_seqs, pages_per_slot, config.seed, config.replicas)
+        groups = len(config.windows)
+        self.slots = SlotTable(config.max_num_seqs, pages_per_slot, config.seed, config.replicas, groups)
+        self.kv = make_kv(config, self.slots)
+        self.pool = self.kv.pool
         self.fair = FairShare() if config.fair_share else None
         self.foreground = Foreground() if config.policy == "priority" else None
         self.waiting = WaitingQueue(config.policy, self.fair)
@@ -207,14 +197,15 @@ class Scheduler:
             if request.state is not RequestState.RUNNING or uncomputed < 1:
                 continue
             if uncomputed > 1 or request.spec.pooling:
-                unfinished.append(request)
+                if position // page_size < request.reach or self._grow(request):
+                    unfinished.append(request)
                 continue
             if request.tokens_left(max_len) <= 0:
                 self._spare_slot(request)
                 continue  # its last token is on its way
             if rows[request.replica] >= budget:
                 continue
-            if position // page_size >= len(request.pages) and not self._grow(request):
+            if position // page_size >= request.reach and not self._grow(request):
                 continue
             decode.append(request)
             rows[request.replica] += 1
@@ -232,32 +223,23 @@ class Scheduler:
         if most == 1 or len(self.waiting) or any(needs_host(r) for r in decode):
             return 1
         steps = min(most, *(r.tokens_left(self.config.max_model_len) for r in decode))
-        size = self.config.page_size
-        needed = [-(-(r.num_computed + steps) // size) - len(r.pages) for r in decode]
-        pages = self.kv.more(decode, needed) if steps > 1 else None
-        if pages is None:
-            return 1
-        for request, its in zip(decode, pages, strict=True):
-            for page in its:
-                self.slots.append_page(request, page)
-        return steps
+        ends = [r.num_computed + steps for r in decode]
+        return steps if steps > 1 and self.kv.cover_all(decode, ends, self._step_id) else 1
 
     def _grow(self, request: Request) -> bool:
-        """One more page for a running request, preempting the least important other if there is none."""
-        pages = self.kv.more([request], [1])
-        if pages is None:
-            if self.kv.leaving_of(request) == 0:
-                victim = self._least_important(request.replica)
-                if victim is None:
-                    return False
-                self._preempt(victim)
-                if victim is request:
-                    return False
-            pages = self.kv.more([request], [1])
-            if pages is None:
-                return False  # the pages are free one step later, when nothing in flight can write them
-        self.slots.append_page(request, pages[0][0])
-        return True
+        """Pages for a running request's next position, preempting the least important other if there are none."""
+        end = request.num_computed + 1
+        if self.kv.cover(request, end, self._step_id) >= end:
+            return True
+        if self.kv.leaving_of(request) == 0:
+            victim = self._least_important(request.replica)
+            if victim is None:
+                return False
+            self._preempt(victim)
+            if victim is request:
+                return False
+        # If not, the pages are free one step later, when nothing in flight can write them.
+        return self.kv.cover(request, end, self._step_id) >= end
 
     def _make_way(self) -> None:
         """Under the priority policy, takes slots (and pages, when the first in line lacked them) from running requests that are
@@ -290,7 +272,15 @@ class Scheduler:
         """Gives pieces to prompts that were begun."""
         for request in unfinished:
             if not request.num_pending:
-                builders[request.replica].add(request, self._is_background(request))
+                self._add_piece(builders, request, self._is_background(request))
+
+    def _add_piece(self, builders: list[ChunkBuilder], request: Request, background: bool) -> None:
+        """Gives a prompt as long a piece as the step has room for, and there are pages."""
+        builder = builders[request.replica]
+        length = builder.room_for(request, background)
+        if length:
+            covered = self.kv.cover(request, request.num_computed + length, self._step_id)
+            builder.add(request, min(length, covered - request.num_computed))
 
     def _hurries(self, unfinished: list[Request]) -> bool:
         """Whether the step is to be for prompts alone: an urgent one is to be computed while requests that are less urgent run,
@@ -328,7 +318,7 @@ class Scheduler:
             self.slots.acquire(request)
             self.running.append(request)
             admitted.append(request)
-            builders[request.replica].add(request, background)
+            self._add_piece(builders, request, background)
             for other in passed:
                 other.passed_over += 1
         return admitted
@@ -377,7 +367,7 @@ class Scheduler:
         running = self._by_replica(self.running)
         for replica in replicas:
             request.replica = replica
-            reserve = min(running[replica], self.config.num_pages // 32)
+            reserve = min(running[replica] * len(self.config.windows), self.config.num_pages // 32)
             if self.kv.admit(request, reserve):
                 return True
         return False
@@ -392,17 +382,8 @@ class Scheduler:
         if self.fair is not None:
             self.fair.charge(request.spec.tenant, prompt_tokens=request.prompt_len - request.num_cached_tokens)
 
-    def _commit(
-        self,
-        decode: list[Request],
-        chunks: list[Chunk],
-        admitted: list[Request],
-        num_steps: int = 1,
-    ) -> StepPlan:
+    def _commit(self, decode: list[Request], chunks: list[Chunk], admitted: list[Request], num_steps: int) -> StepPlan:
         """Advances every scheduled request, as if the step had already run."""
-        if self.config.window is not None:
-            for request in (*decode, *(c.request for c in chunks)):
-                self.slots.drop_pages(request, self.kv.leave_behind(request, request.num_computed, self._step_id))
         self._step_id += 1
         self.counters.steps += 1
         positions = tuple([request.num_computed for request in decode])

@@ -23,7 +23,8 @@ class SchedulerConfig:
         fair_share: serve the least-served tenant first, within equal priority.
         host_pages: capacity of the host tier; 0 for none.
         restore_page_s: seconds that a page takes back from the host tier; 0.0 if unknown.
-        window: positions that a token attends to, where every layer has a window; None where some layer sees all.
+        windows: of each group of layers with page tables of their own, how many positions back a token attends, itself
+            included; None for all.
         max_waiting_time, max_running_time: seconds after which a request that waits for its first slot, or has had one,
             is ended.
         replicas: how many replicas of the model there are to place requests in.
@@ -46,7 +47,7 @@ class SchedulerConfig:
     fair_share: bool = False
     host_pages: int = 0
     restore_page_s: float = 0.0
-    window: int | None = None
+    windows: tuple[int | None, ...] = (None,)
     max_waiting_time: float | None = None
     max_running_time: float | None = None
     replicas: int = 1

@@ -11,10 +11,12 @@ from jax.sharding import Mesh
 
 from models.api import CausalLM
 from ops import native
-from ops.paged_attention import best_layout, bytes_per_page, least_page_size, use_backend
+from ops.paged_attention import KVGroups, best_layout, bytes_per_page, least_page_size, use_backend
+from ops.paged_attention.groups import layers_per_page
 from serving.engine.chunks import CHUNK_ALIGN
 from serving.engine.config import EngineConfig
 from serving.engine.group import Meet
+from serving.engine.kv_windows import longest, pages_of
 from serving.engine.placement import num_replicas
 
 GIB = 1 << 30
@@ -24,7 +26,12 @@ ACCELERATOR_FRACTION = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Resolved sizes of an engine; of each replica, where its mesh holds several."""
+    """Resolved sizes of an engine; of each replica, where its mesh holds several.
+
+    Attributes:
+        page_bytes: of one page in all arrays, over all devices together.
+        layers_per_page: layers that a page holds a part of a sequence for; None for all. See ops.paged_attention.groups.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -33,6 +40,7 @@ class Sizes:
     page_size: int
     page_bytes: int
     kv_dtype: str
+    layers_per_page: int | None = None
 
 
 def resolve_dtype(config: EngineConfig, platform: str) -> str:
@@ -103,36 +111,40 @@ def resolve_sizes(
     kv_dtype = resolve_kv_dtype(config, model, dtype, devices)
     platform = platform or jax.default_backend()
     page_size = max(config.page_size, least_page_size(kv_dtype, platform))
-    page_bytes = model_page_bytes(model, page_size, kv_dtype, platform, config.attention_backend)
     wanted_len = min(config.max_model_len or max_positions, max_positions)
+    together = layers_per_page(model.kv_specs(), wanted_len)
+    groups = KVGroups.of(model.kv_specs(), together)
+    page_bytes = bytes_of_page(groups, page_size, kv_dtype, platform, config.attention_backend)
     if config.max_model_len and config.max_model_len > max_positions:
         raise ValueError(
             f"max_model_len is {config.max_model_len}, but the model was made for {max_positions} positions: "
             f"use at most that."
         )
-    most = seqs * -(-wanted_len // page_size) + 1
+    most = seqs * pages_of(wanted_len, groups.windows, page_size, budget) + 1
     memory = config.kv_cache_memory or default_kv_memory(devices)
     if meet is not None:
         memory = meet("KV cache memory", memory)
     num_pages = min(most, memory // replicas // page_bytes)
-    fits = (num_pages - 1) * page_size
+    fits = longest(num_pages - 1, groups.windows, page_size)
+    fits = wanted_len if fits is None else fits
     if fits < 2 * page_size or (config.max_model_len and fits < config.max_model_len):
-        need = (-(-(config.max_model_len or 2 * page_size) // page_size) + 1) * page_bytes * replicas
+        pages = pages_of(config.max_model_len or 2 * page_size, groups.windows, page_size) + 1
+        need = pages * page_bytes * replicas
         raise ValueError(
             f"the KV cache may take {memory / GIB:.2f} GiB, which holds {max(fits, 0)} tokens; one sequence of "
             f"max_model_len needs {need / GIB:.2f} GiB. Raise --kv-cache-memory or lower --max-model-len."
         )
-    return Sizes(seqs, budget, min(wanted_len, fits), num_pages, page_size, page_bytes, kv_dtype)
+    return Sizes(seqs, budget, min(wanted_len, fits), num_pages, page_size, page_bytes, kv_dtype, together)
 
 
-def model_page_bytes(
-    model: CausalLM, page_size: int, kv_dtype: str, platform: str, attention_backend: str | None = None
+def bytes_of_page(
+    groups: KVGroups, page_size: int, kv_dtype: str, platform: str, attention_backend: str | None = None
 ) -> int:
-    """Bytes of one page of every layer, in the layout that the platform's kernels read, over all devices together."""
+    """Bytes of one page in every array, in the layout that the platform's kernels read, over all devices together."""
     with use_backend(attention_backend):
         return sum(
             bytes_per_page(s, page_size, jnp.dtype(kv_dtype), best_layout(s, page_size, jnp.dtype(kv_dtype), platform))
-            for s in model.kv_specs()
+            for s in groups.arrays
         )
 
 

@@ -14,9 +14,13 @@ class SlotTable:
 
     Args:
         num_slots: of each replica. Replica r has the slots from r * num_slots on.
+        groups: attention groups, each with a page table of its own.
+
+    Attributes:
+        pages: int32 [groups, slots + 1, pages_per_slot]; the null page where there is none.
     """
 
-    def __init__(self, num_slots: int, pages_per_slot: int, seed: int = 0, replicas: int = 1) -> None:
+    def __init__(self, num_slots: int, pages_per_slot: int, seed: int = 0, replicas: int = 1, groups: int = 1) -> None:
         self.per_replica = num_slots
         self.num_slots = num_slots * replicas
         rows = self.num_slots + 1
@@ -24,7 +28,7 @@ class SlotTable:
             list(range((replica + 1) * num_slots - 1, replica * num_slots - 1, -1)) for replica in range(replicas)
         ]
         self._seeds = np.random.default_rng(seed)
-        self.pages = np.zeros((rows, pages_per_slot), np.int32)
+        self.pages = np.zeros((groups, rows, pages_per_slot), np.int32)
         self.temperature = np.zeros(rows, np.float32)
         self.top_k = np.zeros(rows, np.int32)
         self.top_p = np.ones(rows, np.float32)
@@ -68,17 +72,14 @@ class SlotTable:
             seed = p.seed if p.seed is not None else int(self._seeds.integers(2**63))
             request.drawn_seed = seed & (2**64 - 1)
         self.seed[slot] = (request.drawn_seed >> 32, request.drawn_seed & 0xFFFFFFFF)
-        self.pages[slot, :] = 0
-        self.pages[slot, : len(request.pages)] = request.pages
+        self.pages[:, slot] = NULL_PAGE
+        for group, pages in enumerate(request.pages):
+            self.pages[group, slot, : len(pages)] = pages
 
-    def append_page(self, request: Request, page: int) -> None:
-        """Adds a page to the request and its page table."""
-        self.pages[request.slot, len(request.pages)] = page
-        request.pages.append(page)
-
-    def drop_pages(self, request: Request, count: int) -> None:
-        """Puts the null page in the place of the request's first pages."""
-        self.pages[request.slot, :count] = NULL_PAGE
+    def show(self, request: Request, group: int, first: int, end: int) -> None:
+        """Copies pages [first, end) of one of the request's page tables, which have changed."""
+        if request.slot >= 0:
+            self.pages[group, request.slot, first:end] = request.pages[group][first:end]
 
     def release(self, request: Request) -> None:
         """Takes the request's slot back; it may be given on at once.

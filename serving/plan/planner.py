@@ -11,7 +11,9 @@ from typing import Any
 
 from models.loading.load import parameters_of
 from ops.paged_attention import least_page_size
+from ops.paged_attention.groups import layers_per_page
 from serving.engine.buckets import Bucket
+from serving.engine.kv_windows import pages_of
 from serving.engine.placement import num_replicas
 from serving.engine.sizing import ACCELERATOR_FRACTION, Sizes
 from serving.plan.chips import Target, devices
@@ -107,6 +109,7 @@ class Plan:
     usable: int
     replicas: int
     num_pages: int  # of each replica
+    windows: tuple[int | None, ...]  # of each attention group
     max_concurrent: int
     steps: tuple[Step, ...]
     decode_seconds: float | None
@@ -122,12 +125,18 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether at least one request of max_model_len can run."""
-        return (self.num_pages - 1) * self.request.page_size >= self.request.max_model_len
+        return self.pages_of(self.request.max_model_len) < self.num_pages
 
     @property
     def tokens(self) -> int:
-        """Positions that the pools of all replicas hold."""
-        return self.replicas * max(self.num_pages - 1, 0) * self.request.page_size
+        """Positions that the pools of all replicas hold, of requests with `context` tokens each."""
+        size, context = self.request.page_size, self.request.context
+        held = -(-context // size) * size
+        return self.replicas * max(self.num_pages - 1, 0) * held // self.pages_of(context)
+
+    def pages_of(self, tokens: int) -> int:
+        """Pages that a request of so many tokens holds while it decodes."""
+        return pages_of(tokens, self.windows, self.request.page_size)
 
     @property
     def decode_tokens_per_second(self) -> float | None:
@@ -158,7 +167,8 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
         model = abstract_model(
             with_layers(config, num_layers), mesh, request.dtype, request.quantization, request.max_model_len
         )
-        return AbstractEngine(model, sizes, mesh)
+        together = layers_per_page(model.kv_specs(), request.max_model_len)
+        return AbstractEngine(model, dataclasses.replace(sizes, layers_per_page=together), mesh)
 
     whole = runner(config.num_layers)
     start, period = layer_periods(config)
@@ -174,8 +184,9 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     weights, state = whole.weight_bytes_on_device, whole.state_bytes
     free = usable - weights - state - int(temporaries) - int(code)
     num_pages = max(0, free // whole.kv_bytes_a_page)
-    num_pages = min(num_pages, seqs * whole.shapes.pages_per_slot + 1)
-    concurrent_requests = min(seqs, max(num_pages - 1, 0) * request.page_size // request.context)
+    windows = whole.shapes.groups.windows
+    num_pages = min(num_pages, seqs * pages_of(request.max_model_len, windows, page_size, budget) + 1)
+    concurrent_requests = min(seqs, max(num_pages - 1, 0) // pages_of(request.context, windows, page_size))
 
     steps = tuple(_step(name, measured[name], whole, request) for name in names)
     by_name = {step.name: step for step in steps}
@@ -198,6 +209,7 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
         usable=usable,
         replicas=replicas,
         num_pages=num_pages,
+        windows=windows,
         max_concurrent=concurrent_requests * replicas,
         steps=steps,
         decode_seconds=decode_seconds,
@@ -270,9 +282,10 @@ def _step(name: str, measured: Measured, runner: AbstractEngine, request: Reques
     if name.startswith("forward"):
         bucket = next(b for b in runner.shapes.buckets.buckets if name == f"forward {b}")
         weights = _weights_read(runner, bucket.tokens, head=False)
-        token_bytes = runner.kv_bytes_a_page / request.page_size
-        chunk_keys = bucket.chunk + (request.context if bucket.decode else 0)
-        context_bytes = (bucket.decode * request.context + (chunk_keys if bucket.chunk else 0)) * token_bytes
+        context_bytes = bucket.decode * _context_read(runner, request.context, 1)
+        if bucket.chunk:
+            keys = bucket.chunk + (request.context if bucket.decode else 0)
+            context_bytes += _context_read(runner, keys, bucket.chunk)
         pairs = bucket.decode * request.context + bucket.chunk * (bucket.chunk + 1) / 2
         attention = pairs * _attention_flops(runner)
         products = _product_flops(runner, bucket.tokens, head=False)
@@ -291,6 +304,14 @@ def _step(name: str, measured: Measured, runner: AbstractEngine, request: Reques
         weight_bytes=weights,
         measured=measured,
     )
+
+
+def _context_read(runner: AbstractEngine, positions: int, queries: int) -> float:
+    """Bytes of K and V that one device reads for the last `queries` of `positions`: with a window, the last ones."""
+    total = 0.0
+    for spec, layer_bytes in zip(runner.model.kv_specs(), runner.kv_bytes_a_token, strict=True):
+        total += layer_bytes * (positions if spec.window is None else min(positions, spec.window + queries - 1))
+    return total
 
 
 def _weights_read(runner: AbstractEngine, tokens: int, head: bool) -> float:
@@ -330,7 +351,7 @@ def _attention_flops(runner: AbstractEngine) -> float:
     """Operations for one query position against one key position, all layers, on one device."""
     total = 0.0
     config = runner.model.config
-    for spec, kv in zip(runner.model.kv_specs(), runner.kv, strict=True):
+    for spec, kv in zip(runner.model.kv_specs(), runner.kv_of_layers, strict=True):
         shards = runner.mesh.shape["model"] if kv.sharded else 1
         v = spec.v_head_dim or spec.head_dim
         total += 2.0 * max(config.num_heads, spec.num_kv_heads) / shards * (spec.head_dim + v)

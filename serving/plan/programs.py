@@ -18,7 +18,7 @@ from models.loading.load import parameters_of, quantizable
 from ops import native, paged_attention
 from ops.linear import Int8Weight, quantize
 from ops.linear.weights import BLOCK, pack_int8
-from ops.paged_attention import pages
+from ops.paged_attention import KVGroups, pages
 from serving.engine.compiling import Program
 from serving.engine.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, placed
 from serving.engine.program_list import StepShapes, list_programs
@@ -126,12 +126,12 @@ def bytes_on_device(leaf: jax.ShapeDtypeStruct) -> int:
     return size
 
 
-def abstract_kv(model: Any, num_pages: int, page_size: int, dtype: str, mesh: Mesh) -> tuple[Any, ...]:
-    """One `KVPages` a layer, as the server would allocate them; it uses no mesh on a single device."""
+def abstract_kv(groups: KVGroups, num_pages: int, page_size: int, dtype: str, mesh: Mesh) -> tuple[Any, ...]:
+    """Every `KVPages`, as the server would allocate them; it uses no mesh on a single device."""
     platform = pages.platform_of(mesh)
     server_mesh = mesh if mesh.size > 1 else None
     made: dict[Any, Any] = {}
-    for spec in model.kv_specs():
+    for spec in groups.arrays:
         if spec in made:
             continue
         layout = paged_attention.best_layout(spec, page_size, dtype, platform)
@@ -144,7 +144,7 @@ def abstract_kv(model: Any, num_pages: int, page_size: int, dtype: str, mesh: Me
         made[spec] = jax.tree.map(
             lambda leaf, place=place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), kv
         )
-    return tuple(made[spec] for spec in model.kv_specs())
+    return tuple(made[spec] for spec in groups.arrays)
 
 
 class AbstractEngine:
@@ -160,11 +160,11 @@ class AbstractEngine:
     def __init__(self, model: Any, sizes: Sizes, mesh: Mesh) -> None:
         self.model = model
         self.sizes = sizes
-        self.shapes = StepShapes.of(sizes, model.vocab_size)
+        self.shapes = StepShapes.of(sizes, model)
         self.mesh = mesh
         self._server_mesh = mesh if mesh.size > 1 else None
         self._split, self.leaves = SplitModel.split(model)
-        self.kv = abstract_kv(model, sizes.num_pages, sizes.page_size, sizes.kv_dtype, mesh)
+        self.kv = abstract_kv(self.shapes.groups, sizes.num_pages, sizes.page_size, sizes.kv_dtype, mesh)
         replicas = num_replicas(mesh)
         place: Any = SingleDeviceSharding(mesh.devices.flat[0])
         if self._server_mesh is not None:
@@ -182,8 +182,20 @@ class AbstractEngine:
 
     @property
     def kv_bytes_a_page(self) -> int:
-        """Bytes of one page of every layer on one device of its replica."""
+        """Bytes of one page, in every array, on one device of its replica."""
         return sum(bytes_on_device(leaf) for leaf in jax.tree.leaves(self.kv)) // self.sizes.num_pages
+
+    @property
+    def kv_of_layers(self) -> tuple[Any, ...]:
+        """The `KVPages` of each layer."""
+        places = self.shapes.groups.places
+        return self.kv if places is None else tuple(self.kv[array] for _, array in places)
+
+    @property
+    def kv_bytes_a_token(self) -> tuple[float, ...]:
+        """Of each layer, bytes of one position on one device of its replica."""
+        tokens = self.sizes.num_pages * self.sizes.page_size
+        return tuple(sum(map(bytes_on_device, jax.tree.leaves(kv))) / tokens for kv in self.kv_of_layers)
 
     @property
     def weight_bytes_on_device(self) -> int:

@@ -40,6 +40,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "pool": plan.pool,
         },
         "num_pages": plan.num_pages,
+        "attention_windows": plan.windows,
         "pool_tokens": plan.tokens,
         "max_concurrent_requests": plan.max_concurrent,
         "decode_step_seconds": plan.decode_seconds,
@@ -124,10 +125,9 @@ def to_text(plan: Plan) -> str:
 
 def _does_not_fit(plan: Plan) -> str:
     request = plan.request
-    page_tokens = request.page_size
     need = (
         plan.weights + plan.temporaries + plan.code + plan.state
-        + (-(-request.max_model_len // page_tokens) + 1) * plan.kv_page
+        + (plan.pages_of(request.max_model_len) + 1) * plan.kv_page
     )  # fmt: skip
     return (
         f"DOES NOT FIT: weights, temporaries and one request of {request.max_model_len} tokens take {need / GIB:.2f} GiB a "

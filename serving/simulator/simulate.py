@@ -212,7 +212,9 @@ class Simulation:
         running = self.scheduler.running
         size = self.scheduler.config.page_size
         self.totals.kv_used += weight * sum(r.num_computed for r in running)
-        self.totals.kv_allocated += weight * size * sum(len(r.pages) for r in running)
+        self.totals.kv_allocated += (
+            weight * size * sum(r.num_held for r in running) / len(self.scheduler.config.windows)
+        )
         self.totals.kv_contiguous += weight * self.scheduler.config.max_model_len * len(running)
 
     def _result(self, plan: StepPlan) -> StepResult:

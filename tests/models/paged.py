@@ -1,4 +1,7 @@
-"""Runs a model the way the engine does, by hand: chunked prefill and decode over pages, in one small program."""
+"""Runs a model the way the engine does, by hand: chunked prefill and decode over pages, in one small program.
+
+Layers are in groups as an engine would put them, and pages that fall behind a group's window are taken by whoever comes next.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ops.paged_attention import Q_BLOCK, AttentionBatch, allocate
+from ops.paged_attention import Q_BLOCK, AttentionBatch, KVGroups, allocate
+from ops.paged_attention.groups import layers_per_page
+from serving.engine.kv_windows import first_page, pages_of
 
 PAGE = 16
 DECODE_ROWS, CHUNK_TOKENS, CHUNK_ROWS = 2, 32, 2
@@ -18,10 +23,11 @@ class PagedModel:
 
     def __init__(self, model, max_len: int = 160, mesh=None, dtype=jnp.float32):
         self.pages_a_request = -(-max_len // PAGE)
-        num_pages = 1 + DECODE_ROWS * self.pages_a_request
+        self.groups = KVGroups.of(model.kv_specs(), layers_per_page(model.kv_specs(), max_len))
+        num_pages = 1 + DECODE_ROWS * pages_of(max_len, self.groups.windows, PAGE, Q_BLOCK)
         self.free = list(range(1, num_pages))
         graphdef, self.state = nnx.split(model)
-        self.kv = tuple(allocate(spec, num_pages, PAGE, dtype, mesh) for spec in model.kv_specs())
+        self.kv = tuple(allocate(spec, num_pages, PAGE, dtype, mesh) for spec in self.groups.arrays)
 
         @jax.jit
         def step(state, tokens_T, batch, kv):
@@ -32,36 +38,52 @@ class PagedModel:
         self.step = step
 
     def table(self) -> np.ndarray:
-        """Pages of one new request."""
-        return np.array([self.free.pop() for _ in range(self.pages_a_request)], np.int32)
+        """The page tables of one new request, [G, P], without pages yet."""
+        return np.zeros((len(self.groups.windows), self.pages_a_request), np.int32)
+
+    def cover(self, tables: np.ndarray, first: int, end: int) -> None:
+        """Pages for positions [first, end) that are computed next; what they do not attend to any more is given back."""
+        for window, table in zip(self.groups.windows, tables, strict=True):
+            behind = first_page(window, first, PAGE)
+            self.free += [int(page) for page in table[:behind] if page]
+            table[:behind] = 0
+            for i in range(behind, -(-end // PAGE)):
+                table[i] = table[i] or self.free.pop()
 
     def run(self, decode, chunks) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """One step.
 
         Args:
-            decode: (token, position, page table) of each decode row.
-            chunks: (tokens, first position, page table) of each piece of a prompt, at most Q_BLOCK tokens.
+            decode: (token, position, page tables) of each decode row.
+            chunks: (tokens, first position, page tables) of each piece of a prompt, at most Q_BLOCK tokens.
         Returns:
             logits [V] of each decode row, and [n, V] of each piece.
         """
-        B, C, R, P = DECODE_ROWS, CHUNK_TOKENS, CHUNK_ROWS, self.pages_a_request
-        tokens, positions, index = (np.zeros(B + C, np.int32) for _ in range(3))
-        decode_pages, decode_len = np.zeros((B, P), np.int32), np.zeros(B, np.int32)
-        chunk_pages = np.zeros((R, P), np.int32)
+        B, C, R, P, G = DECODE_ROWS, CHUNK_TOKENS, CHUNK_ROWS, self.pages_a_request, len(self.groups.windows)
+        tokens, positions, index = np.zeros(B + C, np.int32), np.zeros(B + C, np.int32), np.zeros((G, B + C), np.int32)
+        decode_pages, decode_len = np.zeros((G, B, P), np.int32), np.zeros(B, np.int32)
+        chunk_pages = np.zeros((G, R, P), np.int32)
         start, qlen, length = (np.zeros(R, np.int32) for _ in range(3))
         rows = np.full(C // Q_BLOCK, R, np.int32)
         for row, (token, position, pages) in enumerate(decode):
+            self.cover(pages, position, position + 1)
             tokens[row], positions[row] = token, position
-            index[row] = pages[position // PAGE] * PAGE + position % PAGE
-            decode_pages[row], decode_len[row] = pages, position + 1
+            index[:, row] = pages[:, position // PAGE] * PAGE + position % PAGE
+            decode_pages[:, row], decode_len[row] = pages, position + 1
         for row, (piece, first, pages) in enumerate(chunks):
             at = slice(B + row * Q_BLOCK, B + row * Q_BLOCK + len(piece))
             where = np.arange(first, first + len(piece))
+            self.cover(pages, first, first + len(piece))
             tokens[at], positions[at] = piece, where
-            index[at] = pages[where // PAGE] * PAGE + where % PAGE
-            chunk_pages[row], rows[row] = pages, row
+            index[:, at] = pages[:, where // PAGE] * PAGE + where % PAGE
+            chunk_pages[:, row], rows[row] = pages, row
             start[row], qlen[row], length[row] = row * Q_BLOCK, len(piece), first + len(piece)
-        batch = AttentionBatch(positions, index, decode_pages, decode_len, chunk_pages, start, qlen, length, rows)
+        places = self.groups.places
+        if places is None:
+            index, decode_pages, chunk_pages = index[0], decode_pages[0], chunk_pages[0]
+        batch = AttentionBatch(
+            positions, index, decode_pages, decode_len, chunk_pages, start, qlen, length, rows, places
+        )
         logits, self.kv = self.step(self.state, tokens, batch, self.kv)
         logits = np.asarray(logits)
         pieces = [logits[B + r * Q_BLOCK :][: len(piece)] for r, (piece, _, _) in enumerate(chunks)]

@@ -69,6 +69,7 @@ class FakeDevice:
         self.scheduler = scheduler
         self.size = c.page_size
         self.kv = np.full((c.replicas, c.num_pages, c.page_size), -1, np.int64)
+        self.least = min((w for w in c.windows if w is not None), default=c.max_model_len)
         self.last_token = np.full(c.replicas * c.max_num_seqs + 1, -1, np.int64)
         self.host: dict[bytes, np.ndarray] = {}
 
@@ -81,16 +82,16 @@ class FakeDevice:
         for digest in plan.dropped:
             del self.host[digest]
         slots = self.scheduler.slots
-        work = []  # (request, its page table now, its slot now, [(position, token)], whether it samples)
+        work = []  # (request, its page tables now, its slot now, [(position, token)], whether it samples)
         for request, position in zip(plan.decode, plan.decode_positions, strict=True):
             known = position < len(request.tokens)
             token = request.tokens[position] if known else int(self.last_token[request.slot])
-            work.append((request, slots.pages[request.slot].copy(), request.slot, [(position, token)], True))
+            work.append((request, slots.pages[:, request.slot].copy(), request.slot, [(position, token)], True))
         for chunk in plan.chunks:
             span = range(chunk.start, chunk.start + chunk.length)
             tokens = [(p, chunk.request.tokens[p]) for p in span]
             slot = chunk.request.slot
-            work.append((chunk.request, slots.pages[slot].copy(), slot, tokens, chunk.samples))
+            work.append((chunk.request, slots.pages[:, slot].copy(), slot, tokens, chunk.samples))
         assert [r.request_id for r, *_, samples in work if samples] == [r.request_id for r in plan.sampled]
         self.write(work)
         return Dispatched(plan, work)
@@ -109,22 +110,29 @@ class FakeDevice:
         step.tokens = np.asarray(tokens if step.plan.num_steps > 1 else tokens[0], np.int32)
 
     def write(self, work) -> None:
-        for request, pages, _, positions, _ in work:
+        for request, tables, _, positions, _ in work:
             for position, token in positions:
-                page = pages[position // self.size]
-                assert page != 0, "a real token is written to the null page"
-                self.kv[request.replica, page, position % self.size] = token
+                pages = tables[:, position // self.size]
+                assert 0 not in pages, "a real token is written to the null page"
+                assert len(set(pages)) == len(pages), "a page is in the tables of two groups"
+                self.kv[request.replica, pages, position % self.size] = token
 
     def sample_rows(self, work) -> list[int]:
-        """One sampled token for each row that samples."""
-        sampled, window = [], self.scheduler.config.window
-        for request, pages, slot, positions, samples in work:
-            if samples:
-                length = positions[-1][0] + 1
+        """One sampled token for each row that samples. Every chunk attends, whether it samples or not."""
+        sampled = []
+        for request, tables, slot, positions, samples in work:
+            length = positions[-1][0] + 1
+            contexts = []
+            for window, pages in zip(self.scheduler.config.windows, tables, strict=True):
                 context = self.kv[request.replica, pages[: -(-length // self.size)]].reshape(-1)[:length].tolist()
-                first = 0 if window is None else max(0, length - window)
+                first = 0 if window is None else max(0, positions[0][0] - window + 1)
+                assert 0 not in pages[first // self.size : -(-length // self.size)], "attention reads the null page"
                 assert -1 not in context[first:], "attention reads a position that was never written"
-                token = next_token(context)
+                contexts.append(context)
+            seen = min(map(len, contexts), default=0)
+            assert len({tuple(context[max(0, seen - self.least) :]) for context in contexts}) == 1, "groups disagree"
+            if samples:
+                token = next_token(contexts[0])
                 grammar = request.spec.constraint
                 sampled.append((slot, grammar.choose(token) if grammar and not request.finished else token))
         for slot, token in sampled:

@@ -10,6 +10,7 @@ import pytest
 
 from serving.engine.buckets import Bucket, BucketTable
 from serving.engine.chunks import align
+from serving.engine.kv_windows import pages_of
 from serving.engine.policy import MAX_HURRIED
 from serving.engine.request import RequestState
 from serving.engine.sampling_params import SamplingParams
@@ -124,13 +125,17 @@ class Driver:
             assert r.cached_pages * c.page_size <= r.num_computed, "a page is indexed before all of it is computed"
         owners: dict[int, list] = {}
         for r in s.running:
-            assert r.pages[: r.pages_behind] == [0] * r.pages_behind
-            for i, page in enumerate(r.pages[r.pages_behind :], r.pages_behind):
-                owners.setdefault(page, []).append((r, i))
+            assert r.reach == min(map(len, r.pages)) >= -(-r.num_computed // c.page_size)
+            for group, (pages, behind) in enumerate(zip(r.pages, r.behind, strict=True)):
+                assert pages[:behind] == [0] * behind and 0 not in pages[behind:]
+                assert r.slot < 0 or s.slots.pages[group, r.slot, : len(pages)].tolist() == pages
+                for i, page in enumerate(pages[behind:], behind):
+                    owners.setdefault(page, []).append((r, i, group))
         for page, holders in owners.items():
             assert s.pool.ref_count(page) == len(holders) + sum(page in pages for _, pages in s.kv._leaving)
-            if len(holders) > 1:  # shared: read-only for all, so full and computed
-                assert all((i + 1) * c.page_size <= r.num_computed for r, i in holders)
+            if len(holders) > 1:  # shared: read-only for all, so full and computed, and by one group's layers
+                assert all((i + 1) * c.page_size <= r.num_computed for r, i, _ in holders)
+                assert len({(i, group) for _, i, group in holders}) == 1
 
     def _take(self, outputs) -> None:
         for o in outputs:
@@ -227,7 +232,7 @@ def test_equal_prefixes_share_pages_while_live_and_after():
     d.add(request("b", [*prompt, 99], 5))
     d.step()
     a, b = d.scheduler.requests["a"], d.scheduler.requests["b"]
-    assert b.pages[:5] == a.pages[:5] and b.num_cached_tokens == 40
+    assert b.pages[0][:5] == a.pages[0][:5] and b.num_cached_tokens == 40
     d.drain()
     d.verify()
     d.add(request("c", [*prompt, *fake.expected(prompt, 20)], 5))  # multi-turn: its own completion is shared too
@@ -550,13 +555,13 @@ def test_random_walk(seed, prefix):
 @pytest.mark.parametrize("prefix", [False, True])
 def test_pages_behind_every_window_come_free(asynchronous, prefix):
     """A long sequence holds its window's pages and those in flight; what it left serves others' prefixes until it is needed."""
-    config = dataclasses.replace(CONFIG, window=8, enable_prefix_caching=prefix, max_num_batched_tokens=16)
+    config = dataclasses.replace(CONFIG, windows=(8,), enable_prefix_caching=prefix, max_num_batched_tokens=16)
     d = Driver(config, asynchronous)
     d.add(request("long", list(range(50)), 40))
     held = []
     while d.scheduler.has_work:
         d.step()
-        held += [len(r.pages) - r.pages_behind for r in d.scheduler.running if r.num_computed > 60]
+        held += [r.num_held for r in d.scheduler.running if r.num_computed > 60]
     assert max(held) <= 4  # 8 positions lie in two pages of 8; one more was just begun, one waits to be indexed
     d.add(request("again", list(range(50)), 5))
     d.drain()
@@ -567,7 +572,7 @@ def test_pages_behind_every_window_come_free(asynchronous, prefix):
 def test_a_window_lets_more_run_at_once():
     """Two sequences of 88 tokens on 15 pages of 8: without a window they cannot both run to their ends at once."""
     for window, preempted in ((None, True), (8, False)):
-        d = Driver(dataclasses.replace(CONFIG, window=window, num_pages=16, enable_prefix_caching=False))
+        d = Driver(dataclasses.replace(CONFIG, windows=(window,), num_pages=16, enable_prefix_caching=False))
         for name in ("a", "b"):
             d.add(request(name, [ord(name)] * 8, 80))
         d.drain()
@@ -579,7 +584,8 @@ LONG_WALKS = {
     "fcfs": {"num_pages": 20, "host_pages": 0},
     "priority and swaps": {"num_pages": 14, "policy": "priority", "host_pages": 60, "restore_page_s": 0.05},
     "fair share and longest prefix first": {"num_pages": 20, "fair_share": True, "prefix_first": True, "host_pages": 3},
-    "windows": {"num_pages": 14, "host_pages": 3, "window": 8},
+    "windows": {"num_pages": 14, "host_pages": 3, "windows": (8,)},
+    "groups": {"num_pages": 33, "host_pages": 3, "windows": (None, 8, 21)},
     "several steps": {"num_pages": 60, "num_scheduler_steps": 4, "max_num_batched_tokens": 24},
 }
 
@@ -618,10 +624,13 @@ def walk(steps: int, seed: int, asynchronous: bool, **fixed) -> Driver:
         "max_waiting_time": rng.choice([None, 40.0]),
         "max_running_time": rng.choice([None, 60.0]),
         "restore_page_s": rng.choice([0.0, 0.05, 0.5]),
-        "window": rng.choice([None, None, 8, 21]),
+        "windows": rng.choice([(None,), (None,), (8,), (21,), (None, 8), (8, 21), (None, 8, 8, 21)]),
         "buckets": rng.choice([None, BUCKETS]),
     }
     config = dataclasses.replace(CONFIG, **(chosen | fixed))
+    if "num_pages" not in fixed:  # the longest sequence fits at least
+        need = pages_of(config.max_model_len, config.windows, config.page_size, chunk=1)
+        config = dataclasses.replace(config, num_pages=config.num_pages + max(0, need - 12))
     if not config.enable_prefix_caching:
         config = dataclasses.replace(config, host_pages=0)
     d = Driver(config, asynchronous, token_s=0.02)

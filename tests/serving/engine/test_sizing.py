@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from ops import native
-from ops.paged_attention import KVSpec
+from ops.paged_attention import KVGroups, KVSpec
 from serving.engine.config import EngineConfig
-from serving.engine.sizing import model_page_bytes, resolve_kv_dtype, resolve_sizes
+from serving.engine.sizing import bytes_of_page, resolve_kv_dtype, resolve_sizes
 
 
 @dataclasses.dataclass
@@ -82,7 +82,7 @@ def test_pages_on_tpu_hold_whole_tiles(dtype, least):
 def test_pages_are_counted_in_the_layout_of_the_platform():
     # K and V of 64 share 128 lanes; of 20 they share as many, of which 88 are padding.
     assert sizes("tpu").page_bytes == sizes("gpu").page_bytes == 2 * 16 * 128 * 2
-    assert model_page_bytes(Layers((ODD,)), 16, "bfloat16", "gpu") == 2 * 16 * 40 * 2
-    assert model_page_bytes(Layers((ODD,)), 16, "bfloat16", "tpu") == 2 * 16 * 128 * 2
+    assert bytes_of_page(KVGroups.of((ODD,)), 16, "bfloat16", "gpu") == 2 * 16 * 40 * 2
+    assert bytes_of_page(KVGroups.of((ODD,)), 16, "bfloat16", "tpu") == 2 * 16 * 128 * 2
     assert sizes("tpu", kv_cache_dtype="int8").page_bytes == 2 * 128 * 128 + 2 * 2 * 128 * 4  # and a scale each
     assert sizes("tpu").num_pages == 4 * 16 + 1

@@ -1,0 +1,90 @@
+"""Which layers share pages. A page holds a span of one sequence for a *group* of layers that attend alike: all back, or all as
+far. So what is behind a window can be given up in the groups that have one, while the others keep theirs.
+
+All groups have the same number of layers, at most, and layer i of each has its part of a page in the same array: there are as
+many arrays as a group has layers, any group may take any page, and nothing is divided up beforehand. (Kwon et al. 2023,
+arXiv:2309.06180, describe pages; the idea of groups of one size is vLLM's.) A model whose layers are all alike is one group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+from ops.paged_attention.batch import KVSpec
+
+MOST_GROUPS = 16
+"""Each group has a page table, to be filled in and read in every step."""
+
+MOST_WASTE = 0.1
+"""Of a sequence's pages, the part that may lie unused, because a group has fewer layers than the others, if that makes fewer
+groups."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KVGroups:
+    """Hashable and static.
+
+    Attributes:
+        windows: of each group, how many positions back its layers attend at most; None for all.
+        arrays: of each array of pages, what its layers keep.
+        places: (group, array) of each layer; None with a single group, where layer i has array i.
+    """
+
+    windows: tuple[int | None, ...]
+    arrays: tuple[KVSpec, ...]
+    places: tuple[tuple[int, int], ...] | None = None
+
+    @classmethod
+    def of(cls, specs: Sequence[KVSpec], layers_per_page: int | None = None) -> KVGroups:
+        """Groups of so many layers, the last ones of a kind smaller where need be; None, or as many as there are, for one group.
+
+        Raises:
+            ValueError: layers that keep different things cannot share arrays.
+        """
+        if layers_per_page is None or layers_per_page >= len(specs):
+            limited = [spec.window for spec in specs if spec.window is not None]
+            return cls((max(limited) if len(limited) == len(specs) else None,), tuple(specs))
+        if len(_shapes(specs)) > 1:
+            raise ValueError(f"layers that keep {_shapes(specs)} cannot share pages.")
+        windows: list[int | None] = []
+        open_groups: dict[int | None, tuple[int, int]] = {}  # window -> (its last group, layers in it)
+        places = []
+        for spec in specs:
+            group, taken = open_groups.get(spec.window, (-1, layers_per_page))
+            if taken == layers_per_page:
+                group, taken = len(windows), 0
+                windows.append(spec.window)
+            places.append((group, taken))
+            open_groups[spec.window] = group, taken + 1
+        spec = dataclasses.replace(specs[0], window=None)
+        return cls(tuple(windows), (spec,) * layers_per_page, tuple(places))
+
+
+def layers_per_page(specs: Sequence[KVSpec], max_len: int) -> int:
+    """How many layers a group is to have, for sequences of up to `max_len` tokens: all of them where no window would free
+    anything, or where the layers do not keep the same; else so many that little is wasted and there are few groups."""
+    counts = Counter(spec.window for spec in specs)
+    limited = [window for window in counts if window is not None and window < max_len]
+    if len(counts) == 1 or not limited or len(_shapes(specs)) > 1:
+        return len(specs)
+    # What a layer holds of a sequence that is four windows long.
+    span = {window: min(max_len, 4 * max(limited) if window is None else window) for window in counts}
+    whole = sum(count * span[window] for window, count in counts.items())
+
+    def waste(size: int) -> float:
+        return sum(-count % size * span[window] for window, count in counts.items()) / whole
+
+    sizes = [size for size in range(1, max(counts.values()) + 1) if _num_groups(counts, size) <= MOST_GROUPS]
+    good = [size for size in sizes if waste(size) <= MOST_WASTE]
+    return max(good) if good else min(sizes, key=waste, default=len(specs))
+
+
+def _num_groups(counts: Counter[int | None], size: int) -> int:
+    return sum(-(-count // size) for count in counts.values())
+
+
+def _shapes(specs: Sequence[KVSpec]) -> set[KVSpec]:
+    """What layers keep, apart from windows."""
+    return {dataclasses.replace(spec, window=None) for spec in specs}
