@@ -106,7 +106,8 @@ class KVManager:
             pool.release(shared)
             return False
         copied = [(g, i) for g, row in enumerate(found) for i, page in enumerate(row) if page is None]
-        for group, i in copied if self.host_tier is not None else ():
+        for group, i in copied:
+            assert self.host_tier is not None
             self.host_tier.touch(keys[group][i])  # before pages are taken, which may push others out to it
         fresh = pool.allocate(needed) or []
         fresh.reverse()
