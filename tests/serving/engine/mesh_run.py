@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import json
 import math
 import pathlib
@@ -28,6 +29,7 @@ from models.dummy import random_model  # noqa: E402
 from models.layers import Build  # noqa: E402
 from models.loading import orbax  # noqa: E402
 from models.loading.load import parameters_of  # noqa: E402
+from ops.paged_attention.groups import layers_per_page  # noqa: E402
 from serving.engine.compiling import ProgramCache  # noqa: E402
 from serving.engine.config import EngineConfig  # noqa: E402
 from serving.engine.engine import Engine  # noqa: E402
@@ -58,10 +60,14 @@ MODELS = {
         rope=ROPE,
         moe=MoEConfig(4, 2, 64, (True,) * LAYERS, normalize=True),
     ),
+    "windows": ModelConfig(
+        "MistralForCausalLM", 256, LAYERS, 48, 96, 4, 2, 16, 256, 1e-5, rope=ROPE, windows=(12, None)
+    ),
 }
 MESHES = {
     "dense": ("model=1", "model=2", "model=4", "data=2,model=2", "data=4"),
     "moe": ("model=1", "expert=2,model=2"),
+    "windows": ("model=1", "data=2,model=2"),
 }
 SIZES = Sizes(2, 32, 128, 60, 8, 0, "float32")  # of each replica
 COLLECTIVE = re.compile(
@@ -84,13 +90,15 @@ def model_on(folder: pathlib.Path, config: ModelConfig, mesh: jax.sharding.Mesh 
 
 def make_engine(folder: pathlib.Path, config: ModelConfig, text: str) -> Engine:
     mesh = make_mesh(text)
-    executor = Executor(
-        model_on(folder, config, mesh), SIZES, ProgramCache(None, ""), mesh=mesh if mesh.size > 1 else None
-    )
+    model = model_on(folder, config, mesh)
+    sizes = dataclasses.replace(SIZES, layers_per_page=layers_per_page(model.kv_specs(), SIZES.max_model_len))
+    executor = Executor(model, sizes, ProgramCache(None, ""), mesh=mesh if mesh.size > 1 else None)
     executor.compile()
     runner = ModelRunner(executor)
     rows, tokens = runner.buckets.max_rows, runner.buckets.max_chunk
-    scheduler = Scheduler(SchedulerConfig(2, 32, tokens, rows, 128, 8, 60, replicas=executor.replicas))
+    scheduler = Scheduler(
+        SchedulerConfig(2, 32, tokens, rows, 128, 8, 60, replicas=executor.replicas, windows=executor.groups.windows)
+    )
     info = EngineInfo(
         "tiny", "LlamaForCausalLM", 256, 128, 2, 32, 8, 60, "float32", None, text, "cpu", "test"
     )  # fmt: skip

@@ -13,6 +13,7 @@ CASES = [
     ("dense", "data=2,model=2"),
     ("dense", "data=4"),
     ("moe", "expert=2,model=2"),
+    ("windows", "data=2,model=2"),
 ]
 
 

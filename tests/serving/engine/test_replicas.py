@@ -86,11 +86,13 @@ class Run:
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 @pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("policy", ["fcfs", "priority"])
-def test_random_walk(replicas, steps, policy):
+@pytest.mark.parametrize(("policy", "windows"), [("fcfs", (None,)), ("priority", (None,)), ("fcfs", (None, 16))])
+def test_random_walk(replicas, steps, policy, windows):
     """Every completion is what its own sequence calls for, through preemptions, aborts, shared prefixes and long prompts."""
     rng = random.Random(replicas * 7 + steps)
-    run = Run(replicas=replicas, num_pages=16, num_scheduler_steps=steps, policy=policy)
+    run = Run(
+        replicas=replicas, num_pages=12 + 4 * len(windows), num_scheduler_steps=steps, policy=policy, windows=windows
+    )
     prefixes = [[rng.randrange(VOCAB) for _ in range(20)] for _ in range(3)]
     prompts, alive = {}, []
     for number in range(150):
