@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from serving.engine.host_tier import HostTier
-from serving.engine.kv_windows import first_page, window_pages
+from serving.engine.kv_windows import first_page, pages_of, window_pages
 from serving.engine.page_pool import NULL_PAGE, PagePool, chain_digest, root_digest
 from serving.engine.request import Request
 from serving.engine.scheduler_config import SchedulerConfig
@@ -32,7 +32,7 @@ class KVManager:
     Args:
         slots: kept up with the page tables of requests that have a slot.
         windows: as in SchedulerConfig.
-        max_chunk_tokens: tokens of the longest piece of a prompt; matters where a group has a window.
+        max_chunk_tokens: tokens of a prompt's pieces for which there are to be pages; matters where a group has a window.
         host_pages: capacity of the host tier; 0 for none.
         restore_page_s: seconds that copying a page back from the host tier takes; 0.0 where nobody has measured it.
 
@@ -67,11 +67,15 @@ class KVManager:
     @classmethod
     def of(cls, config: SchedulerConfig, slots: SlotTable) -> KVManager:
         """With an empty pool."""
+        chunk = min(config.max_chunk_tokens, config.max_num_batched_tokens)
+        # The longest sequence must be let in when it is alone: in a small pool its pieces are cut to the pages that there are.
+        while chunk > 1 and pages_of(config.max_model_len, config.windows, config.page_size, chunk) >= config.num_pages:
+            chunk //= 2
         return cls(
             PagePool(config.num_pages, config.page_size, config.enable_prefix_caching),
             slots,
             config.windows,
-            min(config.max_chunk_tokens, config.max_num_batched_tokens),
+            chunk,
             config.host_pages,
             config.restore_page_s,
         )

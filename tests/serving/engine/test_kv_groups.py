@@ -226,6 +226,22 @@ def test_the_same_pages_hold_more_sequences_at_once():
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("windows", [(None, 16, 16), (16, 40), (None, 1)])
+def test_the_smallest_pool_runs_the_longest_sequence(windows, prefix, asynchronous):
+    """With fewer pages than its pieces could fill: they are cut to what there is."""
+    config = dataclasses.replace(
+        WINDOWS, windows=windows, enable_prefix_caching=prefix, max_num_batched_tokens=300, max_chunk_tokens=300,
+        num_pages=1 + pages_of(400, windows, SIZE),
+    )  # fmt: skip
+    d = Driver(config, asynchronous)
+    for i in range(3):
+        d.add(request(f"r{i}", prompt(390, first=i), 10))
+    d.drain(3000)
+    d.verify()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("prefix", [False, True])
 def test_prompts_are_preempted_in_the_middle(asynchronous, prefix):
     """Windows of one piece and more, and a pool that does not hold what two prompts take: the later one gives way."""
     config = dataclasses.replace(

@@ -86,3 +86,21 @@ def test_pages_are_counted_in_the_layout_of_the_platform():
     assert bytes_of_page(KVGroups.of((ODD,)), 16, "bfloat16", "tpu") == 2 * 16 * 128 * 2
     assert sizes("tpu", kv_cache_dtype="int8").page_bytes == 2 * 128 * 128 + 2 * 2 * 128 * 4  # and a scale each
     assert sizes("tpu").num_pages == 4 * 16 + 1
+
+
+def test_layers_with_windows_take_less():
+    """Three layers with a window of 64 and one that sees all: pages of one layer, of which long sequences take few."""
+    specs = (*(dataclasses.replace(PLAIN, window=64),) * 3, PLAIN)
+    page = 2 * 16 * (64 + 64) * 2  # one layer's: 2 heads, 16 positions, K and V in bfloat16
+
+    def of(memory, **options):
+        config = EngineConfig(dtype="bfloat16", max_num_seqs=4, kv_cache_memory=memory, **options)
+        return resolve_sizes(config, Layers(specs), 1024, "bfloat16", None, platform="gpu")  # pyright: ignore[reportArgumentType]
+
+    small = of(41 * page)
+    assert (small.layers_per_page, small.page_bytes, small.num_pages) == (1, page, 41)
+    assert small.max_model_len == (40 - 3 * 6) * 16  # a window is in at most six pages, one of them not indexed yet
+    assert of(1 << 30).max_model_len == 1024
+    with pytest.raises(ValueError, match="max_model_len needs"):
+        of(41 * page, max_model_len=400)
+    assert of(41 * page, max_model_len=64).layers_per_page == 4  # nothing falls behind a window

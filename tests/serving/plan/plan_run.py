@@ -27,7 +27,10 @@ def main() -> None:
     plans = [make_plan(few), make_plan(dataclasses.replace(few, full_depth=True))]
     quick = dataclasses.replace(plans[0], ttft_seconds=None, request=dataclasses.replace(few, decode_only=True))
     texts = [to_text(plans[0]), sweep_text([(p, "") for p in plans]), to_text(quick), sweep_text([(quick, "")])]
-    print(json.dumps([to_json(plan) for plan in plans] + texts))
+    kinds = ["sliding_attention"] * 2 + ["full_attention"] + ["sliding_attention"] * 2
+    windows = HF | {"architectures": ["MistralForCausalLM"], "sliding_window": 32, "layer_types": kinds}
+    mixed = make_plan(dataclasses.replace(few, hf=windows, full_depth=True, decode_only=True))
+    print(json.dumps([to_json(plan) for plan in plans] + texts + [to_json(mixed)]))
 
 
 if __name__ == "__main__":

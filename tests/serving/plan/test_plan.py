@@ -48,6 +48,21 @@ def test_memory_is_weights_and_pages_by_hand(plans):
     assert plan["fits"] and plan["max_concurrent_requests"] == 4
 
 
+def test_windows_take_and_read_less(plans):
+    """Four layers with a window of 32 and one that sees all: each is a group, and a page holds one layer's."""
+    plan = plans[-1]
+    page = 16 * 2 * 16 * 4  # of one layer: one of two KV heads, 16 positions of K and V of 16 in float32
+    assert plan["attention_windows"] == [32, 32, None, 32, 32]
+    assert plan["memory"]["page"] == page
+    # At most, four requests of 256 tokens: 16 pages, and four times those of a window and a piece of 64.
+    assert plan["num_pages"] == 4 * (16 + 4 * 8) + 1
+    assert plan["pool_tokens"] == 4 * (16 + 4 * 8) * 112 // (
+        7 + 4 * 4
+    )  # of requests with 100 tokens: 7 pages, 4 of a window
+    forward = next(p for p in plan["programs"] if p["name"] == "forward decode 4")
+    assert forward["context_bytes"] == 4 * (100 + 4 * 32) * page / 16
+
+
 def test_two_all_reduces_a_layer(plans):
     forward = next(p for p in plans[1]["programs"] if p["name"] == "forward decode 4")
     count, sent = forward["collectives"]["all-reduce"]
@@ -70,7 +85,7 @@ def test_steps_are_rooflines_by_hand(plans):
 
 
 def test_texts_name_what_matters(plans):
-    page, sweep, quick, quick_sweep = plans[2:]
+    page, sweep, quick, quick_sweep = plans[2:6]
     assert "FITS" in page and "forward decode 4" in page and "time to first token" in page
     assert "Recommended: --mesh model=2 on cpu:2" in sweep
     assert "decode:" in quick and "time to first token" not in quick and "Only the decode step" in quick
