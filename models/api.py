@@ -32,6 +32,7 @@ class CausalLM(Protocol):
 
         Args:
             tokens_T: int32 token ids; padding is 0.
+            batch: with the page tables of all groups of layers; `by_group` and `place` say which are a layer's.
         Returns:
             hidden_TD after the final norm, in the compute dtype, and the updated cache.
         """
