@@ -107,9 +107,10 @@ class Bundle:
         if digest(model_config) != self.model:
             raise ValueError(f"--compiled {self.folder}: its programs were compiled for another model.")
         for name, value in dataclasses.asdict(sizes).items():
-            if self.sizes.get(name) != value:
+            made_for = self.sizes.get(name)
+            if made_for != value:
                 raise ValueError(
-                    f"--compiled {self.folder}: its programs were compiled for {name} {self.sizes.get(name)}, the server has {value}."
+                    f"--compiled {self.folder}: its programs were compiled for {name} {made_for}, the server has {value}."
                 )
 
     def cache(self) -> ProgramCache:
