@@ -8,8 +8,7 @@ import sys
 
 YOUNG_OBJECTS = 100_000
 """While a server starts, new objects are looked through after this many and no others are. A start makes a quarter of a
-million objects that stay (modules, types, traced programs): looking through all of them again and again was 0.8 of
-6.7 s."""
+million objects that stay (modules, types, traced programs): with no collection at all it took 0.8 s of CPU less, of 7.5."""
 
 
 def begin_start() -> None:
