@@ -45,7 +45,9 @@ def read(folder: Path) -> TokenizerFiles:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises bare Exception, and where its Rust code panics no Exception at all
+    except (
+        BaseException
+    ) as error:  # the library raises bare Exception, and where its Rust code panics no Exception at all
         raise ValueError(f"tokenizer.json of {folder.name} cannot be read: {error}") from None
     try:
         return _with_settings(folder, tokenizer)
