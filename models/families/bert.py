@@ -151,7 +151,7 @@ class Bert(nnx.Module):
         x_BSD = self.norm(x_BSD + embed(self.segments[...], segments_BS, dtype))
         valid_BS = jnp.arange(S) < length_B[:, None]
         for layer in self.layers:
-            x_BSD = _run_layer(*nnx.split(layer), x_BSD, valid_BS)
+            x_BSD = run_layer(*nnx.split(layer), x_BSD, valid_BS)
         return x_BSD
 
     def recipes(self) -> Recipes:
@@ -164,8 +164,14 @@ class Bert(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_layer(graphdef: Any, state: Any, x_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
-    """One layer as a function of its own: equal layers are traced once."""
+def run_layer(graphdef: Any, state: Any, x_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
+    """One layer of an encoder as a function of its own: equal layers are traced once.
+
+    Args:
+        graphdef, state: the layer, from `nnx.split`.
+        x_BSD: [B, S, D] hidden states.
+        valid_BS: [B, S] bool, whether a position holds a token.
+    """
     return nnx.merge(graphdef, state)(x_BSD, valid_BS)
 
 

@@ -3,7 +3,6 @@ two layers of three; embedding models (GTE, Nomic) and rerankers made of it."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from models.config import ModelConfig, from_hf, rope_from_hf
-from models.families.bert import attend_texts, num_labels, score_activation
+from models.families.bert import attend_texts, num_labels, run_layer, score_activation
 from models.families.cross_encoder import one_label
 from models.family import Family
 from models.layers import Build, Embedding, GatedMLP, LayerNorm, Linear, child_recipes, layer_frequencies
@@ -119,7 +118,7 @@ class ModernBert(nnx.Module):
         x_BSD = self.embed_norm(self.embed(tokens_BS, self.compute_dtype))
         valid_BS = jnp.arange(tokens_BS.shape[1]) < length_B[:, None]
         for layer in self.layers:
-            x_BSD = _run_layer(*nnx.split(layer), x_BSD, valid_BS)
+            x_BSD = run_layer(*nnx.split(layer), x_BSD, valid_BS)
         return self.norm(x_BSD)
 
     def recipes(self) -> Recipes:
@@ -127,12 +126,6 @@ class ModernBert(nnx.Module):
         for index, layer in enumerate(self.layers):
             recipes |= names.under(f"layers.{index}", layer.recipes(f"model.layers.{index}"))
         return recipes
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run_layer(graphdef: Any, state: Any, x_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
-    """One layer as a function of its own: equal layers are traced once."""
-    return nnx.merge(graphdef, state)(x_BSD, valid_BS)
 
 
 class ModernBertReranker(ModernBert):
