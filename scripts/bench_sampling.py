@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ops import sampling
-from serving.engine.packing import sample_layout
-from serving.engine.programs import sample_rows
-from serving.engine.state import DeviceState
+from serving.engine.device.packing import sample_layout
+from serving.engine.device.programs import sample_rows
+from serving.engine.device.state import DeviceState
 
 PLAIN = {"temperature_S": 0.0, "top_p_S": 1.0, "repetition_S": 1.0, "num_logprobs_S": -1}
 CASES: dict[str, dict[str, Any]] = {

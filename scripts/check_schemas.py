@@ -21,10 +21,10 @@ import jsonschema
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from serving import startup
-from serving.engine.config import EngineConfig
-from serving.engine.sampling_params import StructuredOutputs
-from serving.engine.types import FinishReason
+from serving.boot import startup
+from serving.engine.api.config import EngineConfig
+from serving.engine.api.sampling_params import StructuredOutputs
+from serving.engine.api.types import FinishReason
 from serving.errors import RequestError
 from serving.service import GenerateInput, TextService, collect
 from tests.serving.text.schemas import schemas

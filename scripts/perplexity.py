@@ -97,7 +97,7 @@ def reference(source: Any, tokens: list[int], context: int) -> float:
 def main() -> None:
     """Command line; prints one JSON object."""
     from models.loading.load import load_model, resolve
-    from serving.startup import load_text_side
+    from serving.boot.startup import load_text_side
 
     parser = argparse.ArgumentParser(prog="scripts/perplexity.py", description=__doc__)
     parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file")

@@ -28,9 +28,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from serving.engine.buckets import BucketTable
-from serving.engine.policy import KEYS
-from serving.engine.scheduler import SchedulerConfig
+from serving.engine.requests.buckets import BucketTable
+from serving.engine.scheduling.policy import KEYS
+from serving.engine.scheduling.scheduler import SchedulerConfig
 from serving.simulator.cost import CostModel, fit, read_records
 from serving.simulator.report import Report
 from serving.simulator.simulate import Simulation

@@ -11,15 +11,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from serving.engine.sampling_params import SamplingParams, StructuredOutputs
+    from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
     from serving.errors import RequestError
     from serving.llm import LLM
     from serving.service.outputs import CompletionOutput, RequestOutput
 
 _HOME = {
     "LLM": "serving.llm",
-    "SamplingParams": "serving.engine.sampling_params",
-    "StructuredOutputs": "serving.engine.sampling_params",
+    "SamplingParams": "serving.engine.api.sampling_params",
+    "StructuredOutputs": "serving.engine.api.sampling_params",
     "RequestError": "serving.errors",
     "CompletionOutput": "serving.service.outputs",
     "RequestOutput": "serving.service.outputs",

@@ -205,7 +205,7 @@ def _count_lines(path: pathlib.Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a batch file. Returns 0 when every line succeeded, 1 when some failed, 2 for wrong flags or files."""
-    from serving.flags import Parser, add_engine_flags, engine_config
+    from serving.boot.flags import Parser, add_engine_flags, engine_config
 
     parser = Parser(prog="python -m serving.batch", description=__doc__, allow_abbrev=False)
     parser.add_argument("-i", "--input", required=True, type=pathlib.Path, help="batch file, one JSON object a line")
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finished_keys(args.output)  # a wrong file is told before the model is loaded
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    from serving.startup import start
+    from serving.boot.startup import start
 
     try:
         started = start(

@@ -19,7 +19,7 @@ import numpy as np
 from serving import event_loop
 from serving.access import ClientTls
 from serving.access.flags import access_of, add_access_flags, tls_of, warnings_for
-from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
+from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
 from serving.errors import DIED, ErrorKind, RequestError
 
 log = logging.getLogger("serving.gateway")
@@ -161,7 +161,7 @@ class Pool:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from serving.flags import HTTP_PORT, Parser, check_parsers
+    from serving.boot.flags import HTTP_PORT, Parser, check_parsers
 
     parser = Parser(prog="python -m serving.gateway", description=__doc__, allow_abbrev=False)
     parser.add_argument("--target", required=True, help="engines to serve from: host:port[,host:port...]")
@@ -208,11 +208,11 @@ def _target_tls(args: argparse.Namespace) -> ClientTls | None:
 
 async def _run(args: argparse.Namespace) -> int:
     from models.loading.source import resolve
+    from serving.boot.startup import load_text_side
     from serving.frontends.grpc.client import RemoteEngineClient, RemoteGrammars
     from serving.frontends.openai.server import serve_http
     from serving.metrics import MeteredClient
     from serving.service import Limits, TextService
-    from serving.startup import load_text_side
 
     access, tls = access_of(args), tls_of(args)
     for line in warnings_for(args.host, access, tls):

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from serving import event_loop, memory
 from serving.access.flags import SECRET_FLAGS, access_of, tls_of, warnings_for
-from serving.engine.config import EngineConfig
-from serving.flags import HTTP_PORT, describe, parse
+from serving.boot.flags import HTTP_PORT, describe, parse
+from serving.engine.api.config import EngineConfig
 from serving.metrics.logs import setup_logging
 from serving.metrics.tracing import Tracing
 from serving.reliability import crash_report
@@ -28,10 +28,10 @@ from serving.reliability.supervisor import Supervisor
 from serving.reliability.watchdog import StalledError, Watchdog
 
 if TYPE_CHECKING:
-    from serving.engine.start import AnyEngine
+    from serving.boot.start import AnyEngine
+    from serving.boot.startup import Started
     from serving.frontends.grpc.server import GrpcServer
     from serving.service import TextService
-    from serving.startup import Started
 
 log = logging.getLogger("serving")
 
@@ -286,7 +286,7 @@ def _start_in_thread(
     def work() -> None:
         result, error = None, None
         try:
-            from serving.startup import start
+            from serving.boot.startup import start
 
             result = start(
                 config,

@@ -17,9 +17,9 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from serving.engine.config import EngineConfig
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.types import EngineInfo, EngineStats
+from serving.engine.api.config import EngineConfig
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineInfo, EngineStats
 from serving.service import (
     ChatOptions,
     GenerateInput,
@@ -34,7 +34,7 @@ from serving.service import (
 from serving.service.outputs import EmbeddingOutput, EmbeddingRequestOutput
 
 if TYPE_CHECKING:
-    from serving.startup import Started
+    from serving.boot.startup import Started
     from serving.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class LLM:
         chat_template: str | None = None,
         **options: Any,
     ) -> None:
-        from serving.startup import start
+        from serving.boot.startup import start
 
         _check_options(options)
         config = EngineConfig(

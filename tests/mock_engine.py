@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.engine.types import (
+from serving.engine.api.types import (
     EngineInfo,
     EngineOutput,
     EngineRequest,

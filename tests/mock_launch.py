@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from serving import startup
+from serving.boot import startup
 from tests.mock_engine import MockEngine, MockTemplate, MockTokenizer
 
 OPTIONS = json.loads(os.environ.get("MOCK_LAUNCH", "{}"))

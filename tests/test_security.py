@@ -13,14 +13,15 @@ import sys
 import numpy as np
 import pytest
 
-from serving import flags, gateway
+from serving import gateway
 from serving.access.flags import access_of, is_loopback, tls_of, warnings_for
-from serving.engine import kv_manager
-from serving.engine.page_pool import PagePool
-from serving.engine.request import Request
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.slots import SlotTable
-from serving.engine.types import EngineRequest
+from serving.boot import flags
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineRequest
+from serving.engine.cache import kv_manager
+from serving.engine.cache.page_pool import PagePool
+from serving.engine.requests.request import Request
+from serving.engine.requests.slots import SlotTable
 from serving.errors import RequestError
 from serving.frontends.openai.app import create_app
 from serving.service import GenerateInput
@@ -33,10 +34,10 @@ FOLDERS = ("serving", "models", "ops", "sharding", "proto")
 # Where something that could run foreign code is used, and why that is no way in.
 ALLOWED = {
     (
-        "serving/engine/compiling.py",
+        "serving/engine/device/compiling.py",
         "pickle",
     ),  # programs that this user compiled, in a folder of mode 0700, owner checked
-    ("serving/engine/bundle.py", "pickle"),  # programs that the operator names with --compiled
+    ("serving/engine/device/bundle.py", "pickle"),  # programs that the operator names with --compiled
     ("serving/text/template_process.py", "subprocess"),  # starts the worker that renders templates, by our own path
     ("models/loading/default_model.py", "subprocess"),  # pip, with fixed arguments, for the default model
     ("ops/native/build.py", "subprocess"),  # the C++ compiler, at start
@@ -126,7 +127,7 @@ def test_pickled_weights_are_refused(tmp_path):
 
 
 def test_a_program_that_another_user_could_have_written_is_not_loaded(tmp_path, monkeypatch):
-    from serving.engine import compiling
+    from serving.engine.device import compiling
 
     cache = compiling.ProgramCache(tmp_path / "programs", "x")
     assert (tmp_path / "programs").stat().st_mode & 0o077 == 0

@@ -14,14 +14,14 @@ from flax import nnx
 from models.config import ModelConfig, RopeConfig
 from models.decoder import Decoder
 from models.layers import Build
-from serving.engine.compiling import ProgramCache, starting
-from serving.engine.config import EngineConfig
+from serving.engine.api.config import EngineConfig
+from serving.engine.api.types import EngineInfo
+from serving.engine.device.compiling import ProgramCache, starting
+from serving.engine.device.executor import Executor
+from serving.engine.device.runner import ModelRunner
+from serving.engine.device.sizing import Sizes
 from serving.engine.engine import Engine
-from serving.engine.executor import Executor
-from serving.engine.runner import ModelRunner
-from serving.engine.scheduler import Scheduler, SchedulerConfig
-from serving.engine.sizing import Sizes
-from serving.engine.types import EngineInfo
+from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 
 VOCAB = 256
 

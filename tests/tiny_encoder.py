@@ -8,11 +8,11 @@ from typing import Any
 
 from models.config import ModelConfig
 from models.dummy import random_model
-from serving.engine.compiling import ProgramCache, starting
-from serving.engine.config import EngineConfig
-from serving.engine.encoder_engine import EncoderEngine
-from serving.engine.encoder_runner import EncoderBuckets, EncoderRunner
-from serving.engine.types import EngineInfo
+from serving.engine.api.config import EngineConfig
+from serving.engine.api.types import EngineInfo
+from serving.engine.device.compiling import ProgramCache, starting
+from serving.engine.encoder.engine import EncoderEngine
+from serving.engine.encoder.runner import EncoderBuckets, EncoderRunner
 
 VOCAB, WIDTH, LONGEST = 99, 32, 40
 

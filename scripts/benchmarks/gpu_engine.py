@@ -67,7 +67,7 @@ import json, sys, time
 sys.path[:0] = json.loads(sys.argv[1])["path"]
 job = json.loads(sys.argv[1])
 from benchmarks.local import Local
-from serving.engine.config import EngineConfig
+from serving.engine.api.config import EngineConfig
 from serving.engine.engine import Engine
 from serving.simulator.trace import TraceRequest
 began = time.monotonic()

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import show
-from serving.engine.buckets import Bucket, BucketTable
-from serving.engine.config import EngineConfig
+from serving.engine.api.config import EngineConfig
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineInfo, EngineRequest
+from serving.engine.device.packing import forward_layout, pack_forward, pack_sample, sample_layout
 from serving.engine.engine import Engine
-from serving.engine.packing import forward_layout, pack_forward, pack_sample, sample_layout
-from serving.engine.plan import StepPlan, StepResult
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.scheduler import Scheduler, SchedulerConfig
-from serving.engine.slots import SlotTable
-from serving.engine.types import EngineInfo, EngineRequest
+from serving.engine.requests.buckets import Bucket, BucketTable
+from serving.engine.requests.plan import StepPlan, StepResult
+from serving.engine.requests.slots import SlotTable
+from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,12 +13,12 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks.driving import drive
-from serving import startup
-from serving.engine.config import DTYPES, KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig
-from serving.engine.constraint import TokenConstraint
+from serving.boot import startup
+from serving.engine.api.config import DTYPES, KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig
+from serving.engine.api.constraint import TokenConstraint
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineRequest
 from serving.engine.engine import Engine
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.types import EngineRequest
 from serving.simulator.cost import StepRecord, StepShape
 from serving.simulator.simulate import Outcome
 from serving.simulator.trace import TraceRequest

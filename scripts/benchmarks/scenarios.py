@@ -15,8 +15,8 @@ from benchmarks.driving import span, throughput
 from benchmarks.local import Local, StepRecorder, add_engine_arguments, local_engine
 from benchmarks.report import show
 from benchmarks.work import mixed, uniform
-from serving.engine import scheduler as scheduling
-from serving.engine.sampling_params import StructuredOutputs
+from serving.engine.api.sampling_params import StructuredOutputs
+from serving.engine.scheduling import scheduler as scheduling
 from serving.simulator.simulate import Outcome
 from serving.simulator.trace import TraceRequest, overload, rag, sharegpt
 

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from serving.engine.admission import check_door, check_queue
-from serving.engine.config import EngineConfig
-from serving.engine.group import Group
+from serving.engine.api.admission import check_door, check_queue
+from serving.engine.api.config import EngineConfig
+from serving.engine.api.mortal import Mortal
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.streams import OutputStream
+from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
+from serving.engine.device.group import Group
+from serving.engine.device.out_of_memory import explain
 from serving.engine.lifecycle import Lifecycle, LoadModel
 from serving.engine.loop import Abort, Call, EngineLoop, Submit
-from serving.engine.mortal import Mortal
-from serving.engine.out_of_memory import explain
-from serving.engine.recovery import is_out_of_memory
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.streams import OutputStream
-from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
+from serving.engine.scheduling.recovery import is_out_of_memory
 from serving.errors import ErrorKind, RequestError, invalid
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Engine(Mortal):
         opened: Any = None,
         group: Group | None = None,
     ) -> Engine:
-        """Loads, compiles and starts a model that generates (`serving.engine.start` takes encoders too). Blocks until ready.
+        """Loads, compiles and starts a model that generates (`serving.boot.start` takes encoders too). Blocks until ready.
 
         Args:
             opened: what `models.loading.load.open_checkpoint` gave, where that was called before.
@@ -85,8 +85,8 @@ class Engine(Mortal):
         Raises:
             ValueError: a configuration or checkpoint that cannot be served, in a sentence.
         """
-        from serving.engine.assembly import assemble, model_loader
-        from serving.engine.compiling import starting
+        from serving.boot.assembly import assemble, model_loader
+        from serving.engine.device.compiling import starting
         from serving.engine.rehearsal import rehearse
 
         with starting():

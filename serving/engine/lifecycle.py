@@ -131,7 +131,7 @@ class Lifecycle:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _read(self, source: str | None) -> tuple[Any, ...]:
-        from serving.engine.compiling import starting
+        from serving.engine.device.compiling import starting
 
         if self._load_model is None:
             raise _failed("This engine cannot read other weights.")

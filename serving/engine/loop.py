@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from serving.engine.masks import fill_rows
-from serving.engine.pacing import Pacer
-from serving.engine.plan import StepPlan
-from serving.engine.recovery import StepFailedError, Suspects, is_out_of_memory
-from serving.engine.runner import InFlight, ModelRunner
-from serving.engine.scheduler import Scheduler
-from serving.engine.types import EngineOutput, EngineRequest, EngineStats, FinishReason
+from serving.engine.api.types import EngineOutput, EngineRequest, EngineStats, FinishReason
+from serving.engine.device.runner import InFlight, ModelRunner
+from serving.engine.requests.plan import StepPlan
+from serving.engine.scheduling.masks import fill_rows
+from serving.engine.scheduling.pacing import Pacer
+from serving.engine.scheduling.recovery import StepFailedError, Suspects, is_out_of_memory
+from serving.engine.scheduling.scheduler import Scheduler
 from serving.errors import ErrorKind, RequestError
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from serving.engine.runner import ModelRunner
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.scheduler import Scheduler
-from serving.engine.types import EngineRequest
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineRequest
+from serving.engine.device.runner import ModelRunner
+from serving.engine.scheduling.scheduler import Scheduler
 
 PROMPT_TOKENS = 8
 

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from serving.engine.client import EmbeddingClient, EngineClient, ScoringClient
-from serving.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, TokenPair
+from serving.engine.api.client import EmbeddingClient, EngineClient, ScoringClient
+from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, TokenPair
 from serving.errors import RequestError
 from serving.metrics.metrics import Metrics
 from serving.metrics.tracing import Tracing

@@ -15,8 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from serving.engine.client import EngineClient
-from serving.engine.types import FinishReason
+from serving.engine.api.client import EngineClient
+from serving.engine.api.types import FinishReason
 from serving.metrics.catalog import BY_NAME, LABELS, PREFIX, SPECS, Spec
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from serving.engine.types import EngineOutput, EngineRequest, FinishReason
+from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
-from serving.engine.config import QUANTIZATIONS, EngineConfig
+from serving.engine.api.config import QUANTIZATIONS, EngineConfig
 from serving.plan import chips, facts
 
 

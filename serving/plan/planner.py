@@ -12,10 +12,10 @@ from typing import Any
 from models.loading.load import parameters_of
 from ops.paged_attention import least_page_size
 from ops.paged_attention.groups import layers_per_page
-from serving.engine.buckets import Bucket
-from serving.engine.kv_windows import pages_of
-from serving.engine.placement import num_replicas
-from serving.engine.sizing import ACCELERATOR_FRACTION, Sizes
+from serving.engine.cache.kv_windows import pages_of
+from serving.engine.device.placement import num_replicas
+from serving.engine.device.sizing import ACCELERATOR_FRACTION, Sizes
+from serving.engine.requests.buckets import Bucket
 from serving.plan.chips import Target, devices
 from serving.plan.measure import Measured, extrapolate, measure
 from serving.plan.programs import (

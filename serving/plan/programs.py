@@ -19,12 +19,12 @@ from ops import native, paged_attention
 from ops.linear import Int8Weight, quantize
 from ops.linear.weights import BLOCK, pack_int8
 from ops.paged_attention import KVGroups, pages
-from serving.engine.compiling import Program
-from serving.engine.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, placed
-from serving.engine.program_list import StepShapes, list_programs
-from serving.engine.programs import SplitModel
-from serving.engine.sizing import Sizes
-from serving.engine.state import DeviceState
+from serving.engine.device.compiling import Program
+from serving.engine.device.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, placed
+from serving.engine.device.program_list import StepShapes, list_programs
+from serving.engine.device.programs import SplitModel
+from serving.engine.device.sizing import Sizes
+from serving.engine.device.state import DeviceState
 from sharding.rules import to_sharding
 
 

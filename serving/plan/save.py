@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from serving.engine.bundle import Bundle, digest
-from serving.engine.compiling import Target, compile_all
-from serving.engine.config import EngineConfig
-from serving.engine.sizing import resolve_sizes
+from serving.engine.api.config import EngineConfig
+from serving.engine.device.bundle import Bundle, digest
+from serving.engine.device.compiling import Target, compile_all
+from serving.engine.device.sizing import resolve_sizes
 from serving.plan.chips import devices
 from serving.plan.planner import Plan
 from serving.plan.programs import AbstractEngine, abstract_model, config_of

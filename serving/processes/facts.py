@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from serving.engine.config import EngineConfig
+from serving.engine.api.config import EngineConfig
 from serving.engine.engine import version
 
 _ANY = (
@@ -25,7 +25,7 @@ def facts(config: EngineConfig, model: Path) -> dict[str, str]:
     """Name -> value, of everything that decides which programs a process compiles and what they give."""
     import jax
 
-    from serving.engine.compiling import source_digest
+    from serving.engine.device.compiling import source_digest
 
     named = {
         f"--{field.name.replace('_', '-')}": str(getattr(config, field.name))

@@ -15,7 +15,7 @@ import numpy as np
 
 from proto.jaxserve.v1 import processes_pb2 as pb
 from proto.jaxserve.v1 import processes_pb2_grpc as rpc
-from serving.engine.commands import Command, DecodeLoop, Sample
+from serving.engine.device.commands import Command, DecodeLoop, Sample
 from serving.processes.facts import difference
 from serving.processes.watch import Patience, ProcessLostError, Watchdog, outgoing
 from serving.processes.wire import digest, encode
@@ -42,7 +42,7 @@ class _Step:
 
 
 class Leader(rpc.ProcessesServicer):
-    """A `serving.engine.group.Group` over gRPC. Usable from any thread.
+    """A `serving.engine.device.group.Group` over gRPC. Usable from any thread.
 
     Args:
         count: processes of the engine, this one included.

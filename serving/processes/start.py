@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from serving.engine.commands import DecodeLoop, Sample
-from serving.engine.config import EngineConfig
+from serving.engine.api.config import EngineConfig
+from serving.engine.device.commands import DecodeLoop, Sample
 from serving.processes.facts import facts
 from serving.processes.follower import Follower
 from serving.processes.leader import Leader
@@ -78,8 +78,8 @@ def follow(config: EngineConfig, processes: Processes, say: Callable[[str], None
         address = lookup(_ADDRESS, _FIND_TIMEOUT_S)
         follower = Follower(address, processes.index, known, on_loss, Patience(step=config.step_timeout))
         follower.least("all are the same", 0)
-        from serving.engine.assembly import assemble
-        from serving.engine.compiling import starting
+        from serving.boot.assembly import assemble
+        from serving.engine.device.compiling import starting
 
         with starting():
             _, runner, _, _ = assemble(config, say, meet=follower.least)
@@ -106,7 +106,7 @@ def follow(config: EngineConfig, processes: Processes, say: Callable[[str], None
 def _prepare(config: EngineConfig, processes: Processes, say: Callable[[str], None]) -> dict[str, str]:
     """Joins the others; what must be the same in all of them."""
     from models.loading.source import resolve
-    from serving.engine.assembly import prepare_platform
+    from serving.boot.assembly import prepare_platform
 
     say(
         f"process {processes.index} of {processes.count}, by {processes.found_by}; "

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 
 from proto.jaxserve.v1 import processes_pb2 as pb
-from serving.engine import commands
-from serving.engine.buckets import Bucket
+from serving.engine.device import commands
+from serving.engine.requests.buckets import Bucket
 
 assert sys.byteorder == "little", "arrays are sent as they lie in memory"
 

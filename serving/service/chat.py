@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from serving.engine.sampling_params import StructuredOutputs
+from serving.engine.api.sampling_params import StructuredOutputs
 from serving.errors import invalid
 from serving.service.inputs import GenerateInput
 from serving.service.prepare import PreparedRequest

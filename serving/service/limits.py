@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from serving.engine.sampling_params import MAX_N, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
+from serving.engine.api.sampling_params import MAX_N, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
 from serving.errors import RequestError, invalid
 
 CHARS_PER_TOKEN = 32

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.engine.types import FinishReason, RequestTimes
+from serving.engine.api.types import FinishReason, RequestTimes
 
 if TYPE_CHECKING:
     from serving.service.prepare import PreparedRequest

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from serving.engine.constraint import TokenConstraint
-from serving.engine.sampling_params import SamplingParams, StructuredOutputs
-from serving.engine.types import EngineRequest
+from serving.engine.api.constraint import TokenConstraint
+from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
+from serving.engine.api.types import EngineRequest
 from serving.errors import invalid
 from serving.service.inputs import GenerateInput, check_prompt_text
 from serving.service.limits import Limits, check_text

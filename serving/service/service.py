@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from serving.access.keys import caller_of_task
 from serving.access.rates import RateMeter
-from serving.engine.client import EmbeddingClient, EngineClient, ScoringClient
-from serving.engine.sampling_params import SamplingParams, StructuredOutputs
-from serving.engine.types import EngineOutput, EngineRequest, FinishReason
+from serving.engine.api.client import EmbeddingClient, EngineClient, ScoringClient
+from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
+from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.service import prepare as prep
 from serving.service import vectors

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.types import EngineOutput, FinishReason, TokenLogprobs
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineOutput, FinishReason, TokenLogprobs
 from serving.service.outputs import TextOutput, TokenLogprob
 from serving.service.stop_strings import StopMatcher
 from serving.text.detokenizer import IncrementalDetokenizer

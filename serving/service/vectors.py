@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from serving.engine.types import EngineInfo, TokenPair
+from serving.engine.api.types import EngineInfo, TokenPair
 from serving.errors import invalid
 from serving.service.inputs import GenerateInput, check_prompt_text
 from serving.service.limits import Limits

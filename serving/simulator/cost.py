@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from serving.engine.buckets import Bucket, BucketTable
-from serving.engine.chunks import align
-from serving.engine.plan import StepPlan
+from serving.engine.requests.buckets import Bucket, BucketTable
+from serving.engine.requests.chunks import align
+from serving.engine.requests.plan import StepPlan
 
 FEATURES = ("step", "decode_step", "chunk_step", "decode_rows", "chunk_tokens", "sampled_rows", "context", "chunk_work")
 MIN_RECORDS_PER_FACTOR = 5

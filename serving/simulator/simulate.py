@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from serving.engine.buckets import Bucket
-from serving.engine.pacing import Pacer
-from serving.engine.plan import StepPlan, StepResult
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.scheduler import Scheduler, SchedulerConfig
-from serving.engine.types import EngineOutput, EngineRequest, FinishReason
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason
+from serving.engine.requests.buckets import Bucket
+from serving.engine.requests.plan import StepPlan, StepResult
+from serving.engine.scheduling.pacing import Pacer
+from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from serving.simulator.cost import CostModel, StepShape
 from serving.simulator.trace import TraceRequest, prompt_token_ids, segment_tokens
 

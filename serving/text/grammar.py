@@ -20,8 +20,8 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 from llguidance.numpy import fill_next_token_bitmask_par
 
-from serving.engine.constraint import TokenConstraint
-from serving.engine.sampling_params import StructuredOutputs
+from serving.engine.api.constraint import TokenConstraint
+from serving.engine.api.sampling_params import StructuredOutputs
 from serving.errors import RequestError, invalid
 
 if TYPE_CHECKING:

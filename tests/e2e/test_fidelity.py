@@ -16,10 +16,10 @@ import pytest
 
 from models.loading.default_model import default_model
 from models.loading.gguf import GGUFFile
-from serving.engine.config import EngineConfig
+from serving.engine.api.config import EngineConfig
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineRequest
 from serving.engine.engine import Engine
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.types import EngineRequest
 from serving.text.chat_template import ChatTemplate
 from serving.text.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.engine.sampling_params import StructuredOutputs
+from serving.engine.api.sampling_params import StructuredOutputs
 from serving.errors import ErrorKind, RequestError
 from tests.fuzz.mutate import WORDS, mutate_bytes, mutate_json, mutate_text, random_json
 from tests.fuzz.run import Case

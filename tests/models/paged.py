@@ -12,7 +12,7 @@ from flax import nnx
 
 from ops.paged_attention import Q_BLOCK, AttentionBatch, KVGroups, allocate
 from ops.paged_attention.groups import layers_per_page
-from serving.engine.kv_windows import first_page, pages_of
+from serving.engine.cache.kv_windows import first_page, pages_of
 
 PAGE = 16
 DECODE_ROWS, CHUNK_TOKENS, CHUNK_ROWS = 2, 32, 2

@@ -39,14 +39,14 @@ def test_every_sampling_scalar_tells_unset_from_zero():
 def test_the_wire_has_every_sampling_parameter():
     import dataclasses
 
-    from serving.engine.sampling_params import SamplingParams
+    from serving.engine.api.sampling_params import SamplingParams
 
     wire = {f.name for f in sampling_pb2.SamplingParams.DESCRIPTOR.fields}
     assert wire == {f.name for f in dataclasses.fields(SamplingParams)}
 
 
 def test_finish_reasons_that_are_not_errors_are_on_the_wire():
-    from serving.engine.types import FinishReason
+    from serving.engine.api.types import FinishReason
 
     wire = {name.removeprefix("FINISH_REASON_") for name in inference_pb2.FinishReason.keys()}  # noqa: SIM118
     # TOOL_CALLS is the front end's: for the engine such a completion just stops.

@@ -17,7 +17,7 @@ from benchmarks.local import Local, StepRecorder
 from benchmarks.report import latencies, standard_row
 from benchmarks.work import mixed, standard_prompts, uniform
 
-from serving.engine.config import EngineConfig
+from serving.engine.api.config import EngineConfig
 from serving.frontends.grpc.server import GrpcServer
 from serving.frontends.openai.server import serve_http
 from serving.simulator.simulate import Outcome

@@ -8,8 +8,8 @@ import dataclasses
 import httpx
 import pytest
 
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.types import EngineRequest
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineRequest
 from serving.errors import ErrorKind, RequestError
 from serving.frontends.grpc.client import RemoteEngineClient, RemoteGrammars
 from serving.frontends.grpc.server import GrpcServer

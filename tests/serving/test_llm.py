@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from serving import LLM, RequestError, SamplingParams
-from serving.startup import Started, TextSide
+from serving.boot.startup import Started, TextSide
 from tests.mock_engine import EOS, MockEngine, MockTemplate, MockTokenizer
 
 

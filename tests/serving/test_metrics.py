@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.types import EngineRequest, EngineStats, TokenPair
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineRequest, EngineStats, TokenPair
 from serving.errors import RequestError
 from serving.frontends.openai.server import serve_http
 from serving.metrics import MeteredClient, Metrics

@@ -16,9 +16,9 @@ import numpy as np
 from proto.jaxserve.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
 from proto.jaxserve.v1 import inference_pb2 as pb
 from serving.access import ClientTls
-from serving.engine.constraint import TokenConstraint
-from serving.engine.sampling_params import StructuredOutputs
-from serving.engine.types import (
+from serving.engine.api.constraint import TokenConstraint
+from serving.engine.api.sampling_params import StructuredOutputs
+from serving.engine.api.types import (
     EngineInfo,
     EngineOutput,
     EngineRequest,

@@ -7,8 +7,8 @@ from typing import Any
 
 from proto.jaxserve.v1 import inference_pb2 as pb
 from proto.jaxserve.v1 import sampling_pb2
-from serving.engine.sampling_params import StructuredOutputs
-from serving.engine.types import FinishReason, TokenPair
+from serving.engine.api.sampling_params import StructuredOutputs
+from serving.engine.api.types import FinishReason, TokenPair
 from serving.errors import invalid
 from serving.metrics.logs import request_id_of_task
 from serving.service import ChatOptions, GenerateInput, ScoreInput, TextOutput, TokenLogprob

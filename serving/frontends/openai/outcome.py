@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
-from serving.engine.types import FinishReason
+from serving.engine.api.types import FinishReason
 from serving.service import TextOutput, TokenLogprob, Usage
 
 LOWEST_LOGPROB = -9999.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from serving.engine.types import FinishReason
+from serving.engine.api.types import FinishReason
 from serving.frontends.openai import outcome as oc
 from serving.frontends.openai.errors import error_body
 from serving.frontends.openai.protocol.responses import ResponsesRequest

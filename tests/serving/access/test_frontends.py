@@ -17,8 +17,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from proto.jaxserve.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
 from proto.jaxserve.v1 import inference_pb2 as pb
 from serving.access import Access, ClientTls, KeyRing, ServerTls
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.types import EngineRequest
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineRequest
 from serving.errors import ErrorKind, RequestError
 from serving.frontends.grpc.client import RemoteEngineClient
 from serving.frontends.grpc.server import GrpcServer

@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 
-from serving.engine.masks import is_constrained
-from serving.engine.plan import StepPlan, StepResult
-from serving.engine.scheduler import Scheduler
+from serving.engine.requests.plan import StepPlan, StepResult
+from serving.engine.scheduling.masks import is_constrained
+from serving.engine.scheduling.scheduler import Scheduler
 
 VOCAB = 997
 

@@ -30,15 +30,15 @@ from models.layers import Build  # noqa: E402
 from models.loading import orbax  # noqa: E402
 from models.loading.load import parameters_of  # noqa: E402
 from ops.paged_attention.groups import layers_per_page  # noqa: E402
-from serving.engine.compiling import ProgramCache  # noqa: E402
-from serving.engine.config import EngineConfig  # noqa: E402
+from serving.engine.api.config import EngineConfig  # noqa: E402
+from serving.engine.api.sampling_params import SamplingParams  # noqa: E402
+from serving.engine.api.types import EngineInfo, EngineRequest  # noqa: E402
+from serving.engine.device.compiling import ProgramCache  # noqa: E402
+from serving.engine.device.executor import Executor  # noqa: E402
+from serving.engine.device.runner import ModelRunner  # noqa: E402
+from serving.engine.device.sizing import Sizes  # noqa: E402
 from serving.engine.engine import Engine  # noqa: E402
-from serving.engine.executor import Executor  # noqa: E402
-from serving.engine.runner import ModelRunner  # noqa: E402
-from serving.engine.sampling_params import SamplingParams  # noqa: E402
-from serving.engine.scheduler import Scheduler, SchedulerConfig  # noqa: E402
-from serving.engine.sizing import Sizes  # noqa: E402
-from serving.engine.types import EngineInfo, EngineRequest  # noqa: E402
+from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig  # noqa: E402
 from sharding.mesh import make_mesh  # noqa: E402
 
 LAYERS = 2

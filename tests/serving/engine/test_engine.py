@@ -10,9 +10,9 @@ import threading
 import numpy as np
 import pytest
 
-from serving.engine.config import EngineConfig
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.types import EngineRequest, FinishReason
+from serving.engine.api.config import EngineConfig
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineRequest, FinishReason
 from serving.errors import ErrorKind, RequestError
 from tests.mock_engine import until
 from tests.tiny import VOCAB, tiny_engine

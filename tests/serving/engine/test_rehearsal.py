@@ -8,12 +8,12 @@ import threading
 
 import pytest
 
-from serving.engine.commands import DecodeLoop, Forward, LoadSlot, Sample
-from serving.engine.config import EngineConfig
+from serving.engine.api.config import EngineConfig
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineRequest
+from serving.engine.device.commands import DecodeLoop, Forward, LoadSlot, Sample
 from serving.engine.engine import Engine
 from serving.engine.rehearsal import rehearse
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.types import EngineRequest
 from tests.tiny import tiny_engine
 from tests.tiny_checkpoint import write_tiny_checkpoint
 

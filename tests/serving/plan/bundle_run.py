@@ -11,11 +11,11 @@ import sys
 
 import jax
 
-from serving.engine import executor
-from serving.engine.config import EngineConfig
+from serving.engine.api.config import EngineConfig
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineRequest
+from serving.engine.device import executor
 from serving.engine.engine import Engine
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.types import EngineRequest
 
 PROMPT = tuple(range(5, 45))
 

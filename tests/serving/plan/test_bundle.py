@@ -8,11 +8,11 @@ import sys
 import jax
 import pytest
 
-from serving.engine.bundle import FIXED, Bundle, digest
-from serving.engine.compiling import ProgramCache, Target
-from serving.engine.config import EngineConfig
-from serving.engine.sizing import Sizes
-from serving.flags import build_parser, engine_config
+from serving.boot.flags import build_parser, engine_config
+from serving.engine.api.config import EngineConfig
+from serving.engine.device.bundle import FIXED, Bundle, digest
+from serving.engine.device.compiling import ProgramCache, Target
+from serving.engine.device.sizing import Sizes
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 PLAN = (

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from serving.engine.sampling_params import SamplingParams
-from serving.engine.types import EngineRequest
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineRequest
 from serving.errors import DIED, ErrorKind, RequestError
 from serving.frontends.grpc import client as client_module
 from serving.frontends.grpc.client import RemoteEngineClient

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
+from serving.engine.api.types import EngineStats
 from serving.engine.loop import StepTrace
-from serving.engine.types import EngineStats
 from serving.errors import RequestError, invalid
 from serving.reliability import crash_report
 from serving.reliability.notify import notify

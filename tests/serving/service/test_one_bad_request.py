@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serving.engine.sampling_params import SamplingParams
+from serving.engine.api.sampling_params import SamplingParams
 from serving.errors import ErrorKind, RequestError
 from serving.service import GenerateInput
 from tests.mock_engine import MockEngine, MockTemplate, MockTokenizer, mock_service
@@ -80,7 +80,7 @@ async def test_the_chat_template(error):
 
 @pytest.mark.parametrize("error", [RuntimeError(SECRET), PanicError(SECRET)])
 async def test_the_grammar_compiler(error):
-    from serving.engine.sampling_params import StructuredOutputs
+    from serving.engine.api.sampling_params import StructuredOutputs
 
     class Compiler:
         def compile(self, grammar: Any) -> Any:

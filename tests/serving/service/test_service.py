@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from serving.engine.sampling_params import SamplingParams, StructuredOutputs
-from serving.engine.types import FinishReason
+from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
+from serving.engine.api.types import FinishReason
 from serving.errors import ErrorKind, RequestError
 from serving.service import GenerateInput, Limits, TextOutput, Usage, collect
 from tests.mock_engine import BOS, END, EOS, MockEngine, mock_service, until

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from serving.engine.buckets import BucketTable
-from serving.engine.scheduler import SchedulerConfig
+from serving.engine.requests.buckets import BucketTable
+from serving.engine.scheduling.scheduler import SchedulerConfig
 from serving.simulator.cost import CostModel
 from serving.simulator.report import Report
 from serving.simulator.simulate import Outcome, Simulation

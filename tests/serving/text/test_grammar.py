@@ -9,7 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from serving.engine.sampling_params import StructuredOutputs
+from serving.engine.api.sampling_params import StructuredOutputs
 from serving.errors import ErrorKind, RequestError
 from serving.text.grammar import GrammarCompiler, GrammarConstraint
 from tests.serving.text.schemas import schemas

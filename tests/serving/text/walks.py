@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 
-from serving.engine.constraint import TokenConstraint
+from serving.engine.api.constraint import TokenConstraint
 from serving.text.tokenizer import Tokenizer
 
 CLOSERS = ("</think>", '"', "}", "]", '"}', '"]', "}}", "]}", ",", ":")

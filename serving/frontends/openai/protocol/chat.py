@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from serving.engine.sampling_params import MAX_LOGPROBS
+from serving.engine.api.sampling_params import MAX_LOGPROBS
 from serving.errors import invalid
 from serving.frontends.openai.protocol.common import ApiReply, ApiRequest, SamplingFields, UsageReply, number
 from serving.service.inputs import GenerateInput

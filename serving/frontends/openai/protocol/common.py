@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serving.engine.sampling_params import MAX_LOGPROBS, MAX_N, StructuredOutputs
+from serving.engine.api.sampling_params import MAX_LOGPROBS, MAX_N, StructuredOutputs
 from serving.errors import invalid
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from serving.engine.sampling_params import MAX_LOGPROBS
+from serving.engine.api.sampling_params import MAX_LOGPROBS
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.frontends.openai.protocol.chat import ChatRequest
 from serving.frontends.openai.protocol.common import ApiReply, ApiRequest, StructuredOutputsBody, number

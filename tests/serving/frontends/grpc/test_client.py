@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 
-from serving.engine.sampling_params import SamplingParams, StructuredOutputs
-from serving.engine.types import EngineStats
+from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
+from serving.engine.api.types import EngineStats
 from serving.errors import ErrorKind, RequestError
 from serving.frontends.grpc.client import RemoteEngineClient, RemoteGrammars
 from serving.service import GenerateInput, collect

@@ -15,7 +15,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from serving.engine.types import EngineRequest
+from serving.engine.api.types import EngineRequest
 from serving.service import TextService
 from serving.text.grammar import GrammarCompiler
 from tests.mock_engine import MockEngine, MockTemplate

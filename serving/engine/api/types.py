@@ -1,0 +1,191 @@
+"""What goes into an engine and what comes out: plain data, shared by every front end and both clients."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import numpy as np
+
+from serving.engine.api.constraint import TokenConstraint
+from serving.engine.api.sampling_params import SamplingParams
+
+
+class FinishReason(enum.Enum):
+    """Why a completion ended. The value is the word that clients see."""
+
+    STOP = "stop"  # end-of-sequence, a stop token, a stop string, or a finished grammar
+    LENGTH = "length"  # max_tokens or the context's end
+    ABORT = "abort"  # the client went away or asked for it
+    DEADLINE = "deadline"  # its deadline passed, or could no longer be met
+    ERROR = "error"  # its own fault ended it (NaN logits, grammar failure)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineRequest:
+    """One sequence to complete. `params.n` is ignored here: the service fans out.
+
+    Attributes:
+        request_id: unique among live requests.
+        prompt_token_ids: at least one id, each in [0, vocab).
+        params: already validated; `max_tokens` may be None (to the context's end).
+        eos_token_ids: ids that end the completion unless `params.ignore_eos`.
+        priority: lower runs first (policy `priority`).
+        constraint: a compiled grammar, or None. In-process only: the remote client sends `params.structured_outputs`.
+        arrival_time: time.monotonic() seconds at the front end.
+        deadline: time.monotonic() seconds by which it must be finished, or None.
+        ttft_deadline: time.monotonic() seconds by which its first token must be out, or None.
+        cache_salt: requests share KV pages only with requests of the same salt.
+        tenant: fair-share key, or None.
+        bad_words_token_ids: token sequences that may not be completed.
+        adapter: name of the adapter it runs with; part of the prefix identity.
+        pooling: "last" or "mean": no completion, but the pooled hidden states of the prompt (after the final norm).
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    constraint: TokenConstraint | None = None
+    arrival_time: float = 0.0
+    deadline: float | None = None
+    ttft_deadline: float | None = None
+    cache_salt: str | None = None
+    tenant: str | None = None
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    adapter: str | None = None
+    pooling: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenPair:
+    """Two texts as one sequence, for a cross-encoder: [CLS] first [SEP] second [SEP], or what the model takes instead.
+
+    Attributes:
+        token_ids: both texts with the special tokens around them.
+        segment_ids: which text each token is of (Hugging Face's token_type_ids), as long as `token_ids`.
+    """
+
+    token_ids: tuple[int, ...]
+    segment_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities (natural log, of the distribution before temperature and filters) at one position.
+
+    Attributes:
+        token_id, logprob, rank: the token that is there, and how many tokens are likelier, plus one.
+        top: (token id, logprob) of the likeliest tokens, likeliest first; as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestTimes:
+    """time.monotonic() seconds of a request's milestones; 0.0 where not reached."""
+
+    arrival: float = 0.0
+    scheduled: float = 0.0
+    first_token: float = 0.0
+    finished: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOutput:
+    """What is new about a request since its last output. The last one has `finish_reason`.
+
+    Attributes:
+        token_ids: new completion tokens, in order. A final end-of-sequence or stop token is included.
+        logprobs: one entry a token in `token_ids` where asked for, else None.
+        prompt_logprobs: in the first output only, where asked for: None for the first prompt token, then one each.
+        finish_reason: set on the last output.
+        stop_reason: the stop token id that ended it (None for end-of-sequence).
+        error: a sentence, when finish_reason is ERROR; which limit it was, when DEADLINE.
+        num_cached_tokens: prompt tokens whose KV was already there.
+        pooled: float32 [embed], with the last output of a request that asked for pooling.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    error: str | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    times: RequestTimes = RequestTimes()
+    pooled: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineInfo:
+    """Facts about a running engine that front ends and clients may show or check against.
+
+    Attributes:
+        tasks: what it can do: "generate", "embed" (see EmbeddingClient), "score" (see ScoringClient).
+        pooling: how its embeddings are made where a request does not say.
+    """
+
+    model_id: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int
+    dtype: str
+    quantization: str | None
+    mesh: str
+    platform: str
+    version: str
+    num_parameters: int = 0
+    tasks: tuple[str, ...] = ("generate", "embed")
+    pooling: str = "last"
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """A snapshot of the engine's counters and gauges. Counters count since start.
+
+    Attributes:
+        num_bucket_tokens_total: rows that steps were padded to; num_scheduled_tokens_total over it is how full buckets are.
+        host_time_s_total: seconds that the engine thread worked: scheduled, packed, dispatched, handed tokens out.
+        device_wait_time_s_total: seconds that it waited for a step's tokens. With asynchronous stepping the device works
+            during both.
+        expert_loads: int64 [layers with experts, E]: tokens that visited each expert; None for models without experts, and
+            where it is not known. Not to be changed.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pages_free: int = 0
+    num_pages_total: int = 0
+    num_preemptions: int = 0
+    prefix_queries: int = 0  # prompt tokens looked up
+    prefix_hits: int = 0  # of them, found
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    num_steps: int = 0
+    num_scheduled_tokens_total: int = 0
+    num_bucket_tokens_total: int = 0
+    num_recompilations: int = 0
+    num_failed_steps: int = 0  # tried again, in smaller company
+    num_nonfinite: int = 0  # requests that NaN or infinite logits ended
+    last_step_s: float = 0.0
+    host_step_s: float = 0.0
+    expert_loads: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    host_time_s_total: float = 0.0
+    device_wait_time_s_total: float = 0.0
+
+    @property
+    def kv_usage(self) -> float:
+        """Fraction of pages in use by live requests, 0..1."""
+        return 1.0 - self.num_pages_free / self.num_pages_total if self.num_pages_total else 0.0

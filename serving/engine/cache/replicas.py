@@ -1,0 +1,132 @@
+"""Several replicas of the model behind one scheduler: which one a request goes to, and their pages as if they were one pool.
+
+A request's pages and its slot are all in one replica (`Request.replica`), which it gets when it is admitted and may change
+only by being preempted. Each replica has its own pool, prefix index and null page; page ids count within it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from serving.engine.cache.kv_manager import KVManager
+from serving.engine.requests.request import Request
+from serving.engine.requests.scheduler_config import SchedulerConfig
+from serving.engine.requests.slots import SlotTable
+
+ROW_TOKENS = 64
+"""What a running request more than elsewhere weighs against prompt tokens to compute. A step lasts as long as its fullest
+replica's, for as many steps as the request has tokens; a prefix that is not there is computed once, and is there then."""
+
+
+def make_kv(config: SchedulerConfig, slots: SlotTable) -> KVManager | Replicas:
+    """The pages of every replica."""
+    managers = [KVManager.of(config, slots) for _ in range(config.replicas)]
+    return managers[0] if config.replicas == 1 else Replicas(managers)
+
+
+class Replicas:
+    """The faces of `KVManager` and `PagePool` that a scheduler uses, over several of them."""
+
+    def __init__(self, managers: Sequence[KVManager]) -> None:
+        self._managers = managers
+
+    # ---- placement ----
+
+    def best(self, request: Request, running: Sequence[int], usable: Callable[[int], bool]) -> list[int]:
+        """Replicas that a waiting request may go to, the best first: few tokens left to compute, few requests running.
+
+        Args:
+            running: how many requests each replica runs.
+            usable: whether a replica can take one more at all.
+        """
+
+        def cost(replica: int) -> int:
+            manager = self._managers[replica]
+            cached = manager.cached_pages(request) * manager.pool.page_size
+            return len(request.tokens) - cached + ROW_TOKENS * running[replica]
+
+        return sorted(filter(usable, range(len(self._managers))), key=cost)
+
+    # ---- PagePool ----
+
+    @property
+    def pool(self) -> Replicas:
+        return self
+
+    @property
+    def num_free(self) -> int:
+        """Pages that allocations could get, in all replicas together."""
+        return sum(manager.pool.num_free for manager in self._managers)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of all replicas together, and one for the null page."""
+        return sum(manager.pool.num_pages - 1 for manager in self._managers) + 1
+
+    def check(self) -> None:
+        for manager in self._managers:
+            manager.pool.check()
+
+    def reset_cache(self) -> None:
+        """Forgets every prefix."""
+        for manager in self._managers:
+            manager.pool.reset_cache()
+
+    # ---- KVManager ----
+
+    @property
+    def num_leaving(self) -> int:
+        return sum(manager.num_leaving for manager in self._managers)
+
+    def leaving_of(self, request: Request) -> int:
+        return self._of(request).num_leaving
+
+    def cached_pages(self, request: Request) -> int:
+        return max(manager.cached_pages(request) for manager in self._managers)
+
+    def admit(self, request: Request, reserve: int) -> bool:
+        return self._of(request).admit(request, reserve)
+
+    def cover(self, request: Request, end: int, step: int) -> int:
+        return self._of(request).cover(request, end, step)
+
+    def cover_all(self, requests: Sequence[Request], ends: Sequence[int], step: int) -> bool:
+        needed = Counter()
+        for request, end in zip(requests, ends, strict=True):
+            needed[request.replica] += self._of(request).lacking(request, end)
+        if any(count > self._managers[replica].pool.num_free for replica, count in needed.items()):
+            return False
+        for request, end in zip(requests, ends, strict=True):
+            self.cover(request, end, step)
+        return True
+
+    def register(self, request: Request) -> None:
+        self._of(request).register(request)
+
+    def leave(self, request: Request, step: int) -> None:
+        self._of(request).leave(request, step)
+
+    def retired(self, step: int) -> None:
+        for manager in self._managers:
+            manager.retired(step)
+
+    def forget(self, step: int | None = None) -> None:
+        for manager in self._managers:
+            manager.forget(step)
+
+    def take_step(self) -> tuple[tuple[()], tuple[()], tuple[()]]:
+        """Nothing: the host tier works with one replica only."""
+        return (), (), ()
+
+    @property
+    def compute_token_s(self) -> float:
+        return self._managers[0].compute_token_s
+
+    @compute_token_s.setter
+    def compute_token_s(self, seconds: float) -> None:
+        for manager in self._managers:
+            manager.compute_token_s = seconds
+
+    def _of(self, request: Request) -> KVManager:
+        return self._managers[request.replica]

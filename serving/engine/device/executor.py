@@ -1,0 +1,305 @@
+"""The device side of an engine: owns weights, pages, device state and compiled programs, and carries out commands.
+
+Every process of an engine has one, and all are given the same commands in the same order. Nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ops import paged_attention
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineRequest
+from serving.engine.device.commands import Command, DecodeLoop, Forward, LoadSlot, Pool, PromptLogprobs, Sample
+from serving.engine.device.compiling import CompileGuard, Program, ProgramCache, compile_all, starting
+from serving.engine.device.group import Group, Meet
+from serving.engine.device.packing import pack_forward, pack_sample
+from serving.engine.device.page_store import PageStore
+from serving.engine.device.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, place, placed
+from serving.engine.device.program_list import StepShapes, list_programs
+from serving.engine.device.programs import PROMPT_LOGPROB_ROWS, SplitModel
+from serving.engine.device.sizing import Sizes
+from serving.engine.device.state import DeviceState, slot_rows
+from serving.engine.requests.plan import StepPlan
+from serving.engine.requests.request import Request
+from serving.engine.requests.slots import SlotTable
+
+
+class Executor:
+    """One model on one mesh.
+
+    Args:
+        model: an nnx.Module implementing models.api.CausalLM, weights on their devices.
+        sizes: resolved sizes.
+        cache: where executables are kept.
+        attention_backend: force one implementation of paged attention.
+        num_scheduler_steps: compile decode loops of up to this many steps, when more than 1.
+        host_tier: compile what moves pages to host memory and back.
+
+    Attributes:
+        groups: which layers share pages.
+        guard: counts compilations after start.
+        num_sampled: commands so far that sampled tokens.
+        replicas: how many replicas the mesh holds; sizes, buckets and layouts are of one.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sizes: Sizes,
+        cache: ProgramCache,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        attention_backend: str | None = None,
+        host_tier: bool = False,
+        num_scheduler_steps: int = 1,
+    ) -> None:
+        self.sizes = sizes
+        self.vocab_size = model.vocab_size
+        self._shapes = StepShapes.of(sizes, model)
+        self.groups = self._shapes.groups
+        self.buckets = self._shapes.buckets
+        self.mask_width = self._shapes.mask_width
+        self.forward_layouts = self._shapes.forward_layouts
+        self.sample_layouts = self._shapes.sample_layouts
+        self.guard = CompileGuard()
+        self.num_sampled = 0
+        self.replicas = num_replicas(mesh)
+        self._group: Group | None = None
+        self._cache = cache
+        self._mesh = mesh
+        self._backend = attention_backend
+        self._split, self._leaves = SplitModel.split(model)
+        self._kv: Any = None
+        self._state: Any = None
+        self._asleep: list[tuple[np.ndarray, Any]] = []  # (leaf, sharding) in host memory, while the device has none
+        self.reset_cache()
+        by_replica = BY_REPLICA if self.replicas > 1 else EVERYWHERE
+        self._no_mask = {
+            s: place(mesh, jnp.zeros((self.replicas * s, self.mask_width), jnp.int32), by_replica)
+            for s in self.buckets.sample_sizes
+        }
+        self.programs: dict[str, Any] = {}
+        self.store = PageStore() if host_tier else None
+        self.max_steps = num_scheduler_steps
+        self._head: list[int] = []  # which leaves the logits read
+        self._hidden_SD: Any = None  # of the last Forward, until its Sample
+        self._hidden_TD: Any = None
+
+    # ---- start ----
+
+    def compile(self, on_done: Callable[[int, int], None] | None = None, meet: Meet | None = None) -> None:
+        """Compiles every program, runs each once on padding, and arms the guard.
+
+        Args:
+            on_done: told (how many are compiled, of how many).
+            meet: with several processes, `Group.least`: each compiles and warms up for itself, but all together.
+        """
+        with paged_attention.use_backend(self._backend):
+            programs = self._list_programs()
+            agree = None if meet is None else lambda found: bool(meet("programs found", int(found)))
+            self.programs = compile_all(programs, self._cache, on_done, agree)
+        if self.store is not None:
+            self.store.bind(self.programs)
+        if meet is not None:
+            meet("programs compiled", 1)  # the first collective must not wait for a process that compiles
+        self._warm_up()
+        self.guard.arm()
+        self.num_sampled = 0
+
+    def lead(self, group: Group) -> None:
+        """From now on, other processes are sent what is executed here."""
+        self._group = group
+
+    def _list_programs(self) -> list[Program]:
+        leaves = jax.tree.map(_abstract, self._leaves)
+        kv, state = jax.tree.map(lambda array: of_one(self._mesh, array), (self._kv, self._state))
+        more = () if self.store is None else self.store.programs(kv)
+        listed = list_programs(self._split, leaves, kv, state, self._shapes, self.max_steps, more)
+        self._head = listed.head
+        return [placed(self._mesh, program) for program in listed.programs]
+
+    def _warm_up(self) -> None:
+        """Runs every program once, so that the first request is as fast as the tenth (first calls allocate and page in)."""
+        slots = SlotTable(self.sizes.max_num_seqs, self._shapes.pages_per_slot, groups=len(self.groups.windows))
+        empty = StepPlan(0, (), (), (), (), ())
+        rows = np.zeros(self.replicas * PROMPT_LOGPROB_ROWS, np.int32)
+        for bucket in self.buckets.buckets:
+            forward = pack_forward(empty, bucket, self.forward_layouts[bucket], slots, self.sizes.page_size)
+            sample = pack_sample(empty, bucket.samples, self.sample_layouts[bucket.samples], slots, [], False)
+            forward, sample = np.tile(forward, self.replicas), np.tile(sample, self.replicas)
+            self.execute(Forward(bucket, forward))
+            if bucket.chunk:
+                self.execute(PromptLogprobs(bucket.tokens, rows, rows))
+                self.execute(Pool(np.zeros((self.replicas * self.buckets.max_rows, bucket.tokens), np.float32)))
+            self.execute(Sample(bucket.samples, sample))
+            if f"decode_loop {bucket.decode}" in self.programs and not bucket.chunk:
+                self.execute(DecodeLoop(bucket, forward, sample, 2))
+        if self.store is not None:
+            self.spill(((0, b""),))
+            self.restore(((0, b""),))
+            self.store.settle()
+            self.store.drop((b"",))
+        neutral = slot_rows(Request(EngineRequest("", (0,), SamplingParams()), 0), self.vocab_size)
+        self.execute(LoadSlot(0, self.sizes.max_num_seqs, *neutral))
+        jax.block_until_ready(self._state)
+
+    # ---- commands ----
+
+    def execute(self, command: Command) -> Any:
+        """Starts one program.
+
+        Returns:
+            what the host may read, replicas end to end: SampleOutput of Sample, LoopOutput of DecodeLoop
+            (`programs`); float32 [R, D] of Pool; (logprob, rank, top_ids, top_values) of PromptLogprobs; None of the others,
+            but of Forward int32 [layers, E], how many tokens visited each expert, where the model has some.
+        """
+        if self._group is not None:
+            self._group.send(command)
+        match command:
+            case Forward(bucket, packed):
+                self._kv, self._hidden_SD, self._hidden_TD, loads = self.programs[f"forward {bucket}"](
+                    self._leaves, self._kv, self._state.last_token, packed
+                )
+                return loads[0] if loads else None
+            case Sample(rows, packed, mask):
+                mask = self._no_mask[rows] if mask is None else mask
+                hidden_SD, self._hidden_SD, self._hidden_TD = self._hidden_SD, None, None
+                self._state, output = self.programs[f"sample {rows}"](
+                    self._head_leaves, self._state, hidden_SD, packed, mask
+                )
+                self.num_sampled += 1
+                return output
+            case DecodeLoop(bucket, forward, sample, steps):
+                self._kv, self._state, tokens = self.programs[f"decode_loop {bucket.decode}"](
+                    self._leaves, self._kv, self._state, forward, sample, np.int32(steps)
+                )
+                self.num_sampled += 1
+                return tokens
+            case Pool(weights):
+                return self.programs[f"pool {command.tokens}"](self._hidden_TD, weights)
+            case PromptLogprobs(tokens, rows, targets):
+                return self.programs[f"prompt_logprobs {tokens}"](self._head_leaves, self._hidden_TD, rows, targets)
+            case LoadSlot(replica, slot, seen, ids, values, banned):
+                # Out of range, so nothing is written, but for the one replica.
+                slots = np.full(self.replicas, self.sizes.max_num_seqs + 1, np.int32)
+                slots[replica] = slot
+                self._state = self.programs["load_slot"](self._state, slots, seen, ids, values, banned)
+                return None
+
+    # ---- memory ----
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other process carries out the same commands: those know nothing of what follows here."""
+        return self._group is None
+
+    def reset_cache(self) -> None:
+        """Empty pages and device state, in place of those there are or a failed program took over."""
+        _delete((self._kv, self._state))
+        self._kv = self._state = None
+        sizes = self.sizes
+        with starting(), paged_attention.use_backend(self._backend):
+            self._kv = tuple(
+                paged_attention.allocate(spec, sizes.num_pages, sizes.page_size, jnp.dtype(sizes.kv_dtype), self._mesh)
+                for spec in self.groups.arrays
+            )
+            rows = self.replicas * (sizes.max_num_seqs + 1)
+            by_replica = BY_REPLICA if self.replicas > 1 else EVERYWHERE
+            self._state = place(self._mesh, DeviceState.zeros(rows - 1, self.vocab_size), by_replica)
+
+    def leaves_of(self, model: Any) -> tuple[Any, ...]:
+        """The weights of another checkpoint, checked to fit this model's programs.
+
+        Raises:
+            ValueError: another structure, shape, dtype or placement, in a sentence.
+        """
+        _, leaves = SplitModel.split(model)
+        if len(leaves) != len(self._leaves):
+            raise ValueError(f"the checkpoint has {len(leaves)} arrays, the served model {len(self._leaves)}.")
+        for i, (new, old) in enumerate(zip(leaves, self._leaves, strict=True)):
+            if (new.shape, new.dtype) != (old.shape, old.dtype) or not new.sharding.is_equivalent_to(
+                old.sharding, old.ndim
+            ):
+                raise ValueError(
+                    f"array {i} of the checkpoint is {new.dtype}{list(new.shape)}, the served model's {old.dtype}"
+                    f"{list(old.shape)}: only a checkpoint of the same shape can take its place."
+                )
+        return leaves
+
+    def replace_weights(self, leaves: tuple[Any, ...]) -> None:
+        """Uses other weights from the next program on; see `leaves_of`. Steps in flight keep those they were given."""
+        self._leaves = leaves
+        self.__dict__.pop("_head_leaves", None)
+
+    def sleep(self, keep_weights: bool) -> int:
+        """Gives the device's memory back: pages and state are lost, weights are kept in host memory or lost too.
+
+        Returns:
+            bytes freed.
+        """
+        jax.block_until_ready((self._kv, self._state))
+        freed = sum(leaf.nbytes for leaf in jax.tree.leaves((self._leaves, self._kv, self._state)))
+        # Copies, not views: on the CPU a view would keep the device's buffer.
+        if keep_weights:
+            self._asleep = [(np.array(leaf, copy=True), leaf.sharding) for leaf in self._leaves]
+        self.__dict__.pop("_head_leaves", None)
+        _delete((self._leaves, self._kv, self._state))
+        self._kv = self._state = None
+        return freed
+
+    def wake(self, leaves: tuple[Any, ...] | None = None) -> None:
+        """Takes device memory again.
+
+        Args:
+            leaves: the weights, where `sleep` did not keep them.
+        """
+        if leaves is None:
+            assert self._asleep, "the weights were not kept"
+            leaves = tuple(jax.device_put(host, sharding) for host, sharding in self._asleep)
+        self._asleep = []
+        self.replace_weights(leaves)
+        self.reset_cache()
+
+    def spill(self, pages: tuple[tuple[int, bytes], ...]) -> None:
+        """Starts copying pages to the host tier: (page, digest)."""
+        assert self.store is not None
+        self.store.spill(self._kv, pages)
+
+    def restore(self, pages: tuple[tuple[int, bytes], ...]) -> None:
+        """Copies pages back from the host tier: (page, digest)."""
+        assert self.store is not None
+        self._kv = self.store.restore(self._kv, pages)
+
+    def sampled(self, number: int, tokens: np.ndarray) -> None:
+        """Tells the other processes what command number `number` that sampled gave here, so that they can compare."""
+        if self._group is not None:
+            self._group.sampled(number, tokens)
+
+    @functools.cached_property
+    def _head_leaves(self) -> tuple[Any, ...]:
+        return tuple(self._leaves[i] for i in self._head)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._leaves))
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self._leaves))
+
+
+def _delete(tree: Any) -> None:
+    for leaf in jax.tree.leaves(tree):
+        if not leaf.is_deleted():
+            leaf.delete()
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

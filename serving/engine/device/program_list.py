@@ -1,0 +1,166 @@
+"""Every program of an engine: its name, its function, and the shapes and places of its arguments. Nothing is allocated.
+
+The executor compiles them for the devices it has, `serving.plan` for devices that are not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.api import CausalLM
+from ops.paged_attention.groups import KVGroups
+from serving.engine.device.compiling import Program
+from serving.engine.device.packing import Layout, forward_layout, sample_layout
+from serving.engine.device.programs import (
+    PROMPT_LOGPROB_ROWS,
+    SplitModel,
+    load_slot,
+    make_decode_loop,
+    make_forward,
+    make_prompt_logprobs,
+    make_sample,
+    pool,
+    used_leaves,
+)
+from serving.engine.device.sizing import Sizes
+from serving.engine.requests.buckets import Bucket, BucketTable
+
+
+@dataclasses.dataclass(frozen=True)
+class StepShapes:
+    """The shapes of an engine's steps, from its sizes alone.
+
+    Attributes:
+        pages_per_slot: columns of a page table.
+        mask_width: int32 words of a row of a grammar's mask.
+        groups: which layers share pages.
+        forward_layouts, sample_layouts: how a step's packed arguments lie, by bucket and by number of sampled rows.
+    """
+
+    sizes: Sizes
+    vocab_size: int
+    buckets: BucketTable
+    pages_per_slot: int
+    mask_width: int
+    groups: KVGroups
+    forward_layouts: dict[Bucket, Layout]
+    sample_layouts: dict[int, Layout]
+
+    @classmethod
+    def of(cls, sizes: Sizes, model: CausalLM) -> StepShapes:
+        """The shapes for a model and these sizes."""
+        vocab_size, groups = model.vocab_size, KVGroups.of(model.kv_specs(), sizes.layers_per_page)
+        buckets = BucketTable.make(sizes.max_num_seqs, sizes.max_num_batched_tokens)
+        pages_per_slot = -(-sizes.max_model_len // sizes.page_size)
+        return cls(
+            sizes,
+            vocab_size,
+            buckets,
+            pages_per_slot,
+            -(-vocab_size // 32),
+            groups,
+            {b: forward_layout(b, pages_per_slot, len(groups.windows)) for b in buckets.buckets},
+            {s: sample_layout(s) for s in buckets.sample_sizes},
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramList:
+    """What `list_programs` found.
+
+    Attributes:
+        programs: largest first: with two workers a large program compiled last would be waited for alone.
+        head: which of the leaves the logits read; programs that make logits get these only.
+    """
+
+    programs: list[Program]
+    head: list[int]
+
+
+def list_programs(
+    split: SplitModel,
+    leaves: tuple[Any, ...],
+    kv: tuple[Any, ...],
+    state: Any,
+    shapes: StepShapes,
+    max_steps: int = 1,
+    more: Sequence[Program] = (),
+) -> ProgramList:
+    """Names the programs.
+
+    Args:
+        leaves, kv, state: ShapeDtypeStructs of the weights, and of one replica's pages and device state, placed.
+        max_steps: list decode loops of up to this many steps, when more than 1.
+        more: programs of the caller's, to be sorted in.
+    """
+    width = _hidden_width(split, leaves, kv, shapes)
+
+    def ints(*dims: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, jnp.int32)
+
+    def hidden(rows: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, width.shape[-1]), width.dtype)
+
+    programs = list(more)
+    for bucket, layout in shapes.forward_layouts.items():
+        fn = make_forward(split, shapes.groups, layout, bucket.chunk > 0)
+        flat = ints(layout.size)
+        programs.append(Program(f"forward {bucket}", fn, (leaves, kv, state.last_token, flat), (1,), (0,), True))
+        if max_steps > 1 and not bucket.chunk:
+            sample = shapes.sample_layouts[bucket.samples]
+            fn = make_decode_loop(split, shapes.groups, layout, sample, shapes.sizes.page_size, max_steps)
+            args = (leaves, kv, state, flat, ints(sample.size), ints())
+            programs.append(Program(f"decode_loop {bucket.decode}", fn, args, (1, 2), (0, 5)))
+    head = used_leaves(lambda leaves, h: split.merge(leaves).logits(h), leaves, hidden(PROMPT_LOGPROB_ROWS))
+    head_leaves = tuple(leaves[i] for i in head)
+    with_head = _with_head(head, len(leaves))
+    for size, layout in shapes.sample_layouts.items():
+        args = (head_leaves, state, hidden(size), ints(layout.size), ints(size, shapes.mask_width))
+        programs.append(Program(f"sample {size}", with_head(make_sample(split, layout)), args, (1,), (0,)))
+    rows = ints(PROMPT_LOGPROB_ROWS)
+    for tokens in shapes.buckets.chunk_sizes:
+        fn = with_head(make_prompt_logprobs(split))
+        programs.append(
+            Program(f"prompt_logprobs {tokens}", fn, (head_leaves, hidden(tokens), rows, rows), shared=(0,))
+        )
+        weights = jax.ShapeDtypeStruct((shapes.buckets.max_rows, tokens), jnp.float32)
+        programs.append(Program(f"pool {tokens}", pool, (hidden(tokens), weights), shared=()))
+    slot = [
+        jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
+        for a in (state.seen, state.bias_ids, state.bias_values, state.banned_ids)
+    ]
+    programs.append(Program("load_slot", load_slot, (state, ints(1), *slot), (0,), (2, 3, 4, 5), True))
+    return ProgramList(sorted(programs, key=_size, reverse=True), head)
+
+
+def _size(program: Program) -> int:
+    return sum(math.prod(a.shape) for a in jax.tree.leaves(program.args[-1]))
+
+
+def _with_head(head: list[int], num_leaves: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function of all leaves one of those that logits read, the others absent."""
+
+    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def with_head(head_leaves: tuple[Any, ...], *rest: Any) -> Any:
+            leaves: list[Any] = [None] * num_leaves
+            for i, leaf in zip(head, head_leaves, strict=True):
+                leaves[i] = leaf
+            return fn(tuple(leaves), *rest)
+
+        return with_head
+
+    return wrap
+
+
+def _hidden_width(split: SplitModel, leaves: Any, kv: Any, shapes: StepShapes) -> jax.ShapeDtypeStruct:
+    """Hidden states of one decode row or more."""
+    layout = shapes.forward_layouts[shapes.buckets.buckets[0]]
+    last = jax.ShapeDtypeStruct((shapes.sizes.max_num_seqs + 1,), jnp.int32)
+    flat = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+    return jax.eval_shape(make_forward(split, shapes.groups, layout, False), leaves, kv, last, flat)[1]

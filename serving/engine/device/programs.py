@@ -1,0 +1,305 @@
+"""The functions that are compiled: `forward` (one a bucket), `sample` (one a row count), `load_slot`, `prompt_logprobs`.
+
+All are pure functions of arrays. `forward` and `sample` are apart because a grammar's mask is known only when the token
+before it is: see docs/design.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from models import expert_loads
+from models.api import KVCache
+from models.expert_loads import counting
+from ops import sampling
+from ops.paged_attention.groups import KVGroups
+from serving.engine.api.sampling_params import MAX_LOGPROBS
+from serving.engine.device.packing import Layout, attention_batch
+from serving.engine.device.state import DeviceState
+
+PROMPT_LOGPROB_ROWS = 64
+"""Positions whose full logits are in memory at once when prompt logprobs are asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitModel:
+    """A model as a function of its flat leaves (a nested state costs 20 ms a call to flatten, a tuple 0.1).
+
+    Attributes:
+        sampler: what its programs sample with, see ops.sampling.best_body.
+        mesh: that its leaves are on, when it has several devices.
+    """
+
+    graphdef: Any
+    treedef: Any
+    sampler: sampling.Body
+    mesh: Mesh | None
+
+    @classmethod
+    def split(cls, model: nnx.Module) -> tuple[SplitModel, tuple[jax.Array, ...]]:
+        graphdef, state = nnx.split(model)
+        leaves, treedef = jax.tree.flatten(state)
+        places = [leaf.sharding for leaf in leaves if leaf.sharding is not None]
+        platform = next(iter(places[0].device_set)).platform if places else "none"
+        meshes = (place.mesh for place in places if isinstance(place, NamedSharding))
+        mesh = next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.size > 1), None)
+        return cls(graphdef, treedef, sampling.best_body(platform), mesh), tuple(leaves)
+
+    def merge(self, leaves: Sequence[jax.Array]) -> Any:
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SampleOutput:
+    """What one `sample` returns besides the state; the host copies only what somebody asked for.
+
+    Attributes:
+        tokens_finite: int32 [2, S]: the sampled tokens, and 1 where the row's logits were finite.
+        logprob_S, rank_S, top_ids_SN, top_values_SN: as TokenLogprobs; garbage where not asked for.
+    """
+
+    tokens_finite: jax.Array
+    logprob_S: jax.Array
+    rank_S: jax.Array
+    top_ids_SN: jax.Array
+    top_values_SN: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoopOutput:
+    """What one `decode_loop` returns besides pages and state.
+
+    Attributes:
+        tokens_finite: int32 [2, max_steps, B], as SampleOutput.tokens_finite; steps that did not run are -1.
+        loads: for models with experts, one int32 [layers with experts, E]: how many tokens of all steps visited each.
+    """
+
+    tokens_finite: jax.Array
+    loads: tuple[jax.Array, ...]
+
+
+def make_forward(model: SplitModel, groups: KVGroups, layout: Layout, keep_hidden: bool) -> Callable[..., Any]:
+    """forward(leaves, kv, last_token, flat) -> (kv, hidden_SD of the rows that sample, hidden_TD or None, loads).
+
+    `loads` has, for models with experts, one int32 [layers with experts, E]: how many of the step's tokens visited each.
+    """
+
+    def forward(
+        leaves: tuple[jax.Array, ...], kv: KVCache, last_token: jax.Array, flat: jax.Array
+    ) -> tuple[KVCache, jax.Array, jax.Array | None, tuple[jax.Array, ...]]:
+        f = layout.unpack(flat)
+        tokens_T = f["tokens_T"]
+        num_decode = f["decode_slot_B"].shape[0]
+        fed_back = last_token[f["decode_slot_B"]]
+        tokens_T = tokens_T.at[:num_decode].set(jnp.where(tokens_T[:num_decode] < 0, fed_back, tokens_T[:num_decode]))
+        with counting() as loads:
+            hidden_TD, kv = model.merge(leaves).forward(tokens_T, attention_batch(f, groups.places), kv)
+        hidden_SD = hidden_TD[f["sample_row_S"]]
+        return kv, hidden_SD, hidden_TD if keep_hidden else None, tuple(loads)
+
+    return forward
+
+
+def make_sample(model: SplitModel, layout: Layout) -> Callable[..., Any]:
+    """sample(leaves, state, hidden_SD, flat, mask_SW) -> (state, SampleOutput).
+
+    `mask_SW` is int32 [S, ceil(V / 32)], read only when the flat array says `masked`.
+    """
+
+    def sample(
+        leaves: tuple[jax.Array, ...], state: DeviceState, hidden_SD: jax.Array, flat: jax.Array, mask_SW: jax.Array
+    ) -> tuple[DeviceState, SampleOutput]:
+        f = layout.unpack(flat)
+        return sample_rows(model.merge(leaves), f, state, hidden_SD, mask_SW, model.sampler, model.mesh)
+
+    return sample
+
+
+def sample_rows(
+    model: Any,
+    f: dict[str, jax.Array],
+    state: DeviceState,
+    hidden_SD: jax.Array,
+    mask_SW: jax.Array | None,
+    body: sampling.Body,
+    mesh: Mesh | None = None,
+) -> tuple[DeviceState, SampleOutput]:
+    """Logits, everything that changes them, and the draw; see `make_sample`. Without `mask_SW`, no mask can be asked for."""
+    logits_SV = model.logits(hidden_SD)
+    rows = {name: column for name, column in f.items() if name != "masked"}
+    rows["finite_S"] = jnp.all(jnp.isfinite(hidden_SD), -1)
+    if mask_SW is not None:
+        rows["mask_SW"] = mask_SW
+    tables = (f["masked"][0] > 0, state)
+    token_S, finite_S, *logprobs = sampling.by_rows(functools.partial(_draw, body), mesh, logits_SV, rows, tables)
+    # Rows without penalties write nowhere. Not under a cond: that would copy `seen`, which is megabytes.
+    slot_S, penalized_S = f["slot_S"], _edits(rows, tables).penalized
+    seen = state.seen.at[jnp.where(penalized_S, slot_S, state.seen.shape[0]), token_S].add(1, mode="drop")
+    state = dataclasses.replace(state, last_token=state.last_token.at[slot_S].set(token_S), seen=seen)
+    return state, SampleOutput(jnp.stack([token_S, finite_S]), *logprobs)
+
+
+def _draw(
+    body: sampling.Body, logits_SV: jax.Array, rows: dict[str, jax.Array], tables: tuple[jax.Array, DeviceState]
+) -> tuple[jax.Array, ...]:
+    """(token_S, finite_S as int32, *logprobs) of some rows."""
+    token_S = sampling.choose(
+        logits_SV,
+        _edits(rows, tables),
+        temperature_R=rows["temperature_S"],
+        top_k_R=rows["top_k_S"],
+        top_p_R=rows["top_p_S"],
+        min_p_R=rows["min_p_S"],
+        seed_R2=rows["seed_S2"],
+        step_R=rows["step_S"],
+        body=body,
+    )
+    finite_S = rows["finite_S"] & jnp.isfinite(logits_SV[jnp.arange(token_S.shape[0]), token_S])
+    logprobs = sampling.logprobs(logits_SV, token_S, MAX_LOGPROBS, rows["num_logprobs_S"] >= 0, body)
+    return token_S, finite_S.astype(jnp.int32), *logprobs
+
+
+def _edits(rows: dict[str, jax.Array], tables: tuple[jax.Array, DeviceState]) -> sampling.Edits:
+    """What rows ask for, from their fields of `packing.sample_layout` and (whether any is masked, the slots' facts)."""
+    masked, state = tables
+    return sampling.Edits(
+        slot_R=rows["slot_S"],
+        repetition_R=rows["repetition_S"],
+        presence_R=rows["presence_S"],
+        frequency_R=rows["frequency_S"],
+        biased_R=rows["biased_S"] > 0,
+        held_back_R=rows["step_S"] < rows["min_tokens_S"],
+        masked=masked,
+        seen_NV=state.seen,
+        bias_ids_NE=state.bias_ids,
+        bias_values_NE=state.bias_values,
+        banned_ids_NE=state.banned_ids,
+        mask_RW=rows.get("mask_SW"),
+    )
+
+
+def make_decode_loop(
+    model: SplitModel, groups: KVGroups, forward: Layout, sample: Layout, page_size: int, max_steps: int
+) -> Callable[..., Any]:
+    """decode_loop(leaves, kv, state, forward_flat, sample_flat, steps) -> (kv, state, LoopOutput).
+
+    Up to `steps` decode steps without the host in between; ends sooner when every row has sampled a token that ends it.
+    """
+
+    def decode_loop(
+        leaves: tuple[jax.Array, ...],
+        kv: KVCache,
+        state: DeviceState,
+        forward_flat: jax.Array,
+        sample_flat: jax.Array,
+        steps: jax.Array,
+    ) -> tuple[KVCache, DeviceState, LoopOutput]:
+        merged = model.merge(leaves)
+        fields, sampled = forward.unpack(forward_flat), sample.unpack(sample_flat)
+        real_B = fields["decode_len_B"] > 0
+        rows_B = jnp.arange(real_B.shape[0])
+        first_B = jnp.where(fields["tokens_T"] < 0, state.last_token[fields["decode_slot_B"]], fields["tokens_T"])
+        num_rows = real_B.shape[0]
+        stops_BN = state.banned_ids[sampled["slot_S"][:num_rows]]
+
+        def body(carry: Any) -> Any:
+            step, kv, state, tokens_B, ended_B, loads, out = carry
+            position_B = jnp.where(real_B, fields["positions_T"] + step, 0)
+            # Of each group of layers, where there are several.
+            page_B = fields["decode_pages_BP"][..., rows_B, position_B // page_size]
+            batch = attention_batch(
+                fields
+                | {
+                    "positions_T": position_B,
+                    "kv_index_T": jnp.where(real_B, page_B * page_size + position_B % page_size, 0),
+                    "decode_len_B": jnp.where(real_B, fields["decode_len_B"] + step, 0),
+                },
+                groups.places,
+            )
+            with counting() as counted:
+                hidden_BD, kv = merged.forward(tokens_B, batch, kv)
+            if counted:  # a plug-in's model with experts may not count
+                loads = tuple(total + count for total, count in zip(loads, counted, strict=True))
+            f = sampled | {"step_S": sampled["step_S"] + step}
+            hidden_SD = hidden_BD[fields["sample_row_S"]]
+            state, output = sample_rows(merged, f, state, hidden_SD, None, model.sampler, model.mesh)
+            found = output.tokens_finite[:, :num_rows]
+            counted_B = (f["step_S"] + 1 >= f["min_tokens_S"])[:num_rows]
+            ended_B |= counted_B & jnp.any(found[0][:, None] == stops_BN, -1)
+            return step + 1, kv, state, found[0], ended_B, loads, out.at[:, step].set(found)
+
+        def more(carry: Any) -> jax.Array:
+            step, *_, ended_B, _, _ = carry
+            return (step < steps) & ~jnp.all(ended_B)
+
+        out = jnp.full((2, max_steps, num_rows), -1, jnp.int32)
+        counts = expert_loads.shape(merged.config)
+        loads = () if counts is None else (jnp.zeros(counts, jnp.int32),)
+        start = (jnp.int32(0), kv, state, first_B, ~real_B, loads, out)
+        _, kv, state, _, _, loads, out = jax.lax.while_loop(more, body, start)
+        return kv, state, LoopOutput(out, loads)
+
+    return decode_loop
+
+
+def load_slot(
+    state: DeviceState,
+    slot_1: jax.Array,
+    seen_V: jax.Array,
+    bias_ids: jax.Array,
+    bias_values: jax.Array,
+    banned_ids: jax.Array,
+) -> DeviceState:
+    """Writes one slot's rows, before the first step of a request that reads them; none for a slot out of range."""
+    return dataclasses.replace(
+        state,
+        seen=state.seen.at[slot_1].set(seen_V, mode="drop"),
+        bias_ids=state.bias_ids.at[slot_1].set(bias_ids, mode="drop"),
+        bias_values=state.bias_values.at[slot_1].set(bias_values, mode="drop"),
+        banned_ids=state.banned_ids.at[slot_1].set(banned_ids, mode="drop"),
+    )
+
+
+def make_prompt_logprobs(model: SplitModel) -> Callable[..., Any]:
+    """prompt_logprobs(leaves, hidden_TD, rows, targets) -> (logprob, rank, top_ids, top_values) of PROMPT_LOGPROB_ROWS rows.
+
+    `rows` are int32 rows of hidden_TD; `targets` the token that follows each.
+    """
+
+    def prompt_logprobs(
+        leaves: tuple[jax.Array, ...], hidden_TD: jax.Array, rows: jax.Array, targets: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        logits_RV = model.merge(leaves).logits(hidden_TD[rows])
+
+        def score(logits_RV: jax.Array, targets_R: jax.Array, tables: Any) -> tuple[jax.Array, ...]:
+            return sampling.logprobs(logits_RV, targets_R, MAX_LOGPROBS, body=model.sampler)
+
+        return sampling.by_rows(score, model.mesh, logits_RV, targets)
+
+    return prompt_logprobs
+
+
+def pool(hidden_TD: jax.Array, weights_RT: jax.Array) -> jax.Array:
+    """Weighted sums of hidden states, float32 [R, D]: pooling of up to R requests' share of a step.
+
+    Args:
+        weights_RT: float32; a row picks (or sums) one request's positions.
+    """
+    return jnp.dot(weights_RT, hidden_TD.astype(jnp.float32), preferred_element_type=jnp.float32)
+
+
+def used_leaves(fn: Callable[..., Any], leaves: tuple[Any, ...], *rest: Any) -> list[int]:
+    """Which of the first argument's leaves `fn` reads: programs are called with those alone (0.4 us an argument)."""
+    jaxpr = jax.make_jaxpr(fn)(leaves, *rest).jaxpr
+    read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
+    return [i for i in range(len(leaves)) if id(jaxpr.invars[i]) in read]

@@ -1,0 +1,297 @@
+"""Plans to commands, and what devices sampled to results: packs, dispatches, reads back.
+
+`dispatch_forward` and `dispatch_sample` never wait for the device; `collect` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from serving.engine.api.types import TokenLogprobs
+from serving.engine.device.commands import DecodeLoop, Forward, LoadSlot, Pool, PromptLogprobs, Sample
+from serving.engine.device.executor import Executor
+from serving.engine.device.packing import pack_forward, pack_sample
+from serving.engine.device.placement import on_this_process
+from serving.engine.device.programs import PROMPT_LOGPROB_ROWS, SampleOutput
+from serving.engine.device.state import needs_loading, slot_rows
+from serving.engine.requests.buckets import Bucket
+from serving.engine.requests.chunks import align
+from serving.engine.requests.plan import Chunk, StepPlan, StepResult
+from serving.engine.requests.request import Request
+from serving.engine.requests.slots import SlotTable
+from serving.engine.scheduling.masks import is_constrained
+
+
+@dataclasses.dataclass(slots=True)
+class InFlight:
+    """A dispatched step on its way. `output` is None until its sampling is dispatched.
+
+    Attributes:
+        parts: the plan's parts by replica, as it was dispatched: a request may be in another one by the time it is read.
+        rows: of each sampled request, its row in what the device samples: replicas are there end to end.
+        constrained: (row, request) of rows that need a mask.
+        prompt_logprobs: (chunk, offset in it, its replica, program output).
+        pooled_RD: program output, or None where nobody pools; row i of a replica belongs to its i-th chunk.
+        number: of its sampling, counted from 1.
+        expert_loads: int32 [layers, E] of each replica; None where the model has no experts.
+    """
+
+    plan: StepPlan
+    parts: Sequence[StepPlan]
+    bucket: Bucket
+    rows: np.ndarray
+    sample_flat: np.ndarray
+    constrained: tuple[tuple[int, Request], ...]
+    prompt_logprobs: list[tuple[Chunk, int, int, Any]]
+    pooled_RD: Any
+    dispatched_at: float = dataclasses.field(default_factory=time.perf_counter)
+    output: SampleOutput | None = None
+    loop_output: Any = None  # of a dispatch of several decode steps
+    number: int = 0
+    expert_loads: Any = None
+
+
+class ModelRunner:
+    """The scheduler's side of an executor.
+
+    Attributes:
+        expert_loads: int64 [layers with experts, E]: tokens that visited each expert since the start, but not those of replicas on
+            other processes; None for models without experts. Never changed in place.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        self.buckets = executor.buckets
+        self.guard = executor.guard
+        self.expert_loads: np.ndarray | None = None
+
+    # ---- a step ----
+
+    def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> InFlight:
+        """Starts the forward part of a step and prepares its sampling."""
+        executor = self.executor
+        if executor.store is not None:
+            if plan.spilled:
+                executor.spill(plan.spilled)
+            if plan.restored:
+                executor.restore(plan.restored)
+            executor.store.drop(plan.dropped)
+        stops = executor.max_steps > 1
+        for request in plan.admitted:
+            if needs_loading(request, stops):
+                rows = slot_rows(request, executor.vocab_size, stops)
+                executor.execute(LoadSlot(request.replica, request.slot % slots.per_replica, *rows))
+        plans = self._split(plan)
+        bucket = self.buckets.find(
+            max(len(p.decode) for p in plans),
+            max(sum(align(c.length) for c in p.chunks) for p in plans),
+            max(len(p.chunks) for p in plans),
+        )
+        return self._run(plan, plans, bucket, slots)
+
+    def _split(self, plan: StepPlan) -> Sequence[StepPlan]:
+        """Each replica's part of the plan."""
+        count = self.executor.replicas
+        return (plan,) if count == 1 else [plan.of_replica(replica) for replica in range(count)]
+
+    def _run(self, plan: StepPlan, plans: Sequence[StepPlan], bucket: Bucket, slots: SlotTable) -> InFlight:
+        executor = self.executor
+        layout, page_size = executor.forward_layouts[bucket], executor.sizes.page_size
+        flat = _end_to_end([pack_forward(part, bucket, layout, slots, page_size) for part in plans])
+        rows = _rows(plan, plans, bucket)
+        constrained = tuple((int(row), r) for row, r in zip(rows, plan.sampled, strict=True) if is_constrained(r))
+        sample_layout = executor.sample_layouts[bucket.samples]
+
+        def steps(part: StepPlan) -> list[int]:
+            return [r.total_len - r.prompt_len - plan.num_steps for r in part.sampled]
+
+        sample_flat = _end_to_end(
+            [pack_sample(part, bucket.samples, sample_layout, slots, steps(part), bool(constrained)) for part in plans]
+        )
+        if plan.num_steps > 1:
+            out = executor.execute(DecodeLoop(bucket, flat, sample_flat, plan.num_steps))
+            out.tokens_finite.copy_to_host_async()
+            number, loads = executor.num_sampled, out.loads[0] if out.loads else None
+            return InFlight(
+                plan,
+                plans,
+                bucket,
+                rows,
+                sample_flat,
+                (),
+                [],
+                None,
+                loop_output=out.tokens_finite,
+                number=number,
+                expert_loads=loads,
+            )
+        expert_loads = executor.execute(Forward(bucket, flat))
+        if expert_loads is not None:
+            expert_loads.copy_to_host_async()
+        asked = [
+            piece
+            for part in plans
+            for chunk in part.chunks
+            if chunk.request.spec.params.prompt_logprobs is not None
+            for piece in self._dispatch_prompt_logprobs(part, bucket, chunk)
+        ]
+        pooled = self._dispatch_pool(plans, bucket)
+        return InFlight(plan, plans, bucket, rows, sample_flat, constrained, asked, pooled, expert_loads=expert_loads)
+
+    def _dispatch_pool(self, plans: Sequence[StepPlan], bucket: Bucket) -> Any:
+        """Pools the chunks that ask for it, one row of the result a chunk; None where nobody does."""
+        if not any(c.request.spec.pooling for part in plans for c in part.chunks):
+            return None
+        parts = []
+        for part in plans:
+            weights = np.zeros((self.buckets.max_rows, bucket.tokens), np.float32)
+            at = bucket.decode
+            for row, chunk in enumerate(part.chunks):
+                end = at + chunk.length
+                if chunk.request.spec.pooling == "mean":
+                    weights[row, at:end] = 1.0
+                elif chunk.request.spec.pooling and chunk.start + chunk.length == chunk.request.prompt_len:
+                    weights[row, end - 1] = 1.0
+                at += align(chunk.length)
+            parts.append(weights)
+        return self.executor.execute(Pool(_end_to_end(parts)))
+
+    def _dispatch_prompt_logprobs(
+        self, plan: StepPlan, bucket: Bucket, chunk: Chunk
+    ) -> list[tuple[Chunk, int, int, Any]]:
+        """Scores the chunk's positions against the prompt tokens that follow them, PROMPT_LOGPROB_ROWS at a time.
+
+        Args:
+            plan: of the chunk's replica.
+        """
+        request = chunk.request
+        first = bucket.decode
+        for other in plan.chunks:
+            if other is chunk:
+                break
+            first += align(other.length)
+        targets = request.tokens[chunk.start + 1 : min(chunk.start + chunk.length + 1, request.prompt_len)]
+        parts = []
+        for offset in range(0, len(targets), PROMPT_LOGPROB_ROWS):
+            piece = targets[offset : offset + PROMPT_LOGPROB_ROWS]
+            rows = np.zeros((self.executor.replicas, PROMPT_LOGPROB_ROWS), np.int32)
+            ids = np.zeros_like(rows)
+            rows[request.replica, : len(piece)] = np.arange(first + offset, first + offset + len(piece))
+            ids[request.replica, : len(piece)] = piece
+            command = PromptLogprobs(bucket.tokens, rows.reshape(-1), ids.reshape(-1))
+            parts.append((chunk, offset, request.replica, self.executor.execute(command)))
+        return parts
+
+    def dispatch_sample(self, step: InFlight, mask_SW: np.ndarray | None) -> None:
+        """Starts the sampling part of the step dispatched last, unless the step has done it itself.
+
+        Args:
+            mask_SW: from `new_mask`, where `step.constrained` is not empty.
+        """
+        if step.loop_output is not None:
+            return
+        output = self.executor.execute(Sample(step.bucket.samples, step.sample_flat, mask_SW))
+        output.tokens_finite.copy_to_host_async()
+        step.output, step.number = output, self.executor.num_sampled
+
+    def new_mask(self, step: InFlight) -> np.ndarray:
+        """int32 [rows, ceil(V / 32)] that allows everything, for the step's rows."""
+        return np.full((self.executor.replicas * step.bucket.samples, self.executor.mask_width), -1, np.int32)
+
+    def collect(self, step: InFlight) -> StepResult:
+        """Waits for a step and reads what was asked for."""
+        if step.expert_loads is not None:
+            self._count(step.expert_loads)
+        if step.loop_output is not None:
+            found = np.asarray(step.loop_output)
+            self.executor.sampled(step.number, found)
+            # [2, steps, B] of each replica; a row of `rows` counts S of each, and B may be less.
+            samples, steps = step.bucket.samples, step.plan.num_steps
+            found = found.reshape(self.executor.replicas, 2, *found.shape[1:])
+            tokens, finite = np.moveaxis(found[step.rows // samples, :, :, step.rows % samples], 0, -1)[:, :steps]
+            return StepResult(tokens, finite != 0)
+        assert step.output is not None, "the step's sample was not dispatched"
+        found = np.asarray(step.output.tokens_finite)
+        self.executor.sampled(step.number, found)
+        tokens, finite = self._by_row(found)[:, step.rows]
+        logprobs = None
+        if any(r.spec.params.logprobs is not None for r in step.plan.sampled):
+            logprobs = self._read_logprobs(step, tokens)
+        if self.executor.store is not None:
+            self.executor.store.settle()
+        pooled = None
+        if step.pooled_RD is not None:
+            sums = np.asarray(step.pooled_RD)
+            pooled = {
+                c.request.request_id: sums[replica * self.buckets.max_rows + i]
+                for replica, part in enumerate(step.parts)
+                for i, c in enumerate(part.chunks)
+                if c.request.spec.pooling
+            }
+        return StepResult(tokens, finite > 0, logprobs, self._read_prompt_logprobs(step), pooled)
+
+    def _count(self, found: Any) -> None:
+        """Adds a step's int32 [layers, E] of each replica to `expert_loads`."""
+        layers = found.shape[0] // self.executor.replicas
+        loads = on_this_process(found).astype(np.int64).reshape(-1, layers, found.shape[-1]).sum(axis=0)
+        self.expert_loads = loads if self.expert_loads is None else self.expert_loads + loads
+
+    def _by_row(self, found: np.ndarray) -> np.ndarray:
+        """[2, S] of each replica, end to end along the first axis, as [2, all rows]."""
+        replicas = self.executor.replicas
+        return found if replicas == 1 else found.reshape(replicas, 2, -1).swapaxes(0, 1).reshape(2, -1)
+
+    def _read_logprobs(self, step: InFlight, tokens: np.ndarray) -> list[TokenLogprobs | None]:
+        out = step.output
+        assert out is not None
+        host = [np.asarray(a) for a in (out.logprob_S, out.rank_S, out.top_ids_SN, out.top_values_SN)]
+        entries: list[TokenLogprobs | None] = []
+        for row, token, request in zip(step.rows, tokens, step.plan.sampled, strict=True):
+            count = request.spec.params.logprobs
+            entries.append(None if count is None else _entry(int(token), count, row, *host))
+        return entries
+
+    def _read_prompt_logprobs(self, step: InFlight) -> dict[str, list[TokenLogprobs]] | None:
+        if not step.prompt_logprobs:
+            return None
+        found: dict[str, list[TokenLogprobs]] = {}
+        for chunk, offset, replica, output in step.prompt_logprobs:
+            request = chunk.request
+            host = [np.asarray(a) for a in output]
+            base = replica * PROMPT_LOGPROB_ROWS
+            first = chunk.start + 1 + offset
+            last = min(first + PROMPT_LOGPROB_ROWS, chunk.start + chunk.length + 1, request.prompt_len)
+            count = request.spec.params.prompt_logprobs or 0
+            found.setdefault(request.request_id, []).extend(
+                _entry(request.tokens[position], count, base + row, *host)
+                for row, position in enumerate(range(first, last))
+            )
+        return found
+
+
+def _rows(plan: StepPlan, plans: Sequence[StepPlan], bucket: Bucket) -> np.ndarray:
+    """Of each sampled request of `plan`, its row in what all replicas sample, int64."""
+    if len(plans) == 1:
+        return np.arange(len(plan.sampled))
+    row_of = {
+        r.request_id: replica * bucket.samples + i
+        for replica, part in enumerate(plans)
+        for i, r in enumerate(part.sampled)
+    }
+    return np.array([row_of[r.request_id] for r in plan.sampled], np.int64)
+
+
+def _end_to_end(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _entry(
+    token: int, count: int, row: int, logprob: np.ndarray, rank: np.ndarray, ids: np.ndarray, values: np.ndarray
+) -> TokenLogprobs:
+    top = tuple(zip(ids[row, :count].tolist(), values[row, :count].tolist(), strict=True))
+    return TokenLogprobs(token, float(logprob[row]), int(rank[row]), top)

@@ -1,0 +1,256 @@
+"""An engine for encoders: texts in, vectors or scores out. Concurrent requests share batches."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import numpy as np
+
+from serving.engine.api.admission import check_door, check_queue
+from serving.engine.api.config import EngineConfig
+from serving.engine.api.mortal import Mortal
+from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
+from serving.engine.encoder.queue import EncoderQueue, Job
+from serving.engine.encoder.runner import POOLINGS, EncoderRunner, Text
+from serving.errors import ErrorKind, RequestError, invalid
+
+log = logging.getLogger(__name__)
+
+
+class _Pending:
+    """A request that waits or runs. `results` is the engine thread's until `future` is done."""
+
+    def __init__(self, request_id: str, texts: int) -> None:
+        self.request_id = request_id
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[np.ndarray] = self.loop.create_future()
+        self.results: list[np.ndarray | None] = [None] * texts
+        self.left = texts
+
+    def resolve(self, error: RequestError | None) -> None:
+        """On the request's event loop: gives the results out, or the error."""
+        if self.future.done():
+            return
+        if error is not None:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(np.stack([result for result in self.results if result is not None]))
+
+
+class EncoderEngine(Mortal):
+    """A running encoder. `start` starts its thread; the attributes are those of `Engine`.
+
+    Attributes:
+        client: the in-process client; an EmbeddingClient or a ScoringClient, as `info().tasks` says.
+        source: where the model came from.
+        generation_config: empty.
+        failure: what killed the engine, or None.
+        runner: owns weights and programs.
+        busy_since: time.monotonic() seconds at which the batch that runs began, or None. What a watchdog looks at.
+    """
+
+    def __init__(self, config: EngineConfig, loaded: Any, runner: EncoderRunner, info: EngineInfo) -> None:
+        super().__init__()
+        self.config = config
+        self.source = loaded.source
+        self.generation_config: dict[str, Any] = {}
+        self.runner = runner
+        self.queue = EncoderQueue(runner.buckets)
+        self.stats = EngineStats()
+        self.wake = threading.Condition()
+        self.busy_since: float | None = None
+        self._stopping = False
+        self._rehearsed = threading.Event()
+        self._running: list[Job] = []
+        self.client = EncoderClient(self, info)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="jaxserve-encoder")
+
+    def start(self) -> None:
+        """Starts the thread that runs batches, and waits until it has run one: a thread's own first call is dear, and is not to
+        be the first client's. Raises what that one raised."""
+        self._thread.start()
+        self._rehearsed.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def shutdown(self, timeout: float = 30.0) -> None:
+        """Stops the thread and ends what still runs with UNAVAILABLE."""
+        self.client.draining = True
+        with self.wake:
+            self._stopping = True
+            self.wake.notify()
+        self._thread.join(timeout)
+        self.client.fail_all(RequestError(ErrorKind.UNAVAILABLE, "the server has stopped."))
+        self.runner.guard.close()
+
+    def snapshot(self) -> EngineStats:
+        """The counters now."""
+        waiting = len(self.queue)
+        return dataclasses.replace(self.stats, num_waiting=waiting, num_running=len(self._running))
+
+    def _run(self) -> None:
+        try:
+            self.runner.run([Text((0,))])
+            self._rehearsed.set()
+            while self._step():
+                pass
+        except BaseException as error:  # nothing may end this thread silently
+            self.declare_dead(error)
+        finally:
+            self._rehearsed.set()
+
+    def _step(self) -> bool:
+        """Waits for texts and runs one batch. False once the engine is to stop."""
+        with self.wake:
+            self.wake.wait_for(lambda: self._stopping or len(self.queue))
+            if self._stopping:
+                return False
+            self._running = batch = self.queue.take()
+        self.busy_since = began = time.monotonic()
+        results = self.runner.run([job.text for job in batch])
+        seconds = time.monotonic() - began
+        self.busy_since = None
+        tokens = sum(len(job.text.token_ids) for job in batch)
+        self.stats = dataclasses.replace(
+            self.stats,
+            prompt_tokens=self.stats.prompt_tokens + tokens,
+            num_steps=self.stats.num_steps + 1,
+            num_recompilations=self.runner.guard.count,
+            last_step_s=seconds,
+        )
+        self._running = []
+        self.client.deliver(batch, results)
+        return True
+
+
+class EncoderClient:
+    """EngineClient, EmbeddingClient and ScoringClient over an encoder in this process; its `info().tasks` says which of the
+    last two it is."""
+
+    def __init__(self, engine: EncoderEngine, info: EngineInfo) -> None:
+        self._engine = engine
+        self._info = info
+        self._live: dict[str, _Pending] = {}
+        self.draining = False
+
+    async def embed(
+        self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0
+    ) -> np.ndarray:
+        """See EmbeddingClient.embed."""
+        self._check_task("embed", "gives scores for pairs of texts, not embeddings")
+        mode = pooling or self._info.pooling
+        if mode not in POOLINGS:
+            raise invalid(f"pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}.", "pooling")
+        return (await self._submit(request_id, [Text(token_ids, pooling=mode)], priority))[0]
+
+    async def score(self, request_id: str, pairs: Sequence[TokenPair], *, priority: int = 0) -> np.ndarray:
+        """See ScoringClient.score."""
+        self._check_task("score", "gives embeddings of texts, not scores for pairs")
+        return await self._submit(request_id, [Text(pair.token_ids, pair.segment_ids) for pair in pairs], priority)
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        """Refuses: an encoder completes nothing."""
+        raise self._wrong_task("does not generate text")
+        yield  # what makes it a generator, as EngineClient.generate is
+
+    async def abort(self, request_id: str) -> bool:
+        """See EngineClient.abort; the request fails with UNAVAILABLE."""
+        pending = self._live.get(request_id)
+        if pending is None:
+            return False
+        pending.resolve(RequestError(ErrorKind.UNAVAILABLE, "the request was aborted."))
+        return True
+
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def stats(self) -> EngineStats:
+        return self._engine.snapshot()
+
+    @property
+    def healthy(self) -> bool:
+        return self._engine.failure is None
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    async def _submit(self, request_id: str, texts: list[Text], priority: int) -> np.ndarray:
+        engine = self._engine
+        for text in texts:
+            if not 0 < len(text.token_ids) <= self._info.max_model_len:
+                raise invalid(
+                    f"The text has {len(text.token_ids)} tokens; this model reads 1 to {self._info.max_model_len}.",
+                    "input",
+                )
+        with engine.wake:
+            check_door(
+                failed=engine.failure is not None,
+                draining=self.draining,
+                request_id=request_id,
+                in_use=request_id in self._live,
+            )
+            check_queue(
+                engine.config,
+                waiting=len(engine.queue),
+                waiting_tokens=engine.queue.num_tokens,
+                tokens=sum(len(text.token_ids) for text in texts),
+            )
+            pending = self._live[request_id] = _Pending(request_id, len(texts))
+            for index, text in enumerate(texts):
+                engine.queue.add(text, pending, index, priority)
+            engine.wake.notify()
+        try:
+            return await pending.future
+        finally:
+            with engine.wake:
+                self._live.pop(request_id, None)
+                if pending.left:
+                    engine.queue.remove(pending)
+
+    def _check_task(self, task: str, otherwise: str) -> None:
+        if task not in self._info.tasks:
+            raise self._wrong_task(otherwise)
+
+    def _wrong_task(self, what: str) -> RequestError:
+        return invalid(f"The model {self._info.model_id!r} {what}.", "model")
+
+    # ---- called on the engine thread ----
+
+    def deliver(self, batch: list[Job], results: np.ndarray) -> None:
+        """Hands results out; wakes each event loop once."""
+        done: dict[asyncio.AbstractEventLoop, list[tuple[_Pending, RequestError | None]]] = {}
+        for job, result in zip(batch, results, strict=True):
+            pending: _Pending = job.request
+            pending.results[job.index] = result
+            pending.left -= 1
+            if not np.isfinite(result).all():
+                error = RequestError(ErrorKind.INTERNAL, "the model's result is not a finite number.")
+                done.setdefault(pending.loop, []).append((pending, error))
+            elif not pending.left:
+                done.setdefault(pending.loop, []).append((pending, None))
+        for loop, items in done.items():
+            _on_loop(loop, items)
+
+    def fail_all(self, error: RequestError) -> None:
+        with self._engine.wake:
+            pending = list(self._live.values())
+        for one in pending:
+            _on_loop(one.loop, [(one, error)])
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, items: list[tuple[_Pending, RequestError | None]]) -> None:
+    def resolve_all() -> None:
+        for pending, error in items:
+            pending.resolve(error)
+
+    try:
+        loop.call_soon_threadsafe(resolve_all)
+    except RuntimeError:  # the loop is closed: nobody listens any more
+        log.debug("an event loop closed with requests still running")

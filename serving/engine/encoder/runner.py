@@ -1,0 +1,159 @@
+"""Runs an encoder: batches of whole texts, padded to compiled shapes. No pages, no state between batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.pooling import pool
+from serving.engine.device.compiling import CompileGuard, Program, ProgramCache, compile_all
+from serving.engine.device.placement import placed
+from serving.engine.device.programs import SplitModel
+
+POOLINGS = ("mean", "cls", "last")
+MIN_LENGTH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """One row of a batch.
+
+    Attributes:
+        token_ids: 1 to max_model_len ids.
+        segment_ids: as long, or empty: all of the first text.
+        pooling: one of POOLINGS; of no effect where pairs are scored.
+    """
+
+    token_ids: Sequence[int]
+    segment_ids: Sequence[int] = ()
+    pooling: str = "mean"
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class EncoderBucket:
+    """One program: `rows` texts of up to `length` tokens."""
+
+    length: int
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.length}"
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderBuckets:
+    """Every shape of a server: lengths double (a text wastes less than half its row), rows quadruple up to a token budget."""
+
+    buckets: tuple[EncoderBucket, ...]
+
+    @classmethod
+    def make(cls, max_model_len: int, max_rows: int, max_tokens: int) -> EncoderBuckets:
+        """
+        Args:
+            max_tokens: of a batch, padding included; a single text may have more.
+        """
+        found = []
+        length = MIN_LENGTH
+        while True:
+            length = min(length, max_model_len)
+            most = max(1, min(max_rows, max_tokens // length))
+            rows = 1
+            while rows < most:
+                found.append(EncoderBucket(length, rows))
+                rows *= 4
+            found.append(EncoderBucket(length, most))
+            if length == max_model_len:
+                return cls(tuple(sorted(found)))
+            length *= 2
+
+    def length_for(self, tokens: int) -> int:
+        """The length of the rows that hold a text."""
+        return next(b.length for b in self.buckets if b.length >= tokens)
+
+    def most_rows(self, length: int) -> int:
+        """How many texts of a length fit a batch."""
+        return max(b.rows for b in self.buckets if b.length == length)
+
+    def find(self, length: int, rows: int) -> EncoderBucket:
+        """The smallest bucket of a length that holds so many texts."""
+        return next(b for b in self.buckets if b.length == length and b.rows >= rows)
+
+
+class EncoderRunner:
+    """One encoder on its devices.
+
+    Args:
+        model: a `models.api.Encoder`; a `CrossEncoder` where `scores`.
+        scores: texts are pairs to score; else they become vectors.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        buckets: EncoderBuckets,
+        cache: ProgramCache,
+        *,
+        scores: bool,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> None:
+        self.buckets = buckets
+        self.guard = CompileGuard()
+        self._scores = scores
+        self._cache = cache
+        self._mesh = mesh
+        self._split, self._leaves = SplitModel.split(model)
+        self._programs: dict[str, Any] = {}
+
+    def compile(self, on_done: Callable[[int, int], None] | None = None) -> None:
+        """Compiles every program, runs each once, and arms the guard."""
+        leaves = jax.tree.map(_abstract, self._leaves)
+        programs = []
+        for b in sorted(self.buckets.buckets, key=lambda b: -b.length * b.rows):
+            packed = jax.ShapeDtypeStruct((b.rows, 2 * b.length + 2), jnp.int32)
+            programs.append(placed(self._mesh, Program(f"encode {b}", self._encode, (leaves, packed))))
+        self._programs = compile_all(programs, self._cache, on_done)
+        for b in self.buckets.buckets:
+            jax.block_until_ready(self._dispatch([Text((0,))], b))
+        self.guard.arm()
+
+    def run(self, texts: Sequence[Text]) -> np.ndarray:
+        """Vectors [texts, embed] of length 1, or scores [texts]; float32. Waits for the device.
+
+        Args:
+            texts: at most `buckets.most_rows` of the longest one's length.
+        """
+        length = self.buckets.length_for(max(len(text.token_ids) for text in texts))
+        return np.asarray(self._dispatch(texts, self.buckets.find(length, len(texts))))[: len(texts)]
+
+    def _dispatch(self, texts: Sequence[Text], bucket: EncoderBucket) -> Any:
+        """Starts a batch. Its input is one array: a transfer costs more than its bytes."""
+        S = bucket.length
+        packed = np.zeros((bucket.rows, 2 * S + 2), np.int32)
+        for row, text in zip(packed, texts, strict=False):
+            row[: len(text.token_ids)] = text.token_ids
+            row[S : S + len(text.segment_ids)] = text.segment_ids
+            row[2 * S :] = len(text.token_ids), POOLINGS.index(text.pooling)
+        return self._programs[f"encode {bucket}"](self._leaves, packed)
+
+    def _encode(self, leaves: tuple[jax.Array, ...], packed: jax.Array) -> jax.Array:
+        model = self._split.merge(leaves)
+        S = (packed.shape[1] - 2) // 2
+        length_B, pooling_B = packed[:, -2], packed[:, -1]
+        hidden_BSD = model.encode(packed[:, :S], length_B, packed[:, S : 2 * S])
+        if self._scores:
+            return model.score(hidden_BSD, length_B)
+        pooled = jnp.stack([pool(hidden_BSD, length_B, mode) for mode in POOLINGS])
+        return jnp.take_along_axis(pooled, pooling_B[None, :, None], axis=0)[0]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self._leaves))
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

@@ -1,0 +1,167 @@
+"""A request inside the engine: its tokens, its pages, and the one machine of its states.
+
+    WAITING ──admit──> RUNNING ──finish──> FINISHED
+       │                │   ^                 ^
+       │             preempt└──admit──┐       │
+       │                v             │       │
+       │             PREEMPTED ───────┴─finish┤
+       └───────────────finish─────────────────┘
+
+Positions of a running request (each <= the next):
+
+    0 ... num_computed ...... len(tokens) ...... total_len
+    |  KV dispatched  | known, to be computed  | sampled on the device, not read yet |
+
+A step computes positions [num_computed, num_computed + n). When it reaches total_len it also samples, so total_len grows
+by one at dispatch, and `len(tokens)` follows when the host has read the token, one step later.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+from serving.engine.api.types import EngineRequest, FinishReason
+
+
+class RequestState(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    PREEMPTED = enum.auto()
+    FINISHED = enum.auto()
+
+
+_ALLOWED = {
+    RequestState.WAITING: {RequestState.RUNNING, RequestState.FINISHED},
+    RequestState.RUNNING: {RequestState.PREEMPTED, RequestState.FINISHED},
+    RequestState.PREEMPTED: {RequestState.RUNNING, RequestState.FINISHED},
+    RequestState.FINISHED: set(),
+}
+
+
+class Request:
+    """Mutable engine-side state of one `EngineRequest`. Owned by the engine thread."""
+
+    __slots__ = (
+        "arrival_order",
+        "behind",
+        "cached_pages",
+        "digests",
+        "drawn_seed",
+        "finish_reason",
+        "first_token_time",
+        "inflight",
+        "num_cached_tokens",
+        "num_computed",
+        "num_pending",
+        "num_preemptions",
+        "pages",
+        "passed_over",
+        "pooled",
+        "prompt_len",
+        "reach",
+        "replica",
+        "scheduled_time",
+        "slot",
+        "spec",
+        "state",
+        "stop_reason",
+        "tokens",
+    )
+
+    def __init__(self, spec: EngineRequest, arrival_order: int) -> None:
+        self.spec = spec
+        self.arrival_order = arrival_order
+        self.state = RequestState.WAITING
+        self.tokens: list[int] = list(spec.prompt_token_ids)
+        self.prompt_len = len(self.tokens)
+        self.num_computed = 0
+        self.num_pending = 0
+        self.inflight = 0  # dispatched steps that touch its pages and have not retired
+        self.pages: list[list[int]] = []  # the page table of each attention group
+        self.behind: list[int] = []  # of each, how many of the first pages are out of its window: the null page now
+        self.reach = 0  # pages that every group's table has
+        self.digests: list[bytes] = []  # prefix-chain digest of each full page so far
+        self.cached_pages = 0  # how many of each table's first pages are registered in the prefix index, or were
+        self.replica = 0  # where its pages and its slot are
+        self.slot = -1
+        self.drawn_seed: int | None = None  # kept over preemptions, so that a resumed request samples the same tokens
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.passed_over = 0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | None = None
+        self.pooled: Any = None  # sum so far, for requests that pool
+        self.scheduled_time = 0.0
+        self.first_token_time = 0.0
+
+    @property
+    def request_id(self) -> str:
+        return self.spec.request_id
+
+    @property
+    def total_len(self) -> int:
+        """Tokens that exist, read or not."""
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Positions that exist and whose KV is not dispatched yet."""
+        return self.total_len - self.num_computed
+
+    @property
+    def num_held(self) -> int:
+        """Pages that it holds, in all groups together."""
+        return sum(map(len, self.pages)) - sum(self.behind)
+
+    @property
+    def num_output(self) -> int:
+        """Completion tokens that the host knows."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def finished(self) -> bool:
+        return self.state is RequestState.FINISHED
+
+    @property
+    def sort_key(self) -> tuple[int, int]:
+        """Priority, then arrival."""
+        return (self.spec.priority, self.arrival_order)
+
+    def move(self, state: RequestState) -> None:
+        """The only way to change state.
+
+        Raises:
+            RuntimeError: a transition that the machine does not have.
+        """
+        if state not in _ALLOWED[self.state]:
+            raise RuntimeError(f"request {self.request_id}: {self.state.name} -> {state.name} is not a transition")
+        self.state = state
+
+    def finish(self, reason: FinishReason, stop_reason: int | None = None) -> None:
+        self.move(RequestState.FINISHED)
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+
+    def check_stop(self, max_model_len: int) -> FinishReason | None:
+        """Whether the last known token ends the completion; sets `stop_reason` for a stop token id."""
+        params = self.spec.params
+        token = self.tokens[-1]
+        n = len(self.tokens) - self.prompt_len
+        if n >= params.min_tokens:
+            if not params.ignore_eos and token in self.spec.eos_token_ids:
+                return FinishReason.STOP
+            if token in params.stop_token_ids:
+                self.stop_reason = token
+                return FinishReason.STOP
+        if params.max_tokens is not None and n >= params.max_tokens:
+            return FinishReason.LENGTH
+        if len(self.tokens) >= max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def tokens_left(self, max_model_len: int) -> int:
+        """How many more tokens may be sampled, those on the device counted as sampled."""
+        limit = self.spec.params.max_tokens
+        end = max_model_len if limit is None else min(max_model_len, self.prompt_len + limit)
+        return end - len(self.tokens) - self.num_pending

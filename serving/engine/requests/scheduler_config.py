@@ -1,0 +1,67 @@
+"""What a scheduler is started with, and what it counts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from serving.engine.requests.buckets import BucketTable
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """Sizes the scheduler keeps to; where there are several replicas, each one's.
+
+    Attributes:
+        max_num_seqs: slots.
+        max_num_batched_tokens: tokens a step may compute, decode and chunks together.
+        max_chunk_tokens: capacity of the chunk part, alignment included.
+        max_chunk_rows: prompts that may have a piece in one step.
+        max_model_len: tokens a sequence may have.
+        policy: see policy.KEYS.
+        num_scheduler_steps: decode steps in one dispatch while nothing waits.
+        prefix_first: among waiting requests of equal priority, try those with the longest cached prefix first.
+        fair_share: serve the least-served tenant first, within equal priority.
+        host_pages: capacity of the host tier; 0 for none.
+        restore_page_s: seconds that a page takes back from the host tier; 0.0 if unknown.
+        windows: of each group of layers with page tables of their own, how many positions back a token attends, itself
+            included; None for all.
+        max_waiting_time, max_running_time: seconds after which a request that waits for its first slot, or has had one,
+            is ended.
+        replicas: how many replicas of the model there are to place requests in.
+        buckets: what steps are padded to: the chunk part is cut so that it fills one. None: steps of any size cost the same
+            a token.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_chunk_tokens: int
+    max_chunk_rows: int
+    max_model_len: int
+    page_size: int
+    num_pages: int
+    policy: str = "fcfs"
+    enable_prefix_caching: bool = True
+    seed: int = 0
+    num_scheduler_steps: int = 1
+    prefix_first: bool = False
+    fair_share: bool = False
+    host_pages: int = 0
+    restore_page_s: float = 0.0
+    windows: tuple[int | None, ...] = (None,)
+    max_waiting_time: float | None = None
+    max_running_time: float | None = None
+    replicas: int = 1
+    buckets: BucketTable | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class Counters:
+    """Totals since start."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    steps: int = 0
+    nonfinite: int = 0  # requests that NaN or infinite logits ended

@@ -1,0 +1,495 @@
+"""Which requests run in the next step, how many tokens each, and which pages they own. Plain Python; no jax.
+
+There are no phases: a request's computed positions chase its existing ones under one token budget a step. Running requests
+go first (decode rows, then unfinished prompts), then waiting ones. See request.py for the positions and states.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+
+from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
+from serving.engine.cache.replicas import Replicas, make_kv
+from serving.engine.requests.chunks import CHUNK_ALIGN, ChunkBuilder
+from serving.engine.requests.plan import Chunk, StepPlan, StepResult
+from serving.engine.requests.request import Request, RequestState
+from serving.engine.requests.scheduler_config import Counters, SchedulerConfig
+from serving.engine.requests.slots import SlotTable
+from serving.engine.scheduling.deadlines import Deadlines
+from serving.engine.scheduling.masks import needs_host
+from serving.engine.scheduling.outputs import Outputs, add_pooled, verdict
+from serving.engine.scheduling.policy import (
+    BACKGROUND_SHARE,
+    LOOKAHEAD,
+    MAX_HURRIED,
+    MAX_PASSED_OVER,
+    FairShare,
+    Foreground,
+    WaitingQueue,
+)
+from serving.errors import invalid
+
+__all__ = ["Scheduler", "SchedulerConfig"]
+
+
+class Scheduler:
+    """Owns every live request, the page pool and the slots. One thread calls it.
+
+    The order of calls is: any number of `add` / `abort`, then `schedule`, then (now or one step later) `retire` with the
+    result of that plan, in plan order.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        pages_per_slot = -(-config.max_model_len // config.page_size)
+        groups = len(config.windows)
+        self.slots = SlotTable(config.max_num_seqs, pages_per_slot, config.seed, config.replicas, groups)
+        self.kv = make_kv(config, self.slots)
+        self.pool = self.kv.pool
+        self.fair = FairShare() if config.fair_share else None
+        self.foreground = Foreground() if config.policy == "priority" else None
+        self.waiting = WaitingQueue(config.policy, self.fair)
+        self.deadlines = Deadlines(config.max_waiting_time, config.max_running_time)
+        self.running: list[Request] = []
+        self.requests: dict[str, Request] = {}
+        self.counters = Counters()
+        self._arrivals = 0
+        self._step_id = 0
+        self._hurried = 0  # steps in a row that left decode rows out
+        self.only: frozenset[str] | None = None  # ids that may be admitted, while one of them is under suspicion
+        self.max_tokens = config.max_num_batched_tokens
+        self._short_of_pages: Request | None = None
+        self._outputs = Outputs()
+
+    # ---- what comes in ----
+
+    def add(self, spec: EngineRequest) -> None:
+        """Puts a request in the waiting queue.
+
+        Raises:
+            RequestError: INVALID_ARGUMENT for an id that is live, an empty prompt, or one that leaves no room for a token.
+        """
+        if spec.request_id in self.requests:
+            raise invalid(f"request id {spec.request_id!r} is already in use.", "request_id")
+        if not 0 < len(spec.prompt_token_ids) < self.config.max_model_len:
+            raise invalid(
+                f"the prompt has {len(spec.prompt_token_ids)} tokens; between 1 and {self.config.max_model_len - 1} fit.",
+                "prompt",
+            )
+        request = Request(spec, self._arrivals)
+        self._arrivals += 1
+        self.requests[spec.request_id] = request
+        self.waiting.push(request)
+        if self.fair is not None:
+            self.fair.arrive(spec.tenant)
+        if self.foreground is not None:
+            self.foreground.arrive(spec.priority, spec.arrival_time)
+        self.deadlines.add(request)
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> EngineOutput | None:
+        """Ends a live request; its last output, or None if there is no such request."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return None
+        return self._end(request, reason)
+
+    def expire(self, now: float) -> list[EngineOutput]:
+        """Ends every request whose time is up, and waiting ones that can no longer make their first token's deadline."""
+        late = self.deadlines.due(now)
+        if self.deadlines.watches_first_tokens:
+            hopeless = [r for r in self.waiting.head(LOOKAHEAD) if self.deadlines.hopeless(r, now)]
+            late |= {r: "its first token cannot come in time any more." for r in hopeless if r not in late}
+        return [self._end(request, FinishReason.DEADLINE, error=why) for request, why in late.items()]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    # ---- a step ----
+
+    def schedule(self, now: float | None = None) -> StepPlan | None:
+        """The next step, or None when nothing can run before a dispatched step retires."""
+        now = time.monotonic() if now is None else now
+        budget = self.max_tokens
+        self._make_way()
+        preemptions = self.counters.preemptions
+        decode, unfinished = self._schedule_decode(budget)
+        held = decode if self._hurries(unfinished) else []
+        decode = [] if held else decode
+        background = max(CHUNK_ALIGN, budget // BACKGROUND_SHARE)
+        rows = self._by_replica(decode)
+        builders = [
+            ChunkBuilder(budget - count, self.config.max_chunk_tokens, self.config.max_chunk_rows, background)
+            for count in rows
+        ]
+        urgent = self._first_waiting_priority()
+        self._continue_prompts(builders, [r for r in unfinished if r.spec.priority <= urgent])
+        # A step that took pages from somebody gives none to newcomers: they would be preempted in turn.
+        admitted = self._admit(builders, now) if preemptions == self.counters.preemptions else []
+        self._continue_prompts(builders, [r for r in unfinished if r.spec.priority > urgent])
+        if self.config.buckets is not None:  # all replicas are padded to one bucket
+            tokens = self.config.buckets.chunk_tokens(max(b.tokens for b in builders), max(rows))
+            for builder in builders:
+                builder.shorten(tokens)
+        chunks = [chunk for builder in builders for chunk in builder.chunks]
+        if held and not chunks:  # nobody could be admitted after all
+            decode, held = held, []
+        self._hurried = self._hurried + 1 if held else 0
+        if not decode and not chunks:
+            return None
+        num_steps = 1 if chunks else self._lengthen(decode)
+        return self._commit(decode, chunks, admitted, num_steps)
+
+    def retire(self, plan: StepPlan, result: StepResult, now: float | None = None) -> list[EngineOutput]:
+        """Takes in what a dispatched step sampled: appends tokens, ends what has ended, frees what nothing writes any more."""
+        now = time.monotonic() if now is None else now
+        for request in plan.decode:
+            request.inflight -= 1
+        outputs: list[EngineOutput] = []
+        for chunk in plan.chunks:
+            request = chunk.request
+            request.inflight -= 1
+            if result.prompt_logprobs and request.request_id in result.prompt_logprobs:
+                self._outputs.keep_prompt_logprobs(chunk, result.prompt_logprobs[request.request_id])
+            if result.pooled and request.request_id in result.pooled and not request.finished:
+                pooled = add_pooled(chunk, result.pooled[request.request_id])
+                if pooled is not None:
+                    request.first_token_time = now
+                    outputs.append(self._end(request, FinishReason.STOP, now=now, pooled=pooled))
+        all_finite = bool(result.finite.all())
+        steps = np.atleast_2d(result.tokens).tolist()
+        for step, tokens in enumerate(steps):
+            for row, request in enumerate(plan.sampled):
+                if request.state is RequestState.FINISHED:
+                    continue  # it ended before this token was known to be surplus
+                request.num_pending -= 1
+                if not all_finite and not np.atleast_2d(result.finite)[step, row]:
+                    error = "the model's logits are not finite."
+                    self.counters.nonfinite += 1
+                    outputs.append(self._end(request, FinishReason.ERROR, error=error, now=now))
+                    continue
+                logprobs = result.logprobs[row] if result.logprobs is not None else None
+                outputs.append(self._take_token(request, tokens[row], logprobs, now))
+        self.kv.retired(plan.step_id)
+        return outputs
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """Learns what a step costs from one that took the device `seconds`."""
+        self.deadlines.observe(plan, seconds)
+        self.kv.compute_token_s = self.deadlines.seconds_per_token
+
+    # ---- the parts of schedule() ----
+
+    def _schedule_decode(self, budget: int) -> tuple[list[Request], list[Request]]:
+        """Rows with exactly one position to compute, given a page where they need one; and the requests that have more to
+        compute, whose prompts were begun. One pass without properties: 256 requests a step come by here."""
+        decode: list[Request] = []
+        unfinished: list[Request] = []
+        rows = [0] * self.config.replicas
+        page_size, max_len = self.config.page_size, self.config.max_model_len
+        preemptions = self.counters.preemptions
+        for request in self.running[:]:
+            position = request.num_computed
+            uncomputed = len(request.tokens) + request.num_pending - position
+            if request.state is not RequestState.RUNNING or uncomputed < 1:
+                continue
+            if uncomputed > 1 or request.spec.pooling:
+                if position // page_size < request.reach or self._grow(request):
+                    unfinished.append(request)
+                continue
+            if request.tokens_left(max_len) <= 0:
+                self._spare_slot(request)
+                continue  # its last token is on its way
+            if rows[request.replica] >= budget:
+                continue
+            if position // page_size >= request.reach and not self._grow(request):
+                continue
+            decode.append(request)
+            rows[request.replica] += 1
+        if (
+            self.counters.preemptions != preemptions
+        ):  # a later row's need of a page may have cost an earlier row its own
+            decode = [r for r in decode if r.state is RequestState.RUNNING]
+            unfinished = [r for r in unfinished if r.state is RequestState.RUNNING]
+        return decode, unfinished
+
+    def _lengthen(self, decode: list[Request]) -> int:
+        """How many decode steps to dispatch at once: several only while nothing waits for the next one, and while every row
+        has the tokens and the pages for them."""
+        most = self.config.num_scheduler_steps
+        if most == 1 or len(self.waiting) or any(needs_host(r) for r in decode):
+            return 1
+        steps = min(most, *(r.tokens_left(self.config.max_model_len) for r in decode))
+        ends = [r.num_computed + steps for r in decode]
+        return steps if steps > 1 and self.kv.cover_all(decode, ends, self._step_id) else 1
+
+    def _grow(self, request: Request) -> bool:
+        """Pages for a running request's next position, preempting the least important other if there are none."""
+        end = request.num_computed + 1
+        if self.kv.cover(request, end, self._step_id) >= end:
+            return True
+        if self.kv.leaving_of(request) == 0:
+            victim = self._least_important(request.replica)
+            if victim is None:
+                return False
+            self._preempt(victim)
+            if victim is request:
+                return False
+        # If not, the pages are free one step later, when nothing in flight can write them.
+        return self.kv.cover(request, end, self._step_id) >= end
+
+    def _make_way(self) -> None:
+        """Under the priority policy, takes slots (and pages, when the first in line lacked them) from running requests that are
+        strictly less important than waiting ones. They keep their indexed pages for as long as nobody needs those."""
+        if self.config.policy != "priority" or self.only is not None:
+            return
+        free = self.slots.num_free
+        for request in self.waiting.head(min(LOOKAHEAD, self.config.max_num_seqs)):
+            lacks_pages = request is self._short_of_pages and self.kv.num_leaving == 0
+            if free > 0 and not lacks_pages:
+                free -= 1
+                continue
+            victim = self._least_important()
+            if victim is None or victim.spec.priority <= request.spec.priority:
+                break
+            self._preempt(victim)
+        self._short_of_pages = None
+
+    def _least_important(self, replica: int | None = None) -> Request | None:
+        """Whom to preempt (in one replica): nobody whose last token is on its way, because that gains nothing."""
+        candidates = (r for r in self.running if r.slot >= 0 and replica in (None, r.replica))
+        return max(candidates, key=self.waiting.key, default=None)
+
+    def _first_waiting_priority(self) -> float:
+        """Unfinished prompts less important than this let newcomers go first. Arrival alone never lets one overtake."""
+        head = self.waiting.head(1) if self.config.policy == "priority" else []
+        return head[0].spec.priority if head else math.inf
+
+    def _continue_prompts(self, builders: list[ChunkBuilder], unfinished: list[Request]) -> None:
+        """Gives pieces to prompts that were begun."""
+        for request in unfinished:
+            if not request.num_pending:
+                self._add_piece(builders, request, self._is_background(request))
+
+    def _add_piece(self, builders: list[ChunkBuilder], request: Request, background: bool) -> None:
+        """Gives a prompt as long a piece as the step has room for, and there are pages."""
+        builder = builders[request.replica]
+        length = builder.room_for(request, background)
+        if length:
+            covered = self.kv.cover(request, request.num_computed + length, self._step_id)
+            builder.add(request, min(length, covered - request.num_computed))
+
+    def _hurries(self, unfinished: list[Request]) -> bool:
+        """Whether the step is to be for prompts alone: an urgent one is to be computed while requests that are less urgent run,
+        and its first token should not wait for everybody's next one. Never for more than MAX_HURRIED steps in a row."""
+        if self.foreground is None or self._hurried >= MAX_HURRIED:
+            return False
+        waiting = self.waiting.head(1) if self.slots.num_free else []
+        urgent = any(not self._is_background(r) for r in (*unfinished, *waiting))
+        return urgent and any(self._is_background(r) for r in self.running)
+
+    def _is_background(self, request: Request) -> bool:
+        return self.foreground is not None and self.foreground.is_background(request)
+
+    def _admit(self, builders: list[ChunkBuilder], now: float) -> list[Request]:
+        """Moves waiting requests into the batch: in policy order, passing over those that do not fit, within the ageing bound."""
+        admitted: list[Request] = []
+        passed: list[Request] = []
+        for request in self._candidates():
+            background = self._is_background(request)
+            open_replicas = self._open_replicas(request, builders, background)
+            if not open_replicas:
+                break
+            if request.num_pending:
+                continue  # preempted with a token in flight: its sequence is not complete yet
+            if not self._take_pages(request, open_replicas):
+                self._short_of_pages = self._short_of_pages or request
+                passed.append(request)
+                if request.passed_over >= MAX_PASSED_OVER:
+                    break
+                continue
+            self.waiting.remove(request)
+            request.move(RequestState.RUNNING)
+            if request.num_preemptions == 0:
+                self._count_first_admission(request, now)
+            self.slots.acquire(request)
+            self.running.append(request)
+            admitted.append(request)
+            self._add_piece(builders, request, background)
+            for other in passed:
+                other.passed_over += 1
+        return admitted
+
+    def _candidates(self) -> list[Request]:
+        """Waiting requests in the order to try them."""
+        if self.only is not None:
+            found = (self.requests.get(i) for i in sorted(self.only))
+            return [r for r in found if r is not None and r.state is not RequestState.RUNNING]
+        head = self.waiting.head(LOOKAHEAD)
+        if not self.config.prefix_first or len(head) < 2:
+            return head
+        cached = {r.request_id: self.kv.cached_pages(r) for r in head}
+        ordered = sorted(
+            head,
+            key=lambda r: (r.passed_over < MAX_PASSED_OVER, self.waiting.key(r)[0], -cached[r.request_id]),
+        )
+        place = {r.request_id: i for i, r in enumerate(ordered)}
+        for i, request in enumerate(head):  # to be sorted behind later arrivals is to be passed over
+            if place[request.request_id] > i:
+                request.passed_over += 1
+        return ordered
+
+    def _open_replicas(self, request: Request, builders: list[ChunkBuilder], background: bool) -> list[int]:
+        """Replicas that have a slot and room in the step for the request, the best one first."""
+
+        def is_open(replica: int) -> bool:
+            return builders[replica].has_room(background) and self.slots.free_in(replica) > 0
+
+        if isinstance(self.kv, Replicas):
+            return self.kv.best(request, self._by_replica(self.running), is_open)
+        return [0] if is_open(0) else []
+
+    def _by_replica(self, requests: list[Request]) -> list[int]:
+        """How many of the requests are in each replica."""
+        if self.config.replicas == 1:
+            return [len(requests)]
+        counts = [0] * self.config.replicas
+        for request in requests:
+            counts[request.replica] += 1
+        return counts
+
+    def _take_pages(self, request: Request, replicas: list[int]) -> bool:
+        """Pages in the first of the replicas that has them; the request is of that one then."""
+        # Growth room: without it an admission would be paid for by preempting somebody a few steps later.
+        running = self._by_replica(self.running)
+        for replica in replicas:
+            request.replica = replica
+            reserve = min(running[replica] * len(self.config.windows), self.config.num_pages // 32)
+            if self.kv.admit(request, reserve):
+                return True
+        return False
+
+    def _count_first_admission(self, request: Request, now: float) -> None:
+        request.scheduled_time = now
+        request.num_cached_tokens = request.num_computed
+        self.deadlines.started(request, now)
+        self.counters.prefix_queries += request.prompt_len
+        self.counters.prefix_hits += request.num_cached_tokens
+        self.counters.prompt_tokens += request.prompt_len
+        if self.fair is not None:
+            self.fair.charge(request.spec.tenant, prompt_tokens=request.prompt_len - request.num_cached_tokens)
+
+    def _commit(self, decode: list[Request], chunks: list[Chunk], admitted: list[Request], num_steps: int) -> StepPlan:
+        """Advances every scheduled request, as if the step had already run."""
+        self._step_id += 1
+        self.counters.steps += 1
+        positions = tuple([request.num_computed for request in decode])
+        for request in decode:
+            request.num_computed += num_steps
+            request.num_pending += num_steps
+            request.inflight += 1
+        for chunk in chunks:
+            request = chunk.request
+            request.num_computed += chunk.length
+            request.inflight += 1
+            if chunk.samples:
+                request.num_pending += 1
+            self.kv.register(request)
+        sampled = (*decode, *(c.request for c in chunks if c.samples))
+        return StepPlan(
+            self._step_id,
+            tuple(decode),
+            positions,
+            tuple(chunks),
+            tuple(admitted),
+            sampled,
+            *self.kv.take_step(),
+            num_steps,
+        )
+
+    # ---- after a step that failed, or whose pages are gone ----
+
+    def requeue(self) -> None:
+        """Puts every request back to waiting, with nothing of it computed: what steps in flight would have given is lost, and
+        so is what every page held. Each will sample the tokens that it would have."""
+        for request in self.requests.values():
+            request.inflight = request.num_pending = 0
+        for request in self.running[:]:
+            self._preempt(request)
+        for request in self.requests.values():
+            request.digests.clear()
+        self.kv.forget(self._step_id)
+        self._short_of_pages = None
+
+    def shrink(self) -> bool:
+        """Halves the tokens of a step from now on. False when it is as small as it can be."""
+        smaller = max(self.max_tokens // 2 // CHUNK_ALIGN * CHUNK_ALIGN, self.config.max_num_seqs + CHUNK_ALIGN)
+        if smaller >= self.max_tokens:
+            return False
+        self.max_tokens = smaller
+        return True
+
+    # ---- pages that come free ----
+
+    def _preempt(self, request: Request) -> None:
+        """Takes a running request's pages and slot; it comes back by computing its sequence anew (prefix hits aside)."""
+        request.move(RequestState.PREEMPTED)
+        self._leave(request)
+        request.num_computed = 0
+        request.num_preemptions += 1
+        self.counters.preemptions += 1
+        self.waiting.push(request)
+
+    def _leave(self, request: Request) -> None:
+        """Gives slot and pages back, the pages once the last dispatched step that may write them has retired."""
+        self.running.remove(request)
+        self._spare_slot(request)
+        self.kv.leave(request, self._step_id)
+
+    def _spare_slot(self, request: Request) -> None:
+        """Gives the slot back, if it has one still: a request whose last token is on its way needs none."""
+        if request.slot >= 0:
+            self.slots.release(request)
+
+    # ---- what goes out ----
+
+    def _take_token(self, request: Request, token: int, logprobs: TokenLogprobs | None, now: float) -> EngineOutput:
+        if request.state is RequestState.PREEMPTED:
+            self.waiting.num_tokens += 1
+        request.tokens.append(token)
+        self.counters.generation_tokens += 1
+        if self.fair is not None:
+            self.fair.charge(request.spec.tenant, output_tokens=1)
+        length = len(request.tokens)
+        if length == request.prompt_len + 1:
+            request.first_token_time = now
+        elif length % self.config.page_size == 1 and request.state is RequestState.RUNNING:
+            self.kv.register(request)  # the page before this token's is full of known tokens now
+        reason, error = verdict(request, self.config.max_model_len)
+        if reason is None:
+            return self._outputs.token(request, token, logprobs)
+        return self._end(request, reason, (token,), logprobs, error, now)
+
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        tokens: tuple[int, ...] = (),
+        logprobs: TokenLogprobs | None = None,
+        error: str | None = None,
+        now: float | None = None,
+        pooled: np.ndarray | None = None,
+    ) -> EngineOutput:
+        if request.state is RequestState.RUNNING:
+            self.kv.register(request)
+            self._leave(request)
+        else:
+            self.waiting.remove(request)
+        request.finish(reason, request.stop_reason)
+        del self.requests[request.request_id]
+        if self.fair is not None:
+            self.fair.leave(request.spec.tenant)
+        return self._outputs.last(request, reason, tokens, logprobs, error, now, pooled)

@@ -1,0 +1,106 @@
+"""What the engine chooses where the operator leaves it open."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ops import native
+from ops.paged_attention import KVGroups, KVSpec
+from serving.engine.api.config import EngineConfig
+from serving.engine.device.sizing import bytes_of_page, resolve_kv_dtype, resolve_sizes
+
+
+@dataclasses.dataclass
+class Layers:
+    """As much of a model as sizing looks at."""
+
+    specs: tuple[KVSpec, ...]
+
+    def kv_specs(self) -> tuple[KVSpec, ...]:
+        return self.specs
+
+
+PLAIN = KVSpec(num_kv_heads=2, head_dim=64, v_head_dim=64)
+ODD = KVSpec(num_kv_heads=2, head_dim=20, v_head_dim=20)  # no native kernel
+vectorized = pytest.mark.skipif(
+    not native.available() or native.isa() == "generic", reason="needs vectorized native kernels"
+)
+
+
+def kv_dtype(specs=(PLAIN,), devices=1, **options):
+    """For a model that computes in float32."""
+    return resolve_kv_dtype(EngineConfig(**options), Layers(specs), "float32", devices)  # pyright: ignore[reportArgumentType]
+
+
+@vectorized
+def test_pages_are_bfloat16_beside_int8_weights():
+    assert kv_dtype() == "bfloat16"
+    assert kv_dtype(quantization="int8") == "bfloat16"
+
+
+@vectorized
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float32"},
+        {"dtype": "float32", "quantization": "int8"},
+        {"quantization": "none"},
+        {"devices": 2},
+        {"specs": (PLAIN, ODD)},
+        {"attention_backend": "xla"},
+    ],
+)
+def test_pages_follow_the_compute_dtype_otherwise(options):
+    assert kv_dtype(**options) == "float32"
+
+
+def test_what_is_asked_for_is_taken():
+    assert kv_dtype(kv_cache_dtype="int8") == "int8"
+    assert kv_dtype(kv_cache_dtype="float32") == "float32"
+
+
+def test_without_native_kernels_pages_are_float32(monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert kv_dtype() == "float32"
+
+
+def sizes(platform, **options):
+    options = {"dtype": "bfloat16", "max_num_seqs": 4, "max_model_len": 256, "kv_cache_memory": 1 << 24} | options
+    config = EngineConfig(**options)
+    return resolve_sizes(config, Layers((PLAIN,)), 1024, "bfloat16", None, platform=platform)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("dtype,least", [("bfloat16", 16), ("float8_e4m3fn", 32), ("int8", 128), ("float32", 16)])
+def test_pages_on_tpu_hold_whole_tiles(dtype, least):
+    assert sizes("tpu", kv_cache_dtype=dtype).page_size == least
+    assert sizes("gpu", kv_cache_dtype=dtype).page_size == 16
+    assert sizes("tpu", kv_cache_dtype=dtype, page_size=256).page_size == 256
+
+
+def test_pages_are_counted_in_the_layout_of_the_platform():
+    # K and V of 64 share 128 lanes; of 20 they share as many, of which 88 are padding.
+    assert sizes("tpu").page_bytes == sizes("gpu").page_bytes == 2 * 16 * 128 * 2
+    assert bytes_of_page(KVGroups.of((ODD,)), 16, "bfloat16", "gpu") == 2 * 16 * 40 * 2
+    assert bytes_of_page(KVGroups.of((ODD,)), 16, "bfloat16", "tpu") == 2 * 16 * 128 * 2
+    assert sizes("tpu", kv_cache_dtype="int8").page_bytes == 2 * 128 * 128 + 2 * 2 * 128 * 4  # and a scale each
+    assert sizes("tpu").num_pages == 4 * 16 + 1
+
+
+def test_layers_with_windows_take_less():
+    """Three layers with a window of 64 and one that sees all: pages of one layer, of which long sequences take few."""
+    specs = (*(dataclasses.replace(PLAIN, window=64),) * 3, PLAIN)
+    page = 2 * 16 * (64 + 64) * 2  # one layer's: 2 heads, 16 positions, K and V in bfloat16
+
+    def of(memory, **options):
+        config = EngineConfig(dtype="bfloat16", max_num_seqs=4, kv_cache_memory=memory, **options)
+        return resolve_sizes(config, Layers(specs), 1024, "bfloat16", None, platform="gpu")  # pyright: ignore[reportArgumentType]
+
+    small = of(41 * page)
+    assert (small.layers_per_page, small.page_bytes, small.num_pages) == (1, page, 41)
+    assert small.max_model_len == (40 - 3 * 6) * 16  # a window is in at most six pages, one of them not indexed yet
+    assert of(1 << 30).max_model_len == 1024
+    with pytest.raises(ValueError, match="max_model_len needs"):
+        of(41 * page, max_model_len=400)
+    assert of(41 * page, max_model_len=64).layers_per_page == 4  # nothing falls behind a window
