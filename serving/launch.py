@@ -323,7 +323,8 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(describe(args)), file=sys.stderr, flush=True)
     strike_at_start(wanted(args.inject_fault))
     if config.coordinator is not None or config.num_processes is not None or config.process_id is not None:
-        from serving.processes.start import follow, place_of
+        from serving.boot.follow import run_follower
+        from serving.processes.start import place_of
 
         try:
             place = place_of(config)
@@ -331,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_FAILED
         if place is not None and place.index > 0:
-            return follow(config, place, lambda line: print(line, file=sys.stderr, flush=True))
+            return run_follower(config, place, lambda line: print(line, file=sys.stderr, flush=True))
     tracing = None
     if args.otlp_traces_endpoint is not None:
         try:

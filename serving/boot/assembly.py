@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import pathlib
 import sys
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from serving.engine.api import phases
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.types import EngineInfo
 from serving.engine.device.group import Meet
+from serving.installation import cache_folder, version
 
 
 def prepare_platform(config: EngineConfig) -> None:
@@ -43,10 +45,6 @@ def prepare_platform(config: EngineConfig) -> None:
 
 
 def compile_cache_folder(config: EngineConfig) -> Any:
-    import pathlib
-
-    from serving.engine.engine import cache_folder
-
     if config.compile_cache == "":
         return None
     return pathlib.Path(config.compile_cache) if config.compile_cache else cache_folder() / "programs"
@@ -98,7 +96,6 @@ def assemble(
     from serving.engine.device.placement import num_replicas
     from serving.engine.device.runner import ModelRunner
     from serving.engine.device.sizing import GIB, resolve_dtype, resolve_quantization, resolve_sizes
-    from serving.engine.engine import version
     from serving.engine.requests.buckets import ACCELERATOR_RIDGE, CPU_RIDGE
     from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
     from sharding.mesh import make_mesh

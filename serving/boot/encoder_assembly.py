@@ -18,7 +18,7 @@ from serving.engine.api.types import EngineInfo
 from serving.engine.device.compiling import ProgramCache
 from serving.engine.device.sizing import resolve_dtype
 from serving.engine.encoder.runner import EncoderBuckets, EncoderRunner
-from serving.engine.engine import version
+from serving.installation import version
 from sharding.mesh import make_mesh
 
 

@@ -120,10 +120,10 @@ def start(
     began = time.monotonic()
     from models.loading.source import resolve
 
+    source = resolve(config.model, progress=config.progress)
     group = None
     if config.coordinator is not None:
-        group = _lead(config, on_loss, say)
-    source = resolve(config.model, progress=config.progress)
+        group = _lead(config, source, on_loss, say)
     text_source = resolve(tokenizer, progress=config.progress) if tokenizer is not None else source
     # The tokenizer takes about a second of pure Python and Rust, most of which fits into the time that the engine
     # spends in XLA.
@@ -160,8 +160,11 @@ def _timed(phase: str, function: Callable[[], T]) -> T:
     return result
 
 
-def _lead(config: EngineConfig, on_loss: Callable[[str], None] | None, say: Progress) -> Leader | None:
+def _lead(
+    config: EngineConfig, source: ModelSource, on_loss: Callable[[str], None] | None, say: Progress
+) -> Leader | None:
     """Makes this process the first of several; None when it is alone."""
+    from serving.boot.assembly import prepare_platform
     from serving.processes.start import lead, place_of
 
     processes = place_of(config)
@@ -169,7 +172,8 @@ def _lead(config: EngineConfig, on_loss: Callable[[str], None] | None, say: Prog
         return None
     if on_loss is None or processes.index != 0:
         raise ValueError("several processes need the server: run python -m serving.launch in each of them.")
-    return lead(config, processes, on_loss, say)
+    prepare_platform(config)
+    return lead(config, processes, source.path, on_loss, say)
 
 
 def load_text_side(source: ModelSource, chat_template: str | None = None) -> TextSide:

@@ -1,12 +1,9 @@
-"""Puts an engine together: loads the model, sizes it, compiles it, starts its thread; and its in-process client."""
+"""An engine that generates, put together from a runner and a scheduler; and its in-process client."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import logging
-import os
-import pathlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -20,24 +17,15 @@ from serving.engine.api.mortal import Mortal
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.streams import OutputStream
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
-from serving.engine.device.group import Group
-from serving.engine.device.out_of_memory import explain
 from serving.engine.lifecycle import Lifecycle, LoadModel
-from serving.engine.loop import Abort, Call, EngineLoop, Submit
-from serving.engine.scheduling.recovery import is_out_of_memory
+from serving.engine.loop import Abort, EngineLoop, Submit
 from serving.errors import ErrorKind, RequestError, invalid
 
 log = logging.getLogger(__name__)
 
-REHEARSAL_S = 600.0
-"""How long a request of two tokens may take on the slowest device before the start counts as failed."""
-
-Progress = Callable[[str], None]
-"""Told each step of the start as one line."""
-
 
 class Engine(Mortal):
-    """A running engine. Make one with `Engine.start`.
+    """An engine over compiled programs; it runs once its loop is started. `serving.boot.start` makes one from a configuration.
 
     Attributes:
         client: the in-process EngineClient.
@@ -65,50 +53,8 @@ class Engine(Mortal):
         self.loop = EngineLoop(
             scheduler, runner, self._deliver, self._reject, self.declare_dead, asynchronous=config.async_scheduling
         )
-        self.lifecycle = Lifecycle(self, load_model)
+        self.lifecycle = Lifecycle(self.loop, scheduler, runner.executor, load_model)
         self.client = InProcessClient(self, info)
-
-    @classmethod
-    def start(
-        cls,
-        config: EngineConfig,
-        progress: Progress | None = None,
-        *,
-        opened: Any = None,
-        group: Group | None = None,
-    ) -> Engine:
-        """Loads, compiles and starts a model that generates (`serving.boot.start` takes encoders too). Blocks until ready.
-
-        Args:
-            opened: what `models.loading.load.open_checkpoint` gave, where that was called before.
-            group: the engine's other processes; this is the first.
-        Raises:
-            ValueError: a configuration or checkpoint that cannot be served, in a sentence.
-        """
-        from serving.boot.assembly import assemble, model_loader
-        from serving.engine.device.compiling import starting
-        from serving.engine.rehearsal import rehearse
-
-        with starting():
-            meet = None if group is None else group.least
-            try:
-                parts = assemble(config, progress or (lambda line: None), opened, meet)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                import jax
-
-                raise ValueError(explain(error, config, jax.local_devices())) from error
-            engine = cls(config, *parts, load_model=model_loader(config))
-        if group is not None:
-            engine.runner.executor.lead(group)
-        engine.loop.start()
-        try:
-            engine.call(lambda: rehearse(engine.scheduler, engine.runner), timeout=REHEARSAL_S)
-        except BaseException:
-            engine.shutdown()
-            raise
-        return engine
 
     def drain(self, timeout: float | None) -> bool:
         """Refuses new requests and waits for the running ones. True if none is left."""
@@ -129,23 +75,7 @@ class Engine(Mortal):
 
     def call(self, function: Callable[[], Any], timeout: float = 60.0) -> Any:
         """Runs a function on the engine thread between two steps and returns its result."""
-        box: list[Any] = []
-        done = threading.Event()
-
-        def run() -> None:
-            try:
-                box.append((True, function()))
-            except Exception as e:
-                box.append((False, e))
-            done.set()
-
-        self.loop.inbox.put(Call(run))
-        if not done.wait(timeout):
-            raise TimeoutError("the engine thread did not answer")
-        ok, value = box[0]
-        if not ok:
-            raise value
-        return value
+        return self.loop.call(function, timeout)
 
     def _deliver(self, outputs: list[EngineOutput]) -> None:
         self.client.deliver(outputs)
@@ -300,18 +230,3 @@ def _on_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *ar
         loop.call_soon_threadsafe(function, *args)
     except RuntimeError:  # the loop is closed: nobody listens any more
         log.debug("an event loop closed with requests still running")
-
-
-def version() -> str:
-    """This package's version."""
-    try:
-        return importlib.metadata.version("jaxserve")
-    except importlib.metadata.PackageNotFoundError:
-        return "0+unknown"
-
-
-def cache_folder() -> pathlib.Path:
-    """Where this user's compiled programs are kept; JAXSERVE_CACHE overrides the platform's choice."""
-    import platformdirs
-
-    return pathlib.Path(os.environ.get("JAXSERVE_CACHE") or platformdirs.user_cache_dir("jaxserve"))

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from serving.errors import ErrorKind, RequestError
 
 if TYPE_CHECKING:
-    from serving.engine.engine import Engine
+    from serving.engine.device.executor import Executor
+    from serving.engine.loop import EngineLoop
+    from serving.engine.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +31,12 @@ class Lifecycle:
         refusal: why new requests are refused, or None.
     """
 
-    def __init__(self, engine: Engine, load_model: LoadModel | None = None) -> None:
-        self._engine = engine
+    def __init__(
+        self, loop: EngineLoop, scheduler: Scheduler, executor: Executor, load_model: LoadModel | None = None
+    ) -> None:
+        self._loop = loop
+        self._scheduler = scheduler
+        self._executor = executor
         self._load_model = load_model
         self._lock = threading.Lock()  # one change at a time
         self._level = 0  # of sleep
@@ -57,7 +63,7 @@ class Lifecycle:
             if self._level:
                 raise _failed("The server is asleep: wake it up first.")
             self._paused = False
-            self._engine.call(self._go_on)
+            self._loop.call(self._go_on)
 
     def sleep(self, level: int = 1) -> int:
         """Gives the devices' memory back. What runs stays, waits, and is computed anew afterwards; new requests are refused.
@@ -81,10 +87,10 @@ class Lifecycle:
             self.refusal = "The server is asleep; wake it up, or ask another replica."
 
             def give_back() -> int:
-                self._engine.scheduler.requeue()
-                return self._engine.runner.executor.sleep(keep_weights=level == 1)
+                self._scheduler.requeue()
+                return self._executor.sleep(keep_weights=level == 1)
 
-            freed = self._engine.call(give_back)
+            freed = self._loop.call(give_back)
             self._level = level
             log.info("asleep: %.1f MiB of device memory given back", freed / 2**20)
             return freed
@@ -95,14 +101,14 @@ class Lifecycle:
             if not self._level:
                 raise _failed("The server is not asleep.")
             leaves = self._read(None) if self._level == 2 else None
-            self._engine.call(lambda: self._engine.runner.executor.wake(leaves), timeout=600.0)
+            self._loop.call(lambda: self._executor.wake(leaves), timeout=600.0)
             self._level, self.refusal = 0, None
             if not self._paused:
-                self._engine.call(self._go_on)
+                self._loop.call(self._go_on)
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix."""
-        self._engine.call(self._engine.scheduler.kv.forget)
+        self._loop.call(self._scheduler.kv.forget)
 
     def update_weights(self, source: str) -> None:
         """Swaps to another checkpoint of the same shape, between two steps. Running streams go on: what they have computed
@@ -122,10 +128,10 @@ class Lifecycle:
             leaves = self._read(source)
 
             def swap() -> None:
-                self._engine.runner.executor.replace_weights(leaves)
-                self._engine.scheduler.kv.forget()
+                self._executor.replace_weights(leaves)
+                self._scheduler.kv.forget()
 
-            self._engine.call(swap)
+            self._loop.call(swap)
             log.info("serving the weights of %s", source)
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -137,25 +143,25 @@ class Lifecycle:
             raise _failed("This engine cannot read other weights.")
         try:
             with starting():  # reading may compile conversions, which is no defect
-                return self._engine.runner.executor.leaves_of(self._load_model(source))
+                return self._executor.leaves_of(self._load_model(source))
         except (ValueError, OSError) as error:
             raise _failed(f"The weights cannot be used: {error}") from error
 
     def _check_alone(self) -> None:
-        if not self._engine.runner.executor.alone:
+        if not self._executor.alone:
             raise _failed("An engine of several processes can neither sleep nor change its weights: restart it.")
 
     def _settle(self) -> None:
         """No further steps, and none in flight."""
-        self._engine.call(self._hold)
-        while self._engine.call(lambda: self._engine.loop.in_flight):
+        self._loop.call(self._hold)
+        while self._loop.call(lambda: self._loop.in_flight):
             time.sleep(0.002)
 
     def _hold(self) -> None:
-        self._engine.loop.paused = True
+        self._loop.paused = True
 
     def _go_on(self) -> None:
-        self._engine.loop.paused = False
+        self._loop.paused = False
 
 
 def _failed(message: str) -> RequestError:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -129,6 +130,30 @@ class EngineLoop:
         self.inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
+
+    def call(self, function: Callable[[], Any], timeout: float = 60.0) -> Any:
+        """Runs a function on the engine thread between two steps and returns its result.
+
+        Raises:
+            TimeoutError: it had no turn within so many seconds; or what the function raises.
+        """
+        box: list[Any] = []
+        done = threading.Event()
+
+        def run() -> None:
+            try:
+                box.append((True, function()))
+            except Exception as e:
+                box.append((False, e))
+            done.set()
+
+        self.inbox.put(Call(run))
+        if not done.wait(timeout):
+            raise TimeoutError("the engine thread did not answer")
+        ok, value = box[0]
+        if not ok:
+            raise value
+        return value
 
     def _run(self) -> None:
         try:

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from serving.engine.api.config import QUANTIZATIONS, EngineConfig
-from serving.plan import chips, facts
+from serving.plan import chips, facts, topology
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         if any(target.platform == "tpu" for target in targets) and not args.in_this_process:
             given = sys.argv[1:] if argv is None else argv
             return guarded([sys.executable, "-m", "serving.plan", *given, "--in-this-process"])
-        chips.prepare(targets)
+        topology.prepare(targets)
         if args.save is not None:
             _keep_out_of_jax_cache()
         return _sweep(args, targets) if args.sweep else _single(args, targets[0])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from serving.plan.chips import Target
+from serving.plan.chips import Target
 
 
 @dataclasses.dataclass(frozen=True)

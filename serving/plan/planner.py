@@ -16,7 +16,7 @@ from serving.engine.cache.kv_windows import pages_of
 from serving.engine.device.placement import num_replicas
 from serving.engine.device.sizing import ACCELERATOR_FRACTION, Sizes
 from serving.engine.requests.buckets import Bucket
-from serving.plan.chips import Target, devices
+from serving.plan.chips import Target
 from serving.plan.measure import Measured, extrapolate, measure
 from serving.plan.programs import (
     AbstractEngine,
@@ -27,6 +27,7 @@ from serving.plan.programs import (
     weight_leaves,
     with_layers,
 )
+from serving.plan.topology import devices
 from sharding.mesh import make_mesh
 
 PROBE_PAGES = 64

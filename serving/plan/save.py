@@ -13,9 +13,9 @@ from serving.engine.api.config import EngineConfig
 from serving.engine.device.bundle import Bundle, digest
 from serving.engine.device.compiling import Target, compile_all
 from serving.engine.device.sizing import resolve_sizes
-from serving.plan.chips import devices
 from serving.plan.planner import Plan
 from serving.plan.programs import AbstractEngine, abstract_model, config_of
+from serving.plan.topology import devices
 from sharding.mesh import make_mesh
 
 HOST_CHIPS = {"v5e": 8, "v6e": 8, "v5p": 4}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from serving.engine.api.config import EngineConfig
-from serving.engine.engine import version
+from serving.installation import version
 
 _ANY = (
     # Where a process is, what it is called, and what only process 0 makes use of.

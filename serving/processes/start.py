@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from serving.engine.api.config import EngineConfig
 from serving.engine.device.commands import DecodeLoop, Sample
+from serving.engine.device.group import Meet
 from serving.processes.facts import facts
 from serving.processes.follower import Follower
 from serving.processes.leader import Leader
@@ -41,17 +43,19 @@ def place_of(config: EngineConfig) -> Processes | None:
 
 
 def lead(
-    config: EngineConfig, processes: Processes, on_loss: Callable[[str], None], say: Callable[[str], None]
+    config: EngineConfig, processes: Processes, model: Path, on_loss: Callable[[str], None], say: Callable[[str], None]
 ) -> Leader:
-    """Joins the others as process 0; returns when every follower has come with the same flags, code and model.
+    """Joins the others as process 0; returns when every follower has come with the same flags, code and model. JAX must not
+    have touched a device yet.
 
     Args:
+        model: the checkpoint's file or folder here.
         on_loss: called once, from any thread and at any time, when the engine cannot go on.
     Raises:
         ValueError: the others did not come.
         ProcessLostError: one came and does not fit, or died.
     """
-    known = _prepare(config, processes, say)
+    known = _join(config, processes, model, say)
     leader = Leader(processes.count, known, on_loss, Patience(step=config.step_timeout))
     loopback = processes.host in ("localhost", "127.0.0.1", "::1")
     port = leader.listen("127.0.0.1" if loopback else "[::]")
@@ -61,8 +65,18 @@ def lead(
     return leader
 
 
-def follow(config: EngineConfig, processes: Processes, say: Callable[[str], None]) -> int:
+def follow(
+    config: EngineConfig,
+    processes: Processes,
+    model: Path,
+    assemble: Callable[[Meet], Any],
+    say: Callable[[str], None],
+) -> int:
     """Runs a follower until process 0 ends. Returns the exit status: 0 when the engine was asked to stop.
+
+    Args:
+        model: the checkpoint's file or folder here.
+        assemble: loads and compiles the model, as process 0 does; returns its executor.
 
     For the main thread of a process of its own: a loss ends the process, because a thread that waits for another process's
     part of a collective cannot be woken.
@@ -74,18 +88,14 @@ def follow(config: EngineConfig, processes: Processes, say: Callable[[str], None
 
     follower = None
     try:
-        known = _prepare(config, processes, say)
+        known = _join(config, processes, model, say)
         address = lookup(_ADDRESS, _FIND_TIMEOUT_S)
         follower = Follower(address, processes.index, known, on_loss, Patience(step=config.step_timeout))
         follower.least("all are the same", 0)
-        from serving.boot.assembly import assemble
-        from serving.engine.device.compiling import starting
-
-        with starting():
-            _, runner, _, _ = assemble(config, say, meet=follower.least)
+        executor = assemble(follower.least)
         _leave_sigterm_to_process_0(say)
         say(f"process {processes.index} of {processes.count} follows")
-        _carry_out(follower, runner.executor)
+        _carry_out(follower, executor)
     except ProcessLostError:
         time.sleep(_CAUSE_S)  # on_loss has said why, and ends the process
         return _FAILED
@@ -103,18 +113,14 @@ def follow(config: EngineConfig, processes: Processes, say: Callable[[str], None
     return 0
 
 
-def _prepare(config: EngineConfig, processes: Processes, say: Callable[[str], None]) -> dict[str, str]:
+def _join(config: EngineConfig, processes: Processes, model: Path, say: Callable[[str], None]) -> dict[str, str]:
     """Joins the others; what must be the same in all of them."""
-    from models.loading.source import resolve
-    from serving.boot.assembly import prepare_platform
-
     say(
         f"process {processes.index} of {processes.count}, by {processes.found_by}; "
         f"waiting for the others at {processes.coordinator}"
     )
-    prepare_platform(config)
     join(processes)
-    return facts(config, resolve(config.model, progress=config.progress).path)
+    return facts(config, model)
 
 
 def _carry_out(follower: Follower, executor: Any) -> None:

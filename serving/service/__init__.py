@@ -1,6 +1,7 @@
 """What every entry goes through: validation, limits, templates to tokens, tokens to text, `n`."""
 
-from serving.service.chat import ChatOptions, ChatStyle, PreparedChat, prepare_chat
+from serving.service.chat import ChatOptions, PreparedChat, prepare_chat
+from serving.service.chat_style import ChatStyle
 from serving.service.inputs import GenerateInput
 from serving.service.limits import Limits
 from serving.service.outputs import (

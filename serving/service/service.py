@@ -21,7 +21,7 @@ from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.service import prepare as prep
 from serving.service import vectors
-from serving.service.chat import ChatStyle
+from serving.service.chat_style import ChatStyle
 from serving.service.inputs import GenerateInput
 from serving.service.limits import Limits
 from serving.service.outputs import Embedding, Scores, TextOutput

@@ -16,10 +16,10 @@ import pytest
 
 from models.loading.default_model import default_model
 from models.loading.gguf import GGUFFile
+from serving.boot.start import start_decoder
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
-from serving.engine.engine import Engine
 from serving.text.chat_template import ChatTemplate
 from serving.text.tokenizer import Tokenizer
 
@@ -99,7 +99,7 @@ def complete(path: pathlib.Path) -> tuple[list[list[int]], list[list[int]]]:
         max_num_batched_tokens=256,
         progress=False,
     )
-    engine = Engine.start(config)
+    engine = start_decoder(config)
     try:
 
         async def one(i: int) -> list[int]:

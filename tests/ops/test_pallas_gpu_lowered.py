@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ops import paged_attention
 from ops.paged_attention import pages
 from ops.paged_attention.batch import AttentionBatch, KVSpec
-from serving.plan import chips
+from serving.plan import chips, topology
 
 # Later versions want to know the GPU before they lower for one; test_compiles_in_place tells them.
 needs_lowering = pytest.mark.skipif(
@@ -95,16 +95,18 @@ def test_xla_can_be_asked_for():
     assert "triton" not in lowered.as_text()
 
 
-@pytest.mark.skipif(not chips.gpu_compiler(), reason="JAX's CUDA plugin, which has the GPU compiler, is not installed")
-@pytest.mark.parametrize("topology", ["a100:1", "h200:1"])
+@pytest.mark.skipif(
+    not topology.gpu_compiler(), reason="JAX's CUDA plugin, which has the GPU compiler, is not installed"
+)
+@pytest.mark.parametrize("chip", ["a100:1", "h200:1"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_compiles_in_place(name, topology):
-    if topology.startswith("a100") and "fp8" in name:
+def test_compiles_in_place(name, chip):
+    if chip.startswith("a100") and "fp8" in name:
         pytest.skip("sm_80 has no e4m3")
     shape = SHAPES[name]
-    target = chips.parse_target(topology)
-    chips.prepare([target])
-    mesh = Mesh(np.array(chips.devices(target)), ("model",))
+    target = chips.parse_target(chip)
+    topology.prepare([target])
+    mesh = Mesh(np.array(topology.devices(target)), ("model",))
     q, k, v, kv, batch, sinks = arguments(shape, NamedSharding(mesh, PartitionSpec()))
     kv = dataclasses.replace(kv, mesh=mesh)
     compiled = step_of(shape).lower(q, k, v, kv, batch, sinks).compile()

@@ -15,9 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ops import paged_attention
 from ops.paged_attention import pages
 from ops.paged_attention.batch import AttentionBatch, KVSpec
-from serving.plan import chips
+from serving.plan import chips, topology
 
-pytestmark = pytest.mark.skipif(not chips.tpu_compiler(), reason="libtpu, which has the TPU compiler, is not installed")
+pytestmark = pytest.mark.skipif(
+    not topology.tpu_compiler(), reason="libtpu, which has the TPU compiler, is not installed"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +45,12 @@ PAIRS = [("v5e:2x2", name) for name in SHAPES] + [
 ]
 
 
-@pytest.mark.parametrize("topology,name", PAIRS)
-def test_compiles_in_place(topology, name):
+@pytest.mark.parametrize("chip,name", PAIRS)
+def test_compiles_in_place(chip, name):
     shape = SHAPES[name]
-    target = chips.parse_target(topology)
-    chips.prepare([target])
-    mesh = Mesh(np.array(chips.devices(target)[:1]), ("model",))
+    target = chips.parse_target(chip)
+    topology.prepare([target])
+    mesh = Mesh(np.array(topology.devices(target)[:1]), ("model",))
     here = NamedSharding(mesh, PartitionSpec())
     spec = KVSpec(shape.K, shape.h, shape.v)
     kv = jax.eval_shape(lambda: pages.allocate(spec, 500, shape.page_size, shape.dtype, None, "lanes"))

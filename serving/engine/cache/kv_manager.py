@@ -20,10 +20,10 @@ import numpy as np
 
 from serving.engine.cache.host_tier import HostTier
 from serving.engine.cache.kv_windows import first_page, pages_of, window_pages
-from serving.engine.cache.page_pool import NULL_PAGE, PagePool, chain_digest, root_digest
+from serving.engine.cache.page_pool import PagePool, chain_digest, root_digest
 from serving.engine.requests.request import Request
 from serving.engine.requests.scheduler_config import SchedulerConfig
-from serving.engine.requests.slots import SlotTable
+from serving.engine.requests.slots import NULL_PAGE, SlotTable
 
 
 class KVManager:

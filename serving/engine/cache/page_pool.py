@@ -15,7 +15,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
-NULL_PAGE = 0
+from serving.engine.requests.slots import NULL_PAGE
 
 
 def root_digest(*parts: str | None) -> bytes:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from serving.engine.cache.page_pool import NULL_PAGE
 from serving.engine.requests.request import Request
+
+NULL_PAGE = 0
+"""Stands in page tables where there is no page: never allocated, never indexed."""
 
 
 class SlotTable:

@@ -11,18 +11,18 @@ import sys
 
 import jax
 
+from serving.boot.start import start_decoder
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
 from serving.engine.device import executor
-from serving.engine.engine import Engine
 
 PROMPT = tuple(range(5, 45))
 
 
 def generate(config: EngineConfig) -> list[int]:
     """Greedy tokens after PROMPT."""
-    engine = Engine.start(config, progress=lambda line: print(line, file=sys.stderr))
+    engine = start_decoder(config, progress=lambda line: print(line, file=sys.stderr))
 
     async def run() -> list[int]:
         params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False)

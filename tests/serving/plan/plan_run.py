@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from serving.plan import chips
+from serving.plan import chips, topology
 
 TARGET = chips.parse_target("cpu:2")
 HF = {
@@ -16,7 +16,7 @@ HF = {
 
 
 def main() -> None:
-    chips.prepare([TARGET])
+    topology.prepare([TARGET])
     from serving.plan.planner import Request, make_plan
     from serving.plan.report import sweep_text, to_json, to_text
 

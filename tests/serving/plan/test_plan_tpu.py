@@ -9,9 +9,11 @@ import sys
 
 import pytest
 
-from serving.plan import chips
+from serving.plan import topology
 
-pytestmark = pytest.mark.skipif(not chips.tpu_compiler(), reason="libtpu, which has the TPU compiler, is not installed")
+pytestmark = pytest.mark.skipif(
+    not topology.tpu_compiler(), reason="libtpu, which has the TPU compiler, is not installed"
+)
 
 
 def plan(*arguments):

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from serving.boot import assembly
+from serving.boot.start import start_decoder
 from serving.engine.api.config import EngineConfig
 from serving.engine.device.out_of_memory import explain
-from serving.engine.engine import Engine
 
 ERROR = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8589934592 bytes.")
 
@@ -36,7 +36,7 @@ def test_a_start_that_does_not_fit_is_a_sentence(monkeypatch):
 
     monkeypatch.setattr(assembly, "assemble", fail)
     with pytest.raises(ValueError, match="--kv-cache-memory"):
-        Engine.start(EngineConfig(progress=False))
+        start_decoder(EngineConfig(progress=False))
     monkeypatch.setattr(assembly, "assemble", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
-        Engine.start(EngineConfig(progress=False))
+        start_decoder(EngineConfig(progress=False))

@@ -186,7 +186,9 @@ def test_halving_finds_exactly_the_guilty(ids, guilty):
 @pytest.fixture
 def alive(engine, broken):
     """The engine with a way to read weights; wakes it, whatever a test left."""
-    engine.lifecycle = Lifecycle(engine, lambda name: _copy(0.9 if name == "other" else 1.0))
+    engine.lifecycle = Lifecycle(
+        engine.loop, engine.scheduler, engine.runner.executor, lambda name: _copy(0.9 if name == "other" else 1.0)
+    )
     yield engine
     if engine.lifecycle.asleep:
         engine.lifecycle.wake()
