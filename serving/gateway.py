@@ -151,6 +151,8 @@ class Pool:
             values = [getattr(stats, field.name) for stats in all_stats]
             if any(value is None for value in values):
                 merged[field.name] = None
+            elif isinstance(values[0], tuple):
+                merged[field.name] = tuple(map(sum, zip(*values, strict=True)))
             else:
                 merged[field.name] = max(values) if field.name.endswith("_s") else sum(values)
         return EngineStats(**merged)

@@ -8,13 +8,14 @@ import logging
 import queue
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from serving.engine.api.types import EngineOutput, EngineRequest, EngineStats, FinishReason
+from serving.engine.api.types import STEP_TOKEN_BOUNDS, EngineOutput, EngineRequest, EngineStats, FinishReason
 from serving.engine.device.runner import InFlight, ModelRunner
 from serving.engine.requests.plan import StepPlan
 from serving.engine.scheduling.masks import fill_rows
@@ -113,6 +114,7 @@ class EngineLoop:
         self._waited_total = 0.0
         self._scheduled_tokens = 0
         self._bucket_tokens = 0
+        self._step_tokens = [0] * (len(STEP_TOKEN_BOUNDS) + 1)
         self._last_read = 0.0
         self.busy_since: float | None = None
         self.paused = False
@@ -202,6 +204,7 @@ class EngineLoop:
             with _carrying_out(plan):
                 current = self.runner.dispatch_forward(plan, self.scheduler.slots)
             self._scheduled_tokens += plan.num_tokens
+            self._step_tokens[bisect_left(STEP_TOKEN_BOUNDS, plan.num_tokens // plan.num_steps)] += plan.num_steps
             self._bucket_tokens += current.bucket.tokens * plan.num_steps * self.scheduler.config.replicas
             if current.constrained and previous is not None:
                 self._retire(previous)  # a mask needs the token before it; forward is running meanwhile
@@ -316,6 +319,7 @@ class EngineLoop:
         self.stats = EngineStats(
             num_running=len(s.running),
             num_waiting=len(s.waiting),
+            num_deferred=len(s.waiting) if self.paused else min(s.num_deferred, len(s.waiting)),
             num_pages_free=s.pool.num_free,
             num_pages_total=s.pool.num_pages - 1,
             num_preemptions=c.preemptions,
@@ -334,4 +338,5 @@ class EngineLoop:
             host_step_s=self._host_seconds,
             host_time_s_total=self._host_total,
             device_wait_time_s_total=self._waited_total,
+            step_tokens=tuple(self._step_tokens),
         )

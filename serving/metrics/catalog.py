@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from serving.engine.api.types import STEP_TOKEN_BOUNDS
+
 PREFIX = "jaxserve:"
 LABELS = ("model_name", "engine")
 
@@ -23,6 +25,7 @@ REQUEST_BOUNDS = (
     0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
     480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
+FEW_BOUNDS = (1, 2, 3, 4, 5, 10, 20)
 COUNT_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
 
 
@@ -68,6 +71,11 @@ def _histogram(name: str, text: str, bounds: tuple[float, ...], same: bool = Tru
 SPECS: tuple[Spec, ...] = (
     _gauge("num_requests_running", "Requests in the running batch."),
     _gauge("num_requests_waiting", "Requests waiting to be scheduled."),
+    _gauge(
+        "num_requests_waiting_by_reason",
+        "The same by what they wait for: capacity (a place, pages), or deferred (the engine is paused, a token is on its way).",
+        labels=("reason",),
+    ),
     _gauge("kv_cache_usage_perc", "Fraction of KV pages in use by live requests; 1 is full."),
     _counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     _counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
@@ -89,6 +97,9 @@ SPECS: tuple[Spec, ...] = (
     _histogram("request_prompt_tokens", "Prompt tokens of a request.", COUNT_BOUNDS),
     _histogram("request_generation_tokens", "Tokens generated for a request.", COUNT_BOUNDS),
     _histogram("request_params_max_tokens", "max_tokens of a request, resolved.", COUNT_BOUNDS),
+    _histogram("request_params_n", "Completions that a request asked for.", (1, 2, 5, 10, 20)),
+    _histogram("request_num_preemptions", "Times a request was put back to waiting.", FEW_BOUNDS),
+    _histogram("iteration_tokens_total", "Tokens of prompts and completions that a step computed.", STEP_TOKEN_BOUNDS),
     _histogram("request_prefill_kv_computed_tokens", "Prompt tokens that were not in the cache.", COUNT_BOUNDS),
     _histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BOUNDS),
     _histogram("inter_token_latency_seconds", "Between one output and the next of a request.", TOKEN_BOUNDS),

@@ -80,6 +80,8 @@ class MeteredClient:
         metrics.count("prompt_tokens_cached", by=cached)
         h["request_prompt_tokens"].observe(len(request.prompt_token_ids))
         h["request_generation_tokens"].observe(tokens)
+        if final is not None:
+            h["request_num_preemptions"].observe(final.num_preemptions)
         h["request_prefill_kv_computed_tokens"].observe(len(request.prompt_token_ids) - cached)
         if request.params.max_tokens is not None:
             h["request_params_max_tokens"].observe(request.params.max_tokens)
@@ -126,6 +128,10 @@ class MeteredClient:
                 for length in lengths:
                     h["request_prompt_tokens"].observe(length)
                     h["e2e_request_latency_seconds"].observe(time.monotonic() - start)
+
+    def count_request(self, n: int) -> None:
+        """A request for `n` completions begins. The service says so: the engine sees the completions one by one."""
+        self.metrics.histograms["request_params_n"].observe(n)
 
     async def abort(self, request_id: str) -> bool:
         return await self._client.abort(request_id)

@@ -10,9 +10,9 @@ from bisect import bisect_left
 from collections.abc import Iterator
 
 import numpy as np
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector, exposition
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from serving.engine.api.client import EngineClient
@@ -92,9 +92,16 @@ class Metrics(Collector):
         self._startup = dict(phases)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
-        """The text for a scraper and its content type, by the scraper's Accept header."""
-        encode, media_type = choose_encoder(accept)
-        return encode(self._registry), media_type
+        """The text for a scraper and its content type, by the scraper's Accept header: OpenMetrics 1.0 where it is asked for, in
+        whatever version, else Prometheus' text 0.0.4.
+
+        Names are spelled the same in both. Left to itself the library writes `jaxserve_healthy` for scrapers that ask for
+        OpenMetrics without an escaping scheme (Prometheus 2), although colons are part of the oldest character set there is,
+        and every other rule and panel would then ask for what does not exist.
+        """
+        if any(part.split(";")[0].strip() == OPENMETRICS for part in accept.split(",")):
+            return openmetrics.generate_latest(self._registry, openmetrics.ALLOWUTF8), OPENMETRICS_TYPE
+        return exposition.generate_latest(self._registry, openmetrics.ALLOWUTF8), exposition.CONTENT_TYPE_PLAIN_0_0_4
 
     # -- the collector -----------------------------------------------------------------------------------------------
 
@@ -137,6 +144,10 @@ class Metrics(Collector):
         }
         values: dict[str, dict[tuple[str, ...], float]] = {k: {(): float(v)} for k, v in plain.items()}
         values["expert_tokens"], values["expert_load_ratio"] = _experts(s.expert_loads)
+        values["num_requests_waiting_by_reason"] = {
+            ("capacity",): float(s.num_waiting - s.num_deferred),
+            ("deferred",): float(s.num_deferred),
+        }
         values["startup_seconds"] = {(phase,): seconds for phase, seconds in self._startup.items()}
         return values
 
@@ -152,8 +163,19 @@ class Metrics(Collector):
         members = [((k,), h) for k, h in self._http_seconds.items()] if spec.labels else [((), None)]
         for labels, histogram in members:
             histogram = histogram or self.histograms[spec.name]
+            if spec.name == "iteration_tokens_total":
+                histogram = self._step_tokens(histogram)
             metric.add_metric((*self._base, *labels), buckets=histogram.cumulative(), sum_value=histogram.sum)
         return metric
+
+    def _step_tokens(self, empty: Histogram) -> Histogram:
+        """The engine's own counts, where it tells them: it alone sees its steps."""
+        stats = self._client.stats()
+        if stats.step_tokens is None:
+            return empty
+        found = Histogram(empty.bounds)
+        found.counts, found.sum = list(stats.step_tokens), float(stats.num_scheduled_tokens_total)
+        return found
 
     def _info(self, spec: Spec) -> Metric:
         info = self._client.info()
@@ -179,6 +201,8 @@ def _experts(loads_LE: np.ndarray | None) -> tuple[dict[tuple[str, ...], float],
     return tokens, ratios
 
 
+OPENMETRICS = "application/openmetrics-text"
+OPENMETRICS_TYPE = f"{OPENMETRICS}; version=1.0.0; charset=utf-8"
 LAYER_GROUPS = 4
 
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"})

@@ -182,6 +182,8 @@ class TextService:
                 that still run are aborted first.
         """
         key = self._enter(prepared)
+        if (count_request := getattr(self.client, "count_request", None)) is not None:
+            count_request(len(prepared.children))
         try:
             streams = [self._one(i, child, prepared.markers) for i, child in enumerate(prepared.children)]
             merged = streams[0] if len(streams) == 1 else _merge(streams)

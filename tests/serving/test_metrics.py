@@ -15,13 +15,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.engine.api.sampling_params import SamplingParams
-from serving.engine.api.types import EngineRequest, EngineStats, TokenPair
+from serving.engine.api.types import STEP_TOKEN_BOUNDS, EngineRequest, EngineStats, TokenPair
 from serving.errors import RequestError
 from serving.frontends.openai.server import serve_http
 from serving.metrics import MeteredClient, Metrics
 from serving.metrics.catalog import BY_NAME, LABELS, PREFIX, SPECS, markdown_table
 from serving.metrics.logs import request_id_of_task, setup_logging
-from serving.metrics.metrics import Histogram
+from serving.metrics.metrics import OPENMETRICS, Histogram
+from serving.service import GenerateInput
 from tests.mock_engine import EmbeddingEngine, MockEngine, ScoringEngine, mock_service
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -126,6 +127,58 @@ async def test_what_is_only_read_is_counted():
     assert not hasattr(client, "embed") and not hasattr(MeteredClient(MockEngine()), "score")
 
 
+# What scrapers send: Prometheus 2.42 and 3.4 (https://prometheus.io/docs/instrumenting/content_negotiation/), a browser, curl.
+SCRAPERS = {
+    "prometheus2": "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+    "prometheus3": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,application/openmetrics-text;"
+    "version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+    "underscores": "text/plain;version=1.0.0;escaping=underscores,application/openmetrics-text;escaping=dots;q=0.1",
+    "values": "application/openmetrics-text;version=1.0.0;escaping=values",
+    "openmetrics2": "application/openmetrics-text;version=2.0.0",
+    "browser": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
+    "curl": "*/*",
+    "nobody": "",
+}
+
+
+@pytest.mark.parametrize("scraper", SCRAPERS)
+def test_every_scraper_reads_the_same_names(scraper: str):
+    client = MeteredClient(MockEngine())
+    body, media_type = client.metrics.render(SCRAPERS[scraper])
+    is_openmetrics = OPENMETRICS in SCRAPERS[scraper]
+    assert media_type.startswith(OPENMETRICS if is_openmetrics else "text/plain; version=0.0.4")
+    text = body.decode()
+    assert text.endswith("# EOF\n") is is_openmetrics
+    for spec in SPECS:
+        if spec.always:
+            assert f"\n{spec.sample}{'_bucket' if spec.kind == 'histogram' else ''}{{" in text, spec.sample
+    assert not re.search(r'jaxserve_|U__|"jaxserve', text)
+
+
+async def test_what_the_service_and_the_engine_know_is_counted():
+    engine = MockEngine(reply="abc")
+    plain = engine.stats
+    counts = (3, *(0 for _ in STEP_TOKEN_BOUNDS[1:]), 2)
+    engine.stats = lambda: dataclasses.replace(  # type: ignore[method-assign]
+        plain(), step_tokens=counts, num_scheduled_tokens_total=40_003, num_waiting=5, num_deferred=2
+    )
+    client = MeteredClient(engine)
+    service = mock_service(client)
+    params = SamplingParams(n=3, max_tokens=2)
+    async for _ in service.generate(await service.prepare(GenerateInput(text="a"), params)):
+        pass
+    got = _samples(client.metrics)
+    assert (got["request_params_n_count", ()], got["request_params_n_sum", ()]) == (1, 3)
+    assert got["request_num_preemptions_count", ()] == 3 and got["request_num_preemptions_sum", ()] == 0
+    assert (got["iteration_tokens_total_count", ()], got["iteration_tokens_total_sum", ()]) == (5, 40_003)
+    assert got["iteration_tokens_total_bucket", (("le", "1.0"),)] == 3
+    waiting = {
+        reason: got["num_requests_waiting_by_reason", (("reason", reason),)] for reason in ("capacity", "deferred")
+    }
+    assert waiting == {"capacity": 3, "deferred": 2} and got["num_requests_waiting", ()] == 5
+
+
 def test_histograms_count_a_bound_into_its_bucket():
     histogram = Histogram((1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 2.0, 9.0):
@@ -150,7 +203,7 @@ async def _exported() -> tuple[dict[str, set[str]], str]:
     await server.stop()
     assert reply.headers["content-type"].startswith("text/plain")
     assert openmetrics.headers["content-type"].startswith("application/openmetrics-text")
-    assert openmetrics.text.endswith("# EOF\n")
+    assert openmetrics.text.endswith("# EOF\n") and openmetrics.text.count(PREFIX) > 100
     names: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(reply.text):
         for sample in family.samples:
@@ -187,44 +240,10 @@ def test_names_are_vllms_where_they_mean_the_same():
         "request_prompt_tokens", "request_generation_tokens", "time_to_first_token_seconds",
         "inter_token_latency_seconds", "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
         "request_queue_time_seconds", "request_inference_time_seconds", "request_prefill_time_seconds",
-        "request_decode_time_seconds", "request_params_max_tokens", "cache_config_info",
+        "request_decode_time_seconds", "request_params_max_tokens", "cache_config_info", "request_params_n",
+        "request_num_preemptions", "iteration_tokens_total", "num_requests_waiting_by_reason",
     }  # fmt: skip
     assert known <= set(BY_NAME) and all(BY_NAME[name].vllm == name for name in known)
-
-
-def _expressions() -> list[tuple[str, str]]:
-    dashboard = json.loads((ROOT / "scripts/deploy/grafana_dashboard.json").read_text())
-    out = [(p["title"], t["expr"]) for p in dashboard["panels"] for t in p.get("targets", ())]
-    out += [("variable", v["query"]) for v in dashboard["templating"]["list"] if v["type"] == "query"]
-    # Enough YAML for these rules: an `expr:` and, folded, the lines that are indented deeper.
-    alerts = (ROOT / "scripts/deploy/prometheus_alerts.yaml").read_text()
-    found = re.findall(r"- alert: (\w+)\n +expr: (?:>-\n((?: {10}.*\n)+)|(.*)\n)", alerts)
-    assert len(found) == alerts.count("- alert:")
-    return out + [(name, folded or plain) for name, folded, plain in found]
-
-
-async def test_dashboard_and_alerts_ask_for_what_is_exported():
-    names, _ = await _exported()
-    expressions = _expressions()
-    assert len(expressions) > 30
-    for title, expr in expressions:
-        used = re.findall(r"jaxserve:\w+", expr)
-        assert used and set(used) <= set(names), (title, set(used) - set(names))
-        known = set().union(*(names[name] for name in used)) | {"le"}
-        for group in re.findall(r"by \(([^)]*)\)", expr):
-            assert {label.strip() for label in group.split(",")} <= known, (title, group)
-        for label in re.findall(r"[{,]\s*(\w+)=~?\"", expr):
-            assert label in known, (title, label)
-
-
-def test_the_dashboards_panels_do_not_overlap():
-    panels = json.loads((ROOT / "scripts/deploy/grafana_dashboard.json").read_text())["panels"]
-    cells: set[tuple[int, int]] = set()
-    for panel in panels:
-        g = panel["gridPos"]
-        mine = {(x, y) for x in range(g["x"], g["x"] + g["w"]) for y in range(g["y"], g["y"] + g["h"])}
-        assert not cells & mine and g["x"] + g["w"] <= 24, panel["title"]
-        cells |= mine
 
 
 def test_logs_carry_the_request_and_its_fields():

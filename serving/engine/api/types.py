@@ -108,6 +108,7 @@ class EngineOutput:
         stop_reason: the stop token id that ended it (None for end-of-sequence).
         error: a sentence, when finish_reason is ERROR; which limit it was, when DEADLINE.
         num_cached_tokens: prompt tokens whose KV was already there.
+        num_preemptions: times the request was put back to waiting; told with the last output.
         pooled: float32 [embed], with the last output of a request that asked for pooling.
     """
 
@@ -122,6 +123,7 @@ class EngineOutput:
     num_cached_tokens: int = 0
     times: RequestTimes = RequestTimes()
     pooled: np.ndarray | None = None
+    num_preemptions: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +153,19 @@ class EngineInfo:
     pooling: str = "last"
 
 
+STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Upper bounds of the buckets of `EngineStats.step_tokens`; vLLM's."""
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
     """A snapshot of the engine's counters and gauges. Counters count since start.
 
     Attributes:
+        num_deferred: of those that wait, the ones that would not start if there were room: the engine is paused, or they
+            were preempted with a token still on its way.
+        step_tokens: how many steps computed up to each bound of STEP_TOKEN_BOUNDS, and more than the last; None where it is
+            not known.
         num_bucket_tokens_total: rows that steps were padded to; num_scheduled_tokens_total over it is how full buckets are.
         host_time_s_total: seconds that the engine thread worked: scheduled, packed, dispatched, handed tokens out.
         device_wait_time_s_total: seconds that it waited for a step's tokens. With asynchronous stepping the device works
@@ -166,6 +176,7 @@ class EngineStats:
 
     num_running: int = 0
     num_waiting: int = 0
+    num_deferred: int = 0
     num_pages_free: int = 0
     num_pages_total: int = 0
     num_preemptions: int = 0
@@ -184,6 +195,7 @@ class EngineStats:
     expert_loads: np.ndarray | None = dataclasses.field(default=None, compare=False)
     host_time_s_total: float = 0.0
     device_wait_time_s_total: float = 0.0
+    step_tokens: tuple[int, ...] | None = None
 
     @property
     def kv_usage(self) -> float:

@@ -70,6 +70,7 @@ class Outputs:
             num_cached_tokens=request.num_cached_tokens,
             times=_times(request, time.monotonic() if now is None else now),
             pooled=pooled,
+            num_preemptions=request.num_preemptions,
         )
 
     def keep_prompt_logprobs(self, chunk: Chunk, entries: list[TokenLogprobs]) -> None:

@@ -62,6 +62,7 @@ class Scheduler:
         self.only: frozenset[str] | None = None  # ids that may be admitted, while one of them is under suspicion
         self.max_tokens = config.max_num_batched_tokens
         self._short_of_pages: Request | None = None
+        self.num_deferred = 0  # waiting requests that the last pass could not take whatever there was room for
         self._outputs = Outputs()
 
     # ---- what comes in ----
@@ -298,12 +299,14 @@ class Scheduler:
         """Moves waiting requests into the batch: in policy order, passing over those that do not fit, within the ageing bound."""
         admitted: list[Request] = []
         passed: list[Request] = []
+        self.num_deferred = 0
         for request in self._candidates():
             background = self._is_background(request)
             open_replicas = self._open_replicas(request, builders, background)
             if not open_replicas:
                 break
             if request.num_pending:
+                self.num_deferred += 1
                 continue  # preempted with a token in flight: its sequence is not complete yet
             if not self._take_pages(request, open_replicas):
                 self._short_of_pages = self._short_of_pages or request
