@@ -134,7 +134,7 @@ def priority(local: Local, args: argparse.Namespace) -> dict[str, Any]:
     Ablations: --pacing 0 schedules each step a whole step ahead; --max-hurried 0 leaves no decode rows out for urgent prompts.
     """
     if not args.pacing:
-        local.engine.loop._pacer = None
+        local.engine.loop.pipeline.pacer = None
     scheduling.MAX_HURRIED = args.max_hurried
     full = local.run([dataclasses.replace(r, arrival=0.0) for r in mixed(args.calibrate, 1.0, args.seed)], private=True)
     capacity = len(full) / span(full)

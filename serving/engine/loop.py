@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import queue
@@ -10,16 +9,12 @@ import threading
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from serving.engine.api.types import STEP_TOKEN_BOUNDS, EngineOutput, EngineRequest, EngineStats, FinishReason
 from serving.engine.device.runner import InFlight, ModelRunner
-from serving.engine.requests.plan import StepPlan
-from serving.engine.scheduling.masks import fill_rows
-from serving.engine.scheduling.pacing import Pacer
+from serving.engine.scheduling.pipeline import Flight, StepPipeline
 from serving.engine.scheduling.recovery import StepFailedError, Suspects, is_out_of_memory
 from serving.engine.scheduling.scheduler import Scheduler
 from serving.errors import ErrorKind, RequestError
@@ -56,22 +51,13 @@ TRACE_STEPS = 32
 
 @dataclasses.dataclass(frozen=True)
 class StepTrace:
-    """What a step was, without a word of anybody's text."""
+    """What a step was, without a word of anybody's text. `seconds`: that the device had it."""
 
     step_id: int
     decode_rows: int
     chunk_tokens: int
     num_steps: int
     seconds: float
-
-
-@contextlib.contextmanager
-def _carrying_out(plan: StepPlan) -> Iterator[None]:
-    """Failures in here are the step's, not the scheduler's, whose state they leave whole."""
-    try:
-        yield
-    except Exception as error:
-        raise StepFailedError(plan) from error
 
 
 class EngineLoop:
@@ -100,27 +86,23 @@ class EngineLoop:
         asynchronous: bool = True,
     ) -> None:
         self.scheduler = scheduler
-        self.runner = runner
+        self.pipeline = StepPipeline(scheduler, runner, self._emit, asynchronous=asynchronous)
+        self.pipeline.prepare, self.pipeline.on_read = self._prepare, self._note
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.stats = EngineStats(num_pages_total=scheduler.pool.num_pages - 1)
         self._deliver = deliver
         self._reject = reject
         self._on_death = on_death
-        self._asynchronous = asynchronous
-        self._pacer = Pacer() if asynchronous and scheduler.config.policy == "priority" else None
         self._stopping = False
         self._host_seconds = 0.0  # of the last step
         self._host_total = 0.0
-        self._waited_total = 0.0
         self._scheduled_tokens = 0
         self._bucket_tokens = 0
         self._step_tokens = [0] * (len(STEP_TOKEN_BOUNDS) + 1)
-        self._last_read = 0.0
         self.busy_since: float | None = None
         self.paused = False
         self.recent: deque[StepTrace] = deque(maxlen=TRACE_STEPS)
         self.suspects = Suspects()
-        self._previous: InFlight | None = None
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
 
     def start(self) -> None:
@@ -167,66 +149,52 @@ class EngineLoop:
             self.busy_since = None
 
     @property
+    def runner(self) -> ModelRunner:
+        """What carries steps out."""
+        return self.pipeline.device  # pyright: ignore[reportReturnType]
+
+    @runner.setter
+    def runner(self, runner: ModelRunner) -> None:
+        self.pipeline.device = runner
+
+    @property
     def in_flight(self) -> bool:
         """Whether a dispatched step has not been read. Asked on the engine thread."""
-        return self._previous is not None
+        return self.pipeline.in_flight is not None
 
     def _loop(self) -> None:
         while True:
-            idle = self._previous is None and (self.paused or not self.scheduler.has_work)
+            idle = not self.in_flight and (self.paused or not self.scheduler.has_work)
             self.busy_since = None
-            if self._pacer is not None and self._previous is not None:
-                self._wait_for_arrivals(self._previous, self._pacer)
+            pause = self.pipeline.pause_s()
+            if pause:
+                time.sleep(pause)
             self._take_messages(block=idle)
             if self._stopping:
                 return
             self.busy_since = time.monotonic()
             began = time.perf_counter()
-            waited = self._waited_total
+            waited = self.pipeline.waited_s
             try:
-                self._step()
+                self.pipeline.step(schedule=not self.paused)
             except StepFailedError as failure:
                 self._recover(failure)
             took = time.perf_counter() - began
-            self._host_seconds = took - (self._waited_total - waited)
+            self._host_seconds = took - (self.pipeline.waited_s - waited)
             self._host_total += self._host_seconds
             self._publish(took)
 
-    def _step(self) -> None:
-        """Dispatches a step and reads the one before it."""
-        previous = self._previous
-        self._emit(self.scheduler.expire(time.monotonic()))
+    def _prepare(self) -> None:
+        """Between what ends requests and what schedules: who may be admitted while one is under suspicion."""
         self.suspects.gone(self.scheduler.requests.__contains__)
         self.scheduler.only = self.suspects.only
-        plan = None if self.paused else self.scheduler.schedule()
-        current = None
-        if plan is not None:
-            with _carrying_out(plan):
-                current = self.runner.dispatch_forward(plan, self.scheduler.slots)
-            self._scheduled_tokens += plan.num_tokens
-            self._step_tokens[bisect_left(STEP_TOKEN_BOUNDS, plan.num_tokens // plan.num_steps)] += plan.num_steps
-            self._bucket_tokens += current.bucket.tokens * plan.num_steps * self.scheduler.config.replicas
-            if current.constrained and previous is not None:
-                self._retire(previous)  # a mask needs the token before it; forward is running meanwhile
-                previous = self._previous = None
-            mask = self._mask(current) if current.constrained else None
-            with _carrying_out(plan):
-                self.runner.dispatch_sample(current, mask)
-            if not self._asynchronous:
-                previous, current = current, None
-        if previous is not None:
-            self._retire(previous)
-        elif plan is None and self.scheduler.has_work and not self.paused:
-            # Everything waits for pages that nobody holds in flight: cannot happen while limits hold.
-            raise RuntimeError("the scheduler has work, but nothing can run")
-        self._previous = current
 
     def _recover(self, failure: StepFailedError) -> None:
         """Goes on after a step that failed; see recovery.py. Raises its cause when that makes no sense."""
         cause = failure.__cause__ or failure
         plan = failure.plan
         log.error("step %d failed, with %d requests; trying again", plan.step_id, len(plan.requests), exc_info=cause)
-        self._previous = None
+        self.pipeline.forget()
         ids = [r.request_id for r in plan.requests if not r.finished]
         if is_out_of_memory(cause) and self.scheduler.shrink():
             log.error("steps are now of at most %d tokens; see --max-num-batched-tokens", self.scheduler.max_tokens)
@@ -242,44 +210,16 @@ class EngineLoop:
             if output is not None:
                 self._emit([dataclasses.replace(output, error="the model failed on this request.")])
 
-    def _retire(self, step: InFlight) -> None:
-        """Waits for a step, reads it and hands out its tokens."""
-        began = time.perf_counter()
-        with _carrying_out(step.plan):
-            result = self.runner.collect(step)
-        now = time.perf_counter()
-        self._waited_total += now - began
-        # The device took this step up when it was dispatched, or when it was done with the one before.
-        seconds = now - max(step.dispatched_at, self._last_read)
-        self.scheduler.observe(step.plan, seconds)
-        if self._pacer is not None:
-            self._pacer.observe((step.bucket, step.plan.num_steps), seconds)
-        self._last_read = now
-        plan = step.plan
+    def _note(self, flight: Flight[InFlight], seconds: float) -> None:
+        """Keeps count of a step that was read."""
+        plan = flight.plan
         chunk_tokens = sum(chunk.length for chunk in plan.chunks)
-        seconds = round(now - step.dispatched_at, 6)
-        self.recent.append(StepTrace(plan.step_id, len(plan.decode), chunk_tokens, plan.num_steps, seconds))
+        self.recent.append(StepTrace(plan.step_id, len(plan.decode), chunk_tokens, plan.num_steps, round(seconds, 6)))
+        self._scheduled_tokens += plan.num_tokens
+        self._step_tokens[bisect_left(STEP_TOKEN_BOUNDS, plan.num_tokens // plan.num_steps)] += plan.num_steps
+        self._bucket_tokens += flight.step.bucket.tokens * plan.num_steps * self.scheduler.config.replicas
         if self.suspects.failures:
             self.suspects.passed([r.request_id for r in plan.requests])
-        self._emit(self.scheduler.retire(plan, result))
-
-    def _wait_for_arrivals(self, step: InFlight, pacer: Pacer) -> None:
-        """Waits while `step` runs, so that urgent requests that arrive meanwhile are in the next one; see pacing.py."""
-        began = max(step.dispatched_at, self._last_read)
-        time.sleep(max(0.0, began + pacer.wait((step.bucket, step.plan.num_steps)) - time.perf_counter()))
-
-    def _mask(self, step: InFlight) -> np.ndarray:
-        mask = self.runner.new_mask(step)
-        live = [(row, request) for row, request in step.constrained if not request.finished]
-        request_of = dict(live)
-        for row, reason in fill_rows(live, mask).items():
-            request = request_of[row]
-            log.warning("request %s: its grammar cannot go on: %s", request.request_id, reason)
-            mask[row] = -1
-            output = self.scheduler.abort(request.request_id, FinishReason.ERROR)
-            if output is not None:
-                self._emit([dataclasses.replace(output, error="the grammar became too complex to go on.")])
-        return mask
 
     def _emit(self, outputs: list[EngineOutput]) -> None:
         if outputs:
@@ -337,6 +277,6 @@ class EngineLoop:
             last_step_s=step_seconds,
             host_step_s=self._host_seconds,
             host_time_s_total=self._host_total,
-            device_wait_time_s_total=self._waited_total,
+            device_wait_time_s_total=self.pipeline.waited_s,
             step_tokens=tuple(self._step_tokens),
         )

@@ -13,6 +13,7 @@ import time
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
 from serving.engine.device.runner import ModelRunner
+from serving.engine.scheduling.pipeline import StepPipeline
 from serving.engine.scheduling.scheduler import Scheduler
 
 PROMPT_TOKENS = 8
@@ -37,8 +38,7 @@ def rehearse(scheduler: Scheduler, runner: ModelRunner) -> None:
     )
     stand_in.add(EngineRequest("rehearsal", (0,) * tokens, params, arrival_time=time.monotonic()))
     loads = runner.expert_loads
-    while stand_in.has_work and (plan := stand_in.schedule()) is not None:
-        step = runner.dispatch_forward(plan, stand_in.slots)
-        runner.dispatch_sample(step, None)
-        stand_in.retire(plan, runner.collect(step))
+    pipeline = StepPipeline(stand_in, runner, lambda outputs: None, asynchronous=False)
+    while stand_in.has_work:
+        pipeline.step()
     runner.expert_loads = loads

@@ -1,25 +1,23 @@
 """Runs a trace through the real scheduler, step by step, with a virtual clock and a cost model in place of a device.
 
-The order of events is that of serving/engine/loop.py: take what has arrived, end what is too late, schedule and dispatch
-a step, then read the step before it (asynchronous) or the same one.
+The engine's own pipeline steps (serving/engine/scheduling/pipeline.py); here is what arrives, and what became of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason
-from serving.engine.requests.buckets import Bucket
-from serving.engine.requests.plan import StepPlan, StepResult
-from serving.engine.scheduling.pacing import Pacer
+from serving.engine.requests.plan import StepPlan
+from serving.engine.scheduling.pipeline import StepPipeline
 from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
-from serving.simulator.cost import CostModel, StepShape
+from serving.simulator.cost import CostModel
+from serving.simulator.device import VirtualDevice, VirtualStep
 from serving.simulator.trace import TraceRequest, prompt_token_ids, segment_tokens
 
 OWN_TOKEN = 50_000
@@ -103,17 +101,21 @@ class Simulation:
         self.scheduler = Scheduler(dataclasses.replace(config, num_scheduler_steps=1))
         self.cost = cost
         self.totals = RunTotals()
-        self.now = 0.0
-        self._pacer = Pacer() if config.policy == "priority" and asynchronous else None
-        self._asynchronous = asynchronous
+        self.device = VirtualDevice(cost, self._answer, self._note)
+        self.pipeline = StepPipeline(
+            self.scheduler, self.device, self._take, asynchronous=asynchronous, clock=lambda: self.device.now
+        )
         self._max_queued = max_num_queued_reqs
         self._sample_every = sample_every
         self._live: dict[str, Progress] = {}
-        self._device_free = 0.0
-        self._seconds: deque[float] = deque()  # of the steps in flight
+        self._ended: list[Outcome] = []
         self._params: dict[int, SamplingParams] = {}
-        self._finite = np.ones(config.max_num_seqs + config.max_chunk_rows, bool)
-        self._same = np.full(config.max_num_seqs + config.max_chunk_rows, OWN_TOKEN, np.int32)
+        self._same = np.full(config.replicas * (config.max_num_seqs + config.max_chunk_rows), OWN_TOKEN, np.int32)
+
+    @property
+    def now(self) -> float:
+        """The virtual clock, in seconds."""
+        return self.device.now
 
     def run(self, trace: Iterable[TraceRequest]) -> Iterator[Outcome]:
         """Yields an outcome as each request ends.
@@ -124,49 +126,32 @@ class Simulation:
         began = time.perf_counter()
         arrivals = iter(enumerate(trace))
         upcoming = next(arrivals, None)
-        self.now = upcoming[1].arrival if upcoming else 0.0
-        start, host = self.now, self.cost.host_s
-        previous: tuple[float, StepPlan] | None = None
+        device, pipeline = self.device, self.pipeline
+        device.now = start = upcoming[1].arrival if upcoming else 0.0
         while True:
-            if previous is not None and self._pacer is not None:
-                done = previous[1]
-                seconds = self._seconds[0]
-                self.now = max(self.now, previous[0] - seconds + self._pacer.wait(self._bucket(done)))
-            while upcoming is not None and upcoming[1].arrival <= self.now:
-                yield from self._submit(*upcoming)
+            device.now += pipeline.pause_s()
+            while upcoming is not None and upcoming[1].arrival <= device.now:
+                self._submit(*upcoming)
                 upcoming = next(arrivals, None)
-            yield from self._take(self.scheduler.expire(self.now))
-            plan = self.scheduler.schedule(self.now)
-            self.now += host
-            current = None if plan is None else (self._dispatch(plan), plan)
-            if not self._asynchronous:
-                previous, current = current, None
-            if previous is not None:
-                end, done = previous
-                self.now = max(self.now, end)
-                seconds = self._seconds.popleft()
-                self.scheduler.observe(done, seconds)
-                if self._pacer is not None:
-                    self._pacer.observe(self._bucket(done), seconds)
-                yield from self._take(self.scheduler.retire(done, self._result(done), self.now))
-            elif current is None:
-                if upcoming is not None:
-                    self.now = max(self.now, upcoming[1].arrival)
-                elif self.scheduler.has_work:
-                    raise RuntimeError(f"{len(self.scheduler.requests)} requests are left, but nothing can run")
-                else:
+            was_busy = pipeline.in_flight is not None
+            if pipeline.step() is None and not was_busy:
+                if upcoming is None:
                     break
-            previous = current
+                device.now = max(device.now, upcoming[1].arrival)
+            if self._ended:
+                yield from self._ended
+                self._ended.clear()
+        yield from self._ended
         self.totals.seconds = self.now - start
         self.totals.preemptions = self.scheduler.counters.preemptions
         self.totals.wall = time.perf_counter() - began
 
-    def _submit(self, index: int, request: TraceRequest) -> Iterator[Outcome]:
+    def _submit(self, index: int, request: TraceRequest) -> None:
         limit = self.scheduler.config.max_model_len
         full = self._max_queued is not None and len(self.scheduler.waiting) >= self._max_queued
         if full or request.prompt_tokens >= limit:
             self.totals.refused += 1
-            yield _outcome(Progress(request, None), self.now, 0, "refused")
+            self._ended.append(_outcome(Progress(request, None), self.now, 0, "refused"))
             return
         params = self._params.get(request.output_tokens)
         if params is None:
@@ -191,22 +176,13 @@ class Simulation:
         answer = None if request.output_id is None else segment_tokens(request.output_id, request.output_tokens)
         self._live[name] = Progress(request, answer)
 
-    def _dispatch(self, plan: StepPlan) -> float:
-        shape = StepShape.of(plan)
-        seconds = self.cost.seconds(shape)
-        start = max(self.now, self._device_free)
-        self._device_free = start + seconds
-        self._seconds.append(seconds)
+    def _note(self, step: VirtualStep) -> None:
         totals = self.totals
         totals.steps += 1
-        totals.busy += seconds
-        totals.computed_tokens += plan.num_tokens
+        totals.busy += step.seconds
+        totals.computed_tokens += step.plan.num_tokens
         if totals.steps % self._sample_every == 0:
-            self._look_at_pages(seconds * self._sample_every)
-        return self._device_free
-
-    def _bucket(self, plan: StepPlan) -> Bucket:
-        return self.cost.bucket(StepShape.of(plan))
+            self._look_at_pages(step.seconds * self._sample_every)
 
     def _look_at_pages(self, weight: float) -> None:
         running = self.scheduler.running
@@ -217,7 +193,7 @@ class Simulation:
         )
         self.totals.kv_contiguous += weight * self.scheduler.config.max_model_len * len(running)
 
-    def _result(self, plan: StepPlan) -> StepResult:
+    def _answer(self, plan: StepPlan) -> np.ndarray:
         rows = len(plan.sampled)
         tokens = self._same[:rows]
         for row, request in enumerate(plan.sampled):
@@ -226,9 +202,9 @@ class Simulation:
                 if tokens.base is self._same:
                     tokens = tokens.copy()
                 tokens[row] = live.answer[request.num_output]
-        return StepResult(tokens, self._finite[:rows])
+        return tokens
 
-    def _take(self, outputs: list[EngineOutput]) -> Iterator[Outcome]:
+    def _take(self, outputs: list[EngineOutput]) -> None:
         seen = self.now + self.cost.delivery_s
         for output in outputs:
             live = self._live[output.request_id]
@@ -241,7 +217,7 @@ class Simulation:
                 live.tokens += len(output.token_ids)
             if output.finish_reason is not None:
                 del self._live[output.request_id]
-                yield _outcome(live, seen, output.num_cached_tokens, output.finish_reason.value)
+                self._ended.append(_outcome(live, seen, output.num_cached_tokens, output.finish_reason.value))
 
 
 def _outcome(live: Progress, now: float, cached: int, reason: str) -> Outcome:

@@ -1,4 +1,5 @@
-"""A runner without a model: the next token is a function of the sequence so far, so that any mix-up shows in the tokens."""
+"""A device without a model (`scheduling.pipeline.Device`): the next token is a function of the sequence so far, so that any
+mix-up shows in the tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +7,10 @@ import dataclasses
 
 import numpy as np
 
+from serving.engine.requests.buckets import Bucket
+from serving.engine.requests.chunks import align
 from serving.engine.requests.plan import StepPlan, StepResult
+from serving.engine.requests.slots import SlotTable
 from serving.engine.scheduling.masks import is_constrained
 from serving.engine.scheduling.scheduler import Scheduler
 
@@ -27,11 +31,12 @@ class Dispatched:
 
     plan: StepPlan
     work: list
+    bucket: Bucket
     tokens: np.ndarray | None = None
 
     @property
-    def constrained(self) -> bool:
-        return any(is_constrained(r) for r in self.plan.sampled)
+    def constrained(self):
+        return [(row, r) for row, r in enumerate(self.plan.sampled) if is_constrained(r)]
 
 
 class Residues:
@@ -41,11 +46,8 @@ class Residues:
         self.count, self.seen = count, 0
 
     def fill_mask(self, mask_W: np.ndarray) -> None:
-        raise AssertionError("the fake device asks `choose`")
-
-    def choose(self, token: int) -> int:
-        """What is sampled where the model alone would sample `token`."""
-        return token - token % 3 + self.seen % 3
+        """A fake mask, of one word: the residue that the next token must have."""
+        mask_W[:] = self.seen % 3
 
     def accept(self, token: int) -> bool:
         allowed = token % 3 == self.seen % 3
@@ -73,7 +75,7 @@ class FakeDevice:
         self.last_token = np.full(c.replicas * c.max_num_seqs + 1, -1, np.int64)
         self.host: dict[bytes, np.ndarray] = {}
 
-    def forward(self, plan: StepPlan) -> Dispatched:
+    def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> Dispatched:
         """Writes, as the first half of a step of the model does."""
         for page, digest in plan.spilled:
             self.host[digest] = self.kv[0, page].copy()
@@ -81,7 +83,6 @@ class FakeDevice:
             self.kv[0, page] = self.host[digest]
         for digest in plan.dropped:
             del self.host[digest]
-        slots = self.scheduler.slots
         work = []  # (request, its page tables now, its slot now, [(position, token)], whether it samples)
         for request, position in zip(plan.decode, plan.decode_positions, strict=True):
             known = position < len(request.tokens)
@@ -94,19 +95,25 @@ class FakeDevice:
             work.append((chunk.request, slots.pages[:, slot].copy(), slot, tokens, chunk.samples))
         assert [r.request_id for r, *_, samples in work if samples] == [r.request_id for r in plan.sampled]
         self.write(work)
-        return Dispatched(plan, work)
+        return Dispatched(
+            plan, work, Bucket(len(plan.decode), sum(align(c.length) for c in plan.chunks), len(plan.chunks))
+        )
 
-    def sample(self, step: Dispatched) -> None:
+    def new_mask(self, step: Dispatched) -> np.ndarray:
+        return np.full((len(step.plan.sampled), 1), -1, np.int32)
+
+    def dispatch_sample(self, step: Dispatched, mask_SW: np.ndarray | None) -> None:
         """Attends through the page tables that the step was packed with, and samples; several times in a device loop."""
         work = step.work
-        tokens = [self.sample_rows(work)]
+        assert (mask_SW is not None) == bool(step.constrained)
+        tokens = [self.sample_rows(work, mask_SW)]
         for _ in range(step.plan.num_steps - 1):
             work = [
                 (request, pages, slot, [(positions[-1][0] + 1, int(self.last_token[slot]))], True)
                 for request, pages, slot, positions, _ in work
             ]
             self.write(work)
-            tokens.append(self.sample_rows(work))
+            tokens.append(self.sample_rows(work, None))
         step.tokens = np.asarray(tokens if step.plan.num_steps > 1 else tokens[0], np.int32)
 
     def write(self, work) -> None:
@@ -117,7 +124,7 @@ class FakeDevice:
                 assert len(set(pages)) == len(pages), "a page is in the tables of two groups"
                 self.kv[request.replica, pages, position % self.size] = token
 
-    def sample_rows(self, work) -> list[int]:
+    def sample_rows(self, work, mask_SW) -> list[int]:
         """One sampled token for each row that samples. Every chunk attends, whether it samples or not."""
         sampled = []
         for request, tables, slot, positions, samples in work:
@@ -133,8 +140,8 @@ class FakeDevice:
             assert len({tuple(context[max(0, seen - self.least) :]) for context in contexts}) == 1, "groups disagree"
             if samples:
                 token = next_token(contexts[0])
-                grammar = request.spec.constraint
-                sampled.append((slot, grammar.choose(token) if grammar and not request.finished else token))
+                residue = -1 if mask_SW is None else int(mask_SW[len(sampled), 0])
+                sampled.append((slot, token if residue < 0 else token - token % 3 + residue))
         for slot, token in sampled:
             self.last_token[slot] = token
         return [t for _, t in sampled]

@@ -194,7 +194,7 @@ def test_the_most_that_a_long_prompt_takes(asynchronous):
     d = Driver(WINDOWS, asynchronous)
     d.add(request("long", prompt(350), 40))
     most = 0
-    while d.scheduler.has_work or d.previous:
+    while d.busy:
         d.step()
         cached = d.scheduler.pool.num_cached
         most = max(most, WINDOWS.num_pages - 1 - d.scheduler.pool.num_free)

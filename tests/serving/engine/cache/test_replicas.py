@@ -11,6 +11,7 @@ from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest, FinishReason
 from serving.engine.requests.request import Request
 from serving.engine.requests.slots import SlotTable
+from serving.engine.scheduling.pipeline import StepPipeline
 from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from tests.serving.engine.fake_runner import VOCAB, FakeDevice, expected
 
@@ -35,23 +36,17 @@ class Run:
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, FinishReason] = {}
         self.placed: dict[str, int] = {}
-        self.flying = None
+        self.pipeline = StepPipeline(self.scheduler, self.device, self.take)
 
     def add(self, name, prompt, tokens=8):
         self.tokens[name] = []
         self.scheduler.add(spec(name, prompt, tokens))
 
     def step(self):
-        plan = self.scheduler.schedule()
-        flying = None
+        plan = self.pipeline.step()
         if plan is not None:
             self.check(plan)
             self.placed |= {r.request_id: r.replica for r in plan.admitted}
-            flying = self.device.forward(plan)
-            self.device.sample(flying)
-        if self.flying is not None:
-            self.take(self.scheduler.retire(self.flying.plan, self.device.collect(self.flying)))
-        self.flying = flying
 
     def take(self, outputs):
         for output in outputs:
@@ -74,7 +69,7 @@ class Run:
 
     def drain(self):
         for _ in range(3000):
-            if not self.scheduler.has_work and self.flying is None:
+            if not self.scheduler.has_work and self.pipeline.in_flight is None:
                 break
             self.step()
         s = self.scheduler

@@ -14,6 +14,7 @@ from serving.engine.cache.kv_windows import pages_of
 from serving.engine.requests.buckets import Bucket, BucketTable
 from serving.engine.requests.chunks import align
 from serving.engine.requests.request import RequestState
+from serving.engine.scheduling.pipeline import StepPipeline
 from serving.engine.scheduling.policy import MAX_HURRIED
 from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from serving.errors import RequestError
@@ -48,9 +49,14 @@ class Driver:
     ) -> None:
         self.scheduler = Scheduler(config)
         self.device = fake.FakeDevice(self.scheduler)
-        self.asynchronous = asynchronous
-        self.token_s = token_s
-        self.previous = None
+        self.now = 0.0
+        self.pipeline = StepPipeline(
+            self.scheduler, self.device, self._take, asynchronous=asynchronous,
+            clock=lambda: self.now,
+        )  # fmt: skip
+        self.pipeline.on_read = self._read
+        observe = self.scheduler.observe
+        self.scheduler.observe = lambda plan, _: None if token_s is None else observe(plan, token_s * plan.num_tokens)
         self.events: Counter[str] = Counter()
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, FinishReason] = {}
@@ -68,36 +74,26 @@ class Driver:
         if output:
             self._take([output])
 
+    @property
+    def busy(self) -> bool:
+        return self.scheduler.has_work or self.pipeline.in_flight is not None
+
     def step(self, now: float = 0.0) -> bool:
-        self._take(self.scheduler.expire(now))
-        plan = self.scheduler.schedule(now)
-        current = None
+        self.now = now
+        plan = self.pipeline.step()
         if plan:
             self.plans.append(plan)
             self.events["restored"] += len(plan.restored)
             self.events["several steps"] += plan.num_steps > 1
-            current = self.device.forward(plan)
-            if current.constrained and self.previous is not None:
-                self._retire(self.previous, now)
-                self.previous = None
-            self.device.sample(current)
-        if not self.asynchronous:
-            self.previous, current = current, None
-        if self.previous is not None:
-            self._retire(self.previous, now)
-        self.previous = current
         self.check(plan)
-        return bool(plan) or current is not None
+        return bool(plan)
 
-    def _retire(self, step: fake.Dispatched, now: float) -> None:
-        self.events["surplus"] += sum(r.finished for r in step.plan.sampled)
-        if self.token_s is not None:
-            self.scheduler.observe(step.plan, self.token_s * step.plan.num_tokens)
-        self._take(self.scheduler.retire(step.plan, self.device.collect(step), now))
+    def _read(self, flight, seconds) -> None:
+        self.events["surplus"] += sum(r.finished for r in flight.plan.sampled)
 
     def drain(self, limit: int = 10_000) -> None:
         for _ in range(limit):
-            if not self.scheduler.has_work and self.previous is None:
+            if not self.busy:
                 break
             self.step()
         else:
@@ -139,6 +135,7 @@ class Driver:
 
     def _take(self, outputs) -> None:
         for o in outputs:
+            self.last = o
             assert o.request_id not in self.finished, "an output after the last one"
             self.tokens[o.request_id].extend(o.token_ids)
             if o.finish_reason:
@@ -191,11 +188,8 @@ def test_a_stop_token_id_is_reported():
     stop = fake.expected(prompt, 2)[1]
     s = Driver()
     s.add(request("a", prompt, params={"stop_token_ids": (stop,)}))
-    outputs = []
-    take = s._take
-    s._take = lambda out: (outputs.extend(out), take(out))
     s.drain()
-    assert outputs[-1].stop_reason == stop
+    assert s.last.stop_reason == stop
 
 
 def test_long_prompt_is_chunked_and_running_streams_get_a_token_every_step():

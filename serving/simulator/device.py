@@ -1,0 +1,73 @@
+"""A device of which only the time passes: its steps take what a cost model says, on a virtual clock that it keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from serving.engine.requests.buckets import Bucket
+from serving.engine.requests.plan import StepPlan, StepResult
+from serving.engine.requests.slots import SlotTable
+from serving.simulator.cost import CostModel, StepShape
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VirtualStep:
+    """A step on its way. `end`: of the virtual clock, in seconds."""
+
+    plan: StepPlan
+    bucket: Bucket
+    seconds: float
+    end: float
+    constrained: tuple[()] = ()
+
+
+class VirtualDevice:
+    """A `scheduling.pipeline.Device`.
+
+    Args:
+        cost: how long each step takes.
+        answer: the tokens of a step's rows, int32 [rows], when it is read.
+        on_dispatch: told each step as it begins.
+
+    Attributes:
+        now: the clock, in seconds. Dispatching moves it on by the host's work, reading to the end of the step.
+    """
+
+    def __init__(
+        self,
+        cost: CostModel,
+        answer: Callable[[StepPlan], np.ndarray],
+        on_dispatch: Callable[[VirtualStep], None] | None = None,
+    ) -> None:
+        self.now = 0.0
+        self._cost = cost
+        self._answer = answer
+        self._on_dispatch = on_dispatch
+        self._free = 0.0
+        self._finite = np.ones(cost.max_num_seqs, bool)
+
+    def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> VirtualStep:
+        self.now += self._cost.host_s
+        shape = StepShape.of(plan)
+        seconds = self._cost.seconds(shape)
+        self._free = max(self.now, self._free) + seconds
+        step = VirtualStep(plan, self._cost.bucket(shape), seconds, self._free)
+        if self._on_dispatch is not None:
+            self._on_dispatch(step)
+        return step
+
+    def new_mask(self, step: VirtualStep) -> np.ndarray:
+        raise NotImplementedError("nothing is constrained here")
+
+    def dispatch_sample(self, step: VirtualStep, mask_SW: np.ndarray | None) -> None:
+        pass
+
+    def collect(self, step: VirtualStep) -> StepResult:
+        self.now = max(self.now, step.end)
+        tokens = self._answer(step.plan)
+        if len(tokens) > len(self._finite):
+            self._finite = np.ones(len(tokens), bool)
+        return StepResult(tokens, self._finite[: len(tokens)])
