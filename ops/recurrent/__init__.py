@@ -1,0 +1,113 @@
+"""Layers that keep a state of fixed size: short convolutions, matrix states, and the selective scan.
+
+One face a kind, several bodies: the first of `BACKENDS` that does not decline with NotImplementedError runs; `xla` never
+declines. `RecurrentBatch` (batch.py) says which tokens belong to which state. Everything is float32 inside; states are
+whatever their arrays are (float32 by default: errors of a state add up over a sequence).
+
+`matrix_recurrence` is what most of today's recurrent layers have in common:
+
+| layer | q, k, v | decay | beta |
+|---|---|---|---|
+| Gated DeltaNet (arXiv:2412.06464) | normalized q and k | one a head | yes |
+| KDA (arXiv:2510.26692) | normalized q and k | one a channel of k | yes |
+| Mamba-2 (arXiv:2405.21060) | C, B, dt * x | dt * A, one a head | none |
+| lightning attention (arXiv:2401.04658) | q, k, v | a constant a head | none |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ops.recurrent import native, xla
+from ops.recurrent.batch import RecurrentBatch
+
+__all__ = ["BACKENDS", "RecurrentBatch", "matrix_recurrence", "selective_scan", "short_conv"]
+
+BACKENDS: dict[str, Any] = {"native": native, "xla": xla}
+"""Modules with the three functions, best first."""
+
+
+def short_conv(
+    x_TD: jax.Array,
+    kernel_WD: jax.Array,
+    bias_D: jax.Array | None,
+    state_SwD: jax.Array,
+    batch: RecurrentBatch,
+    *,
+    activation: str | None = "silu",
+) -> tuple[jax.Array, jax.Array]:
+    """Depthwise causal convolution along each sequence: y_t = act(bias + sum_j kernel[j] * x_(t - W + 1 + j)).
+
+    Args:
+        x_TD: the step's inputs, any float dtype.
+        kernel_WD: W taps, the newest token's last.
+        bias_D: or None.
+        state_SwD: of each slot its last w = W - 1 inputs, oldest first.
+        activation: "silu" or None.
+    Returns:
+        y_TD float32 (arbitrary at padded tokens), and the states behind this step.
+    """
+    return _first("short_conv", x_TD, kernel_WD, bias_D, state_SwD, batch, activation)
+
+
+def matrix_recurrence(
+    q_TKn: jax.Array,
+    k_TKn: jax.Array,
+    v_THp: jax.Array,
+    log_decay: jax.Array,
+    beta_TH: jax.Array | None,
+    state_SHnp: jax.Array,
+    batch: RecurrentBatch,
+) -> tuple[jax.Array, jax.Array]:
+    """A matrix a head that decays, is written to and read at every token of a sequence:
+
+        S <- exp(log_decay_t) * S
+        S <- S + k_t (x) beta_t (v_t - S^T k_t)     with beta, the delta rule
+        S <- S + k_t (x) v_t                        without
+        o_t = S^T q_t
+
+    Args:
+        q_TKn, k_TKn: K heads of n; each serves H / K neighbouring heads of v. Scale and norms are the caller's.
+        v_THp: H heads of p.
+        log_decay: [T, H], or [T, H, n] where channels of k decay on their own; at most 0.
+        beta_TH: how far what k reads is replaced by v; None to add.
+        state_SHnp: of each slot; float32 or narrower.
+    Returns:
+        o_THp float32 (arbitrary at padded tokens), and the states behind this step.
+    """
+    return _first("matrix_recurrence", q_TKn, k_TKn, v_THp, log_decay, beta_TH, state_SHnp, batch)
+
+
+def selective_scan(
+    x_TD: jax.Array,
+    dt_TD: jax.Array,
+    A_ND: jax.Array,
+    B_TN: jax.Array,
+    C_TN: jax.Array,
+    state_SND: jax.Array,
+    batch: RecurrentBatch,
+) -> tuple[jax.Array, jax.Array]:
+    """Mamba-1's recurrence (Gu & Dao 2023, arXiv:2312.00752): S <- exp(dt * A) * S + (dt * x) (x) B; y = S C.
+
+    Args:
+        x_TD, dt_TD: inputs and step sizes (already through softplus) of D channels.
+        A_ND: decay rates, negative.
+        B_TN, C_TN: what is written with and read with, the same for all channels.
+        state_SND: of each slot.
+    Returns:
+        y_TD float32 (arbitrary at padded tokens), and the states behind this step.
+    """
+    return _first("selective_scan", x_TD, dt_TD, A_ND, B_TN, C_TN, state_SND, batch)
+
+
+def _first(name: str, *operands: Any) -> tuple[jax.Array, jax.Array]:
+    for module in BACKENDS.values():
+        body: Callable[..., tuple[jax.Array, jax.Array]] = getattr(module, name)
+        try:
+            return body(*operands)
+        except NotImplementedError:
+            continue
+    raise RuntimeError(f"no body computes {name}")

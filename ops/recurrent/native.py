@@ -1,0 +1,68 @@
+"""The CPU's own recurrent layers: C++ handlers that change states where they lie. See `ops/native/recurrent.cc`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ops import native
+from ops.recurrent.batch import RecurrentBatch
+
+_LANES = 16  # as in recurrent.h
+_MAX_CHANNELS = 512
+
+
+def short_conv(x_TD, kernel_WD, bias_D, state_SwD, batch, activation):
+    """See ops.recurrent.short_conv."""
+    _check(state_SwD, state_SwD.shape[2])
+    bias = jnp.zeros(0, jnp.float32) if bias_D is None else bias_D
+    return _call(
+        "jaxserve_short_conv", (x_TD, kernel_WD, bias), x_TD.shape, state_SwD, batch, silu=activation == "silu"
+    )
+
+
+def matrix_recurrence(q_TKn, k_TKn, v_THp, log_decay, beta_TH, state_SHnp, batch):
+    """See ops.recurrent.matrix_recurrence."""
+    _check(state_SHnp, state_SHnp.shape[3])
+    if state_SHnp.shape[2] > _MAX_CHANNELS:
+        raise NotImplementedError
+    beta = jnp.zeros((0, 0), jnp.float32) if beta_TH is None else beta_TH
+    operands = (q_TKn, k_TKn, v_THp, log_decay, beta)
+    return _call("jaxserve_matrix_recurrence", operands, v_THp.shape, state_SHnp, batch)
+
+
+def selective_scan(x_TD, dt_TD, A_ND, B_TN, C_TN, state_SND, batch):
+    """See ops.recurrent.selective_scan."""
+    _check(state_SND, state_SND.shape[2])
+    return _call("jaxserve_selective_scan", (x_TD, dt_TD, A_ND, B_TN, C_TN), x_TD.shape, state_SND, batch)
+
+
+def _check(state: jax.Array, lanes: int) -> None:
+    if state.dtype != jnp.float32 or lanes % _LANES or jax.default_backend() != "cpu" or not native.available():
+        raise NotImplementedError
+
+
+def _call(
+    name: str,
+    operands: tuple[jax.Array, ...],
+    shape: tuple[int, ...],
+    state: jax.Array,
+    batch: RecurrentBatch,
+    **attrs: Any,
+) -> tuple[jax.Array, jax.Array]:
+    accepted = jnp.zeros(0, jnp.int32) if batch.accepted_B is None else batch.accepted_B
+    inputs = [
+        *(x.astype(jnp.float32) for x in operands),
+        batch.decode_slot_B, batch.decode_start_B, batch.decode_count_B, accepted,
+        batch.chunk_slot_R, batch.chunk_first_R, batch.chunk_start_R, batch.chunk_qlen_R,
+    ]  # fmt: skip
+    call = jax.ffi.ffi_call(
+        native.target(name),
+        [jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(state.shape, state.dtype)],
+        input_output_aliases={len(inputs): 1},
+    )
+    out, state = call(*inputs, state, queries=np.int32(batch.queries), replayed=np.int32(batch.replayed), **attrs)
+    return out, state

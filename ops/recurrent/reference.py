@@ -1,0 +1,108 @@
+"""Recurrent layers token by token in numpy: slow, obvious, and what every body is tested against."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from ops.recurrent.batch import RecurrentBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """One sequence of a step.
+
+    Attributes:
+        slot: of its state.
+        begins: its first token is at position 0.
+        kept, shown: tokens whose effect on the state stays, and tokens behind them whose effect goes with the step.
+    """
+
+    slot: int
+    begins: bool
+    kept: list[int]
+    shown: list[int]
+
+
+def sequences(batch: RecurrentBatch) -> Iterator[Sequence]:
+    """The real sequences of a step."""
+    Q, P = batch.queries, batch.replayed
+    for b in range(batch.num_decode):
+        count, slot, begins = (
+            int(x[b]) for x in (batch.decode_count_B, batch.decode_slot_B, batch.decode_start_B == 0)
+        )
+        if not count:
+            continue
+        new = list(range(b * Q + P, b * Q + P + count))
+        if batch.accepted_B is None:
+            yield Sequence(slot, bool(begins), new, [])
+        else:
+            yield Sequence(slot, bool(begins), list(range(b * Q, b * Q + int(batch.accepted_B[b]))), new)
+    for r in range(batch.chunk_qlen_R.shape[0]):
+        count, first = int(batch.chunk_qlen_R[r]), batch.num_decode_tokens + int(batch.chunk_first_R[r])
+        if count:
+            begins = int(batch.chunk_start_R[r]) == 0
+            yield Sequence(int(batch.chunk_slot_R[r]), begins, list(range(first, first + count)), [])
+
+
+def _run(batch, state, step):
+    """Walks all sequences: `step(S, t)` gives the state behind token t."""
+    for each in sequences(batch):
+        S = np.zeros_like(state[each.slot]) if each.begins else state[each.slot]
+        for t in each.kept:
+            S = step(S, t)
+        state[each.slot] = S
+        for t in each.shown:
+            S = step(S, t)
+
+
+def short_conv(x_TD, kernel_WD, bias_D, state_SwD, batch, activation="silu"):
+    """See ops.recurrent.short_conv."""
+    x, kernel = np.asarray(x_TD, np.float64), np.asarray(kernel_WD, np.float64)
+    state, out = np.array(state_SwD, np.float64), np.zeros(x.shape)
+
+    def step(past, t):
+        window = np.concatenate([past, x[t][None]])
+        y = (window * kernel).sum(axis=0) + (0.0 if bias_D is None else np.asarray(bias_D, np.float64))
+        out[t] = y / (1.0 + np.exp(-y)) if activation == "silu" else y
+        return window[1:]
+
+    _run(batch, state, step)
+    return out, state
+
+
+def matrix_recurrence(q_TKn, k_TKn, v_THp, log_decay, beta_TH, state_SHnp, batch):
+    """See ops.recurrent.matrix_recurrence."""
+    group = v_THp.shape[1] // q_TKn.shape[1]
+    q, k = (np.repeat(np.asarray(x, np.float64), group, axis=1) for x in (q_TKn, k_TKn))
+    v, g = np.asarray(v_THp, np.float64), np.asarray(log_decay, np.float64)
+    decay = np.exp(g if g.ndim == 3 else g[..., None])[..., None]
+    state, out = np.array(state_SHnp, np.float64), np.zeros(v.shape)
+
+    def step(S, t):
+        S = decay[t] * S
+        write = v[t]
+        if beta_TH is not None:
+            write = np.asarray(beta_TH, np.float64)[t][:, None] * (v[t] - np.einsum("hnp,hn->hp", S, k[t]))
+        S = S + k[t][:, :, None] * write[:, None, :]
+        out[t] = np.einsum("hnp,hn->hp", S, q[t])
+        return S
+
+    _run(batch, state, step)
+    return out, state
+
+
+def selective_scan(x_TD, dt_TD, A_ND, B_TN, C_TN, state_SND, batch):
+    """See ops.recurrent.selective_scan."""
+    x, dt, A, B, C = (np.asarray(a, np.float64) for a in (x_TD, dt_TD, A_ND, B_TN, C_TN))
+    state, out = np.array(state_SND, np.float64), np.zeros(x.shape)
+
+    def step(S, t):
+        S = np.exp(dt[t] * A) * S + B[t][:, None] * (dt[t] * x[t])
+        out[t] = C[t] @ S
+        return S
+
+    _run(batch, state, step)
+    return out, state
