@@ -317,6 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args, config = parse(argv)
     if args.supervise:
+        setup_logging(args.log_format, args.log_level)
         return Supervisor([sys.executable, "-m", "serving.launch", *(a for a in argv if a != "--supervise")]).run()
     memory.begin_start()
     setup_logging(args.log_format, args.log_level)

@@ -42,6 +42,7 @@ ALLOWED = {
     ("models/loading/default_model.py", "subprocess"),  # pip, with fixed arguments, for the default model
     ("ops/native/build.py", "subprocess"),  # the C++ compiler, at start
     ("serving/reliability/supervisor.py", "subprocess"),  # the server itself
+    ("serving/metrics/logs.py", "subprocess"),  # the script beside us that makes JSON of others' log lines
     ("serving/plan/__main__.py", "subprocess"),  # this very command again, which a compiler may end
     ("models/registry.py", "import_module"),  # our own families, and plug-ins that are installed
     ("serving/__init__.py", "import_module"),  # our own modules, by name

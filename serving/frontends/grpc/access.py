@@ -9,6 +9,7 @@ import grpc
 
 from serving.access import Access, caller_of_task
 from serving.errors import RequestError
+from serving.frontends.grpc.context import begin_call, end_call
 from serving.frontends.grpc.errors import status_of
 
 PROBES = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
@@ -32,15 +33,19 @@ class RequireKey(grpc.aio.ServerInterceptor):
             try:
                 caller_of_task.set(self._access.check(given[0] if len(given) == 1 else None))
             except RequestError as error:
-                return _refusal(error)
+                return _refusal(error, details.method)
         return await continuation(handler_call_details)
 
 
-def _refusal(error: RequestError) -> grpc.RpcMethodHandler:
+def _refusal(error: RequestError, method: str) -> grpc.RpcMethodHandler:
     """A handler for calls of any shape that ends them with the error's status."""
     status, message, trailing = status_of(error)
 
     async def refuse(requests: Any, context: Any) -> None:
-        await context.abort(status, message, trailing)
+        began = begin_call(context)
+        try:
+            await context.abort(status, message, trailing)
+        finally:
+            end_call(context, method.rpartition("/")[2], began)
 
     return grpc.stream_stream_rpc_method_handler(refuse)  # type: ignore[arg-type]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import time
+import urllib.parse
 from typing import Any
 
 import grpc
 
-from serving.metrics.logs import request_id_of_task, request_id_or_new
+from serving.access import caller_of_task
+from serving.metrics.logs import log_access, request_id_of_task, request_id_or_new
 from serving.metrics.tracing import TRACE_HEADERS, trace_headers_of_task
 
 REQUEST_ID_KEY = "x-request-id"
 
-access_log = logging.getLogger("serving.access")
 _QUIET = frozenset({"GetServerInfo"})
 """Gateways ask every second: logged at debug level."""
 
@@ -39,14 +39,18 @@ def id_metadata() -> tuple[tuple[str, str], ...]:
 
 def end_call(context: Any, method: str, began: float) -> None:
     """One line in the log. A call that its client dropped says CANCELLED."""
-    level = logging.DEBUG if method in _QUIET else logging.INFO
-    if not access_log.isEnabledFor(level):
-        return
     code = context.code()
     status = code.name if isinstance(code, grpc.StatusCode) else "CANCELLED" if context.cancelled() else "OK"
-    seconds = time.monotonic() - began
-    fields = {"method": "gRPC", "path": method, "status": status, "seconds": round(seconds, 4)}
-    access_log.log(level, "%s %s %s %.3fs", *fields.values(), extra={"fields": fields})
+    caller = caller_of_task.get()
+    log_access(
+        "gRPC", method, status, time.monotonic() - began, _address(context), caller and caller.name, method in _QUIET
+    )
+
+
+def _address(context: Any) -> str | None:
+    """The client's address, from gRPC's `ipv4:10.0.0.1:5000` or `ipv6:%5B::1%5D:5000`."""
+    kind, _, rest = (context.peer() or "").partition(":")
+    return urllib.parse.unquote(rest).rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else kind or None
 
 
 def outgoing_metadata() -> tuple[tuple[str, str], ...]:

@@ -22,12 +22,13 @@ class RequireKey:
     together from headers; and what is not known to be open is closed, so that another spelling opens nothing.
     """
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, access: Access, open_paths: frozenset[str] = frozenset()) -> None:
         self.app = app
+        self._open = PROBES | open_paths
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["path"] in PROBES and scope["method"] in ("GET", "HEAD")):
+        if scope["type"] != "http" or (scope["path"] in self._open and scope["method"] in ("GET", "HEAD")):
             return await self.app(scope, receive, send)
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         try:
@@ -37,6 +38,8 @@ class RequireKey:
             reply = error_response(error)
             reply.headers["WWW-Authenticate"] = "Bearer"
             return await reply(scope, receive, send)
+        if caller is not None:
+            scope["state"]["caller"] = caller.name  # for the access log, which is written outside of us
         token = caller_of_task.set(caller)
         try:
             await self.app(scope, receive, send)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import pathlib
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import FileResponse
-from starlette.staticfiles import StaticFiles
 
 from serving.access import Access
 from serving.frontends.openai import errors
@@ -23,15 +20,12 @@ from serving.frontends.openai.direct import post
 from serving.frontends.openai.embeddings import embeddings_router
 from serving.frontends.openai.middleware import BodyLimit, RequestContext
 from serving.frontends.openai.ops import ops_router
+from serving.frontends.openai.page import page_paths, page_router
 from serving.frontends.openai.responses import responses_router
 from serving.frontends.openai.scores import scores_router
 from serving.frontends.openai.tokens import tokens_router
 from serving.metrics import Metrics
 from serving.service import TextService
-
-STATIC = pathlib.Path(__file__).parent / "static"
-# The page loads nothing from elsewhere and talks to nobody else.
-PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 def create_app(
@@ -55,18 +49,22 @@ def create_app(
     app = FastAPI(title="jaxserve", version=service.info.version, docs_url=None, redoc_url=None)
     errors.install(app)
     app.state.stalled_reader_s = service.limits.stalled_reader_s
-    app.include_router(ops_router(service, metrics))
-    app.include_router(chat_router(service))
-    app.include_router(completions_router(service))
-    app.include_router(responses_router(service))
-    app.include_router(embeddings_router(service))
-    app.include_router(scores_router(service))
-    app.include_router(tokens_router(service))
-    app.include_router(control_router(service, access or Access()))
+    routers = [
+        ops_router(service, metrics),
+        chat_router(service),
+        completions_router(service),
+        responses_router(service),
+        embeddings_router(service),
+        scores_router(service),
+        tokens_router(service),
+        control_router(service, access or Access()),
+    ]
     if page:
-        _add_page(app)
+        routers.append(page_router())
+    for router in routers:
+        app.include_router(router)
     app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes, gap_s=service.limits.body_gap_s)
-    app.add_middleware(RequireKey, access=access or Access())
+    app.add_middleware(RequireKey, access=access or Access(), open_paths=page_paths() if page else frozenset())
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -75,7 +73,8 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["X-Request-Id"],
         )
-    app.add_middleware(RequestContext, on_request=metrics.http_request)
+    routes = [route for router in routers for route in router.routes]
+    app.add_middleware(RequestContext, on_request=metrics.http_request, routes=routes)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 
@@ -91,18 +90,6 @@ async def rehearse(app: FastAPI) -> None:
         with contextlib.suppress(Exception):  # a RequestValidationError; and whatever it is, a client would see it too
             headers = ((b"content-type", b"application/json"),)
             await post(routes, path, b"{", headers, {"app": app, "state": {"request_id": ""}})
-
-
-def _add_page(app: FastAPI) -> None:
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": PAGE_POLICY})
-
-    @app.get("/favicon.ico", include_in_schema=False)
-    async def favicon() -> FileResponse:
-        return FileResponse(STATIC / "icon.svg", media_type="image/svg+xml")
-
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

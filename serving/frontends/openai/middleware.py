@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.frontends.openai.errors import error_body
-from serving.metrics.logs import request_id_of_task, request_id_or_new
+from serving.metrics.logs import log_access, request_id_of_task, request_id_or_new
 from serving.metrics.tracing import TRACE_HEADERS, trace_headers_of_task
 
-access_log = logging.getLogger("serving.access")
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Probes and scrapes come every few seconds: logged at debug level."""
 
@@ -37,9 +36,10 @@ class RequestContext:
     A failure that nothing else caught becomes a plain 500 here, so that it carries the id and no stack trace.
     """
 
-    def __init__(self, app: ASGIApp, on_request: OnRequest | None = None) -> None:
+    def __init__(self, app: ASGIApp, on_request: OnRequest | None = None, routes: Sequence[BaseRoute] = ()) -> None:
         self.app = app
         self._on_request = on_request
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -73,13 +73,20 @@ class RequestContext:
             trace_headers_of_task.reset(trace_token)
 
     def _done(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", None) or "unmatched"
-        level = logging.DEBUG if route in QUIET_PATHS else logging.INFO
-        if access_log.isEnabledFor(level):
-            fields = {"method": scope["method"], "path": route, "status": status, "seconds": round(seconds, 4)}
-            access_log.log(level, "%s %s %d %.3fs", *fields.values(), extra={"fields": fields})
+        route = self._route(scope)
+        client = scope.get("client")
+        caller = scope["state"].get("caller")
+        log_access(scope["method"], route, status, seconds, client and client[0], caller, route in QUIET_PATHS)
         if self._on_request is not None:
             self._on_request(scope["method"], route, status, seconds)
+
+    def _route(self, scope: Scope) -> str:
+        """The pattern of the route that a request was for: the router's choice, or what it would have chosen for what was
+        refused before it. Never the path itself, of which there are as many as clients like."""
+        route = scope.get("route")
+        if route is None:
+            route = next((one for one in self._routes if one.matches(scope)[0] is not Match.NONE), None)
+        return getattr(route, "path", None) or "unmatched"
 
 
 def _request_id(scope: Scope) -> str:

@@ -19,6 +19,15 @@ from serving.service import TextService
 logger = logging.getLogger(__name__)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of uvicorn's tells what nobody has said. That it cuts what still runs when it is stopped is what whoever
+    stopped it asked for; it says so as an error, with nothing running too."""
+    return "timeout graceful shutdown exceeded" not in record.msg
+
+
+logging.getLogger("uvicorn.error").addFilter(_is_news)
+
+
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

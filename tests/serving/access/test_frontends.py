@@ -22,6 +22,7 @@ from serving.engine.api.types import EngineRequest
 from serving.errors import ErrorKind, RequestError
 from serving.frontends.grpc.client import RemoteEngineClient
 from serving.frontends.grpc.server import GrpcServer
+from serving.frontends.openai.page import page_paths
 from serving.frontends.openai.server import serve_http
 from serving.service import Limits
 from tests.mock_engine import MockEngine, mock_service, until
@@ -67,7 +68,7 @@ async def test_every_route_but_the_probes_needs_a_key():
         app = server._server.config.app
         document = (await client.get("/openapi.json", headers=bearer(ALICE))).json()
         routes = {(m.upper(), path) for path, methods in document["paths"].items() for m in methods}
-        routes |= {("GET", path) for path in ("/", "/static/app.js", "/openapi.json", "/metrics", "/nothing")}
+        routes |= {("GET", path) for path in ("/static/nothing.js", "/openapi.json", "/metrics", "/nothing")}
         assert len(routes) > 15 and app is not None
         for method, path in sorted(routes):
             for headers in ({}, bearer("sk-wrong-0123456789abcdef"), {"Authorization": ALICE}):
@@ -79,6 +80,13 @@ async def test_every_route_but_the_probes_needs_a_key():
                 assert reply.json()["error"]["code"] == "invalid_api_key"
                 assert reply.headers["WWW-Authenticate"] == "Bearer" and reply.headers["X-Request-Id"]
         assert (await client.get("/v1/models", headers=bearer(ALICE))).status_code == 200
+        for path in page_paths():
+            page = await client.get(path)
+            assert page.status_code == 200 and "mock" not in page.text, path
+            assert (await client.post(path)).status_code == 401
+        for path in ("/static/../v1/models", "/static//page.js", "/static/page.js/", "/static/", "/static"):
+            url = httpx.URL(server.url).copy_with(raw_path=path.encode())
+            assert (await client.get(url)).status_code == 401, path
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 import httpx
 import pytest
 
-from serving.frontends.openai.app import STATIC
+from serving.frontends.openai.page import STATIC
 from tests.mock_engine import MockEngine, until
 from tests.serving.frontends.openai import browser
 from tests.serving.frontends.openai.conftest import Running, Start
@@ -18,7 +18,7 @@ CONTROL, ESCAPE = "\ue009", "\ue00c"  # WebDriver's names for keys
 
 async def test_the_page_loads_nothing_from_elsewhere(running: Running):
     reply = await running.http.get("/")
-    assert reply.status_code == 200 and "default-src 'self'" in reply.headers["content-security-policy"]
+    assert reply.status_code == 200 and "default-src 'none'" in reply.headers["content-security-policy"]
     for file in STATIC.iterdir():
         assert not re.findall(r"https?://(?!www\.w3\.org/)", file.read_text()), file.name
     for path in re.findall(r'(?:src|href)="(/[^"]+)"', reply.text):
