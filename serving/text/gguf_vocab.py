@@ -85,6 +85,8 @@ def end_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
         if token is not None and 0 <= int(token) < len(tokens):
             found[int(token)] = None
     names = set(END_NAMES)
+    if "<|channel|>" in tokens:
+        names.remove("<|end|>")  # it ends a message on a channel, of which a reply has several
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         if kind == TokenType.CONTROL and token in names:
             found[i] = None

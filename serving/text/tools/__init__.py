@@ -9,14 +9,8 @@ from serving.text.tools.events import (
     ToolCallEnd,
     ToolCallStart,
 )
-from serving.text.tools.families import (
-    ReasoningFamily,
-    ToolFamily,
-    detect_reasoning,
-    detect_tools,
-    reasoning_family,
-    tool_family,
-)
+from serving.text.tools.families import detect_reasoning, detect_tools, reasoning_family, tool_family
+from serving.text.tools.family import ReasoningFamily, ToolFamily
 from serving.text.tools.parser import ReplyParser
 
 __all__ = [

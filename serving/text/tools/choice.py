@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from serving.errors import invalid
 from serving.text.grammar import JSON_OPTIONS, lark_string
-from serving.text.tools.families import Payload, ReasoningFamily, ToolFamily, tool_family
+from serving.text.tools.families import tool_family
+from serving.text.tools.family import Payload, ReasoningFamily, ToolFamily
 
 if TYPE_CHECKING:
     from serving.text.tokenizer import Tokenizer
@@ -74,14 +75,14 @@ def plan_tools(
         return ToolPlan(None, {}, None, offered=False)
     if choice == "auto" and not (strict and family.begin and not family.bare):
         return ToolPlan(family, schemas, None, offered=True)
-    written = _writable(family)
-    grammar = _Grammar(written, tokenizer)
+    written, read = _writable(family)
+    grammar = _Grammar(written, tokenizer, reasoning)
     allowed = {named: schemas[named]} if named is not None else schemas
-    once = choice == "named" or not parallel
+    once = choice == "named" or not parallel or read.payload is Payload.CHANNELS  # there a call ends the reply
     thinking = _thinking(reasoning, in_reasoning)
     if choice == "auto":
-        return ToolPlan(written, schemas, grammar.lazy(allowed, once), offered=True)
-    return ToolPlan(written, schemas, grammar.required(allowed, once, reasoning, thinking), offered=True)
+        return ToolPlan(read, schemas, grammar.lazy(allowed, once), offered=True)
+    return ToolPlan(read, schemas, grammar.required(allowed, once, reasoning, thinking), offered=True)
 
 
 def kept_token_ids(
@@ -93,12 +94,21 @@ def kept_token_ids(
     return frozenset(i for i, token in found.items() if token and any(token in marker for marker in markers))
 
 
-def _writable(family: ToolFamily) -> ToolFamily:
-    """The family to enforce: its own, or one with the same markers and JSON inside where the own notation cannot be
-    held to a schema."""
+# How a call on GPT-OSS's channels is written; how it is read is `channels`' business.
+_CHANNEL_CALL = ToolFamily(
+    "gpt_oss", Payload.NAMED, begin=("<|channel|>commentary to=functions.",), name_end=" <|constrain|>json<|message|>"
+)
+
+
+def _writable(family: ToolFamily) -> tuple[ToolFamily, ToolFamily]:
+    """(the family to enforce, the one to read by): its own, or one with the same markers and JSON inside where the own
+    notation cannot be held to a schema."""
     if family.payload in (Payload.JSON, Payload.NAMED):
-        return family
-    return tool_family("hermes" if "<tool_call>" in family.begin else "json")
+        return family, family
+    if family.payload is Payload.CHANNELS:
+        return _CHANNEL_CALL, family
+    other = tool_family("hermes" if "<tool_call>" in family.begin else "json")
+    return other, other
 
 
 def _read_tool(tool: Any, where: str) -> tuple[str, Mapping[str, Any], bool]:
@@ -146,10 +156,11 @@ def _thinking(reasoning: ReasoningFamily | None, in_reasoning: bool) -> str:
 class _Grammar:
     """Writes grammars in llguidance's Lark dialect for one family and vocabulary."""
 
-    def __init__(self, family: ToolFamily, tokenizer: Tokenizer) -> None:
+    def __init__(self, family: ToolFamily, tokenizer: Tokenizer, reasoning: ReasoningFamily | None) -> None:
         self._family = family
         tokens = {text: i for text, i in tokenizer.added_tokens.items() if text.strip() and len(text) > 1}
-        inside = [text for text in tokens if any(text in marker for marker in self._texts(family))]
+        thought = (reasoning.open, reasoning.close, reasoning.then) if reasoning is not None else ()
+        inside = [text for text in tokens if any(text in marker for marker in (*self._texts(family), *thought))]
         self._tokens = {text: tokens[text] for text in inside}
         self._added = tokens
         self._split = re.compile("|".join(map(re.escape, sorted(inside, key=len, reverse=True))) or "(?!)")
@@ -164,7 +175,7 @@ class _Grammar:
         before = ""
         if reasoning is not None and thinking != "none":
             lines += self._thought(reasoning)
-            before = "thought " if thinking == "open" else f"({self._marker(reasoning.open)} thought)? "
+            before = "thought " if thinking == "open" else f"({self._text(reasoning.open)} thought)? "
         lines.append(f"start: {before}{self._run(once)}")
         return "\n".join([*lines, *self._calls(schemas)])
 
@@ -187,9 +198,10 @@ class _Grammar:
     def _thought(self, reasoning: ReasoningFamily) -> list[str]:
         close = reasoning.close
         if close in self._added:
-            rule = f"thought: THOUGHT <[{self._added[close]}]> BLANKS"
+            rule = f"thought: THOUGHT <[{self._added[close]}]> BLANKS {self._text(reasoning.then)}"
         else:
-            rule = f"thought: thinking BLANKS\nthinking[lazy]: THOUGHT {lark_string(close)}"
+            then = self._text(reasoning.then)
+            rule = f"thought: thinking BLANKS {then}\nthinking[lazy]: THOUGHT {lark_string(close)}"
         return [rule, "THOUGHT: /(.|\\n)*/", "BLANKS: /[ \\n]{0,4}/"]
 
     def _run(self, once: bool, opened: bool = False) -> str:
@@ -218,10 +230,13 @@ class _Grammar:
 
     def _calls(self, schemas: Mapping[str, Any]) -> list[str]:
         family = self._family
-        lines = ["call: " + " | ".join(f"call_{i}" for i in range(len(schemas)))]
+        lines = ["INDEX: /[0-9]{1,3}/"] if family.numbered else []
+        lines += ["call: " + " | ".join(f"call_{i}" for i in range(len(schemas)))]
         for i, (name, schema) in enumerate(schemas.items()):
             if family.payload is Payload.NAMED:
-                head, tail = self._text(f"{family.name_prefix}{name}{family.name_end}"), ""
+                number = ' ":" INDEX' if family.numbered else ""
+                head = f"{self._text(f'{family.name_prefix}{name}')}{number} {self._text(family.name_end)}"
+                tail = ""
             else:
                 head = lark_string(f'{{"name": {json.dumps(name)}, "{family.arguments_key}": ')
                 tail = '"}"'
@@ -241,6 +256,3 @@ class _Grammar:
         if at < len(text):
             parts.append(lark_string(text[at:]))
         return " ".join(parts)
-
-    def _marker(self, marker: str) -> str:
-        return f"<[{self._added[marker]}]>" if marker in self._added else lark_string(marker)

@@ -2,98 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 from typing import TypeVar
 
-
-class Payload(enum.Enum):
-    """What stands between a call's markers."""
-
-    JSON = "json"  # {"name": ..., "arguments": {...}}, or a list of them
-    NAMED = "named"  # a name, a separator, a JSON object
-    TAGGED = "tagged"  # a name and one tagged text per argument
-    PYTHON = "python"  # [f(a=1), g(b="x")]
-    BRACED = "braced"  # call:f{a:1,b:<escape>x<escape>}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tags:
-    """The pieces of a TAGGED payload, in their order."""
-
-    name_open: str
-    name_close: str
-    key_open: str
-    key_close: str
-    value_open: str
-    value_close: str
-    args_close: str
-
-
-@dataclasses.dataclass(frozen=True)
-class ToolFamily:
-    """One way to write tool calls.
-
-    Attributes:
-        name: ours; `aliases` are vLLM's names of parsers that read the same.
-        begin: markers that open a call; the first is the one to write, unless `bare`.
-        lead: what is written between `begin` and the payload.
-        bare: a reply that starts with the payload is a call, without a marker.
-        end: what follows a call's payload.
-        wrap: what opens and closes a run of calls.
-        separator: what stands between calls.
-        template_has: texts that a chat template of this family contains, all of them.
-        name_prefix, name_end: around the name of a NAMED payload.
-        arguments_key: what a JSON payload calls the arguments; all common keys are read.
-        lists: calls of a JSON payload stand in one list.
-        string_quote: what quotes a text in a BRACED payload.
-        id_length: 0 for ids as OpenAI's, else so many letters and digits, which the templates of some models demand.
-    """
-
-    name: str
-    payload: Payload
-    begin: tuple[str, ...] = ()
-    lead: str = ""
-    bare: bool = False
-    end: str = ""
-    wrap: tuple[str, str] = ("", "")
-    separator: str = "\n"
-    template_has: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
-    name_prefix: str = ""
-    name_end: str = ""
-    arguments_key: str = "arguments"
-    lists: bool = False
-    tags: Tags | None = None
-    string_quote: str = '"'
-    id_length: int = 0
-
-    @property
-    def markers(self) -> tuple[str, ...]:
-        """Every text that has a meaning here and may be a control token, which must then not be left out of the
-        text that is parsed."""
-        own = (*self.begin, self.end, *self.wrap, self.name_prefix, self.name_end, self.string_quote)
-        tagged = dataclasses.astuple(self.tags) if self.tags is not None else ()
-        return tuple(dict.fromkeys(text.strip() for text in (*own, *tagged) if text.strip()))
-
-
-@dataclasses.dataclass(frozen=True)
-class ReasoningFamily:
-    """Thinking before the answer, between two markers."""
-
-    name: str
-    open: str
-    close: str
-    aliases: tuple[str, ...] = ()
-
-    def opened_by(self, prompt: str) -> bool:
-        """Whether a rendered prompt ends inside the thinking, so that the completion starts there."""
-        return prompt.rstrip().endswith(self.open)
-
-    @property
-    def markers(self) -> tuple[str, ...]:
-        return self.open, self.close
-
+from serving.text.tools.family import Payload, ReasoningFamily, Tags, ToolFamily
 
 # Order matters to `detect`: the first whose texts are all in the template.
 TOOL_FAMILIES: tuple[ToolFamily, ...] = (
@@ -103,7 +14,7 @@ TOOL_FAMILIES: tuple[ToolFamily, ...] = (
         begin=("<tool_call>",),
         end="</tool_call>",
         template_has=("<tool_call>", "<function=", "<parameter="),
-        aliases=("qwen3_xml", "step3p5", "nemotron_v3"),
+        aliases=("qwen3_xml", "step3p5", "nemotron_v3", "mimo"),
         tags=Tags("\n<function=", ">\n", "<parameter=", ">", "\n", "\n</parameter>\n", "</function>\n"),
     ),
     ToolFamily(
@@ -114,6 +25,40 @@ TOOL_FAMILIES: tuple[ToolFamily, ...] = (
         template_has=("<tool_call>", "<arg_key>", "<arg_value>"),
         aliases=("glm45", "glm47"),
         tags=Tags("", "\n", "<arg_key>", "</arg_key>\n", "<arg_value>", "</arg_value>\n", ""),
+    ),
+    ToolFamily(
+        "seed_oss",
+        Payload.TAGGED,
+        begin=("<seed:tool_call>",),
+        end="</seed:tool_call>",
+        template_has=("<seed:tool_call>",),
+        tags=Tags("\n<function=", ">\n", "<parameter=", ">", "", "</parameter>\n", "</function>\n"),
+    ),
+    ToolFamily(
+        "minimax_m2",
+        Payload.TAGGED,
+        end="",
+        wrap=("<minimax:tool_call>", "</minimax:tool_call>"),
+        template_has=("minimax:tool_call", "<invoke name="),
+        aliases=("minimax",),
+        tags=Tags('<invoke name="', '">\n', '<parameter name="', '">', "", "</parameter>\n", "</invoke>\n"),
+    ),
+    ToolFamily(
+        "deepseek_v32",
+        Payload.TAGGED,
+        end="",
+        wrap=("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"),
+        template_has=("DSML",),
+        tags=Tags(
+            *('<｜DSML｜invoke name="', '">\n', '<｜DSML｜parameter name="', '">'),
+            *("", "</｜DSML｜parameter>\n", "</｜DSML｜invoke>\n"),
+        ),
+    ),
+    ToolFamily(
+        "gpt_oss",
+        Payload.CHANNELS,
+        template_has=("<|channel|>", "<|message|>"),
+        aliases=("openai",),
     ),
     ToolFamily(
         "hermes",
@@ -130,6 +75,7 @@ TOOL_FAMILIES: tuple[ToolFamily, ...] = (
         begin=("[TOOL_CALLS]",),
         separator="",
         name_end="[ARGS]",
+        id_mark="[CALL_ID]",
         template_has=("[TOOL_CALLS]", "[ARGS]"),
         aliases=("mistral_v11", "mistral_v13"),
         id_length=9,
@@ -173,6 +119,7 @@ TOOL_FAMILIES: tuple[ToolFamily, ...] = (
         separator="",
         name_prefix="functions.",
         name_end="<|tool_call_argument_begin|>",
+        numbered=True,
         template_has=("<|tool_calls_section_begin|>",),
     ),
     ToolFamily(
@@ -237,13 +184,27 @@ TOOL_FAMILIES: tuple[ToolFamily, ...] = (
         template_has=("<|action_start|>", "<|plugin|>"),
     ),
     ToolFamily(
+        "lfm2",
+        Payload.PYTHON,
+        begin=("<|tool_call_start|>",),
+        end="<|tool_call_end|>",
+        template_has=("<|tool_call_start|>",),
+    ),
+    ToolFamily(
+        "olmo3",
+        Payload.PYTHON,
+        begin=("<function_calls>",),
+        end="</function_calls>",
+        template_has=("<function_calls>",),
+    ),
+    ToolFamily(
         "pythonic",
         Payload.PYTHON,
         begin=("<|python_start|>",),
         bare=True,
         end="<|python_end|>",
         template_has=("func_name1(params_name1=params_value1",),
-        aliases=("llama4_pythonic", "olmo3", "lfm2"),
+        aliases=("llama4_pythonic",),
     ),
     ToolFamily(
         "llama3_json",
@@ -271,6 +232,15 @@ REASONING_FAMILIES: tuple[ReasoningFamily, ...] = (
         ),
     ),
     ReasoningFamily("mistral_think", "[THINK]", "[/THINK]", aliases=("mistral",)),
+    ReasoningFamily("gemma4", "<|channel>thought\n", "<channel|>"),
+    ReasoningFamily(
+        "gpt_oss",
+        "<|channel|>analysis<|message|>",
+        "<|end|>",
+        aliases=("openai_gptoss", "gptoss", "openai"),
+        then="<|start|>assistant",
+    ),
+    ReasoningFamily("kimi", "◁think▷", "◁/think▷"),
     ReasoningFamily("seed_think", "<seed:think>", "</seed:think>", aliases=("seed_oss",)),
 )
 
@@ -286,7 +256,8 @@ def detect_tools(template: str) -> ToolFamily | None:
 def detect_reasoning(template: str) -> ReasoningFamily | None:
     """The same for reasoning."""
     for family in REASONING_FAMILIES:
-        if family.open in template or family.close in template:
+        # Where the closing marker closes other messages too, it says nothing.
+        if family.open in template or (not family.then and family.close in template):
             return family
     return None
 

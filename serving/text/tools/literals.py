@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
-import json
+import math
 from typing import Any
 
 MAX_BUFFERED = 1 << 16
 MAX_BRACKETS = 64
 _JSON_NAMES = {"true": True, "false": False, "null": None}
+
+
+class Unquoted(str):
+    """A text that stood without quotes where a notation quotes its strings: what it is, the schema says."""
 
 
 class BracketCounter:
@@ -71,6 +75,33 @@ def python_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
     return [_python_call(node) for node in nodes]
 
 
+def python_literal(text: str) -> Any:
+    """The value of a Python literal, as JSON could hold it.
+
+    Raises:
+        ValueError: it is something else, or nested too deeply.
+    """
+    if max_depth(text) > MAX_BRACKETS or len(text) > MAX_BUFFERED:
+        raise ValueError("nested too deeply")
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError("not Python") from None
+    return _literal(tree)
+
+
+def max_depth(text: str) -> int:
+    """How deep the brackets of a text go, those in strings included."""
+    depth = deepest = 0
+    for char in text:
+        if char in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif char in ")]}":
+            depth -= 1
+    return deepest
+
+
 def _python_call(node: ast.expr) -> tuple[str, dict[str, Any]]:
     if not isinstance(node, ast.Call) or node.args:
         raise ValueError("not a call with named arguments")
@@ -84,6 +115,8 @@ def _python_call(node: ast.expr) -> tuple[str, dict[str, Any]]:
 
 def _literal(node: ast.expr) -> Any:
     if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, str | int | float | bool)):
+        if isinstance(node.value, float) and not math.isfinite(node.value):
+            raise ValueError("a number that JSON does not have")
         return node.value
     if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
         return _JSON_NAMES[node.id]
@@ -102,7 +135,7 @@ def _literal(node: ast.expr) -> Any:
 
 
 def braced_call(text: str, quote: str) -> tuple[str, dict[str, Any]]:
-    """The call in `call:f{a:1,b:<escape>x<escape>}`: (name, arguments).
+    """The call in `call:f{a:1,b:<escape>x<escape>}`: (name, arguments). Scalars without quotes are `Unquoted` texts.
 
     Raises:
         ValueError: it is not such a call.
@@ -159,13 +192,10 @@ def _key(text: str, at: int, quote: str) -> tuple[str, int]:
     return text[at:end].strip(), end + 1
 
 
-def _scalar(text: str) -> Any:
+def _scalar(text: str) -> Unquoted:
     if not text:
         raise ValueError("a value is missing")
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    return Unquoted(text)
 
 
 def _skip(text: str, at: int) -> int:

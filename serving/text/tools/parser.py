@@ -12,9 +12,12 @@ import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from serving.text.tools.channels import ChannelReader
 from serving.text.tools.events import ContentDelta, Event, ReasoningDelta, ToolCallEnd, merge
-from serving.text.tools.families import Payload, ReasoningFamily, ToolFamily
-from serving.text.tools.payloads import Calls, Reader, reader_for
+from serving.text.tools.family import Payload, ReasoningFamily, ToolFamily
+from serving.text.tools.json_calls import JSONReader
+from serving.text.tools.payloads import BrokenCallError, BufferedReader, Calls, Reader
+from serving.text.tools.tagged import TaggedReader
 
 # Blanks before a marker belong to the format and are dropped, so blanks are held back; but not without end.
 MAX_HELD_BLANKS = 1024
@@ -53,10 +56,19 @@ class ReplyParser:
         self._reader: Reader | None = None
         self._raw: list[str] = []
         self._first_call = 0
+        self._channels: ChannelReader | None = None
+        if (tools is not None and tools.payload is Payload.CHANNELS) or (reasoning is not None and reasoning.then):
+            if tools is None:
+                self._calls = Calls({}, _id_maker(tools))
+                self._out = self._calls.events
+            self._channels = ChannelReader(self._calls, in_reasoning)
         if tools is not None:
-            self._begins = tuple(text for text in (*tools.begin, tools.wrap[0]) if text)
+            # What begins a payload begins a call too where the marker before it was left out.
+            self._heads = (tools.tags.name_open.strip(),) if tools.tags is not None and tools.tags.name_open else ()
+            self._begins = tuple(text for text in (*tools.begin, tools.wrap[0], *self._heads) if text)
             self._openers = ("{", "[") if tools.payload is Payload.JSON else ("[",)
-            self._after = tuple(t.strip() for t in (tools.end, tools.wrap[1], tools.separator) if t.strip())
+            self._ends = tuple(text.strip() for text in (tools.end, tools.wrap[1]) if text.strip())
+            self._after = (*self._ends, *([tools.separator.strip()] if tools.separator.strip() else ()))
 
     @property
     def num_calls(self) -> int:
@@ -65,6 +77,9 @@ class ReplyParser:
 
     def push(self, text: str) -> list[Event]:
         """The events that became certain with this text."""
+        if self._channels is not None:
+            self._channels.feed(text)
+            return self._take()
         self._buffer += text
         while self._state():
             pass
@@ -72,13 +87,18 @@ class ReplyParser:
 
     def finish(self) -> list[Event]:
         """What was held back, at the completion's end."""
+        if self._channels is not None:
+            self._channels.finish()
+            return self._take()
         rest, self._buffer = self._buffer, ""
         state = self._state
         if state == self._thinking:
             self._emit_reasoning(rest[: _end_of_text(rest, len(rest))])
         elif state == self._call:
-            self._give_up()
-        elif state != self._behind_call:  # of a half marker behind a call nothing is worth showing
+            if self._reader is not None:
+                self._reader.finish()
+            self._give_up(cut=True)
+        elif state not in (self._behind_call, self._broken):  # of half a marker behind a call nothing is worth showing
             self._emit_content(rest)
         self._state = lambda: False
         return self._take()
@@ -136,14 +156,20 @@ class ReplyParser:
             if marker == self._tools.wrap[0]:
                 self._raw, self._state, self._strip = [marker], self._behind_call, True
                 return True
-            return self._begin_call(marker)
+            return self._begin_marked(marker)
         self._emit_content(self._buffer[:ready])
         self._buffer = self._buffer[ready:]
         return False
 
+    def _begin_marked(self, marker: str) -> bool:
+        """A call whose marker was just taken from the buffer."""
+        if marker in self._heads:
+            self._buffer, marker = marker + self._buffer, ""
+        return self._begin_call(marker)
+
     def _begin_call(self, marker: str) -> bool:
         assert self._tools is not None
-        self._reader = reader_for(self._tools, self._calls)
+        self._reader = _reader_for(self._tools, self._calls)
         self._raw, self._first_call = [marker], self._calls.count
         self._state = self._call
         return True
@@ -154,6 +180,10 @@ class ReplyParser:
         for i, char in enumerate(self._buffer):
             try:
                 reader.feed(char)
+            except BrokenCallError:
+                self._buffer = self._buffer[i:]
+                self._state = self._broken
+                return True
             except (ValueError, RecursionError):
                 self._buffer = self._buffer[i:]
                 self._give_up()
@@ -170,13 +200,24 @@ class ReplyParser:
         self._buffer = ""
         return False
 
-    def _give_up(self) -> None:
-        """The text since the marker is no call, or not a whole one."""
+    def _give_up(self, cut: bool = False) -> None:
+        """The text since the marker is no call, or not a whole one. Half of one behind others is not worth showing."""
         reader = self._reader
         if reader is not None and reader.open_call:
             self._out.append(ToolCallEnd(self._calls.count - 1, reader.complete))
-        elif self._calls.count == self._first_call:
+        elif self._calls.count == self._first_call and not (cut and self._first_call):
             self._emit_content("".join(self._raw))
+
+    def _broken(self) -> bool:
+        """Drops the rest of a call that went wrong, to its closing marker or the next one."""
+        markers = (*self._ends, *self._begins)
+        at = min((at for at in map(self._buffer.find, markers) if at >= 0), default=-1)
+        if at >= 0:
+            self._buffer = self._buffer[at:]
+            self._state = self._behind_call
+            return True
+        self._buffer = self._buffer[self._ready(markers) :]
+        return False
 
     def _behind_call(self) -> bool:
         assert self._tools is not None
@@ -187,8 +228,11 @@ class ReplyParser:
             return False  # nothing yet, or still part of a longer marker
         if marker:
             self._buffer = text[len(marker) :]
-            return self._begin_call(marker) if marker in self._tools.begin else True
+            return self._begin_marked(marker) if marker in (*self._tools.begin, *self._heads) else True
         self._buffer = text
+        if text[0] in "}]" and self._tools.payload in (Payload.JSON, Payload.NAMED):
+            self._buffer = text[1:]  # a bracket too many
+            return True
         if self._tools.bare and text[0] in self._openers:
             return self._begin_call("")
         self._fresh, self._state = False, self._content
@@ -226,6 +270,15 @@ def _end_of_text(text: str, end: int) -> int:
     no difference whether they came one by one."""
     size = len(text[:end].rstrip())
     return size + (end - size) // MAX_HELD_BLANKS * MAX_HELD_BLANKS
+
+
+def _reader_for(family: ToolFamily, calls: Calls) -> Reader:
+    """A fresh reader of the family's payload."""
+    if family.payload is Payload.TAGGED:
+        return TaggedReader(family, calls)
+    if family.payload in (Payload.PYTHON, Payload.BRACED):
+        return BufferedReader(family, calls)
+    return JSONReader(family, calls)
 
 
 def _id_maker(tools: ToolFamily | None) -> Callable[[], str]:

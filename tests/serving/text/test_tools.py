@@ -48,6 +48,29 @@ REPLIES = {
         "Let me see.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nKöln\n</parameter>\n<parameter=n>\n3\n"
         "</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>"
     ),
+    "seed_oss": (
+        "Let me see.<seed:tool_call>\n<function=get_weather>\n<parameter=city>Köln</parameter>\n<parameter=n>3"
+        "</parameter>\n</function>\n</seed:tool_call><seed:tool_call>\n<function=now>\n</function>\n</seed:tool_call>"
+    ),
+    "minimax_m2": (
+        'Let me see.\n<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Köln</parameter>'
+        '<parameter name="n">3</parameter></invoke>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>'
+    ),
+    "deepseek_v32": (
+        'Let me see.\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n<｜DSML｜parameter name="city" '
+        'string="true">Köln</｜DSML｜parameter>\n<｜DSML｜parameter name="n" string="false">3</｜DSML｜parameter>\n'
+        '</｜DSML｜invoke>\n<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>'
+    ),
+    "gpt_oss": (
+        "<|channel|>commentary<|message|>Let me see.<|end|><|start|>assistant<|channel|>commentary "
+        'to=functions.get_weather <|constrain|>json<|message|>{"city": "Köln", "n": 3}<|call|><|start|>assistant '
+        "to=functions.now<|channel|>commentary json<|message|>{}<|call|>"
+    ),
+    "lfm2": 'Let me see.<|tool_call_start|>[get_weather(city="Köln", n=3), now()]<|tool_call_end|>',
+    "olmo3": (
+        'Let me see.<function_calls>\nget_weather(city="Köln", n=3)\n</function_calls>\n'
+        "<function_calls>\nnow()\n</function_calls>"
+    ),
     "glm": (
         "Let me see.<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Köln</arg_value>\n<arg_key>n</arg_key>\n"
         "<arg_value>3</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>"
@@ -103,6 +126,11 @@ TEMPLATES = {
     "hermes": "...<tool_call>\\n{'name': ...}\\n</tool_call>...",
     "qwen3_coder": "<tool_call>\n<function=example>\n<parameter=p>",
     "glm": "<tool_call>{name}<arg_key>{k}</arg_key><arg_value>{v}</arg_value></tool_call>",
+    "seed_oss": "<seed:tool_call>\n<function=example>\n<parameter=p>",
+    "minimax_m2": "<minimax:tool_call> ... '<invoke name=\"' + name",
+    "deepseek_v32": "<｜DSML｜function_calls>",
+    "gpt_oss": "<|start|>assistant<|channel|>analysis<|message|>",
+    "lfm2": "<|tool_call_start|>[",
     "mistral": "[AVAILABLE_TOOLS][ ... [TOOL_CALLS][",
     "mistral_named": "[AVAILABLE_TOOLS] ... [TOOL_CALLS]' + name + '[ARGS]'",
     "deepseek_v3": "<｜tool▁calls▁begin｜> ```json",
@@ -240,10 +268,10 @@ def test_arguments_stream_while_they_come():
     assert parser.num_calls == 1
 
 
-def test_a_call_that_goes_wrong_inside_ends_and_the_rest_is_content():
-    events = parse('<tool_call>{"name": "now", "arguments": {"a": 1 oops}} and more', tool_family("hermes"))
+def test_a_call_that_goes_wrong_inside_ends_as_whole_json_and_the_rest_of_it_is_no_content():
+    events = parse('<tool_call>{"name": "now", "arguments": {"a": 1 oops}}\n</tool_call> Done.', tool_family("hermes"))
     assert ToolCallEnd(0, False) in events
-    assert message(events)[1] == "oops}} and more"
+    assert message(events) == ("", "Done.", [["now", '{"a": 1 }']])
 
 
 def test_control_characters_in_arguments_become_escapes():

@@ -91,7 +91,18 @@ def sentencepiece(prefix: bool = True) -> Tokenizer:
     return Tokenizer.from_gguf(sentencepiece_metadata(prefix))
 
 
-REAL = ("qwen3", "qwen2_5", "llama3_1", "llama3_2", "llama2", "gemma2", "gemma3", "deepseek_v3", "mistral_nemo")
+REAL = (
+    "qwen3",
+    "qwen2_5",
+    "llama3_1",
+    "llama3_2",
+    "llama2",
+    "gemma2",
+    "gemma3",
+    "deepseek_v3",
+    "mistral_nemo",
+    "gptoss",
+)
 
 
 def real_folder(name: str) -> Path:
