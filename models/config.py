@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ops.activation import activation as activation_function
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
@@ -14,9 +16,9 @@ class RopeConfig:
     Attributes:
         theta: base of the frequencies.
         dim: how many of a head's dimensions are rotated.
-        kind: "default", "linear", "llama3", "yarn" or "longrope".
+        kind: "default", "linear", "dynamic", "llama3", "yarn" or "longrope".
         factor: by how much the context is stretched.
-        original_max_positions: context length (tokens) before stretching.
+        original_max_positions: context length (tokens) before stretching; 0 where nothing is stretched.
         low_freq_factor, high_freq_factor: llama3: wavelengths beyond original/low are stretched, below original/high kept.
         beta_fast, beta_slow: yarn: rotations over the original context where its ramp starts and ends.
         attention_factor: yarn, longrope: scales cos and sin; None for the method's own rule.
@@ -180,10 +182,18 @@ class ModelConfig:
                 f"the model's configuration has {self.num_heads} query heads, not a multiple of its "
                 f"{self.num_kv_heads} key/value heads."
             )
+        activation_function(self.activation)  # an unknown name is an error now, not while programs are made
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         if len(self.windows) != self.num_layers:
             raise ValueError(f"the model's configuration has {len(self.windows)} windows for {self.num_layers} layers.")
+
+    @property
+    def longest_positions(self) -> int:
+        """The longest context that can be asked for: behind `max_positions`, dynamic NTK still stretches."""
+        if self.rope is None or self.rope.kind != "dynamic":
+            return self.max_positions
+        return max(self.max_positions, int(self.rope.factor * self.rope.original_max_positions))
 
     @property
     def group(self) -> int:
@@ -226,13 +236,26 @@ def from_hf(hf: Mapping[str, Any], **overrides: Any) -> ModelConfig:
         "max_positions": hf.get("max_position_embeddings", 2048),
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
         "activation": hf.get("hidden_act") or hf.get("hidden_activation") or "silu",
-        # A bare network (an embedding model) has no head of its own.
-        "tie_embeddings": bool(hf.get("tie_word_embeddings", False)) or architecture.endswith("Model"),
+        "tie_embeddings": bool(hf.get("tie_word_embeddings", False)) or is_bare(architecture),
     }
     if "rope" not in overrides:
         values["rope"] = rope_from_hf(hf, int(head_dim * partial_rotary(hf)))
+        values["max_positions"] = stretched(values["rope"], values["max_positions"])
     values.update(overrides)
     return ModelConfig(**values)
+
+
+def is_bare(architecture: str) -> bool:
+    """Whether a network has no head of its own, as embedding models: `LlamaModel`, but not `GPT2LMHeadModel`."""
+    return architecture.endswith("Model") and not architecture.endswith("HeadModel")
+
+
+def stretched(rope: RopeConfig, max_positions: int) -> int:
+    """The context (tokens) that scaled positions reach. Who adds the scaling to a config.json, as model cards and
+    transformers say, leaves `max_position_embeddings` as it was."""
+    if rope.kind not in ("yarn", "linear"):
+        return max_positions
+    return max(max_positions, int(rope.factor * rope.original_max_positions))
 
 
 def need(hf: Mapping[str, Any], name: str) -> Any:
@@ -265,14 +288,16 @@ def rope_from_hf(
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "su":
         kind = "longrope"
-    supported = ("default", "linear", "llama3", "yarn", "longrope")
+    supported = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
     if kind not in supported:
         raise ValueError(f"config.json: the rotary scaling {kind!r} is not supported; supported: {list(supported)}.")
     theta = theta if theta is not None else scaling.get("rope_theta", hf.get("rope_theta", 10000.0))
     max_positions = hf.get("max_position_embeddings", 2048)
-    original = scaling.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings")
+    original = hf.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
+    if kind == "dynamic":
+        original = max_positions  # where transformers begins to stretch
     factor = scaling.get("factor")
-    if kind == "longrope" and factor is None:
+    if kind in ("longrope", "yarn") and factor is None:
         factor = max_positions / original if original else 1.0
     plain = {
         name: scaling[name]
@@ -284,7 +309,7 @@ def rope_from_hf(
         dim=dim,
         kind=kind,
         factor=float(factor or 1.0),
-        original_max_positions=int(original or max_positions),
+        original_max_positions=0 if kind == "default" else int(original or max_positions),
         beta_fast=float(scaling.get("beta_fast") or 32.0),
         beta_slow=float(scaling.get("beta_slow") or 1.0),
         mscale=float(scaling.get("mscale") or 0.0),

@@ -15,16 +15,25 @@ def frequencies(rope: RopeConfig, max_model_len: int) -> tuple[np.ndarray, float
     """Inverse frequencies (radians a position, float32 [dim / 2]) and the factor on cos and sin.
 
     Args:
-        max_model_len: the longest context to serve. longrope has two sets of divisors; which one is used is settled
-            here, once: positions rotated with one set cannot be attended to with the other.
+        max_model_len: the longest context to serve. longrope has two sets of divisors, dynamic NTK one base for every
+            length; which one is used is settled here, once: positions rotated one way cannot be attended to in another.
     """
     if rope.kind == "longrope":
         return _longrope(rope, max_model_len)
+    if rope.kind == "dynamic":
+        return _dynamic(rope, max_model_len)
     parameters = {name: value for name, value in dataclasses.asdict(rope).items() if value is not None}
     parameters["rope_theta"] = parameters.pop("theta")
     parameters["rope_type"] = parameters.pop("kind")
     parameters["original_max_position_embeddings"] = parameters.pop("original_max_positions")
     return inverse_frequencies(parameters, rope.dim, rope.original_max_positions)
+
+
+def _dynamic(rope: RopeConfig, max_model_len: int) -> tuple[np.ndarray, float]:
+    """Dynamic NTK (bloc97 and emozilla 2023): the base grows with how far contexts go beyond the original one."""
+    times = max(max_model_len, rope.original_max_positions) / rope.original_max_positions
+    growth = (rope.factor * times - (rope.factor - 1.0)) ** (rope.dim / (rope.dim - 2))
+    return inverse_frequencies({"rope_theta": rope.theta * growth}, rope.dim)
 
 
 def _longrope(rope: RopeConfig, max_model_len: int) -> tuple[np.ndarray, float]:

@@ -54,7 +54,7 @@ def gemma_config(hf: Mapping[str, Any]) -> ModelConfig:
         activation=told if told not in (None, "gelu") else "gelu_pytorch_tanh",
         norm_offset=True,
         embed_scale=hf["hidden_size"] ** 0.5,
-        tie_embeddings=True,
+        tie_embeddings=hf.get("tie_word_embeddings", True),
         qkv_bias=bool(hf.get("attention_bias", False)),
         out_bias=bool(hf.get("attention_bias", False)),
     )

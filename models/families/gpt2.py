@@ -31,6 +31,11 @@ def _conv1d(linear: Linear, name: str, rows: Any = lambda array: array) -> Recip
 
 
 class GPT2Attention(Attention):
+    def __init__(self, config: ModelConfig, layer: int, build: Build):
+        super().__init__(config, layer, build)
+        if config.get("scale_by_layer"):
+            self.scale /= layer + 1
+
     def recipes(self, name: str) -> Recipes:
         qkv = _conv1d(self.qkv, f"{name}.c_attn", names.split_heads(*self.heads))
         return names.under("qkv", qkv) | names.under("out", _conv1d(self.out, f"{name}.c_proj"))
@@ -85,8 +90,11 @@ def gpt2_config(hf: Mapping[str, Any]) -> ModelConfig:
         "tie_word_embeddings": hf.get("tie_word_embeddings", True),
         "max_position_embeddings": hf.get("n_positions", hf.get("max_position_embeddings", 1024)),
     }
+    plain = hf.get("scale_attn_weights", True)
     return from_hf(
         shared,
+        attn_scale=None if plain else 1.0,
+        extra=(("scale_by_layer", bool(hf.get("scale_attn_by_inverse_layer_idx", False))),),
         ffw_dim=hf.get("n_inner") or hf.get("intermediate_size") or 4 * shared["hidden_size"],
         norm_eps=hf.get("layer_norm_epsilon", hf.get("layer_norm_eps", 1e-5)),
         activation=hf.get("activation_function", "gelu_new"),

@@ -58,7 +58,7 @@ def mistral_config(hf: Mapping[str, Any]) -> ModelConfig:
     beta = scaling.get("llama_4_scaling_beta")
     if not beta or config.rope is None:
         return config
-    extra = (("query_beta", float(beta)), ("query_length", config.rope.original_max_positions))
+    extra = (("query_beta", float(beta)), ("query_length", config.rope.original_max_positions or config.max_positions))
     return from_hf(hf, windows=config.windows, extra=extra)
 
 

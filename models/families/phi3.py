@@ -45,6 +45,12 @@ def build(config: ModelConfig, build: Build) -> Decoder:
 
 
 def phi3_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Older files call LongRoPE "su" or "yarn"."""
+    hf = dict(hf)
+    for field in ("rope_scaling", "rope_parameters"):
+        scaling = hf.get(field) or {}
+        if (scaling.get("rope_type") or scaling.get("type")) == "yarn":
+            hf[field] = dict(scaling) | {"rope_type": "longrope", "type": "longrope"}
     return from_hf(hf, windows=windows_from_hf(hf, hf["num_hidden_layers"]))
 
 

@@ -240,7 +240,11 @@ def _rope_scaling(file: GGUFFile, arch: str, get: Any) -> dict[str, Any] | None:
     original = get("rope.scaling.original_context_length")
     if original:
         scaling["original_max_position_embeddings"] = original
+    if kind == "linear":
+        # The context that files state is the stretched one.
+        scaling.setdefault("original_max_position_embeddings", max(1, int(get("context_length", 2048) / factor)))
     if kind == "yarn":
+        scaling["attention_factor"] = get("rope.scaling.yarn_attn_factor")
         scaling["beta_fast"] = get("rope.scaling.yarn_beta_fast")
         scaling["beta_slow"] = get("rope.scaling.yarn_beta_slow")
         scaling["truncate"] = get("rope.scaling.yarn_truncate", False if arch == "gpt-oss" else None)

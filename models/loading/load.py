@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -21,12 +19,13 @@ from tqdm import tqdm
 from models import registry
 from models.family import Family
 from models.layers import Build, Embedding, Linear, Weight
-from models.loading import buffers, gguf_config, orbax
+from models.loading import buffers, gguf_config, hf_config, orbax
 from models.loading.buffers import owned
 from models.loading.checkpoint import Checkpoint
 from models.loading.default_model import MODEL_ID, RECORDED_NAME
 from models.loading.gguf import GGUFFile
 from models.loading.gguf_checkpoint import GGUFCheckpoint
+from models.loading.hf_config import read_json
 from models.loading.names import Recipes
 from models.loading.quantized import open_quantized
 from models.loading.safetensors import SafetensorsCheckpoint
@@ -149,40 +148,16 @@ def _open_gguf(source: ModelSource) -> Opened:
 
 
 def _open_hf(source: ModelSource) -> Opened:
-    hf = read_json(source.path / "config.json")
-    architectures = hf.get("architectures") or []
-    if not architectures:
-        raise ValueError(f"{source.path / 'config.json'} names no architecture (its `architectures` is empty).")
-    family = registry.find(architectures[0])
-    text = hf.get("text_config")
-    if isinstance(text, Mapping) and "num_hidden_layers" not in hf:
-        hf = {**hf, **text, "architectures": architectures}
-        hf.pop("tie_word_embeddings", None)  # the two may differ
+    hf = hf_config.read_config(source.path)
+    family = registry.find(hf["architectures"][0])
     checkpoint = SafetensorsCheckpoint(source.path)
-    if "tie_word_embeddings" not in hf:
-        # Its default differs between families; the weights say it too.
-        hf["tie_word_embeddings"] = checkpoint.locate("lm_head.weight") is None
     if hf.get("quantization_config"):
         checkpoint = open_quantized(checkpoint, hf["quantization_config"])
+    hf = hf_config.settle_head(hf, checkpoint)
     generation = {name: hf[name] for name in ("eos_token_id", "bos_token_id") if hf.get(name) is not None}
     if (source.path / "generation_config.json").exists():
         generation |= read_json(source.path / "generation_config.json")
     return Opened(source, family, hf, checkpoint, source.name or source.path.name, generation)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: it is not one.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object.")
-    return value
 
 
 def fill(

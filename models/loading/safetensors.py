@@ -128,7 +128,10 @@ class SafetensorsCheckpoint:
         if name in self._files:
             return name
         # A bare network's names lack what the same network with a head has in front.
-        return self._by_canonical.get(name) or self._by_canonical.get(name.removeprefix("model."))
+        found = self._by_canonical.get(name) or self._by_canonical.get(name.removeprefix("model."))
+        if found is None and name == "model.embed_tokens.weight":
+            return self._by_canonical.get("lm_head.weight")  # tied, and saved under the other name
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         own = self.locate(name)

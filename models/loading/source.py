@@ -46,7 +46,8 @@ def resolve(model: str | None, *, revision: str | None = None, progress: bool = 
         with path.open("rb") as file:
             magic = file.read(4)
         if magic == b"GGUF":
-            return ModelSource("gguf", path.resolve())
+            # Not resolved: the hub's cache has links to files without names, and the parts of a split model go by name.
+            return ModelSource("gguf", path.absolute())
         raise ValueError(f"--model {model}: the file is not a GGUF file (it does not start with 'GGUF').")
     if path.is_dir():
         return _directory(model, path.resolve())

@@ -125,7 +125,8 @@ def assemble(
     )
     phases.record("load", time.monotonic() - began)
 
-    sizes = resolve_sizes(config, loaded.model, loaded.config.max_positions, dtype, mesh, meet)
+    positions = loaded.config.longest_positions if config.max_model_len else loaded.config.max_positions
+    sizes = resolve_sizes(config, loaded.model, positions, dtype, mesh, meet)
     replicas = num_replicas(mesh)
     if replicas > 1 and config.kv_offload_gb > 0:
         raise ValueError("--kv-offload-gb works with one replica only; leave data out of --mesh, or do without it.")

@@ -184,6 +184,11 @@ TINY: dict[str, Tiny] = {
         },
     ),
     "smollm3": Tiny("SmolLM3Config", "SmolLM3ForCausalLM", {"num_hidden_layers": 4}),
+    "smollm3, windows": Tiny(
+        "SmolLM3Config",
+        "SmolLM3ForCausalLM",
+        {"num_hidden_layers": 4, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 12},
+    ),
     "starcoder2": Tiny(
         "Starcoder2Config", "Starcoder2ForCausalLM", {"sliding_window": 16, "tie_word_embeddings": True}
     ),
@@ -356,6 +361,20 @@ TINY: dict[str, Tiny] = {
         "GPT2Config",
         "GPT2LMHeadModel",
         {"n_positions": 256, "n_embd": 64, "n_layer": 2, "n_head": 8, "tie_word_embeddings": True}
+        | dict.fromkeys(k for k in BASE if k.startswith(("hidden", "num", "inter", "max"))),
+    ),
+    "gpt2, own head, scores by layer": Tiny(
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {
+            "n_positions": 256,
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 8,
+            "scale_attn_weights": False,
+            "scale_attn_by_inverse_layer_idx": True,
+            "activation_function": "relu2",
+        }
         | dict.fromkeys(k for k in BASE if k.startswith(("hidden", "num", "inter", "max"))),
     ),
 }

@@ -2,6 +2,8 @@ import gguf
 import numpy as np
 import pytest
 
+from models.config import from_hf
+from models.loading import gguf_config
 from models.loading.gguf import DECODED, GGUFFile
 from models.loading.gguf_checkpoint import half_split_rows
 from models.loading.source import resolve
@@ -128,6 +130,51 @@ def write_split(folder, arrays, parts=3, claimed=None):
         writer.write_tensors_to_file()
         writer.close()
     return paths
+
+
+def test_a_split_model_in_the_hubs_cache(tmp_path):
+    """There a file's name is a link, and what it leads to is called by its digest."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    arrays = {f"t{i}": np.full((1, 32), i, np.float32) for i in range(5)}
+    for path in write_split(tmp_path, arrays):
+        blob = path.rename(tmp_path / "blobs" / f"{hash(path.name):x}")
+        (tmp_path / "snapshot" / path.name).symlink_to(blob)
+    for asked in (tmp_path / "snapshot", tmp_path / "snapshot" / "m-00001-of-00003.gguf"):
+        assert GGUFFile(resolve(str(asked)).path).tensors.keys() == arrays.keys()
+
+
+def scaling_of(tmp_path, **keys):
+    """The rotary embedding of a GGUF file with this metadata of its architecture."""
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    for key, value in {
+        "block_count": 1,
+        "embedding_length": 64,
+        "attention.head_count": 4,
+        "context_length": 4096,
+    }.items():
+        writer.add_uint32(f"llama.{key}", value)
+    for key, value in keys.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add(f"llama.rope.scaling.{key}", value)
+    writer.add_tensor("token_embd.weight", np.zeros((8, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config = from_hf(gguf_config.config_dict(GGUFFile(tmp_path / "x.gguf"), "LlamaForCausalLM"))
+    return config.rope, config.max_positions
+
+
+def test_yarns_attention_factor(tmp_path):
+    """The converter writes Hugging Face's `attention_factor` under this key."""
+    rope, _ = scaling_of(tmp_path, type="yarn", factor=4.0, original_context_length=1024.0, yarn_attn_factor=1.25)
+    assert (rope.kind, rope.factor, rope.attention_factor) == ("yarn", 4.0, 1.25)
+
+
+def test_a_files_context_is_the_stretched_one(tmp_path):
+    rope, positions = scaling_of(tmp_path, type="linear", factor=4.0)
+    assert (rope.kind, rope.factor, positions) == ("linear", 4.0, 4096)
 
 
 def test_a_split_model_is_read_from_any_of_its_files(tmp_path):

@@ -113,6 +113,40 @@ def test_a_bare_network(directory):
         np.testing.assert_array_equal(np.asarray(parameter[...]), np.asarray(parameters[path][...]))
 
 
+def rewrite_config(directory, **changed):
+    (directory / "config.json").write_text(json.dumps(HF | changed))
+
+
+def test_a_tied_head_with_other_values_is_used(directory, caplog):
+    """As transformers 5 does, which warns too."""
+    rewrite_config(directory, tie_word_embeddings=True)
+    loaded = load(directory)
+    np.testing.assert_array_equal(
+        loaded.model.head.weight[...], load_file(directory / "model.safetensors")["lm_head.weight"]
+    )
+    assert "the head is used" in caplog.text
+
+
+@pytest.mark.parametrize("said", [{"tie_word_embeddings": True}, {}])
+def test_a_head_that_is_the_table_is_tied(directory, said, caplog):
+    change(directory, **{"lm_head.weight": load_file(directory / "model.safetensors")["model.embed_tokens.weight"]})
+    rewrite_config(directory, **said)
+    assert load(directory).model.head is None
+    assert not caplog.records
+
+
+def test_tied_embeddings_saved_as_the_head_alone(directory):
+    head = load_file(directory / "model.safetensors")["lm_head.weight"]
+    change(directory, **{"model.embed_tokens.weight": None})
+    rewrite_config(directory, tie_word_embeddings=True)
+    loaded = load(directory)
+    assert loaded.model.head is None
+    np.testing.assert_array_equal(loaded.model.embed.weight[...], head)
+    rewrite_config(directory, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"no tensor 'model\.embed_tokens\.weight'"):
+        load(directory)
+
+
 def test_missing_tensor_is_named(directory):
     change(directory, **{"model.layers.0.mlp.up_proj.weight": None})
     with pytest.raises(ValueError, match=r"no tensor 'model\.layers\.0\.mlp\.up_proj\.weight'"):
@@ -156,7 +190,7 @@ def test_unknown_architecture_is_named_with_what_is_supported(directory):
 
 def test_incomplete_config(directory):
     (directory / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
-    with pytest.raises(ValueError, match="num_attention_heads"):
+    with pytest.raises(ValueError, match=r"'model.embed_tokens.weight' has the shape \[32, 16\]; .* \[32000, 4096\]"):
         load(directory)
     (directory / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):

@@ -1,0 +1,103 @@
+"""A Hugging Face directory's configuration: its `config.json` as families read it, and what the weights say where it does not."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models import defaults
+from models.config import is_bare
+from models.loading.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
+
+HEAD = "lm_head.weight"
+TABLES = ("transformer.wte.weight", "model.embed_tokens.weight")
+_ROWS = 4096  # compared at once
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object.")
+    return value
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json` of a language model, complete: a multimodal model's text part is unwrapped, and what the file leaves out has
+    its family's default.
+
+    `tie_word_embeddings` is missing where the file does not say it: `settle_head` does.
+
+    Raises:
+        ValueError: not JSON, or no architecture is named.
+    """
+    path = directory / "config.json"
+    hf = read_json(path)
+    if not hf.get("architectures"):
+        raise ValueError(f"{path} names no architecture (its `architectures` is empty).")
+    text = hf.get("text_config")
+    tied = hf.get("tie_word_embeddings")
+    if isinstance(text, Mapping) and "num_hidden_layers" not in hf:
+        hf = {**hf, **text, "architectures": hf["architectures"]}
+        tied = None  # the two may differ
+    whole = defaults.complete(hf)
+    whole.pop("tie_word_embeddings", None)
+    return whole if tied is None else whole | {"tie_word_embeddings": tied}
+
+
+def settle_head(hf: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration with `tie_word_embeddings` as the weights have it, as transformers 5 decides it: a head of other values
+    than the embedding table is used, whatever the file says.
+
+    Args:
+        hf: from `read_config`.
+        checkpoint: the weights, unpacked as they are read.
+    Raises:
+        ValueError: the file says that the two differ, and the checkpoint has only one.
+    """
+    if is_bare(hf["architectures"][0]):
+        return hf | {"tie_word_embeddings": True}
+    own, said = checkpoint.locate(HEAD), hf.get("tie_word_embeddings")
+    if own is None:
+        return hf | {"tie_word_embeddings": True if said is None else said}
+    table = next((name for name in TABLES if checkpoint.locate(name) is not None), None)
+    if table is not None and checkpoint.locate(table) == own:
+        if said is False:
+            raise ValueError(
+                f"the checkpoint has no tensor {table!r}, and its config.json says that it is not the head's."
+            )
+        return hf | {"tie_word_embeddings": True}
+    if said is False or table is None:
+        return hf | {"tie_word_embeddings": False}
+    tied = _equal(checkpoint, HEAD, table)
+    if not tied and said:
+        log.warning(
+            "config.json ties the embeddings (tie_word_embeddings), but the checkpoint has a head of its own with other values: "
+            "the head is used."
+        )
+    return hf | {"tie_word_embeddings": tied}
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    if tuple(checkpoint.shape(one)) != tuple(checkpoint.shape(other)):
+        return False
+    first, second = checkpoint.read(one), checkpoint.read(other)
+    rows = range(0, len(first), _ROWS)
+    equal = all(np.array_equal(first[row : row + _ROWS], second[row : row + _ROWS]) for row in rows)
+    if equal:
+        checkpoint.release(one)
+    return equal
