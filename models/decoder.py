@@ -14,7 +14,7 @@ from models import expert_loads
 from models.api import KVCache
 from models.config import ModelConfig
 from models.layers import MLP, Attention, Build, Embedding, GatedMLP, Linear, RMSNorm, child_recipes, kv_spec
-from models.loading.names import Recipes, under
+from models.recipes import Recipes, under
 from ops.experts import visits
 from ops.paged_attention.batch import AttentionBatch, KVSpec
 

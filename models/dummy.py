@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from models import registry
 from models.config import ModelConfig
 from models.layers import Build
-from models.loading.load import parameters_of
+from models.parameters import parameters_of
 from sharding.rules import to_sharding
 
 

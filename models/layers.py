@@ -18,8 +18,7 @@ from jax.sharding import Mesh
 
 from models.config import ModelConfig, RopeConfig
 from models.heads import PlacedHeads, Spread
-from models.loading import names
-from models.loading.names import Recipe, Recipes, one
+from models.recipes import Recipes, deal, one, pieces, under
 from models.rotary import frequencies
 from ops.activation import activation
 from ops.linear import RmsNorm, embed, gated_mlp, linear
@@ -250,17 +249,16 @@ class Attention(nnx.Module):
         K, G, h = self.heads
         sources = [f"{name}.{part}_proj" for part in "qkv"]
         rows = (K * G * h, K * h, K * h)
-        fuse = names.interleave_heads(K, G)
         D = self.qkv.weight.shape[1]
-        weights = names.pieces([f"{source}.weight" for source in sources], *((n, D) for n in rows))
-        recipes = {"qkv.weight": Recipe(weights, fuse)}
+        weights = pieces([f"{source}.weight" for source in sources], *((n, D) for n in rows))
+        recipes = {"qkv.weight": deal(K, *weights)}
         if self.qkv.bias is not None:
-            biases = names.pieces([f"{source}.bias" for source in sources], *((n,) for n in rows))
-            recipes["qkv.bias"] = Recipe(biases, fuse)
-        recipes |= names.under("out", self.out.recipes(f"{name}.o_proj"))
+            biases = pieces([f"{source}.bias" for source in sources], *((n,) for n in rows))
+            recipes["qkv.bias"] = deal(K, *biases)
+        recipes |= under("out", self.out.recipes(f"{name}.o_proj"))
         if self.qk_norm != "none":
-            recipes |= names.under("q_norm", self.q_norm.recipes(f"{name}.q_norm"))
-            recipes |= names.under("k_norm", self.k_norm.recipes(f"{name}.k_norm"))
+            recipes |= under("q_norm", self.q_norm.recipes(f"{name}.q_norm"))
+            recipes |= under("k_norm", self.k_norm.recipes(f"{name}.k_norm"))
         if self.sinks is not None:
             recipes["sinks"] = one(f"{name}.sinks", K * G)
         return recipes
@@ -319,19 +317,20 @@ class GatedMLP(nnx.Module):
 
     def recipes(self, name: str) -> Recipes:
         F, D = self.down.weight.shape[1], self.down.weight.shape[0]
-        fuse = names.interleave_shards(self.shards)
         sources = (f"{name}.gate_proj", f"{name}.up_proj")
-        recipes = {"gate_up.weight": Recipe(names.pieces([f"{s}.weight" for s in sources], (F, D), (F, D)), fuse)}
+        weights = pieces([f"{s}.weight" for s in sources], (F, D), (F, D))
+        recipes = {"gate_up.weight": deal(self.shards, *weights)}
         if self.gate_up.bias is not None:
-            recipes["gate_up.bias"] = Recipe(names.pieces([f"{s}.bias" for s in sources], (F,), (F,)), fuse)
-        return recipes | names.under("down", self.down.recipes(f"{name}.down_proj"))
+            biases = pieces([f"{s}.bias" for s in sources], (F,), (F,))
+            recipes["gate_up.bias"] = deal(self.shards, *biases)
+        return recipes | under("down", self.down.recipes(f"{name}.down_proj"))
 
 
 def child_recipes(module: nnx.Module, children: dict[str, str], name: str) -> Recipes:
     """The recipes of a module's children: attribute -> name below the module's own."""
     recipes: Recipes = {}
     for attribute, child in children.items():
-        recipes |= names.under(attribute, getattr(module, attribute).recipes(f"{name}.{child}" if name else child))
+        recipes |= under(attribute, getattr(module, attribute).recipes(f"{name}.{child}" if name else child))
     return recipes
 
 

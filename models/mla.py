@@ -12,12 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from models.config import ModelConfig
 from models.layers import Build, Linear, RMSNorm, child_recipes, layer_frequencies, weight
-from models.loading.names import Piece, Recipe, Recipes
+from models.recipes import Piece, Recipes, split
 from ops.paged_attention import attend
 from ops.paged_attention.batch import AttentionBatch, KVSpec
 from ops.rope import rope
@@ -83,16 +82,8 @@ class LatentAttention(nnx.Module):
         else:
             children |= {"q_a": "q_a_proj", "q_a_norm": "q_a_layernorm", "q": "q_b_proj"}
         recipes = child_recipes(self, children, name)
-        both = (Piece(f"{name}.kv_b_proj.weight", (H * (mla.nope_dim + mla.v_dim), mla.kv_rank)),)
-
-        def rows(start: int, stop: int | None) -> Any:
-            def cut(kv_b: np.ndarray) -> np.ndarray:
-                return np.ascontiguousarray(kv_b.reshape(H, -1, mla.kv_rank)[:, start:stop])
-
-            return cut
-
-        recipes["k_up"] = Recipe(both, rows(0, mla.nope_dim))
-        recipes["v_up"] = Recipe(both, rows(mla.nope_dim, None))
+        both = Piece(f"{name}.kv_b_proj.weight", (H * (mla.nope_dim + mla.v_dim), mla.kv_rank))
+        recipes["k_up"], recipes["v_up"] = split(both, mla.nope_dim, mla.v_dim)
         return recipes
 
 

@@ -7,13 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from models.config import ModelConfig, MoEConfig
 from models.layers import Build, GatedMLP, Linear, weight
-from models.loading import buffers, names
-from models.loading.names import Piece, Recipe, Recipes, one
+from models.recipes import Piece, Recipes, Stack, deal, one, under
 from ops.activation import activation
 from ops.experts import can_pack, experts
 
@@ -71,25 +69,11 @@ class Experts(nnx.Module):
     def recipes(self, name: str, sources: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Recipes:
         E, D, F = self.down.shape
         gate, up, down = sources
-        gates = [Piece(f"{name}.{e}.{part}.weight", (F, D)) for e in range(E) for part in (gate, up)]
+        pairs = [[Piece(f"{name}.{e}.{part}.weight", (F, D)) for part in (gate, up)] for e in range(E)]
         downs = [Piece(f"{name}.{e}.{down}.weight", (D, F)) for e in range(E)]
-        fuse = names.interleave_shards(self.shards)
-
-        def stack(*arrays: np.ndarray) -> np.ndarray:
-            out = buffers.empty((E, 2 * F, D), arrays[0].dtype)
-            for e in range(E):
-                buffers.copy(out[e], fuse(arrays[2 * e], arrays[2 * e + 1]))
-            return out
-
-        def stack_down(*arrays: np.ndarray) -> np.ndarray:
-            out = buffers.empty((E, D, F), arrays[0].dtype)
-            for e in range(E):
-                buffers.copy(out[e], arrays[e])
-            return out
-
         return {
-            "gate_up": Recipe(tuple(gates), stack),
-            "down": Recipe(tuple(downs), stack_down),
+            "gate_up": Stack(tuple(deal(self.shards, *pair) for pair in pairs)),
+            "down": Stack(tuple(downs)),
         }
 
 
@@ -148,12 +132,12 @@ class MoE(nnx.Module):
         return y_TD if residual_TD is None else y_TD + residual_TD
 
     def recipes(self, name: str) -> Recipes:
-        recipes = names.under("router", self.router.recipes(f"{name}.gate"))
+        recipes = under("router", self.router.recipes(f"{name}.gate"))
         if self.bias is not None:
             recipes["bias"] = one(f"{name}.gate.e_score_correction_bias", *self.bias.shape)
-        recipes |= names.under("experts", self.experts.recipes(f"{name}.experts"))
+        recipes |= under("experts", self.experts.recipes(f"{name}.experts"))
         if self.shared is not None:
-            recipes |= names.under("shared", self.shared.recipes(f"{name}.{self.shared_name}"))
+            recipes |= under("shared", self.shared.recipes(f"{name}.{self.shared_name}"))
         if self.shared_gate is not None:
-            recipes |= names.under("shared_gate", self.shared_gate.recipes(f"{name}.{self.shared_name}_gate"))
+            recipes |= under("shared_gate", self.shared_gate.recipes(f"{name}.{self.shared_name}_gate"))
         return recipes

@@ -18,8 +18,7 @@ from flax import nnx
 from models.config import ModelConfig, from_hf
 from models.family import Family
 from models.layers import Build, Embedding, LayerNorm, Linear, child_recipes, weight
-from models.loading import names
-from models.loading.names import Recipe, Recipes, one
+from models.recipes import Recipes, deal, one, pieces, under
 from ops.activation import activation
 from ops.linear import embed
 
@@ -48,11 +47,10 @@ class SelfAttention(nnx.Module):
         H, h = self.heads
         sources = [f"{name}.self.{part}" for part in ("query", "key", "value")]
         D = self.qkv.weight.shape[1]
-        fuse = names.interleave_heads(H, 1)
-        weights = names.pieces([f"{source}.weight" for source in sources], *((H * h, D),) * 3)
-        biases = names.pieces([f"{source}.bias" for source in sources], *((H * h,),) * 3)
-        recipes = {"qkv.weight": Recipe(weights, fuse), "qkv.bias": Recipe(biases, fuse)}
-        return recipes | names.under("out", self.out.recipes(f"{name}.output.dense"))
+        weights = pieces([f"{source}.weight" for source in sources], *((H * h, D),) * 3)
+        biases = pieces([f"{source}.bias" for source in sources], *((H * h,),) * 3)
+        recipes = {"qkv.weight": deal(H, *weights), "qkv.bias": deal(H, *biases)}
+        return recipes | under("out", self.out.recipes(f"{name}.output.dense"))
 
 
 def attend_texts(
@@ -159,7 +157,7 @@ class Bert(nnx.Module):
         recipes["positions"] = one("embeddings.position_embeddings.weight", *self.positions.shape)
         recipes["segments"] = one("embeddings.token_type_embeddings.weight", *self.segments.shape)
         for index, layer in enumerate(self.layers):
-            recipes |= names.under(f"layers.{index}", layer.recipes(f"encoder.layer.{index}"))
+            recipes |= under(f"layers.{index}", layer.recipes(f"encoder.layer.{index}"))
         return recipes
 
 

@@ -9,25 +9,25 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
-import numpy as np
 
 from models.config import ModelConfig, from_hf
 from models.decoder import Decoder, Layer
 from models.family import Family
 from models.layers import MLP, Attention, Build, LayerNorm, Linear, weight
-from models.loading import names
-from models.loading.names import Recipes, one
+from models.recipes import Piece, Recipe, Recipes, deal, one, split, under
 from ops.linear import embed
 from ops.paged_attention.batch import AttentionBatch
 
 
-def _conv1d(linear: Linear, name: str, rows: Any = lambda array: array) -> Recipes:
-    """Recipes of a Conv1D; `rows` rearranges the output rows."""
+def _conv1d(linear: Linear, name: str) -> tuple[Piece, Piece]:
+    """Weight and bias of a Conv1D."""
     outputs, inputs = linear.weight.stored_shape
-    return {
-        "weight": one(f"{name}.weight", inputs, outputs, assemble=lambda array: rows(np.ascontiguousarray(array.T))),
-        "bias": one(f"{name}.bias", outputs, assemble=rows),
-    }
+    return Piece(f"{name}.weight", (inputs, outputs), turned=True), Piece(f"{name}.bias", (outputs,))
+
+
+def _whole(linear: Linear, name: str) -> Recipes:
+    weight, bias = _conv1d(linear, name)
+    return {"weight": weight, "bias": bias}
 
 
 class GPT2Attention(Attention):
@@ -37,15 +37,19 @@ class GPT2Attention(Attention):
             self.scale /= layer + 1
 
     def recipes(self, name: str) -> Recipes:
-        qkv = _conv1d(self.qkv, f"{name}.c_attn", names.split_heads(*self.heads))
-        return names.under("qkv", qkv) | names.under("out", _conv1d(self.out, f"{name}.c_proj"))
+        K, G, h = self.heads
+
+        def by_head(piece: Piece) -> Recipe:
+            return deal(K, *split(piece, K * G * h, K * h, K * h))
+
+        weight, bias = _conv1d(self.qkv, f"{name}.c_attn")
+        qkv: Recipes = {"qkv.weight": by_head(weight), "qkv.bias": by_head(bias)}
+        return qkv | under("out", _whole(self.out, f"{name}.c_proj"))
 
 
 class GPT2MLP(MLP):
     def recipes(self, name: str) -> Recipes:
-        return names.under("up", _conv1d(self.up, f"{name}.c_fc")) | names.under(
-            "down", _conv1d(self.down, f"{name}.c_proj")
-        )
+        return under("up", _whole(self.up, f"{name}.c_fc")) | under("down", _whole(self.down, f"{name}.c_proj"))
 
 
 class GPT2Layer(Layer):

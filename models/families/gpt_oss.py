@@ -7,15 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from models.config import ModelConfig, MoEConfig, from_hf, windows_from_hf
 from models.decoder import Decoder, Layer
 from models.family import Family
 from models.layers import Build, Linear
-from models.loading import names
-from models.loading.names import Recipes, one
 from models.moe import Experts, MoE
+from models.recipes import Piece, Recipe, Recipes, alternating, deal, one, under
 
 
 class GptOssExperts(Experts):
@@ -33,19 +31,14 @@ class GptOssExperts(Experts):
     def recipes(self, name: str, sources: tuple[str, str, str] = ("", "", "")) -> Recipes:
         E, D, F = self.down.shape
 
-        def rows(array_EJ: np.ndarray) -> np.ndarray:
-            """[E, 2 F, ...] alternating -> [E, S, 2, F / S, ...]."""
-            rest = array_EJ.shape[2:]
-            pairs = array_EJ.reshape(E, self.shards, F // self.shards, 2, *rest)
-            return np.ascontiguousarray(np.moveaxis(pairs, 3, 2)).reshape(E, 2 * F, *rest)
+        def halves(piece: Piece) -> Recipe:
+            return deal(E * self.shards, *alternating(piece, 2))
 
         return {
-            "gate_up": one(f"{name}.gate_up_proj", E, D, 2 * F, assemble=lambda array: rows(array.swapaxes(1, 2))),
-            "gate_up_bias": one(f"{name}.gate_up_proj_bias", E, 2 * F, assemble=rows),
-            "down": one(
-                f"{name}.down_proj", E, F, D, assemble=lambda array: np.ascontiguousarray(array.swapaxes(1, 2))
-            ),
-            "down_bias": one(f"{name}.down_proj_bias", E, D),
+            "gate_up": halves(Piece(f"{name}.gate_up_proj", (E, D, 2 * F), turned=True)),
+            "gate_up_bias": halves(Piece(f"{name}.gate_up_proj_bias", (E, 2 * F), vector=True)),
+            "down": one(f"{name}.down_proj", E, F, D, turned=True),
+            "down_bias": one(f"{name}.down_proj_bias", E, D, vector=True),
         }
 
 
@@ -59,8 +52,8 @@ class GptOssMoE(MoE):
         return GptOssExperts(config, moe, build)
 
     def recipes(self, name: str) -> Recipes:
-        router = names.under("router", self.router.recipes(f"{name}.router"))
-        return router | names.under("experts", self.experts.recipes(f"{name}.experts"))
+        router = under("router", self.router.recipes(f"{name}.router"))
+        return router | under("experts", self.experts.recipes(f"{name}.experts"))
 
 
 class GptOssLayer(Layer):

@@ -6,15 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from models.config import ModelConfig, MoEConfig, from_hf
 from models.decoder import Decoder, Layer
 from models.family import Family
 from models.layers import Build
-from models.loading import names
-from models.loading.names import Recipes, one
 from models.moe import Experts, MoE
+from models.recipes import Piece, Recipes, deal, one, split, under
 
 
 def granite_config(hf: Mapping[str, Any]) -> ModelConfig:
@@ -38,12 +35,9 @@ class GraniteExperts(Experts):
         E, D, F = self.down.shape
         base = name.removesuffix(".experts")
 
-        def rows(array_EJD: np.ndarray) -> np.ndarray:
-            pieces = array_EJD.reshape(E, 2, self.shards, F // self.shards, D)
-            return np.ascontiguousarray(pieces.swapaxes(1, 2)).reshape(E, 2 * F, D)
-
+        both = Piece(f"{base}.input_linear.weight", (E, 2 * F, D))
         return {
-            "gate_up": one(f"{base}.input_linear.weight", E, 2 * F, D, assemble=rows if self.shards > 1 else None),
+            "gate_up": both if self.shards == 1 else deal(E * self.shards, *split(both, F, F)),
             "down": one(f"{base}.output_linear.weight", E, D, F),
         }
 
@@ -53,8 +47,8 @@ class GraniteMoE(MoE):
         return GraniteExperts(config, moe, build)
 
     def recipes(self, name: str) -> Recipes:
-        router = names.under("router", self.router.recipes(f"{name}.router.layer"))
-        return router | names.under("experts", self.experts.recipes(f"{name}.experts"))
+        router = under("router", self.router.recipes(f"{name}.router.layer"))
+        return router | under("experts", self.experts.recipes(f"{name}.experts"))
 
 
 class GraniteMoELayer(Layer):

@@ -12,15 +12,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from models.config import ModelConfig, MoEConfig, from_hf
 from models.decoder import Decoder, Layer
 from models.family import Family
 from models.layers import Attention, Build, GatedMLP, layer_frequencies
-from models.loading import names
-from models.loading.names import Recipes, one
 from models.moe import Experts, MoE
+from models.recipes import Piece, Recipes, deal, one, split, under
 from ops.norm import rms_norm
 from ops.paged_attention import attend
 from ops.paged_attention.batch import AttentionBatch
@@ -66,12 +64,11 @@ class Llama4Experts(Experts):
     def recipes(self, name: str, sources: tuple[str, str, str] = ("", "", "")) -> Recipes:
         E, D, F = self.down.shape
 
-        def rows(array_EDJ: np.ndarray) -> np.ndarray:
-            pieces = array_EDJ.swapaxes(1, 2).reshape(E, 2, self.shards, F // self.shards, D)
-            return np.ascontiguousarray(pieces.swapaxes(1, 2)).reshape(E, 2 * F, D)
-
-        turned = one(f"{name}.down_proj", E, F, D, assemble=lambda array: np.ascontiguousarray(array.swapaxes(1, 2)))
-        return {"gate_up": one(f"{name}.gate_up_proj", E, D, 2 * F, assemble=rows), "down": turned}
+        both = Piece(f"{name}.gate_up_proj", (E, D, 2 * F), turned=True)
+        return {
+            "gate_up": deal(E * self.shards, *split(both, F, F)),
+            "down": one(f"{name}.down_proj", E, F, D, turned=True),
+        }
 
 
 class Llama4MoE(MoE):
@@ -94,9 +91,9 @@ class Llama4MoE(MoE):
 
     def recipes(self, name: str) -> Recipes:
         assert self.shared is not None
-        recipes = names.under("router", self.router.recipes(f"{name}.router"))
-        recipes |= names.under("experts", self.experts.recipes(f"{name}.experts"))
-        return recipes | names.under("shared", self.shared.recipes(f"{name}.shared_expert"))
+        recipes = under("router", self.router.recipes(f"{name}.router"))
+        recipes |= under("experts", self.experts.recipes(f"{name}.experts"))
+        return recipes | under("shared", self.shared.recipes(f"{name}.shared_expert"))
 
 
 class Llama4Layer(Layer):

@@ -9,15 +9,14 @@ from models.config import ModelConfig, MoEConfig, from_hf, windows_from_hf
 from models.decoder import Decoder, Layer
 from models.family import Family
 from models.layers import Build
-from models.loading import names
-from models.loading.names import Recipes
 from models.moe import MoE
+from models.recipes import Recipes, under
 
 
 class MixtralMoE(MoE):
     def recipes(self, name: str) -> Recipes:
-        router = names.under("router", self.router.recipes(f"{name}.gate"))
-        return router | names.under("experts", self.experts.recipes(f"{name}.experts", ("w1", "w3", "w2")))
+        router = under("router", self.router.recipes(f"{name}.gate"))
+        return router | under("experts", self.experts.recipes(f"{name}.experts", ("w1", "w3", "w2")))
 
 
 class MixtralLayer(Layer):

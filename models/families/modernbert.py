@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from models.config import ModelConfig, from_hf, rope_from_hf
@@ -16,8 +15,7 @@ from models.families.bert import attend_texts, num_labels, run_layer, score_acti
 from models.families.cross_encoder import one_label
 from models.family import Family
 from models.layers import Build, Embedding, GatedMLP, LayerNorm, Linear, child_recipes, layer_frequencies
-from models.loading import names
-from models.loading.names import Recipes, one
+from models.recipes import Piece, Recipe, Recipes, deal, split, under
 from ops.activation import activation
 from ops.rope import rope
 
@@ -49,26 +47,28 @@ class ModernBertAttention(nnx.Module):
     def recipes(self, name: str) -> Recipes:
         H, h = self.heads
 
-        def by_head(stored: np.ndarray) -> np.ndarray:
-            """Rows [3, H, h] -> [H, 3, h]."""
-            rows = stored.reshape(3, H, h, *stored.shape[1:]).swapaxes(0, 1)
-            return np.ascontiguousarray(rows).reshape(stored.shape)
+        def by_head(piece: Piece) -> Recipe:
+            return deal(H, *split(piece, H * h, H * h, H * h))
 
-        recipes = {"qkv.weight": one(f"{name}.Wqkv.weight", *self.qkv.weight.shape, assemble=by_head)}
+        recipes: Recipes = {"qkv.weight": by_head(Piece(f"{name}.Wqkv.weight", self.qkv.weight.shape))}
         if self.qkv.bias is not None:
-            recipes["qkv.bias"] = one(f"{name}.Wqkv.bias", *self.qkv.bias.shape, assemble=by_head)
-        return recipes | names.under("out", self.out.recipes(f"{name}.Wo"))
+            recipes["qkv.bias"] = by_head(Piece(f"{name}.Wqkv.bias", self.qkv.bias.shape))
+        return recipes | under("out", self.out.recipes(f"{name}.Wo"))
 
 
 class ModernBertMLP(GatedMLP):
     """Feed-forward whose checkpoint has gate and up in one tensor."""
 
     def recipes(self, name: str) -> Recipes:
-        split = names.split_shards(self.shards)
-        recipes = {"gate_up.weight": one(f"{name}.Wi.weight", *self.gate_up.weight.shape, assemble=split)}
+        F = self.down.weight.shape[1]
+
+        def halves(piece: Piece) -> Recipe:
+            return deal(self.shards, *split(piece, F, F))
+
+        recipes: Recipes = {"gate_up.weight": halves(Piece(f"{name}.Wi.weight", self.gate_up.weight.shape))}
         if self.gate_up.bias is not None:
-            recipes["gate_up.bias"] = one(f"{name}.Wi.bias", *self.gate_up.bias.shape, assemble=split)
-        return recipes | names.under("down", self.down.recipes(f"{name}.Wo"))
+            recipes["gate_up.bias"] = halves(Piece(f"{name}.Wi.bias", self.gate_up.bias.shape))
+        return recipes | under("down", self.down.recipes(f"{name}.Wo"))
 
 
 class ModernBertLayer(nnx.Module):
@@ -124,7 +124,7 @@ class ModernBert(nnx.Module):
     def recipes(self) -> Recipes:
         recipes = child_recipes(self, self.names, "")
         for index, layer in enumerate(self.layers):
-            recipes |= names.under(f"layers.{index}", layer.recipes(f"model.layers.{index}"))
+            recipes |= under(f"layers.{index}", layer.recipes(f"model.layers.{index}"))
         return recipes
 
 

@@ -10,8 +10,7 @@ from models.config import ModelConfig, from_hf, windows_from_hf
 from models.decoder import Decoder, Layer
 from models.family import Family
 from models.layers import Attention, Build, GatedMLP
-from models.loading import names
-from models.loading.names import Recipes, one
+from models.recipes import Piece, Recipes, deal, split, under
 
 
 class Phi3Attention(Attention):
@@ -19,17 +18,20 @@ class Phi3Attention(Attention):
 
     def recipes(self, name: str) -> Recipes:
         K, G, h = self.heads
-        fused = one(f"{name}.qkv_proj.weight", *self.qkv.weight.stored_shape, assemble=names.split_heads(K, G, h))
-        return {"qkv.weight": fused} | names.under("out", self.out.recipes(f"{name}.o_proj"))
+        fused = Piece(f"{name}.qkv_proj.weight", self.qkv.weight.stored_shape)
+        return {"qkv.weight": deal(K, *split(fused, K * G * h, K * h, K * h))} | under(
+            "out", self.out.recipes(f"{name}.o_proj")
+        )
 
 
 class Phi3MLP(GatedMLP):
     """Feed-forward whose checkpoint has gate and up in one tensor."""
 
     def recipes(self, name: str) -> Recipes:
-        split = names.split_shards(self.shards)
-        fused = one(f"{name}.gate_up_proj.weight", *self.gate_up.weight.shape, assemble=split)
-        return {"gate_up.weight": fused} | names.under("down", self.down.recipes(f"{name}.down_proj"))
+        fused, F = Piece(f"{name}.gate_up_proj.weight", self.gate_up.weight.shape), self.down.weight.shape[1]
+        return {"gate_up.weight": deal(self.shards, *split(fused, F, F))} | under(
+            "down", self.down.recipes(f"{name}.down_proj")
+        )
 
 
 class Phi3Layer(Layer):

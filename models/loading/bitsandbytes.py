@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from models.loading import buffers
-from ops import casts
+from ops import buffers, casts
 
 STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 

@@ -19,8 +19,8 @@ import gguf
 import ml_dtypes
 import numpy as np
 
-from models.loading import buffers
 from models.loading.mapped import MappedFile
+from ops import buffers
 
 _SCALARS = {
     0: np.dtype("<u1"), 1: np.dtype("<i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),

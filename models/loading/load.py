@@ -12,25 +12,25 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from models import registry
 from models.family import Family
-from models.layers import Build, Embedding, Linear, Weight
-from models.loading import buffers, gguf_config, hf_config, orbax
-from models.loading.buffers import owned
+from models.layers import Build, Weight
+from models.loading import gguf_config, hf_config, orbax
 from models.loading.checkpoint import Checkpoint
 from models.loading.default_model import MODEL_ID, RECORDED_NAME
 from models.loading.gguf import GGUFFile
 from models.loading.gguf_checkpoint import GGUFCheckpoint
 from models.loading.hf_config import read_json
-from models.loading.names import Recipes
 from models.loading.quantized import open_quantized
 from models.loading.safetensors import SafetensorsCheckpoint
 from models.loading.source import ModelSource, resolve
-from models.moe import Experts
+from models.parameters import parameters_of, quantizable
+from models.recipes import Recipes
+from ops import buffers
+from ops.buffers import owned
 from ops.experts import pack_experts
 from ops.linear import PackedInt8Weight, host_pack, pack, quantize
 from sharding.rules import to_sharding
@@ -188,9 +188,7 @@ def fill(
 
     def make(path: str) -> np.ndarray | PackedInt8Weight:
         recipe, parameter = recipes[path], parameters[path]
-        arrays = [checkpoint.read(piece.name) for piece in recipe.pieces]
-        assemble: Callable[..., np.ndarray] = recipe.assemble or (lambda array: array)
-        host = parameter.from_stored(assemble(*arrays))
+        host = parameter.from_stored(recipe.make(checkpoint.read))
         if packs and path in narrow and (host.ndim == 2 or parameter.get_metadata().get("packed")):
             if host.dtype not in host_pack.SOURCES or not host.flags.c_contiguous:
                 host = owned(host, np.float32)
@@ -246,33 +244,6 @@ def _quantized(parameter: Weight, value: jax.Array, scheme: str | None) -> Any:
     if value.ndim == 2:
         return pack(weight)
     return pack_experts(weight) if parameter.get_metadata().get("packed") else weight
-
-
-def parameters_of(model: nnx.Module) -> Iterator[tuple[str, Weight]]:
-    """(path, parameter) of every parameter, paths as in recipes."""
-    for path, _ in nnx.to_flat_state(nnx.state(model, Weight)):
-        yield ".".join(map(str, path)), _at(model, path)
-
-
-def _at(node: Any, path: tuple[Any, ...]) -> Any:
-    for part in path:
-        node = node[part] if isinstance(part, int) else getattr(node, part)
-    return node
-
-
-def quantizable(model: nnx.Module) -> Iterator[str]:
-    """Paths of the weights that a quantization scheme applies to: those of Linears, experts and a tied embedding.
-
-    Not routers: they are small, and a rounded score sends a token to another expert.
-    """
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, Experts):
-            yield from (".".join(map(str, (*path, part))) for part in ("gate_up", "down"))
-        elif isinstance(module, Linear):
-            if path[-1] not in ("router", "shared_gate"):
-                yield ".".join(map(str, (*path, "weight")))
-        elif isinstance(module, Embedding) and getattr(model, "head", None) is None:
-            yield ".".join(map(str, (*path, "weight")))
 
 
 def _check(recipes: Recipes, checkpoint: Checkpoint, ignore: tuple[str, ...]) -> None:

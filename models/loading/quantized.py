@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from models.loading import bitsandbytes, buffers
+from models.loading import bitsandbytes
 from models.loading.safetensors import SafetensorsCheckpoint, canonical_name
-from ops import casts
+from ops import buffers, casts
 
 AUXILIARY = re.compile(
     r"\.(weight_scale|weight_scale_inv|weight_zero_point|weight_shape|weight_g_idx|weight_global_scale|input_global_scale"

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from models import registry
 from models.config import ModelConfig
 from models.layers import Build
-from models.loading.load import parameters_of, quantizable
+from models.parameters import parameters_of, quantizable
 from ops import native, paged_attention
 from ops.linear import Int8Weight, quantize
 from ops.linear.weights import BLOCK, pack_int8

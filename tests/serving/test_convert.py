@@ -7,7 +7,8 @@ import pytest
 import tokenizers
 from tokenizers import models as tokenizer_models
 
-from models.loading.load import load_model, parameters_of, resolve
+from models.loading.load import load_model, resolve
+from models.parameters import parameters_of
 from serving.convert import convert, write_tokenizer
 from serving.models import rows
 from serving.text.tokenizer import Tokenizer

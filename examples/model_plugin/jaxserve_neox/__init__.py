@@ -12,8 +12,7 @@ from models.config import ModelConfig, from_hf, rope_from_hf
 from models.decoder import Decoder, Layer
 from models.family import Family
 from models.layers import MLP, Attention, Build, LayerNorm
-from models.loading import names
-from models.loading.names import Recipes
+from models.recipes import Recipes, under
 from ops.paged_attention.batch import AttentionBatch
 
 
@@ -21,8 +20,8 @@ class NeoXAttention(Attention):
     """The checkpoint's rows are already laid out head by head as q, k, v: what `Attention` wants with G = 1."""
 
     def recipes(self, name: str) -> Recipes:
-        qkv = names.under("qkv", self.qkv.recipes(f"{name}.query_key_value"))
-        return qkv | names.under("out", self.out.recipes(f"{name}.dense"))
+        qkv = under("qkv", self.qkv.recipes(f"{name}.query_key_value"))
+        return qkv | under("out", self.out.recipes(f"{name}.dense"))
 
 
 class NeoXLayer(Layer):
@@ -63,7 +62,7 @@ class NeoX(Decoder):
     def recipes(self) -> Recipes:
         recipes = super().recipes()
         if self.head is not None:
-            recipes |= names.under("head", self.head.recipes("embed_out"))
+            recipes |= under("head", self.head.recipes("embed_out"))
         return recipes
 
 

@@ -11,7 +11,8 @@ from models.config import ModelConfig, RopeConfig
 from models.dummy import random_model
 from models.layers import Build
 from models.loading import orbax
-from models.loading.load import load_model, open_checkpoint, parameters_of, resolve
+from models.loading.load import load_model, open_checkpoint, resolve
+from models.parameters import parameters_of
 from ops import native
 from ops.linear import PackedInt8Weight
 
@@ -268,7 +269,8 @@ def test_random_model():
 @pytest.mark.parametrize("mesh", [None, "data=1,model=1"])
 def test_one_cpu_device_takes_the_hosts_memory_over(directory, mesh, monkeypatch):
     """No copy on the way from the buffer that is filled to the device's array, with a mesh of one device or without."""
-    from models.loading import buffers, load
+    from models.loading import load
+    from ops import buffers
     from sharding.mesh import make_mesh
 
     filled = {}

@@ -28,7 +28,7 @@ from models.config import ModelConfig, MoEConfig, RopeConfig  # noqa: E402
 from models.dummy import random_model  # noqa: E402
 from models.layers import Build  # noqa: E402
 from models.loading import orbax  # noqa: E402
-from models.loading.load import parameters_of  # noqa: E402
+from models.parameters import parameters_of  # noqa: E402
 from ops.paged_attention.groups import layers_per_page  # noqa: E402
 from serving.engine.api.config import EngineConfig  # noqa: E402
 from serving.engine.api.sampling_params import SamplingParams  # noqa: E402

@@ -4,8 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from models.loading import buffers
-from ops import native
+from ops import buffers, native
 
 RNG = np.random.default_rng(0)
 
