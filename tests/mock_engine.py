@@ -335,9 +335,9 @@ def _logprobs(token: int, k: int) -> TokenLogprobs:
     return TokenLogprobs(token, -0.5, 1, tuple(((token + i) % VOCAB, -0.5 - i) for i in range(k)))
 
 
-async def until(condition: Callable[[], Any], what: str = "the condition") -> None:
-    """Waits for something that another task brings about; fails after ten seconds."""
-    for _ in range(5000):
+async def until(condition: Callable[[], Any], what: str = "the condition", seconds: float = 10.0) -> None:
+    """Waits for something that another task brings about; fails after so many seconds."""
+    for _ in range(int(seconds * 500)):
         if condition():
             return
         await asyncio.sleep(0.002)

@@ -92,7 +92,7 @@ class RemoteEngineClient:
             server = await control.GetServerInfo(control_pb2.GetServerInfoRequest(), **wait)
         except grpc.aio.AioRpcError as error:
             await channel.close()
-            raise error_of(error) from error
+            raise error_of(error, quiet=True) from error
         client = cls(channel, _info(model, server), tuple(model.eos_token_ids))
         client._note(server)
         client._poller = asyncio.create_task(client._poll(poll_s))

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from serving.access import ServerTls
 from serving.frontends.openai.app import create_app, rehearse
 from serving.frontends.openai.http_protocol import bounded_protocol
-from serving.service import TextService
+from serving.service import Limits, TextService
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,15 @@ async def serve_http(
     """
     app = create_app(service, **options)
     await rehearse(app)
+    return await serve_app(app, service.limits, host=host, port=port, tls=tls)
+
+
+async def serve_app(app: ASGIApp, limits: Limits, *, host: str, port: int, tls: ServerTls | None = None) -> HttpServer:
+    """The same for any ASGI application.
+
+    Raises:
+        OSError: the port is taken, or the host is not ours.
+    """
     sock = _bind(host, port)
     config = uvicorn.Config(
         app,
@@ -95,7 +105,7 @@ async def serve_http(
         access_log=False,  # our middleware writes it, with request ids
         server_header=False,
         timeout_keep_alive=65,  # longer than the 60 s of common load balancers, which reuse connections
-        http=bounded_protocol(service.limits),
+        http=bounded_protocol(limits),
     )
     if tls is not None:
         config.load()

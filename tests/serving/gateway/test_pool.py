@@ -1,21 +1,17 @@
-"""The gateway's pool: balance, failover; and the whole way HTTP -> gateway -> gRPC -> engine."""
+"""The gateway's pool: balance, failover, engines that differ."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 
-import httpx
 import pytest
 
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
 from serving.errors import ErrorKind, RequestError
-from serving.frontends.grpc.client import RemoteEngineClient, RemoteGrammars
-from serving.frontends.grpc.server import GrpcServer
-from serving.frontends.openai.server import serve_http
 from serving.gateway import Pool
-from tests.mock_engine import MockEngine, mock_service
+from tests.mock_engine import MockEngine
 
 
 def _request(name: str = "r", **params) -> EngineRequest:
@@ -87,28 +83,13 @@ def test_engines_of_different_models_are_refused():
         Pool([MockEngine(), other])
 
 
-async def test_http_through_a_gateway_over_grpc():
-    engines = [MockEngine(reply="Hello wörld!"), MockEngine(reply="Hello wörld!")]
-    servers = [GrpcServer("127.0.0.1", 0) for _ in engines]
-    clients = []
-    try:
-        for server, engine in zip(servers, engines, strict=True):
-            await server.start()
-            await server.serve(mock_service(engine))
-            clients.append(await RemoteEngineClient.connect(f"127.0.0.1:{server.port}"))
-        service = mock_service(Pool(clients), grammar_compiler=RemoteGrammars())  # type: ignore[arg-type]
-        http = await serve_http(service, port=0)
-        body = {"messages": [{"role": "user", "content": "hi"}], "n": 2, "logprobs": True}
-        async with httpx.AsyncClient(base_url=http.url) as client:
-            for _ in range(2):
-                reply = (await client.post("/v1/chat/completions", json=body)).json()
-                assert [c["message"]["content"] for c in reply["choices"]] == ["Hello wörld!"] * 2
-                assert reply["choices"][0]["logprobs"]["content"][0]["token"] == "H"
-            assert (await client.get("/ready")).status_code == 200
-        await http.stop()
-        assert [len(e.requests) for e in engines] == [2, 2]
-    finally:
-        for client in clients:
-            await client.close()
-        for server in servers:
-            await server.stop(0.0)
+def test_engines_that_come_later_are_taken():
+    first, second = MockEngine(num_pages=11), MockEngine(num_pages=21)
+    pool = Pool([first])
+    pool.add(second)
+    assert pool.info().num_pages == 32 and pool.stats().num_pages_total == 30
+    other = MockEngine()
+    other._info = dataclasses.replace(other.info(), vocab_size=7)
+    with pytest.raises(ValueError, match="vocab_size"):
+        pool.add(other)
+    assert pool.info().num_pages == 32
