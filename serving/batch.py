@@ -222,12 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from serving.boot.startup import start
 
     try:
-        started = start(
-            config,
-            tokenizer=args.tokenizer,
-            use_generation_config=args.generation_config == "auto",
-            say=lambda line: print(line, file=sys.stderr, flush=True),
-        )
+        started = start(config, say=lambda line: print(line, file=sys.stderr, flush=True))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -290,8 +290,6 @@ def _start_in_thread(
 
             result = start(
                 config,
-                tokenizer=args.tokenizer,
-                use_generation_config=args.generation_config == "auto",
                 say=lambda line: loop.call_soon_threadsafe(say, line) and None,
                 on_loss=lambda reason: loop.call_soon_threadsafe(on_loss, reason) and None,
             )
@@ -321,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         return Supervisor([sys.executable, "-m", "serving.launch", *(a for a in argv if a != "--supervise")]).run()
     memory.begin_start()
     setup_logging(args.log_format, args.log_level)
-    print("\n".join(describe(args)), file=sys.stderr, flush=True)
+    print(describe(args), file=sys.stderr, flush=True)
     strike_at_start(wanted(args.inject_fault))
     if config.coordinator is not None or config.num_processes is not None or config.process_id is not None:
         from serving.boot.follow import run_follower

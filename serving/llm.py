@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import sys
 import threading
 import weakref
@@ -42,6 +43,16 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 
 
+def config_signature() -> inspect.Signature:
+    """What `LLM` takes, as editors and `help` show it: the fields of `EngineConfig`, with their types and defaults."""
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter("self", positional)]
+    for field in dataclasses.fields(EngineConfig):  # the model comes first
+        kind = positional if field.name == "model" else inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(field.name, kind, default=field.default, annotation=field.type))
+    return inspect.Signature(parameters)
+
+
 class LLM:
     """A model loaded, compiled and running in this process.
 
@@ -50,46 +61,21 @@ class LLM:
 
     Args:
         model: GGUF file, Hugging Face or Orbax directory, hub id, or None for SmolLM2-135M-Instruct.
-        dtype: what to compute in; "auto" is float32 on CPU and bfloat16 elsewhere.
-        max_model_len: longest prompt plus completion, in tokens.
-        mesh: axes of the device mesh and their sizes.
-        cpu_devices: split the CPU into this many devices; must come before JAX is used in this process.
-        quantization: of the weights: "auto", "int8", or None for none.
-        tokenizer: take the tokenizer from here instead of the model.
-        chat_template: Jinja file or text instead of the model's own.
-        options: any other field of `EngineConfig` (max_num_seqs, kv_cache_memory, seed, ...).
+        settings: the fields of `EngineConfig`, by name: `max_model_len`, `tokenizer`, `kv_cache_memory="512MiB"`, ...;
+            `help(EngineConfig)` and `python -m serving.launch --help` say what each does.
     Raises:
         ValueError: what cannot be served, in a sentence.
     """
 
-    def __init__(
-        self,
-        model: str | None = None,
-        *,
-        dtype: str = "auto",
-        max_model_len: int | None = None,
-        mesh: str = "data=1,model=1",
-        cpu_devices: int | None = None,
-        quantization: str | None = "auto",
-        tokenizer: str | None = None,
-        chat_template: str | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, model: str | None = None, **settings: Any) -> None:
         from serving.boot.startup import start
 
-        _check_options(options)
-        config = EngineConfig(
-            model=None if model is None else str(model),
-            dtype=dtype,
-            max_model_len=max_model_len,
-            mesh=mesh,
-            cpu_devices=cpu_devices,
-            quantization=quantization,
-            chat_template=chat_template,
-            **options,
-        )
+        _check_settings(settings)
+        config = EngineConfig(model=model, **settings)
         say = (lambda line: print(line, file=sys.stderr)) if config.progress else (lambda line: None)
-        self._init(start(config, tokenizer=tokenizer, say=say))
+        self._init(start(config, say=say))
+
+    __init__.__signature__ = config_signature()  # type: ignore[attr-defined]
 
     @classmethod
     def from_started(cls, started: Started) -> LLM:
@@ -437,9 +423,9 @@ def _same_length(name: str, given: Sequence[Any], inputs: Sequence[Any]) -> None
         raise ValueError(f"{name} has {len(given)} entries for {len(inputs)} prompts; give one each, or one for all.")
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def _check_settings(given: Mapping[str, Any]) -> None:
     known = [f.name for f in dataclasses.fields(EngineConfig)]
-    for name in options:
+    for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""

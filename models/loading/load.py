@@ -76,6 +76,35 @@ class Opened:
     pooling: str | None = None  # how embeddings are made, where a GGUF file says so
 
 
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A model before its weights: every parameter is a shape and a place.
+
+    Attributes:
+        model: as `LoadedModel.model`.
+        config: its `ModelConfig`.
+    """
+
+    model: Any
+    config: Any
+    build: Build
+
+
+def build_model(
+    opened: Opened, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, max_model_len: int | None = None
+) -> Built:
+    """The module that a checkpoint's configuration describes; the arguments are those of `load_model`."""
+    config = opened.family.config(opened.hf_config)
+    on_cpu = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform == "cpu"
+    build = Build(
+        dtype=jnp.dtype(dtype),
+        compute_dtype=jnp.float32 if on_cpu else jnp.dtype(dtype),
+        mesh=mesh,
+        max_model_len=max_model_len or config.max_positions,
+    )
+    return Built(opened.family.build(config, build), config, build)
+
+
 def load_model(
     source: ModelSource,
     *,
@@ -85,6 +114,7 @@ def load_model(
     max_model_len: int | None = None,
     progress: bool = True,
     opened: Opened | None = None,
+    built: Built | None = None,
 ) -> LoadedModel:
     """Loads a checkpoint tensor by tensor; the host never holds more than a few of them.
 
@@ -95,19 +125,13 @@ def load_model(
         max_model_len: the longest context to serve; None for what the checkpoint claims.
         progress: show a bar.
         opened: what `open_checkpoint` gave, where that was called before.
+        built: what `build_model` gave with the same arguments, where that was called before; it becomes the loaded model.
     Raises:
         ValueError: an unsupported architecture, a damaged file, or a missing, extra or wrongly shaped tensor, by name.
     """
     opened = opened or open_checkpoint(source)
-    config = opened.family.config(opened.hf_config)
-    on_cpu = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform == "cpu"
-    build = Build(
-        dtype=jnp.dtype(dtype),
-        compute_dtype=jnp.float32 if on_cpu else jnp.dtype(dtype),
-        mesh=mesh,
-        max_model_len=max_model_len or config.max_positions,
-    )
-    model = opened.family.build(config, build)
+    built = built or build_model(opened, dtype=dtype, mesh=mesh, max_model_len=max_model_len)
+    model, config, build = built.model, built.config, built.build
     if opened.checkpoint is None:
         arrays = orbax.restore(source.path, dict(parameters_of(model)), build)
         set_values(model, arrays.items(), quantization=quantization, progress=progress)

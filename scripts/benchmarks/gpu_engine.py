@@ -68,13 +68,13 @@ sys.path[:0] = json.loads(sys.argv[1])["path"]
 job = json.loads(sys.argv[1])
 from benchmarks.local import Local
 from serving.engine.api.config import EngineConfig
-from serving.boot.start import start_decoder
+from serving.boot.start import start_engine
 from serving.simulator.trace import TraceRequest
 began = time.monotonic()
 config = EngineConfig(model=job["model"], dtype=job["dtype"], quantization="none", max_num_seqs=job["requests"],
     max_model_len=job["prompt"] + job["output"] + 16, progress=False, enable_prefix_caching=False, compile_cache="",
     max_num_batched_tokens=job["budget"])
-local = Local(start_decoder(config), time.monotonic() - began)
+local = Local(start_engine(config), time.monotonic() - began)
 trace = [TraceRequest(0.0, job["prompt"], job["output"])] * job["requests"]
 prompts = job["prompts"]
 for _ in range(2):

@@ -1,4 +1,4 @@
-"""One of the processes that only compute: it assembles what process 0 assembles, and carries out what that one says."""
+"""One of the processes that only compute: it starts as process 0 does, and carries out what that one says."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ from sharding.processes import Processes
 def run_follower(config: EngineConfig, processes: Processes, say: Callable[[str], None]) -> int:
     """Runs until process 0 ends. Returns the exit status: 0 when the engine was asked to stop."""
     from models.loading.source import resolve
-    from serving.boot.assembly import assemble, prepare_platform
-    from serving.engine.device.compiling import starting
+    from serving.boot.platform import prepare_platform, programs_folder
     from serving.processes.start import follow
 
     def executor_of(meet: Meet) -> Any:
+        from serving.boot.check import check
+        from serving.boot.compile import compile_decoder
+        from serving.boot.load import load
+        from serving.engine.device.compiling import starting
+
         with starting():
-            _, runner, _, _ = assemble(config, say, meet=meet)
-        return runner.executor
+            checked = check(config, source, programs)
+            return compile_decoder(checked, load(checked, say), say, meet).runner.executor
 
     try:
         source = resolve(config.model, progress=config.progress)
-        prepare_platform(config)
+        programs = programs_folder(config, say)
+        prepare_platform(config, programs)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

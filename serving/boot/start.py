@@ -1,81 +1,64 @@
-"""Starts the engine that a model needs: one that generates, or one that reads."""
+"""The start of an engine: check, load, compile, wire. Each step has its file; this one walks them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from serving.engine.api.config import EngineConfig
-from serving.engine.device.group import Group
-from serving.engine.device.out_of_memory import explain
 from serving.engine.encoder.engine import EncoderEngine
 from serving.engine.engine import Engine
-from serving.engine.rehearsal import rehearse
-from serving.engine.scheduling.recovery import is_out_of_memory
+
+if TYPE_CHECKING:
+    from serving.boot.check import Checked
+    from serving.engine.device.group import Group
 
 AnyEngine = Engine | EncoderEngine
 Progress = Callable[[str], None]
 """Told each step of the start as one line."""
 
-REHEARSAL_S = 600.0
-"""How long a request of two tokens may take on the slowest device before the start counts as failed."""
 
+def start_engine(config: EngineConfig, say: Progress = lambda line: None) -> AnyEngine:
+    """An engine alone, without a text side. Blocks until ready.
 
-def start_engine(config: EngineConfig, progress: Progress | None = None, group: Group | None = None) -> AnyEngine:
-    """Loads, compiles and starts. Blocks until ready.
-
-    Args:
-        progress: told each step of the start as one line.
-        group: the engine's other processes; this is the first.
     Raises:
         ValueError: a configuration or checkpoint that cannot be served, in a sentence.
     """
-    from models.loading.load import open_checkpoint, resolve
-    from serving.boot.assembly import prepare_platform
-    from serving.engine.device.compiling import starting
+    from models.loading.source import resolve
+    from serving.boot.check import check
+    from serving.boot.platform import prepare_platform, programs_folder
 
-    prepare_platform(config)
-    opened = open_checkpoint(resolve(config.model, progress=config.progress))
-    if "generate" in opened.family.tasks:
-        return start_decoder(config, progress, opened=opened, group=group)
-    if group is not None:
-        raise ValueError(f"{opened.model_id} is an encoder; an encoder runs in a single process.")
-    from serving.boot.encoder_assembly import assemble_encoder
-
-    with starting():
-        engine = EncoderEngine(config, *assemble_encoder(config, progress or (lambda line: None), opened))
-    engine.start()
-    return engine
+    source = resolve(config.model, progress=config.progress)
+    programs = programs_folder(config, say)
+    prepare_platform(config, programs)
+    return start_checked(check(config, source, programs), say)
 
 
-def start_decoder(
-    config: EngineConfig, progress: Progress | None = None, *, opened: Any = None, group: Group | None = None
-) -> Engine:
-    """As `start_engine`, for a model that generates.
+def start_checked(checked: Checked, say: Progress, group: Group | None = None) -> AnyEngine:
+    """Loads, compiles and wires what has been checked.
 
     Args:
-        opened: what `models.loading.load.open_checkpoint` gave, where that was called before.
+        group: the engine's other processes; this is the first.
+    Raises:
+        ValueError: weights that cannot be used, or a device with too little memory, in a sentence.
     """
-    from serving.boot.assembly import assemble, model_loader
+    from serving.boot.compile import compile_decoder, compile_encoder
+    from serving.boot.load import load
+    from serving.boot.wire import wire_decoder, wire_encoder
     from serving.engine.device.compiling import starting
+    from serving.engine.device.out_of_memory import explain
+    from serving.engine.scheduling.recovery import is_out_of_memory
 
     with starting():
-        meet = None if group is None else group.least
         try:
-            parts = assemble(config, progress or (lambda line: None), opened, meet)
+            loaded = load(checked, say)
+            if not checked.generates:
+                return wire_encoder(checked, loaded, compile_encoder(checked, loaded, say))
+            compiled = compile_decoder(checked, loaded, say, None if group is None else group.least)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             import jax
 
-            raise ValueError(explain(error, config, jax.local_devices())) from error
-        engine = Engine(config, *parts, load_model=model_loader(config))
-    if group is not None:
-        engine.runner.executor.lead(group)
-    engine.loop.start()
-    try:
-        engine.call(lambda: rehearse(engine.scheduler, engine.runner), timeout=REHEARSAL_S)
-    except BaseException:
-        engine.shutdown()
-        raise
-    return engine
+            raise ValueError(explain(error, checked.config, jax.local_devices())) from error
+    return wire_decoder(checked, loaded, compiled, group)

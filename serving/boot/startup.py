@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from serving import memory
+from serving.boot.text_side import InThread, TextSide, load_text_side, sampling_defaults
 from serving.engine.api import phases
 from serving.engine.api.config import EngineConfig
-from serving.engine.api.sampling_params import SamplingParams
-from serving.errors import RequestError
 
 if TYPE_CHECKING:
     from models.loading.source import ModelSource
@@ -22,24 +18,12 @@ if TYPE_CHECKING:
     from serving.metrics.tracing import Tracing
     from serving.processes.leader import Leader
     from serving.service import Limits, TextService
-    from serving.text.chat_template import ChatTemplate
     from serving.text.grammar import GrammarCompiler
-    from serving.text.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 Progress = Callable[[str], None]
 
-SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""What of a checkpoint's generation_config applies to requests that leave it open, as in vLLM."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TextSide:
-    """The parts of a model that deal with text."""
-
-    tokenizer: Tokenizer
-    chat_template: ChatTemplate | None
+__all__ = ["Started", "TextSide", "load_text_side", "start"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,56 +84,56 @@ class Started:
 
 
 def start(
-    config: EngineConfig,
-    *,
-    tokenizer: str | None = None,
-    use_generation_config: bool = True,
-    say: Progress = lambda line: None,
-    on_loss: Callable[[str], None] | None = None,
+    config: EngineConfig, *, say: Progress = lambda line: None, on_loss: Callable[[str], None] | None = None
 ) -> Started:
     """Starts an engine and loads the text side beside it. Blocks until both are ready.
 
     Args:
-        tokenizer: GGUF file, Hugging Face directory or hub id to take the tokenizer from instead of the model's own.
-        use_generation_config: let the checkpoint's sampling defaults apply to requests that leave them open.
         say: told each step as one line.
         on_loss: told when another process of the engine is lost, which may be at any time and on any thread.
     Raises:
-        ValueError: what cannot be served, in a sentence.
+        ValueError: what cannot be served, in a sentence; all that flags, headers, tokenizer and template can say against it
+            is said before a weight is read.
     """
     began = time.monotonic()
     from models.loading.source import resolve
+    from serving.boot.platform import prepare_platform, programs_folder
 
     source = resolve(config.model, progress=config.progress)
-    group = None
-    if config.coordinator is not None:
-        group = _lead(config, source, on_loss, say)
-    text_source = resolve(tokenizer, progress=config.progress) if tokenizer is not None else source
-    # The tokenizer takes about a second of pure Python and Rust, most of which fits into the time that the engine
-    # spends in XLA.
-    text = _InThread(lambda: _timed("text", lambda: load_text_side(text_source, config.chat_template)))
-    from serving.boot.start import start_engine
-    from serving.text.grammar import GrammarCompiler
-
+    named = config.tokenizer
+    text_source = source if named is None else resolve(named, progress=config.progress)
+    # The tokenizer takes about a second of pure Python and Rust, most of which fits into the time in which JAX is imported
+    # and the headers are read.
+    text = InThread(lambda: _timed("text", lambda: load_text_side(text_source, config.chat_template)))
+    programs = programs_folder(config, say)
+    prepare_platform(config, programs)
+    group = None if config.coordinator is None else _lead(config, source, on_loss, say)
     try:
-        engine = start_engine(config, say, group)
+        from serving.boot.check import check
+        from serving.boot.start import start_checked
+
+        checked = check(config, source, programs)
+        side: TextSide = text.result()
+        if not side.tokenizer.reads_text:
+            say(f"{checked.opened.model_id} has no tokenizer: it serves token ids. Another's is taken with --tokenizer")
+        phases.record("check", time.monotonic() - began)
+        engine = start_checked(checked, say, group)
     except BaseException as error:
         if group is not None:
             group.stop(f"process 0 could not start: {error}")
         raise
-    try:
-        side = text.result()
-        defaults = sampling_defaults(engine.generation_config) if use_generation_config else {}
-    except BaseException:
-        engine.shutdown()
-        raise
+    defaults = sampling_defaults(engine.generation_config) if config.generation_config == "auto" else {}
     memory.give_back()
     phases.record("total", time.monotonic() - began)
     info = engine.client.info()
     if "generate" not in info.tasks:
         return Started(engine, side, defaults)
-    grammars = GrammarCompiler(side.tokenizer, info.vocab_size)
-    _InThread(grammars.warm)  # so that the first constrained request does not wait for it
+    grammars = None
+    if side.tokenizer.reads_text:
+        from serving.text.grammar import GrammarCompiler
+
+        grammars = GrammarCompiler(side.tokenizer, info.vocab_size)
+        InThread(grammars.warm)  # so that the first constrained request does not wait for it
     return Started(engine, side, defaults, grammars, group)
 
 
@@ -164,7 +148,6 @@ def _lead(
     config: EngineConfig, source: ModelSource, on_loss: Callable[[str], None] | None, say: Progress
 ) -> Leader | None:
     """Makes this process the first of several; None when it is alone."""
-    from serving.boot.assembly import prepare_platform
     from serving.processes.start import lead, place_of
 
     processes = place_of(config)
@@ -172,79 +155,4 @@ def _lead(
         return None
     if on_loss is None or processes.index != 0:
         raise ValueError("several processes need the server: run python -m serving.launch in each of them.")
-    prepare_platform(config)
     return lead(config, processes, source.path, on_loss, say)
-
-
-def load_text_side(source: ModelSource, chat_template: str | None = None) -> TextSide:
-    """Reads a model's tokenizer and chat template; no weights.
-
-    Args:
-        chat_template: a file, or Jinja text, instead of the model's own.
-    Raises:
-        ValueError: the tokenizer or the template cannot be used.
-    """
-    from serving.text.chat_template import ChatTemplate
-    from serving.text.tokenizer import Tokenizer
-
-    if source.kind == "gguf":
-        from models.loading.gguf import GGUFFile
-
-        tokenizer = Tokenizer.from_gguf(GGUFFile(source.path).metadata)
-    else:
-        tokenizer = Tokenizer.from_directory(source.path)
-    template = read_template(chat_template) if chat_template is not None else None
-    return TextSide(tokenizer, ChatTemplate.from_tokenizer(tokenizer, template))
-
-
-def read_template(given: str) -> str:
-    """The Jinja text that `--chat-template` names or is.
-
-    Raises:
-        ValueError: it is neither a file nor looks like a template.
-    """
-    if "{" in given or "\n" in given:
-        return given
-    try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ValueError(f"--chat-template {given}: cannot be read as a file ({reason}).") from None
-
-
-def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's sampling defaults, without those that SamplingParams refuses."""
-    found = {}
-    for name in SAMPLING_DEFAULTS:
-        value = generation_config.get(name)
-        if value is None:
-            continue
-        try:
-            SamplingParams(**{name: value})
-        except RequestError as error:
-            log.warning("the checkpoint's generation_config is ignored in part: %s", error.message)
-        else:
-            found[name] = value
-    return found
-
-
-class _InThread:
-    """A function's result, computed in a daemon thread: an interrupted start-up does not wait for it."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True, name="jaxserve-text-side")
-        self._thread.start()
-
-    def _run(self, function: Callable[[], Any]) -> None:
-        try:
-            self._value = function()
-        except BaseException as error:
-            self._error = error
-
-    def result(self) -> Any:
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._value

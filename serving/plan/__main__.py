@@ -10,8 +10,19 @@ import subprocess
 import sys
 from typing import Any
 
-from serving.engine.api.config import QUANTIZATIONS, EngineConfig
+from serving.boot.engine_flags import add_settings
+from serving.engine.api.config import EngineConfig
 from serving.plan import chips, facts, topology
+
+SETTINGS = (
+    "mesh", "dtype", "quantization", "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size",
+)  # fmt: skip
+"""Of the server's settings, those that a plan has too."""
+
+PLANNED = {
+    "mesh": "auto", "quantization": "none", "max_num_seqs": 256, "max_num_batched_tokens": 4096, "max_model_len": 8192,
+}  # fmt: skip
+"""Where a plan decides what a server decides when it sees its devices and its model."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,23 +34,25 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    engine = EngineConfig()
     parser.add_argument(
         "--model", required=True, help=f"a config.json, a folder, a model id, or one of {', '.join(facts.known())}"
     )
     parser.add_argument(
         "--topology", nargs="+", required=True, help="v5e:4x4, v5p:2x2x2, v6e:2x4, h200:8, cpu:4; several with --sweep"
     )
-    parser.add_argument("--mesh", default="auto", help="as the server's; auto puts every device on the model axis")
-    parser.add_argument("--dtype", default="auto", help="of weights and activations; auto is bfloat16, float32 on cpu")
-    parser.add_argument("--quantization", default="none", choices=[q for q in QUANTIZATIONS if q != "auto"])
-    parser.add_argument(
-        "--kv-cache-dtype", default="auto", help="what pages hold: auto, bfloat16, int8, float8_e4m3fn, float32"
+    defaults = vars(EngineConfig()) | PLANNED
+    add_settings(
+        parser,
+        {name: defaults[name] for name in SETTINGS},
+        help={
+            "mesh": "as the server's; auto puts every device on the model axis",
+            "dtype": "of weights and activations; auto is bfloat16, float32 on cpu",
+            "quantization": "of the weights; auto is none here",
+            "max_num_seqs": "requests running at once",
+            "max_num_batched_tokens": "token budget of a step",
+            "max_model_len": "longest prompt plus completion",
+        },
     )
-    parser.add_argument("--max-num-seqs", type=int, default=256, help="requests running at once")
-    parser.add_argument("--max-num-batched-tokens", type=int, default=4096, help="token budget of a step")
-    parser.add_argument("--max-model-len", type=int, default=8192, help="longest prompt plus completion")
-    parser.add_argument("--page-size", type=int, default=engine.page_size, help="positions a KV page holds")
     parser.add_argument("--context", type=int, default=1024, help="tokens behind a running request, on average")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt whose first token is timed")
     parser.add_argument("--every-bucket", action="store_true", help="compile every program, not only the decisive ones")
@@ -108,7 +121,7 @@ def _keep_out_of_jax_cache() -> None:
 def _request(args: argparse.Namespace, target: chips.Target, mesh: str) -> Any:
     from serving.plan.planner import Request
 
-    for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "context", "prompt"):
+    for name in ("context", "prompt"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
     default = "float32" if target.platform == "cpu" else "bfloat16"
@@ -117,7 +130,7 @@ def _request(args: argparse.Namespace, target: chips.Target, mesh: str) -> Any:
         target=target,
         mesh=mesh,
         dtype=default if args.dtype == "auto" else args.dtype,
-        quantization=None if args.quantization == "none" else args.quantization,
+        quantization=None if args.quantization in ("none", "auto") else args.quantization,
         kv_dtype=args.kv_cache_dtype,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,

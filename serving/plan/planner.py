@@ -14,7 +14,7 @@ from ops.paged_attention import least_page_size
 from ops.paged_attention.groups import layers_per_page
 from serving.engine.cache.kv_windows import pages_of
 from serving.engine.device.placement import num_replicas
-from serving.engine.device.sizing import ACCELERATOR_FRACTION, Sizes
+from serving.engine.device.sizing import ACCELERATOR_FRACTION, Sizes, batch_sizes
 from serving.engine.requests.buckets import Bucket
 from serving.plan.chips import Target
 from serving.plan.measure import Measured, extrapolate, measure
@@ -161,7 +161,8 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     request = dataclasses.replace(request, kv_dtype=kv_dtype, page_size=page_size)
     mesh = make_mesh(request.mesh, devices(request.target))
     replicas = num_replicas(mesh)
-    seqs, budget = -(-request.max_num_seqs // replicas), -(-request.max_num_batched_tokens // replicas)
+    cpu = request.target.platform == "cpu"
+    seqs, budget = batch_sizes(request.max_num_seqs, request.max_num_batched_tokens, replicas, cpu)
     sizes = Sizes(seqs, budget, request.max_model_len, PROBE_PAGES, request.page_size, 0, kv_dtype)
 
     def runner(num_layers: int) -> AbstractEngine:

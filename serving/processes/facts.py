@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import sys
@@ -10,14 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from serving.engine.api.config import EngineConfig
+from serving.engine.api.settings import Scope, settings_of
 from serving.installation import version
 
-_ANY = (
-    # Where a process is, what it is called, and what only process 0 makes use of.
-    "process_id", "model", "compile_cache", "compiled", "progress", "served_model_name", "chat_template", "policy",
-    "enable_prefix_caching", "async_scheduling", "max_num_queued_reqs", "max_num_queued_tokens", "max_waiting_time",
-    "max_running_time", "prefix_first", "fair_share", "seed",
-)  # fmt: skip
 _SAMPLE = 1 << 20  # bytes of a file's beginning and end that its digest covers: headers and the last tensors
 
 
@@ -28,9 +22,9 @@ def facts(config: EngineConfig, model: Path) -> dict[str, str]:
     from serving.engine.device.compiling import source_digest
 
     named = {
-        f"--{field.name.replace('_', '-')}": str(getattr(config, field.name))
-        for field in dataclasses.fields(config)
-        if field.name not in _ANY
+        known.flag or name: str(getattr(config, name))
+        for name, known in settings_of(config).items()
+        if known.scope in (Scope.PROGRAM, Scope.ENGINE)
     }
     return named | {
         "jaxserve's version": version(),

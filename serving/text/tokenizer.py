@@ -122,6 +122,11 @@ class Tokenizer:
         )
 
     @property
+    def reads_text(self) -> bool:
+        """False for the stand-in of a model without a tokenizer."""
+        return True
+
+    @property
     def hf(self) -> tokenizers.Tokenizer:
         """The library's object; control tokens in a text are parsed by it. Not to be changed."""
         return self._parsing

@@ -16,7 +16,7 @@ import pytest
 
 from models.loading.default_model import default_model
 from models.loading.gguf import GGUFFile
-from serving.boot.start import start_decoder
+from serving.boot.start import start_engine
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
@@ -99,7 +99,7 @@ def complete(path: pathlib.Path) -> tuple[list[list[int]], list[list[int]]]:
         max_num_batched_tokens=256,
         progress=False,
     )
-    engine = start_decoder(config)
+    engine = start_engine(config)
     try:
 
         async def one(i: int) -> list[int]:

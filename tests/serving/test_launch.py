@@ -75,7 +75,7 @@ def test_starts_serves_drains_and_stops():
     with launched("--port", "0", "--served-model-name", "fancy", "plain", reply="word " * 20, step_s=0.005) as server:
         ready = server.wait_for(r"ready at gRPC 127\.0\.0\.1:(\d+), http://127\.0\.0\.1:(\d+)")
         assert "loaded the mock" in server.text and "serving fancy" in server.text
-        assert re.search(r"--served-model-name\s+fancy plain\s+\(given\)", server.text)
+        assert server.text.startswith("given: --grpc-port 0, --port 0, --served-model-name fancy plain\n")
         with urllib.request.urlopen(f"http://127.0.0.1:{ready[2]}/v1/models", timeout=10) as reply:
             assert "fancy" in reply.read().decode()
         channel, inference = stub(ready[1])
@@ -131,7 +131,6 @@ def test_a_dead_engine_ends_the_process_with_a_failure():
 
 def test_a_signal_while_loading_ends_it_at_once():
     with launched("--no-http", start_s=1000) as server:
-        server.wait_for("--tokenizer")
         server.wait_for("listening for gRPC")
         server.popen.send_signal(signal.SIGTERM)
         status, rest = server.end()
@@ -202,7 +201,7 @@ def test_flags_reach_the_configuration():
         ("--tensor-parallel-size 2", "--mesh data=1,model=N"),
         ("--gpu-memory-utilization=0.9", "--kv-cache-memory"),
         ("--zzz", "there is no flag --zzz."),
-        ("--port x", "--port: takes a port from 0 to 65535, got 'x'"),
+        ("--port x", "--port takes a port from 0 to 65535, got 'x'"),
         ("--port 70000", "--port"),
         ("--max-num-seqs 0", "at least 1"),
         ("--page-size 10", "--page-size must be a power of two"),

@@ -1,111 +1,186 @@
-"""Everything an engine is started with. Flags of `serving.launch` and arguments of `LLM` end up here."""
+"""Everything an engine is started with. Flags of `serving.launch` and arguments of `LLM` are made from the fields here."""
 
 from __future__ import annotations
 
 import dataclasses
+
+from serving.engine.api.settings import (
+    COUNT,
+    FILE,
+    FOLDER,
+    GIBIBYTES,
+    INDEX,
+    NAME,
+    PAGE,
+    SECONDS,
+    SIZE,
+    SWITCH,
+    TEXT,
+    WHOLE,
+    Kind,
+    Scope,
+    one_of,
+    read_all,
+    setting,
+)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
 QUANTIZATIONS = ("auto", "none", "int8")
 POLICIES = ("fcfs", "priority")
 
+MODEL = Kind("a file, a folder or a hub id", TEXT.read, "MODEL")
+AXES = Kind("axes and their sizes, such as data=1,model=2", TEXT.read, "AXES")
+ADDRESS = Kind("host:port or auto", TEXT.read, "HOST:PORT")
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """Start-up configuration. Names and meanings are those vLLM's users know; None means "decide at start".
 
-    Attributes:
-        model: GGUF file, Hugging Face or Orbax directory, hub id, or None for the default model.
-        dtype: compute dtype; `auto` is float32 on CPU and bfloat16 elsewhere.
-        quantization: weight quantization; `auto` is int8 on a CPU with native kernels (when `dtype` is auto too) and none
-            elsewhere.
-        kv_cache_dtype: what pages hold; `auto` follows dtype and quantization (serving/engine/device/sizing.py says how).
-        max_model_len: longest prompt plus completion, in tokens; None is the model's own, cut to what the pool holds.
-        max_num_seqs: requests running at once (slots). None: 64 on CPU, 256 elsewhere.
-        max_num_batched_tokens: token budget of one step, decode and prefill together. None: 1024 on CPU, 4096 elsewhere.
-        page_size: positions a KV page holds.
-        kv_cache_memory: bytes for the page pool over all devices; None: from free memory.
-        seed: base of the seeds of requests that bring none.
-        mesh: "data=1,model=1"; data is the number of replicas, which share what the sizes here allow.
-        cpu_devices: split the CPU into this many devices.
-        coordinator: with several processes, "host:port" of process 0, or "auto"; see sharding.processes.find.
-        num_processes, process_id: how many there are and which one this is; found by "auto".
-        step_timeout: with several processes, seconds that a step may take before the engine counts as stuck.
-        policy: order of waiting requests.
-        enable_prefix_caching: share pages of equal prefixes.
-        async_scheduling: schedule and dispatch a step while the one before it runs (False: an ablation).
-        max_num_queued_reqs, max_num_queued_tokens: bounds of the waiting queue; None is unbounded.
-        max_waiting_time, max_running_time: seconds a request may wait for its first slot, and run after it.
-        num_scheduler_steps: decode steps in one dispatch while nothing waits (a device loop; ends early when all rows end).
-        prefix_first: among waiting requests of equal priority, those with the longest cached prefix first.
-        fair_share: least-served tenant (API key or metadata) first, within equal priority.
-        kv_offload_gb: GiB of host memory for pages evicted from the device.
-        compile_cache: folder of compiled programs; None is the user's cache folder, "" is none.
-        compiled: folder that `serving.plan --save` wrote: its programs are run, and nothing is compiled.
-        served_model_name: id under which the model is served; None is its own name.
-        chat_template: file or text overriding the model's.
-        attention_backend: force one implementation of paged attention; None takes the first that fits.
-        progress: show bars and steps on stderr.
+    What each field means is in its declaration, because flags show it too. Sizes may be given as text ("512MiB"), as on the
+    command line; they are numbers here afterwards.
+
+    Raises:
+        ValueError: naming the setting, what it must be and what it was.
     """
 
-    model: str | None = None
-    dtype: str = "auto"
-    quantization: str | None = "auto"
-    kv_cache_dtype: str = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    page_size: int = 16
-    kv_cache_memory: int | None = None
-    seed: int = 0
-    mesh: str = "data=1,model=1"
-    cpu_devices: int | None = None
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-    step_timeout: float = 10.0
-    policy: str = "fcfs"
-    enable_prefix_caching: bool = True
-    async_scheduling: bool = True
-    max_num_queued_reqs: int | None = None
-    max_num_queued_tokens: int | None = None
-    max_waiting_time: float | None = None
-    max_running_time: float | None = None
-    num_scheduler_steps: int = 1
-    prefix_first: bool = False
-    fair_share: bool = False
-    kv_offload_gb: float = 0.0
-    compile_cache: str | None = None
-    compiled: str | None = None
-    served_model_name: str | None = None
-    chat_template: str | None = None
-    attention_backend: str | None = None
-    progress: bool = True
+    # -- model -----------------------------------------------------------------------------------------------------------
+
+    model: str | None = setting(
+        None, "GGUF file, Hugging Face or Orbax directory, or hub id (default: SmolLM2-135M-Instruct, fetched once)",
+        MODEL, Scope.PROCESS, section="model", flag="",
+    )  # fmt: skip
+    tokenizer: str | None = setting(
+        None, "take the tokenizer from here (default: --model)", MODEL, Scope.SERVER, section="model", flag=""
+    )
+    chat_template: str | None = setting(
+        None, "Jinja file or text (default: the model's own)", FILE, Scope.SERVER, section="model", flag=""
+    )
+    generation_config: str = setting(
+        "auto", "sampling defaults of requests that leave them open: auto takes the checkpoint's, vllm the API's",
+        one_of("auto", "vllm"), Scope.SERVER, section="model", flag="",
+    )  # fmt: skip
+    dtype: str = setting(
+        "auto", "what to compute in; auto is float32 on CPU and bfloat16 elsewhere",
+        one_of(*DTYPES), Scope.PROGRAM, section="model", flag="", bundled=True,
+    )  # fmt: skip
+    quantization: str = setting(
+        "auto",
+        "of the weights; auto is int8 on a CPU with native kernels (when --dtype is auto too) and none elsewhere",
+        one_of(*QUANTIZATIONS, none="none"), Scope.PROGRAM, section="model", flag="", bundled=True,
+    )  # fmt: skip
+    kv_cache_dtype: str = setting(
+        "auto", "of the KV cache; auto follows the others",
+        one_of(*KV_CACHE_DTYPES), Scope.PROGRAM, section="model", flag="", bundled=True,
+    )  # fmt: skip
+    seed: int = setting(
+        0, "base of the seeds of requests that bring none", WHOLE, Scope.SERVER, section="model", flag=""
+    )
+    served_model_name: str | None = setting(
+        None, "id under which the model is served (default: its own name)", NAME, Scope.SERVER, section="model"
+    )
+
+    # -- engine ----------------------------------------------------------------------------------------------------------
+
+    max_model_len: int | None = setting(
+        None, "longest prompt plus completion, in tokens (default: the model's own, cut to what the KV cache holds)",
+        COUNT, Scope.PROGRAM, flag="", unit="tokens", bundled=True,
+    )  # fmt: skip
+    max_num_seqs: int | None = setting(
+        None, "requests running at once (default: 64 on CPU, 256 elsewhere)",
+        COUNT, Scope.PROGRAM, flag="", unit="requests", bundled=True,
+    )  # fmt: skip
+    max_num_batched_tokens: int | None = setting(
+        None, "tokens of one step, prompts and completions together (default: 1024 on CPU, 4096 elsewhere)",
+        COUNT, Scope.PROGRAM, flag="", unit="tokens", bundled=True,
+    )  # fmt: skip
+    page_size: int = setting(
+        16, "token positions of a KV page", PAGE, Scope.PROGRAM, flag="", unit="tokens", bundled=True
+    )
+    kv_cache_memory: int | None = setting(
+        None, "memory for the KV cache over all devices, such as 4GiB or 500MB (default: from the free memory)",
+        SIZE, Scope.PROGRAM, flag="", unit="bytes", bundled=True,
+    )  # fmt: skip
+    enable_prefix_caching: bool = setting(True, "share pages of equal prompt beginnings", SWITCH, Scope.SERVER, flag="")
+    policy: str = setting(
+        "fcfs", "order of waiting requests", one_of(*POLICIES), Scope.SERVER, flag="--scheduling-policy"
+    )
+    num_scheduler_steps: int = setting(
+        1, "decode steps in one dispatch while nothing waits: less host work, coarser streaming",
+        COUNT, Scope.PROGRAM, flag="", unit="steps",
+    )  # fmt: skip
+    prefix_first: bool = setting(
+        False, "among waiting requests of equal priority, those with the longest cached prefix first",
+        SWITCH, Scope.SERVER, flag="",
+    )  # fmt: skip
+    fair_share: bool = setting(
+        False, "serve the least-served tenant (API key or metadata) first, within equal priority",
+        SWITCH, Scope.SERVER, flag="",
+    )  # fmt: skip
+    kv_offload_gb: float = setting(
+        0.0, "host memory for pages evicted from the device, which come back on a hit",
+        GIBIBYTES, Scope.PROGRAM, flag="", unit="GiB",
+    )  # fmt: skip
+    max_waiting_time: float | None = setting(
+        None, "seconds a request may wait for its first step (default: no bound)",
+        SECONDS, Scope.SERVER, flag="", unit="s",
+    )  # fmt: skip
+    max_running_time: float | None = setting(
+        None, "seconds a request may run after its first step (default: no bound)",
+        SECONDS, Scope.SERVER, flag="", unit="s",
+    )  # fmt: skip
+    max_num_queued_reqs: int | None = setting(
+        None, "requests that may wait; more are refused with RESOURCE_EXHAUSTED (default: no bound)",
+        COUNT, Scope.SERVER, flag="", unit="requests",
+    )  # fmt: skip
+    max_num_queued_tokens: int | None = setting(
+        None, "prompt tokens that may wait (default: no bound)", COUNT, Scope.SERVER, flag="", unit="tokens"
+    )
+    async_scheduling: bool = setting(True, "prepare a step while the one before it runs", SWITCH, Scope.SERVER, flag="")
+    compile_cache: str | None = setting(
+        None, 'folder of compiled programs; "" for none (default: the user\'s cache folder)',
+        FOLDER, Scope.PROCESS, flag="",
+    )  # fmt: skip
+    compiled: str | None = setting(
+        None, "run the programs that python -m serving.plan --save compiled, and compile nothing",
+        FOLDER, Scope.PROCESS, flag="",
+    )  # fmt: skip
+    attention_backend: str | None = setting(
+        None, "force one implementation of paged attention (default: the first that fits)",
+        NAME, Scope.PROGRAM, flag="",
+    )  # fmt: skip
+    progress: bool = setting(True, "show progress bars at start", SWITCH, Scope.PROCESS, flag="")
+
+    # -- devices ---------------------------------------------------------------------------------------------------------
+
+    mesh: str = setting(
+        "data=1,model=1",
+        "axes of the device mesh and their sizes: data (replicas with pages and requests of their own, which share what the "
+        "sizes here allow), model (tensor parallel), expert",
+        AXES, Scope.PROGRAM, section="devices", flag="", bundled=True,
+    )  # fmt: skip
+    cpu_devices: int | None = setting(
+        None, "split the CPU into this many devices (default: 1); of each process, where there are several",
+        COUNT, Scope.ENGINE, section="devices", flag="",
+    )  # fmt: skip
+    coordinator: str | None = setting(
+        None,
+        "run as one of several processes that share the mesh: an address on which process 0 listens for the others, "
+        "or auto to ask Cloud TPU, LeaderWorkerSet, Kubernetes, Slurm or Open MPI (default: a single process)",
+        ADDRESS, Scope.ENGINE, section="devices", flag="",
+    )  # fmt: skip
+    num_processes: int | None = setting(
+        None, "how many processes there are (default: found)", COUNT, Scope.ENGINE, section="devices", flag=""
+    )
+    process_id: int | None = setting(
+        None, "which one this is: 0 schedules and serves, the others only compute (default: found)",
+        INDEX, Scope.PROCESS, section="devices", flag="",
+    )  # fmt: skip
+    step_timeout: float = setting(
+        10.0, "with several processes, seconds that a step may take before the engine counts as stuck and ends",
+        SECONDS, Scope.ENGINE, section="devices", flag="", unit="s",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        """Raises ValueError with a sentence naming the setting, its value and what is allowed."""
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("quantization", self.quantization or "none", QUANTIZATIONS)
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
-        _one_of("policy", self.policy, POLICIES)
-        for name in (
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "kv_cache_memory",
-            "cpu_devices",
-            "num_processes",
-            "max_num_queued_reqs",
-            "max_num_queued_tokens",
-            "num_scheduler_steps",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if self.page_size < 8 or self.page_size > 256 or self.page_size & (self.page_size - 1):
-            raise ValueError(f"page_size must be a power of two from 8 to 256, got {self.page_size}.")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+        read_all(self)

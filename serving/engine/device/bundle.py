@@ -15,15 +15,17 @@ from typing import Any
 import jax
 
 from serving.engine.api.config import EngineConfig
+from serving.engine.api.settings import settings_of
 from serving.engine.device.compiling import ProgramCache, Target
+from serving.engine.device.fingerprint import PROGRAM_SETTINGS
 from serving.engine.device.sizing import Sizes
 
 MANIFEST = "bundle.json"
-FIXED = (
-    "dtype", "quantization", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size",
-    "kv_cache_memory", "mesh",
-)  # fmt: skip
+FIXED = tuple(name for name, known in settings_of(EngineConfig).items() if known.bundled)
 """Settings that a bundle decides: they are in the programs."""
+
+NOT_HELD = tuple(name for name in PROGRAM_SETTINGS if name not in FIXED)
+"""Settings that call for programs which bundles do not hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Bundle:
                     f"{flag} is {given}, but the programs in {self.folder} were compiled for {self.settings[name]}. Leave "
                     f"{flag} out, or make another bundle."
                 )
-        for name in ("num_scheduler_steps", "kv_offload_gb", "attention_backend"):
+        for name in NOT_HELD:
             if getattr(config, name) != getattr(defaults, name):
                 raise ValueError(
                     f"--{name.replace('_', '-')} needs programs that bundles do not hold. Leave it or --compiled out."

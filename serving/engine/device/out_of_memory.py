@@ -34,6 +34,6 @@ def explain(error: BaseException, config: EngineConfig, devices: list[Any]) -> s
         f"--max-num-batched-tokens (now {config.max_num_batched_tokens or 'the default'}), which temporary arrays follow",
         f"--max-num-seqs (now {config.max_num_seqs or 'the default'})",
     ]
-    if config.quantization in (None, "none", "auto"):
+    if config.quantization in ("none", "auto"):
         advice.append("or say --quantization int8 for weights of a quarter to half the size")
     return f"{'; '.join(parts)}. Lower {', then '.join(advice[:3])}{'; ' + advice[3] if len(advice) > 3 else ''}."

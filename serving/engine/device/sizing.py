@@ -54,7 +54,7 @@ def resolve_quantization(config: EngineConfig, platform: str, devices: int) -> s
     """The weights' scheme. `auto` is int8 where that is both fastest and within 1 % of float32's perplexity: on one CPU
     device with vectorized native kernels (docs/benchmarks/notes_matmul.md), when the dtype is left open too."""
     if config.quantization != "auto":
-        return None if config.quantization in (None, "none") else config.quantization
+        return None if config.quantization == "none" else config.quantization
     wanted = platform == "cpu" and devices == 1 and config.dtype == "auto"
     return "int8" if wanted and native.available() and native.isa() != "generic" else None
 
@@ -74,6 +74,129 @@ def resolve_kv_dtype(config: EngineConfig, model: CausalLM, dtype: str, devices:
     return "bfloat16" if layouts == {"panels"} else dtype
 
 
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What an engine's sizes are before it is known how much memory its pages may take; of each replica.
+
+    Attributes:
+        wanted_len: tokens a sequence may have if the pages allow it.
+        page_bytes: of one page in all arrays, over all devices together.
+        windows: of the attention groups.
+        replicas: how many there are.
+        given_len: the configuration's max_model_len; None where it leaves that open.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    wanted_len: int
+    page_size: int
+    page_bytes: int
+    kv_dtype: str
+    layers_per_page: int | None
+    windows: tuple[int | None, ...]
+    replicas: int
+    given_len: int | None
+
+    def within(self, memory: int) -> Sizes:
+        """The sizes with so many bytes for the pages of all replicas.
+
+        Raises:
+            ValueError: they hold no sequence of the length asked for, with both numbers and the settings to change.
+        """
+        most = self.max_num_seqs * self._pages(self.wanted_len, self.max_num_batched_tokens) + 1
+        num_pages = min(most, memory // self.replicas // self.page_bytes)
+        fits = longest(num_pages - 1, self.windows, self.page_size)
+        fits = self.wanted_len if fits is None else fits
+        if fits < 2 * self.page_size or (self.given_len and fits < self.given_len):
+            tokens = self.given_len or 2 * self.page_size
+            need = (self._pages(tokens, 1) + 1) * self.page_bytes * self.replicas
+            raise ValueError(
+                f"the KV cache may take {in_words(memory)}, which holds {max(fits, 0)} tokens; one sequence of {tokens} "
+                f"tokens needs {in_words(need)}. Raise kv_cache_memory or lower max_model_len."
+            )
+        return Sizes(
+            self.max_num_seqs, self.max_num_batched_tokens, min(self.wanted_len, fits), num_pages, self.page_size,
+            self.page_bytes, self.kv_dtype, self.layers_per_page,
+        )  # fmt: skip
+
+    def _pages(self, tokens: int, chunk: int) -> int:
+        return pages_of(tokens, self.windows, self.page_size, chunk)
+
+
+def batch_sizes(
+    max_num_seqs: int | None, max_num_batched_tokens: int | None, replicas: int, cpu: bool
+) -> tuple[int, int]:
+    """(slots, tokens a step) of each replica; None is decided here.
+
+    Raises:
+        ValueError: a full batch of decodes would leave no room for prompts.
+    """
+    seqs = -(-(max_num_seqs or (64 if cpu else 256)) // replicas)
+    budget = -(-(max_num_batched_tokens or (1024 if cpu else 4096)) // replicas)
+    budget = max(CHUNK_ALIGN, budget // CHUNK_ALIGN * CHUNK_ALIGN)
+    if budget < seqs + CHUNK_ALIGN:
+        if max_num_batched_tokens is not None and max_num_seqs is not None:
+            raise ValueError(
+                f"max_num_batched_tokens is {max_num_batched_tokens}; with max_num_seqs {max_num_seqs} it must be at least "
+                f"{replicas * -(-(seqs + CHUNK_ALIGN) // CHUNK_ALIGN) * CHUNK_ALIGN}, or a full batch of decodes would leave "
+                "no room for prompts."
+            )
+        if max_num_seqs is None:
+            seqs = max(1, budget - CHUNK_ALIGN)
+        else:
+            budget = -(-(seqs + CHUNK_ALIGN) // CHUNK_ALIGN) * CHUNK_ALIGN
+    return seqs, budget
+
+
+def resolve_bounds(
+    config: EngineConfig,
+    model: CausalLM,
+    max_positions: int,
+    dtype: str,
+    mesh: Mesh | None,
+    platform: str | None = None,
+) -> Bounds:
+    """Fills in what the configuration leaves open and needs no look at the devices' memory; no weights are needed.
+
+    Args:
+        mesh: its replicas share evenly what the configuration gives; None for a single device.
+        platform: where the pages will be; None for where this process is.
+    Raises:
+        ValueError: sizes that contradict each other, with both numbers and the setting to change.
+    """
+    platform = platform or jax.default_backend()
+    replicas, devices = num_replicas(mesh), 1 if mesh is None else mesh.size
+    seqs, budget = batch_sizes(config.max_num_seqs, config.max_num_batched_tokens, replicas, platform == "cpu")
+    check_length(config, max_positions)
+    kv_dtype = resolve_kv_dtype(config, model, dtype, devices)
+    page_size = max(config.page_size, least_page_size(kv_dtype, platform))
+    wanted_len = config.max_model_len or max_positions
+    together = layers_per_page(model.kv_specs(), wanted_len)
+    groups = KVGroups.of(model.kv_specs(), together)
+    page_bytes = bytes_of_page(groups, page_size, kv_dtype, platform, config.attention_backend)
+    return Bounds(
+        seqs,
+        budget,
+        wanted_len,
+        page_size,
+        page_bytes,
+        kv_dtype,
+        together,
+        groups.windows,
+        replicas,
+        config.max_model_len,
+    )
+
+
+def check_length(config: EngineConfig, max_positions: int) -> None:
+    """Raises ValueError for a context that the model was not made for."""
+    if config.max_model_len is not None and config.max_model_len > max_positions:
+        raise ValueError(
+            f"max_model_len is {config.max_model_len}, but the model was made for {max_positions} positions: "
+            f"use at most that."
+        )
+
+
 def resolve_sizes(
     config: EngineConfig,
     model: CausalLM,
@@ -83,58 +206,25 @@ def resolve_sizes(
     meet: Meet | None = None,
     platform: str | None = None,
 ) -> Sizes:
-    """Fills in what the configuration leaves open.
+    """`resolve_bounds` with the memory that the configuration names, or with what is free now, once weights are loaded.
 
     Args:
-        mesh: its replicas share evenly what the configuration gives; None for a single device.
         meet: with several processes, `Group.least`: the one with the least memory decides.
-        platform: where the pages will be; None for where this process is.
-
     Raises:
-        ValueError: sizes that contradict each other, with both numbers and the flag to change.
+        ValueError: as `resolve_bounds` and `Bounds.within`.
     """
-    cpu = jax.default_backend() == "cpu"
-    replicas, devices = num_replicas(mesh), 1 if mesh is None else mesh.size
-    seqs = -(-(config.max_num_seqs or (64 if cpu else 256)) // replicas)
-    budget = -(-(config.max_num_batched_tokens or (1024 if cpu else 4096)) // replicas)
-    budget = max(CHUNK_ALIGN, budget // CHUNK_ALIGN * CHUNK_ALIGN)
-    if budget < seqs + CHUNK_ALIGN:
-        if config.max_num_batched_tokens is not None and config.max_num_seqs is not None:
-            raise ValueError(
-                f"max_num_batched_tokens is {config.max_num_batched_tokens}; with max_num_seqs {config.max_num_seqs} it must "
-                f"be at least {replicas * (seqs + CHUNK_ALIGN)}, or a full batch of decodes would leave no room for prompts."
-            )
-        if config.max_num_seqs is None:
-            seqs = max(1, budget - CHUNK_ALIGN)
-        else:
-            budget = -(-(seqs + CHUNK_ALIGN) // CHUNK_ALIGN) * CHUNK_ALIGN
-    kv_dtype = resolve_kv_dtype(config, model, dtype, devices)
-    platform = platform or jax.default_backend()
-    page_size = max(config.page_size, least_page_size(kv_dtype, platform))
-    wanted_len = min(config.max_model_len or max_positions, max_positions)
-    together = layers_per_page(model.kv_specs(), wanted_len)
-    groups = KVGroups.of(model.kv_specs(), together)
-    page_bytes = bytes_of_page(groups, page_size, kv_dtype, platform, config.attention_backend)
-    if config.max_model_len and config.max_model_len > max_positions:
-        raise ValueError(
-            f"max_model_len is {config.max_model_len}, but the model was made for {max_positions} positions: "
-            f"use at most that."
-        )
-    most = seqs * pages_of(wanted_len, groups.windows, page_size, budget) + 1
-    memory = config.kv_cache_memory or default_kv_memory(devices)
+    bounds = resolve_bounds(config, model, max_positions, dtype, mesh, platform)
+    memory = config.kv_cache_memory or default_kv_memory(1 if mesh is None else mesh.size)
     if meet is not None:
         memory = meet("KV cache memory", memory)
-    num_pages = min(most, memory // replicas // page_bytes)
-    fits = longest(num_pages - 1, groups.windows, page_size)
-    fits = wanted_len if fits is None else fits
-    if fits < 2 * page_size or (config.max_model_len and fits < config.max_model_len):
-        pages = pages_of(config.max_model_len or 2 * page_size, groups.windows, page_size) + 1
-        need = pages * page_bytes * replicas
-        raise ValueError(
-            f"the KV cache may take {memory / GIB:.2f} GiB, which holds {max(fits, 0)} tokens; one sequence of "
-            f"max_model_len needs {need / GIB:.2f} GiB. Raise --kv-cache-memory or lower --max-model-len."
-        )
-    return Sizes(seqs, budget, min(wanted_len, fits), num_pages, page_size, page_bytes, kv_dtype, together)
+    return bounds.within(memory)
+
+
+def in_words(size: int) -> str:
+    """Bytes as a person reads them: "1.50 GiB", "3.0 MiB", "512 KiB"."""
+    if size >= GIB // 10:
+        return f"{size / GIB:.2f} GiB"
+    return f"{size / (1 << 20):.1f} MiB" if size >= 1 << 20 else f"{size / 1024:.0f} KiB"
 
 
 def bytes_of_page(

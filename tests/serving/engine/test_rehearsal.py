@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from serving.boot.start import start_decoder
+from serving.boot.start import start_engine
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
@@ -65,12 +65,12 @@ def test_it_runs_every_part_of_a_request_and_leaves_no_trace(monkeypatch, steps)
 
 def test_an_engine_is_not_ready_before_it(monkeypatch, tmp_path):
     done = []
-    monkeypatch.setattr("serving.boot.start.rehearse", lambda *args: done.append(threading.current_thread().name))
+    monkeypatch.setattr("serving.boot.wire.rehearse", lambda *args: done.append(threading.current_thread().name))
     config = EngineConfig(
         model=str(write_tiny_checkpoint(tmp_path / "model")), max_num_seqs=1, max_num_batched_tokens=32, max_model_len=48,
         progress=False, compile_cache=str(tmp_path / "programs"),
     )  # fmt: skip
-    start_decoder(config).shutdown()
+    start_engine(config).shutdown()
     assert done == ["jaxserve-engine"]
 
 
@@ -78,10 +78,10 @@ def test_a_failure_in_it_is_the_starts(monkeypatch, tmp_path):
     def fail(*args):
         raise ValueError("no device")
 
-    monkeypatch.setattr("serving.boot.start.rehearse", fail)
+    monkeypatch.setattr("serving.boot.wire.rehearse", fail)
     config = EngineConfig(
         model=str(write_tiny_checkpoint(tmp_path / "model")), max_num_seqs=1, max_num_batched_tokens=32, max_model_len=48,
         progress=False, compile_cache="",
     )  # fmt: skip
     with pytest.raises(ValueError, match="no device"):
-        start_decoder(config)
+        start_engine(config)

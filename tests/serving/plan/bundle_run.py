@@ -11,7 +11,7 @@ import sys
 
 import jax
 
-from serving.boot.start import start_decoder
+from serving.boot.start import start_engine
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
@@ -22,7 +22,7 @@ PROMPT = tuple(range(5, 45))
 
 def generate(config: EngineConfig) -> list[int]:
     """Greedy tokens after PROMPT."""
-    engine = start_decoder(config, progress=lambda line: print(line, file=sys.stderr))
+    engine = start_engine(config, say=lambda line: print(line, file=sys.stderr))
 
     async def run() -> list[int]:
         params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False)

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving.boot import assembly
-from serving.boot.start import start_decoder
+from serving.boot import load
+from serving.boot.start import start_engine
 from serving.engine.api.config import EngineConfig
 from serving.engine.device.out_of_memory import explain
+from tests.tiny_checkpoint import write_tiny_checkpoint
 
 ERROR = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8589934592 bytes.")
 
@@ -30,13 +31,15 @@ def test_numbers_and_flags_are_told():
     )
 
 
-def test_a_start_that_does_not_fit_is_a_sentence(monkeypatch):
+def test_a_start_that_does_not_fit_is_a_sentence(monkeypatch, tmp_path):
+    config = EngineConfig(model=str(write_tiny_checkpoint(tmp_path / "model")), compile_cache="", progress=False)
+
     def fail(*args, **kwargs):
         raise ERROR
 
-    monkeypatch.setattr(assembly, "assemble", fail)
+    monkeypatch.setattr(load, "load_model", fail)
     with pytest.raises(ValueError, match="--kv-cache-memory"):
-        start_decoder(EngineConfig(progress=False))
-    monkeypatch.setattr(assembly, "assemble", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("something else")))
+        start_engine(config)
+    monkeypatch.setattr(load, "load_model", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
-        start_decoder(EngineConfig(progress=False))
+        start_engine(config)

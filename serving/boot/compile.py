@@ -1,0 +1,204 @@
+"""The third step of the start: sizes, pages, and every program compiled or found compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from models.loading.load import LoadedModel
+from models.pooling import pooling_mode
+from ops.paged_attention import KVGroups
+from serving.boot.check import Checked, facts_of
+from serving.engine.api import phases
+from serving.engine.api.types import EngineInfo
+from serving.engine.device.compiling import ProgramCache
+from serving.engine.device.executor import Executor
+from serving.engine.device.fingerprint import fingerprint
+from serving.engine.device.group import Meet
+from serving.engine.device.placement import num_replicas
+from serving.engine.device.runner import ModelRunner
+from serving.engine.device.sizing import GIB, Sizes, default_kv_memory, in_words
+from serving.engine.encoder.runner import EncoderBuckets, EncoderRunner
+from serving.engine.requests.buckets import ACCELERATOR_RIDGE, CPU_RIDGE
+from serving.engine.scheduling.scheduler import SchedulerConfig
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledDecoder:
+    """A model that generates, ready to run steps.
+
+    Attributes:
+        runner: owns weights, pages and programs.
+        scheduler: what its scheduler is to be started with.
+        info: what clients are told.
+    """
+
+    runner: ModelRunner
+    scheduler: SchedulerConfig
+    info: EngineInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledEncoder:
+    """A model that reads, ready to run batches."""
+
+    runner: EncoderRunner
+    info: EngineInfo
+
+
+def compile_decoder(checked: Checked, loaded: LoadedModel, say: Progress, meet: Meet | None = None) -> CompiledDecoder:
+    """Makes pages and programs; says what they are.
+
+    Args:
+        meet: with several processes, `Group.least`. All compile the same; a follower has no use for the scheduler.
+    Raises:
+        ValueError: the pages do not fit, or a bundle's programs are another's.
+    """
+    config, replicas = checked.config, num_replicas(checked.mesh)
+    assert checked.bounds is not None
+    memory = config.kv_cache_memory or default_kv_memory(checked.mesh.size)
+    sizes = checked.bounds.within(memory if meet is None else meet("KV cache memory", memory))
+    say(_pages_in_words(checked, loaded, sizes, replicas))
+    began = time.monotonic()
+    executor = Executor(
+        loaded.model,
+        sizes,
+        _cache(checked, loaded, sizes),
+        mesh=checked.server_mesh,
+        attention_backend=config.attention_backend,
+        host_tier=config.kv_offload_gb > 0,
+        num_scheduler_steps=config.num_scheduler_steps,
+    )
+    with progress_bar(config.progress) as on_done:
+        executor.compile(on_done, meet)
+    runner = ModelRunner(executor)
+    say(f"compiled {len(runner.buckets.buckets)} step shapes in {time.monotonic() - began:.1f} s")
+    phases.record("compile", time.monotonic() - began)
+    scheduler = _scheduler_config(checked, sizes, executor, runner, replicas)
+    info = EngineInfo(
+        **facts_of(checked),
+        max_model_len=sizes.max_model_len,
+        max_num_seqs=sizes.max_num_seqs * replicas,
+        max_num_batched_tokens=sizes.max_num_batched_tokens * replicas,
+        page_size=sizes.page_size,
+        num_pages=sizes.num_pages * replicas,
+        num_parameters=executor.num_parameters,
+        pooling=pooling_mode(loaded.source.path, "last"),
+    )
+    return CompiledDecoder(runner, scheduler, info)
+
+
+def _cache(checked: Checked, loaded: LoadedModel, sizes: Sizes) -> ProgramCache:
+    """Where the programs are looked for."""
+    if checked.bundle is not None:
+        checked.bundle.check(loaded.config, sizes)
+        return checked.bundle.sealed()
+    resolved = {
+        **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size")),  # in sizes
+        **dict.fromkeys(("kv_cache_dtype", "kv_cache_memory")),
+        **_resolved(checked),
+    }
+    return ProgramCache(checked.programs, fingerprint(checked.config, loaded.config, sizes, resolved))
+
+
+def _resolved(checked: Checked) -> dict[str, Any]:
+    return {"dtype": checked.dtype, "quantization": checked.quantization, "mesh": str(checked.mesh)}
+
+
+def _scheduler_config(
+    checked: Checked, sizes: Sizes, executor: Executor, runner: ModelRunner, replicas: int
+) -> SchedulerConfig:
+    """Fields that the configuration or the sizes have too come from there; the others are the device's."""
+    names = {field.name for field in dataclasses.fields(SchedulerConfig)}
+    config, ridge = checked.config, CPU_RIDGE if checked.platform == "cpu" else ACCELERATOR_RIDGE
+    shared = {name: value for name, value in {**vars(config), **vars(sizes)}.items() if name in names}
+    return SchedulerConfig(
+        **shared,
+        max_chunk_tokens=runner.buckets.max_chunk,
+        max_chunk_rows=runner.buckets.max_rows,
+        host_pages=int(config.kv_offload_gb * GIB // sizes.page_bytes),
+        restore_page_s=executor.store.restore_page_s if executor.store is not None else 0.0,
+        windows=executor.groups.windows,
+        replicas=replicas,
+        buckets=dataclasses.replace(runner.buckets, ridge=ridge),
+    )
+
+
+def compile_encoder(checked: Checked, loaded: LoadedModel, say: Progress) -> CompiledEncoder:
+    """Makes an encoder's programs; says what they are."""
+    sizes = checked.encoder
+    assert sizes is not None
+    buckets = EncoderBuckets.make(sizes.max_model_len, sizes.max_num_seqs, sizes.max_num_batched_tokens)
+    unused = (
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "max_model_len",
+        "page_size",
+        "kv_cache_dtype",
+        "kv_cache_memory",
+    )
+    resolved = {**dict.fromkeys(unused), **_resolved(checked)}
+    began = time.monotonic()
+    runner = EncoderRunner(
+        loaded.model,
+        buckets,
+        ProgramCache(checked.programs, fingerprint(checked.config, loaded.config, buckets, resolved)),
+        scores="score" in checked.opened.family.tasks,
+        mesh=checked.server_mesh,
+    )
+    with progress_bar(checked.config.progress) as on_done:
+        runner.compile(on_done)
+    say(f"compiled {len(buckets.buckets)} batch shapes in {time.monotonic() - began:.1f} s")
+    phases.record("compile", time.monotonic() - began)
+    info = EngineInfo(
+        **facts_of(checked),
+        **vars(sizes),
+        page_size=0,
+        num_pages=0,
+        num_parameters=runner.num_parameters,
+        tasks=checked.opened.family.tasks,
+        pooling=checked.opened.pooling or pooling_mode(checked.opened.source.path),
+    )
+    return CompiledEncoder(runner, info)
+
+
+def _pages_in_words(checked: Checked, loaded: LoadedModel, sizes: Sizes, replicas: int) -> str:
+    groups = KVGroups.of(loaded.model.kv_specs(), sizes.layers_per_page)
+    return (
+        f"KV cache: {sizes.num_pages} pages of {sizes.page_size} tokens{_what_pages_hold(groups)}, "
+        f"{in_words(sizes.num_pages * sizes.page_bytes)} ({sizes.kv_dtype}); up to {sizes.max_num_seqs} requests at once, "
+        f"{sizes.max_model_len} tokens each" + (f"; all of it in each of {replicas} replicas" if replicas > 1 else "")
+    )
+
+
+def _what_pages_hold(groups: KVGroups) -> str:
+    """Where layers are in groups: for how many layers a page holds tokens, and what groups attend to."""
+    if groups.places is None:
+        return ""
+    counts = Counter(groups.windows)
+    kinds = ", ".join(f"{n} {f'with a window of {w}' if w else 'that see all'}" for w, n in counts.items())
+    return f" for {len(groups.arrays)} layers ({len(groups.windows)} groups of layers: {kinds})"
+
+
+@contextlib.contextmanager
+def progress_bar(shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """What compilation tells (done, total) to: a tqdm bar, or nothing."""
+    if not shown:
+        yield None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(desc="compiling", unit="program", file=sys.stderr) as bar:
+
+        def on_done(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield on_done

@@ -1,0 +1,56 @@
+"""The second step of the start: the weights, onto the devices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from models.loading.load import LoadedModel, load_model
+from models.loading.source import resolve
+from ops import native
+from serving.boot.check import Checked
+from serving.engine.api import phases
+
+
+def load(checked: Checked, say: Callable[[str], None]) -> LoadedModel:
+    """Reads every weight; says how long it took.
+
+    Raises:
+        ValueError: a damaged file, or a missing, extra or wrongly shaped tensor, by name.
+    """
+    if checked.platform == "cpu":
+        say(native.status())
+    began = time.monotonic()
+    loaded = load_model(
+        checked.opened.source,
+        dtype=checked.dtype,
+        mesh=checked.mesh,
+        quantization=checked.quantization,
+        progress=checked.config.progress,
+        opened=checked.opened,
+        built=checked.built,
+    )
+    stored = f", {checked.quantization}" if checked.quantization else ""
+    say(
+        f"loaded {loaded.model_id} ({loaded.config.architecture}, {checked.dtype}{stored}) "
+        f"in {time.monotonic() - began:.1f} s"
+    )
+    phases.record("load", time.monotonic() - began)
+    return loaded
+
+
+def reader(checked: Checked) -> Callable[[str | None], Any]:
+    """How a running engine reads a checkpoint (None: its own again): same dtype, quantization and placement as at start."""
+
+    def read(name: str | None) -> Any:
+        return load_model(
+            checked.opened.source if name is None else resolve(name),
+            dtype=checked.dtype,
+            mesh=checked.mesh,
+            quantization=checked.quantization,
+            max_model_len=checked.config.max_model_len,
+            progress=False,
+        ).model
+
+    return read

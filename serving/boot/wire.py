@@ -1,0 +1,44 @@
+"""The last step of the start: an engine around what was compiled, and one request before the first."""
+
+from __future__ import annotations
+
+from models.loading.load import LoadedModel
+from serving.boot.check import Checked
+from serving.boot.compile import CompiledDecoder, CompiledEncoder
+from serving.boot.load import reader
+from serving.engine.device.group import Group
+from serving.engine.encoder.engine import EncoderEngine
+from serving.engine.engine import Engine
+from serving.engine.rehearsal import rehearse
+from serving.engine.scheduling.scheduler import Scheduler
+
+REHEARSAL_S = 600.0
+"""How long a request of two tokens may take on the slowest device before the start counts as failed."""
+
+
+def wire_decoder(
+    checked: Checked, loaded: LoadedModel, compiled: CompiledDecoder, group: Group | None = None
+) -> Engine:
+    """A running engine that has answered one request.
+
+    Args:
+        group: the engine's other processes, which are sent every command from now on.
+    """
+    scheduler = Scheduler(compiled.scheduler)
+    engine = Engine(checked.config, loaded, compiled.runner, scheduler, compiled.info, load_model=reader(checked))
+    if group is not None:
+        engine.runner.executor.lead(group)
+    engine.loop.start()
+    try:
+        engine.call(lambda: rehearse(engine.scheduler, engine.runner), timeout=REHEARSAL_S)
+    except BaseException:
+        engine.shutdown()
+        raise
+    return engine
+
+
+def wire_encoder(checked: Checked, loaded: LoadedModel, compiled: CompiledEncoder) -> EncoderEngine:
+    """A running encoder that has read one text."""
+    engine = EncoderEngine(checked.config, loaded, compiled.runner, compiled.info)
+    engine.start()
+    return engine

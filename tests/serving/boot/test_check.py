@@ -1,0 +1,87 @@
+"""What can be refused is refused before a weight is read, with the setting's name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from serving.boot import load
+from serving.boot.startup import start
+from serving.engine.api.config import EngineConfig
+from tests.tiny_checkpoint import write_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("check") / "model")
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path):
+    """A copy that a test may spoil."""
+    return shutil.copytree(checkpoint, tmp_path / "model")
+
+
+@pytest.fixture(autouse=True)
+def unread(monkeypatch):
+    """Weights are never asked for."""
+
+    def read(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(load, "load_model", read)
+
+
+def refused(checkpoint, **settings):
+    """The sentence that a start ends with."""
+    with pytest.raises(ValueError) as caught:
+        start(EngineConfig(**{"model": str(checkpoint), "compile_cache": "", "progress": False, **settings}))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings,sentence",
+    [
+        ({"attention_backend": "flash"}, "attention_backend must be one of native, pallas_tpu, pallas_gpu, xla; got 'flash'."),
+        ({"attention_backend": "pallas_tpu"}, "attention_backend pallas_tpu does not run here"),
+        ({"mesh": "data=2", "kv_offload_gb": 1}, "kv_offload_gb works with one replica only"),
+        ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "with max_num_seqs 64 it must be at least 80"),
+        ({"max_model_len": 1024}, "max_model_len is 1024, but the model was made for 256 positions"),
+        ({"kv_cache_memory": "64KiB", "max_model_len": 256}, "the KV cache may take 64 KiB, which holds"),
+        ({"kv_cache_memory": 1}, "one sequence of 32 tokens needs"),
+        ({"mesh": "data=3"}, "needs 3 devices"),
+        ({"compiled": "nowhere"}, "no bundle of programs"),
+        ({"chat_template": "nowhere.jinja"}, "chat_template nowhere.jinja: cannot be read as a file"),
+        ({"chat_template": "{% for %}"}, "The chat template is not valid"),
+        ({"tokenizer": "nowhere"}, "nowhere"),
+        ({"model": "nowhere"}, "nowhere"),
+    ],
+)  # fmt: skip
+def test_flags_and_headers(checkpoint, settings, sentence):
+    assert sentence in refused(checkpoint, **settings)
+
+
+@pytest.mark.parametrize(
+    "name,text",
+    [("tokenizer.json", "{"), ("tokenizer.json", None), ("tokenizer_config.json", "[]"), ("config.json", "{")],
+)
+def test_spoiled_files(copied, name, text):
+    if text is None:
+        (copied / "tokenizer_config.json").write_text("{}")
+        (copied / name).unlink()
+    else:
+        (copied / name).write_text(text)
+    assert name in refused(copied)
+
+
+def test_a_template_that_does_not_compile(copied):
+    (copied / "chat_template.jinja").write_text("{% if %}")
+    assert "The chat template is not valid" in refused(copied)
+
+
+def test_an_activation_or_architecture_that_is_not_known(copied):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
+    assert "NoSuchModel" in refused(copied)
