@@ -101,6 +101,6 @@ def test_layers_with_windows_take_less():
     assert (small.layers_per_page, small.page_bytes, small.num_pages) == (1, page, 41)
     assert small.max_model_len == (40 - 3 * 6) * 16  # a window is in at most six pages, one of them not indexed yet
     assert of(1 << 30).max_model_len == 1024
-    with pytest.raises(ValueError, match="max_model_len needs"):
+    with pytest.raises(ValueError, match="one sequence of 400 tokens needs"):
         of(41 * page, max_model_len=400)
     assert of(41 * page, max_model_len=64).layers_per_page == 4  # nothing falls behind a window
