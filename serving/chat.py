@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +15,9 @@ import grpc
 from proto.jaxserve.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
 from proto.jaxserve.v1 import inference_pb2 as pb
 from proto.jaxserve.v1.sampling_pb2 import SamplingParams
+from serving.access import ClientTls
+from serving.access.flags import KEY_VARIABLE
+from serving.frontends.grpc.errors import LOST, error_of
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"  # ECMA-48: a model's thinking is shown faint, and on terminals alone
 HELP = "/clear forgets the conversation, /system TEXT sets the system prompt, /quit or Ctrl-D leaves."
@@ -27,6 +31,7 @@ class Chat:
         params: sampling parameters of every answer.
         system: system prompt, or None.
         out: where answers go; standard output without.
+        api_key: sent with every question, for servers that ask for one.
     """
 
     def __init__(
@@ -36,11 +41,13 @@ class Chat:
         system: str | None = None,
         model: str = "",
         out: TextIO | None = None,
+        api_key: str | None = None,
     ) -> None:
         self._inference = inference_pb2_grpc.InferenceStub(channel)
         self._params = params
         self._model = model
         self._out = out or sys.stdout
+        self._metadata = key_metadata(api_key)
         self.turns: list[pb.ChatMessage] = []
         self.system = system
 
@@ -61,9 +68,10 @@ class Chat:
         call = self._inference.Generate(
             pb.GenerateRequest(
                 chat=pb.Chat(messages=[*system, *self.turns, question]), sampling_params=self._params, model=self._model
-            )
+            ),
+            metadata=self._metadata,
         )
-        answer, usage = "", None
+        answer, usage, cut = "", None, False
         try:
             for delta in call:
                 answer += delta.text
@@ -71,11 +79,18 @@ class Chat:
                     self._out.write(f"{DIM}{delta.reasoning}{PLAIN}")
                 self._out.write(delta.text)
                 self._out.flush()
+                cut = cut or delta.finish_reason == pb.FINISH_REASON_ABORT
                 if delta.HasField("usage"):
                     usage = delta.usage
         except KeyboardInterrupt:
             call.cancel()  # the server aborts the request
+        except grpc.RpcError:
+            if answer:  # what goes wrong after it begins a line of its own
+                self._out.write("\n")
+            raise
         self._out.write("\n")
+        if cut:
+            self._out.write("(the server ended this answer)\n")
         self.turns += [question, pb.ChatMessage(role="assistant", content=answer)]
         return usage
 
@@ -121,7 +136,7 @@ def _answer(chat: Chat, line: str, interactive: bool) -> None:
     try:
         usage = chat.ask(line)
     except grpc.RpcError as error:
-        print(f"error: {error.details()}", file=sys.stderr)  # type: ignore[attr-defined]
+        print(f"error: {_words(error)}", file=sys.stderr)
         return
     if not interactive:
         return
@@ -142,10 +157,15 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("temperature", "top_p", "max_tokens", "seed"):
         if getattr(args, name) is not None:
             setattr(params, name, getattr(args, name))
-    with grpc.insecure_channel(args.target, options=[("grpc.enable_retries", 0)]) as channel:
+    try:
+        opened = _channel(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    with opened as channel:
         try:
             info = control_pb2_grpc.ControlStub(channel).GetModelInfo(
-                control_pb2.GetModelInfoRequest(model=args.model), timeout=10.0
+                control_pb2.GetModelInfoRequest(model=args.model), timeout=10.0, metadata=key_metadata(args.api_key)
             )
         except grpc.RpcError as error:
             print(_no_server(args.target, error), file=sys.stderr)
@@ -155,16 +175,41 @@ def main(argv: list[str] | None = None) -> int:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 - line editing and history for input()
             print(f"{info.id}, context {info.max_model_len} tokens. {HELP}")
-        loop(Chat(channel, params, args.system, args.model), input, interactive)
+        loop(Chat(channel, params, args.system, args.model, api_key=args.api_key), input, interactive)
     return 0
 
 
 def _no_server(target: str, error: grpc.RpcError) -> str:
-    code = error.code()  # type: ignore[attr-defined]
-    details = error.details()  # type: ignore[attr-defined]
-    if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in (details or ""):
-        return f"There is no server at {target}. Start one: python -m serving.launch"
-    return f"The server at {target} answers: {details or code.name}"
+    words = _words(error)
+    if words == LOST:
+        return (
+            f"There is no server at {target} that can be reached so. Start one: python -m serving.launch. "
+            "If there is one, and it has TLS, say --tls, or --ssl-ca-certs FILE where its authority is your own."
+        )
+    if error.code() is grpc.StatusCode.UNAUTHENTICATED:  # type: ignore[attr-defined]
+        return (
+            f"The server at {target} asks for an API key: say --api-key KEY, or set {KEY_VARIABLE}. It answers: {words}"
+        )
+    return f"The server at {target} answers: {words}"
+
+
+def _words(error: grpc.RpcError) -> str:
+    """What the server said, or a sentence for what gRPC itself says."""
+    return error_of(error, quiet=True).message  # type: ignore[arg-type]
+
+
+def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """The metadata of a call that brings a key."""
+    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
+
+
+def _channel(args: argparse.Namespace) -> grpc.Channel:
+    """Raises ValueError for TLS files that cannot be used."""
+    options = [("grpc.enable_retries", 0)]
+    tls = ClientTls(args.ssl_ca_certs, args.ssl_keyfile, args.ssl_certfile)
+    if not args.tls and tls == ClientTls():
+        return grpc.insecure_channel(args.target, options=options)
+    return grpc.secure_channel(args.target, grpc.ssl_channel_credentials(**tls.grpc_arguments()), options=options)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -178,6 +223,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=None, help="default: the model's own")
     parser.add_argument("--max-tokens", type=int, default=None, help="of one answer (default: what the context leaves)")
     parser.add_argument("--seed", type=int, default=None, help="same seed, same answers")
+    access = parser.add_argument_group("access")
+    access.add_argument(
+        "--api-key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
+        help=f"for servers that ask for one, or {KEY_VARIABLE} in the environment, which other users of this machine do not see "
+        "(default: none)",
+    )  # fmt: skip
+    access.add_argument("--tls", action="store_true", help="reach the server over TLS; implied by the flags below")
+    access.add_argument(
+        "--ssl-ca-certs", metavar="FILE", help="authorities of its certificate, PEM (default: the system's)"
+    )
+    access.add_argument("--ssl-keyfile", metavar="FILE", help="our certificate's key, for servers that ask, PEM")
+    access.add_argument("--ssl-certfile", metavar="FILE", help="our certificate, for servers that ask, PEM")
     return parser.parse_args(argv)
 
 

@@ -10,20 +10,22 @@ import pytest
 
 from proto.jaxserve.v1.sampling_pb2 import SamplingParams
 from serving import chat as chat_module
+from serving.access import Access, KeyRing, ServerTls
 from serving.chat import Chat, loop
 from serving.frontends.grpc.server import GrpcServer
 from tests.mock_engine import MockEngine, mock_service, until
+from tests.serving.access import certificates
 
 
 @contextlib.contextmanager
-def server(engine, **options):
+def server(engine, access=None, tls=None, **options):
     """A server in a thread of its own: the chat blocks."""
     events = asyncio.new_event_loop()
     thread = threading.Thread(target=events.run_forever, daemon=True)
     thread.start()
 
     async def start():
-        grpc_server = GrpcServer("127.0.0.1", 0)
+        grpc_server = GrpcServer("127.0.0.1", 0, access=access, tls=tls)
         await grpc_server.start()
         await grpc_server.serve(mock_service(engine, **options))
         return grpc_server
@@ -133,3 +135,46 @@ def test_an_unknown_model_is_told(capsys, model):
     with server(MockEngine("fine")) as (target, _):
         assert chat_module.main(["--target", target, "--model", model]) == 1
     assert "does not exist" in capsys.readouterr().err
+
+
+KEY = "sk-0123456789abcdef"
+
+
+def test_keys_and_tls(tmp_path, monkeypatch, capsys):
+    certificates.make(tmp_path)
+    file = {name: str(tmp_path / name) for name in ("ca.pem", "server.key", "server.pem", "client.key", "client.pem")}
+    tls = ServerTls(file["server.key"], file["server.pem"], file["ca.pem"], "required")
+    ours = ["--ssl-keyfile", file["client.key"], "--ssl-certfile", file["client.pem"], "--ssl-ca-certs", file["ca.pem"]]
+
+    def asked(*flags):
+        monkeypatch.setattr("sys.stdin", io.StringIO("how are you?\n"))
+        status = chat_module.main(["--target", target, *flags])
+        return status, capsys.readouterr()
+
+    with server(MockEngine("fine"), access=Access(KeyRing.of([KEY])), tls=tls) as (target, _):
+        status, said = asked("--api-key", KEY, *ours)
+        assert status == 0 and said.out == "fine\n"
+        status, said = asked(*ours)
+        assert status == 1 and "--api-key" in said.err and "JAXSERVE_API_KEY" in said.err
+        status, said = asked("--api-key", KEY)
+        assert status == 1 and "--tls" in said.err
+        monkeypatch.setenv("JAXSERVE_API_KEY", KEY)
+        assert asked(*ours)[0] == 0
+        status, said = asked("--ssl-ca-certs", str(tmp_path / "nothing.pem"))
+        assert status == 1 and "nothing.pem" in said.err and "Traceback" not in said.err
+
+
+def test_a_server_that_is_lost_is_told_in_words(capsys):
+    engine = MockEngine("word ", step_s=0.01, max_model_len=100_000)
+    with server(engine) as (target, _), grpc.insecure_channel(target) as channel:
+
+        class Out(io.StringIO):
+            def write(self, text):
+                if self.getvalue() == "":
+                    engine.die()
+                return super().write(text)
+
+        chat = Chat(channel, SamplingParams(ignore_eos=True), out=Out())
+        loop(chat, typed("go"), interactive=False)
+        assert chat.turns == []
+    assert "error: " in capsys.readouterr().err
