@@ -62,10 +62,17 @@ def fetch(name: str) -> Path:
 
 
 def main() -> None:
+    failed = []
     for name in sys.argv[1:] or SHA256:
         if name not in SHA256:
             raise SystemExit(f"{name} is not known; known are {', '.join(SHA256)}.")
-        print(fetch(name))
+        try:
+            print(fetch(name))
+        except OSError as error:
+            print(f"{name} could not be fetched: {error}", file=sys.stderr)
+            failed.append(name)
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.parse
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import httpx
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 RAYS_OWN = ("num_replicas", "num_gpus", "num_cpus", "max_ongoing_requests", "resources")
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "content-length"}
@@ -73,11 +74,24 @@ class Replica:
     async def __call__(self, request: Request) -> Response:
         """Hands a request over and streams the answer back; a caller that hangs up ends the request there too."""
         await self._wait_until_ready()
-        target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        headers = _end_to_end(request.headers.items())
+        has_body = "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
+        if has_body and "content-length" in request.headers:
+            headers["content-length"] = request.headers["content-length"]  # so that what is too long is refused unread
         outgoing = self._client.build_request(
-            request.method, target, headers=_end_to_end(request.headers.items()), content=await request.body()
+            request.method,
+            self._client.base_url.copy_with(raw_path=_target(request)),
+            headers=headers,
+            content=request.stream() if has_body else None,
         )
-        answer = await self._client.send(outgoing, stream=True)
+        try:
+            answer = await self._client.send(outgoing, stream=True)
+        except httpx.TransportError as error:
+            # Its own words would tell of addresses inside, and the health check tells Ray of a server that is gone.
+            text = "The server behind this replica does not answer. Try again."
+            error_body = {"message": text, "type": "server_error", "param": None, "code": "unavailable"}
+            print(f"the server does not answer: {error!r}", file=sys.stderr, flush=True)
+            return JSONResponse({"error": error_body}, 503, headers={"Retry-After": "2"})
 
         async def body() -> AsyncIterator[bytes]:
             try:
@@ -112,6 +126,18 @@ class Replica:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def _target(request: Request) -> bytes:
+    """The path and query as they came. Not from `request.url`, which is put together with the Host header, whose sender chooses
+    it; nor as a URL to be joined, of which `//elsewhere/` names another host."""
+    scope = request.scope
+    path: bytes = scope.get("raw_path") or urllib.parse.quote(scope["path"], safe="/:@!$&'()*+,;=~").encode()
+    prefix = scope.get("root_path", "").encode()
+    if prefix and path.startswith(prefix + b"/"):
+        path = path[len(prefix) :]
+    query = scope.get("query_string", b"")
+    return path + b"?" + query if query else path
 
 
 def _end_to_end(headers: Any) -> dict[str, str]:

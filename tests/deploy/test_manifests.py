@@ -72,9 +72,12 @@ def test_ports_probes_and_volumes_agree():
         if kind == "Service":
             assert document["spec"]["selector"] == labels
             assert {port["targetPort"] for port in document["spec"]["ports"]} <= {"grpc", "http"}
-    claims = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in pod["spec"]["volumes"]}
+    volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+    claims = {
+        name: v["persistentVolumeClaim"]["claimName"] for name, v in volumes.items() if "persistentVolumeClaim" in v
+    }
     assert all(("PersistentVolumeClaim", claim) in objects for claim in claims.values())
-    assert {mount["name"] for mount in only["volumeMounts"]} == set(claims)
+    assert {mount["name"] for mount in only["volumeMounts"]} == set(volumes)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -102,6 +105,10 @@ def test_image_copies_what_is_installed_and_starts_the_server():
     build_parser().parse_args(entry[3:])
     (ports,) = [line.split()[1:] for line in lines if line.startswith("EXPOSE ")]
     assert set(map(int, ports)) == {GRPC_PORT, HTTP_PORT}
+    text = "\n".join(lines).replace("\\\n", " ")
+    (check,) = re.findall(r"^HEALTHCHECK .*?CMD (\[.*\])$", text, re.M)
+    assert f"127.0.0.1:{HTTP_PORT}/health" in json.loads(check)[-1]
+    compile(json.loads(check)[2], "healthcheck", "exec")
     extras = re.findall(r"EXTRAS=(\w+)", (DEPLOY / "Dockerfile").read_text())
     project = (ROOT / "pyproject.toml").read_text()
     assert extras and all(re.search(rf"^{extra} = \[", project, re.M) for extra in extras)

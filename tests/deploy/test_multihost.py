@@ -74,6 +74,38 @@ def test_objects_fit_kubernetes_schemas(overlay):
             kubernetes_validate.validate(pod, VERSION, strict=True)
 
 
+@pytest.mark.parametrize("overlay", SINGLE + GROUPS)
+def test_pods_may_do_no_more_than_they_need(overlay):
+    """The restricted profile of Kubernetes' pod security standards, and a root that nobody writes to."""
+    objects = built(overlay)
+    pods = (
+        [objects["Deployment", "jaxserve"]["spec"]["template"]]
+        if overlay in SINGLE
+        else templates(objects["LeaderWorkerSet", "jaxserve"])
+    )
+    for template in pods:
+        spec, only = template["spec"], only_container(template)
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] > 0
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        own = only["securityContext"]
+        assert own["readOnlyRootFilesystem"] and own["allowPrivilegeEscalation"] is False
+        assert own["capabilities"] == {"drop": ["ALL"]}
+        written = {mount["mountPath"] for mount in only["volumeMounts"] if not mount.get("readOnly")}
+        assert {"/cache", "/tmp"} <= written and not any(path.startswith("/opt") for path in written)
+    labels = pods[0]["metadata"]["labels"]
+    budget, policy = objects["PodDisruptionBudget", "jaxserve"], objects["NetworkPolicy", "jaxserve"]
+    assert budget["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert budget["spec"]["maxUnavailable"] == 1
+    assert all(
+        policy["spec"]["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items() for pod in pods
+    )
+    ports = {port["name"] for port in only_container(pods[0])["ports"]}
+    open_to_all = [rule for rule in policy["spec"]["ingress"] if "from" not in rule]
+    assert [{port["port"] for port in rule["ports"]} for rule in open_to_all] == [ports]
+    assert ("from" in str(policy["spec"]["ingress"])) == (overlay in GROUPS)
+
+
 def test_the_schemas_notice_mistakes():
     document = copy.deepcopy(built("cpu")["Deployment", "jaxserve"])
     document["spec"]["template"]["spec"]["containers"][0]["livenesProbe"] = {}
@@ -86,7 +118,7 @@ def test_keys_are_read_from_the_secret(tmp_path):
     only = only_container(template)
     args = build_parser().parse_args(only["args"])
     mounts = {mount["mountPath"]: mount["name"] for mount in only["volumeMounts"]}
-    assert len(only["volumeMounts"]) == len(template["spec"]["volumes"]) == 2, "the cache is still there"
+    assert len(only["volumeMounts"]) == len(template["spec"]["volumes"]) == 3, "the cache is still there"
     folder, _, name = args.api_key_file.rpartition("/")
     (secret,) = [volume["secret"] for volume in template["spec"]["volumes"] if volume["name"] == mounts[folder]]
     text = (KUBERNETES / "keys" / "kustomization.yaml").read_text()

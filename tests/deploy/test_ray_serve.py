@@ -48,11 +48,33 @@ async def test_requests_reach_the_server_and_its_death_is_noticed(ray_serve, mon
             answer = await client.post("/v1/chat/completions", json=body)
             assert answer.status_code == 200 and "text/event-stream" in answer.headers["content-type"]
             assert answer.text.rstrip().endswith("data: [DONE]")
+            # No path and no Host leads anywhere but to that server, and a body is passed on as it comes, up to its bound.
+            for path in (
+                "//127.0.0.1:1/v1/models",
+                "/@127.0.0.1:1/",
+                "/http://127.0.0.1:1/",
+                "/v1%2fmodels",
+                "/?x=%2f",
+            ):
+                url = httpx.URL("http://ray").copy_with(raw_path=path.encode())
+                reply = await client.get(url, headers={"Host": "elsewhere:1/x"})
+                assert reply.status_code == (404 if "127" in path else 200), path
+
+            async def much():
+                for _ in range(64):
+                    yield b" " * 2**20
+
+            for headers in ({}, {"Content-Length": str(64 * 2**20)}):
+                reply = await client.post("/v1/chat/completions", content=much(), headers=headers)
+                assert reply.status_code in (413, 503), reply.text
             wrong = await client.post("/v1/chat/completions", json={"messages": []})
             assert wrong.status_code == 400 or wrong.status_code == 422
         await replica.check_health()
         os.kill(replica._process.pid, signal.SIGKILL)
         await asyncio.to_thread(replica._process.wait, 30)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(outside), base_url="http://ray") as client:
+            gone = await client.get("/v1/models")
+            assert gone.status_code == 503 and "127.0.0.1" not in gone.text
         with pytest.raises(RuntimeError, match="ended with status -9"):
             await replica.check_health()
     finally:
