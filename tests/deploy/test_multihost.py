@@ -78,11 +78,10 @@ def test_objects_fit_kubernetes_schemas(overlay):
 def test_pods_may_do_no_more_than_they_need(overlay):
     """The restricted profile of Kubernetes' pod security standards, and a root that nobody writes to."""
     objects = built(overlay)
-    pods = (
-        [objects["Deployment", "jaxserve"]["spec"]["template"]]
-        if overlay in SINGLE
-        else templates(objects["LeaderWorkerSet", "jaxserve"])
-    )
+    if overlay in SINGLE:
+        pods = [objects["Deployment", "jaxserve"]["spec"]["template"]]
+    else:
+        pods = list(templates(objects["LeaderWorkerSet", "jaxserve"]))
     for template in pods:
         spec, only = template["spec"], only_container(template)
         assert spec["automountServiceAccountToken"] is False
