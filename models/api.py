@@ -1,7 +1,12 @@
-"""What the engine asks of a model."""
+"""What the engine asks of a model: `forward(step, cache) -> result`, the same for every block and every model.
+
+A field that an engine does not use is None in its steps: it is absent from the programs, not zero in them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -11,6 +16,75 @@ from ops.paged_attention.batch import AttentionBatch, KVSpec
 KVCache = tuple[Any, ...]
 """`KVPages` (opaque pytrees owned by ops/paged_attention): one a layer, or fewer that layers share
 (`AttentionBatch.place`)."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["rows_ND", "index_T"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """Embeddings that stand where the token table's would: of an image's places, say.
+
+    Attributes:
+        rows_ND: the embeddings, any float dtype. They are not scaled as the table's rows are.
+        index_T: int32, which of them is a token's; -1 for its own from the table.
+    """
+
+    rows_ND: jax.Array
+    index_T: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens_T", "positions_T", "attention", "embeddings", "adapter_T"],
+    meta_fields=["taps"],
+)
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a forward pass computes: T tokens, B decode rows of Q places each and then C chunk tokens, see AttentionBatch.
+
+    Attributes:
+        tokens_T: int32 token ids; padding is 0.
+        positions_T: int32, the position of each token in its sequence, from 0, which rotates its q and k; padding is 0. [3, T]
+            where a position is three numbers (time, height, width).
+        attention: which pages hold the tokens' context. With the tables of all groups of layers in what a model is given; a
+            layer's step has its own group's.
+        embeddings: of tokens that have others than the table's.
+        adapter_T: int32, the slot of each token's adapter; 0 for none.
+        taps: static. Layers whose input the result is to hold; the number of layers for what enters the final norm.
+    """
+
+    tokens_T: jax.Array
+    positions_T: jax.Array
+    attention: AttentionBatch
+    embeddings: Embeddings | None = None
+    adapter_T: jax.Array | None = None
+    taps: tuple[int, ...] = ()
+
+    def by_group(self) -> tuple[Step, ...]:
+        """The step as the layers of each attention group see it."""
+        return tuple(
+            dataclasses.replace(self, attention=attention, embeddings=None, taps=())
+            for attention in self.attention.by_group()
+        )
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["hidden_TD", "cache", "taps", "visited"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a forward pass gives.
+
+    Attributes:
+        hidden_TD: after the final norm, in the compute dtype.
+        cache: with the tokens' K and V in it.
+        taps: x_TD that entered each of `Step.taps`, in that order.
+        visited: of each layer with experts, the int32 ids of those that each token visits, [T, k] or [T k, 1].
+    """
+
+    hidden_TD: jax.Array
+    cache: KVCache
+    taps: tuple[jax.Array, ...] = ()
+    visited: tuple[jax.Array, ...] = ()
 
 
 class CausalLM(Protocol):
@@ -27,15 +101,8 @@ class CausalLM(Protocol):
         """One a layer."""
         ...
 
-    def forward(self, tokens_T: jax.Array, batch: AttentionBatch, kv: KVCache) -> tuple[jax.Array, KVCache]:
-        """Runs every layer; writes the tokens' K and V to their pages before attending.
-
-        Args:
-            tokens_T: int32 token ids; padding is 0.
-            batch: with the page tables of all groups of layers; `by_group` and `place` say which are a layer's.
-        Returns:
-            hidden_TD after the final norm, in the compute dtype, and the updated cache.
-        """
+    def forward(self, step: Step, cache: KVCache) -> Result:
+        """Runs every layer; writes the tokens' K and V to their pages before attending."""
         ...
 
     def logits(self, hidden_RD: jax.Array) -> jax.Array:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models import expert_loads
-from models.api import KVCache
+from models.api import KVCache, Result, Step
 from models.config import ModelConfig
-from models.layers import MLP, Attention, Build, Embedding, GatedMLP, Linear, RMSNorm, child_recipes, kv_spec
+from models.layers import Attention, Build, Embedding, GatedMLP, Linear, RMSNorm, child_recipes, kv_spec
 from models.recipes import Recipes, under
-from ops.experts import visits
-from ops.paged_attention.batch import AttentionBatch, KVSpec
+from ops.paged_attention.batch import KVSpec
 
 
 class Layer(nnx.Module):
@@ -30,7 +27,6 @@ class Layer(nnx.Module):
     }
 
     def __init__(self, config: ModelConfig, index: int, build: Build):
-        self.residual_scale = config.residual_scale
         self.attn_norm = self.make_norm(config)
         self.attn = self.make_attention(config, index, build)
         self.mlp_norm = self.make_norm(config)
@@ -45,15 +41,11 @@ class Layer(nnx.Module):
     def make_mlp(self, config: ModelConfig, index: int, build: Build) -> Any:
         return GatedMLP(config, build)
 
-    def __call__(self, x_TD: jax.Array, batch: AttentionBatch, kv: Any) -> tuple[jax.Array, Any]:
-        if self.residual_scale == 1.0:
-            x_TD, kv = self.attn(x_TD, batch, kv, norm=self.attn_norm, residual_TD=x_TD)
-            if isinstance(self.mlp, GatedMLP | MLP):
-                return self.mlp(x_TD, norm=self.mlp_norm, residual_TD=x_TD), kv
-            return x_TD + self.mlp(self.mlp_norm(x_TD)), kv
-        attended_TD, kv = self.attn(x_TD, batch, kv, norm=self.attn_norm)
-        x_TD = x_TD + attended_TD * self.residual_scale
-        return x_TD + self.mlp(self.mlp_norm(x_TD)) * self.residual_scale, kv
+    def __call__(self, x_TD: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
+        """x, what the layer keeps, and the experts that each token visited where it has some (see `Result.visited`)."""
+        x_TD, kv = self.attn(x_TD, step, kv, norm=self.attn_norm, residual_TD=x_TD)
+        x_TD, visited = self.mlp(x_TD, step, norm=self.mlp_norm, residual_TD=x_TD)
+        return x_TD, kv, visited
 
     def recipes(self, name: str) -> Recipes:
         return child_recipes(self, self.names, name)
@@ -90,24 +82,26 @@ class Decoder(nnx.Module):
     def kv_specs(self) -> tuple[KVSpec, ...]:
         return tuple(kv_spec(self.config, layer.attn) for layer in self.layers)
 
-    def forward(
-        self, tokens_T: jax.Array, batch: AttentionBatch, kv: KVCache | Sequence[Any]
-    ) -> tuple[jax.Array, KVCache]:
-        groups, arrays = batch.by_group(), list(kv)
-        x_TD = self.embed_tokens(tokens_T, groups[0])
-        visited = []
+    def forward(self, step: Step, cache: KVCache) -> Result:
+        steps, arrays = step.by_group(), list(cache)
+        x_TD = self.embed_tokens(step)
+        entered, visited = [], ()
         for index, layer in enumerate(self.layers):
-            group, array = batch.place(index)
-            x_TD, arrays[array], ids = _run_layer(*nnx.split(layer), x_TD, groups[group], arrays[array])
+            entered.append(x_TD)
+            group, array = step.attention.place(index)
+            x_TD, arrays[array], ids = _run_layer(*nnx.split(layer), x_TD, steps[group], arrays[array])
             visited += ids
-        if self.config.moe is not None:
-            expert_loads.count(visited, self.config.moe.num_experts, groups[0].kv_index_T > 0)
-        return self.norm(x_TD), tuple(arrays)
+        taps = tuple([*entered, x_TD][index] for index in step.taps)
+        return Result(self.norm(x_TD), tuple(arrays), taps, visited)
 
-    def embed_tokens(self, tokens_T: jax.Array, batch: AttentionBatch) -> jax.Array:
+    def embed_tokens(self, step: Step) -> jax.Array:
         """The residual stream's start, x_TD. Families with learned positions add them here."""
-        x_TD = self.embed(tokens_T, self.compute_dtype)
-        return x_TD if self.config.embed_scale == 1.0 else x_TD * self.config.embed_scale
+        x_TD = self.embed(step.tokens_T, self.compute_dtype)
+        x_TD = x_TD if self.config.embed_scale == 1.0 else x_TD * self.config.embed_scale
+        if step.embeddings is None:
+            return x_TD
+        index_T = step.embeddings.index_T
+        return jnp.where((index_T < 0)[:, None], x_TD, step.embeddings.rows_ND[index_T].astype(x_TD.dtype))
 
     def logits(self, hidden_RD: jax.Array) -> jax.Array:
         if self.head is None:
@@ -131,13 +125,7 @@ class Decoder(nnx.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_layer(
-    graphdef: Any, state: Any, x_TD: jax.Array, batch: AttentionBatch, kv: Any
+    graphdef: Any, state: Any, x_TD: jax.Array, step: Step, kv: Any
 ) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
-    """One layer as a function of its own: equal layers are traced once (30 layers: 1.0 s of lowering becomes 0.1).
-
-    Returns:
-        x, the layer's pages, and the experts that each token visited, where it has some.
-    """
-    with visits() as ids:
-        x_TD, kv = nnx.merge(graphdef, state)(x_TD, batch, kv)
-    return x_TD, kv, tuple(ids)
+    """One layer as a function of its own: equal layers are traced once (30 layers: 1.0 s of lowering becomes 0.1)."""
+    return nnx.merge(graphdef, state)(x_TD, step, kv)

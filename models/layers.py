@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from models.api import Step
 from models.config import ModelConfig, RopeConfig
 from models.heads import PlacedHeads, Spread
 from models.recipes import Recipes, deal, one, pieces, under
@@ -24,7 +25,7 @@ from ops.activation import activation
 from ops.linear import RmsNorm, embed, gated_mlp, linear
 from ops.norm import layer_norm, rms_norm
 from ops.paged_attention import attend, attend_rope
-from ops.paged_attention.batch import AttentionBatch, KVSpec
+from ops.paged_attention.batch import KVSpec
 from ops.rope import rope
 from sharding.rules import DEFAULT_RULES, ShardingRules, num_shards
 
@@ -220,7 +221,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_TD: jax.Array,
-        batch: AttentionBatch,
+        step: Step,
         kv: Any,
         norm: Norm | None = None,
         residual_TD: jax.Array | None = None,
@@ -232,7 +233,9 @@ class Attention(nnx.Module):
         sinks_KG = None if self.sinks is None else self.sinks[...]
         limits = {"window": self.window, "softcap": self.softcap, "sinks_KG": sinks_KG}
         if self.qk_norm == "none":
-            out_TKGh, kv = attend_rope(qkv_TKgh, rotary, kv, batch, scale=self.scale, **limits)
+            out_TKGh, kv = attend_rope(
+                qkv_TKgh, step.positions_T, rotary, kv, step.attention, scale=self.scale, **limits
+            )
         else:
             q_TKGh, k_TKh, v_TKh = qkv_TKgh[:, :, :G], qkv_TKgh[:, :, G], qkv_TKgh[:, :, G + 1]
             if self.qk_norm == "head":
@@ -241,8 +244,8 @@ class Attention(nnx.Module):
                 q_TKGh = self.q_norm(q_TKGh.reshape(T, -1)).reshape(q_TKGh.shape)
                 k_TKh = self.k_norm(k_TKh.reshape(T, -1)).reshape(k_TKh.shape)
             if rotary is not None:
-                q_TKGh, k_TKh = (rope(x, batch.positions_T, *rotary) for x in (q_TKGh, k_TKh))
-            out_TKGh, kv = attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=self.scale, **limits)
+                q_TKGh, k_TKh = (rope(x, step.positions_T, *rotary) for x in (q_TKGh, k_TKh))
+            out_TKGh, kv = attend(q_TKGh, k_TKh, v_TKh, kv, step.attention, scale=self.scale, **limits)
         return self.out(out_TKGh.reshape(T, K * G * h), residual_TO=residual_TD), kv
 
     def recipes(self, name: str) -> Recipes:
@@ -277,8 +280,11 @@ class MLP(nnx.Module):
         self.up = Linear(config.embed_dim, config.ffw_dim, build, (axis, "embed"), bias=config.mlp_bias)
         self.down = Linear(config.ffw_dim, config.embed_dim, build, ("embed", axis), bias=config.mlp_bias)
 
-    def __call__(self, x_TD: jax.Array, norm: Norm | None = None, residual_TD: jax.Array | None = None) -> jax.Array:
-        return self.down(activation(self.activation)(self.up(x_TD, norm=norm)), residual_TO=residual_TD)
+    def __call__(
+        self, x_TD: jax.Array, step: Step, norm: Norm | None = None, residual_TD: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """mlp(norm(x)) + residual, and the experts visited: none."""
+        return self.down(activation(self.activation)(self.up(x_TD, norm=norm)), residual_TO=residual_TD), ()
 
     def recipes(self, name: str) -> Recipes:
         up, down = self.names
@@ -301,9 +307,12 @@ class GatedMLP(nnx.Module):
         self.gate_up = Linear(D, 2 * F, build, (axis, "embed"), bias=config.mlp_bias, **layout)
         self.down = Linear(F, D, build, ("embed", axis), bias=config.mlp_bias)
 
-    def __call__(self, x_TD: jax.Array, norm: Norm | None = None, residual_TD: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x_TD: jax.Array, step: Step | None, norm: Norm | None = None, residual_TD: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """mlp(norm(x)) + residual, and the experts visited: none. Encoders have no step."""
         x_TD, rms = _norm_of(x_TD, norm)
-        return gated_mlp(
+        y_TD = gated_mlp(
             x_TD,
             self.gate_up.weight.get_value(),
             self.down.weight.get_value(),
@@ -314,6 +323,7 @@ class GatedMLP(nnx.Module):
             residual_TD=residual_TD,
             shards=self.shards,
         )
+        return y_TD, ()
 
     def recipes(self, name: str) -> Recipes:
         F, D = self.down.weight.shape[1], self.down.weight.shape[0]

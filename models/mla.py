@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.api import Step
 from models.config import ModelConfig
 from models.layers import Build, Linear, RMSNorm, child_recipes, layer_frequencies, weight
 from models.recipes import Piece, Recipes, split
 from ops.paged_attention import attend
-from ops.paged_attention.batch import AttentionBatch, KVSpec
+from ops.paged_attention.batch import KVSpec
 from ops.rope import rope
 
 LATENT_NORM_EPS = 1e-6  # of the norms inside; the published models do not take it from the configuration
@@ -50,7 +51,7 @@ class LatentAttention(nnx.Module):
             self.scale *= (0.1 * config.rope.mscale_all_dim * math.log(config.rope.factor) + 1.0) ** 2
 
     def __call__(
-        self, x_TD: jax.Array, batch: AttentionBatch, kv: Any, norm: Any = None, residual_TD: jax.Array | None = None
+        self, x_TD: jax.Array, step: Step, kv: Any, norm: Any = None, residual_TD: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
         T, mla = x_TD.shape[0], self.mla
         x_TD = x_TD if norm is None else norm(x_TD)
@@ -59,13 +60,13 @@ class LatentAttention(nnx.Module):
         latent_TR, k_rope_Th = jnp.split(self.kv_a(x_TD), [mla.kv_rank], axis=-1)
         latent_TR = self.kv_a_norm(latent_TR)
         inv_freq, factor = layer_frequencies(*self.rope)
-        positions = batch.positions_T
+        positions = step.positions_T
         q_rope = rope(q_THh[..., mla.nope_dim :], positions, inv_freq, factor, interleaved=self.interleaved)
         k_rope_Th = rope(k_rope_Th[:, None], positions, inv_freq, factor, interleaved=self.interleaved)[:, 0]
         q_latent = self._product("thn,hnr->thr", q_THh[..., : mla.nope_dim], self.k_up[...])
         q_T1Hh = jnp.concatenate([q_latent, q_rope], axis=-1)[:, None]
         k_T1h = jnp.concatenate([latent_TR, k_rope_Th], axis=-1)[:, None]
-        out_T1Hh, kv = attend(q_T1Hh, k_T1h, None, kv, batch, scale=self.scale)
+        out_T1Hh, kv = attend(q_T1Hh, k_T1h, None, kv, step.attention, scale=self.scale)
         out_THv = self._product("thr,hvr->thv", out_T1Hh[:, 0, :, : mla.kv_rank], self.v_up[...])
         y_TD = self.out(out_THv.reshape(T, -1))
         return (y_TD if residual_TD is None else y_TD + residual_TD), kv

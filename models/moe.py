@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.api import Step
 from models.config import ModelConfig, MoEConfig
 from models.layers import Build, GatedMLP, Linear, weight
 from models.recipes import Piece, Recipes, Stack, deal, one, under
@@ -119,17 +120,20 @@ class MoE(nnx.Module):
     def make_experts(self, config: ModelConfig, moe: MoEConfig, build: Build) -> Any:
         return Experts(config, moe, build)
 
-    def __call__(self, x_TD: jax.Array, norm: Any = None, residual_TD: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x_TD: jax.Array, step: Step, norm: Any = None, residual_TD: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """mixture(norm(x)) + residual, and the experts that each token visits."""
         x_TD = x_TD if norm is None else norm(x_TD)
         logits_TE = self.router(x_TD, out_dtype=jnp.float32)
         ids_Tk, weights_Tk = choose(logits_TE, self.moe, None if self.bias is None else self.bias[...])
         y_TD = self.experts(x_TD, ids_Tk, weights_Tk)
         if self.shared is not None:
-            shared_TD = self.shared(x_TD)
+            shared_TD, _ = self.shared(x_TD, step)
             if self.shared_gate is not None:
                 shared_TD = shared_TD * jax.nn.sigmoid(self.shared_gate(x_TD))
             y_TD = y_TD + shared_TD
-        return y_TD if residual_TD is None else y_TD + residual_TD
+        return (y_TD if residual_TD is None else y_TD + residual_TD), (ids_Tk,)
 
     def recipes(self, name: str) -> Recipes:
         recipes = under("router", self.router.recipes(f"{name}.gate"))

@@ -11,10 +11,8 @@ In int8 (`quantize`, `pack`) one native call does all of it on CPU: see ops/nati
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,20 +28,6 @@ from ops.per_device import per_device
 
 Activation = Callable[[jax.Array], jax.Array]
 """Product with gate and up, [M, J], in -> hidden [M, F] out."""
-
-_visits: contextvars.ContextVar[list[jax.Array] | None] = contextvars.ContextVar("visits", default=None)
-
-
-@contextlib.contextmanager
-def visits() -> Iterator[list[jax.Array]]:
-    """The ids_Tk of each `experts` call that is traced inside, in order: who wants to count them returns them from there."""
-    found: list[jax.Array] = []
-    token = _visits.set(found)
-    try:
-        yield found
-    finally:
-        _visits.reset(token)
-
 
 _ROWS_BY_EXPERT = lax.RaggedDotDimensionNumbers((([1], [2]), ([], [])), [0], [0])
 
@@ -79,9 +63,6 @@ def experts(
     Returns:
         [T, D] in x's dtype; products are accumulated in float32.
     """
-    found = _visits.get()
-    if found is not None:
-        found.append(ids_Tk)
     gate_up_bias_EJ = None if gate_up_bias_EJ is None else jnp.asarray(gate_up_bias_EJ)
     down_bias_ED = None if down_bias_ED is None else jnp.asarray(down_bias_ED)
     if isinstance(gate_up_EJD, PackedInt8Weight) and isinstance(down_EDF, PackedInt8Weight):

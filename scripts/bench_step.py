@@ -21,6 +21,7 @@ import numpy as np
 from bench_attention import bandwidth_probe
 from flax import nnx
 
+from models.api import Step
 from models.loading.load import load_model, resolve
 from ops import paged_attention, sampling
 from ops.paged_attention import Q_BLOCK, AttentionBatch
@@ -28,7 +29,7 @@ from ops.paged_attention import Q_BLOCK, AttentionBatch
 PAGE = 16
 
 
-def make_batch(decode: tuple[int, ...], chunk: int) -> tuple[AttentionBatch, int]:
+def make_step(decode: tuple[int, ...], chunk: int, vocab_size: int) -> tuple[Step, int]:
     """A step of decode rows with these context lengths, or of one chunk; and the number of pages. Pages are scattered."""
     lengths = np.asarray([*decode, *([chunk] if chunk else [])], np.int32)
     width = -(-int(lengths.max()) // PAGE)
@@ -38,8 +39,7 @@ def make_batch(decode: tuple[int, ...], chunk: int) -> tuple[AttentionBatch, int
     row = np.concatenate([np.arange(rows), np.full(padded, rows)]).astype(np.int32)
     row = np.minimum(row, len(lengths) - 1)
     chunks = np.zeros(1 if chunk else 0, np.int32)
-    arrays = AttentionBatch(
-        positions_T=at,  # pyright: ignore[reportArgumentType]
+    batch = AttentionBatch(
         kv_index_T=table[row, at // PAGE] * PAGE + at % PAGE,  # pyright: ignore[reportArgumentType]
         decode_pages_BP=table[:rows],  # pyright: ignore[reportArgumentType]
         decode_len_B=lengths[:rows],  # pyright: ignore[reportArgumentType]
@@ -49,15 +49,13 @@ def make_batch(decode: tuple[int, ...], chunk: int) -> tuple[AttentionBatch, int
         chunk_len_R=chunks + chunk,  # pyright: ignore[reportArgumentType]
         chunk_row_N=np.zeros(padded // Q_BLOCK, np.int32),  # pyright: ignore[reportArgumentType]
     )
-    return jax.device_put(arrays), table.size + 1
+    tokens_T = np.random.default_rng(1).integers(0, vocab_size, len(at)).astype(np.int32)
+    return jax.device_put(Step(tokens_T, at, batch)), table.size + 1  # pyright: ignore[reportArgumentType]
 
 
 def prepare(model: Any, decode: tuple[int, ...], chunk: int, kv_dtype: str) -> tuple[dict[str, Callable], int]:
     """Functions that run the layers, the logits and the draw of one step and wait; and the bytes of K and V to be read."""
-    batch, num_pages = make_batch(decode, chunk)
-    tokens_T = jnp.asarray(
-        np.random.default_rng(1).integers(0, model.vocab_size, batch.positions_T.shape[0]), jnp.int32
-    )
+    step, num_pages = make_step(decode, chunk, model.vocab_size)
     graphdef, state = nnx.split(model)
     specs = model.kv_specs()
     kv = tuple(paged_attention.allocate(spec, num_pages, PAGE, jnp.dtype(kv_dtype)) for spec in specs)
@@ -67,12 +65,12 @@ def prepare(model: Any, decode: tuple[int, ...], chunk: int, kv_dtype: str) -> t
     def logits(state, hidden_RD):
         return nnx.merge(graphdef, state).logits(hidden_RD)
 
-    def forward(state, tokens_T, batch, kv):
-        hidden_TD, kv = nnx.merge(graphdef, state).forward(tokens_T, batch, kv)
-        return hidden_TD[:rows], kv
+    def forward(state, step, kv):
+        result = nnx.merge(graphdef, state).forward(step, kv)
+        return result.hidden_TD[:rows], result.cache
 
-    program = jax.jit(forward, donate_argnums=3).lower(state, tokens_T, batch, kv).compile()
-    hidden_RD, kv = program(state, tokens_T, batch, kv)
+    program = jax.jit(forward, donate_argnums=2).lower(state, step, kv).compile()
+    hidden_RD, kv = program(state, step, kv)
     logits_RV = logits(state, hidden_RD)
     zeros_R = jnp.zeros(rows, jnp.int32)
     edits = sampling.Edits(
@@ -100,7 +98,7 @@ def prepare(model: Any, decode: tuple[int, ...], chunk: int, kv_dtype: str) -> t
 
     def run_layers() -> None:
         nonlocal kv
-        out, kv = program(state, tokens_T, batch, kv)
+        out, kv = program(state, step, kv)
         out.block_until_ready()
 
     bytes_a_page = sum(paged_attention.bytes_per_page(spec, PAGE, jnp.dtype(kv_dtype)) for spec in specs)

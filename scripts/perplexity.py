@@ -31,6 +31,7 @@ def perplexity(model: Any, tokens: list[int], context: int, kv_dtype: Any = None
     import jax.numpy as jnp
     from flax import nnx
 
+    from models.api import Step
     from ops.paged_attention import Q_BLOCK, AttentionBatch, allocate
 
     if len(tokens) < 2 or context < 2:
@@ -46,7 +47,6 @@ def perplexity(model: Any, tokens: list[int], context: int, kv_dtype: Any = None
         real_T = position_T < count
         one = {"chunk_start_R": jnp.zeros(1, jnp.int32), "chunk_qlen_R": count[None], "chunk_len_R": count[None]}
         batch = AttentionBatch(
-            positions_T=jnp.where(real_T, position_T, 0),
             kv_index_T=jnp.where(real_T, position_T + page, 0),
             decode_pages_BP=jnp.zeros((0, pages), jnp.int32),
             decode_len_B=jnp.zeros(0, jnp.int32),
@@ -55,11 +55,11 @@ def perplexity(model: Any, tokens: list[int], context: int, kv_dtype: Any = None
             **one,
         )
         merged = nnx.merge(graphdef, state)
-        hidden_TD, kv = merged.forward(tokens_T, batch, kv)
-        logprob_TV = jax.nn.log_softmax(merged.logits(hidden_TD))
+        result = merged.forward(Step(tokens_T, jnp.where(real_T, position_T, 0), batch), kv)
+        logprob_TV = jax.nn.log_softmax(merged.logits(result.hidden_TD))
         next_T = jnp.roll(tokens_T, -1)
         chosen_T = jnp.take_along_axis(logprob_TV, next_T[:, None], axis=1)[:, 0]
-        return -jnp.where(position_T < count - 1, chosen_T, 0.0).sum(), kv
+        return -jnp.where(position_T < count - 1, chosen_T, 0.0).sum(), result.cache
 
     total, predicted = 0.0, 0
     for start in range(0, len(tokens), context):

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import jax
 
+from models.api import Step
 from models.config import ModelConfig, from_hf, rope_from_hf
 from models.decoder import Decoder, Layer
 from models.family import Family
 from models.layers import Build
-from ops.paged_attention.batch import AttentionBatch
 
 VISION = (r"^(model\.)?(vision_tower|multi_modal_projector|vision_model)\.",)
 
@@ -35,10 +35,11 @@ class GemmaLayer(Layer):
         self.attn_out_norm = self.make_norm(config)
         self.mlp_out_norm = self.make_norm(config)
 
-    def __call__(self, x_TD: jax.Array, batch: AttentionBatch, kv: Any) -> tuple[jax.Array, Any]:
-        attended_TD, kv = self.attn(self.attn_norm(x_TD), batch, kv)
+    def __call__(self, x_TD: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
+        attended_TD, kv = self.attn(self.attn_norm(x_TD), step, kv)
         x_TD = x_TD + self.attn_out_norm(attended_TD)
-        return x_TD + self.mlp_out_norm(self.mlp(self.mlp_norm(x_TD))), kv
+        y_TD, visited = self.mlp(self.mlp_norm(x_TD), step)
+        return x_TD + self.mlp_out_norm(y_TD), kv, visited
 
 
 def build(config: ModelConfig, build: Build) -> Decoder:

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 import jax
 
+from models.api import Step
 from models.config import ModelConfig, from_hf
 from models.decoder import Decoder, Layer
 from models.family import Family
 from models.layers import MLP, Attention, Build, LayerNorm, Linear, weight
 from models.recipes import Piece, Recipe, Recipes, deal, one, split, under
 from ops.linear import embed
-from ops.paged_attention.batch import AttentionBatch
 
 
 def _conv1d(linear: Linear, name: str) -> tuple[Piece, Piece]:
@@ -76,9 +76,8 @@ class GPT2(Decoder):
     def make_norm(self, config: ModelConfig) -> LayerNorm:
         return LayerNorm(config.embed_dim, config.norm_eps)
 
-    def embed_tokens(self, tokens_T: jax.Array, batch: AttentionBatch) -> jax.Array:
-        tokens_TD = super().embed_tokens(tokens_T, batch)
-        return tokens_TD + embed(self.positions[...], batch.positions_T, self.compute_dtype)
+    def embed_tokens(self, step: Step) -> jax.Array:
+        return super().embed_tokens(step) + embed(self.positions[...], step.positions_T, self.compute_dtype)
 
     def recipes(self) -> Recipes:
         return super().recipes() | {"positions": one("transformer.wpe.weight", *self.positions.shape)}

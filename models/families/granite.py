@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax
+
+from models.api import Step
 from models.config import ModelConfig, MoEConfig, from_hf
 from models.decoder import Decoder, Layer
 from models.family import Family
@@ -26,6 +29,24 @@ def granite_config(hf: Mapping[str, Any]) -> ModelConfig:
         residual_scale=hf.get("residual_multiplier", 1.0),
         logits_scale=1.0 / hf.get("logits_scaling", 1.0),
     )
+
+
+class GraniteLayer(Layer):
+    """x + s attn(norm(x)), then x + s mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int, build: Build):
+        super().__init__(config, index, build)
+        self.scale = config.residual_scale
+
+    def __call__(self, x_TD: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
+        attended_TD, kv = self.attn(x_TD, step, kv, norm=self.attn_norm)
+        x_TD = x_TD + attended_TD * self.scale
+        y_TD, visited = self.mlp(self.mlp_norm(x_TD), step)
+        return x_TD + y_TD * self.scale, kv, visited
+
+
+def build(config: ModelConfig, build: Build) -> Decoder:
+    return Decoder(config, build, GraniteLayer)
 
 
 class GraniteExperts(Experts):
@@ -51,8 +72,8 @@ class GraniteMoE(MoE):
         return router | under("experts", self.experts.recipes(f"{name}.experts"))
 
 
-class GraniteMoELayer(Layer):
-    names: ClassVar[dict[str, str]] = Layer.names | {"mlp": "block_sparse_moe"}
+class GraniteMoELayer(GraniteLayer):
+    names: ClassVar[dict[str, str]] = GraniteLayer.names | {"mlp": "block_sparse_moe"}
 
     def make_mlp(self, config: ModelConfig, index: int, build: Build) -> GraniteMoE:
         return GraniteMoE(config, build)
@@ -75,6 +96,6 @@ def granite_moe_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 FAMILIES = (
-    Family("Granite 3", ("GraniteForCausalLM",), granite_config, Decoder, gguf=("granite",)),
+    Family("Granite 3", ("GraniteForCausalLM",), granite_config, build, gguf=("granite",)),
     Family("Granite 3 MoE", ("GraniteMoeForCausalLM",), granite_moe_config, build_moe, gguf=("granitemoe",)),
 )

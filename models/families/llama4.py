@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from models.api import Step
 from models.config import ModelConfig, MoEConfig, from_hf
 from models.decoder import Decoder, Layer
 from models.family import Family
@@ -21,7 +22,6 @@ from models.moe import Experts, MoE
 from models.recipes import Piece, Recipes, deal, one, split, under
 from ops.norm import rms_norm
 from ops.paged_attention import attend
-from ops.paged_attention.batch import AttentionBatch
 from ops.rope import rope
 
 VISION = (r"^(vision_model|multi_modal_projector)\.", r"^model\.(vision_model|multi_modal_projector)\.")
@@ -39,22 +39,22 @@ class Llama4Attention(Attention):
         self.window = self.chunk  # what is a chunk back is in another chunk
 
     def __call__(
-        self, x_TD: jax.Array, batch: AttentionBatch, kv: Any, norm: Any = None, residual_TD: jax.Array | None = None
+        self, x_TD: jax.Array, step: Step, kv: Any, norm: Any = None, residual_TD: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
         T, (K, G, h) = x_TD.shape[0], self.placed
         qkv_TKgh = self.qkv(x_TD, norm=norm).reshape(T, K, G + 2, h)
         q_TKGh, k_TKh, v_TKh = qkv_TKgh[:, :, :G], qkv_TKgh[:, :, G], qkv_TKgh[:, :, G + 1]
         if self.rope is not None:
             inv_freq, factor = layer_frequencies(*self.rope)
-            q_TKGh = rope(q_TKGh, batch.positions_T, inv_freq, factor, interleaved=True)
-            k_TKh = rope(k_TKh, batch.positions_T, inv_freq, factor, interleaved=True)
+            q_TKGh = rope(q_TKGh, step.positions_T, inv_freq, factor, interleaved=True)
+            k_TKh = rope(k_TKh, step.positions_T, inv_freq, factor, interleaved=True)
             if self.l2_norm:
                 q_TKGh, k_TKh = rms_norm(q_TKGh, None, self.eps), rms_norm(k_TKh, None, self.eps)
         elif self.tuning[1]:
             floor_scale, strength = self.tuning
-            steps_T = jnp.floor((batch.positions_T.astype(jnp.float32) + 1.0) / floor_scale)
+            steps_T = jnp.floor((step.positions_T.astype(jnp.float32) + 1.0) / floor_scale)
             q_TKGh = (q_TKGh * (jnp.log1p(steps_T) * strength + 1.0)[:, None, None, None]).astype(q_TKGh.dtype)
-        out_TKGh, kv = attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=self.scale, chunk=self.chunk)
+        out_TKGh, kv = attend(q_TKGh, k_TKh, v_TKh, kv, step.attention, scale=self.scale, chunk=self.chunk)
         return self.out(out_TKGh.reshape(T, K * G * h), residual_TO=residual_TD), kv
 
 
@@ -77,7 +77,9 @@ class Llama4MoE(MoE):
     def make_experts(self, config: ModelConfig, moe: MoEConfig, build: Build) -> Llama4Experts:
         return Llama4Experts(config, moe, build)
 
-    def __call__(self, x_TD: jax.Array, norm: Any = None, residual_TD: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x_TD: jax.Array, step: Step, norm: Any = None, residual_TD: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         x_TD = x_TD if norm is None else norm(x_TD)
         T, k = x_TD.shape[0], self.moe.experts_per_token
         logits_Tk, ids_Tk = jax.lax.top_k(self.router(x_TD, out_dtype=jnp.float32), k)
@@ -86,8 +88,8 @@ class Llama4MoE(MoE):
         routed = self.experts(scaled_TkD.reshape(T * k, -1), ids, jnp.ones((T * k, 1), jnp.float32))
         y_TD = routed.reshape(T, k, -1).sum(1)
         if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
-        return y_TD if residual_TD is None else y_TD + residual_TD
+            y_TD = y_TD + self.shared(x_TD, step)[0]
+        return (y_TD if residual_TD is None else y_TD + residual_TD), (ids,)
 
     def recipes(self, name: str) -> Recipes:
         assert self.shared is not None

@@ -85,7 +85,7 @@ class ModernBertLayer(nnx.Module):
         normed_BSD = x_BSD if self.attn_norm is None else self.attn_norm(x_BSD)
         x_BSD = x_BSD + self.attn(normed_BSD, valid_BS)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        return (x_TD + self.mlp(self.mlp_norm(x_TD))).reshape(x_BSD.shape)
+        return (x_TD + self.mlp(self.mlp_norm(x_TD), None)[0]).reshape(x_BSD.shape)
 
     def recipes(self, name: str) -> Recipes:
         children = ["attn", "mlp_norm", "mlp"] + ([] if self.attn_norm is None else ["attn_norm"])

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 import jax
 
+from models.api import Step
 from models.config import ModelConfig, MoEConfig, from_hf, rope_from_hf, windows_from_hf
 from models.decoder import Decoder, Layer
 from models.family import Family
 from models.layers import Build
 from models.moe import MoE
-from ops.paged_attention.batch import AttentionBatch
 
 
 class Olmo2Layer(Layer):
@@ -27,10 +27,11 @@ class Olmo2Layer(Layer):
         "mlp_norm": "post_feedforward_layernorm",
     }
 
-    def __call__(self, x_TD: jax.Array, batch: AttentionBatch, kv: Any) -> tuple[jax.Array, Any]:
-        attended_TD, kv = self.attn(x_TD, batch, kv)
+    def __call__(self, x_TD: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
+        attended_TD, kv = self.attn(x_TD, step, kv)
         x_TD = x_TD + self.attn_norm(attended_TD)
-        return x_TD + self.mlp_norm(self.mlp(x_TD)), kv
+        y_TD, visited = self.mlp(x_TD, step)
+        return x_TD + self.mlp_norm(y_TD), kv, visited
 
 
 def build(config: ModelConfig, build: Build) -> Decoder:

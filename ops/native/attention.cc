@@ -12,10 +12,10 @@ namespace {
 ffi::Error attention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k, ffi::Buffer<ffi::F32> v,
                      ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin, ffi::Buffer<ffi::F32> sinks,
                      ffi::Buffer<ffi::S32> index, ffi::Buffer<ffi::S32> decode_pages, ffi::Buffer<ffi::S32> decode_len,
-                     ffi::Buffer<ffi::S32> chunk_pages, ffi::Buffer<ffi::S32> chunk_start,
-                     ffi::Buffer<ffi::S32> chunk_qlen, ffi::Buffer<ffi::S32> chunk_len, ffi::RemainingArgs pages,
-                     ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::RemainingRets new_pages, float scale, float softcap,
-                     int32_t window) {
+                     ffi::Buffer<ffi::S32> decode_qlen, ffi::Buffer<ffi::S32> chunk_pages,
+                     ffi::Buffer<ffi::S32> chunk_start, ffi::Buffer<ffi::S32> chunk_qlen,
+                     ffi::Buffer<ffi::S32> chunk_len, ffi::RemainingArgs pages, ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::RemainingRets new_pages, float scale, float softcap,
+                     int32_t window, int32_t places) {
   if (new_pages.size() != 2 && new_pages.size() != 4) return ffi::Error::InvalidArgument("pages are 2 or 4 arrays");
   auto k_pages = new_pages.get<ffi::AnyBuffer>(0), v_pages = new_pages.get<ffi::AnyBuffer>(1);
   if (!k_pages || !v_pages) return ffi::Error::InvalidArgument("pages are missing");
@@ -82,10 +82,13 @@ ffi::Error attention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Buff
   step.group = static_cast<int>(G);
   step.scale = scale * kBitsANat;
   step.out = out->typed_data();
-  const Rows decode{decode_pages.typed_data(), nullptr, nullptr, decode_len.typed_data(), decode_len.dimensions()[0],
-                    decode_pages.dimensions()[1]};
+  const int64_t B = decode_len.dimensions()[0];
+  if (places < 1 || B * places > T) return ffi::Error::InvalidArgument("more places in decode rows than tokens");
+  const int32_t* const decode_qlens = decode_qlen.element_count() > 0 ? decode_qlen.typed_data() : nullptr;
+  const Rows decode{decode_pages.typed_data(), nullptr, decode_qlens, decode_len.typed_data(), B,
+                    decode_pages.dimensions()[1], places};
   const Rows chunk{chunk_pages.typed_data(), chunk_start.typed_data(), chunk_qlen.typed_data(), chunk_len.typed_data(),
-                   chunk_len.dimensions()[0], chunk_pages.dimensions()[1]};
+                   chunk_len.dimensions()[0], chunk_pages.dimensions()[1], 0};
   return run_step(threads, step, pool, decode, chunk, T);
 }
 
@@ -104,6 +107,7 @@ JAXSERVE_HANDLER(jaxserve_attention, jaxserve::attention::attention,
                      .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // kv_index_T
                      .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // decode_pages_BP
                      .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // decode_len_B
+                     .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // decode_qlen_B (empty: one token a row)
                      .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // chunk_pages_RP
                      .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // chunk_start_R
                      .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // chunk_qlen_R
@@ -113,4 +117,5 @@ JAXSERVE_HANDLER(jaxserve_attention, jaxserve::attention::attention,
                      .RemainingRets()                         // pages
                      .Attr<float>("scale")
                      .Attr<float>("softcap")
-                     .Attr<int32_t>("window"));
+                     .Attr<int32_t>("window")
+                     .Attr<int32_t>("places"));

@@ -87,8 +87,9 @@ Kernels bf16_kernels();
 #endif
 
 struct Rows {  // the rows of one part of a batch
-  const int32_t *pages, *start, *qlen, *len;
+  const int32_t *pages, *start, *qlen, *len;  // decode rows have no start, and no qlen where each has one place
   int64_t count, width;
+  int64_t places;  // of a decode row
 };
 
 // Does a layer's step: rotation of q and k (when cosines are given), the write, decode rows and chunk tokens.

@@ -91,7 +91,7 @@ float total_of(const Tile& tile, int row) {
 
 struct DecodePiece {
   Piece keys;
-  int32_t row;
+  int32_t row, qlen;
   int64_t partial;  // where its sums go when the row's context is split; -1 when it is whole
   bool last;        // holds the row's newest token
 };
@@ -110,14 +110,24 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
   const int64_t limit = decode.count == 0 && chunk.count == 0 ? 0 : pool.page_size;
   const int64_t cores = std::max<int64_t>(threads.num_threads(), 1);
 
-  // Decode: one item a row and KV head, more where contexts are long beside the number of items.
-  int64_t context = 0;
-  auto begin_of = [&](int64_t len) { return std::max<int64_t>(0, len - pool.window) / PANEL * PANEL; };
+  // Decode: one item a row and KV head, more where contexts are long beside the number of items. Where a row has several
+  // tokens, its item has the queries of them all.
+  const int64_t Q = decode.count == 0 ? 1 : decode.places, first_chunk = decode.count * Q, C = num_tokens - first_chunk;
+  auto qlen_of = [&](int64_t b) -> int64_t { return decode.qlen == nullptr ? decode.len[b] > 0 : decode.qlen[b]; };
+  auto begin_of = [&](int64_t b) {
+    return std::max<int64_t>(0, decode.len[b] - std::max<int64_t>(qlen_of(b), 1) + 1 - pool.window) / PANEL * PANEL;
+  };
+  std::vector<int64_t> writes;
+  int64_t context = 0, pairs = 0;
   for (int64_t b = 0; b < decode.count; ++b) {
-    const int64_t len = decode.len[b];
+    const int64_t len = decode.len[b], qlen = qlen_of(b);
     if (len < 0 || len > decode.width * limit)
       return ffi::Error::InvalidArgument("a context longer than its page table");
-    context += len - begin_of(len);
+    if (qlen < 0 || qlen > Q || qlen > len) return ffi::Error::InvalidArgument("a decode row of too many tokens");
+    if (qlen == 0) continue;
+    context += len - begin_of(b);
+    pairs += (len - begin_of(b)) * qlen;
+    for (int64_t j = 0; Q > 1 && j < qlen; ++j) writes.push_back(b * Q + j);
   }
   const int64_t share = context * K / (cores * 4);
   const int64_t stretch = std::min(std::max<int64_t>(share / DECODE_KEYS * DECODE_KEYS, DECODE_KEYS), kSplitTokens);
@@ -125,11 +135,9 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
   std::vector<int32_t> groups{0};  // a thread takes pieces [groups[i], groups[i + 1]) together
   int64_t partials = 0, grouped = 0;
   for (int64_t b = 0; b < decode.count; ++b) {
-    const int64_t len = decode.len[b], from = begin_of(len);
-    if (len == 0) {
-      std::memset(step.out + b * token_floats, 0, sizeof(float) * token_floats);
-      continue;
-    }
+    const int64_t len = decode.len[b], from = begin_of(b), qlen = qlen_of(b);
+    std::memset(step.out + (b * Q + qlen) * token_floats, 0, sizeof(float) * token_floats * (Q - qlen));
+    if (qlen == 0) continue;
     const int64_t splits = std::max<int64_t>(1, (len - from + stretch / 2) / stretch);
     const int64_t each = ceil_div(ceil_div(len - from, splits), PANEL) * PANEL;
     for (int head = 0; head < K; ++head) {
@@ -138,9 +146,10 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
         const bool whole = begin == from && end == len;
         pieces.push_back({{decode.pages + b * decode.width, head, static_cast<int>(begin), static_cast<int>(end)},
                           static_cast<int32_t>(b),
+                          static_cast<int32_t>(qlen),
                           whole ? -1 : partials,
                           end == len});
-        partials += whole ? 0 : G * (hv + 2);
+        partials += whole ? 0 : qlen * G * (hv + 2);
         grouped += end - begin;
         if (grouped >= share / 2) {
           groups.push_back(static_cast<int32_t>(pieces.size()));
@@ -154,18 +163,16 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
 
   // Chunks: tiles of queries, the longest contexts first.
   int tile_tokens = std::max(1, TILE_ROWS / G);
-  while (tile_tokens * G > 24 && (num_tokens - decode.count) / tile_tokens * K < 4 * cores) tile_tokens /= 2;
+  while (tile_tokens * G > 24 && C / tile_tokens * K < 4 * cores) tile_tokens /= 2;
   std::vector<ChunkItem> chunk_items;
-  std::vector<int64_t> writes;
-  std::vector<char> real(num_tokens - decode.count, 0);
-  int64_t pairs = 0;
+  std::vector<char> real(C, 0);
   for (int64_t r = 0; r < chunk.count; ++r) {
     const int64_t qlen = chunk.qlen[r], len = chunk.len[r], start = chunk.start[r];
     if (qlen == 0) continue;
-    if (qlen < 0 || qlen > len || len > chunk.width * limit || start < 0 || decode.count + start + qlen > num_tokens)
+    if (qlen < 0 || qlen > len || len > chunk.width * limit || start < 0 || start + qlen > C)
       return ffi::Error::InvalidArgument("a chunk outside its step or its page table");
     for (int64_t j = 0; j < qlen; ++j) {
-      writes.push_back(decode.count + start + j);
+      writes.push_back(first_chunk + start + j);
       real[start + j] = 1;
     }
     pairs += qlen * std::min<int64_t>(len, pool.window);
@@ -175,12 +182,12 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
                                static_cast<int32_t>(std::min<int64_t>(tile_tokens, qlen - first))});
   }
   for (size_t i = 0; i < real.size(); ++i)
-    if (!real[i]) std::memset(step.out + (decode.count + i) * token_floats, 0, sizeof(float) * token_floats);
+    if (!real[i]) std::memset(step.out + (first_chunk + i) * token_floats, 0, sizeof(float) * token_floats);
 
-  // Every chunk token must be in its page before a tile reads it. A decode row's token is written by whoever reads it.
+  // Every token must be in its page before a tile reads it. A decode row's single one is written by whoever reads it.
   constexpr int64_t kWritesAnItem = 64;
   const int64_t write_items = ceil_div(writes.size(), kWritesAnItem);
-  const auto write_chunks = [&](int64_t item, int) {
+  const auto write_tokens = [&](int64_t item, int) {
     const size_t end = std::min(writes.size(), static_cast<size_t>(item + 1) * kWritesAnItem);
     for (size_t i = item * kWritesAnItem; i < end; ++i)
       for (int head = 0; head < K; ++head) {
@@ -191,7 +198,7 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
   };
 
   const auto attend_chunk = [&](const ChunkItem& item) {
-    const int64_t token = decode.count + chunk.start[item.row] + item.first;
+    const int64_t token = first_chunk + chunk.start[item.row] + item.first;
     const int position = chunk.len[item.row] - chunk.qlen[item.row] + item.first;
     const Tile tile = start_tile(step, pool, use, token, item.tokens, item.head, position, CHUNK_KEYS, true);
     float* const out = step.out + token * token_floats + item.head * G * hv;
@@ -203,26 +210,29 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     for (int row = 0; row < tile.rows; ++row)
       use.finish(tile.sum + row * hv, total_of(tile, row), hv, out + row / G * token_floats + row % G * hv);
   };
+  const auto out_of = [&](int64_t token, int head, int row) {  // row r of a tile is head r % G of token r / G
+    return step.out + (token + row / G) * token_floats + (static_cast<int64_t>(head) * G + row % G) * hv;
+  };
   const auto attend_decode = [&](const DecodePiece& piece, const Piece* next) {
     const int head = piece.keys.head;
-    if (piece.last) use.write(step, pool, piece.row, head);
-    const int position = decode.len[piece.row] - 1;
-    const Tile tile = start_tile(step, pool, use, piece.row, 1, head, position, DECODE_KEYS, piece.last);
+    const int64_t token = piece.row * Q;
+    if (Q == 1 && piece.last) use.write(step, pool, token, head);
+    const int position = decode.len[piece.row] - piece.qlen;
+    const Tile tile = start_tile(step, pool, use, token, piece.qlen, head, position, DECODE_KEYS, piece.last);
     use.decode(tile, pool, piece.keys, next);
-    for (int g = 0; g < G; ++g) {
+    for (int row = 0; row < tile.rows; ++row) {
       if (piece.partial < 0) {
-        use.finish(tile.sum + g * hv, total_of(tile, g), hv,
-                   step.out + piece.row * token_floats + (static_cast<int64_t>(head) * G + g) * hv);
+        use.finish(tile.sum + row * hv, total_of(tile, row), hv, out_of(token, head, row));
       } else {
-        float* to = parts + piece.partial + g * (hv + 2);
-        to[0] = tile.best[g];
-        to[1] = total_of(tile, g);
-        std::memcpy(to + 2, tile.sum + g * hv, sizeof(float) * hv);
+        float* to = parts + piece.partial + row * (hv + 2);
+        to[0] = tile.best[row];
+        to[1] = total_of(tile, row);
+        std::memcpy(to + 2, tile.sum + row * hv, sizeof(float) * hv);
       }
     }
   };
   const int64_t chunks = chunk_items.size(), decodes = groups.size() - 1;
-  const int64_t products = (pairs + context) * K * G * (pool.h + hv);
+  const int64_t products = pairs * K * G * (pool.h + hv);
   const auto attend = [&](int64_t i, int) {
     if (i < chunks) return attend_chunk(chunk_items[i]);
     const int32_t end = groups[i - chunks + 1];
@@ -230,11 +240,11 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
       attend_decode(pieces[n], n + 1 < end ? &pieces[n + 1].keys : nullptr);
   };
   if (products < kWorthAHelper) {
-    for (int64_t i = 0; i < write_items; ++i) write_chunks(i, 0);
+    for (int64_t i = 0; i < write_items; ++i) write_tokens(i, 0);
     for (int64_t i = 0; i < chunks + decodes; ++i) attend(i, 0);
   } else {
     Phases phases;
-    phases.add(write_items, write_chunks);
+    phases.add(write_items, write_tokens);
     phases.add(chunks + decodes, attend);
     phases.run(threads);
   }
@@ -244,9 +254,10 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     const DecodePiece& piece = pieces[i];
     size_t after = i + 1;
     while (!pieces[after - 1].last) ++after;
-    for (int g = 0; piece.partial >= 0 && g < G; ++g)
-      merge(use, parts + piece.partial + g * (hv + 2), after - i, G * (hv + 2), hv,
-            step.out + piece.row * token_floats + (static_cast<int64_t>(piece.keys.head) * G + g) * hv);
+    const int rows = piece.qlen * G;
+    for (int row = 0; piece.partial >= 0 && row < rows; ++row)
+      merge(use, parts + piece.partial + row * (hv + 2), after - i, rows * (hv + 2), hv,
+            out_of(piece.row * Q, piece.keys.head, row));
     i = after;
   }
   return ffi::Error::Success();

@@ -119,7 +119,8 @@ def attend(
     """Writes this step's K and V into their pages, then attends causally over each request's positions so far.
 
     Args:
-        q_TKGh: queries, T = B decode rows then C chunk tokens, heads grouped by the KV head they read. Any float dtype.
+        q_TKGh: queries, T = B decode rows of Q places then C chunk tokens, heads grouped by the KV head they read. Any float
+            dtype.
         k_TKh, v_TKh: this step's keys and values, rotated already; heads of v may have another size. v is None when
             the layer keeps one latent for both (KVSpec.v_head_dim == 0).
         kv: the layer's pages. Donate them to the jitted step: they are updated in place.
@@ -152,6 +153,7 @@ def attend(
 
 def attend_rope(
     qkv_TKgh: jax.Array,
+    positions_T: jax.Array,
     rotary: tuple[np.ndarray, float] | None,
     kv: KVPages,
     batch: AttentionBatch,
@@ -165,6 +167,7 @@ def attend_rope(
 
     Args:
         qkv_TKgh: [T, K, G + 2, h]: a KV head's G queries, then its k, then its v.
+        positions_T: what q and k are rotated by; see `ops.rope.rope`.
         rotary: (inv_freq, factor) as `ops.rope.inverse_frequencies` gives, channels paired (i, i + r / 2); None when
             q and k are rotated already or never are.
         kv, batch, scale, window, softcap, sinks_KG: as in `attend`.
@@ -173,12 +176,12 @@ def attend_rope(
     """
     if _forced.get() in (None, "native"):
         run = functools.partial(native.attend_rope, scale=scale, window=window, softcap=softcap)
-        angles = () if rotary is None else cos_sin(batch.positions_T, *rotary)
+        angles = () if rotary is None else cos_sin(positions_T, *rotary)
         with contextlib.suppress(NotImplementedError):
             return _per_device(run, (qkv_TKgh,), angles, kv, batch, sinks_KG)
     q_TKGh, k_TKh, v_TKh = qkv_TKgh[:, :, :-2], qkv_TKgh[:, :, -2], qkv_TKgh[:, :, -1]
     if rotary is not None:
-        q_TKGh, k_TKh = (rope(x, batch.positions_T, *rotary) for x in (q_TKGh, k_TKh))
+        q_TKGh, k_TKh = (rope(x, positions_T, *rotary) for x in (q_TKGh, k_TKh))
     return attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=scale, window=window, softcap=softcap, sinks_KG=sinks_KG)
 
 

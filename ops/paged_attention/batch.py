@@ -1,9 +1,10 @@
 """How the tokens of one step are laid out, and what the KV cache of one layer looks like from outside.
 
-A step's T = B + C tokens are B *decode rows* (one token of one running request each) followed by C *chunk tokens*
-(pieces of prompts of up to R requests, packed). Either part may be empty (B == 0 or C == 0), never both. Every
-request's piece starts at a multiple of Q_BLOCK inside the chunk part, so a block of Q_BLOCK chunk tokens belongs to
-one request; the gap behind a piece is padding.
+A step's T = B Q + C tokens are B *decode rows* of Q places each (the newest tokens of one running request: one, or one and the
+drafts behind it that are to be verified) followed by C *chunk tokens* (pieces of prompts of up to R requests, packed). Either
+part may be empty (B == 0 or C == 0), never both. A row's tokens are in its first places, the rest is padding. Every request's
+piece starts at a multiple of Q_BLOCK inside the chunk part, so a block of Q_BLOCK chunk tokens belongs to one request; the gap
+behind a piece is padding.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 
 Q_BLOCK = 16
 """Chunk pieces start at multiples of this many tokens."""
@@ -20,8 +22,8 @@ Q_BLOCK = 16
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "positions_T", "kv_index_T", "decode_pages_BP", "decode_len_B",
-        "chunk_pages_RP", "chunk_start_R", "chunk_qlen_R", "chunk_len_R", "chunk_row_N",
+        "kv_index_T", "decode_pages_BP", "decode_len_B",
+        "chunk_pages_RP", "chunk_start_R", "chunk_qlen_R", "chunk_len_R", "chunk_row_N", "decode_qlen_B",
     ],
     meta_fields=["places"],
 )  # fmt: skip
@@ -29,8 +31,8 @@ Q_BLOCK = 16
 class AttentionBatch:
     """Where each token of a step stands and which pages hold its context. All int32.
 
-    Padding: a padded decode row has decode_len 0; a padded chunk row has chunk_qlen 0; a padded token has kv_index 0
-    (page 0 is the null page: it may be written by anyone and is read by none), position 0 and arbitrary output.
+    Padding: a padded decode row has decode_len 0 (and decode_qlen 0); a padded chunk row has chunk_qlen 0; a padded token has
+    kv_index 0 (page 0 is the null page: it may be written by anyone and is read by none) and arbitrary output.
     Page tables are padded with 0.
 
     A model whose layers are in several groups (`groups.KVGroups`) is given the tables of all, with an axis for groups in front
@@ -38,15 +40,17 @@ class AttentionBatch:
     its group's.
     """
 
-    positions_T: jax.Array  # position of each token in its sequence, from 0
     kv_index_T: jax.Array  # where its K and V go: page * page_size + offset
     decode_pages_BP: jax.Array  # page table of each decode row
-    decode_len_B: jax.Array  # context length of each decode row, this step's token included
+    decode_len_B: jax.Array  # context length of each decode row, this step's tokens included
     chunk_pages_RP: jax.Array  # page table of each chunk request
     chunk_start_R: jax.Array  # where its piece starts, counted inside the chunk part; a multiple of Q_BLOCK
     chunk_qlen_R: jax.Array  # tokens in its piece
     chunk_len_R: jax.Array  # its context length after this step; token j of the piece is at chunk_len - qlen + j
     chunk_row_N: jax.Array  # [C / Q_BLOCK] which row a block of chunk tokens belongs to; R for padding blocks
+    decode_qlen_B: jax.Array | None = (
+        None  # tokens of each decode row, the last one at decode_len - 1; None where Q is 1
+    )
     places: tuple[tuple[int, int], ...] | None = None  # static: KVGroups.places
 
     @property
@@ -55,9 +59,35 @@ class AttentionBatch:
         return self.decode_len_B.shape[0]
 
     @property
+    def queries(self) -> int:
+        """Q, static: places of a decode row."""
+        return 1 if self.decode_qlen_B is None else (self.num_tokens - self.num_chunk) // self.num_decode
+
+    @property
+    def num_decode_tokens(self) -> int:
+        """B Q, static: where the chunk part begins."""
+        return self.num_tokens - self.num_chunk
+
+    @property
     def num_chunk(self) -> int:
         """C, static."""
-        return self.positions_T.shape[0] - self.num_decode
+        return self.chunk_row_N.shape[0] * Q_BLOCK
+
+    @property
+    def num_tokens(self) -> int:
+        """T, static."""
+        return self.kv_index_T.shape[-1]
+
+    @property
+    def row_queries(self) -> jax.Array:
+        """int32 [B], tokens of each decode row, whatever Q is; 0 for padding."""
+        return (self.decode_len_B > 0).astype(jnp.int32) if self.decode_qlen_B is None else self.decode_qlen_B
+
+    def row_positions(self) -> jax.Array:
+        """int32 [B, Q], the position of each place of the decode rows; -1 for padding."""
+        place_Q = jnp.arange(self.queries, dtype=jnp.int32)
+        qlen_B1 = self.row_queries[:, None]
+        return jnp.where(place_Q < qlen_B1, self.decode_len_B[:, None] - qlen_B1 + place_Q, -1)
 
     def by_group(self) -> tuple[AttentionBatch, ...]:
         """The batch of each group of layers."""

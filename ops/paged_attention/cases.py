@@ -18,7 +18,8 @@ class Case:
     Attributes:
         num_kv_heads, group, head_dim, v_head_dim: K, G = H / K, and head sizes; v_head_dim 0: one latent for both.
         page_size: tokens a page.
-        decode: context length of each decode row, its new token included; 0 is a padded row.
+        decode: context length of each decode row, its new tokens included; 0 is a padded row.
+        queries: new tokens of each decode row, where some have several; Q is the most that any has.
         chunks: (tokens before this step, tokens in it) of each chunk row; a second number of 0 is a padded row.
         pad_blocks: padded blocks behind the chunk part.
         window, softcap, sinks: as in attend.
@@ -30,6 +31,7 @@ class Case:
     v_head_dim: int | None = None
     page_size: int = 16
     decode: tuple[int, ...] = ()
+    queries: tuple[int, ...] | None = None
     chunks: tuple[tuple[int, int], ...] = ()
     pad_blocks: int = 0
     window: int | None = None
@@ -60,6 +62,18 @@ TEST_CASES: dict[str, Case] = {
     "decode": Case(decode=(1, 2, 15, 16, 17, 33, 257, 300)),
     "decode_padded_rows": Case(decode=(0, 40, 0, 7, 0)),
     "decode_nothing_real": Case(decode=(0, 0)),
+    "verify": Case(decode=(4, 2, 17, 33, 0, 300, 40), queries=(4, 1, 3, 4, 0, 2, 4)),
+    "verify_long": Case(decode=(1500, 1300), queries=(5, 3), num_kv_heads=1),
+    "verify_mixed": Case(decode=(5, 0, 70), queries=(2, 0, 3), chunks=((0, 18), (48, 9), (0, 0)), pad_blocks=1),
+    "verify_one_place": Case(decode=(40, 0, 17), queries=(1, 0, 1), chunks=((10, 20),)),
+    "verify_everything": Case(
+        decode=(40, 0, 200), queries=(3, 0, 5), chunks=((100, 20),), window=33, softcap=20.0, sinks=True
+    ),
+    "verify_window_of_one": Case(decode=(9, 17), queries=(4, 2), window=1),
+    "verify_multi_head": Case(decode=(30, 31, 3), queries=(2, 3, 3), num_kv_heads=4, group=1),
+    "verify_big_group": Case(decode=(70, 40), queries=(6, 2), num_kv_heads=1, group=17),
+    "verify_latent": Case(decode=(30, 31), queries=(2, 4), num_kv_heads=1, group=4, head_dim=48, v_head_dim=0),
+    "verify_page_32": Case(decode=(34, 33, 70), queries=(4, 1, 3), chunks=((5, 40),), page_size=32),
     "decode_one_long": Case(decode=(1500,), num_kv_heads=1),
     "chunk_fresh": Case(chunks=((0, 40),)),
     "chunk_later": Case(chunks=((37, 50),)),
@@ -103,6 +117,8 @@ BENCH_CASES: dict[str, Case] = {
     "prefill 1 x 1024": _smol(chunks=((0, 1024),)),
     "prefill 1024 after 3072": _smol(chunks=((3072, 1024),)),
     "mixed 16 x 256 + 512": _smol(decode=(256,) * 16, chunks=((0, 512),)),
+    "verify 16 x 256, 4 each": _smol(decode=(256,) * 16, queries=(4,) * 16),
+    "verify 1 x 4096, 8 each": _smol(decode=(4096,), queries=(8,)),
     "wide decode 8 x 1024": Case(decode=(1024,) * 8, num_kv_heads=8, group=4, head_dim=128),
 }
 
@@ -112,7 +128,8 @@ def make_arguments(case: Case, seed: int = 0, leftovers: float = np.nan) -> Argu
     rng = np.random.default_rng(seed)
     size, K, spec = case.page_size, case.num_kv_heads, case.spec
     totals = [*case.decode, *(before + new if new else 0 for before, new in case.chunks)]
-    news = [*(min(n, 1) for n in case.decode), *(new for _, new in case.chunks)]
+    qlens = tuple(min(n, 1) for n in case.decode) if case.queries is None else case.queries
+    news = [*qlens, *(new for _, new in case.chunks)]
     width = max(1, *(-(-n // size) for n in totals)) + 1  # one column more than anyone needs: padding
     num_pages = sum(-(-n // size) for n in totals) + 3
     free = list(rng.permutation(np.arange(1, num_pages)))
@@ -128,20 +145,19 @@ def make_arguments(case: Case, seed: int = 0, leftovers: float = np.nan) -> Argu
             if history_v is not None:
                 history_v[page, slot] = rng.standard_normal((K, spec.v_head_dim))
 
-    B = len(case.decode)
+    B, Q = len(case.decode), 1 if case.queries is None else max(case.queries)
+    before = B * Q  # the chunk part
     starts = np.cumsum([0, *(-(-new // Q_BLOCK) * Q_BLOCK for _, new in case.chunks)]).astype(np.int32)
     C = int(starts[-1]) + case.pad_blocks * Q_BLOCK
-    positions, index = np.zeros(B + C, np.int32), np.zeros(B + C, np.int32)
+    index = np.zeros(before + C, np.int32)
     chunk_row_N = np.full(C // Q_BLOCK, len(case.chunks), np.int32)
     for row, (total, new) in enumerate(zip(totals, news, strict=True)):
-        first = row if row < B else B + int(starts[row - B])
+        first = row * Q if row < B else before + int(starts[row - B])
         position = np.arange(total - new, total)
-        positions[first : first + new] = position
         index[first : first + new] = tables[row, position // size] * size + position % size
         if row >= B:
-            chunk_row_N[(first - B) // Q_BLOCK : -(-(first - B + new) // Q_BLOCK)] = row - B
+            chunk_row_N[(first - before) // Q_BLOCK : -(-(first - before + new) // Q_BLOCK)] = row - B
     batch = AttentionBatch(
-        positions_T=positions,  # pyright: ignore[reportArgumentType]
         kv_index_T=index,  # pyright: ignore[reportArgumentType]
         decode_pages_BP=tables[:B],  # pyright: ignore[reportArgumentType]
         decode_len_B=np.asarray(case.decode, np.int32),  # pyright: ignore[reportArgumentType]
@@ -150,8 +166,9 @@ def make_arguments(case: Case, seed: int = 0, leftovers: float = np.nan) -> Argu
         chunk_qlen_R=np.asarray([new for _, new in case.chunks], np.int32),  # pyright: ignore[reportArgumentType]
         chunk_len_R=np.asarray(totals[B:], np.int32),  # pyright: ignore[reportArgumentType]
         chunk_row_N=chunk_row_N,  # pyright: ignore[reportArgumentType]
+        decode_qlen_B=None if case.queries is None else np.asarray(qlens, np.int32),  # pyright: ignore[reportArgumentType]
     )
-    T = B + C
+    T = before + C
     return Arguments(
         q_TKGh=rng.standard_normal((T, K, case.group, spec.head_dim)).astype(np.float32),
         k_TKh=rng.standard_normal((T, K, spec.head_dim)).astype(np.float32),

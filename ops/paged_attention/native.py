@@ -75,6 +75,7 @@ def _call(q, k, v, angles, kv, batch, scale, window, softcap, sinks_KG):
         batch.kv_index_T,
         batch.decode_pages_BP,
         batch.decode_len_B,
+        jnp.zeros(0, jnp.int32) if batch.decode_qlen_B is None else batch.decode_qlen_B,
         batch.chunk_pages_RP,
         batch.chunk_start_R,
         batch.chunk_qlen_R,
@@ -94,6 +95,7 @@ def _call(q, k, v, angles, kv, batch, scale, window, softcap, sinks_KG):
         scale=np.float32(scale),
         softcap=np.float32(softcap or 0.0),
         window=np.int32(min(window or 0, 2**30)),
+        places=np.int32(batch.queries),
     )
     names = ("k", "v", "k_scale", "v_scale")
     return out.astype(q.dtype), dataclasses.replace(kv, **dict(zip(names, pages, strict=False)))

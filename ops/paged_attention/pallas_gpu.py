@@ -53,8 +53,8 @@ def attend(
 
     interpret = kv.platform != "gpu"
     kv = pallas_gpu_write.write(kv, k_TKh, v_TKh, batch.kv_index_T, interpret=interpret)
-    B, C = batch.num_decode, batch.num_chunk
-    G = q_TKGh.shape[2]
+    B, C, D = batch.num_decode, batch.num_chunk, batch.num_decode_tokens
+    _, K, G, _ = q_TKGh.shape
     v_dim = kv.spec.v_head_dim or kv.spec.head_dim
     narrow = q_TKGh.dtype in (jnp.bfloat16, jnp.float16)
     q_TKGh, out_dtype = (q_TKGh if narrow else q_TKGh.astype(jnp.float32)), q_TKGh.dtype
@@ -62,41 +62,49 @@ def attend(
     options = {"scale": scale, "softcap": softcap, "interpret": interpret}
     parts = []
     if B:
-        tuning = decode_tuning(G, v_dim)
+        Q = batch.queries
+        M = Q * G  # rows of queries that meet the same keys
+        tuning = decode_tuning(M, v_dim)
         programs = PROGRAMS if v_dim <= 256 else PROGRAMS // 4  # wide ones fill a multiprocessor by twos
-        wanted = -(-programs // (q_TKGh.shape[1] * -(-G // tuning.rows)))
+        wanted = -(-programs // (K * -(-M // tuning.rows)))
         items, first_B, count_B = decode_items(batch, tuning, wanted, G, kv.page_size, window)
-        best_WKG, total_WKG, sum_WKGv = pallas_gpu_attend.attend_items(
-            q_TKGh[:B], *arrays, batch.decode_pages_BP, items, None, window=None, tuning=tuning, parts=True, **options
+        # A row's single token sees all keys of its items; of several tokens the window leaves out each another one.
+        limits = {"window": window if Q > 1 else None, "tuning": tuning, "parts": M}
+        best_WKM, total_WKM, sum_WKMv = pallas_gpu_attend.attend_items(
+            q_TKGh[:D], *arrays, batch.decode_pages_BP, items, None, **limits, **options
         )
-        parts.append(
-            pallas_gpu_attend.combine(
-                best_WKG, total_WKG, sum_WKGv, first_B, count_B, sinks_KG, q_TKGh.dtype, interpret=interpret
-            )
+        sinks_KM = None if sinks_KG is None else jnp.tile(sinks_KG, (1, Q))
+        out_BKMv = pallas_gpu_attend.combine(
+            best_WKM, total_WKM, sum_WKMv, first_B, count_B, sinks_KM, q_TKGh.dtype, interpret=interpret
         )
+        if Q > 1:
+            out_BQKGv = out_BKMv.reshape(B, K, Q, G, -1).swapaxes(1, 2)
+            real_BQ = batch.row_positions() >= 0  # what was summed for padding is nobody's
+            out_BKMv = jnp.where(real_BQ[..., None, None, None], out_BQKGv, 0)
+        parts.append(out_BKMv.reshape(D, K, G, -1))
     if C:
         tuning = chunk_tuning(C * G, v_dim, narrow)
         items = chunk_items(batch, tuning, G, window)
         parts += pallas_gpu_attend.attend_items(
-            q_TKGh[B:],
+            q_TKGh[D:],
             *arrays,
             batch.chunk_pages_RP,
             items,
             sinks_KG,
             window=window,
             tuning=tuning,
-            parts=False,
+            parts=0,
             **options,
         )
     out_TKGv = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     return out_TKGv.astype(out_dtype), kv
 
 
-def decode_tuning(group: int, v_dim: int) -> Tuning:
-    """Sizes for decode rows: memory-bound, so few rows, and loads well ahead."""
+def decode_tuning(rows: int, v_dim: int) -> Tuning:
+    """Sizes for decode rows of so many rows of queries: memory-bound, so few rows, and loads well ahead."""
     from ops.paged_attention.pallas_gpu_attend import LEAST_DOT, Tuning
 
-    rows = min(max(_power(group), LEAST_DOT), 32 if v_dim > 256 else 64)
+    rows = min(max(_power(rows), LEAST_DOT), 32 if v_dim > 256 else 64)
     if v_dim > 256:
         return Tuning(rows, keys=32, warps=8 if rows > 16 else 4, stages=2)
     return Tuning(rows, keys=64, warps=4, stages=3)
@@ -126,8 +134,10 @@ def decode_items(
     S, B = tuning.keys, batch.num_decode
     most = -(-batch.decode_pages_BP.shape[1] * page_size // max(S, LEAST_KEYS))
     W = min(B + wanted, B * most)
-    len_B = batch.decode_len_B
-    begin_B = jnp.zeros_like(len_B) if window is None else jnp.maximum(len_B - window, 0)
+    len_B, qlen_B = batch.decode_len_B, batch.row_queries
+    begin_B = jnp.zeros_like(len_B)
+    if window is not None:
+        begin_B = jnp.maximum(len_B - jnp.maximum(qlen_B, 1) + 1 - window, 0)
     blocks_B = (len_B - begin_B + S - 1) // S
     # Rounding up adds at most one part a row: sum(ceil(blocks / size)) <= wanted + B, and never more than `most` a row.
     size = jnp.maximum(-(-jnp.sum(blocks_B) // wanted), max(1, LEAST_KEYS // S))
@@ -141,10 +151,10 @@ def decode_items(
     first_W = begin_B[row_W] + (w - first_B[row_W]) * size * S
     items = Items(
         table_W=row_W,
-        token_W=row_W,
-        base_W=len_B[row_W] - 1,
+        token_W=row_W * batch.queries,
+        base_W=(len_B - qlen_B)[row_W],
         row_W=jnp.zeros_like(row_W),
-        rows_W=jnp.where(real_W, G, 0),
+        rows_W=jnp.where(real_W, qlen_B[row_W] * G, 0),
         first_W=first_W,
         past_W=jnp.minimum(first_W + size * S, len_B[row_W]),
     )

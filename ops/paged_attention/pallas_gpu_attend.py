@@ -88,7 +88,7 @@ def attend_items(
     window: int | None,
     softcap: float | None,
     tuning: Tuning,
-    parts: bool,
+    parts: int,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
     """Attends item by item.
@@ -97,10 +97,10 @@ def attend_items(
         q_TKGh: queries, in the dtype of the products.
         k_PKsh, v_PKsh, scales: pages in rows, this step's tokens written already; v is None when K is V too; scales
             [P, K, s] of int8 pages.
-        parts: give unfinished sums of each item, for `combine`, instead of finished rows.
+        parts: give unfinished sums of each item's first rows, so many, for `combine`, instead of finished rows; 0 for those.
     Returns:
-        (out_TKGv,) in q's dtype, zeros where no item has rows; or, with parts, float32 (best_WKG, total_WKG, sum_WKGv) in
-        powers of two: exp2 is what the hardware has.
+        (out_TKGv,) in q's dtype, zeros where no item has rows; or, with parts, float32 (best_WKM, total_WKM, sum_WKMv) in
+        powers of two: exp2 is what the hardware has. Anything where an item has fewer rows.
     """
     T, K, G, _ = q_TKGh.shape
     W = items.table_W.shape[0]
@@ -117,18 +117,18 @@ def attend_items(
     aliases = {}
     if parts:
         out_shape = tuple(
-            jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((W, K, G), (W, K, G), (W, K, G, v_dim))
+            jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((W, K, parts), (W, K, parts), (W, K, parts, v_dim))
         )
     else:
         operands.append(jnp.zeros((T, K, G, v_dim), q_TKGh.dtype))
         aliases = {len(operands) - 1: 0}
         out_shape = (jax.ShapeDtypeStruct((T, K, G, v_dim), q_TKGh.dtype),)
     kernel = functools.partial(
-        _attend_kernel, present=present, scale=scale, window=window, softcap=softcap, tuning=tuning, parts=parts
+        _attend_kernel, present=present, scale=scale, window=window, softcap=softcap, tuning=tuning, parts=parts > 0
     )
     return pl.pallas_call(
         kernel,
-        grid=(-(-G // tuning.rows) if parts else 1, W, K),  # programs that read the same keys start together
+        grid=(-(-parts // tuning.rows) or 1, W, K),  # programs that read the same keys start together
         out_shape=out_shape,
         input_output_aliases=aliases,
         compiler_params=plt.CompilerParams(num_warps=tuning.warps, num_stages=tuning.stages),
@@ -222,9 +222,9 @@ def _attend_kernel(
     best_M, total_M, *sums = jax.lax.fori_loop(whole, blocks, functools.partial(fold, True), carry)
 
     if parts:
-        best_WKG, total_WKG, *rest = refs
-        plt.store(best_WKG.at[w, head, row_M], best_M, mask=real_M)
-        plt.store(total_WKG.at[w, head, row_M], total_M, mask=real_M)
+        best_WKM, total_WKM, *rest = refs
+        plt.store(best_WKM.at[w, head, row_M], best_M, mask=real_M)
+        plt.store(total_WKM.at[w, head, row_M], total_M, mask=real_M)
         for piece, value in zip(v_parts, sums, strict=True):
             store_channels(rest[0], (w, head, row_M), piece, value, real_M)
         return
@@ -234,24 +234,24 @@ def _attend_kernel(
 
 
 def combine(
-    best_WKG: jax.Array,
-    total_WKG: jax.Array,
-    sum_WKGv: jax.Array,
+    best_WKM: jax.Array,
+    total_WKM: jax.Array,
+    sum_WKMv: jax.Array,
     first_B: jax.Array,
     count_B: jax.Array,
-    sinks_KG: jax.Array | None,
+    sinks_KM: jax.Array | None,
     dtype: jax.typing.DTypeLike,
     *,
     interpret: bool,
 ) -> jax.Array:
-    """out_BKGv: the parts [first, first + count) of each row added up; zeros where there are none."""
-    _, K, G, v_dim = sum_WKGv.shape
+    """out_BKMv: the parts [first, first + count) of each row added up; zeros where there are none."""
+    _, K, M, v_dim = sum_WKMv.shape
     B = first_B.shape[0]
-    operands = [first_B, count_B, best_WKG, total_WKG, sum_WKGv] + ([] if sinks_KG is None else [sinks_KG])
+    operands = [first_B, count_B, best_WKM, total_WKM, sum_WKMv] + ([] if sinks_KM is None else [sinks_KM])
     return pl.pallas_call(
-        functools.partial(_combine_kernel, has_sinks=sinks_KG is not None),
-        grid=(B, K, G),
-        out_shape=jax.ShapeDtypeStruct((B, K, G, v_dim), dtype),
+        functools.partial(_combine_kernel, has_sinks=sinks_KM is not None),
+        grid=(B, K, M),
+        out_shape=jax.ShapeDtypeStruct((B, K, M, v_dim), dtype),
         compiler_params=plt.CompilerParams(num_warps=2, num_stages=1),
         interpret=interpret,
         name="paged_attention_combine",
@@ -261,24 +261,24 @@ def combine(
 _PARTS_AT_ONCE = 16
 
 
-def _combine_kernel(first_B, count_B, best_WKG, total_WKG, sum_WKGv, *refs, has_sinks: bool):
+def _combine_kernel(first_B, count_B, best_WKM, total_WKM, sum_WKMv, *refs, has_sinks: bool):
     b, head, group = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     first, count = first_B[b], count_B[b]
-    v_parts = pieces(sum_WKGv.shape[3])
+    v_parts = pieces(sum_WKMv.shape[3])
 
     def fold(block, carry):
         best, total, *sums = carry
         part_X = block * _PARTS_AT_ONCE + jnp.arange(_PARTS_AT_ONCE, dtype=jnp.int32)
         real_X = part_X < count
         at = jnp.where(real_X, first + part_X, 0), head, group
-        best_X = plt.load(best_WKG.at[at], mask=real_X, other=_NOTHING)
-        total_X = plt.load(total_WKG.at[at], mask=real_X, other=0.0)
+        best_X = plt.load(best_WKM.at[at], mask=real_X, other=_NOTHING)
+        total_X = plt.load(total_WKM.at[at], mask=real_X, other=0.0)
         new_best = jnp.maximum(best, jnp.max(best_X, axis=0))
         share_X = jnp.exp2(best_X - new_best)
         shrink = jnp.exp2(best - new_best)
         total = total * shrink + jnp.sum(total_X * share_X, axis=0)
         sums = [
-            old * shrink + jnp.sum(load_channels(sum_WKGv, at, piece, real_X) * share_X[:, None], axis=0)
+            old * shrink + jnp.sum(load_channels(sum_WKMv, at, piece, real_X) * share_X[:, None], axis=0)
             for old, piece in zip(sums, v_parts, strict=True)
         ]
         return new_best, total, *sums

@@ -65,7 +65,8 @@ def attend(
     from ops.paged_attention.pallas_tpu_attend import attend_blocks  # Pallas costs 0.2 s to import
 
     kv = write(kv, k_TKh, v_TKh, batch)
-    B, C = batch.num_decode, batch.num_chunk
+    B, Q, C = batch.num_decode, batch.queries, batch.num_chunk
+    D = batch.num_decode_tokens
     _, K, G, h = q_TKGh.shape
     lanes = lane_layout(kv.spec)
     dtype = jnp.bfloat16 if q_TKGh.dtype == jnp.bfloat16 else jnp.float32
@@ -75,15 +76,15 @@ def attend(
     parts = []
     if B:
         shape = _shape(kv, G, _heads_at_once(kv, K), MAX_KEYS)
-        parts.append(
-            attend_blocks(
-                q_TKGL[:B], kv.k, kv.k_scale, batch.decode_pages_BP, decode_visits(batch), sinks_KG, shape, **options
-            )
-        )
+        q_BKML = q_TKGL[:D].reshape(B, Q, K, G, width).swapaxes(1, 2).reshape(B, K, Q * G, width)
+        sinks_KM = None if sinks_KG is None else jnp.tile(sinks_KG, (1, Q))
+        visits = decode_visits(batch)
+        out_BKML = attend_blocks(q_BKML, kv.k, kv.k_scale, batch.decode_pages_BP, visits, sinks_KM, shape, **options)
+        parts.append(out_BKML.reshape(B, K, Q, G, -1).swapaxes(1, 2).reshape(D, K, G, -1))
     if C:
         tokens = _block_tokens(G, C)
         X = -(-C // tokens)
-        q_XtKGL = jnp.pad(q_TKGL[B:], ((0, X * tokens - C), (0, 0), (0, 0), (0, 0))).reshape(X, tokens, K, G, width)
+        q_XtKGL = jnp.pad(q_TKGL[D:], ((0, X * tokens - C), (0, 0), (0, 0), (0, 0))).reshape(X, tokens, K, G, width)
         q_XKML = q_XtKGL.swapaxes(1, 2).reshape(X, K, tokens * G, width)
         sinks_KM = None if sinks_KG is None else jnp.tile(sinks_KG, (1, tokens))
         shape = _shape(kv, G, 1, min(CHUNK_KEYS, CHUNK_KEYS * CHUNK_ROWS // (tokens * G)))
@@ -98,15 +99,15 @@ def attend(
 
 
 def write(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, batch: AttentionBatch) -> KVPages:
-    """The pages with this step's tokens: single rows for decode, whole page pieces for chunks."""
+    """The pages with this step's tokens: single rows for decode, whole page pieces for chunks and decode rows of several."""
     from ops.paged_attention.pallas_tpu_write import write_scales, write_tiles
 
-    B, C = batch.num_decode, batch.num_chunk
+    B, D = batch.num_decode, batch.num_decode_tokens
     size = kv.page_size
     interpret = kv.platform != "tpu"
     x_TKL, scale_TKt = _pack(kv, k_TKh, v_TKh)
     k, scales = kv.k, kv.k_scale
-    if B:
+    if B and batch.queries == 1:
         index_B = batch.kv_index_T[:B]
         page_B, slot_B = index_B // size, index_B % size
         rows = sublanes(k.dtype)
@@ -117,13 +118,20 @@ def write(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, batch: Attenti
         if scales is not None and scale_TKt is not None:
             where = (page_B, slot_B, slot_B + real_B)
             scales = write_scales(scales, scale_TKt[:B, :, :, None], *where, interpret=interpret)
-    if C:
-        source_Ws, page_W, begin_W, end_W = _chunk_pages(batch, size)
-        tiles_WKsL = x_TKL[B:][source_Ws].swapaxes(1, 2)
+    pieces = []
+    if B and batch.queries > 1:
+        start_B = jnp.arange(B, dtype=jnp.int32) * batch.queries
+        pieces.append((0, D, (batch.decode_pages_BP, start_B, batch.row_queries, batch.decode_len_B)))
+    if batch.num_chunk:
+        rows = batch.chunk_pages_RP, batch.chunk_start_R, batch.chunk_qlen_R, batch.chunk_len_R
+        pieces.append((D, batch.num_tokens, rows))
+    for first, end, rows in pieces:
+        source_Ws, page_W, begin_W, end_W = _pages_of(rows, end - first, size)
+        tiles_WKsL = x_TKL[first:end][source_Ws].swapaxes(1, 2)
         where = (page_W, jnp.zeros_like(page_W), begin_W, end_W)
         k = write_tiles(k, tiles_WKsL, *where, tile_rows=size, interpret=interpret)
         if scales is not None and scale_TKt is not None:
-            tiles_WKts = jnp.moveaxis(scale_TKt[B:][source_Ws], 1, 3)
+            tiles_WKts = jnp.moveaxis(scale_TKt[first:end][source_Ws], 1, 3)
             scales = write_scales(scales, tiles_WKts, page_W, begin_W, end_W, interpret=interpret)
     return dataclasses.replace(kv, k=k, k_scale=scales)
 
@@ -139,28 +147,31 @@ def _pack(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None) -> tuple[jax.A
     return join_lanes(kv.spec, k_TKh, v_TKh, jnp.int8), jnp.stack([k_scale_TK, v_scale_TK], axis=-1)
 
 
-def _chunk_pages(batch: AttentionBatch, size: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The pages that chunk tokens go to: source token of each row of each (0 where none), page, rows [begin, end).
+def _pages_of(rows: tuple[jax.Array, ...], tokens: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The pages that R pieces of sequences go to: source token of each row of each (0 where none), page, rows [begin, end).
 
     At most C / size + R of them: every piece may begin and end in the middle of a page.
+
+    Args:
+        rows: (pages_RP, start_R, qlen_R, len_R): of each piece its page table, where its tokens are among the `tokens` (C) of
+            this part, how many it has, and its sequence's length after this step.
     """
-    C, R = batch.num_chunk, batch.chunk_qlen_R.shape[0]
+    pages_RP, start_R, qlen_R, len_R = rows
+    C, R = tokens, qlen_R.shape[0]
     num = -(-C // size) + 2 * R if size > Q_BLOCK else C // size + 2 * R
     num = min(num, C)  # no page without a token
-    before_R = batch.chunk_len_R - batch.chunk_qlen_R
+    before_R = len_R - qlen_R
     first_page_R = before_R // size
-    pages_R = jnp.where(batch.chunk_qlen_R > 0, (batch.chunk_len_R - 1) // size - first_page_R + 1, 0)
-    past_R = jnp.cumsum(pages_R)
+    count_R = jnp.where(qlen_R > 0, (len_R - 1) // size - first_page_R + 1, 0)
+    past_R = jnp.cumsum(count_R)
     w = jnp.arange(num, dtype=jnp.int32)
     row_W = jnp.minimum(jnp.searchsorted(past_R, w, side="right").astype(jnp.int32), R - 1)
-    column_W = first_page_R[row_W] + w - (past_R - pages_R)[row_W]
+    column_W = first_page_R[row_W] + w - (past_R - count_R)[row_W]
     real_W = w < past_R[-1]
-    page_W = batch.chunk_pages_RP[row_W, jnp.minimum(column_W, batch.chunk_pages_RP.shape[1] - 1)]
+    page_W = pages_RP[row_W, jnp.minimum(column_W, pages_RP.shape[1] - 1)]
     begin_W = jnp.maximum(before_R[row_W] - column_W * size, 0)
-    end_W = jnp.minimum(batch.chunk_len_R[row_W] - column_W * size, size)
-    token_Ws = (
-        (batch.chunk_start_R - before_R)[row_W][:, None] + column_W[:, None] * size + jnp.arange(size, dtype=jnp.int32)
-    )
+    end_W = jnp.minimum(len_R[row_W] - column_W * size, size)
+    token_Ws = (start_R - before_R)[row_W][:, None] + column_W[:, None] * size + jnp.arange(size, dtype=jnp.int32)
     return jnp.clip(token_Ws, 0, C - 1), page_W, begin_W, jnp.where(real_W, end_W, 0)
 
 

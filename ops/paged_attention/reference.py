@@ -58,12 +58,17 @@ def attend(
 
 def _queries(batch):
     """(token, page table, position) of every token that is not padding."""
-    num_decode = len(batch.decode_len_B)
-    for row, length in enumerate(np.asarray(batch.decode_len_B)):
-        if length:
-            yield row, np.asarray(batch.decode_pages_BP[row]), int(length) - 1
+    qlen_B = np.minimum(batch.decode_len_B, 1) if batch.decode_qlen_B is None else batch.decode_qlen_B
+    for row, (qlen, length) in enumerate(zip(qlen_B, batch.decode_len_B, strict=True)):
+        for place in range(int(qlen)):
+            token = row * batch.queries + place
+            yield token, np.asarray(batch.decode_pages_BP[row]), int(length - qlen) + place
     for row, (start, qlen, length) in enumerate(
         zip(batch.chunk_start_R, batch.chunk_qlen_R, batch.chunk_len_R, strict=True)
     ):
         for token in range(int(qlen)):
-            yield num_decode + int(start) + token, np.asarray(batch.chunk_pages_RP[row]), int(length - qlen) + token
+            yield (
+                batch.num_decode_tokens + int(start) + token,
+                np.asarray(batch.chunk_pages_RP[row]),
+                int(length - qlen) + token,
+            )

@@ -42,11 +42,12 @@ class Visits:
 
 
 def decode_visits(batch: AttentionBatch) -> Visits:
-    """One visit a decode row, its block of one token; padded rows have an empty one."""
+    """One visit a decode row, its block of Q tokens; padded rows have an empty one."""
     row_B = jnp.arange(batch.num_decode, dtype=jnp.int32)
     one_B, zero_B = jnp.ones_like(row_B), jnp.zeros_like(row_B)
-    real_B = (batch.decode_len_B > 0).astype(jnp.int32)
-    return Visits(row_B, row_B, jnp.maximum(batch.decode_len_B - 1, 0), zero_B, real_B, one_B, one_B)
+    qlen_B = batch.row_queries
+    base_B = jnp.maximum(batch.decode_len_B - jnp.maximum(qlen_B, 1), 0)
+    return Visits(row_B, row_B, base_B, zero_B, qlen_B, one_B, one_B)
 
 
 def chunk_visits(batch: AttentionBatch, tokens: int) -> Visits:

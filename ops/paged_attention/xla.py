@@ -42,20 +42,26 @@ def attend(
 ) -> tuple[jax.Array, KVPages]:
     """See ops.paged_attention.attend."""
     kv = kv_pages.write(kv, k_TKh, v_TKh, batch.kv_index_T)
-    B, C = batch.num_decode, batch.num_chunk
+    B, Q, C = batch.num_decode, batch.queries, batch.num_chunk
+    first = batch.num_decode_tokens  # of the chunk part
     _, K, G, h = q_TKGh.shape
     options = {"scale": scale, "window": window, "softcap": softcap, "chunk": chunk}
     parts = []
-    if B:
-        sinks_KM = sinks_KG
+    if B and Q == 1:
         position_BM = jnp.broadcast_to(batch.decode_len_B[:, None] - 1, (B, G))
-        parts.append(_attend_rows(q_TKGh[:B], position_BM, batch.decode_pages_BP, kv, sinks_KM, **options))
+        parts.append(_attend_rows(q_TKGh[:B], position_BM, batch.decode_pages_BP, kv, sinks_KG, **options))
+    elif B:
+        q_BKMh = q_TKGh[:first].reshape(B, Q, K, G, h).swapaxes(1, 2).reshape(B, K, Q * G, h)
+        position_BM = jnp.repeat(batch.row_positions(), G, axis=1)
+        sinks_KM = None if sinks_KG is None else jnp.tile(sinks_KG, (1, Q))
+        out = _attend_rows(q_BKMh, position_BM, batch.decode_pages_BP, kv, sinks_KM, **options)
+        parts.append(out.reshape(B, K, Q, G, -1).swapaxes(1, 2).reshape(first, K, G, -1))
     if C and kv.platform == "cpu":
-        parts.append(_attend_visits(q_TKGh[B:], batch, kv, sinks_KG, **options))
+        parts.append(_attend_visits(q_TKGh[first:], batch, kv, sinks_KG, **options))
     elif C:
         N = C // Q_BLOCK
         pages_NP, position_NQ = chunk_blocks(batch)
-        q_NKMh = q_TKGh[B:].reshape(N, Q_BLOCK, K, G, h).swapaxes(1, 2).reshape(N, K, Q_BLOCK * G, h)
+        q_NKMh = q_TKGh[first:].reshape(N, Q_BLOCK, K, G, h).swapaxes(1, 2).reshape(N, K, Q_BLOCK * G, h)
         sinks_KM = None if sinks_KG is None else jnp.tile(sinks_KG, (1, Q_BLOCK))
         out = _attend_rows(q_NKMh, jnp.repeat(position_NQ, G, axis=1), pages_NP, kv, sinks_KM, **options)
         parts.append(out.reshape(N, K, Q_BLOCK, G, -1).swapaxes(1, 2).reshape(C, K, G, -1))

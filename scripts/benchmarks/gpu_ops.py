@@ -84,7 +84,7 @@ def make_batch(case: Case, seed: int = 0) -> tuple[AttentionBatch, int]:
     starts = np.cumsum([0, *news[B:]])[:-1]
     assert all(new % Q_BLOCK == 0 for new in news[B:])
     arrays = (
-        np.concatenate(positions), np.concatenate(index), tables[:B], case.decode, tables[B:], starts, news[B:],
+        np.concatenate(index), tables[:B], case.decode, tables[B:], starts, news[B:],
         totals[B:], np.repeat(np.arange(R), [new // Q_BLOCK for new in news[B:]]) if R else [],
     )  # fmt: skip
     batch = AttentionBatch(*(jnp.asarray(np.asarray(a), jnp.int32) for a in arrays))
@@ -126,7 +126,7 @@ def attention(name: str, case: Case, kv_dtype: str, activations: str, repeats: i
     batch, num_pages = make_batch(case)
     spec, K, G = case.spec, case.num_kv_heads, case.group
     kv = random_pages(spec, num_pages, case.page_size, kv_dtype, jax.random.key(3))
-    T = batch.positions_T.shape[0]
+    T = batch.num_tokens
     q = jax.random.normal(jax.random.key(4), (T, K, G, spec.head_dim), activations)
     k = jax.random.normal(jax.random.key(5), (T, K, spec.head_dim), activations)
     v = jax.random.normal(jax.random.key(6), (T, K, spec.v_head_dim), activations) if spec.v_head_dim else None

@@ -68,11 +68,9 @@ class FakeRunner:
         self._woke = self._woke_cpu = 0.0
 
     def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> FakeStep:
-        chunk = sum(-(-c.length // 16) * 16 for c in plan.chunks)
-        bucket = self._buckets.find(len(plan.decode), chunk, len(plan.chunks))
+        bucket = self._buckets.find(len(plan.decode), plan.chunk_tokens, len(plan.chunks))
         pack_forward(plan, bucket, self._forward[bucket], slots, self._page_size)
-        steps = [r.total_len - r.prompt_len - 1 for r in plan.sampled]
-        pack_sample(plan, bucket.samples, self._sample[bucket.samples], slots, steps, False)
+        pack_sample(plan, bucket.samples, self._sample[bucket.samples], slots, False)
         return FakeStep(plan, bucket, dispatched_at=time.perf_counter())
 
     def dispatch_sample(self, step: FakeStep, mask: Any) -> None:
@@ -89,7 +87,7 @@ class FakeRunner:
         time.sleep(max(0.0, step.end - now))
         self._woke, self._woke_cpu = time.perf_counter(), time.thread_time()
         rows = len(step.plan.sampled)
-        return StepResult(np.full(rows, 7, np.int32), np.ones(rows, bool))
+        return StepResult(np.full((rows, 1), 7, np.int32), np.ones((rows, 1), bool))
 
 
 def fake_engine(running: int, max_model_len: int, step_s: float, asynchronous: bool) -> tuple[Engine, FakeRunner]:

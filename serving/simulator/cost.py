@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from serving.engine.requests.buckets import Bucket, BucketTable
-from serving.engine.requests.chunks import align
 from serving.engine.requests.plan import StepPlan
 
 FEATURES = ("step", "decode_step", "chunk_step", "decode_rows", "chunk_tokens", "sampled_rows", "context", "chunk_work")
@@ -48,7 +47,7 @@ class StepShape:
         chunks = plan.chunks
         return StepShape(
             decode=len(plan.decode),
-            chunk=sum(align(c.length) for c in chunks),
+            chunk=plan.chunk_tokens,
             rows=len(chunks),
             context=sum(plan.decode_positions) + len(plan.decode),
             chunk_work=sum(c.length * (c.start + c.length / 2) for c in chunks),

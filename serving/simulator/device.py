@@ -29,7 +29,7 @@ class VirtualDevice:
 
     Args:
         cost: how long each step takes.
-        answer: the tokens of a step's rows, int32 [rows], when it is read.
+        answer: the tokens of a step's rows, int32 [rows, 1], when it is read.
         on_dispatch: told each step as it begins.
 
     Attributes:
@@ -47,7 +47,7 @@ class VirtualDevice:
         self._answer = answer
         self._on_dispatch = on_dispatch
         self._free = 0.0
-        self._finite = np.ones(cost.max_num_seqs, bool)
+        self._finite = np.ones((cost.max_num_seqs, 1), bool)
 
     def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> VirtualStep:
         self.now += self._cost.host_s
@@ -69,5 +69,5 @@ class VirtualDevice:
         self.now = max(self.now, step.end)
         tokens = self._answer(step.plan)
         if len(tokens) > len(self._finite):
-            self._finite = np.ones(len(tokens), bool)
+            self._finite = np.ones((len(tokens), 1), bool)
         return StepResult(tokens, self._finite[: len(tokens)])

@@ -110,7 +110,7 @@ class Simulation:
         self._live: dict[str, Progress] = {}
         self._ended: list[Outcome] = []
         self._params: dict[int, SamplingParams] = {}
-        self._same = np.full(config.replicas * (config.max_num_seqs + config.max_chunk_rows), OWN_TOKEN, np.int32)
+        self._same = np.full((config.replicas * (config.max_num_seqs + config.max_chunk_rows), 1), OWN_TOKEN, np.int32)
 
     @property
     def now(self) -> float:

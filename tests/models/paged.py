@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.api import Step
 from ops.paged_attention import Q_BLOCK, AttentionBatch, KVGroups, allocate
 from ops.paged_attention.groups import layers_per_page
 from serving.engine.cache.kv_windows import first_page, pages_of
@@ -30,10 +31,10 @@ class PagedModel:
         self.kv = tuple(allocate(spec, num_pages, PAGE, dtype, mesh) for spec in self.groups.arrays)
 
         @jax.jit
-        def step(state, tokens_T, batch, kv):
+        def step(state, step, kv):
             merged = nnx.merge(graphdef, state)
-            hidden_TD, kv = merged.forward(tokens_T, batch, kv)
-            return merged.logits(hidden_TD), kv
+            result = merged.forward(step, kv)
+            return merged.logits(result.hidden_TD), result.cache
 
         self.step = step
 
@@ -81,10 +82,8 @@ class PagedModel:
         places = self.groups.places
         if places is None:
             index, decode_pages, chunk_pages = index[0], decode_pages[0], chunk_pages[0]
-        batch = AttentionBatch(
-            positions, index, decode_pages, decode_len, chunk_pages, start, qlen, length, rows, places
-        )
-        logits, self.kv = self.step(self.state, tokens, batch, self.kv)
+        batch = AttentionBatch(index, decode_pages, decode_len, chunk_pages, start, qlen, length, rows, places=places)
+        logits, self.kv = self.step(self.state, Step(tokens, positions, batch), self.kv)
         logits = np.asarray(logits)
         pieces = [logits[B + r * Q_BLOCK :][: len(piece)] for r, (piece, _, _) in enumerate(chunks)]
         return [logits[row] for row in range(len(decode))], pieces

@@ -58,7 +58,7 @@ def arguments(shape: Shape, place=None, B=8, C=128, R=2, P=32):
     kv = dataclasses.replace(kv, platform="gpu")
     T, i = B + C, jnp.int32
     batch = AttentionBatch(
-        array(i, T), array(i, T), array(i, B, P), array(i, B), array(i, R, P), array(i, R), array(i, R), array(i, R),
+        array(i, T), array(i, B, P), array(i, B), array(i, R, P), array(i, R), array(i, R), array(i, R),
         array(i, C // 16),
     )  # fmt: skip
     q = array(shape.activations, T, shape.K, shape.G, shape.h)

@@ -65,7 +65,7 @@ def test_compiles_in_place(chip, name):
 
     B, C, R, P = 8, 128, 2, 32
     T = B + C
-    batch = AttentionBatch(ints(T), ints(T), ints(B, P), ints(B), ints(R, P), ints(R), ints(R), ints(R), ints(C // 16))
+    batch = AttentionBatch(ints(T), ints(B, P), ints(B), ints(R, P), ints(R), ints(R), ints(R), ints(C // 16))
     v = floats(T, shape.K, shape.v) if shape.v else None
 
     def step(q, k, v, kv, batch):

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import jax
 
+from models.api import Step
 from models.config import ModelConfig, from_hf, rope_from_hf
 from models.decoder import Decoder, Layer
 from models.family import Family
 from models.layers import MLP, Attention, Build, LayerNorm
 from models.recipes import Recipes, under
-from ops.paged_attention.batch import AttentionBatch
 
 
 class NeoXAttention(Attention):
@@ -42,11 +42,11 @@ class NeoXLayer(Layer):
     def make_mlp(self, config: ModelConfig, index: int, build: Build) -> MLP:
         return MLP(config, build, names=("dense_h_to_4h", "dense_4h_to_h"))
 
-    def __call__(self, x_TD: jax.Array, batch: AttentionBatch, kv: Any) -> tuple[jax.Array, Any]:
-        attended_TD, kv = self.attn(self.attn_norm(x_TD), batch, kv)
-        attended_TD = x_TD + attended_TD
+    def __call__(self, x_TD: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
+        attended_TD, kv = self.attn(x_TD, step, kv, norm=self.attn_norm, residual_TD=x_TD)
         mlp_input_TD = x_TD if self.parallel else attended_TD
-        return attended_TD + self.mlp(self.mlp_norm(mlp_input_TD)), kv
+        y_TD, visited = self.mlp(mlp_input_TD, step, norm=self.mlp_norm, residual_TD=attended_TD)
+        return y_TD, kv, visited
 
 
 class NeoX(Decoder):

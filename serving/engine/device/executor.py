@@ -132,7 +132,7 @@ class Executor:
         rows = np.zeros(self.replicas * PROMPT_LOGPROB_ROWS, np.int32)
         for bucket in self.buckets.buckets:
             forward = pack_forward(empty, bucket, self.forward_layouts[bucket], slots, self.sizes.page_size)
-            sample = pack_sample(empty, bucket.samples, self.sample_layouts[bucket.samples], slots, [], False)
+            sample = pack_sample(empty, bucket.samples, self.sample_layouts[bucket.samples], slots, False)
             forward, sample = np.tile(forward, self.replicas), np.tile(sample, self.replicas)
             self.execute(Forward(bucket, forward))
             if bucket.chunk:
@@ -165,7 +165,7 @@ class Executor:
         match command:
             case Forward(bucket, packed):
                 self._kv, self._hidden_SD, self._hidden_TD, loads = self.programs[f"forward {bucket}"](
-                    self._leaves, self._kv, self._state.last_token, packed
+                    self._leaves, self._kv, self._state.ends, packed
                 )
                 return loads[0] if loads else None
             case Sample(rows, packed, mask):

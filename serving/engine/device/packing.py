@@ -6,22 +6,18 @@ The same layout object packs on the host (numpy) and unpacks inside the program 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.api import Step
 from ops.paged_attention.batch import Q_BLOCK, AttentionBatch
 from serving.engine.requests.buckets import Bucket
-from serving.engine.requests.chunks import CHUNK_ALIGN, align
-from serving.engine.requests.plan import StepPlan
-from serving.engine.requests.slots import SlotTable
+from serving.engine.requests.plan import CHUNK_ALIGN, StepPlan, align
+from serving.engine.requests.slots import COLUMNS, SlotTable
 
 assert CHUNK_ALIGN == Q_BLOCK, "the scheduler and the kernels must agree on where pieces start"
-
-NO_LOGPROBS = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +53,9 @@ class Layout:
 
 
 def forward_layout(bucket: Bucket, pages_per_slot: int, groups: int = 1) -> Layout:
-    """Fields of AttentionBatch, the tokens (-1: take the slot's last sampled one), and which rows sample.
+    """What a step is made of on the device, by `decode_rows` and `make_step`, and which rows sample.
+
+    A decode row's token or start of -1 is the slot's on the device: the last one that it sampled, and its length.
 
     Args:
         groups: attention groups. What comes from page tables has an axis for them in front where there are several.
@@ -68,10 +66,11 @@ def forward_layout(bucket: Bucket, pages_per_slot: int, groups: int = 1) -> Layo
         (
             ("tokens_T", (t,), "int32"),
             ("decode_slot_B", (b,), "int32"),
-            ("positions_T", (t,), "int32"),
-            ("kv_index_T", (*each, t), "int32"),
+            ("decode_start_B", (b,), "int32"),
+            ("decode_qlen_B", (b,), "int32"),
             ("decode_pages_BP", (*each, b, pages_per_slot), "int32"),
-            ("decode_len_B", (b,), "int32"),
+            ("chunk_positions_C", (c,), "int32"),
+            ("chunk_index_C", (*each, c), "int32"),
             ("chunk_pages_RP", (*each, r, pages_per_slot), "int32"),
             ("chunk_start_R", (r,), "int32"),
             ("chunk_qlen_R", (r,), "int32"),
@@ -83,31 +82,62 @@ def forward_layout(bucket: Bucket, pages_per_slot: int, groups: int = 1) -> Layo
 
 
 def sample_layout(rows: int) -> Layout:
-    """Per-row sampling facts. Rows beyond the plan's point at the dummy slot."""
-    return Layout(
-        (
-            ("slot_S", (rows,), "int32"),
-            ("step_S", (rows,), "int32"),
-            ("temperature_S", (rows,), "float32"),
-            ("top_k_S", (rows,), "int32"),
-            ("top_p_S", (rows,), "float32"),
-            ("min_p_S", (rows,), "float32"),
-            ("seed_S2", (rows, 2), "uint32"),
-            ("repetition_S", (rows,), "float32"),
-            ("presence_S", (rows,), "float32"),
-            ("frequency_S", (rows,), "float32"),
-            ("min_tokens_S", (rows,), "int32"),
-            ("num_logprobs_S", (rows,), "int32"),
-            ("biased_S", (rows,), "int32"),
-            ("masked", (1,), "int32"),
-        )
+    """Facts of each row that samples. Rows beyond the plan's point at the dummy slot.
+
+    `length_S` is what the slot's length becomes, and so the position of the token that is drawn; -1: one more than it was.
+    """
+    columns = tuple((f"{c.name}_S", (rows, *c.shape), c.dtype) for c in COLUMNS)
+    return Layout((("slot_S", (rows,), "int32"), ("length_S", (rows,), "int32"), *columns, ("masked", (1,), "int32")))
+
+
+def decode_rows(f: dict[str, jax.Array], ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """(tokens_BQ, start_B): what the decode rows compute, and the position of each one's first place.
+
+    Args:
+        f: fields of `forward_layout`.
+        ends: DeviceState.ends, for what only the device knows.
+    """
+    last_token, length = ends
+    slot_B, start_B = f["decode_slot_B"], f["decode_start_B"]
+    B, D = slot_B.shape[0], f["tokens_T"].shape[0] - f["chunk_positions_C"].shape[0]
+    tokens_BQ = f["tokens_T"][:D].reshape(B, D // max(B, 1))
+    tokens_BQ = jnp.where(tokens_BQ < 0, last_token[slot_B][:, None], tokens_BQ)
+    return tokens_BQ, jnp.where(start_B < 0, length[slot_B], start_B)
+
+
+def make_step(
+    f: dict[str, jax.Array],
+    tokens_BQ: jax.Array,
+    start_B: jax.Array,
+    places: tuple[tuple[int, int], ...] | None,
+    page_size: int,
+) -> Step:
+    """The step whose decode rows are these: their positions, where in their pages they go, and how long their contexts are.
+
+    Args:
+        f: fields of `forward_layout`.
+        places: as in KVGroups.
+    """
+    (B, Q), qlen_B = tokens_BQ.shape, f["decode_qlen_B"]
+    place_Q = jnp.arange(Q, dtype=jnp.int32)
+    real_BQ = place_Q < qlen_B[:, None]
+    position_BQ = jnp.where(real_BQ, start_B[:, None] + place_Q, 0)
+    # Of each group of layers, where there are several.
+    page_BQ = f["decode_pages_BP"][..., jnp.arange(B)[:, None], position_BQ // page_size]
+    index_BQ = jnp.where(real_BQ, page_BQ * page_size + position_BQ % page_size, 0)
+    index_D = index_BQ.reshape(*index_BQ.shape[:-2], B * Q)
+    attention = AttentionBatch(
+        kv_index_T=jnp.concatenate([index_D, f["chunk_index_C"]], axis=-1),
+        decode_len_B=jnp.where(qlen_B > 0, start_B + qlen_B, 0),
+        decode_qlen_B=qlen_B if Q > 1 else None,
+        places=places,
+        **{name: f[name] for name in _AS_PACKED},
     )
+    tokens_T = jnp.concatenate([tokens_BQ.reshape(-1), f["tokens_T"][B * Q :]])
+    return Step(tokens_T, jnp.concatenate([position_BQ.reshape(-1), f["chunk_positions_C"]]), attention)
 
 
-def attention_batch(fields: dict[str, Any], places: tuple[tuple[int, int], ...] | None) -> AttentionBatch:
-    """The fields of `forward_layout` that a model reads. `places`: as in KVGroups."""
-    names = [f.name for f in dataclasses.fields(AttentionBatch) if f.name != "places"]
-    return AttentionBatch(**{name: fields[name] for name in names}, places=places)
+_AS_PACKED = ("decode_pages_BP", "chunk_pages_RP", "chunk_start_R", "chunk_qlen_R", "chunk_len_R", "chunk_row_N")
 
 
 def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTable, page_size: int) -> np.ndarray:
@@ -119,58 +149,52 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
     f = layout.views(flat)
     f["decode_slot_B"][:] = slots.per_replica
     f["chunk_row_N"][:] = bucket.rows
-    groups = len(slots.pages)
-    index_GT, decode_pages_GBP, chunk_pages_GRP = (
+    groups, Q, first = len(slots.pages), bucket.queries, bucket.decode_tokens
+    index_GC, decode_pages_GBP, chunk_pages_GRP = (
         f[name].reshape(groups, *f[name].shape[-dims:])
-        for name, dims in (("kv_index_T", 1), ("decode_pages_BP", 2), ("chunk_pages_RP", 2))
+        for name, dims in (("chunk_index_C", 1), ("decode_pages_BP", 2), ("chunk_pages_RP", 2))
     )
     n = len(plan.decode)
     if n:
         slot = np.fromiter((r.slot for r in plan.decode), np.int32, n)
-        position = np.asarray(plan.decode_positions, np.int32)
-        f["tokens_T"][:n] = np.fromiter(
+        f["tokens_T"][: n * Q : Q] = np.fromiter(
             (r.tokens[p] if p < len(r.tokens) else -1 for r, p in zip(plan.decode, plan.decode_positions, strict=True)),
             np.int32,
             n,
         )
         f["decode_slot_B"][:n] = slots.on_device(slot)
-        f["positions_T"][:n] = position
-        page, offset = position // page_size, position % page_size
-        for table, pages, index in zip(slots.pages, decode_pages_GBP, index_GT, strict=True):
+        f["decode_start_B"][:n] = np.where(f["tokens_T"][: n * Q : Q] < 0, -1, plan.decode_positions)
+        f["decode_qlen_B"][:n] = 1
+        for row, drafts in enumerate(plan.drafts):
+            f["tokens_T"][row * Q + 1 : row * Q + 1 + len(drafts)] = drafts
+            f["decode_qlen_B"][row] += len(drafts)
+        for table, pages in zip(slots.pages, decode_pages_GBP, strict=True):
             np.take(table, slot, axis=0, out=pages[:n], mode="clip")
-            index[:n] = pages[np.arange(n), page] * page_size + offset
-        f["decode_len_B"][:n] = position + 1
     samples = f["sample_row_S"]
-    samples[:n] = np.arange(n)
-    row_of_sample = n
-    start = 0
+    samples[: n * Q] = np.arange(n * Q)
+    row_of_sample = n * Q
     for i, chunk in enumerate(plan.chunks):
-        request, length = chunk.request, chunk.length
-        at = bucket.decode + start
+        request, length, at = chunk.request, chunk.length, chunk.offset
         position = np.arange(chunk.start, chunk.start + length, dtype=np.int32)
         table_GP = slots.pages[:, request.slot]
-        f["tokens_T"][at : at + length] = request.tokens[chunk.start : chunk.start + length]
-        f["positions_T"][at : at + length] = position
-        index_GT[:, at : at + length] = table_GP[:, position // page_size] * page_size + position % page_size
+        f["tokens_T"][first + at : first + at + length] = request.tokens[chunk.start : chunk.start + length]
+        f["chunk_positions_C"][at : at + length] = position
+        index_GC[:, at : at + length] = table_GP[:, position // page_size] * page_size + position % page_size
         chunk_pages_GRP[:, i] = table_GP
-        f["chunk_start_R"][i] = start
+        f["chunk_start_R"][i] = at
         f["chunk_qlen_R"][i] = length
         f["chunk_len_R"][i] = chunk.start + length
-        f["chunk_row_N"][start // Q_BLOCK : (start + align(length)) // Q_BLOCK] = i
+        f["chunk_row_N"][at // Q_BLOCK : (at + align(length)) // Q_BLOCK] = i
         if chunk.samples:
-            samples[row_of_sample] = at + length - 1
+            samples[row_of_sample] = first + at + length - 1
             row_of_sample += 1
-        start += align(length)
     return flat
 
 
-def pack_sample(
-    plan: StepPlan, rows: int, layout: Layout, slots: SlotTable, steps: Sequence[int], masked: bool
-) -> np.ndarray:
+def pack_sample(plan: StepPlan, rows: int, layout: Layout, slots: SlotTable, masked: bool) -> np.ndarray:
     """Host side of `sample_layout`, of a plan for one replica.
 
     Args:
-        steps: of each sampled row, how many completion tokens come before the one it samples.
         masked: whether a token mask goes with the step.
     """
     flat = np.zeros(layout.size, np.int32)
@@ -179,20 +203,9 @@ def pack_sample(
     slot = np.full(rows, slots.num_slots, np.int32)
     slot[:n] = np.fromiter((r.slot for r in plan.sampled), np.int32, n)
     f["slot_S"][:] = slots.on_device(slot)
-    f["step_S"][:n] = steps
-    for name, source in (
-        ("temperature_S", slots.temperature),
-        ("top_k_S", slots.top_k),
-        ("top_p_S", slots.top_p),
-        ("min_p_S", slots.min_p),
-        ("seed_S2", slots.seed),
-        ("repetition_S", slots.repetition),
-        ("presence_S", slots.presence),
-        ("frequency_S", slots.frequency),
-        ("min_tokens_S", slots.min_tokens),
-        ("num_logprobs_S", slots.num_logprobs),
-        ("biased_S", slots.biased),
-    ):
-        f[name][:] = source[slot]
+    ends = [p + 1 if p < len(r.tokens) else -1 for r, p in zip(plan.decode, plan.decode_positions, strict=True)]
+    f["length_S"][:n] = ends + [chunk.end for chunk in plan.chunks if chunk.samples]
+    for column in COLUMNS:
+        f[f"{column.name}_S"][:] = slots.columns[column.name][slot]
     f["masked"][0] = masked
     return flat

@@ -109,9 +109,9 @@ def list_programs(
 
     programs = list(more)
     for bucket, layout in shapes.forward_layouts.items():
-        fn = make_forward(split, shapes.groups, layout, bucket.chunk > 0)
+        fn = make_forward(split, shapes.groups, layout, shapes.sizes.page_size, bucket.chunk > 0)
         flat = ints(layout.size)
-        programs.append(Program(f"forward {bucket}", fn, (leaves, kv, state.last_token, flat), (1,), (0,), True))
+        programs.append(Program(f"forward {bucket}", fn, (leaves, kv, state.ends, flat), (1,), (0,), True))
         if max_steps > 1 and not bucket.chunk:
             sample = shapes.sample_layouts[bucket.samples]
             fn = make_decode_loop(split, shapes.groups, layout, sample, shapes.sizes.page_size, max_steps)
@@ -161,6 +161,7 @@ def _with_head(head: list[int], num_leaves: int) -> Callable[[Callable[..., Any]
 def _hidden_width(split: SplitModel, leaves: Any, kv: Any, shapes: StepShapes) -> jax.ShapeDtypeStruct:
     """Hidden states of one decode row or more."""
     layout = shapes.forward_layouts[shapes.buckets.buckets[0]]
-    last = jax.ShapeDtypeStruct((shapes.sizes.max_num_seqs + 1,), jnp.int32)
+    of_slots = jax.ShapeDtypeStruct((shapes.sizes.max_num_seqs + 1,), jnp.int32)
     flat = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-    return jax.eval_shape(make_forward(split, shapes.groups, layout, False), leaves, kv, last, flat)[1]
+    forward = make_forward(split, shapes.groups, layout, shapes.sizes.page_size, False)
+    return jax.eval_shape(forward, leaves, kv, (of_slots, of_slots), flat)[1]

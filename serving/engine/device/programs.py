@@ -17,12 +17,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from models import expert_loads
-from models.api import KVCache
-from models.expert_loads import counting
+from models.api import KVCache, Result, Step
 from ops import sampling
 from ops.paged_attention.groups import KVGroups
 from serving.engine.api.sampling_params import MAX_LOGPROBS
-from serving.engine.device.packing import Layout, attention_batch
+from serving.engine.device.packing import Layout, decode_rows, make_step
 from serving.engine.device.state import DeviceState
 
 PROMPT_LOGPROB_ROWS = 64
@@ -88,26 +87,35 @@ class LoopOutput:
     loads: tuple[jax.Array, ...]
 
 
-def make_forward(model: SplitModel, groups: KVGroups, layout: Layout, keep_hidden: bool) -> Callable[..., Any]:
-    """forward(leaves, kv, last_token, flat) -> (kv, hidden_SD of the rows that sample, hidden_TD or None, loads).
+def make_forward(
+    model: SplitModel, groups: KVGroups, layout: Layout, page_size: int, keep_hidden: bool
+) -> Callable[..., Any]:
+    """forward(leaves, kv, ends, flat) -> (kv, hidden_SD of the rows that sample, hidden_TD or None, loads).
 
-    `loads` has, for models with experts, one int32 [layers with experts, E]: how many of the step's tokens visited each.
+    `ends` is DeviceState.ends. `loads` has, for models with experts, one int32 [layers with experts, E]: how many of the
+    step's tokens visited each.
     """
 
     def forward(
-        leaves: tuple[jax.Array, ...], kv: KVCache, last_token: jax.Array, flat: jax.Array
+        leaves: tuple[jax.Array, ...], kv: KVCache, ends: tuple[jax.Array, jax.Array], flat: jax.Array
     ) -> tuple[KVCache, jax.Array, jax.Array | None, tuple[jax.Array, ...]]:
         f = layout.unpack(flat)
-        tokens_T = f["tokens_T"]
-        num_decode = f["decode_slot_B"].shape[0]
-        fed_back = last_token[f["decode_slot_B"]]
-        tokens_T = tokens_T.at[:num_decode].set(jnp.where(tokens_T[:num_decode] < 0, fed_back, tokens_T[:num_decode]))
-        with counting() as loads:
-            hidden_TD, kv = model.merge(leaves).forward(tokens_T, attention_batch(f, groups.places), kv)
-        hidden_SD = hidden_TD[f["sample_row_S"]]
-        return kv, hidden_SD, hidden_TD if keep_hidden else None, tuple(loads)
+        step = make_step(f, *decode_rows(f, ends), groups.places, page_size)
+        merged = model.merge(leaves)
+        result = merged.forward(step, kv)
+        hidden_SD = result.hidden_TD[f["sample_row_S"]]
+        loads = expert_counts(merged, step, result)
+        return result.cache, hidden_SD, result.hidden_TD if keep_hidden else None, loads
 
     return forward
+
+
+def expert_counts(model: Any, step: Step, result: Result) -> tuple[jax.Array, ...]:
+    """How many of the step's tokens visited each expert, int32 [layers with experts, E]; () for models without."""
+    if not result.visited:
+        return ()
+    (index_T, *_) = (group.attention.kv_index_T for group in step.by_group())
+    return (expert_loads.count(result.visited, model.config.moe.num_experts, index_T > 0),)
 
 
 def make_sample(model: SplitModel, layout: Layout) -> Callable[..., Any]:
@@ -136,16 +144,24 @@ def sample_rows(
 ) -> tuple[DeviceState, SampleOutput]:
     """Logits, everything that changes them, and the draw; see `make_sample`. Without `mask_SW`, no mask can be asked for."""
     logits_SV = model.logits(hidden_SD)
-    rows = {name: column for name, column in f.items() if name != "masked"}
+    slot_S = f["slot_S"]
+    length_S = jnp.where(f["length_S"] < 0, state.length[slot_S] + 1, f["length_S"])
+    rows = {name: column for name, column in f.items() if name not in ("masked", "length_S", "prompt_len_S")}
+    rows["step_S"] = length_S - f["prompt_len_S"]  # completion tokens before the one that is drawn
     rows["finite_S"] = jnp.all(jnp.isfinite(hidden_SD), -1)
     if mask_SW is not None:
         rows["mask_SW"] = mask_SW
     tables = (f["masked"][0] > 0, state)
     token_S, finite_S, *logprobs = sampling.by_rows(functools.partial(_draw, body), mesh, logits_SV, rows, tables)
     # Rows without penalties write nowhere. Not under a cond: that would copy `seen`, which is megabytes.
-    slot_S, penalized_S = f["slot_S"], _edits(rows, tables).penalized
+    penalized_S = _edits(rows, tables).penalized
     seen = state.seen.at[jnp.where(penalized_S, slot_S, state.seen.shape[0]), token_S].add(1, mode="drop")
-    state = dataclasses.replace(state, last_token=state.last_token.at[slot_S].set(token_S), seen=seen)
+    state = dataclasses.replace(
+        state,
+        last_token=state.last_token.at[slot_S].set(token_S),
+        length=state.length.at[slot_S].set(length_S),
+        seen=seen,
+    )
     return state, SampleOutput(jnp.stack([token_S, finite_S]), *logprobs)
 
 
@@ -160,7 +176,7 @@ def _draw(
         top_k_R=rows["top_k_S"],
         top_p_R=rows["top_p_S"],
         min_p_R=rows["min_p_S"],
-        seed_R2=rows["seed_S2"],
+        seed_R2=rows["seed_S"],
         step_R=rows["step_S"],
         body=body,
     )
@@ -205,48 +221,44 @@ def make_decode_loop(
         steps: jax.Array,
     ) -> tuple[KVCache, DeviceState, LoopOutput]:
         merged = model.merge(leaves)
-        fields, sampled = forward.unpack(forward_flat), sample.unpack(sample_flat)
-        real_B = fields["decode_len_B"] > 0
-        rows_B = jnp.arange(real_B.shape[0])
-        first_B = jnp.where(fields["tokens_T"] < 0, state.last_token[fields["decode_slot_B"]], fields["tokens_T"])
-        num_rows = real_B.shape[0]
-        stops_BN = state.banned_ids[sampled["slot_S"][:num_rows]]
+        f, sampled = forward.unpack(forward_flat), sample.unpack(sample_flat)
+        slot_B, real_B = f["decode_slot_B"], f["decode_qlen_B"] > 0
+        num_rows = slot_B.shape[0]
+        tokens_B1, start_B = decode_rows(f, state.ends)
+        # What the host knew is the slots' from here on: every step of the loop takes up where they are.
+        state = dataclasses.replace(
+            state,
+            last_token=state.last_token.at[slot_B].set(tokens_B1[:, 0]),
+            length=state.length.at[slot_B].set(start_B),
+        )
+        sampled |= {"length_S": jnp.full_like(sampled["length_S"], -1)}
+        stops_BN = state.banned_ids[slot_B]
+        first_counted_B = (sampled["prompt_len_S"] + sampled["min_tokens_S"])[:num_rows]
 
         def body(carry: Any) -> Any:
-            step, kv, state, tokens_B, ended_B, loads, out = carry
-            position_B = jnp.where(real_B, fields["positions_T"] + step, 0)
-            # Of each group of layers, where there are several.
-            page_B = fields["decode_pages_BP"][..., rows_B, position_B // page_size]
-            batch = attention_batch(
-                fields
-                | {
-                    "positions_T": position_B,
-                    "kv_index_T": jnp.where(real_B, page_B * page_size + position_B % page_size, 0),
-                    "decode_len_B": jnp.where(real_B, fields["decode_len_B"] + step, 0),
-                },
-                groups.places,
-            )
-            with counting() as counted:
-                hidden_BD, kv = merged.forward(tokens_B, batch, kv)
-            if counted:  # a plug-in's model with experts may not count
-                loads = tuple(total + count for total, count in zip(loads, counted, strict=True))
-            f = sampled | {"step_S": sampled["step_S"] + step}
-            hidden_SD = hidden_BD[fields["sample_row_S"]]
-            state, output = sample_rows(merged, f, state, hidden_SD, None, model.sampler, model.mesh)
+            step, kv, state, ended_B, loads, out = carry
+            last_token, length = state.ends
+            made = make_step(f, last_token[slot_B][:, None], length[slot_B], groups.places, page_size)
+            result = merged.forward(made, kv)
+            counts = expert_counts(merged, made, result)
+            if counts:  # a plug-in's model with experts may not say which are visited
+                loads = tuple(total + count for total, count in zip(loads, counts, strict=True))
+            hidden_SD = result.hidden_TD[f["sample_row_S"]]
+            state, output = sample_rows(merged, sampled, state, hidden_SD, None, model.sampler, model.mesh)
             found = output.tokens_finite[:, :num_rows]
-            counted_B = (f["step_S"] + 1 >= f["min_tokens_S"])[:num_rows]
+            counted_B = state.length[slot_B] + 1 >= first_counted_B
             ended_B |= counted_B & jnp.any(found[0][:, None] == stops_BN, -1)
-            return step + 1, kv, state, found[0], ended_B, loads, out.at[:, step].set(found)
+            return step + 1, result.cache, state, ended_B, loads, out.at[:, step].set(found)
 
         def more(carry: Any) -> jax.Array:
-            step, *_, ended_B, _, _ = carry
+            step, _, _, ended_B, _, _ = carry
             return (step < steps) & ~jnp.all(ended_B)
 
         out = jnp.full((2, max_steps, num_rows), -1, jnp.int32)
         counts = expert_loads.shape(merged.config)
         loads = () if counts is None else (jnp.zeros(counts, jnp.int32),)
-        start = (jnp.int32(0), kv, state, first_B, ~real_B, loads, out)
-        _, kv, state, _, _, loads, out = jax.lax.while_loop(more, body, start)
+        start = (jnp.int32(0), kv, state, ~real_B, loads, out)
+        _, kv, state, _, loads, out = jax.lax.while_loop(more, body, start)
         return kv, state, LoopOutput(out, loads)
 
     return decode_loop

@@ -20,7 +20,6 @@ from serving.engine.device.placement import on_this_process
 from serving.engine.device.programs import PROMPT_LOGPROB_ROWS, SampleOutput
 from serving.engine.device.state import needs_loading, slot_rows
 from serving.engine.requests.buckets import Bucket
-from serving.engine.requests.chunks import align
 from serving.engine.requests.plan import Chunk, StepPlan, StepResult
 from serving.engine.requests.request import Request
 from serving.engine.requests.slots import SlotTable
@@ -89,8 +88,9 @@ class ModelRunner:
         plans = self._split(plan)
         bucket = self.buckets.find(
             max(len(p.decode) for p in plans),
-            max(sum(align(c.length) for c in p.chunks) for p in plans),
+            max(p.chunk_tokens for p in plans),
             max(len(p.chunks) for p in plans),
+            plan.queries,
         )
         return self._run(plan, plans, bucket, slots)
 
@@ -106,12 +106,8 @@ class ModelRunner:
         rows = _rows(plan, plans, bucket)
         constrained = tuple((int(row), r) for row, r in zip(rows, plan.sampled, strict=True) if is_constrained(r))
         sample_layout = executor.sample_layouts[bucket.samples]
-
-        def steps(part: StepPlan) -> list[int]:
-            return [r.total_len - r.prompt_len - plan.num_steps for r in part.sampled]
-
         sample_flat = _end_to_end(
-            [pack_sample(part, bucket.samples, sample_layout, slots, steps(part), bool(constrained)) for part in plans]
+            [pack_sample(part, bucket.samples, sample_layout, slots, bool(constrained)) for part in plans]
         )
         if plan.num_steps > 1:
             out = executor.execute(DecodeLoop(bucket, flat, sample_flat, plan.num_steps))
@@ -138,7 +134,7 @@ class ModelRunner:
             for part in plans
             for chunk in part.chunks
             if chunk.request.spec.params.prompt_logprobs is not None
-            for piece in self._dispatch_prompt_logprobs(part, bucket, chunk)
+            for piece in self._dispatch_prompt_logprobs(bucket, chunk)
         ]
         pooled = self._dispatch_pool(plans, bucket)
         return InFlight(plan, plans, bucket, rows, sample_flat, constrained, asked, pooled, expert_loads=expert_loads)
@@ -150,32 +146,20 @@ class ModelRunner:
         parts = []
         for part in plans:
             weights = np.zeros((self.buckets.max_rows, bucket.tokens), np.float32)
-            at = bucket.decode
             for row, chunk in enumerate(part.chunks):
+                at = bucket.decode_tokens + chunk.offset
                 end = at + chunk.length
                 if chunk.request.spec.pooling == "mean":
                     weights[row, at:end] = 1.0
-                elif chunk.request.spec.pooling and chunk.start + chunk.length == chunk.request.prompt_len:
+                elif chunk.request.spec.pooling and chunk.end == chunk.request.prompt_len:
                     weights[row, end - 1] = 1.0
-                at += align(chunk.length)
             parts.append(weights)
         return self.executor.execute(Pool(_end_to_end(parts)))
 
-    def _dispatch_prompt_logprobs(
-        self, plan: StepPlan, bucket: Bucket, chunk: Chunk
-    ) -> list[tuple[Chunk, int, int, Any]]:
-        """Scores the chunk's positions against the prompt tokens that follow them, PROMPT_LOGPROB_ROWS at a time.
-
-        Args:
-            plan: of the chunk's replica.
-        """
-        request = chunk.request
-        first = bucket.decode
-        for other in plan.chunks:
-            if other is chunk:
-                break
-            first += align(other.length)
-        targets = request.tokens[chunk.start + 1 : min(chunk.start + chunk.length + 1, request.prompt_len)]
+    def _dispatch_prompt_logprobs(self, bucket: Bucket, chunk: Chunk) -> list[tuple[Chunk, int, int, Any]]:
+        """Scores the chunk's positions against the prompt tokens that follow them, PROMPT_LOGPROB_ROWS at a time."""
+        request, first = chunk.request, bucket.decode_tokens + chunk.offset
+        targets = request.tokens[chunk.start + 1 : min(chunk.end + 1, request.prompt_len)]
         parts = []
         for offset in range(0, len(targets), PROMPT_LOGPROB_ROWS):
             piece = targets[offset : offset + PROMPT_LOGPROB_ROWS]
@@ -213,7 +197,7 @@ class ModelRunner:
             # [2, steps, B] of each replica; a row of `rows` counts S of each, and B may be less.
             samples, steps = step.bucket.samples, step.plan.num_steps
             found = found.reshape(self.executor.replicas, 2, *found.shape[1:])
-            tokens, finite = np.moveaxis(found[step.rows // samples, :, :, step.rows % samples], 0, -1)[:, :steps]
+            tokens, finite = np.moveaxis(found[step.rows // samples, :, :steps, step.rows % samples], 1, 0)
             return StepResult(tokens, finite != 0)
         assert step.output is not None, "the step's sample was not dispatched"
         found = np.asarray(step.output.tokens_finite)
@@ -233,7 +217,7 @@ class ModelRunner:
                 for i, c in enumerate(part.chunks)
                 if c.request.spec.pooling
             }
-        return StepResult(tokens, finite > 0, logprobs, self._read_prompt_logprobs(step), pooled)
+        return StepResult(tokens[:, None], finite[:, None] > 0, logprobs, self._read_prompt_logprobs(step), pooled)
 
     def _count(self, found: Any) -> None:
         """Adds a step's int32 [layers, E] of each replica to `expert_loads`."""
@@ -246,14 +230,14 @@ class ModelRunner:
         replicas = self.executor.replicas
         return found if replicas == 1 else found.reshape(replicas, 2, -1).swapaxes(0, 1).reshape(2, -1)
 
-    def _read_logprobs(self, step: InFlight, tokens: np.ndarray) -> list[TokenLogprobs | None]:
+    def _read_logprobs(self, step: InFlight, tokens: np.ndarray) -> list[Sequence[TokenLogprobs] | None]:
         out = step.output
         assert out is not None
         host = [np.asarray(a) for a in (out.logprob_S, out.rank_S, out.top_ids_SN, out.top_values_SN)]
-        entries: list[TokenLogprobs | None] = []
+        entries: list[Sequence[TokenLogprobs] | None] = []
         for row, token, request in zip(step.rows, tokens, step.plan.sampled, strict=True):
             count = request.spec.params.logprobs
-            entries.append(None if count is None else _entry(int(token), count, row, *host))
+            entries.append(None if count is None else (_entry(int(token), count, row, *host),))
         return entries
 
     def _read_prompt_logprobs(self, step: InFlight) -> dict[str, list[TokenLogprobs]] | None:
@@ -265,7 +249,7 @@ class ModelRunner:
             host = [np.asarray(a) for a in output]
             base = replica * PROMPT_LOGPROB_ROWS
             first = chunk.start + 1 + offset
-            last = min(first + PROMPT_LOGPROB_ROWS, chunk.start + chunk.length + 1, request.prompt_len)
+            last = min(first + PROMPT_LOGPROB_ROWS, chunk.end + 1, request.prompt_len)
             count = request.spec.params.prompt_logprobs or 0
             found.setdefault(request.request_id, []).extend(
                 _entry(request.tokens[position], count, base + row, *host)

@@ -19,7 +19,7 @@ MAX_BANNED = MAX_STOP_TOKEN_IDS + 16
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["last_token", "seen", "bias_ids", "bias_values", "banned_ids"],
+    data_fields=["last_token", "length", "seen", "bias_ids", "bias_values", "banned_ids"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,8 @@ class DeviceState:
 
     Attributes:
         last_token: int32 [slots + 1], what the slot sampled last; the next step's input.
+        length: int32 [slots + 1], positions that the slot's sequence has in its pages: where `last_token` goes. Written when
+            the slot samples, so that the next step can follow before the host has read how many tokens there were.
         seen: int16 [slots + 1, V], see PROMPT_BIT. Kept up for slots whose request has penalties.
         bias_ids, bias_values: int32 and float32 [slots + 1, MAX_LOGIT_BIAS]; unused entries have id V (dropped).
         banned_ids: int32 [slots + 1, MAX_BANNED], what ends the completion: held back until min_tokens, and looked for by
@@ -35,6 +37,7 @@ class DeviceState:
     """
 
     last_token: jax.Array
+    length: jax.Array
     seen: jax.Array
     bias_ids: jax.Array
     bias_values: jax.Array
@@ -45,11 +48,17 @@ class DeviceState:
         rows = num_slots + 1
         return cls(
             jnp.zeros(rows, jnp.int32),
+            jnp.zeros(rows, jnp.int32),
             jnp.zeros((rows, vocab_size), jnp.int16),
             jnp.full((rows, MAX_LOGIT_BIAS), vocab_size, jnp.int32),
             jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32),
             jnp.full((rows, MAX_BANNED), vocab_size, jnp.int32),
         )
+
+    @property
+    def ends(self) -> tuple[jax.Array, jax.Array]:
+        """(last_token, length): what a forward pass reads."""
+        return self.last_token, self.length
 
 
 def needs_loading(request: Request, stops: bool = False) -> bool:

@@ -19,29 +19,36 @@ CPU_RIDGE, ACCELERATOR_RIDGE = 16, 256
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Bucket:
-    """One `forward` program: `decode` rows, then `chunk` tokens of up to `rows` prompts."""
+    """One `forward` program: `decode` rows of `queries` places each, then `chunk` tokens of up to `rows` prompts."""
 
     decode: int
     chunk: int
     rows: int
+    queries: int = 1
+
+    @property
+    def decode_tokens(self) -> int:
+        """Places of the decode rows; chunk tokens come behind them."""
+        return self.decode * self.queries
 
     @property
     def tokens(self) -> int:
         """T, rows of every matmul."""
-        return self.decode + self.chunk
+        return self.decode_tokens + self.chunk
 
     @property
     def samples(self) -> int:
-        """S, rows of the `sample` program that follows: every decode row and every prompt may sample.
+        """S, rows of the `sample` program that follows: every place of a decode row and every prompt may sample.
 
         Rounded up so that buckets share programs: a `sample` takes a second to compile and next to nothing a spare row.
         """
         if not self.chunk:
-            return max(self.decode, 4)
-        return self.decode + (MAX_CHUNK_ROWS if self.decode else self.rows)
+            return max(self.decode_tokens, 4)
+        return self.decode_tokens + (MAX_CHUNK_ROWS if self.decode else self.rows)
 
     def __str__(self) -> str:
-        return f"decode {self.decode} + chunk {self.chunk}x{self.rows}" if self.chunk else f"decode {self.decode}"
+        decode = f"decode {self.decode}" + (f"x{self.queries}" if self.queries > 1 else "")
+        return f"{decode} + chunk {self.chunk}x{self.rows}" if self.chunk else decode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +70,23 @@ class BucketTable:
             buckets |= {Bucket(0, chunk, rows), Bucket(max_num_seqs, chunk, rows)}
         return cls(tuple(sorted(buckets, key=lambda b: (b.tokens, b.decode))), ridge)
 
-    def find(self, decode: int, chunk: int, rows: int) -> Bucket:
+    def find(self, decode: int, chunk: int, rows: int, queries: int = 1) -> Bucket:
         """The cheapest bucket for a step of these sizes.
 
+        Args:
+            queries: places that a decode row needs.
         Raises:
             ValueError: nothing is large enough: the scheduler went over its limits.
         """
         for bucket in self.buckets:
-            fits = bucket.decode >= decode and bucket.chunk >= chunk and bucket.rows >= rows
+            fits = (
+                bucket.decode >= decode and bucket.chunk >= chunk and bucket.rows >= rows and bucket.queries >= queries
+            )
             if fits and (chunk > 0) == (bucket.chunk > 0) and not (decode == 0 and bucket.decode and chunk):
                 return bucket
-        raise ValueError(f"no bucket holds {decode} decode rows and {chunk} chunk tokens of {rows} prompts")
+        raise ValueError(
+            f"no bucket holds {decode} decode rows of {queries} and {chunk} chunk tokens of {rows} prompts"
+        )
 
     def chunk_tokens(self, wanted: int, decode: int) -> int:
         """How many of `wanted` chunk tokens (alignment included, at most max_chunk) to take into a step of `decode` rows:

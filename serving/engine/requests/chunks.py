@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-from serving.engine.requests.plan import Chunk
+from serving.engine.requests.plan import CHUNK_ALIGN, Chunk, align
 from serving.engine.requests.request import Request
-
-CHUNK_ALIGN = 16
-"""Pieces of prompts start at multiples of this in the chunk part of a step (ops' Q_BLOCK)."""
-
-
-def align(tokens: int) -> int:
-    """Chunk positions that a piece of `tokens` takes up."""
-    return -(-tokens // CHUNK_ALIGN) * CHUNK_ALIGN
 
 
 class ChunkBuilder:
@@ -47,7 +39,7 @@ class ChunkBuilder:
     def add(self, request: Request, length: int) -> None:
         """Gives the request a piece no longer than `room_for` says."""
         samples = length == request.num_uncomputed and not request.spec.pooling
-        self.chunks.append(Chunk(request, request.num_computed, length, samples))
+        self.chunks.append(Chunk(request, request.num_computed, length, samples, self.tokens))
         self.budget -= length
         self.tokens += align(length)
         self.rows -= 1

@@ -128,6 +128,12 @@ class Request:
         """Priority, then arrival."""
         return (self.spec.priority, self.arrival_order)
 
+    def take_back(self, tokens: int) -> None:
+        """A step gave so many tokens less than it was planned to give at most: their positions are computed again."""
+        self.num_pending -= tokens
+        if self.state is RequestState.RUNNING:
+            self.num_computed -= tokens
+
     def move(self, state: RequestState) -> None:
         """The only way to change state.
 

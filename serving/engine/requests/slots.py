@@ -3,6 +3,10 @@ and not a Python loop (256 rows: 60 us against 2 ms)."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from serving.engine.requests.request import Request
@@ -10,9 +14,49 @@ from serving.engine.requests.request import Request
 NULL_PAGE = 0
 """Stands in page tables where there is no page: never allocated, never indexed."""
 
+NO_LOGPROBS = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One fact of a running request that every one of its draws reads. Declared here alone: the slot table has a column for it,
+    and the program that samples a field `name_S` with a row's value.
+
+    Attributes:
+        of: the value for a request.
+        neutral: what padding rows have.
+        shape: of a row's value.
+    """
+
+    name: str
+    dtype: str
+    of: Callable[[Request], Any]
+    neutral: Any = 0
+    shape: tuple[int, ...] = ()
+
+
+def _logprobs(asked: int | None) -> int:
+    return NO_LOGPROBS if asked is None else asked
+
+
+COLUMNS = (
+    Column("prompt_len", "int32", lambda r: r.prompt_len),
+    Column("temperature", "float32", lambda r: r.spec.params.temperature),
+    Column("top_k", "int32", lambda r: max(r.spec.params.top_k, 0)),
+    Column("top_p", "float32", lambda r: r.spec.params.top_p, 1),
+    Column("min_p", "float32", lambda r: r.spec.params.min_p),
+    Column("seed", "uint32", lambda r: divmod(r.drawn_seed, 2**32), shape=(2,)),
+    Column("repetition", "float32", lambda r: r.spec.params.repetition_penalty, 1),
+    Column("presence", "float32", lambda r: r.spec.params.presence_penalty),
+    Column("frequency", "float32", lambda r: r.spec.params.frequency_penalty),
+    Column("min_tokens", "int32", lambda r: r.spec.params.min_tokens),
+    Column("num_logprobs", "int32", lambda r: _logprobs(r.spec.params.logprobs), NO_LOGPROBS),
+    Column("biased", "int32", lambda r: bool(r.spec.params.logit_bias)),
+)
+
 
 class SlotTable:
-    """Free slots, page tables and sampling parameters. Row `num_slots` is a dummy that padding rows use.
+    """Free slots, page tables and what draws read. Row `num_slots` is a dummy that padding rows use.
 
     Args:
         num_slots: of each replica. Replica r has the slots from r * num_slots on.
@@ -20,6 +64,7 @@ class SlotTable:
 
     Attributes:
         pages: int32 [groups, slots + 1, pages_per_slot]; the null page where there is none.
+        columns: of each of COLUMNS, an array of a row a slot.
     """
 
     def __init__(self, num_slots: int, pages_per_slot: int, seed: int = 0, replicas: int = 1, groups: int = 1) -> None:
@@ -31,17 +76,7 @@ class SlotTable:
         ]
         self._seeds = np.random.default_rng(seed)
         self.pages = np.zeros((groups, rows, pages_per_slot), np.int32)
-        self.temperature = np.zeros(rows, np.float32)
-        self.top_k = np.zeros(rows, np.int32)
-        self.top_p = np.ones(rows, np.float32)
-        self.min_p = np.zeros(rows, np.float32)
-        self.seed = np.zeros((rows, 2), np.uint32)
-        self.repetition = np.ones(rows, np.float32)
-        self.presence = np.zeros(rows, np.float32)
-        self.frequency = np.zeros(rows, np.float32)
-        self.min_tokens = np.zeros(rows, np.int32)
-        self.num_logprobs = np.full(rows, -1, np.int32)
-        self.biased = np.zeros(rows, np.int32)
+        self.columns = {c.name: np.full((rows, *c.shape), c.neutral, c.dtype) for c in COLUMNS}
 
     @property
     def num_free(self) -> int:
@@ -59,21 +94,12 @@ class SlotTable:
         """Gives the request a slot of its replica and writes its row."""
         slot = self._free[request.replica].pop()
         request.slot = slot
-        p = request.spec.params
-        self.temperature[slot] = p.temperature
-        self.top_k[slot] = max(p.top_k, 0)
-        self.top_p[slot] = p.top_p
-        self.min_p[slot] = p.min_p
-        self.repetition[slot] = p.repetition_penalty
-        self.presence[slot] = p.presence_penalty
-        self.frequency[slot] = p.frequency_penalty
-        self.min_tokens[slot] = p.min_tokens
-        self.num_logprobs[slot] = -1 if p.logprobs is None else p.logprobs
-        self.biased[slot] = bool(p.logit_bias)
         if request.drawn_seed is None:
-            seed = p.seed if p.seed is not None else int(self._seeds.integers(2**63))
+            seed = request.spec.params.seed
+            seed = seed if seed is not None else int(self._seeds.integers(2**63))
             request.drawn_seed = seed & (2**64 - 1)
-        self.seed[slot] = (request.drawn_seed >> 32, request.drawn_seed & 0xFFFFFFFF)
+        for column in COLUMNS:
+            self.columns[column.name][slot] = column.of(request)
         self.pages[:, slot] = NULL_PAGE
         for group, pages in enumerate(request.pages):
             self.pages[group, slot, : len(pages)] = pages

@@ -165,20 +165,24 @@ class Scheduler:
                 if pooled is not None:
                     request.first_token_time = now
                     outputs.append(self._end(request, FinishReason.STOP, now=now, pooled=pooled))
-        all_finite = bool(result.finite.all())
-        steps = np.atleast_2d(result.tokens).tolist()
-        for step, tokens in enumerate(steps):
-            for row, request in enumerate(plan.sampled):
-                if request.state is RequestState.FINISHED:
-                    continue  # it ended before this token was known to be surplus
+        finite = None if result.finite.all() else result.finite
+        for row, (request, tokens) in enumerate(zip(plan.sampled, result.tokens.tolist(), strict=True)):
+            logprobs = result.logprobs[row] if result.logprobs is not None else None
+            missing = plan.most_tokens(row)
+            for place, token in enumerate(tokens):
+                if token < 0 or request.state is RequestState.FINISHED:
+                    break  # it ended before this token was known to be surplus
+                missing -= 1
                 request.num_pending -= 1
-                if not all_finite and not np.atleast_2d(result.finite)[step, row]:
+                if finite is not None and not finite[row, place]:
                     error = "the model's logits are not finite."
                     self.counters.nonfinite += 1
                     outputs.append(self._end(request, FinishReason.ERROR, error=error, now=now))
-                    continue
-                logprobs = result.logprobs[row] if result.logprobs is not None else None
-                outputs.append(self._take_token(request, tokens[row], logprobs, now))
+                    break
+                found = None if logprobs is None else logprobs[place]
+                outputs.append(self._take_token(request, token, found, now))
+            if missing and request.state is not RequestState.FINISHED:
+                request.take_back(missing)
         self.kv.retired(plan.step_id)
         return outputs
 

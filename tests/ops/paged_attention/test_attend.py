@@ -84,10 +84,21 @@ def run(body, arguments: Arguments, kv, dtype=np.float32):
 # XLA has no code of its own for these shapes; a compilation of its loop costs a second.
 SHAPES_OF_KERNELS = {
     "multi_head", "odd_group", "big_group", "head_24", "head_80", "head_128", "value_head_larger", "page_32", "page_64",
-    "decode_padded_rows", "decode_nothing_real", "window_beyond", "chunk_fresh",
+    "decode_padded_rows", "decode_nothing_real", "window_beyond", "chunk_fresh", "verify_multi_head", "verify_big_group",
+    "verify_page_32", "verify_one_place",
 }  # fmt: skip
 # Every instruction set shares the code that places, masks and splits; these go through each one's arithmetic.
-ARITHMETIC = ["decode", "chunk_past_group", "everything", "big_group", "head_80", "value_head_smaller", "page_32"]
+ARITHMETIC = [
+    "decode",
+    "verify",
+    "chunk_past_group",
+    "everything",
+    "verify_everything",
+    "big_group",
+    "head_80",
+    "value_head_smaller",
+    "page_32",
+]
 FLOAT32 = [(name, body) for body in XLA for name in TEST_CASES if name not in SHAPES_OF_KERNELS]
 FLOAT32 += [(name, NATIVE[-1]) for name in TEST_CASES]
 FLOAT32 += [(name, body) for body in NATIVE[:-1] for name in ARITHMETIC]
@@ -115,7 +126,7 @@ NARROW += [
     (name, dtype, body)
     for body in NATIVE
     for dtype in ("bfloat16", "int8")
-    for name in ("decode", "chunk_rows", "everything", "value_head_smaller", "page_32")
+    for name in ("decode", "verify", "chunk_rows", "everything", "value_head_smaller", "page_32")
 ]
 
 
@@ -141,8 +152,9 @@ def test_bfloat16_activations(body):
 
 
 @bodies(XLA + NATIVE)
-def test_padded_tokens_yield_zeros(body):
-    case = TEST_CASES["mixed"]
+@pytest.mark.parametrize("name", ["mixed", "verify_mixed"])
+def test_padded_tokens_yield_zeros(name, body):
+    case = TEST_CASES[name]
     arguments = make_arguments(case)
     out, _ = run(body, arguments, fill(case, arguments, np.float32, body))
     padding = arguments.batch.kv_index_T == 0
@@ -178,17 +190,20 @@ def test_attend_rope_is_rope_then_attend(with_rope, body):
         inverse_frequencies({"rope_theta": 100.0, "partial_rotary_factor": 0.5}, case.head_dim) if with_rope else None
     )
     q, k, v, batch = arguments.q_TKGh, arguments.k_TKh, arguments.v_TKh, arguments.batch
+    positions_T = np.arange(len(q), dtype=np.int32) * 3
     rotated_q, rotated_k = q, k
     if rotary is not None:
-        rotated_q, rotated_k = (np.asarray(rope(x, batch.positions_T, *rotary)) for x in (q, k))
+        rotated_q, rotated_k = (np.asarray(rope(x, positions_T, *rotary)) for x in (q, k))
     want, want_kv = run(
         body, dataclasses.replace(arguments, q_TKGh=rotated_q, k_TKh=rotated_k), fill(case, arguments, np.float32, body)
     )
     qkv = np.concatenate([q, k[:, :, None], v[:, :, None]], axis=2)
     with paged_attention.use_backend(body[0]):
         out, kv = jax.jit(
-            lambda qkv, kv, batch: paged_attention.attend_rope(qkv, rotary, kv, batch, sinks_KG=sinks_KG, **options)
-        )(qkv, fill(case, arguments, np.float32, body), batch)
+            lambda qkv, positions_T, kv, batch: paged_attention.attend_rope(
+                qkv, positions_T, rotary, kv, batch, sinks_KG=sinks_KG, **options
+            )
+        )(qkv, positions_T, fill(case, arguments, np.float32, body), batch)
     np.testing.assert_allclose(out, want, atol=1e-5)
     np.testing.assert_allclose(plain(kv)[0][1:], plain(want_kv)[0][1:], atol=1e-5)
 

@@ -114,7 +114,7 @@ class FakeDevice:
             ]
             self.write(work)
             tokens.append(self.sample_rows(work, None))
-        step.tokens = np.asarray(tokens if step.plan.num_steps > 1 else tokens[0], np.int32)
+        step.tokens = np.asarray(tokens, np.int32).T
 
     def write(self, work) -> None:
         for request, tables, _, positions, _ in work:
