@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,15 @@ class Engine(Mortal):
 
     def _reject(self, request_id: str, error: RequestError) -> None:
         self.client.fail(request_id, error)
+
+    def wrap_runner(self, wrap: Callable[[Any], Any]) -> None:
+        """Puts something around what carries steps out (faults on purpose)."""
+        self.loop.runner = wrap(self.loop.runner)
+
+    @property
+    def recent(self) -> Iterable[Any]:
+        """The last steps, for a crash report."""
+        return self.loop.recent
 
     @property
     def busy_since(self) -> float | None:

@@ -13,7 +13,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from serving.reliability.supervisor import RESTARTS
@@ -78,7 +78,8 @@ def _tell(fault: Fault, number: int) -> None:
 
 
 class FaultyRunner:
-    """A ModelRunner with faults. Everything else is the runner's.
+    """A runner of steps, or of an encoder's batches, with faults. Everything else is the runner's. What is said of a step is of
+    an encoder's batch.
 
     Args:
         block_event_loop: blocks the server's event loop for some seconds.
@@ -97,26 +98,38 @@ class FaultyRunner:
         return getattr(self._runner, name)
 
     def dispatch_forward(self, plan: Any, slots: Any) -> Any:
-        self._dispatched += 1
-        number = self._dispatched
-        for fault in self._faults:
-            times = int(fault.argument or 1)
-            if fault.kind == "step-error" and fault.step <= number < fault.step + times:
-                raise InjectedError("injected step error")
-            if fault.kind == "out-of-memory" and fault.step <= number < fault.step + times:
-                raise InjectedError("RESOURCE_EXHAUSTED: injected: out of memory")
-            if fault.kind == "poison" and any(
-                int(fault.argument or 0) in r.spec.prompt_token_ids for r in plan.requests
-            ):
-                raise InjectedError("injected: poisoned request")
-            if fault.step == number:
-                self._strike(fault)
+        number = self._begin([r.spec.prompt_token_ids for r in plan.requests])
         step = self._runner.dispatch_forward(plan, slots)
         self._numbers[id(step)] = number
         return step
 
     def collect(self, step: Any) -> Any:
-        number = self._numbers.pop(id(step), 0)
+        self._read(self._numbers.pop(id(step), 0))
+        return self._runner.collect(step)
+
+    def run(self, texts: Sequence[Any]) -> Any:
+        """An encoder's batch, dispatched and read."""
+        number = self._begin([text.token_ids for text in texts])
+        results = self._runner.run(texts)
+        self._read(number)
+        return results
+
+    def _begin(self, prompts: Iterable[Sequence[int]]) -> int:
+        """What strikes when a step is dispatched. Returns its number."""
+        self._dispatched += 1
+        number = self._dispatched
+        for fault in self._faults:
+            times = int(fault.argument or 1)
+            if fault.kind in _RAISED and fault.step <= number < fault.step + times:
+                raise InjectedError(_RAISED[fault.kind])
+            if fault.kind == "poison" and any(int(fault.argument or 0) in prompt for prompt in prompts):
+                raise InjectedError("injected: poisoned request")
+            if fault.step == number:
+                self._strike(fault)
+        return number
+
+    def _read(self, number: int) -> None:
+        """What strikes when a step's results are read."""
         for fault in self._faults:
             if fault.step != number:
                 continue
@@ -128,7 +141,6 @@ class FaultyRunner:
                 time.sleep(1.0 if fault.argument is None else fault.argument)
             if fault.kind == "stall":
                 threading.Event().wait()
-        return self._runner.collect(step)
 
     def _strike(self, fault: Fault) -> None:
         if fault.kind in ("kill", "clock-jump", "stuck-loop"):

@@ -153,6 +153,12 @@ def test_what_cannot_be_served_is_told_in_a_sentence():
     assert status == 1 and "error: the checkpoint has no tensor 'x'." in rest and "Traceback" not in rest
 
 
+def test_what_cannot_be_served_names_flags():
+    with launched("--no-http", fail="max_num_seqs is 3; lower kv_cache_memory.") as server:
+        _, rest = server.end()
+    assert "error: --max-num-seqs is 3; lower --kv-cache-memory." in rest
+
+
 def test_a_taken_grpc_port_is_told_before_the_model_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with launched("--no-http", "--grpc-port", str(taken.getsockname()[1]), start_s=1000) as server:
@@ -160,11 +166,20 @@ def test_a_taken_grpc_port_is_told_before_the_model_is_loaded():
     assert status == 1 and "--grpc-port" in rest and "Traceback" not in rest
 
 
-def test_a_taken_http_port_that_was_asked_for_is_an_error():
+def test_a_taken_http_port_that_was_asked_for_is_told_before_the_model_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        with launched("--port", str(taken.getsockname()[1])) as server:
+        with launched("--port", str(taken.getsockname()[1]), start_s=1000) as server:
             status, rest = server.end()
     assert status == 1 and "--port" in rest and "Traceback" not in rest
+
+
+def test_the_last_line_says_what_to_open():
+    with launched("--port", "0") as server:
+        url = server.wait_for(r"ready at gRPC \S+, (http://\S+)")[1]
+        assert server.wait_for(r"open (\S+)/ in a browser; clients of OpenAI's API use (\S+)/v1$").groups() == (
+            url,
+            url,
+        )
 
 
 # -- flags ---------------------------------------------------------------------------------------------------------------

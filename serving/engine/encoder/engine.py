@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,15 @@ class EncoderEngine(Mortal):
         self._thread.join(timeout)
         self.client.fail_all(RequestError(ErrorKind.UNAVAILABLE, "the server has stopped."))
         self.runner.guard.close()
+
+    def wrap_runner(self, wrap: Callable[[Any], Any]) -> None:
+        """Puts something around what carries batches out (faults on purpose)."""
+        self.runner = wrap(self.runner)
+
+    @property
+    def recent(self) -> Iterable[Any]:
+        """Nothing: of batches no record is kept."""
+        return ()
 
     def snapshot(self) -> EngineStats:
         """The counters now."""

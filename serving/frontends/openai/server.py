@@ -13,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from serving.access import ServerTls
+from serving.frontends.listening import bind
 from serving.frontends.openai.app import create_app, rehearse
 from serving.frontends.openai.http_protocol import bounded_protocol
 from serving.service import Limits, TextService
@@ -74,6 +75,7 @@ async def serve_http(
     host: str = "127.0.0.1",
     port: int = 8000,
     tls: ServerTls | None = None,
+    sock: socket.socket | None = None,
     **options: Any,
 ) -> HttpServer:
     """Starts the OpenAI API in the running event loop and returns once it listens.
@@ -82,21 +84,30 @@ async def serve_http(
         tls: serve https with these files.
         options: further ones of `create_app`.
         port: 0 takes a free one; the handle's `port` tells which.
+        sock: a socket that is bound already, instead of host and port; see `serving.frontends.listening`.
     Raises:
         OSError: the port is taken, or the host is not ours.
     """
     app = create_app(service, **options)
     await rehearse(app)
-    return await serve_app(app, service.limits, host=host, port=port, tls=tls)
+    return await serve_app(app, service.limits, host=host, port=port, tls=tls, sock=sock)
 
 
-async def serve_app(app: ASGIApp, limits: Limits, *, host: str, port: int, tls: ServerTls | None = None) -> HttpServer:
+async def serve_app(
+    app: ASGIApp,
+    limits: Limits,
+    *,
+    host: str,
+    port: int,
+    tls: ServerTls | None = None,
+    sock: socket.socket | None = None,
+) -> HttpServer:
     """The same for any ASGI application.
 
     Raises:
         OSError: the port is taken, or the host is not ours.
     """
-    sock = _bind(host, port)
+    sock = sock or bind(host, port)
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -118,15 +129,3 @@ async def serve_app(app: ASGIApp, limits: Limits, *, host: str, port: int, tls: 
             raise OSError(f"The HTTP server could not start on {host}:{port}.")
         await asyncio.sleep(0.01)
     return HttpServer(server, task, host, sock.getsockname()[1], "https" if tls else "http")
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
