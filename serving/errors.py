@@ -6,7 +6,10 @@ leaves the server.
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import re
+from collections.abc import Iterator, Mapping
 
 
 class ErrorKind(enum.Enum):
@@ -64,7 +67,55 @@ class RequestError(Exception):
         self.code = code
         self.retry_after_s = retry_after_s
 
+    def renamed(self, names: Mapping[str, str]) -> RequestError:
+        """The same error with `param` as the client of one entry spells it, in the sentence too.
 
-def invalid(message: str, param: str | None = None) -> RequestError:
+        Args:
+            names: our name -> the client's; `a` stands for `a.b` and `a[0]` too, the longest that fits counts.
+        """
+        param = self.param
+        if param is None:
+            return self
+        fitting = [name for name in names if param == name or param.startswith((f"{name}.", f"{name}["))]
+        if not fitting:
+            return self
+        ours = max(fitting, key=len)
+        said = names[ours] + param[len(ours) :]
+        # Words of prose ("messages") are left alone but at the sentence's head, where they name the field.
+        where = "" if re.search(r"[_.\[]", param) else "^"
+        message = re.sub(rf"{where}(?<![\w.]){re.escape(param)}(?![\w\[])", lambda _: said, self.message)
+        return RequestError(self.kind, message, param=said, code=self.code, retry_after_s=self.retry_after_s)
+
+
+@contextlib.contextmanager
+def named(names: Mapping[str, str]) -> Iterator[None]:
+    """Renames the fields of errors raised inside, see `RequestError.renamed`."""
+    try:
+        yield
+    except RequestError as error:
+        raise error.renamed(names) from error
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> RequestError:
     """An INVALID_ARGUMENT error about `param`."""
-    return RequestError(ErrorKind.INVALID_ARGUMENT, message, param=param)
+    return RequestError(ErrorKind.INVALID_ARGUMENT, message, param=param, code=code)
+
+
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+"""`RequestError.code` of what the model's context has no room for. Clients go by it, or by how the sentence begins (as
+OpenAI's and vLLM's does), to shorten a conversation or to ask a model with a longer context."""
+
+
+def beyond_context(context: int, what: str, param: str, prompt: str = "prompt") -> RequestError:
+    """The error for what does not fit the model's context of `context` tokens.
+
+    Args:
+        what: what was asked for, behind "However, ".
+        param: the field that holds the prompt.
+        prompt: what to shorten.
+    """
+    return invalid(
+        f"This model's maximum context length is {context} tokens. However, {what}. Please reduce the length of the {prompt}.",
+        param,
+        CONTEXT_LENGTH_EXCEEDED,
+    )

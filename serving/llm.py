@@ -24,7 +24,6 @@ from serving.engine.api.types import EngineInfo, EngineStats
 from serving.service import (
     ChatOptions,
     GenerateInput,
-    PreparedChat,
     PreparedRequest,
     RequestOutput,
     ScoreInput,
@@ -33,6 +32,7 @@ from serving.service import (
     prepare_chat,
 )
 from serving.service.outputs import EmbeddingOutput, EmbeddingRequestOutput
+from serving.service.reply import Message
 
 if TYPE_CHECKING:
     from serving.boot.startup import Started
@@ -276,15 +276,13 @@ class LLM:
         options: ChatOptions | None,
     ) -> list[RequestOutput]:
         prepared = [await self._prepare(given, p, options) for given, p in zip(inputs, params, strict=True)]
-        results = await self._gather([lambda chat=chat: self._one(chat.request, bar) for chat in prepared])
-        if options is not None:
-            for chat, result in zip(prepared, results, strict=True):
-                _put_messages(chat, result)
-        return results
+        return await self._gather([lambda one=one: self._one(one, bar, options) for one in prepared])
 
-    async def _prepare(self, given: GenerateInput, params: SamplingParams, options: ChatOptions | None) -> PreparedChat:
+    async def _prepare(
+        self, given: GenerateInput, params: SamplingParams, options: ChatOptions | None
+    ) -> PreparedRequest:
         if options is None or not params.detokenize:
-            return PreparedChat(await self._service.prepare(given, params), None)
+            return await self._service.prepare(given, params)
         fields = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
         return await prepare_chat(self._service, given, fields, options)
 
@@ -305,23 +303,21 @@ class LLM:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _one(self, request: PreparedRequest, bar: _Bar) -> RequestOutput:
+    async def _one(self, request: PreparedRequest, bar: _Bar, options: ChatOptions | None) -> RequestOutput:
         result = RequestOutput.of(request)
+        messages = [Message() for _ in result.outputs]
         usage = Usage()
         async with contextlib.aclosing(self._service.generate(request)) as outputs:
             async for output in outputs:
                 result.add(output)
                 usage.add(output)
+                messages[output.index].add(output.events or ())
         bar.done(usage)
+        if options is not None:
+            for choice, message in zip(result.outputs, messages, strict=True):
+                plain = {"role": "assistant", "content": choice.text}
+                choice.message = plain if request.reader is None else message.as_dict(options.forces_call)
         return result
-
-
-def _put_messages(chat: PreparedChat, result: RequestOutput) -> None:
-    for i, choice in enumerate(result.outputs):
-        if chat.parsers is not None:
-            choice.message, _ = chat.parsers[i].whole(choice.text)
-        else:
-            choice.message = {"role": "assistant", "content": choice.text}
 
 
 class _LoopThread:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import threading
 
 YOUNG_OBJECTS = 100_000
 """While a server starts, new objects are looked through after this many and no others are. A start makes a quarter of a
@@ -34,6 +35,42 @@ def give_back() -> int | None:
         return None
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
     return None if trim is None else trim(0)
+
+
+PEAK_BYTES = 32 * 2**20
+SETTLE_S = 2.0
+
+
+class _Peaks:
+    """Counts what was taken for a short time, and gives memory back when that came to something."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._noted = 0
+        self._timer: threading.Timer | None = None
+
+    def note(self, num_bytes: int) -> None:
+        with self._lock:
+            self._noted += num_bytes
+            if self._noted < PEAK_BYTES or self._timer is not None:
+                return
+            self._timer = threading.Timer(SETTLE_S, self._settle)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _settle(self) -> None:
+        with self._lock:
+            self._noted, self._timer = 0, None
+        give_back()
+
+
+_peaks = _Peaks()
+
+
+def note_peak(num_bytes: int) -> None:
+    """Tells that about so many bytes were taken for a short time (a large body, many completions): after tens of megabytes what is
+    free again goes back to the operating system, `SETTLE_S` seconds later and on a thread of its own. Any thread may call."""
+    _peaks.note(num_bytes)
 
 
 _THRESHOLD = gc.get_threshold()

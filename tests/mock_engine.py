@@ -74,7 +74,7 @@ class MockTokenizer:
         return b"".join(self.token_bytes(i) for i in kept).decode("utf-8", errors="replace")
 
     def id_to_token(self, token_id: int) -> str | None:
-        return SPECIAL[token_id - 256] if 256 <= token_id < self.vocab_size else None
+        return chr(token_id) if token_id < 256 else SPECIAL[token_id - 256] if token_id < self.vocab_size else None
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self.special_token_ids

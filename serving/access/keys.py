@@ -17,6 +17,8 @@ import re
 import secrets
 from collections.abc import Iterable, Sequence
 
+from serving.errors import ErrorKind, RequestError
+
 MIN_SECRET_CHARS = 16
 MAX_SECRET_CHARS = 1024
 """A longer one is refused unhashed: hashing what anybody sends should cost no more than a microsecond."""
@@ -61,6 +63,20 @@ class Caller:
         if self.cache_scope is None:
             return asked
         return hashlib.sha256(f"{self.cache_scope}:{asked or ''}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+    def check_priority(self, priority: int) -> None:
+        """Refuses a priority ahead of everybody's for a key that speaks for itself alone.
+
+        Raises:
+            RequestError: PERMISSION_DENIED.
+        """
+        if priority < 0 and not self.role.allows(Role.PROXY):
+            raise RequestError(
+                ErrorKind.PERMISSION_DENIED,
+                f"priority is {priority}: this key may go behind others (0 or more), not ahead of them.",
+                param="priority",
+                code="priority_denied",
+            )
 
     def may_end(self, owner: str | None) -> bool:
         """Whether it may end a request that the key `owner` began."""

@@ -1,6 +1,6 @@
 """What every entry goes through: validation, limits, templates to tokens, tokens to text, `n`."""
 
-from serving.service.chat import ChatOptions, PreparedChat, prepare_chat
+from serving.service.chat import ChatOptions, prepare_chat
 from serving.service.chat_style import ChatStyle
 from serving.service.inputs import GenerateInput
 from serving.service.limits import Limits
@@ -28,7 +28,6 @@ __all__ = [
     "GenerateInput",
     "Limits",
     "Logprob",
-    "PreparedChat",
     "PreparedRequest",
     "RequestOutput",
     "ScoreInput",

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from serving.engine.api.sampling_params import StructuredOutputs
-from serving.errors import invalid
+from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
 from serving.service.inputs import GenerateInput
-from serving.service.prepare import PreparedRequest
-from serving.text.tools import (
-    ContentDelta,
-    Event,
-    ReasoningDelta,
-    ReasoningFamily,
-    ToolCallArguments,
-    ToolCallStart,
-    ToolFamily,
-    ToolPlan,
-    plan_tools,
-)
+from serving.service.prepare import ConstraintFactory, PreparedRequest
+from serving.service.reply import ReplyReader
+from serving.service.service import TextService
+from serving.text.tools import ReasoningFamily, ToolFamily, ToolPlan, plan_tools
 from serving.text.tools import ReplyParser as FamilyParser
-
-if TYPE_CHECKING:
-    from serving.service.service import TextService
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +36,11 @@ class ChatOptions:
         return self.tool_choice not in (None, "none", "auto")
 
 
-@dataclasses.dataclass(frozen=True)
-class PreparedChat:
-    """A chat that was found good, and one parser a completion; None where the text is the content."""
-
-    request: PreparedRequest
-    parsers: list[ReplyParser] | None
-
-
 async def prepare_chat(
     service: TextService, given: GenerateInput, params: Mapping[str, Any], options: ChatOptions
-) -> PreparedChat:
-    """Validates and tokenizes a chat, and compiles what holds its tool calls to their schemas.
+) -> PreparedRequest:
+    """Validates and tokenizes a chat, and compiles what holds its tool calls to their schemas. A forced call wins over a
+    structured output: it has a form of its own.
 
     Args:
         given: with `messages`, and the tools in OpenAI's shape.
@@ -68,103 +50,67 @@ async def prepare_chat(
     """
     style = service.style
     params = dict(params)
-    structured = params.get("structured_outputs") is not None
-    if structured and options.forces_call:
-        raise invalid("tool_choice and a structured output exclude each other: a call has its own form.", "tool_choice")
+    structured = params.get("structured_outputs") is not None and not options.forces_call
+    if not structured:
+        params.pop("structured_outputs", None)
     reasoning = None if structured else style.reasoning  # a structured output leaves no room for thinking
-    thinking = False
-    if reasoning is not None and options.forces_call:
-        prompt, _ = await service.tokenize(given)
-        thinking = reasoning.opened_by(prompt or "")
     service.limits.check_count("tools", len(given.tools or ()), service.limits.max_tools, "tools")
-    plan = plan_tools(
+    plan_for = functools.partial(
+        plan_tools,
         given.tools,
         options.tool_choice,
         style.tools,
         service.tokenizer,
         parallel=options.parallel_tool_calls,
         reasoning=reasoning,
-        in_reasoning=thinking,
     )
+    plan = plan_for()
     if not plan.offered:
         given = dataclasses.replace(given, tools=None)
     family = None if structured else plan.family
-    reads = family is not None or reasoning is not None
-    constraint = None
-    if plan.grammar is not None and not structured:
-        constraint = await service.compile_tools(plan.grammar)
-        params["structured_outputs"] = StructuredOutputs(grammar=plan.grammar)
+    made = service.make_params(params)
+    if family is None and reasoning is None:
+        return await service.prepare(given, made)
+
+    async def constrain(prompt: str, params: SamplingParams) -> tuple[SamplingParams, ConstraintFactory | None]:
+        """Holds the completion to its calls: the grammar depends on whether the prompt ends inside the thinking."""
+        held = plan_for(in_reasoning=True) if _thinks(reasoning, given, prompt) else plan
+        if held.grammar is None:
+            return params, None
+        constraint = await service.compile_tools(held.grammar)
+        return dataclasses.replace(params, structured_outputs=StructuredOutputs(grammar=held.grammar)), constraint
+
     prepared = await service.prepare(
-        given, service.make_params(params), constraint=constraint, markers=style.markers if reads else frozenset()
+        given,
+        made,
+        constrain=constrain if plan.grammar is not None and not structured else None,
+        markers=style.markers,
     )
-    if not reads:
-        return PreparedChat(prepared, None)
-    thinking = reasoning is not None and reasoning.opened_by(prepared.prompt or "")
-    return PreparedChat(
-        prepared, [_parser(plan, family, reasoning, thinking, options) for _ in range(prepared.params.n)]
-    )
+    thinking = _thinks(reasoning, given, prepared.prompt or "")
+    return dataclasses.replace(prepared, reader=functools.partial(_reader, plan, family, reasoning, thinking, options))
 
 
-def _parser(
+def _thinks(reasoning: ReasoningFamily | None, given: GenerateInput, prompt: str) -> bool:
+    """Whether the completion begins inside the thinking: the template opened it, or the turn to go on with did."""
+    if reasoning is None:
+        return False
+    if reasoning.opened_by(prompt):
+        return True
+    if not given.continue_final_message or not given.messages:
+        return False
+    content = given.messages[-1].get("content")
+    if isinstance(content, list):
+        content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+    return isinstance(content, str) and content.rfind(reasoning.open) > content.rfind(reasoning.close)
+
+
+def _reader(
     plan: ToolPlan, family: ToolFamily | None, reasoning: ReasoningFamily | None, thinking: bool, options: ChatOptions
-) -> ReplyParser:
+) -> ReplyReader:
     schemas = plan.schemas if family is not None else None
-    parser = FamilyParser(family, reasoning, schemas=schemas, in_reasoning=thinking)
-    return ReplyParser(parser, options.include_reasoning, options.parallel_tool_calls)
-
-
-class ReplyParser:
-    """Splits one completion's text into content, thinking and tool calls, however the text is cut into pieces.
-
-    Args:
-        reasoning: tell the thinking; else it is dropped.
-        parallel: several calls; else those after the first are dropped.
-    """
-
-    def __init__(self, parser: FamilyParser, reasoning: bool, parallel: bool) -> None:
-        self._parser = parser
-        self._tells_reasoning = reasoning
-        self._parallel = parallel
-
-    @property
-    def called(self) -> bool:
-        """Whether a tool call was seen."""
-        return self._parser.num_calls > 0
-
-    def push(self, text: str, last: bool) -> list[Event]:
-        """What is new with `text`; `last` flushes what was held back."""
-        events = self._parser.push(text)
-        if last:
-            events += self._parser.finish()
-        return [event for event in events if self._wanted(event)]
-
-    def _wanted(self, event: Event) -> bool:
-        if isinstance(event, ContentDelta):
-            return True
-        if isinstance(event, ReasoningDelta):
-            return self._tells_reasoning
-        return self._parallel or event.index == 0
-
-    def whole(self, text: str) -> tuple[dict[str, Any], bool]:
-        """A whole completion as an assistant's message in OpenAI's shape, and whether it calls a tool.
-
-        Returns:
-            `role`, `content` (None for calls alone), `reasoning` where there is some, `tool_calls` where there are any.
-        """
-        content, reasoning, calls = "", "", []
-        for event in self.push(text, last=True):
-            if isinstance(event, ContentDelta):
-                content += event.text
-            elif isinstance(event, ReasoningDelta):
-                reasoning += event.text
-            elif isinstance(event, ToolCallStart):
-                function = {"name": event.name, "arguments": ""}
-                calls.append({"id": event.call_id, "type": "function", "function": function})
-            elif isinstance(event, ToolCallArguments):
-                calls[-1]["function"]["arguments"] += event.text
-        message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}
-        if reasoning:
-            message["reasoning"] = reasoning
-        if calls:
-            message["tool_calls"] = calls
-        return message, bool(calls)
+    return ReplyReader(
+        FamilyParser(family, reasoning, schemas=schemas, in_reasoning=thinking),
+        reasoning=options.include_reasoning,
+        parallel=options.parallel_tool_calls,
+        calls_only=family is not None and options.forces_call,
+    )

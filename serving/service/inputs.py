@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serving.errors import invalid
+from serving.service.json_bounds import check_nesting
 from serving.service.limits import Limits, check_text
 
 Scalar = str | int | float | bool | None
 TEMPLATE_ARGUMENTS = frozenset(
-    ("tokenizer", "messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+    ("self", "tokenizer", "messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 )
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
@@ -25,13 +26,15 @@ class GenerateInput:
         token_ids: the prompt as token ids, taken as they are.
         messages: a chat in OpenAI's shape, rendered with the model's chat template.
         tools: tools in OpenAI's shape, handed to the template; only with `messages`.
+        documents: what the model may quote from, for chat templates that take it; only with `messages`.
         chat_template_kwargs: extra variables for the template; scalars only.
         add_generation_prompt: end the rendered chat with the opening of an assistant turn.
         continue_final_message: leave the last message open, so that the completion goes on with it. Excludes
             `add_generation_prompt`.
         add_special_tokens: put the tokenizer's own (BOS) around the prompt. None means yes for `text` and no for
             `messages`, whose template writes them.
-        truncate_prompt_tokens: keep only the last so many prompt tokens; -1 keeps what leaves room for the completion.
+        truncate_prompt_tokens: keep so many prompt tokens at most; -1 keeps what leaves room for the completion.
+        truncation_side: which end is cut off then, "left" or "right". None: the left one; of what an encoder reads, the right.
         model: the served model to use; None, "" and "default" mean the base model.
         request_id: the client's name for the request, for logs and `abort`; None makes one. Need not be unique:
             aborting a name ends every live request that has it.
@@ -46,11 +49,13 @@ class GenerateInput:
     token_ids: Sequence[int] | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
     chat_template_kwargs: Mapping[str, Scalar] = dataclasses.field(default_factory=dict)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
     model: str | None = None
     request_id: str | None = None
     priority: int = 0
@@ -58,6 +63,11 @@ class GenerateInput:
     ttft_timeout_s: float | None = None
     cache_salt: str | None = None
     tenant: str | None = None
+
+    @property
+    def place(self) -> str:
+        """The field that holds the prompt, as errors name it."""
+        return "messages" if self.messages is not None else "prompt"
 
     def check(self, limits: Limits) -> None:
         """Checks everything that needs no model.
@@ -82,6 +92,13 @@ class GenerateInput:
                 f"truncate_prompt_tokens must be at least 1, or -1 for what fits, got {keep!r}.",
                 "truncate_prompt_tokens",
             )
+        if keep is not None and limits.context is not None and keep > limits.context:
+            raise invalid(
+                f"truncate_prompt_tokens is {keep}, more than this model's maximum context length of {limits.context} tokens.",
+                "truncate_prompt_tokens",
+            )
+        if self.truncation_side not in (None, "left", "right"):
+            raise invalid(f"truncation_side must be left or right, got {self.truncation_side!r}.", "truncation_side")
 
     def _check_prompt(self, limits: Limits) -> None:
         given = [name for name in ("text", "token_ids", "messages") if getattr(self, name) is not None]
@@ -98,13 +115,17 @@ class GenerateInput:
         elif self.token_ids is not None:
             if not self.token_ids:
                 raise invalid("The prompt is empty: give at least one token id.", "prompt")
+            limits.check_count("token ids", len(self.token_ids), limits.max_prompt_chars, "prompt")
         else:
             limits.check_count("messages", len(self.messages or ()), limits.max_messages, "messages")
             check_messages(self.messages or (), limits)
-        if self.tools:
-            if self.messages is None:
-                raise invalid("tools need messages: a prompt of text or token ids has no place for them.", "tools")
-            limits.check_count("tools", len(self.tools), limits.max_tools, "tools")
+        for name, most in (("tools", limits.max_tools), ("documents", limits.max_batch)):
+            given_too = getattr(self, name)
+            if given_too:
+                if self.messages is None:
+                    raise invalid(f"{name} need messages: a prompt of text or token ids has no place for them.", name)
+                limits.check_count(name, len(given_too), most, name)
+                check_nesting(given_too, limits, name)
         if self.continue_final_message and self.add_generation_prompt and self.messages is not None:
             raise invalid(
                 "continue_final_message and add_generation_prompt exclude each other: set the latter to false.",
@@ -133,15 +154,13 @@ class GenerateInput:
                 )
 
 
-def check_prompt_text(text: str, limits: Limits) -> None:
+def check_prompt_text(text: str, limits: Limits, param: str = "prompt") -> None:
     """Refuses an empty prompt, one far beyond any context, and what is not Unicode."""
     if not text:
-        raise invalid("The prompt is empty: give at least one character.", "prompt")
+        raise invalid("The prompt is empty: give at least one character.", param)
     if len(text) > limits.max_prompt_chars:
-        raise invalid(
-            f"The prompt has {len(text)} characters; at most {limits.max_prompt_chars} are read. Shorten it.", "prompt"
-        )
-    check_text(text, "prompt")
+        raise limits.too_many_chars(f"the prompt has {len(text)} characters", param)
+    check_text(text, param)
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]], limits: Limits) -> None:
@@ -154,25 +173,37 @@ def check_messages(messages: Sequence[Mapping[str, Any]], limits: Limits) -> Non
     """
     if not messages:
         raise invalid("messages is empty: give at least one message.", "messages")
-    chars = 0
+    chars = parts = 0
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, Mapping):
             raise invalid(f"{where} must be an object with role and content, got {type(message).__name__}.", where)
         role = message.get("role")
         if not isinstance(role, str) or not role:
-            raise invalid(f"{where}.role must be text, such as 'user'; got {role!r}.", f"{where}.role")
+            raise invalid(f"{where}.role must be text, such as 'user'; got {_brief(role)}.", f"{where}.role")
         limits.check_name(f"{where}.role", role)
         content = message.get("content")
-        if content is None and not message.get("tool_calls"):
+        if content is None and not any(message.get(name) for name in _INSTEAD_OF_CONTENT):
             raise invalid(f"{where}.content is missing: give text.", f"{where}.content")
+        for name in ("content", "tool_calls"):
+            if isinstance(message.get(name), Sequence) and not isinstance(message[name], str):
+                parts += len(message[name])
+        limits.check_count("parts and tool calls in its messages", parts, limits.max_content_parts, "messages")
         for text in _texts(content, where):
             check_text(text, f"{where}.content")
             chars += len(text)
         if chars > limits.max_prompt_chars:
-            raise invalid(
-                f"The messages have more than {limits.max_prompt_chars} characters. Shorten them.", "messages"
-            )
+            raise limits.too_many_chars(f"the messages have more than {limits.max_prompt_chars} characters", "messages")
+    check_nesting(messages, limits, "messages")
+
+
+_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "refusal", "reasoning", "reasoning_content", "thinking")
+"""What a turn may have and no content: an assistant's."""
+
+
+def _brief(value: Any) -> str:
+    shown = repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
+    return shown if len(shown) <= 64 else shown[:64] + "..."
 
 
 def _texts(content: Any, where: str) -> list[str]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from serving.engine.api.sampling_params import MAX_N, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
-from serving.errors import RequestError, invalid
+from serving.engine.api.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
+from serving.errors import CONTEXT_LENGTH_EXCEEDED, RequestError, beyond_context, invalid
 
 CHARS_PER_TOKEN = 32
 """Longer prompts are refused unread. English has about 4 characters a token and source code 3; only runs of blanks
@@ -24,19 +24,30 @@ class Limits:
 
     Attributes:
         max_body_bytes: one gRPC message or HTTP body.
-        max_head_bytes: an HTTP request's head, or a call's metadata.
-        max_headers: header lines of an HTTP request.
+        max_bodies_bytes: HTTP bodies that are being read at one time, together; further ones are asked to come later.
+        max_head_bytes: an HTTP request's head, or a call's metadata; its trailers, too; and a line between two chunks.
+        max_headers: header lines of an HTTP request, and trailers.
+        max_pipelined: requests that come in a connection before earlier ones were answered.
         head_timeout_s: for an HTTP request's head to come, from its first byte or from connecting.
         body_gap_s: between two pieces of an HTTP body.
+        body_timeout_s: for a whole HTTP body.
+        max_json_values: objects, lists and members of one JSON text, together.
+        max_json_depth: lists and objects inside each other.
         stalled_reader_s: for a client to take something of a stream that has more for it; then the request is aborted.
-        max_prompt_chars: a prompt's text, rendered.
+        context: tokens of the served model's context, where it is known; the sentences about longer prompts tell it.
+        max_prompt_chars: a prompt's text, rendered; and token ids of a prompt.
         max_messages: messages of a chat.
         max_tools: tools offered to a chat.
         max_template_arguments, max_template_argument_chars: variables for the chat template, and the text in each.
+        max_content_parts: parts of all contents of a chat, together; and tool calls in it.
+        max_entries: of lists and maps that go with a request: biases, words, ids that end it.
         max_batch: prompts in one HTTP request.
         max_n: completions of one prompt.
+        max_logprobs: likeliest tokens told beside each.
         max_stop_strings, max_stop_chars: strings that end a completion, and characters of each.
         max_sequences: prompts times `n` in one request.
+        max_live: requests that run or wait, of everybody; further ones are refused.
+        max_live_extra: completions beyond the first of each of those, together.
         max_grammar_chars: a JSON schema, regular expression, grammar, or all choices together.
         grammar_timeout_s: time to compile a grammar.
         max_name_chars: request ids, model names, salts, tenants.
@@ -45,21 +56,32 @@ class Limits:
     """
 
     max_body_bytes: int = 16 * 2**20
+    max_bodies_bytes: int = 256 * 2**20
     max_head_bytes: int = 64 * 1024
     max_headers: int = 256
+    max_pipelined: int = 64
     head_timeout_s: float = 30.0
     body_gap_s: float = 60.0
+    body_timeout_s: float = 600.0
+    max_json_values: int = 1_000_000
+    max_json_depth: int = 128
     stalled_reader_s: float = 60.0
+    context: int | None = None
     max_prompt_chars: int = 1 << 20
     max_messages: int = 2048
     max_tools: int = 128
     max_template_arguments: int = 64
     max_template_argument_chars: int = 64 * 1024
+    max_content_parts: int = 8192
+    max_entries: int = 1024
     max_batch: int = 1024
     max_n: int = MAX_N
+    max_logprobs: int = MAX_LOGPROBS
     max_stop_strings: int = MAX_STOP_STRINGS
     max_stop_chars: int = MAX_STOP_STRING_CHARS
     max_sequences: int = 1024
+    max_live: int = 16384
+    max_live_extra: int = 2048
     max_grammar_chars: int = 256 * 1024
     grammar_timeout_s: float = 10.0
     max_name_chars: int = 256
@@ -70,7 +92,19 @@ class Limits:
     def for_model(cls, max_model_len: int, **changes: Any) -> Limits:
         """The defaults for a context of `max_model_len` tokens."""
         chars = max(64 * 1024, max_model_len * CHARS_PER_TOKEN)
-        return cls(**{"max_prompt_chars": chars, **changes})
+        return cls(**{"context": max_model_len, "max_prompt_chars": chars, **changes})
+
+    def too_many_chars(self, what: str, param: str) -> RequestError:
+        """The error for a text beyond `max_prompt_chars`: no context has room for its tokens."""
+        if self.context is not None:
+            return beyond_context(
+                self.context, f"{what}, and more than {self.max_prompt_chars} cannot fit", param, param
+            )
+        return invalid(
+            f"The request is too long: {what}; at most {self.max_prompt_chars} are read.",
+            param,
+            CONTEXT_LENGTH_EXCEEDED,
+        )
 
     def check_count(self, what: str, count: int, limit: int, param: str | None = None) -> None:
         """Raises INVALID_ARGUMENT when there are more than `limit` of something."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serving.engine.api.types import FinishReason, RequestTimes
+from serving.text.tools import Event
 
 if TYPE_CHECKING:
     from serving.service.prepare import PreparedRequest
@@ -26,6 +27,8 @@ class TokenLogprob:
         bytes: its exact bytes; joined over tokens they are the text.
         rank: 1 for the likeliest token of the vocabulary.
         top: the likeliest tokens at this position, likeliest first, as many as were asked for.
+        start: of a completion's token: characters of its text that come before the token's. Tokens of one character start where
+            that does or behind it, and a stop string that was left out counts here.
     """
 
     token_id: int
@@ -34,6 +37,7 @@ class TokenLogprob:
     logprob: float
     rank: int
     top: tuple[TokenLogprob, ...] = ()
+    start: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,6 +56,10 @@ class TextOutput:
         num_prompt_tokens, num_cached_tokens: of the prompt, and of them found in the cache.
         num_completion_tokens: of this completion so far.
         times: milestones of this completion.
+        events: of a chat whose content, thinking and calls are told apart: what is new, instead of `text`, which stays what
+            the model wrote (and comes at once with the last output, where there are stop strings). None elsewhere.
+        called: a tool call was seen, in this output or earlier.
+        num_reasoning_tokens: of the new tokens, those known by now to be thinking.
     """
 
     index: int
@@ -65,6 +73,9 @@ class TextOutput:
     num_cached_tokens: int = 0
     num_completion_tokens: int = 0
     times: RequestTimes = _NOT_REACHED
+    events: tuple[Event, ...] | None = None
+    called: bool = False
+    num_reasoning_tokens: int = 0
 
 
 @dataclasses.dataclass
@@ -74,6 +85,7 @@ class Usage:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
 
     def add(self, output: TextOutput) -> None:
         """Takes in one output of any index."""
@@ -81,6 +93,7 @@ class Usage:
         if output.index == 0:  # its siblings find the prompt that it has just computed
             self.cached_tokens = max(self.cached_tokens, output.num_cached_tokens)
         self.completion_tokens += len(output.token_ids)
+        self.reasoning_tokens += output.num_reasoning_tokens
 
     @property
     def total_tokens(self) -> int:

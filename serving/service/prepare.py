@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 from serving.engine.api.constraint import TokenConstraint
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
 from serving.engine.api.types import EngineRequest
-from serving.errors import invalid
+from serving.errors import beyond_context, invalid
+from serving.service.history import as_templates_know_it
 from serving.service.inputs import GenerateInput, check_prompt_text
 from serving.service.limits import Limits, check_text
+from serving.service.reply import ReplyReader
+from serving.text.detokenizer import IncrementalDetokenizer
 
 if TYPE_CHECKING:
     from serving.text.chat_template import ChatTemplate
@@ -34,6 +37,7 @@ class PreparedRequest:
         children: one engine request a completion, in order of index; their ids are unique in this process.
         owner: name of the API key that sent it, or None.
         markers: control tokens that stay in the text, because it is parsed by them.
+        reader: makes what tells content, thinking and calls of one completion apart; None where the text is the content.
     """
 
     request_id: str
@@ -44,6 +48,7 @@ class PreparedRequest:
     children: tuple[EngineRequest, ...]
     owner: str | None = None
     markers: frozenset[int] = frozenset()
+    reader: Callable[[], ReplyReader] | None = None
 
 
 def render_and_encode(
@@ -64,15 +69,21 @@ def render_and_encode(
             "This model has no chat template: send text, or start the server with --chat-template.", "messages"
         )
     variables: dict[str, Any] = dict(given.chat_template_kwargs)
+    if given.documents:
+        if "documents" not in getattr(template, "variables", ("documents",)):
+            raise invalid(
+                "documents: this model's chat template has no place for them. Write them into a message.", "documents"
+            )
+        variables["documents"] = given.documents
     prompt, ids = template.encode(
         tokenizer,
-        given.messages or (),
+        as_templates_know_it(given.messages or (), limits),
         tools=given.tools or None,
         add_generation_prompt=given.add_generation_prompt,
         continue_final_message=given.continue_final_message,
         **variables,
     )
-    check_prompt_text(prompt, limits)
+    check_prompt_text(prompt, limits, "messages")
     if given.add_special_tokens and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
     return prompt, ids
@@ -87,8 +98,13 @@ def check_token_ids(ids: Sequence[int], vocab_size: int) -> None:
             raise invalid(f"Prompt token {i} is {token!r}; this model's ids go from 0 to {vocab_size - 1}.", "prompt")
 
 
+def cut(ids: Sequence[int], keep: int, side: str | None) -> Sequence[int]:
+    """At most `keep` of the ids, without what the `side` has too many (None: the left one)."""
+    return ids[:keep] if side == "right" else ids[-keep:]
+
+
 def fit_prompt(
-    ids: Sequence[int], params: SamplingParams, truncate: int | None, vocab_size: int, max_model_len: int
+    ids: Sequence[int], params: SamplingParams, given: GenerateInput, vocab_size: int, max_model_len: int
 ) -> tuple[tuple[int, ...], SamplingParams]:
     """Checks the token ids, truncates where asked, and resolves `max_tokens` against the context.
 
@@ -96,24 +112,29 @@ def fit_prompt(
         RequestError: INVALID_ARGUMENT: no tokens, an id outside the vocabulary, or more tokens than the context has.
     """
     check_token_ids(ids, vocab_size)
+    truncate = given.truncate_prompt_tokens
     if truncate is not None:
         keep = max_model_len - (params.max_tokens or 1) if truncate == -1 else truncate
-        ids = ids[-max(keep, 1) :]
+        ids = cut(ids, max(keep, 1), given.truncation_side)
     room = max_model_len - len(ids)
     if room < 1:
-        raise invalid(
-            f"The prompt has {len(ids)} tokens; this model's context is {max_model_len} tokens, completion included. "
-            "Shorten the prompt or set truncate_prompt_tokens.",
-            "prompt",
+        what = f"your {given.place} resulted in {len(ids)} tokens"
+        raise beyond_context(
+            max_model_len,
+            what if room < 0 else f"{what}, which leaves none to the completion",
+            given.place,
+            given.place,
         )
     if params.max_tokens is None:
         # min_tokens may not ask for more than the context leaves: SamplingParams says so in its own words.
         params = dataclasses.replace(params, max_tokens=room)
     elif params.max_tokens > room:
-        raise invalid(
-            f"max_tokens is {params.max_tokens}, but with {len(ids)} prompt tokens this model's context of "
-            f"{max_model_len} tokens leaves {room}. Lower max_tokens or shorten the prompt.",
-            "max_tokens",
+        raise beyond_context(
+            max_model_len,
+            f"you requested {len(ids) + params.max_tokens} tokens ({len(ids)} in the {given.place}, {params.max_tokens} in the "
+            "completion)",
+            given.place,
+            f"{given.place} or completion",
         )
     return tuple(ids), params
 
@@ -121,6 +142,10 @@ def fit_prompt(
 def check_params(params: SamplingParams, vocab_size: int, limits: Limits) -> None:
     """Checks what of the sampling parameters depends on the model or on the server's limits."""
     limits.check_count("completions (n)", params.n, min(limits.max_n, limits.max_sequences), "n")
+    for name in ("logprobs", "prompt_logprobs"):
+        asked = getattr(params, name)
+        if asked is not None and asked > limits.max_logprobs:
+            raise invalid(f"{name} is {asked}; this server gives those of {limits.max_logprobs} tokens at most.", name)
     limits.check_count("stop strings", len(params.stop_strings), limits.max_stop_strings, "stop")
     for text in params.stop_strings:
         limits.check_count("characters in a stop string", len(text), limits.max_stop_chars, "stop")
@@ -158,6 +183,20 @@ def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int,
             if ids:
                 found[ids] = None
     return tuple(found)
+
+
+def offsets(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> list[int]:
+    """See `TextService.offsets`."""
+    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=False)
+    found, at = [], 0
+    for token in ids:
+        found.append(at)
+        piece = detokenizer.push((token,))
+        if text.startswith(piece, at):
+            at += len(piece)
+        elif not tokenizer.is_special(token):
+            at = min(at + len(piece), len(text))
+    return found
 
 
 def child_seed(seed: int | None, index: int) -> int | None:

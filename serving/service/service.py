@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +24,8 @@ from serving.service import vectors
 from serving.service.chat_style import ChatStyle
 from serving.service.inputs import GenerateInput
 from serving.service.limits import Limits
+from serving.service.live import LiveRequest, LiveRequests
+from serving.service.merging import merge
 from serving.service.outputs import Embedding, Scores, TextOutput
 from serving.service.prepare import ConstraintFactory, PreparedRequest
 from serving.service.stream import TextStream
@@ -38,6 +40,9 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "default"
 """The name that always means the base model."""
+
+Constrain = Callable[[str, SamplingParams], Awaitable[tuple[SamplingParams, ConstraintFactory | None]]]
+"""What a grammar that depends on the rendered prompt makes of the parameters, and the grammar's compiled form."""
 
 
 class TextService:
@@ -94,12 +99,9 @@ class TextService:
         # Apart: a thread cannot be interrupted, so a grammar that runs into its time limit goes on occupying one.
         self._grammar_executor = ThreadPoolExecutor(2, thread_name_prefix="jaxserve-grammar")
         self._serial = itertools.count()
-        self._live: dict[str, dict[int, PreparedRequest]] = {}
-        self._num_live = 0
+        self._live = LiveRequests(self.limits)
         self._draining = False
         self.draining_listeners: list[Callable[[bool], None]] = []
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -119,17 +121,18 @@ class TextService:
         given: GenerateInput,
         params: SamplingParams,
         *,
-        constraint: ConstraintFactory | None = None,
+        constrain: Constrain | None = None,
         markers: frozenset[int] = frozenset(),
     ) -> PreparedRequest:
         """Validates a request wholly and tokenizes it, off the event loop. Chats with tools or thinking come through
         `serving.service.chat.prepare_chat`.
 
         Args:
-            constraint: a grammar compiled elsewhere (tool calls), instead of `params.structured_outputs`.
+            constrain: makes the grammar from the rendered prompt (tool calls), instead of `params.structured_outputs`.
             markers: control tokens that stay in the text even where special tokens are left out.
         Raises:
-            RequestError: INVALID_ARGUMENT, NOT_FOUND (model), UNAVAILABLE (draining or engine dead), UNIMPLEMENTED.
+            RequestError: INVALID_ARGUMENT, NOT_FOUND (model), UNAVAILABLE (draining or engine dead), UNIMPLEMENTED,
+                RESOURCE_EXHAUSTED (rate, or no room for more requests), PERMISSION_DENIED (priority).
         """
         arrival = time.monotonic()
         self.check_ready()
@@ -138,13 +141,17 @@ class TextService:
         given.check(self.limits)
         prep.check_params(params, self.info.vocab_size, self.limits)
         caller = caller_of_task.get()
+        if caller:
+            caller.check_priority(given.priority)
+        self._live.check_room(params.n)
         self._rates.take(caller.name if caller else "", params.n)
         prompt, ids = await self._read_prompt(given)
-        prompt_ids, params = prep.fit_prompt(
-            ids, params, given.truncate_prompt_tokens, self.info.vocab_size, self.info.max_model_len
-        )
+        prompt_ids, params = prep.fit_prompt(ids, params, given, self.info.vocab_size, self.info.max_model_len)
         bad_words = await self._run(prep.bad_word_ids, params.bad_words, self.tokenizer) if params.bad_words else ()
-        if params.structured_outputs is not None and constraint is None:
+        constraint = None
+        if constrain is not None:
+            params, constraint = await constrain(prompt or "", params)
+        elif params.structured_outputs is not None:
             constraint = await self._compile(params.structured_outputs)
         request_id = given.request_id or f"req-{uuid.uuid4().hex[:16]}"
         children = tuple(
@@ -181,33 +188,34 @@ class TextService:
             RequestError: RESOURCE_EXHAUSTED (queue full), UNAVAILABLE, DEADLINE_EXCEEDED, INTERNAL. The completions
                 that still run are aborted first.
         """
-        key = self._enter(prepared)
+        live, leave = self._live.enter(prepared)
         if (count_request := getattr(self.client, "count_request", None)) is not None:
             count_request(len(prepared.children))
         try:
-            streams = [self._one(i, child, prepared.markers) for i, child in enumerate(prepared.children)]
-            merged = streams[0] if len(streams) == 1 else _merge(streams)
-            async with contextlib.aclosing(merged):
-                async for output in merged:
+            streams = [self._one(live, i) for i in range(len(prepared.children))]
+            async with contextlib.aclosing(merge(streams)) as merged:
+                async for _, output in merged:
                     yield output
         finally:
-            self._leave(prepared, key)
+            leave()
 
     async def abort(self, request_id: str) -> bool:
         """Ends every live request with this id that the caller's key began (all of them, for an admin's key or where
         there are no keys): its completions finish with reason ABORT. False if there is none."""
-        caller = caller_of_task.get()
-        live = self._live.get(request_id, {}).values()
-        found = [prepared for prepared in live if caller is None or caller.may_end(prepared.owner)]
-        for prepared in found:
-            for child in prepared.children:
-                await self.client.abort(child.request_id)
+        found = self._live.named(request_id, caller_of_task.get())
+        for live in found:
+            live.asked_to_end = True
+            await self._end(live)
         return bool(found)
 
     async def abort_all(self) -> None:
-        """Ends every live request with reason ABORT: the server stops now."""
-        for request_id in list(self._live):
-            await self.abort(request_id)
+        """Ends every live request with UNAVAILABLE: the server stops now, and what was written of an answer is not all of it."""
+        for live in self._live:
+            await self._end(live)
+
+    async def _end(self, live: LiveRequest) -> None:
+        for child in live.prepared.children:
+            await self.client.abort(child.request_id)
 
     async def tokenize(self, given: GenerateInput) -> tuple[str | None, list[int]]:
         """The prompt as text (rendered, for messages; None for token ids) and the ids `generate` would run.
@@ -281,6 +289,11 @@ class TextService:
         self._count()
         return await self._run(lambda: self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    async def offsets(self, ids: Sequence[int], text: str) -> list[int]:
+        """Where the text of each of a prompt's tokens begins in `text`, the prompt's, in characters: never decreasing, none beyond
+        its end. Several tokens of one character begin together; a token that `text` does not show begins where the next does."""
+        return await self._run(prep.offsets, ids, text, self.tokenizer)
+
     async def rehearse(self) -> None:
         """Takes a prompt and a completion through the text side once, so that the first client does not wait for threads to
         start and for a tokenizer's and a template's first use (4 ms). Reaches no engine and leaves no trace."""
@@ -297,7 +310,7 @@ class TextService:
     @property
     def num_live(self) -> int:
         """Requests that are being generated."""
-        return self._num_live
+        return len(self._live)
 
     @property
     def draining(self) -> bool:
@@ -318,12 +331,7 @@ class TextService:
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Waits until no request is live; False when some still are after `timeout_s` seconds."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await self._live.wait_idle(timeout_s)
 
     def check_ready(self) -> None:
         """Raises UNAVAILABLE while draining or when the engine is dead."""
@@ -377,10 +385,10 @@ class TextService:
         if not self._can(task):
             raise RequestError(ErrorKind.UNIMPLEMENTED, f"The model {self.model_id!r} {lacks}.", param="model")
 
-    async def _one(
-        self, index: int, request: EngineRequest, markers: frozenset[int]
-    ) -> AsyncGenerator[TextOutput, None]:
-        stream = TextStream(index, request.params, request.eos_token_ids, self.tokenizer, markers)
+    async def _one(self, live: LiveRequest, index: int) -> AsyncGenerator[TextOutput, None]:
+        prepared, request = live.prepared, live.prepared.children[index]
+        reader = prepared.reader() if prepared.reader is not None else None
+        stream = TextStream(index, request.params, request.eos_token_ids, self.tokenizer, prepared.markers, reader)
         outputs = cast(AsyncGenerator[EngineOutput, None], self.client.generate(request))  # can be closed: its contract
         async with contextlib.aclosing(outputs):
             async for output in outputs:
@@ -393,10 +401,11 @@ class TextService:
                     raise RequestError(
                         ErrorKind.INTERNAL, "The server failed to make this completion's text; its log says why."
                     ) from error
-                if output.finish_reason in (FinishReason.DEADLINE, FinishReason.ERROR) and not stream.stopped:
+                failure = None if stream.stopped else _failure(output, live.asked_to_end)
+                if failure is not None:
                     if text.text or text.token_ids:
                         yield dataclasses.replace(text, finish_reason=None)
-                    raise _failure(output)
+                    raise failure
                 yield text
                 if text.finish_reason is not None:
                     return
@@ -405,22 +414,6 @@ class TextService:
         """Counts a request without completions against its key's rate."""
         caller = caller_of_task.get()
         self._rates.take(caller.name if caller else "")
-
-    def _enter(self, prepared: PreparedRequest) -> int:
-        key = next(self._serial)
-        self._live.setdefault(prepared.request_id, {})[key] = prepared
-        self._num_live += 1
-        self._idle.clear()
-        return key
-
-    def _leave(self, prepared: PreparedRequest, key: int) -> None:
-        same = self._live[prepared.request_id]
-        del same[key]
-        if not same:
-            del self._live[prepared.request_id]
-        self._num_live -= 1
-        if not self._num_live:
-            self._idle.set()
 
     async def _compile(self, grammar: StructuredOutputs) -> ConstraintFactory:
         if self.grammar_compiler is None:
@@ -457,42 +450,21 @@ class TextService:
             ) from error
 
 
-def _failure(output: EngineOutput) -> RequestError:
+def _failure(output: EngineOutput, asked_to_end: bool) -> RequestError | None:
+    """What a completion ended with, where that is no answer."""
     if output.finish_reason is FinishReason.DEADLINE:
         return RequestError(
             ErrorKind.DEADLINE_EXCEEDED,
             f"The request's deadline passed (or could no longer be met); {output.error or 'raise the timeout.'}",
             code="deadline_exceeded",
         )
-    return RequestError(ErrorKind.INTERNAL, output.error or "The request failed in the engine.")
-
-
-async def _merge(streams: list[AsyncGenerator[TextOutput, None]]) -> AsyncGenerator[TextOutput, None]:
-    """Interleaves streams as their items come. The first failure ends all; closing closes all."""
-    # Bounded: for a client that reads slowly outputs wait in the engine's streams, where they are merged.
-    queue: asyncio.Queue[TextOutput | Exception | None] = asyncio.Queue(4 * len(streams))
-
-    async def pump(stream: AsyncGenerator[TextOutput, None]) -> None:
-        try:
-            async with contextlib.aclosing(stream):
-                async for item in stream:
-                    await queue.put(item)
-            await queue.put(None)
-        except Exception as error:
-            await queue.put(error)
-
-    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
-    try:
-        left = len(tasks)
-        while left:
-            item = await queue.get()
-            if item is None:
-                left -= 1
-            elif isinstance(item, Exception):
-                raise item
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    if output.finish_reason is FinishReason.ERROR:
+        return RequestError(ErrorKind.INTERNAL, output.error or "The request failed in the engine.")
+    if output.finish_reason is FinishReason.ABORT and not asked_to_end:
+        return RequestError(
+            ErrorKind.UNAVAILABLE,
+            "The server is shutting down and cut this answer: ask another replica.",
+            code="server_shutting_down",
+            retry_after_s=5.0,
+        )
+    return None

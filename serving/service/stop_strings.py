@@ -43,8 +43,9 @@ class StopMatcher:
         return seen[: len(seen) - held]
 
     def finish(self) -> str:
-        """What was held back, when the completion ended otherwise."""
+        """What was held back, when the text ended otherwise. What comes behind begins anew."""
         held, self._held = self._held, ""
+        self._states = [0] * len(self._stops)
         return held
 
     def _advance(self, char: str) -> str | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineOutput, FinishReason, TokenLogprobs
 from serving.service.outputs import TextOutput, TokenLogprob
+from serving.service.reply import ReplyReader
 from serving.service.stop_strings import StopMatcher
 from serving.text.detokenizer import IncrementalDetokenizer
+from serving.text.tools import ContentDelta, Event
 
 if TYPE_CHECKING:
     from serving.text.tokenizer import Tokenizer
@@ -19,6 +21,7 @@ class TextStream:
 
     Args:
         markers: control tokens that stay in the text even where special tokens are left out.
+        reader: tells content, thinking and calls apart: stop strings then end the content alone.
     Attributes:
         stopped: a stop string was found: the engine's request is to be ended, its further outputs are not wanted.
     """
@@ -30,7 +33,10 @@ class TextStream:
         eos_token_ids: tuple[int, ...],
         tokenizer: Tokenizer,
         markers: frozenset[int] = frozenset(),
+        reader: ReplyReader | None = None,
     ) -> None:
+        self._reader = reader
+        self._written: list[str] = []
         self._index = index
         self._params = params
         self._tokenizer = tokenizer
@@ -45,12 +51,19 @@ class TextStream:
         ends = set(params.stop_token_ids)
         self._ends = ends if params.ignore_eos else ends | set(eos_token_ids)
         self._count = 0
+        self._num_chars = 0  # of the text decoded so far
+        self._starts: list[int] = []  # what it was before each token of this output
         self.stopped = False
 
     def push(self, output: EngineOutput) -> TextOutput:
         """Takes the engine's next output; the last one has a finish reason."""
+        self._starts.clear()
+        if self._reader is not None:
+            return self._push_read(self._reader, output)
         if self._matcher is not None:
             text, used = self._match(output)
+        elif output.logprobs is not None:
+            text, used = "".join([self._decode((token,)) for token in self._visible(output)]), len(output.token_ids)
         else:
             text, used = self._decode(self._visible(output)), len(output.token_ids)
         finish, stop_reason = output.finish_reason, output.stop_reason
@@ -59,6 +72,17 @@ class TextStream:
         if self._matcher is not None and self._matcher.matched is not None:
             self.stopped = True
             finish, stop_reason = FinishReason.STOP, self._matcher.matched
+        return self._output(output, text, used, finish, stop_reason)
+
+    def _output(
+        self,
+        output: EngineOutput,
+        text: str,
+        used: int,
+        finish: FinishReason | None,
+        stop_reason: int | str | None,
+        **more: Any,
+    ) -> TextOutput:
         self._count += used
         return TextOutput(
             index=self._index,
@@ -72,7 +96,63 @@ class TextStream:
             num_cached_tokens=output.num_cached_tokens,
             num_completion_tokens=self._count,
             times=output.times,
+            **more,
         )
+
+    def _push_read(self, reader: ReplyReader, output: EngineOutput) -> TextOutput:
+        """As `push`, token by token through the reader."""
+        events: list[Event] = []
+        thought = reader.reasoning_tokens
+        used = len(output.token_ids)
+        for i, token in enumerate(self._visible(output)):
+            piece = self._decode((token,))
+            self._written.append(piece)
+            early = self._count + i + 1 < self._params.min_tokens
+            events += self._up_to_stop(reader.push(piece), early)
+            if self.stopped:
+                used = i + 1
+                break
+        finish, stop_reason = output.finish_reason, output.stop_reason
+        if finish is not None and not self.stopped:
+            tail = self._detokenizer.finish() if self._detokenizer is not None else ""
+            self._written.append(tail)
+            events += self._up_to_stop([*reader.push(tail, 0), *reader.finish()], early=False)
+            if self._matcher is not None and not self.stopped and (held := self._matcher.finish()):
+                events.append(ContentDelta(held))
+        matched = self._matcher.matched if self._matcher is not None else None
+        if matched is not None:
+            finish, stop_reason = FinishReason.STOP, matched
+        text = ""
+        if self._matcher is None or finish is not None:
+            text = "".join(self._written)
+            self._written.clear()
+        if matched is not None:
+            at = text.rfind(matched)
+            text = text[: at + (len(matched) if self._params.include_stop_str_in_output else 0)] if at >= 0 else text
+        return self._output(
+            output, text, used, finish, stop_reason,
+            events=tuple(events), called=reader.called, num_reasoning_tokens=reader.reasoning_tokens - thought,
+        )  # fmt: skip
+
+    def _up_to_stop(self, events: list[Event], early: bool) -> list[Event]:
+        """The events up to a stop string in their content, which sets `stopped`.
+
+        Args:
+            early: fewer than `min_tokens` tokens came: nothing ends it yet.
+        """
+        if self._matcher is None or early:
+            return events
+        out: list[Event] = []
+        for event in events:
+            text = self._matcher.push(event.text) if isinstance(event, ContentDelta) else self._matcher.finish()
+            if text:
+                out.append(ContentDelta(text))
+            if self._matcher.matched is not None:
+                self.stopped = True  # and nothing behind it counts
+                break
+            if not isinstance(event, ContentDelta):
+                out.append(event)
+        return out
 
     def _visible(self, output: EngineOutput) -> tuple[int, ...]:
         """The tokens whose text is shown: all but the end-of-sequence or stop token that ended the completion."""
@@ -96,7 +176,12 @@ class TextStream:
         return "".join(texts), len(output.token_ids)
 
     def _decode(self, ids: tuple[int, ...]) -> str:
-        return self._detokenizer.push(ids) if self._detokenizer is not None and ids else ""
+        if self._detokenizer is None or not ids:
+            return ""
+        self._starts.append(self._num_chars)
+        text = self._detokenizer.push(ids)
+        self._num_chars += len(text)
+        return text
 
     def _flush(self) -> str:
         """The text that was held back, at the end of a completion. A stop string may still complete in it."""
@@ -108,17 +193,20 @@ class TextStream:
     def _logprobs(self, entries: tuple[TokenLogprobs, ...] | None, used: int) -> tuple[TokenLogprob, ...] | None:
         if entries is None or self._params.logprobs is None:
             return None
-        return tuple(self._logprob(entry) for entry in entries[:used])
+        starts = self._starts + [self._num_chars] * (used - len(self._starts))  # an ending token has no text
+        return tuple(self._logprob(entry, start) for entry, start in zip(entries[:used], starts, strict=False))
 
     def _prompt_logprobs(self, output: EngineOutput) -> tuple[TokenLogprob | None, ...] | None:
         if output.prompt_logprobs is None:
             return None
         return tuple(entry and self._logprob(entry) for entry in output.prompt_logprobs)
 
-    def _logprob(self, entry: TokenLogprobs) -> TokenLogprob:
+    def _logprob(self, entry: TokenLogprobs, start: int = 0) -> TokenLogprob:
         top = tuple(self._named(token, logprob, i + 1) for i, (token, logprob) in enumerate(entry.top))
-        return self._named(entry.token_id, entry.logprob, entry.rank, top)
+        return self._named(entry.token_id, entry.logprob, entry.rank, top, start)
 
-    def _named(self, token: int, logprob: float, rank: int, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+    def _named(
+        self, token: int, logprob: float, rank: int, top: tuple[TokenLogprob, ...] = (), start: int = 0
+    ) -> TokenLogprob:
         raw = self._tokenizer.token_bytes(token)
-        return TokenLogprob(token, raw.decode("utf-8", errors="replace"), raw, logprob, rank, top)
+        return TokenLogprob(token, raw.decode("utf-8", errors="replace"), raw, logprob, rank, top, start)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from serving.engine.api.types import EngineInfo, TokenPair
-from serving.errors import invalid
+from serving.errors import beyond_context, invalid
 from serving.service.inputs import GenerateInput, check_prompt_text
 from serving.service.limits import Limits
 from serving.service.outputs import Embedding, Scores
-from serving.service.prepare import check_token_ids, render_and_encode
+from serving.service.prepare import check_token_ids, cut, render_and_encode
 
 if TYPE_CHECKING:
     from serving.text.chat_template import ChatTemplate
@@ -49,10 +49,10 @@ class ScoreInput:
         if not self.pairs:
             raise invalid("There is nothing to score: give at least one pair of texts.", "pairs")
         limits.check_count("pairs", len(self.pairs), limits.max_batch, "pairs")
-        for pair in self.pairs:
+        for i, pair in enumerate(self.pairs):
             if not isinstance(pair, TokenPair):
-                for text in pair:
-                    check_prompt_text(text, limits)
+                for side, text in zip(("first", "second"), pair, strict=True):
+                    check_prompt_text(text, limits, f"pairs[{i}].{side}")
         # The rest is what any prompt has, the text aside.
         GenerateInput(
             text="-",
@@ -76,16 +76,17 @@ def encode(
     """
     keep = given.truncate_prompt_tokens
     most = info.max_model_len if keep == -1 else keep
+    encoder = "generate" not in info.tasks
+    side = given.truncation_side or ("right" if encoder else "left")
     if given.text is not None and given.add_special_tokens is not False:
         prompt: str | None = given.text
-        encoder = "generate" not in info.tasks
-        ids: Sequence[int] = tokenizer.encode_pair(given.text, None, most if encoder else None)[0]
+        ids: Sequence[int] = tokenizer.encode_pair(given.text, None, most if encoder and side == "right" else None)[0]
     else:
         prompt, ids = render_and_encode(given, tokenizer, template, limits)
     check_token_ids(ids, info.vocab_size)
     if most is not None:
-        ids = ids[-most:]
-    _check_fits(len(ids), info)
+        ids = cut(ids, most, side)
+    _check_fits(len(ids), info, given.place)
     return prompt, tuple(ids)
 
 
@@ -108,7 +109,7 @@ def encode_pairs(given: ScoreInput, tokenizer: Tokenizer, info: EngineInfo) -> l
                 f"A pair has {len(pair.token_ids)} token ids and {len(pair.segment_ids)} segment ids; give one each.",
                 "pairs",
             )
-        _check_fits(len(pair.token_ids), info)
+        _check_fits(len(pair.token_ids), info, "pairs")
         made.append(pair)
     return made
 
@@ -174,10 +175,11 @@ async def together(work: Sequence[Awaitable[T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _check_fits(length: int, info: EngineInfo) -> None:
+def _check_fits(length: int, info: EngineInfo, place: str) -> None:
     if length > info.max_model_len:
-        raise invalid(
-            f"The prompt has {length} tokens; this model's context is {info.max_model_len} tokens. "
-            "Shorten it or set truncate_prompt_tokens.",
-            "prompt",
+        raise beyond_context(
+            info.max_model_len,
+            f"your {place} resulted in {length} tokens",
+            place,
+            f"{place} or set truncate_prompt_tokens",
         )

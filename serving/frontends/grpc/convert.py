@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from proto.jaxserve.v1 import inference_pb2 as pb
@@ -58,6 +59,18 @@ def generate_input_from(request: pb.GenerateRequest, timeout_s: float | None) ->
         tenant=request.tenant or None,
         truncate_prompt_tokens=(request.truncate_prompt_tokens if request.HasField("truncate_prompt_tokens") else None),
     )
+
+
+def names_of(request: pb.GenerateRequest) -> dict[str, str]:
+    """The service's names of fields -> the message's, for `serving.errors.named`."""
+    which = request.WhichOneof("prompt") or "prompt"
+    chat = ("messages", "tools", "tool_choice", "chat_template_kwargs", "continue_final_message")
+    return {
+        "prompt": which,
+        "timeout": "timeout_s",
+        "ttft_timeout": "ttft_timeout_s",
+        **{name: f"chat.{name}" for name in chat},
+    }
 
 
 def chat_options_from(chat: pb.Chat) -> ChatOptions:
@@ -251,7 +264,7 @@ def response_to(request_id: str, output: TextOutput) -> pb.GenerateResponse:
     return wire
 
 
-def put_events(wire: pb.GenerateResponse, events: list[Event]) -> None:
+def put_events(wire: pb.GenerateResponse, events: Sequence[Event]) -> None:
     """Puts what a parser made of a delta's text in the text's place."""
     wire.text = "".join(event.text for event in events if isinstance(event, ContentDelta))
     wire.reasoning = "".join(event.text for event in events if isinstance(event, ReasoningDelta))

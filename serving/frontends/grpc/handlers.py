@@ -14,14 +14,13 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from proto.jaxserve.v1 import control_pb2, inference_pb2
-from serving.errors import ErrorKind, RequestError, invalid
+from serving.errors import ErrorKind, RequestError, invalid, named
 from serving.frontends.grpc import convert
 from serving.frontends.grpc.context import begin_call, end_call, id_metadata
 from serving.frontends.grpc.control import ControlCalls
 from serving.frontends.grpc.errors import status_of
 from serving.frontends.stalled import StalledError, StallWatch
 from serving.service import TextService, prepare_chat
-from serving.service.chat import ReplyParser
 from serving.service.vectors import shortened, together
 
 log = logging.getLogger(__name__)
@@ -54,19 +53,17 @@ class Inference:
         timeout = remaining if remaining is None or remaining <= limit else None
         given = convert.generate_input_from(request, timeout)
         params = convert.params_from(request.sampling_params)
-        parsers: list[ReplyParser] | None = None
-        if given.messages is None or params.get("detokenize") is False:
-            prepared = await service.prepare(given, service.make_params(params))
-        else:
-            chat = await prepare_chat(service, given, params, convert.chat_options_from(request.chat))
-            prepared, parsers = chat.request, chat.parsers
+        with named(convert.names_of(request)):
+            if given.messages is None or params.get("detokenize") is False:
+                prepared = await service.prepare(given, service.make_params(params))
+            else:
+                prepared = await prepare_chat(service, given, params, convert.chat_options_from(request.chat))
         async with contextlib.aclosing(service.generate(prepared)) as outputs:
             async for output in outputs:
                 message = convert.response_to(prepared.request_id, output)
-                if parsers is not None:
-                    parser = parsers[output.index]
-                    convert.put_events(message, parser.push(output.text, output.finish_reason is not None))
-                    if parser.called and message.finish_reason == inference_pb2.FINISH_REASON_STOP:
+                if output.events is not None:
+                    convert.put_events(message, output.events)
+                    if output.called and message.finish_reason == inference_pb2.FINISH_REASON_STOP:
                         message.finish_reason = inference_pb2.FINISH_REASON_TOOL_CALLS
                 yield message
 

@@ -13,14 +13,23 @@ from fastapi.openapi.utils import get_openapi
 from serving.access import Access
 from serving.frontends.openai import errors
 from serving.frontends.openai.access import RequireKey
+from serving.frontends.openai.arrivals import LocalNames, Spellings
+from serving.frontends.openai.bodies import schemas_of
+from serving.frontends.openai.body_limit import BodyLimit
 from serving.frontends.openai.chat import chat_router
 from serving.frontends.openai.completions import completions_router
-from serving.frontends.openai.control import control_router
+from serving.frontends.openai.control import UpdateWeightsRequest, control_router
 from serving.frontends.openai.direct import post
 from serving.frontends.openai.embeddings import embeddings_router
-from serving.frontends.openai.middleware import BodyLimit, RequestContext
+from serving.frontends.openai.middleware import RequestContext
 from serving.frontends.openai.ops import ops_router
 from serving.frontends.openai.page import page_paths, page_router
+from serving.frontends.openai.protocol.chat import ChatRequest
+from serving.frontends.openai.protocol.completions import CompletionRequest
+from serving.frontends.openai.protocol.embeddings import EmbeddingRequest
+from serving.frontends.openai.protocol.responses import ResponsesRequest
+from serving.frontends.openai.protocol.scores import RerankRequest, ScoreRequest
+from serving.frontends.openai.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from serving.frontends.openai.responses import responses_router
 from serving.frontends.openai.scores import scores_router
 from serving.frontends.openai.tokens import tokens_router
@@ -34,6 +43,8 @@ def create_app(
     metrics: Metrics | None = None,
     access: Access | None = None,
     cors_origins: tuple[str, ...] = (),
+    allowed_hosts: tuple[str, ...] = (),
+    root_path: str = "",
     page: bool = True,
 ) -> FastAPI:
     """The OpenAI API over `service` as an ASGI application.
@@ -42,12 +53,22 @@ def create_app(
         metrics: what `/metrics` shows; None makes one over the service's engine (see serving.metrics).
         access: the keys that requests must bring; None asks for none.
         cors_origins: origins whose web pages may call us; "*" is all of them.
+        allowed_hosts: names that a server without keys answers to beside local ones; "*" is all of them.
+        root_path: what a proxy in front puts before every path; requests may come with it or without.
         page: serve the playground at `/`.
     """
     metrics = metrics or Metrics.of(service.client)
     # FastAPI's own documentation pages load scripts from a CDN: left out. /openapi.json stays.
-    app = FastAPI(title="jaxserve", version=service.info.version, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="jaxserve",
+        version=service.info.version,
+        docs_url=None,
+        redoc_url=None,
+        root_path=root_path,
+        redirect_slashes=False,  # its redirects are put together from the Host header; `Spellings` takes the slash off
+    )
     errors.install(app)
+    app.state.limits = service.limits
     app.state.stalled_reader_s = service.limits.stalled_reader_s
     routers = [
         ops_router(service, metrics),
@@ -63,8 +84,10 @@ def create_app(
         routers.append(page_router())
     for router in routers:
         app.include_router(router)
-    app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes, gap_s=service.limits.body_gap_s)
+    app.add_middleware(BodyLimit, limits=service.limits)
     app.add_middleware(RequireKey, access=access or Access(), open_paths=page_paths() if page else frozenset())
+    if not (access and access.keys):
+        app.add_middleware(LocalNames, allowed=allowed_hosts)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -75,10 +98,15 @@ def create_app(
         )
     routes = [route for router in routers for route in router.routes]
     app.add_middleware(RequestContext, on_request=metrics.http_request, routes=routes)
+    app.add_middleware(Spellings)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 
 
+REQUESTS = (
+    ChatRequest, CompletionRequest, ResponsesRequest, EmbeddingRequest, ScoreRequest, RerankRequest, TokenizeRequest,
+    DetokenizeRequest, UpdateWeightsRequest,
+)  # fmt: skip
 REHEARSED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank")
 
 
@@ -96,6 +124,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     """The API document, without the 422 that FastAPI adds: wrong fields are 400 here."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas_of(REQUESTS))
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from serving.frontends.openai import outcome as oc
-from serving.frontends.openai.chat_requests import deltas, prepare_body
+from serving.frontends.openai.bodies import body_of, takes
+from serving.frontends.openai.chat_requests import deltas, options_of, prepare_body
 from serving.frontends.openai.errors import RESPONSES, error_event
 from serving.frontends.openai.protocol.chat import ChatReply, ChatRequest
 from serving.frontends.openai.sse import DONE, dumps, open_stream, quote, unless_gone
 from serving.service import PreparedRequest, TextOutput, TextService, Usage
-from serving.service.chat import ReplyParser
 
 
 def chat_router(service: TextService) -> APIRouter:
@@ -26,38 +27,35 @@ def chat_router(service: TextService) -> APIRouter:
         "/v1/chat/completions",
         response_model=ChatReply,
         responses={200: {"content": {"text/event-stream": {}}, "description": "A reply, or a stream of chunks."}},
+        openapi_extra=takes(ChatRequest),
     )
-    async def create(body: ChatRequest, request: Request) -> Response:
+    async def create(body: Annotated[ChatRequest, Depends(body_of(ChatRequest))], request: Request) -> Response:
         """Completes a chat. `stream: true` answers with server-sent events, ending with `[DONE]`."""
         body.check_stream_options()
-        chat = await prepare_body(service, body, request.state.request_id)
-        prepared, parsers = chat.request, chat.parsers
+        prepared = await prepare_body(service, body, request.state.request_id)
         if body.stream:
-            return await open_stream(request, _stream(service, body, prepared, parsers), error_event)
-        reply = await unless_gone(request, _whole(service, body, prepared, parsers))
+            return await open_stream(request, _stream(service, body, prepared), error_event)
+        reply = await unless_gone(request, _whole(service, body, prepared))
         return JSONResponse(reply)
 
     return router
 
 
-async def _whole(
-    service: TextService, body: ChatRequest, prepared: PreparedRequest, parsers: list[ReplyParser] | None
-) -> dict[str, Any]:
+async def _whole(service: TextService, body: ChatRequest, prepared: PreparedRequest) -> dict[str, Any]:
+    forced = options_of(body).forces_call
     outcome = await oc.gather(prepared.params.n, service.generate(prepared))
     choices = []
     for i, choice in enumerate(outcome.choices):
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-        called = False
-        if parsers is not None:
-            parsed, called = parsers[i].whole(choice.text)
-            message |= parsed
+        if choice.message is not None:
+            message |= choice.message.as_dict(forced)
         item = {
             "index": i,
             "message": message,
             "logprobs": None
             if choice.logprobs is None
             else oc.chat_logprobs(choice.logprobs, bool(body.return_tokens_as_token_ids)),
-            "finish_reason": _finish(choice.finish_reason, called),
+            "finish_reason": _finish(choice.finish_reason, choice.called),
             "stop_reason": choice.stop_reason,
         }
         if body.return_token_ids:
@@ -106,6 +104,10 @@ class _Chunks:
         self._tail = ',"usage":null}\n\n' if body.include_usage else "}\n\n"
         self._text_tail = '},"logprobs":null,"finish_reason":null}]' + self._tail
 
+    def begin(self, output: TextOutput) -> None:
+        """Takes in the prompt's counts alone, for the chunks that come before any token."""
+        self._usage.add(dataclasses.replace(output, token_ids=(), num_reasoning_tokens=0))
+
     def count(self, output: TextOutput) -> None:
         """Takes in an output's tokens, for usage."""
         self._usage.add(output)
@@ -133,9 +135,7 @@ class _Chunks:
         return f',"usage":{dumps(oc.usage_dict([self._usage]))}}}\n\n'
 
 
-async def _stream(
-    service: TextService, body: ChatRequest, prepared: PreparedRequest, parsers: list[ReplyParser] | None
-) -> AsyncGenerator[bytes, None]:
+async def _stream(service: TextService, body: ChatRequest, prepared: PreparedRequest) -> AsyncGenerator[bytes, None]:
     chunks, n = _Chunks(body, prepared), prepared.params.n
     as_ids = bool(body.return_tokens_as_token_ids)
     stream = service.generate(prepared)
@@ -143,9 +143,9 @@ async def _stream(
     try:
         first = True
         async for output in stream:
-            chunks.count(output)
             if first:
                 # Held back until the engine has taken the request, so that a refusal is an HTTP status.
+                chunks.begin(output)
                 more: dict[str, Any] = {}
                 if body.return_token_ids:
                     more["prompt_token_ids"] = list(prepared.prompt_token_ids)
@@ -155,7 +155,8 @@ async def _stream(
                     chunks.choice(i, {"role": "assistant", "content": ""}, more if i == 0 else None) for i in range(n)
                 )
                 first = False
-            events = _events(chunks, body, output, parsers, as_ids)
+            chunks.count(output)
+            events = _events(chunks, body, output, as_ids)
             if opening or events:
                 yield opening + events
                 opening = b""
@@ -164,9 +165,7 @@ async def _stream(
         await stream.aclose()
 
 
-def _events(
-    chunks: _Chunks, body: ChatRequest, output: TextOutput, parsers: list[ReplyParser] | None, as_ids: bool
-) -> bytes:
+def _events(chunks: _Chunks, body: ChatRequest, output: TextOutput, as_ids: bool) -> bytes:
     """The chunks that one output makes: mostly one, none while text is held back."""
     i, finish = output.index, output.finish_reason
     more: dict[str, Any] = {}
@@ -174,19 +173,17 @@ def _events(
         more["logprobs"] = oc.chat_logprobs(output.logprobs, as_ids)
     if body.return_token_ids:
         more["token_ids"] = list(output.token_ids)
-    if parsers is None:
+    if output.events is None:
         if finish is None and not more:
             return chunks.text(i, output.text) if output.text else b""
         new: list[dict[str, Any]] = [{"content": output.text}] if output.text or finish is None else []
-        called = False
     else:
-        new = deltas(parsers[i].push(output.text, last=finish is not None))
-        called = parsers[i].called
+        new = deltas(output.events)
     out = []
     for delta in new or ([{}] if more and finish is None else []):
         out.append(chunks.choice(i, delta, **more))
         more = {}
     if finish is not None:
-        ending = {**more, "finish_reason": _finish(finish, called), "stop_reason": output.stop_reason}
+        ending = {**more, "finish_reason": _finish(finish, output.called), "stop_reason": output.stop_reason}
         out.append(chunks.choice(i, {}, **ending))
     return b"".join(out)

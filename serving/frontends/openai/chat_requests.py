@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from serving.errors import named
 from serving.frontends.openai.protocol.chat import ChatRequest, NamedToolChoice
-from serving.service import ChatOptions, PreparedChat, TextService, prepare_chat
+from serving.service import ChatOptions, PreparedRequest, TextService, prepare_chat
 from serving.text.tools import ContentDelta, Event, ReasoningDelta, ToolCallArguments, ToolCallStart
 
 
-async def prepare_body(service: TextService, body: ChatRequest, request_id: str) -> PreparedChat:
-    """Validates and tokenizes a chat. Raises RequestError."""
+def options_of(body: ChatRequest) -> ChatOptions:
+    """What a chat says about tools and thinking."""
     choice = body.tool_choice
-    options = ChatOptions(
+    return ChatOptions(
         choice.model_dump() if isinstance(choice, NamedToolChoice) else choice,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         include_reasoning=body.include_reasoning is not False,
     )
-    return await prepare_chat(service, body.to_input(request_id), body.params(), options)
+
+
+async def prepare_body(service: TextService, body: ChatRequest, request_id: str) -> PreparedRequest:
+    """Validates and tokenizes a chat. Raises RequestError."""
+    with named(body.names()):
+        return await prepare_chat(service, body.to_input(request_id), body.params(), options_of(body))
 
 
 def deltas(events: Iterable[Event]) -> list[dict[str, Any]]:

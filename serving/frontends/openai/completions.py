@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Sequence
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
+from serving.errors import named
 from serving.frontends.openai import outcome as oc
+from serving.frontends.openai.bodies import body_of, takes
 from serving.frontends.openai.errors import RESPONSES, error_event
 from serving.frontends.openai.protocol.completions import CompletionReply, CompletionRequest
-from serving.frontends.openai.sse import DONE, dumps, merge, open_stream, quote, unless_gone
+from serving.frontends.openai.sse import DONE, dumps, open_stream, quote, unless_gone
 from serving.service import PreparedRequest, TextOutput, TextService, TokenLogprob, Usage
+from serving.service.merging import merge
 
 
 def completions_router(service: TextService) -> APIRouter:
@@ -26,17 +29,21 @@ def completions_router(service: TextService) -> APIRouter:
         "/v1/completions",
         response_model=CompletionReply,
         responses={200: {"content": {"text/event-stream": {}}, "description": "A reply, or a stream of chunks."}},
+        openapi_extra=takes(CompletionRequest),
     )
-    async def create(body: CompletionRequest, request: Request) -> Response:
+    async def create(
+        body: Annotated[CompletionRequest, Depends(body_of(CompletionRequest))], request: Request
+    ) -> Response:
         """Completes one or more prompts. Choices are ordered by prompt, then by completion."""
         body.check_stream_options()
-        params = service.make_params(body.params())
-        prompts = body.prompts()
-        service.limits.check_count("prompts", len(prompts), service.limits.max_batch, "prompt")
-        sequences = len(prompts) * params.n
-        service.limits.check_count("completions (prompts times n)", sequences, service.limits.max_sequences, "n")
-        rid = request.state.request_id
-        prepared = [await service.prepare(body.to_input(prompt, rid), params) for prompt in prompts]
+        with named(body.names()):
+            params = service.make_params(body.params())
+            prompts = body.prompts()
+            service.limits.check_count("prompts", len(prompts), service.limits.max_batch, "prompt")
+            sequences = len(prompts) * params.n
+            service.limits.check_count("completions (prompts times n)", sequences, service.limits.max_sequences, "n")
+            rid = request.state.request_id
+            prepared = [await service.prepare(body.to_input(prompt, rid), params) for prompt in prompts]
         echoes = [await _Echo.of(service, one, body) for one in prepared]
         if body.stream:
             return await open_stream(request, _stream(service, body, prepared, echoes), error_event)
@@ -46,12 +53,18 @@ def completions_router(service: TextService) -> APIRouter:
 
 
 class _Echo:
-    """What of the prompt comes back in front of a completion: nothing, unless `echo`."""
+    """What of the prompt comes back in front of a completion: nothing, unless `echo`.
 
-    def __init__(self, text: str, first: str = "", shown: bool = False) -> None:
+    Attributes:
+        text: its text.
+        first: the first token, as logprobs name it.
+        offsets: where each of its tokens begins in `text`.
+    """
+
+    def __init__(self, text: str, first: str = "", offsets: Sequence[int] = ()) -> None:
         self.text = text
-        self.first = first  # the first token, as logprobs name it
-        self.first_chars = len(first) if shown else 0
+        self.first = first
+        self.offsets = offsets
 
     @classmethod
     async def of(cls, service: TextService, prepared: PreparedRequest, body: CompletionRequest) -> _Echo:
@@ -61,11 +74,12 @@ class _Echo:
         text = prepared.prompt
         if text is None or body.truncate_prompt_tokens is not None:
             text = await service.detokenize(ids, skip_special_tokens=body.skip_special_tokens is not False)
+        if body.logprobs is None:
+            return cls(text)
         first = service.tokenizer.token_bytes(ids[0]).decode("utf-8", errors="replace")
-        echo = cls(text, first, text.startswith(first))
         if body.return_tokens_as_token_ids:
-            echo.first = f"token_id:{ids[0]}"
-        return echo
+            first = f"token_id:{ids[0]}"
+        return cls(text, first, await service.offsets(ids, text))
 
 
 def _reply_id(prepared: list[PreparedRequest]) -> str:
@@ -105,14 +119,10 @@ def _choice(
     logprobs = None
     if body.logprobs is not None:
         before = outcome.prompt_logprobs or () if body.echo else ()
-        offset = 0 if before else len(echo.text)
-        logprobs = oc.completion_logprobs(
-            [*before, *(made.logprobs or ())],
-            echo.first,
-            echo.first_chars,
-            offset,
-            bool(body.return_tokens_as_token_ids),
-        )
+        entries, start = made.logprobs or (), len(echo.text)
+        offsets = [*echo.offsets[: len(before)], *(start + min(e.start, len(made.text)) for e in entries)]
+        as_ids = bool(body.return_tokens_as_token_ids)
+        logprobs = oc.completion_logprobs([*before, *entries], offsets, echo.first, as_ids)
     item: dict[str, Any] = {
         "index": index,
         "text": echo.text + made.text,
@@ -192,13 +202,14 @@ class _StreamedChoice:
         self._echo = echo
         self._index = index
         self._started = False
-        self._offset = 0
+        self._num_chars = 0  # of the completion, told so far
         self._plain = body.logprobs is None and not body.return_token_ids and body.prompt_logprobs is None
         self._head = f'{{"index":{index},"text":'
 
     def json(self, output: TextOutput) -> str | None:
         """The choice as JSON, or None when there is nothing to tell yet."""
         text = "" if self._body.only_prompt else output.text
+        self._num_chars += len(text)
         is_first, self._started = not self._started, True
         if is_first:
             text = self._echo.text + text
@@ -215,7 +226,7 @@ class _StreamedChoice:
         item: dict[str, Any] = {
             "index": self._index,
             "text": text,
-            "logprobs": self._logprobs(output, is_first) if body.logprobs is not None else None,
+            "logprobs": self._logprobs(output) if body.logprobs is not None else None,
             "finish_reason": finish.value if finish else None,
         }
         if body.return_token_ids:
@@ -228,13 +239,10 @@ class _StreamedChoice:
             item["stop_reason"] = output.stop_reason
         return item
 
-    def _logprobs(self, output: TextOutput, is_first: bool) -> dict[str, Any]:
-        echo = self._echo
+    def _logprobs(self, output: TextOutput) -> dict[str, Any]:
+        echo, start = self._echo, len(self._echo.text)
         before = (output.prompt_logprobs or ()) if self._body.echo else ()
         made = () if self._body.only_prompt else output.logprobs or ()
-        if is_first and not before:
-            self._offset = len(echo.text)
+        offsets = [*echo.offsets[: len(before)], *(start + min(e.start, self._num_chars) for e in made)]
         as_ids = bool(self._body.return_tokens_as_token_ids)
-        out = oc.completion_logprobs([*before, *made], echo.first, echo.first_chars, self._offset, as_ids)
-        self._offset = (len(echo.text) if before else self._offset) + sum(len(entry.token) for entry in made)
-        return out
+        return oc.completion_logprobs([*before, *made], offsets, echo.first, as_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Awaitable
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, Response
@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from serving.access import Access
 from serving.frontends.openai.access import control_check
+from serving.frontends.openai.bodies import body_of, takes
 from serving.frontends.openai.errors import RESPONSES
 from serving.service import TextService
 from serving.service.control import ServerControl, State
@@ -73,8 +74,8 @@ def control_router(service: TextService, access: Access) -> APIRouter:
     async def reset_prefix_cache() -> Response:
         return await reply(control.reset_prefix_cache())
 
-    @router.post("/update_weights", response_model=StateReply)
-    async def update_weights(body: UpdateWeightsRequest) -> Response:
+    @router.post("/update_weights", response_model=StateReply, openapi_extra=takes(UpdateWeightsRequest))
+    async def update_weights(body: Annotated[UpdateWeightsRequest, Depends(body_of(UpdateWeightsRequest))]) -> Response:
         return await reply(control.update_weights(body.source))
 
     return router

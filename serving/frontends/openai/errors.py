@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from serving.errors import ErrorKind, RequestError
+from serving.errors import ErrorKind, RequestError, invalid
 from serving.frontends.openai.protocol.common import ErrorReply
 from serving.frontends.openai.sse import DONE, ClientGoneError
 
@@ -95,33 +95,11 @@ async def _on_request_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    """Of queries; bodies are read by `bodies.py`."""
     assert isinstance(error, RequestValidationError)
-    first = min(error.errors(), key=lambda e: -len(e["loc"]))
-    if first["type"] == "json_invalid":
-        why = first.get("ctx", {}).get("error", "syntax error")
-        return JSONResponse(error_info(f"The body is not valid JSON: {why}.", "invalid_request_error"), 400)
-    if first["type"] == "model_attributes_type" and tuple(first["loc"]) == ("body",):
-        text = "The body must be a JSON object, sent with Content-Type: application/json."
-        return JSONResponse(error_info(text, "invalid_request_error"), 400)
-    path = [part for part in first["loc"] if part != "body"]
-    param = _param(path)
-    message = f"{param or 'The body'}: {first['msg'][:300]}."
-    if first["type"] == "missing":
-        message = f"{param or 'A JSON body'} is required."
-    return JSONResponse(error_info(message, "invalid_request_error", param), 400)
-
-
-def _param(path: list[Any]) -> str | None:
-    """`messages[0].role` from a pydantic location, without the names of union members."""
-    out = ""
-    for part in path:
-        if isinstance(part, int):
-            out += f"[{part}]"
-        elif part in ("str", "int", "float", "bool") or "[" in part:
-            continue
-        else:
-            out += f".{part}" if out else part
-    return out[:256] or None
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"] if part != "query")[:256] or None
+    return error_response(invalid(f"Invalid value for '{param}'.", param, "invalid_value"))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:

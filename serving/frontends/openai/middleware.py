@@ -1,14 +1,11 @@
-"""What surrounds every request: its id in and out, a bound on its body, the access log, and no stack traces."""
+"""What surrounds every request: its id in and out, the access log, and no stack traces."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
 
-from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,11 +15,6 @@ from serving.metrics.tracing import TRACE_HEADERS, trace_headers_of_task
 
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Probes and scrapes come every few seconds: logged at debug level."""
-
-LINGER_BYTES = 32 * 2**20
-LINGER_S = 2.0
-"""How much of a body that is too large is read and dropped: a client that is still sending when the connection closes
-sees a reset instead of the reply."""
 
 _TRACE_HEADERS = frozenset(name.encode() for name in TRACE_HEADERS)
 
@@ -92,60 +84,3 @@ class RequestContext:
 def _request_id(scope: Scope) -> str:
     asked = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
     return request_id_or_new(asked.decode("latin-1"))
-
-
-class BodyLimit:
-    """Refuses bodies over `max_bytes` with 413, by their declared length or as they come, and gives up those of which
-    nothing comes for `gap_s` seconds."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int, gap_s: float) -> None:
-        self.app = app
-        self.max_bytes = max_bytes
-        self.gap_s = gap_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"")
-        too_large = declared.isdigit() and int(declared[:18]) > self.max_bytes
-        seen, complete = 0, False
-
-        async def bounded() -> Message:
-            nonlocal seen, complete
-            if too_large:
-                await _discard(receive)
-                raise self._refusal()
-            if complete:
-                return await receive()  # which now waits for the client to go
-            try:
-                async with asyncio.timeout(self.gap_s):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, "The body stopped coming.", headers={"Connection": "close"}) from None
-            if message["type"] == "http.request":
-                complete = not message.get("more_body")
-                seen += len(message.get("body", b""))
-                if seen > self.max_bytes:
-                    if message.get("more_body"):
-                        await _discard(receive)
-                    raise self._refusal()
-            return message
-
-        await self.app(scope, bounded, send)
-
-    def _refusal(self) -> HTTPException:
-        # Not reading on means that the connection cannot be used again.
-        return HTTPException(
-            413, f"The body has more than {self.max_bytes} bytes. Send less.", headers={"Connection": "close"}
-        )
-
-
-async def _discard(receive: Receive) -> None:
-    left = LINGER_BYTES
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LINGER_S):
-            while left > 0:
-                message = await receive()
-                left -= len(message.get("body", b""))
-                if message["type"] != "http.request" or not message.get("more_body"):
-                    return

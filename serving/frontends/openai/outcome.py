@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any
 
 from serving.engine.api.types import FinishReason
 from serving.service import TextOutput, TokenLogprob, Usage
+from serving.service.reply import Message
 
 LOWEST_LOGPROB = -9999.0
 """JSON has no infinity: a token that could not be sampled is shown with this, as vLLM does."""
@@ -15,16 +16,22 @@ LOWEST_LOGPROB = -9999.0
 
 @dataclasses.dataclass
 class Choice:
-    """One completion, whole."""
+    """One completion, whole; `message` where content, thinking and calls are told apart."""
 
     text: str = ""
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    message: Message | None = None
+    called: bool = False
 
     def add(self, output: TextOutput) -> None:
         self.text += output.text
+        if output.events is not None:
+            self.message = self.message or Message()
+            self.message.add(output.events)
+            self.called = output.called
         self.token_ids.extend(output.token_ids)
         if output.logprobs is not None:
             self.logprobs = [*(self.logprobs or ()), *output.logprobs]
@@ -57,8 +64,9 @@ async def gather(n: int, stream: AsyncGenerator[TextOutput, None]) -> Outcome:
 
 def usage_dict(usages: Iterable[Usage]) -> dict[str, Any]:
     """OpenAI's `usage` over the prompts of one request."""
-    prompt = completion = cached = 0
+    prompt = completion = cached = reasoning = 0
     for usage in usages:
+        reasoning += usage.reasoning_tokens
         prompt += usage.prompt_tokens
         completion += usage.completion_tokens
         cached += usage.cached_tokens
@@ -67,6 +75,7 @@ def usage_dict(usages: Iterable[Usage]) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
     }
 
 
@@ -90,35 +99,32 @@ def chat_logprobs(entries: Iterable[TokenLogprob], as_ids: bool) -> dict[str, An
 
 
 def completion_logprobs(
-    entries: Iterable[TokenLogprob | None], first: str, first_chars: int, offset: int, as_ids: bool
+    entries: Sequence[TokenLogprob | None], offsets: Sequence[int], first: str, as_ids: bool
 ) -> dict[str, Any]:
     """OpenAI's older form for /v1/completions: parallel lists.
 
     Args:
         entries: None stands for a prompt's first token, which has no logprob.
-        first, first_chars: that token's text, and its length in the reply's text: 0 for a BOS that is not shown.
-        offset: characters of the reply's text before the first entry.
+        offsets: where each token's text begins in the reply's text.
+        first: a prompt's first token as text.
     """
     tokens: list[str] = []
     logprobs: list[float | None] = []
     top: list[dict[str, float] | None] = []
-    offsets: list[int] = []
     for entry in entries:
-        offsets.append(offset)
         if entry is None:
             tokens.append(first)
             logprobs.append(None)
             top.append(None)
-            offset += first_chars
             continue
         tokens.append(token_text(entry, as_ids))
         logprobs.append(finite(entry.logprob))
-        # The chosen token is always there, likeliest or not: evaluation harnesses compare it with the maximum.
-        places = {token_text(t, as_ids): finite(t.logprob) for t in entry.top}
-        places.setdefault(tokens[-1], logprobs[-1])  # type: ignore[arg-type]
+        # The token itself is always there, and first, likeliest or not: evaluation harnesses compare it with the others.
+        places = {tokens[-1]: finite(entry.logprob)}
+        for likely in entry.top:
+            places.setdefault(token_text(likely, as_ids), finite(likely.logprob))
         top.append(places)
-        offset += len(entry.token)
-    return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": tokens, "top_logprobs": top}
+    return {"text_offset": list(offsets), "token_logprobs": logprobs, "tokens": tokens, "top_logprobs": top}
 
 
 def prompt_logprobs(entries: tuple[TokenLogprob | None, ...] | None) -> list[dict[str, Any] | None] | None:

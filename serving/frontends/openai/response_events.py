@@ -44,7 +44,7 @@ class ResponseWriter:
             "output": self._items,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
             "service_tier": "default",
             "store": False,
             "temperature": prepared.params.temperature,
@@ -96,7 +96,7 @@ class ResponseWriter:
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": self._usage.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self._usage.reasoning_tokens},
             "total_tokens": usage["total_tokens"],
         }
         if self._finish is FinishReason.ABORT:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
+from serving.errors import RequestError, named
+from serving.frontends.openai.bodies import body_of, takes
 from serving.frontends.openai.chat_requests import deltas, prepare_body
 from serving.frontends.openai.errors import RESPONSES
-from serving.frontends.openai.protocol.responses import ResponsesReply, ResponsesRequest
+from serving.frontends.openai.protocol.responses import InputTokensReply, ResponsesReply, ResponsesRequest
 from serving.frontends.openai.response_events import ResponseWriter
 from serving.frontends.openai.sse import open_stream, unless_gone
 from serving.service import PreparedRequest, TextService
-from serving.service.chat import ReplyParser
+
+Body = Annotated[ResponsesRequest, Depends(body_of(ResponsesRequest))]
 
 
 def responses_router(service: TextService) -> APIRouter:
@@ -25,23 +28,38 @@ def responses_router(service: TextService) -> APIRouter:
         "/v1/responses",
         response_model=ResponsesReply,
         responses={200: {"content": {"text/event-stream": {}}, "description": "A response, or a stream of events."}},
+        openapi_extra=takes(ResponsesRequest),
     )
-    async def create(body: ResponsesRequest, request: Request) -> Response:
+    async def create(body: Body, request: Request) -> Response:
         """Runs a response. `stream: true` answers with typed server-sent events, ending with response.completed."""
-        chat = await prepare_body(service, body.to_chat(), request.state.request_id)
-        writer = ResponseWriter(body, chat.request)
-        events = _run(service, chat.request, chat.parsers[0] if chat.parsers else None, writer)
+        prepared = await _prepare(service, body, request)
+        writer = ResponseWriter(body, prepared)
+        events = _run(service, prepared, writer)
         if body.stream:
             return await open_stream(request, events, writer.failed)
         await unless_gone(request, _drain(events))
         return JSONResponse(writer.response)
 
+    @router.post("/v1/responses/input_tokens", response_model=InputTokensReply, openapi_extra=takes(ResponsesRequest))
+    async def input_tokens(body: Body, request: Request) -> Response:
+        """How many tokens the model would read of the same response. Nothing is run."""
+        with named(body.names()):
+            chat = body.to_chat()
+            service.make_params(chat.params())  # what would be refused there is refused here
+            _, ids = await service.tokenize(chat.to_input(request.state.request_id))
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": len(ids)})
+
     return router
 
 
-async def _run(
-    service: TextService, prepared: PreparedRequest, parser: ReplyParser | None, writer: ResponseWriter
-) -> AsyncGenerator[bytes, None]:
+async def _prepare(service: TextService, body: ResponsesRequest, request: Request) -> PreparedRequest:
+    try:
+        return await prepare_body(service, body.to_chat(), request.state.request_id)
+    except RequestError as error:
+        raise error.renamed(body.names()) from error
+
+
+async def _run(service: TextService, prepared: PreparedRequest, writer: ResponseWriter) -> AsyncGenerator[bytes, None]:
     stream = service.generate(prepared)
     opening = b""
     try:
@@ -50,11 +68,10 @@ async def _run(
             if first:
                 # Held back until the engine has taken the request, so that a refusal is an HTTP status.
                 opening, first = writer.start(), False
-            last = output.finish_reason is not None
             new: list[dict[str, Any]] = (
                 ([{"content": output.text}] if output.text or output.logprobs else [])
-                if parser is None
-                else deltas(parser.push(output.text, last))
+                if output.events is None
+                else deltas(output.events)
             )
             events = opening + writer.push(output, new)
             opening = b""

@@ -6,11 +6,13 @@ A cross-encoder reads each pair itself; of a model that only embeds, scores are 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
+from serving.errors import RequestError
+from serving.frontends.openai.bodies import body_of, takes
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.openai.protocol.scores import PairFields, RerankReply, RerankRequest, ScoreReply, ScoreRequest
 from serving.frontends.openai.sse import unless_gone
@@ -25,23 +27,26 @@ def scores_router(service: TextService) -> APIRouter:
         """The scores, and what both replies begin with."""
         request_id = body.request_id or request.state.request_id
         given = ScoreInput(pairs, body.truncate_prompt_tokens, body.model, request_id, body.priority or 0)
-        found = await unless_gone(request, service.score(given))
+        try:
+            found = await unless_gone(request, service.score(given))
+        except RequestError as error:
+            raise error.renamed(body.pair_names(len(pairs))) from error
         usage = {"prompt_tokens": found.prompt_tokens, "total_tokens": found.prompt_tokens}
         return found, {"model": service.resolve_model(body.model), "usage": usage}
 
-    @router.post("/score", response_model=ScoreReply, operation_id="score")
-    @router.post("/v1/score", response_model=ScoreReply, operation_id="score_v1")
-    async def score(body: ScoreRequest, request: Request) -> Response:
+    @router.post("/score", response_model=ScoreReply, operation_id="score", openapi_extra=takes(ScoreRequest))
+    @router.post("/v1/score", response_model=ScoreReply, operation_id="score_v1", openapi_extra=takes(ScoreRequest))
+    async def score(body: Annotated[ScoreRequest, Depends(body_of(ScoreRequest))], request: Request) -> Response:
         """Scores one text against one or several, or as many against as many."""
         found, head = await run(body, body.pairs(), request)
         data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(found.values)]
         reply_id = f"score-{request.state.request_id}"
         return JSONResponse({"id": reply_id, "object": "list", "created": int(time.time()), **head, "data": data})
 
-    @router.post("/rerank", response_model=RerankReply, operation_id="rerank")
-    @router.post("/v1/rerank", response_model=RerankReply, operation_id="rerank_v1")
-    @router.post("/v2/rerank", response_model=RerankReply, operation_id="rerank_v2")
-    async def rerank(body: RerankRequest, request: Request) -> Response:
+    @router.post("/rerank", response_model=RerankReply, operation_id="rerank", openapi_extra=takes(RerankRequest))
+    @router.post("/v1/rerank", response_model=RerankReply, operation_id="rerank_v1", openapi_extra=takes(RerankRequest))
+    @router.post("/v2/rerank", response_model=RerankReply, operation_id="rerank_v2", openapi_extra=takes(RerankRequest))
+    async def rerank(body: Annotated[RerankRequest, Depends(body_of(RerankRequest))], request: Request) -> Response:
         """Orders documents by their relevance to a query, the most relevant first."""
         texts = body.texts()
         found, head = await run(body, [(body.query, text) for text in texts], request)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
 
-from serving.errors import invalid
+from serving.errors import invalid, named
+from serving.frontends.openai.bodies import body_of, takes
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.openai.protocol.tokens import (
     DetokenizeReply,
@@ -21,35 +24,44 @@ def tokens_router(service: TextService) -> APIRouter:
     """Routes between text and token ids."""
     router = APIRouter(tags=["tokens"], responses={k: RESPONSES[k] for k in (400, 404, 413, 500)})
 
-    @router.post("/tokenize", response_model=TokenizeReply)
-    async def tokenize(body: TokenizeRequest) -> Response:
+    @router.post("/tokenize", response_model=TokenizeReply, openapi_extra=takes(TokenizeRequest))
+    async def tokenize(body: Annotated[TokenizeRequest, Depends(body_of(TokenizeRequest))]) -> Response:
         """The ids that a generation from the same prompt or messages would run."""
         if (body.prompt is None) == (body.messages is None):
             raise invalid("Give either prompt or messages.", "prompt")
+        ids = await _ids(body)
+        reply = {"count": len(ids), "max_model_len": service.info.max_model_len, "tokens": ids, "token_strs": None}
+        if body.return_token_strs:
+            reply["token_strs"] = [service.tokenizer.id_to_token(i) or "" for i in ids]
+        return JSONResponse(reply)
+
+    async def _ids(body: TokenizeRequest) -> list[int]:
+        if body.prompt == "" and (body.add_special_tokens is False or not service.tokenizer.encode("")):
+            service.resolve_model(body.model)
+            return []
         chat = body.messages is not None
-        kwargs = body.chat_template_kwargs or {}
+        opens = body.add_generation_prompt
         _, ids = await service.tokenize(
             GenerateInput(
                 text=body.prompt,
                 messages=body.messages,
                 tools=[t.model_dump(exclude_unset=True) for t in body.tools] if chat and body.tools else None,
                 add_special_tokens=body.add_special_tokens,
-                add_generation_prompt=body.add_generation_prompt,
-                continue_final_message=body.continue_final_message,
-                chat_template_kwargs={
-                    k: v for k, v in kwargs.items() if v is None or isinstance(v, str | int | float | bool)
-                },
+                add_generation_prompt=not body.continue_final_message if opens is None else opens,
+                continue_final_message=bool(body.continue_final_message),
+                chat_template_kwargs=body.chat_template_kwargs or {},
                 model=body.model,
             )
         )
-        reply = {"count": len(ids), "max_model_len": service.info.max_model_len, "tokens": ids, "token_strs": None}
-        if body.return_token_strs:
-            reply["token_strs"] = [service.tokenizer.token_bytes(i).decode("utf-8", errors="replace") for i in ids]
-        return JSONResponse(reply)
+        return ids
 
-    @router.post("/detokenize", response_model=DetokenizeReply)
-    async def detokenize(body: DetokenizeRequest) -> Response:
-        return JSONResponse({"prompt": await service.detokenize(body.tokens, model=body.model)})
+    @router.post("/detokenize", response_model=DetokenizeReply, openapi_extra=takes(DetokenizeRequest))
+    async def detokenize(body: Annotated[DetokenizeRequest, Depends(body_of(DetokenizeRequest))]) -> Response:
+        if not body.tokens:
+            service.resolve_model(body.model)
+            return JSONResponse({"prompt": ""})
+        with named(body.names()):
+            return JSONResponse({"prompt": await service.detokenize(body.tokens, model=body.model)})
 
     @router.get("/tokenizer_info", response_model=TokenizerInfo)
     async def tokenizer_info() -> Response:

@@ -275,8 +275,10 @@ async def test_abort_by_name_ends_all_of_that_name_and_no_other():
     for task in tasks[:2]:
         assert [choice.finish_reason for choice in (await task).outputs] == ["abort", "abort"]
     assert len(engine.live) == 2 and not await service.abort("a")
-    await service.abort_all()
-    assert (await tasks[2]).finished
+    await service.abort_all()  # nobody asked for an end: the answer is not all there
+    with pytest.raises(RequestError, match="shutting down") as cut:
+        await tasks[2]
+    assert cut.value.kind is ErrorKind.UNAVAILABLE
 
 
 async def test_deadline_is_an_error_after_what_was_made():
@@ -350,8 +352,12 @@ async def test_each_completion_has_its_own_grammar_state():
 
 
 async def test_a_grammar_made_elsewhere():
+    async def constrain(prompt: str, params: SamplingParams):
+        assert prompt == "x"
+        return params, Digits
+
     service = mock_service(MockEngine())
-    prepared = await service.prepare(GenerateInput(text="x"), SamplingParams(max_tokens=9), constraint=Digits)
+    prepared = await service.prepare(GenerateInput(text="x"), SamplingParams(max_tokens=9), constrain=constrain)
     assert (await collect(prepared, service.generate(prepared))).outputs[0].text == "777"
 
 

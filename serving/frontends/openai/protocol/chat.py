@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from serving.engine.api.sampling_params import MAX_LOGPROBS
 from serving.errors import invalid
-from serving.frontends.openai.protocol.common import ApiReply, ApiRequest, SamplingFields, UsageReply, number
+from serving.frontends.openai.protocol.common import (
+    LEAVE,
+    SAMPLING_REFUSED,
+    ApiReply,
+    ApiRequest,
+    Many,
+    Refused,
+    SamplingFields,
+    UsageReply,
+    number,
+)
 from serving.service.inputs import GenerateInput
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+CHAT_REFUSED: Refused = {
+    **SAMPLING_REFUSED,
+    "chat_template": ((), "the server's own is used; --chat-template sets it."),
+    "echo": ((False,), "put the text in front of the reply yourself, or use /v1/completions."),
+    "functions": (([],), "use tools."),
+    "function_call": (("none", "auto"), "use tool_choice."),
+    "modalities": ((["text"],), "this server writes text."),
+    "audio": ((), "this server writes text."),
+    "web_search_options": ((), LEAVE),
+    "verbosity": (("medium",), LEAVE),
+}
 
 MESSAGE_SCHEMA = {"type": "object", "required": ["role"], "properties": {"role": {"type": "string", "minLength": 1}}}
 """For the API document. What a message may hold is the chat template's affair; the service checks it."""
@@ -37,16 +60,22 @@ class NamedToolChoice(ApiRequest):
 
 
 class ChatRequest(SamplingFields):
+    REFUSED: ClassVar[Refused] = CHAT_REFUSED
+
     model: str | None = None
-    messages: list[dict[str, Any]] = Field(json_schema_extra={"items": MESSAGE_SCHEMA, "minItems": 1})
+    messages: Many[dict[str, Any]] = Field(json_schema_extra={"items": MESSAGE_SCHEMA, "minItems": 1})
     max_tokens: int | None = number(1, text="Old name of max_completion_tokens.")
     max_completion_tokens: int | None = number(1, text="Left out: up to the context's end.")
     logprobs: bool | None = None
     top_logprobs: int | None = number(0, MAX_LOGPROBS)
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
+    reasoning_effort: Effort | None = Field(
+        default=None, description="For the chat template; none turns thinking off where the template can."
+    )
+    documents: Many[dict[str, Any]] | None = Field(default=None, description="For chat templates that quote from them.")
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -54,15 +83,14 @@ class ChatRequest(SamplingFields):
 
     def params(self) -> dict[str, Any]:
         """Sampling parameters that were named. Raises RequestError naming the field at fault."""
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         return self.sampling(max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
-    def template_kwargs(self) -> dict[str, Any]:
-        """`chat_template_kwargs` without what is not a scalar: templates get no nested values from a request."""
-        kwargs = self.chat_template_kwargs or {}
-        return {k: v for k, v in kwargs.items() if v is None or isinstance(v, str | int | float | bool)}
+    def names(self) -> dict[str, str]:
+        limit = {"max_tokens": "max_completion_tokens"} if self.max_completion_tokens is not None else {}
+        return {**super().names(), **limit, "logprobs": "top_logprobs"}
 
     def to_input(self, request_id: str) -> GenerateInput:
         """The service's request."""
@@ -70,13 +98,15 @@ class ChatRequest(SamplingFields):
         return GenerateInput(
             messages=self.messages,
             tools=None if self.tool_choice == "none" else tools or None,
-            chat_template_kwargs=self.template_kwargs(),
+            documents=self.documents,
+            chat_template_kwargs={**effort_variables(self.reasoning_effort), **(self.chat_template_kwargs or {})},
             add_generation_prompt=not self.continue_final_message
             if self.add_generation_prompt is None
             else self.add_generation_prompt,
             continue_final_message=bool(self.continue_final_message),
             add_special_tokens=self.add_special_tokens,
             truncate_prompt_tokens=self.truncate_prompt_tokens,
+            truncation_side=self.truncation_side,
             model=self.model,
             request_id=self.request_id or request_id,
             priority=self.priority or 0,
@@ -84,6 +114,14 @@ class ChatRequest(SamplingFields):
             ttft_timeout_s=self.ttft_timeout,
             cache_salt=self.cache_salt,
         )
+
+
+def effort_variables(effort: str | None) -> dict[str, Any]:
+    """The template variables that a reasoning effort stands for: its own name (gpt-oss), and what turns thinking off (Qwen 3 and
+    DeepSeek V3.1 with Granite)."""
+    if effort is None:
+        return {}
+    return {"reasoning_effort": effort, **({"enable_thinking": False, "thinking": False} if effort == "none" else {})}
 
 
 class FunctionCall(ApiReply):

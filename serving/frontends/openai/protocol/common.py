@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from serving.engine.api.sampling_params import MAX_LOGPROBS, MAX_N, StructuredOutputs
 from serving.errors import invalid
 
 
 class ApiRequest(BaseModel):
-    """A request body. Unknown fields are ignored, as OpenAI's server does; wrong types are refused, not converted."""
+    """A part of a request body. Unknown fields are ignored, as OpenAI's server does; wrong types are refused, not converted."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+T = TypeVar("T")
+
+
+class _FailFast(FailFast):
+    def __hash__(self) -> int:  # members of a typing.Union must have one
+        return hash(type(self))
+
+
+Many = Annotated[list[T], _FailFast()]
+"""A list whose first wrong element ends the check: the others would be looked at one by one, and an error made for each."""
+
+Refused = Mapping[str, tuple[tuple[Any, ...], str]]
+"""Field -> the values that change nothing beside null, and what to do instead of asking for another one."""
+
+
+class ApiBody(ApiRequest):
+    """A whole request body. A field of OpenAI's API, or of a server whose clients are likely to come here, that would change the
+    answer and is not done is refused by its name (`REFUSED`): dropping it would answer another question."""
+
+    REFUSED: ClassVar[Refused] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name in data.keys() & cls.REFUSED.keys():
+                harmless, instead = cls.REFUSED[name]
+                value = data[name]
+                if value is not None and not any(value == one and type(value) is type(one) for one in harmless):
+                    raise invalid(f"{name} is not supported by this server: {instead}", name, "unsupported_parameter")
+        return data
+
+    def names(self) -> dict[str, str]:
+        """The service's names of fields -> those that this client used, for `serving.errors.named`."""
+        return {}
 
 
 class ApiReply(BaseModel):
@@ -39,11 +77,16 @@ class PromptTokensDetails(ApiReply):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(ApiReply):
+    reasoning_tokens: int = 0
+
+
 class UsageReply(ApiReply):
     prompt_tokens: int
     completion_tokens: int = 0
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class StreamOptions(ApiRequest):
@@ -53,13 +96,17 @@ class StreamOptions(ApiRequest):
     continuous_usage_stats: bool | None = None
 
 
-class StructuredOutputsBody(ApiRequest):
+class StructuredOutputsBody(ApiBody):
     """vLLM's `structured_outputs`: exactly one field is set."""
 
+    REFUSED: ClassVar[Refused] = dict.fromkeys(
+        ("structural_tag", "whitespace_pattern", "disable_any_whitespace", "disable_additional_properties"),
+        ((False,), "leave it out."),
+    )
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Many[str] | None = None
     grammar: str | None = None
 
     def to_service(self) -> StructuredOutputs:
@@ -85,11 +132,14 @@ class ResponseFormat(ApiRequest):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
+    schema_: dict[str, Any] | None = Field(
+        default=None, alias="schema", description="With json_object: what the object must be, as other servers take it."
+    )
 
     def to_service(self) -> StructuredOutputs | None:
         """The constraint it asks for, or None for plain text."""
         if self.type == "json_object":
-            return StructuredOutputs(json_object=True)
+            return StructuredOutputs(json_object=True) if self.schema_ is None else StructuredOutputs(json=self.schema_)
         if self.type == "json_schema":
             if self.json_schema is None or self.json_schema.schema_ is None:
                 raise invalid(
@@ -110,8 +160,42 @@ def number(low: int | None = None, high: int | None = None, default: Any = None,
     return Field(default=default, description=text, json_schema_extra=extra or None)
 
 
-class SamplingFields(ApiRequest):
+LEAVE = "leave it out."
+STRUCTURED = "use structured_outputs."
+SAMPLING_REFUSED: Refused = {
+    "use_beam_search": ((False,), "sample several completions with n instead."),
+    "length_penalty": ((1, 1.0), LEAVE),
+    "early_stopping": ((False,), LEAVE),
+    "logits_processors": (([],), "use logit_bias, allowed_token_ids or bad_words."),
+    "logprob_token_ids": (([],), "use logprobs."),
+    "prompt_embeds": ((), "send text or token ids."),
+    "repetition_detection": ((), LEAVE),
+    "thinking_token_budget": ((), "limit the whole completion."),
+    "return_prompt_text": ((False,), "use return_token_ids and /detokenize."),
+    "kv_transfer_params": ((), LEAVE),
+    "vllm_xargs": (({},), LEAVE),
+    "guided_whitespace_pattern": ((), LEAVE),
+    "structural_tag": ((), STRUCTURED),
+    "json_schema": ((), "use response_format or structured_outputs.json."),
+    "regex": ((), "use structured_outputs.regex."),
+    "ebnf": ((), "use structured_outputs.grammar."),
+    "grammar": (("",), "use structured_outputs.grammar."),
+    "typical_p": ((1, 1.0), LEAVE),
+    "mirostat": ((0, False), LEAVE),
+    "dry_multiplier": ((0, 0.0), LEAVE),
+    "xtc_probability": ((0, 0.0), LEAVE),
+    "top_n_sigma": ((0, 0.0, -1, -1.0), LEAVE),
+    "dynatemp_range": ((0, 0.0), LEAVE),
+}
+"""Fields of OpenAI's, vLLM's, SGLang's and llama.cpp's servers that change which tokens come, and are not done here."""
+GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+"""What older vLLM called `structured_outputs`."""
+
+
+class SamplingFields(ApiBody):
     """Fields of chat and completions that say how tokens are chosen and when a completion ends."""
+
+    REFUSED: ClassVar[Refused] = SAMPLING_REFUSED
 
     n: int | None = number(1, MAX_N, text="Completions per prompt.")
     temperature: float | None = number(0, text="0 takes the likeliest token each time.")
@@ -123,11 +207,11 @@ class SamplingFields(ApiRequest):
     presence_penalty: float | None = number(-2, 2)
     frequency_penalty: float | None = number(-2, 2)
     logit_bias: dict[str, float] | None = Field(default=None, description="Token id to bias, -100 to 100.")
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    allowed_token_ids: Many[int] | None = None
+    bad_words: Many[str] | None = None
     min_tokens: int | None = number(0)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Many[str] | None = None
+    stop_token_ids: Many[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     prompt_logprobs: int | None = number(0, MAX_LOGPROBS)
@@ -135,11 +219,20 @@ class SamplingFields(ApiRequest):
     spaces_between_special_tokens: bool | None = None
     structured_outputs: StructuredOutputsBody | None = None
     response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | str | None = Field(default=None, description="Old name of structured_outputs.json.")
+    guided_regex: str | None = Field(default=None, description="Old name of structured_outputs.regex.")
+    guided_choice: Many[str] | None = Field(default=None, description="Old name of structured_outputs.choice.")
+    guided_grammar: str | None = Field(default=None, description="Old name of structured_outputs.grammar.")
 
     priority: int | None = Field(default=None, description="Lower runs first.")
     request_id: str | None = None
     cache_salt: str | None = Field(default=None, description="Cached pages are shared only under the same salt.")
-    truncate_prompt_tokens: int | None = Field(default=None, description="Keep the last so many prompt tokens.")
+    truncate_prompt_tokens: int | None = Field(
+        default=None, description="Keep so many prompt tokens at most; -1: as many as fit beside the completion."
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        default=None, description="Which end is cut off then; left out: the left one."
+    )
     timeout: float | None = Field(default=None, description="Seconds by which the reply must be complete.")
     ttft_timeout: float | None = Field(default=None, description="Seconds by which the first token must be out.")
     return_token_ids: bool | None = None
@@ -160,10 +253,26 @@ class SamplingFields(ApiRequest):
     def constraint(self) -> StructuredOutputs | None:
         """What `response_format` or `structured_outputs` asks for; both at once is an error."""
         by_format = self.response_format.to_service() if self.response_format else None
-        by_extra = self.structured_outputs.to_service() if self.structured_outputs else None
+        given = self.structured_outputs
+        guided = {new: value for old, new in GUIDED.items() if (value := getattr(self, old)) is not None}
+        if guided and given is not None:
+            raise invalid("guided_* and structured_outputs exclude each other: give one.", "structured_outputs")
+        by_extra = (
+            given.to_service()
+            if given
+            else StructuredOutputsBody.model_validate(guided).to_service()
+            if guided
+            else None
+        )
         if by_format and by_extra:
             raise invalid("response_format and structured_outputs exclude each other: give one.", "structured_outputs")
         return by_format or by_extra
+
+    def names(self) -> dict[str, str]:
+        used = next((name for name in GUIDED if getattr(self, name) is not None), None)
+        if used is None and self.structured_outputs is None and self.response_format is not None:
+            used = "response_format"
+        return {"structured_outputs": used} if used else {}
 
     def sampling(self, **more: Any) -> dict[str, Any]:
         """The sampling parameters that the client named, for `TextService.make_params`; null counts as left out.

@@ -8,13 +8,13 @@ from pydantic import Field
 
 from serving.engine.api.sampling_params import MAX_LOGPROBS
 from serving.errors import ErrorKind, RequestError, invalid
-from serving.frontends.openai.protocol.common import ApiReply, SamplingFields, UsageReply, number
+from serving.frontends.openai.protocol.common import ApiReply, Many, SamplingFields, UsageReply, number
 from serving.service.inputs import GenerateInput
 
 
 class CompletionRequest(SamplingFields):
     model: str | None = None
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+    prompt: str | Many[str] | Many[int] | Many[Many[int]] = Field(
         description="Text, several texts, token ids, or several lists of token ids."
     )
     max_tokens: int | None = number(0, text="16 when left out; 0 only together with echo.")
@@ -72,6 +72,7 @@ class CompletionRequest(SamplingFields):
             token_ids=None if isinstance(prompt, str) else prompt,
             add_special_tokens=self.add_special_tokens,
             truncate_prompt_tokens=self.truncate_prompt_tokens,
+            truncation_side=self.truncation_side,
             model=self.model,
             request_id=self.request_id or request_id,
             priority=self.priority or 0,

@@ -5,15 +5,35 @@ Nothing is stored: a conversation comes whole in `input`, and `previous_response
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from serving.engine.api.sampling_params import MAX_LOGPROBS
-from serving.errors import ErrorKind, RequestError, invalid
-from serving.frontends.openai.protocol.chat import ChatRequest
-from serving.frontends.openai.protocol.common import ApiReply, ApiRequest, StructuredOutputsBody, number
+from serving.errors import invalid
+from serving.frontends.openai.protocol.chat import ChatRequest, Effort
+from serving.frontends.openai.protocol.common import (
+    LEAVE,
+    SAMPLING_REFUSED,
+    ApiBody,
+    ApiReply,
+    ApiRequest,
+    Many,
+    Refused,
+    StructuredOutputsBody,
+    number,
+)
 
+NOT_STORED = "this server stores nothing. Send the conversation in input."
+RESPONSES_REFUSED: Refused = {
+    **SAMPLING_REFUSED,
+    "previous_response_id": (("",), NOT_STORED),
+    "conversation": ((), NOT_STORED),
+    "background": ((False,), "this server stores nothing."),
+    "prompt": ((), "this server stores no prompts. Send the text in input."),
+    "context_management": (([],), LEAVE),
+    "n": ((1,), "a response has one answer."),
+}
 LOGPROBS = "message.output_text.logprobs"
 
 
@@ -25,9 +45,15 @@ class TextFormat(ApiRequest):
     strict: bool | None = None
 
 
-class TextConfig(ApiRequest):
+class TextConfig(ApiBody):
+    REFUSED: ClassVar[Refused] = {"verbosity": (("medium",), LEAVE)}
+
     format: TextFormat | None = None
-    verbosity: str | None = Field(default=None, description="Accepted and ignored.")
+
+
+class ReasoningConfig(ApiRequest):
+    effort: Effort | None = None
+    summary: str | None = Field(default=None, description="Accepted; the thinking comes whole, not summed up.")
 
 
 class FunctionTool(ApiRequest):
@@ -43,9 +69,12 @@ class FunctionChoice(ApiRequest):
     name: str
 
 
-class ResponsesRequest(ApiRequest):
+class ResponsesRequest(ApiBody):
+    REFUSED: ClassVar[Refused] = RESPONSES_REFUSED
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
     model: str | None = None
-    input: str | list[dict[str, Any]] = Field(description="Text, or messages and tool calls with their outputs.")
+    input: str | Many[dict[str, Any]] = Field(description="Text, or messages and tool calls with their outputs.")
     instructions: str | None = None
     max_output_tokens: int | None = number(1)
     temperature: float | None = number(0)
@@ -54,20 +83,19 @@ class ResponsesRequest(ApiRequest):
     min_p: float | None = number(0, 1)
     seed: int | None = None
     repetition_penalty: float | None = number(0)
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = None
     ignore_eos: bool | None = None
     top_logprobs: int | None = number(0, MAX_LOGPROBS)
-    include: list[str] | None = None
+    include: Many[str] | None = None
+    reasoning: ReasoningConfig | None = None
     text: TextConfig | None = None
     structured_outputs: StructuredOutputsBody | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Many[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     metadata: dict[str, str] | None = None
     stream: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    previous_response_id: str | None = Field(default=None, description="Not supported: nothing is stored.")
-    background: bool | None = Field(default=None, description="Not supported.")
     store: bool | None = Field(default=None, description="Accepted; nothing is stored.")
     priority: int | None = None
     request_id: str | None = None
@@ -86,14 +114,6 @@ class ResponsesRequest(ApiRequest):
         Raises:
             RequestError: INVALID_ARGUMENT about what has no equivalent.
         """
-        if self.previous_response_id:
-            raise RequestError(
-                ErrorKind.INVALID_ARGUMENT,
-                "previous_response_id is not supported: this server stores nothing. Send the conversation in input.",
-                param="previous_response_id",
-            )
-        if self.background:
-            raise invalid("background responses are not supported: this server stores nothing.", "background")
         fields: dict[str, Any] = {
             name: value
             for name in (
@@ -107,6 +127,8 @@ class ResponsesRequest(ApiRequest):
         fields["max_completion_tokens"] = self.max_output_tokens
         if self.wants_logprobs:
             fields["logprobs"], fields["top_logprobs"] = True, self.top_logprobs or 0
+        if self.reasoning and self.reasoning.effort:
+            fields["reasoning_effort"] = self.reasoning.effort
         if self.truncation == "auto":
             fields["truncate_prompt_tokens"] = -1
         if self.tools:
@@ -125,16 +147,36 @@ class ResponsesRequest(ApiRequest):
             fields["structured_outputs"] = fields["structured_outputs"].model_dump(by_alias=True)
         return ChatRequest.model_validate(fields)
 
+    def names(self) -> dict[str, str]:
+        """As `ApiBody.names`; complete after `to_chat`."""
+        structured = "structured_outputs" if self.structured_outputs is not None else "text.format"
+        return {
+            "max_tokens": "max_output_tokens",
+            "logprobs": "top_logprobs",
+            "prompt": "input",
+            "messages": "input",
+            "structured_outputs": structured,
+            "response_format": "text.format",
+            "truncate_prompt_tokens": "truncation",
+            **self._origins,
+        }
+
     def _messages(self) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
         if self.instructions:
             messages.append({"role": "system", "content": self.instructions})
+            self._origins["messages[0]"] = "instructions"
         if isinstance(self.input, str):
             return [*messages, {"role": "user", "content": self.input}]
         if not self.input:
             raise invalid("input is empty: give text or at least one item.", "input")
         for i, item in enumerate(self.input):
-            _add_item(messages, item, f"input[{i}]")
+            where = f"input[{i}]"
+            _add_item(messages, item, where)
+            place = f"messages[{len(messages) - 1}]"
+            self._origins[place] = where
+            if item.get("type") == "function_call_output":
+                self._origins[f"{place}.content"] = f"{where}.output"
         return messages
 
 
@@ -143,24 +185,33 @@ def _function(tool: FunctionTool) -> dict[str, Any]:
 
 
 def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], where: str) -> None:
-    """Adds one input item to a chat. Calls of one turn become one assistant message, as templates expect."""
+    """Adds one input item to a chat. What the model wrote in one turn, texts and calls, becomes one assistant message: templates
+    want roles to alternate."""
     kind = item.get("type", "message")
+    last = messages[-1] if messages and messages[-1].get("role") == "assistant" else None
     if kind == "message":
-        messages.append({"role": item.get("role"), "content": item.get("content")})
+        content = item.get("content")
+        if item.get("role") == "assistant" and last is not None and isinstance(content, str | list):
+            last["content"] = [*_parts(last["content"]), *_parts(content)] if last["content"] is not None else content
+        else:
+            messages.append({"role": item.get("role"), "content": content})
     elif kind == "function_call":
         name, arguments, call_id = item.get("name"), item.get("arguments"), item.get("call_id")
         if not (isinstance(name, str) and isinstance(arguments, str) and isinstance(call_id, str)):
             raise invalid(f"{where} needs name, arguments and call_id, each a string.", where)
         call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-        last = messages[-1] if messages else {}
-        if last.get("role") == "assistant" and last.get("tool_calls"):
-            last["tool_calls"].append(call)
-        else:
-            messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+        if last is None:
+            last = {"role": "assistant", "content": None}
+            messages.append(last)
+        last.setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
     elif kind != "reasoning":  # what the model thought in earlier turns is not shown to it again
         raise invalid(f"{where} is of type {str(kind)[:64]!r}, which this server does not take.", f"{where}.type")
+
+
+def _parts(content: Any) -> list[Any]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 class ResponsesReply(ApiReply):
@@ -176,3 +227,8 @@ class ResponsesReply(ApiReply):
     error: dict[str, Any] | None = None
     incomplete_details: dict[str, Any] | None = None
     usage: dict[str, Any] | None = None
+
+
+class InputTokensReply(ApiReply):
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int

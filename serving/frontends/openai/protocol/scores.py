@@ -6,21 +6,42 @@ https://docs.cohere.com/reference/rerank
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from serving.errors import invalid
-from serving.frontends.openai.protocol.common import ApiReply, ApiRequest, UsageReply, number
+from serving.frontends.openai.protocol.common import (
+    LEAVE,
+    ApiBody,
+    ApiReply,
+    ApiRequest,
+    Many,
+    Refused,
+    UsageReply,
+    number,
+)
 
-Texts = str | list[str]
+Texts = str | Many[str]
+SCORES_REFUSED: Refused = {
+    "use_activation": ((True,), LEAVE),
+    "activation": ((True,), LEAVE),
+    "raw_scores": ((False,), LEAVE),
+    "return_raw_scores": ((False,), LEAVE),
+    "rank_fields": (([],), "join the fields of a document yourself."),
+    "max_tokens_per_doc": ((), "use truncate_prompt_tokens."),
+    "max_chunks_per_doc": ((), "use truncate_prompt_tokens."),
+    "instruction": (("",), "put it in front of the query yourself."),
+}
 _FIRST = ("text_1", "queries", "data_1")
 _SECOND = ("text_2", "documents", "items", "data_2")
 _EITHER = "One text, or several."
 
 
-class PairFields(ApiRequest):
+class PairFields(ApiBody):
     """What both requests may say beside their texts."""
+
+    REFUSED: ClassVar[Refused] = SCORES_REFUSED
 
     model: str | None = None
     truncate_prompt_tokens: int | None = Field(
@@ -29,6 +50,10 @@ class PairFields(ApiRequest):
     priority: int | None = None
     request_id: str | None = None
     user: str | None = Field(default=None, description="Accepted and ignored.")
+
+    def pair_names(self, count: int) -> dict[str, str]:
+        """The service's names of `count` pairs' texts -> those that this client used."""
+        raise NotImplementedError
 
 
 class ScoreRequest(PairFields):
@@ -54,6 +79,20 @@ class ScoreRequest(PairFields):
             )
         return list(zip(first, second, strict=True))
 
+    def pair_names(self, count: int) -> dict[str, str]:
+        first, second = (
+            next((n for n in names if getattr(self, n) is not None), names[0]) for names in (_FIRST, _SECOND)
+        )
+        return {
+            "pairs": second,
+            **{f"pairs[{i}].first": self._place(first, i) for i in range(count)},
+            **{f"pairs[{i}].second": self._place(second, i) for i in range(count)},
+        }
+
+    def _place(self, name: str, i: int) -> str:
+        texts = getattr(self, name)
+        return f"{name}[{i if len(texts) > 1 else 0}]" if isinstance(texts, list) else name
+
     def _texts(self, names: tuple[str, ...]) -> list[str]:
         given: list[Any] = [value for name in names if (value := getattr(self, name)) is not None]
         if len(given) != 1:
@@ -72,9 +111,16 @@ class RerankRequest(PairFields):
     """Documents to order by how relevant they are to a query."""
 
     query: str
-    documents: list[str | RerankDocument] = Field(json_schema_extra={"minItems": 1})
+    documents: Many[str | RerankDocument] = Field(json_schema_extra={"minItems": 1})
     top_n: int | None = number(0, text="Tell only the best so many; left out or 0: all.")
     return_documents: bool | None = Field(default=None, description="false leaves the texts out of the reply.")
+
+    def pair_names(self, count: int) -> dict[str, str]:
+        return {
+            "pairs": "documents",
+            **{f"pairs[{i}].first": "query" for i in range(count)},
+            **{f"pairs[{i}].second": f"documents[{i}]" for i in range(count)},
+        }
 
     def texts(self) -> list[str]:
         """The documents' texts. Raises RequestError when there are none, or `top_n` makes no sense."""

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from serving.frontends.openai.protocol.chat import MESSAGE_SCHEMA, Tool
-from serving.frontends.openai.protocol.common import ApiReply, ApiRequest
+from serving.frontends.openai.protocol.common import ApiBody, ApiReply, Many, Refused
+
+TOKENIZE_REFUSED: Refused = {"chat_template": ((), "the server's own is used; --chat-template sets it.")}
 
 
-class TokenizeRequest(ApiRequest):
+class TokenizeRequest(ApiBody):
     """A text in `prompt`, or a chat in `messages`."""
+
+    REFUSED: ClassVar[Refused] = TOKENIZE_REFUSED
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = Field(default=None, json_schema_extra={"items": MESSAGE_SCHEMA})
-    tools: list[Tool] | None = None
+    messages: Many[dict[str, Any]] | None = Field(default=None, json_schema_extra={"items": MESSAGE_SCHEMA})
+    tools: Many[Tool] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: bool | None = Field(
+        default=None, description="Left out: yes, but for continue_final_message."
+    )
+    continue_final_message: bool | None = None
     return_token_strs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -31,9 +37,12 @@ class TokenizeReply(ApiReply):
     token_strs: list[str] | None = None
 
 
-class DetokenizeRequest(ApiRequest):
+class DetokenizeRequest(ApiBody):
     model: str | None = None
-    tokens: list[int]
+    tokens: Many[int]
+
+    def names(self) -> dict[str, str]:
+        return {"token_ids": "tokens"}
 
 
 class DetokenizeReply(ApiReply):

@@ -80,15 +80,14 @@ async def test_wrong_choices_are_refused(serve, choice, words):
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_required_without_tools_and_beside_a_grammar_is_refused(serve):
+async def test_required_without_tools_is_refused_and_wins_over_a_grammar(serve):
     required = pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED)
     async with serve(MockEngine(ONE), **HERMES) as s:
         with pytest.raises(grpc.aio.AioRpcError, match="no tools"):
             await read(s.inference.Generate(chat(tools=(), tool_choice=required)))
         both = chat(tool_choice=required)
         both.sampling_params.CopyFrom(SamplingParams(structured_outputs=StructuredOutputs(json_object=True)))
-        with pytest.raises(grpc.aio.AioRpcError, match="exclude each other"):
-            await read(s.inference.Generate(both))
+        assert (await read(s.inference.Generate(both)))[-1].finish_reason == pb.FINISH_REASON_TOOL_CALLS
 
 
 @pytest.mark.parametrize("choice", [pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED), pb.ToolChoice(function="move")])

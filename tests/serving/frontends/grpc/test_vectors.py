@@ -49,7 +49,7 @@ async def test_embed_texts_and_tokens_in_one_call(serve):
         (pb.EmbedRequest(inputs=[of_tokens(1)], request_id="x" * 300), "request_id"),
         (pb.ScoreRequest(), "pairs"),
         (pb.ScoreRequest(pairs=[pb.ScorePair()]), "pairs[0]"),
-        (texts(("", "a")), "prompt"),
+        (texts(("", "a")), "pairs[0].first"),
         (texts(*[("a", "b")] * 1025), "pairs"),
         (pb.ScoreRequest(pairs=[pb.ScorePair(tokens=pb.TokenPair(token_ids=[1]))]), "pairs"),
     ],

@@ -140,7 +140,6 @@ async def test_calls_and_reasoning_in_a_response(start: Start):
         {"tool_choice": "required"},
         {"tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
         {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "other"}}},
-        {"tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}},
         {"tools": [WEATHER], "tool_choice": "sometimes"},
         {"tools": [{"type": "function"}]},
         {"tools": [{"type": "retrieval"}]},
