@@ -6,37 +6,36 @@ microseconds. What it does not know to enforce it refuses, so a completion that 
 
 from __future__ import annotations
 
-import collections
 import hashlib
-import json
 import os
-import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.gbnf_to_lark import any_to_lark
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from serving.engine.api.constraint import TokenConstraint
 from serving.engine.api.sampling_params import StructuredOutputs
 from serving.errors import RequestError, invalid
+from serving.text.constraints.held import Held, HeldGrammars
+from serving.text.constraints.sources import PARAM, refusal, source
 
 if TYPE_CHECKING:
     from serving.text.tokenizer import Tokenizer
 
-PARAM = "structured_outputs"
 MAX_CHARS = 1 << 18
-# llguidance translates GBNF to Lark in Python, in time that grows with the square of the number of rules: 300 rules
-# take 0.2 s, 1,000 take 2 s, 5,000 take minutes. Lark itself has no such limit: 200,000 characters take 1.5 s.
-MAX_GBNF_RULES = 256
-MAX_GBNF_CHARS = 1 << 16
-CACHED_GRAMMARS = 64
-# A grammar's lexer grows while it is used, by about 2 kB a state: 25,000 states are 50 MB, real schemas need some
-# hundred. Errors without the parser's state: it would tell one client what another wrote.
-LIMITS = {"max_lexer_states": 25_000, "verbose_errors": False}
+CACHED_GRAMMARS = 512
+CACHED_BYTES = 96 << 20
+LIVE_BYTES = 256 << 20
+MAX_LEXER_STATES = 12_000
+# A grammar's lexer grows while it is used, by about 1.3 kB a state: see `held`. Real schemas need some hundred.
+# Errors without the parser's state: it would tell one client what another wrote.
+LIMITS = {"max_lexer_states": MAX_LEXER_STATES, "max_grammar_size": 250_000, "verbose_errors": False}
+TRIAL_TOKENS = 3
+"""Masks that are made before a grammar is taken: most that grow too complex do so within the first few."""
 JSON_OPTIONS = {
     # Blanks between JSON's parts, but not without end: small models at high temperature love to go on for ever.
     "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}",
@@ -46,6 +45,8 @@ JSON_OPTIONS = {
 }
 PARALLEL_ROWS = 4
 """From this many masks on they are computed in parallel: fewer finish (some 10 µs each) before threads wake up."""
+GROWTH_SECONDS = 0.02
+"""CPU time of one grammar's masks after which its growth is looked at again: a megabyte or so."""
 
 ConstraintFactory = Callable[[], TokenConstraint]
 
@@ -56,16 +57,24 @@ class GrammarCompiler:
     Args:
         tokenizer: the model's.
         vocab_size: width of the model's logits; token ids beyond the tokenizer's are never allowed.
+        cache_size, cache_bytes: how many compiled grammars are kept, and how much memory they may hold.
+        live_bytes: how much all may hold, those in use by completions included.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, cache_size: int = CACHED_GRAMMARS) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        cache_size: int = CACHED_GRAMMARS,
+        cache_bytes: int = CACHED_BYTES,
+        live_bytes: int = LIVE_BYTES,
+    ) -> None:
         self._tokenizer = tokenizer
         self._width = max(vocab_size, tokenizer.vocab_size)
         self._limits = LLParserLimits(**LIMITS)
         self._compiled: LLTokenizer | None = None
         self._lock = threading.Lock()
-        self._cache: collections.OrderedDict[str, LLMatcher] = collections.OrderedDict()
-        self._cache_size = cache_size
+        self._cache = HeldGrammars(cache_size, cache_bytes, live_bytes)
 
     def warm(self) -> None:
         """Indexes the vocabulary (0.3 s for 49,000 tokens, 3 s for 262,000), which the first compilation needs."""
@@ -78,7 +87,7 @@ class GrammarCompiler:
             RequestError: INVALID_ARGUMENT: malformed, too large, or using what cannot be enforced (it is named).
         """
         try:
-            return self._from_source(*_source(wanted))
+            return self._from_source(*source(wanted))
         except RecursionError:
             raise invalid("The constraint is nested too deeply.", PARAM) from None
 
@@ -93,20 +102,14 @@ class GrammarCompiler:
         if len(text) > MAX_CHARS:
             raise invalid(f"The {kind} has {len(text)} characters; at most {MAX_CHARS} are compiled.", PARAM)
         key = hashlib.sha256(f"{kind}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()
-        with self._lock:
-            matcher = self._cache.get(key)
-            if matcher is not None:
-                self._cache.move_to_end(key)
-        if matcher is None:
+        held = self._cache.get(key)
+        if held is None:
             # Two equal requests at once compile twice; both take a millisecond.
-            matcher = self._build(kind, text)
-            with self._lock:
-                self._cache[key] = matcher
-                while len(self._cache) > self._cache_size:
-                    self._cache.popitem(last=False)
+            held = Held(self._build(kind, text), len(text), MAX_LEXER_STATES)
+            self._cache.put(key, held)
         eos = frozenset(self._tokenizer.eos_token_ids)
-        found = matcher
-        return lambda: GrammarConstraint(found.deep_copy(), eos, self._width)
+        found, grew = held, self._cache.grew
+        return lambda: GrammarConstraint(found.matcher.deep_copy(), eos, self._width, found, grew)
 
     def _build(self, kind: str, text: str) -> LLMatcher:
         try:
@@ -115,15 +118,34 @@ class GrammarCompiler:
             elif kind == "regex":
                 grammar = LLMatcher.grammar_from_regex(text)
             else:
-                grammar = LLMatcher.grammar_from_lark(_from_gbnf(text) if "::=" in text else text)
+                grammar = LLMatcher.grammar_from_lark(text)
         except (RecursionError, RequestError):
             raise
-        except Exception as error:  # the converter raises several kinds of its own
-            raise invalid(f"The {kind} cannot be read: {_brief(str(error))}.", PARAM) from None
+        except Exception as error:
+            raise refusal(kind, str(error)) from None
         matcher = LLMatcher(self._vocabulary(), grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
-            raise _refusal(kind, matcher.get_error())
+            raise refusal(kind, matcher.get_error())
+        for end in (0, -1):
+            self._try_out(kind, matcher.deep_copy(), end)
         return matcher
+
+    def _try_out(self, kind: str, matcher: LLMatcher, which: int) -> None:
+        """Refuses what cannot go on after a few tokens: said now it is the client's, later it would be a failure.
+
+        Args:
+            which: of the allowed tokens in their order, the one to go on with.
+        """
+        mask = np.zeros((self._width + 31) // 32, np.int32)
+        ends = frozenset(self._tokenizer.eos_token_ids)
+        for _ in range(TRIAL_TOKENS):
+            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            if matcher.is_error():
+                raise refusal(kind, matcher.get_error())
+            allowed = np.unpackbits(mask.view(np.uint8), bitorder="little").nonzero()[0]
+            allowed = allowed[~np.isin(allowed, list(ends))]
+            if not len(allowed) or not matcher.try_consume_tokens([int(allowed[which])]):
+                return
 
     def _vocabulary(self) -> LLTokenizer:
         with self._lock:
@@ -137,28 +159,53 @@ class GrammarCompiler:
 class GrammarConstraint:
     """The state of one completion in its grammar: a `TokenConstraint`. Used by one thread at a time."""
 
-    __slots__ = ("_ended", "_eos", "_matcher", "_num_bytes")
+    __slots__ = ("_ended", "_eos", "_grew", "_held", "_matcher", "_num_bytes", "_seen")
 
-    def __init__(self, matcher: LLMatcher, eos_token_ids: frozenset[int], width: int) -> None:
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        eos_token_ids: frozenset[int],
+        width: int,
+        held: Held,
+        grew: Callable[[Held], str | None],
+    ) -> None:
         self._matcher = matcher
         self._eos = eos_token_ids
         self._num_bytes = (width + 31) // 32 * 4
         self._ended = False
+        self._held, self._grew = held, grew
+        self._seen = held.seconds
 
     def fill_mask(self, mask_W: np.ndarray) -> None:
         """See `TokenConstraint.fill_mask`. A row wider or narrower than the grammar's vocabulary is cut or zeroed."""
+        began = time.thread_time()
         if mask_W.nbytes == self._num_bytes and mask_W.flags.c_contiguous:
             self._matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, self._num_bytes)
         else:
             own = np.zeros(self._num_bytes // 4, np.int32)
             self._matcher.unsafe_compute_mask_ptr(own.ctypes.data, self._num_bytes)
             _fit(own, mask_W)
+        self.charge(time.thread_time() - began)
         self.check()
+
+    def charge(self, seconds: float) -> None:
+        """Counts the CPU time of a mask towards what the grammar holds.
+
+        Raises:
+            RuntimeError: all grammars together hold too much, and this one is among the largest.
+        """
+        held = self._held
+        held.seconds += seconds
+        if held.seconds - self._seen >= GROWTH_SECONDS:
+            self._seen = held.seconds
+            if refused := self._grew(held):
+                raise RuntimeError(f"The constraint is too complex to go on: {refused}.")
 
     def check(self) -> None:
         """Raises RuntimeError once the grammar grew too complex to go on."""
         if self._matcher.is_error():
-            raise RuntimeError(_brief(self._matcher.get_error()))
+            self._held.failed = True  # completions share the lexer: those to come would fail at once
+            raise RuntimeError("The constraint grew too complex to go on. Simplify it.")
 
     def accept(self, token: int) -> bool:
         """See `TokenConstraint.accept`."""
@@ -186,13 +233,16 @@ class GrammarConstraint:
         parallel = [(constraint, row) for constraint, row in items if constraint._num_bytes == mask_RW.shape[1] * 4]
         failed: dict[int, str] = {}
         if len(parallel) >= PARALLEL_ROWS and mask_RW.flags.c_contiguous:
+            began = time.process_time()
             fill_next_token_bitmask_par(_executor(), [(c._matcher, row) for c, row in parallel], mask_RW)
+            share = (time.process_time() - began) / len(parallel)
         else:
-            parallel = []
+            parallel, share = [], 0.0
         done = {row for _, row in parallel}
         for constraint, row in items:
             try:
                 if row in done:
+                    constraint.charge(share)
                     constraint.check()
                 else:
                     constraint.fill_mask(mask_RW[row])
@@ -215,70 +265,3 @@ def _fit(own: np.ndarray, row_W: np.ndarray) -> None:
     size = min(len(own), len(row_W))
     row_W[:size] = own[:size]
     row_W[size:] = 0
-
-
-def _source(wanted: StructuredOutputs) -> tuple[str, str]:
-    """(kind, text) of a constraint, as the compiler takes it."""
-    if wanted.json is not None:
-        return "JSON schema", json.dumps(_schema(wanted.json))
-    if wanted.json_object:
-        return "JSON schema", '{"type": "object"}'
-    if wanted.regex is not None:
-        return "regex", wanted.regex
-    if wanted.choice is not None:
-        if not wanted.choice or not all(isinstance(text, str) and text for text in wanted.choice):
-            raise invalid("choice takes non-empty strings, at least one.", PARAM)
-        return "choice", "start: " + " | ".join(lark_string(text) for text in wanted.choice)
-    assert wanted.grammar is not None
-    return "grammar", wanted.grammar
-
-
-def _from_gbnf(text: str) -> str:
-    rules = text.count("::=")
-    if rules > MAX_GBNF_RULES or len(text) > MAX_GBNF_CHARS:
-        raise invalid(
-            f"The GBNF grammar has {rules} rules and {len(text)} characters; at most {MAX_GBNF_RULES} and "
-            f"{MAX_GBNF_CHARS} are compiled. Write it in Lark, which has no such limit.",
-            PARAM,
-        )
-    return any_to_lark(text)
-
-
-def lark_string(text: str) -> str:
-    """`text` as a string literal of the Lark dialect."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _schema(given: Mapping[str, Any] | str) -> Mapping[str, Any]:
-    schema: Any = given
-    if isinstance(given, str):
-        try:
-            schema = json.loads(given)
-        except ValueError as error:
-            raise invalid(f"The JSON schema is not JSON: {error}.", PARAM) from None
-    if schema is True:
-        return {}
-    if not isinstance(schema, Mapping):
-        raise invalid(f"A JSON schema is an object, got {json.dumps(schema)[:40]}.", PARAM)
-    return schema
-
-
-def _refusal(kind: str, message: str) -> RequestError:
-    """The compiler's error as a sentence about the request."""
-    unknown = re.search(r"Unimplemented keys: \[(.*?)\]", message)
-    if unknown:
-        keys = unknown[1].replace('"', "")
-        return invalid(f"The {kind} uses {keys}, which cannot be enforced. Leave it out or say it differently.", PARAM)
-    if "oneOf constraints" in message:
-        return invalid(
-            f"The {kind} uses oneOf with alternatives that may overlap, which cannot be enforced. Use anyOf, or give "
-            "each alternative a required property with a const of its own.",
-            PARAM,
-        )
-    return invalid(f"The {kind} cannot be used: {_brief(message)}.", PARAM)
-
-
-def _brief(message: str) -> str:
-    """The first lines of a message, on one line and not too long."""
-    flat = " ".join(message.split())
-    return (flat[:400] + " ..." if len(flat) > 400 else flat).rstrip(".")

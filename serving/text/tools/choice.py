@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from serving.errors import invalid
-from serving.text.grammar import JSON_OPTIONS, lark_string
+from serving.text.constraints.schema import prepare
+from serving.text.constraints.sources import lark_string
+from serving.text.grammar import JSON_OPTIONS
 from serving.text.tools.families import tool_family
 from serving.text.tools.family import Payload, ReasoningFamily, ToolFamily
 
@@ -241,7 +243,8 @@ class _Grammar:
                 head = lark_string(f'{{"name": {json.dumps(name)}, "{family.arguments_key}": ')
                 tail = '"}"'
             # The schema's own options, if it has any, are replaced by ours.
-            text = json.dumps({**schema, "x-guidance": JSON_OPTIONS})
+            closed = prepare(schema, "tools", closed=True, what=f"The JSON schema of {name}")
+            text = json.dumps({**closed, "x-guidance": JSON_OPTIONS})
             lines += [f"call_{i}: {head} arguments_{i} {tail}", f"arguments_{i}: %json {text}"]
         return lines
 

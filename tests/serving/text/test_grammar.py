@@ -150,9 +150,8 @@ def test_rows_of_another_width_are_cut_or_zeroed():
     [
         (StructuredOutputs(json={"not": {"type": "string"}}), r"uses not,"),
         (StructuredOutputs(json={"type": "array", "uniqueItems": True, "contains": {}}), r"uniqueItems"),
-        (StructuredOutputs(json={"if": {}, "then": {}}), r"if, then"),
+        (StructuredOutputs(json={"if": {"required": ["a"]}, "then": {"required": ["b"]}}), r"if, then"),
         (StructuredOutputs(json={"oneOf": [{"type": "integer"}, {"type": "number"}]}), r"oneOf.*anyOf"),
-        (StructuredOutputs(json={"type": "string", "format": "martian"}), r"martian"),
         (StructuredOutputs(json={"$ref": "https://example.com/schema"}), r"example\.com"),
         (StructuredOutputs(json={"type": "integer", "minimum": 5, "maximum": 3}), r"minimum"),
         (StructuredOutputs(json={"not": {}, "x-guidance": {"lenient": True}}), r"uses not,"),
@@ -166,6 +165,36 @@ def test_rows_of_another_width_are_cut_or_zeroed():
         (StructuredOutputs(grammar="root ::= " + "(" * 50_000), r"nested"),
         (StructuredOutputs(grammar='root ::= "a"\n' + 'x ::= "b"\n' * 5000), r"5001 rules.*Lark"),
         (StructuredOutputs(choice=("",)), r"choice"),
+        (StructuredOutputs(json={"$ref": "#"}), r"refers to itself"),
+        (
+            StructuredOutputs(json={"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#"}}}),
+            r"refers to itself",
+        ),
+        (StructuredOutputs(json={"$ref": "#/$defs/none"}), r"'#/\$defs/none', which it does not have"),
+        (
+            StructuredOutputs(json={"properties": {"a": {"$ref": "#"}}, "required": ["a"], "type": "object"}),
+            r"no value",
+        ),
+        (StructuredOutputs(json={"type": "string", "pattern": "^(a?){5000}a{5000}$"}), r"too complex"),
+        (StructuredOutputs(json={"type": "string", "pattern": "(a"}), r"regular expression.*unclosed"),
+        (StructuredOutputs(json={"type": "string", "pattern": "^a$", "format": "date"}), r"no value satisfies"),
+        (StructuredOutputs(json={"enum": []}), r"empty enum"),
+        (StructuredOutputs(json={"type": "any"}), r"type \"any\""),
+        (StructuredOutputs(json={"minItems": -1}), r"minItems -1"),
+        (StructuredOutputs(json={"patternProperties": {"^a": {}, "b$": {}}}), r"may match two"),
+        (StructuredOutputs(regex="a{1000000000}"), r"1000000000"),
+        (StructuredOutputs(regex=r"\bfoo"), r"look-around"),
+        (StructuredOutputs(grammar="root ::= root"), r"allows no text"),
+        (StructuredOutputs(grammar="root ::= a\na ::= b\nb ::= a"), r"allows no text"),
+        (StructuredOutputs(grammar="start: start"), r"allows no text"),
+        (
+            StructuredOutputs(
+                grammar="start: R0\n" + "".join(f"R{i}: R{i + 1} R{i + 1}\n" for i in range(40)) + 'R40: "a"'
+            ),
+            r"written out",
+        ),
+        (StructuredOutputs(grammar="start: a\na: /[/"), r"regular expression.*line 2"),
+        (StructuredOutputs(grammar="%import common.FOO\nstart: FOO"), r"common\.FOO"),
         (StructuredOutputs(regex="a" * (1 << 21)), r"characters"),
     ],
 )
@@ -174,7 +203,11 @@ def test_what_cannot_be_enforced_is_refused_by_name(compiler, wanted, words):
         compiler.compile(wanted)
     assert error.value.kind is ErrorKind.INVALID_ARGUMENT
     assert error.value.param == "structured_outputs"
-    assert "\n" not in error.value.message
+    message = error.value.message
+    assert "\n" not in message
+    assert len(message) < 400
+    # No words of the compiler's, and not the grammar again.
+    assert not re.search(r"llguidance|coerce|Unimplemented|fuel|NoExtension|verbose|\^\^|Some\(|available", message)
 
 
 def test_deeply_nested_schema_is_refused(compiler):
@@ -248,6 +281,137 @@ def test_equal_constraints_compile_once_and_do_not_share_state(compiler, monkeyp
     assert first.accept(o)
     assert second.accept(o)
     assert not first.accept(o)
+
+
+NESTED = r"((\w{{1,20}}[ ,{0}]){{1,30}}\.){{1,30}}"
+
+
+def _use(factory, tokens=40):
+    """Walks through a grammar for a while; whether it could go on."""
+    constraint, rng = factory(), random.Random(0)
+    try:
+        for _ in range(tokens):
+            ids = allowed_ids(constraint, WIDTH)
+            constraint.accept(int(rng.choice([i for i in ids if i not in byte_level().eos_token_ids])))
+    except RuntimeError:
+        return False
+    return True
+
+
+def test_grammars_that_grow_in_use_are_charged_and_forgotten():
+    compiler = GrammarCompiler(byte_level(), WIDTH, cache_bytes=4 << 20)
+    for i in range(12):
+        _use(compiler.compile(StructuredOutputs(regex=NESTED.format(chr(97 + i)))))
+        compiler.compile(StructuredOutputs(regex=f"x{i}"))
+        assert compiler._cache.num_bytes <= 4 << 20
+    assert 0 < len(compiler._cache) < 24
+
+
+def test_a_grammar_that_failed_is_not_used_again():
+    compiler = GrammarCompiler(byte_level(), WIDTH)
+    regex = NESTED.format("")
+    constraint = compiler.compile(StructuredOutputs(regex=regex))()
+    compiler.compile(StructuredOutputs(regex="a"))
+    constraint._held.failed = True
+    other = compiler.compile(StructuredOutputs(regex=regex))()
+    assert other._held is not constraint._held
+    assert len(compiler._cache) == 2
+
+
+def test_what_grew_most_cannot_go_on_where_all_hold_too_much():
+    compiler = GrammarCompiler(byte_level(), WIDTH, live_bytes=1 << 20)
+    small = compiler.compile(StructuredOutputs(regex="[ab]*"))
+    large = compiler.compile(StructuredOutputs(regex=NESTED.format("")))
+    assert not _use(large, 2000)
+    assert _use(small, 200)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"type": "integer"}, "uniqueItems": False, "maxItems": 2},
+        {"type": "array", "items": {"type": "integer"}, "uniqueItems": True, "maxItems": 1},
+        {"type": "string", "uniqueItems": True, "maxLength": 4},
+        {"type": "array", "contains": True, "maxItems": 2, "items": {"type": "null"}},
+        {"type": "array", "contains": {"type": "string"}, "minContains": 0, "maxItems": 1},
+        {"type": "array", "minContains": 2, "maxItems": 1},
+        {
+            "type": "object",
+            "propertyNames": {"type": "string"},
+            "additionalProperties": {"type": "integer"},
+            "maxProperties": 2,
+        },
+        {"type": "object", "propertyNames": {"minLength": 0, "title": "n"}, "maxProperties": 1},
+        {"type": "object", "propertyNames": {"pattern": "^a[bc]$"}, "additionalProperties": {"type": "null"}},
+        {"type": "object", "propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"type": "boolean"}},
+        {
+            "type": "object",
+            "propertyNames": {"$ref": "#/$defs/Color"},
+            "additionalProperties": {"type": "boolean"},
+            "$defs": {"Color": {"enum": ["red", "blue"], "type": "string", "title": "Color"}},
+        },
+        {
+            "type": "object",
+            "propertyNames": {"maxLength": 3},
+            "additionalProperties": {"type": "null"},
+            "maxProperties": 2,
+        },
+        {"type": "object", "dependentRequired": {}, "additionalProperties": False},
+        {"type": "object", "dependentRequired": {"a": []}, "properties": {"a": {}}, "additionalProperties": False},
+        {
+            "type": "object",
+            "properties": {"a": {"type": "null"}, "b": {"type": "null"}},
+            "required": ["a"],
+            "dependentRequired": {"a": ["b"]},
+            "additionalProperties": False,
+        },
+        {"type": "object", "dependentSchemas": {"a": True}, "dependencies": {}, "maxProperties": 1},
+        {
+            "type": "object",
+            "properties": {"a": {"type": "null"}},
+            "additionalProperties": False,
+            "unevaluatedProperties": False,
+        },
+        {"type": "object", "unevaluatedProperties": True, "maxProperties": 1},
+        {"type": "array", "prefixItems": [{"type": "null"}], "items": False, "unevaluatedItems": False, "minItems": 1},
+        {"type": "string", "not": {"type": "null"}, "maxLength": 3},
+        {"type": "boolean", "not": False},
+        {"type": "boolean", "if": {}, "then": {}},
+        {"type": "boolean", "if": {"const": True}},
+        {"type": "boolean", "then": False, "else": False},
+        {"type": "object", "minProperties": 0, "properties": {"a": {"type": "null"}}, "additionalProperties": False},
+        {
+            "type": "object",
+            "properties": {"a": {"type": "null"}, "b": {"type": "null"}},
+            "required": ["a"],
+            "minProperties": 1,
+            "maxProperties": 2,
+            "additionalProperties": False,
+        },
+        {"type": "string", "format": "martian", "maxLength": 5},
+        {"type": "integer", "format": "int64", "minimum": -(2**63), "maximum": 2**63 - 1},
+        {"type": "integer", "minimum": -(2**63) + 1, "exclusiveMaximum": 2**64},
+        {"type": "number", "minimum": -1.7976931348623157e308, "maximum": 1e300},
+        {"type": "integer", "multipleOf": 1, "maxLength": 3.0},
+        {"type": "boolean", "allOf": [], "required": True, "$schema": "https://json-schema.org/bogus"},
+        {"type": "string", "maxLength": 2**40, "pattern": "^a{1,3}$"},
+        {"$defs": {"unused": {"not": {}}}, "type": "null"},
+    ],
+    ids=lambda schema: "-".join(schema)[:60],
+)
+def test_a_keyword_that_restricts_nothing_restricts_nothing(compiler, schema):
+    validator = jsonschema.Draft202012Validator({**schema, "$schema": "https://json-schema.org/draft/2020-12/schema"})
+    tokenizer = byte_level()
+    finished = 0
+    for seed in range(4):
+        ids = walk(compiler.compile(StructuredOutputs(json=schema))(), tokenizer, random.Random(seed), 20)
+        if ids is not None:
+            finished += 1
+            value = json.loads(tokenizer.decode(ids))
+            assert not isinstance(schema.get("required"), list) or set(schema["required"]) <= value.keys()
+            if not isinstance(schema.get("required"), bool):
+                validator.validate(value)
+    assert finished >= 2
 
 
 def test_the_cache_forgets_the_oldest():
