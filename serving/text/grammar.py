@@ -7,6 +7,7 @@ microseconds. What it does not know to enforce it refuses, so a completion that 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import threading
 import time
@@ -21,7 +22,9 @@ from serving.engine.api.constraint import TokenConstraint
 from serving.engine.api.sampling_params import StructuredOutputs
 from serving.errors import RequestError, invalid
 from serving.text.constraints.held import Held, HeldGrammars
-from serving.text.constraints.sources import PARAM, refusal, source
+from serving.text.constraints.schema import prepare
+from serving.text.constraints.schema_rules import check_repeats
+from serving.text.constraints.sources import PARAM, check, check_lark, from_gbnf, lark_string, refusal, schema_of
 
 if TYPE_CHECKING:
     from serving.text.tokenizer import Tokenizer
@@ -87,7 +90,7 @@ class GrammarCompiler:
             RequestError: INVALID_ARGUMENT: malformed, too large, or using what cannot be enforced (it is named).
         """
         try:
-            return self._from_source(*source(wanted))
+            return self._from_source(*_source(wanted))
         except RecursionError:
             raise invalid("The constraint is nested too deeply.", PARAM) from None
 
@@ -265,3 +268,27 @@ def _fit(own: np.ndarray, row_W: np.ndarray) -> None:
     size = min(len(own), len(row_W))
     row_W[:size] = own[:size]
     row_W[size:] = 0
+
+
+def _source(wanted: StructuredOutputs) -> tuple[str, str]:
+    """(kind, text) of a constraint, as the compiler takes it.
+
+    Raises:
+        RequestError: INVALID_ARGUMENT: it cannot be read or enforced.
+    """
+    if wanted.json is not None:
+        return "JSON schema", json.dumps(prepare(schema_of(wanted.json), PARAM))
+    if wanted.json_object:
+        return "JSON schema", '{"type": "object"}'
+    if wanted.regex is not None:
+        check("regex", check_repeats, wanted.regex)
+        return "regex", wanted.regex
+    if wanted.choice is not None:
+        if not wanted.choice or not all(isinstance(text, str) and text for text in wanted.choice):
+            raise invalid("choice takes non-empty strings, at least one.", PARAM)
+        return "choice", "start: " + " | ".join(lark_string(text) for text in wanted.choice)
+    assert wanted.grammar is not None
+    if "::=" in wanted.grammar:
+        return "grammar", from_gbnf(wanted.grammar)
+    check("grammar", check_lark, wanted.grammar)
+    return "grammar", wanted.grammar

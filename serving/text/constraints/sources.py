@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llguidance.gbnf_to_lark import any_to_lark
 
-from serving.engine.api.sampling_params import StructuredOutputs
 from serving.errors import RequestError, invalid
-from serving.text.constraints.schema import prepare
 from serving.text.constraints.schema_rules import Refused, check_repeats
 
 PARAM = "structured_outputs"
@@ -28,30 +26,6 @@ _TOKEN = re.compile(r"\b(_?[A-Z][A-Z0-9_]*)\b(?:\s*\{\s*(\d+)(?:\s*,\s*(\d*))?\s
 _AT = re.compile(r"^(?:at )?(\d+)\((\d+)\): (.*)", re.DOTALL)
 _TOO_COMPLEX = re.compile(r"too (many|big|large|complex)|fuel|precomputation failed|limit for this grammar|limits?\.")
 _TIPS = "Simplify it: fewer nested repetitions, smaller counts."
-
-
-def source(wanted: StructuredOutputs) -> tuple[str, str]:
-    """(kind, text) of a constraint, as the compiler takes it.
-
-    Raises:
-        RequestError: INVALID_ARGUMENT: it cannot be read or enforced.
-    """
-    if wanted.json is not None:
-        return "JSON schema", json.dumps(prepare(_schema(wanted.json), PARAM))
-    if wanted.json_object:
-        return "JSON schema", '{"type": "object"}'
-    if wanted.regex is not None:
-        _check("regex", check_repeats, wanted.regex)
-        return "regex", wanted.regex
-    if wanted.choice is not None:
-        if not wanted.choice or not all(isinstance(text, str) and text for text in wanted.choice):
-            raise invalid("choice takes non-empty strings, at least one.", PARAM)
-        return "choice", "start: " + " | ".join(lark_string(text) for text in wanted.choice)
-    assert wanted.grammar is not None
-    if "::=" in wanted.grammar:
-        return "grammar", _from_gbnf(wanted.grammar)
-    _check("grammar", check_lark, wanted.grammar)
-    return "grammar", wanted.grammar
 
 
 def lark_string(text: str) -> str:
@@ -94,14 +68,16 @@ def check_lark(text: str) -> None:
             raise Refused(f"is too large with its tokens written out: {name} has more than {MAX_EXPANDED} parts.")
 
 
-def _check(kind: str, check: Any, text: str) -> None:
+def check(kind: str, checks: Callable[[str], None], text: str) -> None:
+    """Runs a check of a constraint's text. Raises RequestError: INVALID_ARGUMENT in the check's words."""
     try:
-        check(text)
+        checks(text)
     except Refused as error:
         raise invalid(f"The {kind} {error}", PARAM) from None
 
 
-def _from_gbnf(text: str) -> str:
+def from_gbnf(text: str) -> str:
+    """A GBNF grammar in Lark. Raises RequestError: INVALID_ARGUMENT: it cannot be read, or is too large."""
     rules = text.count("::=")
     if rules > MAX_GBNF_RULES or len(text) > MAX_GBNF_CHARS:
         raise invalid(
@@ -119,7 +95,8 @@ def _from_gbnf(text: str) -> str:
         raise invalid(f"The grammar cannot be read: {brief(said)}.", PARAM) from None
 
 
-def _schema(given: Mapping[str, Any] | str) -> Mapping[str, Any]:
+def schema_of(given: Mapping[str, Any] | str) -> Mapping[str, Any]:
+    """A schema given as a mapping or as text. Raises RequestError: INVALID_ARGUMENT: it is none."""
     schema: Any = given
     if isinstance(given, str):
         try:
