@@ -27,7 +27,8 @@ def convert(model: str | None, out: Path, *, dtype: str = "bfloat16", mesh: str 
     """
     from models.loading import orbax
     from models.loading.gguf import GGUFFile
-    from models.loading.load import load_model, open_checkpoint, resolve
+    from models.loading.load import load_model, resolve
+    from models.loading.opening import open_checkpoint
     from models.parameters import parameters_of
     from serving.text.tokenizer import Tokenizer
     from sharding.mesh import make_mesh

@@ -19,7 +19,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 
-from models.loading.mapped import MappedFile
+from models.loading.files.mapped import MappedFile
 from ops import buffers
 
 _SCALARS = {

@@ -37,6 +37,9 @@ class GGUFCheckpoint:
         second = SECONDARY.get(self._architecture)
         return [name for name in self.file.tensors if second is None or not second.search(name)]
 
+    def canonical(self, name: str) -> str:
+        return name
+
     def locate(self, name: str) -> str | None:
         made = layout(self.file, self._architecture, name)
         if made is not None:

@@ -12,7 +12,8 @@ import numpy as np
 
 from models import defaults
 from models.config import is_bare
-from models.loading.checkpoint import Checkpoint
+from models.loading.files import consolidated
+from models.loading.files.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +47,34 @@ def read_config(directory: Path) -> dict[str, Any]:
         ValueError: not JSON, or no architecture is named.
     """
     path = directory / "config.json"
+    if not path.exists() and (directory / "params.json").exists():
+        return _completed(consolidated.config_of(read_json(directory / "params.json")))
     hf = read_json(path)
     if not hf.get("architectures"):
         raise ValueError(f"{path} names no architecture (its `architectures` is empty).")
     text = hf.get("text_config")
-    tied = hf.get("tie_word_embeddings")
     if isinstance(text, Mapping) and "num_hidden_layers" not in hf:
         hf = {**hf, **text, "architectures": hf["architectures"]}
-        tied = None  # the two may differ
-    whole = defaults.complete(hf)
+        hf.pop("tie_word_embeddings", None)  # the two may differ
+    if packed := _packing(directory, hf):
+        hf["quantization_config"] = packed
+    return _completed(hf)
+
+
+def _packing(directory: Path, hf: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the weights are packed: under the name that a tool gives it, or in modelopt's own file; None of dense ones."""
+    for name in ("quantization_config", "compression_config", "quantization"):
+        if isinstance(hf.get(name), Mapping) and hf[name]:
+            return dict(hf[name])
+    own = directory / "hf_quant_config.json"
+    if not own.exists():
+        return None
+    said = read_json(own).get("quantization")
+    return {"quant_method": "modelopt", **said} if isinstance(said, Mapping) and said.get("quant_algo") else None
+
+
+def _completed(hf: dict[str, Any]) -> dict[str, Any]:
+    whole, tied = defaults.complete(hf), hf.get("tie_word_embeddings")
     whole.pop("tie_word_embeddings", None)
     return whole if tied is None else whole | {"tie_word_embeddings": tied}
 

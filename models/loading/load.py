@@ -15,17 +15,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from models import registry
-from models.family import Family
 from models.layers import Build, Weight
-from models.loading import gguf_config, hf_config, orbax
-from models.loading.checkpoint import Checkpoint
-from models.loading.default_model import MODEL_ID, RECORDED_NAME
-from models.loading.gguf import GGUFFile
+from models.loading import orbax
+from models.loading.files.checkpoint import Checkpoint
 from models.loading.gguf_checkpoint import GGUFCheckpoint
-from models.loading.hf_config import read_json
-from models.loading.quantized import open_quantized
-from models.loading.safetensors import SafetensorsCheckpoint
+from models.loading.opening import Opened, open_checkpoint
 from models.loading.source import ModelSource, resolve
 from models.parameters import parameters_of, quantizable
 from models.recipes import Recipes
@@ -40,8 +34,17 @@ __all__ = ["LoadedModel", "ModelSource", "load_model", "resolve"]
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-IGNORED = (r"\.rotary_emb\.inv_freq$", r"^rope_(freqs|factors_(long|short))\.weight$", r"\.attention\.(masked_)?bias$")
-"""Tensors of any checkpoint that hold no weights: tables that are computed or read with the configuration."""
+IGNORED = (
+    r"rotary_emb\.(original_)?inv_freq$",
+    r"rotary_emb\.(cos|sin)_cached$",
+    r"^rope_(freqs|factors_(long|short))\.weight$",
+    r"\.attention\.(masked_)?bias$",
+    r"\.(?:[kqv]|prob|kv)_scale$",
+    r"(^|\.)position_ids$",
+    r"\._extra_state$",
+)
+"""Tensors of any checkpoint that hold no weights: tables that are computed or read with the configuration, and how a cache of
+eight bits would be scaled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +64,6 @@ class LoadedModel:
     model_id: str
     generation_config: dict[str, Any]
     source: ModelSource
-
-
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A checkpoint whose headers have been read."""
-
-    source: ModelSource
-    family: Family
-    hf_config: dict[str, Any]
-    checkpoint: Checkpoint | None  # None: Orbax restores parameters, not tensors
-    model_id: str
-    generation_config: dict[str, Any]
-    pooling: str | None = None  # how embeddings are made, where a GGUF file says so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,47 +131,6 @@ def load_model(
         ignore = (*opened.family.ignore, *(rf"^model\.layers\.{layer}\." for layer in behind))
         fill(model, opened.checkpoint, build, ignore=ignore, quantization=quantization, progress=progress)
     return LoadedModel(model, config, opened.model_id, opened.generation_config, source)
-
-
-def open_checkpoint(source: ModelSource) -> Opened:
-    """Reads a checkpoint's configuration and headers, and finds its family."""
-    if source.kind == "gguf":
-        return _open_gguf(source)
-    if source.kind == "hf":
-        return _open_hf(source)
-    hf = read_json(source.path / "config.json")
-    generation = read_json(source.path / "generation_config.json")
-    manifest = orbax.read_manifest(source.path)
-    return Opened(source, registry.find(hf["architectures"][0]), hf, None, manifest["model_id"], generation)
-
-
-def _open_gguf(source: ModelSource) -> Opened:
-    file = GGUFFile(source.path)
-    arch = file.metadata.get("general.architecture")
-    if not isinstance(arch, str):
-        raise ValueError(f"{source.path}: the metadata has no general.architecture.")
-    family = registry.find_gguf(gguf_config.family_name(file.metadata))
-    hf = gguf_config.config_dict(file, family.architectures[0])
-    pairs = gguf_config.rotated_pairs(hf, arch)
-    checkpoint = GGUFCheckpoint(file, arch, hf["num_hidden_layers"], pairs)
-    recorded = str(file.metadata.get("general.name") or source.path.stem)
-    name = MODEL_ID if recorded == RECORDED_NAME else recorded.replace(" ", "-")
-    generation = gguf_config.generation_defaults(file.metadata)
-    pooling = gguf_config.pooling(file.metadata)
-    return Opened(source, family, hf, checkpoint, source.name or name, generation, pooling)
-
-
-def _open_hf(source: ModelSource) -> Opened:
-    hf = hf_config.read_config(source.path)
-    family = registry.find(hf["architectures"][0])
-    checkpoint = SafetensorsCheckpoint(source.path)
-    if hf.get("quantization_config"):
-        checkpoint = open_quantized(checkpoint, hf["quantization_config"])
-    hf = hf_config.settle_head(hf, checkpoint)
-    generation = {name: hf[name] for name in ("eos_token_id", "bos_token_id") if hf.get(name) is not None}
-    if (source.path / "generation_config.json").exists():
-        generation |= read_json(source.path / "generation_config.json")
-    return Opened(source, family, hf, checkpoint, source.name or source.path.name, generation)
 
 
 def fill(
@@ -284,15 +233,16 @@ def _check(recipes: Recipes, checkpoint: Checkpoint, ignore: tuple[str, ...]) ->
                 )
             used.add(own)
     extra = sorted(name for name in checkpoint.own_names if name not in used)
-    extra = [name for name in extra if not any(re.search(pattern, name) for pattern in ignore)]
+    plain = {name: checkpoint.canonical(name) for name in (*extra, *used)}
+    extra = [name for name in extra if not any(re.search(p, name) or re.search(p, plain[name]) for p in ignore)]
     if not isinstance(checkpoint, GGUFCheckpoint):
         # What hangs beside the network (a value head, a draft's layers, a tower of another sense) is no part of it. Inside of
         # it an unknown tensor means that the configuration says something else than the weights.
-        inside = {name.partition(".")[0] for name in used}
-        beside = sorted({top for name in extra if (top := name.partition(".")[0]) not in inside})
+        inside = {plain[name].partition(".")[0] for name in used}
+        beside = sorted({top for name in extra if (top := plain[name].partition(".")[0]) not in inside})
         if beside:
             log.warning("the checkpoint's %s: not a part of the network, not loaded.", ", ".join(beside))
-        extra = [name for name in extra if name.partition(".")[0] in inside]
+        extra = [name for name in extra if plain[name].partition(".")[0] in inside]
     if extra:
         more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
         raise ValueError(

@@ -63,7 +63,7 @@ def resolve(model: str | None, *, revision: str | None = None, progress: bool = 
 def _directory(model: str, path: Path) -> ModelSource:
     if (path / MANIFEST).exists():
         return ModelSource("orbax", path)
-    if (path / "config.json").exists():
+    if (path / "config.json").exists() or (path / "params.json").exists():
         return ModelSource("hf", path)
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1 or (files and set(files) <= set(split_paths(files[0]))):

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from models.loading.load import Built, Opened, build_model, open_checkpoint
+from models.loading.load import Built, build_model
+from models.loading.opening import Opened, open_checkpoint
 from models.loading.source import ModelSource
 from models.pooling import max_sequence
 from ops import native

@@ -32,7 +32,8 @@ def read_config(model: str) -> dict[str, Any]:
         path = path / "config.json"
     if path.suffix == ".json" and path.exists():
         return json.loads(path.read_text())
-    from models.loading.load import open_checkpoint, resolve
+    from models.loading.opening import open_checkpoint
+    from models.loading.source import resolve
 
     try:
         return open_checkpoint(resolve(model)).hf_config

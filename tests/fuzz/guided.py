@@ -31,7 +31,7 @@ def gguf(folder: pathlib.Path) -> One:
 
 def safetensors(folder: pathlib.Path) -> One:
     """A safetensors file. The length in front is put right, so that the header behind it is what is searched."""
-    from models.loading.safetensors import SafetensorsFile
+    from models.loading.files.safetensors import SafetensorsFile
 
     def one(data: bytes) -> None:
         header, _, content = data.partition(b"\0")

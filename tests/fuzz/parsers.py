@@ -77,7 +77,7 @@ def gguf_files(folder: pathlib.Path) -> Case:
 
 def safetensors_files(folder: pathlib.Path) -> Case:
     """Headers of safetensors files, well framed and not."""
-    from models.loading.safetensors import SafetensorsFile
+    from models.loading.files.safetensors import SafetensorsFile
 
     path = folder / "model.safetensors"
     header = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from models.loading.quantized import METHODS
 from models.registry import families
 from tests.models.test_families import GGUF, MESHES
 from tests.models.tiny import PROMPTS, TINY
@@ -30,11 +32,11 @@ Real checkpoints checked against transformers on the same weights: SmolLM2-135M-
 (`qwen2`), Gemma 3 270M (`gemma3`): 64 greedy tokens of each of 22 prompts, through the served engine
 (`tests/e2e/test_fidelity.py`); all-MiniLM-L6-v2 (`BertModel`): embeddings over HTTP (`tests/e2e/test_embeddings.py`).
 
-Checkpoints may be safetensors (float32, float16, bfloat16, float8 with scales by tensor, row or block), packed by
-compressed-tensors (integers of up to eight bits, float8, NVFP4, MXFP4, MXFP8), AWQ, GPTQ (both formats, sorted inputs too),
-bitsandbytes (NF4, FP4, int8) or MXFP4 as in GPT-OSS, GGUF of every block type that `gguf` decodes, and our own Orbax directories.
-Packed ones are unpacked as they are read (`tests/models/loading`).
+Checkpoints may be safetensors of any float type, GGUF of every block type that `gguf` decodes (split files too), Mistral's
+`consolidated` files, and our own Orbax directories. Safetensors may be packed; packed weights are unpacked as they are read, each
+exactly as its format says (`tests/models/loading`), and what cannot be read is refused by the tensor's name before any weight is:
 
+FORMATS
 An installed package can add families: see `examples/model_plugin`.
 """
 
@@ -87,8 +89,14 @@ def rows() -> list[tuple[str, ...]]:
 
 def document() -> str:
     """The whole of docs/models.md."""
+    formats = [("`quant_method`", "what is read"), ("---", "---")]
+    formats += [(f"`{method}`", text) for method, text in METHODS.items()]
     lines = [HEAD, ("---",) * len(HEAD), *rows()]
-    return INTRODUCTION + "\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return INTRODUCTION.replace("FORMATS\n", _table(formats) + "\n") + "\n" + _table(lines)
+
+
+def _table(lines: Sequence[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.loading.load import load_model, open_checkpoint, resolve
+from models.loading.load import load_model, resolve
+from models.loading.opening import open_checkpoint
 from models.pooling import max_sequence, pool, pooling_mode
 
 FOLDER = os.environ.get("JAXSERVE_TEST_MODELS")

@@ -11,7 +11,8 @@ from models.config import ModelConfig, RopeConfig
 from models.dummy import random_model
 from models.layers import Build
 from models.loading import orbax
-from models.loading.load import load_model, open_checkpoint, resolve
+from models.loading.load import load_model, resolve
+from models.loading.opening import open_checkpoint
 from models.parameters import parameters_of
 from ops import native
 from ops.linear import PackedInt8Weight

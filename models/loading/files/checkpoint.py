@@ -16,6 +16,10 @@ class Checkpoint(Protocol):
         """The names of all tensors as the file writes them."""
         ...
 
+    def canonical(self, name: str) -> str:
+        """A tensor's name in the plain language model, without what was wrapped around it when it was saved."""
+        ...
+
     def locate(self, name: str) -> str | None:
         """The file's own name of the tensor that holds `name`; None when there is none."""
         ...

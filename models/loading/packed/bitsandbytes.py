@@ -8,11 +8,12 @@ for rounded scales, how) and, for rounded scales, `.nested_absmax` and `.nested_
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 
+from models.loading.packed.scheme import Scheme
 from ops import buffers, casts
 
 STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
@@ -59,7 +60,7 @@ def dequantize(read: Read, own: str) -> np.ndarray:
         outer = need(f"{own}.nested_absmax").astype(np.float32)
         spread = np.repeat(outer, int(state["nested_blocksize"]))[: scale.size]
         scale = need(f"{own}.nested_quant_map").astype(np.float32)[scale] * spread + state["nested_offset"]
-    packed = need(own).reshape(-1)
+    packed = need(own).reshape(-1).view(np.uint8)  # sharded training keeps the bytes as floats
     blocks = -(-count // size)
     if packed.size * 2 < count or scale.size < blocks or table.size != 16:
         raise ValueError(f"the tensor {own!r} is too short for its shape {list(state['shape'])}.")
@@ -72,3 +73,21 @@ def dequantize(read: Read, own: str) -> np.ndarray:
     if not casts.cast_scaled(out, values, scale_B1, 1, size):
         np.multiply(values, scale_B1, out=out)
     return out.reshape(-1)[:count].reshape(state["shape"])
+
+
+class FourBits(Scheme):
+    """The scheme."""
+
+    def dense_name(self, own: str) -> str | None:
+        return own if any(self.has(own + state) for state in STATES) else None
+
+    def needs(self, own: str) -> Collection[str]:
+        return (f"{own}.absmax", f"{own}.quant_map")
+
+    def shape(self, own: str) -> tuple[int, ...]:
+        state = state_of(self.optional, own)
+        assert state is not None
+        return state["shape"]
+
+    def read(self, own: str) -> np.ndarray:
+        return dequantize(self.optional, own)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from models.loading.mapped import MappedFile
+from models.loading.files import consolidated
+from models.loading.files.canonical import canonical_name
+from models.loading.files.mapped import MappedFile
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -66,7 +67,8 @@ class SafetensorsFile:
                 raise ValueError(f"{path}: its header is not JSON ({error}): it is not a safetensors file.") from None
         if not isinstance(header, dict):
             raise ValueError(f"{path}: its header is not a JSON object.")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
+        self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
         self._start = 8 + header_bytes
         self.tensors: dict[str, tuple[Any, tuple[int, ...], int]] = {}
         for name, entry in header.items():
@@ -106,11 +108,13 @@ class SafetensorsFile:
 class SafetensorsCheckpoint:
     """All tensors of a directory: from `model.safetensors.index.json`, or every safetensors file there.
 
+    Args:
+        hf: the configuration; needed for Mistral's own layout, whose q and k are arranged by heads.
     Raises:
         ValueError: no weights, or a file that is damaged or missing.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, hf: Mapping[str, Any] | None = None):
         self._files: dict[str, SafetensorsFile] = {}
         opened = [SafetensorsFile(path) for path in _files(directory)]
         for file in opened:
@@ -118,11 +122,17 @@ class SafetensorsCheckpoint:
                 if name in self._files:
                     raise ValueError(f"{file.path}: the tensor {name!r} is also in {self._files[name].path}.")
                 self._files[name] = file
-        self._by_canonical = {canonical_name(name): name for name in self._files}
+        self._consolidated = (hf or {}) if consolidated.is_consolidated(self._files) else None
+        self.metadata = {key: value for file in opened for key, value in file.metadata.items()}
+        self._by_canonical = {self.canonical(name): name for name in self._files}
 
     @property
     def own_names(self) -> Collection[str]:
         return self._files.keys()
+
+    def canonical(self, name: str) -> str:
+        """A tensor's name in the plain language model."""
+        return canonical_name(name) if self._consolidated is None else consolidated.plain_name(name)
 
     def locate(self, name: str) -> str | None:
         if name in self._files:
@@ -147,7 +157,10 @@ class SafetensorsCheckpoint:
     def read(self, name: str) -> np.ndarray:
         own = self.locate(name)
         assert own is not None
-        return self._files[own].read(own)
+        array = self._files[own].read(own)
+        if self._consolidated is None:
+            return array
+        return consolidated.half_split(self.canonical(own), array, self._consolidated)
 
     def release(self, name: str) -> None:
         own = self.locate(name)
@@ -155,36 +168,39 @@ class SafetensorsCheckpoint:
             self._files[own].release(own)
 
 
-_WRAPPERS = (
-    (re.compile(r"^(bert|roberta)\."), ""),
-    (re.compile(r"^(model\.language_model\.|language_model\.model\.)"), "model."),
-    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
-)
-
-
-def canonical_name(name: str) -> str:
-    """The name without what a multimodal wrapper puts around its language model."""
-    for pattern, plain in _WRAPPERS:
-        name = pattern.sub(plain, name)
-    return name
+NOT_THE_MODEL = ("adapter_", "optimizer", "training_", "consolidated", "mmproj", "tokenizer")
+"""How other files of a directory begin, that are safetensors too."""
 
 
 def _files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{index} is not a safetensors index: it has no weight_map.") from None
-        paths = [directory / name for name in names]
-        for path in paths:
-            if path.parent != directory or not path.exists():
-                raise ValueError(f"{index} names {path.name}, which is not in {directory}: the download is incomplete.")
-        return paths
+    if not index.exists():
+        index = directory / "consolidated.safetensors.index.json"
     single = directory / "model.safetensors"
-    paths = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+    if index.exists() and not (index.name.startswith("consolidated") and single.exists()):
+        return _indexed(directory, index)
+    if single.exists():
+        return [single]
+    found = sorted(directory.glob("*.safetensors"))
+    paths = [path for path in found if not path.name.startswith(NOT_THE_MODEL)]
+    paths = paths or [path for path in found if path.name.startswith("consolidated")]
     if not paths:
         other = [path.name for path in directory.glob("*.bin")]
         hint = f" {other[0]} is a pickle: convert it to safetensors." if other else ""
         raise ValueError(f"{directory} has no *.safetensors file.{hint}")
     return paths
+
+
+def _indexed(directory: Path, index: Path) -> list[Path]:
+    """The files that an index names, in the directory or below it."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{index} is not a safetensors index: it has no weight_map.") from None
+    for name in names:
+        below = Path(name)
+        if below.is_absolute() or ".." in below.parts:
+            raise ValueError(f"{index} names {name}, which is not in {directory}.")
+        if not (directory / below).exists():
+            raise ValueError(f"{index} names {name}, which is not in {directory}: the download is incomplete.")
+    return [directory / name for name in names]

@@ -1,0 +1,30 @@
+"""One name for a tensor, whatever was wrapped around the language model that it belongs to when it was saved."""
+
+from __future__ import annotations
+
+import re
+
+_WRAPPERS = (
+    # What torch puts around a module: compiled, data-parallel, sharded or checkpointed ones.
+    (re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."), ""),
+    (re.compile(r"^(?:module\.)+"), ""),
+    (re.compile(r"^(?:bert|roberta|mpnet|nomic_bert)\."), ""),
+    # What a multimodal network puts around its language model.
+    (
+        re.compile(
+            r"^(?:model\.language_model|language_model\.model|model\.text_model|text_model\.model|llm\.model)\."
+        ),
+        "model.",
+    ),
+    (re.compile(r"^(?:language_model|text_model|llm)\.lm_head\."), "lm_head."),
+    (re.compile(r"^(?:language_model|text_model)\.(?=(?:embed_tokens|layers|norm)\.)"), "model."),
+    (re.compile(r"^model\.model\.(?=(?:embed_tokens|layers|norm)\.)"), "model."),
+    (re.compile(r"^model\.lm_head\."), "lm_head."),
+)
+
+
+def canonical_name(name: str) -> str:
+    """The name that the tensor has in the plain language model."""
+    for pattern, plain in _WRAPPERS:
+        name = pattern.sub(plain, name)
+    return name

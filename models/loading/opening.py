@@ -1,0 +1,78 @@
+"""A checkpoint's headers: its configuration, its family and where its tensors are; nothing of its weights is read yet."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from models import registry
+from models.family import Family
+from models.loading import gguf_config, hf_config, orbax
+from models.loading.default_model import MODEL_ID, RECORDED_NAME
+from models.loading.files.checkpoint import Checkpoint
+from models.loading.files.experts import ExpertLayouts
+from models.loading.files.safetensors import SafetensorsCheckpoint
+from models.loading.gguf import GGUFFile
+from models.loading.gguf_checkpoint import GGUFCheckpoint
+from models.loading.hf_config import read_json
+from models.loading.quantized import open_quantized, refuse_packed
+from models.loading.source import ModelSource
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose headers have been read."""
+
+    source: ModelSource
+    family: Family
+    hf_config: dict[str, Any]
+    checkpoint: Checkpoint | None  # None: Orbax restores parameters, not tensors
+    model_id: str
+    generation_config: dict[str, Any]
+    pooling: str | None = None  # how embeddings are made, where a GGUF file says so
+
+
+def open_checkpoint(source: ModelSource) -> Opened:
+    """Reads a checkpoint's configuration and headers, and finds its family."""
+    if source.kind == "gguf":
+        return _open_gguf(source)
+    if source.kind == "hf":
+        return _open_hf(source)
+    hf = read_json(source.path / "config.json")
+    generation = read_json(source.path / "generation_config.json")
+    manifest = orbax.read_manifest(source.path)
+    return Opened(source, registry.find(hf["architectures"][0]), hf, None, manifest["model_id"], generation)
+
+
+def _open_gguf(source: ModelSource) -> Opened:
+    file = GGUFFile(source.path)
+    arch = file.metadata.get("general.architecture")
+    if not isinstance(arch, str):
+        raise ValueError(f"{source.path}: the metadata has no general.architecture.")
+    family = registry.find_gguf(gguf_config.family_name(file.metadata))
+    hf = gguf_config.config_dict(file, family.architectures[0])
+    pairs = gguf_config.rotated_pairs(hf, arch)
+    checkpoint = GGUFCheckpoint(file, arch, hf["num_hidden_layers"], pairs)
+    recorded = str(file.metadata.get("general.name") or source.path.stem)
+    name = MODEL_ID if recorded == RECORDED_NAME else recorded.replace(" ", "-")
+    generation = gguf_config.generation_defaults(file.metadata)
+    pooling = gguf_config.pooling(file.metadata)
+    return Opened(source, family, hf, checkpoint, source.name or name, generation, pooling)
+
+
+def _open_hf(source: ModelSource) -> Opened:
+    hf = hf_config.read_config(source.path)
+    family = registry.find(hf["architectures"][0])
+    stored = SafetensorsCheckpoint(source.path, hf)
+    checkpoint: Checkpoint = stored
+    if hf.get("quantization_config"):
+        checkpoint = open_quantized(stored, hf["quantization_config"])
+    else:
+        refuse_packed(stored)
+    if any(hf.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
+        checkpoint = ExpertLayouts(checkpoint, alternating=hf.get("model_type") == "gpt_oss")
+    hf = hf_config.settle_head(hf, checkpoint)
+    generation = {name: hf[name] for name in ("eos_token_id", "bos_token_id") if hf.get(name) is not None}
+    if (source.path / "generation_config.json").exists():
+        generation |= read_json(source.path / "generation_config.json")
+    return Opened(source, family, hf, checkpoint, source.name or source.path.name, generation)
