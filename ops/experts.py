@@ -11,25 +11,20 @@ In int8 (`quantize`, `pack`) one native call does all of it on CPU: see ops/nati
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from ops import native
-from ops.linear import native as linear_native
-from ops.linear.weights import PANEL, Int8Weight, PackedInt8Weight, Weight, pack, quantize_rows, rotate
+from ops.linear.weights import Experts, StoredWeight, Weight, stored
+from ops.linear.weights.int8 import PANEL
+from ops.linear.weights.native import ACTIVATIONS
 from ops.per_device import per_device
 
 Activation = Callable[[jax.Array], jax.Array]
 """Product with gate and up, [M, J], in -> hidden [M, F] out."""
-
-_ROWS_BY_EXPERT = lax.RaggedDotDimensionNumbers((([1], [2]), ([], [])), [0], [0])
 
 
 def experts(
@@ -65,13 +60,14 @@ def experts(
     """
     gate_up_bias_EJ = None if gate_up_bias_EJ is None else jnp.asarray(gate_up_bias_EJ)
     down_bias_ED = None if down_bias_ED is None else jnp.asarray(down_bias_ED)
-    if isinstance(gate_up_EJD, PackedInt8Weight) and isinstance(down_EDF, PackedInt8Weight):
-        assert gated is not None
-        return _packed(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gated, gate_up_bias_EJ, down_bias_ED)
-    assert not isinstance(gate_up_EJD, PackedInt8Weight)
-    assert not isinstance(down_EDF, PackedInt8Weight)
+    gate_up, down = stored(gate_up_EJD), stored(down_EDF)
+    if gated is not None:
+        given = Experts(x_TD, ids_Tk, weights_Tk, gated, gate_up_bias_EJ, down_bias_ED)
+        y_TD = gate_up.experts(down, given)
+        if y_TD is not None:
+            return y_TD
     if mesh is None or (expert_axis is None and model_axis is None):
-        return _local(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED, activation)
+        return _local(x_TD, ids_Tk, weights_Tk, gate_up, down, gate_up_bias_EJ, down_bias_ED, activation)
     axes = tuple(axis for axis in (expert_axis, model_axis) if axis is not None)
 
     def on_device(x_TD, ids_Tk, weights_Tk, gate_up, down, gate_up_bias, down_bias):
@@ -82,30 +78,31 @@ def experts(
         here = (ids_Tk >= first) & (ids_Tk < first + gate_up.shape[0])
         # Experts of other devices: id E sorts last and belongs to no group.
         ids_Tk = jnp.where(here, ids_Tk - first, gate_up.shape[0])
-        y_TD = _local(x_TD, ids_Tk, weights_Tk, gate_up, down, gate_up_bias, down_bias, activation)
+        y_TD = _local(x_TD, ids_Tk, weights_Tk, stored(gate_up), stored(down), gate_up_bias, down_bias, activation)
         return lax.psum(y_TD, axes)
 
     P = PartitionSpec
-    up, down = P(expert_axis, model_axis), P(expert_axis, None, model_axis)
-    up_spec = _specs(gate_up_EJD, up, up)
-    down_spec = _specs(down_EDF, down, P(expert_axis))
+    up = P(expert_axis, model_axis)
     return per_device(
         on_device,
         mesh,
-        in_specs=(P(), P(), P(), up_spec, down_spec, up, P(expert_axis)),
+        in_specs=(
+            P(),
+            P(),
+            P(),
+            gate_up.specs(P(expert_axis, model_axis, None)),
+            down.specs(P(expert_axis, None, model_axis)),
+            up,
+            P(expert_axis),
+        ),
         out_specs=P(),
     )(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED)
-
-
-def _specs(weight: jax.Array | Int8Weight, values: PartitionSpec, scale: PartitionSpec) -> Any:
-    """The partition specs of a weight, in its own structure."""
-    return dataclasses.replace(weight, values_OI=values, scale_O=scale) if isinstance(weight, Int8Weight) else values
 
 
 def can_pack(shape_EOI: tuple[int, ...], gated: str | None) -> bool:
     """Whether `pack` can lay out experts of this shape and activation: whole panels each, and an activation that the
     kernel has."""
-    return gated in linear_native.ACTIVATIONS and shape_EOI[1] % PANEL == 0
+    return gated in ACTIVATIONS and shape_EOI[1] % PANEL == 0
 
 
 def pack_experts(weight: Weight) -> Weight:
@@ -114,100 +111,47 @@ def pack_experts(weight: Weight) -> Weight:
     Args:
         weight: [E, O, I], of which `can_pack` is true.
     Returns:
-        one PackedInt8Weight [E * O, I], where `ops.linear.pack` makes one.
+        one of [E * O, I], where `ops.linear.pack` makes one.
     """
-    if not isinstance(weight, Int8Weight):
-        return weight
-    E, O, I = weight.values_OI.shape
-    flat = Int8Weight(weight.values_OI.reshape(E * O, I), weight.scale_O.reshape(E * O), weight.rotated)
-    packed = pack(flat)
-    return packed if isinstance(packed, PackedInt8Weight) else weight
+    return weight.packed_experts() if isinstance(weight, StoredWeight) else weight
 
 
-def _packed(x_TD, ids_Tk, weights_Tk, gate_up, down, gated, gate_up_bias_EJ, down_bias_ED):
-    call = jax.ffi.ffi_call(
-        native.target("jaxserve_int8_experts"), jax.ShapeDtypeStruct((x_TD.shape[0], x_TD.shape[1]), jnp.float32)
-    )
-
-    def operands(weight: PackedInt8Weight, bias: jax.Array | None) -> tuple[jax.Array, ...]:
-        flat = jnp.zeros((0,), jnp.float32) if bias is None else bias.astype(jnp.float32).reshape(-1)
-        return weight.panels_PQci, weight.scale_O, weight.sums_PGc, flat
-
-    y_TD = call(
-        x_TD.astype(jnp.float32),
-        ids_Tk.astype(jnp.int32),
-        weights_Tk.astype(jnp.float32),
-        *operands(gate_up, gate_up_bias_EJ),
-        *operands(down, down_bias_ED),
-        num_experts=np.int64(down.shape[0] // x_TD.shape[1]),
-        activation=np.int64(linear_native.ACTIVATIONS[gated]),
-        up_rotated=np.int64(gate_up.rotated),
-        down_rotated=np.int64(down.rotated),
-    )
-    return y_TD.astype(x_TD.dtype)
-
-
-def _local(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED, activation):
+def _local(x_TD, ids_Tk, weights_Tk, gate_up, down, gate_up_bias_EJ, down_bias_ED, activation):
     """On one device; an id of E (or more) is nobody's and yields zeros."""
-    (T, k), E = ids_Tk.shape, gate_up_EJD.shape[0]
+    (T, k), E = ids_Tk.shape, gate_up.shape[0]
     ids_M = ids_Tk.reshape(-1)
     order_M = jnp.argsort(ids_M, stable=True)
     sorted_M = ids_M[order_M]
     sizes_E = jnp.zeros(E, jnp.int32).at[ids_M].add(1, mode="drop")
     rows_MD = x_TD[order_M // k]
-    weights = (gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED)
 
-    def ragged(rows_MD, dot=_ragged_dot):
-        hidden_MJ = dot(rows_MD, gate_up_EJD, sizes_E, sorted_M)
+    def around(rows_MD, up_dot, down_dot):
+        hidden_MJ = up_dot(rows_MD)
         if gate_up_bias_EJ is not None:
             hidden_MJ = hidden_MJ + gate_up_bias_EJ[jnp.minimum(sorted_M, E - 1)]
-        y_MD = dot(activation(hidden_MJ).astype(x_TD.dtype), down_EDF, sizes_E, sorted_M)
+        y_MD = down_dot(activation(hidden_MJ).astype(x_TD.dtype))
         return y_MD if down_bias_ED is None else y_MD + down_bias_ED[jnp.minimum(sorted_M, E - 1)]
 
+    def ragged(rows_MD):
+        def dot(weight: StoredWeight) -> Activation:
+            return lambda rows: weight.grouped(rows, sizes_E, sorted_M)
+
+        return around(rows_MD, dot(gate_up), dot(down))
+
     def cpu(rows_MD):
-        if has_native_dot(gate_up_EJD) and has_native_dot(down_EDF):
-            return ragged(rows_MD, _native_dot)
-        return _blocks(rows_MD, sizes_E, *weights, activation)
+        if gate_up.has_grouped_kernel() and down.has_grouped_kernel():
+
+            def dot(weight: StoredWeight) -> Activation:
+                return lambda rows: weight.grouped_on_cpu(rows, sizes_E)
+
+            return around(rows_MD, dot(gate_up), dot(down))
+        return _blocks(rows_MD, sizes_E, gate_up, down, gate_up_bias_EJ, down_bias_ED, activation)
 
     y_MD = lax.platform_dependent(rows_MD, cpu=cpu, default=ragged)
     # Rows beyond the groups hold anything.
     y_MD = jnp.where((sorted_M < E)[:, None], y_MD, 0.0)
     y_TkD = y_MD[jnp.argsort(order_M)].reshape(T, k, -1)
     return jnp.einsum("tkd,tk->td", y_TkD, weights_Tk.astype(jnp.float32)).astype(x_TD.dtype)
-
-
-def _ragged_dot(
-    x_MI: jax.Array, weight_EOI: jax.Array | Int8Weight, sizes_E: jax.Array, expert_M: jax.Array
-) -> jax.Array:
-    if isinstance(weight_EOI, Int8Weight) and weight_EOI.rotated:
-        x_MI = rotate(x_MI)
-    matrices = weight_EOI.values_OI.astype(x_MI.dtype) if isinstance(weight_EOI, Int8Weight) else weight_EOI
-    y_MO = lax.ragged_dot_general(
-        x_MI.astype(matrices.dtype), matrices, sizes_E, _ROWS_BY_EXPERT, preferred_element_type=jnp.float32
-    )
-    if isinstance(weight_EOI, Int8Weight):
-        y_MO = y_MO * weight_EOI.scale_O[jnp.minimum(expert_M, matrices.shape[0] - 1)]
-    return y_MO
-
-
-_NATIVE_DOTS = {
-    jnp.dtype(jnp.float32): "jaxserve_grouped_dot_f32",
-    jnp.dtype(jnp.bfloat16): "jaxserve_grouped_dot_bf16",
-}
-
-
-def has_native_dot(weight_EOI: Weight) -> bool:
-    """Whether this machine's CPU has a kernel for it. On other platforms nothing is built to find out."""
-    dense = not isinstance(weight_EOI, Int8Weight | PackedInt8Weight)
-    return dense and weight_EOI.dtype in _NATIVE_DOTS and jax.default_backend() == "cpu" and native.available()
-
-
-def _native_dot(x_MI: jax.Array, weight_EOI: jax.Array, sizes_E: jax.Array, expert_M: jax.Array) -> jax.Array:
-    """y_MO float32; zeros behind the last group."""
-    del expert_M
-    out = jax.ShapeDtypeStruct((x_MI.shape[0], weight_EOI.shape[1]), jnp.float32)
-    call = jax.ffi.ffi_call(native.target(_NATIVE_DOTS[jnp.dtype(weight_EOI.dtype)]), out)
-    return call(x_MI.astype(jnp.float32), sizes_E, weight_EOI)
 
 
 def block_rows(num_rows: int, num_experts: int, dtype: jax.typing.DTypeLike) -> int:
@@ -221,39 +165,24 @@ def block_rows(num_rows: int, num_experts: int, dtype: jax.typing.DTypeLike) -> 
     return min(64, max(8, 1 << (num_rows // num_experts - 1).bit_length()))
 
 
-def _blocks(rows_MD, sizes_E, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED, activation):
-    (M, D), E = rows_MD.shape, gate_up_EJD.shape[0]
-    size = block_rows(M, E, gate_up_EJD.dtype)
+def _blocks(rows_MD, sizes_E, gate_up, down, gate_up_bias_EJ, down_bias_ED, activation):
+    (M, D), E = rows_MD.shape, gate_up.shape[0]
+    size = block_rows(M, E, gate_up.dtype)
     padded = jnp.concatenate([rows_MD, jnp.zeros((size, D), rows_MD.dtype)])
     blocks_E = -(-sizes_E // size)
     last_E, first_row_E = jnp.cumsum(blocks_E), jnp.cumsum(sizes_E) - sizes_E
 
     def through(expert, rows, weight, bias):
-        if isinstance(weight, Int8Weight):
-            rows, row_scale = quantize_rows(rotate(rows) if weight.rotated else rows)
-            y = _one(weight.values_OI, expert, rows, jnp.int32).astype(jnp.float32)
-            y = y * row_scale[:, None] * weight.scale_O[expert]
-        else:
-            y = _one(weight, expert, rows.astype(weight.dtype), jnp.float32)
+        y = weight.of_expert(expert, rows)
         return y if bias is None else y + bias[expert]
 
     def body(index, y_MD):
         expert = jnp.searchsorted(last_E, index, side="right").astype(jnp.int32)
         row = first_row_E[expert] + (index - (last_E[expert] - blocks_E[expert])) * size
         x = lax.dynamic_slice(padded, (row, 0), (size, D))
-        hidden = activation(through(expert, x, gate_up_EJD, gate_up_bias_EJ))
-        y = through(expert, hidden, down_EDF, down_bias_ED)
+        hidden = activation(through(expert, x, gate_up, gate_up_bias_EJ))
+        y = through(expert, hidden, down, down_bias_ED)
         # Blocks come in the order of rows: what this one writes beyond its expert's rows, the next one overwrites.
         return lax.dynamic_update_slice(y_MD, y, (row, 0))
 
     return lax.fori_loop(0, last_E[-1], body, jnp.zeros((M + size, D), jnp.float32))[:M]
-
-
-def _one(matrix_EOI: jax.Array, expert: jax.Array, rows_RI: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """y_RO of rows through one expert's matrix."""
-    return lax.dot_general(
-        lax.dynamic_index_in_dim(matrix_EOI, expert, 0, keepdims=False),
-        rows_RI,
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=dtype,
-    ).T

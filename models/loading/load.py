@@ -26,7 +26,7 @@ from models.recipes import Recipes
 from ops import buffers
 from ops.buffers import owned
 from ops.experts import pack_experts
-from ops.linear import PackedInt8Weight, host_pack, pack, quantize
+from ops.linear import StoredWeight, host_pack, pack, quantize
 from sharding.rules import to_sharding
 
 __all__ = ["LoadedModel", "ModelSource", "load_model", "resolve"]
@@ -159,7 +159,7 @@ def fill(
     narrow = set(quantizable(model)) if quantization else set()
     packs = on_cpu and quantization == "int8" and host_pack.available()
 
-    def make(path: str) -> np.ndarray | PackedInt8Weight:
+    def make(path: str) -> np.ndarray | StoredWeight:
         recipe, parameter = recipes[path], parameters[path]
         host = parameter.from_stored(recipe.make(checkpoint.read))
         if packs and path in narrow and (host.ndim == 2 or parameter.get_metadata().get("packed")):
@@ -177,9 +177,9 @@ def fill(
             checkpoint.release(piece.name)
         return host
 
-    def placed() -> Iterator[tuple[str, jax.Array | PackedInt8Weight]]:
+    def placed() -> Iterator[tuple[str, jax.Array | StoredWeight]]:
         for path, host in _read_ahead(recipes, make):
-            if isinstance(host, PackedInt8Weight):
+            if isinstance(host, StoredWeight):
                 yield (
                     path,
                     jax.device_put(host, None if build.mesh is None else NamedSharding(build.mesh, PartitionSpec())),
@@ -193,7 +193,7 @@ def fill(
 
 def set_values(
     model: Any,
-    values: Iterable[tuple[str, jax.Array | PackedInt8Weight]],
+    values: Iterable[tuple[str, jax.Array | StoredWeight]],
     *,
     quantization: str | None = None,
     progress: bool = True,
@@ -205,7 +205,7 @@ def set_values(
     with tqdm(total=total, unit=" weights", unit_scale=True, desc="Loading", disable=not progress) as bar:
         for path, value in values:
             size = int(np.prod(value.shape))
-            if path in quantized and not isinstance(value, PackedInt8Weight):
+            if path in quantized and not isinstance(value, StoredWeight):
                 value = _quantized(parameters[path], value, quantization)
             parameters[path].set_value(value)
             bar.update(size)

@@ -1,6 +1,6 @@
 """Products with a weight, y = x W^T + b, whatever the weight is stored as, and the blocks made of them.
 
-Weights are `[out, in]`. A weight is a dense array or a quantized pytree; the functions here dispatch on its type, so a
+Weights are `[out, in]`. A weight is a dense array or a quantized pytree that knows how it is multiplied (see weights/), so a
 model never asks how it is stored. What stands around a product (a norm before it, a residual after it) may be given
 with it: a kernel that can takes it along, otherwise it is computed around the product.
 """
@@ -11,15 +11,25 @@ import jax
 import jax.numpy as jnp
 
 from ops.activation import activation as activation_function
-from ops.linear import native, xla
-from ops.linear.norm import RmsNorm
-from ops.linear.weights import PANEL, SCHEMES, Int8Weight, PackedInt8Weight, Weight, pack, quantize, rotate
+from ops.linear.weights import (
+    SCHEMES,
+    Around,
+    Int8Weight,
+    PackedInt8Weight,
+    StoredWeight,
+    Weight,
+    pack,
+    quantize,
+    stored,
+)
+from ops.linear.weights.norm import RmsNorm
 
 __all__ = [
     "SCHEMES",
     "Int8Weight",
     "PackedInt8Weight",
     "RmsNorm",
+    "StoredWeight",
     "Weight",
     "embed",
     "gated_mlp",
@@ -57,16 +67,8 @@ def linear(
         raise ValueError(f"linear: x has {x_TI.shape[-1]} features, but the weight [{O}, {I}] takes {I}.")
     lead, dtype = x_TI.shape[:-1], x_TI.dtype if out_dtype is None else out_dtype
     flat_TI = x_TI.reshape(-1, I)
-    if isinstance(weight, PackedInt8Weight):
-        flat_residual = None if residual_TO is None else residual_TO.reshape(-1, O)
-        return native.linear(flat_TI, weight, bias_O, norm, flat_residual).astype(dtype).reshape(*lead, O)
-    if norm is not None:
-        flat_TI = norm(flat_TI)
-    y_TO = xla.int8(flat_TI, weight) if isinstance(weight, Int8Weight) else xla.dense(flat_TI, weight)
-    if bias_O is not None:
-        y_TO = y_TO + bias_O.astype(jnp.float32)
-    y_TO = y_TO.astype(dtype).reshape(*lead, O)
-    return y_TO if residual_TO is None else residual_TO.astype(dtype) + y_TO
+    around = Around(bias_O, norm, None if residual_TO is None else residual_TO.reshape(-1, O))
+    return stored(weight).linear(flat_TI, around, dtype).reshape(*lead, O)
 
 
 def gated_mlp(
@@ -95,14 +97,11 @@ def gated_mlp(
         ValueError: the activation is not known.
     """
     act = activation_function(activation)
-    if (
-        isinstance(gate_up, PackedInt8Weight)
-        and isinstance(down, PackedInt8Weight)
-        and shards == 1
-        and native.supports_gated(gate_up, activation)
-    ):
-        y_TD = native.gated_mlp(x_TD, gate_up, down, activation, gate_up_bias, down_bias_D, norm, residual_TD)
-        return y_TD.astype(x_TD.dtype)
+    if shards == 1:
+        around = Around(gate_up_bias, norm, residual_TD)
+        y_TD = stored(gate_up).gated_mlp(x_TD, stored(down), activation, around, down_bias_D)
+        if y_TD is not None:
+            return y_TD.astype(x_TD.dtype)
     hidden = linear(x_TD, gate_up, gate_up_bias, norm=norm).reshape(x_TD.shape[0], shards, 2, -1)
     hidden_TF = (act(hidden[:, :, 0]) * hidden[:, :, 1]).reshape(x_TD.shape[0], -1)
     return linear(hidden_TF, down, down_bias_D, residual_TO=residual_TD)
@@ -116,14 +115,4 @@ def embed(weight: Weight, tokens_T: jax.Array, dtype: jax.typing.DTypeLike = jnp
         tokens_T: int32 ids, any shape.
         dtype: of the result.
     """
-    if isinstance(weight, PackedInt8Weight):
-        # Read in place: a second copy of the table would be as large as all it saves.
-        rows_TQi = weight.panels_PQci.at[tokens_T // PANEL, :, tokens_T % PANEL].get(mode="fill", fill_value=0)
-        rows_TD = rows_TQi.reshape(*tokens_T.shape, -1)[..., : weight.shape[1]]
-    elif isinstance(weight, Int8Weight):
-        rows_TD = jnp.take(weight.values_OI, tokens_T, axis=0, mode="fill", fill_value=0)
-    else:
-        return jnp.take(weight, tokens_T, axis=0, mode="fill", fill_value=0).astype(dtype)
-    scale_T = jnp.take(weight.scale_O, tokens_T, axis=0, mode="fill", fill_value=0)
-    x_TD = rows_TD.astype(jnp.float32) * scale_T[..., None]
-    return (rotate(x_TD) if weight.rotated else x_TD).astype(dtype)
+    return stored(weight).rows(tokens_T).astype(dtype)

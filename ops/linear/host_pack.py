@@ -15,7 +15,8 @@ import numpy as np
 
 from ops import native
 from ops.casts import KINDS
-from ops.linear.weights import BLOCK, GROUP, PANEL, PackedInt8Weight
+from ops.linear.weights.int8 import GROUP, PANEL, PackedInt8Weight
+from ops.linear.weights.rotation import BLOCK
 
 SOURCES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 """dtypes of dense weights that are read as they are."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ops.linear.weights import BLOCK, Int8Weight, PackedInt8Weight, Weight
+from ops.linear.weights import Int8Weight, PackedInt8Weight, Weight
+from ops.linear.weights.rotation import BLOCK
 
 
 def dense(weight: Weight) -> np.ndarray:

@@ -3,7 +3,7 @@
 // cost all others their precision: SmolLM2-135M's perplexity rises by 5 % instead of under 1 %.
 //
 // Where weights are rotated, a row is multiplied by the same Hadamard matrix in each group before it is rounded: an outlier
-// then costs its neighbours nothing, and the rounding errors of a whole model shrink to a third (see ops/linear/weights.py).
+// then costs its neighbours nothing, and the rounding errors of a whole model shrink to a third (see ops/linear/weights/rotation.py).
 //
 // Packed weights: panels of 16 output channels, [ceil(O / 16)][ceil(I / 4)][16][4] int8, zeros beyond O and I. Four
 // consecutive inputs of one channel fill the 32-bit lane that VNNI's dot product and AVX2's maddubs chain both take.

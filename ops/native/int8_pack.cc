@@ -1,5 +1,5 @@
 // From a dense weight to the packed int8 of int8.h in one pass over memory, for the loader: called from its threads, without
-// XLA. What ops/linear/weights.py computes with `quantize` and `pack`.
+// XLA. What ops/linear/weights/int8.py computes with `quantize` and `pack`.
 
 #include <algorithm>
 #include <cmath>

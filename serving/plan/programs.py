@@ -16,8 +16,9 @@ from models.config import ModelConfig
 from models.layers import Build
 from models.parameters import parameters_of, quantizable
 from ops import native, paged_attention
-from ops.linear import Int8Weight, quantize
-from ops.linear.weights import BLOCK, pack_int8
+from ops.linear import quantize
+from ops.linear.weights.int8 import pack_int8
+from ops.linear.weights.rotation import BLOCK
 from ops.paged_attention import KVGroups, pages
 from serving.engine.device.compiling import Program
 from serving.engine.device.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, placed
@@ -91,15 +92,9 @@ def abstract_model(config: ModelConfig, mesh: Mesh, dtype: Any, quantization: st
             if packs and len(value.shape) == 2:
                 value = jax.eval_shape(pack_int8, value)
             elif packs and parameter.get_metadata().get("packed"):
-                value = jax.eval_shape(lambda w: pack_int8(_flat(w)), value)
+                value = jax.eval_shape(lambda w: pack_int8(w.flat()), value)
         parameter.set_value(jax.tree.map(lambda leaf, axes=axes: _place(leaf, axes, mesh, build), value))
     return model
-
-
-def _flat(experts: Int8Weight) -> Int8Weight:
-    """Experts [E, O, I] as one matrix [E * O, I], as `ops.experts.pack_experts` packs them."""
-    values_OI = experts.values_OI.reshape(-1, experts.values_OI.shape[-1])
-    return Int8Weight(values_OI, experts.scale_O.reshape(-1), experts.rotated)
 
 
 def _place(leaf: Any, axes: Sequence[str | None], mesh: Mesh, build: Build) -> jax.ShapeDtypeStruct:

@@ -12,6 +12,7 @@ from ops import experts as module
 from ops import native
 from ops.experts import block_rows, can_pack, experts, pack_experts
 from ops.linear import Int8Weight, PackedInt8Weight, quantize
+from ops.linear.weights import DenseWeight, stored
 
 D, F = 24, 20
 
@@ -46,7 +47,7 @@ def arguments(T, E, k, seed=0, D=D, F=F):
 @pytest.mark.parametrize("body", ["generic", "avx2", "avx512", "blocks"])
 def test_against_every_expert(T, E, k, bias, body, monkeypatch):
     if body == "blocks":
-        monkeypatch.setattr(module, "has_native_dot", lambda weight: False)
+        monkeypatch.setattr(DenseWeight, "has_grouped_kernel", lambda weight: False)
     elif not native.available():
         pytest.skip("no native kernels")
     elif native.set_isa(body) != body:
@@ -68,7 +69,7 @@ def test_native_products_of_any_width(dtype, D, F):
     x, ids, weights, gate_up, down, *biases = arguments(33, 7, 3, D=D, F=F)
     ids = np.where(ids == 2, 7, ids).astype(np.int32)  # one expert is nobody's, one is another device's
     rounded = [jnp.asarray(a, dtype) for a in (gate_up, down)]
-    assert all(module.has_native_dot(a) for a in rounded)
+    assert all(stored(a).has_grouped_kernel() for a in rounded)
     got = jax.jit(lambda *a: experts(*a, activation))(x, ids, weights, *rounded)
     padded = [np.concatenate([np.asarray(a, np.float32), np.zeros((1, *a.shape[1:]), np.float32)]) for a in rounded]
     zeros = [np.zeros((8, b.shape[1]), np.float32) for b in biases]

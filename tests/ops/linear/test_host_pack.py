@@ -7,7 +7,7 @@ import pytest
 
 from ops import native
 from ops.linear import host_pack, quantize
-from ops.linear.weights import pack_int8
+from ops.linear.weights.int8 import pack_int8
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no native kernels")
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from ops.linear import Int8Weight, embed, linear, quantize, reference
-from ops.linear.weights import quantize_rows, rotate
+from ops.linear.weights.int8 import quantize_rows
+from ops.linear.weights.rotation import rotate
 
 SHAPES = [(1, 8, 16), (2, 33, 24), (5, 64, 100), (17, 96, 31), (3, 20, 192)]  # T, O, I
 

@@ -11,7 +11,7 @@ import pytest
 
 from ops import native
 from ops.linear import Int8Weight, PackedInt8Weight, RmsNorm, embed, gated_mlp, linear, quantize, reference
-from ops.linear.weights import GROUP, pack_int8, quantize_rows
+from ops.linear.weights.int8 import GROUP, pack_int8, quantize_rows
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.status())
 
