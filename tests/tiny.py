@@ -21,6 +21,7 @@ from serving.engine.device.executor import Executor
 from serving.engine.device.runner import ModelRunner
 from serving.engine.device.sizing import Sizes
 from serving.engine.engine import Engine
+from serving.engine.requests.cache_specs import paged
 from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 
 VOCAB = 256
@@ -87,7 +88,7 @@ def tiny_engine(
             config.enable_prefix_caching,
             host_pages=host_pages,
             num_scheduler_steps=steps,
-            windows=executor.groups.windows if windows is None else windows,
+            caches=paged(*(executor.groups.windows if windows is None else windows)),
         )
     )
     info = EngineInfo(

@@ -25,7 +25,8 @@ from serving.engine.device.runner import ModelRunner
 from serving.engine.device.sizing import GIB, Sizes, default_kv_memory, in_words
 from serving.engine.encoder.runner import EncoderBuckets, EncoderRunner
 from serving.engine.requests.buckets import ACCELERATOR_RIDGE, CPU_RIDGE
-from serving.engine.scheduling.scheduler import SchedulerConfig
+from serving.engine.requests.cache_specs import paged
+from serving.engine.requests.scheduler_config import SchedulerConfig
 
 Progress = Callable[[str], None]
 
@@ -125,7 +126,7 @@ def _scheduler_config(
         max_chunk_rows=runner.buckets.max_rows,
         host_pages=int(config.kv_offload_gb * GIB // sizes.page_bytes),
         restore_page_s=executor.store.restore_page_s if executor.store is not None else 0.0,
-        windows=executor.groups.windows,
+        caches=paged(*executor.groups.windows),
         replicas=replicas,
         buckets=dataclasses.replace(runner.buckets, ridge=ridge),
     )

@@ -39,6 +39,7 @@ class EngineRequest:
         tenant: fair-share key, or None.
         bad_words_token_ids: token sequences that may not be completed.
         adapter: name of the adapter it runs with; part of the prefix identity.
+        turn_ends: prompt positions behind which a turn of a conversation ends: where other sequences may part from this one.
         pooling: "last" or "mean": no completion, but the pooled hidden states of the prompt (after the final norm).
     """
 
@@ -56,6 +57,7 @@ class EngineRequest:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     adapter: str | None = None
     pooling: str | None = None
+    turn_ends: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

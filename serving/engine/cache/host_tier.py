@@ -1,6 +1,6 @@
 """Second tier of the prefix index: pages evicted from the device live on in host memory until they are hit or forgotten.
 
-The scheduler decides and keeps this index; the runner moves the bytes (`StepPlan.spilled`, `StepPlan.restored`). The order
+The scheduler decides and keeps this index; the runner moves the bytes (`StepPlan.moves`). The order
 within a step makes it safe: spilled pages are read before anything of the step writes, restored ones are written next.
 """
 
@@ -38,13 +38,12 @@ class HostTier:
         self._pages.move_to_end(digest)
         self.num_restored += 1
 
-    def take_step(self) -> tuple[tuple[tuple[int, bytes], ...], tuple[bytes, ...]]:
-        """What the runner is to keep, and then what it may forget, since the last call. A page may be in both, when the
+    def take_step(self) -> tuple[list[tuple[int, bytes]], list[bytes]]:
+        """What the device is to keep, and then what it may forget, since the last call. A page may be in both, when the
         tier is smaller than a step's evictions: a request of the same step may still restore it in between."""
-        spilled = tuple(self._spilled)
-        dropped = tuple(dict.fromkeys(digest for digest in self._dropped if digest not in self._pages))
+        spilled, dropped = self._spilled, self._dropped
         self._spilled, self._dropped = [], []
-        return spilled, dropped
+        return spilled, list(dict.fromkeys(digest for digest in dropped if digest not in self._pages))
 
     def _keep(self, page: int, digest: bytes, tokens: bytes) -> None:
         if digest in self._pages:

@@ -7,20 +7,21 @@ same. In a group that sees everything a prompt gets all its pages when it is adm
 computed, so that it never holds more there than `kv_windows.window_pages`. A cached prefix is of use where each group still has
 what the positions after it attend to.
 
-Joins requests to the page pool and the host tier; owns the digests' rules, not the pages' accounting.
+Joins requests to the page pool, the host tier and the snapshots of recurrent layers' states; owns none of their accounting.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-
-import numpy as np
+from collections.abc import Sequence
 
 from serving.engine.cache.host_tier import HostTier
 from serving.engine.cache.kv_windows import first_page, pages_of, window_pages
-from serving.engine.cache.page_pool import PagePool, chain_digest, root_digest
+from serving.engine.cache.page_pool import PagePool
+from serving.engine.cache.prefixes import Prefixes
+from serving.engine.cache.snapshots import Snapshots
+from serving.engine.requests.moves import NO_MOVES, Moves, PageMove, StateMove
 from serving.engine.requests.request import Request
 from serving.engine.requests.scheduler_config import SchedulerConfig
 from serving.engine.requests.slots import NULL_PAGE, SlotTable
@@ -32,13 +33,15 @@ class KVManager:
     Args:
         slots: kept up with the page tables of requests that have a slot.
         windows: as in SchedulerConfig.
+        replica: whose pages these are.
         max_chunk_tokens: tokens of a prompt's pieces for which there are to be pages; matters where a group has a window.
         host_pages: capacity of the host tier; 0 for none.
         restore_page_s: seconds that copying a page back from the host tier takes; 0.0 where nobody has measured it.
 
     Attributes:
         num_leaving: pages of requests that are gone, but that a step in flight may still write.
-        compute_token_s: seconds that computing a prompt token takes, kept up by whoever learns it; 0.0 until then.
+        prefixes: which part of a sequence need not be computed.
+        snapshots: of the recurrent group's states, where there is one.
     """
 
     def __init__(
@@ -49,28 +52,34 @@ class KVManager:
         max_chunk_tokens: int = 1,
         host_pages: int = 0,
         restore_page_s: float = 0.0,
+        snapshots: Snapshots | None = None,
+        replica: int = 0,
     ) -> None:
         self.pool = pool
         self.windows = tuple(windows)
         self.host_tier = HostTier(host_pages, pool) if host_pages else None
         self.num_leaving = 0
-        self.compute_token_s = 0.0
+        self.replica = replica
+        self.snapshots = snapshots
+        self.prefixes = Prefixes(pool, self.windows, self.host_tier, snapshots, restore_page_s)
         self._slots = slots
         self._max_chunk = max_chunk_tokens
         self._has_windows = any(w is not None for w in self.windows)
-        self._restore_page_s = restore_page_s
-        self._epoch = 0
         self._restored: list[tuple[int, bytes]] = []
-        self._leaving: deque[tuple[int, list[int]]] = deque()  # (last step that may write, pages)
+        self._leaving: deque[tuple[int, list[int], bool]] = deque()  # (last step that may write, pages, spare)
         self._filling: dict[str, Request] = {}  # whose tables do not have all their prompts' pages yet
 
     @classmethod
-    def of(cls, config: SchedulerConfig, slots: SlotTable) -> KVManager:
-        """With an empty pool."""
+    def of(cls, config: SchedulerConfig, slots: SlotTable, replica: int = 0) -> KVManager:
+        """One replica's, with an empty pool."""
         chunk = min(config.max_chunk_tokens, config.max_num_batched_tokens)
         # The longest sequence must be let in when it is alone: in a small pool its pieces are cut to the pages that there are.
         while chunk > 1 and pages_of(config.max_model_len, config.windows, config.page_size, chunk) >= config.num_pages:
             chunk //= 2
+        snapshots = None
+        if config.recurrent is not None:
+            rows = config.num_snapshots if config.enable_prefix_caching else 0
+            snapshots = Snapshots(config.recurrent, rows, config.page_size)
         return cls(
             PagePool(config.num_pages, config.page_size, config.enable_prefix_caching),
             slots,
@@ -78,13 +87,15 @@ class KVManager:
             chunk,
             config.host_pages,
             config.restore_page_s,
+            snapshots,
+            replica,
         )
 
     # ---- pages for requests ----
 
     def cached_pages(self, request: Request) -> int:
         """How long a prefix of the request's sequence, in pages, need not be computed, thanks to what is on the device now."""
-        return self._verified(request, self._longest(self._reusable(request), self.pool.__contains__))
+        return self.prefixes.cached(request)
 
     def admit(self, request: Request, reserve: int) -> bool:
         """Gives a waiting request its cached prefix, and pages for its whole known sequence, or, in groups with a window, for
@@ -95,12 +106,12 @@ class KVManager:
         """
         pool, size = self.pool, self.pool.page_size
         known = -(-len(request.tokens) // size)
-        digests = self._reusable(request)
-        prefix = self._prefix(request, digests)
+        digests = self.prefixes.reusable(request)
+        prefix = self.prefixes.find(request, digests)
         begun = min(known, -(-(prefix * size + self._max_chunk) // size))
         firsts = [first_page(window, prefix * size, size) for window in self.windows]
         ends = [known if window is None else begun for window in self.windows]
-        keys = [[self._key(g, digest) for digest in digests[first:prefix]] for g, first in enumerate(firsts)]
+        keys = [[self.prefixes.key(g, digest) for digest in digests[first:prefix]] for g, first in enumerate(firsts)]
         found = [[pool.find(key) for key in row] for row in keys]
         shared = [page for row in found for page in row if page is not None]
         pool.share(shared)
@@ -122,9 +133,12 @@ class KVManager:
         for group, i in copied:
             self._restore(request, group, firsts[group] + i, keys[group][i])
         request.behind = firsts
-        request.reach = min(ends)
+        request.reach = min(ends, default=known)
         request.cached_pages = prefix
         request.num_computed = prefix * size
+        request.points = self.prefixes.points(request, digests, prefix)
+        if self.snapshots is not None:
+            self.snapshots.begin(request, digests[prefix - 1] if prefix else None)
         if request.reach < known:
             self._filling[request.request_id] = request
         return True
@@ -169,12 +183,14 @@ class KVManager:
         full = min(request.num_computed, len(request.tokens)) // size
         if full <= request.cached_pages:
             return
-        self._extend_digests(request, full)
+        self.prefixes.extend_digests(request, full)
         for i in range(request.cached_pages, full):
-            content = _page_tokens(request, i, size)
+            content = self.prefixes.page_tokens(request, i)
             for group, pages in enumerate(request.pages):
-                self.pool.register(pages[i], self._key(group, request.digests[i]), content)
+                self.pool.register(pages[i], self.prefixes.key(group, request.digests[i]), content)
         request.cached_pages = full
+        if self.snapshots is not None:
+            self.snapshots.register(request, full)
 
     # ---- pages that come free ----
 
@@ -189,7 +205,10 @@ class KVManager:
             pages = request.pages[0][request.behind[0] :]
         else:  # page by page, not group by group: of all tables the ends are evicted first
             pages = [page for column in itertools.zip_longest(*request.pages) for page in column if page]
-        request.pages, request.behind = [], []
+        self._touch(request)
+        if self.snapshots is not None:
+            self.snapshots.leave(request)
+        request.pages, request.behind, request.points = [], [], []
         request.reach = request.cached_pages = 0
         self._filling.pop(request.request_id, None)
         self._release(request, pages, step)
@@ -197,9 +216,9 @@ class KVManager:
     def retired(self, step: int) -> None:
         """Every step up to this one has been read: frees what only they could write."""
         while self._leaving and self._leaving[0][0] <= step:
-            _, pages = self._leaving.popleft()
+            _, pages, spare = self._leaving.popleft()
             self.num_leaving -= len(pages)
-            self.pool.release(pages)
+            self.pool.release(pages, spare)
 
     def forget(self, step: int | None = None) -> None:
         """Begins a new epoch: no prefix of the old one, on the device or the host, is found again. For weights or pages that
@@ -208,19 +227,36 @@ class KVManager:
         Args:
             step: the last one dispatched, where its results will never come; frees what only it could write.
         """
-        self._epoch += 1
+        self.prefixes.new_epoch()
         self._restored = []
         if step is not None:
             self.retired(step)
         self.pool.reset_cache()
+        if self.snapshots is not None:
+            self.snapshots.reset()
 
-    def take_step(self) -> tuple[tuple[tuple[int, bytes], ...], tuple[tuple[int, bytes], ...], tuple[bytes, ...]]:
-        """(spilled, restored, dropped) since the last step; see StepPlan."""
-        if self.host_tier is None:
-            return (), (), ()
-        restored, self._restored = tuple(self._restored), []
-        spilled, dropped = self.host_tier.take_step()
-        return spilled, restored, dropped
+    def take_step(self) -> Moves:
+        """What is to be copied with the next step, since the last one."""
+        if self.host_tier is None and self.snapshots is None:
+            return NO_MOVES
+        replica, spilled, dropped = self.replica, [], []
+        restored, self._restored = self._restored, []
+        if self.host_tier is not None:
+            spilled, dropped = self.host_tier.take_step()
+        cleared, loaded, saved = [], [], []
+        if self.snapshots is not None:
+            cleared, loaded, saved = self.snapshots.take_step()
+        if not (spilled or restored or dropped or cleared or loaded or saved):
+            return NO_MOVES
+        own = self._slots.per_replica
+        return Moves(
+            tuple(PageMove(replica, page, key) for page, key in spilled),
+            tuple(PageMove(replica, page, key) for page, key in restored),
+            tuple((replica, key) for key in dropped),
+            tuple(StateMove(replica, slot % own) for slot in cleared),
+            tuple(StateMove(replica, slot % own, row) for row, slot in loaded),
+            tuple(StateMove(replica, slot % own, row) for slot, row in saved),
+        )
 
     # ---- tables ----
 
@@ -251,15 +287,33 @@ class KVManager:
                 request.pages[group][first:past] = [NULL_PAGE] * len(pages)
                 request.behind[group] = past
                 self._slots.show(request, group, first, past)
-                self._release(request, pages, step)
+                near = [p for i, p in enumerate(pages, first) if self._near_point(request, group, i)]
+                self._release(request, near, step)
+                self._release(request, [p for p in pages if p not in near], step, spare=True)
 
-    def _release(self, request: Request, pages: list[int], step: int) -> None:
-        """Gives up pages that are the request's no more: now, or once `step` has retired, if one in flight may write them."""
+    def _near_point(self, request: Request, group: int, page: int) -> bool:
+        """Whether a prefix up to one of the request's points needs a page of a group with a window."""
+        return any(page in self.prefixes.needed_at(group, point) for point in request.points)
+
+    def _touch(self, request: Request) -> None:
+        """Makes what is behind windows, and that a prefix up to one of the request's points needs, as recent as the request:
+        what is of use together is evicted together."""
+        for group, behind in enumerate(request.behind):
+            for point in reversed(request.points if behind else ()):
+                for i in reversed(self.prefixes.needed_at(group, point)):
+                    if i < min(behind, len(request.digests)):
+                        self.pool.touch(self.prefixes.key(group, request.digests[i]))
+
+    def _release(self, request: Request, pages: list[int], step: int, spare: bool = False) -> None:
+        """Gives up pages that are the request's no more: now, or once `step` has retired, if one in flight may write them.
+        `spare`: see PagePool.release."""
+        if not pages:
+            return
         if request.inflight:
-            self._leaving.append((step, pages))
+            self._leaving.append((step, pages, spare))
             self.num_leaving += len(pages)
         else:
-            self.pool.release(pages)
+            self.pool.release(pages, spare)
 
     def _to_come(self, request: Request) -> int:
         """Pages that the rest of a prompt will need at a time, beyond what the request holds."""
@@ -277,98 +331,13 @@ class KVManager:
             if window is not None
         )
 
-    # ---- prefixes ----
-
-    def _key(self, group: int, digest: bytes) -> bytes:
-        """Under which a group's page is indexed."""
-        return digest if len(self.windows) == 1 else digest + bytes((group,))
-
-    def _prefix(self, request: Request, digests: list[bytes]) -> int:
-        """The longest prefix, in pages, that the device and, where copying back is cheaper than computing anew, the host tier
-        make good."""
-        found = self._longest(digests, self.pool.__contains__)
-        tier = self.host_tier
-        if tier is not None:
-            most = self._longest(digests, lambda key: key in self.pool or key in tier)
-            copies = sum(key not in self.pool for _, key in self._needed(digests, most))
-            if not copies * self._restore_page_s > (most - found) * self.pool.page_size * self.compute_token_s > 0:
-                found = most
-        return self._verified(request, found)
-
-    def _longest(self, digests: list[bytes], has: Callable[[bytes], bool]) -> int:
-        """The longest prefix, in pages, of which every group has what the next position attends to: all of it, or, with a
-        window, its end."""
-        count = len(digests)
-        for group, window in enumerate(self.windows):
-            if window is None:
-                i = 0
-                while i < count and has(self._key(group, digests[i])):
-                    i += 1
-                count = i
-        settled = not self._has_windows
-        while not settled:
-            settled = True
-            for group, window in enumerate(self.windows):
-                if window is None:
-                    continue
-                first, i = first_page(window, count * self.pool.page_size, self.pool.page_size), count - 1
-                while i >= first and has(self._key(group, digests[i])):
-                    i -= 1
-                if i >= first:  # page i is missing, and every longer prefix up to this one needs it
-                    count, settled = i, False
-        return count
-
-    def _needed(self, digests: list[bytes], prefix: int) -> Iterator[tuple[int, bytes]]:
-        """(page of the sequence, key) of what a prefix consists of, in all groups."""
-        for group, window in enumerate(self.windows):
-            for i in range(first_page(window, prefix * self.pool.page_size, self.pool.page_size), prefix):
-                yield i, self._key(group, digests[i])
-
-    def _verified(self, request: Request, prefix: int) -> int:
-        """The prefix if all of it holds the request's tokens; 0 if a digest is that of others."""
-        width = 4 * self.pool.page_size
-        raw = np.array(request.tokens[: prefix * self.pool.page_size], np.int32).tobytes()
-        for i, key in self._needed(request.digests, prefix):
-            content = raw[i * width : (i + 1) * width]
-            if not self.pool.holds(key, content) and not (self.host_tier and self.host_tier.holds(key, content)):
-                return 0
-        return prefix
-
-    def _reusable(self, request: Request) -> list[bytes]:
-        """Digests of the pages that may come from a cache: never the last token's, which must be computed to sample."""
-        every_position = request.spec.params.prompt_logprobs is not None or request.spec.pooling == "mean"
-        if not self.pool.enable_prefix_caching or every_position:
-            return []
-        full = (len(request.tokens) - 1) // self.pool.page_size
-        self._extend_digests(request, full)
-        return request.digests[:full]
-
-    def _extend_digests(self, request: Request, full: int) -> None:
-        """Digests of the first `full` pages. Kept: a sequence only ever grows."""
-        digests = request.digests
-        if len(digests) >= full:
-            return
-        parent = (
-            digests[-1]
-            if digests
-            else root_digest(request.spec.adapter, None, request.spec.cache_salt, str(self._epoch))
-        )
-        for i in range(len(digests), full):
-            parent = chain_digest(parent, _page_tokens(request, i, self.pool.page_size))
-            digests.append(parent)
-
     def _restore(self, request: Request, group: int, index: int, key: bytes) -> None:
         """Has a page of the request's table filled from the host tier, before the step."""
         page = request.pages[group][index]
         self._restored.append((page, key))
-        self.pool.register(page, key, _page_tokens(request, index, self.pool.page_size))
+        self.pool.register(page, key, self.prefixes.page_tokens(request, index))
 
 
 def _lacking(request: Request, wanted: int) -> int:
     """Pages that the request's tables need to have `wanted` each."""
     return sum(wanted - len(pages) for pages in request.pages if len(pages) < wanted)
-
-
-def _page_tokens(request: Request, page: int, size: int) -> bytes:
-    """The tokens of one full page as int32 bytes."""
-    return np.array(request.tokens[page * size : (page + 1) * size], np.int32).tobytes()

@@ -86,8 +86,12 @@ class PagePool:
                 del self._lru[page]
             self._ref[page] += 1
 
-    def release(self, pages: Sequence[int]) -> None:
-        """Drops one reference of each page of a request, given in sequence order: the last ones are evicted first."""
+    def release(self, pages: Sequence[int], spare: bool = False) -> None:
+        """Drops one reference of each page of a request, given in sequence order: the last ones are evicted first.
+
+        Args:
+            spare: nobody is expected to look for these; evict them before all others.
+        """
         for page in reversed(pages):
             count = self._ref[page]
             if count <= 0:
@@ -96,8 +100,16 @@ class PagePool:
             if count == 1:
                 if page in self._held:
                     self._lru[page] = None
+                    if spare:
+                        self._lru.move_to_end(page, last=False)
                 else:
                     self._free.append(page)
+
+    def touch(self, digest: bytes) -> None:
+        """Makes a cached page the most recently used one, if there is one under this digest."""
+        page = self._index.get(digest)
+        if page is not None and self._ref[page] == 0:
+            self._lru.move_to_end(page)
 
     def __contains__(self, digest: bytes) -> bool:
         """Whether a page is indexed under this digest."""

@@ -1,4 +1,4 @@
-"""Several replicas of the model behind one scheduler: which one a request goes to, and their pages as if they were one pool.
+"""The replicas of the model behind one scheduler: which one a request goes to, and their pages as if they were one pool.
 
 A request's pages and its slot are all in one replica (`Request.replica`), which it gets when it is admitted and may change
 only by being preempted. Each replica has its own pool, prefix index and null page; page ids count within it.
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from serving.engine.cache.kv_manager import KVManager
+from serving.engine.requests.moves import Moves
 from serving.engine.requests.request import Request
 from serving.engine.requests.scheduler_config import SchedulerConfig
 from serving.engine.requests.slots import SlotTable
@@ -19,34 +20,38 @@ ROW_TOKENS = 64
 replica's, for as many steps as the request has tokens; a prefix that is not there is computed once, and is there then."""
 
 
-def make_kv(config: SchedulerConfig, slots: SlotTable) -> KVManager | Replicas:
-    """The pages of every replica."""
-    managers = [KVManager.of(config, slots) for _ in range(config.replicas)]
-    return managers[0] if config.replicas == 1 else Replicas(managers)
-
-
 class Replicas:
-    """The faces of `KVManager` and `PagePool` that a scheduler uses, over several of them."""
+    """The faces of `KVManager` and `PagePool` that a scheduler uses, over those of every replica; mostly there is one.
+
+    Attributes:
+        managers: of each replica.
+    """
 
     def __init__(self, managers: Sequence[KVManager]) -> None:
-        self._managers = managers
+        self.managers = tuple(managers)
+
+    @classmethod
+    def of(cls, config: SchedulerConfig, slots: SlotTable) -> Replicas:
+        """With empty pools."""
+        return cls([KVManager.of(config, slots, replica) for replica in range(config.replicas)])
 
     # ---- placement ----
 
-    def best(self, request: Request, running: Sequence[int], usable: Callable[[int], bool]) -> list[int]:
+    def best(self, request: Request, running: Callable[[int], int], usable: Callable[[int], bool]) -> list[int]:
         """Replicas that a waiting request may go to, the best first: few tokens left to compute, few requests running.
 
         Args:
-            running: how many requests each replica runs.
+            running: how many requests a replica runs.
             usable: whether a replica can take one more at all.
         """
 
         def cost(replica: int) -> int:
-            manager = self._managers[replica]
+            manager = self.managers[replica]
             cached = manager.cached_pages(request) * manager.pool.page_size
-            return len(request.tokens) - cached + ROW_TOKENS * running[replica]
+            return len(request.tokens) - cached + ROW_TOKENS * running(replica)
 
-        return sorted(filter(usable, range(len(self._managers))), key=cost)
+        found = list(filter(usable, range(len(self.managers))))
+        return sorted(found, key=cost) if len(found) > 1 else found
 
     # ---- PagePool ----
 
@@ -55,35 +60,40 @@ class Replicas:
         return self
 
     @property
+    def num_cached(self) -> int:
+        """Unreferenced pages that still hold an indexed prefix."""
+        return sum(manager.pool.num_cached for manager in self.managers)
+
+    @property
     def num_free(self) -> int:
         """Pages that allocations could get, in all replicas together."""
-        return sum(manager.pool.num_free for manager in self._managers)
+        return sum(manager.pool.num_free for manager in self.managers)
 
     @property
     def num_pages(self) -> int:
         """Pages of all replicas together, and one for the null page."""
-        return sum(manager.pool.num_pages - 1 for manager in self._managers) + 1
+        return sum(manager.pool.num_pages - 1 for manager in self.managers) + 1
 
     def check(self) -> None:
-        for manager in self._managers:
+        for manager in self.managers:
             manager.pool.check()
 
     def reset_cache(self) -> None:
         """Forgets every prefix."""
-        for manager in self._managers:
+        for manager in self.managers:
             manager.pool.reset_cache()
 
     # ---- KVManager ----
 
     @property
     def num_leaving(self) -> int:
-        return sum(manager.num_leaving for manager in self._managers)
+        return sum(manager.num_leaving for manager in self.managers)
 
     def leaving_of(self, request: Request) -> int:
         return self._of(request).num_leaving
 
     def cached_pages(self, request: Request) -> int:
-        return max(manager.cached_pages(request) for manager in self._managers)
+        return max(manager.cached_pages(request) for manager in self.managers)
 
     def admit(self, request: Request, reserve: int) -> bool:
         return self._of(request).admit(request, reserve)
@@ -95,7 +105,7 @@ class Replicas:
         needed = Counter()
         for request, end in zip(requests, ends, strict=True):
             needed[request.replica] += self._of(request).lacking(request, end)
-        if any(count > self._managers[replica].pool.num_free for replica, count in needed.items()):
+        if any(count > self.managers[replica].pool.num_free for replica, count in needed.items()):
             return False
         for request, end in zip(requests, ends, strict=True):
             self.cover(request, end, step)
@@ -108,25 +118,32 @@ class Replicas:
         self._of(request).leave(request, step)
 
     def retired(self, step: int) -> None:
-        for manager in self._managers:
+        for manager in self.managers:
             manager.retired(step)
 
     def forget(self, step: int | None = None) -> None:
-        for manager in self._managers:
+        for manager in self.managers:
             manager.forget(step)
 
-    def take_step(self) -> tuple[tuple[()], tuple[()], tuple[()]]:
-        """Nothing: the host tier works with one replica only."""
-        return (), (), ()
+    def next_cut(self, request: Request) -> int | None:
+        """The next position at which a piece of the request's prompt is to end; None where it does not matter."""
+        snapshots = self._of(request).snapshots
+        return None if snapshots is None else snapshots.next_cut(request)
 
-    @property
-    def compute_token_s(self) -> float:
-        return self._managers[0].compute_token_s
+    def reached(self, request: Request, decoding: bool) -> None:
+        """The step that is being put together leaves the request behind `num_computed` positions. Before `register`, with
+        the request's slot."""
+        snapshots = self._of(request).snapshots
+        if snapshots is not None:
+            snapshots.reached(request, decoding)
 
-    @compute_token_s.setter
-    def compute_token_s(self, seconds: float) -> None:
-        for manager in self._managers:
-            manager.compute_token_s = seconds
+    def take_step(self) -> Moves:
+        return Moves.joined(manager.take_step() for manager in self.managers)
+
+    def observe(self, compute_token_s: float) -> None:
+        """Takes note of how many seconds a prompt token takes to compute."""
+        for manager in self.managers:
+            manager.prefixes.compute_token_s = compute_token_s
 
     def _of(self, request: Request) -> KVManager:
-        return self._managers[request.replica]
+        return self.managers[request.replica]

@@ -75,11 +75,12 @@ class ModelRunner:
         """Starts the forward part of a step and prepares its sampling."""
         executor = self.executor
         if executor.store is not None:
-            if plan.spilled:
-                executor.spill(plan.spilled)
-            if plan.restored:
-                executor.restore(plan.restored)
-            executor.store.drop(plan.dropped)
+            moves = plan.moves
+            if moves.pages_out:
+                executor.spill(tuple((move.page, move.key) for move in moves.pages_out))
+            if moves.pages_in:
+                executor.restore(tuple((move.page, move.key) for move in moves.pages_in))
+            executor.store.drop(tuple(key for _, key in moves.pages_dropped))
         stops = executor.max_steps > 1
         for request in plan.admitted:
             if needs_loading(request, stops):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from serving.engine.api.types import TokenLogprobs
+from serving.engine.requests.moves import NO_MOVES, Moves
 from serving.engine.requests.request import Request
 
 CHUNK_ALIGN = 16
@@ -49,9 +50,7 @@ class StepPlan:
         decode_positions: that position of each; where the token is on the device, the position at most.
         chunks: pieces of prompts.
         admitted: requests that got their slot in this step (their per-slot state is to be loaded first).
-        spilled: (page, digest) to copy to the host tier before anything of this step is written.
-        restored: (page, digest) to copy back from it, after that and before the forward pass.
-        dropped: digests that the host tier has forgotten.
+        moves: what is copied to and from other places around the step.
         num_steps: decode steps in one dispatch, in a loop on the device; more than 1 only when there are no chunks. It may
             end sooner, when every row has sampled an end-of-sequence or stop token.
         drafts: of each decode row, the tokens guessed to follow its own, to be verified; () where there are none.
@@ -63,9 +62,7 @@ class StepPlan:
     chunks: tuple[Chunk, ...]
     admitted: tuple[Request, ...]
     sampled: tuple[Request, ...]
-    spilled: tuple[tuple[int, bytes], ...] = ()
-    restored: tuple[tuple[int, bytes], ...] = ()
-    dropped: tuple[bytes, ...] = ()
+    moves: Moves = NO_MOVES
     num_steps: int = 1
     drafts: tuple[tuple[int, ...], ...] = ()
 

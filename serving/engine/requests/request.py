@@ -57,15 +57,18 @@ class Request:
         "num_preemptions",
         "pages",
         "passed_over",
+        "points",
         "pooled",
         "prompt_len",
         "reach",
         "replica",
         "scheduled_time",
         "slot",
+        "snapshots",
         "spec",
         "state",
         "stop_reason",
+        "tail_snapshot",
         "tokens",
     )
 
@@ -83,6 +86,9 @@ class Request:
         self.reach = 0  # pages that every group's table has
         self.digests: list[bytes] = []  # prefix-chain digest of each full page so far
         self.cached_pages = 0  # how many of each table's first pages are registered in the prefix index, or were
+        self.points: list[int] = []  # pages behind which others may part from it; see cache.prefixes
+        self.snapshots: list[tuple[int, int]] = []  # (pages, row) of snapshots whose digest is not known yet
+        self.tail_snapshot: tuple[int, int] | None = None  # (pages, row) of the newest, where a newer one replaces it
         self.replica = 0  # where its pages and its slot are
         self.slot = -1
         self.drawn_seed: int | None = None  # kept over preemptions, so that a resumed request samples the same tokens

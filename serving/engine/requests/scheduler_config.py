@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from serving.engine.requests.buckets import BucketTable
+from serving.engine.requests.cache_specs import CacheSpec, PagedSpec, RecurrentSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +25,8 @@ class SchedulerConfig:
         fair_share: serve the least-served tenant first, within equal priority.
         host_pages: capacity of the host tier; 0 for none.
         restore_page_s: seconds that a page takes back from the host tier; 0.0 if unknown.
-        windows: of each group of layers with page tables of their own, how many positions back a token attends, itself
-            included; None for all.
+        caches: what each group of layers keeps: any number of paged groups, at most one recurrent.
+        num_snapshots: states that may be kept for prefixes, where there is a recurrent group.
         max_waiting_time, max_running_time: seconds after which a request that waits for its first slot, or has had one,
             is ended.
         replicas: how many replicas of the model there are to place requests in.
@@ -47,11 +49,27 @@ class SchedulerConfig:
     fair_share: bool = False
     host_pages: int = 0
     restore_page_s: float = 0.0
-    windows: tuple[int | None, ...] = (None,)
+    caches: tuple[CacheSpec, ...] = (PagedSpec(),)
+    num_snapshots: int = 0
     max_waiting_time: float | None = None
     max_running_time: float | None = None
     replicas: int = 1
     buckets: BucketTable | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for more than one recurrent group: all layers that keep a state are one."""
+        if sum(isinstance(spec, RecurrentSpec) for spec in self.caches) > 1:
+            raise ValueError(f"caches holds several recurrent groups, at most one is possible: {self.caches}.")
+
+    @functools.cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each paged group, which has page tables of its own, how many positions back a token attends; None for all."""
+        return tuple(spec.window for spec in self.caches if isinstance(spec, PagedSpec))
+
+    @functools.cached_property
+    def recurrent(self) -> RecurrentSpec | None:
+        """The group that keeps states, if there is one."""
+        return next((spec for spec in self.caches if isinstance(spec, RecurrentSpec)), None)
 
 
 @dataclasses.dataclass(slots=True)

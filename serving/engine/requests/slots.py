@@ -86,6 +86,10 @@ class SlotTable:
         """Free slots of one replica."""
         return len(self._free[replica])
 
+    def taken(self, replica: int) -> int:
+        """Slots of one replica that requests have."""
+        return self.per_replica - len(self._free[replica])
+
     def on_device(self, rows: np.ndarray) -> np.ndarray:
         """int32 rows as a replica's device state counts them: its slots, and then its own dummy."""
         return np.where(rows == self.num_slots, self.per_replica, rows % self.per_replica).astype(np.int32)

@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
-from serving.engine.cache.replicas import Replicas, make_kv
+from serving.engine.cache.replicas import Replicas
 from serving.engine.requests.chunks import CHUNK_ALIGN, ChunkBuilder
 from serving.engine.requests.plan import Chunk, StepPlan, StepResult
 from serving.engine.requests.request import Request, RequestState
@@ -47,7 +47,7 @@ class Scheduler:
         pages_per_slot = -(-config.max_model_len // config.page_size)
         groups = len(config.windows)
         self.slots = SlotTable(config.max_num_seqs, pages_per_slot, config.seed, config.replicas, groups)
-        self.kv = make_kv(config, self.slots)
+        self.kv = Replicas.of(config, self.slots)
         self.pool = self.kv.pool
         self.fair = FairShare() if config.fair_share else None
         self.foreground = Foreground() if config.policy == "priority" else None
@@ -56,6 +56,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}
         self.counters = Counters()
+        self._has_states = config.recurrent is not None
         self._arrivals = 0
         self._step_id = 0
         self._hurried = 0  # steps in a row that left decode rows out
@@ -189,7 +190,7 @@ class Scheduler:
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """Learns what a step costs from one that took the device `seconds`."""
         self.deadlines.observe(plan, seconds)
-        self.kv.compute_token_s = self.deadlines.seconds_per_token
+        self.kv.observe(self.deadlines.seconds_per_token)
 
     # ---- the parts of schedule() ----
 
@@ -288,6 +289,9 @@ class Scheduler:
         """Gives a prompt as long a piece as the step has room for, and there are pages."""
         builder = builders[request.replica]
         length = builder.room_for(request, background)
+        cut = self.kv.next_cut(request)
+        if cut is not None:
+            length = min(length, cut - request.num_computed)
         if length:
             covered = self.kv.cover(request, request.num_computed + length, self._step_id)
             builder.add(request, min(length, covered - request.num_computed))
@@ -360,14 +364,10 @@ class Scheduler:
         def is_open(replica: int) -> bool:
             return builders[replica].has_room(background) and self.slots.free_in(replica) > 0
 
-        if isinstance(self.kv, Replicas):
-            return self.kv.best(request, self._by_replica(self.running), is_open)
-        return [0] if is_open(0) else []
+        return self.kv.best(request, self.slots.taken, is_open)
 
     def _by_replica(self, requests: list[Request]) -> list[int]:
         """How many of the requests are in each replica."""
-        if self.config.replicas == 1:
-            return [len(requests)]
         counts = [0] * self.config.replicas
         for request in requests:
             counts[request.replica] += 1
@@ -376,10 +376,9 @@ class Scheduler:
     def _take_pages(self, request: Request, replicas: list[int]) -> bool:
         """Pages in the first of the replicas that has them; the request is of that one then."""
         # Growth room: without it an admission would be paid for by preempting somebody a few steps later.
-        running = self._by_replica(self.running)
         for replica in replicas:
             request.replica = replica
-            reserve = min(running[replica] * len(self.config.windows), self.config.num_pages // 32)
+            reserve = min(self.slots.taken(replica) * len(self.config.windows), self.config.num_pages // 32)
             if self.kv.admit(request, reserve):
                 return True
         return False
@@ -403,12 +402,15 @@ class Scheduler:
             request.num_computed += num_steps
             request.num_pending += num_steps
             request.inflight += 1
+            if self._has_states:
+                self.kv.reached(request, decoding=True)
         for chunk in chunks:
             request = chunk.request
             request.num_computed += chunk.length
             request.inflight += 1
             if chunk.samples:
                 request.num_pending += 1
+            self.kv.reached(request, decoding=False)
             self.kv.register(request)
         sampled = (*decode, *(c.request for c in chunks if c.samples))
         return StepPlan(
@@ -418,7 +420,7 @@ class Scheduler:
             tuple(chunks),
             tuple(admitted),
             sampled,
-            *self.kv.take_step(),
+            self.kv.take_step(),
             num_steps,
         )
 

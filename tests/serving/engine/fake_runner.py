@@ -17,6 +17,21 @@ from serving.engine.scheduling.scheduler import Scheduler
 VOCAB = 997
 
 
+EMPTY = 17
+"""The recurrent state before the first token."""
+
+
+def next_state(state: int, token: int) -> int:
+    """A state that is a digest of every token seen."""
+    return (state * 1_000_003 + token + 1) % ((1 << 61) - 1)
+
+
+def mixed_token(context: list[int] | None, state: int | None) -> int:
+    """What a model samples that looks at its last tokens' pages, or at a state of all tokens, or at both."""
+    token = 0 if context is None else next_token(context)
+    return token if state is None else (token + state) % VOCAB
+
+
 def next_token(tokens: list[int]) -> int:
     """What the fake model continues a sequence with: it looks at the last 8 tokens, and at how many there are."""
     h = 17
@@ -73,16 +88,24 @@ class FakeDevice:
         self.kv = np.full((c.replicas, c.num_pages, c.page_size), -1, np.int64)
         self.least = min((w for w in c.windows if w is not None), default=c.max_model_len)
         self.last_token = np.full(c.replicas * c.max_num_seqs + 1, -1, np.int64)
-        self.host: dict[bytes, np.ndarray] = {}
+        self.host: dict[tuple[int, bytes], np.ndarray] = {}
+        self.recurrent = c.recurrent is not None
+        self.states = [[(-1, 0)] * c.max_num_seqs for _ in range(c.replicas)]  # (length, state); nothing yet
+        self.snapshots = [[(-1, 0)] * c.num_snapshots for _ in range(c.replicas)]
 
     def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> Dispatched:
         """Writes, as the first half of a step of the model does."""
-        for page, digest in plan.spilled:
-            self.host[digest] = self.kv[0, page].copy()
-        for page, digest in plan.restored:
-            self.kv[0, page] = self.host[digest]
-        for digest in plan.dropped:
-            del self.host[digest]
+        moves = plan.moves
+        for replica, page, key in moves.pages_out:
+            self.host[replica, key] = self.kv[replica, page].copy()
+        for replica, page, key in moves.pages_in:
+            self.kv[replica, page] = self.host[replica, key]
+        for dropped in moves.pages_dropped:
+            del self.host[dropped]
+        for replica, slot, _ in moves.states_cleared:
+            self.states[replica][slot] = (0, EMPTY)
+        for replica, slot, row in moves.states_loaded:
+            self.states[replica][slot] = self.snapshots[replica][row]
         work = []  # (request, its page tables now, its slot now, [(position, token)], whether it samples)
         for request, position in zip(plan.decode, plan.decode_positions, strict=True):
             known = position < len(request.tokens)
@@ -114,11 +137,20 @@ class FakeDevice:
             ]
             self.write(work)
             tokens.append(self.sample_rows(work, None))
+        for replica, slot, row in step.plan.moves.states_saved:
+            self.snapshots[replica][row] = self.states[replica][slot]
         step.tokens = np.asarray(tokens, np.int32).T
 
     def write(self, work) -> None:
-        for request, tables, _, positions, _ in work:
+        for request, tables, slot, positions, _ in work:
             for position, token in positions:
+                if self.recurrent:
+                    states, own = self.states[request.replica], slot % self.scheduler.config.max_num_seqs
+                    length, state = states[own]
+                    assert length == position, (
+                        f"the slot's state is that of {length} tokens, position {position} needs others"
+                    )
+                    states[own] = (position + 1, next_state(state, token))
                 pages = tables[:, position // self.size]
                 assert 0 not in pages, "a real token is written to the null page"
                 assert len(set(pages)) == len(pages), "a page is in the tables of two groups"
@@ -137,9 +169,11 @@ class FakeDevice:
                 assert -1 not in context[first:], "attention reads a position that was never written"
                 contexts.append(context)
             seen = min(map(len, contexts), default=0)
-            assert len({tuple(context[max(0, seen - self.least) :]) for context in contexts}) == 1, "groups disagree"
+            assert len({tuple(context[max(0, seen - self.least) :]) for context in contexts}) <= 1, "groups disagree"
             if samples:
-                token = next_token(contexts[0])
+                own = slot % self.scheduler.config.max_num_seqs
+                state = self.states[request.replica][own][1] if self.recurrent else None
+                token = mixed_token(contexts[0] if contexts else None, state)
                 residue = -1 if mask_SW is None else int(mask_SW[len(sampled), 0])
                 sampled.append((slot, token if residue < 0 else token - token % 3 + residue))
         for slot, token in sampled:
@@ -151,10 +185,16 @@ class FakeDevice:
         return StepResult(step.tokens, np.ones(step.tokens.shape, bool))
 
 
-def expected(prompt: list[int], count: int, grammar: bool = False) -> list[int]:
-    """The first `count` tokens of the true completion, under Residues if `grammar`."""
-    tokens = list(prompt)
+def expected(
+    prompt: list[int], count: int, grammar: bool = False, paged: bool = True, recurrent: bool = False
+) -> list[int]:
+    """The first `count` tokens of the true completion, under Residues if `grammar`, of a model with these kinds of layers."""
+    tokens, state = list(prompt), EMPTY
+    for token in prompt if recurrent else ():
+        state = next_state(state, token)
     for i in range(count):
-        token = next_token(tokens)
+        if recurrent and i:
+            state = next_state(state, tokens[-1])
+        token = mixed_token(tokens if paged else None, state if recurrent else None)
         tokens.append(token - token % 3 + i % 3 if grammar else token)
     return tokens[len(prompt) :]

@@ -38,6 +38,7 @@ from serving.engine.device.executor import Executor  # noqa: E402
 from serving.engine.device.runner import ModelRunner  # noqa: E402
 from serving.engine.device.sizing import Sizes  # noqa: E402
 from serving.engine.engine import Engine  # noqa: E402
+from serving.engine.requests.cache_specs import paged  # noqa: E402
 from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig  # noqa: E402
 from sharding.mesh import make_mesh  # noqa: E402
 
@@ -97,7 +98,9 @@ def make_engine(folder: pathlib.Path, config: ModelConfig, text: str) -> Engine:
     runner = ModelRunner(executor)
     rows, tokens = runner.buckets.max_rows, runner.buckets.max_chunk
     scheduler = Scheduler(
-        SchedulerConfig(2, 32, tokens, rows, 128, 8, 60, replicas=executor.replicas, windows=executor.groups.windows)
+        SchedulerConfig(
+            2, 32, tokens, rows, 128, 8, 60, replicas=executor.replicas, caches=paged(*executor.groups.windows)
+        )
     )
     info = EngineInfo(
         "tiny", "LlamaForCausalLM", 256, 128, 2, 32, 8, 60, "float32", None, text, "cpu", "test"

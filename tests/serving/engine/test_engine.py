@@ -120,7 +120,7 @@ async def test_how_it_is_scheduled_changes_no_token(engine, config, sizes):
         if "num_pages" in sizes:
             assert other.scheduler.counters.preemptions > 0
         if "host_pages" in sizes:
-            assert other.scheduler.kv.host_tier.num_restored > 0
+            assert other.scheduler.kv.managers[0].host_tier.num_restored > 0
         await settle(other)
         other.runner.guard.check()
     finally:

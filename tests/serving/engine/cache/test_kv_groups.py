@@ -11,6 +11,7 @@ from serving.engine.api.types import EngineRequest
 from serving.engine.cache.kv_manager import KVManager
 from serving.engine.cache.kv_windows import pages_of, window_pages
 from serving.engine.cache.page_pool import PagePool
+from serving.engine.requests.cache_specs import paged
 from serving.engine.requests.request import Request, RequestState
 from serving.engine.requests.slots import SlotTable
 from tests.serving.engine.scheduling.test_scheduler import CONFIG, Driver, request
@@ -124,6 +125,37 @@ def test_a_prefix_is_found_after_the_windows_earlier_pages_were_evicted():
     assert pages.kv.cached_pages(pages.new(prompt(81))) == 0, "those would need the pages that are gone"
 
 
+def compute_in_pieces(pages, made, size=16):
+    """Computes all of a request as the scheduler does, and ends it."""
+    for end in [*range(made.num_computed + size, len(made.tokens), size), len(made.tokens)]:
+        assert pages.kv.cover(made, end, 0) >= end
+        made.num_computed = end
+        pages.kv.register(made)
+    pages.leave(made)
+
+
+def test_a_short_prefix_outlives_the_long_texts_behind_it():
+    """Pages behind a window come free first, but those that a prefix needs where prompts part stay as long as the prefix."""
+    pages = Pages(num_pages=1 + 70, chunk=16)
+    system = prompt(64)
+    for number in range(2):  # the second shows where prompts part
+        compute_in_pieces(pages, pages.admit(system + prompt(320, first=100 + number)))
+    for number in range(2, 6):  # each takes 48 pages and, behind each other, as many that come free
+        made = pages.admit(system + prompt(320, first=100 + number))
+        assert made.num_computed == 64, number
+        compute_in_pieces(pages, made)
+
+
+def test_a_prompt_is_found_after_a_long_completion():
+    pages = Pages(num_pages=1 + 70, chunk=16)
+    made = pages.admit(prompt(65))
+    compute = made.num_computed
+    assert compute == 0
+    made.tokens += prompt(300, first=7)
+    compute_in_pieces(pages, made)
+    assert pages.kv.cached_pages(pages.new(prompt(65))) == 8
+
+
 def test_of_one_request_the_end_is_evicted_first_in_every_group():
     pages = Pages(windows=(None, 1000))
     made = pages.admit(prompt(80))
@@ -173,18 +205,18 @@ def test_the_host_tier_keeps_the_pages_of_every_group():
     pages.leave(made)
     (taken,) = [pages.pool.allocate(39)]
     pages.pool.release(taken)
-    spilled = dict(pages.kv.take_step()[0])
+    spilled = {move.page: move.key for move in pages.kv.take_step().pages_out}
     assert len(spilled) == 20
     again = pages.admit(prompt(81))
     assert again.num_computed == 80
-    _, restored, _ = pages.kv.take_step()
-    assert [page for page, _ in restored] == again.pages[0][:10] + again.pages[1][8:10]
-    assert {key for _, key in restored} <= set(spilled.values())
-    assert len({key for _, key in restored}) == 12
+    restored = pages.kv.take_step().pages_in
+    assert [move.page for move in restored] == again.pages[0][:10] + again.pages[1][8:10]
+    assert {move.key for move in restored} <= set(spilled.values())
+    assert len({move.key for move in restored}) == 12
 
 
 WINDOWS = dataclasses.replace(
-    CONFIG, windows=(None, 16, 16), max_model_len=400, num_pages=400, max_num_batched_tokens=32, max_chunk_tokens=32
+    CONFIG, caches=paged(None, 16, 16), max_model_len=400, num_pages=400, max_num_batched_tokens=32, max_chunk_tokens=32
 )
 
 
@@ -209,7 +241,12 @@ def test_the_same_pages_hold_more_sequences_at_once():
     peaks = {}
     for windows in ((None, None, None), (None, 16, 16)):
         config = dataclasses.replace(
-            WINDOWS, windows=windows, num_pages=1 + 480, max_num_seqs=8, max_num_batched_tokens=64, max_chunk_tokens=64
+            WINDOWS,
+            caches=paged(*windows),
+            num_pages=1 + 480,
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            max_chunk_tokens=64,
         )
         d = Driver(config)
         for i in range(8):
@@ -230,7 +267,7 @@ def test_the_same_pages_hold_more_sequences_at_once():
 def test_the_smallest_pool_runs_the_longest_sequence(windows, prefix, asynchronous):
     """With fewer pages than its pieces could fill: they are cut to what there is."""
     config = dataclasses.replace(
-        WINDOWS, windows=windows, enable_prefix_caching=prefix, max_num_batched_tokens=300, max_chunk_tokens=300,
+        WINDOWS, caches=paged(*windows), enable_prefix_caching=prefix, max_num_batched_tokens=300, max_chunk_tokens=300,
         num_pages=1 + pages_of(400, windows, SIZE),
     )  # fmt: skip
     d = Driver(config, asynchronous)

@@ -9,11 +9,12 @@ import pytest
 
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest, FinishReason
+from serving.engine.requests.cache_specs import paged
 from serving.engine.requests.request import Request
+from serving.engine.requests.scheduler_config import SchedulerConfig
 from serving.engine.requests.slots import SlotTable
-from serving.engine.scheduling.pipeline import StepPipeline
-from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
-from tests.serving.engine.fake_runner import VOCAB, FakeDevice, expected
+from tests.serving.engine.fake_runner import VOCAB, expected
+from tests.serving.engine.scheduling.test_scheduler import Driver
 
 
 def config(**changes):
@@ -27,56 +28,24 @@ def spec(name, prompt, tokens=8):
     return EngineRequest(name, tuple(prompt), params)
 
 
-class Run:
-    """A scheduler with a fake device behind it, one step in flight, as the engine loop has it."""
+class Run(Driver):
+    """Notes where requests go."""
 
     def __init__(self, **changes):
-        self.scheduler = Scheduler(config(**changes))
-        self.device = FakeDevice(self.scheduler)
-        self.tokens: dict[str, list[int]] = {}
-        self.finished: dict[str, FinishReason] = {}
+        super().__init__(config(**changes))
         self.placed: dict[str, int] = {}
-        self.pipeline = StepPipeline(self.scheduler, self.device, self.take)
 
     def add(self, name, prompt, tokens=8):
-        self.tokens[name] = []
-        self.scheduler.add(spec(name, prompt, tokens))
+        super().add(spec(name, prompt, tokens))
 
-    def step(self):
-        plan = self.pipeline.step()
-        if plan is not None:
-            self.check(plan)
+    def step(self, now=0.0):
+        before = len(self.plans)
+        super().step(now)
+        for plan in self.plans[before:]:
             self.placed |= {r.request_id: r.replica for r in plan.admitted}
-
-    def take(self, outputs):
-        for output in outputs:
-            self.tokens[output.request_id] += output.token_ids
-            if output.finish_reason is not None:
-                self.finished[output.request_id] = output.finish_reason
-
-    def check(self, plan):
-        s, c = self.scheduler, self.scheduler.config
-        s.pool.check()
-        for r in (*plan.decode, *(chunk.request for chunk in plan.chunks)):
-            assert r.slot // c.max_num_seqs == r.replica, "a slot of another replica"
-        for replica in range(c.replicas):
-            part = plan.of_replica(replica)
-            assert len(part.decode) <= c.max_num_seqs and len(part.chunks) <= c.max_chunk_rows
-            assert part.num_tokens <= c.max_num_batched_tokens * plan.num_steps
-            assert set(part.sampled) <= {*part.decode, *(chunk.request for chunk in part.chunks)}
-        parts = [plan.of_replica(replica) for replica in range(c.replicas)]
-        assert sum(len(p.decode) + len(p.chunks) for p in parts) == len(plan.decode) + len(plan.chunks)
-
-    def drain(self):
-        for _ in range(3000):
-            if not self.scheduler.has_work and self.pipeline.in_flight is None:
-                break
-            self.step()
-        s = self.scheduler
-        assert not s.has_work and not s.kv.num_leaving
-        assert s.pool.num_free == s.pool.num_pages - 1 == s.config.replicas * (s.config.num_pages - 1)
-        assert s.slots.num_free == s.config.replicas * s.config.max_num_seqs
-        s.pool.check()
+            parts = [plan.of_replica(replica) for replica in range(self.scheduler.config.replicas)]
+            assert sum(len(p.decode) + len(p.chunks) for p in parts) == len(plan.decode) + len(plan.chunks)
+            assert all(set(p.sampled) <= set(p.requests) for p in parts)
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
@@ -86,7 +55,11 @@ def test_random_walk(replicas, steps, policy, windows):
     """Every completion is what its own sequence calls for, through preemptions, aborts, shared prefixes and long prompts."""
     rng = random.Random(replicas * 7 + steps)
     run = Run(
-        replicas=replicas, num_pages=12 + 4 * len(windows), num_scheduler_steps=steps, policy=policy, windows=windows
+        replicas=replicas,
+        num_pages=12 + 4 * len(windows),
+        num_scheduler_steps=steps,
+        policy=policy,
+        caches=paged(*windows),
     )
     prefixes = [[rng.randrange(VOCAB) for _ in range(20)] for _ in range(3)]
     prompts, alive = {}, []
@@ -100,9 +73,7 @@ def test_random_walk(replicas, steps, policy, windows):
             run.step()
         if rng.random() < 0.1:
             victim = alive.pop(rng.randrange(len(alive)))
-            output = run.scheduler.abort(victim)
-            if output is not None:
-                run.take([output])
+            run.abort(victim)
     run.drain()
     assert run.scheduler.counters.preemptions > 0, "the pools are small enough to need it"
     assert run.scheduler.counters.prefix_hits > 0

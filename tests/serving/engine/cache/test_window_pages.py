@@ -98,7 +98,7 @@ def test_the_same_tokens_through_preemptions_and_the_host_tier(mixed, wanted):
     )
     assert tokens == [wanted, wanted[::-1], wanted]
     assert counters.preemptions > 0 and counters.prefix_hits > 0
-    assert scheduler.kv.host_tier.num_restored > 0
+    assert scheduler.kv.managers[0].host_tier.num_restored > 0
 
 
 def test_prefixes_are_shared(mixed, wanted):

@@ -12,6 +12,7 @@ from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest, FinishReason
 from serving.engine.cache.kv_windows import pages_of
 from serving.engine.requests.buckets import Bucket, BucketTable
+from serving.engine.requests.cache_specs import paged
 from serving.engine.requests.chunks import align
 from serving.engine.requests.request import RequestState
 from serving.engine.scheduling.pipeline import StepPipeline
@@ -83,8 +84,10 @@ class Driver:
         plan = self.pipeline.step()
         if plan:
             self.plans.append(plan)
-            self.events["restored"] += len(plan.restored)
+            self.events["restored"] += len(plan.moves.pages_in)
             self.events["several steps"] += plan.num_steps > 1
+            self.events["state saved"] += len(plan.moves.states_saved)
+            self.events["state loaded"] += len(plan.moves.states_loaded)
         self.check(plan)
         return bool(plan)
 
@@ -100,38 +103,49 @@ class Driver:
             raise AssertionError("the scheduler does not drain")
         s = self.scheduler
         assert not s.requests and not s.running and not len(s.waiting) and not s.kv.num_leaving
-        assert s.pool.num_free == s.config.num_pages - 1
-        assert s.slots.num_free == s.config.max_num_seqs
+        assert s.pool.num_free == s.pool.num_pages - 1 == s.config.replicas * (s.config.num_pages - 1)
+        assert s.slots.num_free == s.config.replicas * s.config.max_num_seqs
         assert s.waiting.num_tokens == 0
         s.pool.check()
+        for manager in s.kv.managers:
+            if manager.snapshots is not None:
+                manager.snapshots.check([])
+                assert manager.snapshots.num_free + len(manager.snapshots) == manager.snapshots.num_rows
 
     def check(self, plan) -> None:
         s, c = self.scheduler, self.scheduler.config
         s.pool.check()
         if plan is None:
             return
-        assert plan.num_tokens <= c.max_num_batched_tokens * plan.num_steps
         assert plan.num_steps == 1 or not plan.chunks
-        assert sum(align(x.length) for x in plan.chunks) <= c.max_chunk_tokens
-        assert len(plan.chunks) <= c.max_chunk_rows
+        for replica in range(c.replicas):
+            part = plan.of_replica(replica)
+            assert part.num_tokens <= c.max_num_batched_tokens * plan.num_steps
+            assert len(part.decode) <= c.max_num_seqs and len(part.chunks) <= c.max_chunk_rows
+            assert sum(align(x.length) for x in part.chunks) <= c.max_chunk_tokens
         holders = [r for r in s.running if r.slot >= 0]
-        assert len({r.slot for r in holders}) == len(holders) == c.max_num_seqs - s.slots.num_free
+        assert all(r.slot // c.max_num_seqs == r.replica for r in holders), "a slot of another replica"
+        assert len({r.slot for r in holders}) == len(holders) == c.replicas * c.max_num_seqs - s.slots.num_free
         assert all(r.slot >= 0 or r.tokens_left(c.max_model_len) <= 0 for r in s.running)
         for r in s.running:
             assert r.cached_pages * c.page_size <= r.num_computed, "a page is indexed before all of it is computed"
-        owners: dict[int, list] = {}
+        owners: dict[tuple[int, int], list] = {}
         for r in s.running:
-            assert r.reach == min(map(len, r.pages)) >= -(-r.num_computed // c.page_size)
+            assert min(map(len, r.pages), default=r.reach) == r.reach >= -(-r.num_computed // c.page_size)
             for group, (pages, behind) in enumerate(zip(r.pages, r.behind, strict=True)):
                 assert pages[:behind] == [0] * behind and 0 not in pages[behind:]
                 assert r.slot < 0 or s.slots.pages[group, r.slot, : len(pages)].tolist() == pages
                 for i, page in enumerate(pages[behind:], behind):
-                    owners.setdefault(page, []).append((r, i, group))
-        for page, holders in owners.items():
-            assert s.pool.ref_count(page) == len(holders) + sum(page in pages for _, pages in s.kv._leaving)
+                    owners.setdefault((r.replica, page), []).append((r, i, group))
+        for (replica, page), holders in owners.items():
+            kv = s.kv.managers[replica]
+            assert kv.pool.ref_count(page) == len(holders) + sum(page in pages for _, pages, _ in kv._leaving)
             if len(holders) > 1:  # shared: read-only for all, so full and computed, and by one group's layers
                 assert all((i + 1) * c.page_size <= r.num_computed for r, i, _ in holders)
                 assert len({(i, group) for _, i, group in holders}) == 1
+        for kv in s.kv.managers:
+            if kv.snapshots is not None:
+                kv.snapshots.check([r for r in s.running if r.replica == kv.replica])
 
     def _take(self, outputs) -> None:
         for o in outputs:
@@ -144,12 +158,17 @@ class Driver:
                 self.events[o.finish_reason.value] += 1
                 self.events["grammar"] += self.specs[o.request_id].constraint is not None
 
+    def expected(self, prompt: list[int], count: int, grammar: bool = False) -> list[int]:
+        """What a sequence alone would be completed with."""
+        c = self.scheduler.config
+        return fake.expected(prompt, count, grammar, paged=bool(c.windows), recurrent=c.recurrent is not None)
+
     def verify(self) -> None:
         """Every token of every request is what it would have been alone."""
         for name, tokens in self.tokens.items():
             prompt = list(self.specs[name].prompt_token_ids)
             grammar = self.specs[name].constraint is not None
-            assert tokens == fake.expected(prompt, len(tokens), grammar), name
+            assert tokens == self.expected(prompt, len(tokens), grammar), name
             if self.finished[name] is FinishReason.LENGTH:
                 room = self.scheduler.config.max_model_len - len(prompt)
                 assert len(tokens) == min(self.specs[name].params.max_tokens, room)
@@ -448,7 +467,7 @@ def test_evicted_pages_come_back_from_the_host_tier():
         d.drain()
     d.add(request("b", prompt, 8))
     d.step()
-    assert d.plans[-1].restored and d.scheduler.requests["b"].num_cached_tokens == 56
+    assert d.plans[-1].moves.pages_in and d.scheduler.requests["b"].num_cached_tokens == 56
     d.drain()
     d.verify()
 
@@ -491,8 +510,8 @@ def test_a_small_host_tier_forgets_the_oldest():
     for i in range(12):
         d.add(request(f"x{i}", [i] * 60, 4))
         d.drain()
-        assert len(d.device.host) <= 5 == d.scheduler.kv.host_tier.capacity
-        assert set(d.device.host) == set(d.scheduler.kv.host_tier._pages)
+        assert len(d.device.host) <= 5 == d.scheduler.kv.managers[0].host_tier.capacity
+        assert {key for _, key in d.device.host} == set(d.scheduler.kv.managers[0].host_tier._pages)
     d.verify()
 
 
@@ -549,7 +568,7 @@ def test_random_walk(seed, prefix):
 @pytest.mark.parametrize("prefix", [False, True])
 def test_pages_behind_every_window_come_free(asynchronous, prefix):
     """A long sequence holds its window's pages and those in flight; what it left serves others' prefixes until it is needed."""
-    config = dataclasses.replace(CONFIG, windows=(8,), enable_prefix_caching=prefix, max_num_batched_tokens=16)
+    config = dataclasses.replace(CONFIG, caches=paged(8), enable_prefix_caching=prefix, max_num_batched_tokens=16)
     d = Driver(config, asynchronous)
     d.add(request("long", list(range(50)), 40))
     held = []
@@ -566,7 +585,7 @@ def test_pages_behind_every_window_come_free(asynchronous, prefix):
 def test_a_window_lets_more_run_at_once():
     """Two sequences of 88 tokens on 15 pages of 8: without a window they cannot both run to their ends at once."""
     for window, preempted in ((None, True), (8, False)):
-        d = Driver(dataclasses.replace(CONFIG, windows=(window,), num_pages=16, enable_prefix_caching=False))
+        d = Driver(dataclasses.replace(CONFIG, caches=paged(window), num_pages=16, enable_prefix_caching=False))
         for name in ("a", "b"):
             d.add(request(name, [ord(name)] * 8, 80))
         d.drain()
@@ -578,8 +597,8 @@ LONG_WALKS = {
     "fcfs": {"num_pages": 20, "host_pages": 0},
     "priority and swaps": {"num_pages": 14, "policy": "priority", "host_pages": 60, "restore_page_s": 0.05},
     "fair share and longest prefix first": {"num_pages": 20, "fair_share": True, "prefix_first": True, "host_pages": 3},
-    "windows": {"num_pages": 14, "host_pages": 3, "windows": (8,)},
-    "groups": {"num_pages": 33, "host_pages": 3, "windows": (None, 8, 21)},
+    "windows": {"num_pages": 14, "host_pages": 3, "caches": paged(8)},
+    "groups": {"num_pages": 33, "host_pages": 3, "caches": paged(None, 8, 21)},
     "several steps": {"num_pages": 60, "num_scheduler_steps": 4, "max_num_batched_tokens": 24},
 }
 
@@ -618,7 +637,7 @@ def walk(steps: int, seed: int, asynchronous: bool, **fixed) -> Driver:
         "max_waiting_time": rng.choice([None, 40.0]),
         "max_running_time": rng.choice([None, 60.0]),
         "restore_page_s": rng.choice([0.0, 0.05, 0.5]),
-        "windows": rng.choice([(None,), (None,), (8,), (21,), (None, 8), (8, 21), (None, 8, 8, 21)]),
+        "caches": paged(*rng.choice([(None,), (None,), (8,), (21,), (None, 8), (8, 21), (None, 8, 8, 21)])),
         "buckets": rng.choice([None, BUCKETS]),
     }
     config = dataclasses.replace(CONFIG, **(chosen | fixed))
@@ -634,7 +653,7 @@ def walk(steps: int, seed: int, asynchronous: bool, **fixed) -> Driver:
             stem = rng.choice(stems)
             prompt = stem[: rng.randrange(1, len(stem) + 1)] + [rng.randrange(50) for _ in range(rng.randrange(0, 12))]
             grammar = fake.Residues(rng.randrange(1, 30)) if rng.random() < 0.2 else None
-            stop = (fake.expected(prompt, 6, grammar is not None)[rng.randrange(6)],) if rng.random() < 0.4 else ()
+            stop = (d.expected(prompt, 6, grammar is not None)[rng.randrange(6)],) if rng.random() < 0.4 else ()
             d.add(
                 EngineRequest(
                     f"r{i}",
@@ -645,6 +664,7 @@ def walk(steps: int, seed: int, asynchronous: bool, **fixed) -> Driver:
                     constraint=grammar,
                     tenant=rng.choice(["a", "b"]),
                     arrival_time=float(i),
+                    turn_ends=(rng.randrange(1, len(prompt) + 1),) if rng.random() < 0.3 else (),
                     deadline=i + rng.randrange(1, 60) if rng.random() < 0.1 else None,
                     ttft_deadline=i + rng.randrange(1, 20) if rng.random() < 0.1 else None,
                 )
