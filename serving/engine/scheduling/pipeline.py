@@ -157,7 +157,7 @@ class StepPipeline(Generic[S]):
                 previous, current = current, None
         if previous is not None:
             self._read(previous)
-        elif plan is None and schedule and scheduler.stuck:
+        elif plan is None and schedule and scheduler.has_work:
             raise RuntimeError(f"{len(scheduler.requests)} requests are left, but nothing can run")
         self.in_flight = current
         return plan

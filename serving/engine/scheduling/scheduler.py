@@ -110,11 +110,6 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.requests)
 
-    @property
-    def stuck(self) -> bool:
-        """Whether there are requests, and nothing outside the scheduler is needed for them to run."""
-        return bool(self.requests)
-
     # ---- a step ----
 
     def schedule(self, now: float | None = None) -> StepPlan | None:
