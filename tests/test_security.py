@@ -18,7 +18,7 @@ from serving.access.flags import access_of, is_loopback, tls_of, warnings_for
 from serving.boot import flags
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
-from serving.engine.cache import kv_manager
+from serving.engine.cache import kv_manager, prefixes
 from serving.engine.cache.page_pool import PagePool
 from serving.engine.requests.request import Request
 from serving.engine.requests.slots import SlotTable
@@ -186,7 +186,7 @@ def test_a_digest_collision_gives_nobody_anothers_pages():
 
 
 def test_a_request_gets_no_pages_of_a_digest_that_is_anothers(monkeypatch):
-    monkeypatch.setattr(kv_manager, "chain_digest", lambda parent, tokens: b"same digest")
+    monkeypatch.setattr(prefixes, "chain_digest", lambda parent, tokens: b"same digest")
     manager = kv_manager.KVManager(PagePool(8, 8), SlotTable(2, 4))
     first, second = (
         Request(EngineRequest(name, tokens, SamplingParams()), i)
