@@ -137,6 +137,12 @@ class Replicas:
         if snapshots is not None:
             snapshots.reached(request, decoding)
 
+    def take_back(self, request: Request) -> None:
+        """Fewer positions of the request were computed than its steps could have."""
+        snapshots = self._of(request).snapshots
+        if snapshots is not None:
+            snapshots.take_back(request)
+
     def take_step(self) -> Moves:
         return Moves.joined(manager.take_step() for manager in self.managers)
 

@@ -123,11 +123,16 @@ class Snapshots:
             else:
                 self._rows[digest] = row
 
+    def take_back(self, request: Request) -> None:
+        """Steps in flight compute fewer of the request's positions than was said: snapshots whose tokens were not known are
+        of others."""
+        while request.snapshots:
+            self._give_up(request, request.snapshots.pop()[1])
+
     def leave(self, request: Request) -> None:
         """The request gives its slot up. Snapshots that cannot be indexed any more are given up too."""
         self._begun.pop(request.request_id, None)
-        while request.snapshots:
-            self._give_up(request, request.snapshots.pop()[1])
+        self.take_back(request)
         request.tail_snapshot = None
 
     # ---- a step ----

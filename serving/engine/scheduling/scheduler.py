@@ -179,6 +179,7 @@ class Scheduler:
                 outputs.append(self._take_token(request, token, found, now))
             if missing and request.state is not RequestState.FINISHED:
                 request.take_back(missing)
+                self.kv.take_back(request)
         self.kv.retired(plan.step_id)
         return outputs
 
