@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from models.layers import Embedding, Linear, Weight
-from models.moe import Experts
+from models.layers.moe import Experts
 
 
 def parameters_of(model: nnx.Module) -> Iterator[tuple[str, Weight]]:

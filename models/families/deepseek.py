@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.config import MLAConfig, ModelConfig, MoEConfig, from_hf, rope_from_hf
-from models.decoder import Decoder, Layer
+from models.decoder import Decoder
 from models.family import Family
-from models.layers import Build, GatedMLP
-from models.mla import LatentAttention, latent_spec
-from models.moe import MoE
+from models.layers import Build, GatedMLP, Layer
+from models.layers.mla import LatentAttention, latent_spec
+from models.layers.moe import MoE
 from ops.paged_attention.batch import KVSpec
 
 

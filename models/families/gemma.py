@@ -11,9 +11,9 @@ import jax
 
 from models.api import Step
 from models.config import ModelConfig, from_hf, rope_from_hf
-from models.decoder import Decoder, Layer
+from models.decoder import Decoder
 from models.family import Family
-from models.layers import Build
+from models.layers import Build, Layer
 
 VISION = (r"^(model\.)?(vision_tower|multi_modal_projector|vision_model)\.",)
 

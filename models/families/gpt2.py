@@ -12,9 +12,9 @@ import jax
 
 from models.api import Step
 from models.config import ModelConfig, from_hf
-from models.decoder import Decoder, Layer
+from models.decoder import Decoder
 from models.family import Family
-from models.layers import MLP, Attention, Build, LayerNorm, Linear, weight
+from models.layers import MLP, Attention, Build, Layer, LayerNorm, Linear, weight
 from models.recipes import Piece, Recipe, Recipes, deal, one, split, under
 from ops.linear import embed
 

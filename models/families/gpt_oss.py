@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from models.config import ModelConfig, MoEConfig, from_hf, windows_from_hf
-from models.decoder import Decoder, Layer
+from models.decoder import Decoder
 from models.family import Family
-from models.layers import Build, Linear
-from models.moe import Experts, MoE
+from models.layers import Build, Layer, Linear
+from models.layers.moe import Experts, MoE
 from models.recipes import Piece, Recipe, Recipes, alternating, deal, one, under
 
 

@@ -10,10 +10,10 @@ import jax
 
 from models.api import Step
 from models.config import ModelConfig, MoEConfig, from_hf
-from models.decoder import Decoder, Layer
+from models.decoder import Decoder
 from models.family import Family
-from models.layers import Build
-from models.moe import Experts, MoE
+from models.layers import Build, Layer
+from models.layers.moe import Experts, MoE
 from models.recipes import Piece, Recipes, deal, one, split, under
 
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from models.api import Step
 from models.config import ModelConfig, MoEConfig, from_hf
-from models.decoder import Decoder, Layer
+from models.decoder import Decoder
 from models.family import Family
-from models.layers import Attention, Build, GatedMLP, layer_frequencies
-from models.moe import Experts, MoE
+from models.layers import Attention, Build, GatedMLP, Layer, heads_of
+from models.layers.moe import Experts, MoE
 from models.recipes import Piece, Recipes, deal, one, split, under
 from ops.norm import rms_norm
 from ops.paged_attention import attend
@@ -38,14 +38,10 @@ class Llama4Attention(Attention):
         self.chunk = chunk if chunk and self.rope is not None and build.max_model_len > chunk else None
         self.window = self.chunk  # what is a chunk back is in another chunk
 
-    def __call__(
-        self, x_TD: jax.Array, step: Step, kv: Any, norm: Any = None, residual_TD: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
-        T, (K, G, h) = x_TD.shape[0], self.placed
-        qkv_TKgh = self.qkv(x_TD, norm=norm).reshape(T, K, G + 2, h)
-        q_TKGh, k_TKh, v_TKh = qkv_TKgh[:, :, :G], qkv_TKgh[:, :, G], qkv_TKgh[:, :, G + 1]
-        if self.rope is not None:
-            inv_freq, factor = layer_frequencies(*self.rope)
+    def attend(self, qkv_TKgh: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any]:
+        q_TKGh, k_TKh, v_TKh = heads_of(qkv_TKgh)
+        if self.rotary is not None:
+            inv_freq, factor = self.rotary
             q_TKGh = rope(q_TKGh, step.positions_T, inv_freq, factor, interleaved=True)
             k_TKh = rope(k_TKh, step.positions_T, inv_freq, factor, interleaved=True)
             if self.l2_norm:
@@ -54,8 +50,7 @@ class Llama4Attention(Attention):
             floor_scale, strength = self.tuning
             steps_T = jnp.floor((step.positions_T.astype(jnp.float32) + 1.0) / floor_scale)
             q_TKGh = (q_TKGh * (jnp.log1p(steps_T) * strength + 1.0)[:, None, None, None]).astype(q_TKGh.dtype)
-        out_TKGh, kv = attend(q_TKGh, k_TKh, v_TKh, kv, step.attention, scale=self.scale, chunk=self.chunk)
-        return self.out(out_TKGh.reshape(T, K * G * h), residual_TO=residual_TD), kv
+        return attend(q_TKGh, k_TKh, v_TKh, kv, step.attention, scale=self.scale, chunk=self.chunk)
 
 
 class Llama4Experts(Experts):

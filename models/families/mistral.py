@@ -11,11 +11,10 @@ import jax.numpy as jnp
 
 from models.api import Step
 from models.config import ModelConfig, from_hf, windows_from_hf
-from models.decoder import Decoder, Layer
+from models.decoder import Decoder
 from models.families.gemma import VISION
 from models.family import Family
-from models.layers import Attention, Build, layer_frequencies
-from ops.paged_attention import attend_rope
+from models.layers import Attention, Build, Layer
 
 
 class Ministral3Attention(Attention):
@@ -25,21 +24,14 @@ class Ministral3Attention(Attention):
         super().__init__(config, layer, build)
         self.beta, self.length = config.get("query_beta"), config.get("query_length")
 
-    def __call__(
-        self, x_TD: jax.Array, step: Step, kv: Any, norm: Any = None, residual_TD: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
-        T, (K, G, h) = x_TD.shape[0], self.placed
-        qkv_TKgh = self.qkv(x_TD, norm=norm).reshape(T, K, G + 2, h)
+    def attend(self, qkv_TKgh: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any]:
+        G = qkv_TKgh.shape[2] - 2
         passed_T = jnp.floor(step.positions_T.astype(jnp.float32) / self.length)
         growth_T = 1.0 + self.beta * jnp.log1p(passed_T)
         # Rotation is linear: q may as well grow before it, beside the k and v that do not.
         growth_Tg = jnp.where(jnp.arange(G + 2) < G, growth_T[:, None], 1.0)
         qkv_TKgh = (qkv_TKgh * growth_Tg[:, None, :, None]).astype(qkv_TKgh.dtype)
-        rotary = None if self.rope is None else layer_frequencies(*self.rope)
-        out_TKGh, kv = attend_rope(
-            qkv_TKgh, step.positions_T, rotary, kv, step.attention, scale=self.scale, window=self.window
-        )
-        return self.out(out_TKGh.reshape(T, K * G * h), residual_TO=residual_TD), kv
+        return super().attend(qkv_TKgh, step, kv)
 
 
 class MistralLayer(Layer):

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from models.config import ModelConfig, MoEConfig, from_hf, windows_from_hf
-from models.decoder import Decoder, Layer
+from models.decoder import Decoder
 from models.family import Family
-from models.layers import Build
-from models.moe import MoE
+from models.layers import Build, Layer
+from models.layers.moe import MoE
 from models.recipes import Recipes, under
 
 

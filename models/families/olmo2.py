@@ -11,10 +11,10 @@ import jax
 
 from models.api import Step
 from models.config import ModelConfig, MoEConfig, from_hf, rope_from_hf, windows_from_hf
-from models.decoder import Decoder, Layer
+from models.decoder import Decoder
 from models.family import Family
-from models.layers import Build
-from models.moe import MoE
+from models.layers import Build, Layer
+from models.layers.moe import MoE
 
 
 class Olmo2Layer(Layer):

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.config import ModelConfig, from_hf, windows_from_hf
-from models.decoder import Decoder, Layer
+from models.decoder import Decoder
 from models.family import Family
-from models.layers import Attention, Build, GatedMLP
+from models.layers import Attention, Build, GatedMLP, Layer
 from models.recipes import Piece, Recipes, deal, split, under
 
 

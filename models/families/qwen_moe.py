@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.config import ModelConfig, MoEConfig, from_hf
-from models.decoder import Decoder, Layer
+from models.decoder import Decoder
 from models.families.qwen2 import qwen_windows
 from models.family import Family
-from models.layers import Build, GatedMLP
-from models.moe import MoE
+from models.layers import Build, GatedMLP, Layer
+from models.layers.moe import MoE
 
 
 class QwenMoELayer(Layer):

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.config import ModelConfig, from_hf, windows_from_hf
-from models.decoder import Decoder, Layer
+from models.decoder import Decoder
 from models.family import Family
-from models.layers import MLP, Build, LayerNorm
+from models.layers import MLP, Build, Layer, LayerNorm
 
 
 class Starcoder2Layer(Layer):

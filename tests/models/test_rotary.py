@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from models.config import rope_from_hf
-from models.rotary import frequencies
+from models.layers.rotary import frequencies
 
 
 @pytest.mark.parametrize("longest", [64, 256, 257, 1000])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from models.heads import PlacedHeads, Spread
+from models.layers.heads import PlacedHeads, Spread
 
 
 def attend(q_KGh, k_Kh, v_Kh, keys_SKh, values_SKh):

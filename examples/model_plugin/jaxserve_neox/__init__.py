@@ -10,9 +10,9 @@ import jax
 
 from models.api import Step
 from models.config import ModelConfig, from_hf, rope_from_hf
-from models.decoder import Decoder, Layer
+from models.decoder import Decoder
 from models.family import Family
-from models.layers import MLP, Attention, Build, LayerNorm
+from models.layers import MLP, Attention, Build, Layer, LayerNorm
 from models.recipes import Recipes, under
 
 

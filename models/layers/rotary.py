@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import numpy as np
 
@@ -48,3 +50,9 @@ def _longrope(rope: RopeConfig, max_model_len: int) -> tuple[np.ndarray, float]:
         stretched = rope.factor > 1.0
         scale = math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_positions)) if stretched else 1.0
     return inv_freq.astype(np.float32), scale
+
+
+@functools.lru_cache(maxsize=64)
+def layer_frequencies(rotary: RopeConfig, max_model_len: int) -> tuple[Any, float]:
+    """Computed on the host once for all layers that share them."""
+    return frequencies(rotary, max_model_len)

@@ -11,7 +11,9 @@ from flax import nnx
 
 from models.api import Step
 from models.config import ModelConfig, MoEConfig
-from models.layers import Build, GatedMLP, Linear, weight
+from models.layers.build import Build, weight
+from models.layers.linear import Linear
+from models.layers.mlp import GatedMLP
 from models.recipes import Piece, Recipes, Stack, deal, one, under
 from ops.activation import activation
 from ops.experts import can_pack, experts

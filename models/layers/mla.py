@@ -16,7 +16,10 @@ from flax import nnx
 
 from models.api import Step
 from models.config import ModelConfig
-from models.layers import Build, Linear, RMSNorm, child_recipes, layer_frequencies, weight
+from models.layers.build import Build, child_recipes, weight
+from models.layers.linear import Linear
+from models.layers.norms import RMSNorm
+from models.layers.rotary import layer_frequencies
 from models.recipes import Piece, Recipes, split
 from ops.paged_attention import attend
 from ops.paged_attention.batch import KVSpec

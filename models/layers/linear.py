@@ -1,0 +1,51 @@
+"""Products with a weight that is dense or quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.layers.build import Build, weight
+from models.layers.norms import Norm, taken_along
+from models.recipes import Recipes, one
+from ops.linear import linear
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b. `weight` is dense [O, I] or a quantized pytree: `ops.linear` dispatches on its type."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        build: Build,
+        axes: tuple[str | None, str | None],
+        bias: bool = False,
+        **metadata: Any,
+    ):
+        self.weight = weight((outputs, inputs), build.dtype, axes, **metadata)
+        if metadata.get("spread") is not None and metadata["spread"].part == "out":
+            metadata = {}  # its bias is of the rows, which no head owns
+        self.bias = weight((outputs,), jnp.float32, axes[:1], **metadata) if bias else None
+
+    def __call__(
+        self, x_TI: jax.Array, out_dtype: Any = None, norm: Norm | None = None, residual_TO: jax.Array | None = None
+    ) -> jax.Array:
+        """norm(x) W^T + b + residual; a kernel that can takes norm and residual along with the product."""
+        x_TI, rms = taken_along(x_TI, norm)
+        return linear(
+            x_TI, self.weight.get_value(), self.bias_value(), norm=rms, residual_TO=residual_TO, out_dtype=out_dtype
+        )
+
+    def bias_value(self) -> jax.Array | None:
+        return None if self.bias is None else self.bias[...]
+
+    def recipes(self, name: str) -> Recipes:
+        shape = self.weight.stored_shape
+        recipes = {"weight": one(f"{name}.weight", *shape)}
+        if self.bias is not None:
+            recipes["bias"] = one(f"{name}.bias", shape[0])
+        return recipes
