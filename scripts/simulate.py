@@ -31,6 +31,7 @@ import numpy as np
 from serving.engine.requests.buckets import BucketTable
 from serving.engine.scheduling.policy import KEYS
 from serving.engine.scheduling.scheduler import SchedulerConfig
+from serving.installation import extra
 from serving.simulator.cost import CostModel, fit, read_records
 from serving.simulator.report import Report
 from serving.simulator.simulate import Simulation
@@ -76,7 +77,7 @@ def plot(path: str, results: dict[str, tuple[dict[str, object], dict[str | None,
     try:
         import matplotlib
     except ImportError:
-        sys.exit("--plot needs matplotlib: pip install 'jaxserve[plot]'.")
+        sys.exit(f"--plot needs matplotlib: {extra('plot')}.")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -6,8 +6,15 @@ import importlib.metadata
 import os
 import pathlib
 
-DISTRIBUTION = "jaxserve"
-"""The name under which the packages are installed."""
+DISTRIBUTION = "jaxserve-engine"
+"""The name under which the packages are installed. Not the command's: `jaxserve` is another project's in the package index, and
+nobody is to be told to install that."""
+
+
+def extra(name: str) -> str:
+    """How an optional dependency is installed, to end a sentence with: out of the checkout or a wheel, never by a name that an
+    index may hold something else under."""
+    return f"pip install -e '.[{name}]' in the checkout (of a wheel: pip install 'FILE.whl[{name}]')"
 
 
 def version() -> str:

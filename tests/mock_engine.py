@@ -140,6 +140,10 @@ class MockEngine:
             max_num_seqs=64, max_num_batched_tokens=512, page_size=PAGE_SIZE, num_pages=num_pages, dtype="float32",
             quantization=None, mesh="data=1,model=1", platform="cpu", version="0.0.0", num_parameters=1_000_000_000,
         )  # fmt: skip
+        self.lifecycle: Any = None
+        self.embedder: Any = None
+        self.scorer: Any = None
+        self.refusal: str | None = None
         self.requests: list[EngineRequest] = []
         self.live: dict[str, EngineRequest] = {}
         self.aborted: list[str] = []
@@ -297,6 +301,7 @@ class EmbeddingEngine(MockEngine):
 
     def __init__(self, reply: Any = None, **options: Any) -> None:
         super().__init__(reply, **options)
+        self.embedder = self
         self.embedded: list[tuple[int, ...]] = []
         self.poolings: list[str | None] = []
 
@@ -317,6 +322,7 @@ class ScoringEngine(MockEngine):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._info = dataclasses.replace(self._info, tasks=("score",))
+        self.scorer = self
         self.scored: list[TokenPair] = []
 
     async def score(self, request_id: str, pairs: Sequence[TokenPair], *, priority: int = 0) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.driving import span, throughput
+from serving.installation import extra, version
 from serving.simulator.report import Report
 from serving.simulator.simulate import Outcome
 
@@ -61,7 +62,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install 'jaxserve[plot]'.") from None
+        raise SystemExit(f"--plot needs matplotlib: {extra('plot')}.") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot
 
@@ -84,5 +85,6 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("jaxserve", "jax", "flax")},
+        "jaxserve": version(),
+        **{name: metadata.version(name) for name in ("jax", "flax")},
     }

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from serving.engine.api.admission import check_door, check_queue
+from serving.engine.api.client import EmbeddingClient, EngineClient
 from serving.engine.api.config import EngineConfig
+from serving.engine.api.lifecycle import Lifecycle, LoadModel
 from serving.engine.api.mortal import Mortal
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.streams import OutputStream
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
-from serving.engine.lifecycle import Lifecycle, LoadModel
+from serving.engine.lifecycle import Resting
 from serving.engine.loop import Abort, EngineLoop, Submit
 from serving.errors import ErrorKind, RequestError, invalid
 
@@ -53,7 +55,7 @@ class Engine(Mortal):
         self.loop = EngineLoop(
             scheduler, runner, self._deliver, self._reject, self.declare_dead, asynchronous=config.async_scheduling
         )
-        self.lifecycle = Lifecycle(self.loop, scheduler, runner.executor, load_model)
+        self.lifecycle = Lifecycle(Resting(self.loop, scheduler, runner.executor), load_model)
         self.client = InProcessClient(self, info)
 
     def drain(self, timeout: float | None) -> bool:
@@ -98,8 +100,8 @@ class Engine(Mortal):
         return self.loop.busy_since
 
 
-class InProcessClient:
-    """EngineClient over an engine in this process. Event loops call it; the engine thread answers."""
+class InProcessClient(EngineClient):
+    """EngineClient and EmbeddingClient over an engine in this process. Event loops call it; the engine thread answers."""
 
     def __init__(self, engine: Engine, info: EngineInfo) -> None:
         self._engine = engine
@@ -170,6 +172,11 @@ class InProcessClient:
     def lifecycle(self) -> Lifecycle:
         """Pausing, sleeping, new weights."""
         return self._engine.lifecycle
+
+    @property
+    def embedder(self) -> EmbeddingClient:
+        """Itself: vectors of hidden states."""
+        return self
 
     @property
     def refusal(self) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from serving.engine.api.client import EmbeddingClient, EngineClient, ScoringClient
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
 from serving.errors import DIED, ErrorKind, RequestError
 
@@ -45,7 +46,7 @@ def _nobody() -> RequestError:
     return RequestError(ErrorKind.UNAVAILABLE, "No engine behind this gateway answers.", retry_after_s=2.0)
 
 
-class Pool:
+class Pool(EngineClient):
     """Several engines with the same model as one `EngineClient`.
 
     A request goes to the healthy engine with the least work: the requests that this gateway has there, and those that
@@ -136,6 +137,16 @@ class Pool:
             finally:
                 self._live[i] -= 1
         raise failure
+
+    @property
+    def embedder(self) -> EmbeddingClient:
+        """Itself; the engines behind it all do the same."""
+        return self
+
+    @property
+    def scorer(self) -> ScoringClient:
+        """Itself."""
+        return self
 
     async def abort(self, request_id: str) -> bool:
         found = await asyncio.gather(*(t.abort(request_id) for t in self._targets), return_exceptions=True)

@@ -10,13 +10,14 @@ from typing import Any, cast
 import numpy as np
 
 from serving.engine.api.client import EmbeddingClient, EngineClient, ScoringClient
+from serving.engine.api.lifecycle import Lifecycle
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, TokenPair
 from serving.errors import RequestError
 from serving.metrics.metrics import Metrics
 from serving.metrics.tracing import Tracing
 
 
-class MeteredClient:
+class MeteredClient(EngineClient):
     """Passes everything to `client` and observes latencies, token counts and reasons.
 
     Args:
@@ -32,11 +33,6 @@ class MeteredClient:
         h = self.metrics.histograms
         self._ttft = h["time_to_first_token_seconds"].observe
         self._gap = h["inter_token_latency_seconds"].observe
-        # Only where the engine has them: a service asks a client what it has.
-        if hasattr(client, "embed"):
-            self.embed = self._embed
-        if hasattr(client, "score"):
-            self.score = self._score
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """As EngineClient.generate."""
@@ -100,13 +96,14 @@ class MeteredClient:
             per_token = max(0.0, t.finished - t.first_token) / (tokens - 1)
             h["request_time_per_output_token_seconds"].observe(per_token)
 
-    async def _embed(self, request_id: str, token_ids: Sequence[int], **options: Any) -> np.ndarray:
-        client = cast(EmbeddingClient, self._client)
-        return await self._read(client.embed(request_id, token_ids, **options), (len(token_ids),))
+    async def embed(self, request_id: str, token_ids: Sequence[int], **options: Any) -> np.ndarray:
+        assert self._client.embedder is not None
+        return await self._read(self._client.embedder.embed(request_id, token_ids, **options), (len(token_ids),))
 
-    async def _score(self, request_id: str, pairs: Sequence[TokenPair], **options: Any) -> np.ndarray:
-        client = cast(ScoringClient, self._client)
-        return await self._read(client.score(request_id, pairs, **options), [len(pair.token_ids) for pair in pairs])
+    async def score(self, request_id: str, pairs: Sequence[TokenPair], **options: Any) -> np.ndarray:
+        assert self._client.scorer is not None
+        lengths = [len(pair.token_ids) for pair in pairs]
+        return await self._read(self._client.scorer.score(request_id, pairs, **options), lengths)
 
     async def _read(self, work: Awaitable[np.ndarray], lengths: Sequence[int]) -> np.ndarray:
         """Observes sequences that are only read: each counts as one request that made no token."""
@@ -146,6 +143,20 @@ class MeteredClient:
     def healthy(self) -> bool:
         return self._client.healthy
 
-    def __getattr__(self, name: str) -> Any:
-        """What an engine can do beyond EngineClient (embeddings, say) stays visible."""
-        return getattr(self._client, name)
+    @property
+    def lifecycle(self) -> Lifecycle | None:
+        return self._client.lifecycle
+
+    @property
+    def embedder(self) -> EmbeddingClient | None:
+        """Itself, where the engine embeds: that is measured too."""
+        return self if self._client.embedder is not None else None
+
+    @property
+    def scorer(self) -> ScoringClient | None:
+        """Itself, where the engine scores."""
+        return self if self._client.scorer is not None else None
+
+    @property
+    def refusal(self) -> str | None:
+        return self._client.refusal

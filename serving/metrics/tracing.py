@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason
+from serving.installation import extra
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -45,7 +46,7 @@ class Tracing:
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError:
-            raise ValueError("Traces need OpenTelemetry: pip install 'jaxserve[otel]'.") from None
+            raise ValueError(f"Traces need OpenTelemetry: {extra('otel')}.") from None
         provider = TracerProvider(resource=Resource.create({"service.name": "jaxserve"}))
         exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https://"))
         provider.add_span_processor(BatchSpanProcessor(exporter))

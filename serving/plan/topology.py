@@ -6,17 +6,18 @@ import importlib.util
 import os
 from typing import Any
 
+from serving.installation import extra
 from serving.plan.chips import Target
 from serving.plan.cuda import topology_devices
 
 
 def tpu_compiler() -> bool:
-    """Whether libtpu is installed, which holds the TPU compiler (`pip install 'jaxserve[tpu]'`; no TPU is needed)."""
+    """Whether libtpu is installed, which holds the TPU compiler (the extra tpu; no TPU is needed)."""
     return bool(os.environ.get("TPU_LIBRARY_PATH")) or importlib.util.find_spec("libtpu") is not None
 
 
 def gpu_compiler() -> bool:
-    """Whether JAX's CUDA plugin is installed, which holds the GPU compiler (`pip install 'jaxserve[cuda]'`; no GPU is needed)."""
+    """Whether JAX's CUDA plugin is installed, which holds the GPU compiler (the extra cuda; no GPU is needed)."""
     return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") is not None for version in (13, 12))
 
 
@@ -31,14 +32,14 @@ def prepare(targets: list[Target]) -> None:
     jax.config.update("jax_platforms", "cpu")  # for CUDA's plugin too: it then looks for no driver
     if any(target.platform == "gpu" for target in targets) and not gpu_compiler():
         raise ValueError(
-            "Programs for GPU need the compiler in JAX's CUDA plugin, which is not installed: pip install "
-            "'jaxserve[cuda]' (4 GB on disk; no GPU is needed)."
+            "Programs for GPU need the compiler in JAX's CUDA plugin, which is not installed (4 GB on disk; no GPU is needed): "
+            f"{extra('cuda')}."
         )
     if any(target.platform == "tpu" for target in targets):
         if not tpu_compiler():
             raise ValueError(
-                "Programs for TPU need the compiler in libtpu, which is not installed: pip install 'jaxserve[tpu]' "
-                "(700 MB on disk; no TPU is needed)."
+                "Programs for TPU need the compiler in libtpu, which is not installed (700 MB on disk; no TPU is needed): "
+                f"{extra('tpu')}."
             )
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask no cloud metadata server what this machine is
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")

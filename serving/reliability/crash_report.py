@@ -21,13 +21,15 @@ import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from serving.installation import DISTRIBUTION
+
 log = logging.getLogger(__name__)
 
 KEPT = 10
 """Reports in a folder; older ones are removed."""
 
 MAX_MESSAGE_CHARS = 2000
-PACKAGES = ("jaxserve", "jax", "jaxlib", "flax", "numpy", "grpcio", "llguidance", "tokenizers", "uvicorn")
+PACKAGES = (DISTRIBUTION, "jax", "jaxlib", "flax", "numpy", "grpcio", "llguidance", "tokenizers", "uvicorn")
 
 
 def folder() -> pathlib.Path:

@@ -41,7 +41,7 @@ class ServerControl:
         self._service = service
 
     def state(self) -> State:
-        lifecycle = getattr(self._service.client, "lifecycle", None)
+        lifecycle = self._service.client.lifecycle
         return State(
             paused=bool(lifecycle and lifecycle.paused),
             asleep=bool(lifecycle and lifecycle.asleep),
@@ -56,7 +56,7 @@ class ServerControl:
     async def resume(self) -> State:
         """Goes on after `pause` or `drain`."""
         self._service.stop_draining()
-        return await self._do("resume") if self._lifecycle_or_none() is not None else self.state()
+        return await self._do("resume") if self._service.client.lifecycle is not None else self.state()
 
     async def sleep(self, level: int = 1) -> State:
         """Gives the devices' memory back; level 2 the weights' host copy too."""
@@ -85,11 +85,8 @@ class ServerControl:
             await self._service.wait_idle(timeout_s)
         return self.state()
 
-    def _lifecycle_or_none(self) -> Any:
-        return getattr(self._service.client, "lifecycle", None)
-
     async def _do(self, name: str, *args: Any) -> State:
-        lifecycle = self._lifecycle_or_none()
+        lifecycle = self._service.client.lifecycle
         if lifecycle is None:
             raise RequestError(ErrorKind.UNIMPLEMENTED, "No engine runs in this process: ask the server that has it.")
         log.warning("control: %s", name)

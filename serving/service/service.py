@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from serving.access.keys import caller_of_task
 from serving.access.rates import RateMeter
-from serving.engine.api.client import EmbeddingClient, EngineClient, ScoringClient
+from serving.engine.api.client import EngineClient
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
 from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason
 from serving.errors import ErrorKind, RequestError, invalid
@@ -246,8 +246,8 @@ class TextService:
     async def _embed(self, given: GenerateInput, pooling: str | None = None) -> Embedding:
         prompt, ids = await self._run(vectors.encode, given, self.tokenizer, self.chat_template, self.limits, self.info)
         request_id = f"{given.request_id or 'embed'}#{next(self._serial)}"
-        client = cast(EmbeddingClient, self.client)
-        vector = await client.embed(request_id, ids, pooling=pooling, priority=given.priority)
+        assert self.client.embedder is not None  # `_check_task` has looked
+        vector = await self.client.embedder.embed(request_id, ids, pooling=pooling, priority=given.priority)
         return Embedding(request_id, prompt, ids, vector)
 
     async def score(self, given: ScoreInput) -> Scores:
@@ -268,7 +268,8 @@ class TextService:
             return await vectors.score_by_cosine(self._embed, given)
         pairs = await self._run(vectors.encode_pairs, given, self.tokenizer, self.info)
         request_id = f"{given.request_id or 'score'}#{next(self._serial)}"
-        found = await cast(ScoringClient, self.client).score(request_id, pairs, priority=given.priority)
+        assert self.client.scorer is not None
+        found = await self.client.scorer.score(request_id, pairs, priority=given.priority)
         return Scores(tuple(map(float, found)), sum(len(pair.token_ids) for pair in pairs))
 
     async def detokenize(
@@ -341,9 +342,8 @@ class TextService:
             )
         if not self.client.healthy:
             raise RequestError(ErrorKind.UNAVAILABLE, "The engine has stopped; the server is about to restart.")
-        refusal = getattr(self.client, "refusal", None)
-        if refusal is not None:
-            raise RequestError(ErrorKind.UNAVAILABLE, refusal, retry_after_s=5.0)
+        if self.client.refusal is not None:
+            raise RequestError(ErrorKind.UNAVAILABLE, self.client.refusal, retry_after_s=5.0)
 
     def resolve_model(self, name: str | None) -> str:
         """The served name for what a client asked for.
@@ -379,7 +379,8 @@ class TextService:
 
     def _can(self, task: str) -> bool:
         """Whether the served model is made for "generate", "embed" or "score", and its engine does it."""
-        return task in self.info.tasks and (task == "generate" or hasattr(self.client, task))
+        able = {"embed": self.client.embedder, "score": self.client.scorer}
+        return task in self.info.tasks and (task == "generate" or able[task] is not None)
 
     def _check_task(self, task: str, lacks: str) -> None:
         if not self._can(task):

@@ -55,7 +55,7 @@ def _load(name: str):
 
 
 def test_gradio(url: str):
-    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'jaxserve[gradio]'")
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[gradio]'")
     from gradio_client import Client
 
     demo = _load("gradio_app").demo
@@ -68,7 +68,7 @@ def test_gradio(url: str):
 
 
 def test_streamlit(url: str):
-    pytest.importorskip("streamlit", reason="streamlit is not installed: pip install 'jaxserve[streamlit]'")
+    pytest.importorskip("streamlit", reason="streamlit is not installed: pip install -e '.[streamlit]'")
     from streamlit.testing.v1 import AppTest
 
     app = AppTest.from_file(str(EXAMPLES / "streamlit_app.py"), default_timeout=60).run()
@@ -79,7 +79,7 @@ def test_streamlit(url: str):
 
 
 async def test_chainlit(url: str, tmp_path):
-    pytest.importorskip("chainlit", reason="chainlit is not installed: pip install 'jaxserve[chainlit]'")
+    pytest.importorskip("chainlit", reason="chainlit is not installed: pip install -e '.[chainlit]'")
     import socketio
 
     port = _free_port()

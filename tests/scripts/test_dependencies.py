@@ -58,3 +58,17 @@ def test_torch_is_for_tests_only_and_pinned() -> None:
     assert parts["To test"]["torch"] == "==2.13.0"
     for section in ("To serve", "Extras"):
         assert not {"torch", "transformers"} & parts[section].keys()
+
+
+INSTALLS = re.compile(r"pip install [^\n]*jaxserve(?:-engine)?(?=[\['\"\s.,;)]|$)")
+
+
+def test_nobody_is_told_to_install_what_an_index_may_hold_for_somebody_else() -> None:
+    """`jaxserve` is another project there, and our own name is not reserved: extras come from a checkout or a wheel."""
+    found = []
+    for folder in ("docs", "examples", "models", "ops", "scripts", "serving", "sharding", "."):
+        for path in (REPO / folder).glob("*" if folder == "." else "**/*"):
+            if path.suffix in {".md", ".py", ".toml", ".sh", ".yaml", ".ipynb"} or path.name == "Dockerfile":
+                told = INSTALLS.findall(path.read_text(encoding="utf-8"))
+                found += [f"{path.name}: {words}" for words in told if "beside jaxserve" not in words]
+    assert not found

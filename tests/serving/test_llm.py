@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -175,7 +176,7 @@ def test_embeddings_in_order():
     with make() as llm:
         with pytest.raises(RequestError, match="does not give embeddings"):
             llm.embed("x", use_tqdm=False)
-        mock(llm).embed = embed
+        mock(llm).embedder = SimpleNamespace(embed=embed)
         outs = llm.embed(["a", "bcd", [1, 2]], pooling="mean", use_tqdm=False)
         with pytest.raises(RequestError, match="512 tokens"):
             llm.embed([[1] * 513], use_tqdm=False)

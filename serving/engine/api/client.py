@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from serving.engine.api.lifecycle import Lifecycle
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
 
 
@@ -41,6 +42,28 @@ class EngineClient(Protocol):
     def healthy(self) -> bool:
         """False once the engine can serve no more."""
         ...
+
+    # What only some engines do. None where this one does not; an implementation that inherits from here says what it has.
+
+    @property
+    def lifecycle(self) -> Lifecycle | None:
+        """Pausing, sleeping and new weights, where the engine runs in this process."""
+        return None
+
+    @property
+    def embedder(self) -> EmbeddingClient | None:
+        """What makes vectors; whether the served model is meant for it says `EngineInfo.tasks`."""
+        return None
+
+    @property
+    def scorer(self) -> ScoringClient | None:
+        """What scores pairs of texts."""
+        return None
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it takes no requests now although it lives, or None."""
+        return None
 
 
 class EmbeddingClient(Protocol):

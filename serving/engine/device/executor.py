@@ -16,6 +16,7 @@ import numpy as np
 from ops import paged_attention
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
+from serving.engine.device.at_rest import Rested, check_fit, delete, to_devices, to_host
 from serving.engine.device.commands import Command, DecodeLoop, Forward, LoadSlot, Pool, PromptLogprobs, Sample
 from serving.engine.device.compiling import CompileGuard, Program, ProgramCache, compile_all, starting
 from serving.engine.device.group import Group, Meet
@@ -78,7 +79,7 @@ class Executor:
         self._split, self._leaves = SplitModel.split(model)
         self._kv: Any = None
         self._state: Any = None
-        self._asleep: list[tuple[np.ndarray, Any]] = []  # (leaf, sharding) in host memory, while the device has none
+        self._asleep: Rested = []  # (leaf, sharding) in host memory, while the device has none
         self.reset_cache()
         by_replica = BY_REPLICA if self.replicas > 1 else EVERYWHERE
         self._no_mask = {
@@ -202,7 +203,7 @@ class Executor:
 
     def reset_cache(self) -> None:
         """Empty pages and device state, in place of those there are or a failed program took over."""
-        _delete((self._kv, self._state))
+        delete((self._kv, self._state))
         self._kv = self._state = None
         sizes = self.sizes
         with starting(), paged_attention.use_backend(self._backend):
@@ -221,16 +222,7 @@ class Executor:
             ValueError: another structure, shape, dtype or placement, in a sentence.
         """
         _, leaves = SplitModel.split(model)
-        if len(leaves) != len(self._leaves):
-            raise ValueError(f"the checkpoint has {len(leaves)} arrays, the served model {len(self._leaves)}.")
-        for i, (new, old) in enumerate(zip(leaves, self._leaves, strict=True)):
-            if (new.shape, new.dtype) != (old.shape, old.dtype) or not new.sharding.is_equivalent_to(
-                old.sharding, old.ndim
-            ):
-                raise ValueError(
-                    f"array {i} of the checkpoint is {new.dtype}{list(new.shape)}, the served model's {old.dtype}"
-                    f"{list(old.shape)}: only a checkpoint of the same shape can take its place."
-                )
+        check_fit(leaves, self._leaves)
         return leaves
 
     def replace_weights(self, leaves: tuple[Any, ...]) -> None:
@@ -246,11 +238,10 @@ class Executor:
         """
         jax.block_until_ready((self._kv, self._state))
         freed = sum(leaf.nbytes for leaf in jax.tree.leaves((self._leaves, self._kv, self._state)))
-        # Copies, not views: on the CPU a view would keep the device's buffer.
         if keep_weights:
-            self._asleep = [(np.array(leaf, copy=True), leaf.sharding) for leaf in self._leaves]
+            self._asleep = to_host(self._leaves)
         self.__dict__.pop("_head_leaves", None)
-        _delete((self._leaves, self._kv, self._state))
+        delete((self._leaves, self._kv, self._state))
         self._kv = self._state = None
         return freed
 
@@ -261,8 +252,7 @@ class Executor:
             leaves: the weights, where `sleep` did not keep them.
         """
         if leaves is None:
-            assert self._asleep, "the weights were not kept"
-            leaves = tuple(jax.device_put(host, sharding) for host, sharding in self._asleep)
+            leaves = to_devices(self._asleep)
         self._asleep = []
         self.replace_weights(leaves)
         self.reset_cache()
@@ -293,12 +283,6 @@ class Executor:
     @property
     def num_parameters(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self._leaves))
-
-
-def _delete(tree: Any) -> None:
-    for leaf in jax.tree.leaves(tree):
-        if not leaf.is_deleted():
-            leaf.delete()
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

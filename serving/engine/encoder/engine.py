@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 
 from serving.engine.api.admission import check_door, check_queue
+from serving.engine.api.client import EmbeddingClient, EngineClient, ScoringClient
 from serving.engine.api.config import EngineConfig
+from serving.engine.api.lifecycle import Lifecycle, LoadModel
 from serving.engine.api.mortal import Mortal
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
+from serving.engine.device.compiling import starting
 from serving.engine.encoder.queue import EncoderQueue, Job
 from serving.engine.encoder.runner import POOLINGS, EncoderRunner, Text
 from serving.errors import ErrorKind, RequestError, invalid
@@ -52,11 +55,20 @@ class EncoderEngine(Mortal):
         generation_config: empty.
         failure: what killed the engine, or None.
         runner: owns weights and programs.
+        lifecycle: pausing, sleeping, new weights.
         busy_since: time.monotonic() seconds at which the batch that runs began, or None. What a watchdog looks at.
     """
 
-    def __init__(self, config: EngineConfig, loaded: Any, runner: EncoderRunner, info: EngineInfo) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        loaded: Any,
+        runner: EncoderRunner,
+        info: EngineInfo,
+        load_model: LoadModel | None = None,
+    ) -> None:
         super().__init__()
+        self.lifecycle = Lifecycle(self, load_model)
         self.config = config
         self.source = loaded.source
         self.generation_config: dict[str, Any] = {}
@@ -66,6 +78,7 @@ class EncoderEngine(Mortal):
         self.wake = threading.Condition()
         self.busy_since: float | None = None
         self._stopping = False
+        self._held = False
         self._rehearsed = threading.Event()
         self._running: list[Job] = []
         self.client = EncoderClient(self, info)
@@ -84,7 +97,7 @@ class EncoderEngine(Mortal):
         self.client.draining = True
         with self.wake:
             self._stopping = True
-            self.wake.notify()
+            self.wake.notify_all()
         self._thread.join(timeout)
         self.client.fail_all(RequestError(ErrorKind.UNAVAILABLE, "the server has stopped."))
         self.runner.guard.close()
@@ -117,7 +130,7 @@ class EncoderEngine(Mortal):
     def _step(self) -> bool:
         """Waits for texts and runs one batch. False once the engine is to stop."""
         with self.wake:
-            self.wake.wait_for(lambda: self._stopping or len(self.queue))
+            self.wake.wait_for(lambda: self._stopping or (len(self.queue) and not self._held))
             if self._stopping:
                 return False
             self._running = batch = self.queue.take()
@@ -133,12 +146,53 @@ class EncoderEngine(Mortal):
             num_recompilations=self.runner.guard.count,
             last_step_s=seconds,
         )
-        self._running = []
+        with self.wake:
+            self._running = []
+            self.wake.notify_all()
         self.client.deliver(batch, results)
         return True
 
+    # -- serving.engine.api.lifecycle.Restable -----------------------------------------------------------------------
 
-class EncoderClient:
+    @property
+    def alone(self) -> bool:
+        """An encoder is always one process."""
+        return True
+
+    def hold(self) -> None:
+        """Takes no further batches; returns when none runs."""
+        with self.wake:
+            self._held = True
+            self.wake.wait_for(lambda: not self._running or self.failure is not None)
+
+    def go_on(self) -> None:
+        """Takes batches again."""
+        with self.wake:
+            self._held = False
+            self.wake.notify_all()
+
+    def give_back(self, keep_weights: bool) -> int:
+        """Gives the memory of the weights back. While held."""
+        return self.runner.sleep(keep_weights)
+
+    def take_back(self, leaves: Any) -> None:
+        """Takes it again."""
+        self.runner.wake(leaves)
+
+    def read(self, load: Callable[[], Any]) -> Any:
+        """The weights of another checkpoint, checked to fit."""
+        with starting():  # reading may compile conversions, which is no defect
+            return self.runner.leaves_of(load())
+
+    def replace(self, leaves: Any) -> None:
+        """Uses other weights from the next batch on."""
+        self.runner.replace_weights(leaves)
+
+    def forget(self) -> None:
+        """Nothing: an encoder keeps nothing between batches."""
+
+
+class EncoderClient(EngineClient):
     """EngineClient, EmbeddingClient and ScoringClient over an encoder in this process; its `info().tasks` says which of the
     last two it is."""
 
@@ -190,6 +244,23 @@ class EncoderClient:
     def num_live(self) -> int:
         return len(self._live)
 
+    @property
+    def lifecycle(self) -> Lifecycle:
+        """Pausing, sleeping, new weights."""
+        return self._engine.lifecycle
+
+    @property
+    def embedder(self) -> EmbeddingClient | None:
+        return self if "embed" in self._info.tasks else None
+
+    @property
+    def scorer(self) -> ScoringClient | None:
+        return self if "score" in self._info.tasks else None
+
+    @property
+    def refusal(self) -> str | None:
+        return self._engine.lifecycle.refusal
+
     async def _submit(self, request_id: str, texts: list[Text], priority: int) -> np.ndarray:
         engine = self._engine
         for text in texts:
@@ -205,6 +276,8 @@ class EncoderClient:
                 request_id=request_id,
                 in_use=request_id in self._live,
             )
+            if self.refusal is not None:
+                raise RequestError(ErrorKind.UNAVAILABLE, self.refusal, retry_after_s=5.0)
             check_queue(
                 engine.config,
                 waiting=len(engine.queue),
@@ -214,7 +287,7 @@ class EncoderClient:
             pending = self._live[request_id] = _Pending(request_id, len(texts))
             for index, text in enumerate(texts):
                 engine.queue.add(text, pending, index, priority)
-            engine.wake.notify()
+            engine.wake.notify_all()
         try:
             return await pending.future
         finally:

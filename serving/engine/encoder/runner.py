@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.pooling import pool
+from serving.engine.device.at_rest import Rested, check_fit, delete, to_devices, to_host
 from serving.engine.device.compiling import CompileGuard, Program, ProgramCache, compile_all
 from serving.engine.device.placement import placed
 from serving.engine.device.programs import SplitModel
@@ -108,6 +109,7 @@ class EncoderRunner:
         self._mesh = mesh
         self._split, self._leaves = SplitModel.split(model)
         self._programs: dict[str, Any] = {}
+        self._asleep: Rested = []
 
     def compile(self, on_done: Callable[[int, int], None] | None = None) -> None:
         """Compiles every program, runs each once, and arms the guard."""
@@ -149,6 +151,32 @@ class EncoderRunner:
             return model.score(hidden_BSD, length_B)
         pooled = jnp.stack([pool(hidden_BSD, length_B, mode) for mode in POOLINGS])
         return jnp.take_along_axis(pooled, pooling_B[None, :, None], axis=0)[0]
+
+    def leaves_of(self, model: Any) -> tuple[Any, ...]:
+        """The weights of another checkpoint, checked to fit this model's programs.
+
+        Raises:
+            ValueError: another structure, shape, dtype or placement, in a sentence.
+        """
+        _, leaves = SplitModel.split(model)
+        check_fit(leaves, self._leaves)
+        return leaves
+
+    def replace_weights(self, leaves: tuple[Any, ...]) -> None:
+        """Uses other weights from the next batch on; see `leaves_of`."""
+        self._leaves = leaves
+
+    def sleep(self, keep_weights: bool) -> int:
+        """Gives the memory of the weights back, which are kept in host memory or lost. Returns bytes freed."""
+        freed = sum(leaf.nbytes for leaf in jax.tree.leaves(self._leaves))
+        self._asleep = to_host(self._leaves) if keep_weights else []
+        delete(self._leaves)
+        return freed
+
+    def wake(self, leaves: tuple[Any, ...] | None = None) -> None:
+        """Takes memory again; `leaves` are the weights, where `sleep` did not keep them."""
+        self._leaves = to_devices(self._asleep) if leaves is None else leaves
+        self._asleep = []
 
     @property
     def num_parameters(self) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from proto.jaxserve.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
 from proto.jaxserve.v1 import inference_pb2 as pb
 from serving.access import ClientTls
+from serving.engine.api.client import EmbeddingClient, EngineClient, ScoringClient
 from serving.engine.api.constraint import TokenConstraint
 from serving.engine.api.sampling_params import StructuredOutputs
 from serving.engine.api.types import (
@@ -48,7 +49,7 @@ OPTIONS = (
 )
 
 
-class RemoteEngineClient:
+class RemoteEngineClient(EngineClient):
     """One jaxserve server, as an engine. Make one with `connect`; belongs to the event loop that made it.
 
     Stop strings, `n` and text stay on this side (the TextService's): the wire carries tokens. Grammars go by their
@@ -153,6 +154,16 @@ class RemoteEngineClient:
 
     def stats(self) -> EngineStats:
         return self._stats
+
+    @property
+    def embedder(self) -> EmbeddingClient:
+        """Itself; whether the server's model embeds says `info().tasks`."""
+        return self
+
+    @property
+    def scorer(self) -> ScoringClient:
+        """Itself; whether the server's model scores says `info().tasks`."""
+        return self
 
     @property
     def healthy(self) -> bool:

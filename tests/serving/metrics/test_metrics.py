@@ -120,7 +120,7 @@ async def test_what_is_only_read_is_counted():
     got = _samples(client.metrics)
     assert got["request_success_total", (("finished_reason", "stop"),)] == 2
     assert got["request_prompt_tokens_sum", ()] == 5
-    assert not hasattr(client, "embed") and not hasattr(MeteredClient(MockEngine()), "score")
+    assert client.embedder is None and MeteredClient(MockEngine()).scorer is None
 
 
 # What scrapers send: Prometheus 2.42 and 3.4 (https://prometheus.io/docs/instrumenting/content_negotiation/), a browser, curl.

@@ -13,10 +13,11 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serving.engine.api.lifecycle import Lifecycle
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest, FinishReason
 from serving.engine.device.compiling import starting
-from serving.engine.lifecycle import Lifecycle
+from serving.engine.lifecycle import Resting
 from serving.engine.scheduling.recovery import MAX_IN_A_ROW, Suspects, is_out_of_memory
 from serving.errors import DIED, ErrorKind, RequestError
 from serving.reliability.faults import Fault, FaultyRunner
@@ -187,7 +188,8 @@ def test_halving_finds_exactly_the_guilty(ids, guilty):
 def alive(engine, broken):
     """The engine with a way to read weights; wakes it, whatever a test left."""
     engine.lifecycle = Lifecycle(
-        engine.loop, engine.scheduler, engine.runner.executor, lambda name: _copy(0.9 if name == "other" else 1.0)
+        Resting(engine.loop, engine.scheduler, engine.runner.executor),
+        lambda name: _copy(0.9 if name == "other" else 1.0),
     )
     yield engine
     if engine.lifecycle.asleep:
