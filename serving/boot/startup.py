@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from serving import memory
-from serving.boot.text_side import InThread, TextSide, load_text_side, sampling_defaults
+from serving.boot.sampling import SamplingDefaults, sampling_defaults
+from serving.boot.text_side import InThread, TextSide, load_text_side
 from serving.engine.api import phases
 from serving.engine.api.config import EngineConfig
 
@@ -122,19 +123,25 @@ def start(
         if group is not None:
             group.stop(f"process 0 could not start: {error}")
         raise
-    defaults = sampling_defaults(engine.generation_config) if config.generation_config == "auto" else {}
+    info = engine.client.info()
+    defaults = SamplingDefaults()
+    if "generate" in info.tasks:
+        if config.generation_config == "auto":
+            opened = checked.opened
+            called = (opened.model_id, opened.hf_config.get("model_type") or "", source.path.stem)
+            defaults = sampling_defaults(engine.generation_config, called, side.chat_template is not None)
+        say(f"sampling, where a request names nothing: {defaults}")
     memory.give_back()
     phases.record("total", time.monotonic() - began)
-    info = engine.client.info()
     if "generate" not in info.tasks:
-        return Started(engine, side, defaults)
+        return Started(engine, side, {})
     grammars = None
     if side.tokenizer.reads_text:
         from serving.text.grammar import GrammarCompiler
 
         grammars = GrammarCompiler(side.tokenizer, info.vocab_size)
         InThread(grammars.warm)  # so that the first constrained request does not wait for it
-    return Started(engine, side, defaults, grammars, group)
+    return Started(engine, side, dict(defaults.values), grammars, group)
 
 
 def _timed(phase: str, function: Callable[[], T]) -> T:

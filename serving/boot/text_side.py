@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serving.engine.api.sampling_params import SamplingParams
-from serving.errors import RequestError
-
 if TYPE_CHECKING:
     from models.loading.source import ModelSource
     from serving.text.chat_template import ChatTemplate
     from serving.text.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
-
-SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""What of a checkpoint's generation_config applies to requests that leave it open, as in vLLM."""
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "vocab.txt", "tokenizer_config.json",
@@ -90,22 +81,6 @@ def read_template(given: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ValueError(f"chat_template {given}: cannot be read as a file ({reason}).") from None
-
-
-def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's sampling defaults, without those that SamplingParams refuses."""
-    found = {}
-    for name in SAMPLING_DEFAULTS:
-        value = generation_config.get(name)
-        if value is None:
-            continue
-        try:
-            SamplingParams(**{name: value})
-        except RequestError as error:
-            log.warning("the checkpoint's generation_config is ignored in part: %s", error.message)
-        else:
-            found[name] = value
-    return found
 
 
 class InThread:

@@ -38,6 +38,7 @@ class PreparedRequest:
         owner: name of the API key that sent it, or None.
         markers: control tokens that stay in the text, because it is parsed by them.
         reader: makes what tells content, thinking and calls of one completion apart; None where the text is the content.
+        continues: the completion's text goes on with the prompt's, so that a blank at its beginning is part of it.
     """
 
     request_id: str
@@ -49,6 +50,7 @@ class PreparedRequest:
     owner: str | None = None
     markers: frozenset[int] = frozenset()
     reader: Callable[[], ReplyReader] | None = None
+    continues: bool = False
 
 
 def render_and_encode(
@@ -84,8 +86,11 @@ def render_and_encode(
         **variables,
     )
     check_prompt_text(prompt, limits, "messages")
-    if given.add_special_tokens and tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
+    if given.add_special_tokens:
+        # What the tokenizer itself puts around a text, but not a second time where the template wrote it.
+        own = tokenizer.encode("", add_special_tokens=True)
+        before = own[: own.index(tokenizer.bos_token_id) + 1] if tokenizer.bos_token_id in own else []
+        ids = [*before, *ids] if ids[: len(before)] != before else ids
     return prompt, ids
 
 

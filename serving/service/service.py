@@ -28,6 +28,7 @@ from serving.service.live import LiveRequest, LiveRequests
 from serving.service.merging import merge
 from serving.service.outputs import Embedding, Scores, TextOutput
 from serving.service.prepare import ConstraintFactory, PreparedRequest
+from serving.service.reach import check_reach
 from serving.service.stream import TextStream
 from serving.service.vectors import ScoreInput
 
@@ -153,6 +154,8 @@ class TextService:
             params, constraint = await constrain(prompt or "", params)
         elif params.structured_outputs is not None:
             constraint = await self._compile(params.structured_outputs)
+        if constraint is not None:
+            await self._run(check_reach, constraint, params, bad_words, self.tokenizer, self.info.vocab_size)
         request_id = given.request_id or f"req-{uuid.uuid4().hex[:16]}"
         children = tuple(
             EngineRequest(
@@ -177,7 +180,11 @@ class TextService:
             for i in range(params.n)
         )
         owner = caller.name if caller else None
-        return PreparedRequest(request_id, model, prompt, prompt_ids, params, children, owner, markers)
+        opens = given.messages is not None and not given.continue_final_message
+        continues = not opens and not all(map(self.tokenizer.is_special, prompt_ids))
+        return PreparedRequest(
+            request_id, model, prompt, prompt_ids, params, children, owner, markers, continues=continues
+        )
 
     async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[TextOutput, None]:
         """Runs a prepared request; yields deltas of its completions, interleaved, each until its finish reason.
@@ -389,7 +396,9 @@ class TextService:
     async def _one(self, live: LiveRequest, index: int) -> AsyncGenerator[TextOutput, None]:
         prepared, request = live.prepared, live.prepared.children[index]
         reader = prepared.reader() if prepared.reader is not None else None
-        stream = TextStream(index, request.params, request.eos_token_ids, self.tokenizer, prepared.markers, reader)
+        stream = TextStream(
+            index, request.params, request.eos_token_ids, self.tokenizer, prepared.markers, reader, prepared.continues
+        )
         outputs = cast(AsyncGenerator[EngineOutput, None], self.client.generate(request))  # can be closed: its contract
         async with contextlib.aclosing(outputs):
             async for output in outputs:

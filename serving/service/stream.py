@@ -22,6 +22,7 @@ class TextStream:
     Args:
         markers: control tokens that stay in the text even where special tokens are left out.
         reader: tells content, thinking and calls apart: stop strings then end the content alone.
+        continues: the text goes on with the prompt's: a blank at its beginning stays.
     Attributes:
         stopped: a stop string was found: the engine's request is to be ended, its further outputs are not wanted.
     """
@@ -34,6 +35,7 @@ class TextStream:
         tokenizer: Tokenizer,
         markers: frozenset[int] = frozenset(),
         reader: ReplyReader | None = None,
+        continues: bool = False,
     ) -> None:
         self._reader = reader
         self._written: list[str] = []
@@ -41,7 +43,9 @@ class TextStream:
         self._params = params
         self._tokenizer = tokenizer
         self._detokenizer = (
-            IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens, keep=markers)
+            IncrementalDetokenizer(
+                tokenizer, skip_special_tokens=params.skip_special_tokens, keep=markers, continues=continues
+            )
             if params.detokenize
             else None
         )

@@ -53,6 +53,7 @@ def ops_router(service: TextService, metrics: Metrics) -> APIRouter:
             created=service.created,
             root=service.model_id,
             max_model_len=service.info.max_model_len,
+            default_sampling_params=service.default_params,
         )
 
     @router.get("/v1/models", response_model=ModelList)

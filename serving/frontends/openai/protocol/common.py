@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from serving.engine.api.sampling_params import MAX_LOGPROBS, MAX_N, StructuredOutputs
 from serving.errors import invalid
+from serving.text.constraints.schema import prepare
 
 
 class ApiRequest(BaseModel):
@@ -146,7 +147,10 @@ class ResponseFormat(ApiRequest):
                     "response_format of type json_schema needs json_schema.schema, a JSON schema.",
                     "response_format.json_schema",
                 )
-            return StructuredOutputs(json=self.json_schema.schema_)
+            schema = self.json_schema.schema_
+            if self.json_schema.strict:  # OpenAI's strict schemas have no properties but those that they list
+                schema = prepare(schema, "response_format.json_schema", closed=True)
+            return StructuredOutputs(json=schema)
         return None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import Field
 
 from serving.frontends.openai.protocol.common import ApiReply
 
@@ -15,6 +17,9 @@ class ModelCard(ApiReply):
     root: str | None = None
     parent: str | None = None
     max_model_len: int | None = None
+    default_sampling_params: dict[str, Any] | None = Field(
+        default=None, description="What is in force where a request names nothing, beside the API's own defaults."
+    )
 
 
 class ModelList(ApiReply):
