@@ -13,6 +13,7 @@ from flax import nnx
 
 from models.config import ModelConfig, RopeConfig
 from models.decoder import Decoder
+from models.embedding_head import EmbeddingHead
 from models.layers import Build
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.types import EngineInfo
@@ -95,7 +96,8 @@ def tiny_engine(
         "tiny", "LlamaForCausalLM", VOCAB, max_model_len, max_num_seqs, max_num_batched_tokens, page_size, num_pages,
         "float32", None, "data=1,model=1", "cpu", "test",
     )  # fmt: skip
-    engine = Engine(config, SimpleNamespace(source=None, generation_config={}), runner, scheduler, info)
+    loaded = SimpleNamespace(source=None, generation_config={}, embedding=EmbeddingHead(("last",)))
+    engine = Engine(config, loaded, runner, scheduler, info)
     engine.loop.start()
     return engine
 

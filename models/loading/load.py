@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from models.embedding_head import EmbeddingHead
 from models.layers import Build, Weight
 from models.loading import orbax
 from models.loading.files.checkpoint import Checkpoint
@@ -57,6 +58,7 @@ class LoadedModel:
         model_id: its own name.
         generation_config: what its authors say of sampling and of the token ids that begin and end; may be empty.
         source: where it came from (the tokenizer is there too).
+        embedding: how it makes embeddings.
     """
 
     model: Any
@@ -64,6 +66,7 @@ class LoadedModel:
     model_id: str
     generation_config: dict[str, Any]
     source: ModelSource
+    embedding: EmbeddingHead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +133,7 @@ def load_model(
         behind = range(config.num_layers, config.num_layers + (opened.hf_config.get("num_nextn_predict_layers") or 0))
         ignore = (*opened.family.ignore, *(rf"^model\.layers\.{layer}\." for layer in behind))
         fill(model, opened.checkpoint, build, ignore=ignore, quantization=quantization, progress=progress)
-    return LoadedModel(model, config, opened.model_id, opened.generation_config, source)
+    return LoadedModel(model, config, opened.model_id, opened.generation_config, source, opened.embedding)
 
 
 def fill(

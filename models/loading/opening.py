@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from models import registry
+from models.embedding_head import EmbeddingHead, embedding_head
 from models.family import Family
 from models.loading import gguf_config, hf_config, orbax
 from models.loading.default_model import MODEL_ID, RECORDED_NAME
@@ -29,7 +30,7 @@ class Opened:
     checkpoint: Checkpoint | None  # None: Orbax restores parameters, not tensors
     model_id: str
     generation_config: dict[str, Any]
-    pooling: str | None = None  # how embeddings are made, where a GGUF file says so
+    embedding: EmbeddingHead  # how embeddings are made
 
 
 def open_checkpoint(source: ModelSource) -> Opened:
@@ -41,7 +42,14 @@ def open_checkpoint(source: ModelSource) -> Opened:
     hf = read_json(source.path / "config.json")
     generation = read_json(source.path / "generation_config.json")
     manifest = orbax.read_manifest(source.path)
-    return Opened(source, registry.find(hf["architectures"][0]), hf, None, manifest["model_id"], generation)
+    family = registry.find(hf["architectures"][0])
+    head = embedding_head(source.path, _pooling(family))
+    return Opened(source, family, hf, None, manifest["model_id"], generation, head)
+
+
+def _pooling(family: Family) -> str:
+    """Where nothing says it: a decoder's last token has read all others."""
+    return "last" if "generate" in family.tasks else "mean"
 
 
 def _open_gguf(source: ModelSource) -> Opened:
@@ -56,8 +64,8 @@ def _open_gguf(source: ModelSource) -> Opened:
     recorded = str(file.metadata.get("general.name") or source.path.stem)
     name = MODEL_ID if recorded == RECORDED_NAME else recorded.replace(" ", "-")
     generation = gguf_config.generation_defaults(file.metadata)
-    pooling = gguf_config.pooling(file.metadata)
-    return Opened(source, family, hf, checkpoint, source.name or name, generation, pooling)
+    head = EmbeddingHead((gguf_config.pooling(file.metadata) or _pooling(family),))
+    return Opened(source, family, hf, checkpoint, source.name or name, generation, head)
 
 
 def _open_hf(source: ModelSource) -> Opened:
@@ -75,4 +83,5 @@ def _open_hf(source: ModelSource) -> Opened:
     generation = {name: hf[name] for name in ("eos_token_id", "bos_token_id") if hf.get(name) is not None}
     if (source.path / "generation_config.json").exists():
         generation |= read_json(source.path / "generation_config.json")
-    return Opened(source, family, hf, checkpoint, source.name or source.path.name, generation)
+    head = embedding_head(source.path, _pooling(family))
+    return Opened(source, family, hf, checkpoint, source.name or source.path.name, generation, head)

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from models.embedding_head import max_sequence
 from models.loading.load import Built, build_model
 from models.loading.opening import Opened, open_checkpoint
 from models.loading.source import ModelSource
-from models.pooling import max_sequence
 from ops import native
 from ops.paged_attention import BACKENDS
 from serving.engine.api.config import EngineConfig

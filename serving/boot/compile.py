@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from models.loading.load import LoadedModel
-from models.pooling import pooling_mode
 from ops.paged_attention import KVGroups
 from serving.boot.check import Checked, facts_of
 from serving.engine.api import phases
@@ -91,7 +90,7 @@ def compile_decoder(checked: Checked, loaded: LoadedModel, say: Progress, meet: 
         page_size=sizes.page_size,
         num_pages=sizes.num_pages * replicas,
         num_parameters=executor.num_parameters,
-        pooling=pooling_mode(loaded.source.path, "last"),
+        **_embedding_facts(loaded),
     )
     return CompiledDecoder(runner, scheduler, info)
 
@@ -145,13 +144,14 @@ def compile_encoder(checked: Checked, loaded: LoadedModel, say: Progress) -> Com
         "kv_cache_dtype",
         "kv_cache_memory",
     )
-    resolved = {**dict.fromkeys(unused), **_resolved(checked)}
+    resolved = {**dict.fromkeys(unused), **_resolved(checked), "pooling": loaded.embedding.pooling}
     began = time.monotonic()
     runner = EncoderRunner(
         loaded.model,
         buckets,
         ProgramCache(checked.programs, fingerprint(checked.config, loaded.config, buckets, resolved)),
         scores="score" in checked.opened.family.tasks,
+        head=loaded.embedding,
         mesh=checked.server_mesh,
     )
     with progress_bar(checked.config.progress) as on_done:
@@ -165,9 +165,15 @@ def compile_encoder(checked: Checked, loaded: LoadedModel, say: Progress) -> Com
         num_pages=0,
         num_parameters=runner.num_parameters,
         tasks=checked.opened.family.tasks,
-        pooling=checked.opened.pooling or pooling_mode(checked.opened.source.path),
+        **_embedding_facts(loaded),
     )
     return CompiledEncoder(runner, info)
+
+
+def _embedding_facts(loaded: LoadedModel) -> dict[str, Any]:
+    """What `EngineInfo` says of embeddings."""
+    head = loaded.embedding
+    return {"pooling": head.pooling, "prompts": head.prompts, "default_prompt": head.default_prompt}
 
 
 def _pages_in_words(checked: Checked, loaded: LoadedModel, sizes: Sizes, replicas: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from models.embedding_head import EmbeddingHead
 from serving.engine.api.admission import check_door, check_queue
 from serving.engine.api.client import EmbeddingClient, EngineClient
 from serving.engine.api.config import EngineConfig
@@ -50,6 +51,7 @@ class Engine(Mortal):
         self.config = config
         self.source = loaded.source
         self.generation_config: dict[str, Any] = loaded.generation_config
+        self.embedding: EmbeddingHead = loaded.embedding
         self.runner = runner
         self.scheduler = scheduler
         self.loop = EngineLoop(
@@ -146,7 +148,7 @@ class InProcessClient(EngineClient):
         )
         async for output in self.generate(request):
             if output.pooled is not None:
-                return output.pooled / max(float(np.linalg.norm(output.pooled)), 1e-12)
+                return self._engine.embedding.finish(output.pooled)
             if output.finish_reason is FinishReason.DEADLINE:
                 raise RequestError(ErrorKind.DEADLINE_EXCEEDED, "the embedding was not ready in time.")
         raise RequestError(ErrorKind.INTERNAL, "the request ended without an embedding.")

@@ -235,11 +235,14 @@ class TextService:
         self._count()
         return await self._read_prompt(given)
 
-    async def embed(self, given: GenerateInput, *, pooling: str | None = None) -> Embedding:
+    async def embed(
+        self, given: GenerateInput, *, pooling: str | None = None, prompt_name: str | None = None
+    ) -> Embedding:
         """One prompt's embedding.
 
         Args:
             pooling: "last", "mean" or (encoders) "cls"; None is the model's own.
+            prompt_name: which of the prompts that the model's authors wrote goes in front; None for their default one.
         Raises:
             RequestError: as `prepare` and `generate`; UNIMPLEMENTED when the engine cannot pool.
         """
@@ -248,7 +251,7 @@ class TextService:
         self._check_task("embed", "does not give embeddings")
         given.check(self.limits)
         self._count()
-        return await self._embed(given, pooling)
+        return await self._embed(vectors.prompted(given, self.info, prompt_name), pooling)
 
     async def _embed(self, given: GenerateInput, pooling: str | None = None) -> Embedding:
         prompt, ids = await self._run(vectors.encode, given, self.tokenizer, self.chat_template, self.limits, self.info)
@@ -272,7 +275,7 @@ class TextService:
         given.check(self.limits)
         self._count()
         if not reads_pairs:
-            return await vectors.score_by_cosine(self._embed, given)
+            return await vectors.score_by_cosine(lambda one: self._embed(vectors.prompted(one, self.info, None)), given)
         pairs = await self._run(vectors.encode_pairs, given, self.tokenizer, self.info)
         request_id = f"{given.request_id or 'score'}#{next(self._serial)}"
         assert self.client.scorer is not None

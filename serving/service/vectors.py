@@ -63,6 +63,20 @@ class ScoreInput:
         ).check(limits)
 
 
+def prompted(given: GenerateInput, info: EngineInfo, name: str | None) -> GenerateInput:
+    """What is to be embedded with a prompt of the model's authors in front; token ids and chats stay as they are.
+
+    Raises:
+        RequestError: INVALID_ARGUMENT: the model has no prompt of that name.
+    """
+    prompts = dict(info.prompts)
+    if name is not None and name not in prompts:
+        known = f"it has {', '.join(map(repr, prompts))}" if prompts else "it has none"
+        raise invalid(f"The model has no prompt named {name!r}: {known}.", "prompt_name")
+    text = info.default_prompt if name is None else prompts[name]
+    return dataclasses.replace(given, text=text + given.text) if text and given.text is not None else given
+
+
 def encode(
     given: GenerateInput, tokenizer: Tokenizer, template: ChatTemplate | None, limits: Limits, info: EngineInfo
 ) -> tuple[str | None, tuple[int, ...]]:

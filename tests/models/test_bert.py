@@ -7,14 +7,13 @@ import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from models.loading.load import load_model, resolve
 from models.loading.opening import open_checkpoint
-from models.pooling import max_sequence, pool, pooling_mode
+from models.pooling import pool
 
 FOLDER = os.environ.get("JAXSERVE_TEST_MODELS")
 MINILM = Path(FOLDER) / "minilm" if FOLDER else None
@@ -143,37 +142,6 @@ def test_long_texts_in_blocks(architecture, tmp_path, monkeypatch):
     np.testing.assert_allclose(blocks[1, :2], whole[1, :2], atol=1e-5)
 
 
-def test_modes():
-    hidden = jnp.arange(24.0).reshape(2, 4, 3)
-    length = jnp.array([3, 1])
-    assert pool(hidden, length, "mean", normalize=False)[0].tolist() == [3, 4, 5]
-    assert pool(hidden, length, "cls", normalize=False)[0].tolist() == [0, 1, 2]
-    assert pool(hidden, length, "last", normalize=False)[0].tolist() == [6, 7, 8]
-    np.testing.assert_allclose(jnp.linalg.norm(pool(hidden, length, "mean"), axis=-1), 1.0, rtol=1e-6)
-    with pytest.raises(ValueError, match="'max'"):
-        pool(hidden, length, "max")
-
-
-def test_what_a_directory_asks_for(tmp_path):
-    assert pooling_mode(tmp_path) == "mean"
-    assert pooling_mode(tmp_path, "last") == "last"
-    assert max_sequence(tmp_path) is None
-    (tmp_path / "1_Pooling").mkdir()
-    asked = tmp_path / "1_Pooling" / "config.json"
-    asked.write_text('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false, "include_prompt": true}')
-    assert pooling_mode(tmp_path) == "cls"
-    asked.write_text('{"pooling_mode_max_tokens": true}')
-    with pytest.raises(ValueError, match="max_tokens"):
-        pooling_mode(tmp_path)
-    asked.write_text("{}")
-    modules = [{"type": f"sentence_transformers.models.{kind}"} for kind in ("Transformer", "Pooling", "Dense")]
-    (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ValueError, match="'Dense'"):
-        pooling_mode(tmp_path)
-    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 256}')
-    assert max_sequence(tmp_path) == 256
-
-
 @pytest.mark.skipif(MINILM is None or not MINILM.exists(), reason="JAXSERVE_TEST_MODELS has no folder minilm")
 def test_minilm():
     import tokenizers
@@ -226,7 +194,7 @@ def test_through_gguf(tmp_path):
     writer.close()
     source = resolve(str(tmp_path / "tiny.gguf"))
     opened = open_checkpoint(source)
-    assert opened.pooling == "cls"
+    assert opened.embedding.pooling == "cls"
     assert opened.family.tasks == ("embed",)
     hidden, _ = run(load_model(source, progress=False, opened=opened).model, TEXTS)
     for row, text in enumerate(TEXTS):

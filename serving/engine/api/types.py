@@ -135,6 +135,8 @@ class EngineInfo:
     Attributes:
         tasks: what it can do: "generate", "embed" (see EmbeddingClient), "score" (see ScoringClient).
         pooling: how its embeddings are made where a request does not say.
+        prompts: (name, text) of what its authors put in front of texts to embed.
+        default_prompt: the text that goes in front where a request does not name one; "" for none.
     """
 
     model_id: str
@@ -153,6 +155,8 @@ class EngineInfo:
     num_parameters: int = 0
     tasks: tuple[str, ...] = ("generate", "embed")
     pooling: str = "last"
+    prompts: tuple[tuple[str, str], ...] = ()
+    default_prompt: str = ""
 
 
 STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)

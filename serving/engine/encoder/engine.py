@@ -20,7 +20,7 @@ from serving.engine.api.mortal import Mortal
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
 from serving.engine.device.compiling import starting
 from serving.engine.encoder.queue import EncoderQueue, Job
-from serving.engine.encoder.runner import POOLINGS, EncoderRunner, Text
+from serving.engine.encoder.runner import EncoderRunner, Text
 from serving.errors import ErrorKind, RequestError, invalid
 
 log = logging.getLogger(__name__)
@@ -207,10 +207,10 @@ class EncoderClient(EngineClient):
     ) -> np.ndarray:
         """See EmbeddingClient.embed."""
         self._check_task("embed", "gives scores for pairs of texts, not embeddings")
-        mode = pooling or self._info.pooling
-        if mode not in POOLINGS:
-            raise invalid(f"pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}.", "pooling")
-        return (await self._submit(request_id, [Text(token_ids, pooling=mode)], priority))[0]
+        poolings = self._engine.runner.poolings
+        if pooling is not None and pooling not in poolings:
+            raise invalid(f"pooling must be one of {', '.join(poolings)}; got {pooling!r}.", "pooling")
+        return (await self._submit(request_id, [Text(token_ids, pooling=pooling)], priority))[0]
 
     async def score(self, request_id: str, pairs: Sequence[TokenPair], *, priority: int = 0) -> np.ndarray:
         """See ScoringClient.score."""

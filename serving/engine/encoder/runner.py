@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.embedding_head import EmbeddingHead
 from models.pooling import pool
 from serving.engine.device.at_rest import Rested, check_fit, delete, to_devices, to_host
 from serving.engine.device.compiling import CompileGuard, Program, ProgramCache, compile_all
@@ -17,6 +18,7 @@ from serving.engine.device.placement import placed
 from serving.engine.device.programs import SplitModel
 
 POOLINGS = ("mean", "cls", "last")
+"""What a request may ask for; a model's own may be another."""
 MIN_LENGTH = 16
 
 
@@ -27,12 +29,12 @@ class Text:
     Attributes:
         token_ids: 1 to max_model_len ids.
         segment_ids: as long, or empty: all of the first text.
-        pooling: one of POOLINGS; of no effect where pairs are scored.
+        pooling: one of the runner's `poolings`; None for the model's own; of no effect where pairs are scored.
     """
 
     token_ids: Sequence[int]
     segment_ids: Sequence[int] = ()
-    pooling: str = "mean"
+    pooling: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -91,6 +93,7 @@ class EncoderRunner:
     Args:
         model: a `models.api.Encoder`; a `CrossEncoder` where `scores`.
         scores: texts are pairs to score; else they become vectors.
+        head: how those are made.
     """
 
     def __init__(
@@ -100,8 +103,13 @@ class EncoderRunner:
         cache: ProgramCache,
         *,
         scores: bool,
+        head: EmbeddingHead | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
+        self._head = head or EmbeddingHead()
+        # Vectors of several poolings are wider than those of one, so no request can choose between them.
+        alone = len(self._head.modes) == 1
+        self.poolings = tuple(dict.fromkeys((*POOLINGS, *self._head.modes))) if alone else (self._head.pooling,)
         self.buckets = buckets
         self.guard = CompileGuard()
         self._scores = scores
@@ -130,7 +138,8 @@ class EncoderRunner:
             texts: at most `buckets.most_rows` of the longest one's length.
         """
         length = self.buckets.length_for(max(len(text.token_ids) for text in texts))
-        return np.asarray(self._dispatch(texts, self.buckets.find(length, len(texts))))[: len(texts)]
+        found = np.asarray(self._dispatch(texts, self.buckets.find(length, len(texts))))[: len(texts)]
+        return found if self._scores else self._head.finish(found)
 
     def _dispatch(self, texts: Sequence[Text], bucket: EncoderBucket) -> Any:
         """Starts a batch. Its input is one array: a transfer costs more than its bytes."""
@@ -139,7 +148,8 @@ class EncoderRunner:
         for row, text in zip(packed, texts, strict=False):
             row[: len(text.token_ids)] = text.token_ids
             row[S : S + len(text.segment_ids)] = text.segment_ids
-            row[2 * S :] = len(text.token_ids), POOLINGS.index(text.pooling)
+            pooling = self.poolings.index(text.pooling or self._head.pooling)
+            row[2 * S :] = len(text.token_ids), pooling
         return self._programs[f"encode {bucket}"](self._leaves, packed)
 
     def _encode(self, leaves: tuple[jax.Array, ...], packed: jax.Array) -> jax.Array:
@@ -149,7 +159,11 @@ class EncoderRunner:
         hidden_BSD = model.encode(packed[:, :S], length_B, packed[:, S : 2 * S])
         if self._scores:
             return model.score(hidden_BSD, length_B)
-        pooled = jnp.stack([pool(hidden_BSD, length_B, mode) for mode in POOLINGS])
+        if len(self._head.modes) > 1:
+            return jnp.concatenate(
+                [pool(hidden_BSD, length_B, mode, normalize=False) for mode in self._head.modes], axis=-1
+            )
+        pooled = jnp.stack([pool(hidden_BSD, length_B, mode, normalize=False) for mode in self.poolings])
         return jnp.take_along_axis(pooled, pooling_B[None, :, None], axis=0)[0]
 
     def leaves_of(self, model: Any) -> tuple[Any, ...]:

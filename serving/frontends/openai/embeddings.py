@@ -62,7 +62,7 @@ async def _embed(service: TextService, body: EmbeddingRequest, inputs: list[Any]
         )
         for one in inputs
     ]
-    return await together([service.embed(one, pooling=body.pooling) for one in given])
+    return await together([service.embed(one, pooling=body.pooling, prompt_name=body.prompt_name) for one in given])
 
 
 def _encoded(vector: np.ndarray, body: EmbeddingRequest) -> list[float] | str:

@@ -26,6 +26,7 @@ import numpy as np  # noqa: E402
 
 from models.config import ModelConfig, MoEConfig, RopeConfig  # noqa: E402
 from models.dummy import random_model  # noqa: E402
+from models.embedding_head import EmbeddingHead  # noqa: E402
 from models.layers import Build  # noqa: E402
 from models.loading import orbax  # noqa: E402
 from models.parameters import parameters_of  # noqa: E402
@@ -107,7 +108,7 @@ def make_engine(folder: pathlib.Path, config: ModelConfig, text: str) -> Engine:
     )  # fmt: skip
     engine = Engine(
         EngineConfig(page_size=8, progress=False),
-        SimpleNamespace(source=None, generation_config={}),
+        SimpleNamespace(source=None, generation_config={}, embedding=EmbeddingHead(("last",))),
         runner,
         scheduler,
         info,

@@ -40,6 +40,10 @@ class EmbeddingRequest(ApiBody):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = number(1, text="Keep only the first so many numbers, then scale to length 1.")
     pooling: Literal["last", "mean", "cls"] | None = Field(default=None, description="Left out: the model's own.")
+    prompt_name: str | None = Field(
+        default=None,
+        description="Which prompt of the model's authors goes in front of texts; left out: their default one.",
+    )
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = Field(
         default=None,
