@@ -15,10 +15,26 @@ from collections.abc import Iterator
 import pytest
 
 from serving.frontends.openai.server import serve_http
-from tests.mock_engine import MockEngine, mock_service
+from tests.mock_engine import MockEngine, mock_service, until
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 REPLY = "Hello from the mock."
+
+
+ENGINE = MockEngine(reply=REPLY, max_model_len=100_000)
+
+
+def gone(before: int) -> bool:
+    """Whether the server has ended one more request than `before`, and runs none."""
+    return len(ENGINE.aborted) > before and not ENGINE.live
+
+
+@pytest.fixture
+def slow() -> Iterator[None]:
+    """Answers that nobody waits for."""
+    ENGINE._reply, ENGINE.step_s = "word " * 10_000, 0.01
+    yield
+    ENGINE._reply, ENGINE.step_s = REPLY, 0.0
 
 
 @pytest.fixture
@@ -28,7 +44,7 @@ def url(monkeypatch) -> Iterator[str]:
 
     async def serve() -> None:
         nonlocal stop, found
-        server = await serve_http(mock_service(MockEngine(reply=REPLY, max_model_len=4096)), port=0)
+        server = await serve_http(mock_service(ENGINE), port=0)
         found, stop = f"{server.url}/v1", asyncio.Event()
         loop[0] = asyncio.get_running_loop()
         ready.set()
@@ -61,8 +77,24 @@ def test_gradio(url: str):
     demo = _load("gradio_app").demo
     _, local, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_port=_free_port(), share=False)
     try:
-        answer = Client(local, verbose=False).predict("Hi", api_name="/open_api_stream")
+        answer = Client(local, verbose=False).predict("Hi", api_name="/chat")
         assert REPLY in str(answer)
+    finally:
+        demo.close()
+
+
+def test_stop_in_gradio_ends_the_request(url: str, slow: None):
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[gradio]'")
+    from gradio_client import Client
+
+    demo = _load("gradio_app").demo
+    _, local, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_port=_free_port(), share=False)
+    before = len(ENGINE.aborted)
+    try:
+        job = Client(local, verbose=False).submit("Hi", api_name="/chat")
+        asyncio.run(until(lambda: len(job.outputs()) > 2, "it answers", 60))
+        job.cancel()
+        asyncio.run(until(lambda: gone(before), "the server ended the request"))
     finally:
         demo.close()
 
@@ -87,6 +119,7 @@ async def test_chainlit(url: str, tmp_path):
         sys.executable, "-m", "chainlit", "run", str(EXAMPLES / "chainlit_app.py"), "--headless", "--port", str(port),
         cwd=tmp_path, env={**os.environ, "CHAINLIT_APP_ROOT": str(tmp_path)},
     )  # fmt: skip
+    ENGINE._reply, ENGINE.step_s = REPLY, 0.0
     shown: list[str] = []
     client = socketio.AsyncClient()
     client.on("update_message", lambda data: shown.append(data.get("output")))
@@ -112,6 +145,14 @@ async def test_chainlit(url: str, tmp_path):
             await client.emit("client_message", {"message": message, "fileReferences": []})
             while REPLY not in shown:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
+            ENGINE._reply, ENGINE.step_s = "word " * 10_000, 0.01
+            for end in ("stop", "leave"):
+                before = len(ENGINE.aborted)
+                message |= {"id": str(uuid.uuid4())}
+                await client.emit("client_message", {"message": message, "fileReferences": []})
+                await until(lambda: ENGINE.live, "it answers", 60)
+                await (client.emit("stop") if end == "stop" else client.disconnect())
+                await until(lambda before=before: gone(before), f"{end} ended the request")
     finally:
         await client.disconnect()
         process.terminate()
