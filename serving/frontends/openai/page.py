@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 STATIC = pathlib.Path(__file__).parent / "static"
 
 POLICY = "; ".join((
-    "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' data:", "connect-src 'self'",
+    "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self'", "connect-src 'self'",
     "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'",
 ))  # fmt: skip
 """The page loads nothing from elsewhere, talks to nobody else, and runs no script and no style but its own files'. With

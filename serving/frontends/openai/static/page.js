@@ -1,186 +1,123 @@
-// The playground: one or two panes, each with settings and a conversation of its own, driven by one message box.
-import { chat, models } from "/static/api.js";
-import { render } from "/static/render.js";
+// The playground: one or two panes driven by one message box, the conversations beside them, the key, the theme.
+import { $, say } from "/static/dom.js";
+import { hasKey, models, setKey } from "/static/api.js";
+import { blank, titleOf } from "/static/conversation.js";
+import { diff } from "/static/diff.js";
+import { watch } from "/static/health.js";
+import { Pane } from "/static/pane.js";
+import { Sidebar } from "/static/sidebar.js";
+import * as store from "/static/store.js";
 
-const $ = (selector, root = document) => root.querySelector(selector);
+const SAVE_AFTER_MS = 300;
+const LARGEST_FILE = 256 * 1024; // bytes of an attached text
 const panes = [];
+let cards = [];
 let running = null; // the AbortController of the answers that are being written
+let current = blank();
+let saving = 0;
+let sidebar;
 
-const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "max_tokens"];
-const EXAMPLES = {
-  json_schema: '{\n  "type": "object",\n  "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},\n  "required": ["name", "age"],\n  "additionalProperties": false\n}',
-  regex: "[0-9]{4}-[0-9]{2}-[0-9]{2}",
-  choice: "yes\nno\nmaybe",
-  grammar: 'start: "The answer is " NUMBER "."\nNUMBER: /[0-9]+/',
+const host = {
+  busy: () => running !== null,
+  async run(work) {
+    if (running) return;
+    const mine = new AbortController();
+    setRunning(mine);
+    try { await work(mine.signal); } finally { if (running === mine) setRunning(null); }
+  },
+  changed() {
+    clearTimeout(saving);
+    saving = setTimeout(keep, SAVE_AFTER_MS);
+    showDiff(false);
+  },
+  branch(pane, messages) {
+    if (running) return;
+    open({ ...blank(), panes: [{ settings: pane.state.settings, messages }] });
+    keep();
+  },
+  needsKey: () => askKey("The server asks for an API key."),
 };
 
-class Pane {
-  constructor(names) {
-    this.root = $("#pane").content.firstElementChild.cloneNode(true);
-    this.log = $(".log", this.root);
-    this.stats = $(".stats", this.root);
-    this.settings = $(".settings", this.root);
-    this.model = $(".model", this.root);
-    for (const name of names) this.model.add(new Option(name));
-    this.model.closest("label").hidden = names.length < 2;
-    this.messages = [];
-    const toggle = $(".toggle", this.root);
-    toggle.addEventListener("click", () => {
-      this.settings.hidden = !this.settings.hidden;
-      toggle.setAttribute("aria-expanded", String(!this.settings.hidden));
-    });
-    const format = this.field("format");
-    format.addEventListener("change", () => {
-      const example = EXAMPLES[format.value];
-      $(".structured", this.settings).hidden = !example;
-      this.field("constraint").value = example || "";
-      this.note("");
-    });
-    this.clear();
-  }
-
-  field(name) { return $(`[name="${name}"]`, this.settings); }
-
-  note(text) { $(".note", this.settings).textContent = text; }
-
-  clear() {
-    this.messages = [];
-    this.stats.textContent = "";
-    const hint = document.createElement("p");
-    hint.className = "empty";
-    hint.textContent = "Ask something. Settings are per pane; Compare sends one message to two of them.";
-    this.log.replaceChildren(hint);
-  }
-
-  /** The request's fields from the settings. Throws an Error for what cannot be read. */
-  body() {
-    const body = { model: this.model.value, messages: [...this.messages] };
-    for (const name of NUMBERS) {
-      const text = this.field(name).value.trim();
-      if (text !== "") body[name] = Number(text);
-    }
-    const system = this.field("system").value.trim();
-    if (system) body.messages.unshift({ role: "system", content: system });
-    const stop = this.field("stop").value;
-    if (stop) body.stop = [stop];
-    const format = this.field("format").value;
-    const constraint = this.field("constraint").value;
-    if (format === "json_object") body.response_format = { type: "json_object" };
-    else if (format === "json_schema") {
-      let schema;
-      try { schema = JSON.parse(constraint); } catch (error) { throw new Error(`The schema is not valid JSON: ${error.message}`); }
-      body.response_format = { type: "json_schema", json_schema: { name: "reply", schema, strict: true } };
-    } else if (format === "choice") body.structured_outputs = { choice: constraint.split("\n").map((line) => line.trim()).filter(Boolean) };
-    else if (format) body.structured_outputs = { [format]: constraint };
-    return body;
-  }
-
-  add(role, text) {
-    $(".empty", this.log)?.remove();
-    const bubble = document.createElement("div");
-    bubble.className = `message ${role}`;
-    bubble.append(render(text));
-    this.log.append(bubble);
-    this.log.scrollTop = this.log.scrollHeight;
-    return bubble;
-  }
-
-  /** Sends what was said so far and writes the answer as it comes. Never rejects. */
-  async answer(text, signal) {
-    this.add("user", text);
-    this.messages.push({ role: "user", content: text });
-    let body;
-    try { body = this.body(); } catch (error) {
-      this.note(error.message);
-      this.add("failed", error.message);
-      this.messages.pop();
-      return;
-    }
-    this.note("");
-    const bubble = this.add("assistant busy", "");
-    const state = { content: "", reasoning: "", calls: [], start: performance.now(), first: 0, last: 0, tokens: 0, usage: null, finish: null };
-    let drawing = 0;
-    const draw = () => {
-      drawing = 0;
-      const atEnd = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 40;
-      bubble.replaceChildren(render(state.content, state.reasoning, state.calls));
-      this.show(state);
-      if (atEnd) this.log.scrollTop = this.log.scrollHeight;
-    };
-    let failure = null;
-    try {
-      await chat(body, signal, (chunk) => {
-        take(state, chunk);
-        drawing ||= requestAnimationFrame(draw); // at most one drawing a frame, however fast tokens come
-      });
-    } catch (error) { failure = error; }
-    cancelAnimationFrame(drawing);
-    draw();
-    bubble.classList.remove("busy");
-    const stopped = failure?.name === "AbortError";
-    if (state.content || state.calls.length) this.messages.push({ role: "assistant", content: state.content || "(tool call)" });
-    else if (!stopped) this.messages.pop();
-    if (failure && !stopped) {
-      if (!state.content) bubble.remove();
-      this.add("failed", failure.message);
-    } else {
-      const why = document.createElement("small");
-      why.textContent = stopped ? "stopped" : { length: "cut at the token limit", tool_calls: "calls a tool" }[state.finish] || "";
-      if (why.textContent) bubble.append(why);
-    }
-    this.log.scrollTop = this.log.scrollHeight;
-  }
-
-  show(state) {
-    if (!state.first) return;
-    const tokens = state.usage?.completion_tokens ?? state.tokens;
-    const seconds = (state.last - state.first) / 1000;
-    const rate = tokens > 1 && seconds > 0 ? ((tokens - 1) / seconds).toFixed(1) : "–";
-    const parts = [["TTFT", `${Math.round(state.first - state.start)} ms`], ["tokens/s", rate], ["tokens", tokens]];
-    this.stats.replaceChildren(...parts.flatMap(([name, value], i) => {
-      const bold = document.createElement("b");
-      bold.textContent = value;
-      return [i ? " · " : "", bold, ` ${name}`];
-    }));
-  }
-}
-
-/** Adds one chunk to what is known of an answer. */
-function take(state, chunk) {
-  if (chunk.usage) state.usage = chunk.usage;
-  for (const choice of chunk.choices) {
-    const delta = choice.delta;
-    if (delta.content || delta.reasoning || delta.tool_calls) {
-      state.last = performance.now();
-      state.first ||= state.last;
-      state.tokens += 1; // about one a chunk; the exact count comes with the usage
-    }
-    state.content += delta.content || "";
-    state.reasoning += delta.reasoning || "";
-    for (const call of delta.tool_calls || []) {
-      const known = (state.calls[call.index] ||= { name: "", arguments: "" });
-      known.name += call.function?.name || "";
-      known.arguments += call.function?.arguments || "";
-    }
-    state.finish = choice.finish_reason || state.finish;
-  }
+async function keep() {
+  clearTimeout(saving);
+  const states = panes.map((pane) => pane.state);
+  if (!states.some((state) => state.messages.length)) return;
+  Object.assign(current, { panes: states, updated: Date.now() });
+  current.title = titleOf(current);
+  await store.save(current);
+  await sidebar.draw();
 }
 
 function setRunning(controller) {
   running = controller;
+  document.body.classList.toggle("running", Boolean(controller));
   $("#send").hidden = Boolean(controller);
   $("#stop").hidden = !controller;
+}
+
+/** Ends what is being written, and whatever would still be kept of it. */
+function interrupt() {
+  running?.abort();
+  setRunning(null);
+}
+
+function open(conversation) {
+  interrupt();
+  current = structuredClone(conversation);
+  resize(Math.max(1, Math.min(2, current.panes.length)));
+  panes.forEach((pane, i) => pane.load(current.panes[i] ?? { settings: {}, messages: [] }));
+  sidebar.draw();
+}
+
+function fresh() {
+  const kept = panes.map((pane) => ({ settings: pane.state.settings, messages: [] }));
+  open({ ...blank(), panes: kept });
+  $("#prompt").focus();
+}
+
+function resize(count) {
+  while (panes.length > count) panes.pop().root.remove();
+  while (panes.length < count) {
+    const pane = new Pane(cards, host);
+    panes.push(pane);
+    $("#panes").append(pane.root);
+  }
+  $("#panes").classList.toggle("two", count === 2);
+  $("#compare").setAttribute("aria-pressed", String(count === 2));
+  $("#diff").hidden = count !== 2;
+  showDiff(false);
+}
+
+/** A second pane with the first one's settings and conversation, and the next model where there is one; or none. */
+function compare() {
+  if (running || !panes.length) return;
+  if (panes.length === 2) { resize(1); host.changed(); return; }
+  const first = panes[0].state;
+  resize(2);
+  panes[1].load(first);
+  const at = cards.findIndex((card) => card.id === first.settings.model);
+  panes[1].model.selectedIndex = Math.min(at + 1, cards.length - 1);
+  panes[1].suggest();
+  host.changed();
+}
+
+function showDiff(on) {
+  const toggle = $("#diff");
+  if ((toggle.getAttribute("aria-pressed") === "true") === on) return;
+  toggle.setAttribute("aria-pressed", String(on));
+  const last = panes.map((pane) => pane.views.at(-1));
+  if (last.length !== 2 || last.some((view) => view?.message.role !== "assistant")) return;
+  const pieces = on ? diff(last[0].message.content, last[1].message.content) : [];
+  last.forEach((view, i) => (on ? view.drawDiff(pieces[i]) : view.draw()));
 }
 
 async function send() {
   const box = $("#prompt");
   const text = box.value.trim();
-  if (!text || running || !panes.length) return;
+  if (!text || running || !panes.length || !panes.every((pane) => pane.settings.check())) return;
   box.value = "";
   grow();
-  setRunning(new AbortController());
-  await Promise.all(panes.map((pane) => pane.answer(text, running.signal)));
-  setRunning(null);
+  await host.run((signal) => Promise.all(panes.map((pane) => pane.ask(text, signal))));
   box.focus();
 }
 
@@ -190,17 +127,38 @@ function grow() {
   box.style.height = `${box.scrollHeight + 2}px`;
 }
 
-function compare() {
-  if (running || !panes.length) return;
-  const two = panes.length === 1;
-  if (two) {
-    const pane = new Pane([...panes[0].model.options].map((option) => option.value));
-    pane.model.selectedIndex = Math.min(1, pane.model.options.length - 1);
-    panes.push(pane);
-    $("#panes").append(pane.root);
-  } else panes.pop().root.remove();
-  $("#panes").classList.toggle("two", two);
-  $("#compare").setAttribute("aria-pressed", String(two));
+async function attach(file) {
+  if (file.size > LARGEST_FILE) { fail(`${file.name} is larger than 256 KiB.`); return; }
+  const text = await file.text();
+  if (text.includes("\0")) { fail(`${file.name} is not a text.`); return; }
+  const box = $("#prompt");
+  box.value += `${box.value ? "\n\n" : ""}${file.name}:\n\`\`\`\n${text.trimEnd()}\n\`\`\`\n`;
+  grow();
+  box.focus();
+}
+
+function fail(text) {
+  const place = $("#notice");
+  place.textContent = text;
+  place.hidden = !text;
+  say(text);
+}
+
+/** Asks for a key until there is one or the reader gives up. Resolves to whether one was given. */
+function askKey(why) {
+  const dialog = $("#key-dialog");
+  const box = $("#key-box");
+  $("#key-why").textContent = why;
+  box.value = "";
+  if (!dialog.open) dialog.showModal();
+  return new Promise((resolve) => dialog.addEventListener("close", () => {
+    const given = dialog.returnValue === "use";
+    dialog.returnValue = "";
+    if (given) setKey(box.value);
+    box.value = ""; // the page keeps it in one place
+    $("#key").setAttribute("aria-pressed", String(hasKey()));
+    resolve(given);
+  }, { once: true }));
 }
 
 function setTheme(theme) {
@@ -214,32 +172,65 @@ function firstTheme() {
   return kept || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 }
 
-async function begin() {
-  setTheme(firstTheme());
-  $("#theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
-  $("#compare").addEventListener("click", compare);
-  $("#clear").addEventListener("click", () => { running?.abort(); panes.forEach((pane) => pane.clear()); });
-  $("#stop").addEventListener("click", () => running?.abort());
-  $("#composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
-  $("#prompt").addEventListener("input", grow);
-  $("#prompt").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
-  });
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") running?.abort();
-    else if (event.key === "." && (event.ctrlKey || event.metaKey)) { event.preventDefault(); compare(); }
-  });
+/** Learns what is served; asks for a key where that needs one. */
+async function connect() {
+  $("#again").hidden = true;
+  $("#status").textContent = "connecting…";
   try {
     const list = await models();
     // Aliases of one model have one root; "default" and the like would only be clutter here.
-    const names = [...new Map(list.map((model) => [model.root ?? model.id, model.id]).reverse()).values()].reverse();
-    panes.push(new Pane(names));
-    $("#panes").append(panes[0].root);
-    $("#status").textContent = `${names[0]} · context ${list[0].max_model_len} tokens`;
+    cards = [...new Map(list.map((card) => [card.root ?? card.id, card]).reverse()).values()].reverse();
+    $("#status").textContent = `${cards[0].id} · context ${cards[0].max_model_len} tokens`;
+    fail("");
+    if (!panes.length) resize(1);
+    await sidebar.draw();
+    watch();
     $("#prompt").focus();
   } catch (error) {
-    $("#status").textContent = `Not connected: ${error.message}`;
+    if (error.status === 401 && await askKey(hasKey() ? "The server does not know this key." : "The server asks for an API key.")) {
+      await connect();
+      return;
+    }
+    $("#status").textContent = "not connected";
+    fail(error.message);
+    $("#again").hidden = false;
   }
 }
 
-begin();
+function listen() {
+  const on = (id, event, listener) => $(id).addEventListener(event, listener);
+  on("#theme", "click", () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
+  on("#compare", "click", compare);
+  on("#diff", "click", () => showDiff($("#diff").getAttribute("aria-pressed") !== "true"));
+  on("#clear", "click", fresh);
+  on("#again", "click", connect);
+  on("#stop", "click", () => running?.abort());
+  on("#key", "click", async () => { if (await askKey("A key for this server. It is kept in this page's memory alone.") && !cards.length) await connect(); });
+  on("#key-form", "submit", (event) => { event.preventDefault(); $("#key-dialog").close("use"); });
+  on("#key-cancel", "click", () => $("#key-dialog").close(""));
+  on("#attach", "click", () => $("#attach-file").click());
+  on("#attach-file", "change", async (event) => {
+    for (const file of event.target.files) await attach(file);
+    event.target.value = "";
+  });
+  on("#composer", "submit", (event) => { event.preventDefault(); send(); });
+  on("#prompt", "input", grow);
+  on("#prompt", "keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
+    else if (event.key === "ArrowUp" && !event.target.value && !running) { event.preventDefault(); editLast(); }
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !$("#key-dialog").open) running?.abort();
+    else if (event.key === "." && (event.ctrlKey || event.metaKey)) { event.preventDefault(); compare(); }
+  });
+}
+
+function editLast() {
+  const view = panes[0]?.views.findLast((one) => one.message.role === "user");
+  view?.edit();
+}
+
+setTheme(firstTheme());
+sidebar = new Sidebar({ get current() { return current; }, open, fresh, fail });
+listen();
+connect();
