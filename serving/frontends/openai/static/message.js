@@ -19,7 +19,7 @@ export class MessageView {
     this.thought = el("div", { class: "thought" });
     this.thinking.append(this.thought);
     this.foot = el("footer");
-    this.root = el("article", { class: `message ${message.role}` }, el("h3", { class: "hidden", text: NAMES[message.role] }), this.thinking, this.body, this.foot);
+    this.root = el("article", { class: `message ${message.role}` }, el("h2", { class: "hidden", text: NAMES[message.role] }), this.thinking, this.body, this.foot);
     this.draw();
   }
 
@@ -45,7 +45,7 @@ export class MessageView {
     const { message } = this;
     const out = [];
     if (message.error) {
-      const again = this.does && button("Try again", "Ask again", () => (message.role === "user" ? this.does.resend(message) : this.does.regenerate(message)), { class: "retry" });
+      const again = this.does && button("Try again", "Try again", () => (message.role === "user" ? this.does.resend(message) : this.does.regenerate(message)), { class: "retry" });
       out.push(el("p", { class: "failed", role: "alert" }, message.error, again));
     }
     const { stats } = message;
@@ -64,8 +64,8 @@ export class MessageView {
     add("Copy", "Copy this message", (event) => copy(message.content, event.currentTarget));
     if (message.role === "user") add("Edit", "Edit and send again", () => this.edit());
     if (message.role === "assistant") add("Again", "Answer again", () => does.regenerate(message));
-    if (message.tokens?.length) add("Tokens", "How likely each token was", (event) => this.toggleTokens(event.currentTarget));
-    add("Branch", "A new conversation from here", () => does.branch(message));
+    if (message.tokens?.length) add("Tokens", "Tokens: how likely each was", (event) => this.toggleTokens(event.currentTarget));
+    add("Branch", "Branch: a new conversation from here", () => does.branch(message));
     add("Delete", "Delete this message", () => does.remove(message));
     return bar;
   }
@@ -80,7 +80,7 @@ export class MessageView {
       if (event.key === "Escape") { event.stopPropagation(); done(); }
       else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
     });
-    const keys = el("div", { class: "row" }, button("Send", "Send this instead", send, { class: "primary" }), button("Cancel", "Leave it as it was", done));
+    const keys = el("div", { class: "row" }, button("Send", "Send this instead", send, { class: "primary" }), button("Cancel", "Cancel: leave it as it was", done));
     this.body.replaceChildren(box, keys);
     this.foot.replaceChildren();
     box.focus();
@@ -91,7 +91,7 @@ export class MessageView {
     const block = el("div", { class: "call" }, code(`${call.name}(${pretty(call.arguments)})`, "tool call"));
     if (busy || !this.does || call.answered) return block;
     const box = el("textarea", { rows: 2, "aria-label": `Result of ${call.name}`, placeholder: "What the tool gives back" });
-    block.append(el("div", { class: "row" }, box, button("Send result", "Go on with this result", () => this.does.result(this.message, call, box.value))));
+    block.append(el("div", { class: "row" }, box, button("Send result", "Send result: go on with it", () => this.does.result(this.message, call, box.value))));
     return block;
   }
 

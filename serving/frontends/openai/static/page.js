@@ -38,13 +38,17 @@ const host = {
   needsKey: () => askKey("The server asks for an API key."),
 };
 
+/** Keeps what is waiting to be kept, before another conversation is shown or the page goes. */
+function flush() { if (saving) keep(); }
+
 async function keep() {
   clearTimeout(saving);
+  saving = 0;
   const states = panes.map((pane) => pane.state);
   if (!states.some((state) => state.messages.length)) return;
   Object.assign(current, { panes: states, updated: Date.now() });
   current.title = titleOf(current);
-  await store.save(current);
+  await store.save(current); // a copy of it as it is now
   await sidebar.draw();
 }
 
@@ -62,6 +66,7 @@ function interrupt() {
 }
 
 function open(conversation) {
+  flush();
   interrupt();
   current = structuredClone(conversation);
   resize(Math.max(1, Math.min(2, current.panes.length)));
@@ -198,6 +203,7 @@ async function connect() {
 }
 
 function listen() {
+  addEventListener("pagehide", flush);
   const on = (id, event, listener) => $(id).addEventListener(event, listener);
   on("#theme", "click", () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
   on("#compare", "click", compare);

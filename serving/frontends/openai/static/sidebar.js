@@ -20,6 +20,8 @@ export class Sidebar {
       if (chosen) await this.take(chosen);
     });
     const toggle = $("#menu");
+    $("#menu-close").addEventListener("click", () => { this.show(false); toggle.focus(); });
+    $("#chat").addEventListener("click", () => this.show(false));
     toggle.addEventListener("click", () => this.show(!document.body.classList.contains("menu-open")));
     document.addEventListener("keydown", (event) => { if (event.key === "Escape") this.show(false); });
   }
@@ -27,6 +29,7 @@ export class Sidebar {
   show(open) {
     document.body.classList.toggle("menu-open", open);
     $("#menu").setAttribute("aria-expanded", String(open));
+    if (open) $("#menu-close").focus();
   }
 
   async take(file) {
@@ -40,7 +43,9 @@ export class Sidebar {
   }
 
   async draw() {
+    const turn = this.turn = (this.turn ?? 0) + 1;
     const all = await store.all();
+    if (turn !== this.turn) return; // a later look has seen more
     this.list.replaceChildren(...all.map((one) => {
       const name = one.title || titleOf(one);
       const open = el("button", { type: "button", class: "open", "aria-current": one.id === this.page.current.id ? "true" : undefined, title: name, text: name, on: { click: () => { this.show(false); this.page.open(one); } } });

@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 
+from scripts.fetch_axe import axe_file
+
 TIMEOUT_S = 120.0  # for machines that are busy with everything else
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's name for a reference to an element
 FLAGS = (
@@ -21,6 +23,12 @@ FLAGS = (
 def missing() -> str | None:
     """What is not installed, or None."""
     return next((name for name in ("chromium", "chromedriver") if shutil.which(name) is None), None)
+
+
+def axe() -> str | None:
+    """The source of axe-core, which scripts/fetch_axe.py puts into the user's cache; None without."""
+    path = axe_file()
+    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 class Browser:
@@ -68,6 +76,21 @@ class Browser:
     async def run(self, script: str, *args: Any) -> Any:
         """The value of a JavaScript expression; `args` are its `arguments`."""
         return await self._call("/execute/sync", script=f"return {script}", args=list(args))
+
+    async def run_async(self, script: str, *args: Any) -> Any:
+        """What the body of an asynchronous function returns; `args` are its `arguments`."""
+        wrapped = (
+            "const done = arguments[arguments.length - 1];"
+            "(async function () {" + script + "}).apply(null, arguments)"
+            ".then((value) => done({ value }), (error) => done({ error: `${error}\\n${error.stack}` }));"
+        )
+        reply = await self._call("/execute/async", script=wrapped, args=list(args))
+        if "error" in reply:
+            raise RuntimeError(reply["error"])
+        return reply.get("value")
+
+    async def resize(self, width: int, height: int) -> None:
+        await self._call("/window/rect", width=width, height=height)
 
     async def wait(self, script: str) -> Any:
         """The value of an expression once it is true."""

@@ -1,98 +1,401 @@
-"""The playground in a real browser: a conversation, stop, compare, structured output, keys, no complaint."""
+"""The playground in a real browser: conversations and what can be done with them, errors and keys, both themes, phone and desktop,
+and axe's rules for those who use a keyboard or a screen reader."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
 
-from serving.frontends.openai.page import STATIC
+from serving.access import Access, KeyRing
+from serving.frontends.openai.page import STATIC, page_paths
 from tests.mock_engine import MockEngine, until
 from tests.serving.frontends.openai import browser
 from tests.serving.frontends.openai.conftest import Running, Start
 
 REPLY = "Here is **bold**, `code` and <b>no markup</b>:\n```python\nprint('hi')\n```\nDone."
-CONTROL, ESCAPE = "\ue009", "\ue00c"  # WebDriver's names for keys
+CONTROL, ESCAPE, UP = "\ue009", "\ue00c", "\ue013"  # WebDriver's names for keys
+KEY = "sk-0123456789abcdef"
+needs_browser = pytest.mark.skipif(browser.missing() is not None, reason=f"{browser.missing()} is not installed")
 
 
 async def test_the_page_loads_nothing_from_elsewhere(running: Running):
     reply = await running.http.get("/")
-    assert reply.status_code == 200 and "default-src 'none'" in reply.headers["content-security-policy"]
+    policy = reply.headers["content-security-policy"]
+    assert reply.status_code == 200 and "default-src 'none'" in policy and "unsafe" not in policy
     for file in STATIC.iterdir():
-        assert not re.findall(r"https?://(?!www\.w3\.org/)", file.read_text()), file.name
-    for path in re.findall(r'(?:src|href)="(/[^"]+)"', reply.text):
-        assert (await running.http.get(path)).status_code == 200, path
+        text = file.read_text()
+        assert not re.findall(r"https?://(?!www\.w3\.org/|\[)", text.replace("https?:\\/\\/", "")), file.name
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(|new Function", text), (
+            file.name
+        )
+        assert not re.search(r"\bon\w+=|style=", text) or file.suffix == ".svg", file.name
+        for path in re.findall(r'(?:src="|href="|from ")(/static/[^"]+)"', text):
+            assert path in page_paths(), f"{file.name} wants {path}"
+    for path in page_paths():
+        found = await running.http.get(path)
+        assert found.status_code == 200 and found.headers["x-content-type-options"] == "nosniff", path
     assert (await running.http.get("/favicon.ico")).headers["content-type"] == "image/svg+xml"
-    for path in ("/static/../app.py", "/static/%2e%2e/app.py", "/static/nothing.js"):
+    assert (await running.http.get("/static/page.js")).headers["content-type"].startswith("text/javascript")
+    for path in (
+        "/static/../app.py",
+        "/static/%2e%2e/app.py",
+        "/static/nothing.js",
+        "/static/",
+        "/static/%2e%2e/page.py",
+    ):
         async with httpx.AsyncClient() as client:
             assert (await client.get(running.server.url + path)).status_code == 404
 
 
-@pytest.mark.skipif(browser.missing() is not None, reason=f"{browser.missing()} is not installed")
-async def test_a_conversation_in_a_browser(start: Start, tmp_path):
-    running = await start(MockEngine(reply=REPLY, step_s=0.001, max_model_len=4096))
-    async with browser.Browser(str(tmp_path)) as page:
-        await page.open(running.server.url + "/")
-        await page.wait("document.querySelector('.pane')")
+@pytest.fixture
+async def page(tmp_path) -> AsyncIterator[browser.Browser]:
+    async with browser.Browser(str(tmp_path)) as one:
+        yield one
 
-        await page.type("#prompt", "Hello\n")
-        await page.wait("document.querySelector('.assistant:not(.busy)')")
-        assert await page.run("document.querySelector('.assistant pre code').textContent") == "print('hi')\n"
-        assert await page.run("document.querySelector('.assistant strong').textContent") == "bold"
-        assert await page.run("document.querySelectorAll('.assistant b').length") == 0
-        assert "<b>no markup</b>" in await page.run("document.querySelector('.assistant').textContent")
-        stats = await page.run("document.querySelector('.stats').textContent")
-        assert re.fullmatch(r"\d+ ms TTFT · [\d.]+ tokens/s · \d+ tokens", stats), stats
-        assert stats.endswith(f" {len(REPLY) + 1} tokens")
 
-        await page.click(".toggle")
-        await page.type("[name=system]", "Be kind.")
-        await page.type("[name=temperature]", "0.3")
-        await page.type("#prompt", "Again\n")
-        await page.wait("document.querySelectorAll('.assistant:not(.busy)').length === 2")
-        request = running.engine.requests[-1]
-        prompt = bytes(i for i in request.prompt_token_ids if i < 256).decode()
-        assert prompt == f"Be kind.Hello{REPLY}Again" and request.params.temperature == 0.3
+async def opened(page: browser.Browser, running: Running) -> None:
+    await page.open(running.server.url + "/")
+    await page.wait("document.querySelector('.pane')")
 
-        running.engine.step_s = 0.02
+
+async def said(page: browser.Browser, text: str, count: int = 1) -> None:
+    """Sends a message and waits for as many answers as there are to be, in all."""
+    await page.type("#prompt", text + "\n")
+    await page.wait(
+        f"!document.body.classList.contains('running') && document.querySelectorAll('.assistant').length === {count}"
+    )
+
+
+async def act(page: browser.Browser, selector: str, name: str) -> None:
+    """Presses one of a message's buttons."""
+    await page.run(
+        f"[...document.querySelectorAll('{selector} button')].find((b) => b.textContent === '{name}').click()"
+    )
+
+
+def prompt_of(engine: Any, which: int = -1) -> str:
+    return bytes(i for i in engine.requests[which].prompt_token_ids if i < 256).decode()
+
+
+TEXTS = "[...document.querySelectorAll('.message .body')].map((node) => node.textContent)"
+
+
+@needs_browser
+async def test_a_conversation_in_a_browser(start: Start, page: browser.Browser):
+    running = await start(
+        MockEngine(reply=REPLY, step_s=0.001, max_model_len=4096), default_params={"temperature": 0.4}
+    )
+    engine = running.engine
+    await opened(page, running)
+    await said(page, "Hello")
+    assert await page.run("document.querySelector('.assistant pre code').textContent") == "print('hi')\n"
+    assert await page.run("document.querySelector('.assistant strong').textContent") == "bold"
+    assert await page.run("document.querySelectorAll('.assistant b').length") == 0
+    assert "<b>no markup</b>" in await page.run("document.querySelector('.assistant').textContent")
+    stats = await page.run("document.querySelector('.stats').textContent")
+    assert re.fullmatch(r"\d+ ms TTFT · [\d.]+ tokens/s · \d+ tokens", stats), stats
+    assert stats.endswith(f" {len(REPLY) + 1} tokens")
+    assert re.fullmatch(
+        r"\d+ running · \d+ waiting · KV \d+ %", await page.wait("document.querySelector('#health').textContent")
+    )
+
+    await page.click(".toggle")
+    assert await page.run("document.querySelector('[name=temperature]').placeholder") == "0.4"
+    await page.type("[name=system]", "Be kind.")
+    await page.type("[name=temperature]", "0.3")
+    await said(page, "Again", 2)
+    assert prompt_of(engine) == f"Be kind.Hello{REPLY}Again" and engine.requests[-1].params.temperature == 0.3
+
+    engine.step_s = 0.02
+    for stop in (lambda: page.click("#stop"), lambda: page.press(ESCAPE)):
         await page.type("#prompt", "Long\n")
-        await page.wait("document.querySelector('.busy')?.textContent.length > 3")
-        await page.click("#stop")
+        await page.wait("document.querySelector('.busy .body')?.textContent.length > 3")
+        await stop()
         await page.wait("!document.querySelector('.busy')")
-        assert await page.run("document.querySelector('.message:last-child small').textContent") == "stopped"
-        await page.type("#prompt", "Once more\n")
-        await page.wait("document.querySelector('.busy')?.textContent.length > 3")
-        await page.press(ESCAPE)
-        await page.wait("!document.querySelector('.busy')")
-        # The page is done when it hangs up; the server learns of that a moment later.
-        engine = running.engine
-        await until(lambda: len(engine.aborted) == 2 and not engine.live, "both were aborted")
+        assert (await page.run("document.querySelector('.message:last-child small').textContent")).startswith("stopped")
+    # The page is done when it hangs up; the server learns of that a moment later.
+    await until(lambda: len(engine.aborted) == 2 and not engine.live, "both were aborted")
 
-        running.engine.step_s = 0.001
-        await page.click("#clear")
-        await page.press(CONTROL, ".")
-        assert await page.run("document.querySelectorAll('.pane').length") == 2
-        before = len(running.engine.requests)
-        await page.type("#prompt", "Both\n")
-        await page.wait("document.querySelectorAll('.assistant:not(.busy)').length === 2")
-        assert len(running.engine.requests) == before + 2
-        assert [r.params.temperature for r in running.engine.requests[-2:]].count(0.3) == 1
-
-        theme = await page.run("document.documentElement.dataset.theme")
-        await page.click("#theme")
-        assert await page.run("document.documentElement.dataset.theme") != theme
-        assert len(await page.screenshot()) > 10_000
-        assert await page.console() == []
+    engine.step_s = 0.001
+    await page.click("#clear")
+    await said(page, "First")
+    await page.press(CONTROL, ".")
+    assert await page.run("document.querySelectorAll('.pane').length") == 2
+    assert await page.run("document.querySelectorAll('.user').length") == 2, (
+        "the second has the first one's conversation"
+    )
+    await said(page, "Both", 4)
+    assert {prompt_of(engine, -1), prompt_of(engine, -2)} == {f"Be kind.First{REPLY}Both"}
+    assert [r.params.temperature for r in engine.requests[-2:]] == [0.3, 0.3]
+    assert await page.console() == []
 
 
-@pytest.mark.skipif(browser.missing() is not None, reason=f"{browser.missing()} is not installed")
-async def test_a_refusal_is_told_in_the_page(start: Start, tmp_path):
-    running = await start(MockEngine(reply="x", max_live=0))
-    async with browser.Browser(str(tmp_path)) as page:
-        await page.open(running.server.url + "/")
-        await page.wait("document.querySelector('.pane')")
-        await page.type("#prompt", "Hello\n")
-        await page.wait("document.querySelector('.failed')")
-        assert "queue is full" in await page.run("document.querySelector('.failed').textContent")
-        assert await page.run("document.querySelector('#send').hidden") is False
+@needs_browser
+async def test_what_was_said_can_be_changed(start: Start, page: browser.Browser):
+    running = await start(MockEngine(reply="ok", max_model_len=4096))
+    engine = running.engine
+    await opened(page, running)
+    await said(page, "one")
+    await said(page, "two", 2)
+    assert await page.run(TEXTS) == ["one", "ok", "two", "ok"]
+
+    engine._reply = "new"
+    await act(page, ".message:nth-child(4)", "Again")
+    await page.wait(f"{TEXTS}[3] === 'new'")
+    assert prompt_of(engine) == "oneoktwo"
+    await act(page, ".message:nth-child(2)", "Branch")
+    assert await page.run(TEXTS) == ["one", "ok"]
+    await page.wait("document.querySelectorAll('#conversations li').length === 2")
+    await page.click("#conversations li:nth-child(2) .open")
+    assert await page.run(TEXTS) == ["one", "ok", "two", "new"]
+
+    await act(page, ".message:nth-child(1)", "Edit")
+    await page.run("document.querySelector('.message textarea').value = 'uno'")
+    await act(page, ".message:nth-child(1)", "Send")
+    await page.wait(f"JSON.stringify({TEXTS}) === JSON.stringify(['uno', 'new'])")
+    assert prompt_of(engine) == "uno"
+    await act(page, ".message:nth-child(2)", "Delete")
+    assert await page.run(TEXTS) == ["uno"]
+
+    await page.click("#prompt")
+    await page.press(UP)  # in the empty message box: edits the last message
+    await page.wait("document.activeElement.closest('.message')")
+    await page.press(ESCAPE)
+    await page.wait("document.querySelectorAll('#conversations li').length === 2")
+    await opened(page, running)  # again: what was kept is there, and the page begins anew
+    await page.wait("document.querySelectorAll('#conversations li').length === 2")
+    assert await page.run("document.querySelectorAll('.message').length") == 0
+    await page.click("#conversations li:first-child button[aria-label^=Delete]")
+    await page.wait("document.querySelectorAll('#conversations li').length === 1")
+    assert await page.console() == []
+
+
+@needs_browser
+async def test_an_answer_that_is_cut_off_leaves_no_trace_of_itself(start: Start, page: browser.Browser):
+    engine = MockEngine(reply="word " * 400, step_s=0.01, max_model_len=8192)
+    running = await start(engine)
+    await opened(page, running)
+    await page.type("#prompt", "Long\n")
+    await page.wait("document.querySelector('.busy .body')?.textContent.length > 3")
+    await page.click("#clear")
+    await until(lambda: engine.aborted and not engine.live, "a new conversation ends the old one's answer")
+    assert await page.run("document.querySelectorAll('.message').length") == 0
+
+    engine.step_s = 3.0  # nothing comes before it is stopped
+    await page.type("#prompt", "Silent\n")
+    await page.wait("document.querySelector('.busy')")
+    await page.click("#stop")
+    await page.wait("document.querySelector('.user.unanswered .failed')")
+    engine.step_s, engine._reply = 0.0, "ok"
+    await said(page, "Next")
+    assert prompt_of(engine) == "Next", "one user's turn, not two"
+    await act(page, ".unanswered", "Try again")
+    await page.wait(f"JSON.stringify({TEXTS}) === JSON.stringify(['Silent', 'ok'])")
+
+
+@needs_browser
+async def test_errors_are_told_with_a_way_on(start: Start, page: browser.Browser):
+    engine = MockEngine(reply="fine", max_live=0)
+    running = await start(engine)
+    await opened(page, running)
+    await page.type("#prompt", "Hello\n")
+    text = await page.wait("document.querySelector('.failed')?.textContent")
+    assert "queue is full" in text and "wait 1 s" in text
+    assert await page.run("document.querySelector('#send').hidden") is False
+    engine._max_live = 9
+    await act(page, ".user", "Try again")
+    await page.wait(f"JSON.stringify({TEXTS}) === JSON.stringify(['Hello', 'fine'])")
+    engine._reply, engine.step_s = "word " * 400, 0.01
+    await page.type("#prompt", "Long\n")
+    await page.wait("document.querySelector('.busy .body')?.textContent.length > 3")
+    engine.die()
+    await page.wait("document.querySelector('.assistant .failed button')")
+    assert (await page.run(TEXTS))[-1].startswith("word")
+    await running.server.stop(0.0)
+    await page.type("#prompt", "Anybody?\n")
+    await page.wait("document.querySelector('.user .failed')?.textContent.includes('cannot be reached')")
+    await page.wait("document.querySelector('#health').textContent === 'not reachable'")
+
+
+@needs_browser
+async def test_the_page_asks_for_a_key_and_forgets_it(start: Start, page: browser.Browser):
+    running = await start(MockEngine(reply="open"), app={"access": Access(KeyRing.of([KEY]))})
+    await page.open(running.server.url + "/")
+    for key in ("sk-wrong-0123456789", KEY):
+        await page.wait("document.querySelector('#key-dialog').open")
+        await page.type("#key-box", key + "\n")
+    await page.wait("document.querySelector('.pane')")
+    await said(page, "Hello")
+    assert await page.run("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])") == json.dumps(
+        [{"jaxserve-theme": await page.run("document.documentElement.dataset.theme")}, {}, ""], separators=(",", ":")
+    )
+    assert KEY not in await page.run("document.documentElement.outerHTML + document.querySelector('#key-box').value")
+    await page.open(running.server.url + "/")
+    await page.wait("document.querySelector('#key-dialog').open")
+    await page.click("#key-cancel")
+    await page.wait(
+        "!document.querySelector('#again').hidden && document.querySelector('#notice').textContent.includes('API key')"
+    )
+
+
+@needs_browser
+async def test_tools_probabilities_schemas_and_the_difference(start: Start, page: browser.Browser):
+    engine = MockEngine(reply="The quick fox", max_model_len=4096)
+    running = await start(engine, tool_parser="hermes")
+    await opened(page, running)
+    await page.click(".toggle")
+    await page.click("[name=logprobs]")
+    await said(page, "Go")
+    await act(page, ".assistant", "Tokens")
+    assert await page.run("document.querySelector('.tokens').textContent") == "The quick fox</s>"
+    await page.run("document.querySelector('.token').focus()")
+    await page.press("\ue014")  # to the right
+    assert await page.run("document.activeElement.textContent") == "h"
+    assert re.match(r"h [\d.]+ %", await page.run("document.querySelector('.others').textContent"))
+
+    await page.run("document.querySelector('[name=format]').value = 'json_schema'")
+    await page.run("document.querySelector('[name=format]').dispatchEvent(new Event('change', {bubbles: true}))")
+    note = "document.querySelector('.note').textContent"
+    for text, wrong in (
+        ("{\n  oops", "line 2"),
+        ('{"type": "text"}', "unknown type"),
+        ('{"required": "a"}', "list of names"),
+        ("{}", ""),
+    ):
+        await page.run(f"document.querySelector('[name=constraint]').value = {json.dumps(text)}")
+        await page.run("document.querySelector('[name=constraint]').dispatchEvent(new Event('input', {bubbles: true}))")
+        assert (wrong in await page.run(note)) if wrong else (await page.run(note) == ""), (text, await page.run(note))
+    await page.run("document.querySelector('[name=format]').value = ''")
+    await page.run("document.querySelector('[name=format]').dispatchEvent(new Event('change', {bubbles: true}))")
+
+    await page.press(CONTROL, ".")
+    engine._reply = lambda request: list(b"The slow fox" if len(engine.requests) % 2 else b"The quick fox")
+    await said(page, "Race", 4)
+    await page.click("#diff")
+    marks = await page.run("[...document.querySelectorAll('mark')].map((m) => m.textContent).sort()")
+    assert marks == ["quick", "slow"]
+    await page.press(CONTROL, ".")
+
+    engine._reply = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Bern"}}\n</tool_call>'
+    await page.click(".tool-example")
+    await said(page, "Weather?", 3)
+    assert '"city": "Bern"' in await page.run("document.querySelector('.call code').textContent")
+    engine._reply = "Sunny."
+    await page.type(".call textarea", "20 degrees")
+    await act(page, ".call", "Send result")
+    await page.wait(f"{TEXTS}.at(-1) === 'Sunny.'")
+    assert prompt_of(engine).endswith("20 degrees")
+    assert await page.console() == []
+
+
+MARKDOWN = [
+    ("a\nb\n\nc", "<p>a<br>b</p><p>c</p>"),
+    ("# T #\n## *U*", "<h3>T</h3><h4><em>U</em></h4>"),
+    ("- a\n  - b\n- c", "<ul><li>a<ul><li>b</li></ul></li><li>c</li></ul>"),
+    ("1. a\n\n   b\n2. c", "<ol><li>a<p>b</p></li><li>c</li></ol>"),
+    ("3) x", '<ol start="3"><li>x</li></ol>'),
+    ("- [x] a\n- [ ] b", '<ul><li><input type="checkbox" disabled="" checked="" aria-label="done">a</li>'
+     '<li><input type="checkbox" disabled="" aria-label="done">b</li></ul>'),
+    ("> a\n> > b", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote>"),
+    ("***", "<hr>"),
+    ("|a|b|\n|:-:|-:|\n|1|`x`|",
+     '<div class="table" tabindex="0"><table><thead><tr><th class="center">a</th><th class="right">b</th></tr></thead>'
+     '<tbody><tr><td class="center">1</td><td class="right"><code>x</code></td></tr></tbody></table></div>'),
+    ("**a *b* c** __d__ _e_ ~~f~~ snake_case_name 2 * 3 * 4",
+     "<p><strong>a <em>b</em> c</strong> <strong>d</strong> <em>e</em> <s>f</s> snake_case_name 2 * 3 * 4</p>"),
+    ("``a`b`` \\*x\\*", "<p><code>a`b</code> *x*</p>"),
+    ("$a_1 + b_2$ \\(x*y*z\\) costs $5 and $6",
+     '<p><span class="math">$a_1 + b_2$</span> <span class="math">\\(x*y*z\\)</span> costs $5 and $6</p>'),
+    ("$$\na_b_c\n$$", '<pre class="math">$$\na_b_c\n$$</pre>'),
+    ("[a](https://x.y/z) ![i](https://x.y/i.png) <script>alert(1)</script>",
+     '<p><a href="https://x.y/z" target="_blank" rel="noopener noreferrer nofollow">a</a> '
+     '<a href="https://x.y/i.png" target="_blank" rel="noopener noreferrer nofollow">i</a> '
+     "&lt;script&gt;alert(1)&lt;/script&gt;</p>"),
+    ("[a](javascript:alert(1)) [b](data:text/html,x)", "<p>[a](javascript:alert(1)) [b](data:text/html,x)</p>"),
+    ("see https://x.y/a_b_c.",
+     '<p>see <a href="https://x.y/a_b_c" target="_blank" rel="noopener noreferrer nofollow">https://x.y/a_b_c</a>.</p>'),
+]  # fmt: skip
+
+
+@needs_browser
+async def test_markdown(start: Start, page: browser.Browser):
+    running = await start()
+    await opened(page, running)
+    script = """
+        const { markdown } = await import("/static/markdown.js");
+        const at = document.createElement("div");
+        return arguments[0].map((text) => { at.replaceChildren(markdown(text)); return at.innerHTML; });
+    """
+    assert await page.run_async(script, [text for text, _ in MARKDOWN]) == [html for _, html in MARKDOWN]
+    fenced = "```py\na\n\n  b\n```\nx\n~~~\nopen"
+    found = await page.run_async(
+        script.replace("at.innerHTML", "[...at.querySelectorAll('pre code, .head span')].map((n) => n.textContent)"),
+        [fenced],
+    )
+    assert found == [["py", "a\n\n  b\n", "text", "open\n"]]
+    # What is open, nested or long ends in a moment.
+    nasty = [
+        "**" * 20_000,
+        "[" * 20_000,
+        "> " * 5_000 + "x",
+        "`" * 20_001,
+        "- " * 3_000,
+        "|" * 10_000 + "\n|-|",
+        "_a" * 10_000,
+        "$x" * 9_999,
+    ]
+    assert len(await page.run_async(script, nasty)) == len(nasty)
+
+
+@needs_browser
+async def test_conversations_go_out_and_come_back(start: Start, page: browser.Browser):
+    running = await start(MockEngine(reply="ok"))
+    await opened(page, running)
+    await said(page, "one")
+    script = """
+        const store = await import("/static/store.js"), form = await import("/static/conversation.js");
+        let all = [];
+        while (!all.length) { all = await store.all(); await new Promise((wait) => setTimeout(wait, 50)); }
+        const back = form.fromJson(form.toJson(all));
+        const wrong = ["nope", "{}", '{"format": "jaxserve-conversations", "conversations": [{}]}', '[]'].map((text) => {
+          try { form.fromJson(text); return ""; } catch (error) { return error.message; }
+        });
+        return [all, back, form.toMarkdown(all[0]), wrong];
+    """
+    [[one], [back], text, wrong] = await page.run_async(script)
+    assert one["title"] == "one" and [m["content"] for m in one["panes"][0]["messages"]] == ["one", "ok"]
+    assert back["panes"] == one["panes"] and back["id"] != one["id"]
+    assert text == "# one\n\n**You**\n\none\n\n**Assistant**\n\nok\n"
+    assert all(message.endswith(".") or "JSON" in message for message in wrong) and "" not in wrong
+
+
+@needs_browser
+async def test_axe_finds_nothing_serious(start: Start, page: browser.Browser):
+    """Rules of axe-core (https://github.com/dequelabs/axe-core), in both themes, at two widths, with everything opened."""
+    axe = browser.axe()
+    if axe is None:
+        pytest.skip("axe-core is not in the cache: run scripts/fetch_axe.py")
+    running = await start(MockEngine(reply=REPLY + "\n\n| a |\n|---|\n| 1 |\n\n- [x] done", max_model_len=4096))
+    await opened(page, running)
+    await page.click(".toggle")
+    await page.click("[name=logprobs]")
+    await said(page, "Hello")
+    await act(page, ".assistant", "Tokens")
+    running.engine._max_live = 0
+    await page.type("#prompt", "No\n")
+    await page.wait("document.querySelector('.failed')")
+    found = {}
+    for width, theme in ((1280, "light"), (400, "dark"), (400, "light"), (1280, "dark")):
+        await page.resize(width, 860)
+        await page.run(f"document.documentElement.dataset.theme = '{theme}'")
+        for what in ("dialog", "page"):
+            await page.run(f"document.querySelector('#key-dialog').{'showModal' if what == 'dialog' else 'close'}()")
+            result = await page.run_async(axe + "; return (await axe.run()).violations;")
+            found |= {(v["id"], width, theme, n["html"][:150]): v["help"] for v in result for n in v["nodes"]}
+        assert await page.run("document.documentElement.scrollWidth <= innerWidth"), f"wider than {width}"
+    assert not found, "\n".join(map(str, found.items()))
