@@ -2,6 +2,7 @@
 import { $, $$ } from "/static/dom.js";
 
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "max_tokens"];
+const API_DEFAULTS = { temperature: 1, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1, presence_penalty: 0, frequency_penalty: 0 };
 const EXAMPLES = {
   json_schema: '{\n  "type": "object",\n  "properties": {\n    "name": {"type": "string"},\n    "age": {"type": "integer"}\n  },\n  "required": ["name", "age"],\n  "additionalProperties": false\n}',
   regex: "[0-9]{4}-[0-9]{2}-[0-9]{2}",
@@ -51,9 +52,12 @@ export class Settings {
 
   /** Shows what is in force where a field is empty. */
   suggest(card) {
-    for (const [name, value] of Object.entries(card?.sampling_defaults ?? {})) {
+    const own = card?.default_sampling_params ?? {};
+    for (const [name, value] of Object.entries({ ...API_DEFAULTS, ...own })) {
       const field = this.field(name);
-      if (field) { field.placeholder = String(value); field.title = `Empty: ${value}, the model's own`; }
+      if (!field) continue;
+      field.placeholder = String(value);
+      field.title = `Empty: ${value}, ${name in own ? "the model's own" : "as the API has it"}`;
     }
   }
 
