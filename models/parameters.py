@@ -36,3 +36,10 @@ def quantizable(model: nnx.Module) -> Iterator[str]:
                 yield ".".join(map(str, (*path, "weight")))
         elif isinstance(module, Embedding) and getattr(model, "head", None) is None:
             yield ".".join(map(str, (*path, "weight")))
+
+
+def tables(model: nnx.Module) -> Iterator[str]:
+    """Paths of token tables, which are only looked up where there is a head of its own."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Embedding):
+            yield ".".join(map(str, (*path, "weight")))

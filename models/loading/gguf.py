@@ -212,6 +212,11 @@ class GGUFFile:
             out[begin : begin + values.size] = values
         return out.reshape(shape)
 
+    def raw(self, name: str) -> np.ndarray:
+        """A tensor's bytes as the file has them, read-only."""
+        info = self.tensors[name]
+        return self._data[info.part].bytes[info.offset : info.offset + info.num_bytes]
+
     def release(self, name: str) -> None:
         """Lets go of a tensor's part of the file."""
         info = self.tensors[name]

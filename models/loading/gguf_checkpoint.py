@@ -10,6 +10,7 @@ import numpy as np
 
 from models.loading.gguf import GGUFFile
 from models.loading.gguf_layouts import SECONDARY, layout
+from ops.linear.weights.block_pack import GGUF, CodedRows
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
@@ -61,6 +62,23 @@ class GGUFCheckpoint:
         for own in (self.locate(name),) if made is None else made.sources:
             if own is not None:
                 self.file.release(own)
+
+    def coded(self, name: str) -> tuple[CodedRows, np.ndarray | None] | None:
+        """As `models.loading.coded.CodedCheckpoint`: rows of blocks, where their type has an exact form."""
+        own = self.locate(name)
+        if own is None or layout(self.file, self._architecture, name) is not None or _EXPERT.search(name):
+            return None
+        info = self.file.tensors[own]
+        if info.kind.value not in GGUF or len(info.shape) != 2:
+            return None
+        rows_RB = self.file.raw(own).reshape(info.shape[0], -1)
+        code = CodedRows(GGUF[info.kind.value][1], info.shape[1], rows_RB, info.kind.value)
+        heads = 0
+        if self._rotated_pairs is not None:
+            heads = (
+                self._rotated_pairs[0] if ".q_proj." in name else self._rotated_pairs[1] if ".k_proj." in name else 0
+            )
+        return code, half_split_rows(np.arange(info.shape[0]), heads) if heads else None
 
     def read(self, name: str) -> np.ndarray:
         made = layout(self.file, self._architecture, name)

@@ -18,16 +18,18 @@ from tqdm import tqdm
 from models.embedding_head import EmbeddingHead
 from models.layers import Build, Weight
 from models.loading import orbax
+from models.loading.coded import coded
 from models.loading.files.checkpoint import Checkpoint
 from models.loading.gguf_checkpoint import GGUFCheckpoint
 from models.loading.opening import Opened, open_checkpoint
 from models.loading.source import ModelSource, resolve
-from models.parameters import parameters_of, quantizable
+from models.parameters import parameters_of, quantizable, tables
 from models.recipes import Recipes
 from ops import buffers
 from ops.buffers import owned
 from ops.experts import pack_experts
-from ops.linear import StoredWeight, host_pack, pack, quantize
+from ops.linear import SCHEMES, StoredWeight, host_pack, pack, quantize
+from ops.linear.weights.block_pack import four_bits
 from sharding.rules import to_sharding
 
 __all__ = ["LoadedModel", "ModelSource", "load_model", "resolve"]
@@ -114,7 +116,8 @@ def load_model(
     Args:
         dtype: of the weights. Activations have it too, except on CPU, where they are float32.
         mesh: where the weights go; None for the default device.
-        quantization: a scheme of `ops.linear.quantize` for every Linear; None keeps `dtype`.
+        quantization: a scheme of `ops.linear.quantize` for every Linear (with "int4" what the checkpoint stores in blocks
+            stays so, bit for bit, where native kernels run); None keeps `dtype`.
         max_model_len: the longest context to serve; None for what the checkpoint claims.
         progress: show a bar.
         opened: what `open_checkpoint` gave, where that was called before.
@@ -160,15 +163,24 @@ def fill(
     devices = [jax.devices()[0]] if build.mesh is None else list(build.mesh.devices.flat)
     on_cpu = len(devices) == 1 and devices[0].platform == "cpu"
     narrow = set(quantizable(model)) if quantization else set()
-    packs = on_cpu and quantization == "int8" and host_pack.available()
+    packs = on_cpu and quantization in SCHEMES and host_pack.available()
+    in_blocks = narrow | set(tables(model)) if packs and quantization == "int4" else set[str]()
 
     def make(path: str) -> np.ndarray | StoredWeight:
         recipe, parameter = recipes[path], parameters[path]
+        stored = coded(recipe, parameter, checkpoint) if path in in_blocks else None
+        if stored is not None:
+            for piece in recipe.pieces:
+                checkpoint.release(piece.name)
+            return stored
         host = parameter.from_stored(recipe.make(checkpoint.read))
         if packs and path in narrow and (host.ndim == 2 or parameter.get_metadata().get("packed")):
             if host.dtype not in host_pack.SOURCES or not host.flags.c_contiguous:
                 host = owned(host, np.float32)
-            packed = host_pack.pack(host.reshape(-1, host.shape[-1]), buffers.empty)
+            if path in in_blocks and host.ndim == 2:
+                packed = four_bits(host, buffers.empty)
+            else:
+                packed = host_pack.pack(host.reshape(-1, host.shape[-1]), buffers.empty)
             for piece in recipe.pieces:
                 checkpoint.release(piece.name)
             return packed

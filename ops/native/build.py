@@ -37,14 +37,14 @@ class BuildError(Exception):
 
 def sources() -> list[Path]:
     """The C++ files, sorted."""
-    return sorted(SOURCES.glob("*.cc"))
+    return sorted(SOURCES.rglob("*.cc"))
 
 
 @functools.cache
 def source_hash() -> str:
     """16 hex digits over sources, flags and the headers' version; part of every handler's registered name."""
     digest = hashlib.sha256(" ".join((*FLAGS, jaxlib.version.__version__)).encode())
-    for path in sorted([*SOURCES.glob("*.cc"), *SOURCES.glob("*.h")]):
+    for path in sorted([*SOURCES.rglob("*.cc"), *SOURCES.rglob("*.h")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

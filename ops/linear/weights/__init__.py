@@ -6,8 +6,11 @@ One file a type; `base.StoredWeight` says what each does. `stored` wraps a dense
 from __future__ import annotations
 
 import jax
+import numpy as np
 
-from ops.linear.weights.base import Around, Experts, StoredWeight
+from ops import native
+from ops.linear.weights.base import Around, Experts, StoredWeight, single_cpu
+from ops.linear.weights.block_pack import four_bits
 from ops.linear.weights.dense import DenseWeight
 from ops.linear.weights.int8 import Int8Weight, PackedInt8Weight, quantize_int8
 
@@ -26,7 +29,7 @@ __all__ = [
 ]
 
 Weight = jax.Array | StoredWeight
-SCHEMES = ("int8",)
+SCHEMES = ("int8", "int4")
 
 
 def stored(weight: Weight) -> StoredWeight:
@@ -40,13 +43,16 @@ def quantize(weight_OI: jax.Array, scheme: str | None) -> Weight:
     Args:
         weight_OI: float array; leading axes before O are allowed.
         scheme: None keeps it dense; "int8" is symmetric int8 with one scale an output channel, rotated where every
-            device's part of I is whole blocks.
+            device's part of I is whole blocks; "int4" is four bits in blocks of 32 on one CPU device with native kernels,
+            and int8 elsewhere.
     Raises:
         ValueError: the scheme is not known.
     """
     if scheme is None:
         return weight_OI
-    if scheme == "int8":
+    if scheme == "int4" and weight_OI.ndim == 2 and single_cpu(weight_OI) and native.available():
+        return jax.device_put(four_bits(np.asarray(weight_OI)))
+    if scheme in SCHEMES:
         return quantize_int8(weight_OI)
     raise ValueError(f"Quantization {scheme!r} is not supported; known ones are {', '.join(SCHEMES)}.")
 

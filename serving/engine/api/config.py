@@ -26,7 +26,7 @@ from serving.engine.api.settings import (
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
-QUANTIZATIONS = ("auto", "none", "int8")
+QUANTIZATIONS = ("auto", "none", "int8", "int4")
 POLICIES = ("fcfs", "priority")
 
 MODEL = Kind("a file, a folder or a hub id", TEXT.read, "MODEL")
@@ -67,7 +67,8 @@ class EngineConfig:
     )  # fmt: skip
     quantization: str = setting(
         "auto",
-        "of the weights; auto is int8 on a CPU with native kernels (when --dtype is auto too) and none elsewhere",
+        "of the weights; auto is int8 on a CPU with native kernels (when --dtype is auto too) and none elsewhere; int4 keeps "
+        "the blocks of a GGUF file as they are and rounds other weights to four bits",
         one_of(*QUANTIZATIONS, none="none"), Scope.PROGRAM, section="model", flag="", bundled=True,
     )  # fmt: skip
     kv_cache_dtype: str = setting(

@@ -66,7 +66,7 @@ def resolve_kv_dtype(config: EngineConfig, model: CausalLM, dtype: str, devices:
     if config.kv_cache_dtype != "auto":
         return config.kv_cache_dtype
     platform = jax.default_backend()
-    quantized = resolve_quantization(config, platform, devices) == "int8" and config.dtype == "auto"
+    quantized = resolve_quantization(config, platform, devices) in ("int8", "int4") and config.dtype == "auto"
     if platform != "cpu" or not quantized:
         return dtype
     with use_backend(config.attention_backend):

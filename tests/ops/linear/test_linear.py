@@ -137,5 +137,5 @@ def test_embed(scheme, D):
 def test_errors_are_sentences():
     with pytest.raises(ValueError, match="takes 16"):
         linear(jnp.zeros((2, 8)), jnp.zeros((4, 16)))
-    with pytest.raises(ValueError, match="known ones are int8"):
+    with pytest.raises(ValueError, match="known ones are int8, int4"):
         quantize(jnp.zeros((4, 16)), "int3")

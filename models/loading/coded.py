@@ -1,0 +1,56 @@
+"""Weights that stay as their checkpoint stores them: rows of blocks go from the file into the kernels' layout as they are."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from models.layers import Weight
+from models.recipes import Recipe, row_map
+from ops import buffers
+from ops.linear.weights import block_pack
+from ops.linear.weights.block_pack import CodedRows
+from ops.linear.weights.blocks import BlockWeight
+
+
+@runtime_checkable
+class CodedCheckpoint(Protocol):
+    """A checkpoint some of whose tensors have an exact form in blocks."""
+
+    def coded(self, name: str) -> tuple[CodedRows, np.ndarray | None] | None:
+        """A tensor's rows as they are stored, and for each row of `name` which of them it is (None: the same one).
+
+        None where the tensor has no exact form, or is none of rows of its own.
+        """
+        ...
+
+
+def coded(recipe: Recipe, parameter: Weight, checkpoint: object) -> BlockWeight | None:
+    """The parameter as the checkpoint stores it, of numpy arrays; None where it must go by way of floats: a stack of experts,
+    heads that are spread over devices, values that are computed or turned, rows of several types within a panel.
+
+    Raises:
+        ValueError: a damaged tensor, by name.
+    """
+    if not isinstance(checkpoint, CodedCheckpoint) or len(parameter.shape) != 2:
+        return None
+    if parameter.get_metadata().get("spread") is not None or any(piece.turned for piece in recipe.pieces):
+        return None
+    rows = row_map(recipe)
+    found = [checkpoint.coded(piece.name) for piece in recipe.pieces]
+    tensors = [entry for entry in found if entry is not None]
+    if rows is None or len(tensors) < len(found):
+        return None
+    tensor_R, row_R = rows
+    for index, (_, order) in enumerate(tensors):
+        if order is not None:
+            row_R = np.where(tensor_R == index, order[np.where(tensor_R == index, row_R, 0)], row_R)
+    codes = [code for code, _ in tensors]
+    forms = list(dict.fromkeys(code.form for code in codes))
+    if not block_pack.can_pack(np.array([forms.index(code.form) for code in codes])[tensor_R]):
+        return None
+    try:
+        return block_pack.pack(codes, tensor_R, row_R, buffers.empty)
+    except ValueError as error:
+        raise ValueError(f"{' and '.join(piece.name for piece in recipe.pieces)}: {error}") from None

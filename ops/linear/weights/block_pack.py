@@ -1,0 +1,191 @@
+"""Block weights made on the host from the rows of checkpoints, on the caller's thread, without XLA.
+
+A tensor comes as `CodedRows`, its rows as the file has them; `pack` lays rows of one or several such tensors out for the
+kernels, in any order. See ops/native/blocks/blocks_pack.cc.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ops import native
+from ops.linear.weights.blocks import PANEL, SCALES, BlockWeight, Form, Stretch
+from ops.linear.weights.rotation import BLOCK, rotate
+
+PLAIN = -1
+
+GGUF = {
+    2: ("Q4_0", Form(4, zero=8)),
+    3: ("Q4_1", Form(4, offset="float16")),
+    6: ("Q5_0", Form(6, zero=16)),
+    7: ("Q5_1", Form(6, offset="float16")),
+    8: ("Q8_0", Form(8, zero=128)),
+    12: ("Q4_K", Form(4, scale="nested_u8", offset="nested_u8")),
+    13: ("Q5_K", Form(6, scale="nested_u8", offset="nested_u8")),
+    14: ("Q6_K", Form(6, zero=32, block=16, scale="nested_s8")),
+    20: ("IQ4_NL", Form(4, zero=128, table="iq4_nl")),
+    23: ("IQ4_XS", Form(4, zero=128, scale="nested_s8", table="iq4_nl")),
+    39: ("MXFP4", Form(4, zero=12, scale="power", table="e2m1", power=-1)),
+}
+"""GGUF's block types that have an exact form, by their numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedRows:
+    """A tensor's rows as they are stored.
+
+    Attributes:
+        form: what they become.
+        inputs: values a row.
+        rows_RB: uint8 [rows, bytes]: a GGUF tensor's blocks, or a byte a value.
+        kind: GGUF's number of the block type, or PLAIN.
+        scale_RG, offset_RG: of plain rows [rows, ceil(inputs / block)], in the form's types.
+    """
+
+    form: Form
+    inputs: int
+    rows_RB: np.ndarray
+    kind: int = PLAIN
+    scale_RG: np.ndarray | None = None
+    offset_RG: np.ndarray | None = None
+
+
+def can_pack(form_R: np.ndarray) -> bool:
+    """Whether rows with these forms' numbers fall into panels of one form each."""
+    whole = form_R[: len(form_R) // PANEL * PANEL].reshape(-1, PANEL)
+    rest = form_R[len(whole) * PANEL :]
+    return bool((whole == whole[:, :1]).all() and (rest == rest[:1]).all())
+
+
+def pack(
+    tensors: Sequence[CodedRows],
+    tensor_R: np.ndarray,
+    row_R: np.ndarray,
+    empty: Callable[[tuple[int, ...], Any], np.ndarray] = np.empty,
+    rotated: bool = False,
+) -> BlockWeight:
+    """The weight whose row r is row `row_R[r]` of `tensors[tensor_R[r]]`, of numpy arrays.
+
+    Args:
+        empty: (shape, dtype) -> where the result goes.
+    Raises:
+        ValueError: rows of different lengths, panels of different forms, or scales that are no finite numbers.
+    """
+    inputs = tensors[0].inputs
+    if any(tensor.inputs != inputs for tensor in tensors):
+        raise ValueError(f"rows of {sorted({tensor.inputs for tensor in tensors})} inputs cannot be one weight.")
+    forms = list(dict.fromkeys(tensor.form for tensor in tensors))
+    form_R = np.array([forms.index(tensor.form) for tensor in tensors])[tensor_R]
+    if not can_pack(form_R):
+        raise ValueError("16 neighbouring rows are stored in different forms, which no panel can be.")
+    starts = np.flatnonzero(np.concatenate([[True], form_R[1:] != form_R[:-1]]))
+    ends = np.append(starts[1:], len(form_R))
+    stretches, offset = [], 0
+    for start, end in zip(starts, ends, strict=True):
+        form, panels = forms[form_R[start]], -(-(end - start) // PANEL)
+        stretches.append(Stretch(form, int(panels), offset))
+        offset += panels * form.record_bytes(inputs)
+    bytes_N = empty((int(offset),), np.uint8)
+    for stretch, start, end in zip(stretches, starts, ends, strict=True):
+        _fill(bytes_N[stretch.offset :], stretch.form, tensors, tensor_R[start:end], row_R[start:end])
+    shape = (len(form_R), inputs)
+    return BlockWeight(bytes_N, shape, tuple(stretches), rotated)  # pyright: ignore[reportArgumentType]
+
+
+def _fill(out_N: np.ndarray, form: Form, tensors: Sequence[CodedRows], tensor_R: np.ndarray, row_R: np.ndarray) -> None:
+    # Tensors of one form may be stored in different ways; each run of one way is a call, and runs are whole panels.
+    kind_R = np.array([tensor.kind for tensor in tensors])[tensor_R]
+    if (kind_R != kind_R[0]).any():
+        raise ValueError("rows of one form come in different block types.")
+    size = {"scale_RG": SCALES[form.scale], "offset_RG": SCALES[form.offset]}
+    pointers: dict[str, Any] = {}
+    for field in ("rows_RB", "scale_RG", "offset_RG"):
+        arrays = [getattr(tensor, field) for tensor in tensors]
+        used = [arrays[index] for index in np.unique(tensor_R)]
+        if any(array is None for array in used):
+            pointers[field] = None
+            continue
+        for array in used:
+            if not array.flags.c_contiguous or (field in size and array.dtype.itemsize != size[field]):
+                raise ValueError(f"{field} of {array.dtype}{list(array.shape)} is not what its form stores.")
+        base = np.array([0 if array is None else array.ctypes.data for array in arrays], np.uint64)
+        step = np.array([0 if array is None else array.strides[0] for array in arrays], np.uint64)
+        pointers[field] = np.ascontiguousarray(base[tensor_R] + step[tensor_R] * row_R.astype(np.uint64))
+    numbers = form.numbers()
+    failed = native.library().jaxserve_blocks_pack(
+        ctypes.c_int64(int(kind_R[0])),
+        ctypes.c_void_p(numbers.ctypes.data),
+        *(ctypes.c_void_p(None if array is None else array.ctypes.data) for array in pointers.values()),
+        ctypes.c_int64(len(row_R)),
+        ctypes.c_int64(tensors[0].inputs),
+        ctypes.c_void_p(out_N.ctypes.data),
+    )
+    if failed:
+        raise ValueError("a block's scale is not a finite number: the tensor is damaged.")
+
+
+FOUR_BITS = Form(4, zero=8)
+"""What `four_bits` makes: a float16 scale for every 32 inputs, 4.5 bits a weight."""
+
+CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Parts of a block's largest magnitude that `four_bits` tries as what the largest value stands for."""
+
+
+def four_bits(weight_OI: np.ndarray, empty: Callable[[tuple[int, ...], Any], np.ndarray] = np.empty) -> BlockWeight:
+    """A dense weight rounded to four bits, of numpy arrays; rotated where its inputs are whole blocks of 64.
+
+    Each block of 32 inputs gets the scale, of a few, that leaves the least squared error.
+
+    Args:
+        weight_OI: of any float dtype.
+        empty: (shape, dtype) -> where the result goes.
+    """
+    O, I = weight_OI.shape
+    rotated = I % BLOCK == 0
+    values_OI, scale_OG = np.empty((O, I), np.uint8), np.empty((O, -(-I // 32)), np.float16)
+    for first in range(0, O, ROWS):
+        rows = slice(first, min(O, first + ROWS))
+        part = jnp.asarray(np.asarray(weight_OI[rows], np.float32))
+        values_OI[rows], scale_OG[rows] = _rounded_to_four(part, rotated)
+    coded = CodedRows(FOUR_BITS, I, values_OI, scale_RG=scale_OG)
+    return pack([coded], np.zeros(O, np.int64), np.arange(O), empty, rotated)
+
+
+ROWS = 4096  # rounded at once
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _rounded_to_four(weight_OI: jax.Array, rotated: bool) -> tuple[jax.Array, jax.Array]:
+    (O, I), block = weight_OI.shape, FOUR_BITS.block
+    weight_OI = rotate(weight_OI) if rotated else weight_OI
+    blocks_OGi = jnp.pad(weight_OI, ((0, 0), (0, -I % block))).reshape(O, -1, block)
+    peak_OG = jnp.abs(blocks_OGi).max(-1)
+    # The value of the largest magnitude gets the side that has one step more.
+    top = jnp.take_along_axis(blocks_OGi, jnp.abs(blocks_OGi).argmax(-1)[..., None], -1)[..., 0]
+    best = None
+    for part in CLIPPED:
+        # float16 is what is stored: values are rounded by that scale and no other.
+        scale_OG = jnp.where(top > 0, -peak_OG, peak_OG) * (part / 8)
+        scale_OG = jnp.where(peak_OG > 1e-6, scale_OG, 1.0).astype(jnp.float16)
+        wide = scale_OG.astype(jnp.float32)[..., None]
+        values_OGi = jnp.clip(jnp.round(blocks_OGi / wide), -8, 7)
+        error_OG = ((values_OGi * wide - blocks_OGi) ** 2).sum(-1)
+        if best is None:
+            best = (error_OG, values_OGi, scale_OG)
+            continue
+        better = error_OG < best[0]
+        best = (
+            jnp.where(better, error_OG, best[0]),
+            jnp.where(better[..., None], values_OGi, best[1]),
+            jnp.where(better, scale_OG, best[2]),
+        )
+    assert best is not None
+    return (best[1] + 8).astype(jnp.uint8).reshape(O, -1)[:, :I], best[2]

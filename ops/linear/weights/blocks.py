@@ -1,0 +1,289 @@
+"""Weights in a few bits, as checkpoints store them: blocks of neighbouring inputs share a scale, and maybe an offset.
+
+w = (value - zero) * scale + offset, where values are integers of 4, 6 or 8 bits or entries of a table of 16. Integers and scales
+are those of the file, so nothing is rounded a second time. Each stretch of output channels may have a form of its own, as
+projections of different types have that one product takes together. See `ops/native/blocks/blocks.h` for the layout.
+
+The native kernels round activations to int8 with one scale for every 32 inputs of a row. Under them, in plain XLA, the weight
+is dequantized for each product: right, and slow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ops import native
+from ops.linear.weights import xla
+from ops.linear.weights.base import Around, StoredWeight
+from ops.linear.weights.native import ACTIVATIONS, eps, f32
+from ops.linear.weights.rotation import rotate
+
+PANEL = 16  # output channels a panel, as in ops/native/blocks/blocks.h
+STEP = 32  # inputs that share an activation scale
+NEST = 256  # inputs that share what nested scales are multiplied with
+CHUNK = 512  # inputs that lie together
+
+TABLES = {
+    "none": None,
+    "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    "e2m1": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),  # doubled
+}
+"""What 4-bit values are entries of, by name, in the order of the kernels' numbers."""
+
+SCALES = {
+    "none": 0, "float32": 4, "float16": 2, "bfloat16": 2, "power": 1, "nested_u8": 1, "nested_s8": 1, "zero_point": 1,
+}  # fmt: skip
+"""Bytes of one scale or offset, by its type, in the order of the kernels' numbers: `power` is an exponent of two; nested ones are
+times a float16 that 256 inputs share; an offset that is a zero point means -scale * it, and a nested one is subtracted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a stretch of channels is stored.
+
+    Attributes:
+        bits: room of a value: 4, 6 or 8.
+        table: of TABLES; for four bits.
+        zero: taken off each value, after the table.
+        block: inputs a scale: 16 to 512 and a power of two, or a multiple of 512.
+        scale, offset: of SCALES.
+        power: all scales times 2^power.
+    """
+
+    bits: int
+    zero: int = 0
+    block: int = 32
+    scale: str = "float16"
+    offset: str = "none"
+    table: str = "none"
+    power: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.block in (16, 32, 64, 128, 256, 512) or self.block % CHUNK == 0):
+            raise ValueError(f"a scale for every {self.block} inputs has no packed form.")
+
+    @property
+    def largest(self) -> int:
+        """The largest value there can be."""
+        entries = TABLES[self.table]
+        return (1 << self.bits) - 1 if entries is None else max(entries) + self.zero
+
+    def numbers(self) -> np.ndarray:
+        """As the kernels read it: int32 [8]."""
+        kinds = list(SCALES)
+        fields = [self.bits, list(TABLES).index(self.table), self.zero, self.block]
+        fields += [kinds.index(self.scale), kinds.index(self.offset), self.power, self.largest]
+        return np.array(fields, np.int32)
+
+    def chunk_parts(self, inputs: int) -> tuple[int, int, int, int, int]:
+        """Where a chunk's scales, offsets, nested scales and nested offsets begin, and its bytes."""
+        blocks, nests = -(-inputs // self.block), -(-inputs // NEST)
+        scales = inputs * PANEL * self.bits // 8
+        offsets = scales + blocks * PANEL * SCALES[self.scale]
+        nested = offsets + blocks * PANEL * SCALES[self.offset]
+        more = nested + (nests * PANEL * 2 if self.scale.startswith("nested") else 0)
+        end = more + (nests * PANEL * 2 if self.offset.startswith("nested") else 0)
+        return scales, offsets, nested, more, -(-end // 64) * 64
+
+    def record_bytes(self, inputs: int) -> int:
+        """Bytes of a panel."""
+        return sum(self.chunk_parts(count)[-1] for _, count in chunks(inputs))
+
+
+def chunks(inputs: int) -> Iterator[tuple[int, int]]:
+    """(first input, inputs) of each chunk; inputs are padded to whole steps."""
+    padded = -(-inputs // STEP) * STEP
+    return ((first, min(CHUNK, padded - first)) for first in range(0, padded, CHUNK))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Neighbouring panels of one form; `offset` is where their records begin in the weight's bytes, a multiple of 64."""
+
+    form: Form
+    panels: int
+    offset: int
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["bytes_N"], meta_fields=["shape", "stretches", "rotated"]
+)
+@dataclasses.dataclass(frozen=True)
+class BlockWeight(StoredWeight):
+    """A weight matrix [O, I] in blocks.
+
+    Attributes:
+        bytes_N: uint8, the records of all panels.
+        shape: (O, I), as of the dense weight.
+        stretches: in the channels' order, covering all panels.
+        rotated: the values stand for `rotate` of the weight, so a product needs `rotate(x)`.
+    """
+
+    bytes_N: jax.Array
+    shape: tuple[int, int]
+    stretches: tuple[Stretch, ...]
+    rotated: bool = False
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """uint8: how the weight is stored."""
+        return self.bytes_N.dtype
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """The different ones, in the order in which they first occur."""
+        return tuple(dict.fromkeys(stretch.form for stretch in self.stretches))
+
+    def description(self) -> np.ndarray:
+        """What the kernels are told of it, int32; see `Weight::read` in ops/native/blocks/weight.h."""
+        forms, first, places = self.forms, 0, []
+        for stretch in self.stretches:
+            places.append([forms.index(stretch.form), first, stretch.panels, stretch.offset // 64])
+            first += stretch.panels
+        head = np.array([self.rotated, len(forms), len(places)], np.int32)
+        return np.concatenate([head, *(form.numbers() for form in forms), np.array(places, np.int32).reshape(-1)])
+
+    def product(self, x_TI: jax.Array) -> jax.Array:
+        """Rounds activations on a CPU with native kernels; elsewhere it dequantizes the weight."""
+
+        def cpu(x_TI: jax.Array) -> jax.Array:
+            return self._native(x_TI, Around()) if native.available() else self._plain(x_TI)
+
+        return lax.platform_dependent(x_TI, cpu=cpu, default=self._plain)
+
+    def _plain(self, x_TI: jax.Array) -> jax.Array:
+        return xla.dense(x_TI.astype(jnp.float32), self.dequantize())
+
+    def linear(self, x_TI: jax.Array, around: Around, dtype: jax.typing.DTypeLike) -> jax.Array:
+        if not on_native():
+            return super().linear(x_TI, around, dtype)
+        return self._native(x_TI, around).astype(dtype)
+
+    def _native(self, x_TI: jax.Array, around: Around) -> jax.Array:
+        out = jax.ShapeDtypeStruct((x_TI.shape[0], self.shape[0]), jnp.float32)
+        return jax.ffi.ffi_call(native.target("jaxserve_blocks_linear"), out)(
+            f32(x_TI),
+            f32(None if around.norm is None else around.norm.scale_I),
+            *self._operands(around.bias_O),
+            f32(around.residual_TO),
+            eps=eps(around.norm),
+        )
+
+    def gated_mlp(
+        self, x_TD: jax.Array, down: StoredWeight, activation: str, around: Around, down_bias_D: jax.Array | None
+    ) -> jax.Array | None:
+        # Gate and up must be whole panels each; the hidden values never leave the cache.
+        if not isinstance(down, BlockWeight) or activation not in ACTIVATIONS or self.shape[0] % (2 * PANEL):
+            return None
+        if not on_native():
+            return None
+        out = jax.ShapeDtypeStruct((x_TD.shape[0], down.shape[0]), jnp.float32)
+        return jax.ffi.ffi_call(native.target("jaxserve_blocks_gated_mlp"), out)(
+            f32(x_TD),
+            f32(None if around.norm is None else around.norm.scale_I),
+            *self._operands(around.bias_O),
+            *down._operands(down_bias_D),
+            f32(around.residual_TO),
+            eps=eps(around.norm),
+            activation=np.int64(ACTIVATIONS[activation]),
+            width=np.int64(self.shape[0] // 2),
+        )
+
+    def rows(self, ids_T: jax.Array) -> jax.Array:
+        def cpu(ids_T: jax.Array) -> jax.Array:
+            return self._native_rows(ids_T) if native.available() else self._plain_rows(ids_T)
+
+        return lax.platform_dependent(ids_T, cpu=cpu, default=self._plain_rows)
+
+    def _native_rows(self, ids_T: jax.Array) -> jax.Array:
+        out = jax.ShapeDtypeStruct((ids_T.size, self.shape[1]), jnp.float32)
+        call = jax.ffi.ffi_call(native.target("jaxserve_blocks_rows"), out)
+        rows_TI = call(ids_T.astype(jnp.int32).reshape(-1), *self._operands(None)[:2], outputs=np.int64(self.shape[0]))
+        return rows_TI.reshape(*ids_T.shape, -1)
+
+    def _plain_rows(self, ids_T: jax.Array) -> jax.Array:
+        return jnp.take(self.dequantize(), ids_T, axis=0, mode="fill", fill_value=0)
+
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        O, I = self.shape
+        parts = []
+        for stretch in self.stretches:
+            size = stretch.form.record_bytes(I)
+            records = lax.slice(self.bytes_N, (stretch.offset,), (stretch.offset + stretch.panels * size,))
+            parts.append(_dense_records(records.reshape(stretch.panels, size), stretch.form, I))
+        dense_OI = jnp.concatenate(parts)[:O] if len(parts) > 1 else parts[0][:O]
+        return (rotate(dense_OI) if self.rotated else dense_OI).astype(dtype)
+
+    def _operands(self, bias_O: jax.Array | None) -> tuple[jax.Array, ...]:
+        return self.bytes_N, jnp.asarray(self.description()), f32(bias_O)
+
+
+def on_native() -> bool:
+    """Whether products are the native kernels' here: the default device is a CPU that has them."""
+    return jax.default_backend() == "cpu" and native.available()
+
+
+def _dense_records(records_PN: jax.Array, form: Form, inputs: int) -> jax.Array:
+    """Float32 [P * 16, inputs] of records [P, bytes]."""
+    P, begin, parts = records_PN.shape[0], 0, []
+    for _, count in chunks(inputs):
+        scales, offsets, nested, more, size = form.chunk_parts(count)
+        chunk = records_PN[:, begin : begin + size]
+        begin += size
+        values_PcI = _values(chunk[:, :scales], form, count)
+        scale_PcI = _scales(form.scale, chunk[:, scales:offsets], chunk[:, nested:more], form.block, count)
+        scale_PcI = scale_PcI * jnp.float32(2.0**form.power)
+        dense_PcI = (values_PcI - form.zero) * scale_PcI
+        if form.offset != "none":
+            offset_PcI = _scales(form.offset, chunk[:, offsets:nested], chunk[:, more:], form.block, count)
+            offset_PcI = offset_PcI * (scale_PcI if form.offset == "zero_point" else 1.0)
+            dense_PcI = dense_PcI + (-offset_PcI if form.offset in ("zero_point", "nested_u8") else offset_PcI)
+        parts.append(dense_PcI)
+    return jnp.concatenate(parts, axis=-1).reshape(P * PANEL, -1)[:, :inputs]
+
+
+def _values(bytes_PN: jax.Array, form: Form, inputs: int) -> jax.Array:
+    """Float32 [P, 16, inputs], after the table."""
+    P = bytes_PN.shape[0]
+    if form.bits == 8:
+        quads = bytes_PN.reshape(P, inputs // 4, PANEL, 4)
+    elif form.bits == 4:
+        both = bytes_PN.reshape(P, inputs // 8, 1, PANEL, 4)
+        quads = jnp.concatenate([both & 15, both >> 4], axis=2).reshape(P, inputs // 4, PANEL, 4)
+    else:
+        three = bytes_PN.reshape(P, inputs // 16, 3, PANEL, 4)
+        low = jnp.stack([three[:, :, 0] & 15, three[:, :, 0] >> 4, three[:, :, 1] & 15, three[:, :, 1] >> 4], axis=2)
+        top = jnp.stack([three[:, :, 2] >> 2 * i & 3 for i in range(4)], axis=2)
+        quads = (low | top << 4).reshape(P, inputs // 4, PANEL, 4)
+    values_PcI = quads.swapaxes(1, 2).reshape(P, PANEL, inputs)
+    entries = TABLES[form.table]
+    if entries is None:
+        return values_PcI.astype(jnp.float32)
+    return jnp.asarray(np.array(entries, np.float32) + form.zero)[values_PcI]
+
+
+def _scales(kind: str, bytes_PN: jax.Array, nested_PN: jax.Array, block: int, inputs: int) -> jax.Array:
+    """Float32 [P, 16, inputs], unsigned."""
+    P, size = bytes_PN.shape[0], SCALES[kind]
+    if size > 1:
+        wide = lax.bitcast_convert_type(bytes_PN.reshape(P, -1, PANEL, size), jnp.dtype(kind)).astype(jnp.float32)
+    elif kind == "power":
+        bits = bytes_PN.reshape(P, -1, PANEL).astype(jnp.uint32) << 23
+        wide = lax.bitcast_convert_type(bits, jnp.float32)
+    elif kind == "nested_s8":
+        wide = lax.bitcast_convert_type(bytes_PN.reshape(P, -1, PANEL), jnp.int8).astype(jnp.float32)
+    else:
+        wide = bytes_PN.reshape(P, -1, PANEL).astype(jnp.float32)
+    spread = jnp.repeat(wide, min(block, CHUNK), axis=1)[:, :inputs]
+    if kind.startswith("nested"):
+        nests = -(-inputs // NEST) * PANEL * 2
+        halves = lax.bitcast_convert_type(nested_PN[:, :nests].reshape(P, -1, PANEL, 2), jnp.float16)
+        spread = spread * jnp.repeat(halves.astype(jnp.float32), NEST, axis=1)[:, :inputs]
+    return spread.swapaxes(1, 2)

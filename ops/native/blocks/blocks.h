@@ -1,0 +1,165 @@
+// Products with weights in a few bits, as checkpoints store them: w = (value - zero) * scale + offset, where a block of
+// neighbouring inputs shares scale and offset, and values are integers or entries of a table. Nothing is rounded a second time:
+// values stay integers and scales keep the bits that the file gives them. Activations are rounded to int8 with one scale for
+// every 32 inputs of a row.
+//
+// A weight is one array of bytes. 16 output channels make a panel, a panel is one record, and records lie one behind the other, as
+// do the chunks of 512 inputs that a record is made of, so that products read memory from front to back. A chunk has
+//   values   for each step of inputs the 16 channels' values, see `value_bytes`
+//   scales   [inputs / block][16], in the form's type; one where blocks are longer than a chunk
+//   offsets  the same
+//   nested   float16 [inputs / 256][16], what nested scales are multiplied with; then the same of nested offsets
+// Which form the panels of a stretch of channels have, a `Weight` says. Inputs are padded to whole steps of 32.
+//
+// For each row and channel all kernels add up in the same order, so a row's results do not depend on its neighbours.
+
+#pragma once
+
+#include "common.h"
+
+namespace jaxserve::blocks {
+
+constexpr int kPanel = 16;     // output channels a panel
+constexpr int kPanels = 4;     // panels that one tile covers at most
+constexpr int kStep = 32;      // inputs that share an activation scale
+constexpr int kNest = 256;     // inputs that share what nested scales are multiplied with
+constexpr int64_t kChunk = 512;  // inputs that lie together and are unpacked at once: they stay in the first caches
+
+enum class Table : int32_t { kNone = 0, kIq4 = 1, kE2m1 = 2 };
+enum class Scale : int32_t { kNone = 0, kFloat32 = 1, kFloat16 = 2, kBfloat16 = 3, kPower = 4, kNestedU8 = 5, kNestedS8 = 6, kZeroPoint = 7 };
+enum class Activation : int64_t { kNone = 0, kSilu = 1, kGeluTanh = 2, kRelu = 3 };
+
+// As ops/linear/weights/blocks.py writes it: eight int32.
+struct Form {
+  int32_t bits;    // 4, 6 or 8: room of a value, which is unsigned
+  Table table;     // what 4-bit values are entries of
+  int32_t zero;    // taken off each value (after the table)
+  int32_t block;   // inputs a scale: 16 to 512, a power of two, or a multiple of 512
+  Scale scale;
+  Scale offset;    // kNestedU8 is subtracted; kZeroPoint (a byte) means -scale * byte
+  int32_t power;   // all scales times 2^power
+  int32_t largest; // a value may be (after the table); whether AVX2's products of pairs stay within 16 bits
+};
+
+inline int64_t padded(int64_t inputs) { return ceil_div(inputs, kStep) * kStep; }
+
+// Values of a panel. 4 bits: 64 bytes hold 8 inputs, byte 4 c + i inputs i (low) and 4 + i (high) of channel c. 6 bits: 192 bytes
+// hold 16 inputs, the low halves of two such, then 64 bytes of which 4 c + i has the upper two bits of inputs i, 4 + i, 8 + i
+// and 12 + i, lowest first. 8 bits: 64 bytes hold 4 inputs.
+inline int64_t value_bytes(const Form& form, int64_t inputs) { return inputs * kPanel * form.bits / 8; }
+
+inline int64_t scale_bytes(Scale kind) {
+  switch (kind) {
+    case Scale::kNone: return 0;
+    case Scale::kFloat32: return 4;
+    case Scale::kFloat16:
+    case Scale::kBfloat16: return 2;
+    default: return 1;
+  }
+}
+
+inline bool nested(Scale kind) { return kind == Scale::kNestedU8 || kind == Scale::kNestedS8; }
+
+// Where the parts of a chunk of `inputs` (whole steps, at most kChunk) begin.
+struct Parts {
+  int64_t scales, offsets, nested_scales, nested_offsets, bytes;
+  Parts(const Form& form, int64_t inputs) {
+    const int64_t blocks = ceil_div(inputs, form.block), nests = ceil_div(inputs, kNest);
+    scales = value_bytes(form, inputs);
+    offsets = scales + blocks * kPanel * scale_bytes(form.scale);
+    nested_scales = offsets + blocks * kPanel * scale_bytes(form.offset);
+    nested_offsets = nested_scales + (nested(form.scale) ? nests * kPanel * 2 : 0);
+    bytes = ceil_div(nested_offsets + (nested(form.offset) ? nests * kPanel * 2 : 0), 64) * 64;
+  }
+};
+
+// Bytes in front of the chunk that begins with an input, and of a whole record.
+inline int64_t chunk_at(const Form& form, int64_t input) { return input / kChunk * Parts(form, kChunk).bytes; }
+inline int64_t record_bytes(const Form& form, int64_t inputs) {
+  const int64_t all = padded(inputs), rest = all % kChunk;
+  return chunk_at(form, all) + (rest == 0 ? 0 : Parts(form, rest).bytes);
+}
+
+// Rounded rows. Everything about a row lies in one stretch of `stride` bytes: int8 [inputs], then float scale [steps], float
+// scale * sum [steps], int32 sums of 16 inputs [2 steps].
+struct Rows {
+  uint8_t* data;
+  int64_t steps, stride;
+  Rows() : data(nullptr), steps(0), stride(0) {}
+  Rows(uint8_t* to, int64_t inputs) : data(to), steps(ceil_div(inputs, kStep)), stride(row_bytes(inputs)) {}
+  static int64_t row_bytes(int64_t inputs) { return ceil_div(ceil_div(inputs, kStep) * (kStep + 16), 64) * 64; }
+  int8_t* values(int64_t row) const { return reinterpret_cast<int8_t*>(data + row * stride); }
+  float* scale(int64_t row) const { return reinterpret_cast<float*>(data + row * stride + steps * kStep); }
+  float* scaled_sum(int64_t row) const { return scale(row) + steps; }
+  int32_t* sum(int64_t row) const { return reinterpret_cast<int32_t*>(scale(row) + 2 * steps); }
+};
+
+// Rounds rows of x (float32, `width` wide): x, or x / rms(x) * gain where gain is given; times a Hadamard matrix of 64 first
+// where they are rotated.
+struct Rounding {
+  const float* x;
+  int64_t width;
+  const float* gain;  // or null
+  float eps;
+  bool rotated;
+  Rows to;
+};
+
+// `rows` x (up to 4 panels) of a product and what happens to it. With an activation the first half of the panels are gates and
+// the second half the matching ups: out = act(gate) * up, for half the panels.
+struct Tile {
+  Rows a;
+  int64_t first_row, rows, inputs;
+  int panels;                      // 1..4; even with an activation
+  const uint8_t* record[kPanels];
+  const Form* form[kPanels];
+  const float* bias[kPanels];      // [valid] or null
+  int valid[kPanels];              // channels of the panel that exist
+  float* out[kPanels];             // first row's
+  const float* residual[kPanels];  // first row's, added to the result, or null
+  int64_t out_stride;              // floats; also the residual's
+  Activation activation;
+};
+
+// A chunk of inputs of up to four panels of one form.
+struct Chunk {
+  int64_t first_step, steps;
+  const Form* form;
+  const uint8_t* packed[kPanels];  // values as stored
+  const uint8_t* values[kPanels];  // unpacked, or null
+  const float* scale[kPanels];
+  const float* offset[kPanels];    // or null
+};
+
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it to a float rounds it to an integer
+
+struct Kernels {
+  void (*tile)(const Tile&);
+  void (*round_row)(const Rounding&, int64_t row);
+  // One channel of a panel as float32 [padded inputs]: for embeddings.
+  void (*channel)(const uint8_t* record, const Form& form, int64_t inputs, int channel, float* out);
+};
+
+// The kernels of the instruction set in use.
+const Kernels& kernels();
+
+extern const Kernels kGenericKernels;
+#if JAXSERVE_X86
+extern const Kernels kAvx2Kernels;
+extern const Kernels kVnniKernels;
+#endif
+
+constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+constexpr int8_t kE2m1Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // doubled
+
+// Entry of a form's table, as an unsigned value: less the form's zero it is the number.
+inline uint8_t entry(const Form& form, int value) {
+  switch (form.table) {
+    case Table::kIq4: return static_cast<uint8_t>(kIq4Values[value & 15] + form.zero);
+    case Table::kE2m1: return static_cast<uint8_t>(kE2m1Values[value & 15] + form.zero);
+    case Table::kNone: break;
+  }
+  return static_cast<uint8_t>(value);
+}
+
+}  // namespace jaxserve::blocks

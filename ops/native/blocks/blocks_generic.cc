@@ -1,0 +1,118 @@
+// Plain C++: what runs where no instruction set is known, and the easiest to read.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "blocks/blocks.h"
+#include "host_casts.h"
+#include "int8.h"
+
+namespace jaxserve::blocks {
+namespace {
+
+#define AT
+
+void activate(float* x, Activation activation) {
+  for (int c = 0; c < kPanel; ++c) {
+    switch (activation) {
+      case Activation::kSilu:
+        x[c] = x[c] / (1.0f + std::exp(-x[c]));
+        break;
+      case Activation::kGeluTanh:
+        x[c] = x[c] / (1.0f + std::exp(-1.5957691216057308f * (x[c] + 0.044715f * x[c] * x[c] * x[c])));
+        break;
+      case Activation::kRelu:
+        x[c] = std::max(x[c], 0.0f);
+        break;
+      case Activation::kNone:
+        break;
+    }
+  }
+}
+
+struct Sixteen {
+  float at[kPanel];
+};
+
+Sixteen widened(const uint8_t* from, casts::Kind kind) {
+  Sixteen out;
+  casts::widen(from, kind, 0, kPanel, out.at);
+  return out;
+}
+Sixteen floats(const uint8_t* from) { return widened(from, casts::Kind::kFloat32); }
+Sixteen halves(const uint8_t* from) { return widened(from, casts::Kind::kFloat16); }
+Sixteen brains(const uint8_t* from) { return widened(from, casts::Kind::kBfloat16); }
+Sixteen bytes(const uint8_t* from) { return widened(from, casts::Kind::kUint8); }
+Sixteen signed_bytes(const uint8_t* from) { return widened(from, casts::Kind::kInt8); }
+Sixteen powers(const uint8_t* from) {
+  Sixteen out;
+  for (int c = 0; c < kPanel; ++c) out.at[c] = casts::as_float(static_cast<uint32_t>(from[c]) << 23);
+  return out;
+}
+Sixteen same(float value) {
+  Sixteen out;
+  for (int c = 0; c < kPanel; ++c) out.at[c] = value;
+  return out;
+}
+Sixteen times(Sixteen a, const Sixteen& b) {
+  for (int c = 0; c < kPanel; ++c) a.at[c] *= b.at[c];
+  return a;
+}
+void put(float* out, const Sixteen& value) { std::memcpy(out, value.at, sizeof value.at); }
+
+void look_up(const uint8_t* table, uint8_t* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] = table[values[i]];
+}
+
+constexpr int64_t kFour = 0;  // rows that take four panels at once
+
+bool direct(const Form&, int64_t) { return false; }
+
+void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
+  const int period = chunk.form->block < kStep ? 16 : kStep, parts = kStep / period;
+  for (int64_t row = 0; row < t.rows; ++row) {
+    const int64_t at = t.first_row + row;
+    const int8_t* a = t.a.values(at) + chunk.first_step * kStep;
+    const int32_t* sum = t.a.sum(at) + 2 * chunk.first_step;
+    for (int p = 0; p < panels; ++p) {
+      float* total = sums + (row * t.panels + p) * kPanel;
+      for (int64_t step = 0; step < chunk.steps; ++step) {
+        for (int c = 0; c < kPanel; ++c) {
+          float scaled = 0.0f;
+          for (int part = 0; part < parts; ++part) {
+            int32_t product = 0;
+            for (int64_t i = step * kStep + part * period; i < step * kStep + (part + 1) * period; ++i) {
+              product += int32_t{chunk.values[p][(i / 4 * kPanel + c) * 4 + i % 4]} * a[i];
+            }
+            int32_t added = sum[2 * step + part];
+            if (parts == 1) added += sum[2 * step + 1];
+            product -= chunk.form->zero * added;
+            scaled += static_cast<float>(product) * chunk.scale[p][(step * parts + part) * kPanel + c];
+          }
+          total[c] += scaled * t.a.scale(at)[chunk.first_step + step];
+          if (chunk.offset[p] != nullptr) {
+            total[c] += chunk.offset[p][step * kPanel + c] * t.a.scaled_sum(at)[chunk.first_step + step];
+          }
+        }
+      }
+    }
+  }
+}
+
+#include "blocks/blocks_kernels.h"
+#undef AT
+
+}  // namespace
+
+const Kernels kGenericKernels = {tile, round_row, channel};
+
+const Kernels& kernels() {
+#if JAXSERVE_X86
+  if (isa() >= Isa::kVnni) return kVnniKernels;
+  if (isa() >= Isa::kAvx2) return kAvx2Kernels;
+#endif
+  return kGenericKernels;
+}
+
+}  // namespace jaxserve::blocks

@@ -1,0 +1,231 @@
+// What the instruction sets share, inside the namespace of a file that includes this once with AT, the function attribute that
+// enables the set. Loops over 16 channels become vectors of whatever set the function is compiled for. The file gives before it:
+//   activate(float[16], Activation)      in place
+//   direct(form, rows)                   whether `multiply` takes the values of a form as they are stored
+//   Sixteen                              16 floats, and `same`, `times`, `put`, and what reads 16 scales of each type
+//   look_up(table[16], values, count)    each value replaced by its entry
+//   multiply(tile, chunk, panels, sums)  adds a chunk's products of one panel or two to sums [rows][tile.panels][16]
+
+// The scales of a chunk of `inputs`, one for every `period` of them, as float32 [inputs / period][16], times `unit`.
+template <Scale KIND>
+AT static void widen_scales(const uint8_t* part, const uint8_t* nest, int64_t block, int64_t inputs, int64_t period,
+                            float unit, float* out) {
+  const Sixteen one = same(unit);
+  Sixteen factor = one;
+  for (int64_t input = 0; input < inputs; input += period, out += kPanel) {
+    const int64_t index = input / block * kPanel;
+    Sixteen value;
+    if constexpr (KIND == Scale::kFloat32) value = floats(part + index * 4);
+    else if constexpr (KIND == Scale::kFloat16) value = halves(part + index * 2);
+    else if constexpr (KIND == Scale::kBfloat16) value = brains(part + index * 2);
+    else if constexpr (KIND == Scale::kPower) value = powers(part + index);
+    else if constexpr (KIND == Scale::kNestedS8) value = signed_bytes(part + index);
+    else value = bytes(part + index);
+    if constexpr (KIND == Scale::kNestedU8 || KIND == Scale::kNestedS8) {
+      if (input % kNest == 0) factor = times(halves(nest + input / kNest * kPanel * 2), one);
+    }
+    put(out, times(value, factor));
+  }
+}
+
+AT static void widen_scales(Scale kind, const uint8_t* part, const uint8_t* nest, int64_t block, int64_t inputs,
+                            int64_t period, float unit, float* out) {
+  switch (kind) {
+    case Scale::kFloat32: return widen_scales<Scale::kFloat32>(part, nest, block, inputs, period, unit, out);
+    case Scale::kFloat16: return widen_scales<Scale::kFloat16>(part, nest, block, inputs, period, unit, out);
+    case Scale::kBfloat16: return widen_scales<Scale::kBfloat16>(part, nest, block, inputs, period, unit, out);
+    case Scale::kPower: return widen_scales<Scale::kPower>(part, nest, block, inputs, period, unit, out);
+    case Scale::kNestedU8: return widen_scales<Scale::kNestedU8>(part, nest, block, inputs, period, unit, out);
+    case Scale::kNestedS8: return widen_scales<Scale::kNestedS8>(part, nest, block, inputs, period, unit, out);
+    case Scale::kZeroPoint: return widen_scales<Scale::kZeroPoint>(part, nest, block, inputs, period, unit, out);
+    case Scale::kNone: return;
+  }
+}
+
+// A chunk's scales and offsets: scale [inputs / period][16], where `period` is 16 or 32, offset [inputs / 32][16].
+AT static void decode_scales(const uint8_t* chunk, const Form& form, int64_t inputs, float* scale, float* offset) {
+  const Parts at(form, inputs);
+  const int64_t period = form.block < kStep ? form.block : kStep;
+  const float unit = form.power == 0 ? 1.0f : std::ldexp(1.0f, form.power);
+  widen_scales(form.scale, chunk + at.scales, chunk + at.nested_scales, form.block, inputs, period, unit, scale);
+  if (form.offset == Scale::kNone) return;
+  const float sign = form.offset == Scale::kNestedU8 || form.offset == Scale::kZeroPoint ? -1.0f : 1.0f;
+  widen_scales(form.offset, chunk + at.offsets, chunk + at.nested_offsets, form.block, inputs, kStep, sign, offset);
+  if (form.offset != Scale::kZeroPoint) return;
+  for (int64_t i = 0; i < inputs / kStep; ++i) {
+    for (int c = 0; c < kPanel; ++c) offset[i * kPanel + c] *= scale[i * (kStep / period) * kPanel + c];
+  }
+}
+
+// A chunk's values, a byte each, through the table: [inputs / 4][16][4].
+AT static void unpack_values(const uint8_t* from, const Form& form, int64_t inputs, uint8_t* out) {
+  if (form.bits == 8) {
+    std::memcpy(out, from, inputs * kPanel);
+    return;
+  }
+  if (form.bits == 6) {
+    for (int64_t i = 0; i < inputs / 16; ++i, from += 192, out += 256) {
+      const uint8_t* top = from + 128;
+      for (int j = 0; j < 64; ++j) out[j] = (from[j] & 15) | (top[j] & 3) << 4;
+      for (int j = 0; j < 64; ++j) out[64 + j] = from[j] >> 4 | (top[j] & 12) << 2;
+      for (int j = 0; j < 64; ++j) out[128 + j] = (from[64 + j] & 15) | (top[j] & 48);
+      for (int j = 0; j < 64; ++j) out[192 + j] = from[64 + j] >> 4 | (top[j] & 192) >> 2;
+    }
+    return;
+  }
+  for (int64_t i = 0; i < inputs / 8; ++i) {
+    for (int j = 0; j < 64; ++j) out[i * 128 + j] = from[i * 64 + j] & 15;
+    for (int j = 0; j < 64; ++j) out[i * 128 + 64 + j] = from[i * 64 + j] >> 4;
+  }
+  if (form.table == Table::kNone) return;
+  alignas(16) uint8_t table[16];
+  for (int i = 0; i < 16; ++i) table[i] = entry(form, i);
+  look_up(table, out, inputs * kPanel);
+}
+
+AT static void channel(const uint8_t* record, const Form& form, int64_t inputs, int which, float* out) {
+  uint8_t values[kChunk * kPanel];
+  float scale[kChunk], offset[kChunk / 2];
+  const int64_t all = padded(inputs), period = form.block < kStep ? form.block : kStep;
+  for (int64_t first = 0; first < all; first += kChunk) {
+    const int64_t count = std::min(kChunk, all - first);
+    const uint8_t* chunk = record + chunk_at(form, first);
+    decode_scales(chunk, form, count, scale, offset);
+    unpack_values(chunk, form, count, values);
+    for (int64_t i = 0; i < count; ++i) {
+      const int value = values[(i / 4 * kPanel + which) * 4 + i % 4] - form.zero;
+      const float whole = static_cast<float>(value) * scale[i / period * kPanel + which];
+      out[first + i] = form.offset == Scale::kNone ? whole : whole + offset[i / kStep * kPanel + which];
+    }
+  }
+}
+
+AT static void round_row(const Rounding& r, int64_t row) {
+  const float* x = r.x + row * r.width;
+  int8_t* data = r.to.values(row);
+  float* scale = r.to.scale(row);
+  float* scaled_sum = r.to.scaled_sum(row);
+  int32_t* sum = r.to.sum(row);
+  float squares[kPanel] = {};
+  const int64_t steps = r.to.steps;
+  for (int64_t begin = 0; begin < steps; begin += 2) {
+    alignas(64) float value[2 * kStep];
+    const int64_t at = begin * kStep, count = std::min<int64_t>(2 * kStep, r.width - at);
+    for (int64_t i = 0; i < count; ++i) value[i] = x[at + i];
+    for (int64_t i = count; i < 2 * kStep; ++i) value[i] = 0.0f;
+    if (r.gain != nullptr) {
+      for (int i = 0; i < 2 * kStep; i += kPanel) {
+        for (int j = 0; j < kPanel; ++j) squares[j] += value[i + j] * value[i + j];
+      }
+      for (int64_t i = 0; i < count; ++i) value[i] *= r.gain[at + i];
+    }
+    if (r.rotated) int8::rotate_group(value);
+    for (int64_t half = 0; half < 2 && begin + half < steps; ++half) {
+      const float* part = value + half * kStep;
+      float peaks[kPanel] = {};
+      for (int i = 0; i < kStep; i += kPanel) {
+        for (int j = 0; j < kPanel; ++j) peaks[j] = std::max(peaks[j], std::fabs(part[i + j]));
+      }
+      float peak = 0.0f;
+      for (int j = 0; j < kPanel; ++j) peak = std::max(peak, peaks[j]);
+      const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
+      const int64_t step = begin + half;
+      int32_t total = 0;
+      for (int quarter = 0; quarter < 2; ++quarter) {
+        int32_t rounded[kPanel], part_sum = 0;
+        // x + kMagic - kMagic rounds to the nearest integer for |x| < 2^22, in every instruction set alike.
+        for (int j = 0; j < kPanel; ++j) {
+          rounded[j] = static_cast<int32_t>((part[quarter * kPanel + j] * inverse + kMagic) - kMagic);
+        }
+        for (int j = 0; j < kPanel; ++j) part_sum += rounded[j];
+        for (int j = 0; j < kPanel; ++j) data[step * kStep + quarter * kPanel + j] = static_cast<int8_t>(rounded[j]);
+        sum[2 * step + quarter] = part_sum;
+        total += part_sum;
+      }
+      scale[step] = peak / 127.0f * (r.rotated ? int8::kRotation : 1.0f);
+      scaled_sum[step] = static_cast<float>(total);
+    }
+  }
+  float norm = 1.0f;
+  if (r.gain != nullptr) {
+    // The norm is one factor a row: rounding does not see it, the scales take it.
+    float all = 0.0f;
+    for (int j = 0; j < kPanel; ++j) all += squares[j];
+    norm = 1.0f / std::sqrt(all / static_cast<float>(r.width) + r.eps);
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    scale[step] *= norm;
+    scaled_sum[step] *= scale[step];
+  }
+}
+
+// Bias, activation and residual of a tile's sums [rows][panels][16].
+AT static void finish(const Tile& t, float* sums) {
+  const int half = t.activation == Activation::kNone ? t.panels : t.panels / 2;
+  for (int64_t row = 0; row < t.rows; ++row, sums += t.panels * kPanel) {
+    for (int p = 0; p < t.panels; ++p) {
+      if (t.bias[p] == nullptr) continue;
+      for (int c = 0; c < t.valid[p]; ++c) sums[p * kPanel + c] += t.bias[p][c];
+    }
+    for (int p = 0; p < half; ++p) {
+      float* value = sums + p * kPanel;
+      if (half != t.panels) {
+        activate(value, t.activation);
+        for (int c = 0; c < kPanel; ++c) value[c] *= value[half * kPanel + c];
+      }
+      float* out = t.out[p] + row * t.out_stride;
+      if (t.residual[p] == nullptr) {
+        for (int c = 0; c < t.valid[p]; ++c) out[c] = value[c];
+      } else {
+        const float* residual = t.residual[p] + row * t.out_stride;
+        for (int c = 0; c < t.valid[p]; ++c) out[c] = value[c] + residual[c];
+      }
+    }
+  }
+}
+
+// Up to four panels of one form: chunk by chunk, scales first.
+AT static void panels(const Tile& t, int first, int together, float* sums) {
+  alignas(64) uint8_t values[2 * kChunk * kPanel];
+  alignas(64) float scale[kPanels][kChunk], offset[kPanels][kChunk / 2];
+  const Form& form = *t.form[first];
+  const int64_t all = padded(t.inputs);
+  const bool as_stored = direct(form, t.rows);
+  for (int64_t input = 0; input < all; input += kChunk) {
+    const int64_t count = std::min(kChunk, all - input);
+    const Parts parts(form, count);
+    Chunk c{};
+    c.first_step = input / kStep;
+    c.steps = count / kStep;
+    c.form = &form;
+    for (int j = 0; j < together; ++j) {
+      const uint8_t* chunk = t.record[first + j] + chunk_at(form, input);
+      // The next chunk's scales, or the next record's, are a chunk further on.
+      for (int64_t line = parts.scales; line < parts.bytes; line += 64) __builtin_prefetch(chunk + parts.bytes + line);
+      decode_scales(chunk, form, count, scale[j], offset[j]);
+      c.packed[j] = chunk;
+      c.scale[j] = scale[j];
+      c.offset[j] = form.offset == Scale::kNone ? nullptr : offset[j];
+      if (as_stored) continue;
+      unpack_values(chunk, form, count, values + j * kChunk * kPanel);
+      c.values[j] = values + j * kChunk * kPanel;
+    }
+    multiply(t, c, together, sums + first * kPanel);
+  }
+}
+
+AT static void tile(const Tile& t) {
+  float* sums = static_cast<float*>(scratch(6, t.rows * t.panels * kPanel * sizeof(float)));
+  std::memset(sums, 0, t.rows * t.panels * kPanel * sizeof(float));
+  for (int p = 0; p < t.panels;) {
+    // Few rows: four streams of weights at once hide the memory's latency.
+    const int most = t.rows <= kFour && direct(*t.form[p], t.rows) ? kPanels : 2;
+    int together = 1;
+    while (together < most && p + together < t.panels &&
+           std::memcmp(t.form[p + together], t.form[p], sizeof(Form)) == 0) ++together;
+    if (together == 3) together = 2;
+    panels(t, p, together, sums);
+    p += together;
+  }
+  finish(t, sums);
+}

@@ -1,0 +1,79 @@
+"""Parameters that stay as the checkpoint stores them, against the same recipe over dequantized values."""
+
+from __future__ import annotations
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.layers import weight
+from models.loading.coded import coded
+from models.loading.gguf_checkpoint import half_split_rows
+from models.recipes import Piece, Stack, deal, one
+from ops import native
+from ops.linear.weights.block_pack import GGUF, CodedRows
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.status())
+I = 256
+
+
+class Stored:
+    """Tensors of one GGUF type each; those in `order` with their rows permuted, as GGUF's converter leaves q and k."""
+
+    def __init__(self, kinds: dict[str, tuple[str, int]], order: dict[str, int] | None = None):
+        self.order, self.codes, self.values = order or {}, {}, {}
+        for seed, (name, (kind, rows)) in enumerate(kinds.items()):
+            number = gguf.GGMLQuantizationType[kind]
+            dense = np.random.default_rng(seed).normal(size=(rows, I)).astype(np.float32)
+            blocks = gguf.quants.quantize(dense, number)
+            self.codes[name] = CodedRows(GGUF[number.value][1], I, blocks, number.value)
+            self.values[name] = gguf.quants.dequantize(blocks, number)
+            if name in self.order:
+                self.values[name] = half_split_rows(self.values[name], self.order[name])
+
+    def coded(self, name: str) -> tuple[CodedRows, np.ndarray | None] | None:
+        if name not in self.codes:
+            return None
+        rows = len(self.codes[name].rows_RB)
+        return self.codes[name], half_split_rows(np.arange(rows), self.order[name]) if name in self.order else None
+
+
+def parameter(rows: int, **metadata: object):
+    return weight((rows, I), jnp.float32, (None, None), **metadata)
+
+
+def test_heads_of_several_types():
+    checkpoint = Stored({"q": ("Q4_0", 128), "k": ("Q4_0", 32), "v": ("Q8_0", 32)}, {"q": 4, "k": 2})
+    recipe = deal(2, Piece("q", (128, I)), Piece("k", (32, I)), Piece("v", (32, I)))
+    made = coded(recipe, parameter(192), checkpoint)
+    assert made is not None and [stretch.panels for stretch in made.stretches] == [5, 1, 5, 1]
+    np.testing.assert_array_equal(made.dequantize(), recipe.make(checkpoint.values.__getitem__))
+
+
+def test_rows_of_one_type_may_meet_within_a_panel():
+    checkpoint = Stored({"a": ("Q5_1", 24), "b": ("Q5_1", 8)})
+    recipe = deal(4, Piece("a", (24, I)), Piece("b", (8, I)))
+    made = coded(recipe, parameter(32), checkpoint)
+    assert made is not None
+    np.testing.assert_array_equal(made.dequantize(), recipe.make(checkpoint.values.__getitem__))
+
+
+def test_what_goes_by_way_of_floats():
+    checkpoint = Stored({"a": ("Q4_0", 24), "b": ("Q8_0", 8)})
+    a, b = Piece("a", (24, I)), Piece("b", (8, I))
+    assert coded(deal(1, a, b), parameter(32), checkpoint) is None, "a panel of two types"
+    assert coded(one("a", 24, I, turned=True), parameter(24), checkpoint) is None
+    assert coded(one("a", 24, I, assemble=lambda array: array), parameter(24), checkpoint) is None
+    assert coded(Piece("c", (24, I)), parameter(24), checkpoint) is None, "not stored in blocks"
+    assert coded(a, parameter(24, spread=object()), checkpoint) is None
+    stack = weight((2, 24, I), jnp.float32, (None, None, None))
+    assert coded(Stack((a, a)), stack, checkpoint) is None, "experts"
+    assert coded(a, parameter(24), object()) is None
+
+
+def test_a_damaged_tensor_is_named():
+    checkpoint = Stored({"a": ("Q4_0", 16)})
+    checkpoint.codes["a"].rows_RB[5, :2] = (0, 0x7E)
+    with pytest.raises(ValueError, match=r"a: a block's scale is not a finite number"):
+        coded(Piece("a", (16, I)), parameter(16), checkpoint)

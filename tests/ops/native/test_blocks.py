@@ -1,0 +1,179 @@
+"""Products with block weights against GGUF's own decoder, at every instruction-set level this machine has."""
+
+from __future__ import annotations
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import native
+from ops.linear import RmsNorm, embed, gated_mlp, linear, reference
+from ops.linear.weights import block_pack
+from ops.linear.weights.block_pack import GGUF, CodedRows
+from ops.linear.weights.blocks import STEP, BlockWeight, Form
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.status())
+
+KINDS = {name: number for number, (name, _) in GGUF.items()}
+SHAPES = [(1, 64, 256), (2, 16, 512), (3, 37, 768), (5, 130, 1280), (49, 48, 256)]  # T, O, I
+
+
+def stored(kind: str, O: int, I: int, seed: int = 0) -> tuple[CodedRows, np.ndarray]:
+    """Rows of a type with random bits but sane scales, and what GGUF's decoder makes of them."""
+    number, form = KINDS[kind], GGUF[KINDS[kind]][1]
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)]
+    rng = np.random.default_rng((seed, number))
+    blocks = rng.integers(0, 256, (O, I // block, size), np.uint8)
+    halves = {"Q4_1": 2, "Q5_1": 2, "Q4_K": 2, "Q5_K": 2, "MXFP4": 0}.get(kind, 1)
+    scales = (rng.uniform(0.5, 1.5, (O, I // block, 2)) * I**-0.5 / 64).astype(np.float16).view(np.uint8)
+    at = size - 2 if kind == "Q6_K" else 0
+    blocks[..., at : at + 2 * halves] = scales[..., : 2 * halves]
+    if kind == "MXFP4":
+        blocks[..., 0] = rng.integers(110, 124, blocks.shape[:-1])
+    rows_RB = np.ascontiguousarray(blocks.reshape(O, -1))
+    dense_OI = gguf.quants.dequantize(rows_RB, gguf.GGMLQuantizationType(number))
+    return CodedRows(form, I, rows_RB, number), dense_OI
+
+
+def packed(kind: str, O: int, I: int, seed: int = 0) -> tuple[BlockWeight, np.ndarray]:
+    coded, dense_OI = stored(kind, O, I, seed)
+    weight = block_pack.pack([coded], np.zeros(O, int), np.arange(O))
+    return jax.device_put(weight), dense_OI
+
+
+def rounded(x_TI: np.ndarray) -> np.ndarray:
+    """Activations as the kernels see them: int8 with a scale for every 32 inputs of a row."""
+    x_TGi = np.asarray(x_TI, np.float64).reshape(len(x_TI), -1, STEP)
+    scale = np.abs(x_TGi).max(-1, keepdims=True) / 127
+    return (np.rint(x_TGi / np.where(scale > 0, scale, 1)) * scale).reshape(np.shape(x_TI))
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape) * scale, jnp.float32)
+
+
+def at_each_level(run):
+    try:
+        for level in ("generic", "avx2", "vnni"):
+            if native.set_isa(level) == level:
+                yield level, np.asarray(run())
+    finally:
+        native.set_isa(None)
+
+
+def assert_close(y_TO, wanted_TO, message=""):
+    # An activation between two steps may round either way: a step times a weight, for a few of them.
+    scale = np.abs(wanted_TO).max()
+    np.testing.assert_allclose(y_TO, wanted_TO, atol=4e-3 * scale, err_msg=message)
+    # But almost all rows have no such activation.
+    other_T = (np.abs(y_TO - wanted_TO) > 2e-5 * scale).any(-1)
+    assert other_T.sum() <= 1 + 0.1 * len(other_T), message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_type_is_exact(kind):
+    weight, dense_OI = packed(kind, 37, 768)
+    np.testing.assert_array_equal(weight.dequantize(), dense_OI)
+    ids = jnp.array([3, 0, 36, 17, 37, -1])
+    for level, rows in at_each_level(lambda: jax.jit(embed)(weight, ids)):
+        np.testing.assert_array_equal(rows[:4], dense_OI[np.array([3, 0, 36, 17])], err_msg=level)
+        assert not rows[4:].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("T", "O", "I"), SHAPES)
+def test_linear(kind, T, O, I):
+    weight, dense_OI = packed(kind, O, I)
+    x_TI = normal(T, I)
+    run = jax.jit(linear)
+    for level, y_TO in at_each_level(lambda: run(x_TI, weight)):
+        assert_close(y_TO, reference.linear(rounded(x_TI), dense_OI), level)
+
+
+def test_everything_around_it_and_several_forms():
+    """As q, k and v of different types in one projection: rows of three tensors, in turn."""
+    kinds, I = ("Q4_K", "Q6_K", "Q8_0"), 512
+    coded, dense = zip(*(stored(kind, 32, I, seed) for seed, kind in enumerate(kinds)), strict=True)
+    order = [(tensor, row) for half in (0, 16) for tensor in range(3) for row in range(half, half + 16)]
+    tensor_R, row_R = (np.array(column) for column in zip(*order, strict=True))
+    weight = jax.device_put(block_pack.pack(coded, tensor_R, row_R))
+    dense_OI = np.stack([dense[tensor][row] for tensor, row in order])
+    np.testing.assert_array_equal(weight.dequantize(), dense_OI)
+    x_TI, bias_O, residual_TO = normal(5, I, scale=30.0), normal(96, seed=3), normal(5, 96, seed=4)
+    norm = RmsNorm(normal(I, seed=5), 1e-5)
+    run = jax.jit(lambda x: linear(x, weight, bias_O, norm=norm, residual_TO=residual_TO))
+    normed_TI = reference.rms_norm(x_TI, norm.scale_I, norm.eps)
+    wanted_TO = reference.linear(rounded(normed_TI), dense_OI, bias_O) + np.asarray(residual_TO)
+    for level, y_TO in at_each_level(lambda: run(x_TI)):
+        assert_close(y_TO, wanted_TO, level)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize("T", [1, 5, 200])
+def test_gated_mlp(T, activation):
+    D, F = 256, 512
+    (gate_up, up_OI), (down, down_OI) = packed("Q4_K", 2 * F, D), packed("Q6_K", D, F, seed=1)
+    x_TD, residual_TD = normal(T, D, scale=3.0), normal(T, D, seed=2)
+    run = jax.jit(lambda x: gated_mlp(x, gate_up, down, activation, residual_TD=residual_TD))
+    gate, up = np.split(reference.linear(rounded(x_TD), up_OI), 2, axis=-1)
+    hidden_TF = reference.gate(activation, gate) * up
+    wanted_TD = reference.linear(rounded(hidden_TF), down_OI) + np.asarray(residual_TD)
+    for level, y_TD in at_each_level(lambda: run(x_TD)):
+        np.testing.assert_allclose(y_TD, wanted_TD, atol=1e-2 * np.abs(wanted_TD).max(), err_msg=level)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q4_1", "Q8_0", "IQ4_NL"])
+def test_a_row_is_the_same_alone_and_among_others(kind):
+    weight, _ = packed(kind, 80, 768)
+    x_TI, run = normal(64, 768), jax.jit(linear)
+    for level, y_TO in at_each_level(lambda: run(x_TI, weight)):
+        for count in (1, 2, 3, 4, 5, 7, 48):
+            native.set_isa(level)
+            np.testing.assert_array_equal(run(x_TI[:count], weight), y_TO[:count], err_msg=f"{level}, {count} rows")
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        (Form(4, zero=8, block=128, scale="bfloat16"), "bfloat16"),
+        (Form(4, block=64, scale="float16", offset="zero_point"), "float16"),
+        (Form(4, zero=8, block=1024, scale="float32"), "float32"),
+        (Form(8, zero=128, block=32, scale="float32", offset="float32"), "float32"),
+    ],
+)
+@pytest.mark.parametrize("I", [1024, 1056])
+def test_plain_values(form, dtype, I):
+    """What AWQ, GPTQ and compressed-tensors are brought to; inputs that are no whole blocks."""
+    import ml_dtypes
+
+    O, G = 20, -(-I // form.block)
+    rng = np.random.default_rng(1)
+    values = rng.integers(0, 1 << form.bits, (O, I), np.uint8)
+    scale = rng.uniform(0.5, 1.5, (O, G)).astype(getattr(ml_dtypes, dtype, dtype))
+    offset = rng.integers(0, 16, (O, G), np.uint8) if form.offset == "zero_point" else None
+    offset = rng.normal(size=(O, G)).astype(np.float32) if form.offset == "float32" else offset
+    coded = CodedRows(form, I, values, scale_RG=scale, offset_RG=offset)
+    weight = jax.device_put(block_pack.pack([coded], np.zeros(O, int), np.arange(O)))
+    spread = [None if a is None else np.repeat(a.astype(np.float32), form.block, 1)[:, :I] for a in (scale, offset)]
+    dense_OI = (values.astype(np.float32) - form.zero) * spread[0]
+    if offset is not None:
+        dense_OI = dense_OI + (-spread[1] * spread[0] if form.offset == "zero_point" else spread[1])
+    np.testing.assert_allclose(weight.dequantize(), dense_OI, rtol=1e-6, atol=1e-6)
+    x_TI = normal(7, I)
+    for level, y_TO in at_each_level(lambda: jax.jit(linear)(x_TI, weight)):
+        assert_close(y_TO, reference.linear(rounded(x_TI), dense_OI), level)
+
+
+def test_what_cannot_be_packed_is_said():
+    (four, _), (six, _) = stored("Q4_K", 16, 256), stored("Q6_K", 16, 256)
+    mixed = np.arange(16) % 2
+    with pytest.raises(ValueError, match="different forms"):
+        block_pack.pack([four, six], mixed, np.arange(16))
+    broken = CodedRows(four.form, 256, four.rows_RB.copy(), four.kind)
+    broken.rows_RB[3, :2] = (0, 0x7C)  # infinity
+    with pytest.raises(ValueError, match="finite"):
+        block_pack.pack([broken], np.zeros(16, int), np.arange(16))
+    with pytest.raises(ValueError, match="every 48 inputs"):
+        Form(4, block=48)
