@@ -34,7 +34,7 @@ def resolve(model: str | None, *, revision: str | None = None, progress: bool = 
     """Finds a model, fetching it where it has to be.
 
     Args:
-        model: None for the default model; a GGUF file; a directory; or a hub id (owner/name).
+        model: None for the default model; a GGUF file; a directory; or a hub id (owner/name, owner/name:Q4_K_M for a GGUF file).
         revision: of a hub id.
     Raises:
         ValueError: there is nothing usable under that name; the message says what was looked for.
@@ -52,11 +52,13 @@ def resolve(model: str | None, *, revision: str | None = None, progress: bool = 
     if path.is_dir():
         return _directory(model, path.resolve())
     if hub.looks_like_hub_id(model):
-        source = _directory(model, hub.fetch(model, revision))
+        found = hub.fetch(model, revision)
+        source = ModelSource("gguf", found) if found.is_file() else _directory(model, found)
         return dataclasses.replace(source, name=model)
     raise ValueError(
         f"--model {model}: there is no such file or directory, and it is not a hub id (owner/name). Give a .gguf file, "
-        "a directory with config.json and safetensors, a directory written by `python -m serving.convert`, or a hub id."
+        "a directory with config.json and safetensors, a directory written by `python -m serving.convert`, or a hub id "
+        "(owner/name, or owner/name:Q4_K_M for one of its GGUF files)."
     )
 
 
