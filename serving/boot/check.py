@@ -20,7 +20,7 @@ from serving.engine.api.config import EngineConfig
 from serving.engine.device.bundle import Bundle
 from serving.engine.device.sizing import Bounds, resolve_bounds, resolve_dtype, resolve_quantization
 from serving.engine.encoder.sizing import EncoderSizes, encoder_sizes
-from sharding.mesh import make_mesh, parse_mesh
+from sharding.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +72,6 @@ def check(config: EngineConfig, source: ModelSource, programs: pathlib.Path | No
     bundle = None if config.compiled is None else Bundle.read(config.compiled)
     if bundle is not None:
         config = bundle.apply(config)
-    if config.kv_offload_gb > 0 and config.mesh != "auto" and parse_mesh(config.mesh)["data"] != 1:
-        raise ValueError("kv_offload_gb works with one replica only; leave data out of mesh, or do without it.")
     platform, mesh = jax.default_backend(), make_mesh(config.mesh)
     _check_backend(config.attention_backend, platform)
     opened = open_checkpoint(source)

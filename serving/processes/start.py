@@ -36,10 +36,7 @@ def place_of(config: EngineConfig) -> Processes | None:
         ValueError: flags that do not fit together, an environment in which nothing is found, or what several processes
             cannot do.
     """
-    processes = find(config.coordinator, config.num_processes, config.process_id)
-    if processes is not None and config.kv_offload_gb > 0:
-        raise ValueError("--kv-offload-gb works in a single process only: each process would keep other pages.")
-    return processes
+    return find(config.coordinator, config.num_processes, config.process_id)
 
 
 def lead(

@@ -44,6 +44,18 @@ def encode(command: commands.Command) -> pb.Command:
         case commands.PromptLogprobs(tokens, rows, targets):
             scored = pb.PromptLogprobs(tokens=tokens, rows=rows.tobytes(), targets=targets.tobytes())
             return pb.Command(prompt_logprobs=scored)
+        case commands.PagesOut():
+            return pb.Command(pages_out=_moves(command))
+        case commands.PagesIn():
+            return pb.Command(pages_in=_moves(command))
+        case commands.ClearStates():
+            return pb.Command(clear_states=_states(command))
+        case commands.LoadStates():
+            return pb.Command(load_states=_states(command))
+        case commands.SaveStates():
+            return pb.Command(save_states=_states(command))
+        case commands.PagesDropped(replicas, keys):
+            return pb.Command(pages_dropped=pb.PageMoves(replicas=replicas.tobytes(), keys=keys))
 
 
 def decode(message: pb.Command) -> commands.Command:
@@ -81,6 +93,19 @@ def decode(message: pb.Command) -> commands.Command:
             m = message.prompt_logprobs
             rows, targets = np.frombuffer(m.rows, np.int32), np.frombuffer(m.targets, np.int32)
             return commands.PromptLogprobs(m.tokens, rows, targets)
+        case "pages_out":
+            return commands.PagesOut(*_from_moves(message.pages_out))
+        case "pages_in":
+            return commands.PagesIn(*_from_moves(message.pages_in))
+        case "clear_states":
+            return commands.ClearStates(*_from_states(message.clear_states))
+        case "load_states":
+            return commands.LoadStates(*_from_states(message.load_states))
+        case "save_states":
+            return commands.SaveStates(*_from_states(message.save_states))
+        case "pages_dropped":
+            replicas, _, keys = _from_moves(message.pages_dropped)
+            return commands.PagesDropped(replicas, keys)
         case kind:
             raise ValueError(f"process 0 sent a command of the unknown kind {kind!r}.")
 
@@ -88,6 +113,25 @@ def decode(message: pb.Command) -> commands.Command:
 def digest(tokens: np.ndarray) -> bytes:
     """16 bytes that differ where sampled tokens do."""
     return hashlib.blake2b(np.ascontiguousarray(tokens, np.int32).tobytes(), digest_size=16).digest()
+
+
+def _moves(command: commands.PageMoves) -> pb.PageMoves:
+    return pb.PageMoves(replicas=command.replicas.tobytes(), pages=command.pages.tobytes(), keys=command.keys)
+
+
+def _from_moves(moves: pb.PageMoves) -> tuple[np.ndarray, np.ndarray, tuple[bytes, ...]]:
+    return np.frombuffer(moves.replicas, np.int32), np.frombuffer(moves.pages, np.int32), tuple(moves.keys)
+
+
+def _states(command: commands.StateMoves) -> pb.StateMoves:
+    return pb.StateMoves(
+        replicas=command.replicas.tobytes(), slots=command.slots.tobytes(), rows=command.rows.tobytes()
+    )
+
+
+def _from_states(moves: pb.StateMoves) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    replicas, slots, rows = (np.frombuffer(raw, np.int32) for raw in (moves.replicas, moves.slots, moves.rows))
+    return replicas, slots, rows
 
 
 def _bucket(bucket: Bucket) -> pb.Bucket:

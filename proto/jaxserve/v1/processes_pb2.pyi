@@ -1,7 +1,7 @@
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -88,20 +88,52 @@ class End(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Command(_message.Message):
-    __slots__ = ("forward", "sample", "decode_loop", "load_slot", "pool", "prompt_logprobs")
+    __slots__ = ("forward", "sample", "decode_loop", "load_slot", "pool", "prompt_logprobs", "pages_out", "pages_in", "pages_dropped", "clear_states", "load_states", "save_states")
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     DECODE_LOOP_FIELD_NUMBER: _ClassVar[int]
     LOAD_SLOT_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_OUT_FIELD_NUMBER: _ClassVar[int]
+    PAGES_IN_FIELD_NUMBER: _ClassVar[int]
+    PAGES_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    CLEAR_STATES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_STATES_FIELD_NUMBER: _ClassVar[int]
+    SAVE_STATES_FIELD_NUMBER: _ClassVar[int]
     forward: Forward
     sample: Sample
     decode_loop: DecodeLoop
     load_slot: LoadSlot
     pool: Pool
     prompt_logprobs: PromptLogprobs
-    def __init__(self, forward: _Optional[_Union[Forward, _Mapping]] = ..., sample: _Optional[_Union[Sample, _Mapping]] = ..., decode_loop: _Optional[_Union[DecodeLoop, _Mapping]] = ..., load_slot: _Optional[_Union[LoadSlot, _Mapping]] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ...) -> None: ...
+    pages_out: PageMoves
+    pages_in: PageMoves
+    pages_dropped: PageMoves
+    clear_states: StateMoves
+    load_states: StateMoves
+    save_states: StateMoves
+    def __init__(self, forward: _Optional[_Union[Forward, _Mapping]] = ..., sample: _Optional[_Union[Sample, _Mapping]] = ..., decode_loop: _Optional[_Union[DecodeLoop, _Mapping]] = ..., load_slot: _Optional[_Union[LoadSlot, _Mapping]] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., pages_out: _Optional[_Union[PageMoves, _Mapping]] = ..., pages_in: _Optional[_Union[PageMoves, _Mapping]] = ..., pages_dropped: _Optional[_Union[PageMoves, _Mapping]] = ..., clear_states: _Optional[_Union[StateMoves, _Mapping]] = ..., load_states: _Optional[_Union[StateMoves, _Mapping]] = ..., save_states: _Optional[_Union[StateMoves, _Mapping]] = ...) -> None: ...
+
+class PageMoves(_message.Message):
+    __slots__ = ("replicas", "pages", "keys")
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    replicas: bytes
+    pages: bytes
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, replicas: _Optional[bytes] = ..., pages: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class StateMoves(_message.Message):
+    __slots__ = ("replicas", "slots", "rows")
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    replicas: bytes
+    slots: bytes
+    rows: bytes
+    def __init__(self, replicas: _Optional[bytes] = ..., slots: _Optional[bytes] = ..., rows: _Optional[bytes] = ...) -> None: ...
 
 class Bucket(_message.Message):
     __slots__ = ("decode", "chunk", "rows")

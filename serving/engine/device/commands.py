@@ -8,10 +8,13 @@ laid end to end along the first axis.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
 from serving.engine.requests.buckets import Bucket
+from serving.engine.requests.moves import PageMove, StateMove
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,4 +82,76 @@ class PromptLogprobs:
     targets: np.ndarray
 
 
-Command = Forward | Sample | DecodeLoop | LoadSlot | Pool | PromptLogprobs
+@dataclasses.dataclass(frozen=True, slots=True)
+class PageMoves:
+    """Pages to copy, in one direction.
+
+    Attributes:
+        replicas, pages: int32 [N], whose pool and which page of it.
+        keys: N, under which each is found elsewhere.
+    """
+
+    replicas: np.ndarray
+    pages: np.ndarray
+    keys: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, moves: Sequence[PageMove]) -> Self:
+        """Of at least one move."""
+        replicas, pages, keys = zip(*moves, strict=True)
+        return cls(np.array(replicas, np.int32), np.array(pages, np.int32), keys)
+
+
+class PagesOut(PageMoves):
+    """Copies pages to host memory; every process those parts that its devices hold."""
+
+
+class PagesIn(PageMoves):
+    """Copies pages back from host memory; every process those parts that its devices hold."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PagesDropped:
+    """Host memory may forget pages. `replicas`: int32 [N]; `keys`: N."""
+
+    replicas: np.ndarray
+    keys: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, moves: Sequence[tuple[int, bytes]]) -> PagesDropped:
+        return cls(np.array([replica for replica, _ in moves], np.int32), tuple(key for _, key in moves))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StateMoves:
+    """States of recurrent layers to copy.
+
+    Attributes:
+        replicas, slots, rows: int32 [N], whose, which of its slots, and which of its snapshots; -1 where none has a part.
+    """
+
+    replicas: np.ndarray
+    slots: np.ndarray
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, moves: Sequence[StateMove]) -> Self:
+        """Of at least one move."""
+        return cls(*np.array(moves, np.int32).T)
+
+
+class ClearStates(StateMoves):
+    """Makes slots' states those before the first token."""
+
+
+class LoadStates(StateMoves):
+    """Copies snapshots to slots."""
+
+
+class SaveStates(StateMoves):
+    """Copies slots' states, behind everything that was computed before this command, to snapshots."""
+
+
+PagesMoved = PagesOut | PagesIn | PagesDropped
+StatesMoved = ClearStates | LoadStates | SaveStates
+Command = Forward | Sample | DecodeLoop | LoadSlot | Pool | PromptLogprobs | PagesMoved | StatesMoved

@@ -17,7 +17,21 @@ from ops import paged_attention
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
 from serving.engine.device.at_rest import Rested, check_fit, delete, to_devices, to_host
-from serving.engine.device.commands import Command, DecodeLoop, Forward, LoadSlot, Pool, PromptLogprobs, Sample
+from serving.engine.device.commands import (
+    ClearStates,
+    Command,
+    DecodeLoop,
+    Forward,
+    LoadSlot,
+    LoadStates,
+    PagesDropped,
+    PagesIn,
+    PagesOut,
+    Pool,
+    PromptLogprobs,
+    Sample,
+    SaveStates,
+)
 from serving.engine.device.compiling import CompileGuard, Program, ProgramCache, compile_all, starting
 from serving.engine.device.group import Group, Meet
 from serving.engine.device.packing import pack_forward, pack_sample
@@ -27,6 +41,9 @@ from serving.engine.device.program_list import StepShapes, list_programs
 from serving.engine.device.programs import PROMPT_LOGPROB_ROWS, SplitModel
 from serving.engine.device.sizing import Sizes
 from serving.engine.device.state import DeviceState, slot_rows
+from serving.engine.device.state_store import StateStore
+from serving.engine.requests.cache_specs import RecurrentSpec
+from serving.engine.requests.moves import PageMove, StateMove
 from serving.engine.requests.plan import StepPlan
 from serving.engine.requests.request import Request
 from serving.engine.requests.slots import SlotTable
@@ -42,6 +59,8 @@ class Executor:
         attention_backend: force one implementation of paged attention.
         num_scheduler_steps: compile decode loops of up to this many steps, when more than 1.
         host_tier: compile what moves pages to host memory and back.
+        recurrent: what the model's recurrent layers keep a slot.
+        num_snapshots: of each replica, how many of their states may be kept for prefixes.
 
     Attributes:
         groups: which layers share pages.
@@ -60,6 +79,8 @@ class Executor:
         attention_backend: str | None = None,
         host_tier: bool = False,
         num_scheduler_steps: int = 1,
+        recurrent: RecurrentSpec | None = None,
+        num_snapshots: int = 0,
     ) -> None:
         self.sizes = sizes
         self.vocab_size = model.vocab_size
@@ -72,6 +93,9 @@ class Executor:
         self.guard = CompileGuard()
         self.num_sampled = 0
         self.replicas = num_replicas(mesh)
+        self.states: StateStore | None = None
+        if recurrent is not None:
+            self.states = StateStore(recurrent, sizes.max_num_seqs, num_snapshots, mesh, self.replicas)
         self._group: Group | None = None
         self._cache = cache
         self._mesh = mesh
@@ -87,7 +111,7 @@ class Executor:
             for s in self.buckets.sample_sizes
         }
         self.programs: dict[str, Any] = {}
-        self.store = PageStore() if host_tier else None
+        self.store = PageStore(self.replicas) if host_tier else None
         self.max_steps = num_scheduler_steps
         self._head: list[int] = []  # which leaves the logits read
         self._hidden_SD: Any = None  # of the last Forward, until its Sample
@@ -108,6 +132,8 @@ class Executor:
             self.programs = compile_all(programs, self._cache, on_done, agree)
         if self.store is not None:
             self.store.bind(self.programs)
+        if self.states is not None:
+            self.states.bind(self.programs)
         if meet is not None:
             meet("programs compiled", 1)  # the first collective must not wait for a process that compiles
         self._warm_up()
@@ -121,7 +147,8 @@ class Executor:
     def _list_programs(self) -> list[Program]:
         leaves = jax.tree.map(_abstract, self._leaves)
         kv, state = jax.tree.map(lambda array: of_one(self._mesh, array), (self._kv, self._state))
-        more = () if self.store is None else self.store.programs(kv)
+        more = [] if self.store is None else self.store.programs(kv)
+        more += [] if self.states is None else self.states.programs()
         listed = list_programs(self._split, leaves, kv, state, self._shapes, self.max_steps, more)
         self._head = listed.head
         return [placed(self._mesh, program) for program in listed.programs]
@@ -143,10 +170,14 @@ class Executor:
             if f"decode_loop {bucket.decode}" in self.programs and not bucket.chunk:
                 self.execute(DecodeLoop(bucket, forward, sample, 2))
         if self.store is not None:
-            self.spill(((0, b""),))
-            self.restore(((0, b""),))
-            self.store.settle()
-            self.store.drop((b"",))
+            null = [PageMove(replica, 0, b"") for replica in range(self.replicas)]
+            self.execute(PagesOut.of(null))
+            self.execute(PagesIn.of(null))
+            self.execute(PagesDropped.of([(replica, key) for replica, _, key in null]))
+        if self.states is not None:
+            nowhere = [StateMove(replica, self.sizes.max_num_seqs, 0) for replica in range(self.replicas)]
+            for command in (ClearStates, SaveStates, LoadStates):
+                self.execute(command.of(nowhere))
         neutral = slot_rows(Request(EngineRequest("", (0,), SamplingParams()), 0), self.vocab_size)
         self.execute(LoadSlot(0, self.sizes.max_num_seqs, *neutral))
         jax.block_until_ready(self._state)
@@ -175,13 +206,13 @@ class Executor:
                 self._state, output = self.programs[f"sample {rows}"](
                     self._head_leaves, self._state, hidden_SD, packed, mask
                 )
-                self.num_sampled += 1
+                self._sampled_once_more()
                 return output
             case DecodeLoop(bucket, forward, sample, steps):
                 self._kv, self._state, tokens = self.programs[f"decode_loop {bucket.decode}"](
                     self._leaves, self._kv, self._state, forward, sample, np.int32(steps)
                 )
-                self.num_sampled += 1
+                self._sampled_once_more()
                 return tokens
             case Pool(weights):
                 return self.programs[f"pool {command.tokens}"](self._hidden_TD, weights)
@@ -193,6 +224,26 @@ class Executor:
                 slots[replica] = slot
                 self._state = self.programs["load_slot"](self._state, slots, seen, ids, values, banned)
                 return None
+            case PagesOut() | PagesIn() | PagesDropped():
+                return self._move_pages(command)
+            case ClearStates() | LoadStates() | SaveStates():
+                assert self.states is not None, "states move where layers keep some"
+                return self.states.carry_out(command)
+
+    def _sampled_once_more(self) -> None:
+        self.num_sampled += 1
+        if self.store is not None:
+            self.store.settle()
+
+    def _move_pages(self, command: PagesOut | PagesIn | PagesDropped) -> None:
+        assert self.store is not None, "pages move where there is a host tier"
+        match command:
+            case PagesOut():
+                self.store.take_out(self._kv, command)
+            case PagesIn():
+                self._kv = self.store.put_back(self._kv, command)
+            case PagesDropped():
+                self.store.drop(command)
 
     # ---- memory ----
 
@@ -207,6 +258,8 @@ class Executor:
         self._kv = self._state = None
         sizes = self.sizes
         with starting(), paged_attention.use_backend(self._backend):
+            if self.states is not None:
+                self.states.reset()
             self._kv = tuple(
                 paged_attention.allocate(spec, sizes.num_pages, sizes.page_size, jnp.dtype(sizes.kv_dtype), self._mesh)
                 for spec in self.groups.arrays
@@ -237,11 +290,12 @@ class Executor:
             bytes freed.
         """
         jax.block_until_ready((self._kv, self._state))
-        freed = sum(leaf.nbytes for leaf in jax.tree.leaves((self._leaves, self._kv, self._state)))
+        states = () if self.states is None else (self.states.states, self.states.snapshots)
+        freed = sum(leaf.nbytes for leaf in jax.tree.leaves((self._leaves, self._kv, self._state, states)))
         if keep_weights:
             self._asleep = to_host(self._leaves)
         self.__dict__.pop("_head_leaves", None)
-        delete((self._leaves, self._kv, self._state))
+        delete((self._leaves, self._kv, self._state, states))
         self._kv = self._state = None
         return freed
 
@@ -256,16 +310,6 @@ class Executor:
         self._asleep = []
         self.replace_weights(leaves)
         self.reset_cache()
-
-    def spill(self, pages: tuple[tuple[int, bytes], ...]) -> None:
-        """Starts copying pages to the host tier: (page, digest)."""
-        assert self.store is not None
-        self.store.spill(self._kv, pages)
-
-    def restore(self, pages: tuple[tuple[int, bytes], ...]) -> None:
-        """Copies pages back from the host tier: (page, digest)."""
-        assert self.store is not None
-        self._kv = self.store.restore(self._kv, pages)
 
     def sampled(self, number: int, tokens: np.ndarray) -> None:
         """Tells the other processes what command number `number` that sampled gave here, so that they can compare."""

@@ -1,12 +1,18 @@
-"""The bytes behind the host tier: copies of evicted pages in host memory, by prefix digest.
+"""The bytes behind the host tier: copies of evicted pages in host memory, by replica and key.
 
-Copies out are asynchronous: the device starts them in the step that evicts, the host picks them up when that step has been
-read. What is restored sooner comes straight from the copy that is still on the device.
+Every process keeps those parts of a page that its own devices hold, and no other: where KV heads are cut over processes each
+has some heads of every page, where replicas lie in different processes each has its replica's pages. Nothing is sent.
+
+Copies out are asynchronous: the device starts them in the step that evicts, and they are moved to host memory of their own once
+they have come. What is copied back sooner comes from the copy that is still on the device.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,10 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.api import KVCache
+from serving.engine.device.commands import PageMoves, PagesDropped, PagesIn, PagesOut
 from serving.engine.device.compiling import Program
 
 GROUP = 16
-"""Pages a copy program moves at once; shorter groups are padded with the null page."""
+"""Pages of each replica that a copy program moves at once; shorter groups are padded with the null page."""
+
+Part = tuple[tuple[int | None, int | None], ...]
+"""Which part of a page's array a device holds: (start, stop) along each axis behind the first."""
 
 
 def read_pages(kv: KVCache, ids: jax.Array) -> Any:
@@ -30,17 +40,46 @@ def write_pages(kv: KVCache, ids: jax.Array, content: Any) -> KVCache:
     return jax.tree.map(lambda a, c: a.at[ids].set(c), kv, content)
 
 
-class PageStore:
-    """Host copies by digest. One runner's.
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """One run of the program that reads, on its way to the host.
 
     Attributes:
-        restore_page_s: seconds that copying a page back takes, in a full group; measured by the first `restore`.
+        held: (replica, key) -> row of its replica's part.
+        leaves: of each array, the parts that this process's devices hold: (replica, part) -> [GROUP, ...].
     """
 
-    def __init__(self) -> None:
+    held: dict[tuple[int, bytes], int]
+    leaves: list[dict[tuple[int, Part], Any]]
+
+    @property
+    def ready(self) -> bool:
+        return all(array.is_ready() for leaf in self.leaves for array in leaf.values())
+
+    def page(self, replica: int, key: bytes) -> list[dict[Part, np.ndarray]]:
+        """A page's parts, in memory of their own."""
+        row = self.held[replica, key]
+        return [
+            {part: np.asarray(array)[row].copy() for (of, part), array in leaf.items() if of == replica}
+            for leaf in self.leaves
+        ]
+
+
+class PageStore:
+    """Host copies of one process.
+
+    Args:
+        replicas: whose pages lie end to end along the first axis of every array.
+
+    Attributes:
+        restore_page_s: seconds that copying a page back takes, in a full group; measured by the first `put_back`.
+    """
+
+    def __init__(self, replicas: int = 1) -> None:
         self.restore_page_s = 0.0
-        self._pages: dict[bytes, Any] = {}  # digest -> list of arrays, one a leaf
-        self._pending: list[tuple[list[bytes], Any]] = []  # groups whose copies are on their way
+        self._replicas = replicas
+        self._pages: dict[tuple[int, bytes], list[dict[Part, np.ndarray]] | _Group] = {}
+        self._pending: list[_Group] = []
         self._programs: dict[str, Any] = {}
 
     def __len__(self) -> int:
@@ -48,69 +87,99 @@ class PageStore:
 
     @staticmethod
     def programs(kv: Any) -> list[Program]:
-        """The two copy programs for a cache of these abstract arrays."""
+        """The two copy programs for one replica's cache of these abstract arrays."""
         ids = jax.ShapeDtypeStruct((GROUP,), jnp.int32)
-        content = jax.eval_shape(read_pages, kv, ids)
+        content = jax.tree.map(lambda a: jax.ShapeDtypeStruct((GROUP, *a.shape[1:]), a.dtype, sharding=a.sharding), kv)
         return [
-            Program("read_pages", read_pages, (kv, ids)),
-            Program("write_pages", write_pages, (kv, ids, content), donate=(0,)),
+            Program("read_pages", read_pages, (kv, ids), shared=()),
+            Program("write_pages", write_pages, (kv, ids, content), donate=(0,), shared=()),
         ]
 
     def bind(self, programs: dict[str, Any]) -> None:
         """Takes the compiled programs."""
         self._programs = programs
 
-    def spill(self, kv: KVCache, pages: tuple[tuple[int, bytes], ...]) -> None:
+    def take_out(self, kv: KVCache, moves: PagesOut) -> None:
         """Starts copying pages out."""
-        for start in range(0, len(pages), GROUP):
-            group = pages[start : start + GROUP]
-            leaves = jax.tree.leaves(self._programs["read_pages"](kv, _ids(group)))
+        for ids, keys in self._groups(moves):
+            content = jax.tree.leaves(self._programs["read_pages"](kv, ids))
+            leaves = [self._parts(array) for array in content]
+            here = {replica for leaf in leaves for replica, _ in leaf}
+            held = {(r, key): row for r in here for row, key in enumerate(keys[r])}
             for leaf in leaves:
-                leaf.copy_to_host_async()
-            digests = [digest for _, digest in group]
-            self._pending.append((digests, leaves))
-            for row, digest in enumerate(digests):
-                self._pages[digest] = (leaves, row)
+                for array in leaf.values():
+                    array.copy_to_host_async()
+            group = _Group(held, leaves)
+            self._pending.append(group)
+            self._pages.update(dict.fromkeys(held, group))
 
-    def restore(self, kv: KVCache, pages: tuple[tuple[int, bytes], ...]) -> KVCache:
-        """Copies pages back in. Every digest must be here. The first call, warm-up's, does it twice and times it."""
+    def put_back(self, kv: KVCache, moves: PagesIn) -> KVCache:
+        """Copies pages back in. What is asked for must be here. The first call, warm-up's, does it twice and times it."""
         if not self.restore_page_s:
-            kv = jax.block_until_ready(self._restore(kv, pages[:GROUP]))
+            kv = jax.block_until_ready(self._put_back(kv, moves))
             began = time.perf_counter()
-            kv = jax.block_until_ready(self._restore(kv, pages[:GROUP]))
+            kv = jax.block_until_ready(self._put_back(kv, moves))
             self.restore_page_s = (time.perf_counter() - began) / GROUP
-        return self._restore(kv, pages)
+        return self._put_back(kv, moves)
 
-    def _restore(self, kv: KVCache, pages: tuple[tuple[int, bytes], ...]) -> KVCache:
-        treedef = jax.tree.structure(kv)
-        for start in range(0, len(pages), GROUP):
-            group = pages[start : start + GROUP]
-            rows = [self._row(digest) for _, digest in group]
-            rows += [rows[0]] * (GROUP - len(rows))
-            content = jax.tree.unflatten(treedef, [np.stack(leaf) for leaf in zip(*rows, strict=True)])
-            kv = self._programs["write_pages"](kv, _ids(group), content)
-        return kv
-
-    def drop(self, digests: tuple[bytes, ...]) -> None:
-        for digest in digests:
-            del self._pages[digest]
+    def drop(self, moves: PagesDropped) -> None:
+        """Forgets pages."""
+        for replica, key in zip(moves.replicas.tolist(), moves.keys, strict=True):
+            self._pages.pop((replica, key), None)  # other processes have others
 
     def settle(self) -> None:
-        """Moves finished copies into host memory of their own, so that the device's are freed."""
-        for digests, leaves in self._pending:
-            host = [np.asarray(leaf) for leaf in leaves]
-            for row, digest in enumerate(digests):
-                held = self._pages.get(digest)
-                if held is not None and held[0] is leaves:
-                    self._pages[digest] = ([leaf[row].copy() for leaf in host], None)
-        self._pending.clear()
+        """Moves copies that have come into host memory of their own, so that the device's are freed. Does not wait."""
+        while self._pending and self._pending[0].ready:
+            group = self._pending.pop(0)
+            for replica, key in group.held:
+                if self._pages.get((replica, key)) is group:
+                    self._pages[replica, key] = group.page(replica, key)
 
-    def _row(self, digest: bytes) -> list[np.ndarray]:
-        leaves, row = self._pages[digest]
-        return leaves if row is None else [np.asarray(leaf)[row] for leaf in leaves]
+    def _put_back(self, kv: KVCache, moves: PagesIn) -> KVCache:
+        arrays, treedef = jax.tree.flatten(kv)
+        for ids, keys in self._groups(moves):
+            pages = [[self._page(replica, key) for key in of] for replica, of in enumerate(keys)]
+            content = [self._array(array, i, pages) for i, array in enumerate(arrays)]
+            kv = self._programs["write_pages"](kv, ids, jax.tree.unflatten(treedef, content))
+        return kv
 
+    def _array(self, like: jax.Array, leaf: int, pages: list[list[list[dict[Part, np.ndarray]] | None]]) -> jax.Array:
+        """One array of a group's content, cut as the pages are; of each device's part only what is here is looked up."""
 
-def _ids(group: tuple[tuple[int, bytes], ...]) -> np.ndarray:
-    ids = np.zeros(GROUP, np.int32)
-    ids[: len(group)] = [page for page, _ in group]
-    return ids
+        def part_of(index: Any) -> np.ndarray:
+            replica, part = self._place(index)
+            content = np.zeros((GROUP, *own[1:]), like.dtype)
+            for row, page in enumerate(pages[replica]):
+                if page is None:
+                    raise RuntimeError(f"page {row} of a group to copy back is not in this process's host memory")
+                content[row] = page[leaf][part]
+            return content
+
+        shape = (self._replicas * GROUP, *like.shape[1:])
+        own = like.sharding.shard_shape(shape)
+        return jax.make_array_from_callback(shape, like.sharding, part_of)
+
+    def _parts(self, array: jax.Array) -> dict[tuple[int, Part], Any]:
+        """The different parts of an array that this process's devices hold."""
+        return {self._place(shard.index): shard.data for shard in array.addressable_shards}
+
+    def _place(self, index: tuple[slice, ...]) -> tuple[int, Part]:
+        """Of a device's part of an array: which replica's, and which part of a page."""
+        return (index[0].start or 0) // GROUP, tuple((s.start, s.stop) for s in index[1:])
+
+    def _page(self, replica: int, key: bytes) -> list[dict[Part, np.ndarray]] | None:
+        """A page's parts; None where it is in other processes."""
+        held = self._pages.get((replica, key))
+        return held.page(replica, key) if isinstance(held, _Group) else held
+
+    def _groups(self, moves: PageMoves) -> Iterator[tuple[np.ndarray, list[list[bytes]]]]:
+        """(ids int32 [replicas * GROUP], keys of each replica) of each run of a program that it takes."""
+        of: dict[int, list[tuple[int, bytes]]] = defaultdict(list)
+        for replica, page, key in zip(moves.replicas.tolist(), moves.pages.tolist(), moves.keys, strict=True):
+            of[replica].append((page, key))
+        for start in range(0, max(map(len, of.values()), default=0), GROUP):
+            groups = [of[replica][start : start + GROUP] for replica in range(self._replicas)]
+            ids = np.zeros((self._replicas, GROUP), np.int32)
+            for replica, group in enumerate(groups):
+                ids[replica, : len(group)] = [page for page, _ in group]
+            yield ids.reshape(-1), [[key for _, key in group] for group in groups]

@@ -13,7 +13,20 @@ from typing import Any
 import numpy as np
 
 from serving.engine.api.types import TokenLogprobs
-from serving.engine.device.commands import DecodeLoop, Forward, LoadSlot, Pool, PromptLogprobs, Sample
+from serving.engine.device.commands import (
+    ClearStates,
+    DecodeLoop,
+    Forward,
+    LoadSlot,
+    LoadStates,
+    PagesDropped,
+    PagesIn,
+    PagesOut,
+    Pool,
+    PromptLogprobs,
+    Sample,
+    SaveStates,
+)
 from serving.engine.device.executor import Executor
 from serving.engine.device.packing import pack_forward, pack_sample
 from serving.engine.device.placement import on_this_process
@@ -74,13 +87,17 @@ class ModelRunner:
     def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> InFlight:
         """Starts the forward part of a step and prepares its sampling."""
         executor = self.executor
-        if executor.store is not None:
-            moves = plan.moves
-            if moves.pages_out:
-                executor.spill(tuple((move.page, move.key) for move in moves.pages_out))
-            if moves.pages_in:
-                executor.restore(tuple((move.page, move.key) for move in moves.pages_in))
-            executor.store.drop(tuple(key for _, key in moves.pages_dropped))
+        moves = plan.moves
+        if moves.pages_out:
+            executor.execute(PagesOut.of(moves.pages_out))
+        if moves.pages_in:
+            executor.execute(PagesIn.of(moves.pages_in))
+        if moves.pages_dropped:
+            executor.execute(PagesDropped.of(moves.pages_dropped))
+        if moves.states_cleared:
+            executor.execute(ClearStates.of(moves.states_cleared))
+        if moves.states_loaded:
+            executor.execute(LoadStates.of(moves.states_loaded))
         stops = executor.max_steps > 1
         for request in plan.admitted:
             if needs_loading(request, stops):
@@ -93,7 +110,10 @@ class ModelRunner:
             max(len(p.chunks) for p in plans),
             plan.queries,
         )
-        return self._run(plan, plans, bucket, slots)
+        step = self._run(plan, plans, bucket, slots)
+        if moves.states_saved:
+            executor.execute(SaveStates.of(moves.states_saved))
+        return step
 
     def _split(self, plan: StepPlan) -> Sequence[StepPlan]:
         """Each replica's part of the plan."""
@@ -207,8 +227,6 @@ class ModelRunner:
         logprobs = None
         if any(r.spec.params.logprobs is not None for r in step.plan.sampled):
             logprobs = self._read_logprobs(step, tokens)
-        if self.executor.store is not None:
-            self.executor.store.settle()
         pooled = None
         if step.pooled_RD is not None:
             sums = np.asarray(step.pooled_RD)

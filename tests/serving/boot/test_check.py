@@ -46,7 +46,6 @@ def refused(checkpoint, **settings):
     [
         ({"attention_backend": "flash"}, "attention_backend must be one of native, pallas_tpu, pallas_gpu, xla; got 'flash'."),
         ({"attention_backend": "pallas_tpu"}, "attention_backend pallas_tpu does not run here"),
-        ({"mesh": "data=2", "kv_offload_gb": 1}, "kv_offload_gb works with one replica only"),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "with max_num_seqs 64 it must be at least 80"),
         ({"max_model_len": 1024}, "max_model_len is 1024, but the model was made for 256 positions"),
         ({"kv_cache_memory": "64KiB", "max_model_len": 256}, "the KV cache may take 64 KiB, which holds"),

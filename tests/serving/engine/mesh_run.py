@@ -1,7 +1,8 @@
 """Run as `python -m tests.serving.engine.mesh_run FOLDER`: the same requests on several meshes of four CPU devices.
 
 Prints a JSON object: model -> mesh -> {"tokens": of each request, "numbers": of some, "collectives": of each program, by
-kind and by the axes they cross, "hits": prompt tokens found in a cache, "placed": how many requests each replica ran}.
+kind and by the axes they cross, "hits": prompt tokens found in a cache, "placed": how many requests each replica ran,
+"restored": where evicted pages go to host memory, how many came back from there}.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ MESHES = {
     "moe": ("model=1", "expert=2,model=2"),
     "windows": ("model=1", "data=2,model=2"),
 }
+HOST_TIER = ("windows", "data=2,model=2")
+"""Model and mesh (its KV heads are cut) whose pages are too few, with a host tier behind them."""
 SIZES = Sizes(2, 32, 128, 60, 8, 0, "float32")  # of each replica
 COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(.*?"
@@ -90,17 +93,26 @@ def model_on(folder: pathlib.Path, config: ModelConfig, mesh: jax.sharding.Mesh 
     return model
 
 
-def make_engine(folder: pathlib.Path, config: ModelConfig, text: str) -> Engine:
+def make_engine(folder: pathlib.Path, config: ModelConfig, text: str, host_tier: bool = False) -> Engine:
     mesh = make_mesh(text)
     model = model_on(folder, config, mesh)
     sizes = dataclasses.replace(SIZES, layers_per_page=layers_per_page(model.kv_specs(), SIZES.max_model_len))
-    executor = Executor(model, sizes, ProgramCache(None, ""), mesh=mesh if mesh.size > 1 else None)
+    executor = Executor(model, sizes, ProgramCache(None, ""), mesh=mesh if mesh.size > 1 else None, host_tier=host_tier)
     executor.compile()
     runner = ModelRunner(executor)
     rows, tokens = runner.buckets.max_rows, runner.buckets.max_chunk
     scheduler = Scheduler(
         SchedulerConfig(
-            2, 32, tokens, rows, 128, 8, 60, replicas=executor.replicas, caches=paged(*executor.groups.windows)
+            2,
+            32,
+            tokens,
+            rows,
+            128,
+            8,
+            36 if host_tier else 60,
+            replicas=executor.replicas,
+            caches=paged(*executor.groups.windows),
+            host_pages=400 if host_tier else 0,
         )
     )
     info = EngineInfo(
@@ -188,8 +200,8 @@ def collectives(engine: Engine, mesh: jax.sharding.Mesh) -> dict[str, dict[str, 
     return found
 
 
-def run(folder: pathlib.Path, config: ModelConfig, text: str) -> dict:
-    engine = make_engine(folder, config, text)
+def run(folder: pathlib.Path, config: ModelConfig, text: str, host_tier: bool) -> dict:
+    engine = make_engine(folder, config, text, host_tier)
     placed = collections.Counter()
     schedule = engine.scheduler.schedule
 
@@ -201,6 +213,12 @@ def run(folder: pathlib.Path, config: ModelConfig, text: str) -> dict:
 
     engine.scheduler.schedule = noting
     tokens, beside = asyncio.run(answers(engine))
+    hits, ran = engine.scheduler.counters.prefix_hits, [placed[i] for i in range(engine.runner.executor.replicas)]
+    restored = 0
+    if host_tier:
+        again, _ = asyncio.run(answers(engine))
+        assert again == tokens, "what comes back from the host is something else"
+        restored = sum(manager.host_tier.num_restored for manager in engine.scheduler.kv.managers)
     engine.shutdown()
     engine.runner.guard.check()
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_pages - 1, "pages leaked"
@@ -208,8 +226,9 @@ def run(folder: pathlib.Path, config: ModelConfig, text: str) -> dict:
         "tokens": tokens,
         "numbers": beside,
         "collectives": collectives(engine, make_mesh(text)),
-        "hits": engine.scheduler.counters.prefix_hits,
-        "placed": [placed[replica] for replica in range(engine.runner.executor.replicas)],
+        "hits": hits,
+        "placed": ran,
+        "restored": restored,
     }
 
 
@@ -218,7 +237,7 @@ def main(folder: pathlib.Path) -> None:
     for name, config in MODELS.items():
         plain = random_model(config, Build(max_model_len=256), seed=3)
         orbax.save(folder / name, dict(parameters_of(plain)), hf_config={}, generation_config={}, model_id="tiny")
-        results[name] = {text: run(folder / name, config, text) for text in MESHES[name]}
+        results[name] = {text: run(folder / name, config, text, (name, text) == HOST_TIER) for text in MESHES[name]}
     print(json.dumps(results))
 
 

@@ -79,6 +79,11 @@ def test_replicas_only_meet_where_the_host_reads(results, model, mesh):
         assert all(counts == {} for counts in forwards(result).values())
 
 
+def test_evicted_pages_come_back_to_the_replica_they_were_in(results):
+    """The second run's tokens are the first one's, or the process would have failed."""
+    assert results["windows"]["data=2,model=2"]["restored"] > 4
+
+
 @pytest.mark.parametrize(("model", "mesh"), CASES)
 def test_requests_go_where_their_prefix_is_and_where_there_is_room(results, model, mesh):
     result = results[model][mesh]

@@ -1,0 +1,110 @@
+"""The arrays behind a recurrent group: a state of every slot, and the snapshots that states are copied to and from.
+
+Row `slots` of the states is the dummy that padding rows use. Both kinds of array lie end to end by replica, as pages do.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from serving.engine.device.commands import ClearStates, LoadStates, SaveStates
+from serving.engine.device.compiling import Program
+from serving.engine.device.placement import BY_REPLICA, EVERYWHERE, of_one, place
+from serving.engine.requests.cache_specs import RecurrentSpec
+
+GROUP = 8
+"""States of each replica that a copy program moves at once."""
+
+Arrays = dict[str, jax.Array]
+
+
+def save_states(snapshots: Arrays, states: Arrays, slots: jax.Array, rows: jax.Array) -> Arrays:
+    """Copies the states of `slots` int32 [GROUP] to `rows` int32 [GROUP]; a row out of range is dropped."""
+    return jax.tree.map(lambda s, a: s.at[rows].set(a[slots], mode="drop"), snapshots, states)
+
+
+def load_states(states: Arrays, snapshots: Arrays, slots: jax.Array, rows: jax.Array) -> Arrays:
+    """Copies the snapshots in `rows` int32 [GROUP] to `slots` int32 [GROUP]; a slot out of range is dropped."""
+    return jax.tree.map(lambda a, s: a.at[slots].set(s[rows], mode="drop"), states, snapshots)
+
+
+def clear_states(states: Arrays, slots: jax.Array) -> Arrays:
+    """Makes the states of `slots` int32 [GROUP] those before the first token; a slot out of range is dropped."""
+    return jax.tree.map(lambda a: a.at[slots].set(jnp.zeros((), a.dtype), mode="drop"), states)
+
+
+class StateStore:
+    """States and snapshots of one process.
+
+    Args:
+        spec: what a state holds.
+        slots, rows: of each replica: running requests, and snapshots.
+
+    Attributes:
+        states: name -> [replicas * (slots + 1), ...]. A step's program takes them over and gives new ones.
+        snapshots: name -> [replicas * max(rows, 1), ...].
+    """
+
+    def __init__(self, spec: RecurrentSpec, slots: int, rows: int, mesh: Mesh | None = None, replicas: int = 1) -> None:
+        self._slots, self._rows, self._replicas, self._mesh = slots, max(rows, 1), replicas, mesh
+        self._spec = spec
+        self._programs: dict[str, Any] = {}
+        self.states: Arrays = {}
+        self.snapshots: Arrays = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty states, in place of those there are or a failed program took over."""
+        spread = BY_REPLICA if self._replicas > 1 else EVERYWHERE
+
+        def zeros(rows: int) -> Arrays:
+            return {
+                a.name: place(self._mesh, jnp.zeros((self._replicas * rows, *a.shape), a.dtype), spread)
+                for a in self._spec.arrays
+            }
+
+        self.states, self.snapshots = zeros(self._slots + 1), zeros(self._rows)
+
+    def programs(self) -> list[Program]:
+        """What copies states, for one replica."""
+        states, snapshots = jax.tree.map(lambda a: of_one(self._mesh, a), (self.states, self.snapshots))
+        ids = jax.ShapeDtypeStruct((GROUP,), jnp.int32)
+        return [
+            Program("save_states", save_states, (snapshots, states, ids, ids), (0,), (), True),
+            Program("load_states", load_states, (states, snapshots, ids, ids), (0,), (), True),
+            Program("clear_states", clear_states, (states, ids), (0,), (), True),
+        ]
+
+    def bind(self, programs: dict[str, Any]) -> None:
+        """Takes the compiled programs."""
+        self._programs = programs
+
+    def carry_out(self, command: SaveStates | LoadStates | ClearStates) -> None:
+        """Starts the copies of a command."""
+        of: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for replica, slot, row in zip(
+            command.replicas.tolist(), command.slots.tolist(), command.rows.tolist(), strict=True
+        ):
+            of[replica].append((slot, row))
+        for start in range(0, max(map(len, of.values()), default=0), GROUP):
+            # Padding reads the first of its kind and writes out of range.
+            saving = isinstance(command, SaveStates)
+            slots = np.full((self._replicas, GROUP), 0 if saving else self._slots + 1, np.int32)
+            rows = np.full((self._replicas, GROUP), self._rows if saving else 0, np.int32)
+            for replica, moves in of.items():
+                for i, (slot, row) in enumerate(moves[start : start + GROUP]):
+                    slots[replica, i], rows[replica, i] = slot, row
+            slots, rows = slots.reshape(-1), rows.reshape(-1)
+            match command:
+                case SaveStates():
+                    self.snapshots = self._programs["save_states"](self.snapshots, self.states, slots, rows)
+                case LoadStates():
+                    self.states = self._programs["load_states"](self.states, self.snapshots, slots, rows)
+                case ClearStates():
+                    self.states = self._programs["clear_states"](self.states, slots)
