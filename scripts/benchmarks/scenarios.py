@@ -16,7 +16,7 @@ from benchmarks.local import Local, StepRecorder, add_engine_arguments, local_en
 from benchmarks.report import show
 from benchmarks.work import mixed, uniform
 from serving.engine.api.sampling_params import StructuredOutputs
-from serving.engine.scheduling import scheduler as scheduling
+from serving.engine.scheduling import policy as scheduling
 from serving.simulator.simulate import Outcome
 from serving.simulator.trace import TraceRequest, overload, rag, sharegpt
 

@@ -43,7 +43,7 @@ class Call:
 Message = Submit | Abort | Call | None  # None: stop
 
 PAUSED_LOOK_S = 0.2
-"""How often a paused loop looks for requests whose time is up."""
+"""How often a loop that does not step looks for requests whose time is up."""
 
 TRACE_STEPS = 32
 """Steps that a crash report tells of."""
@@ -228,7 +228,7 @@ class EngineLoop:
     def _take_messages(self, block: bool) -> None:
         while True:
             try:
-                message = self.inbox.get(block, PAUSED_LOOK_S if self.paused else None)
+                message = self.inbox.get(block, PAUSED_LOOK_S if self.paused or self.scheduler.requests else None)
             except queue.Empty:
                 return
             block = False

@@ -21,7 +21,7 @@ from serving.engine.cache.kv_windows import first_page, pages_of, window_pages
 from serving.engine.cache.page_pool import PagePool
 from serving.engine.cache.prefixes import Prefixes
 from serving.engine.cache.snapshots import Snapshots
-from serving.engine.requests.moves import NO_MOVES, Moves, PageMove, StateMove
+from serving.engine.requests.moves import NO_MOVES, Landing, Moves, PageMove, StateMove
 from serving.engine.requests.request import Request
 from serving.engine.requests.scheduler_config import SchedulerConfig
 from serving.engine.requests.slots import NULL_PAGE, SlotTable
@@ -191,6 +191,36 @@ class KVManager:
         request.cached_pages = full
         if self.snapshots is not None:
             self.snapshots.register(request, full)
+
+    # ---- prefixes that come from other engines ----
+
+    def expect(self, request: Request, tokens: int) -> Landing | None:
+        """Takes pages, and a snapshot's row, for what others have computed of a request's first `tokens`: whole pages, and
+        never the last token. None where there is no room, or nothing to put there."""
+        pool, size = self.pool, self.pool.page_size
+        count = min(tokens, len(request.tokens) - 1) // size
+        firsts = [first_page(window, count * size, size) for window in self.windows]
+        needed = sum(count - first for first in firsts)
+        if count <= 0 or not pool.enable_prefix_caching or needed > pool.num_free:
+            return None
+        fresh = pool.allocate(needed) or []
+        request.pages = [[NULL_PAGE] * first + [fresh.pop() for _ in range(first, count)] for first in firsts]
+        request.behind, request.reach = firsts, count
+        row = None if self.snapshots is None else self.snapshots.expect(request, count)
+        return Landing(self.replica, count * size, tuple(map(tuple, request.pages)), row)
+
+    def arrived(self, request: Request, tokens: int, step: int) -> None:
+        """The pages that were expected hold the request's first `tokens`, and the snapshot the state behind all that were
+        expected: they are found like any other prefix from now on. The request holds none of them any more."""
+        full = min(tokens // self.pool.page_size, request.reach)
+        self.prefixes.extend_digests(request, full)
+        for group, (pages, first) in enumerate(zip(request.pages, request.behind, strict=True)):
+            for i in range(first, full):
+                key = self.prefixes.key(group, request.digests[i])
+                self.pool.register(pages[i], key, self.prefixes.page_tokens(request, i))
+        if self.snapshots is not None:
+            self.snapshots.register(request, full)
+        self.leave(request, step)
 
     # ---- pages that come free ----
 

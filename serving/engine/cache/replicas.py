@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from serving.engine.cache.kv_manager import KVManager
-from serving.engine.requests.moves import Moves
+from serving.engine.requests.moves import Landing, Moves
 from serving.engine.requests.request import Request
 from serving.engine.requests.scheduler_config import SchedulerConfig
 from serving.engine.requests.slots import SlotTable
@@ -110,6 +110,14 @@ class Replicas:
         for request, end in zip(requests, ends, strict=True):
             self.cover(request, end, step)
         return True
+
+    def expect(self, request: Request, tokens: int) -> Landing | None:
+        """Room for what others have computed, in the replica with the most; the request is of that one then."""
+        request.replica = max(range(len(self.managers)), key=lambda replica: self.managers[replica].pool.num_free)
+        return self._of(request).expect(request, tokens)
+
+    def arrived(self, request: Request, tokens: int, step: int) -> None:
+        self._of(request).arrived(request, tokens, step)
 
     def register(self, request: Request) -> None:
         self._of(request).register(request)

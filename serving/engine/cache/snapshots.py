@@ -112,6 +112,13 @@ class Snapshots:
             self._saved.append((request, request.slot, row))
             self.num_saved += 1
 
+    def expect(self, request: Request, pages: int) -> int | None:
+        """A row for the state behind the request's first pages, which another engine sends."""
+        row = self._row(None)
+        if row is not None:
+            request.snapshots.append((pages, row))
+        return row
+
     def register(self, request: Request, full: int) -> None:
         """Indexes the request's snapshots of its first `full` pages, whose digests are known."""
         while request.snapshots and request.snapshots[0][0] <= full:

@@ -28,6 +28,23 @@ class StateMove(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Landing:
+    """Where a prefix that another engine computed is to be put.
+
+    Attributes:
+        replica: whose pages these are.
+        tokens: positions that are expected, whole pages.
+        pages: of each paged group, one page for each page of the sequence; 0 where none is needed.
+        row: of the snapshot for the recurrent state behind them; None where there is no recurrent group, or no room.
+    """
+
+    replica: int
+    tokens: int
+    pages: tuple[tuple[int, ...], ...]
+    row: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Moves:
     """Of one step.
 

@@ -1,5 +1,7 @@
 """A request inside the engine: its tokens, its pages, and the one machine of its states.
 
+    RECEIVING ─────────────────────────finish─┐
+       ^ v                                    v
     WAITING ──admit──> RUNNING ──finish──> FINISHED
        │                │   ^                 ^
        │             preempt└──admit──┐       │
@@ -25,6 +27,7 @@ from serving.engine.api.types import EngineRequest, FinishReason
 
 
 class RequestState(enum.Enum):
+    RECEIVING = enum.auto()  # its first pages are on their way from another engine
     WAITING = enum.auto()
     RUNNING = enum.auto()
     PREEMPTED = enum.auto()
@@ -32,7 +35,8 @@ class RequestState(enum.Enum):
 
 
 _ALLOWED = {
-    RequestState.WAITING: {RequestState.RUNNING, RequestState.FINISHED},
+    RequestState.RECEIVING: {RequestState.WAITING, RequestState.FINISHED},
+    RequestState.WAITING: {RequestState.RECEIVING, RequestState.RUNNING, RequestState.FINISHED},
     RequestState.RUNNING: {RequestState.PREEMPTED, RequestState.FINISHED},
     RequestState.PREEMPTED: {RequestState.RUNNING, RequestState.FINISHED},
     RequestState.FINISHED: set(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from serving.engine.requests.request import Request
 
@@ -48,19 +48,53 @@ KEYS: dict[str, Callable[[Request], Key]] = {"fcfs": fcfs_key, "priority": prior
 
 
 class Foreground:
-    """Which priority is the most urgent of late. All others are background to it."""
+    """Which priority is the most urgent of late. All others are background to it.
 
-    def __init__(self) -> None:
+    Args:
+        watches: False where priorities do not count: nobody is background then.
+    """
+
+    def __init__(self, watches: bool) -> None:
+        self._watches = watches
         self._priority: int | None = None
         self._seen = 0.0
+        self._hurried = 0  # steps in a row that left decode rows out
 
     def arrive(self, priority: int, now: float) -> None:
         """A request came in; `now` in seconds of the clock that all of them use."""
+        if not self._watches:
+            return
         if self._priority is None or priority <= self._priority or now - self._seen > FOREGROUND_S:
             self._priority, self._seen = priority, now
 
     def is_background(self, request: Request) -> bool:
         return self._priority is not None and request.spec.priority > self._priority
+
+    def hurries(self, prompts: Iterable[Request], running: Iterable[Request]) -> bool:
+        """Whether the step is to be for prompts alone: an urgent one is to be computed while requests that are less urgent
+        run, and its first token should not wait for everybody's next one. Never for more than MAX_HURRIED steps in a row."""
+        if self._priority is None or self._hurried >= MAX_HURRIED:
+            return False
+        urgent = any(not self.is_background(r) for r in prompts)
+        return urgent and any(self.is_background(r) for r in running)
+
+    def hurried(self, held: bool) -> None:
+        """Takes note of whether a step left decode rows out."""
+        self._hurried = self._hurried + 1 if held else 0
+
+
+def longest_prefix_first(
+    head: list[Request], key: Callable[[Request], Key], cached: Callable[[Request], int]
+) -> list[Request]:
+    """Waiting requests with those first whose prefixes, `cached` pages long, are there; within equal priority, and not before
+    one that was passed over too often. To be sorted behind later arrivals is to be passed over."""
+    pages = {r.request_id: cached(r) for r in head}
+    ordered = sorted(head, key=lambda r: (r.passed_over < MAX_PASSED_OVER, key(r)[0], -pages[r.request_id]))
+    place = {r.request_id: i for i, r in enumerate(ordered)}
+    for i, request in enumerate(head):
+        if place[request.request_id] > i:
+            request.passed_over += 1
+    return ordered
 
 
 class FairShare:

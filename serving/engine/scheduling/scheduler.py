@@ -14,17 +14,18 @@ import numpy as np
 from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from serving.engine.cache.replicas import Replicas
 from serving.engine.requests.chunks import CHUNK_ALIGN, ChunkBuilder
+from serving.engine.requests.moves import Landing
 from serving.engine.requests.plan import Chunk, StepPlan, StepResult
 from serving.engine.requests.request import Request, RequestState
 from serving.engine.requests.scheduler_config import Counters, SchedulerConfig
 from serving.engine.requests.slots import SlotTable
+from serving.engine.scheduling.admission import Admission
 from serving.engine.scheduling.deadlines import Deadlines
 from serving.engine.scheduling.masks import needs_host
 from serving.engine.scheduling.outputs import Outputs, add_pooled, verdict
 from serving.engine.scheduling.policy import (
     BACKGROUND_SHARE,
     LOOKAHEAD,
-    MAX_HURRIED,
     MAX_PASSED_OVER,
     FairShare,
     Foreground,
@@ -50,16 +51,18 @@ class Scheduler:
         self.kv = Replicas.of(config, self.slots)
         self.pool = self.kv.pool
         self.fair = FairShare() if config.fair_share else None
-        self.foreground = Foreground() if config.policy == "priority" else None
+        self.foreground = Foreground(config.policy == "priority")
         self.waiting = WaitingQueue(config.policy, self.fair)
         self.deadlines = Deadlines(config.max_waiting_time, config.max_running_time)
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}
         self.counters = Counters()
+        self._admission = Admission(
+            config, self.requests, self.waiting, self.slots, self.kv, self.deadlines, self.fair, self.counters
+        )
         self._has_states = config.recurrent is not None
         self._arrivals = 0
         self._step_id = 0
-        self._hurried = 0  # steps in a row that left decode rows out
         self.only: frozenset[str] | None = None  # ids that may be admitted, while one of them is under suspicion
         self.max_tokens = config.max_num_batched_tokens
         self._short_of_pages: Request | None = None
@@ -87,8 +90,7 @@ class Scheduler:
         self.waiting.push(request)
         if self.fair is not None:
             self.fair.arrive(spec.tenant)
-        if self.foreground is not None:
-            self.foreground.arrive(spec.priority, spec.arrival_time)
+        self.foreground.arrive(spec.priority, spec.arrival_time)
         self.deadlines.add(request)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> EngineOutput | None:
@@ -108,7 +110,31 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.requests)
+        """Whether a step could do something for anybody."""
+        return bool(self.running) or len(self.waiting) > 0
+
+    # ---- prefixes that come from other engines ----
+
+    def receive(self, request_id: str, tokens: int) -> Landing | None:
+        """Makes room for the first `tokens` of a waiting request, which another engine has computed. The request waits for
+        `arrived` then. None where it need not: it has begun, is gone, or there is no room; it computes all by itself."""
+        request = self.requests.get(request_id)
+        if request is None or request.state is not RequestState.WAITING or self.only is not None:
+            return None
+        landing = self.kv.expect(request, tokens)
+        if landing is not None:
+            self.waiting.remove(request)
+            request.move(RequestState.RECEIVING)
+        return landing
+
+    def arrived(self, request_id: str, tokens: int) -> None:
+        """So many of the tokens that `receive` made room for are there, verified by whoever wrote them; fewer, or 0, after a
+        failure. The request waits for its turn, finds them as its prefix, and computes the rest."""
+        request = self.requests.get(request_id)
+        if request is not None and request.state is RequestState.RECEIVING:
+            self.kv.arrived(request, tokens, self._step_id)
+            request.move(RequestState.WAITING)
+            self.waiting.push(request)
 
     # ---- a step ----
 
@@ -119,7 +145,8 @@ class Scheduler:
         self._make_way()
         preemptions = self.counters.preemptions
         decode, unfinished = self._schedule_decode(budget)
-        held = decode if self._hurries(unfinished) else []
+        waiting = self.waiting.head(1) if self.slots.num_free else []
+        held = decode if self.foreground.hurries((*unfinished, *waiting), self.running) else []
         decode = [] if held else decode
         background = max(CHUNK_ALIGN, budget // BACKGROUND_SHARE)
         rows = self._by_replica(decode)
@@ -139,7 +166,7 @@ class Scheduler:
         chunks = [chunk for builder in builders for chunk in builder.chunks]
         if held and not chunks:  # nobody could be admitted after all
             decode, held = held, []
-        self._hurried = self._hurried + 1 if held else 0
+        self.foreground.hurried(bool(held))
         if not decode and not chunks:
             return None
         num_steps = 1 if chunks else self._lengthen(decode)
@@ -279,7 +306,7 @@ class Scheduler:
         """Gives pieces to prompts that were begun."""
         for request in unfinished:
             if not request.num_pending:
-                self._add_piece(builders, request, self._is_background(request))
+                self._add_piece(builders, request, self.foreground.is_background(request))
 
     def _add_piece(self, builders: list[ChunkBuilder], request: Request, background: bool) -> None:
         """Gives a prompt as long a piece as the step has room for, and there are pages."""
@@ -292,32 +319,20 @@ class Scheduler:
             covered = self.kv.cover(request, request.num_computed + length, self._step_id)
             builder.add(request, min(length, covered - request.num_computed))
 
-    def _hurries(self, unfinished: list[Request]) -> bool:
-        """Whether the step is to be for prompts alone: an urgent one is to be computed while requests that are less urgent run,
-        and its first token should not wait for everybody's next one. Never for more than MAX_HURRIED steps in a row."""
-        if self.foreground is None or self._hurried >= MAX_HURRIED:
-            return False
-        waiting = self.waiting.head(1) if self.slots.num_free else []
-        urgent = any(not self._is_background(r) for r in (*unfinished, *waiting))
-        return urgent and any(self._is_background(r) for r in self.running)
-
-    def _is_background(self, request: Request) -> bool:
-        return self.foreground is not None and self.foreground.is_background(request)
-
     def _admit(self, builders: list[ChunkBuilder], now: float) -> list[Request]:
         """Moves waiting requests into the batch: in policy order, passing over those that do not fit, within the ageing bound."""
         admitted: list[Request] = []
         passed: list[Request] = []
         self.num_deferred = 0
-        for request in self._candidates():
-            background = self._is_background(request)
-            open_replicas = self._open_replicas(request, builders, background)
+        for request in self._admission.candidates(self.only):
+            background = self.foreground.is_background(request)
+            open_replicas = self._admission.open_replicas(request, builders, background)
             if not open_replicas:
                 break
             if request.num_pending:
                 self.num_deferred += 1
                 continue  # preempted with a token in flight: its sequence is not complete yet
-            if not self._take_pages(request, open_replicas):
+            if not self._admission.take_pages(request, open_replicas):
                 self._short_of_pages = self._short_of_pages or request
                 passed.append(request)
                 if request.passed_over >= MAX_PASSED_OVER:
@@ -326,7 +341,7 @@ class Scheduler:
             self.waiting.remove(request)
             request.move(RequestState.RUNNING)
             if request.num_preemptions == 0:
-                self._count_first_admission(request, now)
+                self._admission.count_first(request, now)
             self.slots.acquire(request)
             self.running.append(request)
             admitted.append(request)
@@ -335,59 +350,12 @@ class Scheduler:
                 other.passed_over += 1
         return admitted
 
-    def _candidates(self) -> list[Request]:
-        """Waiting requests in the order to try them."""
-        if self.only is not None:
-            found = (self.requests.get(i) for i in sorted(self.only))
-            return [r for r in found if r is not None and r.state is not RequestState.RUNNING]
-        head = self.waiting.head(LOOKAHEAD)
-        if not self.config.prefix_first or len(head) < 2:
-            return head
-        cached = {r.request_id: self.kv.cached_pages(r) for r in head}
-        ordered = sorted(
-            head,
-            key=lambda r: (r.passed_over < MAX_PASSED_OVER, self.waiting.key(r)[0], -cached[r.request_id]),
-        )
-        place = {r.request_id: i for i, r in enumerate(ordered)}
-        for i, request in enumerate(head):  # to be sorted behind later arrivals is to be passed over
-            if place[request.request_id] > i:
-                request.passed_over += 1
-        return ordered
-
-    def _open_replicas(self, request: Request, builders: list[ChunkBuilder], background: bool) -> list[int]:
-        """Replicas that have a slot and room in the step for the request, the best one first."""
-
-        def is_open(replica: int) -> bool:
-            return builders[replica].has_room(background) and self.slots.free_in(replica) > 0
-
-        return self.kv.best(request, self.slots.taken, is_open)
-
     def _by_replica(self, requests: list[Request]) -> list[int]:
         """How many of the requests are in each replica."""
         counts = [0] * self.config.replicas
         for request in requests:
             counts[request.replica] += 1
         return counts
-
-    def _take_pages(self, request: Request, replicas: list[int]) -> bool:
-        """Pages in the first of the replicas that has them; the request is of that one then."""
-        # Growth room: without it an admission would be paid for by preempting somebody a few steps later.
-        for replica in replicas:
-            request.replica = replica
-            reserve = min(self.slots.taken(replica) * len(self.config.windows), self.config.num_pages // 32)
-            if self.kv.admit(request, reserve):
-                return True
-        return False
-
-    def _count_first_admission(self, request: Request, now: float) -> None:
-        request.scheduled_time = now
-        request.num_cached_tokens = request.num_computed
-        self.deadlines.started(request, now)
-        self.counters.prefix_queries += request.prompt_len
-        self.counters.prefix_hits += request.num_cached_tokens
-        self.counters.prompt_tokens += request.prompt_len
-        if self.fair is not None:
-            self.fair.charge(request.spec.tenant, prompt_tokens=request.prompt_len - request.num_cached_tokens)
 
     def _commit(self, decode: list[Request], chunks: list[Chunk], admitted: list[Request], num_steps: int) -> StepPlan:
         """Advances every scheduled request, as if the step had already run."""
@@ -431,6 +399,7 @@ class Scheduler:
             self._preempt(request)
         for request in self.requests.values():
             request.digests.clear()
+            self.arrived(request.request_id, 0)
         self.kv.forget(self._step_id)
         self._short_of_pages = None
 
@@ -496,6 +465,8 @@ class Scheduler:
         if request.state is RequestState.RUNNING:
             self.kv.register(request)
             self._leave(request)
+        elif request.state is RequestState.RECEIVING:
+            self.kv.leave(request, self._step_id)
         else:
             self.waiting.remove(request)
         request.finish(reason, request.stop_reason)

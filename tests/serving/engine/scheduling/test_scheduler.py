@@ -145,7 +145,7 @@ class Driver:
                 assert len({(i, group) for _, i, group in holders}) == 1
         for kv in s.kv.managers:
             if kv.snapshots is not None:
-                kv.snapshots.check([r for r in s.running if r.replica == kv.replica])
+                kv.snapshots.check([r for r in s.requests.values() if r.replica == kv.replica])
 
     def _take(self, outputs) -> None:
         for o in outputs:
