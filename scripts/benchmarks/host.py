@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import show
+from models.embedding_head import EmbeddingHead
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineInfo, EngineRequest
@@ -102,7 +103,7 @@ def fake_engine(running: int, max_model_len: int, step_s: float, asynchronous: b
     info = EngineInfo(
         "fake", "none", 50_000, max_model_len, running, budget, page_size, num_pages, "none", None, "", "", "0"
     )
-    loaded = types.SimpleNamespace(source=None, generation_config={})
+    loaded = types.SimpleNamespace(source=None, generation_config={}, embedding=EmbeddingHead(("last",)))
     return Engine(EngineConfig(async_scheduling=asynchronous), loaded, runner, scheduler, info), runner
 
 
