@@ -29,16 +29,17 @@ def rope(
 
     Args:
         x: [T, ..., h], usually x_THh; any float dtype.
-        positions_T: int32 positions from 0.
+        positions_T: int32 positions from 0; [A, T] where a position is A numbers (an image's patch: time, height, width).
         inv_freq_h2: float32 [r / 2] radians a position; r <= h channels are rotated, the rest pass unchanged
-            (partial rotary).
+            (partial rotary). [A, r / 2] with A numbers a position: each channel turns by one of them, and has 0 for the others
+            (Wang et al. 2024, arXiv:2409.12191).
         scale: multiplies cosine and sine (YaRN's attention factor).
         interleaved: pair channels (2i, 2i + 1) as the paper and GPT-J do; else (i, i + r / 2), as Hugging Face's
             checkpoints are stored.
     Returns:
         As x, in x's dtype; computed in float32.
     """
-    half = jnp.shape(inv_freq_h2)[0]
+    half = jnp.shape(inv_freq_h2)[-1]
     if 2 * half > x.shape[-1]:
         raise ValueError(
             f"rope has {half} frequencies but a head of {x.shape[-1]} channels has only half as many pairs."
@@ -60,7 +61,11 @@ def cos_sin(
     positions_T: jax.Array, inv_freq_h2: jax.typing.ArrayLike, scale: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
     """What `rope` multiplies by: float32 [T, r / 2] cosines and sines, times `scale`."""
-    angle = positions_T.astype(jnp.float32)[:, None] * jnp.asarray(inv_freq_h2, jnp.float32)
+    positions, inv_freq = positions_T.astype(jnp.float32), jnp.asarray(inv_freq_h2, jnp.float32)
+    if positions.ndim > 1:
+        angle = (positions[:, :, None] * inv_freq[:, None]).sum(0)  # exact: all but one of the terms are 0
+    else:
+        angle = positions[:, None] * inv_freq
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 

@@ -84,3 +84,25 @@ def test_channels_beyond_the_rotary_part_pass():
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out[..., 8:], x[..., 8:])
     np.testing.assert_array_equal(out[..., :8], rope(x[..., :8], positions, inv_freq))
+
+
+def test_positions_of_three_numbers_match_transformers():
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
+
+    rng = np.random.default_rng(0)
+    sections = [4, 12, 16]  # channels that turn by time, height and width
+    parameters = PARAMETERS["default"] | {"mrope_section": sections}
+    config = Qwen2VLTextConfig(hidden_size=128, num_attention_heads=2, rope_parameters=parameters)
+    x = rng.standard_normal((7, 2, 64)).astype(np.float32)
+    positions = rng.integers(0, 500, (3, 7)).astype(np.int32)
+    inv_freq, _ = inverse_frequencies(PARAMETERS["default"], 64)
+    heads = torch.tensor(x).swapaxes(0, 1)[None]
+    cos, sin = Qwen2VLRotaryEmbedding(config)(heads, torch.tensor(positions)[:, None])
+    want, _ = apply_rotary_pos_emb(heads, heads, cos, sin)
+    mine = np.repeat(np.arange(3), sections) == np.arange(3)[:, None]
+    got = rope(x, jnp.asarray(positions), np.where(mine, inv_freq, 0.0))
+    np.testing.assert_allclose(got, want[0].swapaxes(0, 1).numpy(), atol=5e-5)
+    # Of text all three are the same, and it is rotated as ever.
+    same = rope(x, jnp.asarray(positions[:1].repeat(3, 0)), np.where(mine, inv_freq, 0.0))
+    np.testing.assert_array_equal(same, rope(x, jnp.asarray(positions[0]), inv_freq))
