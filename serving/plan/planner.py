@@ -13,6 +13,7 @@ from models.parameters import parameters_of
 from ops.paged_attention import least_page_size
 from ops.paged_attention.groups import layers_per_page
 from serving.engine.cache.kv_windows import pages_of
+from serving.engine.device.keys import ProgramKey
 from serving.engine.device.placement import num_replicas
 from serving.engine.device.sizing import ACCELERATOR_FRACTION, Sizes, batch_sizes
 from serving.engine.requests.buckets import Bucket
@@ -177,8 +178,8 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     depths = (start + period, start + 2 * period)
     if request.full_depth or config.num_layers <= depths[1]:
         depths = None
-    names = _names(whole, request)
-    measured, seconds = _measure(whole, names, runner, depths, config.num_layers, on_done)
+    keys = _keys(whole, request)
+    measured, seconds = _measure(whole, keys, runner, depths, config.num_layers, on_done)
 
     temporaries = max(m.temporaries + m.outputs - m.aliased for m in measured.values())
     code = sum(m.code for m in measured.values())
@@ -190,15 +191,14 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     num_pages = min(num_pages, seqs * pages_of(request.max_model_len, windows, page_size, budget) + 1)
     concurrent_requests = min(seqs, max(num_pages - 1, 0) // pages_of(request.context, windows, page_size))
 
-    steps = tuple(_step(name, measured[name], whole, request) for name in names)
-    by_name = {step.name: step for step in steps}
+    step_of = {key: _step(key, measured[key], whole, request) for key in keys}
     decode = whole.shapes.buckets.find(max(concurrent_requests, 1), 0, 0)
     decode_seconds = ttft = None
-    if f"forward {decode}" not in by_name:
+    if ProgramKey("forward", decode) not in step_of:
         decode = whole.shapes.buckets.find(seqs, 0, 0)
-    forward, sample = by_name[f"forward {decode}"], by_name[f"sample {decode.samples}"]
+    forward, sample = step_of[ProgramKey("forward", decode)], step_of[ProgramKey("sample", decode.samples)]
     decode_seconds = forward.seconds + sample.seconds
-    ttft = None if request.decode_only else _ttft(request, whole, by_name)
+    ttft = None if request.decode_only else _ttft(request, whole, step_of)
     return Plan(
         request=request,
         num_parameters=sum(math.prod(parameter.stored_shape) for _, parameter in parameters_of(whole.model)),
@@ -213,7 +213,7 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
         num_pages=num_pages,
         windows=windows,
         max_concurrent=concurrent_requests * replicas,
-        steps=steps,
+        steps=tuple(step_of.values()),
         decode_seconds=decode_seconds,
         ttft_seconds=ttft,
         compile_seconds=seconds,
@@ -226,63 +226,63 @@ def _prompt_bucket(runner: AbstractEngine, request: Request) -> Bucket:
     return runner.shapes.buckets.find(0, -(-chunk // 16) * 16, 1)
 
 
-def _names(runner: AbstractEngine, request: Request) -> list[str]:
+def _keys(runner: AbstractEngine, request: Request) -> list[ProgramKey]:
     """Programs to compile, those of steps first."""
     if request.every_bucket:
-        return sorted(runner.programs(), key=lambda name: (not name.startswith("forward"), name))
+        return sorted(runner.programs(), key=lambda key: (key.kind != "forward", str(key)))
     buckets = runner.shapes.buckets
     seqs = runner.sizes.max_num_seqs
     full = buckets.find(seqs, 0, 0)
     if request.decode_only:
-        return [f"forward {full}", f"sample {full.samples}"]
+        return [ProgramKey("forward", full), ProgramKey("sample", full.samples)]
     mixed = buckets.find(seqs, buckets.max_chunk, buckets.max_rows)
     prompt = _prompt_bucket(runner, request)
-    forwards = dict.fromkeys(f"forward {b}" for b in (full, prompt, mixed))
-    samples = dict.fromkeys(f"sample {b.samples}" for b in (full, prompt, mixed))
+    forwards = dict.fromkeys(ProgramKey("forward", b) for b in (full, prompt, mixed))
+    samples = dict.fromkeys(ProgramKey("sample", b.samples) for b in (full, prompt, mixed))
     return [*forwards, *samples]
 
 
 def _measure(
     whole: AbstractEngine,
-    names: list[str],
+    keys: list[ProgramKey],
     runner: Callable[[int], AbstractEngine],
     depths: tuple[int, int] | None,
     num_layers: int,
     on_done: Callable[[str, int, int], None] | None,
-) -> tuple[dict[str, Measured], float]:
+) -> tuple[dict[ProgramKey, Measured], float]:
     """Each program measured, forward programs extrapolated; and the seconds that it took, added up over threads."""
-    jobs: dict[tuple[str, int], Any] = {}
+    jobs: dict[tuple[ProgramKey, int], Any] = {}
     programs = whole.programs()
     few = {depth: runner(depth).programs() for depth in depths or ()}
-    for name in names:
-        if depths and name.startswith("forward"):
+    for key in keys:
+        if depths and key.kind == "forward":
             for depth in depths:
-                jobs[name, depth] = few[depth][name]
+                jobs[key, depth] = few[depth][key]
         else:
-            jobs[name, num_layers] = programs[name]
-    done: dict[tuple[str, int], Measured] = {}
+            jobs[key, num_layers] = programs[key]
+    done: dict[tuple[ProgramKey, int], Measured] = {}
     with concurrent.futures.ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2))) as pool:
-        futures = {pool.submit(measure, program): key for key, program in jobs.items()}
+        futures = {pool.submit(measure, program): job for job, program in jobs.items()}
         for future in concurrent.futures.as_completed(futures):
             done[futures[future]] = future.result()
             if on_done:
-                on_done(futures[future][0], len(done), len(jobs))
+                on_done(str(futures[future][0]), len(done), len(jobs))
     measured = {}
-    for name in names:
-        if depths and name.startswith("forward"):
-            measured[name] = extrapolate(done[name, depths[0]], done[name, depths[1]], depths, num_layers)
+    for key in keys:
+        if depths and key.kind == "forward":
+            measured[key] = extrapolate(done[key, depths[0]], done[key, depths[1]], depths, num_layers)
         else:
-            measured[name] = done[name, num_layers]
+            measured[key] = done[key, num_layers]
     return measured, sum(m.seconds for m in measured.values())
 
 
-def _step(name: str, measured: Measured, runner: AbstractEngine, request: Request) -> Step:
+def _step(key: ProgramKey, measured: Measured, runner: AbstractEngine, request: Request) -> Step:
     """Roofline times of one program; attention's part is arithmetic, because kernels hide it from the compiler."""
     chip = request.target.chip
     weights = context_bytes = attention = products = 0.0
     rate = chip.int8_ops if request.quantization == "int8" and request.target.platform == "cpu" else chip.flops
-    if name.startswith("forward"):
-        bucket = next(b for b in runner.shapes.buckets.buckets if name == f"forward {b}")
+    if key.kind == "forward":
+        bucket = key.shape
         weights = _weights_read(runner, bucket.tokens, head=False)
         context_bytes = bucket.decode * _context_read(runner, request.context, 1)
         if bucket.chunk:
@@ -291,14 +291,14 @@ def _step(name: str, measured: Measured, runner: AbstractEngine, request: Reques
         pairs = bucket.decode * request.context + bucket.chunk * (bucket.chunk + 1) / 2
         attention = pairs * _attention_flops(runner)
         products = _product_flops(runner, bucket.tokens, head=False)
-    elif name.startswith(("sample", "prompt_logprobs")):
+    elif key.kind in ("sample", "prompt_logprobs"):
         weights = _weights_read(runner, 1, head=True)
-        products = _product_flops(runner, int(name.rsplit(" ", 1)[1]), head=True)
+        products = _product_flops(runner, key.shape, head=True)
     flops = measured.flops
     if request.target.platform != "tpu":  # the GPU compiler counts nothing, and CPU kernels hide products from theirs
         flops = max(flops, products / runner.mesh.shape["data"])
     return Step(
-        name=name,
+        name=str(key),
         matmul=(flops + attention) / rate,
         memory=(weights + context_bytes) / chip.bandwidth,
         links=measured.sent / chip.link,
@@ -360,8 +360,8 @@ def _attention_flops(runner: AbstractEngine) -> float:
     return total
 
 
-def _ttft(request: Request, runner: AbstractEngine, steps: dict[str, Step]) -> float:
+def _ttft(request: Request, runner: AbstractEngine, steps: dict[ProgramKey, Step]) -> float:
     """Of a prompt that arrives at an idle server: its chunks, then one sample."""
     bucket = _prompt_bucket(runner, request)
     chunks = -(-request.prompt // bucket.chunk)
-    return chunks * steps[f"forward {bucket}"].seconds + steps[f"sample {bucket.samples}"].seconds
+    return chunks * steps[ProgramKey("forward", bucket)].seconds + steps[ProgramKey("sample", bucket.samples)].seconds

@@ -21,6 +21,7 @@ from ops.linear.weights.int8 import pack_int8
 from ops.linear.weights.rotation import BLOCK
 from ops.paged_attention import KVGroups, pages
 from serving.engine.device.compiling import Program
+from serving.engine.device.keys import ProgramKey
 from serving.engine.device.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, placed
 from serving.engine.device.program_list import StepShapes, list_programs
 from serving.engine.device.programs import SplitModel
@@ -169,11 +170,11 @@ class AbstractEngine:
             jax.eval_shape(lambda: DeviceState.zeros(replicas * (sizes.max_num_seqs + 1) - 1, model.vocab_size)),
         )
 
-    def programs(self) -> dict[str, Program]:
-        """Every program of the server by name, its arguments placed on the mesh."""
+    def programs(self) -> dict[ProgramKey, Program]:
+        """Every program of the server, its arguments placed on the mesh."""
         kv, state = jax.tree.map(lambda array: of_one(self._server_mesh, array), (self.kv, self.state))
         listed = list_programs(self._split, self.leaves, kv, state, self.shapes)
-        return {program.name: placed(self._server_mesh, program) for program in listed.programs}
+        return {program.key: placed(self._server_mesh, program) for program in listed.programs}
 
     @property
     def kv_bytes_a_page(self) -> int:

@@ -18,6 +18,8 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
+from serving.engine.device.keys import ProgramKey
+
 log = logging.getLogger(__name__)
 
 _SOURCES = ("models", "ops", "sharding", "serving/engine")
@@ -28,7 +30,7 @@ class Program:
     """One function to compile.
 
     Attributes:
-        name: shown in progress and errors; unique.
+        key: unique among an engine's programs.
         fn: a pure function of arrays.
         args: arrays or ShapeDtypeStructs; of one replica, where the mesh has several (see placement.py).
         donate: positions of arguments whose buffers the result may take over.
@@ -37,12 +39,17 @@ class Program:
         resident: the results stay on the devices, each with its replica.
     """
 
-    name: str
+    key: ProgramKey
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     donate: tuple[int, ...] = ()
     shared: tuple[int, ...] | None = None
     resident: bool = False
+
+    @property
+    def name(self) -> str:
+        """For progress, errors and the file of its executable."""
+        return str(self.key)
 
 
 _starting = 0
@@ -193,7 +200,7 @@ def compile_all(
     cache: ProgramCache,
     on_done: Callable[[int, int], None] | None = None,
     agree: Callable[[bool], bool] | None = None,
-) -> dict[str, Any]:
+) -> dict[ProgramKey, Any]:
     """Loads or compiles every program, several at once.
 
     Args:
@@ -201,16 +208,16 @@ def compile_all(
         agree: with several processes, asked whether all may use what they found, given that this one found everything. Where
             one compiles, all do: on GPUs a compilation waits for the others' measurements of its kernels.
     Returns:
-        name -> executable, called like the function with arguments of exactly the declared shapes.
+        key -> executable, called like the function with arguments of exactly the declared shapes.
     """
-    done: dict[str, Any] = {}
+    done: dict[ProgramKey, Any] = {}
     workers = max(2, min(16, os.cpu_count() or 2))
 
-    def build(program: Program) -> tuple[str, Any]:
+    def build(program: Program) -> tuple[ProgramKey, Any]:
         jitted = jax.jit(program.fn, donate_argnums=program.donate)
         compiled = jitted.lower(*program.args).compile()
         cache.store(program.name, compiled)
-        return program.name, compiled
+        return program.key, compiled
 
     with (
         _kept_out_of_jax_cache(),
@@ -218,15 +225,15 @@ def compile_all(
     ):
         for program, found in zip(programs, pool.map(lambda p: cache.load(p.name), programs), strict=True):
             if found is not None:
-                done[program.name] = found
+                done[program.key] = found
         if agree is not None and not agree(len(done) == len(programs)):
             done.clear()
         if on_done and done:
             on_done(len(done), len(programs))
-        futures = [pool.submit(build, p) for p in programs if p.name not in done]
+        futures = [pool.submit(build, p) for p in programs if p.key not in done]
         for future in concurrent.futures.as_completed(futures):
-            name, compiled = future.result()
-            done[name] = compiled
+            key, compiled = future.result()
+            done[key] = compiled
             if on_done:
                 on_done(len(done), len(programs))
     return done

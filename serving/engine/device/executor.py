@@ -5,7 +5,6 @@ Every process of an engine has one, and all are given the same commands in the s
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from ops import paged_attention
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
-from serving.engine.device.at_rest import Rested, check_fit, delete, to_devices, to_host
+from serving.engine.device.at_rest import delete
 from serving.engine.device.commands import (
     ClearStates,
     Command,
@@ -33,12 +32,14 @@ from serving.engine.device.commands import (
     SaveStates,
 )
 from serving.engine.device.compiling import CompileGuard, Program, ProgramCache, compile_all, starting
+from serving.engine.device.components import Component
 from serving.engine.device.group import Group, Meet
+from serving.engine.device.keys import DECODER, ProgramKey
 from serving.engine.device.packing import pack_forward, pack_sample
 from serving.engine.device.page_store import PageStore
 from serving.engine.device.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, place, placed
 from serving.engine.device.program_list import StepShapes, list_programs
-from serving.engine.device.programs import PROMPT_LOGPROB_ROWS, SplitModel
+from serving.engine.device.programs import PROMPT_LOGPROB_ROWS
 from serving.engine.device.sizing import Sizes
 from serving.engine.device.state import DeviceState, slot_rows
 from serving.engine.device.state_store import StateStore
@@ -63,6 +64,8 @@ class Executor:
         num_snapshots: of each replica, how many of their states may be kept for prefixes.
 
     Attributes:
+        decoder: the first of `components`, whose pages and device state the executor keeps.
+        components: the models of this engine, by name.
         groups: which layers share pages.
         guard: counts compilations after start.
         num_sampled: commands so far that sampled tokens.
@@ -100,20 +103,19 @@ class Executor:
         self._cache = cache
         self._mesh = mesh
         self._backend = attention_backend
-        self._split, self._leaves = SplitModel.split(model)
+        self.decoder = Component(DECODER, model)
+        self.components = {DECODER: self.decoder}
         self._kv: Any = None
         self._state: Any = None
-        self._asleep: Rested = []  # (leaf, sharding) in host memory, while the device has none
         self.reset_cache()
         by_replica = BY_REPLICA if self.replicas > 1 else EVERYWHERE
         self._no_mask = {
             s: place(mesh, jnp.zeros((self.replicas * s, self.mask_width), jnp.int32), by_replica)
             for s in self.buckets.sample_sizes
         }
-        self.programs: dict[str, Any] = {}
+        self.programs: dict[ProgramKey, Any] = {}
         self.store = PageStore(self.replicas) if host_tier else None
         self.max_steps = num_scheduler_steps
-        self._head: list[int] = []  # which leaves the logits read
         self._hidden_SD: Any = None  # of the last Forward, until its Sample
         self._hidden_TD: Any = None
 
@@ -145,12 +147,12 @@ class Executor:
         self._group = group
 
     def _list_programs(self) -> list[Program]:
-        leaves = jax.tree.map(_abstract, self._leaves)
         kv, state = jax.tree.map(lambda array: of_one(self._mesh, array), (self._kv, self._state))
         more = [] if self.store is None else self.store.programs(kv)
         more += [] if self.states is None else self.states.programs()
-        listed = list_programs(self._split, leaves, kv, state, self._shapes, self.max_steps, more)
-        self._head = listed.head
+        weights = self.decoder.abstract_leaves
+        listed = list_programs(self.decoder.split, weights, kv, state, self._shapes, self.max_steps, more)
+        self.decoder.head = listed.head
         return [placed(self._mesh, program) for program in listed.programs]
 
     def _warm_up(self) -> None:
@@ -167,7 +169,7 @@ class Executor:
                 self.execute(PromptLogprobs(bucket.tokens, rows, rows))
                 self.execute(Pool(np.zeros((self.replicas * self.buckets.max_rows, bucket.tokens), np.float32)))
             self.execute(Sample(bucket.samples, sample))
-            if f"decode_loop {bucket.decode}" in self.programs and not bucket.chunk:
+            if ProgramKey("decode_loop", bucket) in self.programs:
                 self.execute(DecodeLoop(bucket, forward, sample, 2))
         if self.store is not None:
             null = [PageMove(replica, 0, b"") for replica in range(self.replicas)]
@@ -196,33 +198,35 @@ class Executor:
             self._group.send(command)
         match command:
             case Forward(bucket, packed):
-                self._kv, self._hidden_SD, self._hidden_TD, loads = self.programs[f"forward {bucket}"](
-                    self._leaves, self._kv, self._state.ends, packed
+                self._kv, self._hidden_SD, self._hidden_TD, loads = self.programs[ProgramKey("forward", bucket)](
+                    self.decoder.leaves, self._kv, self._state.ends, packed
                 )
                 return loads[0] if loads else None
             case Sample(rows, packed, mask):
                 mask = self._no_mask[rows] if mask is None else mask
                 hidden_SD, self._hidden_SD, self._hidden_TD = self._hidden_SD, None, None
-                self._state, output = self.programs[f"sample {rows}"](
-                    self._head_leaves, self._state, hidden_SD, packed, mask
+                self._state, output = self.programs[ProgramKey("sample", rows)](
+                    self.decoder.head_leaves, self._state, hidden_SD, packed, mask
                 )
                 self._sampled_once_more()
                 return output
             case DecodeLoop(bucket, forward, sample, steps):
-                self._kv, self._state, tokens = self.programs[f"decode_loop {bucket.decode}"](
-                    self._leaves, self._kv, self._state, forward, sample, np.int32(steps)
+                self._kv, self._state, tokens = self.programs[ProgramKey("decode_loop", bucket)](
+                    self.decoder.leaves, self._kv, self._state, forward, sample, np.int32(steps)
                 )
                 self._sampled_once_more()
                 return tokens
             case Pool(weights):
-                return self.programs[f"pool {command.tokens}"](self._hidden_TD, weights)
+                return self.programs[ProgramKey("pool", command.tokens)](self._hidden_TD, weights)
             case PromptLogprobs(tokens, rows, targets):
-                return self.programs[f"prompt_logprobs {tokens}"](self._head_leaves, self._hidden_TD, rows, targets)
+                return self.programs[ProgramKey("prompt_logprobs", tokens)](
+                    self.decoder.head_leaves, self._hidden_TD, rows, targets
+                )
             case LoadSlot(replica, slot, seen, ids, values, banned):
                 # Out of range, so nothing is written, but for the one replica.
                 slots = np.full(self.replicas, self.sizes.max_num_seqs + 1, np.int32)
                 slots[replica] = slot
-                self._state = self.programs["load_slot"](self._state, slots, seen, ids, values, banned)
+                self._state = self.programs[ProgramKey("load_slot")](self._state, slots, seen, ids, values, banned)
                 return None
             case PagesOut() | PagesIn() | PagesDropped():
                 return self._move_pages(command)
@@ -274,14 +278,11 @@ class Executor:
         Raises:
             ValueError: another structure, shape, dtype or placement, in a sentence.
         """
-        _, leaves = SplitModel.split(model)
-        check_fit(leaves, self._leaves)
-        return leaves
+        return self.decoder.leaves_of(model)
 
     def replace_weights(self, leaves: tuple[Any, ...]) -> None:
         """Uses other weights from the next program on; see `leaves_of`. Steps in flight keep those they were given."""
-        self._leaves = leaves
-        self.__dict__.pop("_head_leaves", None)
+        self.decoder.replace(leaves)
 
     def sleep(self, keep_weights: bool) -> int:
         """Gives the device's memory back: pages and state are lost, weights are kept in host memory or lost too.
@@ -291,11 +292,9 @@ class Executor:
         """
         jax.block_until_ready((self._kv, self._state))
         states = () if self.states is None else (self.states.states, self.states.snapshots)
-        freed = sum(leaf.nbytes for leaf in jax.tree.leaves((self._leaves, self._kv, self._state, states)))
-        if keep_weights:
-            self._asleep = to_host(self._leaves)
-        self.__dict__.pop("_head_leaves", None)
-        delete((self._leaves, self._kv, self._state, states))
+        freed = sum(leaf.nbytes for leaf in jax.tree.leaves((self.decoder.leaves, self._kv, self._state, states)))
+        self.decoder.sleep(keep_weights)
+        delete((self._kv, self._state, states))
         self._kv = self._state = None
         return freed
 
@@ -305,10 +304,7 @@ class Executor:
         Args:
             leaves: the weights, where `sleep` did not keep them.
         """
-        if leaves is None:
-            leaves = to_devices(self._asleep)
-        self._asleep = []
-        self.replace_weights(leaves)
+        self.decoder.wake(leaves)
         self.reset_cache()
 
     def sampled(self, number: int, tokens: np.ndarray) -> None:
@@ -316,18 +312,10 @@ class Executor:
         if self._group is not None:
             self._group.sampled(number, tokens)
 
-    @functools.cached_property
-    def _head_leaves(self) -> tuple[Any, ...]:
-        return tuple(self._leaves[i] for i in self._head)
-
     @property
     def weight_bytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._leaves))
+        return self.decoder.weight_bytes
 
     @property
     def num_parameters(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(self._leaves))
-
-
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        return self.decoder.num_parameters

@@ -22,6 +22,9 @@ import numpy as np
 from models.api import KVCache
 from serving.engine.device.commands import PageMoves, PagesDropped, PagesIn, PagesOut
 from serving.engine.device.compiling import Program
+from serving.engine.device.keys import ProgramKey
+
+READ, WRITE = ProgramKey("read_pages"), ProgramKey("write_pages")
 
 GROUP = 16
 """Pages of each replica that a copy program moves at once; shorter groups are padded with the null page."""
@@ -80,7 +83,7 @@ class PageStore:
         self._replicas = replicas
         self._pages: dict[tuple[int, bytes], list[dict[Part, np.ndarray]] | _Group] = {}
         self._pending: list[_Group] = []
-        self._programs: dict[str, Any] = {}
+        self._programs: dict[ProgramKey, Any] = {}
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -91,18 +94,18 @@ class PageStore:
         ids = jax.ShapeDtypeStruct((GROUP,), jnp.int32)
         content = jax.tree.map(lambda a: jax.ShapeDtypeStruct((GROUP, *a.shape[1:]), a.dtype, sharding=a.sharding), kv)
         return [
-            Program("read_pages", read_pages, (kv, ids), shared=()),
-            Program("write_pages", write_pages, (kv, ids, content), donate=(0,), shared=()),
+            Program(READ, read_pages, (kv, ids), shared=()),
+            Program(WRITE, write_pages, (kv, ids, content), donate=(0,), shared=()),
         ]
 
-    def bind(self, programs: dict[str, Any]) -> None:
+    def bind(self, programs: dict[ProgramKey, Any]) -> None:
         """Takes the compiled programs."""
         self._programs = programs
 
     def take_out(self, kv: KVCache, moves: PagesOut) -> None:
         """Starts copying pages out."""
         for ids, keys in self._groups(moves):
-            content = jax.tree.leaves(self._programs["read_pages"](kv, ids))
+            content = jax.tree.leaves(self._programs[READ](kv, ids))
             leaves = [self._parts(array) for array in content]
             here = {replica for leaf in leaves for replica, _ in leaf}
             held = {(r, key): row for r in here for row, key in enumerate(keys[r])}
@@ -140,7 +143,7 @@ class PageStore:
         for ids, keys in self._groups(moves):
             pages = [[self._page(replica, key) for key in of] for replica, of in enumerate(keys)]
             content = [self._array(array, i, pages) for i, array in enumerate(arrays)]
-            kv = self._programs["write_pages"](kv, ids, jax.tree.unflatten(treedef, content))
+            kv = self._programs[WRITE](kv, ids, jax.tree.unflatten(treedef, content))
         return kv
 
     def _array(self, like: jax.Array, leaf: int, pages: list[list[list[dict[Part, np.ndarray]] | None]]) -> jax.Array:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from models.api import CausalLM
 from ops.paged_attention.groups import KVGroups
 from serving.engine.device.compiling import Program
+from serving.engine.device.keys import ProgramKey
 from serving.engine.device.packing import Layout, forward_layout, sample_layout
 from serving.engine.device.programs import (
     PROMPT_LOGPROB_ROWS,
@@ -111,31 +112,31 @@ def list_programs(
     for bucket, layout in shapes.forward_layouts.items():
         fn = make_forward(split, shapes.groups, layout, shapes.sizes.page_size, bucket.chunk > 0)
         flat = ints(layout.size)
-        programs.append(Program(f"forward {bucket}", fn, (leaves, kv, state.ends, flat), (1,), (0,), True))
+        programs.append(Program(ProgramKey("forward", bucket), fn, (leaves, kv, state.ends, flat), (1,), (0,), True))
         if max_steps > 1 and not bucket.chunk:
             sample = shapes.sample_layouts[bucket.samples]
             fn = make_decode_loop(split, shapes.groups, layout, sample, shapes.sizes.page_size, max_steps)
             args = (leaves, kv, state, flat, ints(sample.size), ints())
-            programs.append(Program(f"decode_loop {bucket.decode}", fn, args, (1, 2), (0, 5)))
+            programs.append(Program(ProgramKey("decode_loop", bucket), fn, args, (1, 2), (0, 5)))
     head = used_leaves(lambda leaves, h: split.merge(leaves).logits(h), leaves, hidden(PROMPT_LOGPROB_ROWS))
     head_leaves = tuple(leaves[i] for i in head)
     with_head = _with_head(head, len(leaves))
     for size, layout in shapes.sample_layouts.items():
         args = (head_leaves, state, hidden(size), ints(layout.size), ints(size, shapes.mask_width))
-        programs.append(Program(f"sample {size}", with_head(make_sample(split, layout)), args, (1,), (0,)))
+        programs.append(Program(ProgramKey("sample", size), with_head(make_sample(split, layout)), args, (1,), (0,)))
     rows = ints(PROMPT_LOGPROB_ROWS)
     for tokens in shapes.buckets.chunk_sizes:
         fn = with_head(make_prompt_logprobs(split))
         programs.append(
-            Program(f"prompt_logprobs {tokens}", fn, (head_leaves, hidden(tokens), rows, rows), shared=(0,))
+            Program(ProgramKey("prompt_logprobs", tokens), fn, (head_leaves, hidden(tokens), rows, rows), shared=(0,))
         )
         weights = jax.ShapeDtypeStruct((shapes.buckets.max_rows, tokens), jnp.float32)
-        programs.append(Program(f"pool {tokens}", pool, (hidden(tokens), weights), shared=()))
+        programs.append(Program(ProgramKey("pool", tokens), pool, (hidden(tokens), weights), shared=()))
     slot = [
         jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
         for a in (state.seen, state.bias_ids, state.bias_values, state.banned_ids)
     ]
-    programs.append(Program("load_slot", load_slot, (state, ints(1), *slot), (0,), (2, 3, 4, 5), True))
+    programs.append(Program(ProgramKey("load_slot"), load_slot, (state, ints(1), *slot), (0,), (2, 3, 4, 5), True))
     return ProgramList(sorted(programs, key=_size, reverse=True), head)
 
 

@@ -15,8 +15,11 @@ from jax.sharding import Mesh
 
 from serving.engine.device.commands import ClearStates, LoadStates, SaveStates
 from serving.engine.device.compiling import Program
+from serving.engine.device.keys import ProgramKey
 from serving.engine.device.placement import BY_REPLICA, EVERYWHERE, of_one, place
 from serving.engine.requests.cache_specs import RecurrentSpec
+
+SAVE, LOAD, CLEAR = ProgramKey("save_states"), ProgramKey("load_states"), ProgramKey("clear_states")
 
 GROUP = 8
 """States of each replica that a copy program moves at once."""
@@ -54,7 +57,7 @@ class StateStore:
     def __init__(self, spec: RecurrentSpec, slots: int, rows: int, mesh: Mesh | None = None, replicas: int = 1) -> None:
         self._slots, self._rows, self._replicas, self._mesh = slots, max(rows, 1), replicas, mesh
         self._spec = spec
-        self._programs: dict[str, Any] = {}
+        self._programs: dict[ProgramKey, Any] = {}
         self.states: Arrays = {}
         self.snapshots: Arrays = {}
         self.reset()
@@ -76,12 +79,12 @@ class StateStore:
         states, snapshots = jax.tree.map(lambda a: of_one(self._mesh, a), (self.states, self.snapshots))
         ids = jax.ShapeDtypeStruct((GROUP,), jnp.int32)
         return [
-            Program("save_states", save_states, (snapshots, states, ids, ids), (0,), (), True),
-            Program("load_states", load_states, (states, snapshots, ids, ids), (0,), (), True),
-            Program("clear_states", clear_states, (states, ids), (0,), (), True),
+            Program(SAVE, save_states, (snapshots, states, ids, ids), (0,), (), True),
+            Program(LOAD, load_states, (states, snapshots, ids, ids), (0,), (), True),
+            Program(CLEAR, clear_states, (states, ids), (0,), (), True),
         ]
 
-    def bind(self, programs: dict[str, Any]) -> None:
+    def bind(self, programs: dict[ProgramKey, Any]) -> None:
         """Takes the compiled programs."""
         self._programs = programs
 
@@ -103,8 +106,8 @@ class StateStore:
             slots, rows = slots.reshape(-1), rows.reshape(-1)
             match command:
                 case SaveStates():
-                    self.snapshots = self._programs["save_states"](self.snapshots, self.states, slots, rows)
+                    self.snapshots = self._programs[SAVE](self.snapshots, self.states, slots, rows)
                 case LoadStates():
-                    self.states = self._programs["load_states"](self.states, self.snapshots, slots, rows)
+                    self.states = self._programs[LOAD](self.states, self.snapshots, slots, rows)
                 case ClearStates():
-                    self.states = self._programs["clear_states"](self.states, slots)
+                    self.states = self._programs[CLEAR](self.states, slots)

@@ -14,6 +14,7 @@ from models.embedding_head import EmbeddingHead
 from models.pooling import pool
 from serving.engine.device.at_rest import Rested, check_fit, delete, to_devices, to_host
 from serving.engine.device.compiling import CompileGuard, Program, ProgramCache, compile_all
+from serving.engine.device.keys import ProgramKey
 from serving.engine.device.placement import placed
 from serving.engine.device.programs import SplitModel
 
@@ -116,7 +117,7 @@ class EncoderRunner:
         self._cache = cache
         self._mesh = mesh
         self._split, self._leaves = SplitModel.split(model)
-        self._programs: dict[str, Any] = {}
+        self._programs: dict[ProgramKey, Any] = {}
         self._asleep: Rested = []
 
     def compile(self, on_done: Callable[[int, int], None] | None = None) -> None:
@@ -125,7 +126,7 @@ class EncoderRunner:
         programs = []
         for b in sorted(self.buckets.buckets, key=lambda b: -b.length * b.rows):
             packed = jax.ShapeDtypeStruct((b.rows, 2 * b.length + 2), jnp.int32)
-            programs.append(placed(self._mesh, Program(f"encode {b}", self._encode, (leaves, packed))))
+            programs.append(placed(self._mesh, Program(ProgramKey("encode", b), self._encode, (leaves, packed))))
         self._programs = compile_all(programs, self._cache, on_done)
         for b in self.buckets.buckets:
             jax.block_until_ready(self._dispatch([Text((0,))], b))
@@ -150,7 +151,7 @@ class EncoderRunner:
             row[S : S + len(text.segment_ids)] = text.segment_ids
             pooling = self.poolings.index(text.pooling or self._head.pooling)
             row[2 * S :] = len(text.token_ids), pooling
-        return self._programs[f"encode {bucket}"](self._leaves, packed)
+        return self._programs[ProgramKey("encode", bucket)](self._leaves, packed)
 
     def _encode(self, leaves: tuple[jax.Array, ...], packed: jax.Array) -> jax.Array:
         model = self._split.merge(leaves)

@@ -191,8 +191,9 @@ def axes_of(found: re.Match[str], mesh: jax.sharding.Mesh) -> str:
 def collectives(engine: Engine, mesh: jax.sharding.Mesh) -> dict[str, dict[str, int]]:
     """How many collectives of each kind and each set of axes the programs hold."""
     found = {}
-    for name, program in engine.runner.executor.programs.items():
-        if name.startswith(("forward", "sample")):
+    for key, program in engine.runner.executor.programs.items():
+        name = str(key)
+        if key.kind in ("forward", "sample"):
             counts = collections.Counter()
             for match in COLLECTIVE.finditer(program.as_text()):
                 counts[f"{match[1]} over {axes_of(match, mesh)}"] += 1

@@ -223,7 +223,7 @@ async def test_sleep_gives_memory_back_and_waking_goes_on_with_the_same_tokens(a
     tasks = [asyncio.ensure_future(_run(alive, r)) for r in _requests()]
     before = alive.client.stats().generation_tokens
     await until(lambda: alive.client.stats().generation_tokens > before)
-    leaves = alive.runner.executor._leaves
+    leaves = alive.runner.executor.decoder.leaves
     freed = await asyncio.to_thread(alive.lifecycle.sleep, level)
     assert freed > sum(leaf.nbytes for leaf in leaves)
     assert all(leaf.is_deleted() for leaf in leaves) and alive.runner.executor._kv is None

@@ -1,0 +1,83 @@
+"""The models of an engine. The decoder is the first, and the one that every engine has; a draft, or what reads images or sound,
+stands beside it: its own weights and its own programs, in the same executor and the same order of commands."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+
+from serving.engine.device.at_rest import Rested, check_fit, delete, to_devices, to_host
+from serving.engine.device.programs import SplitModel
+
+
+class Component:
+    """One model on one mesh: its weights, and which of them its programs read.
+
+    Args:
+        name: `ProgramKey.component` of its programs.
+        model: an nnx.Module, weights on their devices.
+
+    Attributes:
+        split: the model as a function of its leaves.
+        leaves: the weights. Replaced as a whole: steps in flight keep those they were given.
+        head: which of the leaves its logits read; set when its programs are listed.
+    """
+
+    def __init__(self, name: str, model: Any) -> None:
+        self.name = name
+        self.split, self.leaves = SplitModel.split(model)
+        self.head: list[int] = []
+        self._asleep: Rested = []
+
+    @property
+    def abstract_leaves(self) -> Any:
+        """Shapes and places of the weights."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.leaves)
+
+    @functools.cached_property
+    def head_leaves(self) -> tuple[Any, ...]:
+        """What programs that make logits are called with."""
+        return tuple(self.leaves[i] for i in self.head)
+
+    def leaves_of(self, model: Any) -> tuple[Any, ...]:
+        """The weights of another checkpoint, checked to fit this model's programs.
+
+        Raises:
+            ValueError: another structure, shape, dtype or placement, in a sentence.
+        """
+        _, leaves = SplitModel.split(model)
+        check_fit(leaves, self.leaves)
+        return leaves
+
+    def replace(self, leaves: tuple[Any, ...]) -> None:
+        """Uses other weights from the next program on; see `leaves_of`."""
+        self.leaves = leaves
+        self.__dict__.pop("head_leaves", None)
+
+    def sleep(self, keep: bool) -> None:
+        """Gives the devices' memory back; the weights are kept in host memory, or lost."""
+        if keep:
+            self._asleep = to_host(self.leaves)
+        self.__dict__.pop("head_leaves", None)
+        delete(self.leaves)
+
+    def wake(self, leaves: tuple[Any, ...] | None = None) -> None:
+        """Takes the devices' memory again.
+
+        Args:
+            leaves: the weights, where `sleep` did not keep them.
+        """
+        if leaves is None:
+            leaves = to_devices(self._asleep)
+        self._asleep = []
+        self.replace(leaves)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.leaves))
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.leaves))
