@@ -32,6 +32,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-06, "rope_interleave": True, "rope_theta": 10000.0, "routed_scaling_factor": 2.5,
         "tie_word_embeddings": False, "topk_group": 4, "v_head_dim": 128, "vocab_size": 129280,
     },
+    "exaone4": {
+        "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 16384, "max_position_embeddings": 2048,
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_pattern": 4, "tie_word_embeddings": False,
+        "vocab_size": 102400,
+    },
     "gemma": {
         "attention_bias": False, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 3072,
         "intermediate_size": 24576, "max_position_embeddings": 8192, "num_attention_heads": 16, "num_hidden_layers": 28,
@@ -50,6 +56,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "intermediate_size": 9216, "max_position_embeddings": 131072, "num_attention_heads": 8, "num_hidden_layers": 26,
         "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "sliding_window": 4096,
         "tie_word_embeddings": True, "use_bidirectional_attention": False, "vocab_size": 262208,
+    },
+    "glm4_moe": {
+        "attention_bias": False, "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 10944, "max_position_embeddings": 131072, "moe_intermediate_size": 1408, "n_group": 1,
+        "n_routed_experts": 128, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96,
+        "num_experts_per_tok": 8, "num_hidden_layers": 46, "num_key_value_heads": 8, "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": False, "topk_group": 1, "use_qk_norm": False, "vocab_size": 151552,
     },
     "gpt2": {
         "activation_function": "gelu_new", "attn_pdrop": 0.1, "layer_norm_epsilon": 1e-05, "n_embd": 768, "n_head": 12,
@@ -89,6 +103,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "no_rope_layer_interval": 4, "num_attention_heads": 40, "num_experts_per_tok": 1, "num_hidden_layers": 48,
         "num_key_value_heads": 8, "num_local_experts": 16, "rms_norm_eps": 1e-05, "rope_theta": 500000.0,
         "tie_word_embeddings": False, "use_qk_norm": True, "vocab_size": 202048,
+    },
+    "minimax_m2": {
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 3072, "intermediate_size": 1536,
+        "max_position_embeddings": 196608, "num_attention_heads": 48, "num_experts_per_tok": 8, "num_hidden_layers": 62,
+        "num_key_value_heads": 8, "num_local_experts": 256, "rms_norm_eps": 1e-06, "rope_theta": 5000000.0,
+        "tie_word_embeddings": False, "vocab_size": 200064,
     },
     "ministral": {
         "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 131072,
@@ -173,6 +193,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "num_attention_heads": 12, "num_hidden_layers": 12,
         "tie_word_embeddings": True, "type_vocab_size": 2, "vocab_size": 50265,
     },
+    "seed_oss": {
+        "attention_bias": True, "attention_out_bias": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 27648, "max_position_embeddings": 524288, "mlp_bias": False, "num_attention_heads": 80,
+        "num_hidden_layers": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "vocab_size": 155136,
+    },
     "smollm3": {
         "attention_bias": False, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 11008,
         "max_position_embeddings": 32768, "mlp_bias": False, "no_rope_layer_interval": 4, "num_attention_heads": 16,
@@ -200,11 +226,17 @@ ALIASES: dict[str, dict[str, str]] = {
     "deepseek_v3": {
         "num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers",
     },
+    "glm4_moe": {
+        "num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers",
+    },
     "gpt2": {
         "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
         "num_hidden_layers": "n_layer",
     },
     "gpt_oss": {
+        "num_experts": "num_local_experts",
+    },
+    "minimax_m2": {
         "num_experts": "num_local_experts",
     },
     "mixtral": {
@@ -221,19 +253,19 @@ ALIASES: dict[str, dict[str, str]] = {
 
 MODEL_TYPES: dict[str, str] = {
     "BertForMaskedLM": "bert", "BertForSequenceClassification": "bert", "BertModel": "bert",
-    "DeepseekV2ForCausalLM": "deepseek_v2", "DeepseekV3ForCausalLM": "deepseek_v3", "GPT2LMHeadModel": "gpt2",
-    "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3_text",
-    "GemmaForCausalLM": "gemma", "GptOssForCausalLM": "gpt_oss", "GraniteForCausalLM": "granite",
-    "GraniteMoeForCausalLM": "granitemoe", "Llama4ForCausalLM": "llama4_text",
-    "Llama4ForConditionalGeneration": "llama4_text", "LlamaForCausalLM": "llama", "LlamaModel": "llama",
-    "Ministral3ForCausalLM": "ministral3", "MinistralForCausalLM": "ministral",
-    "Mistral3ForConditionalGeneration": "mistral", "MistralForCausalLM": "mistral", "MistralModel": "mistral",
-    "MixtralForCausalLM": "mixtral", "ModernBertForMaskedLM": "modernbert",
+    "DeepseekV2ForCausalLM": "deepseek_v2", "DeepseekV3ForCausalLM": "deepseek_v3", "Exaone4ForCausalLM": "exaone4",
+    "GPT2LMHeadModel": "gpt2", "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3_text",
+    "Gemma3ForConditionalGeneration": "gemma3_text", "GemmaForCausalLM": "gemma", "Glm4MoeForCausalLM": "glm4_moe",
+    "GptOssForCausalLM": "gpt_oss", "GraniteForCausalLM": "granite", "GraniteMoeForCausalLM": "granitemoe",
+    "Llama4ForCausalLM": "llama4_text", "Llama4ForConditionalGeneration": "llama4_text", "LlamaForCausalLM": "llama",
+    "LlamaModel": "llama", "MiniMaxM2ForCausalLM": "minimax_m2", "Ministral3ForCausalLM": "ministral3",
+    "MinistralForCausalLM": "ministral", "Mistral3ForConditionalGeneration": "mistral", "MistralForCausalLM": "mistral",
+    "MistralModel": "mistral", "MixtralForCausalLM": "mixtral", "ModernBertForMaskedLM": "modernbert",
     "ModernBertForSequenceClassification": "modernbert", "ModernBertModel": "modernbert", "Olmo2ForCausalLM": "olmo2",
     "Olmo3ForCausalLM": "olmo3", "OlmoeForCausalLM": "olmoe", "Phi3ForCausalLM": "phi3", "Qwen2ForCausalLM": "qwen2",
     "Qwen2Model": "qwen2", "Qwen2MoeForCausalLM": "qwen2_moe", "Qwen3ForCausalLM": "qwen3", "Qwen3Model": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe", "RobertaForSequenceClassification": "roberta", "RobertaModel": "roberta",
-    "SmolLM3ForCausalLM": "smollm3", "Starcoder2ForCausalLM": "starcoder2",
+    "SeedOssForCausalLM": "seed_oss", "SmolLM3ForCausalLM": "smollm3", "Starcoder2ForCausalLM": "starcoder2",
     "XLMRobertaForSequenceClassification": "xlm-roberta", "XLMRobertaModel": "xlm-roberta",
 }
 """Of each architecture, for files that do not say their `model_type`."""

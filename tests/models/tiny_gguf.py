@@ -30,6 +30,8 @@ ARCHITECTURES = {
     "OlmoeForCausalLM": "olmoe",
     "Phi3ForCausalLM": "phi3",
     "SmolLM3ForCausalLM": "smollm3",
+    "SeedOssForCausalLM": "seed_oss",
+    "Exaone4ForCausalLM": "exaone4",
     "Starcoder2ForCausalLM": "starcoder2",
     "GPT2LMHeadModel": "gpt2",
     "GptOssForCausalLM": "gpt-oss",
@@ -92,7 +94,7 @@ def metadata(c: dict, arch: str) -> dict:
         "attention.layer_norm_rms_epsilon": c.get("rms_norm_eps"),
         "attention.layer_norm_epsilon": c.get("norm_epsilon", c.get("layer_norm_epsilon")),
         "attention.sliding_window": c.get("sliding_window")
-        if arch in ("llama", "gemma2", "gemma3", "phi3", "starcoder2", "gpt-oss", "olmo2")
+        if arch in ("llama", "gemma2", "gemma3", "phi3", "starcoder2", "gpt-oss", "olmo2", "exaone4")
         else None,
         "rope.freq_base": rope.get("rope_theta"),
         "attn_logit_softcapping": c.get("attn_logit_softcapping"),
@@ -110,7 +112,7 @@ def metadata(c: dict, arch: str) -> dict:
         keys["rope.freq_base_swa"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
         keys["rope.freq_base"] = rope["rope_theta"]
-    if arch in ("llama", "olmo2") and c.get("layer_types"):
+    if arch in ("llama", "olmo2", "exaone4") and c.get("layer_types"):
         keys["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in c["layer_types"]]
     if arch == "llama4":
         keys["feed_forward_length"] = c["intermediate_size_mlp"]
