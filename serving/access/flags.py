@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+from typing import Any
 
 from serving.access.access import Access
-from serving.access.keys import KeyRing
+from serving.access.keys import MIN_SECRET_CHARS, KeyRing
 from serving.access.tls import CERT_REQS, ServerTls
 
 KEY_VARIABLE = "JAXSERVE_API_KEY"
@@ -17,7 +18,8 @@ SECRET_FLAGS = frozenset({"api_key", "admin_api_key", "target_api_key"})
 
 
 def add_access_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds what `access_of` and `tls_of` read."""
+    """Adds what `access_of`, `tls_of`, `http_options` and `limit_changes` read."""
+    _add_http_flags(parser)
     group = parser.add_argument_group("access")
     group.add_argument(
         "--api-key", nargs="+", default=[], metavar="KEY",
@@ -42,6 +44,11 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
         "--requests-per-minute", type=int, default=None, metavar="N",
         help="requests a key may send in a minute, prompts and completions counted one each (default: no bound)",
     )  # fmt: skip
+    group.add_argument(
+        "--allowed-hosts", nargs="+", default=[], metavar="NAME",
+        help="names that a server without keys answers to beside addresses and local ones; *.zone for all below one, * for all "
+        "(default: none)",
+    )  # fmt: skip
     group.add_argument("--ssl-keyfile", default=None, metavar="FILE", help="TLS key, PEM (default: no TLS)")
     group.add_argument("--ssl-certfile", default=None, metavar="FILE", help="TLS certificate with its chain, PEM")
     group.add_argument("--ssl-ca-certs", default=None, metavar="FILE", help="authorities of clients' certificates, PEM")
@@ -49,6 +56,37 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
         "--ssl-cert-reqs", default="none", type=_cert_reqs, metavar="WHICH",
         help="clients' certificates: none, optional or required (0, 1, 2): required is mutual TLS for HTTP and gRPC",
     )  # fmt: skip
+
+
+def _add_http_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("HTTP")
+    group.add_argument(
+        "--root-path",
+        default="",
+        metavar="PATH",
+        help="what a proxy in front puts before every path (default: nothing)",
+    )
+    group.add_argument(
+        "--enable-force-include-usage", action="store_true", help="end every stream with token counts, asked for or not"
+    )
+    group.add_argument(
+        "--max-logprobs", type=int, default=20, metavar="N", help="likeliest tokens told beside each, 0 to 20"
+    )
+
+
+def http_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What of `create_app` the flags say."""
+    return {
+        "cors_origins": tuple(args.allowed_origins),
+        "allowed_hosts": tuple(args.allowed_hosts),
+        "root_path": args.root_path.rstrip("/"),
+        "force_usage": args.enable_force_include_usage,
+    }
+
+
+def limit_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Limits` that the flags say."""
+    return {"requests_per_minute": args.requests_per_minute, "max_logprobs": args.max_logprobs}
 
 
 def access_of(args: argparse.Namespace) -> Access:
@@ -65,6 +103,10 @@ def access_of(args: argparse.Namespace) -> Access:
         raise ValueError(f"api_key_file {args.api_key_file} cannot be read ({error.strerror}).") from None
     if args.requests_per_minute is not None and args.requests_per_minute < 1:
         raise ValueError(f"requests_per_minute must be at least 1, got {args.requests_per_minute}.")
+    if not 0 <= args.max_logprobs <= 20:
+        raise ValueError(f"max_logprobs must be between 0 and 20, got {args.max_logprobs}.")
+    if args.root_path and not args.root_path.startswith("/"):
+        raise ValueError(f"root_path must begin with a slash, got {args.root_path!r}.")
     return Access(ring, args.share_prefix_cache)
 
 
@@ -84,10 +126,14 @@ def tls_of(args: argparse.Namespace) -> ServerTls | None:
 
 
 def warnings_for(host: str, access: Access, tls: ServerTls | None) -> list[str]:
-    """What to tell whoever opens the server to more than this machine."""
+    """What to tell whoever opens the server to more than this machine, or gives it a weak key."""
+    lines = [
+        f"warning: {name} is shorter than {MIN_SECRET_CHARS} characters and can be guessed. `python -m serving.access FILE NAME` "
+        "makes good ones."
+        for name in access.keys.weak
+    ]
     if is_loopback(host):
-        return []
-    lines = []
+        return lines
     if not access.keys and not (tls and tls.mutual):
         lines.append(
             f"warning: listening on {host} without an API key: whoever reaches this machine can use the model. "

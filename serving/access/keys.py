@@ -1,8 +1,8 @@
 """API keys: kept as digests, compared in constant time, each with a name and a role.
 
 A key is 32 random bytes, so one SHA-256 of it cannot be searched for: slow password hashes (scrypt, argon2) protect
-secrets that people choose, and would cost every request milliseconds here. Keys shorter than `MIN_SECRET_CHARS` are
-refused for the same reason.
+secrets that people choose, and would cost every request milliseconds here. Keys shorter than `MIN_SECRET_CHARS` could be
+searched for: they are taken, and warned of.
 """
 
 from __future__ import annotations
@@ -100,9 +100,12 @@ class KeyRing:
         keys: (name, role, digest) of each; `digest` is the SHA-256 of the key's UTF-8.
     Raises:
         ValueError: two keys of one name, or one key twice.
+    Attributes:
+        weak: names of those that are short enough to be guessed.
     """
 
-    def __init__(self, keys: Iterable[tuple[str, Role, bytes]] = ()) -> None:
+    def __init__(self, keys: Iterable[tuple[str, Role, bytes]] = (), weak: Iterable[str] = ()) -> None:
+        self.weak = tuple(weak)
         self._keys = tuple(_Key(Caller(name, role), digest) for name, role, digest in keys)
         names = [key.caller.name for key in self._keys]
         for name in names:
@@ -137,14 +140,15 @@ class KeyRing:
         """Keys given plainly (flags, environment), named key-1, key-2, ... and admin-1, ..., and those of a file.
 
         Raises:
-            ValueError: a key that is too short, or a file that is not one of keys.
+            ValueError: a key that no header could carry, or a file that is not one of keys.
             OSError: the file cannot be read.
         """
-        keys = [(f"key-{i}", Role.USER, _checked(secret)) for i, secret in enumerate(users, 1)]
-        keys += [(f"admin-{i}", Role.ADMIN, _checked(secret)) for i, secret in enumerate(admins, 1)]
+        plain = [(f"key-{i}", Role.USER, secret) for i, secret in enumerate(users, 1)]
+        plain += [(f"admin-{i}", Role.ADMIN, secret) for i, secret in enumerate(admins, 1)]
+        keys = [(name, role, _checked(secret)) for name, role, secret in plain]
         if file is not None:
             keys += read_file(pathlib.Path(file).expanduser())
-        return cls(keys)
+        return cls(keys, [name for name, _, secret in plain if len(secret) < MIN_SECRET_CHARS])
 
 
 def read_file(path: pathlib.Path) -> list[tuple[str, Role, bytes]]:
@@ -195,9 +199,9 @@ def _digest(secret: str) -> bytes:
 
 
 def _checked(secret: str) -> bytes:
-    if len(secret) < MIN_SECRET_CHARS or not secret.isascii() or not secret.isprintable() or " " in secret:
+    if not secret or not secret.isascii() or not secret.isprintable() or " " in secret:
         raise ValueError(
-            f"an API key takes at least {MIN_SECRET_CHARS} printable ASCII characters without blanks, got one of "
-            f"{len(secret)}. `python -m serving.access FILE NAME` makes good ones."
+            f"an API key takes printable ASCII characters without blanks, got one of {len(secret)} characters that does not. "
+            "`python -m serving.access FILE NAME` makes good ones."
         )
     return _digest(secret)

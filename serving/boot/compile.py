@@ -63,7 +63,7 @@ def compile_decoder(checked: Checked, loaded: LoadedModel, say: Progress, meet: 
     """
     config, replicas = checked.config, num_replicas(checked.mesh)
     assert checked.bounds is not None
-    memory = config.kv_cache_memory or default_kv_memory(checked.mesh.size)
+    memory = config.kv_cache_memory or default_kv_memory(checked.mesh.size, config.gpu_memory_utilization)
     sizes = checked.bounds.within(memory if meet is None else meet("KV cache memory", memory))
     say(_pages_in_words(checked, loaded, sizes, replicas))
     began = time.monotonic()
@@ -102,7 +102,7 @@ def _cache(checked: Checked, loaded: LoadedModel, sizes: Sizes) -> ProgramCache:
         return checked.bundle.sealed()
     resolved = {
         **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size")),  # in sizes
-        **dict.fromkeys(("kv_cache_dtype", "kv_cache_memory")),
+        **dict.fromkeys(("kv_cache_dtype", "kv_cache_memory", "gpu_memory_utilization")),
         **_resolved(checked),
     }
     return ProgramCache(checked.programs, fingerprint(checked.config, loaded.config, sizes, resolved))
@@ -143,6 +143,7 @@ def compile_encoder(checked: Checked, loaded: LoadedModel, say: Progress) -> Com
         "page_size",
         "kv_cache_dtype",
         "kv_cache_memory",
+        "gpu_memory_utilization",
     )
     resolved = {**dict.fromkeys(unused), **_resolved(checked), "pooling": loaded.embedding.pooling}
     began = time.monotonic()

@@ -23,15 +23,38 @@ ELSEWHERE = {
     "-tp": "say --mesh data=1,model=N",
     "--data-parallel-size": "say --mesh data=N,model=1",
     "-dp": "say --mesh data=N,model=1",
-    "--gpu-memory-utilization": "give the KV cache's size itself: --kv-cache-memory 4GiB",
     "--kv-cache-memory-bytes": "it is called --kv-cache-memory here",
     "--block-size": "it is called --page-size here",
     "--api-server-count": "run gateways instead: python -m serving.gateway --target host:port",
     "--shutdown-timeout": "it is called --drain-timeout here",
     "--uvicorn-log-level": "it is called --log-level here",
-    "--enforce-eager": "every step is a compiled program here; there is no eager mode",
     "--trust-remote-code": "code of checkpoints is never run here",
 }
+
+# Flags of vLLM's command lines that ask for what is so here anyway, or have no meaning: number of values, and why.
+HARMLESS = {
+    "--enforce-eager": (0, "every step is a compiled program here"),
+    "--enable-auto-tool-choice": (0, "tools are always read"),
+    "--runner": (1, "the model says what it is for"),
+    "--task": (1, "the model says what it is for"),
+    "--enable-chunked-prefill": (0, "long prompts are always read in pieces"),
+    "--disable-log-requests": (0, "texts of requests are never logged"),
+    "--no-enable-log-requests": (0, "texts of requests are never logged"),
+    "--disable-log-stats": (0, "numbers are at /metrics"),
+    "--load-format": (1, "the files say what they are"),
+    "--swap-space": (1, "pages move to the host with --kv-offload-gb"),
+    "--distributed-executor-backend": (1, "processes are started one by one here"),
+    "--enable-prompt-tokens-details": (0, "they are always told"),
+    "--enable-request-id-headers": (0, "they always come back"),
+    "--enable-tokenizer-info-endpoint": (0, "it is always there"),
+}
+
+
+class _Taken(argparse.Action):
+    """A flag that changes nothing: one line says why."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        print(f"{option_string} changes nothing here: {HARMLESS[option_string or ''][1]}.", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,6 +143,9 @@ def build_parser() -> Parser:
     server.add_argument("--inject-fault", nargs="+", default=[], metavar="FAULT", help=argparse.SUPPRESS)
     server.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="log level")
     add_access_flags(parser)
+    for name, (count, _) in HARMLESS.items():
+        extra: dict[str, Any] = {"nargs": 0} if not count else {}
+        server.add_argument(name, action=_Taken, help=argparse.SUPPRESS, dest=argparse.SUPPRESS, **extra)
     return parser
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from serving import memory
@@ -50,7 +50,7 @@ class Started:
         limits: Limits | None = None,
         executor: Any = None,
         tracing: Tracing | None = None,
-        requests_per_minute: int | None = None,
+        limit_changes: Mapping[str, Any] = {},
         tool_parser: str | None = None,
         reasoning_parser: str | None = None,
     ) -> TextService:
@@ -58,7 +58,7 @@ class Started:
 
         Args:
             served_names: names for the model, the first of which answers carry; the model's own name without.
-            limits: None takes the defaults for the engine's context, with `requests_per_minute` of one key.
+            limits: None takes the defaults for the engine's context, with `limit_changes`.
             tracing: where spans of what is served go.
             tool_parser, reasoning_parser: as for `TextService`.
         """
@@ -75,7 +75,7 @@ class Started:
             self.text.chat_template,
             model_id=names[0],
             aliases=names[1:],
-            limits=limits or Limits.for_model(info.max_model_len, requests_per_minute=requests_per_minute),
+            limits=limits or Limits.for_model(info.max_model_len, **limit_changes),
             default_params=self.default_params,
             grammar_compiler=self.grammars,
             executor=executor,

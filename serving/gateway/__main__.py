@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from serving import event_loop
-from serving.access.flags import access_of, tls_of, warnings_for
+from serving.access.flags import access_of, http_options, limit_changes, tls_of, warnings_for
 from serving.errors import RequestError
 from serving.gateway.flags import parse, target_names, target_tls
 from serving.gateway.pool import Pool
@@ -120,9 +120,9 @@ class Gateway:
             grammar_compiler=RemoteGrammars(),  # type: ignore[arg-type]
             tool_parser=args.tool_call_parser,
             reasoning_parser=args.reasoning_parser,
-            limits=Limits.for_model(info.max_model_len, requests_per_minute=args.requests_per_minute),
+            limits=Limits.for_model(info.max_model_len, **limit_changes(args)),
         )
-        app = create_app(self._service, access=access_of(args), cors_origins=tuple(args.allowed_origins))
+        app = create_app(self._service, access=access_of(args), **http_options(args))
         await rehearse(app)
         return app
 

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from serving import memory
-from serving.access.flags import access_of, tls_of, warnings_for
+from serving.access.flags import access_of, http_options, limit_changes, tls_of, warnings_for
 from serving.boot.engine_flags import in_flags
 from serving.engine.api.config import EngineConfig
 from serving.metrics.tracing import Tracing
@@ -94,7 +94,7 @@ class Server:
         service = started.service(
             served_names=self._args.served_model_name,
             tracing=self._tracing,
-            requests_per_minute=self._args.requests_per_minute,
+            limit_changes=limit_changes(self._args),
             tool_parser=self._args.tool_call_parser,
             reasoning_parser=self._args.reasoning_parser,
         )
@@ -134,7 +134,7 @@ class Server:
                 sock=self._http_socket,
                 tls=self._tls,
                 access=self._access,
-                cors_origins=tuple(self._args.allowed_origins),
+                **http_options(self._args),
             )
         except OSError as error:  # somebody else has begun to listen there meanwhile
             print(f"error: cannot listen for HTTP ({error.strerror or error}).", file=sys.stderr)

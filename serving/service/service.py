@@ -356,7 +356,7 @@ class TextService:
             raise RequestError(ErrorKind.UNAVAILABLE, self.client.refusal, retry_after_s=5.0)
 
     def resolve_model(self, name: str | None) -> str:
-        """The served name for what a client asked for.
+        """The served name, which answers carry, for what a client asked for: itself, or an alias.
 
         Raises:
             RequestError: NOT_FOUND.
@@ -371,7 +371,7 @@ class TextService:
                 param="model",
                 code="model_not_found",
             )
-        return name
+        return self.model_id
 
     async def compile_tools(self, grammar: str) -> ConstraintFactory | None:
         """What holds a completion to the grammar of `plan_tools`, made off the event loop; None where the engine is

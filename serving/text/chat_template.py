@@ -275,7 +275,7 @@ def _part(part: Any, where: str) -> dict[str, Any]:
 
 
 def _call(call: Any) -> Any:
-    """A tool call with its arguments as a mapping. What is not a JSON object stays text."""
+    """A tool call with its arguments as a mapping. What is not a JSON object counts as an empty one: templates go through it."""
     if not isinstance(call, Mapping):
         return call
     function = call.get("function")
@@ -283,10 +283,10 @@ def _call(call: Any) -> Any:
         return dict(call)
     try:
         arguments = json.loads(function["arguments"] or "{}")
-    except ValueError:
-        return dict(call)
+    except (ValueError, RecursionError):
+        arguments = {}
     if not isinstance(arguments, dict):
-        return dict(call)
+        arguments = {}
     return {**call, "function": {**function, "arguments": arguments}}
 
 

@@ -13,6 +13,7 @@ from serving.engine.api.settings import (
     NAME,
     PAGE,
     SECONDS,
+    SHARE,
     SIZE,
     SWITCH,
     TEXT,
@@ -102,6 +103,11 @@ class EngineConfig:
     kv_cache_memory: int | None = setting(
         None, "memory for the KV cache over all devices, such as 4GiB or 500MB (default: from the free memory)",
         SIZE, Scope.PROGRAM, flag="", unit="bytes", bundled=True,
+    )  # fmt: skip
+    gpu_memory_utilization: float | None = setting(
+        None, "share of memory to use where kv_cache_memory is not given: of what is free on CPU, of all on accelerators, "
+        "weights included (default: 0.9 there, a quarter of what is free and at most 2 GiB on CPU)",
+        SHARE, Scope.PROGRAM, flag="", bundled=True,
     )  # fmt: skip
     enable_prefix_caching: bool = setting(True, "share pages of equal prompt beginnings", SWITCH, Scope.SERVER, flag="")
     policy: str = setting(

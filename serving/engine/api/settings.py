@@ -142,6 +142,13 @@ def _number(value: Any) -> float:
     return number
 
 
+def _share(value: Any) -> float:
+    share = _number(value)
+    if not 0 < share <= 1:
+        raise ValueError
+    return share
+
+
 def _page(value: Any) -> int:
     size = _whole(8)(value)
     if size > 256 or size & (size - 1):
@@ -183,6 +190,7 @@ INDEX = Kind("a whole number of at least 0", _whole(0), "I")
 WHOLE = Kind("a whole number", _whole(-(2**62)), "N")
 SIZE = Kind("a size such as 4GiB, 500MB or a number of bytes", read_size, "SIZE")
 PAGE = Kind("a power of two from 8 to 256", _page, "N")
+SHARE = Kind("a share, more than 0 and at most 1", _share, "SHARE")
 SECONDS = Kind("seconds, at least 0", _number, "S")
 GIBIBYTES = Kind("a number of GiB, at least 0", _number, "GIB")
 SWITCH = Kind("true or false", _switch)

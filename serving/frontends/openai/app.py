@@ -27,6 +27,7 @@ from serving.frontends.openai.page import page_paths, page_router
 from serving.frontends.openai.protocol.chat import ChatRequest
 from serving.frontends.openai.protocol.completions import CompletionRequest
 from serving.frontends.openai.protocol.embeddings import EmbeddingRequest
+from serving.frontends.openai.protocol.others import CohereEmbedRequest
 from serving.frontends.openai.protocol.responses import ResponsesRequest
 from serving.frontends.openai.protocol.scores import RerankRequest, ScoreRequest
 from serving.frontends.openai.protocol.tokens import DetokenizeRequest, TokenizeRequest
@@ -45,6 +46,7 @@ def create_app(
     cors_origins: tuple[str, ...] = (),
     allowed_hosts: tuple[str, ...] = (),
     root_path: str = "",
+    force_usage: bool = False,
     page: bool = True,
 ) -> FastAPI:
     """The OpenAI API over `service` as an ASGI application.
@@ -55,6 +57,7 @@ def create_app(
         cors_origins: origins whose web pages may call us; "*" is all of them.
         allowed_hosts: names that a server without keys answers to beside local ones; "*" is all of them.
         root_path: what a proxy in front puts before every path; requests may come with it or without.
+        force_usage: end every stream with token counts, whatever its `stream_options` say.
         page: serve the playground at `/`.
     """
     metrics = metrics or Metrics.of(service.client)
@@ -69,6 +72,7 @@ def create_app(
     )
     errors.install(app)
     app.state.limits = service.limits
+    app.state.force_usage = force_usage
     app.state.stalled_reader_s = service.limits.stalled_reader_s
     routers = [
         ops_router(service, metrics),
@@ -105,7 +109,7 @@ def create_app(
 
 REQUESTS = (
     ChatRequest, CompletionRequest, ResponsesRequest, EmbeddingRequest, ScoreRequest, RerankRequest, TokenizeRequest,
-    DetokenizeRequest, UpdateWeightsRequest,
+    DetokenizeRequest, UpdateWeightsRequest, CohereEmbedRequest,
 )  # fmt: skip
 REHEARSED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank")
 

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from serving import memory
 from serving.errors import invalid
+from serving.frontends.openai.protocol.common import SamplingFields
 from serving.frontends.openai.sse import ClientGoneError
 from serving.frontends.openai.validation import error_of
 from serving.service import Limits
@@ -44,11 +45,13 @@ def body_of(model: type[M]) -> Callable[[Request], Coroutine[Any, Any, M]]:
             raise ClientGoneError from None
         _check_type(request, raw)
         if len(raw) <= LARGE_BYTES:
-            return parse(model, raw, limits)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(_executor, parse, model, raw, limits)
-        finally:
+            body = parse(model, raw, limits)
+        else:
             memory.note_peak(16 * len(raw))
+            body = await asyncio.get_running_loop().run_in_executor(_executor, parse, model, raw, limits)
+        if request.app.state.force_usage and isinstance(body, SamplingFields):
+            body.force_usage()
+        return body
 
     return read
 

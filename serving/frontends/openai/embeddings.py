@@ -1,18 +1,21 @@
-"""/v1/embeddings, over an engine that can pool."""
+"""/v1/embeddings, /pooling and /v2/embed, over an engine that can pool."""
 
 from __future__ import annotations
 
 import base64
+import time
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
-from serving.errors import named
+from serving.errors import ErrorKind, RequestError, named
 from serving.frontends.openai.bodies import body_of, takes
 from serving.frontends.openai.errors import RESPONSES
+from serving.frontends.openai.protocol.common import ApiBody
 from serving.frontends.openai.protocol.embeddings import EmbeddingReply, EmbeddingRequest
+from serving.frontends.openai.protocol.others import CohereEmbedReply, CohereEmbedRequest, PoolingReply
 from serving.frontends.openai.sse import unless_gone
 from serving.service import Embedding, GenerateInput, TextService
 from serving.service.vectors import shortened, together
@@ -27,18 +30,64 @@ def embeddings_router(service: TextService) -> APIRouter:
         body: Annotated[EmbeddingRequest, Depends(body_of(EmbeddingRequest))], request: Request
     ) -> Response:
         """Embeds one or more inputs, in order."""
+        found, head = await run(body, body, request)
+        data = [
+            {"object": "embedding", "index": i, "embedding": _encoded(vector, body.encoding_format)}
+            for i, vector in enumerate(found)
+        ]
+        return JSONResponse({"object": "list", "data": data, **head})
+
+    @router.post("/pooling", response_model=PoolingReply, openapi_extra=takes(EmbeddingRequest))
+    async def pooling(
+        body: Annotated[EmbeddingRequest, Depends(body_of(EmbeddingRequest))], request: Request
+    ) -> Response:
+        """The same vectors in the shape of vLLM's /pooling."""
+        found, head = await run(body, body, request)
+        data = [
+            {"object": "pooling", "index": i, "data": _encoded(vector, body.encoding_format)}
+            for i, vector in enumerate(found)
+        ]
+        reply = {"id": f"pool-{request.state.request_id}", "object": "list", "created": int(time.time())}
+        return JSONResponse({**reply, "data": data, **head})
+
+    @router.post("/v2/embed", response_model=CohereEmbedReply, openapi_extra=takes(CohereEmbedRequest))
+    async def cohere(
+        body: Annotated[CohereEmbedRequest, Depends(body_of(CohereEmbedRequest))], request: Request
+    ) -> Response:
+        """The same vectors in Cohere's shape."""
         with named(body.names()):
+            same = body.as_embeddings()
+        found, head = await run(same, body, request)
+        kinds = dict.fromkeys(body.embedding_types or ["float"])
+        return JSONResponse(
+            {
+                "id": f"embd-{request.state.request_id}",
+                "embeddings": {kind: [_encoded(vector, kind) for vector in found] for kind in kinds},
+                "texts": same.inputs(),
+                "meta": {
+                    "api_version": {"version": "2"},
+                    "billed_units": {"input_tokens": head["usage"]["prompt_tokens"]},
+                },
+            }
+        )
+
+    @router.post("/classify", include_in_schema=False)
+    async def classify() -> Response:
+        raise RequestError(
+            ErrorKind.UNIMPLEMENTED,
+            "This server has no classifiers: /rerank and /score tell how well texts fit, /v1/embeddings gives vectors.",
+        )
+
+    async def run(body: EmbeddingRequest, said: ApiBody, request: Request) -> tuple[list[np.ndarray], dict[str, Any]]:
+        """The vectors, and what replies end with; errors name the fields of `said`."""
+        with named(said.names()):
             inputs = body.inputs()
             service.limits.check_count("inputs", len(inputs), service.limits.max_batch, "input")
             found = await unless_gone(request, _embed(service, body, inputs, request.state.request_id))
-            data = [
-                {"object": "embedding", "index": i, "embedding": _encoded(one.vector, body)}
-                for i, one in enumerate(found)
-            ]
+            vectors = [shortened(one.vector, body.dimensions) for one in found]
         used = sum(len(one.prompt_token_ids) for one in found)
         usage = {"prompt_tokens": used, "total_tokens": used}
-        model = service.resolve_model(body.model)
-        return JSONResponse({"object": "list", "data": data, "model": model, "usage": usage})
+        return vectors, {"model": service.resolve_model(body.model), "usage": usage}
 
     return router
 
@@ -65,9 +114,11 @@ async def _embed(service: TextService, body: EmbeddingRequest, inputs: list[Any]
     return await together([service.embed(one, pooling=body.pooling, prompt_name=body.prompt_name) for one in given])
 
 
-def _encoded(vector: np.ndarray, body: EmbeddingRequest) -> list[float] | str:
-    """As numbers or little-endian base64."""
-    vector = shortened(vector, body.dimensions)
-    if body.encoding_format == "base64":
+def _encoded(vector: np.ndarray, kind: str | None) -> list[float] | list[int] | str:
+    """As numbers, little-endian base64, or the signs alone as bits (in bytes of -128 to 127, or 0 to 255)."""
+    if kind == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    if kind in ("binary", "ubinary"):
+        packed = np.packbits(vector > 0)
+        return (packed if kind == "ubinary" else (packed.astype(np.int16) - 128)).tolist()
     return vector.tolist()

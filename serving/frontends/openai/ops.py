@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 
 from serving.errors import RequestError
+from serving.frontends.openai.documentation import DOCS_POLICY, documentation
 from serving.frontends.openai.errors import RESPONSES, error_response
 from serving.frontends.openai.protocol.ops import ModelCard, ModelList, StatusReply, VersionReply
+from serving.frontends.openai.protocol.others import LoadReply
 from serving.metrics import Metrics
 from serving.service import TextService
 
@@ -36,11 +38,26 @@ def ops_router(service: TextService, metrics: Metrics) -> APIRouter:
         service.check_ready()
         return JSONResponse({"status": "ready"})
 
+    @router.post("/ping", include_in_schema=False)
+    @router.get("/ping", include_in_schema=False)
+    async def ping() -> Response:
+        """/health under the name that SageMaker asks for."""
+        return await health()
+
+    @router.get("/load", response_model=LoadReply)
+    async def load() -> Response:
+        """How many requests are being served."""
+        return JSONResponse({"server_load": service.num_live})
+
+    @router.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        """The API document as a page."""
+        return HTMLResponse(documentation(request.app.openapi()), headers={"Content-Security-Policy": DOCS_POLICY})
+
     @router.get("/version", response_model=VersionReply)
     async def version() -> Response:
         return JSONResponse({"version": service.info.version})
 
-    @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def prometheus(request: Request) -> Response:
         """Prometheus text, or OpenMetrics where the scraper asks for it."""
@@ -58,8 +75,8 @@ def ops_router(service: TextService, metrics: Metrics) -> APIRouter:
 
     @router.get("/v1/models", response_model=ModelList)
     async def models() -> Response:
-        names = dict.fromkeys((service.model_id, *service.model_names))
-        return JSONResponse(ModelList(data=[card(name) for name in names]).model_dump())
+        """The model under the name that answers carry. Aliases answer too, and are not listed: front ends would show doubles."""
+        return JSONResponse(ModelList(data=[card(service.model_id)]).model_dump())
 
     @router.get("/v1/models/{model:path}", response_model=ModelCard, responses={k: RESPONSES[k] for k in (400, 404)})
     async def model(model: str) -> Response:

@@ -26,7 +26,7 @@ def scores_router(service: TextService) -> APIRouter:
     async def run(body: PairFields, pairs: list[tuple[str, str]], request: Request) -> tuple[Scores, dict[str, Any]]:
         """The scores, and what both replies begin with."""
         request_id = body.request_id or request.state.request_id
-        given = ScoreInput(pairs, body.truncate_prompt_tokens, body.model, request_id, body.priority or 0)
+        given = ScoreInput(pairs, body.keep, body.model, request_id, body.priority or 0)
         try:
             found = await unless_gone(request, service.score(given))
         except RequestError as error:
@@ -48,7 +48,7 @@ def scores_router(service: TextService) -> APIRouter:
     @router.post("/v2/rerank", response_model=RerankReply, operation_id="rerank_v2", openapi_extra=takes(RerankRequest))
     async def rerank(body: Annotated[RerankRequest, Depends(body_of(RerankRequest))], request: Request) -> Response:
         """Orders documents by their relevance to a query, the most relevant first."""
-        texts = body.texts()
+        texts = body.candidates()
         found, head = await run(body, [(body.query, text) for text in texts], request)
         best = sorted(range(len(texts)), key=lambda i: -found.values[i])[: body.top_n or None]
         results = [
@@ -57,6 +57,13 @@ def scores_router(service: TextService) -> APIRouter:
             | {"relevance_score": found.values[i]}
             for i in best
         ]
+        if body.texts is not None:
+            return JSONResponse(
+                [
+                    {"index": i, "score": found.values[i]} | ({"text": texts[i]} if body.return_text else {})
+                    for i in best
+                ]
+            )
         return JSONResponse({"id": f"rerank-{request.state.request_id}", **head, "results": results})
 
     return router

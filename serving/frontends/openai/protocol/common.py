@@ -299,6 +299,12 @@ class SamplingFields(ApiBody):
         """Only together with include_usage, as vLLM has it."""
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
+    def force_usage(self) -> None:
+        """Asks for token counts at a stream's end, on the operator's behalf."""
+        if self.stream:
+            asked = self.stream_options or StreamOptions()
+            self.stream_options = asked.model_copy(update={"include_usage": True})
+
     def check_stream_options(self) -> None:
         """OpenAI refuses stream_options without stream."""
         if self.stream_options is not None and not self.stream:

@@ -152,6 +152,7 @@ class ResponsesRequest(ApiBody):
         structured = "structured_outputs" if self.structured_outputs is not None else "text.format"
         return {
             "max_tokens": "max_output_tokens",
+            "max_completion_tokens": "max_output_tokens",
             "logprobs": "top_logprobs",
             "prompt": "input",
             "messages": "input",

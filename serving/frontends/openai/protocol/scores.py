@@ -51,6 +51,11 @@ class PairFields(ApiBody):
     request_id: str | None = None
     user: str | None = Field(default=None, description="Accepted and ignored.")
 
+    @property
+    def keep(self) -> int | None:
+        """Tokens of a pair to keep."""
+        return self.truncate_prompt_tokens
+
     def pair_names(self, count: int) -> dict[str, str]:
         """The service's names of `count` pairs' texts -> those that this client used."""
         raise NotImplementedError
@@ -111,24 +116,43 @@ class RerankRequest(PairFields):
     """Documents to order by how relevant they are to a query."""
 
     query: str
-    documents: Many[str | RerankDocument] = Field(json_schema_extra={"minItems": 1})
+    documents: Many[str | RerankDocument] | None = Field(default=None, json_schema_extra={"minItems": 1})
+    texts: Many[str] | None = Field(
+        default=None, description="Text Embeddings Inference's name; its reply is a list then."
+    )
+    return_text: bool | None = Field(default=None, description="With texts: tell them too.")
+    truncate: bool | None = Field(default=None, description="With texts: cut what is too long.")
     top_n: int | None = number(0, text="Tell only the best so many; left out or 0: all.")
     return_documents: bool | None = Field(default=None, description="false leaves the texts out of the reply.")
 
     def pair_names(self, count: int) -> dict[str, str]:
         return {
-            "pairs": "documents",
+            "pairs": self._place,
             **{f"pairs[{i}].first": "query" for i in range(count)},
-            **{f"pairs[{i}].second": f"documents[{i}]" for i in range(count)},
+            **{f"pairs[{i}].second": f"{self._place}[{i}]" for i in range(count)},
         }
 
-    def texts(self) -> list[str]:
+    @property
+    def _place(self) -> str:
+        return "documents" if self.texts is None else "texts"
+
+    @property
+    def keep(self) -> int | None:
+        """Tokens of a pair to keep."""
+        return -1 if self.truncate and self.truncate_prompt_tokens is None else self.truncate_prompt_tokens
+
+    def candidates(self) -> list[str]:
         """The documents' texts. Raises RequestError when there are none, or `top_n` makes no sense."""
-        if not self.documents:
-            raise invalid("documents is empty: give at least one.", "documents")
+        if self.documents is None and self.texts is None:
+            raise invalid("Missing required parameter: 'documents'.", "documents", "missing_required_parameter")
+        if self.documents is not None and self.texts is not None:
+            raise invalid("texts is another name of documents: give one of them.", "texts")
+        given: list[Any] = list(self.documents if self.texts is None else self.texts)  # type: ignore[arg-type]
+        if not given:
+            raise invalid(f"{self._place} is empty: give at least one.", self._place)
         if self.top_n is not None and self.top_n < 0:
             raise invalid(f"top_n must be at least 0, got {self.top_n}.", "top_n")
-        return [one if isinstance(one, str) else one.text for one in self.documents]
+        return [one if isinstance(one, str) else one.text for one in given]
 
 
 class Score(ApiReply):
