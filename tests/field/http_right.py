@@ -215,7 +215,9 @@ async def _guided(line: Line) -> None:
 @right("ignored-beam")
 async def _ignored(line: Line) -> None:
     refused = {
-        "/v1/completions": {"use_beam_search": True, "length_penalty": 2.0, "logprob_token_ids": [1], "prompt_embeds": "x", "suffix": "b"},
+        "/v1/completions": {
+            "use_beam_search": True, "length_penalty": 2.0, "logprob_token_ids": [1], "prompt_embeds": "x", "suffix": "b",
+        },
         "/v1/chat/completions": {
             "use_beam_search": True, "chat_template": "{{ 1 }}", "functions": [{"name": "f"}], "function_call": {"name": "f"},
             "echo": True, "modalities": ["text", "audio"], "regex": "a", "documents": [{"text": "a"}],
