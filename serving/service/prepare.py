@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from serving.engine.api.constraint import TokenConstraint
@@ -12,6 +12,7 @@ from serving.engine.api.types import EngineRequest
 from serving.errors import beyond_context, invalid
 from serving.service.history import as_templates_know_it
 from serving.service.inputs import GenerateInput, check_prompt_text
+from serving.service.json_bounds import check_nesting
 from serving.service.limits import Limits, check_text
 from serving.service.reply import ReplyReader
 from serving.text.detokenizer import IncrementalDetokenizer
@@ -166,7 +167,9 @@ def check_params(params: SamplingParams, vocab_size: int, limits: Limits) -> Non
 
 
 def check_grammar_size(grammar: StructuredOutputs, limits: Limits) -> None:
-    """Refuses a grammar too large to compile."""
+    """Refuses a grammar too large to compile, or nested too deeply to be walked."""
+    if isinstance(grammar.json, Mapping):
+        check_nesting(grammar.json, limits, "structured_outputs")
     size = sum(
         len(value if isinstance(value, str) else str(value))
         for value in (grammar.json, grammar.regex, grammar.choice, grammar.grammar)

@@ -12,7 +12,8 @@ from serving.engine.api.sampling_params import StructuredOutputs
 from serving.engine.api.types import FinishReason, TokenPair
 from serving.errors import invalid
 from serving.metrics.logs import request_id_of_task
-from serving.service import ChatOptions, GenerateInput, ScoreInput, TextOutput, TokenLogprob
+from serving.service import ChatOptions, GenerateInput, Limits, ScoreInput, TextOutput, TokenLogprob
+from serving.service.json_bounds import read_json
 from serving.text.tools import ContentDelta, Event, ReasoningDelta, ToolCallArguments, ToolCallStart
 
 FINISH_REASONS = {
@@ -23,7 +24,7 @@ FINISH_REASONS = {
 FINISH_REASON_OF = {wire: reason for reason, wire in FINISH_REASONS.items()}
 
 
-def input_from(request: pb.GenerateRequest | pb.TokenizeRequest, **more: Any) -> GenerateInput:
+def input_from(request: pb.GenerateRequest | pb.TokenizeRequest, limits: Limits, **more: Any) -> GenerateInput:
     """The prompt of a request, as the service takes it.
 
     Raises:
@@ -36,13 +37,13 @@ def input_from(request: pb.GenerateRequest | pb.TokenizeRequest, **more: Any) ->
     if which == "text":
         fields["text"] = request.text
     elif which == "chat":
-        fields.update(_chat(request.chat))
+        fields.update(_chat(request.chat, limits))
     elif which == "token_ids" and isinstance(request, pb.GenerateRequest):
         fields["token_ids"] = list(request.token_ids.ids)
     return GenerateInput(**fields)
 
 
-def generate_input_from(request: pb.GenerateRequest, timeout_s: float | None) -> GenerateInput:
+def generate_input_from(request: pb.GenerateRequest, timeout_s: float | None, limits: Limits) -> GenerateInput:
     """A whole GenerateRequest but for its sampling parameters.
 
     Args:
@@ -51,6 +52,7 @@ def generate_input_from(request: pb.GenerateRequest, timeout_s: float | None) ->
     own = request.timeout_s if request.HasField("timeout_s") else None
     return input_from(
         request,
+        limits,
         request_id=request.request_id or request_id_of_task.get(),
         priority=request.priority,
         timeout_s=timeout_s if own is None or (timeout_s is not None and timeout_s < own) else own,
@@ -139,11 +141,11 @@ def _shared(request: pb.EmbedRequest | pb.ScoreRequest) -> dict[str, Any]:
     }
 
 
-def _chat(chat: pb.Chat) -> dict[str, Any]:
+def _chat(chat: pb.Chat, limits: Limits) -> dict[str, Any]:
     opens = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not chat.continue_final_message
     return {
         "messages": [_message(message) for message in chat.messages],
-        "tools": [_tool(tool, i) for i, tool in enumerate(chat.tools)] or None,
+        "tools": [_tool(tool, i, limits) for i, tool in enumerate(chat.tools)] or None,
         "add_generation_prompt": opens,
         "continue_final_message": chat.continue_final_message,
         "chat_template_kwargs": {
@@ -166,16 +168,13 @@ def _message(message: pb.ChatMessage) -> dict[str, Any]:
     return fields
 
 
-def _tool(tool: pb.Tool, index: int) -> dict[str, Any]:
+def _tool(tool: pb.Tool, index: int, limits: Limits) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name}
     if tool.HasField("description"):
         function["description"] = tool.description
     if tool.HasField("parameters_json"):
         where = f"chat.tools[{index}].parameters_json"
-        try:
-            function["parameters"] = json.loads(tool.parameters_json)
-        except ValueError as error:
-            raise invalid(f"{where} is not JSON: {error}.", where) from None
+        function["parameters"] = read_json(tool.parameters_json, limits, where, where)
     if tool.HasField("strict"):
         function["strict"] = tool.strict
     return {"type": "function", "function": function}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -14,13 +16,15 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from proto.jaxserve.v1 import control_pb2, inference_pb2
+from serving import memory
 from serving.errors import ErrorKind, RequestError, invalid, named
 from serving.frontends.grpc import convert
+from serving.frontends.grpc.bounds import LARGE_BYTES, check_counts, check_wire
 from serving.frontends.grpc.context import begin_call, end_call, id_metadata
 from serving.frontends.grpc.control import ControlCalls
 from serving.frontends.grpc.errors import status_of
 from serving.frontends.stalled import StalledError, StallWatch
-from serving.service import TextService, prepare_chat
+from serving.service import Limits, TextService, prepare_chat
 from serving.service.vectors import shortened, together
 
 log = logging.getLogger(__name__)
@@ -51,7 +55,7 @@ class Inference:
             raise RequestError(ErrorKind.DEADLINE_EXCEEDED, "The call's deadline has passed.")
         limit = service.limits.max_timeout_s
         timeout = remaining if remaining is None or remaining <= limit else None
-        given = convert.generate_input_from(request, timeout)
+        given = convert.generate_input_from(request, timeout, service.limits)
         params = convert.params_from(request.sampling_params)
         with named(convert.names_of(request)):
             if given.messages is None or params.get("detokenize") is False:
@@ -96,7 +100,7 @@ class Inference:
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
         service = self._service()
-        text, ids = await service.tokenize(convert.input_from(request))
+        text, ids = await service.tokenize(convert.input_from(request, service.limits))
         return inference_pb2.TokenizeResponse(token_ids=ids, text=text or "", max_model_len=service.info.max_model_len)
 
     async def Detokenize(  # noqa: N802
@@ -174,54 +178,66 @@ class Control(ControlCalls):
         return control_pb2.AbortResponse(found=await self._service().abort(request.request_id))
 
 
-def generic_handler(servicer: Inference | Control, stalled_reader_s: float | None = None) -> grpc.GenericRpcHandler:
+def generic_handler(servicer: Inference | Control, limits: Limits | None = None) -> grpc.GenericRpcHandler:
     """Registers a servicer's methods, with messages parsed here instead of inside grpc.
 
     Args:
-        stalled_reader_s: how long a client may take nothing of a stream that has more for it; then its call ends, and with it
-            what it asked for.
+        limits: on a message's parts, and on how long a client may take nothing of a stream that has more for it (then its call
+            ends, and with it what it asked for); None for the defaults.
 
     The stubs' own registration lets grpc parse, which answers INTERNAL to a message that does not parse (invalid
     UTF-8, say); that is the client's fault and must be INVALID_ARGUMENT.
     """
     descriptor = servicer.descriptor
     handlers = {
-        method.name: _method_handler(method, getattr(servicer, method.name), stalled_reader_s)
+        method.name: _method_handler(method, getattr(servicer, method.name), limits or Limits())
         for method in descriptor.methods
     }
     return grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
 
 
-def _method_handler(
-    method: MethodDescriptor, function: Callable[..., Any], stalled_reader_s: float | None
-) -> grpc.RpcMethodHandler:
+def _method_handler(method: MethodDescriptor, function: Callable[..., Any], limits: Limits) -> grpc.RpcMethodHandler:
     kind = message_factory.GetMessageClass(method.input_type)
     if method.server_streaming:
-        stream = _streaming(kind, function, method.name, stalled_reader_s)
+        stream = _streaming(kind, function, method.name, limits)
         return grpc.unary_stream_rpc_method_handler(stream, None, _serialize)  # type: ignore[arg-type]
-    return grpc.unary_unary_rpc_method_handler(_unary(kind, function, method.name), None, _serialize)  # type: ignore[arg-type]
+    return grpc.unary_unary_rpc_method_handler(_unary(kind, function, method.name, limits), None, _serialize)  # type: ignore[arg-type]
 
 
 def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-def _parse(kind: type[Message], data: bytes) -> Message:
+async def _parse(kind: type[Message], data: bytes, limits: Limits) -> Message:
+    if len(data) > LARGE_BYTES:
+        memory.note_peak(16 * len(data))
+        return await asyncio.get_running_loop().run_in_executor(_parsing, _parse_now, kind, data, limits)
+    return _parse_now(kind, data, limits)
+
+
+def _parse_now(kind: type[Message], data: bytes, limits: Limits) -> Message:
+    if len(data) > LARGE_BYTES:
+        check_wire(data, kind.DESCRIPTOR, limits)
     try:
-        return kind.FromString(data)
+        message = kind.FromString(data)
     except DecodeError:
         raise invalid(
             f"The request is not a valid {kind.DESCRIPTOR.full_name}: strings must be UTF-8, and the message whole."
         ) from None
+    check_counts(message, limits)
+    return message
+
+
+_parsing = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-message")
 
 
 def _unary(
-    kind: type[Message], function: Callable[[Any, Context], Awaitable[Message]], name: str
+    kind: type[Message], function: Callable[[Any, Context], Awaitable[Message]], name: str, limits: Limits
 ) -> Callable[[bytes, Context], Awaitable[Message]]:
     async def handle(data: bytes, context: Context) -> Message:
         began = begin_call(context)
         try:
-            reply = await function(_parse(kind, data), context)
+            reply = await function(await _parse(kind, data, limits), context)
             await context.send_initial_metadata(id_metadata())
             return reply
         except Exception as error:
@@ -236,15 +252,16 @@ def _streaming(
     kind: type[Message],
     function: Callable[[Any, Context], AsyncIterator[Message]],
     name: str,
-    stalled_reader_s: float | None,
+    limits: Limits,
 ) -> Callable[[bytes, Context], Awaitable[None]]:
     async def handle(data: bytes, context: Context) -> None:
         # A dropped call cancels this coroutine wherever it waits, in `write` too: only closing the stream there and
         # then lets the engine free its pages at once.
         began, first = begin_call(context), True
-        watch = StallWatch(stalled_reader_s)
+        watch = StallWatch(limits.stalled_reader_s)
         try:
-            async with contextlib.aclosing(function(_parse(kind, data), context)) as messages:  # type: ignore[type-var]
+            request = await _parse(kind, data, limits)
+            async with contextlib.aclosing(function(request, context)) as messages:  # type: ignore[type-var]
                 async for message in messages:
                     if first:
                         await context.send_initial_metadata(id_metadata())

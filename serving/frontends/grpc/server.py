@@ -27,6 +27,7 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", limits.max_head_bytes),
         ("grpc.absolute_max_metadata_size", limits.max_head_bytes),
         ("grpc.max_send_message_length", -1),
+        ("grpc.max_concurrent_streams", limits.max_live),
         # By default a second server on the port would silently take half of the connections.
         ("grpc.so_reuseport", 0),
         # Ask a silent peer after a minute, and take it for gone (its requests are aborted) 20 s later.
@@ -78,7 +79,7 @@ class GrpcServer:
         """
         self._server = grpc.aio.server(interceptors=(RequireKey(self._access),), options=server_options(self._limits))
         for servicer in (Inference(self._require), Control(self._require, self._access)):
-            self._server.add_generic_rpc_handlers((generic_handler(servicer, self._limits.stalled_reader_s),))
+            self._server.add_generic_rpc_handlers((generic_handler(servicer, self._limits),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         await self._set_ready(False)

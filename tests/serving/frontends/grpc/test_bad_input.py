@@ -76,7 +76,11 @@ BAD = {
     "timeout NaN": (pb.GenerateRequest(text="hi", timeout_s=math.nan), INVALID, "timeout"),
     "truncate 0": (pb.GenerateRequest(text="hi", truncate_prompt_tokens=0), INVALID, "truncate_prompt_tokens"),
     "tool that is not JSON": (
-        chat({"role": "user", "content": "x"}, tools=[pb.Tool(name="f", parameters_json="{")]), INVALID, "not JSON"),
+        chat({"role": "user", "content": "x"}, tools=[pb.Tool(name="f", parameters_json="{")]), INVALID, "not valid JSON"),
+    "tool that is nested too deeply": (
+        chat({"role": "user", "content": "x"}, tools=[pb.Tool(name="f", parameters_json="[" * 5000)]), INVALID, "nested"),
+    "too many messages": (chat(*[{"role": "user", "content": ""}] * 3000), INVALID, "chat.messages has 3000 entries"),
+    "far too many messages": (chat(*[{"role": "u"}] * 40_000), INVALID, "chat.messages has 40000"),
     "template variable that is an argument": (
         chat({"role": "user", "content": "x"}, chat_template_kwargs={"messages": pb.Scalar(int_value=1)}), INVALID,
         "cannot set 'messages'"),
