@@ -207,6 +207,18 @@ def offsets(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> list[int]:
     return found
 
 
+def params_of_each(params: SamplingParams) -> list[SamplingParams]:
+    """The parameters of each of `n` completions: their own seeds, and the prompt's logprobs with the first, as the prompt is the
+    same one. Without a seed the others share one object."""
+    first = dataclasses.replace(params, n=1)
+    if params.n == 1:
+        return [first]
+    other = dataclasses.replace(first, prompt_logprobs=None)
+    if params.seed is None:
+        return [first, *[other] * (params.n - 1)]
+    return [first, *(dataclasses.replace(other, seed=child_seed(params.seed, i)) for i in range(1, params.n))]
+
+
 def child_seed(seed: int | None, index: int) -> int | None:
     """The seed of completion `index`. The first keeps the request's, so that n = 1 and n = 2 agree on it.
 

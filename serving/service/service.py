@@ -157,16 +157,13 @@ class TextService:
         if constraint is not None:
             await self._run(check_reach, constraint, params, bad_words, self.tokenizer, self.info.vocab_size)
         request_id = given.request_id or f"req-{uuid.uuid4().hex[:16]}"
+        self._live.check_room(params.n)  # again: others may have come while the prompt was read
+        each = prep.params_of_each(params)
         children = tuple(
             EngineRequest(
                 request_id=f"{request_id}#{next(self._serial)}",
                 prompt_token_ids=prompt_ids,
-                params=dataclasses.replace(
-                    params,
-                    n=1,
-                    seed=prep.child_seed(params.seed, i),
-                    prompt_logprobs=params.prompt_logprobs if i == 0 else None,  # the prompt is the same one
-                ),
+                params=each[i],
                 eos_token_ids=tuple(self.tokenizer.eos_token_ids),
                 priority=given.priority,
                 constraint=constraint() if constraint is not None else None,

@@ -72,7 +72,7 @@ class ControlTokenGuard:
         """
         rendered = clean_unicode(rendered)
         if MARK not in rendered:
-            return self._parsing.encode(rendered, add_special_tokens=False).ids
+            return self._parsing.encode_batch_fast([rendered], add_special_tokens=False)[0].ids
         real: list[int] = []
 
         def stand_in(match: re.Match[str]) -> str:
@@ -83,7 +83,7 @@ class ControlTokenGuard:
         # tokenizers treat differently. So one call encodes the whole chat.
         text = self._find.sub(stand_in, rendered).replace(MARK, "")
         ids = iter(real)
-        found = self._marked.encode(text, add_special_tokens=False).ids
+        found = self._marked.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return [next(ids) if token == self._placeholder_id else token for token in found]
 
 

@@ -143,7 +143,9 @@ class Tokenizer:
             parse_special: take control tokens written in `text` for control tokens; else they are text.
         """
         tokenizer = self._parsing if parse_special else self._plain
-        return tokenizer.encode(clean_unicode(text), add_special_tokens=add_special_tokens).ids
+        # As a batch of one, without offsets: it lets other threads run (`encode` does not, for 0.6 s of 260,000 characters) and
+        # takes half the time.
+        return tokenizer.encode_batch_fast([clean_unicode(text)], add_special_tokens=add_special_tokens)[0].ids
 
     def encode_pair(
         self, first: str, second: str | None = None, max_tokens: int | None = None
@@ -159,7 +161,7 @@ class Tokenizer:
         """
         tokenizer = self._plain
         texts = [first] if second is None else [first, second]
-        parts = [tokenizer.encode(clean_unicode(text), add_special_tokens=False) for text in texts]
+        parts = tokenizer.encode_batch([clean_unicode(text) for text in texts], add_special_tokens=False)
         if max_tokens is not None:
             room = max_tokens - tokenizer.num_special_tokens_to_add(second is not None)
             if room < len(parts):
