@@ -1,8 +1,8 @@
 """What a server's memory and its probes do while somebody tries to take it down: `python scripts/attacks.py --url URL --pid PID`.
 
-Each attack runs for some seconds against a server without keys, while /health is asked all the time. The table tells the longest wait
-for /health, how much resident memory grew at most, and how much is still there `--settle` seconds later. Exit status 1 when a wait is
-over 2 s, growth over 300 MB, or what stays over 100 MB.
+Each attack runs for some seconds against a server without keys, while /health is asked all the time. The table tells the longest
+wait for /health, how much resident memory grew at most, and how much is still there `--settle` seconds later. Exit status 1 when a
+wait is over 2 s, growth over 300 MB, or what stays over 100 MB.
 """
 
 from __future__ import annotations
