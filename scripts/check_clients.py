@@ -1,6 +1,7 @@
 """Runs the clients that people use against a running server: `python scripts/check_clients.py [--url URL]`.
 
-It checks those that the interpreter running it has: openai, langchain-openai, openai-agents, litellm, lm-eval; and the npm
+It checks those that the interpreter running it has: openai, langchain-openai, openai-agents, litellm, instructor, pydantic-ai,
+lm-eval; curl, and the bytes of the JDK's client, which offer HTTP/2 with every request; and the npm
 client (with `--node-modules DIR`, where `npm install openai` was run). Needs no network. Exit status 1 when one failed.
 
 `--venvs DIR` checks them all: it makes a virtual environment a group in DIR (needs a package index), and starts itself in each.
@@ -16,12 +17,17 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import urllib.parse
 from collections.abc import Callable
+from typing import Literal
 
 ASK = "Say hello in one short sentence."
+TOO_LONG = "word " * 60_000
+"""More than the default model's context."""
 SCHEMA = {
     "type": "object",
     "properties": {"answer": {"enum": ["yes", "no"]}},
@@ -56,7 +62,7 @@ def check_openai(url: str) -> None:
 
     client = openai.OpenAI(base_url=url, api_key="none")
     messages = [{"role": "user", "content": ASK}]
-    assert "default" in [model.id for model in client.models.list()]
+    assert len([model.id for model in client.models.list()]) == 1 and client.models.retrieve("default").id
     chat = client.chat.completions.create(model="default", messages=messages, max_tokens=16)  # type: ignore[arg-type]
     assert chat.choices[0].message.content and chat.usage
     usage = None
@@ -109,6 +115,14 @@ def check_langchain_openai(url: str) -> None:
     tool = {"type": "function", "function": {"name": "reply", "description": "Replies.", "parameters": SCHEMA}}
     (call,) = model.bind_tools([tool], tool_choice="reply").invoke("Is water wet?").tool_calls
     assert call["name"] == "reply" and call["args"]["answer"] in ("yes", "no")
+    from langchain_core.exceptions import ContextOverflowError  # type: ignore[import-not-found]
+
+    for run in (lambda: model.invoke(TOO_LONG), lambda: list(model.stream(TOO_LONG))):
+        try:
+            run()
+        except ContextOverflowError:
+            continue
+        raise AssertionError("an overflow was not recognized")
 
 
 def check_agents(url: str) -> None:
@@ -137,6 +151,75 @@ def check_litellm(url: str) -> None:
     assert litellm.completion(messages=messages, **more).choices[0].message.content
     stream = litellm.completion(messages=messages, stream=True, **more)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    for provider in ("hosted_vllm/default", "openai/default"):
+        try:
+            litellm.completion(messages=[{"role": "user", "content": TOO_LONG}], **{**more, "model": provider})
+        except litellm.ContextWindowExceededError:
+            continue
+        raise AssertionError(f"an overflow was not recognized through {provider}")
+
+
+def check_instructor(url: str) -> None:
+    """A typed answer in each mode that asks for one over chat completions."""
+    import instructor  # type: ignore[import-not-found]
+    import openai
+    from pydantic import BaseModel
+
+    class Answer(BaseModel):
+        """Whether it is so."""
+
+        answer: Literal["yes", "no"]
+
+    client = openai.OpenAI(base_url=url, api_key="none")
+    for mode in (instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JSON_SCHEMA):
+        asked = instructor.from_openai(client, mode=mode)
+        messages = [{"role": "user", "content": "Is water wet?"}]
+        found = asked.chat.completions.create(
+            model="default", messages=messages, response_model=Answer, max_tokens=64, max_retries=2
+        )
+        assert found.answer in ("yes", "no"), mode
+
+
+def check_pydantic_ai(url: str) -> None:
+    """A typed answer by a tool call and by a schema."""
+    from pydantic import BaseModel
+    from pydantic_ai import Agent, NativeOutput, ToolOutput  # type: ignore[import-not-found]
+    from pydantic_ai.models.openai import OpenAIChatModel  # type: ignore[import-not-found]
+    from pydantic_ai.providers.openai import OpenAIProvider  # type: ignore[import-not-found]
+
+    class Answer(BaseModel):
+        answer: Literal["yes", "no"]
+
+    model = OpenAIChatModel("default", provider=OpenAIProvider(base_url=url, api_key="none"))
+    for output in (ToolOutput(Answer), NativeOutput(Answer)):
+        agent = Agent(model, output_type=output, model_settings={"max_tokens": 64}, retries=2)
+        assert agent.run_sync("Is water wet?").output.answer in ("yes", "no")
+
+
+def check_upgrade(url: str) -> None:
+    """The JDK's HttpClient and `curl --http2`: an offer of HTTP/2 on a plain connection, with a body behind it."""
+    parts = urllib.parse.urlsplit(url)
+    body = json.dumps({"model": "default", "messages": [{"role": "user", "content": ASK}], "max_tokens": 4})
+    lines = (
+        f"POST {parts.path}/chat/completions HTTP/1.1",
+        "Connection: Upgrade, HTTP2-Settings",
+        f"Content-Length: {len(body)}",
+        f"Host: {parts.netloc}",
+        "HTTP2-Settings: AAEAAEAAAAIAAAAAAAMAAAAAAAQBAAAAAAUAAEAAAAYABgAA",
+        "Upgrade: h2c",
+        "User-Agent: Java-http-client/21.0.2",
+        "Content-Type: application/json",
+    )
+    with socket.create_connection((parts.hostname or "", parts.port or 80), timeout=60) as connection:
+        connection.sendall("".join(f"{line}\r\n" for line in lines).encode() + b"\r\n" + body.encode())
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += connection.recv(4096)
+    assert head.startswith(b"HTTP/1.1 200"), head[:200]
+    if shutil.which("curl"):
+        command = ["curl", "--silent", "--fail", "--http2", "-H", "Content-Type: application/json", "-d", body]
+        done = subprocess.run([*command, f"{url}/chat/completions"], check=True, capture_output=True, timeout=60)
+        assert json.loads(done.stdout)["choices"]
 
 
 LM_EVAL_TASK = """
@@ -202,11 +285,19 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "langchain_openai": check_langchain_openai,
     "agents": check_agents,
     "litellm": check_litellm,
+    "instructor": check_instructor,
+    "pydantic_ai": check_pydantic_ai,
     "lm_eval": check_lm_eval,
 }
-DISTRIBUTIONS = {"agents": "openai-agents", "langchain_openai": "langchain-openai", "lm_eval": "lm-eval"}
+DISTRIBUTIONS = {
+    "agents": "openai-agents",
+    "langchain_openai": "langchain-openai",
+    "lm_eval": "lm-eval",
+    "pydantic_ai": "pydantic-ai-slim",
+}
 VENVS = {
     "openai2": ["openai>=2,<3", "langchain-openai", "litellm", "openai-agents"],
+    "typed": ["instructor", "pydantic-ai-slim[openai]"],
     "openai3": ["openai>=3,<4"],
     "lm_eval": ["lm-eval[api]"],
 }
@@ -228,6 +319,7 @@ def main() -> int:
         name: (lambda check=check: check(args.url)) if importlib.util.find_spec(name) else None
         for name, check in CHECKS.items()
     }
+    todo["HTTP/2 offers"] = lambda: check_upgrade(args.url)
     found = args.node_modules and shutil.which("node")
     todo["npm openai"] = (lambda: check_npm(args.url, args.node_modules)) if found else None
     failed = False
@@ -248,6 +340,8 @@ def main() -> int:
 def _version(name: str, node_modules: str | None) -> str:
     if name == "npm openai":
         return json.loads((pathlib.Path(node_modules or "") / "openai" / "package.json").read_text())["version"]
+    if name == "HTTP/2 offers":
+        return "(JDK's bytes" + (", curl)" if shutil.which("curl") else ")")
     return importlib.metadata.version(DISTRIBUTIONS.get(name, name))
 
 

@@ -110,6 +110,19 @@ def random_json(rng: random.Random, depth: int) -> Any:
     return copy.deepcopy(rng.choice(INTERESTING))
 
 
+def many(rng: random.Random, value: Any) -> Any:
+    """A copy in which one list, or one value, is very many: of equal elements, of lists in lists, or of numbers."""
+    out = copy.deepcopy(value)
+    if not isinstance(out, dict) or not out:
+        return out
+    key, count = rng.choice(list(out)), rng.choice((1000, 5000, 20_000))
+    element = rng.choice(({}, [], "a", 1, 1.5, None, [1.5], [[]], {"a": {}}, {"type": "text", "text": "a"}))
+    out[key] = rng.choice(
+        ([element] * count, {str(i): element for i in range(count)}, [[element] * 10] * (count // 10), count**9)
+    )
+    return out
+
+
 def dump(rng: random.Random, value: Any) -> bytes:
     """JSON text; sometimes damaged, sometimes far too deep."""
     text = json.dumps(value, ensure_ascii=rng.random() < 0.7)

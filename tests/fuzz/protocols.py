@@ -6,6 +6,7 @@ Whatever comes, the reply is no 5xx (501, what this server cannot do, aside), sa
 from __future__ import annotations
 
 import asyncio
+import gzip
 import pathlib
 import random
 from collections.abc import Iterable
@@ -17,8 +18,9 @@ from proto.jaxserve.v1 import control_pb2, inference_pb2, sampling_pb2
 from serving.frontends.grpc.server import GrpcServer
 from serving.frontends.openai.app import create_app
 from serving.frontends.openai.direct import post
+from serving.frontends.openai.server import serve_http
 from serving.service import Limits
-from tests.fuzz.mutate import dump, mutate_bytes, mutate_json, random_json
+from tests.fuzz.mutate import dump, many, mutate_bytes, mutate_json, random_json
 from tests.fuzz.run import Case
 from tests.mock_engine import MockEngine, mock_service
 
@@ -42,6 +44,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/embeddings": {"model": "default", "input": ["a", "b"], "encoding_format": "float", "dimensions": 2},
     "/tokenize": {"model": "default", "prompt": "a", "add_special_tokens": True},
     "/detokenize": {"model": "default", "tokens": [1, 2, 3]},
+    "/rerank": {"model": "default", "query": "a", "documents": ["b", {"text": "c"}], "top_n": 1},
+    "/v2/embed": {"model": "default", "texts": ["a"], "embedding_types": ["float"], "truncate": "END", "input_type": "query"},
+    "/v1/responses/input_tokens": {"model": "default", "input": "x", "tools": [], "reasoning": {"effort": "low"}},
 }  # fmt: skip
 LIMITS = Limits(max_body_bytes=256 * 1024, grammar_timeout_s=2.0)
 
@@ -64,6 +69,8 @@ def http_bodies(folder: pathlib.Path) -> Case:
     def case(rng: random.Random) -> Iterable[str]:
         path = rng.choice(list(BODIES))
         value = mutate_json(rng, BODIES[path]) if rng.random() < 0.95 else random_json(rng, 4)
+        if rng.random() < 0.05:
+            value = many(rng, BODIES[path])
         body = dump(rng, value)
         kind = rng.choice(
             (b"application/json",) * 12 + (b"text/plain", b"", b"application/json; charset=utf-16", b"\xff")
@@ -137,4 +144,60 @@ def grpc_messages(folder: pathlib.Path) -> Case:
     return case
 
 
-TARGETS = {"http": http_bodies, "grpc": grpc_messages}
+START = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+PAYLOAD = b'{"prompt": "a", "max_tokens": 2}'
+WIRES = [
+    START + b"Content-Length: %d\r\n\r\n" % len(PAYLOAD) + PAYLOAD,
+    START
+    + b"Transfer-Encoding: chunked\r\n\r\n%x;a=b\r\n%b\r\n0\r\nX-A: b\r\nX-C: d\r\n\r\n" % (len(PAYLOAD), PAYLOAD),
+    START.replace(b"close", b"Upgrade, HTTP2-Settings")
+    + b"Upgrade: h2c\r\nContent-Length: %d\r\n\r\n" % len(PAYLOAD)
+    + PAYLOAD,
+    START.replace(b"1.1", b"1.0") + b"Content-Length: %d\r\n\r\n" % len(PAYLOAD) + PAYLOAD,
+    START
+    + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(gzip.compress(PAYLOAD))
+    + gzip.compress(PAYLOAD),
+    b"HEAD /v1/models/ HTTP/1.1\r\nHost: localhost\r\n\r\nGET /load HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+]
+
+
+def http_wire(folder: pathlib.Path) -> Case:
+    """Bytes of whole HTTP messages (trailers, chunks, offers, codings), over a real connection that the client then ends."""
+    loop = asyncio.new_event_loop()
+
+    async def start() -> tuple[MockEngine, Any]:
+        engine, service = _service()
+        return engine, await serve_http(service, port=0)
+
+    _, server = loop.run_until_complete(start())
+
+    async def talk(raw: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        try:
+            writer.write(raw)
+            writer.write_eof()
+            return await asyncio.wait_for(reader.read(), 8)
+        except ConnectionError:
+            return b""
+        finally:
+            writer.close()
+
+    def case(rng: random.Random) -> Iterable[str]:
+        raw = rng.choice(WIRES)
+        if rng.random() < 0.2:
+            at = raw.find(b"\r\n") + 2
+            raw = (
+                raw[:at]
+                + rng.choice((b"X-A: b\r\n", b"X-A: " + b"b" * 999 + b"\r\n")) * rng.choice((10, 400))
+                + raw[at:]
+            )
+        raw = mutate_bytes(rng, raw, 3) if rng.random() < 0.9 else raw
+        reply = loop.run_until_complete(talk(raw))
+        assert not reply or reply.startswith(b"HTTP/1.1 "), reply[:100]
+        assert not reply.startswith(b"HTTP/1.1 5") or reply.startswith((b"HTTP/1.1 501", b"HTTP/1.1 505")), reply[:300]
+        return [reply.decode("latin-1")] if reply and not reply.startswith(b"HTTP/1.1 2") else []
+
+    return case
+
+
+TARGETS = {"http": http_bodies, "http_wire": http_wire, "grpc": grpc_messages}

@@ -94,3 +94,120 @@ async def test_a_client_that_reads_slowly_gets_everything(start):
         await asyncio.sleep(0.02)
     writer.close()
     assert got.count(b'"text":') == 200 and b"[DONE]" in got
+
+
+CHUNKED = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
+
+
+async def test_no_part_of_a_message_is_without_bound(running: Running):
+    for parts in (
+        (CHUNKED + b"0\r\n", *[b"X-A: b\r\n" * 1000] * 40),  # trailers
+        (CHUNKED + b"0\r\nX-A: ", *[b"b" * 8000] * 40),  # one of them
+        (CHUNKED + b"1;x=", *[b"y" * 8000] * 40),  # a chunk's extension
+        (b"GET /", *[b"x" * 8000] * 40),  # the path
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 1000,),  # requests ahead of their replies
+        (b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",),
+    ):
+        reply = await _talk(running, *parts)
+        assert reply == b"reset" or b"400 Bad Request" in reply, (parts[0][-40:], reply[:80])
+    assert not running.engine.requests
+    assert (await running.chat()).status_code == 200
+
+
+async def test_trailers_within_bounds_are_dropped(running: Running):
+    body = b'{"prompt": "a", "max_tokens": 2}'
+    raw = CHUNKED + b"%x;ext=1\r\n%b\r\n0\r\nX-A: b\r\nX-Request-Id: evil\r\n\r\n" % (len(body), body)
+    reply = await _talk(running, raw.replace(b"Host: x\r\n", b"Host: x\r\nConnection: close\r\n"))
+    assert b" 200 OK" in reply and b"evil" not in reply
+
+
+async def test_a_body_that_comes_too_slowly_is_given_up(start):
+    running = await start(limits=Limits(body_timeout_s=0.5, body_gap_s=10.0))
+    pieces = [b" "] * 200
+    reply = await _talk(running, POST + b"Content-Length: 5000\r\n\r\n", *pieces)
+    assert reply in (b"", b"reset") and not running.engine.requests
+
+
+async def test_large_bodies_together_have_a_bound(start):
+    running = await start(limits=Limits(max_bodies_bytes=200_000))
+    held = [await asyncio.open_connection("127.0.0.1", running.server.port) for _ in range(2)]
+    for _, writer in held:
+        writer.write(POST + b"Content-Length: 150000\r\n\r\n" + b" " * 90_000)
+        await writer.drain()
+    await asyncio.sleep(0.2)
+    reply = await _talk(running, POST + b"Content-Length: 100000\r\n\r\n" + b" " * 90_000)
+    assert b" 503 " in reply and b"retry-after" in reply.lower()
+    for _, writer in held:
+        writer.close()
+    await asyncio.sleep(0.1)
+    assert (await running.chat()).status_code == 200
+
+
+SHAPES = {
+    "/v1/embeddings": [{"input": [{}] * 50_000}, {"input": [[]] * 50_000}, {"input": {"a": 1}}],
+    "/v1/completions": [
+        {"prompt": [[1.5]] * 50_000}, {"prompt": ["a", *[{}] * 50_000]}, {"prompt": "a", "stop": [1] * 50_000},
+        {"prompt": "a", "logit_bias": {str(i): 1 for i in range(50_000)}}, {"prompt": "a", "bad_words": [1] * 50_000},
+    ],
+    "/v1/chat/completions": [
+        {"messages": [{}] * 50_000}, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 50_000}]},
+        {"messages": [{"role": "user", "content": "a"}], "tools": [{}] * 50_000},
+    ],
+    "/v1/responses": [{"input": [{}] * 50_000}],
+    "/rerank": [{"query": "a", "documents": [{}] * 50_000}],
+    "/v1/score": [{"text_1": "a", "text_2": [1] * 50_000}],
+    "/detokenize": [{"tokens": [{}] * 50_000}],
+}  # fmt: skip
+
+
+async def test_lengths_are_checked_before_elements(running: Running):
+    for path, bodies in SHAPES.items():
+        for body in bodies:
+            reply = await running.http.post(path, json=body)
+            error = reply.json()["error"]
+            assert reply.status_code == 400 and error["param"], (path, error)
+            assert len(error["message"]) < 300, "one error, not one an element"
+
+
+async def test_brackets_and_values_are_counted_before_anything_is_made_of_them(start):
+    running = await start(limits=Limits(max_json_values=1000, max_json_depth=20))
+    for body, word in (
+        ('{"prompt": "a", "user": ' + "[" * 21 + "]" * 21 + "}", "nested more than 20"),
+        ('{"prompt": "a", "metadata": [' + "{}," * 999 + "{}]}", "more than 1000 values"),
+        ('{"prompt": ' + "[" * 300_000, "nested"),
+    ):
+        reply = await running.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        assert reply.status_code == 400 and word in reply.json()["error"]["message"]
+    text = '[{,"\\[' * 20  # in a text they count for nothing
+    reply = await running.http.post("/v1/completions", json={"prompt": text, "max_tokens": 1})
+    assert reply.status_code == 200
+
+
+async def test_a_server_without_keys_answers_to_local_names_alone(start):
+    running = await start(app={"allowed_hosts": ("api.example.com", "*.example.org")})
+    for host, status in (
+        ("localhost", 200), ("127.0.0.1:8000", 200), ("[::1]:8000", 200), ("jaxserve", 200), ("jaxserve.team.svc", 200),
+        ("api.example.com:80", 200), ("a.b.example.org", 200), ("example.org", 403), ("evil.com", 403), ("evil.com.", 403),
+        ("localhost.evil.com", 403), ("127.0.0.1.evil.com", 403), ("x@localhost.evil.com", 403),
+    ):  # fmt: skip
+        reply = await running.http.get("/v1/models", headers={"Host": host})
+        assert reply.status_code == status, host
+        assert status == 200 or reply.json()["error"]["code"] == "host_not_allowed"
+
+
+async def test_more_completions_than_there_is_room_for_are_refused(start):
+    engine = MockEngine(reply="word " * 10, step_s=0.005, max_model_len=100_000)
+    running = await start(engine, limits=Limits(max_live_extra=40, max_live=12))
+    body = {"prompt": "a", "n": 16, "temperature": 1.0, "max_tokens": 50_000, "ignore_eos": True, "stream": True}
+    tasks = [asyncio.create_task(running.http.post("/v1/completions", json=body)) for _ in range(6)]
+    await until(lambda: len(engine.live) == 32, "two of them run")
+    refused = [task for task in tasks if task.done()]
+    await until(lambda: sum(task.done() for task in tasks) == 4, "four were refused")
+    refused = [task.result() for task in tasks if task.done()]
+    assert {reply.status_code for reply in refused} == {429} and refused[0].json()["error"]["code"] == "queue_full"
+    assert (await running.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})).status_code == 200
+    for task in tasks:
+        task.cancel()
+    await until(lambda: not engine.live, "they are gone")
