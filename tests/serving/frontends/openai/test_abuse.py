@@ -176,7 +176,7 @@ async def test_brackets_and_values_are_counted_before_anything_is_made_of_them(s
     for body, word in (
         ('{"prompt": "a", "user": ' + "[" * 21 + "]" * 21 + "}", "nested more than 20"),
         ('{"prompt": "a", "metadata": [' + "{}," * 999 + "{}]}", "more than 1000 values"),
-        ('{"prompt": ' + "[" * 300_000, "nested"),
+        ('{"prompt": ' + "[" * 300_000, "more than 1000 values"),
     ):
         reply = await running.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
         assert reply.status_code == 400 and word in reply.json()["error"]["message"]
