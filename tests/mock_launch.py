@@ -29,6 +29,7 @@ class Engine:
     def __init__(self) -> None:
         self.client = MockEngine(OPTIONS.get("reply"), step_s=OPTIONS.get("step_s", 0.0), max_model_len=4096)
         self.died = threading.Event()
+        self.recent: tuple[Any, ...] = ()
         if "die_after_s" in OPTIONS:
             threading.Timer(OPTIONS["die_after_s"], self._die).start()
 

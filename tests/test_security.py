@@ -13,7 +13,6 @@ import sys
 import numpy as np
 import pytest
 
-from serving import gateway
 from serving.access.flags import access_of, is_loopback, tls_of, warnings_for
 from serving.boot import flags
 from serving.engine.api.sampling_params import SamplingParams
@@ -24,6 +23,7 @@ from serving.engine.requests.request import Request
 from serving.engine.requests.slots import SlotTable
 from serving.errors import RequestError
 from serving.frontends.openai.app import create_app
+from serving.gateway import flags as gateway_flags
 from serving.service import GenerateInput
 from serving.service.stop_strings import StopMatcher
 from tests.mock_engine import MockEngine, mock_service
@@ -85,7 +85,7 @@ def test_the_walk_sees_what_it_is_for(tmp_path):
 
 def test_servers_listen_on_this_machine_alone_unless_told():
     args, _ = flags.parse([])
-    assert is_loopback(args.host) and is_loopback(gateway._parse(["--target", "x:1"]).host)
+    assert is_loopback(args.host) and is_loopback(gateway_flags.parse(["--target", "x:1"]).host)
     assert not warnings_for(args.host, access_of(args), tls_of(args))
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"):
         wide, _ = flags.parse(["--host", host])

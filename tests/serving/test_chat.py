@@ -115,7 +115,7 @@ def test_a_refused_question_is_told_and_forgotten(capsys):
         chat = Chat(channel, SamplingParams(), out=io.StringIO())
         loop(chat, typed("x" * 100, "hi"), interactive=False)
         assert [turn.content for turn in chat.turns] == ["hi", "ok"]
-    assert "Shorten the prompt" in capsys.readouterr().err
+    assert "reduce the length of the messages" in capsys.readouterr().err
 
 
 def test_main_reads_standard_input(monkeypatch, capsys):
