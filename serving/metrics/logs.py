@@ -14,6 +14,8 @@ import time
 import uuid
 from typing import Literal, TextIO
 
+from serving.metrics import stderr_json
+
 request_id_of_task: contextvars.ContextVar[str | None] = contextvars.ContextVar("jaxserve_request_id", default=None)
 """The id of the request that the running task serves; front ends set it."""
 
@@ -94,7 +96,7 @@ class _JsonStderr(logging.StreamHandler):
     def __init__(self) -> None:
         sys.stderr.flush()
         self._own = os.dup(STDERR)
-        script = pathlib.Path(__file__).with_name("stderr_json.py")
+        script = pathlib.Path(stderr_json.__file__)
         # Isolated and without site-packages: it starts in some 20 ms, and imports nothing of ours.
         command = [sys.executable, "-I", "-S", str(script)]
         self._beside = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self._own, start_new_session=True)
@@ -106,7 +108,9 @@ class _JsonStderr(logging.StreamHandler):
     def close(self) -> None:
         if self._own >= 0:
             sys.stderr.flush()
-            os.dup2(self._own, STDERR)  # the pipe's last end: whoever reads it sees its end
+            with contextlib.suppress(OSError):  # the other one may be gone
+                os.write(STDERR, f"\n{stderr_json.END}".encode())
+            os.dup2(self._own, STDERR)
             os.close(self._own)
             self._own = -1
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -116,7 +120,7 @@ class _JsonStderr(logging.StreamHandler):
 
 
 STDERR = 2
-LAST_LINES_S = 2.0
+LAST_LINES_S = 10.0
 
 
 def setup_logging(

@@ -6,6 +6,7 @@ library said last would be lost. It ends when the last process that can write to
 signals that end the server. Only the standard library, and little of that.
 """
 
+import itertools
 import json
 import re
 import signal
@@ -20,6 +21,8 @@ SAYS = re.compile(r"\s*(?:\S+: )?(error|warning|fatal)\b", re.I)
 LEVELS = {"I": "info", "W": "warning", "E": "error", "F": "critical", "fatal": "critical"}
 TRACEBACK = "Traceback (most recent call last):"
 MAX_TRACEBACK_LINES = 500
+END = "\0end of the log\n"
+"""The line with which the server says that it ends: processes that it started may hold the pipe open for longer."""
 
 
 def entries(lines: Iterable[str]) -> Iterator[str]:
@@ -74,7 +77,7 @@ def main(stdin: TextIO = sys.stdin, stdout: TextIO = sys.stdout) -> None:
         signal.signal(number, signal.SIG_IGN)
     stdin.reconfigure(encoding="utf-8", errors="replace", newline="\n")  # type: ignore[attr-defined]
     stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[attr-defined]
-    for line in entries(iter(stdin.readline, "")):
+    for line in entries(itertools.takewhile(lambda raw: raw != END, iter(stdin.readline, ""))):
         stdout.write(line + "\n")
         stdout.flush()
 

@@ -177,3 +177,15 @@ def test_the_last_words_of_a_crash_are_json_too():
     )
     assert found.returncode == -signal.SIGABRT
     assert sorted(entry["message"] for entry in _all_json(found.stderr)) == ["F0000 00:00:1.1 7 a.cc:1] gone", "ours"]
+
+
+def test_the_log_ends_with_the_server_whatever_it_has_started():
+    """A process that was started and lives on holds the pipe; nobody waits for it."""
+    program = (
+        "import subprocess, sys; from serving.metrics.logs import setup_logging; handler = setup_logging('json');"
+        "left = subprocess.Popen(['sleep', '60']); print('half a line', end='', file=sys.stderr, flush=True);"
+        "handler.close(); assert handler._beside.poll() == 0, 'it has read all and ended'; left.kill()"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert found.returncode == 0, found.stderr
+    assert [entry["message"] for entry in _all_json(found.stderr)] == ["half a line"]

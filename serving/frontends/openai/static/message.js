@@ -122,14 +122,15 @@ function tokens(list) {
     others.replaceChildren(el("b", { text: shown(token.text) }), ` ${percent(token.p)}`, ...token.top.filter(([text]) => text !== token.text).map(([text, p]) => el("span", {}, el("code", { text: shown(text) }), ` ${percent(p)}`)));
   };
   list.forEach((token, i) => {
-    const one = el("button", { type: "button", class: `token p${Math.min(9, Math.floor(token.p * 10))}`, tabindex: i ? -1 : 0, text: token.text, "aria-label": `${shown(token.text)}, ${percent(token.p)}` });
+    const one = el("button", { type: "button", class: `token p${Math.min(9, Math.floor(token.p * 10))}`, tabindex: i ? -1 : 0, text: token.text.replaceAll("\n", "↵"), "aria-label": `${shown(token.text)}, ${percent(token.p)}` });
     one.addEventListener("pointerenter", () => show(token));
     one.addEventListener("focus", () => show(token));
-    row.append(one);
+    row.append(one, ...Array.from({ length: token.text.split("\n").length - 1 }, () => el("br")));
   });
   row.addEventListener("keydown", (event) => {
     const next = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
-    const to = next && event.target[next];
+    let to = next && event.target[next];
+    while (to?.tagName === "BR") to = to[next];
     if (!to) return;
     event.preventDefault();
     event.target.tabIndex = -1;

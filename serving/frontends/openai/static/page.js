@@ -110,10 +110,9 @@ function showDiff(on) {
   const toggle = $("#diff");
   if ((toggle.getAttribute("aria-pressed") === "true") === on) return;
   toggle.setAttribute("aria-pressed", String(on));
-  const last = panes.map((pane) => pane.views.at(-1));
-  if (last.length !== 2 || last.some((view) => view?.message.role !== "assistant")) return;
-  const pieces = on ? diff(last[0].message.content, last[1].message.content) : [];
-  last.forEach((view, i) => (on ? view.drawDiff(pieces[i]) : view.draw()));
+  const last = panes.map((pane) => pane.views.at(-1)).filter((view) => view?.message.role === "assistant");
+  if (!on) last.forEach((view) => view.draw());
+  else if (last.length === 2) diff(...last.map((view) => view.message.content)).forEach((pieces, i) => last[i].drawDiff(pieces));
 }
 
 async function send() {

@@ -280,6 +280,7 @@ async def test_tools_probabilities_schemas_and_the_difference(start: Start, page
     marks = await page.run("[...document.querySelectorAll('mark')].map((m) => m.textContent).sort()")
     assert marks == ["quick", "slow"]
     await page.press(CONTROL, ".")
+    assert await page.run("document.querySelectorAll('mark').length") == 0
 
     engine._reply = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Bern"}}\n</tool_call>'
     await page.click(".tool-example")
