@@ -28,6 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from serving.engine.api.config import EngineConfig
 from serving.engine.requests.buckets import BucketTable
 from serving.engine.scheduling.policy import KEYS
 from serving.engine.scheduling.scheduler import SchedulerConfig
@@ -120,6 +121,18 @@ def policy_settings(policy: str) -> dict[str, Any]:
     return {"policy": order, "prefix_first": "prefix" in more, "fair_share": "fair" in more}
 
 
+def engine_config(args: argparse.Namespace, policy: str, seqs: int, tokens: int) -> EngineConfig:
+    """What a server with these settings would be started with."""
+    return EngineConfig(
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        max_model_len=args.max_model_len,
+        page_size=args.page_size,
+        enable_prefix_caching=not args.no_prefix_caching,
+        **policy_settings(policy),
+    )
+
+
 def checked_policy(policy: str) -> str:
     try:
         policy_settings(policy)
@@ -202,17 +215,12 @@ def main(argv: list[str] | None = None) -> None:
             count,
             args.seed,
             cost,
-            SchedulerConfig(
-                max_num_seqs=seqs,
-                max_num_batched_tokens=tokens,
+            SchedulerConfig.of(
+                engine_config(args, policy, seqs, tokens),
                 max_chunk_tokens=table.max_chunk,
                 max_chunk_rows=table.max_rows,
-                max_model_len=args.max_model_len,
-                page_size=args.page_size,
                 num_pages=args.num_pages,
                 buckets=table,
-                **policy_settings(policy),
-                enable_prefix_caching=not args.no_prefix_caching,
             ),
             not args.no_async_scheduling,
             args.max_num_queued_reqs,

@@ -115,12 +115,10 @@ def _resolved(checked: Checked) -> dict[str, Any]:
 def _scheduler_config(
     checked: Checked, sizes: Sizes, executor: Executor, runner: ModelRunner, replicas: int
 ) -> SchedulerConfig:
-    """Fields that the configuration or the sizes have too come from there; the others are the device's."""
-    names = {field.name for field in dataclasses.fields(SchedulerConfig)}
     config, ridge = checked.config, CPU_RIDGE if checked.platform == "cpu" else ACCELERATOR_RIDGE
-    shared = {name: value for name, value in {**vars(config), **vars(sizes)}.items() if name in names}
-    return SchedulerConfig(
-        **shared,
+    return SchedulerConfig.of(
+        config,
+        sizes,
         max_chunk_tokens=runner.buckets.max_chunk,
         max_chunk_rows=runner.buckets.max_rows,
         host_pages=int(config.kv_offload_gb * GIB // sizes.page_bytes) // replicas,

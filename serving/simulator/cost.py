@@ -43,7 +43,11 @@ class StepShape:
     chunk_work: float
 
     @staticmethod
-    def of(plan: StepPlan) -> StepShape:
+    def of(plan: StepPlan, replicas: int = 1) -> StepShape:
+        """Of several replicas the largest of each: all are padded alike, and wait for the slowest."""
+        if replicas > 1:
+            shapes = [dataclasses.astuple(StepShape.of(plan.of_replica(replica))) for replica in range(replicas)]
+            return StepShape(*map(max, zip(*shapes, strict=True)))
         chunks = plan.chunks
         return StepShape(
             decode=len(plan.decode),

@@ -41,17 +41,19 @@ class VirtualDevice:
         cost: CostModel,
         answer: Callable[[StepPlan], np.ndarray],
         on_dispatch: Callable[[VirtualStep], None] | None = None,
+        replicas: int = 1,
     ) -> None:
         self.now = 0.0
         self._cost = cost
         self._answer = answer
         self._on_dispatch = on_dispatch
+        self._replicas = replicas
         self._free = 0.0
         self._finite = np.ones((cost.max_num_seqs, 1), bool)
 
     def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> VirtualStep:
         self.now += self._cost.host_s
-        shape = StepShape.of(plan)
+        shape = StepShape.of(plan, self._replicas)
         seconds = self._cost.seconds(shape)
         self._free = max(self.now, self._free) + seconds
         step = VirtualStep(plan, self._cost.bucket(shape), seconds, self._free)

@@ -101,7 +101,7 @@ class Simulation:
         self.scheduler = Scheduler(dataclasses.replace(config, num_scheduler_steps=1))
         self.cost = cost
         self.totals = RunTotals()
-        self.device = VirtualDevice(cost, self._answer, self._note)
+        self.device = VirtualDevice(cost, self._answer, self._note, config.replicas)
         self.pipeline = StepPipeline(
             self.scheduler, self.device, self._take, asynchronous=asynchronous, clock=lambda: self.device.now
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any, Self
 
 from serving.engine.requests.buckets import BucketTable
 from serving.engine.requests.cache_specs import CacheSpec, PagedSpec, RecurrentSpec
@@ -55,6 +56,14 @@ class SchedulerConfig:
     max_running_time: float | None = None
     replicas: int = 1
     buckets: BucketTable | None = None
+
+    @classmethod
+    def of(cls, *sources: object, **given: Any) -> Self:
+        """One made from what an engine is configured with and its sizes: what they have under the same name is taken from
+        there, from the last one that has it; the rest is given."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        shared = {name: value for source in sources for name, value in vars(source).items() if name in names}
+        return cls(**(shared | given))
 
     def __post_init__(self) -> None:
         """Raises ValueError for more than one recurrent group: all layers that keep a state are one."""

@@ -144,12 +144,12 @@ class Scheduler:
         budget = self.max_tokens
         self._make_way()
         preemptions = self.counters.preemptions
-        decode, unfinished = self._schedule_decode(budget)
+        decode, rows, unfinished = self._schedule_decode(budget)
         waiting = self.waiting.head(1) if self.slots.num_free else []
         held = decode if self.foreground.hurries((*unfinished, *waiting), self.running) else []
-        decode = [] if held else decode
+        if held:
+            decode, rows = [], [0] * self.config.replicas
         background = max(CHUNK_ALIGN, budget // BACKGROUND_SHARE)
-        rows = self._by_replica(decode)
         builders = [
             ChunkBuilder(budget - count, self.config.max_chunk_tokens, self.config.max_chunk_rows, background)
             for count in rows
@@ -217,9 +217,10 @@ class Scheduler:
 
     # ---- the parts of schedule() ----
 
-    def _schedule_decode(self, budget: int) -> tuple[list[Request], list[Request]]:
-        """Rows with exactly one position to compute, given a page where they need one; and the requests that have more to
-        compute, whose prompts were begun. One pass without properties: 256 requests a step come by here."""
+    def _schedule_decode(self, budget: int) -> tuple[list[Request], list[int], list[Request]]:
+        """Rows with exactly one position to compute, given a page where they need one; how many of them each replica has; and
+        the requests that have more to compute, whose prompts were begun. One pass without properties: 256 requests come by
+        here in a step."""
         decode: list[Request] = []
         unfinished: list[Request] = []
         rows = [0] * self.config.replicas
@@ -248,7 +249,8 @@ class Scheduler:
         ):  # a later row's need of a page may have cost an earlier row its own
             decode = [r for r in decode if r.state is RequestState.RUNNING]
             unfinished = [r for r in unfinished if r.state is RequestState.RUNNING]
-        return decode, unfinished
+            rows = self._by_replica(decode)
+        return decode, rows, unfinished
 
     def _lengthen(self, decode: list[Request]) -> int:
         """How many decode steps to dispatch at once: several only while nothing waits for the next one, and while every row

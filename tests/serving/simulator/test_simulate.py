@@ -126,6 +126,17 @@ def test_deadlines_and_full_queues_end_requests_with_their_reason() -> None:
     assert reasons.count("length") == 31 - 1 - simulation.totals.refused
 
 
+def test_two_replicas_serve_twice_the_load() -> None:
+    trace = list(itertools.islice(GENERATORS["short"](80.0, 0), 300))
+    seconds = {}
+    for replicas in (1, 2):
+        outcomes, simulation = run(trace, dataclasses.replace(CONFIG, replicas=replicas))
+        assert {o.reason for o in outcomes} == {"length"}
+        assert simulation.scheduler.pool.num_free == replicas * (CONFIG.num_pages - 1)
+        seconds[replicas] = simulation.totals.seconds
+    assert 0.4 < seconds[2] / seconds[1] < 0.7
+
+
 def test_report_adds_up() -> None:
     report = Report()
     outcomes, simulation = run(itertools.islice(GENERATORS["overload"](4.0, 1), 100))
