@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from serving.text.tokenizer import Tokenizer
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "vocab.txt", "tokenizer_config.json",
+    "tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model", "qwen.tiktoken", "vocab.json", "vocab.txt",
+    "tokenizer_config.json",
 )  # fmt: skip
 """A folder with one of these means to have a tokenizer."""
 

@@ -57,21 +57,23 @@ def build(metadata: Mapping[str, Any]) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     tokens = _tokens(metadata)
     types = _types(metadata, len(tokens))
-    if kind == "gpt2":
-        tokenizer = _byte_level(metadata, tokens, types)
+    if kind in ("gpt2", "gemma4"):
+        plain = kind == "gemma4" or not _pre_tokenizer(metadata).byte_level
+        tokenizer = _raw_merges(metadata, tokens, types) if plain else _byte_level(metadata, tokens, types)
     elif kind == "llama":
         tokenizer = _sentencepiece(metadata, tokens, types)
     elif kind == "bert":
         return gguf_wordpiece.build(metadata, tokens)
+    elif kind == "t5":
+        return _unigram(metadata, tokens, types)
     else:
         raise ValueError(
-            f"tokenizer.ggml.model is {kind!r}; 'gpt2' (byte-level BPE), 'llama' (SentencePiece) and 'bert' (WordPiece) "
-            "can be read. Put the model's tokenizer.json beside it and name the folder instead."
+            f"tokenizer.ggml.model is {kind!r}; 'gpt2' and 'gemma4' (BPE), 'llama' and 't5' (SentencePiece) and 'bert' "
+            "(WordPiece) can be read. Put the model's tokenizer.json beside it and name the folder instead."
         )
     _add_tokens(tokenizer, tokens, types)
     bos = metadata.get("tokenizer.ggml.bos_token_id") if _adds_bos(metadata, kind) else None
-    eos = metadata.get("tokenizer.ggml.eos_token_id") if metadata.get("tokenizer.ggml.add_eos_token") else None
-    set_template(tokenizer, bos, eos)
+    set_template(tokenizer, bos, _added_end(metadata, kind))
     return tokenizer
 
 
@@ -104,6 +106,49 @@ def set_template(tokenizer: Tokenizer, bos: int | None, eos: int | None) -> None
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
     pre = _pre_tokenizer(metadata)
+    vocab = {token: i for i, token in enumerate(tokens[: _model_size(types)])}
+    tokenizer = Tokenizer(_merging(metadata, vocab, ignore_merges=pre.ignore_merges))
+    if pre.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre.build()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _raw_merges(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
+    """Merges over text with visible blanks, as Gemma's tokenizer.json has them: no words are cut out first."""
+    vocab = {token: i for i, token in enumerate(tokens)}
+    unknown = int(metadata.get("tokenizer.ggml.unknown_token_id", 0))
+    if not 0 <= unknown < len(tokens):
+        raise ValueError(f"tokenizer.ggml.unknown_token_id is {unknown}, outside the {len(tokens)} tokens.")
+    model = _merging(metadata, vocab, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def _unigram(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
+    from serving.text.formats.sentencepiece_model import charsmap, unigram
+
+    scores = metadata.get("tokenizer.ggml.scores")
+    if scores is None or len(scores) != len(tokens):
+        raise ValueError("The GGUF file's tokenizer.ggml.scores does not have one score a token.")
+    known = {**metadata, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    known["tokenizer.ggml.scores"] = _plain_list(scores)
+    rules = metadata.get("tokenizer.ggml.precompiled_charsmap")
+    tokenizer = unigram(
+        known,
+        charsmap(b"" if rules is None else bytes(bytearray(_plain_list(rules)))),
+        bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)),
+    )
+    bos = metadata.get("tokenizer.ggml.bos_token_id") if metadata.get("tokenizer.ggml.add_bos_token") else None
+    set_template(tokenizer, bos, _added_end(metadata, "t5"))
+    return tokenizer
+
+
+def _merging(metadata: Mapping[str, Any], vocab: dict[str, int], **options: Any) -> models.BPE:
+    """The BPE model of a file's merges."""
     merges = metadata.get("tokenizer.ggml.merges")
     if merges is None or isinstance(merges, str):
         raise ValueError("The GGUF file has no tokenizer.ggml.merges: its byte-level BPE cannot be built.")
@@ -113,17 +158,10 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], types: Seque
         if at < 0:
             raise ValueError(f"tokenizer.ggml.merges has {merge!r}, which is not two tokens with a blank between.")
         pairs.append((merge[:at], merge[at + 1 :]))
-    vocab = {token: i for i, token in enumerate(tokens[: _model_size(types)])}
     try:
-        model = models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre.ignore_merges)
+        return models.BPE(vocab=vocab, merges=pairs, **options)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"tokenizer.ggml.merges does not fit tokenizer.ggml.tokens: {error}") from None
-    tokenizer = Tokenizer(model)
-    if pre.nfc:
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre.build()
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
@@ -215,7 +253,22 @@ def _adds_bos(metadata: Mapping[str, Any], kind: str) -> bool:
     asked = metadata.get("tokenizer.ggml.add_bos_token")
     if asked is not None:
         return bool(asked)
-    return kind == "llama" or _pre_tokenizer(metadata).adds_bos
+    if kind in ("llama", "gemma4"):
+        return True
+    pre = _pre_tokenizer(metadata)
+    return pre.adds_bos or pre.adds_sep
+
+
+def _added_end(metadata: Mapping[str, Any], kind: str) -> int | None:
+    """What stands behind a text: the end where the file says so, the separator where the family has one."""
+    if metadata.get("tokenizer.ggml.add_eos_token"):
+        return metadata.get("tokenizer.ggml.eos_token_id")
+    if kind != "gpt2" or not (metadata.get("tokenizer.ggml.add_sep_token") or _pre_tokenizer(metadata).adds_sep):
+        return None
+    for name in ("seperator", "separator", "eos"):  # the first is GGUF's own spelling
+        if metadata.get(f"tokenizer.ggml.{name}_token_id") is not None:
+            return int(metadata[f"tokenizer.ggml.{name}_token_id"])
+    return None
 
 
 def _tokens(metadata: Mapping[str, Any]) -> list[str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
+
+from serving.text.formats import older, sentencepiece_model, tekken, tiktoken_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,7 @@ class TokenizerFiles:
 
 
 def read(folder: Path) -> TokenizerFiles:
-    """Reads tokenizer.json and the files beside it.
+    """Reads tokenizer.json and the files beside it; without one, the vocabulary files that other libraries write.
 
     Whether a text gets a BOS is what tokenizer.json says; `add_bos_token` in tokenizer_config.json has no effect where
     there is a tokenizer.json, as in transformers.
@@ -33,32 +35,78 @@ def read(folder: Path) -> TokenizerFiles:
     Raises:
         ValueError: a file is missing or damaged; the sentence names it.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        other = (
-            " A tokenizer.model alone cannot be read: save the model's fast tokenizer."
-            if (folder / "tokenizer.model").exists()
-            else ""
-        )
-        raise ValueError(f"{folder.name} has no tokenizer.json.{other}")
+    found = next((name for name in _READERS if any(folder.glob(name))), None)
+    if found is None:
+        raise ValueError(f"{folder.name} has no tokenizer: none of {', '.join(_READERS)}.")
+    path = next(iter(sorted(folder.glob(found))))
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = _READERS[found](path)
     except (KeyboardInterrupt, SystemExit):
         raise
     except (
         BaseException
     ) as error:  # the library raises bare Exception, and where its Rust code panics no Exception at all
-        raise ValueError(f"tokenizer.json of {folder.name} cannot be read: {error}") from None
+        said = str(error).strip() or type(error).__name__
+        raise ValueError(f"{path.name} of {folder.name} cannot be read: {said}") from None
     try:
-        return _with_settings(folder, tokenizer)
+        return _with_settings(folder, tokenizer, bare=found != "tokenizer.json")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"a file beside tokenizer.json of {folder.name} has an entry that is missing or of a wrong type: {error}."
+            f"a file beside {path.name} of {folder.name} has an entry that is missing or of a wrong type: {error}."
         ) from error
 
 
-def _with_settings(folder: Path, tokenizer: tokenizers.Tokenizer) -> TokenizerFiles:
-    """What the files beside tokenizer.json add."""
+def _read_json(path: Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+def _read_ranks(path: Path) -> tokenizers.Tokenizer:
+    return tiktoken_model.read(path, _json(path.parent / "tokenizer_config.json"), _model_type(path.parent))
+
+
+def _read_model(path: Path) -> tokenizers.Tokenizer:
+    if tiktoken_model.is_ranks(path):  # Llama 3's original files have this name too
+        return _read_ranks(path)
+    return sentencepiece_model.read(path, _json(path.parent / "tokenizer_config.json"))
+
+
+def _read_merges(path: Path) -> tokenizers.Tokenizer:
+    folder = path.parent
+    if not (folder / "merges.txt").is_file():
+        raise ValueError("there is no merges.txt beside it.")
+    return older.read_merges(folder, _json(folder / "tokenizer_config.json"), _model_type(folder))
+
+
+def _read_wordpiece(path: Path) -> tokenizers.Tokenizer:
+    return older.read_wordpiece(path, _json(path.parent / "tokenizer_config.json"))
+
+
+def _model_type(folder: Path) -> str:
+    found = _json(folder / "config.json").get("model_type")
+    return found if isinstance(found, str) else ""
+
+
+# In the order in which they are looked for.
+_READERS: dict[str, Callable[[Path], tokenizers.Tokenizer]] = {
+    "tokenizer.json": _read_json,
+    "tekken.json": tekken.read,
+    "tiktoken.model": _read_ranks,
+    "*.tiktoken": _read_ranks,
+    "tokenizer.model": _read_model,
+    "vocab.json": _read_merges,
+    "vocab.txt": _read_wordpiece,
+}
+
+# What ends a text or a turn, where no file beside the vocabulary says so.
+_ENDS = ("</s>", "<|end_of_text|>", "<|eot_id|>", "<|endoftext|>", "<|im_end|>", "[EOS]", "[SEP]")
+
+
+def _with_settings(folder: Path, tokenizer: tokenizers.Tokenizer, bare: bool) -> TokenizerFiles:
+    """What the files beside the vocabulary add.
+
+    Args:
+        bare: the vocabulary is not a tokenizer.json: what the files beside it leave open goes by names.
+    """
     config = _json(folder / "tokenizer_config.json")
     specials = _json(folder / "special_tokens_map.json")
 
@@ -77,9 +125,24 @@ def _with_settings(folder: Path, tokenizer: tokenizers.Tokenizer) -> TokenizerFi
         for token in value if isinstance(value, list) else [value]:
             if isinstance(token, int):
                 ends[token] = None
+    if bare and not ends:
+        specials_known = tokenizer.get_added_tokens_decoder()
+        known = {token.content: i for i, token in specials_known.items() if token.special}
+        ends = dict.fromkeys(known[name] for name in _ENDS if name in known)
     return TokenizerFiles(
-        tokenizer, tuple(ends), named("bos"), named("unk"), named("pad"), _chat_templates(folder, config)
+        tokenizer,
+        tuple(ends),
+        named("bos") or (_leading(tokenizer) if bare else None),
+        named("unk"),
+        named("pad"),
+        _chat_templates(folder, config),
     )
+
+
+def _leading(tokenizer: tokenizers.Tokenizer) -> str | None:
+    """The token that the tokenizer itself puts before a text, where no file names the BOS."""
+    ids = tokenizer.encode("").ids
+    return tokenizer.id_to_token(ids[0]) if ids else None
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from serving.engine.api.sampling_params import StructuredOutputs
 from serving.errors import ErrorKind, RequestError
+from tests.fuzz import vocabularies
 from tests.fuzz.mutate import WORDS, mutate_bytes, mutate_json, mutate_text, random_json
 from tests.fuzz.run import Case
 
@@ -202,6 +203,19 @@ REGEXES = (
     "(x+x+)+y",
     "é{2}[^a-c]",
 )
+REPEATS = (
+    *WORDS,
+    "{9,99}",
+    "{0,100}",
+    "{1000000000}",
+    "){1,40}",
+    "((((",
+    "?{500}",
+    "(?i)",
+    r"\p{L}",
+    ".*",
+    r"(\w{1,40} ?){1,60}",
+)
 LARK = 'start: greeting " " name\ngreeting: "hello" | "hi"\nname: /[a-z]+/\n%ignore / /\n'
 GBNF = 'root ::= greeting " " name\ngreeting ::= "hello" | "hi"\nname ::= [a-z]+ | "(" root ")"\n'
 
@@ -222,15 +236,14 @@ def regexes(folder: pathlib.Path) -> Case:
     """Regular expressions."""
     return _grammar(
         folder,
-        lambda rng: StructuredOutputs(
-            regex=mutate_text(rng, rng.choice(REGEXES), (*WORDS, "{9,99}", "(?i)", r"\p{L}")) or "a"
-        ),
+        lambda rng: StructuredOutputs(regex=mutate_text(rng, rng.choice(REGEXES), REPEATS) or "a"),
     )
 
 
 def grammars(folder: pathlib.Path) -> Case:
     """Lark and GBNF grammars."""
-    words = (*WORDS, "start", "root", "::=", ":", "/", "%", "~", "{1,3}")
+    doubled = "".join(f"\nR{i}: R{i + 1} R{i + 1}" for i in range(24)) + '\nR24: "a"\n'
+    words = (*WORDS, "start", "root", "::=", ":", "/", "%", "~", "{1,3}", "{1000000}", "R0", "NAME{100}{100}", doubled)
     return _grammar(
         folder, lambda rng: StructuredOutputs(grammar=mutate_text(rng, rng.choice((LARK, GBNF)), words) or "a")
     )
@@ -283,6 +296,7 @@ def templates(folder: pathlib.Path) -> Case:
 
 
 TARGETS = {
+    **vocabularies.TARGETS,
     "gguf": gguf_files, "safetensors": safetensors_files, "config": configs, "tokenizer": tokenizer_files, "schema": schemas,
     "regex": regexes, "grammar": grammars, "template": templates,
 }  # fmt: skip

@@ -7,7 +7,17 @@ import pytest
 from tests.fuzz import guided, parsers, protocols
 from tests.fuzz.run import INTERNAL, run
 
-CASES = {"gguf": 150, "tokenizer": 120, "template": 60, "schema": 200, "regex": 200, "grammar": 200}
+CASES = {
+    "gguf": 150,
+    "tokenizer": 120,
+    "template": 60,
+    "schema": 200,
+    "regex": 200,
+    "grammar": 200,
+    "ranks": 150,
+    "pieces": 100,
+    "merges": 100,
+}
 
 
 @pytest.mark.parametrize("name", [*parsers.TARGETS, *protocols.TARGETS])

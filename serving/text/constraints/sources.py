@@ -45,7 +45,7 @@ def check_lark(text: str) -> None:
             check_repeats(literal)
     found = list(_DEFINITION.finditer(plain))
     ends = [*(match.start() for match in found[1:]), len(plain)]
-    bodies = {match[1]: plain[match.end() : end] for match, end in zip(found, ends, strict=True)}
+    bodies = {match[1]: plain[match.end() : ends[i]] for i, match in enumerate(found)}
     sizes: dict[str, int] = {}
 
     def size_of(name: str, depth: int) -> int:
