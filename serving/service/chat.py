@@ -12,6 +12,7 @@ from serving.service.inputs import GenerateInput
 from serving.service.prepare import ConstraintFactory, PreparedRequest
 from serving.service.reply import ReplyReader
 from serving.service.service import TextService
+from serving.text.constraints.sources import schema_of
 from serving.text.tools import ReasoningFamily, ToolFamily, ToolPlan, plan_tools
 from serving.text.tools import ReplyParser as FamilyParser
 
@@ -40,7 +41,7 @@ async def prepare_chat(
     service: TextService, given: GenerateInput, params: Mapping[str, Any], options: ChatOptions
 ) -> PreparedRequest:
     """Validates and tokenizes a chat, and compiles what holds its tool calls to their schemas. A forced call wins over a
-    structured output: it has a form of its own.
+    structured output: it has a form of its own. Where calls are left to the model, the reply is one or the other.
 
     Args:
         given: with `messages`, and the tools in OpenAI's shape.
@@ -51,9 +52,13 @@ async def prepare_chat(
     style = service.style
     params = dict(params)
     structured = params.get("structured_outputs") is not None and not options.forces_call
+    reasoning = None if structured else style.reasoning  # a structured output leaves no room for thinking
+    answer = _answer(params["structured_outputs"]) if structured and given.tools else None
+    if options.tool_choice == "none":
+        answer = None
+    structured = structured and answer is None
     if not structured:
         params.pop("structured_outputs", None)
-    reasoning = None if structured else style.reasoning  # a structured output leaves no room for thinking
     service.limits.check_count("tools", len(given.tools or ()), service.limits.max_tools, "tools")
     plan_for = functools.partial(
         plan_tools,
@@ -63,6 +68,7 @@ async def prepare_chat(
         service.tokenizer,
         parallel=options.parallel_tool_calls,
         reasoning=reasoning,
+        answer=answer,
     )
     plan = plan_for()
     if not plan.offered:
@@ -88,6 +94,13 @@ async def prepare_chat(
     )
     thinking = _thinks(reasoning, given, prepared.prompt or "")
     return dataclasses.replace(prepared, reader=functools.partial(_reader, plan, family, reasoning, thinking, options))
+
+
+def _answer(wanted: StructuredOutputs) -> Mapping[str, Any] | None:
+    """The schema of the reply that a structured output asks for; None where it is no JSON."""
+    if wanted.json is not None:
+        return schema_of(wanted.json)
+    return {"type": "object"} if wanted.json_object else None
 
 
 def _thinks(reasoning: ReasoningFamily | None, given: GenerateInput, prompt: str) -> bool:

@@ -15,6 +15,7 @@ from serving.service.inputs import GenerateInput, check_prompt_text
 from serving.service.json_bounds import check_nesting
 from serving.service.limits import Limits, check_text
 from serving.service.reply import ReplyReader
+from serving.text.chat_template import check_variables
 from serving.text.detokenizer import IncrementalDetokenizer
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def render_and_encode(
             "This model has no chat template: send text, or start the server with --chat-template.", "messages"
         )
     variables: dict[str, Any] = dict(given.chat_template_kwargs)
+    check_variables(variables)
     if given.documents:
         if "documents" not in getattr(template, "variables", ("documents",)):
             raise invalid(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from serving.errors import invalid
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RESERVED = (
     frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
+    | {"continue_final_message", "tokenizer"}
     | {"bos_token", "eos_token", "unk_token", "pad_token"}
     | {"range", "dict", "lipsum", "cycler", "joiner", "namespace", "loop", "self"}
 )
@@ -93,6 +94,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -117,6 +119,7 @@ class ChatTemplate:
         self,
         tokenizer: Tokenizer,
         messages: Sequence[Mapping[str, Any]],
+        /,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -153,9 +156,7 @@ class ChatTemplate:
                 "continue_final_message and add_generation_prompt exclude each other: set the latter to false.",
                 "continue_final_message",
             )
-        for name in kwargs:
-            if name in RESERVED or name.startswith("_"):
-                raise invalid(f"chat_template_kwargs cannot set {name!r}.", "chat_template_kwargs")
+        check_variables(kwargs)
         source = self._tool if tools else self._main
         chat = [source.shape(message, f"messages[{i}]") for i, message in enumerate(messages)]
         variables = {"tools": list(tools) if tools else None, "documents": documents, **kwargs}
@@ -172,6 +173,17 @@ class ChatTemplate:
             }
         )
         return _cut_open_end(text, last) if continue_final_message else text
+
+
+def check_variables(names: Iterable[str]) -> None:
+    """Refuses names that a request may not give to a template: they have a meaning there already.
+
+    Raises:
+        RequestError: INVALID_ARGUMENT naming the first.
+    """
+    for name in names:
+        if name in RESERVED or name.startswith("_"):
+            raise invalid(f"chat_template_kwargs cannot set {name!r}.", "chat_template_kwargs")
 
 
 class _Source:

@@ -49,6 +49,7 @@ def plan_tools(
     parallel: bool = True,
     reasoning: ReasoningFamily | None = None,
     in_reasoning: bool = False,
+    answer: Mapping[str, Any] | None = None,
 ) -> ToolPlan:
     """Reads `tools` and `tool_choice` in OpenAI's shapes.
 
@@ -60,6 +61,7 @@ def plan_tools(
         family: how the model writes calls; None for a model whose template knows none.
         parallel: more than one call is allowed.
         reasoning, in_reasoning: thinking that may come before (see `ReplyParser`).
+        answer: with "auto", the JSON schema of a reply that is no call: the reply is held to one or the other.
     Raises:
         RequestError: INVALID_ARGUMENT naming what is wrong with `tools` or `tool_choice`.
     """
@@ -75,13 +77,15 @@ def plan_tools(
     choice, named = _read_choice(tool_choice, schemas)
     if choice == "none" or not schemas:
         return ToolPlan(None, {}, None, offered=False)
-    if choice == "auto" and not (strict and family.begin and not family.bare):
+    if choice == "auto" and answer is None and not (strict and family.begin and not family.bare):
         return ToolPlan(family, schemas, None, offered=True)
     written, read = _writable(family)
     grammar = _Grammar(written, tokenizer, reasoning)
     allowed = {named: schemas[named]} if named is not None else schemas
     once = choice == "named" or not parallel or read.payload is Payload.CHANNELS  # there a call ends the reply
     thinking = _thinking(reasoning, in_reasoning)
+    if choice == "auto" and answer is not None:
+        return ToolPlan(read, schemas, grammar.either(allowed, once, answer), offered=True)
     if choice == "auto":
         return ToolPlan(read, schemas, grammar.lazy(allowed, once), offered=True)
     return ToolPlan(read, schemas, grammar.required(allowed, once, reasoning, thinking), offered=True)
@@ -180,6 +184,12 @@ class _Grammar:
             before = "thought " if thinking == "open" else f"({self._text(reasoning.open)} thought)? "
         lines.append(f"start: {before}{self._run(once)}")
         return "\n".join([*lines, *self._calls(schemas)])
+
+    def either(self, schemas: Mapping[str, Any], once: bool, answer: Mapping[str, Any]) -> str:
+        """Calls, or a JSON value that satisfies `answer`."""
+        text = json.dumps({**prepare(answer, "response_format"), "x-guidance": JSON_OPTIONS})
+        start = f"start: answer | {self._run(once)}"
+        return "\n".join(["%llguidance {}", start, f"answer: %json {text}", *self._calls(schemas)])
 
     def lazy(self, schemas: Mapping[str, Any], once: bool) -> str:
         """Any text, in which a marker begins a call."""
