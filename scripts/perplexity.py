@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,21 @@ def perplexity(model: Any, tokens: list[int], context: int, kv_dtype: Any = None
         kv_dtype: of the pages; None for float32.
     Raises:
         ValueError: too few tokens, or a context below 2.
+    """
+    total, predicted = 0.0, 0
+    for piece, logprob_TV in log_probabilities(model, tokens, context, kv_dtype):
+        chosen_T = np.asarray(logprob_TV[np.arange(len(piece) - 1), np.asarray(piece[1:])], np.float64)
+        total -= float(chosen_T.sum())
+        predicted += len(piece) - 1
+    return math.exp(total / predicted)
+
+
+def log_probabilities(
+    model: Any, tokens: list[int], context: int, kv_dtype: Any = None
+) -> Iterator[tuple[list[int], Any]]:
+    """(the window's tokens, logprob_TV float32) of one window after the other: row t is of the token behind token t.
+
+    Rows behind the window's last token hold anything. Arguments and errors are those of `perplexity`.
     """
     import jax
     import jax.numpy as jnp
@@ -57,21 +73,16 @@ def perplexity(model: Any, tokens: list[int], context: int, kv_dtype: Any = None
         merged = nnx.merge(graphdef, state)
         result = merged.forward(Step(tokens_T, jnp.where(real_T, position_T, 0), batch), kv)
         logprob_TV = jax.nn.log_softmax(merged.logits(result.hidden_TD))
-        next_T = jnp.roll(tokens_T, -1)
-        chosen_T = jnp.take_along_axis(logprob_TV, next_T[:, None], axis=1)[:, 0]
-        return -jnp.where(position_T < count - 1, chosen_T, 0.0).sum(), result.cache
+        return logprob_TV, result.cache
 
-    total, predicted = 0.0, 0
     for start in range(0, len(tokens), context):
         piece = tokens[start : start + context]
         if len(piece) < 2:
             break
         row = np.zeros(padded, np.int32)
         row[: len(piece)] = piece
-        loss, kv = window(state, row, np.int32(len(piece)), kv)
-        total += float(loss)
-        predicted += len(piece) - 1
-    return math.exp(total / predicted)
+        logprob_TV, kv = window(state, row, np.int32(len(piece)), kv)
+        yield piece, logprob_TV
 
 
 def reference(source: Any, tokens: list[int], context: int) -> float:

@@ -29,3 +29,18 @@ def test_agrees_with_transformers(script, tmp_path):
     assert ours > 10
     with pytest.raises(ValueError, match="at least two"):
         script.perplexity(model, [1], 40)
+
+
+def test_divergence_from_itself_is_nothing_and_from_four_bits_is_little(tmp_path):
+    from scripts.divergence import divergence
+
+    make_reference("llama", tmp_path / "m")
+    source = resolve(str(tmp_path / "m"))
+    exact, four = (
+        load_model(source, max_model_len=64, quantization=scheme, progress=False).model for scheme in (None, "int4")
+    )
+    tokens = np.random.default_rng(0).integers(0, 380, 70).tolist()
+    same = divergence(exact, exact, tokens, 40)
+    assert abs(same["nats"]) < 1e-6 and same["ratio"] == 1.0 and same["agreement"] == 1.0
+    rounded = divergence(exact, four, tokens, 40)
+    assert 1e-6 < rounded["nats"] < 0.5 and rounded["reference_perplexity"] == same["perplexity"]

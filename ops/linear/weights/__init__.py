@@ -8,11 +8,11 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from ops import native
 from ops.linear.weights.base import Around, Experts, StoredWeight, single_cpu
 from ops.linear.weights.block_pack import four_bits
 from ops.linear.weights.dense import DenseWeight
 from ops.linear.weights.int8 import Int8Weight, PackedInt8Weight, quantize_int8
+from ops.native import available
 
 __all__ = [
     "SCHEMES",
@@ -50,7 +50,7 @@ def quantize(weight_OI: jax.Array, scheme: str | None) -> Weight:
     """
     if scheme is None:
         return weight_OI
-    if scheme == "int4" and weight_OI.ndim == 2 and single_cpu(weight_OI) and native.available():
+    if scheme == "int4" and weight_OI.ndim == 2 and single_cpu(weight_OI) and available():
         return jax.device_put(four_bits(np.asarray(weight_OI)))
     if scheme in SCHEMES:
         return quantize_int8(weight_OI)
