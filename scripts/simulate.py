@@ -28,6 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from serving.boot.engine_flags import add_settings
 from serving.engine.api.config import EngineConfig
 from serving.engine.requests.buckets import BucketTable
 from serving.engine.scheduling.policy import KEYS
@@ -128,7 +129,7 @@ def engine_config(args: argparse.Namespace, policy: str, seqs: int, tokens: int)
         max_num_batched_tokens=tokens,
         max_model_len=args.max_model_len,
         page_size=args.page_size,
-        enable_prefix_caching=not args.no_prefix_caching,
+        enable_prefix_caching=args.enable_prefix_caching,
         **policy_settings(policy),
     )
 
@@ -141,6 +142,13 @@ def checked_policy(policy: str) -> str:
     return policy
 
 
+SETTINGS = (
+    "max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "max_num_queued_reqs", "enable_prefix_caching",
+    "async_scheduling", "seed",
+)  # fmt: skip
+"""Settings of the server that a simulation has too."""
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -148,7 +156,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rate", type=float, default=1.0, help="requests (multi-turn: conversations) a second")
     parser.add_argument("--requests", type=int, help="how many; a file's all by default, 10000 of a generator")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--policy",
         nargs="+",
@@ -158,16 +165,13 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"one run each: {' or '.join(sorted(KEYS))}, with +prefix (longest cached prefix first) or +fair (tenants)",
     )
     parser.add_argument("--cost", help=f"cost model (default: {DEFAULT_COST.name}, the default model on 2 CPU cores)")
-    parser.add_argument("--max-num-seqs", type=int, help="default: the cost model's")
-    parser.add_argument("--max-num-batched-tokens", type=int, help="default: the cost model's")
-    parser.add_argument("--max-model-len", type=int, default=4096)
-    parser.add_argument("--num-pages", type=int, default=8192)
-    parser.add_argument("--page-size", type=int, default=16)
-    parser.add_argument("--max-num-queued-reqs", type=int, help="refuse arrivals beyond this many waiting")
-    parser.add_argument("--no-prefix-caching", action="store_true")
-    parser.add_argument(
-        "--no-async-scheduling", action="store_true", help="read each step before the next is scheduled"
+    defaults = vars(EngineConfig()) | {"max_model_len": 4096}
+    add_settings(
+        parser.add_argument_group("settings, as the server's"),
+        {name: defaults[name] for name in SETTINGS},
+        help=dict.fromkeys(("max_num_seqs", "max_num_batched_tokens"), "default: the cost model's"),
     )
+    parser.add_argument("--num-pages", type=int, default=8192)
     parser.add_argument("--json", action="store_true", help="one JSON object a policy")
     parser.add_argument("--plot", metavar="PNG", help="distribution of the time to first token (needs matplotlib)")
     parser.add_argument("--write-trace", metavar="FILE", help="write the trace and stop")
@@ -222,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
                 num_pages=args.num_pages,
                 buckets=table,
             ),
-            not args.no_async_scheduling,
+            args.async_scheduling,
             args.max_num_queued_reqs,
         )
         for policy in args.policy

@@ -199,13 +199,28 @@ async def _one(app: ASGIApp, line: Line, out: TextIO, summary: Summary) -> None:
 
 
 def _count_lines(path: pathlib.Path) -> int:
-    with path.open("rb") as file:
-        return sum(1 for raw in file if raw.strip())
+    try:
+        with path.open("rb") as file:
+            return sum(1 for raw in file if raw.strip())
+    except OSError as error:
+        raise ValueError(f"--input {path}: cannot be read ({error.strerror}).") from None
+
+
+def _check_writable(path: pathlib.Path) -> None:
+    """Raises ValueError for an output that cannot be written; leaves no trace."""
+    fresh = not path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"--output {path}: cannot be written ({error.strerror}).") from None
+    if fresh:
+        path.unlink()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a batch file. Returns 0 when every line succeeded, 1 when some failed, 2 for wrong flags or files."""
-    from serving.boot.flags import Parser, add_engine_flags, engine_config
+    from serving.boot.engine_flags import add_engine_flags, engine_config, in_flags
+    from serving.boot.flags import Parser
 
     parser = Parser(prog="python -m serving.batch", description=__doc__, allow_abbrev=False)
     parser.add_argument("-i", "--input", required=True, type=pathlib.Path, help="batch file, one JSON object a line")
@@ -217,14 +232,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = engine_config(args)
         total = _count_lines(args.input)
         finished_keys(args.output)  # a wrong file is told before the model is loaded
+        _check_writable(args.output)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(in_flags(str(error), vars(args).keys()))
     from serving.boot.startup import start
 
     try:
         started = start(config, say=lambda line: print(line, file=sys.stderr, flush=True))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_flags(str(error), vars(args).keys())}", file=sys.stderr)
         return 2
     try:
         summary = event_loop.run(_run(started, args, total))

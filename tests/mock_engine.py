@@ -42,6 +42,7 @@ class MockTokenizer:
     added_tokens: Mapping[str, int] = {token: 256 + i for i, token in enumerate(SPECIAL)}
     bos_token_id = BOS
     strips_leading_space = False
+    reads_text = True
 
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         ids = [BOS] if add_special_tokens else []

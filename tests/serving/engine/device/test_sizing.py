@@ -9,7 +9,7 @@ import pytest
 from ops import native
 from ops.paged_attention import KVGroups, KVSpec
 from serving.engine.api.config import EngineConfig
-from serving.engine.device.sizing import bytes_of_page, resolve_kv_dtype, resolve_sizes
+from serving.engine.device.sizing import batch_sizes, bytes_of_page, resolve_kv_dtype, resolve_sizes
 
 
 @dataclasses.dataclass
@@ -104,3 +104,18 @@ def test_layers_with_windows_take_less():
     with pytest.raises(ValueError, match="one sequence of 400 tokens needs"):
         of(41 * page, max_model_len=400)
     assert of(41 * page, max_model_len=64).layers_per_page == 4  # nothing falls behind a window
+
+
+@pytest.mark.parametrize(
+    "given,replicas,wanted",
+    [
+        ((256, 4096), 3, (86, 1360)),  # 1,365 tokens a replica, in whole pieces of 16
+        ((None, None), 1, (256, 4096)),
+        ((None, 64), 1, (48, 64)),
+        ((300, None), 1, (300, 4096)),
+        ((5000, None), 1, (5000, 5024)),
+    ],
+)
+def test_replicas_share_what_was_given(given, replicas, wanted):
+    """The planner's sizes are these too: it asks the same function."""
+    assert batch_sizes(*given, replicas, cpu=False) == wanted
