@@ -19,7 +19,7 @@ from serving.engine.api.config import EngineConfig
 from serving.engine.api.types import EngineInfo
 from serving.engine.device.compiling import ProgramCache, starting
 from serving.engine.device.executor import Executor
-from serving.engine.device.runner import ModelRunner
+from serving.engine.device.runner import StepRunner
 from serving.engine.device.sizing import Sizes
 from serving.engine.engine import Engine
 from serving.engine.requests.cache_specs import paged
@@ -75,7 +75,7 @@ def tiny_engine(
     with starting():
         executor = Executor(model, sizes, cache, host_tier=host_pages > 0, num_scheduler_steps=steps)
         executor.compile()
-    runner = ModelRunner(executor)
+    runner = StepRunner(executor)
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs,

@@ -46,7 +46,7 @@ class FakeStep:
 
 
 class FakeRunner:
-    """What the engine loop calls of a ModelRunner, with a device that is busy for a fixed time a step.
+    """What the engine loop calls of a StepRunner, with a device that is busy for a fixed time a step.
 
     Attributes:
         host: seconds from one wait for the device to the next.

@@ -18,9 +18,9 @@ from serving.engine.api.types import EngineInfo
 from serving.engine.device.compiling import ProgramCache
 from serving.engine.device.executor import Executor
 from serving.engine.device.fingerprint import fingerprint
-from serving.engine.device.group import Meet
+from serving.engine.device.followers import Meet
 from serving.engine.device.placement import num_replicas
-from serving.engine.device.runner import ModelRunner
+from serving.engine.device.runner import StepRunner
 from serving.engine.device.sizing import GIB, Sizes, default_kv_memory, in_words
 from serving.engine.encoder.runner import EncoderBuckets, EncoderRunner
 from serving.engine.requests.buckets import ACCELERATOR_RIDGE, CPU_RIDGE
@@ -40,7 +40,7 @@ class CompiledDecoder:
         info: what clients are told.
     """
 
-    runner: ModelRunner
+    runner: StepRunner
     scheduler: SchedulerConfig
     info: EngineInfo
 
@@ -57,7 +57,7 @@ def compile_decoder(checked: Checked, loaded: LoadedModel, say: Progress, meet: 
     """Makes pages and programs; says what they are.
 
     Args:
-        meet: with several processes, `Group.least`. All compile the same; a follower has no use for the scheduler.
+        meet: with several processes, `Followers.least`. All compile the same; a follower has no use for the scheduler.
     Raises:
         ValueError: the pages do not fit, or a bundle's programs are another's.
     """
@@ -78,7 +78,7 @@ def compile_decoder(checked: Checked, loaded: LoadedModel, say: Progress, meet: 
     )
     with progress_bar(config.progress) as on_done:
         executor.compile(on_done, meet)
-    runner = ModelRunner(executor)
+    runner = StepRunner(executor)
     say(f"compiled {len(runner.buckets.buckets)} step shapes in {time.monotonic() - began:.1f} s")
     phases.record("compile", time.monotonic() - began)
     scheduler = _scheduler_config(checked, sizes, executor, runner, replicas)
@@ -113,7 +113,7 @@ def _resolved(checked: Checked) -> dict[str, Any]:
 
 
 def _scheduler_config(
-    checked: Checked, sizes: Sizes, executor: Executor, runner: ModelRunner, replicas: int
+    checked: Checked, sizes: Sizes, executor: Executor, runner: StepRunner, replicas: int
 ) -> SchedulerConfig:
     config, ridge = checked.config, CPU_RIDGE if checked.platform == "cpu" else ACCELERATOR_RIDGE
     return SchedulerConfig.of(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from serving.engine.api.config import EngineConfig
-from serving.engine.device.group import Meet
+from serving.engine.device.followers import Meet
 from sharding.processes import Processes
 
 

@@ -11,7 +11,7 @@ from serving.engine.engine import Engine
 
 if TYPE_CHECKING:
     from serving.boot.check import Checked
-    from serving.engine.device.group import Group
+    from serving.engine.device.followers import Followers
 
 AnyEngine = Engine | EncoderEngine
 Progress = Callable[[str], None]
@@ -34,11 +34,11 @@ def start_engine(config: EngineConfig, say: Progress = lambda line: None) -> Any
     return start_checked(check(config, source, programs), say)
 
 
-def start_checked(checked: Checked, say: Progress, group: Group | None = None) -> AnyEngine:
+def start_checked(checked: Checked, say: Progress, followers: Followers | None = None) -> AnyEngine:
     """Loads, compiles and wires what has been checked.
 
     Args:
-        group: the engine's other processes; this is the first.
+        followers: the engine's other processes; this is the first.
     Raises:
         ValueError: weights that cannot be used, or a device with too little memory, in a sentence.
     """
@@ -54,11 +54,11 @@ def start_checked(checked: Checked, say: Progress, group: Group | None = None) -
             loaded = load(checked, say)
             if not checked.generates:
                 return wire_encoder(checked, loaded, compile_encoder(checked, loaded, say))
-            compiled = compile_decoder(checked, loaded, say, None if group is None else group.least)
+            compiled = compile_decoder(checked, loaded, say, None if followers is None else followers.least)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             import jax
 
             raise ValueError(explain(error, checked.config, jax.local_devices())) from error
-    return wire_decoder(checked, loaded, compiled, group)
+    return wire_decoder(checked, loaded, compiled, followers)

@@ -35,13 +35,13 @@ class Started:
     text: TextSide
     default_params: dict[str, Any]
     grammars: GrammarCompiler | None = None
-    group: Leader | None = None
+    leader: Leader | None = None
 
     def shutdown(self) -> None:
         """Ends what still runs, and the engine's other processes."""
         self.engine.shutdown()
-        if self.group is not None:
-            self.group.stop()
+        if self.leader is not None:
+            self.leader.stop()
 
     def service(
         self,
@@ -108,7 +108,7 @@ def start(
     text = InThread(lambda: _timed("text", lambda: load_text_side(text_source, config.chat_template)))
     programs = programs_folder(config, say)
     prepare_platform(config, programs)
-    group = None if config.coordinator is None else _lead(config, source, on_loss, say)
+    leader = None if config.coordinator is None else _lead(config, source, on_loss, say)
     try:
         from serving.boot.check import check
         from serving.boot.start import start_checked
@@ -118,10 +118,10 @@ def start(
         if not side.tokenizer.reads_text:
             say(f"{checked.opened.model_id} has no tokenizer: it serves token ids. Another's is taken with --tokenizer")
         phases.record("check", time.monotonic() - began)
-        engine = start_checked(checked, say, group)
+        engine = start_checked(checked, say, leader)
     except BaseException as error:
-        if group is not None:
-            group.stop(f"process 0 could not start: {error}")
+        if leader is not None:
+            leader.stop(f"process 0 could not start: {error}")
         raise
     info = engine.client.info()
     defaults = SamplingDefaults()
@@ -141,7 +141,7 @@ def start(
 
         grammars = GrammarCompiler(side.tokenizer, info.vocab_size)
         InThread(grammars.warm)  # so that the first constrained request does not wait for it
-    return Started(engine, side, dict(defaults.values), grammars, group)
+    return Started(engine, side, dict(defaults.values), grammars, leader)
 
 
 def _timed(phase: str, function: Callable[[], T]) -> T:

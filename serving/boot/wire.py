@@ -6,7 +6,7 @@ from models.loading.load import LoadedModel
 from serving.boot.check import Checked
 from serving.boot.compile import CompiledDecoder, CompiledEncoder
 from serving.boot.load import reader
-from serving.engine.device.group import Group
+from serving.engine.device.followers import Followers
 from serving.engine.encoder.engine import EncoderEngine
 from serving.engine.engine import Engine
 from serving.engine.rehearsal import rehearse
@@ -17,17 +17,17 @@ REHEARSAL_S = 600.0
 
 
 def wire_decoder(
-    checked: Checked, loaded: LoadedModel, compiled: CompiledDecoder, group: Group | None = None
+    checked: Checked, loaded: LoadedModel, compiled: CompiledDecoder, followers: Followers | None = None
 ) -> Engine:
     """A running engine that has answered one request.
 
     Args:
-        group: the engine's other processes, which are sent every command from now on.
+        followers: the engine's other processes, which are sent every command from now on.
     """
     scheduler = Scheduler(compiled.scheduler)
     engine = Engine(checked.config, loaded, compiled.runner, scheduler, compiled.info, load_model=reader(checked))
-    if group is not None:
-        engine.runner.executor.lead(group)
+    if followers is not None:
+        engine.runner.executor.lead(followers)
     engine.loop.start()
     try:
         engine.call(lambda: rehearse(engine.scheduler, engine.runner), timeout=REHEARSAL_S)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from serving.engine.api.types import STEP_TOKEN_BOUNDS, EngineOutput, EngineRequest, EngineStats, FinishReason
-from serving.engine.device.runner import InFlight, ModelRunner
+from serving.engine.device.runner import InFlight, StepRunner
 from serving.engine.scheduling.pipeline import Flight, StepPipeline
 from serving.engine.scheduling.recovery import StepFailedError, Suspects, is_out_of_memory
 from serving.engine.scheduling.scheduler import Scheduler
@@ -79,7 +79,7 @@ class EngineLoop:
     def __init__(
         self,
         scheduler: Scheduler,
-        runner: ModelRunner,
+        runner: StepRunner,
         deliver: Callable[[list[EngineOutput]], None],
         reject: Callable[[str, RequestError], None],
         on_death: Callable[[BaseException], None],
@@ -149,12 +149,12 @@ class EngineLoop:
             self.busy_since = None
 
     @property
-    def runner(self) -> ModelRunner:
+    def runner(self) -> StepRunner:
         """What carries steps out."""
         return self.pipeline.device  # pyright: ignore[reportReturnType]
 
     @runner.setter
-    def runner(self, runner: ModelRunner) -> None:
+    def runner(self, runner: StepRunner) -> None:
         self.pipeline.device = runner
 
     @property

@@ -12,14 +12,14 @@ import time
 
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
-from serving.engine.device.runner import ModelRunner
+from serving.engine.device.runner import StepRunner
 from serving.engine.scheduling.pipeline import StepPipeline
 from serving.engine.scheduling.scheduler import Scheduler
 
 PROMPT_TOKENS = 8
 
 
-def rehearse(scheduler: Scheduler, runner: ModelRunner) -> None:
+def rehearse(scheduler: Scheduler, runner: StepRunner) -> None:
     """Runs a prompt and a decode step to their end, on the calling thread: the engine's, between two steps with nothing running.
 
     It leaves no trace: another scheduler of the same configuration plans it, so that nothing is counted, cached or named in

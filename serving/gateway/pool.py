@@ -16,7 +16,7 @@ from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, En
 from serving.errors import DIED, ErrorKind, RequestError
 
 
-class Target(Protocol):
+class RemoteEngine(Protocol):
     """What the pool needs of a remote engine: an EngineClient whose streams can be closed. Its `info().tasks` says whether
     it embeds and scores."""
 
@@ -57,17 +57,17 @@ class Pool(EngineClient):
         ValueError: no engine, or engines that serve different models.
     """
 
-    def __init__(self, targets: Sequence[Target]) -> None:
+    def __init__(self, targets: Sequence[RemoteEngine]) -> None:
         if not targets:
             raise ValueError("A gateway needs at least one target.")
-        self._targets: list[Target] = []
+        self._targets: list[RemoteEngine] = []
         self._live: list[int] = []
         self._turn = itertools.count()
         self._info = targets[0].info()
         for target in targets:
             self.add(target)
 
-    def add(self, target: Target) -> None:
+    def add(self, target: RemoteEngine) -> None:
         """Takes one more engine.
 
         Raises:
@@ -123,7 +123,7 @@ class Pool(EngineClient):
         """As ScoringClient.score."""
         return await self._once(lambda t: t.score(request_id, pairs, priority=priority))
 
-    async def _once(self, call: Callable[[Target], Awaitable[np.ndarray]]) -> np.ndarray:
+    async def _once(self, call: Callable[[RemoteEngine], Awaitable[np.ndarray]]) -> np.ndarray:
         """A call with one answer, by the engine with the least work; the others are tried where it refuses."""
         failure = _nobody()
         for i in self._order():

@@ -11,7 +11,7 @@ import jax
 
 from serving.engine.api.config import EngineConfig
 from serving.engine.device.bundle import Bundle, digest
-from serving.engine.device.compiling import Target, compile_all
+from serving.engine.device.compiling import DeviceSet, compile_all
 from serving.engine.device.sizing import resolve_sizes
 from serving.plan.planner import Plan
 from serving.plan.programs import AbstractEngine, abstract_model, config_of
@@ -70,7 +70,7 @@ def save(plan: Plan, folder: pathlib.Path, on_done: Callable[[int, int], None] |
         settings,
         dataclasses.asdict(sizes),
         digest(model_config),
-        Target(first.platform, first.device_kind, number),
+        DeviceSet(first.platform, first.device_kind, number),
         jax.__version__,
         tuple(program.name for program in programs),
     )

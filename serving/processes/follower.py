@@ -14,7 +14,7 @@ from proto.jaxserve.v1 import processes_pb2 as pb
 from proto.jaxserve.v1 import processes_pb2_grpc as rpc
 from serving.engine.device.commands import Command, DecodeLoop, Sample
 from serving.processes.leader import OPTIONS
-from serving.processes.watch import Patience, ProcessLostError, Watchdog, outgoing
+from serving.processes.watch import Patience, ProcessLostError, ProcessWatch, outgoing
 from serving.processes.wire import decode, digest
 
 CLOSE_S = 2.0
@@ -55,10 +55,10 @@ class Follower:
         sent = outgoing(self._outbox, pb.FollowRequest(heartbeat=pb.Heartbeat()))
         self._call = rpc.ProcessesStub(self._channel).Follow(sent, wait_for_ready=True)
         threading.Thread(target=self._read, name="jaxserve-follower", daemon=True).start()
-        self._watchdog = Watchdog(self._look, self.lose)
+        self._watchdog = ProcessWatch(self._look, self.lose)
 
     def least(self, point: str, value: int) -> int:
-        """See Group.least.
+        """See Followers.least.
 
         Raises:
             ProcessLostError: the others will never come.

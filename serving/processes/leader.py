@@ -17,7 +17,7 @@ from proto.jaxserve.v1 import processes_pb2 as pb
 from proto.jaxserve.v1 import processes_pb2_grpc as rpc
 from serving.engine.device.commands import Command, DecodeLoop, Sample
 from serving.processes.facts import difference
-from serving.processes.watch import Patience, ProcessLostError, Watchdog, outgoing
+from serving.processes.watch import Patience, ProcessLostError, ProcessWatch, outgoing
 from serving.processes.wire import digest, encode
 
 OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))  # a mask has megabytes
@@ -42,7 +42,7 @@ class _Step:
 
 
 class Leader(rpc.ProcessesServicer):
-    """A `serving.engine.device.group.Group` over gRPC. Usable from any thread.
+    """A `serving.engine.device.followers.Followers` over gRPC. Usable from any thread.
 
     Args:
         count: processes of the engine, this one included.
@@ -64,7 +64,7 @@ class Leader(rpc.ProcessesServicer):
         self._lost: str | None = None
         self._stopping = False
         self._server: Any = None
-        self._watchdog = Watchdog(self._look, self.lose)
+        self._watchdog = ProcessWatch(self._look, self.lose)
 
     # ---- life ----
 
@@ -107,10 +107,10 @@ class Leader(rpc.ProcessesServicer):
             follower.outbox.put(None)
         self._on_loss(reason)
 
-    # ---- Group ----
+    # ---- Followers ----
 
     def least(self, point: str, value: int) -> int:
-        """See Group.least.
+        """See Followers.least.
 
         Raises:
             ProcessLostError: one will never come.
@@ -131,7 +131,7 @@ class Leader(rpc.ProcessesServicer):
         return least
 
     def send(self, command: Command) -> None:
-        """See Group.send."""
+        """See Followers.send."""
         message = pb.FollowResponse(command=encode(command))
         with self._changed:
             if isinstance(command, Sample | DecodeLoop):
@@ -142,7 +142,7 @@ class Leader(rpc.ProcessesServicer):
             follower.outbox.put(message)
 
     def sampled(self, number: int, tokens: np.ndarray) -> None:
-        """See Group.sampled."""
+        """See Followers.sampled."""
         self._compare(0, number, digest(tokens))
 
     def _compare(self, process: int, number: int, found: bytes) -> None:

@@ -45,7 +45,7 @@ def outgoing(outbox: queue.SimpleQueue[Message | None], heartbeat: Message) -> I
         yield message
 
 
-class Watchdog:
+class ProcessWatch:
     """Calls `look` twice a second on a thread of its own, until it returns a reason or the dog is stopped.
 
     Args:

@@ -174,8 +174,8 @@ class Server:
         await grpc_server.stop(LAST_WORDS_S)
         if self._loss:  # the loss of a process may be known later than what it caused
             print(f"error: {self._loss}", file=sys.stderr)
-        elif started.group is not None:
-            await asyncio.to_thread(started.group.stop, "the engine of process 0 died.")
+        elif started.leader is not None:
+            await asyncio.to_thread(started.leader.stop, "the engine of process 0 died.")
         return EXIT_FAILED
 
     async def _drain(self, grpc_server: GrpcServer, service: TextService) -> None:

@@ -16,7 +16,7 @@ import jax
 
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.settings import settings_of
-from serving.engine.device.compiling import ProgramCache, Target
+from serving.engine.device.compiling import DeviceSet, ProgramCache
 from serving.engine.device.fingerprint import PROGRAM_SETTINGS
 from serving.engine.device.sizing import Sizes
 
@@ -46,7 +46,7 @@ class Bundle:
     settings: dict[str, Any]
     sizes: dict[str, Any]
     model: str
-    target: Target
+    target: DeviceSet
     jax: str
     programs: tuple[str, ...]
 
@@ -61,7 +61,7 @@ class Bundle:
         try:
             text = json.loads((folder / MANIFEST).read_text())
             bundle = cls(
-                folder, text["settings"], text["sizes"], text["model"], Target(*text["target"]), text["jax"],
+                folder, text["settings"], text["sizes"], text["model"], DeviceSet(*text["target"]), text["jax"],
                 tuple(text["programs"]),
             )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError) as e:
@@ -138,10 +138,10 @@ class _Sealed(ProgramCache):
         raise AssertionError("a bundle is not written to by a server")
 
 
-def here() -> Target:
+def here() -> DeviceSet:
     """The devices of this process."""
     first = jax.devices()[0]
-    return Target(first.platform, first.device_kind, len(jax.devices()))
+    return DeviceSet(first.platform, first.device_kind, len(jax.devices()))
 
 
 def digest(model_config: Any) -> str:

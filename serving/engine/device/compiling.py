@@ -112,7 +112,7 @@ def source_digest() -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class DeviceSet:
     """The devices that programs are for."""
 
     platform: str
@@ -127,7 +127,7 @@ class ProgramCache:
     (12 forward programs of 30 layers); this one saves all three.
     """
 
-    def __init__(self, folder: pathlib.Path | None, fingerprint: str, target: Target | None = None) -> None:
+    def __init__(self, folder: pathlib.Path | None, fingerprint: str, target: DeviceSet | None = None) -> None:
         """
         Args:
             folder: None keeps nothing.
@@ -136,7 +136,7 @@ class ProgramCache:
         """
         self._folder = folder
         device = jax.devices()[0]
-        target = target or Target(device.platform, device.device_kind, len(jax.devices()))
+        target = target or DeviceSet(device.platform, device.device_kind, len(jax.devices()))
         parts = (
             fingerprint,
             source_digest(),

@@ -33,7 +33,7 @@ from serving.engine.device.commands import (
 )
 from serving.engine.device.compiling import CompileGuard, Program, ProgramCache, compile_all, starting
 from serving.engine.device.components import Component
-from serving.engine.device.group import Group, Meet
+from serving.engine.device.followers import Followers, Meet
 from serving.engine.device.keys import DECODER, ProgramKey
 from serving.engine.device.packing import pack_forward, pack_sample
 from serving.engine.device.page_store import PageStore
@@ -99,7 +99,7 @@ class Executor:
         self.states: StateStore | None = None
         if recurrent is not None:
             self.states = StateStore(recurrent, sizes.max_num_seqs, num_snapshots, mesh, self.replicas)
-        self._group: Group | None = None
+        self._followers: Followers | None = None
         self._cache = cache
         self._mesh = mesh
         self._backend = attention_backend
@@ -126,7 +126,7 @@ class Executor:
 
         Args:
             on_done: told (how many are compiled, of how many).
-            meet: with several processes, `Group.least`: each compiles and warms up for itself, but all together.
+            meet: with several processes, `Followers.least`: each compiles and warms up for itself, but all together.
         """
         with paged_attention.use_backend(self._backend):
             programs = self._list_programs()
@@ -142,9 +142,9 @@ class Executor:
         self.guard.arm()
         self.num_sampled = 0
 
-    def lead(self, group: Group) -> None:
+    def lead(self, followers: Followers) -> None:
         """From now on, other processes are sent what is executed here."""
-        self._group = group
+        self._followers = followers
 
     def _list_programs(self) -> list[Program]:
         kv, state = jax.tree.map(lambda array: of_one(self._mesh, array), (self._kv, self._state))
@@ -194,8 +194,8 @@ class Executor:
             (`programs`); float32 [R, D] of Pool; (logprob, rank, top_ids, top_values) of PromptLogprobs; None of the others,
             but of Forward int32 [layers, E], how many tokens visited each expert, where the model has some.
         """
-        if self._group is not None:
-            self._group.send(command)
+        if self._followers is not None:
+            self._followers.send(command)
         match command:
             case Forward(bucket, packed):
                 self._kv, self._hidden_SD, self._hidden_TD, loads = self.programs[ProgramKey("forward", bucket)](
@@ -254,7 +254,7 @@ class Executor:
     @property
     def alone(self) -> bool:
         """Whether no other process carries out the same commands: those know nothing of what follows here."""
-        return self._group is None
+        return self._followers is None
 
     def reset_cache(self) -> None:
         """Empty pages and device state, in place of those there are or a failed program took over."""
@@ -309,8 +309,8 @@ class Executor:
 
     def sampled(self, number: int, tokens: np.ndarray) -> None:
         """Tells the other processes what command number `number` that sampled gave here, so that they can compare."""
-        if self._group is not None:
-            self._group.sampled(number, tokens)
+        if self._followers is not None:
+            self._followers.sampled(number, tokens)
 
     @property
     def weight_bytes(self) -> int:

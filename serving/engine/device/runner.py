@@ -68,7 +68,7 @@ class InFlight:
     expert_loads: Any = None
 
 
-class ModelRunner:
+class StepRunner:
     """The scheduler's side of an executor.
 
     Attributes:

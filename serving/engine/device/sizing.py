@@ -15,7 +15,7 @@ from ops.paged_attention import KVGroups, best_layout, bytes_per_page, least_pag
 from ops.paged_attention.groups import layers_per_page
 from serving.engine.api.config import EngineConfig
 from serving.engine.cache.kv_windows import longest, pages_of
-from serving.engine.device.group import Meet
+from serving.engine.device.followers import Meet
 from serving.engine.device.placement import num_replicas
 from serving.engine.requests.chunks import CHUNK_ALIGN
 
@@ -209,7 +209,7 @@ def resolve_sizes(
     """`resolve_bounds` with the memory that the configuration names, or with what is free now, once weights are loaded.
 
     Args:
-        meet: with several processes, `Group.least`: the one with the least memory decides.
+        meet: with several processes, `Followers.least`: the one with the least memory decides.
     Raises:
         ValueError: as `resolve_bounds` and `Bounds.within`.
     """

@@ -48,7 +48,7 @@ S = TypeVar("S", bound=DispatchedStep)
 
 
 class Device(Protocol[S]):
-    """Carries plans out, in the order in which they are given. `device.runner.ModelRunner` is one."""
+    """Carries plans out, in the order in which they are given. `device.runner.StepRunner` is one."""
 
     def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> S:
         """Starts the first half of a step. Does not wait; reads `slots` and the plan's requests before it returns."""

@@ -37,7 +37,7 @@ from serving.engine.api.sampling_params import SamplingParams  # noqa: E402
 from serving.engine.api.types import EngineInfo, EngineRequest  # noqa: E402
 from serving.engine.device.compiling import ProgramCache  # noqa: E402
 from serving.engine.device.executor import Executor  # noqa: E402
-from serving.engine.device.runner import ModelRunner  # noqa: E402
+from serving.engine.device.runner import StepRunner  # noqa: E402
 from serving.engine.device.sizing import Sizes  # noqa: E402
 from serving.engine.engine import Engine  # noqa: E402
 from serving.engine.requests.cache_specs import paged  # noqa: E402
@@ -99,7 +99,7 @@ def make_engine(folder: pathlib.Path, config: ModelConfig, text: str, host_tier:
     sizes = dataclasses.replace(SIZES, layers_per_page=layers_per_page(model.kv_specs(), SIZES.max_model_len))
     executor = Executor(model, sizes, ProgramCache(None, ""), mesh=mesh if mesh.size > 1 else None, host_tier=host_tier)
     executor.compile()
-    runner = ModelRunner(executor)
+    runner = StepRunner(executor)
     rows, tokens = runner.buckets.max_rows, runner.buckets.max_chunk
     scheduler = Scheduler(
         SchedulerConfig(

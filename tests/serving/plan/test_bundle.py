@@ -11,7 +11,7 @@ import pytest
 from serving.boot.flags import build_parser, engine_config
 from serving.engine.api.config import EngineConfig
 from serving.engine.device.bundle import FIXED, Bundle, digest
-from serving.engine.device.compiling import ProgramCache, Target
+from serving.engine.device.compiling import DeviceSet, ProgramCache
 from serving.engine.device.sizing import Sizes
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -95,14 +95,14 @@ def test_no_bundle_and_one_of_another_jax_are_explained(tmp_path):
     with pytest.raises(ValueError, match="no bundle of programs"):
         Bundle.read(tmp_path)
     settings = dict.fromkeys(FIXED)
-    Bundle(tmp_path, settings, {}, "", Target("cpu", "cpu", 1), "0.0.1", ()).write()
+    Bundle(tmp_path, settings, {}, "", DeviceSet("cpu", "cpu", 1), "0.0.1", ()).write()
     with pytest.raises(ValueError, match=r"compiled by JAX 0\.0\.1"):
         Bundle.read(tmp_path)
 
 
 def test_programs_for_other_devices_have_other_names(tmp_path):
     here = ProgramCache(tmp_path, "x")
-    there = ProgramCache(tmp_path, "x", Target("gpu", "NVIDIA H200", 1))
+    there = ProgramCache(tmp_path, "x", DeviceSet("gpu", "NVIDIA H200", 1))
     assert here._path("forward") != there._path("forward")
 
 

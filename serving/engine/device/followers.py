@@ -10,10 +10,10 @@ import numpy as np
 from serving.engine.device.commands import Command
 
 Meet = Callable[[str, int], int]
-"""`Group.least`, as followers have it too."""
+"""`Followers.least`, as followers have it too."""
 
 
-class Group(Protocol):
+class Followers(Protocol):
     """Every process starts in the same way and calls `least` at the same points; then the first one sends commands."""
 
     def least(self, point: str, value: int) -> int:
