@@ -172,7 +172,7 @@ class SamplingParams:
 def _clean_logit_bias(bias: Mapping[Any, float]) -> dict[int, float]:
     if len(bias) > MAX_LOGIT_BIAS:
         raise invalid(f"logit_bias has {len(bias)} entries; at most {MAX_LOGIT_BIAS} are taken.", "logit_bias")
-    clean = {}
+    clean: dict[int, float] = {}
     for key, value in bias.items():
         try:
             token = int(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -157,9 +158,9 @@ def _page(value: Any) -> int:
 
 
 def _text(value: Any) -> str:
-    import os
-
-    return os.fspath(value)
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError
+    return str(value)  # pyright: ignore[reportUnknownArgumentType] - what a path is a path of is open
 
 
 def _switch(value: Any) -> bool:
@@ -168,8 +169,10 @@ def _switch(value: Any) -> bool:
     return value
 
 
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+UNITS = {
+    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40,
+}  # fmt: skip
 
 
 def read_size(value: Any) -> int:

@@ -72,7 +72,7 @@ class PagePool:
         """Takes `count` pages, or none at all when there are not that many."""
         if count > self.num_free:
             return None
-        pages = []
+        pages: list[int] = []
         for _ in range(count):
             page = self._free.pop() if self._free else self._evict()
             self._ref[page] = 1

@@ -163,7 +163,8 @@ class Prefixes:
         if snapshots is None:
             return sorted(p for p in found if 0 < p <= last)
         found |= set(range(snapshots.interval, last, snapshots.interval))
-        points, before = [], prefix
+        points: list[int] = []
+        before = prefix
         for point in sorted(p for p in found if prefix < p <= last):
             if point - before >= snapshots.worth:
                 points.append(point)

@@ -102,7 +102,7 @@ class Replicas:
         return self._of(request).cover(request, end, step)
 
     def cover_all(self, requests: Sequence[Request], ends: Sequence[int], step: int) -> bool:
-        needed = Counter()
+        needed: Counter[int] = Counter()
         for request, end in zip(requests, ends, strict=True):
             needed[request.replica] += self._of(request).lacking(request, end)
         if any(count > self.managers[replica].pool.num_free for replica, count in needed.items()):

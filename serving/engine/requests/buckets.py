@@ -139,7 +139,7 @@ def align_up(value: int, multiple: int) -> int:
 
 
 def _doubling(start: int, end: int) -> list[int]:
-    sizes = []
+    sizes: list[int] = []
     size = start
     while size < end:
         sizes.append(size)
@@ -148,7 +148,7 @@ def _doubling(start: int, end: int) -> list[int]:
 
 
 def _quadrupling(start: int, end: int) -> list[int]:
-    sizes = []
+    sizes: list[int] = []
     size = start
     while size < end:
         sizes.append(size)

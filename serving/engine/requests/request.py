@@ -34,7 +34,7 @@ class RequestState(enum.Enum):
     FINISHED = enum.auto()
 
 
-_ALLOWED = {
+_ALLOWED: dict[RequestState, set[RequestState]] = {
     RequestState.RECEIVING: {RequestState.WAITING, RequestState.FINISHED},
     RequestState.WAITING: {RequestState.RECEIVING, RequestState.RUNNING, RequestState.FINISHED},
     RequestState.RUNNING: {RequestState.PREEMPTED, RequestState.FINISHED},

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -77,7 +77,7 @@ class Flight(Generic[S]):
 
 
 @contextlib.contextmanager
-def _carrying_out(plan: StepPlan) -> Iterator[None]:
+def _carrying_out(plan: StepPlan) -> Generator[None]:
     """Failures in here are the step's, not the scheduler's, whose state they leave whole."""
     try:
         yield

@@ -149,8 +149,8 @@ class WaitingQueue:
     def head(self, count: int) -> list[Request]:
         """The first `count` requests to try."""
         if self._fair is None or len(self._lines) <= 1:
-            line = next(iter(self._lines.values()), [])
-            return line[:count]
+            lines = list(self._lines.values())
+            return lines[0][:count] if lines else []
         # What a tenant would have been charged for the requests picked so far counts, or one tenant would fill the head.
         heap = [(self._rank(line[0], self._fair.served(t)), self._fair.served(t), t or "", 0, line)
                 for t, line in self._lines.items()]  # fmt: skip
