@@ -189,13 +189,16 @@ def decode_step(
     weights = llama_weights(model, dtype)
     kv = [random_pages(case.spec, num_pages, case.page_size, kv_dtype, jax.random.key(i)) for i in range(model.layers)]
     rotary = inverse_frequencies({"rope_theta": 500000.0}, model.head_dim)
+    positions_B = batch.decode_len_B - 1
 
     def step(weights, tokens_B, kv):
         x_BD = weights["embed"][tokens_B]
         new_kv = []
         for layer, pages_of_layer in zip(weights["layers"], kv, strict=True):
             qkv = linear(rms_norm(x_BD, layer["norm"][0], 1e-5), layer["qkv"]).reshape(-1, K, G + 2, h)
-            out, done = paged_attention.attend_rope(qkv, rotary, pages_of_layer, batch, scale=h**-0.5)
+            out, done = paged_attention.attend_rope(
+                qkv, positions_B, rotary, pages_of_layer, batch, scale=h**-0.5
+            )
             new_kv.append(done)
             x_BD = linear(out.reshape(requests, -1), layer["out"], residual_TO=x_BD)
             normed = rms_norm(x_BD, layer["norm"][1], 1e-5)

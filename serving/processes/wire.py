@@ -135,8 +135,8 @@ def _from_states(moves: pb.StateMoves) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def _bucket(bucket: Bucket) -> pb.Bucket:
-    return pb.Bucket(decode=bucket.decode, chunk=bucket.chunk, rows=bucket.rows)
+    return pb.Bucket(decode=bucket.decode, chunk=bucket.chunk, rows=bucket.rows, queries=bucket.queries)
 
 
 def _to_bucket(bucket: pb.Bucket) -> Bucket:
-    return Bucket(bucket.decode, bucket.chunk, bucket.rows)
+    return Bucket(bucket.decode, bucket.chunk, bucket.rows, bucket.queries)

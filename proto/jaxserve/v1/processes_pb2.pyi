@@ -136,14 +136,16 @@ class StateMoves(_message.Message):
     def __init__(self, replicas: _Optional[bytes] = ..., slots: _Optional[bytes] = ..., rows: _Optional[bytes] = ...) -> None: ...
 
 class Bucket(_message.Message):
-    __slots__ = ("decode", "chunk", "rows")
+    __slots__ = ("decode", "chunk", "rows", "queries")
     DECODE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
     decode: int
     chunk: int
     rows: int
-    def __init__(self, decode: _Optional[int] = ..., chunk: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
+    queries: int
+    def __init__(self, decode: _Optional[int] = ..., chunk: _Optional[int] = ..., rows: _Optional[int] = ..., queries: _Optional[int] = ...) -> None: ...
 
 class Forward(_message.Message):
     __slots__ = ("bucket", "packed")

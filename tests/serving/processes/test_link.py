@@ -89,7 +89,7 @@ def some_commands():
         commands.Pool(np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 6)),
         commands.Sample(2, words, np.arange(8, dtype=np.int32).reshape(2, 4)),
         commands.Sample(2, words),
-        commands.DecodeLoop(Bucket(2, 0, 0), words, words + 1, 5),
+        commands.DecodeLoop(Bucket(2, 0, 0, 3), words, words + 1, 5),
         commands.PagesOut(words[:2] % 2, words[2:4], (b"\x00digest", b"another")),
         commands.PagesIn(words[:1], words[3:4], (b"another",)),
         commands.PagesDropped(words[:1], (b"\x00digest",)),
