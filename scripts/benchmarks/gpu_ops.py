@@ -196,9 +196,7 @@ def decode_step(
         new_kv = []
         for layer, pages_of_layer in zip(weights["layers"], kv, strict=True):
             qkv = linear(rms_norm(x_BD, layer["norm"][0], 1e-5), layer["qkv"]).reshape(-1, K, G + 2, h)
-            out, done = paged_attention.attend_rope(
-                qkv, positions_B, rotary, pages_of_layer, batch, scale=h**-0.5
-            )
+            out, done = paged_attention.attend_rope(qkv, positions_B, rotary, pages_of_layer, batch, scale=h**-0.5)
             new_kv.append(done)
             x_BD = linear(out.reshape(requests, -1), layer["out"], residual_TO=x_BD)
             normed = rms_norm(x_BD, layer["norm"][1], 1e-5)
