@@ -229,7 +229,7 @@ async def test_template_variables_cannot_replace_what_the_server_sets():
 
 
 def test_the_tests_that_the_document_names_are_there():
-    """`path::test`, `::test` of the same path, or a whole file, below tests/ or tests/serving/."""
+    """`path::test`, `::test` of the same path, or a whole file, below tests/ or tests/serving/; or a script."""
     rows = [line for line in (ROOT / "docs/security.md").read_text().splitlines() if line.startswith("| ")]
     named, path = 0, None
     for row in rows:
@@ -237,7 +237,8 @@ def test_the_tests_that_the_document_names_are_there():
             if not file and not name:
                 continue
             if file:
-                path = next((p for p in (ROOT / "tests" / file, ROOT / "tests/serving" / file) if p.is_file()), None)
+                places = (ROOT / "tests" / file, ROOT / "tests/serving" / file, ROOT / file)
+                path = next((place for place in places if place.is_file()), None)
             assert path is not None, f"{file} of {row[:60]}"
             assert not name or f"def {name}(" in path.read_text(), f"{name} in {path}"
             named += 1

@@ -77,11 +77,16 @@ def test_names_and_keys_are_unique(tmp_path):
         KeyRing.of([USER], [USER])
 
 
-@pytest.mark.parametrize("secret", ["short", "with a blank in it, too", "ünicode-ünicode-ünicode"])
-def test_weak_keys_are_refused_without_being_shown(secret):
-    with pytest.raises(ValueError, match="at least 16") as caught:
+@pytest.mark.parametrize("secret", ["", "with a blank in it, too", "ünicode-ünicode-ünicode", "line\nbreak-0123456789"])
+def test_keys_that_no_header_carries_are_refused_without_being_shown(secret):
+    with pytest.raises(ValueError, match="printable ASCII") as caught:
         KeyRing.of([secret])
-    assert secret not in str(caught.value)
+    assert not secret or secret not in str(caught.value)
+
+
+def test_short_keys_are_taken_and_known_to_be_weak():
+    ring = KeyRing.of(["short", USER], ["tiny"])
+    assert ring.find("short") == Caller("key-1", Role.USER) and ring.weak == ("key-1", "admin-1")
 
 
 def test_roles():

@@ -88,7 +88,7 @@ def test_the_environment_holds_keys_too(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (("--api-key", "short"), "at least 16"),
+        (("--api-key", "two words"), "printable ASCII"),
         (("--api-key-file", "/nowhere/keys"), "cannot be read"),
         (("--ssl-keyfile", "x"), "go together"),
         (("--ssl-cert-reqs", "2"), "--ssl-ca-certs"),
@@ -103,12 +103,7 @@ def test_wrong_flags_are_told(flags, sentence):
     finally:
         guard.cancel()
         process.kill()
-    assert (
-        process.returncode == 2
-        and sentence in text
-        and "Traceback" not in text
-        and "short" not in text.split("takes", 1)[-1]
-    )
+    assert process.returncode == 2 and sentence in text and "Traceback" not in text and "two words" not in text
 
 
 def test_a_dead_engine_leaves_a_crash_report(tmp_path):
