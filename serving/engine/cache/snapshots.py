@@ -20,6 +20,25 @@ MOST_SEEN = 1 << 16
 """Digests of pages that are remembered beyond the pages themselves, to see where prompts part. 6 MB."""
 
 
+SNAPSHOT_SHARE = 0.25
+"""Of the memory that running requests' states leave, the part that snapshots get; pages get the rest. A snapshot is worth the
+pages before it and nothing without them: a prefix of 1,024 tokens takes 64 pages and one snapshot."""
+
+
+def budget(memory: int, spec: RecurrentSpec, slots: int, share: float = SNAPSHOT_SHARE) -> tuple[int, int]:
+    """What states take of one replica's memory.
+
+    Args:
+        memory: bytes for states, snapshots and pages.
+        share: of what is left beside running requests' states, for snapshots.
+    Returns:
+        (bytes of states and snapshots together, how many snapshots); no snapshots where not even the states fit.
+    """
+    states = (slots + 1) * spec.state_bytes
+    rows = max(0, int((memory - states) * share) // spec.state_bytes)
+    return states + rows * spec.state_bytes, rows
+
+
 class Partings:
     """Remembers which pages prompts began with, so that a newcomer shows where it parts from those before it."""
 

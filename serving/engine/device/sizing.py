@@ -15,8 +15,10 @@ from ops.paged_attention import KVGroups, best_layout, bytes_per_page, least_pag
 from ops.paged_attention.groups import layers_per_page
 from serving.engine.api.config import EngineConfig
 from serving.engine.cache.kv_windows import longest, pages_of
+from serving.engine.cache.snapshots import SNAPSHOT_SHARE, budget
 from serving.engine.device.followers import Meet
 from serving.engine.device.placement import num_replicas
+from serving.engine.requests.cache_specs import RecurrentSpec
 from serving.engine.requests.chunks import CHUNK_ALIGN
 
 GIB = 1 << 30
@@ -30,6 +32,7 @@ class Sizes:
 
     Attributes:
         page_bytes: of one page in all arrays, over all devices together.
+        num_snapshots: copies of recurrent layers' states that may be kept for prefixes.
         layers_per_page: layers that a page holds a part of a sequence for; None for all. See ops.paged_attention.groups.
     """
 
@@ -41,6 +44,7 @@ class Sizes:
     page_bytes: int
     kv_dtype: str
     layers_per_page: int | None = None
+    num_snapshots: int = 0
 
 
 def resolve_dtype(config: EngineConfig, platform: str) -> str:
@@ -84,6 +88,7 @@ class Bounds:
         windows: of the attention groups.
         replicas: how many there are.
         given_len: the configuration's max_model_len; None where it leaves that open.
+        recurrent: what layers that keep a state keep of a running request; None where there are none.
     """
 
     max_num_seqs: int
@@ -96,27 +101,32 @@ class Bounds:
     windows: tuple[int | None, ...]
     replicas: int
     given_len: int | None
+    recurrent: RecurrentSpec | None = None
 
     def within(self, memory: int) -> Sizes:
-        """The sizes with so many bytes for the pages of all replicas.
+        """The sizes with so many bytes for the pages, states and snapshots of all replicas.
 
         Raises:
             ValueError: they hold no sequence of the length asked for, with both numbers and the settings to change.
         """
         most = self.max_num_seqs * self._pages(self.wanted_len, self.max_num_batched_tokens) + 1
-        num_pages = min(most, memory // self.replicas // self.page_bytes)
+        states, num_snapshots = 0, 0
+        if self.recurrent is not None:
+            share = SNAPSHOT_SHARE if self.windows else 1.0
+            states, num_snapshots = budget(memory // self.replicas, self.recurrent, self.max_num_seqs, share)
+        num_pages = min(most, (memory // self.replicas - states) // self.page_bytes) if self.windows else 2
         fits = longest(num_pages - 1, self.windows, self.page_size)
         fits = self.wanted_len if fits is None else fits
         if fits < 2 * self.page_size or (self.given_len and fits < self.given_len):
             tokens = self.given_len or 2 * self.page_size
-            need = (self._pages(tokens, 1) + 1) * self.page_bytes * self.replicas
+            need = ((self._pages(tokens, 1) + 1) * self.page_bytes + states) * self.replicas
             raise ValueError(
                 f"the KV cache may take {in_words(memory)}, which holds {max(fits, 0)} tokens; one sequence of {tokens} "
                 f"tokens needs {in_words(need)}. Raise kv_cache_memory or lower max_model_len."
             )
         return Sizes(
             self.max_num_seqs, self.max_num_batched_tokens, min(self.wanted_len, fits), num_pages, self.page_size,
-            self.page_bytes, self.kv_dtype, self.layers_per_page,
+            self.page_bytes, self.kv_dtype, self.layers_per_page, num_snapshots,
         )  # fmt: skip
 
     def _pages(self, tokens: int, chunk: int) -> int:

@@ -9,7 +9,8 @@ import pytest
 from ops import native
 from ops.paged_attention import KVGroups, KVSpec
 from serving.engine.api.config import EngineConfig
-from serving.engine.device.sizing import batch_sizes, bytes_of_page, resolve_kv_dtype, resolve_sizes
+from serving.engine.device.sizing import Bounds, batch_sizes, bytes_of_page, resolve_kv_dtype, resolve_sizes
+from serving.engine.requests.cache_specs import RecurrentSpec, StateArray
 
 
 @dataclasses.dataclass
@@ -119,3 +120,19 @@ def test_layers_with_windows_take_less():
 def test_replicas_share_what_was_given(given, replicas, wanted):
     """The planner's sizes are these too: it asks the same function."""
     assert batch_sizes(*given, replicas, cpu=False) == wanted
+
+
+def test_states_and_snapshots_share_the_memory_with_pages():
+    spec = RecurrentSpec((StateArray("conv", (3, 100)), StateArray("matrix", (4, 8, 8))))
+    bounds = Bounds(8, 64, 4096, 16, 1000, "float32", None, (None,), 2, None, spec)
+    memory = 3_000_000
+    sizes = bounds.within(memory)
+    states = (8 + 1 + sizes.num_snapshots) * spec.state_bytes
+    assert sizes.num_pages == (memory // 2 - states) // 1000
+    assert sizes.num_snapshots == (memory // 2 - 9 * spec.state_bytes) // 4 // spec.state_bytes > 100
+    assert states + sizes.num_pages * 1000 <= memory // 2
+    with pytest.raises(ValueError, match="one sequence of 32 tokens needs"):
+        bounds.within(2 * 9 * spec.state_bytes)  # nothing is left for pages
+    alone = dataclasses.replace(bounds, windows=(), page_bytes=0).within(memory)
+    assert (alone.num_pages, alone.max_model_len) == (2, 4096), "the null page, and one that nobody asks for"
+    assert (9 + alone.num_snapshots) * spec.state_bytes <= memory // 2 < (10 + alone.num_snapshots) * spec.state_bytes
