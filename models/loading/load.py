@@ -164,7 +164,9 @@ def fill(
     on_cpu = len(devices) == 1 and devices[0].platform == "cpu"
     narrow = set(quantizable(model)) if quantization else set()
     packs = on_cpu and quantization in SCHEMES and host_pack.available()
-    in_blocks = narrow | set(tables(model)) if packs and quantization == "int4" else set[str]()
+    in_blocks: set[str] = set(tables(model)) if packs else set()
+    # A table that is only looked up stays as it is stored under every scheme: exact, and a seventh of its float32.
+    in_blocks = in_blocks | narrow if quantization == "int4" else in_blocks - narrow
 
     def make(path: str) -> np.ndarray | StoredWeight:
         recipe, parameter = recipes[path], parameters[path]

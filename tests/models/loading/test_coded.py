@@ -7,12 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.layers import weight
+from models import registry
+from models.layers import Build, weight
 from models.loading.coded import coded
-from models.loading.gguf_checkpoint import half_split_rows
+from models.loading.gguf import GGUFFile
+from models.loading.gguf_checkpoint import GGUFCheckpoint, half_split_rows
+from models.loading.load import fill
+from models.parameters import parameters_of
 from models.recipes import Piece, Stack, deal, one
 from ops import native
 from ops.linear.weights.block_pack import GGUF, CodedRows
+from ops.linear.weights.blocks import BlockWeight
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.status())
 I = 256
@@ -77,3 +82,46 @@ def test_a_damaged_tensor_is_named():
     checkpoint.codes["a"].rows_RB[5, :2] = (0, 0x7E)
     with pytest.raises(ValueError, match=r"a: a block's scale is not a finite number"):
         coded(Piece("a", (16, I)), parameter(16), checkpoint)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Llama of one layer, 64 wide, 4 query and 2 key heads of 16, with a head of its own, as a GGUF file in Q8_0."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    shapes = {"token_embd": (48, 64), "output": (48, 64), "blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64)}
+    shapes |= {"blk.0.attn_v": (32, 64), "blk.0.attn_output": (64, 64), "blk.0.ffn_down": (64, 96)}
+    shapes |= {"blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64)}
+    writer, rng = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
+    for name, shape in shapes.items():
+        blocks = gguf.quants.quantize(rng.normal(size=shape).astype(np.float32), gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(64, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GGUFCheckpoint(GGUFFile(path), "llama", 1, (4, 2))
+
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 48, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_whole_model(llama, scheme):
+    """int4 keeps all of it, int8 the table, which is only looked up."""
+    family = registry.find("LlamaForCausalLM")
+    build = Build(max_model_len=64)
+    model = family.build(family.config(CONFIG), build)
+    fill(model, llama, build, quantization=scheme, progress=False)
+    values = {path: parameter.get_value() for path, parameter in parameters_of(model)}
+    blocks = {path for path, value in values.items() if isinstance(value, BlockWeight)}
+    assert "embed.weight" in blocks
+    assert blocks == ({path for path in values if path.endswith("weight")} if scheme == "int4" else {"embed.weight"})
+    recipes = model.recipes()
+    for path in blocks:
+        np.testing.assert_array_equal(values[path].dequantize(), recipes[path].make(llama.read), err_msg=path)
