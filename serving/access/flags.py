@@ -70,6 +70,10 @@ def _add_http_flags(parser: argparse.ArgumentParser) -> None:
         "--enable-force-include-usage", action="store_true", help="end every stream with token counts, asked for or not"
     )
     group.add_argument(
+        "--max-embed-len", type=int, default=None, metavar="N",
+        help="embed texts of up to so many tokens: those beyond the context in pieces, as the mean of these (default: the context)",
+    )  # fmt: skip
+    group.add_argument(
         "--max-logprobs", type=int, default=20, metavar="N", help="likeliest tokens told beside each, 0 to 20"
     )
 
@@ -86,7 +90,8 @@ def http_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def limit_changes(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Limits` that the flags say."""
-    return {"requests_per_minute": args.requests_per_minute, "max_logprobs": args.max_logprobs}
+    names = ("requests_per_minute", "max_logprobs", "max_embed_len")
+    return {name: getattr(args, name) for name in names}
 
 
 def access_of(args: argparse.Namespace) -> Access:
@@ -103,6 +108,8 @@ def access_of(args: argparse.Namespace) -> Access:
         raise ValueError(f"api_key_file {args.api_key_file} cannot be read ({error.strerror}).") from None
     if args.requests_per_minute is not None and args.requests_per_minute < 1:
         raise ValueError(f"requests_per_minute must be at least 1, got {args.requests_per_minute}.")
+    if args.max_embed_len is not None and args.max_embed_len < 1:
+        raise ValueError(f"max_embed_len must be at least 1, got {args.max_embed_len}.")
     if not 0 <= args.max_logprobs <= 20:
         raise ValueError(f"max_logprobs must be between 0 and 20, got {args.max_logprobs}.")
     if args.root_path and not args.root_path.startswith("/"):

@@ -43,6 +43,7 @@ class Limits:
         max_entries: of lists and maps that go with a request: biases, words, ids that end it.
         max_batch: prompts in one HTTP request.
         max_n: completions of one prompt.
+        max_embed_len: tokens of a text to embed: one beyond the context is read in pieces. None: the context.
         max_logprobs: likeliest tokens told beside each.
         max_stop_strings, max_stop_chars: strings that end a completion, and characters of each.
         max_sequences: prompts times `n` in one request.
@@ -76,6 +77,7 @@ class Limits:
     max_entries: int = 1024
     max_batch: int = 1024
     max_n: int = MAX_N
+    max_embed_len: int | None = None
     max_logprobs: int = MAX_LOGPROBS
     max_stop_strings: int = MAX_STOP_STRINGS
     max_stop_chars: int = MAX_STOP_STRING_CHARS
@@ -91,7 +93,7 @@ class Limits:
     @classmethod
     def for_model(cls, max_model_len: int, **changes: Any) -> Limits:
         """The defaults for a context of `max_model_len` tokens."""
-        chars = max(64 * 1024, max_model_len * CHARS_PER_TOKEN)
+        chars = max(64 * 1024, max(max_model_len, changes.get("max_embed_len") or 0) * CHARS_PER_TOKEN)
         return cls(**{"context": max_model_len, "max_prompt_chars": chars, **changes})
 
     def too_many_chars(self, what: str, param: str) -> RequestError:

@@ -254,9 +254,15 @@ class TextService:
     async def _embed(self, given: GenerateInput, pooling: str | None = None) -> Embedding:
         prompt, ids = await self._run(vectors.encode, given, self.tokenizer, self.chat_template, self.limits, self.info)
         request_id = f"{given.request_id or 'embed'}#{next(self._serial)}"
-        assert self.client.embedder is not None  # `_check_task` has looked
-        vector = await self.client.embedder.embed(request_id, ids, pooling=pooling, priority=given.priority)
-        return Embedding(request_id, prompt, ids, vector)
+        embedder = self.client.embedder
+        assert embedder is not None  # `_check_task` has looked
+        parts = vectors.pieces(ids, self.tokenizer, self.info.max_model_len)
+        work = [
+            embedder.embed(f"{request_id}.{i}" if i else request_id, part, pooling=pooling, priority=given.priority)
+            for i, part in enumerate(parts)
+        ]
+        found = await vectors.together(work)
+        return Embedding(request_id, prompt, ids, vectors.joined(found, parts))
 
     async def score(self, given: ScoreInput) -> Scores:
         """How relevant the second text of each pair is to the first: by the model itself where it reads pairs, else by

@@ -100,8 +100,28 @@ def encode(
     check_token_ids(ids, info.vocab_size)
     if most is not None:
         ids = cut(ids, most, side)
-    _check_fits(len(ids), info, given.place)
+    if len(ids) > (limits.max_embed_len or 0):
+        _check_fits(len(ids), info, given.place)
     return prompt, tuple(ids)
+
+
+def pieces(ids: Sequence[int], tokenizer: Tokenizer, context: int) -> list[tuple[int, ...]]:
+    """A text's token ids, cut into pieces that fit the context, each with the special tokens that stand around the whole."""
+    if len(ids) <= context:
+        return [tuple(ids)]
+    before = tuple(ids[:1]) if tokenizer.is_special(ids[0]) else ()
+    after = tuple(ids[-1:]) if tokenizer.is_special(ids[-1]) else ()
+    inside = ids[len(before) : len(ids) - len(after)]
+    size = context - len(before) - len(after)
+    return [(*before, *inside[at : at + size], *after) for at in range(0, len(inside), size)]
+
+
+def joined(vectors: Sequence[np.ndarray], parts: Sequence[Sequence[int]]) -> np.ndarray:
+    """The pieces' vectors as one: their mean, weighted by their tokens, at length 1."""
+    if len(vectors) == 1:
+        return vectors[0]
+    mean = np.average(np.stack(vectors), axis=0, weights=[len(part) for part in parts])
+    return (mean / max(float(np.linalg.norm(mean)), 1e-12)).astype(np.float32)
 
 
 def encode_pairs(given: ScoreInput, tokenizer: Tokenizer, info: EngineInfo) -> list[TokenPair]:

@@ -19,6 +19,9 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 1024
 GREEDY_TEMPERATURE = 1e-5
+HOTTEST = 1e4
+"""A temperature at which every token is as likely as another; higher ones, and stronger repetition penalties, count as this: their
+numbers go to devices in 16 bits."""
 MAX_SEED = 2**63 - 1
 
 
@@ -121,6 +124,9 @@ class SamplingParams:
         if self.logit_bias is not None:
             put(self, "logit_bias", _clean_logit_bias(self.logit_bias))
         self._check()
+        for name in ("temperature", "repetition_penalty"):
+            if getattr(self, name) > HOTTEST:
+                put(self, name, HOTTEST)
 
     def _check(self) -> None:
         _whole("n", self.n, 1, MAX_N)
