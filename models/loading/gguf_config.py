@@ -63,7 +63,7 @@ def config_dict(file: GGUFFile, architecture: str) -> dict[str, Any]:
     if config["sliding_window"] and pattern is not None:
         config["layer_types"] = _layer_types(pattern, config["num_hidden_layers"])
     config["rope_scaling"] = _rope_scaling(file, arch, get)
-    if arch == "bert":
+    if arch in ("bert", "nomic-bert"):
         for field, tensor in (("type_vocab_size", "token_types"), ("max_position_embeddings", "position_embd")):
             if f"{tensor}.weight" in file.tensors:
                 config[field] = file.tensors[f"{tensor}.weight"].shape[0]
@@ -127,6 +127,8 @@ def _of_family(arch: str, config: Mapping[str, Any], get: Any) -> dict[str, Any]
             "use_qk_norm": get("expert_count") != 128,  # Maverick's 128 experts go without
             "attention_chunk_size": 8192,
         }
+    if arch == "cohere2":
+        return {"logit_scale": get("logit_scale")}
     if arch == "gpt2":
         return {"intermediate_size": get("feed_forward_length")}
     if arch == "starcoder2":

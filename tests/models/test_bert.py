@@ -17,6 +17,7 @@ from models.pooling import pool
 
 FOLDER = os.environ.get("JAXSERVE_TEST_MODELS")
 MINILM = Path(FOLDER) / "minilm" if FOLDER else None
+NOMIC = Path(FOLDER) / "nomic-embed-text-v1.5.f16.gguf" if FOLDER else None
 TEXTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [3]]
 TINY = {
     "vocab_size": 99,
@@ -32,6 +33,7 @@ ENCODERS = {
     "ModernBertModel": "ModernBertConfig",
     "ModernBertForMaskedLM": "ModernBertConfig",
     "BertModel": "BertConfig",
+    "NomicBertModel": "NomicBertConfig",
     "RobertaModel": "RobertaConfig",
     "XLMRobertaModel": "XLMRobertaConfig",
 }
@@ -201,3 +203,49 @@ def test_through_gguf(tmp_path):
         with torch.no_grad():
             wanted = reference(torch.tensor([text])).last_hidden_state[0].numpy()
         np.testing.assert_allclose(hidden[row, : len(text)], wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.skipif(NOMIC is None or not NOMIC.exists(), reason="JAXSERVE_TEST_MODELS has no nomic-embed GGUF")
+def test_nomic_gguf():
+    """Against transformers' network with the file's own float16 weights."""
+    import gguf
+    import torch
+    import transformers
+
+    assert NOMIC is not None
+    loaded = load_model(resolve(str(NOMIC)), progress=False)
+    assert (loaded.embedding.pooling, loaded.config.max_positions) == ("mean", 2048)
+    file = {tensor.name: tensor for tensor in gguf.GGUFReader(NOMIC).tensors}
+    names = {
+        "token_embd.": "embeddings.word_embeddings.",
+        "token_types.": "embeddings.token_type_embeddings.",
+        "token_embd_norm.": "embeddings.LayerNorm.",
+        "blk.": "layers.",
+        "attn_output_norm.": "post_attention_layernorm.",
+        "layer_output_norm.": "post_mlp_layernorm.",
+        "attn_output.": "self_attn.o_proj.",
+        "ffn_up.": "mlp.up_proj.",
+        "ffn_gate.": "mlp.gate_proj.",
+        "ffn_down.": "mlp.down_proj.",
+    }
+    state = {}
+    for name, tensor in file.items():
+        values = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        if "attn_qkv" in name:
+            base = name.removesuffix("attn_qkv.weight")
+            state |= {f"{base}self_attn.{part}_proj.weight": v for part, v in zip("qkv", values.chunk(3), strict=True)}
+        else:
+            state[name] = values
+    config = transformers.NomicBertConfig(
+        vocab_size=len(state["embeddings.word_embeddings.weight"]), layer_norm_eps=1e-12
+    )
+    reference = transformers.NomicBertModel(config, add_pooling_layer=False).eval()
+    reference.load_state_dict(state)
+    texts = [[101, 3945, 1035, 23032, 1024, 2054, 2003, 1037, 4937, 102], list(range(1000, 1300))]
+    _, vectors = run(loaded.model, texts)
+    for vector, text in zip(vectors, texts, strict=False):
+        with torch.no_grad():
+            wanted = reference(torch.tensor([text])).last_hidden_state[0].mean(0).numpy()
+        assert vector @ wanted / np.linalg.norm(wanted) > 1 - 1e-5

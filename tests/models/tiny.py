@@ -184,6 +184,11 @@ TINY: dict[str, Tiny] = {
         },
     ),
     "smollm3": Tiny("SmolLM3Config", "SmolLM3ForCausalLM", {"num_hidden_layers": 4}),
+    "cohere 2": Tiny(
+        "Cohere2Config",
+        "Cohere2ForCausalLM",
+        {"num_hidden_layers": 4, "sliding_window": 12, "logit_scale": 0.25, "tie_word_embeddings": True},
+    ),
     "seed-oss": Tiny("SeedOssConfig", "SeedOssForCausalLM", {"head_dim": 16}),
     "exaone 4": Tiny(
         "Exaone4Config",

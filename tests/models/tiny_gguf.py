@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "Phi3ForCausalLM": "phi3",
     "SmolLM3ForCausalLM": "smollm3",
     "SeedOssForCausalLM": "seed_oss",
+    "Cohere2ForCausalLM": "cohere2",
     "Exaone4ForCausalLM": "exaone4",
     "Starcoder2ForCausalLM": "starcoder2",
     "GPT2LMHeadModel": "gpt2",
@@ -92,9 +93,9 @@ def metadata(c: dict, arch: str) -> dict:
         "attention.head_count_kv": c.get("num_key_value_heads"),
         "attention.key_length": head if "head_dim" in c else None,
         "attention.layer_norm_rms_epsilon": c.get("rms_norm_eps"),
-        "attention.layer_norm_epsilon": c.get("norm_epsilon", c.get("layer_norm_epsilon")),
+        "attention.layer_norm_epsilon": c.get("norm_epsilon", c.get("layer_norm_epsilon", c.get("layer_norm_eps"))),
         "attention.sliding_window": c.get("sliding_window")
-        if arch in ("llama", "gemma2", "gemma3", "phi3", "starcoder2", "gpt-oss", "olmo2", "exaone4")
+        if arch in ("llama", "gemma2", "gemma3", "phi3", "starcoder2", "gpt-oss", "olmo2", "exaone4", "cohere2")
         else None,
         "rope.freq_base": rope.get("rope_theta"),
         "attn_logit_softcapping": c.get("attn_logit_softcapping"),
@@ -102,7 +103,7 @@ def metadata(c: dict, arch: str) -> dict:
         "attention.scale": c.get("attention_multiplier"),
         "embedding_scale": c.get("embedding_multiplier"),
         "residual_scale": c.get("residual_multiplier"),
-        "logit_scale": c.get("logits_scaling"),
+        "logit_scale": c.get("logits_scaling") or c.get("logit_scale"),
         "expert_count": c.get("num_local_experts") or c.get("num_experts") or c.get("n_routed_experts"),
         "expert_used_count": c.get("num_experts_per_tok"),
         "expert_feed_forward_length": c.get("moe_intermediate_size"),
