@@ -1,0 +1,63 @@
+"""What an adapter is once it is read: pairs of small matrices by the names of the tensors that they change."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The change of one weight: y += (x A^T) B^T. The scale alpha / r is in B.
+
+    Attributes:
+        a_rI: float32.
+        b_Or: float32. For an embedding A is [r, V] and B [D, r]: row x of the table grows by A[:, x] B^T.
+    """
+
+    a_rI: np.ndarray
+    b_Or: np.ndarray
+
+    @property
+    def rank(self) -> int:
+        return self.a_rI.shape[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A low-rank change of a base model.
+
+    Attributes:
+        pairs: by the name of the base's tensor in Hugging Face's naming ("model.layers.0.self_attn.q_proj.weight").
+        base: the base model that its file names; "" where it names none.
+        source: where it came from, for messages.
+    """
+
+    pairs: Mapping[str, Pair]
+    base: str
+    source: str
+
+    @property
+    def rank(self) -> int:
+        """The largest of its pairs."""
+        return max((pair.rank for pair in self.pairs.values()), default=0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its matrices in float32."""
+        return sum(pair.a_rI.nbytes + pair.b_Or.nbytes for pair in self.pairs.values())
+
+    def digest(self) -> bytes:
+        """16 bytes that another content does not share: what pages computed under the adapter are found by. Never its name,
+        which may come to mean another file."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(self.pairs):
+            pair = self.pairs[name]
+            for part in (name.encode(), repr((pair.a_rI.shape, pair.b_Or.shape)).encode(), pair.a_rI, pair.b_Or):
+                content = part if isinstance(part, bytes) else part.tobytes()
+                digest.update(len(content).to_bytes(8, "little"))
+                digest.update(content)
+        return digest.digest()

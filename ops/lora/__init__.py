@@ -1,0 +1,79 @@
+"""Low-rank adapters beside a product (Hu et al. 2021, arXiv:2106.09685): each token with the adapter of its own request.
+
+The matrices of all loaded adapters are stacked by slot, zeros up to one rank, so that loading another one changes numbers and no
+program. One face, bodies in order: `native` where the stack lies on one CPU device, else `xla`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ops import native
+
+__all__ = ["LoraStack", "add_lora", "add_lora_rows"]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["a_NRI", "b_NRO"], meta_fields=["native"])
+@dataclasses.dataclass(frozen=True)
+class LoraStack:
+    """The matrices of all adapters for one weight, by slot. Slot 0 is nobody's: whatever it holds counts as zeros.
+
+    Attributes:
+        a_NRI, b_NRO: A and, transposed, B with its scale; rows beyond an adapter's rank are zeros.
+        native: static: they lie on one CPU device, so the native kernel may read them.
+    """
+
+    a_NRI: jax.Array
+    b_NRO: jax.Array
+    native: bool = False
+
+
+def add_lora(y_TO: jax.Array, x_TI: jax.Array, stack: LoraStack, slot_T: jax.Array) -> jax.Array:
+    """y + (x A^T) B^T with each token's own A and B; y itself at tokens without an adapter.
+
+    Args:
+        y_TO: what the base's product gave, any float dtype.
+        x_TI: what it was given: behind the norm, and never rotated or rounded.
+        slot_T: int32, 0 for no adapter.
+    Returns:
+        [T, O] in y's dtype; the change is computed in float32.
+    """
+    if stack.native and native.available() and stack.a_NRI.dtype == jnp.float32:
+        call = jax.ffi.ffi_call(
+            native.target("jaxserve_lora"),
+            jax.ShapeDtypeStruct(y_TO.shape, jnp.float32),
+            input_output_aliases={4: 0},
+        )
+        operands = (x_TI.astype(jnp.float32), slot_T, stack.a_NRI, stack.b_NRO, y_TO.astype(jnp.float32))
+        return call(*operands).astype(y_TO.dtype)
+    return (y_TO.astype(jnp.float32) + _xla(x_TI, stack, slot_T)).astype(y_TO.dtype)
+
+
+def _xla(x_TI: jax.Array, stack: LoraStack, slot_T: jax.Array) -> jax.Array:
+    """All slots for all tokens, then each token's own: on matrix units a few narrow products cost less than gathering matrices."""
+    dtype = stack.a_NRI.dtype
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    a_NRI, b_NRO = stack.a_NRI[1:], stack.b_NRO[1:]
+    own_TN = jax.nn.one_hot(slot_T - 1, a_NRI.shape[0], dtype=jnp.float32)
+    options = {"precision": precision, "preferred_element_type": jnp.float32}
+    hidden_TNR = jnp.einsum("ti,nri->tnr", x_TI.astype(dtype), a_NRI, **options) * own_TN[..., None]
+    return jnp.einsum("tnr,nro->to", hidden_TNR.astype(dtype), b_NRO, **options)
+
+
+def add_lora_rows(x_TD: jax.Array, tokens_T: jax.Array, stack: LoraStack, slot_T: jax.Array) -> jax.Array:
+    """An embedding's rows with each token's adapter: x + A[:, token] B.
+
+    Args:
+        x_TD: the table's rows.
+        stack: a_NRI is [N, R, V]: A has a column for each token of the vocabulary.
+    Returns:
+        [T, D] in x's dtype.
+    """
+    hidden_TR = stack.a_NRI[slot_T, :, tokens_T].astype(jnp.float32)
+    change_TD = jnp.einsum("tr,tro->to", hidden_TR, stack.b_NRO[slot_T].astype(jnp.float32))
+    changed_TD = (x_TD.astype(jnp.float32) + change_TD).astype(x_TD.dtype)
+    return jnp.where((slot_T > 0)[:, None], changed_TD, x_TD)

@@ -1,0 +1,96 @@
+// Low-rank adapters for one instruction set, included once per set with AT and W (see vectors.h), TOKENS and COLS.
+
+#include "lora.h"
+
+namespace jaxserve::lora {
+namespace {
+
+#include "vectors.h"
+
+constexpr int RANKS = 4;  // rows of A at once
+
+template <int N, int M>
+AT void dots(const float* const* x, const float* a, int64_t inputs, float* h, int ranks) {
+  vf sum[N][M];
+  UNROLL for (int t = 0; t < N; ++t) {
+    UNROLL for (int r = 0; r < M; ++r) sum[t][r] = splat(0.0f);
+  }
+  int64_t i = 0;
+  for (; i + W <= inputs; i += W) {
+    vf in[N];
+    UNROLL for (int t = 0; t < N; ++t) in[t] = load(x[t] + i);
+    UNROLL for (int r = 0; r < M; ++r) {
+      const vf row = load(a + r * inputs + i);
+      UNROLL for (int t = 0; t < N; ++t) sum[t][r] = fma(in[t], row, sum[t][r]);
+    }
+  }
+  for (int t = 0; t < N; ++t) {
+    for (int r = 0; r < M; ++r) {
+      float total = sum_lanes(sum[t][r]);
+      for (int64_t j = i; j < inputs; ++j) total += x[t][j] * a[r * inputs + j];
+      h[t * ranks + r] = total;
+    }
+  }
+}
+
+template <int N>
+AT void shrink_rows(const float* const* x, const float* a, int ranks, int64_t inputs, float* h) {
+  int r = 0;
+  for (; r + RANKS <= ranks; r += RANKS) dots<N, RANKS>(x, a + r * inputs, inputs, h + r, ranks);
+  for (; r < ranks; ++r) dots<N, 1>(x, a + r * inputs, inputs, h + r, ranks);
+}
+
+template <int N, int M>
+AT void add(const float* h, const float* b, int ranks, int64_t outputs, int64_t at, float* const* y) {
+  vf sum[N][M];
+  UNROLL for (int t = 0; t < N; ++t) {
+    UNROLL for (int j = 0; j < M; ++j) sum[t][j] = load(y[t] + at + j * W);
+  }
+  for (int r = 0; r < ranks; ++r) {
+    vf row[M];
+    UNROLL for (int j = 0; j < M; ++j) row[j] = load(b + r * outputs + at + j * W);
+    UNROLL for (int t = 0; t < N; ++t) {
+      const vf by = splat(h[t * ranks + r]);
+      UNROLL for (int j = 0; j < M; ++j) sum[t][j] = fma(by, row[j], sum[t][j]);
+    }
+  }
+  UNROLL for (int t = 0; t < N; ++t) {
+    UNROLL for (int j = 0; j < M; ++j) store(y[t] + at + j * W, sum[t][j]);
+  }
+}
+
+template <int N>
+AT void expand_rows(const float* h, const float* b, int ranks, int64_t outputs, int64_t begin, int64_t end,
+                    float* const* y) {
+  int64_t at = begin;
+  for (; at + COLS * W <= end; at += COLS * W) add<N, COLS>(h, b, ranks, outputs, at, y);
+  for (; at + W <= end; at += W) add<N, 1>(h, b, ranks, outputs, at, y);
+  for (; at < end; ++at) {
+    for (int t = 0; t < N; ++t) {
+      float total = y[t][at];
+      for (int r = 0; r < ranks; ++r) total += h[t * ranks + r] * b[r * outputs + at];
+      y[t][at] = total;
+    }
+  }
+}
+
+AT void shrink(const float* const* x, int count, const float* a, int ranks, int64_t inputs, float* h) {
+  int t = 0;
+  for (; t + TOKENS <= count; t += TOKENS) shrink_rows<TOKENS>(x + t, a, ranks, inputs, h + t * ranks);
+  for (; t < count; ++t) shrink_rows<1>(x + t, a, ranks, inputs, h + t * ranks);
+}
+
+AT void expand(const float* h, int count, const float* b, int ranks, int64_t outputs, int64_t begin, int64_t end,
+               float* const* y) {
+  int t = 0;
+  for (; t + TOKENS <= count; t += TOKENS)
+    expand_rows<TOKENS>(h + t * ranks, b, ranks, outputs, begin, end, y + t);
+  for (; t < count; ++t) expand_rows<1>(h + t * ranks, b, ranks, outputs, begin, end, y + t);
+}
+
+Kernels kernels() { return {TOKENS, shrink, expand}; }
+
+#undef INLINE
+
+}  // namespace
+}  // namespace jaxserve::lora
