@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from serving.engine.api.adapters import LoRARequest
     from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
     from serving.errors import RequestError
     from serving.llm import LLM
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "LLM": "serving.llm",
+    "LoRARequest": "serving.engine.api.adapters",
     "SamplingParams": "serving.engine.api.sampling_params",
     "StructuredOutputs": "serving.engine.api.sampling_params",
     "RequestError": "serving.errors",
@@ -25,7 +27,15 @@ _HOME = {
     "RequestOutput": "serving.service.outputs",
 }
 
-__all__ = ["LLM", "CompletionOutput", "RequestError", "RequestOutput", "SamplingParams", "StructuredOutputs"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "LoRARequest",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputs",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from serving.engine.api.adapters import LoRARequest
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineInfo, EngineStats
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
+Lora = LoRARequest | Sequence[LoRARequest | None] | None
 
 
 def config_signature() -> inspect.Signature:
@@ -99,6 +101,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
+        lora_request: Lora = None,
     ) -> list[RequestOutput]:
         """Completes prompts.
 
@@ -107,6 +110,7 @@ class LLM:
             sampling_params: one for all, or one each; None takes the model's defaults with 16 tokens.
             use_tqdm: show a progress bar.
             priority: one each; lower runs first (scheduling policy "priority").
+            lora_request: the adapter to run with, one for all or a list with None for the base model.
         Returns:
             one result a prompt, in their order.
         Raises:
@@ -116,7 +120,7 @@ class LLM:
         if priority is not None:
             _same_length("priority", priority, inputs)
             inputs = [dataclasses.replace(given, priority=p) for given, p in zip(inputs, priority, strict=True)]
-        return self._run_all(inputs, sampling_params, use_tqdm)
+        return self._run_all(self._adapted(inputs, lora_request), sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -130,6 +134,7 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        lora_request: Lora = None,
     ) -> list[RequestOutput]:
         """Answers one conversation, or each of a list of them.
 
@@ -140,6 +145,7 @@ class LLM:
                 required or named has arguments that satisfy the tool's schema.
             parallel_tool_calls: False allows one call an answer.
             add_generation_prompt, continue_final_message, chat_template_kwargs: for the chat template.
+            lora_request: as `generate`.
         Returns:
             one result a conversation, in their order; `.outputs[0].message` has the calls and the thinking.
         Raises:
@@ -157,6 +163,7 @@ class LLM:
             )
             for conversation in conversations
         ]
+        inputs = self._adapted(inputs, lora_request)
         return self._run_all(inputs, sampling_params, use_tqdm, ChatOptions(tool_choice, parallel_tool_calls))
 
     def embed(
@@ -239,6 +246,24 @@ class LLM:
 
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
+
+    def _adapted(self, inputs: list[GenerateInput], lora: Lora) -> list[GenerateInput]:
+        """The inputs, each for its adapter, which is loaded where its name or its path is new."""
+        if lora is None:
+            return inputs
+        requests = [lora] * len(inputs) if isinstance(lora, LoRARequest) else list(lora)
+        _same_length("lora_request", requests, inputs)
+        client = self._service.adapters
+        if client is None:
+            raise ValueError("This LLM takes no adapters: make it with enable_lora=True.")
+        for request in {r.lora_name: r for r in requests if r is not None}.values():
+            known = client.find(request.lora_name)
+            if known is None or (request.lora_path and known.path != request.lora_path):
+                client.load(request.lora_name, request.lora_path, replace=known is not None)
+        return [
+            given if r is None else dataclasses.replace(given, model=r.lora_name)
+            for given, r in zip(inputs, requests, strict=True)
+        ]
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from models.adapters.adapter import Adapter, Pair
-from models.loading.safetensors import SafetensorsFile
+from models.loading.files.safetensors import SafetensorsFile
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

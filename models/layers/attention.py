@@ -63,9 +63,10 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """attention(norm(x)) + residual, and the layer's updated pages."""
         T, (K, G, h) = x_TD.shape[0], self.placed
-        qkv_TKgh = self.qkv(x_TD, norm=norm).reshape(T, K, G + 2, h)
+        qkv_TKgh = self.qkv(x_TD, norm=norm, adapter_T=step.adapter_T).reshape(T, K, G + 2, h)
         out_TKGh, kv = self.attend(qkv_TKgh, step, kv)
-        return self.out(out_TKGh.reshape(T, K * G * h), residual_TO=residual_TD), kv
+        out_TD = self.out(out_TKGh.reshape(T, K * G * h), residual_TO=residual_TD, adapter_T=step.adapter_T)
+        return out_TD, kv
 
     def attend(self, qkv_TKgh: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any]:
         """What happens between the projections: out_TKGh, and the updated pages."""

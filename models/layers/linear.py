@@ -12,6 +12,11 @@ from models.layers.build import Build, weight
 from models.layers.norms import Norm, taken_along
 from models.recipes import Recipes, one
 from ops.linear import linear
+from ops.lora import add_lora
+
+
+class AdapterStack(nnx.Variable):
+    """The adapters' matrices for one weight, a `LoraStack`. No parameter: it comes from no checkpoint of the model."""
 
 
 class Linear(nnx.Module):
@@ -30,15 +35,28 @@ class Linear(nnx.Module):
         if metadata.get("spread") is not None and metadata["spread"].part == "out":
             metadata = {}  # its bias is of the rows, which no head owns
         self.bias = weight((outputs,), jnp.float32, axes[:1], **metadata) if bias else None
+        self.lora: AdapterStack | None = None  # see models/adapters/attach.py
 
     def __call__(
-        self, x_TI: jax.Array, out_dtype: Any = None, norm: Norm | None = None, residual_TO: jax.Array | None = None
+        self,
+        x_TI: jax.Array,
+        out_dtype: Any = None,
+        norm: Norm | None = None,
+        residual_TO: jax.Array | None = None,
+        adapter_T: jax.Array | None = None,
     ) -> jax.Array:
-        """norm(x) W^T + b + residual; a kernel that can takes norm and residual along with the product."""
+        """norm(x) W^T + b + residual; a kernel that can takes norm and residual along with the product.
+
+        Args:
+            adapter_T: `Step.adapter_T`, whose adapters change the product.
+        """
         x_TI, rms = taken_along(x_TI, norm)
-        return linear(
+        y_TO = linear(
             x_TI, self.weight.get_value(), self.bias_value(), norm=rms, residual_TO=residual_TO, out_dtype=out_dtype
         )
+        if adapter_T is None or self.lora is None:
+            return y_TO
+        return add_lora(y_TO, x_TI if rms is None else rms(x_TI), self.lora.get_value(), adapter_T)
 
     def bias_value(self) -> jax.Array | None:
         return None if self.bias is None else self.bias[...]

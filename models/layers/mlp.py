@@ -32,7 +32,8 @@ class MLP(nnx.Module):
         self, x_TD: jax.Array, step: Step, norm: Norm | None = None, residual_TD: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """mlp(norm(x)) + residual, and the experts visited: none."""
-        return self.down(activation(self.activation)(self.up(x_TD, norm=norm)), residual_TO=residual_TD), ()
+        hidden_TF = activation(self.activation)(self.up(x_TD, norm=norm, adapter_T=step.adapter_T))
+        return self.down(hidden_TF, residual_TO=residual_TD, adapter_T=step.adapter_T), ()
 
     def recipes(self, name: str) -> Recipes:
         up, down = self.names
@@ -59,6 +60,12 @@ class GatedMLP(nnx.Module):
         self, x_TD: jax.Array, step: Step | None, norm: Norm | None = None, residual_TD: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """mlp(norm(x)) + residual, and the experts visited: none. Encoders have no step."""
+        if (
+            step is not None and step.adapter_T is not None
+        ):  # what adapters add to gate and up goes through the activation
+            hidden = self.gate_up(x_TD, norm=norm, adapter_T=step.adapter_T).reshape(x_TD.shape[0], self.shards, 2, -1)
+            hidden_TF = (activation(self.activation)(hidden[:, :, 0]) * hidden[:, :, 1]).reshape(x_TD.shape[0], -1)
+            return self.down(hidden_TF, residual_TO=residual_TD, adapter_T=step.adapter_T), ()
         x_TD, rms = taken_along(x_TD, norm)
         y_TD = gated_mlp(
             x_TD,

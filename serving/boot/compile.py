@@ -75,10 +75,15 @@ def compile_decoder(checked: Checked, loaded: LoadedModel, say: Progress, meet: 
         attention_backend=config.attention_backend,
         host_tier=config.kv_offload_gb > 0,
         num_scheduler_steps=config.num_scheduler_steps,
+        max_loras=config.max_loras if config.enable_lora else 0,
+        max_lora_rank=config.max_lora_rank,
     )
     with progress_bar(config.progress) as on_done:
         executor.compile(on_done, meet)
-    runner = StepRunner(executor)
+    runner = StepRunner(executor, config.max_cpu_loras or 4 * config.max_loras)
+    if executor.adapters is not None:
+        weights = len(executor.adapters.room.sites)
+        say(f"adapters: {config.max_loras} at once, of rank {config.max_lora_rank} at most, for {weights} weights")
     say(f"compiled {len(runner.buckets.buckets)} step shapes in {time.monotonic() - began:.1f} s")
     phases.record("compile", time.monotonic() - began)
     scheduler = _scheduler_config(checked, sizes, executor, runner, replicas)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from serving.access.flags import SECRET_FLAGS, access_of, add_access_flags, tls_of
 from serving.boot.engine_flags import SETTINGS, add_engine_flags, engine_config, in_flags, shown
+from serving.boot.lora_modules import lora_module
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.settings import flag_of
 from serving.reliability.faults import Fault
@@ -94,6 +95,15 @@ def build_parser() -> Parser:
         formatter_class=_Help,
     )
     add_engine_flags(parser)
+    adapters = next(group for group in parser._action_groups if group.title == "adapters")
+    adapters.add_argument(
+        "--lora-modules", nargs="+", type=lora_module, default=[], metavar="NAME=PATH",
+        help="adapters to serve from the start, each as the model NAME; or JSON with name and path",
+    )  # fmt: skip
+    adapters.add_argument(
+        "--lora-folder", default=None, metavar="DIR",
+        help="adapters may be loaded from below this folder while the server runs, by admins (default: none may)",
+    )  # fmt: skip
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     server.add_argument("--grpc-port", type=_port, default=GRPC_PORT, help="gRPC port; 0 takes a free one")
@@ -242,6 +252,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, EngineConf
         for text in args.inject_fault:
             Fault.parse(text)
         check_parsers(args)
+        if (args.lora_modules or args.lora_folder) and not args.enable_lora:
+            raise ValueError(
+                "--lora-modules and --lora-folder are for a server that takes adapters: give --enable-lora too."
+            )
         return args, engine_config(args)
     except ValueError as error:
         parser.error(in_flags(str(error), vars(args).keys()))

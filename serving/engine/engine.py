@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from models.embedding_head import EmbeddingHead
+from serving.engine.api.adapters import AdapterInfo
 from serving.engine.api.admission import check_door, check_queue
 from serving.engine.api.client import EmbeddingClient, EngineClient
 from serving.engine.api.config import EngineConfig
@@ -102,6 +103,30 @@ class Engine(Mortal):
         return self.loop.busy_since
 
 
+class EngineAdapters:
+    """`AdapterClient` of an engine in this process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._store = engine.runner.adapters
+
+    def load(self, name: str, path: str, replace: bool = False) -> AdapterInfo:
+        """See AdapterClient.load."""
+        return self._store.load(name, path, replace)
+
+    def unload(self, name: str) -> AdapterInfo:
+        """See AdapterClient.unload."""
+        info = self._store.unload(name)
+        self._engine.call(lambda: self._engine.scheduler.adapters.forget(info.digest))
+        return info
+
+    def find(self, name: str) -> AdapterInfo | None:
+        return self._store.find(name)
+
+    def infos(self) -> list[AdapterInfo]:
+        return self._store.infos()
+
+
 class InProcessClient(EngineClient):
     """EngineClient and EmbeddingClient over an engine in this process. Event loops call it; the engine thread answers."""
 
@@ -120,16 +145,26 @@ class InProcessClient(EngineClient):
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See EngineClient.generate."""
         stream = OutputStream(asyncio.get_running_loop())
-        self._open(request, stream)
-        finished = False
+        store = self._engine.runner.adapters
+        if request.adapter is not None:
+            try:
+                await asyncio.to_thread(store.pin, request.adapter)
+            except (ValueError, OSError) as error:
+                raise RequestError(ErrorKind.NOT_FOUND, str(error), param="model") from error
         try:
-            async for output in stream:
-                finished = output.finish_reason is not None
-                yield output
+            self._open(request, stream)
+            finished = False
+            try:
+                async for output in stream:
+                    finished = output.finish_reason is not None
+                    yield output
+            finally:
+                self._close(request.request_id)
+                if not finished:
+                    self._engine.loop.inbox.put(Abort(request.request_id))
         finally:
-            self._close(request.request_id)
-            if not finished:
-                self._engine.loop.inbox.put(Abort(request.request_id))
+            if request.adapter is not None:
+                store.unpin(request.adapter)
 
     async def embed(
         self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0
@@ -179,6 +214,11 @@ class InProcessClient(EngineClient):
     def embedder(self) -> EmbeddingClient:
         """Itself: vectors of hidden states."""
         return self
+
+    @property
+    def adapters(self) -> EngineAdapters | None:
+        """What loads and lists adapters; None where the engine takes none."""
+        return EngineAdapters(self._engine) if self._engine.runner.adapters.open else None
 
     @property
     def refusal(self) -> str | None:

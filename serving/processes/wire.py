@@ -17,8 +17,11 @@ assert sys.byteorder == "little", "arrays are sent as they lie in memory"
 def encode(command: commands.Command) -> pb.Command:
     """The message of a command."""
     match command:
-        case commands.Forward(bucket, packed):
-            return pb.Command(forward=pb.Forward(bucket=_bucket(bucket), packed=packed.tobytes()))
+        case commands.Forward(bucket, packed, adapted):
+            forward = pb.Forward(bucket=_bucket(bucket), packed=packed.tobytes(), adapted=adapted)
+            return pb.Command(forward=forward)
+        case commands.LoadAdapter(slot, packed):
+            return pb.Command(load_adapter=pb.LoadAdapter(slot=slot, packed=packed.tobytes()))
         case commands.Sample(rows, packed, mask):
             sample = pb.Sample(rows=rows, packed=packed.tobytes())
             if mask is not None:
@@ -67,7 +70,10 @@ def decode(message: pb.Command) -> commands.Command:
     match message.WhichOneof("command"):
         case "forward":
             m = message.forward
-            return commands.Forward(_to_bucket(m.bucket), np.frombuffer(m.packed, np.int32))
+            return commands.Forward(_to_bucket(m.bucket), np.frombuffer(m.packed, np.int32), m.adapted)
+        case "load_adapter":
+            m = message.load_adapter
+            return commands.LoadAdapter(m.slot, np.frombuffer(m.packed, np.float32))
         case "sample":
             m = message.sample
             mask = np.frombuffer(m.mask, np.int32).reshape(m.rows, -1) if m.HasField("mask") else None

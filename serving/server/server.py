@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import pathlib
 import signal
 import socket
 import sys
@@ -16,11 +17,13 @@ from serving import memory
 from serving.access.flags import access_of, http_options, limit_changes, tls_of, warnings_for
 from serving.boot.engine_flags import in_flags
 from serving.engine.api.config import EngineConfig
+from serving.errors import RequestError
 from serving.metrics.tracing import Tracing
 from serving.reliability.notify import notify
 from serving.server.guard import Guard
 from serving.server.ports import listen_grpc, take_http
 from serving.server.starting import import_front_ends, start_in_thread
+from serving.service.adapters import check_name
 
 if TYPE_CHECKING:
     from serving.boot.start import AnyEngine
@@ -104,7 +107,22 @@ class Server:
 
     # -- start -------------------------------------------------------------------------------------------------------
 
+    async def _load_adapters(self, service: TextService) -> bool:
+        """Loads what `--lora-modules` names; one that cannot be served ends the start."""
+        for given in self._args.lora_modules:
+            try:
+                assert service.adapters is not None, "flags were checked"
+                check_name(given.lora_name, service)
+                info = await asyncio.to_thread(service.adapters.load, given.lora_name, given.lora_path)
+            except (ValueError, OSError, RequestError) as error:
+                print(f"error: --lora-modules: {error}", file=sys.stderr)
+                return False
+            self._say(f"adapter {info.name}: {info.num_matrices} matrices of rank {info.rank} at most")
+        return True
+
     async def _serve(self, grpc_server: GrpcServer, service: TextService) -> bool:
+        if not await self._load_adapters(service):
+            return False
         await service.rehearse()
         if not await self._serve_http(service):
             return False
@@ -134,6 +152,7 @@ class Server:
                 sock=self._http_socket,
                 tls=self._tls,
                 access=self._access,
+                lora_folder=None if self._args.lora_folder is None else pathlib.Path(self._args.lora_folder),
                 **http_options(self._args),
             )
         except OSError as error:  # somebody else has begun to listen there meanwhile

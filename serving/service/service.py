@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from serving.access.keys import caller_of_task
 from serving.access.rates import RateMeter
+from serving.engine.api.adapters import AdapterClient
 from serving.engine.api.client import EngineClient
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
 from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason
@@ -138,6 +139,7 @@ class TextService:
         arrival = time.monotonic()
         self.check_ready()
         model = self.resolve_model(given.model)
+        adapter = self.adapter_digest(model)
         self._check_task("generate", "does not complete text")
         given.check(self.limits)
         prep.check_params(params, self.info.vocab_size, self.limits)
@@ -174,6 +176,7 @@ class TextService:
                 cache_salt=caller.cache_salt(given.cache_salt) if caller else given.cache_salt,
                 tenant=caller.tenant(given.tenant) if caller else given.tenant,
                 bad_words_token_ids=bad_words,
+                adapter=adapter,
             )
             for i in range(params.n)
         )
@@ -367,7 +370,7 @@ class TextService:
         """
         if not name:
             return self.model_id
-        if name not in self.model_names:
+        if name not in self.model_names and self.adapter_digest(name) is None:
             self.limits.check_name("model", name)
             raise RequestError(
                 ErrorKind.NOT_FOUND,
@@ -376,6 +379,18 @@ class TextService:
                 code="model_not_found",
             )
         return self.model_id
+
+    @property
+    def adapters(self) -> AdapterClient | None:
+        """What loads and lists adapters; None where the engine takes none."""
+        return self.client.adapters
+
+    def adapter_digest(self, name: str) -> str | None:
+        """The content of the adapter that a model's name means; None for the base model and for unknown names."""
+        if name in self.model_names or self.adapters is None:
+            return None
+        found = self.adapters.find(name)
+        return None if found is None else found.digest
 
     async def compile_tools(self, grammar: str) -> ConstraintFactory | None:
         """What holds a completion to the grammar of `plan_tools`, made off the event loop; None where the engine is

@@ -88,7 +88,7 @@ class End(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Command(_message.Message):
-    __slots__ = ("forward", "sample", "decode_loop", "load_slot", "pool", "prompt_logprobs", "pages_out", "pages_in", "pages_dropped", "clear_states", "load_states", "save_states")
+    __slots__ = ("forward", "sample", "decode_loop", "load_slot", "pool", "prompt_logprobs", "pages_out", "pages_in", "pages_dropped", "clear_states", "load_states", "save_states", "load_adapter")
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     DECODE_LOOP_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +101,7 @@ class Command(_message.Message):
     CLEAR_STATES_FIELD_NUMBER: _ClassVar[int]
     LOAD_STATES_FIELD_NUMBER: _ClassVar[int]
     SAVE_STATES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     forward: Forward
     sample: Sample
     decode_loop: DecodeLoop
@@ -113,7 +114,8 @@ class Command(_message.Message):
     clear_states: StateMoves
     load_states: StateMoves
     save_states: StateMoves
-    def __init__(self, forward: _Optional[_Union[Forward, _Mapping]] = ..., sample: _Optional[_Union[Sample, _Mapping]] = ..., decode_loop: _Optional[_Union[DecodeLoop, _Mapping]] = ..., load_slot: _Optional[_Union[LoadSlot, _Mapping]] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., pages_out: _Optional[_Union[PageMoves, _Mapping]] = ..., pages_in: _Optional[_Union[PageMoves, _Mapping]] = ..., pages_dropped: _Optional[_Union[PageMoves, _Mapping]] = ..., clear_states: _Optional[_Union[StateMoves, _Mapping]] = ..., load_states: _Optional[_Union[StateMoves, _Mapping]] = ..., save_states: _Optional[_Union[StateMoves, _Mapping]] = ...) -> None: ...
+    load_adapter: LoadAdapter
+    def __init__(self, forward: _Optional[_Union[Forward, _Mapping]] = ..., sample: _Optional[_Union[Sample, _Mapping]] = ..., decode_loop: _Optional[_Union[DecodeLoop, _Mapping]] = ..., load_slot: _Optional[_Union[LoadSlot, _Mapping]] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., pages_out: _Optional[_Union[PageMoves, _Mapping]] = ..., pages_in: _Optional[_Union[PageMoves, _Mapping]] = ..., pages_dropped: _Optional[_Union[PageMoves, _Mapping]] = ..., clear_states: _Optional[_Union[StateMoves, _Mapping]] = ..., load_states: _Optional[_Union[StateMoves, _Mapping]] = ..., save_states: _Optional[_Union[StateMoves, _Mapping]] = ..., load_adapter: _Optional[_Union[LoadAdapter, _Mapping]] = ...) -> None: ...
 
 class PageMoves(_message.Message):
     __slots__ = ("replicas", "pages", "keys")
@@ -148,12 +150,22 @@ class Bucket(_message.Message):
     def __init__(self, decode: _Optional[int] = ..., chunk: _Optional[int] = ..., rows: _Optional[int] = ..., queries: _Optional[int] = ...) -> None: ...
 
 class Forward(_message.Message):
-    __slots__ = ("bucket", "packed")
+    __slots__ = ("bucket", "packed", "adapted")
     BUCKET_FIELD_NUMBER: _ClassVar[int]
     PACKED_FIELD_NUMBER: _ClassVar[int]
+    ADAPTED_FIELD_NUMBER: _ClassVar[int]
     bucket: Bucket
     packed: bytes
-    def __init__(self, bucket: _Optional[_Union[Bucket, _Mapping]] = ..., packed: _Optional[bytes] = ...) -> None: ...
+    adapted: bool
+    def __init__(self, bucket: _Optional[_Union[Bucket, _Mapping]] = ..., packed: _Optional[bytes] = ..., adapted: _Optional[bool] = ...) -> None: ...
+
+class LoadAdapter(_message.Message):
+    __slots__ = ("slot", "packed")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    PACKED_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    packed: bytes
+    def __init__(self, slot: _Optional[int] = ..., packed: _Optional[bytes] = ...) -> None: ...
 
 class Sample(_message.Message):
     __slots__ = ("rows", "packed", "mask")

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from serving.engine.api.adapters import AdapterClient
 from serving.engine.api.lifecycle import Lifecycle
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
 
@@ -58,6 +59,11 @@ class EngineClient(Protocol):
     @property
     def scorer(self) -> ScoringClient | None:
         """What scores pairs of texts."""
+        return None
+
+    @property
+    def adapters(self) -> AdapterClient | None:
+        """What loads and lists LoRA adapters."""
         return None
 
     @property

@@ -159,6 +159,20 @@ class EngineConfig:
     )  # fmt: skip
     progress: bool = setting(True, "show progress bars at start", SWITCH, Scope.PROCESS, flag="")
 
+    # -- adapters --------------------------------------------------------------------------------------------------------
+
+    enable_lora: bool = setting(
+        False, "take LoRA adapters beside the model", SWITCH, Scope.PROGRAM, section="adapters", flag=""
+    )
+    max_loras: int = setting(
+        4, "adapters on the devices at once, and so in one batch", COUNT, Scope.PROGRAM, section="adapters", flag=""
+    )
+    max_lora_rank: int = setting(16, "rank of an adapter at most", COUNT, Scope.PROGRAM, section="adapters", flag="")
+    max_cpu_loras: int | None = setting(
+        None, "adapters kept in host memory; others are read again when they are asked for (default: 4 times --max-loras)",
+        COUNT, Scope.SERVER, section="adapters", flag="",
+    )  # fmt: skip
+
     # -- devices ---------------------------------------------------------------------------------------------------------
 
     mesh: str = setting(

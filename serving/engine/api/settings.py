@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-SECTIONS = ("model", "engine", "devices")
+SECTIONS = ("model", "engine", "adapters", "devices")
 """Headings that settings stand under where they are listed."""
 
 

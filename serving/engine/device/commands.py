@@ -23,6 +23,7 @@ class Forward:
 
     bucket: Bucket
     packed: np.ndarray
+    adapted: bool = False  # somebody in it has an adapter
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,6 +81,14 @@ class PromptLogprobs:
     tokens: int
     rows: np.ndarray
     targets: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Writes an adapter's matrices into a slot. `packed`: float32, `models.adapters.attach.Room.pack`."""
+
+    slot: int
+    packed: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -154,4 +163,4 @@ class SaveStates(StateMoves):
 
 PagesMoved = PagesOut | PagesIn | PagesDropped
 StatesMoved = ClearStates | LoadStates | SaveStates
-Command = Forward | Sample | DecodeLoop | LoadSlot | Pool | PromptLogprobs | PagesMoved | StatesMoved
+Command = Forward | Sample | DecodeLoop | LoadSlot | LoadAdapter | Pool | PromptLogprobs | PagesMoved | StatesMoved

@@ -15,12 +15,14 @@ import numpy as np
 from ops import paged_attention
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
+from serving.engine.device.adapters import VARIANT, Adapters
 from serving.engine.device.at_rest import delete
 from serving.engine.device.commands import (
     ClearStates,
     Command,
     DecodeLoop,
     Forward,
+    LoadAdapter,
     LoadSlot,
     LoadStates,
     PagesDropped,
@@ -61,6 +63,7 @@ class Executor:
         num_scheduler_steps: compile decode loops of up to this many steps, when more than 1.
         host_tier: compile what moves pages to host memory and back.
         recurrent: what the model's recurrent layers keep a slot.
+        max_loras, max_lora_rank: adapters at once, and their rank at most; none where 0.
         num_snapshots: of each replica, how many of their states may be kept for prefixes.
 
     Attributes:
@@ -84,10 +87,12 @@ class Executor:
         num_scheduler_steps: int = 1,
         recurrent: RecurrentSpec | None = None,
         num_snapshots: int = 0,
+        max_loras: int = 0,
+        max_lora_rank: int = 16,
     ) -> None:
         self.sizes = sizes
         self.vocab_size = model.vocab_size
-        self._shapes = StepShapes.of(sizes, model)
+        self._shapes = StepShapes.of(sizes, model, adapters=max_loras > 0)
         self.groups = self._shapes.groups
         self.buckets = self._shapes.buckets
         self.mask_width = self._shapes.mask_width
@@ -105,6 +110,7 @@ class Executor:
         self._backend = attention_backend
         self.decoder = Component(DECODER, model)
         self.components = {DECODER: self.decoder}
+        self.adapters = Adapters(self.decoder, model, max_loras, max_lora_rank, mesh) if max_loras else None
         self._kv: Any = None
         self._state: Any = None
         self.reset_cache()
@@ -150,6 +156,7 @@ class Executor:
         kv, state = jax.tree.map(lambda array: of_one(self._mesh, array), (self._kv, self._state))
         more = [] if self.store is None else self.store.programs(kv)
         more += [] if self.states is None else self.states.programs()
+        more += [] if self.adapters is None else self.adapters.programs(kv, state, self._shapes)
         weights = self.decoder.abstract_leaves
         listed = list_programs(self.decoder.split, weights, kv, state, self._shapes, self.max_steps, more)
         self.decoder.head = listed.head
@@ -164,6 +171,8 @@ class Executor:
             forward = pack_forward(empty, bucket, self.forward_layouts[bucket], slots, self.sizes.page_size)
             sample = pack_sample(empty, bucket.samples, self.sample_layouts[bucket.samples], slots, False)
             forward, sample = np.tile(forward, self.replicas), np.tile(sample, self.replicas)
+            if self.adapters is not None:
+                self.execute(Forward(bucket, forward, adapted=True))
             self.execute(Forward(bucket, forward))
             if bucket.chunk:
                 self.execute(PromptLogprobs(bucket.tokens, rows, rows))
@@ -180,6 +189,8 @@ class Executor:
             nowhere = [StateMove(replica, self.sizes.max_num_seqs, 0) for replica in range(self.replicas)]
             for command in (ClearStates, SaveStates, LoadStates):
                 self.execute(command.of(nowhere))
+        if self.adapters is not None:
+            self.execute(LoadAdapter(0, np.zeros(self.adapters.room.size, np.float32)))
         neutral = slot_rows(Request(EngineRequest("", (0,), SamplingParams()), 0), self.vocab_size)
         self.execute(LoadSlot(0, self.sizes.max_num_seqs, *neutral))
         jax.block_until_ready(self._state)
@@ -197,9 +208,13 @@ class Executor:
         if self._followers is not None:
             self._followers.send(command)
         match command:
-            case Forward(bucket, packed):
-                self._kv, self._hidden_SD, self._hidden_TD, loads = self.programs[ProgramKey("forward", bucket)](
-                    self.decoder.leaves, self._kv, self._state.ends, packed
+            case Forward(bucket, packed, adapted):
+                key, leaves = ProgramKey("forward", bucket), self.decoder.leaves
+                if adapted:
+                    assert self.adapters is not None, "no request can have an adapter"
+                    key, leaves = ProgramKey("forward", bucket, VARIANT), self.adapters.leaves
+                self._kv, self._hidden_SD, self._hidden_TD, loads = self.programs[key](
+                    leaves, self._kv, self._state.ends, packed
                 )
                 return loads[0] if loads else None
             case Sample(rows, packed, mask):
@@ -222,6 +237,11 @@ class Executor:
                 return self.programs[ProgramKey("prompt_logprobs", tokens)](
                     self.decoder.head_leaves, self._hidden_TD, rows, targets
                 )
+            case LoadAdapter(slot, packed):
+                assert self.adapters is not None
+                load = self.programs[ProgramKey("load_adapter")]
+                self.adapters.stacks = load(self.adapters.stacks, np.int32(slot), packed)
+                return None
             case LoadSlot(replica, slot, seen, ids, values, banned):
                 # Out of range, so nothing is written, but for the one replica.
                 slots = np.full(self.replicas, self.sizes.max_num_seqs + 1, np.int32)
@@ -294,6 +314,8 @@ class Executor:
         states = () if self.states is None else (self.states.states, self.states.snapshots)
         freed = sum(leaf.nbytes for leaf in jax.tree.leaves((self.decoder.leaves, self._kv, self._state, states)))
         self.decoder.sleep(keep_weights)
+        if self.adapters is not None:
+            self.adapters.sleep()
         delete((self._kv, self._state, states))
         self._kv = self._state = None
         return freed
@@ -305,6 +327,8 @@ class Executor:
             leaves: the weights, where `sleep` did not keep them.
         """
         self.decoder.wake(leaves)
+        if self.adapters is not None:
+            self.adapters.wake()
         self.reset_cache()
 
     def sampled(self, number: int, tokens: np.ndarray) -> None:

@@ -52,16 +52,18 @@ class Layout:
         return out
 
 
-def forward_layout(bucket: Bucket, pages_per_slot: int, groups: int = 1) -> Layout:
+def forward_layout(bucket: Bucket, pages_per_slot: int, groups: int = 1, adapters: bool = False) -> Layout:
     """What a step is made of on the device, by `decode_rows` and `make_step`, and which rows sample.
 
     A decode row's token or start of -1 is the slot's on the device: the last one that it sampled, and its length.
 
     Args:
         groups: attention groups. What comes from page tables has an axis for them in front where there are several.
+        adapters: whether requests may have adapters.
     """
     t, b, c, r = bucket.tokens, bucket.decode, bucket.chunk, bucket.rows
     each = () if groups == 1 else (groups,)
+    own = (("adapter_B", (b,), "int32"), ("adapter_R", (r,), "int32")) if adapters else ()
     return Layout(
         (
             ("tokens_T", (t,), "int32"),
@@ -77,6 +79,7 @@ def forward_layout(bucket: Bucket, pages_per_slot: int, groups: int = 1) -> Layo
             ("chunk_len_R", (r,), "int32"),
             ("chunk_row_N", (c // Q_BLOCK,), "int32"),
             ("sample_row_S", (bucket.samples,), "int32"),
+            *own,
         )
     )
 
@@ -137,6 +140,14 @@ def make_step(
     return Step(tokens_T, jnp.concatenate([position_BQ.reshape(-1), f["chunk_positions_C"]]), attention)
 
 
+def adapters_of(f: dict[str, jax.Array]) -> jax.Array:
+    """`Step.adapter_T` of a step."""
+    B, C = f["adapter_B"].shape[0], f["chunk_positions_C"].shape[0]
+    queries = (f["tokens_T"].shape[0] - C) // max(B, 1)
+    of_row = jnp.concatenate([f["adapter_R"], jnp.zeros(1, jnp.int32)])  # padding blocks are of row R
+    return jnp.concatenate([jnp.repeat(f["adapter_B"], queries), jnp.repeat(of_row[f["chunk_row_N"]], Q_BLOCK)])
+
+
 _AS_PACKED = ("decode_pages_BP", "chunk_pages_RP", "chunk_start_R", "chunk_qlen_R", "chunk_len_R", "chunk_row_N")
 
 
@@ -170,6 +181,8 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
             f["decode_qlen_B"][row] += len(drafts)
         for table, pages in zip(slots.pages, decode_pages_GBP, strict=True):
             np.take(table, slot, axis=0, out=pages[:n], mode="clip")
+        if "adapter_B" in f:
+            f["adapter_B"][:n] = np.fromiter((r.adapter_slot for r in plan.decode), np.int32, n)
     samples = f["sample_row_S"]
     samples[: n * Q] = np.arange(n * Q)
     row_of_sample = n * Q
@@ -184,6 +197,8 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
         f["chunk_start_R"][i] = at
         f["chunk_qlen_R"][i] = length
         f["chunk_len_R"][i] = chunk.start + length
+        if "adapter_R" in f:
+            f["adapter_R"][i] = request.adapter_slot
         f["chunk_row_N"][at // Q_BLOCK : (at + align(length)) // Q_BLOCK] = i
         if chunk.samples:
             samples[row_of_sample] = first + at + length - 1

@@ -54,8 +54,8 @@ class StepShapes:
     sample_layouts: dict[int, Layout]
 
     @classmethod
-    def of(cls, sizes: Sizes, model: CausalLM) -> StepShapes:
-        """The shapes for a model and these sizes."""
+    def of(cls, sizes: Sizes, model: CausalLM, adapters: bool = False) -> StepShapes:
+        """The shapes for a model and these sizes; with adapters where requests may have some."""
         vocab_size, groups = model.vocab_size, KVGroups.of(model.kv_specs(), sizes.layers_per_page)
         buckets = BucketTable.make(sizes.max_num_seqs, sizes.max_num_batched_tokens)
         pages_per_slot = -(-sizes.max_model_len // sizes.page_size)
@@ -66,7 +66,7 @@ class StepShapes:
             pages_per_slot,
             -(-vocab_size // 32),
             groups,
-            {b: forward_layout(b, pages_per_slot, len(groups.windows)) for b in buckets.buckets},
+            {b: forward_layout(b, pages_per_slot, len(groups.windows), adapters) for b in buckets.buckets},
             {s: sample_layout(s) for s in buckets.sample_sizes},
         )
 

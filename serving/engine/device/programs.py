@@ -17,11 +17,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from models import expert_loads
+from models.adapters.attach import Room
 from models.api import KVCache, Result, Step
+from models.layers.linear import AdapterStack
 from ops import sampling
 from ops.paged_attention.groups import KVGroups
 from serving.engine.api.sampling_params import MAX_LOGPROBS
-from serving.engine.device.packing import Layout, decode_rows, make_step
+from serving.engine.device.packing import Layout, adapters_of, decode_rows, make_step
 from serving.engine.device.state import DeviceState
 
 PROMPT_LOGPROB_ROWS = 64
@@ -35,12 +37,14 @@ class SplitModel:
     Attributes:
         sampler: what its programs sample with, see ops.sampling.best_body.
         mesh: that its leaves are on, when it has several devices.
+        stacks: structure of the adapters' stacks, whose leaves follow the weights'; None for a model without room for any.
     """
 
     graphdef: Any
     treedef: Any
     sampler: sampling.Body
     mesh: Mesh | None
+    stacks: Any = None
 
     @classmethod
     def split(cls, model: nnx.Module) -> tuple[SplitModel, tuple[jax.Array, ...]]:
@@ -52,8 +56,20 @@ class SplitModel:
         mesh = next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.size > 1), None)
         return cls(graphdef, treedef, sampling.best_body(platform), mesh), tuple(leaves)
 
+    def with_adapters(self, model: nnx.Module) -> tuple[SplitModel, tuple[jax.Array, ...]]:
+        """The same model with room for adapters (`models.adapters.attach`), a function of its weights and of the stacks that are
+        returned, one behind the other."""
+        graphdef, stacks, state = nnx.split(model, AdapterStack, ...)
+        leaves, treedef = jax.tree.flatten(stacks)
+        assert jax.tree.structure(state) == self.treedef, "adapters are beside the weights"
+        return dataclasses.replace(self, graphdef=graphdef, stacks=treedef), tuple(leaves)
+
     def merge(self, leaves: Sequence[jax.Array]) -> Any:
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+        if self.stacks is None:
+            return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+        weights, stacks = leaves[: self.treedef.num_leaves], leaves[self.treedef.num_leaves :]
+        merged = jax.tree.unflatten(self.treedef, weights)
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.stacks, stacks), merged)
 
 
 @jax.tree_util.register_dataclass
@@ -101,6 +117,8 @@ def make_forward(
     ) -> tuple[KVCache, jax.Array, jax.Array | None, tuple[jax.Array, ...]]:
         f = layout.unpack(flat)
         step = make_step(f, *decode_rows(f, ends), groups.places, page_size)
+        if model.stacks is not None:
+            step = dataclasses.replace(step, adapter_T=adapters_of(f))
         merged = model.merge(leaves)
         result = merged.forward(step, kv)
         hidden_SD = result.hidden_TD[f["sample_row_S"]]
@@ -280,6 +298,16 @@ def load_slot(
         bias_values=state.bias_values.at[slot_1].set(bias_values, mode="drop"),
         banned_ids=state.banned_ids.at[slot_1].set(banned_ids, mode="drop"),
     )
+
+
+def make_load_adapter(room: Room) -> Callable[..., Any]:
+    """load_adapter(stacks, slot, packed) -> stacks with an adapter's matrices (`Room.pack`) in a slot."""
+
+    def load_adapter(stacks: tuple[jax.Array, ...], slot: jax.Array, packed: jax.Array) -> tuple[jax.Array, ...]:
+        matrices = [matrix for pair in room.unpack(packed) for matrix in pair]
+        return tuple(stack.at[slot].set(new) for stack, new in zip(stacks, matrices, strict=True))
+
+    return load_adapter
 
 
 def make_prompt_logprobs(model: SplitModel) -> Callable[..., Any]:

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from serving.engine.api.types import TokenLogprobs
+from serving.engine.device.adapter_store import AdapterStore
 from serving.engine.device.commands import (
     ClearStates,
     DecodeLoop,
     Forward,
+    LoadAdapter,
     LoadSlot,
     LoadStates,
     PagesDropped,
@@ -76,11 +78,12 @@ class StepRunner:
             other processes; None for models without experts. Never changed in place.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, max_cpu_loras: int = 16) -> None:
         self.executor = executor
         self.buckets = executor.buckets
         self.guard = executor.guard
         self.expert_loads: np.ndarray | None = None
+        self.adapters = AdapterStore(None if executor.adapters is None else executor.adapters.room, max_cpu_loras)
 
     # ---- a step ----
 
@@ -98,6 +101,8 @@ class StepRunner:
             executor.execute(ClearStates.of(moves.states_cleared))
         if moves.states_loaded:
             executor.execute(LoadStates.of(moves.states_loaded))
+        for slot, digest in plan.adapters:
+            executor.execute(LoadAdapter(slot, self.adapters.packed(digest)))
         stops = executor.max_steps > 1
         for request in plan.admitted:
             if needs_loading(request, stops):
@@ -147,7 +152,7 @@ class StepRunner:
                 number=number,
                 expert_loads=loads,
             )
-        expert_loads = executor.execute(Forward(bucket, flat))
+        expert_loads = executor.execute(Forward(bucket, flat, any(r.adapter_slot for r in plan.requests)))
         if expert_loads is not None:
             expert_loads.copy_to_host_async()
         asked = [

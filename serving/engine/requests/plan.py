@@ -53,6 +53,7 @@ class StepPlan:
         moves: what is copied to and from other places around the step.
         num_steps: decode steps in one dispatch, in a loop on the device; more than 1 only when there are no chunks. It may
             end sooner, when every row has sampled an end-of-sequence or stop token.
+        adapters: (slot, digest) of adapters whose matrices are to be on the devices before the forward pass.
         drafts: of each decode row, the tokens guessed to follow its own, to be verified; () where there are none.
     """
 
@@ -65,6 +66,7 @@ class StepPlan:
     moves: Moves = NO_MOVES
     num_steps: int = 1
     drafts: tuple[tuple[int, ...], ...] = ()
+    adapters: tuple[tuple[int, str], ...] = ()
 
     def of_replica(self, replica: int) -> StepPlan:
         """What one replica has to do: its rows and chunks, in their order."""

@@ -47,6 +47,7 @@ class Request:
     """Mutable engine-side state of one `EngineRequest`. Owned by the engine thread."""
 
     __slots__ = (
+        "adapter_slot",
         "arrival_order",
         "behind",
         "cached_pages",
@@ -95,6 +96,7 @@ class Request:
         self.tail_snapshot: tuple[int, int] | None = None  # (pages, row) of the newest, where a newer one replaces it
         self.replica = 0  # where its pages and its slot are
         self.slot = -1
+        self.adapter_slot = 0  # where its adapter's matrices are on the devices; 0 for none
         self.drawn_seed: int | None = None  # kept over preemptions, so that a resumed request samples the same tokens
         self.num_cached_tokens = 0
         self.num_preemptions = 0

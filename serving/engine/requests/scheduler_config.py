@@ -33,6 +33,7 @@ class SchedulerConfig:
         replicas: how many replicas of the model there are to place requests in.
         buckets: what steps are padded to: the chunk part is cut so that it fills one. None: steps of any size cost the same
             a token.
+        max_loras: adapters that may be on the devices at once.
     """
 
     max_num_seqs: int
@@ -56,6 +57,7 @@ class SchedulerConfig:
     max_running_time: float | None = None
     replicas: int = 1
     buckets: BucketTable | None = None
+    max_loras: int = 0
 
     @classmethod
     def of(cls, *sources: object, **given: Any) -> Self:

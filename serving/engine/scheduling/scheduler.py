@@ -12,6 +12,7 @@ import time
 import numpy as np
 
 from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
+from serving.engine.cache.adapters import AdapterSlots
 from serving.engine.cache.replicas import Replicas
 from serving.engine.requests.chunks import CHUNK_ALIGN, ChunkBuilder
 from serving.engine.requests.moves import Landing
@@ -53,6 +54,7 @@ class Scheduler:
         self.fair = FairShare() if config.fair_share else None
         self.foreground = Foreground(config.policy == "priority")
         self.waiting = WaitingQueue(config.policy, self.fair)
+        self.adapters = AdapterSlots(config.max_loras)
         self.deadlines = Deadlines(config.max_waiting_time, config.max_running_time)
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}
@@ -256,7 +258,7 @@ class Scheduler:
         """How many decode steps to dispatch at once: several only while nothing waits for the next one, and while every row
         has the tokens and the pages for them."""
         most = self.config.num_scheduler_steps
-        if most == 1 or len(self.waiting) or any(needs_host(r) for r in decode):
+        if most == 1 or len(self.waiting) or any(needs_host(r) or r.adapter_slot for r in decode):
             return 1
         steps = min(most, *(r.tokens_left(self.config.max_model_len) for r in decode))
         ends = [r.num_computed + steps for r in decode]
@@ -334,7 +336,8 @@ class Scheduler:
             if request.num_pending:
                 self.num_deferred += 1
                 continue  # preempted with a token in flight: its sequence is not complete yet
-            if not self._admission.take_pages(request, open_replicas):
+            if not self.adapters.take(request) or not self._admission.take_pages(request, open_replicas):
+                self.adapters.leave(request)
                 self._short_of_pages = self._short_of_pages or request
                 passed.append(request)
                 if request.passed_over >= MAX_PASSED_OVER:
@@ -379,15 +382,10 @@ class Scheduler:
             self.kv.reached(request, decoding=False)
             self.kv.register(request)
         sampled = (*decode, *(c.request for c in chunks if c.samples))
+        rows, pieces, moves = tuple(decode), tuple(chunks), self.kv.take_step()
+        loads = self.adapters.take_step()
         return StepPlan(
-            self._step_id,
-            tuple(decode),
-            positions,
-            tuple(chunks),
-            tuple(admitted),
-            sampled,
-            self.kv.take_step(),
-            num_steps,
+            self._step_id, rows, positions, pieces, tuple(admitted), sampled, moves, num_steps, adapters=loads
         )
 
     # ---- after a step that failed, or whose pages are gone ----
@@ -403,6 +401,7 @@ class Scheduler:
             request.digests.clear()
             self.arrived(request.request_id, 0)
         self.kv.forget(self._step_id)
+        self.adapters.clear()
         self._short_of_pages = None
 
     def shrink(self) -> bool:
@@ -428,6 +427,7 @@ class Scheduler:
         """Gives slot and pages back, the pages once the last dispatched step that may write them has retired."""
         self.running.remove(request)
         self._spare_slot(request)
+        self.adapters.leave(request)
         self.kv.leave(request, self._step_id)
 
     def _spare_slot(self, request: Request) -> None:

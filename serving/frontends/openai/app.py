@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,6 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from serving.access import Access
 from serving.frontends.openai import errors
 from serving.frontends.openai.access import RequireKey
+from serving.frontends.openai.adapters import LoadAdapterRequest, UnloadAdapterRequest, adapters_router
 from serving.frontends.openai.arrivals import LocalNames, Spellings
 from serving.frontends.openai.bodies import schemas_of
 from serving.frontends.openai.body_limit import BodyLimit
@@ -48,6 +50,7 @@ def create_app(
     root_path: str = "",
     force_usage: bool = False,
     page: bool = True,
+    lora_folder: pathlib.Path | None = None,
 ) -> FastAPI:
     """The OpenAI API over `service` as an ASGI application.
 
@@ -59,6 +62,7 @@ def create_app(
         root_path: what a proxy in front puts before every path; requests may come with it or without.
         force_usage: end every stream with token counts, whatever its `stream_options` say.
         page: serve the playground at `/`.
+        lora_folder: below which adapters lie that admins may load; None: they may load none.
     """
     metrics = metrics or Metrics.of(service.client)
     # FastAPI's own documentation pages load scripts from a CDN: left out. /openapi.json stays.
@@ -83,6 +87,7 @@ def create_app(
         scores_router(service),
         tokens_router(service),
         control_router(service, access or Access()),
+        adapters_router(service, access or Access(), lora_folder),
     ]
     if page:
         routers.append(page_router())
@@ -109,7 +114,7 @@ def create_app(
 
 REQUESTS = (
     ChatRequest, CompletionRequest, ResponsesRequest, EmbeddingRequest, ScoreRequest, RerankRequest, TokenizeRequest,
-    DetokenizeRequest, UpdateWeightsRequest, CohereEmbedRequest,
+    DetokenizeRequest, UpdateWeightsRequest, CohereEmbedRequest, LoadAdapterRequest, UnloadAdapterRequest,
 )  # fmt: skip
 REHEARSED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank")
 

@@ -65,10 +65,12 @@ def ops_router(service: TextService, metrics: Metrics) -> APIRouter:
         return Response(body, headers={"Content-Type": media_type})
 
     def card(name: str) -> ModelCard:
+        adapter = None if name in service.model_names or service.adapters is None else service.adapters.find(name)
         return ModelCard(
             id=name,
             created=service.created,
-            root=service.model_id,
+            root=service.model_id if adapter is None else adapter.path,
+            parent=None if adapter is None else service.model_id,
             max_model_len=service.info.max_model_len,
             default_sampling_params=service.default_params,
         )
@@ -76,7 +78,8 @@ def ops_router(service: TextService, metrics: Metrics) -> APIRouter:
     @router.get("/v1/models", response_model=ModelList)
     async def models() -> Response:
         """The model under the name that answers carry. Aliases answer too, and are not listed: front ends would show doubles."""
-        return JSONResponse(ModelList(data=[card(service.model_id)]).model_dump())
+        adapters = () if service.adapters is None else (info.name for info in service.adapters.infos())
+        return JSONResponse(ModelList(data=[card(name) for name in (service.model_id, *adapters)]).model_dump())
 
     @router.get("/v1/models/{model:path}", response_model=ModelCard, responses={k: RESPONSES[k] for k in (400, 404)})
     async def model(model: str) -> Response:

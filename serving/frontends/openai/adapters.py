@@ -1,0 +1,53 @@
+"""Routes that load and unload adapters, under vLLM's names. They need an admin key, and are closed without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import PlainTextResponse
+
+from serving.access import Access
+from serving.frontends.openai.access import control_check
+from serving.frontends.openai.bodies import body_of, takes
+from serving.frontends.openai.errors import RESPONSES
+from serving.frontends.openai.protocol.common import ApiRequest
+from serving.service import TextService
+from serving.service.adapters import AdapterControl
+
+
+class LoadAdapterRequest(ApiRequest):
+    """Which adapter to serve, and as which model. `lora_path` lies below the server's --lora-folder."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadAdapterRequest(ApiRequest):
+    """Which adapter to forget; `lora_int_id` is taken and not looked at."""
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+def adapters_router(service: TextService, access: Access, folder: Path | None) -> APIRouter:
+    """POST /v1/load_lora_adapter and /v1/unload_lora_adapter. They answer in text, as vLLM does."""
+    responses: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (400, 401, 403, 404, 409)}
+    router = APIRouter(tags=["adapters"], dependencies=[Depends(control_check(access))], responses=responses)
+    control = AdapterControl(service, folder)
+
+    @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse, openapi_extra=takes(LoadAdapterRequest))
+    async def load(body: Annotated[LoadAdapterRequest, Depends(body_of(LoadAdapterRequest))]) -> PlainTextResponse:
+        await control.load(body.lora_name, body.lora_path, body.load_inplace)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, openapi_extra=takes(UnloadAdapterRequest))
+    async def unload(
+        body: Annotated[UnloadAdapterRequest, Depends(body_of(UnloadAdapterRequest))],
+    ) -> PlainTextResponse:
+        await control.unload(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    return router
