@@ -93,3 +93,9 @@ def test_a_wheel_carries_what_the_library_is_built_from():
     patterns = config["tool"]["setuptools"]["package-data"]["*"]
     needed = [path.name for path in build.SOURCES.iterdir() if path.suffix in (".cc", ".h")]
     assert needed and not [name for name in needed if not any(fnmatch.fnmatch(name, p) for p in patterns)]
+
+
+def test_every_folder_of_sources_is_a_package():
+    """Else a wheel goes without it: package data are of packages."""
+    folders = {path.parent for path in build.sources()}
+    assert len(folders) > 1 and all((folder / "__init__.py").exists() for folder in folders)

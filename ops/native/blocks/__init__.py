@@ -1,0 +1,1 @@
+"""C++ of products with weights in blocks. A package, so that a wheel carries it."""
