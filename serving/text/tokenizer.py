@@ -14,8 +14,9 @@ from typing import Any
 
 import tokenizers
 
-from serving.text import gguf_vocab, tokenizer_files
+from serving.text import tokenizer_files
 from serving.text.control_tokens import ControlTokenGuard, clean_unicode, sibling
+from serving.text.formats import gguf_vocab
 
 SPACE_BYTES = gguf_vocab.SPACE.encode()
 

@@ -107,7 +107,7 @@ class EngineConfig:
     gpu_memory_utilization: float | None = setting(
         None, "share of memory to use where kv_cache_memory is not given: of what is free on CPU, of all on accelerators, "
         "weights included (default: 0.9 there, a quarter of what is free and at most 2 GiB on CPU)",
-        SHARE, Scope.PROGRAM, flag="", bundled=True,
+        SHARE, Scope.ENGINE, flag="",  # of programs the sizes decide that it comes to
     )  # fmt: skip
     enable_prefix_caching: bool = setting(True, "share pages of equal prompt beginnings", SWITCH, Scope.SERVER, flag="")
     policy: str = setting(

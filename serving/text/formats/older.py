@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from serving.text.pretokenizers import GPT2, QWEN2, PreTokenizer
+from serving.text.formats.pretokenizers import GPT2, QWEN2, PreTokenizer
 
 # By the class's name without "Tokenizer" and "Fast", in small letters.
 _CUTS = {

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from serving.text.formats import ranks
-from serving.text.gguf_vocab import set_template
+from serving.text.formats.pieces import set_template
 
 BOS, EOS = "<s>", "</s>"
 # Of files older than the list of special tokens in them: mistral-common's fallback.

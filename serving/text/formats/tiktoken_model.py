@@ -17,8 +17,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from serving.text.formats import ranks
-from serving.text.gguf_vocab import set_template
-from serving.text.pretokenizers import KIMI_K2, LLAMA3, QWEN2
+from serving.text.formats.pieces import set_template
+from serving.text.formats.pretokenizers import KIMI_K2, LLAMA3, QWEN2
 
 MAX_TOKENS = 1 << 22
 

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 import tiktoken
 
-from serving.text.pretokenizers import KIMI_K2, LLAMA3, PRE_TOKENIZERS, QWEN2, TEKKEN
+from serving.text.formats.pretokenizers import KIMI_K2, LLAMA3, PRE_TOKENIZERS, QWEN2, TEKKEN
 from serving.text.tokenizer import Tokenizer
 from tests.serving.text.vocabularies import CORPUS, byte_level, byte_level_metadata, real, real_folder
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from serving.text.detokenizer import IncrementalDetokenizer
-from serving.text.gguf_vocab import end_token_ids
+from serving.text.formats.gguf_vocab import end_token_ids
 from serving.text.grammar import GrammarCompiler
 from serving.text.tools import (
     detect_reasoning,

@@ -7,16 +7,15 @@ without any other sign.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from serving.text import gguf_wordpiece
-from serving.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
-
-SPACE = "\u2581"  # SentencePiece's visible blank
+from serving.text.formats import gguf_wordpiece
+from serving.text.formats.pieces import SPACE, TokenType, set_template
+from serving.text.formats.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from serving.text.formats.unigram import charsmap, unigram
 
 # Control tokens that end a turn or a text in the model families that GGUF files come from. A file names one or two
 # of them as its end tokens; a chat model may emit any of them.
@@ -33,17 +32,6 @@ END_NAMES = (
     "<|return|>",
     "<|call|>",
 )
-
-
-class TokenType(enum.IntEnum):
-    """`tokenizer.ggml.token_type`."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
 
 
 def build(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -95,15 +83,6 @@ def end_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def set_template(tokenizer: Tokenizer, bos: int | None, eos: int | None) -> None:
-    """Makes `tokenizer` put these ids around each text where special tokens are asked for."""
-    if bos is None and eos is None:
-        return
-    specials = [(str(tokenizer.id_to_token(i)), i) for i in (bos, eos) if i is not None]
-    single = ([specials[0][0]] if bos is not None else []) + ["$A"] + ([specials[-1][0]] if eos is not None else [])
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=None, special_tokens=specials)
-
-
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
     pre = _pre_tokenizer(metadata)
     vocab = {token: i for i, token in enumerate(tokens[: _model_size(types)])}
@@ -129,8 +108,6 @@ def _raw_merges(metadata: Mapping[str, Any], tokens: Sequence[str], types: Seque
 
 
 def _unigram(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
-    from serving.text.formats.sentencepiece_model import charsmap, unigram
-
     scores = metadata.get("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
         raise ValueError("The GGUF file's tokenizer.ggml.scores does not have one score a token.")
