@@ -124,6 +124,15 @@ def test_the_least_recently_used_snapshot_makes_way():
     d.verify()
 
 
+def test_with_fewer_rows_than_a_step_would_save_some_are_left_out():
+    d = Driver(dataclasses.replace(HYBRID, num_snapshots=2, max_num_batched_tokens=128, max_chunk_tokens=128))
+    for name in "abcd":
+        d.add(request(name, [*prompt(24, first=ord(name)), 1]))
+    d.drain()
+    d.verify()
+    assert max(len(plan.moves.states_saved) for plan in d.plans) == 2
+
+
 def test_a_preempted_request_goes_on_from_its_newest_snapshot():
     d = Driver(dataclasses.replace(HYBRID, num_pages=16, max_num_seqs=2))
     for name in ("a", "b"):

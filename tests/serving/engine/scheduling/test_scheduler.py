@@ -143,6 +143,10 @@ class Driver:
             if len(holders) > 1:  # shared: read-only for all, so full and computed, and by one group's layers
                 assert all((i + 1) * c.page_size <= r.num_computed for r, i, _ in holders)
                 assert len({(i, group) for _, i, group in holders}) == 1
+        moves = plan.moves
+        for written in (moves.pages_in, moves.states_saved, (*moves.states_loaded, *moves.states_cleared)):
+            places = [(m.replica, m[1] if written is not moves.states_saved else m.row) for m in written]
+            assert len(set(places)) == len(places), "a place is written twice in a step"
         for kv in s.kv.managers:
             if kv.snapshots is not None:
                 kv.snapshots.check([r for r in s.requests.values() if r.replica == kv.replica])
