@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -43,6 +44,7 @@ def check_lark(text: str) -> None:
     for literal in _LITERALS.findall(text):
         if literal.startswith("/") and not literal.startswith("//"):
             check_repeats(literal)
+    _check_ignored(text)
     found = list(_DEFINITION.finditer(plain))
     ends = [*(match.start() for match in found[1:]), len(plain)]
     bodies = {match[1]: plain[match.end() : ends[i]] for i, match in enumerate(found)}
@@ -66,6 +68,47 @@ def check_lark(text: str) -> None:
     for name in bodies:
         if name.isupper() and size_of(name, 0) > MAX_EXPANDED:
             raise Refused(f"is too large with its tokens written out: {name} has more than {MAX_EXPANDED} parts.")
+
+
+def _check_ignored(text: str) -> None:
+    """Refuses a literal that `%ignore` takes away as well: the compiler then looks for the end of it for ever."""
+    ignored, others = [], []
+    for line in text.splitlines():
+        (ignored if line.lstrip().startswith("%ignore") else others).append(line)
+    if not ignored:
+        return
+    bodies = {match[1]: line[match.end() :] for line in others if (match := _DEFINITION.match(line))}
+    patterns = []
+    for line in ignored:
+        name = line.partition("%ignore")[2].strip()
+        patterns += _patterns(bodies.get(name, name))
+    texts = {found for line in others for found in _texts(line)}
+    for pattern in patterns:
+        for found in texts:
+            if pattern.fullmatch(found) and pattern.fullmatch(found * 2):
+                raise Refused(f"asks for {found!r}, which its %ignore takes away. Write it without one of the two.")
+
+
+def _patterns(body: str) -> list[re.Pattern[str]]:
+    """What an ignored token matches, as far as Python can tell: blanks for the common ones."""
+    found = [re.compile(re.escape(text)) for text in _texts(body)]
+    for literal in _LITERALS.findall(body):
+        if literal.startswith("/") and not literal.startswith("//"):
+            with contextlib.suppress(re.error):
+                found.append(re.compile(literal[1:-1]))
+    if not found or "WS" in body:
+        found.append(re.compile(r"\s+"))
+    return found
+
+
+def _texts(line: str) -> list[str]:
+    """The string literals of a line."""
+    found = []
+    for literal in _LITERALS.findall(line):
+        if literal.startswith('"'):
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(literal))
+    return [text for text in found if text]
 
 
 def check(kind: str, checks: Callable[[str], None], text: str) -> None:

@@ -193,6 +193,8 @@ def test_rows_of_another_width_are_cut_or_zeroed():
             ),
             r"written out",
         ),
+        (StructuredOutputs(grammar='start: "a" " " "b"\n%ignore / +/\n'), r"%ignore takes away"),
+        (StructuredOutputs(grammar='start: "a" "\\n" "b"\n%ignore SPACE\nSPACE: /\\s+/\n'), r"%ignore takes away"),
         (StructuredOutputs(grammar="start: a\na: /[/"), r"regular expression.*line 2"),
         (StructuredOutputs(grammar="%import common.FOO\nstart: FOO"), r"common\.FOO"),
         (StructuredOutputs(regex="a" * (1 << 21)), r"characters"),
