@@ -21,6 +21,14 @@ from serving.service import Limits, TextService
 logger = logging.getLogger(__name__)
 
 
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """uvicorn calls it an error when replies are cut at a stop, were there any or not; whoever asked for the stop knows."""
+    return not str(record.msg).startswith("Cancel %s running task(s)")
+
+
+logging.getLogger("uvicorn.error").addFilter(_worth_telling)
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a line of uvicorn's tells what nobody has said. That it cuts what still runs when it is stopped is what whoever
     stopped it asked for; it says so as an error, with nothing running too."""

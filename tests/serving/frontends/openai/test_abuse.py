@@ -211,3 +211,13 @@ async def test_more_completions_than_there_is_room_for_are_refused(start):
     for task in tasks:
         task.cancel()
     await until(lambda: not engine.live, "they are gone")
+
+
+async def test_a_stop_that_cuts_replies_is_no_error_in_the_log(start, caplog):
+    running = await start(MockEngine(reply="word " * 10, step_s=0.01, max_model_len=10**6))
+    body = {"prompt": "a", "max_tokens": 50_000, "ignore_eos": True, "stream": True}
+    task = asyncio.create_task(running.http.post("/v1/completions", json=body))
+    await until(lambda: running.engine.live, "it runs")
+    await running.server.stop(grace_s=0.0)
+    await asyncio.gather(task, return_exceptions=True)
+    assert not [record for record in caplog.records if "Cancel" in record.getMessage()]
