@@ -15,7 +15,7 @@ from tests.serving.frontends.openai.conftest import Running, Start
 async def test_models(running: Running):
     names = [model.id async for model in running.client.models.list()]
     assert names == ["mock"]  # aliases answer, but are not listed
-    assert (await running.client.models.retrieve("default")).id == "default"
+    assert (await running.client.models.retrieve("default")).id == "mock"
 
 
 async def test_health_ready_version(running: Running):
