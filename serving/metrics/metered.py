@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from serving.engine.api.adapters import AdapterClient
 from serving.engine.api.client import EmbeddingClient, EngineClient, ScoringClient
 from serving.engine.api.lifecycle import Lifecycle
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, TokenPair
@@ -142,6 +143,10 @@ class MeteredClient(EngineClient):
     @property
     def healthy(self) -> bool:
         return self._client.healthy
+
+    @property
+    def adapters(self) -> AdapterClient | None:
+        return self._client.adapters
 
     @property
     def lifecycle(self) -> Lifecycle | None:
