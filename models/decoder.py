@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -26,7 +27,7 @@ class Decoder(nnx.Module):
         self,
         config: ModelConfig,
         build: Build,
-        layer: type[Layer] = Layer,
+        layer: Callable[[ModelConfig, int, Build], Any] = Layer,
     ):
         self.config = config
         self.compute_dtype = build.compute_dtype

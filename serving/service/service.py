@@ -363,14 +363,16 @@ class TextService:
             raise RequestError(ErrorKind.UNAVAILABLE, self.client.refusal, retry_after_s=5.0)
 
     def resolve_model(self, name: str | None) -> str:
-        """The served name, which answers carry, for what a client asked for: itself, or an alias.
+        """The served name, which answers carry, for what a client asked for: itself, an alias, or an adapter, which has its own.
 
         Raises:
             RequestError: NOT_FOUND.
         """
         if not name:
             return self.model_id
-        if name not in self.model_names and self.adapter_digest(name) is None:
+        if self.adapter_digest(name) is not None:
+            return name
+        if name not in self.model_names:
             self.limits.check_name("model", name)
             raise RequestError(
                 ErrorKind.NOT_FOUND,

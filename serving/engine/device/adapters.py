@@ -38,7 +38,7 @@ class Adapters:
     ) -> None:
         self._decoder = decoder
         self.room = attach(model, slots, max_rank, mesh)
-        self._split, self.stacks = decoder.split.with_adapters(model)
+        self._split, self.stacks, self._places = decoder.split.with_adapters(model)
         self._asleep: list[tuple[tuple[int, ...], Any]] = []
 
     @property
@@ -54,7 +54,8 @@ class Adapters:
         """
         stacks = tuple(jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding) for s in self.stacks)
         packed, slot = jax.ShapeDtypeStruct((self.room.size,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-        programs = [Program(ProgramKey("load_adapter"), make_load_adapter(self.room), (stacks, slot, packed), (0,))]
+        load = make_load_adapter(self.room, self._places)
+        programs = [Program(ProgramKey("load_adapter"), load, (stacks, slot, packed), (0,))]
         for bucket, layout in shapes.forward_layouts.items():
             fn = make_forward(self._split, shapes.groups, layout, shapes.sizes.page_size, bucket.chunk > 0)
             flat = jax.ShapeDtypeStruct((layout.size,), jnp.int32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from models.adapters.attach import Room
 from models.api import KVCache, Result, Step
 from models.layers.linear import AdapterStack
 from ops import sampling
+from ops.lora import LoraStack
 from ops.paged_attention.groups import KVGroups
 from serving.engine.api.sampling_params import MAX_LOGPROBS
 from serving.engine.device.packing import Layout, adapters_of, decode_rows, make_step
@@ -56,13 +57,16 @@ class SplitModel:
         mesh = next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.size > 1), None)
         return cls(graphdef, treedef, sampling.best_body(platform), mesh), tuple(leaves)
 
-    def with_adapters(self, model: nnx.Module) -> tuple[SplitModel, tuple[jax.Array, ...]]:
+    def with_adapters(self, model: nnx.Module) -> tuple[SplitModel, tuple[jax.Array, ...], dict[str, LoraStack]]:
         """The same model with room for adapters (`models.adapters.attach`), a function of its weights and of the stacks that are
-        returned, one behind the other."""
+        returned, one behind the other; and of each adapted module's path, which of the stacks its two are."""
         graphdef, stacks, state = nnx.split(model, AdapterStack, ...)
         leaves, treedef = jax.tree.flatten(stacks)
         assert jax.tree.structure(state) == self.treedef, "adapters are beside the weights"
-        return dataclasses.replace(self, graphdef=graphdef, stacks=treedef), tuple(leaves)
+        # Which leaf is which, said by the structure itself: the order of paths is nnx's business.
+        numbered = nnx.to_flat_state(jax.tree.unflatten(treedef, range(len(leaves))))
+        places = {".".join(map(str, path[:-1])): variable.get_value() for path, variable in numbered}
+        return dataclasses.replace(self, graphdef=graphdef, stacks=treedef), tuple(leaves), places
 
     def merge(self, leaves: Sequence[jax.Array]) -> Any:
         if self.stacks is None:
@@ -300,12 +304,16 @@ def load_slot(
     )
 
 
-def make_load_adapter(room: Room) -> Callable[..., Any]:
+def make_load_adapter(room: Room, places: Mapping[str, LoraStack]) -> Callable[..., Any]:
     """load_adapter(stacks, slot, packed) -> stacks with an adapter's matrices (`Room.pack`) in a slot."""
 
     def load_adapter(stacks: tuple[jax.Array, ...], slot: jax.Array, packed: jax.Array) -> tuple[jax.Array, ...]:
-        matrices = [matrix for pair in room.unpack(packed) for matrix in pair]
-        return tuple(stack.at[slot].set(new) for stack, new in zip(stacks, matrices, strict=True))
+        new = list(stacks)
+        for site, matrices in zip(room.sites, room.unpack(packed), strict=True):
+            own: Any = places[site.path]
+            for place, matrix in zip((own.a_NRI, own.b_NRO), matrices, strict=True):
+                new[place] = stacks[place].at[slot].set(matrix)
+        return tuple(new)
 
     return load_adapter
 
