@@ -115,10 +115,10 @@ def test_requests_still_running_after_the_drain_timeout_are_ended():
         running = inference.Generate(pb.GenerateRequest(text="x"))
         next(running)
         server.popen.send_signal(signal.SIGINT)
-        *_, last = running
+        with pytest.raises(grpc.RpcError):
+            list(running)
         status, rest = server.end()
         channel.close()
-    assert last.finish_reason == pb.FINISH_REASON_ABORT
     assert status == 0 and "ending 1 requests" in rest
 
 
@@ -214,7 +214,6 @@ def test_flags_reach_the_configuration():
         ("--grpc-prot 1", "there is no flag --grpc-prot; did you mean --grpc-port?"),
         ("--max_model_len 9", "did you mean --max-model-len?"),
         ("--tensor-parallel-size 2", "--mesh data=1,model=N"),
-        ("--gpu-memory-utilization=0.9", "--kv-cache-memory"),
         ("--zzz", "there is no flag --zzz."),
         ("--port x", "--port takes a port from 0 to 65535, got 'x'"),
         ("--port 70000", "--port"),

@@ -20,7 +20,7 @@ from serving.processes.facts import facts
 OTHER = {  # another value than the default, of every setting that decides programs
     "dtype": "bfloat16", "quantization": "int8", "kv_cache_dtype": "int8", "max_model_len": 32, "max_num_seqs": 2,
     "max_num_batched_tokens": 64, "page_size": 32, "kv_cache_memory": "1MiB", "mesh": "model=2", "num_scheduler_steps": 4,
-    "kv_offload_gb": 1.0, "attention_backend": "xla",
+    "kv_offload_gb": 1.0, "attention_backend": "xla", "enable_lora": True, "max_loras": 3, "max_lora_rank": 8,
 }  # fmt: skip
 
 
