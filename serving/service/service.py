@@ -368,11 +368,9 @@ class TextService:
         Raises:
             RequestError: NOT_FOUND.
         """
-        if not name:
+        if not name or name in self.model_names:
             return self.model_id
-        if self.adapter_digest(name) is not None:
-            return name
-        if name not in self.model_names:
+        if self.adapter_digest(name) is None:
             self.limits.check_name("model", name)
             raise RequestError(
                 ErrorKind.NOT_FOUND,
@@ -380,7 +378,7 @@ class TextService:
                 param="model",
                 code="model_not_found",
             )
-        return self.model_id
+        return name
 
     @property
     def adapters(self) -> AdapterClient | None:
@@ -389,10 +387,8 @@ class TextService:
 
     def adapter_digest(self, name: str) -> str | None:
         """The content of the adapter that a model's name means; None for the base model and for unknown names."""
-        if name in self.model_names or self.adapters is None:
-            return None
-        found = self.adapters.find(name)
-        return None if found is None else found.digest
+        known = None if name in self.model_names or self.adapters is None else self.adapters.find(name)
+        return known and known.digest
 
     async def compile_tools(self, grammar: str) -> ConstraintFactory | None:
         """What holds a completion to the grammar of `plan_tools`, made off the event loop; None where the engine is
