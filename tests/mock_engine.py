@@ -142,6 +142,7 @@ class MockEngine:
             quantization=None, mesh="data=1,model=1", platform="cpu", version="0.0.0", num_parameters=1_000_000_000,
         )  # fmt: skip
         self.lifecycle: Any = None
+        self.adapters: Any = None
         self.embedder: Any = None
         self.scorer: Any = None
         self.refusal: str | None = None

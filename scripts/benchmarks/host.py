@@ -58,6 +58,7 @@ class FakeRunner:
         self.guard = types.SimpleNamespace(count=0, close=lambda: None)
         self.expert_loads = None
         self.executor = types.SimpleNamespace(alone=True)
+        self.adapters = types.SimpleNamespace(open=False)
         self.host: list[float] = []
         self.work: list[float] = []
         self.idle: list[float] = []

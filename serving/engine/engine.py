@@ -145,10 +145,9 @@ class InProcessClient(EngineClient):
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See EngineClient.generate."""
         stream = OutputStream(asyncio.get_running_loop())
-        store = self._engine.runner.adapters
         if request.adapter is not None:
             try:
-                await asyncio.to_thread(store.pin, request.adapter)
+                await asyncio.to_thread(self._engine.runner.adapters.pin, request.adapter)
             except (ValueError, OSError) as error:
                 raise RequestError(ErrorKind.NOT_FOUND, str(error), param="model") from error
         try:
@@ -164,7 +163,7 @@ class InProcessClient(EngineClient):
                     self._engine.loop.inbox.put(Abort(request.request_id))
         finally:
             if request.adapter is not None:
-                store.unpin(request.adapter)
+                self._engine.runner.adapters.unpin(request.adapter)
 
     async def embed(
         self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0

@@ -206,7 +206,7 @@ def test_more_layers_than_any_model_has(directory):
         load(directory)
 
 
-@pytest.mark.parametrize("text", ["no/such/file.gguf", "nothing", "./here"])
+@pytest.mark.parametrize("text", ["./no/such/file.gguf", "nothing", "./here"])
 def test_no_such_model(text):
     with pytest.raises(ValueError, match="no such file or directory"):
         resolve(text)

@@ -16,7 +16,7 @@ SLOTS, ROWS = GROUP + 3, GROUP + 2
 
 def test_states_go_where_they_are_sent_and_nowhere_else():
     store = StateStore(SPEC, SLOTS, ROWS)
-    store.bind({p.name: jax.jit(p.fn, donate_argnums=p.donate) for p in store.programs()})
+    store.bind({p.key: jax.jit(p.fn, donate_argnums=p.donate) for p in store.programs()})
     assert {name: a.shape for name, a in store.states.items()} == {
         "conv": (SLOTS + 1, 2, 3), "matrix": (SLOTS + 1, 2, 4, 4),
     }  # fmt: skip

@@ -272,7 +272,7 @@ def test_a_prompt_that_is_cached_whole_still_computes_its_last_token():
 
 
 def test_salts_and_adapters_do_not_share():
-    d = Driver()
+    d = Driver(dataclasses.replace(CONFIG, max_loras=1))
     prompt = list(range(40))
     d.add(request("a", prompt, 2, cache_salt="x"))
     d.drain()

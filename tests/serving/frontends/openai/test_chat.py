@@ -27,7 +27,7 @@ async def test_a_reply_has_openais_shape(running: Running):
     entries = parsed.choices[0].logprobs.content  # type: ignore[union-attr]
     assert entries is not None and len(entries) == TOKENS and len(entries[0].top_logprobs) == 2
     assert bytes(b for e in entries[:-1] for b in e.bytes or ()).decode() == TEXT
-    assert parsed.model == "default" and parsed.id.startswith("chatcmpl-")
+    assert parsed.model == "mock" and parsed.id.startswith("chatcmpl-")
 
 
 async def test_the_client_reads_a_stream(running: Running):

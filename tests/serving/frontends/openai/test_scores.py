@@ -38,7 +38,7 @@ async def test_documents_come_back_best_first(start: Start, path):
     documents = ["xyz", {"text": "abc"}, "abx"]
     reply = await _post(running, path, query="abc", documents=documents, model="default")
     RerankReply.model_validate(reply)
-    assert [r["index"] for r in reply["results"]] == [1, 2, 0] and reply["model"] == "default"
+    assert [r["index"] for r in reply["results"]] == [1, 2, 0] and reply["model"] == "mock"
     assert [r["document"]["text"] for r in reply["results"]] == ["abc", "abx", "xyz"]
     assert np.allclose([r["relevance_score"] for r in reply["results"]], [1, 2 / 3, 0])
     reply = await _post(running, path, query="abc", documents=documents, top_n=2, return_documents=False)
