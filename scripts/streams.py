@@ -47,7 +47,7 @@ hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 from serving import event_loop
 from serving.frontends.grpc.client import RemoteEngineClient, RemoteGrammars
-from serving.frontends.openai.server import serve_http
+from serving.frontends.app import serve_http
 from serving.gateway import Pool
 from serving.metrics import MeteredClient
 from serving.service import Limits

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from starlette.types import ASGIApp
 
 from serving import event_loop
-from serving.frontends.openai.direct import post
+from serving.frontends.http.direct import post
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 MAX_LINE_BYTES = 64 * 2**20
@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _run(started: Any, args: Any, total: int) -> Summary:
     from tqdm import tqdm
 
-    from serving.frontends.openai.app import create_app
+    from serving.frontends.app import create_app
 
     service = started.service()
     concurrency = args.concurrency or 2 * service.info.max_num_seqs

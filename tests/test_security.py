@@ -22,7 +22,7 @@ from serving.engine.cache.page_pool import PagePool
 from serving.engine.requests.request import Request
 from serving.engine.requests.slots import SlotTable
 from serving.errors import RequestError
-from serving.frontends.openai.app import create_app
+from serving.frontends.app import create_app
 from serving.gateway import flags as gateway_flags
 from serving.service import GenerateInput
 from serving.service.stop_strings import StopMatcher

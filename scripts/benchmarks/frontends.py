@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> None:
 async def _served(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     from models.loading.source import resolve
     from serving.boot.startup import Started, load_text_side
+    from serving.frontends.app import serve_http
     from serving.frontends.grpc.server import GrpcServer
-    from serving.frontends.openai.server import serve_http
 
     engine, runner = fake_engine(args.streams, MOST_TOKENS + 96, args.step_ms / 1e3, asynchronous=True)
     text = load_text_side(resolve(args.model))

@@ -32,7 +32,7 @@ class Gateway:
 
     async def run(self) -> int:
         """Returns the exit status: 0 after a signal, 1 when it cannot serve."""
-        from serving.frontends.openai.server import serve_app
+        from serving.frontends.http.server import serve_app
         from serving.gateway.connecting import Connector
         from serving.gateway.waiting import Doorway
         from serving.service import Limits
@@ -99,8 +99,8 @@ class Gateway:
         """The OpenAI API over the pool."""
         from models.loading.source import resolve
         from serving.boot.startup import load_text_side
+        from serving.frontends.app import create_app, rehearse
         from serving.frontends.grpc.client import RemoteGrammars
-        from serving.frontends.openai.app import create_app, rehearse
         from serving.metrics import MeteredClient
         from serving.service import Limits, TextService
 

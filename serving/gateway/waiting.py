@@ -8,7 +8,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.errors import ErrorKind, RequestError
-from serving.frontends.openai.errors import error_response
+from serving.frontends.http.errors import failure_of, reply
+from serving.frontends.openai.errors import shape
 
 RETRY_AFTER_S = 2.0
 
@@ -30,9 +31,9 @@ class Doorway:
         if scope["type"] != "http":
             return
         if scope["path"] == "/health":
-            reply = JSONResponse({"status": "ok"})
+            answer = JSONResponse({"status": "ok"})
         else:
             # Addresses of engines are the operator's to know: /ready is for orchestrators, everything else for clients.
             why = self._waits_for() if scope["path"] == "/ready" else "The gateway waits for its engine. Try again."
-            reply = error_response(RequestError(ErrorKind.UNAVAILABLE, why, retry_after_s=RETRY_AFTER_S))
-        await reply(scope, receive, send)
+            answer = reply(failure_of(RequestError(ErrorKind.UNAVAILABLE, why, retry_after_s=RETRY_AFTER_S)), shape)
+        await answer(scope, receive, send)

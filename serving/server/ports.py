@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from serving.boot.flags import HTTP_PORT
-from serving.frontends.listening import bind
+from serving.frontends.sockets.listening import bind
 
 if TYPE_CHECKING:
     from serving.access import Access, ServerTls

@@ -143,7 +143,7 @@ class Server:
         """Starts the HTTP front end on the port that was taken at the beginning."""
         if self._http_socket is None:
             return True
-        from serving.frontends.openai.server import serve_http
+        from serving.frontends.app import serve_http
 
         try:
             self._http = await serve_http(

@@ -55,4 +55,4 @@ def import_front_ends(http: bool) -> None:
     import serving.service
 
     if http:
-        import serving.frontends.openai.server  # noqa: F401
+        import serving.frontends.app  # noqa: F401

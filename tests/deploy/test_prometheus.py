@@ -19,7 +19,7 @@ import promql_parser as promql
 import pytest
 import yaml
 
-from serving.frontends.openai.server import serve_http
+from serving.frontends.app import serve_http
 from serving.metrics import MeteredClient
 from serving.metrics.catalog import BY_NAME, LABELS, PREFIX, SPECS, Spec
 from tests.mock_engine import MockEngine, mock_service

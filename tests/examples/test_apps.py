@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from serving.frontends.openai.server import serve_http
+from serving.frontends.app import serve_http
 from tests.mock_engine import MockEngine, mock_service, until
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"

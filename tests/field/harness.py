@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from serving.frontends.openai.app import create_app
-from serving.frontends.openai.direct import post
+from serving.frontends.app import create_app
+from serving.frontends.http.direct import post
 from serving.service import TextService
 from serving.text.chat_template import ChatTemplate
 from serving.text.grammar import GrammarCompiler

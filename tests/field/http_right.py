@@ -10,9 +10,8 @@ import pytest
 
 from serving.access.keys import KeyRing
 from serving.boot import flags
-from serving.frontends.openai.app import create_app
-from serving.frontends.openai.direct import post
-from serving.frontends.openai.server import serve_http
+from serving.frontends.app import create_app, serve_http
+from serving.frontends.http.direct import post
 from serving.service import TextService
 from tests.field.chat_right import ITEMS
 from tests.field.harness import Line, any_model, ask, line_of, right, templated

@@ -15,10 +15,9 @@ from typing import Any
 import grpc
 
 from proto.jaxserve.v1 import control_pb2, inference_pb2, sampling_pb2
+from serving.frontends.app import create_app, serve_http
 from serving.frontends.grpc.server import GrpcServer
-from serving.frontends.openai.app import create_app
-from serving.frontends.openai.direct import post
-from serving.frontends.openai.server import serve_http
+from serving.frontends.http.direct import post
 from serving.service import Limits
 from tests.fuzz.mutate import dump, many, mutate_bytes, mutate_json, random_json
 from tests.fuzz.run import Case

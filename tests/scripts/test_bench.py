@@ -18,8 +18,8 @@ from benchmarks.report import latencies, standard_row
 from benchmarks.work import mixed, standard_prompts, uniform
 
 from serving.engine.api.config import EngineConfig
+from serving.frontends.app import serve_http
 from serving.frontends.grpc.server import GrpcServer
-from serving.frontends.openai.server import serve_http
 from serving.simulator.simulate import Outcome
 from serving.simulator.trace import TraceRequest
 from tests.mock_engine import mock_service

@@ -22,7 +22,7 @@ from models.parameters import parameters_of
 from ops import paged_attention
 from ops.paged_attention import xla
 from ops.paged_attention.cases import Case, make_arguments
-from serving.frontends.openai.app import create_app
+from serving.frontends.app import create_app
 from tests.mock_engine import MockEngine, mock_service
 
 REPO = pathlib.Path(__file__).resolve().parents[2]

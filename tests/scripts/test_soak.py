@@ -9,8 +9,8 @@ import os
 import pytest
 
 from scripts import soak as script
+from serving.frontends.app import serve_http
 from serving.frontends.grpc.server import GrpcServer
-from serving.frontends.openai.server import serve_http
 from serving.metrics import MeteredClient
 from tests.mock_engine import MockEngine, mock_service
 

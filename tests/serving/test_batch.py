@@ -9,7 +9,7 @@ import pathlib
 import pytest
 
 from serving.batch import finished_keys, main, run_batch
-from serving.frontends.openai.app import create_app
+from serving.frontends.app import create_app
 from tests.mock_engine import MockEngine, mock_service
 from tests.serving.frontends.openai.test_server_routes import EmbeddingEngine
 

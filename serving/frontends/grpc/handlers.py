@@ -23,7 +23,7 @@ from serving.frontends.grpc.bounds import LARGE_BYTES, check_counts, check_wire
 from serving.frontends.grpc.context import begin_call, end_call, id_metadata
 from serving.frontends.grpc.control import ControlCalls
 from serving.frontends.grpc.errors import status_of
-from serving.frontends.stalled import StalledError, StallWatch
+from serving.frontends.sockets.stalled import StalledError, StallWatch
 from serving.service import Limits, TextService, prepare_chat
 from serving.service.vectors import shortened, together
 

@@ -1,1 +1,1 @@
-"""The OpenAI HTTP front end: translates OpenAI's API to calls of the text service. No policy lives here."""
+"""OpenAI's API, with what vLLM and Cohere add to it: translates it to calls of the text service."""

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
+from serving.frontends.http.bodies import body_of, takes
+from serving.frontends.http.sse import dumps, open_stream, quote, unless_gone
 from serving.frontends.openai import outcome as oc
-from serving.frontends.openai.bodies import body_of, takes
 from serving.frontends.openai.chat_requests import deltas, options_of, prepare_body
-from serving.frontends.openai.errors import RESPONSES, error_event
+from serving.frontends.openai.errors import DONE, RESPONSES, error_event
 from serving.frontends.openai.protocol.chat import ChatReply, ChatRequest
-from serving.frontends.openai.sse import DONE, dumps, open_stream, quote, unless_gone
 from serving.service import PreparedRequest, TextOutput, TextService, Usage
 
 

@@ -11,12 +11,12 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from serving.errors import ErrorKind, RequestError, named
-from serving.frontends.openai.bodies import body_of, takes
+from serving.frontends.http.bodies import body_of, takes
+from serving.frontends.http.models import ApiBody
+from serving.frontends.http.sse import unless_gone
 from serving.frontends.openai.errors import RESPONSES
-from serving.frontends.openai.protocol.common import ApiBody
 from serving.frontends.openai.protocol.embeddings import EmbeddingReply, EmbeddingRequest
 from serving.frontends.openai.protocol.others import CohereEmbedReply, CohereEmbedRequest, PoolingReply
-from serving.frontends.openai.sse import unless_gone
 from serving.service import Embedding, GenerateInput, TextService
 from serving.service.vectors import shortened, together
 

@@ -6,10 +6,10 @@ import time
 from typing import Any
 
 from serving.engine.api.types import FinishReason
+from serving.frontends.http.errors import failure_of
+from serving.frontends.http.sse import dumps
 from serving.frontends.openai import outcome as oc
-from serving.frontends.openai.errors import error_body
 from serving.frontends.openai.protocol.responses import ResponsesRequest
-from serving.frontends.openai.sse import dumps
 from serving.service import PreparedRequest, TextOutput, Usage
 
 
@@ -112,9 +112,8 @@ class ResponseWriter:
 
     def failed(self, error: Exception) -> bytes:
         """The end of a stream that failed after it had begun."""
-        info = error_body(error)["error"]
         self.response["status"] = "failed"
-        self.response["error"] = {"code": "server_error", "message": info["message"]}
+        self.response["error"] = {"code": "server_error", "message": failure_of(error).message}
         return self._event("response.failed", response=self.response)
 
     # -- items -------------------------------------------------------------------------------------------------------

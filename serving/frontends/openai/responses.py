@@ -9,12 +9,12 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from serving.errors import RequestError, named
-from serving.frontends.openai.bodies import body_of, takes
+from serving.frontends.http.bodies import body_of, takes
+from serving.frontends.http.sse import open_stream, unless_gone
 from serving.frontends.openai.chat_requests import deltas, prepare_body
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.openai.protocol.responses import InputTokensReply, ResponsesReply, ResponsesRequest
 from serving.frontends.openai.response_events import ResponseWriter
-from serving.frontends.openai.sse import open_stream, unless_gone
 from serving.service import PreparedRequest, TextService
 
 Body = Annotated[ResponsesRequest, Depends(body_of(ResponsesRequest))]

@@ -12,10 +12,10 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from serving.errors import RequestError
-from serving.frontends.openai.bodies import body_of, takes
+from serving.frontends.http.bodies import body_of, takes
+from serving.frontends.http.sse import unless_gone
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.openai.protocol.scores import PairFields, RerankReply, RerankRequest, ScoreReply, ScoreRequest
-from serving.frontends.openai.sse import unless_gone
 from serving.service import ScoreInput, Scores, TextService
 
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
 
 from serving.errors import invalid, named
-from serving.frontends.openai.bodies import body_of, takes
+from serving.frontends.http.bodies import body_of, takes
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.openai.protocol.tokens import (
     DetokenizeReply,

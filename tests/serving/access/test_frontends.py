@@ -20,10 +20,10 @@ from serving.access import Access, ClientTls, KeyRing, ServerTls
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
 from serving.errors import ErrorKind, RequestError
+from serving.frontends.app import serve_http
 from serving.frontends.grpc.client import RemoteEngineClient
 from serving.frontends.grpc.server import GrpcServer
-from serving.frontends.openai.page import page_paths
-from serving.frontends.openai.server import serve_http
+from serving.frontends.page.page import page_paths
 from serving.service import Limits
 from tests.mock_engine import MockEngine, mock_service, until
 from tests.serving.access import certificates

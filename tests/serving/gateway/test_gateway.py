@@ -13,10 +13,10 @@ import pytest
 
 from serving.access import Access, KeyRing
 from serving.errors import ErrorKind
+from serving.frontends.app import serve_http
 from serving.frontends.grpc.client import RemoteEngineClient, RemoteGrammars
 from serving.frontends.grpc.errors import error_of
 from serving.frontends.grpc.server import GrpcServer
-from serving.frontends.openai.server import serve_http
 from serving.gateway import Pool, connecting
 from serving.gateway.flags import parse
 from serving.metrics import MeteredClient

@@ -19,8 +19,8 @@ import pytest
 
 from proto.jaxserve.v1 import inference_pb2, inference_pb2_grpc
 from serving.access import Access, KeyRing
+from serving.frontends.app import serve_http
 from serving.frontends.grpc.server import GrpcServer
-from serving.frontends.openai.server import serve_http
 from serving.metrics.logs import request_id_of_task, setup_logging
 from serving.metrics.stderr_json import entries
 from tests.mock_engine import MockEngine, mock_service

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import STEP_TOKEN_BOUNDS, EngineRequest, EngineStats, TokenPair
 from serving.errors import RequestError
-from serving.frontends.openai.server import serve_http
+from serving.frontends.app import serve_http
 from serving.metrics import MeteredClient, Metrics
 from serving.metrics.catalog import BY_NAME, LABELS, PREFIX, SPECS, markdown_table
 from serving.metrics.metrics import OPENMETRICS, Histogram

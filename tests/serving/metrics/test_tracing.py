@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from serving.frontends.openai.server import serve_http
+from serving.frontends.app import serve_http
 from serving.metrics import MeteredClient
 from serving.metrics.tracing import Tracing
 from tests.mock_engine import MockEngine, mock_service

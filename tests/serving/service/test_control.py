@@ -14,8 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from proto.jaxserve.v1 import control_pb2, control_pb2_grpc
 from serving.access import Access, KeyRing
 from serving.errors import ErrorKind, RequestError
+from serving.frontends.app import serve_http
 from serving.frontends.grpc.server import GrpcServer
-from serving.frontends.openai.server import serve_http
 from serving.metrics import MeteredClient
 from tests.mock_engine import MockEngine, mock_service, until
 

@@ -18,10 +18,9 @@ from proto.jaxserve.v1 import inference_pb2_grpc, sampling_pb2
 from serving.batch import call_app
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
 from serving.errors import RequestError
+from serving.frontends.app import create_app, serve_http
 from serving.frontends.grpc.client import RemoteEngineClient, RemoteGrammars
 from serving.frontends.grpc.server import GrpcServer
-from serving.frontends.openai.app import create_app
-from serving.frontends.openai.server import serve_http
 from serving.gateway import Pool
 from serving.llm import LLM
 from serving.service import GenerateInput, Limits

@@ -8,17 +8,8 @@ from pydantic import Field
 
 from serving.engine.api.sampling_params import MAX_LOGPROBS
 from serving.errors import invalid
-from serving.frontends.openai.protocol.common import (
-    LEAVE,
-    SAMPLING_REFUSED,
-    ApiReply,
-    ApiRequest,
-    Many,
-    Refused,
-    SamplingFields,
-    UsageReply,
-    number,
-)
+from serving.frontends.http.models import LEAVE, ApiReply, ApiRequest, Many, Refused, number
+from serving.frontends.openai.protocol.common import SAMPLING_REFUSED, SamplingFields, UsageReply
 from serving.service.inputs import GenerateInput
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]

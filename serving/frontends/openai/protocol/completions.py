@@ -8,7 +8,8 @@ from pydantic import Field
 
 from serving.engine.api.sampling_params import MAX_LOGPROBS
 from serving.errors import ErrorKind, RequestError, invalid
-from serving.frontends.openai.protocol.common import ApiReply, Many, SamplingFields, UsageReply, number
+from serving.frontends.http.models import ApiReply, Many, number
+from serving.frontends.openai.protocol.common import SamplingFields, UsageReply
 from serving.service.inputs import GenerateInput
 
 

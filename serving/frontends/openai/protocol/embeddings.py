@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from serving.errors import invalid
+from serving.frontends.http.models import LEAVE, ApiBody, ApiReply, Many, Refused, number
 from serving.frontends.openai.protocol.chat import MESSAGE_SCHEMA
-from serving.frontends.openai.protocol.common import LEAVE, ApiBody, ApiReply, Many, Refused, UsageReply, number
+from serving.frontends.openai.protocol.common import UsageReply
 
 EMBEDDINGS_REFUSED: Refused = {
     "normalize": ((True,), "embeddings have length 1 here."),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from serving.errors import invalid
-from serving.frontends.openai.protocol.common import LEAVE, ApiBody, ApiReply, Many, Refused, UsageReply
+from serving.frontends.http.models import LEAVE, ApiBody, ApiReply, Many, Refused
+from serving.frontends.openai.protocol.common import UsageReply
 from serving.frontends.openai.protocol.embeddings import EmbeddingRequest
 
 COHERE_REFUSED: Refused = {"images": (([],), "this model reads text."), "max_tokens": ((), LEAVE)}
@@ -77,7 +78,3 @@ class PoolingReply(ApiReply):
     model: str
     data: list[PoolingData]
     usage: UsageReply
-
-
-class LoadReply(ApiReply):
-    server_load: int

@@ -11,18 +11,9 @@ from pydantic import Field, PrivateAttr
 
 from serving.engine.api.sampling_params import MAX_LOGPROBS
 from serving.errors import invalid
+from serving.frontends.http.models import LEAVE, ApiBody, ApiReply, ApiRequest, Many, Refused, number
 from serving.frontends.openai.protocol.chat import ChatRequest, Effort
-from serving.frontends.openai.protocol.common import (
-    LEAVE,
-    SAMPLING_REFUSED,
-    ApiBody,
-    ApiReply,
-    ApiRequest,
-    Many,
-    Refused,
-    StructuredOutputsBody,
-    number,
-)
+from serving.frontends.openai.protocol.common import SAMPLING_REFUSED, StructuredOutputsBody
 
 NOT_STORED = "this server stores nothing. Send the conversation in input."
 RESPONSES_REFUSED: Refused = {

@@ -11,16 +11,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from serving.errors import invalid
-from serving.frontends.openai.protocol.common import (
-    LEAVE,
-    ApiBody,
-    ApiReply,
-    ApiRequest,
-    Many,
-    Refused,
-    UsageReply,
-    number,
-)
+from serving.frontends.http.models import LEAVE, ApiBody, ApiReply, ApiRequest, Many, Refused, number
+from serving.frontends.openai.protocol.common import UsageReply
 
 Texts = str | Many[str]
 SCORES_REFUSED: Refused = {

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from serving.frontends.http.models import ApiBody, ApiReply, Many, Refused
 from serving.frontends.openai.protocol.chat import MESSAGE_SCHEMA, Tool
-from serving.frontends.openai.protocol.common import ApiBody, ApiReply, Many, Refused
 
 TOKENIZE_REFUSED: Refused = {"chat_template": ((), "the server's own is used; --chat-template sets it.")}
 

@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import TypeAdapter
 
 from tests.mock_engine import MockEngine, until
-from tests.serving.frontends.openai.conftest import HI, Running, Start
+from tests.serving.frontends.conftest import HI, Running, Start
 
 TEXT = "Hello wörld!"
 TOKENS = len(TEXT.encode()) + 1  # and end-of-sequence

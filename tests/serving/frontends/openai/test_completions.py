@@ -6,7 +6,7 @@ import pytest
 from openai.types import Completion
 from pydantic import TypeAdapter
 
-from tests.serving.frontends.openai.conftest import Running
+from tests.serving.frontends.conftest import Running
 
 PATH = "/v1/completions"
 

@@ -10,7 +10,7 @@ import pytest
 
 from serving.service import Limits
 from tests.mock_engine import MockEngine
-from tests.serving.frontends.openai.conftest import HI, Running, Start
+from tests.serving.frontends.conftest import HI, Running, Start
 
 CHAT = "/v1/chat/completions"
 
@@ -161,8 +161,8 @@ async def test_request_ids_come_back(running: Running, sent, kept):
 
 
 async def test_a_late_refusal_comes_inside_the_stream(start: Start, monkeypatch):
-    monkeypatch.setattr("serving.frontends.openai.sse.HEADERS_AFTER_S", 0.05)
-    monkeypatch.setattr("serving.frontends.openai.sse.PING_EVERY_S", 0.05)
+    monkeypatch.setattr("serving.frontends.http.sse.HEADERS_AFTER_S", 0.05)
+    monkeypatch.setattr("serving.frontends.http.sse.PING_EVERY_S", 0.05)
     running = await start(MockEngine(reply="x", step_s=0.4))
     async with running.http.stream("POST", CHAT, json={"messages": HI, "stream": True, "ttft_timeout": 0.2}) as reply:
         lines = [line async for line in reply.aiter_lines() if line]

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from serving.frontends.openai.protocol.responses import ResponsesRequest
 from tests.mock_engine import MockEngine
-from tests.serving.frontends.openai.conftest import Running, Start
+from tests.serving.frontends.conftest import Running, Start
 
 EVENT: TypeAdapter = TypeAdapter(ResponseStreamEvent)
 PATH = "/v1/responses"

@@ -7,7 +7,7 @@ import pytest
 
 from serving.frontends.openai.protocol.scores import RerankReply, ScoreReply
 from tests.mock_engine import EmbeddingEngine, MockEngine, ScoringEngine
-from tests.serving.frontends.openai.conftest import Start
+from tests.serving.frontends.conftest import Start
 
 
 async def _post(running, path, **body):

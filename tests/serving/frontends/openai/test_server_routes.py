@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.mock_engine import EmbeddingEngine
-from tests.serving.frontends.openai.conftest import Running, Start
+from tests.serving.frontends.conftest import Running, Start
 
 
 async def test_models(running: Running):

@@ -19,7 +19,7 @@ from serving.engine.api.types import EngineRequest
 from serving.service import TextService
 from serving.text.grammar import GrammarCompiler
 from tests.mock_engine import MockEngine, MockTemplate
-from tests.serving.frontends.openai.conftest import HI, Running, Start
+from tests.serving.frontends.conftest import HI, Running, Start
 from tests.serving.text.vocabularies import byte_level
 
 PERSON = {

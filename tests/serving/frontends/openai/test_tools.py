@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from serving.frontends.grpc.client import RemoteGrammars
 from serving.service import ChatStyle, TextService
 from tests.mock_engine import MockEngine, MockTemplate, MockTokenizer, mock_service
-from tests.serving.frontends.openai.conftest import HI, Start
+from tests.serving.frontends.conftest import HI, Start
 
 EVENT: TypeAdapter = TypeAdapter(ResponseStreamEvent)
 WEATHER = {

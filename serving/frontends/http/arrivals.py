@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import ErrorKind, RequestError
-from serving.frontends.openai.errors import error_response
+from serving.frontends.http.errors import error_response, path_below_root
 
 UNVERSIONED = frozenset(f"/{path}" for path in ("chat/completions", "completions", "embeddings", "models", "responses"))
 """Paths that clients with a base URL without `/v1` ask for."""
@@ -27,14 +27,13 @@ class Spellings:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        path, root = scope["path"], scope.get("root_path", "")
-        within = path.removeprefix(root) if root and path.startswith(root) else path
+        within = path_below_root(scope)
         known = within.rstrip("/") if len(within) > 1 and not within.startswith("/static") else within
         known = f"/v1{known}" if known in UNVERSIONED else known
         head = scope["method"] == "HEAD"
         if known == within and not head:
             return await self.app(scope, receive, send)
-        before = path.removesuffix(within)
+        before = scope["path"].removesuffix(within)
         inner = {**scope, "path": before + (known or "/"), "method": "GET" if head else scope["method"]}
         await self.app(inner, receive, _without_body(send) if head else send)
 
@@ -74,7 +73,7 @@ class LocalNames:
             "This server has no keys and answers to local names alone. Start it with --allowed-hosts NAME, or with an API key.",
             code="host_not_allowed",
         )
-        await error_response(error)(scope, receive, send)
+        await error_response(error, scope)(scope, receive, send)
 
     def allows(self, host: str) -> bool:
         """Whether a `Host` header names this server."""

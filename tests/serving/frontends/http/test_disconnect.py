@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.frontends.openai.server import serve_http
+from serving.frontends.app import serve_http
 from serving.metrics import MeteredClient
 from serving.service import TextService
 from tests.mock_engine import MockTokenizer, until

@@ -12,10 +12,10 @@ import httpx
 import pytest
 
 from serving.access import Access, KeyRing
-from serving.frontends.openai.page import STATIC, page_paths
+from serving.frontends.page.page import STATIC, page_paths
 from tests.mock_engine import MockEngine, until
-from tests.serving.frontends.openai import browser
-from tests.serving.frontends.openai.conftest import Running, Start
+from tests.serving.frontends.conftest import Running, Start
+from tests.serving.frontends.page import browser
 
 REPLY = "Here is **bold**, `code` and <b>no markup</b>:\n```python\nprint('hi')\n```\nDone."
 CONTROL, ESCAPE, UP = "\ue009", "\ue00c", "\ue013"  # WebDriver's names for keys
@@ -27,7 +27,7 @@ async def test_the_page_loads_nothing_from_elsewhere(running: Running):
     reply = await running.http.get("/")
     policy = reply.headers["content-security-policy"]
     assert reply.status_code == 200 and "default-src 'none'" in policy and "unsafe" not in policy
-    for file in STATIC.iterdir():
+    for file in (one for one in STATIC.rglob("*") if one.is_file()):
         text = file.read_text()
         assert not re.findall(r"https?://(?!www\.w3\.org/|\[)", text.replace("https?:\\/\\/", "")), file.name
         assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(|new Function", text), (
@@ -328,7 +328,7 @@ async def test_markdown(start: Start, page: browser.Browser):
     running = await start()
     await opened(page, running)
     script = """
-        const { markdown } = await import("/static/markdown.js");
+        const { markdown } = await import("/static/messages/markdown.js");
         const at = document.createElement("div");
         return arguments[0].map((text) => { at.replaceChildren(markdown(text)); return at.innerHTML; });
     """
@@ -359,7 +359,7 @@ async def test_conversations_go_out_and_come_back(start: Start, page: browser.Br
     await opened(page, running)
     await said(page, "one")
     script = """
-        const store = await import("/static/store.js"), form = await import("/static/conversation.js");
+        const store = await import("/static/conversation/store.js"), form = await import("/static/conversation/conversation.js");
         let all = [];
         while (!all.length) { all = await store.all(); await new Promise((wait) => setTimeout(wait, 50)); }
         const back = form.fromJson(form.toJson(all));

@@ -1,4 +1,4 @@
-"""/v1/models, /health, /ready, /version."""
+"""/v1/models. https://platform.openai.com/docs/api-reference/models"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from serving.frontends.openai.protocol.common import ApiReply
+from serving.frontends.http.models import ApiReply
 
 
 class ModelCard(ApiReply):
@@ -25,11 +25,3 @@ class ModelCard(ApiReply):
 class ModelList(ApiReply):
     object: Literal["list"] = "list"
     data: list[ModelCard]
-
-
-class StatusReply(ApiReply):
-    status: str
-
-
-class VersionReply(ApiReply):
-    version: str

@@ -6,7 +6,7 @@ import asyncio
 
 from serving.service import Limits
 from tests.mock_engine import MockEngine, until
-from tests.serving.frontends.openai.conftest import Running
+from tests.serving.frontends.conftest import Running
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.access import Access, caller_of_task
 from serving.errors import RequestError
-from serving.frontends.openai.errors import error_response
+from serving.frontends.http.errors import error_response
 
 PROBES = frozenset({"/health", "/ready"})
 """Answer without a key: an orchestrator asks them, and they tell nothing but yes or no."""
@@ -35,7 +35,7 @@ class RequireKey:
             # Two headers: a proxy in front may have looked at the other one.
             caller = self._access.check(given[0].decode("latin-1") if len(given) == 1 else None)
         except RequestError as error:
-            reply = error_response(error)
+            reply = error_response(error, scope)
             reply.headers["WWW-Authenticate"] = "Bearer"
             return await reply(scope, receive, send)
         if caller is not None:

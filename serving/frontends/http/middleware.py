@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.frontends.openai.errors import error_body
+from serving.frontends.http.errors import failure_of, shape_for
 from serving.metrics.logs import log_access, request_id_of_task, request_id_or_new
 from serving.metrics.tracing import TRACE_HEADERS, trace_headers_of_task
 
@@ -54,7 +54,7 @@ class RequestContext:
         try:
             await self.app(scope, receive, send_with_id)
         except Exception as error:
-            body = json.dumps(error_body(error)).encode()
+            body = json.dumps(shape_for(scope)(failure_of(error))).encode()
             if not status:
                 headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
                 await send_with_id({"type": "http.response.start", "status": 500, "headers": headers})

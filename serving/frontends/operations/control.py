@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
 from serving.access import Access
-from serving.frontends.openai.access import control_check
-from serving.frontends.openai.bodies import body_of, takes
+from serving.frontends.http.access import control_check
+from serving.frontends.http.bodies import body_of, takes
 from serving.frontends.openai.errors import RESPONSES
 from serving.service import TextService
 from serving.service.control import ServerControl, State

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from serving.frontends.stalled import StalledError, StallWatch
+from serving.frontends.sockets.stalled import StalledError, StallWatch
 
 
 class Clock:

@@ -1,7 +1,7 @@
 // The conversations kept in this browser: a list to go back to them, in and out as files.
 import { $, button, download, el } from "/static/dom.js";
-import { fromJson, titleOf, toJson, toMarkdown } from "/static/conversation.js";
-import * as store from "/static/store.js";
+import { fromJson, titleOf, toJson, toMarkdown } from "/static/conversation/conversation.js";
+import * as store from "/static/conversation/store.js";
 
 const LARGEST = 50 * 2 ** 20; // bytes of a file that is imported
 

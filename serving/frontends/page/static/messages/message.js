@@ -1,7 +1,7 @@
 // One message as it is seen: its text, its thinking folded away, its tool calls, the probabilities of its tokens, and what can be
 // done with it.
 import { button, copy, el } from "/static/dom.js";
-import { code, markdown } from "/static/markdown.js";
+import { code, markdown } from "/static/messages/markdown.js";
 
 const NAMES = { user: "You", assistant: "Assistant", tool: "Tool result" };
 const WHY = { length: "cut at the token limit", tool_calls: "waits for a tool's result", abort: "the server ended this answer", content_filter: "filtered" };

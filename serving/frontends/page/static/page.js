@@ -1,12 +1,12 @@
 // The playground: one or two panes driven by one message box, the conversations beside them, the key, the theme.
 import { $, say } from "/static/dom.js";
 import { hasKey, models, setKey } from "/static/api.js";
-import { blank, titleOf } from "/static/conversation.js";
+import { blank, titleOf } from "/static/conversation/conversation.js";
 import { diff } from "/static/diff.js";
 import { watch } from "/static/health.js";
 import { Pane } from "/static/pane.js";
 import { Sidebar } from "/static/sidebar.js";
-import * as store from "/static/store.js";
+import * as store from "/static/conversation/store.js";
 
 const SAVE_AFTER_MS = 300;
 const LARGEST_FILE = 256 * 1024; // bytes of an attached text

@@ -7,16 +7,14 @@ import contextlib
 import logging
 import socket
 from collections.abc import Iterator
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from serving.access import ServerTls
-from serving.frontends.listening import bind
-from serving.frontends.openai.app import create_app, rehearse
-from serving.frontends.openai.http_protocol import bounded_protocol
-from serving.service import Limits, TextService
+from serving.frontends.http.connection import bounded_protocol
+from serving.frontends.sockets.listening import bind
+from serving.service import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """A running HTTP front end. Made by `serve_http`."""
+    """A running HTTP front end. Made by `serve_app`."""
 
     def __init__(self, server: _Server, task: asyncio.Task[None], host: str, port: int, scheme: str) -> None:
         self._server = server
@@ -77,30 +75,6 @@ class HttpServer:
         await asyncio.shield(self._task)
 
 
-async def serve_http(
-    service: TextService,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    tls: ServerTls | None = None,
-    sock: socket.socket | None = None,
-    **options: Any,
-) -> HttpServer:
-    """Starts the OpenAI API in the running event loop and returns once it listens.
-
-    Args:
-        tls: serve https with these files.
-        options: further ones of `create_app`.
-        port: 0 takes a free one; the handle's `port` tells which.
-        sock: a socket that is bound already, instead of host and port; see `serving.frontends.listening`.
-    Raises:
-        OSError: the port is taken, or the host is not ours.
-    """
-    app = create_app(service, **options)
-    await rehearse(app)
-    return await serve_app(app, service.limits, host=host, port=port, tls=tls, sock=sock)
-
-
 async def serve_app(
     app: ASGIApp,
     limits: Limits,
@@ -110,7 +84,12 @@ async def serve_app(
     tls: ServerTls | None = None,
     sock: socket.socket | None = None,
 ) -> HttpServer:
-    """The same for any ASGI application.
+    """Starts any ASGI application in the running event loop and returns once it listens.
+
+    Args:
+        tls: serve https with these files.
+        port: 0 takes a free one; the handle's `port` tells which.
+        sock: a socket that is bound already, instead of host and port; see `serving.frontends.sockets.listening`.
 
     Raises:
         OSError: the port is taken, or the host is not ours.

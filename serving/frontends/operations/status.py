@@ -1,4 +1,4 @@
-"""/health, /ready, /version, /metrics, /v1/models."""
+"""/health, /ready, /load, /version, /metrics, and the API document as a page."""
 
 from __future__ import annotations
 
@@ -7,16 +7,26 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from serving.errors import RequestError
-from serving.frontends.openai.documentation import DOCS_POLICY, documentation
-from serving.frontends.openai.errors import RESPONSES, error_response
-from serving.frontends.openai.protocol.ops import ModelCard, ModelList, StatusReply, VersionReply
-from serving.frontends.openai.protocol.others import LoadReply
+from serving.frontends.http.models import ApiReply
+from serving.frontends.openai.errors import RESPONSES
+from serving.frontends.operations.documentation import DOCS_POLICY, documentation
 from serving.metrics import Metrics
 from serving.service import TextService
 
 
-def ops_router(service: TextService, metrics: Metrics) -> APIRouter:
+class StatusReply(ApiReply):
+    status: str
+
+
+class VersionReply(ApiReply):
+    version: str
+
+
+class LoadReply(ApiReply):
+    server_load: int
+
+
+def status_router(service: TextService, metrics: Metrics) -> APIRouter:
     """Routes that tell about the server itself."""
     router = APIRouter(tags=["server"])
     unavailable: dict[int | str, dict[str, Any]] = {503: RESPONSES[503]}
@@ -26,10 +36,7 @@ def ops_router(service: TextService, metrics: Metrics) -> APIRouter:
         """Live: the engine can still serve what runs. 503 once it died, so that an orchestrator restarts us."""
         if service.client.healthy:
             return JSONResponse({"status": "ok"})
-        try:
-            service.check_ready()
-        except RequestError as error:
-            return error_response(error)
+        service.check_ready()
         return JSONResponse({"status": "ok"})
 
     @router.get("/ready", response_model=StatusReply, responses=unavailable)
@@ -63,26 +70,5 @@ def ops_router(service: TextService, metrics: Metrics) -> APIRouter:
         """Prometheus text, or OpenMetrics where the scraper asks for it."""
         body, media_type = metrics.render(request.headers.get("accept", ""))
         return Response(body, headers={"Content-Type": media_type})
-
-    def card(name: str) -> ModelCard:
-        adapter = None if name in service.model_names or service.adapters is None else service.adapters.find(name)
-        return ModelCard(
-            id=name,
-            created=service.created,
-            root=service.model_id if adapter is None else adapter.path,
-            parent=None if adapter is None else service.model_id,
-            max_model_len=service.info.max_model_len,
-            default_sampling_params=service.default_params,
-        )
-
-    @router.get("/v1/models", response_model=ModelList)
-    async def models() -> Response:
-        """The model under the name that answers carry. Aliases answer too, and are not listed: front ends would show doubles."""
-        adapters = () if service.adapters is None else (info.name for info in service.adapters.infos())
-        return JSONResponse(ModelList(data=[card(name) for name in (service.model_id, *adapters)]).model_dump())
-
-    @router.get("/v1/models/{model:path}", response_model=ModelCard, responses={k: RESPONSES[k] for k in (400, 404)})
-    async def model(model: str) -> Response:
-        return JSONResponse(card(service.resolve_model(model)).model_dump())
 
     return router

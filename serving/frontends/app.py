@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import socket
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,21 +12,20 @@ from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 
-from serving.access import Access
-from serving.frontends.openai import errors
-from serving.frontends.openai.access import RequireKey
-from serving.frontends.openai.adapters import LoadAdapterRequest, UnloadAdapterRequest, adapters_router
-from serving.frontends.openai.arrivals import LocalNames, Spellings
-from serving.frontends.openai.bodies import schemas_of
-from serving.frontends.openai.body_limit import BodyLimit
+from serving.access import Access, ServerTls
+from serving.frontends.http.access import RequireKey
+from serving.frontends.http.arrivals import LocalNames, Spellings
+from serving.frontends.http.bodies import schemas_of
+from serving.frontends.http.body_limit import BodyLimit
+from serving.frontends.http.direct import post
+from serving.frontends.http.errors import install
+from serving.frontends.http.middleware import RequestContext
+from serving.frontends.http.server import HttpServer, serve_app
 from serving.frontends.openai.chat import chat_router
 from serving.frontends.openai.completions import completions_router
-from serving.frontends.openai.control import UpdateWeightsRequest, control_router
-from serving.frontends.openai.direct import post
 from serving.frontends.openai.embeddings import embeddings_router
-from serving.frontends.openai.middleware import RequestContext
-from serving.frontends.openai.ops import ops_router
-from serving.frontends.openai.page import page_paths, page_router
+from serving.frontends.openai.errors import shape as openai_shape
+from serving.frontends.openai.models import models_router
 from serving.frontends.openai.protocol.chat import ChatRequest
 from serving.frontends.openai.protocol.completions import CompletionRequest
 from serving.frontends.openai.protocol.embeddings import EmbeddingRequest
@@ -36,6 +36,10 @@ from serving.frontends.openai.protocol.tokens import DetokenizeRequest, Tokenize
 from serving.frontends.openai.responses import responses_router
 from serving.frontends.openai.scores import scores_router
 from serving.frontends.openai.tokens import tokens_router
+from serving.frontends.operations.adapters import LoadAdapterRequest, UnloadAdapterRequest, adapters_router
+from serving.frontends.operations.control import UpdateWeightsRequest, control_router
+from serving.frontends.operations.status import status_router
+from serving.frontends.page.page import page_paths, page_router
 from serving.metrics import Metrics
 from serving.service import TextService
 
@@ -74,12 +78,13 @@ def create_app(
         root_path=root_path,
         redirect_slashes=False,  # its redirects are put together from the Host header; `Spellings` takes the slash off
     )
-    errors.install(app)
+    install(app, openai_shape)
     app.state.limits = service.limits
     app.state.force_usage = force_usage
     app.state.stalled_reader_s = service.limits.stalled_reader_s
     routers = [
-        ops_router(service, metrics),
+        status_router(service, metrics),
+        models_router(service),
         chat_router(service),
         completions_router(service),
         responses_router(service),
@@ -127,6 +132,29 @@ async def rehearse(app: FastAPI) -> None:
         with contextlib.suppress(Exception):  # a RequestValidationError; and whatever it is, a client would see it too
             headers = ((b"content-type", b"application/json"),)
             await post(routes, path, b"{", headers, {"app": app, "state": {"request_id": ""}})
+
+
+async def serve_http(
+    service: TextService,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    tls: ServerTls | None = None,
+    sock: socket.socket | None = None,
+    **options: Any,
+) -> HttpServer:
+    """Starts the OpenAI API in the running event loop and returns once it listens.
+
+    Args:
+        tls: serve https with these files.
+        options: further ones of `create_app`.
+        host, port, sock: where; see `serving.frontends.http.server.serve_app`.
+    Raises:
+        OSError: the port is taken, or the host is not ours.
+    """
+    app = create_app(service, **options)
+    await rehearse(app)
+    return await serve_app(app, service.limits, host=host, port=port, tls=tls, sock=sock)
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

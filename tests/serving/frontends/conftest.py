@@ -11,7 +11,8 @@ import httpx
 import openai
 import pytest
 
-from serving.frontends.openai.server import HttpServer, serve_http
+from serving.frontends.app import serve_http
+from serving.frontends.http.server import HttpServer
 from serving.metrics import MeteredClient
 from serving.service import TextService
 from tests.mock_engine import MockEngine, mock_service

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from serving.frontends.openai.app import create_app
+from serving.frontends.app import create_app
 from tests.mock_engine import EmbeddingEngine, mock_service
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")

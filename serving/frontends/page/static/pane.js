@@ -1,9 +1,9 @@
 // A pane: a conversation with its settings, and how an answer is asked for.
 import { $, el, say } from "/static/dom.js";
 import { chat } from "/static/api.js";
-import { begin, isEmpty, kept, measure, take } from "/static/answer.js";
-import { wire } from "/static/conversation.js";
-import { MessageView } from "/static/message.js";
+import { begin, isEmpty, kept, measure, take } from "/static/conversation/answer.js";
+import { wire } from "/static/conversation/conversation.js";
+import { MessageView } from "/static/messages/message.js";
 import { Settings } from "/static/settings.js";
 
 const SLOW_DRAW = 8; // drawing takes at most one part in so many of the time, however long the answer

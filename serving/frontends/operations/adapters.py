@@ -9,10 +9,10 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import PlainTextResponse
 
 from serving.access import Access
-from serving.frontends.openai.access import control_check
-from serving.frontends.openai.bodies import body_of, takes
+from serving.frontends.http.access import control_check
+from serving.frontends.http.bodies import body_of, takes
+from serving.frontends.http.models import ApiRequest
 from serving.frontends.openai.errors import RESPONSES
-from serving.frontends.openai.protocol.common import ApiRequest
 from serving.service import TextService
 from serving.service.adapters import AdapterControl
 

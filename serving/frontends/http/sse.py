@@ -17,11 +17,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serving.frontends.stalled import StalledError, StallWatch
+from serving.frontends.sockets.stalled import StalledError, StallWatch
 
 T = TypeVar("T")
-DONE = b"data: [DONE]\n\n"
+EVENTS = "text/event-stream"
 PING = b": still working\n\n"
+"""A comment, which readers of events skip. Other media types may have no such thing."""
 HEADERS_AFTER_S = 5.0
 """A stream's status is decided by its first event (a full queue is a 429). One that waits longer than this gets its
 headers, so that proxies and clients see life, and its failure then comes inside the stream."""
@@ -65,16 +66,16 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(Response):
-    """A `text/event-stream` reply. Its generator is closed when the client goes, whatever it was waiting for.
+    """A reply that comes event by event. Its generator is closed when the client goes, whatever it was waiting for.
 
     Args:
         events: yields whole events as bytes. It handles its own failures: by then the status line is sent.
+        media_type: what its events are written in.
     """
 
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], media_type: str = EVENTS) -> None:
         self._events = events
+        self.media_type = media_type
         self.status_code = 200
         self.background = None
         self.body = b""
@@ -118,12 +119,17 @@ class EventStream(Response):
 
 
 async def open_stream(
-    request: Request, events: AsyncGenerator[bytes, None], on_error: Callable[[Exception], bytes]
+    request: Request,
+    events: AsyncGenerator[bytes, None],
+    on_error: Callable[[Exception], bytes],
+    media_type: str = EVENTS,
+    ping: bytes = PING,
 ) -> EventStream:
     """Starts `events` and waits for the first, so that a refusal is an HTTP status rather than an event.
 
     Args:
         on_error: the last events of a stream that failed after its status line was sent.
+        ping: what is written while the first event is awaited; empty for nothing.
     Raises:
         ClientGoneError: the client went before the first event.
         Exception: what `events` raised before its first event.
@@ -143,17 +149,17 @@ async def open_stream(
         raise
     finally:
         watch.cancel()
-    return EventStream(_continue(first, events, on_error))
+    return EventStream(_continue(first, events, on_error, ping), media_type)
 
 
 async def _continue(
-    first: asyncio.Task[bytes], events: AsyncGenerator[bytes, None], on_error: Callable[[Exception], bytes]
+    first: asyncio.Task[bytes], events: AsyncGenerator[bytes, None], on_error: Callable[[Exception], bytes], ping: bytes
 ) -> AsyncGenerator[bytes, None]:
     try:
         while not first.done():
             await asyncio.wait({first}, timeout=PING_EVERY_S)
-            if not first.done():
-                yield PING
+            if ping and not first.done():
+                yield ping
         yield first.result()
         async for event in events:
             yield event

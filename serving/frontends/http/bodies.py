@@ -14,9 +14,9 @@ from starlette.requests import ClientDisconnect
 
 from serving import memory
 from serving.errors import invalid
-from serving.frontends.openai.protocol.common import SamplingFields
-from serving.frontends.openai.sse import ClientGoneError
-from serving.frontends.openai.validation import error_of
+from serving.frontends.http.models import ApiBody
+from serving.frontends.http.sse import ClientGoneError
+from serving.frontends.http.validation import error_of
 from serving.service import Limits
 from serving.service.json_bounds import read_json
 
@@ -49,7 +49,7 @@ def body_of(model: type[M]) -> Callable[[Request], Coroutine[Any, Any, M]]:
         else:
             memory.note_peak(16 * len(raw))
             body = await asyncio.get_running_loop().run_in_executor(_executor, parse, model, raw, limits)
-        if request.app.state.force_usage and isinstance(body, SamplingFields):
+        if request.app.state.force_usage and isinstance(body, ApiBody):
             body.force_usage()
         return body
 

@@ -1,0 +1,1 @@
+"""The playground: a page in plain files that speaks OpenAI's API."""

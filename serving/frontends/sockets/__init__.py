@@ -1,0 +1,1 @@
+"""What HTTP and gRPC share below their protocols."""
