@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ops import sampling
-from serving.engine.device.packing import sample_layout
-from serving.engine.device.programs import sample_rows
-from serving.engine.device.state import DeviceState
+from serving.engine.device.programs.packing import sample_layout
+from serving.engine.device.programs.state import DeviceState
+from serving.engine.device.programs.steps import sample_rows
 
 PLAIN = {"temperature_S": 0.0, "top_p_S": 1.0, "repetition_S": 1.0, "num_logprobs_S": -1}
 CASES: dict[str, dict[str, Any]] = {

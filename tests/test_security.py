@@ -34,10 +34,10 @@ FOLDERS = ("serving", "models", "ops", "sharding", "proto")
 # Where something that could run foreign code is used, and why that is no way in.
 ALLOWED = {
     (
-        "serving/engine/device/compiling.py",
+        "serving/engine/device/programs/compiling.py",
         "pickle",
     ),  # programs that this user compiled, in a folder of mode 0700, owner checked
-    ("serving/engine/device/bundle.py", "pickle"),  # programs that the operator names with --compiled
+    ("serving/engine/device/programs/bundle.py", "pickle"),  # programs that the operator names with --compiled
     ("serving/text/template_process.py", "subprocess"),  # starts the worker that renders templates, by our own path
     ("models/loading/default_model.py", "subprocess"),  # pip, with fixed arguments, for the default model
     ("ops/native/build.py", "subprocess"),  # the C++ compiler, at start
@@ -128,7 +128,7 @@ def test_pickled_weights_are_refused(tmp_path):
 
 
 def test_a_program_that_another_user_could_have_written_is_not_loaded(tmp_path, monkeypatch):
-    from serving.engine.device import compiling
+    from serving.engine.device.programs import compiling
 
     cache = compiling.ProgramCache(tmp_path / "programs", "x")
     assert (tmp_path / "programs").stat().st_mode & 0o077 == 0

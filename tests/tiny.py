@@ -17,12 +17,12 @@ from models.embedding_head import EmbeddingHead
 from models.layers import Build
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.types import EngineInfo
-from serving.engine.device.compiling import ProgramCache, starting
 from serving.engine.device.executor import Executor
+from serving.engine.device.programs.compiling import ProgramCache, starting
 from serving.engine.device.runner import StepRunner
-from serving.engine.device.sizing import Sizes
 from serving.engine.engine import Engine
 from serving.engine.requests.cache_specs import paged
+from serving.engine.requests.sizes import Sizes
 from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 
 VOCAB = 256

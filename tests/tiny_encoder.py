@@ -10,7 +10,7 @@ from models.config import ModelConfig
 from models.dummy import random_model
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.types import EngineInfo
-from serving.engine.device.compiling import ProgramCache, starting
+from serving.engine.device.programs.compiling import ProgramCache, starting
 from serving.engine.encoder.engine import EncoderEngine
 from serving.engine.encoder.runner import EncoderBuckets, EncoderRunner
 

@@ -19,7 +19,7 @@ from models.embedding_head import EmbeddingHead
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineInfo, EngineRequest
-from serving.engine.device.packing import forward_layout, pack_forward, pack_sample, sample_layout
+from serving.engine.device.programs.packing import forward_layout, pack_forward, pack_sample, sample_layout
 from serving.engine.engine import Engine
 from serving.engine.requests.buckets import Bucket, BucketTable
 from serving.engine.requests.plan import StepPlan, StepResult

@@ -17,7 +17,7 @@ from models.loading.source import ModelSource
 from ops import native
 from ops.paged_attention import BACKENDS
 from serving.engine.api.config import EngineConfig
-from serving.engine.device.bundle import Bundle
+from serving.engine.device.programs.bundle import Bundle
 from serving.engine.device.sizing import Bounds, resolve_bounds, resolve_dtype, resolve_quantization
 from serving.engine.encoder.sizing import EncoderSizes, encoder_sizes
 from sharding.mesh import make_mesh

@@ -15,17 +15,18 @@ from ops.paged_attention import KVGroups
 from serving.boot.check import Checked, facts_of
 from serving.engine.api import phases
 from serving.engine.api.types import EngineInfo
-from serving.engine.device.compiling import ProgramCache
 from serving.engine.device.executor import Executor
-from serving.engine.device.fingerprint import fingerprint
 from serving.engine.device.followers import Meet
-from serving.engine.device.placement import num_replicas
+from serving.engine.device.programs.compiling import ProgramCache
+from serving.engine.device.programs.fingerprint import fingerprint
+from serving.engine.device.programs.placement import num_replicas
 from serving.engine.device.runner import StepRunner
-from serving.engine.device.sizing import GIB, Sizes, default_kv_memory, in_words
+from serving.engine.device.sizing import GIB, default_kv_memory, in_words
 from serving.engine.encoder.runner import EncoderBuckets, EncoderRunner
 from serving.engine.requests.buckets import ACCELERATOR_RIDGE, CPU_RIDGE
 from serving.engine.requests.cache_specs import paged
 from serving.engine.requests.scheduler_config import SchedulerConfig
+from serving.engine.requests.sizes import Sizes
 
 Progress = Callable[[str], None]
 

@@ -21,7 +21,7 @@ def run_follower(config: EngineConfig, processes: Processes, say: Callable[[str]
         from serving.boot.check import check
         from serving.boot.compile import compile_decoder
         from serving.boot.load import load
-        from serving.engine.device.compiling import starting
+        from serving.engine.device.programs.compiling import starting
 
         with starting():
             checked = check(config, source, programs)

@@ -45,8 +45,8 @@ def start_checked(checked: Checked, say: Progress, followers: Followers | None =
     from serving.boot.compile import compile_decoder, compile_encoder
     from serving.boot.load import load
     from serving.boot.wire import wire_decoder, wire_encoder
-    from serving.engine.device.compiling import starting
     from serving.engine.device.out_of_memory import explain
+    from serving.engine.device.programs.compiling import starting
     from serving.engine.scheduling.recovery import is_out_of_memory
 
     with starting():

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from serving.engine.device.compiling import starting
 from serving.engine.device.executor import Executor
+from serving.engine.device.programs.compiling import starting
 from serving.engine.loop import EngineLoop
 from serving.engine.scheduling.scheduler import Scheduler
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from serving.engine.device.compiling import Program
+from serving.engine.device.programs.compiling import Program
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _BYTES = {

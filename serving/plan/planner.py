@@ -13,10 +13,11 @@ from models.parameters import parameters_of
 from ops.paged_attention import least_page_size
 from ops.paged_attention.groups import layers_per_page
 from serving.engine.cache.kv_windows import pages_of
-from serving.engine.device.keys import ProgramKey
-from serving.engine.device.placement import num_replicas
-from serving.engine.device.sizing import ACCELERATOR_FRACTION, Sizes, batch_sizes
+from serving.engine.device.programs.keys import ProgramKey
+from serving.engine.device.programs.placement import num_replicas
+from serving.engine.device.sizing import ACCELERATOR_FRACTION, batch_sizes
 from serving.engine.requests.buckets import Bucket
+from serving.engine.requests.sizes import Sizes
 from serving.plan.chips import Target
 from serving.plan.measure import Measured, extrapolate, measure
 from serving.plan.programs import (

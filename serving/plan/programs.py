@@ -20,13 +20,13 @@ from ops.linear import quantize
 from ops.linear.weights.int8 import pack_int8
 from ops.linear.weights.rotation import BLOCK
 from ops.paged_attention import KVGroups, pages
-from serving.engine.device.compiling import Program
-from serving.engine.device.keys import ProgramKey
-from serving.engine.device.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, placed
-from serving.engine.device.program_list import StepShapes, list_programs
-from serving.engine.device.programs import SplitModel
-from serving.engine.device.sizing import Sizes
-from serving.engine.device.state import DeviceState
+from serving.engine.device.programs.compiling import Program
+from serving.engine.device.programs.keys import ProgramKey
+from serving.engine.device.programs.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, placed
+from serving.engine.device.programs.program_list import StepShapes, list_programs
+from serving.engine.device.programs.state import DeviceState
+from serving.engine.device.programs.steps import SplitModel
+from serving.engine.requests.sizes import Sizes
 from sharding.rules import to_sharding
 
 

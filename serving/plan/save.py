@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from serving.engine.api.config import EngineConfig
-from serving.engine.device.bundle import Bundle, digest
-from serving.engine.device.compiling import DeviceSet, compile_all
+from serving.engine.device.programs.bundle import Bundle, digest
+from serving.engine.device.programs.compiling import DeviceSet, compile_all
 from serving.engine.device.sizing import resolve_sizes
 from serving.plan.planner import Plan
 from serving.plan.programs import AbstractEngine, abstract_model, config_of

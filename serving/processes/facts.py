@@ -19,7 +19,7 @@ def facts(config: EngineConfig, model: Path) -> dict[str, str]:
     """Name -> value, of everything that decides which programs a process compiles and what they give."""
     import jax
 
-    from serving.engine.device.compiling import source_digest
+    from serving.engine.device.programs.compiling import source_digest
 
     named = {
         known.flag or name: str(getattr(config, name))

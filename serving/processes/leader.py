@@ -15,7 +15,7 @@ import numpy as np
 
 from proto.jaxserve.v1 import processes_pb2 as pb
 from proto.jaxserve.v1 import processes_pb2_grpc as rpc
-from serving.engine.device.commands import Command, DecodeLoop, Sample
+from serving.engine.requests.commands import Command, DecodeLoop, Sample
 from serving.processes.facts import difference
 from serving.processes.watch import Patience, ProcessLostError, ProcessWatch, outgoing
 from serving.processes.wire import digest, encode

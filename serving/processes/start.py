@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from serving.engine.api.config import EngineConfig
-from serving.engine.device.commands import DecodeLoop, Sample
 from serving.engine.device.followers import Meet
+from serving.engine.requests.commands import DecodeLoop, Sample
 from serving.processes.facts import facts
 from serving.processes.follower import Follower
 from serving.processes.leader import Leader

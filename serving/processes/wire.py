@@ -8,7 +8,7 @@ import sys
 import numpy as np
 
 from proto.jaxserve.v1 import processes_pb2 as pb
-from serving.engine.device import commands
+from serving.engine.requests import commands
 from serving.engine.requests.buckets import Bucket
 
 assert sys.byteorder == "little", "arrays are sent as they lie in memory"

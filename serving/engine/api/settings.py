@@ -50,7 +50,7 @@ class Setting:
         section: of SECTIONS.
         flag: its name on command lines; None for none.
         unit: of its number, to be shown behind it.
-        bundled: whether a bundle of compiled programs decides it; see serving/engine/device/bundle.py.
+        bundled: whether a bundle of compiled programs decides it; see serving/engine/device/programs/bundle.py.
     """
 
     help: str

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.adapters.attach import attach
-from serving.engine.device.at_rest import delete
-from serving.engine.device.compiling import Program
 from serving.engine.device.components import Component
-from serving.engine.device.keys import ProgramKey
-from serving.engine.device.program_list import StepShapes
-from serving.engine.device.programs import make_forward, make_load_adapter
+from serving.engine.device.programs.compiling import Program
+from serving.engine.device.programs.keys import ProgramKey
+from serving.engine.device.programs.program_list import StepShapes
+from serving.engine.device.programs.steps import make_forward, make_load_adapter
+from serving.engine.device.stores.at_rest import delete
 
 VARIANT = "with adapters"
 """Of forward programs in which somebody has an adapter. Steps in which nobody has one run the plain ones."""

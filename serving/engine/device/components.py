@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from serving.engine.device.at_rest import Rested, check_fit, delete, to_devices, to_host
-from serving.engine.device.programs import SplitModel
+from serving.engine.device.programs.steps import SplitModel
+from serving.engine.device.stores.at_rest import Rested, check_fit, delete, to_devices, to_host
 
 
 class Component:

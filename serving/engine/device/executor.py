@@ -16,8 +16,20 @@ from ops import paged_attention
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
 from serving.engine.device.adapters import VARIANT, Adapters
-from serving.engine.device.at_rest import delete
-from serving.engine.device.commands import (
+from serving.engine.device.components import Component
+from serving.engine.device.followers import Followers, Meet
+from serving.engine.device.programs.compiling import CompileGuard, Program, ProgramCache, compile_all, starting
+from serving.engine.device.programs.keys import DECODER, ProgramKey
+from serving.engine.device.programs.packing import pack_forward, pack_sample
+from serving.engine.device.programs.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, place, placed
+from serving.engine.device.programs.program_list import StepShapes, list_programs
+from serving.engine.device.programs.state import DeviceState, slot_rows
+from serving.engine.device.programs.steps import PROMPT_LOGPROB_ROWS
+from serving.engine.device.stores.at_rest import delete
+from serving.engine.device.stores.page_store import PageStore
+from serving.engine.device.stores.state_store import StateStore
+from serving.engine.requests.cache_specs import RecurrentSpec
+from serving.engine.requests.commands import (
     ClearStates,
     Command,
     DecodeLoop,
@@ -33,22 +45,10 @@ from serving.engine.device.commands import (
     Sample,
     SaveStates,
 )
-from serving.engine.device.compiling import CompileGuard, Program, ProgramCache, compile_all, starting
-from serving.engine.device.components import Component
-from serving.engine.device.followers import Followers, Meet
-from serving.engine.device.keys import DECODER, ProgramKey
-from serving.engine.device.packing import pack_forward, pack_sample
-from serving.engine.device.page_store import PageStore
-from serving.engine.device.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, place, placed
-from serving.engine.device.program_list import StepShapes, list_programs
-from serving.engine.device.programs import PROMPT_LOGPROB_ROWS
-from serving.engine.device.sizing import Sizes
-from serving.engine.device.state import DeviceState, slot_rows
-from serving.engine.device.state_store import StateStore
-from serving.engine.requests.cache_specs import RecurrentSpec
 from serving.engine.requests.moves import PageMove, StateMove
 from serving.engine.requests.plan import StepPlan
 from serving.engine.requests.request import Request
+from serving.engine.requests.sizes import Sizes
 from serving.engine.requests.slots import SlotTable
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from serving.engine.device.commands import Command
+from serving.engine.requests.commands import Command
 
 Meet = Callable[[str, int], int]
 """`Followers.least`, as followers have it too."""

@@ -13,8 +13,14 @@ from typing import Any
 import numpy as np
 
 from serving.engine.api.types import TokenLogprobs
-from serving.engine.device.adapter_store import AdapterStore
-from serving.engine.device.commands import (
+from serving.engine.device.executor import Executor
+from serving.engine.device.programs.packing import pack_forward, pack_sample
+from serving.engine.device.programs.placement import on_this_process
+from serving.engine.device.programs.state import needs_loading, slot_rows
+from serving.engine.device.programs.steps import PROMPT_LOGPROB_ROWS, SampleOutput
+from serving.engine.device.stores.adapter_store import AdapterStore
+from serving.engine.requests.buckets import Bucket
+from serving.engine.requests.commands import (
     ClearStates,
     DecodeLoop,
     Forward,
@@ -29,12 +35,6 @@ from serving.engine.device.commands import (
     Sample,
     SaveStates,
 )
-from serving.engine.device.executor import Executor
-from serving.engine.device.packing import pack_forward, pack_sample
-from serving.engine.device.placement import on_this_process
-from serving.engine.device.programs import PROMPT_LOGPROB_ROWS, SampleOutput
-from serving.engine.device.state import needs_loading, slot_rows
-from serving.engine.requests.buckets import Bucket
 from serving.engine.requests.plan import Chunk, StepPlan, StepResult
 from serving.engine.requests.request import Request
 from serving.engine.requests.slots import SlotTable

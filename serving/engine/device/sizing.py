@@ -17,34 +17,14 @@ from serving.engine.api.config import EngineConfig
 from serving.engine.cache.kv_windows import longest, pages_of
 from serving.engine.cache.snapshots import SNAPSHOT_SHARE, budget
 from serving.engine.device.followers import Meet
-from serving.engine.device.placement import num_replicas
+from serving.engine.device.programs.placement import num_replicas
 from serving.engine.requests.cache_specs import RecurrentSpec
 from serving.engine.requests.chunks import CHUNK_ALIGN
+from serving.engine.requests.sizes import Sizes
 
 GIB = 1 << 30
 ACCELERATOR_FRACTION = 0.9
 """Of a device's memory, what weights, pages and temporaries may take (vLLM's gpu_memory_utilization)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Resolved sizes of an engine; of each replica, where its mesh holds several.
-
-    Attributes:
-        page_bytes: of one page in all arrays, over all devices together.
-        num_snapshots: copies of recurrent layers' states that may be kept for prefixes.
-        layers_per_page: layers that a page holds a part of a sequence for; None for all. See ops.paged_attention.groups.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    num_pages: int
-    page_size: int
-    page_bytes: int
-    kv_dtype: str
-    layers_per_page: int | None = None
-    num_snapshots: int = 0
 
 
 def resolve_dtype(config: EngineConfig, platform: str) -> str:

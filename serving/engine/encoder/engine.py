@@ -18,7 +18,7 @@ from serving.engine.api.config import EngineConfig
 from serving.engine.api.lifecycle import Lifecycle, LoadModel
 from serving.engine.api.mortal import Mortal
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
-from serving.engine.device.compiling import starting
+from serving.engine.device.programs.compiling import starting
 from serving.engine.encoder.queue import EncoderQueue, Job
 from serving.engine.encoder.runner import EncoderRunner, Text
 from serving.errors import ErrorKind, RequestError, invalid

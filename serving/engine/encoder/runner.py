@@ -12,11 +12,11 @@ import numpy as np
 
 from models.embedding_head import EmbeddingHead
 from models.pooling import pool
-from serving.engine.device.at_rest import Rested, check_fit, delete, to_devices, to_host
-from serving.engine.device.compiling import CompileGuard, Program, ProgramCache, compile_all
-from serving.engine.device.keys import ProgramKey
-from serving.engine.device.placement import placed
-from serving.engine.device.programs import SplitModel
+from serving.engine.device.programs.compiling import CompileGuard, Program, ProgramCache, compile_all
+from serving.engine.device.programs.keys import ProgramKey
+from serving.engine.device.programs.placement import placed
+from serving.engine.device.programs.steps import SplitModel
+from serving.engine.device.stores.at_rest import Rested, check_fit, delete, to_devices, to_host
 
 POOLINGS = ("mean", "cls", "last")
 """What a request may ask for; a model's own may be another."""

@@ -12,8 +12,8 @@ from serving.boot.engine_flags import SETTINGS, in_flags
 from serving.boot.flags import build_parser, describe, engine_config
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.settings import SECTIONS, Scope
-from serving.engine.device.bundle import FIXED, NOT_HELD
-from serving.engine.device.fingerprint import PROGRAM_SETTINGS, fingerprint
+from serving.engine.device.programs.bundle import FIXED, NOT_HELD
+from serving.engine.device.programs.fingerprint import PROGRAM_SETTINGS, fingerprint
 from serving.llm import LLM
 from serving.processes.facts import facts
 

@@ -35,8 +35,8 @@ from ops.paged_attention.groups import layers_per_page  # noqa: E402
 from serving.engine.api.config import EngineConfig  # noqa: E402
 from serving.engine.api.sampling_params import SamplingParams  # noqa: E402
 from serving.engine.api.types import EngineInfo, EngineRequest  # noqa: E402
-from serving.engine.device.compiling import ProgramCache  # noqa: E402
 from serving.engine.device.executor import Executor  # noqa: E402
+from serving.engine.device.programs.compiling import ProgramCache  # noqa: E402
 from serving.engine.device.runner import StepRunner  # noqa: E402
 from serving.engine.device.sizing import Sizes  # noqa: E402
 from serving.engine.engine import Engine  # noqa: E402

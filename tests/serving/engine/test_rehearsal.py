@@ -12,8 +12,8 @@ from serving.boot.start import start_engine
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
-from serving.engine.device.commands import DecodeLoop, Forward, LoadSlot, Sample
 from serving.engine.rehearsal import rehearse
+from serving.engine.requests.commands import DecodeLoop, Forward, LoadSlot, Sample
 from tests.tiny import tiny_engine
 from tests.tiny_checkpoint import write_tiny_checkpoint
 

@@ -10,9 +10,9 @@ import pytest
 
 from serving.boot.flags import build_parser, engine_config
 from serving.engine.api.config import EngineConfig
-from serving.engine.device.bundle import FIXED, Bundle, digest
-from serving.engine.device.compiling import DeviceSet, ProgramCache
-from serving.engine.device.sizing import Sizes
+from serving.engine.device.programs.bundle import FIXED, Bundle, digest
+from serving.engine.device.programs.compiling import DeviceSet, ProgramCache
+from serving.engine.requests.sizes import Sizes
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 PLAN = (

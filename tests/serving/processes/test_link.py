@@ -13,7 +13,7 @@ import pytest
 
 from proto.jaxserve.v1 import processes_pb2 as pb
 from proto.jaxserve.v1 import processes_pb2_grpc as rpc
-from serving.engine.device import commands
+from serving.engine.requests import commands
 from serving.engine.requests.buckets import Bucket
 from serving.processes.facts import difference, model_digest
 from serving.processes.follower import Follower

@@ -7,7 +7,7 @@ import pytest
 from models.config import ModelConfig, RopeConfig
 from models.dummy import random_model
 from serving.engine.device.components import Component
-from serving.engine.device.keys import DECODER, ProgramKey
+from serving.engine.device.programs.keys import DECODER, ProgramKey
 from serving.engine.requests.buckets import Bucket
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from serving.engine.api.lifecycle import Lifecycle
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest, FinishReason
-from serving.engine.device.compiling import starting
+from serving.engine.device.programs.compiling import starting
 from serving.engine.lifecycle import Resting
 from serving.engine.scheduling.recovery import MAX_IN_A_ROW, Suspects, is_out_of_memory
 from serving.errors import DIED, ErrorKind, RequestError

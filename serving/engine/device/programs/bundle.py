@@ -16,9 +16,9 @@ import jax
 
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.settings import settings_of
-from serving.engine.device.compiling import DeviceSet, ProgramCache
-from serving.engine.device.fingerprint import PROGRAM_SETTINGS
-from serving.engine.device.sizing import Sizes
+from serving.engine.device.programs.compiling import DeviceSet, ProgramCache
+from serving.engine.device.programs.fingerprint import PROGRAM_SETTINGS
+from serving.engine.requests.sizes import Sizes
 
 MANIFEST = "bundle.json"
 FIXED = tuple(name for name, known in settings_of(EngineConfig).items() if known.bundled)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
-from serving.engine.device.keys import ProgramKey
+from serving.engine.device.programs.keys import ProgramKey
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +101,10 @@ class CompileGuard:
 
 def source_digest() -> str:
     """Digest of the code that programs are made from: a change there must miss the cache."""
-    root = pathlib.Path(__file__).resolve().parents[3]
+    root = pathlib.Path(__file__).resolve().parents[4]
     h = hashlib.sha256()
     for folder in _SOURCES:
+        assert (root / folder).is_dir(), f"{root} is not where the code lies"
         for path in sorted((root / folder).rglob("*")):
             if path.suffix in {".py", ".cc", ".h"}:
                 h.update(path.relative_to(root).as_posix().encode())

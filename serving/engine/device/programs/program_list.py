@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from models.api import CausalLM
 from ops.paged_attention.groups import KVGroups
-from serving.engine.device.compiling import Program
-from serving.engine.device.keys import ProgramKey
-from serving.engine.device.packing import Layout, forward_layout, sample_layout
-from serving.engine.device.programs import (
+from serving.engine.device.programs.compiling import Program
+from serving.engine.device.programs.keys import ProgramKey
+from serving.engine.device.programs.packing import Layout, forward_layout, sample_layout
+from serving.engine.device.programs.steps import (
     PROMPT_LOGPROB_ROWS,
     SplitModel,
     load_slot,
@@ -29,8 +29,8 @@ from serving.engine.device.programs import (
     pool,
     used_leaves,
 )
-from serving.engine.device.sizing import Sizes
 from serving.engine.requests.buckets import Bucket, BucketTable
+from serving.engine.requests.sizes import Sizes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
-from serving.engine.device.packing import (
+from serving.engine.device.programs.packing import (
     decode_rows,
     forward_layout,
     make_step,

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.api import KVCache
-from serving.engine.device.commands import PageMoves, PagesDropped, PagesIn, PagesOut
-from serving.engine.device.compiling import Program
-from serving.engine.device.keys import ProgramKey
+from serving.engine.device.programs.compiling import Program
+from serving.engine.device.programs.keys import ProgramKey
+from serving.engine.requests.commands import PageMoves, PagesDropped, PagesIn, PagesOut
 
 READ, WRITE = ProgramKey("read_pages"), ProgramKey("write_pages")
 

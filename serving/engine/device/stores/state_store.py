@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from serving.engine.device.commands import ClearStates, LoadStates, SaveStates
-from serving.engine.device.compiling import Program
-from serving.engine.device.keys import ProgramKey
-from serving.engine.device.placement import BY_REPLICA, EVERYWHERE, of_one, place
+from serving.engine.device.programs.compiling import Program
+from serving.engine.device.programs.keys import ProgramKey
+from serving.engine.device.programs.placement import BY_REPLICA, EVERYWHERE, of_one, place
 from serving.engine.requests.cache_specs import RecurrentSpec
+from serving.engine.requests.commands import ClearStates, LoadStates, SaveStates
 
 SAVE, LOAD, CLEAR = ProgramKey("save_states"), ProgramKey("load_states"), ProgramKey("clear_states")
 

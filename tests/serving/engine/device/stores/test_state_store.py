@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from serving.engine.device.commands import ClearStates, LoadStates, SaveStates
-from serving.engine.device.state_store import GROUP, StateStore
+from serving.engine.device.stores.state_store import GROUP, StateStore
 from serving.engine.requests.cache_specs import RecurrentSpec, StateArray
+from serving.engine.requests.commands import ClearStates, LoadStates, SaveStates
 from serving.engine.requests.moves import StateMove
 
 SPEC = RecurrentSpec((StateArray("conv", (2, 3)), StateArray("matrix", (2, 4, 4), "bfloat16")))

@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ops.paged_attention import KVPages
 from ops.paged_attention.pages import DATA_AXIS
-from serving.engine.device.compiling import Program
-from serving.engine.device.state import DeviceState
+from serving.engine.device.programs.compiling import Program
+from serving.engine.device.programs.state import DeviceState
 
 EVERYWHERE = PartitionSpec()
 BY_REPLICA = PartitionSpec(DATA_AXIS)

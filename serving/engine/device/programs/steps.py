@@ -24,8 +24,8 @@ from ops import sampling
 from ops.lora import LoraStack
 from ops.paged_attention.groups import KVGroups
 from serving.engine.api.sampling_params import MAX_LOGPROBS
-from serving.engine.device.packing import Layout, adapters_of, decode_rows, make_step
-from serving.engine.device.state import DeviceState
+from serving.engine.device.programs.packing import Layout, adapters_of, decode_rows, make_step
+from serving.engine.device.programs.state import DeviceState
 
 PROMPT_LOGPROB_ROWS = 64
 """Positions whose full logits are in memory at once when prompt logprobs are asked for."""
