@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
     from serving.errors import RequestError
     from serving.llm import LLM
-    from serving.service.outputs import CompletionOutput, RequestOutput
+    from serving.service.replies.outputs import CompletionOutput, RequestOutput
 
 _HOME = {
     "LLM": "serving.llm",
@@ -23,8 +23,8 @@ _HOME = {
     "SamplingParams": "serving.engine.api.sampling_params",
     "StructuredOutputs": "serving.engine.api.sampling_params",
     "RequestError": "serving.errors",
-    "CompletionOutput": "serving.service.outputs",
-    "RequestOutput": "serving.service.outputs",
+    "CompletionOutput": "serving.service.replies.outputs",
+    "RequestOutput": "serving.service.replies.outputs",
 }
 
 __all__ = [

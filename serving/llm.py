@@ -32,8 +32,8 @@ from serving.service import (
     Usage,
     prepare_chat,
 )
-from serving.service.outputs import EmbeddingOutput, EmbeddingRequestOutput
-from serving.service.reply import Message
+from serving.service.replies.outputs import EmbeddingOutput, EmbeddingRequestOutput
+from serving.text.tools.reply import Message
 
 if TYPE_CHECKING:
     from serving.boot.startup import Started

@@ -25,7 +25,7 @@ from serving.errors import RequestError
 from serving.frontends.app import create_app
 from serving.gateway import flags as gateway_flags
 from serving.service import GenerateInput
-from serving.service.stop_strings import StopMatcher
+from serving.service.replies.stop_strings import StopMatcher
 from tests.mock_engine import MockEngine, mock_service
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -1,10 +1,8 @@
 """What every entry goes through: validation, limits, templates to tokens, tokens to text, `n`."""
 
 from serving.service.chat import ChatOptions, prepare_chat
-from serving.service.chat_style import ChatStyle
-from serving.service.inputs import GenerateInput
-from serving.service.limits import Limits
-from serving.service.outputs import (
+from serving.service.replies.outcome import Choice, Outcome, gather
+from serving.service.replies.outputs import (
     CompletionOutput,
     Embedding,
     Logprob,
@@ -15,7 +13,10 @@ from serving.service.outputs import (
     Usage,
     collect,
 )
-from serving.service.prepare import PreparedRequest
+from serving.service.requests.chat_style import ChatStyle
+from serving.service.requests.inputs import GenerateInput
+from serving.service.requests.limits import Limits
+from serving.service.requests.prepare import PreparedRequest
 from serving.service.service import DEFAULT_MODEL, TextService
 from serving.service.vectors import ScoreInput
 
@@ -23,11 +24,13 @@ __all__ = [
     "DEFAULT_MODEL",
     "ChatOptions",
     "ChatStyle",
+    "Choice",
     "CompletionOutput",
     "Embedding",
     "GenerateInput",
     "Limits",
     "Logprob",
+    "Outcome",
     "PreparedRequest",
     "RequestOutput",
     "ScoreInput",
@@ -37,5 +40,6 @@ __all__ = [
     "TokenLogprob",
     "Usage",
     "collect",
+    "gather",
     "prepare_chat",
 ]

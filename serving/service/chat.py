@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
-from serving.service.inputs import GenerateInput
-from serving.service.prepare import ConstraintFactory, PreparedRequest
-from serving.service.reply import ReplyReader
+from serving.service.requests.inputs import GenerateInput
+from serving.service.requests.prepare import ConstraintFactory, PreparedRequest
 from serving.service.service import TextService
 from serving.text.constraints.sources import schema_of
 from serving.text.tools import ReasoningFamily, ToolFamily, ToolPlan, plan_tools
 from serving.text.tools import ReplyParser as FamilyParser
+from serving.text.tools.reply import ReplyReader
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from serving import memory
 from serving.errors import ErrorKind, RequestError
-from serving.service.limits import Limits
+from serving.service.requests.limits import Limits
 
 if TYPE_CHECKING:
     from serving.access.keys import Caller
-    from serving.service.prepare import PreparedRequest
+    from serving.service.requests.prepare import PreparedRequest
 
 SEQUENCE_BYTES = 64 * 1024
 """About what a completion takes while it is live, on the text side and in the engine's queues."""

@@ -20,17 +20,17 @@ from serving.engine.api.client import EngineClient
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
 from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason
 from serving.errors import ErrorKind, RequestError, invalid
-from serving.service import prepare as prep
 from serving.service import vectors
-from serving.service.chat_style import ChatStyle
-from serving.service.inputs import GenerateInput
-from serving.service.limits import Limits
 from serving.service.live import LiveRequest, LiveRequests
-from serving.service.merging import merge
-from serving.service.outputs import Embedding, Scores, TextOutput
-from serving.service.prepare import ConstraintFactory, PreparedRequest
-from serving.service.reach import check_reach
-from serving.service.stream import TextStream
+from serving.service.replies.merging import merge
+from serving.service.replies.outputs import Embedding, Scores, TextOutput
+from serving.service.replies.stream import TextStream
+from serving.service.requests import prepare as prep
+from serving.service.requests.chat_style import ChatStyle
+from serving.service.requests.inputs import GenerateInput
+from serving.service.requests.limits import Limits
+from serving.service.requests.prepare import ConstraintFactory, PreparedRequest
+from serving.service.requests.reach import check_reach
 from serving.service.vectors import ScoreInput
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import numpy as np
 
 from serving.engine.api.types import EngineInfo, TokenPair
 from serving.errors import beyond_context, invalid
-from serving.service.inputs import GenerateInput, check_prompt_text
-from serving.service.limits import Limits
-from serving.service.outputs import Embedding, Scores
-from serving.service.prepare import check_token_ids, cut, render_and_encode
+from serving.service.replies.outputs import Embedding, Scores
+from serving.service.requests.inputs import GenerateInput, check_prompt_text
+from serving.service.requests.limits import Limits
+from serving.service.requests.prepare import check_token_ids, cut, render_and_encode
 
 if TYPE_CHECKING:
     from serving.text.chat_template import ChatTemplate

@@ -10,7 +10,7 @@ from typing import Any
 from serving.errors import invalid
 
 # Bounds that keep one request from taking the server with it. Other sizes that depend on the served model
-# (context length, vocabulary) are checked in serving/service/limits.py.
+# (context length, vocabulary) are checked in serving/service/requests/limits.py.
 MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64

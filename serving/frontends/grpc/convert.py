@@ -13,7 +13,7 @@ from serving.engine.api.types import FinishReason, TokenPair
 from serving.errors import invalid
 from serving.metrics.logs import request_id_of_task
 from serving.service import ChatOptions, GenerateInput, Limits, ScoreInput, TextOutput, TokenLogprob
-from serving.service.json_bounds import read_json
+from serving.service.requests.json_bounds import read_json
 from serving.text.tools import ContentDelta, Event, ReasoningDelta, ToolCallArguments, ToolCallStart
 
 FINISH_REASONS = {

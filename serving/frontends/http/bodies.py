@@ -18,7 +18,7 @@ from serving.frontends.http.models import ApiBody
 from serving.frontends.http.sse import ClientGoneError
 from serving.frontends.http.validation import error_of
 from serving.service import Limits
-from serving.service.json_bounds import read_json
+from serving.service.requests.json_bounds import read_json
 
 LARGE_BYTES = 64 * 1024
 """A larger body is parsed and checked off the event loop, one at a time."""

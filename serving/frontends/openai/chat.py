@@ -16,7 +16,7 @@ from serving.frontends.openai import outcome as oc
 from serving.frontends.openai.chat_requests import deltas, options_of, prepare_body
 from serving.frontends.openai.errors import DONE, RESPONSES, error_event
 from serving.frontends.openai.protocol.chat import ChatReply, ChatRequest
-from serving.service import PreparedRequest, TextOutput, TextService, Usage
+from serving.service import PreparedRequest, TextOutput, TextService, Usage, gather
 
 
 def chat_router(service: TextService) -> APIRouter:
@@ -43,7 +43,7 @@ def chat_router(service: TextService) -> APIRouter:
 
 async def _whole(service: TextService, body: ChatRequest, prepared: PreparedRequest) -> dict[str, Any]:
     forced = options_of(body).forces_call
-    outcome = await oc.gather(prepared.params.n, service.generate(prepared))
+    outcome = await gather(prepared.params.n, service.generate(prepared))
     choices = []
     for i, choice in enumerate(outcome.choices):
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}

@@ -17,8 +17,8 @@ from serving.frontends.http.sse import dumps, open_stream, quote, unless_gone
 from serving.frontends.openai import outcome as oc
 from serving.frontends.openai.errors import DONE, RESPONSES, error_event
 from serving.frontends.openai.protocol.completions import CompletionReply, CompletionRequest
-from serving.service import PreparedRequest, TextOutput, TextService, TokenLogprob, Usage
-from serving.service.merging import merge
+from serving.service import Choice, Outcome, PreparedRequest, TextOutput, TextService, TokenLogprob, Usage
+from serving.service.replies.merging import merge
 
 
 def completions_router(service: TextService) -> APIRouter:
@@ -90,7 +90,7 @@ async def _whole(
     service: TextService, body: CompletionRequest, prepared: list[PreparedRequest], echoes: list[_Echo]
 ) -> dict[str, Any]:
     n = prepared[0].params.n
-    outcomes = [oc.Outcome([oc.Choice() for _ in range(n)]) for _ in prepared]
+    outcomes = [Outcome([Choice() for _ in range(n)]) for _ in prepared]
     async for number, output in merge([service.generate(one) for one in prepared]):
         outcomes[number].add(output)
     choices = [
@@ -113,9 +113,9 @@ async def _whole(
 
 
 def _choice(
-    body: CompletionRequest, prepared: PreparedRequest, echo: _Echo, outcome: oc.Outcome, index: int, choice: oc.Choice
+    body: CompletionRequest, prepared: PreparedRequest, echo: _Echo, outcome: Outcome, index: int, choice: Choice
 ) -> dict[str, Any]:
-    made = oc.Choice(finish_reason=choice.finish_reason) if body.only_prompt else choice
+    made = Choice(finish_reason=choice.finish_reason) if body.only_prompt else choice
     logprobs = None
     if body.logprobs is not None:
         before = outcome.prompt_logprobs or () if body.echo else ()

@@ -10,7 +10,7 @@ from serving.engine.api.sampling_params import MAX_LOGPROBS
 from serving.errors import invalid
 from serving.frontends.http.models import LEAVE, ApiReply, ApiRequest, Many, Refused, number
 from serving.frontends.openai.protocol.common import SAMPLING_REFUSED, SamplingFields, UsageReply
-from serving.service.inputs import GenerateInput
+from serving.service.requests.inputs import GenerateInput
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 CHAT_REFUSED: Refused = {

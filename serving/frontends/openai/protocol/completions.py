@@ -10,7 +10,7 @@ from serving.engine.api.sampling_params import MAX_LOGPROBS
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.frontends.http.models import ApiReply, Many, number
 from serving.frontends.openai.protocol.common import SamplingFields, UsageReply
-from serving.service.inputs import GenerateInput
+from serving.service.requests.inputs import GenerateInput
 
 
 class CompletionRequest(SamplingFields):

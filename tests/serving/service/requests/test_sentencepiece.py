@@ -6,8 +6,8 @@ import pytest
 
 from serving.engine.api.sampling_params import SamplingParams
 from serving.service import GenerateInput, TextService, collect
-from serving.service.limits import Limits
-from serving.service.prepare import render_and_encode
+from serving.service.requests.limits import Limits
+from serving.service.requests.prepare import render_and_encode
 from serving.text.chat_template import ChatTemplate
 from tests.mock_engine import MockEngine
 from tests.serving.text.vocabularies import byte_level, sentencepiece

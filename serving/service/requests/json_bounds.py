@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serving.errors import RequestError, invalid
-from serving.service.limits import Limits
+from serving.service.requests.limits import Limits
 
 PIECE = 1 << 18
 """Bytes looked at without letting other threads in between: a millisecond or three."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serving.service.limits import Limits
+from serving.service.requests.limits import Limits
 
 
 def as_templates_know_it(messages: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str, Any]]:

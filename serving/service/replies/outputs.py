@@ -12,7 +12,7 @@ from serving.engine.api.types import FinishReason, RequestTimes
 from serving.text.tools import Event
 
 if TYPE_CHECKING:
-    from serving.service.prepare import PreparedRequest
+    from serving.service.requests.prepare import PreparedRequest
 
 
 _NOT_REACHED = RequestTimes()

@@ -4,8 +4,8 @@ import pytest
 
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
 from serving.errors import RequestError
-from serving.service.prepare import bad_word_ids
-from serving.service.reach import check_reach
+from serving.service.requests.prepare import bad_word_ids
+from serving.service.requests.reach import check_reach
 from serving.text.grammar import GrammarCompiler
 from tests.serving.text.vocabularies import byte_level
 

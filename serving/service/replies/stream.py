@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineOutput, FinishReason, TokenLogprobs
-from serving.service.outputs import TextOutput, TokenLogprob
-from serving.service.reply import ReplyReader
-from serving.service.stop_strings import StopMatcher
+from serving.service.replies.outputs import TextOutput, TokenLogprob
+from serving.service.replies.stop_strings import StopMatcher
 from serving.text.detokenizer import IncrementalDetokenizer
 from serving.text.tools import ContentDelta, Event
+from serving.text.tools.reply import ReplyReader
 
 if TYPE_CHECKING:
     from serving.text.tokenizer import Tokenizer

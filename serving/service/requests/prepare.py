@@ -10,13 +10,13 @@ from serving.engine.api.constraint import TokenConstraint
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
 from serving.engine.api.types import EngineRequest
 from serving.errors import beyond_context, invalid
-from serving.service.history import as_templates_know_it
-from serving.service.inputs import GenerateInput, check_prompt_text
-from serving.service.json_bounds import check_nesting
-from serving.service.limits import Limits, check_text
-from serving.service.reply import ReplyReader
+from serving.service.requests.history import as_templates_know_it
+from serving.service.requests.inputs import GenerateInput, check_prompt_text
+from serving.service.requests.json_bounds import check_nesting
+from serving.service.requests.limits import Limits, check_text
 from serving.text.chat_template import check_variables
 from serving.text.detokenizer import IncrementalDetokenizer
+from serving.text.tools.reply import ReplyReader
 
 if TYPE_CHECKING:
     from serving.text.chat_template import ChatTemplate

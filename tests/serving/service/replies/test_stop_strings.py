@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.service.stop_strings import StopMatcher
+from serving.service.replies.stop_strings import StopMatcher
 
 ALPHABET = "ab"
 stops_of = st.lists(st.text(ALPHABET, min_size=1, max_size=5), min_size=1, max_size=4)

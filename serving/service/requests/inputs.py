@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serving.errors import invalid
-from serving.service.json_bounds import check_nesting
-from serving.service.limits import Limits, check_text
+from serving.service.requests.json_bounds import check_nesting
+from serving.service.requests.limits import Limits, check_text
 
 Scalar = str | int | float | bool | None
 TEMPLATE_ARGUMENTS = frozenset(

@@ -1,0 +1,1 @@
+"""What comes back: streams of tokens as text, stop strings, and whole results."""
