@@ -1,4 +1,5 @@
-"""The house stands on floors: no circle of files, none of folders. What import-linter's contracts in pyproject.toml cannot say.
+"""The house stands on floors: no circle of files, none of folders; and no room, file or function is too large to be held in mind.
+What import-linter's contracts in pyproject.toml cannot say.
 
 Every import counts: at the top of a file, inside a function, for the type checker alone.
 """
@@ -13,6 +14,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOP = ("proto", "ops", "sharding", "models", "serving")
+MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_FILES = 500, 80, 15
+REASON = f"# Over {MOST_LINES_OF_A_FUNCTION} lines: "
+"""Begins the comment right above a longer function that says why it is one."""
 
 
 def modules(root: pathlib.Path, top: tuple[str, ...]) -> dict[str, pathlib.Path]:
@@ -122,3 +126,64 @@ def test_circles_are_found(tmp_path, files, of_files, of_folders):
         path.write_text(text)
     assert circles(graph(tmp_path, ("a",))) == of_files
     assert circles(folder_graph(tmp_path, ("a",))) == of_folders
+
+
+def too_large(root: pathlib.Path, folder: str) -> list[str]:
+    """What of a folder's Python outgrows its bounds, in words. Generated code does not count."""
+    found = []
+    for path in sorted((root / folder).rglob("*.py")):
+        if "_pb2" in path.name:
+            continue
+        text, name = path.read_text(), path.relative_to(root).as_posix()
+        lines = text.splitlines()
+        if len(lines) > MOST_LINES:
+            found.append(f"{name} has {len(lines)} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+                first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
+                length = node.end_lineno - node.lineno + 1
+                if length > MOST_LINES_OF_A_FUNCTION and not _comment_above(lines, first - 1).startswith(REASON):
+                    found.append(f"{name}: {node.name} has {length} lines")
+    return found
+
+
+def _comment_above(lines: list[str], index: int) -> str:
+    """The block of comment lines that ends above a line, one text."""
+    first = index
+    while first and lines[first - 1].lstrip().startswith("#"):
+        first -= 1
+    return " ".join(line.strip() for line in lines[first:index])
+
+
+def too_full(root: pathlib.Path, folder: str) -> list[str]:
+    """Folders with too many files, in words."""
+    found = []
+    for path in (root / folder, *sorted((root / folder).rglob("*/"))):
+        if path.name != "__pycache__":
+            number = sum(1 for one in path.iterdir() if one.is_file())
+            if number > MOST_FILES:
+                found.append(f"{path.relative_to(root).as_posix()} has {number} files")
+    return found
+
+
+@pytest.mark.parametrize("folder", [*TOP, "scripts"])
+def test_no_file_and_no_function_is_too_large(folder):
+    assert too_large(ROOT, folder) == []
+
+
+def test_no_folder_of_serving_is_too_full():
+    assert too_full(ROOT, "serving") == []
+
+
+def test_what_is_too_large_is_found(tmp_path):
+    long = "".join(f"    x{i} = 0\n" for i in range(MOST_LINES_OF_A_FUNCTION))
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/x.py").write_text(
+        f"# Why.\ndef f():\n{long}\n\n{REASON}it is\n# one thing.\n@cache\ndef g():\n{long}"
+    )
+    (tmp_path / "a/y.py").write_text("# a line\n" * (MOST_LINES + 1))
+    (tmp_path / "a/z_pb2.py").write_text("# a line\n" * (MOST_LINES + 1))
+    for i in range(MOST_FILES + 1):
+        (tmp_path / f"a/b/{i}.js").write_text("")
+    assert too_large(tmp_path, "a") == ["a/x.py: f has 81 lines", "a/y.py has 501 lines"]
+    assert too_full(tmp_path, "a") == ["a/b has 16 files"]

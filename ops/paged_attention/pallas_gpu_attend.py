@@ -137,6 +137,8 @@ def attend_items(
     )(*operands)
 
 
+# Over 80 lines: one kernel: its pieces share two dozen values, and
+# the loop over keys carries them.
 def _attend_kernel(
     table_W, token_W, base_W, row_W, rows_W, first_W, past_W, tables_RP, q_TKGh, k_PKsh, *refs,
     present: tuple[bool, ...], scale: float, window: int | None, softcap: float | None, tuning: Tuning, parts: bool,

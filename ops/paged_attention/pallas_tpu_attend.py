@@ -40,6 +40,8 @@ class Shape:
     v_lanes: tuple[int, int]
 
 
+# Over 80 lines: the call of a kernel. Its operands and their block shapes are in
+# the order of the kernel's arguments, and grow together by what is optional.
 def attend_blocks(
     q_XKML: jax.Array,
     pages_PKsL: jax.Array,
@@ -157,6 +159,8 @@ def _chain(busy_V: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(behind_V < num, behind_V, -1), from_here_V[0]
 
 
+# Over 80 lines: one kernel: its pieces share references, buffers and
+# semaphores, which a split would pass on one by one.
 def _attend_kernel(
     block_V, row_V, next_V, base_V, begin_V, end_V, first_V, last_V, group_first_V, group_past_V, past_V, first_busy,
     q_1KML, table_11P, next_table_11P, pages_PKsL, *refs,
