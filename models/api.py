@@ -12,10 +12,28 @@ from typing import Any, Protocol
 import jax
 
 from ops.paged_attention.batch import AttentionBatch, KVSpec
+from ops.recurrent.batch import RecurrentBatch
 
 KVCache = tuple[Any, ...]
-"""`KVPages` (opaque pytrees owned by ops/paged_attention): one a layer, or fewer that layers share
-(`AttentionBatch.place`)."""
+"""`KVPages` (opaque pytrees owned by ops/paged_attention): one a layer that keeps K and V, or fewer that layers share
+(`AttentionBatch.place`). Behind them, where layers keep a state, `ops.recurrent.States`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StateSpec:
+    """One array that a recurrent layer keeps of a sequence, whatever its length. Hashable and static.
+
+    Attributes:
+        name: unique in the model: "3.conv".
+        shape: of one sequence.
+        axes: the mesh axis that splits each of its dimensions; None for none.
+        dtype: float32, unless something says that less will do: errors of a state add up over a sequence.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    dtype: str = "float32"
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["rows_ND", "index_T"], meta_fields=[])
@@ -34,7 +52,7 @@ class Embeddings:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens_T", "positions_T", "attention", "embeddings", "adapter_T"],
+    data_fields=["tokens_T", "positions_T", "attention", "embeddings", "adapter_T", "recurrent"],
     meta_fields=["taps"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +67,7 @@ class Step:
             layer's step has its own group's.
         embeddings: of tokens that have others than the table's.
         adapter_T: int32, the slot of each token's adapter; 0 for none.
+        recurrent: which tokens belong to which state, where layers keep some.
         taps: static. Layers whose input the result is to hold; the number of layers for what enters the final norm.
     """
 
@@ -57,6 +76,7 @@ class Step:
     attention: AttentionBatch
     embeddings: Embeddings | None = None
     adapter_T: jax.Array | None = None
+    recurrent: RecurrentBatch | None = None
     taps: tuple[int, ...] = ()
 
     def by_group(self) -> tuple[Step, ...]:
@@ -98,11 +118,15 @@ class CausalLM(Protocol):
         ...
 
     def kv_specs(self) -> tuple[KVSpec, ...]:
-        """One a layer."""
+        """One a layer that keeps K and V."""
+        ...
+
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        """What recurrent layers keep, all together; () for a model without any."""
         ...
 
     def forward(self, step: Step, cache: KVCache) -> Result:
-        """Runs every layer; writes the tokens' K and V to their pages before attending."""
+        """Runs every layer; writes the tokens' K and V to their pages before attending, and what became of their states."""
         ...
 
     def logits(self, hidden_RD: jax.Array) -> jax.Array:

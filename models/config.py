@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from models.mixers import Mixer
 from ops.activation import activation as activation_function
 
 
@@ -129,6 +130,7 @@ class ModelConfig:
         windows: for each layer, how many positions back it attends, itself included; None for all.
         qkv_bias, out_bias, mlp_bias: whether these projections have one.
         qk_norm: "head": RMS norm over each head's q and k; "full": over all heads together; "none".
+        attn_gate: attention's result is multiplied by a learned sigmoid gate, whose rows are in q's projection (Qwen3-Next).
         attn_scale: multiplies q·k; None for head_dim ** -0.5.
         attn_softcap, logits_softcap: x -> cap * tanh(x / cap); None for none.
         attn_sinks: each query head has a learned logit that takes part in its softmax without a value.
@@ -136,6 +138,7 @@ class ModelConfig:
         embed_scale, residual_scale, logits_scale: multipliers (Granite, Gemma); 1 for none.
         moe: the mixture of experts; None for a dense model.
         mla: latent attention; None for ordinary heads.
+        mixers: of each layer, what it has in place of attention; None for attention. () where all have that.
         extra: what only one family needs; hashable values.
     """
 
@@ -161,6 +164,7 @@ class ModelConfig:
     qk_norm: str = "none"
     norm_offset: bool = False
     attn_sinks: bool = False
+    attn_gate: bool = False
     attn_scale: float | None = None
     attn_softcap: float | None = None
     logits_softcap: float | None = None
@@ -169,6 +173,7 @@ class ModelConfig:
     logits_scale: float = 1.0
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
+    mixers: tuple[Mixer | None, ...] = ()
     extra: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -187,6 +192,10 @@ class ModelConfig:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         if len(self.windows) != self.num_layers:
             raise ValueError(f"the model's configuration has {len(self.windows)} windows for {self.num_layers} layers.")
+        if not self.mixers:
+            object.__setattr__(self, "mixers", (None,) * self.num_layers)
+        if len(self.mixers) != self.num_layers:
+            raise ValueError(f"the model's configuration has {len(self.mixers)} mixers for {self.num_layers} layers.")
 
     @property
     def longest_positions(self) -> int:
@@ -268,7 +277,7 @@ def need(hf: Mapping[str, Any], name: str) -> Any:
 def partial_rotary(hf: Mapping[str, Any]) -> float:
     """The rotated fraction of a head."""
     parameters = hf.get("rope_parameters") or {}
-    return float(hf.get("partial_rotary_factor") or parameters.get("partial_rotary_factor") or 1.0)
+    return float(parameters.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0)
 
 
 def rope_from_hf(

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.api import KVCache, Result, Step
+from models.api import KVCache, Result, StateSpec, Step
 from models.config import ModelConfig
-from models.layers import Build, Embedding, Layer, Linear, RMSNorm, child_recipes, kv_spec
+from models.kept import Cache, Kept
+from models.layers import Build, Embedding, Layer, Linear, RMSNorm, child_recipes
 from models.recipes import Recipes, under
 from ops.paged_attention.batch import KVSpec
 
@@ -33,6 +34,7 @@ class Decoder(nnx.Module):
         self.compute_dtype = build.compute_dtype
         self.embed = Embedding(config.vocab_size, config.embed_dim, build)
         self.layers: Any = nnx.List([layer(config, index, build) for index in range(config.num_layers)])
+        self.kept = Kept.of(self.layers)
         self.norm = self.make_norm(config)
         axes = (build.axis("vocab", config.vocab_size), "embed")
         untied = not config.tie_embeddings
@@ -46,19 +48,23 @@ class Decoder(nnx.Module):
         return self.config.vocab_size
 
     def kv_specs(self) -> tuple[KVSpec, ...]:
-        return tuple(kv_spec(self.config, layer.attn) for layer in self.layers)
+        return self.kept.specs
+
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        return self.kept.state_specs
 
     def forward(self, step: Step, cache: KVCache) -> Result:
-        steps, arrays = step.by_group(), list(cache)
+        steps, parts = step.by_group(), Cache(self.kept, step.attention, cache)
         x_TD = self.embed_tokens(step)
         entered, visited = [], ()
         for index, layer in enumerate(self.layers):
             entered.append(x_TD)
-            group, array = step.attention.place(index)
-            x_TD, arrays[array], ids = _run_layer(*nnx.split(layer), x_TD, steps[group], arrays[array])
+            group, kept = parts.of(index)
+            x_TD, kept, ids = run_layer(*nnx.split(layer), x_TD, steps[group], kept)
+            parts.put(index, kept)
             visited += ids
         taps = tuple([*entered, x_TD][index] for index in step.taps)
-        return Result(self.norm(x_TD), tuple(arrays), taps, visited)
+        return Result(self.norm(x_TD), parts.whole(), taps, visited)
 
     def embed_tokens(self, step: Step) -> jax.Array:
         """The residual stream's start, x_TD. Families with learned positions add them here."""
@@ -90,7 +96,7 @@ class Decoder(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_layer(
+def run_layer(
     graphdef: Any, state: Any, x_TD: jax.Array, step: Step, kv: Any
 ) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
     """One layer as a function of its own: equal layers are traced once (30 layers: 1.0 s of lowering becomes 0.1)."""

@@ -15,7 +15,8 @@ from sharding.rules import to_sharding
 
 
 def random_model(config: ModelConfig, build: Build | None = None, seed: int = 0) -> Any:
-    """A model of `config.architecture` whose matrices are normal with variance 1 / fan-in, norm scales 1, biases 0.
+    """A model of `config.architecture` whose matrices are normal with variance 1 / fan-in, norm scales 1, biases 0, and whose
+    states decay at rates of 0.05 to 1 a step.
 
     Raises:
         ValueError: the registry does not know the architecture.
@@ -28,9 +29,12 @@ def random_model(config: ModelConfig, build: Build | None = None, seed: int = 0)
             value = jnp.ones(target.shape, target.dtype)
         elif path.endswith("bias"):
             value = jnp.zeros(target.shape, target.dtype)
+        elif path.endswith("rate"):
+            value = -jnp.geomspace(0.05, 1.0, target.shape[0], dtype=target.dtype)
         else:
             key = jax.random.fold_in(jax.random.key(seed), index)
-            value = (jax.random.normal(key, target.shape) * target.shape[-1] ** -0.5).astype(target.dtype)
+            inputs = target.shape[0 if path.endswith("kernel") else -1]  # of a convolution, its taps
+            value = (jax.random.normal(key, target.shape) * inputs**-0.5).astype(target.dtype)
         if build.mesh is not None:
             value = jax.device_put(
                 value, to_sharding(build.mesh, parameter.get_metadata()["logical_axes"], build.rules)

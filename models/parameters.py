@@ -26,13 +26,14 @@ def _at(node: Any, path: tuple[Any, ...]) -> Any:
 def quantizable(model: nnx.Module) -> Iterator[str]:
     """Paths of the weights that a quantization scheme applies to: those of Linears, experts and a tied embedding.
 
-    Not routers: they are small, and a rounded score sends a token to another expert.
+    Not routers: they are small, and a rounded score sends a token to another expert. Nor what says how fast a state decays: its
+    errors add up.
     """
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Experts):
             yield from (".".join(map(str, (*path, part))) for part in ("gate_up", "down"))
         elif isinstance(module, Linear):
-            if path[-1] not in ("router", "shared_gate"):
+            if path[-1] not in ("router", "shared_gate", "gates"):
                 yield ".".join(map(str, (*path, "weight")))
         elif isinstance(module, Embedding) and getattr(model, "head", None) is None:
             yield ".".join(map(str, (*path, "weight")))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 import tempfile
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +60,8 @@ def tiny_engine(
     model: Any = None,
     layers_per_page: int | None = None,
     windows: tuple[int | None, ...] | None = None,
+    num_snapshots: int = 0,
+    snapshots: Mapping[str, int] | None = None,
 ) -> Engine:
     """A started engine; shut it down. Programs are cached over the test session.
 
@@ -65,17 +69,21 @@ def tiny_engine(
         model: another than `tiny_model`, with the same vocabulary.
         layers_per_page: as in Sizes.
         windows: as in SchedulerConfig; None for those of the model's groups.
+        num_snapshots: of a model whose layers keep states.
+        snapshots: where they are taken, as in RecurrentSpec.
     """
     model = model or tiny_model()
     config = config or EngineConfig(page_size=page_size, progress=False)
     sizes = Sizes(
-        max_num_seqs, max_num_batched_tokens, max_model_len, num_pages, page_size, 0, "float32", layers_per_page
-    )
+        max_num_seqs, max_num_batched_tokens, max_model_len, num_pages, page_size, 0, "float32", layers_per_page,
+        num_snapshots,
+    )  # fmt: skip
     cache = ProgramCache(_cache_folder(), repr(("tiny", model.config, sizes)))
     with starting():
         executor = Executor(model, sizes, cache, host_tier=host_pages > 0, num_scheduler_steps=steps)
         executor.compile()
     runner = StepRunner(executor)
+    recurrent = () if executor.recurrent is None else (dataclasses.replace(executor.recurrent, **(snapshots or {})),)
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs,
@@ -89,7 +97,8 @@ def tiny_engine(
             config.enable_prefix_caching,
             host_pages=host_pages,
             num_scheduler_steps=steps,
-            caches=paged(*(executor.groups.windows if windows is None else windows)),
+            caches=(*paged(*(executor.groups.windows if windows is None else windows)), *recurrent),
+            num_snapshots=num_snapshots,
         )
     )
     info = EngineInfo(

@@ -9,9 +9,8 @@ from models.config import MLAConfig, ModelConfig, MoEConfig, from_hf, rope_from_
 from models.decoder import Decoder
 from models.family import Family
 from models.layers import Build, GatedMLP, Layer
-from models.layers.mla import LatentAttention, latent_spec
+from models.layers.mla import LatentAttention
 from models.layers.moe import MoE
-from ops.paged_attention.batch import KVSpec
 
 
 class DeepseekLayer(Layer):
@@ -23,12 +22,8 @@ class DeepseekLayer(Layer):
         return MoE(config, build, shared_name="shared_experts") if sparse else GatedMLP(config, build)
 
 
-class Deepseek(Decoder):
-    def __init__(self, config: ModelConfig, build: Build):
-        super().__init__(config, build, DeepseekLayer)
-
-    def kv_specs(self) -> tuple[KVSpec, ...]:
-        return (latent_spec(self.config),) * self.config.num_layers
+def build(config: ModelConfig, build: Build) -> Decoder:
+    return Decoder(config, build, DeepseekLayer)
 
 
 def _config(hf: Mapping[str, Any], **routing: Any) -> ModelConfig:
@@ -85,12 +80,12 @@ def deepseek_v3_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 FAMILIES = (
-    Family("DeepSeek-V2", ("DeepseekV2ForCausalLM",), deepseek_v2_config, Deepseek, gguf=("deepseek2",)),
+    Family("DeepSeek-V2", ("DeepseekV2ForCausalLM",), deepseek_v2_config, build, gguf=("deepseek2",)),
     Family(
         "DeepSeek-V3, R1",
         ("DeepseekV3ForCausalLM",),
         deepseek_v3_config,
-        Deepseek,
+        build,
         gguf=("deepseek2 with sigmoid routing",),
     ),
 )

@@ -25,7 +25,7 @@ def build(config: ModelConfig, build: Build) -> Decoder:
     return Decoder(config, build, QwenMoELayer)
 
 
-def _moe(hf: Mapping[str, Any], **more: Any) -> MoEConfig:
+def qwen_moe(hf: Mapping[str, Any], **more: Any) -> MoEConfig:
     layers, step = hf["num_hidden_layers"], hf.get("decoder_sparse_step", 1)
     dense = hf.get("mlp_only_layers") or ()
     return MoEConfig(
@@ -40,13 +40,13 @@ def _moe(hf: Mapping[str, Any], **more: Any) -> MoEConfig:
 
 def qwen2_moe_config(hf: Mapping[str, Any]) -> ModelConfig:
     shared = hf.get("shared_expert_intermediate_size", 5632)
-    moe = _moe(hf, shared_ffw_dim=shared, shared_gate=True)
+    moe = qwen_moe(hf, shared_ffw_dim=shared, shared_gate=True)
     return from_hf(hf, moe=moe, qkv_bias=hf.get("qkv_bias", True), windows=qwen_windows(hf))
 
 
 def qwen3_moe_config(hf: Mapping[str, Any]) -> ModelConfig:
     bias = bool(hf.get("attention_bias", False))
-    return from_hf(hf, moe=_moe(hf), qkv_bias=bias, out_bias=bias, qk_norm="head", windows=qwen_windows(hf))
+    return from_hf(hf, moe=qwen_moe(hf), qkv_bias=bias, out_bias=bias, qk_norm="head", windows=qwen_windows(hf))
 
 
 FAMILIES = (

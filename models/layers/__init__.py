@@ -4,7 +4,7 @@ Modules are constructed abstractly: a parameter starts as a `jax.ShapeDtypeStruc
 `recipes(name)` says from which checkpoint tensors, `name` being the module's in Hugging Face's naming.
 """
 
-from models.layers.attention import Attention, attention_of, heads_of, kv_spec
+from models.layers.attention import Attention, attention_of, heads_of
 from models.layers.build import Build, Weight, child_recipes, weight
 from models.layers.embedding import Embedding
 from models.layers.layer import Layer
@@ -28,7 +28,6 @@ __all__ = [
     "attention_of",
     "child_recipes",
     "heads_of",
-    "kv_spec",
     "layer_frequencies",
     "weight",
 ]

@@ -15,7 +15,7 @@ from models.layers.heads import PlacedHeads, Spread
 from models.layers.linear import Linear
 from models.layers.norms import Norm, RMSNorm
 from models.layers.rotary import layer_frequencies
-from models.recipes import Recipes, deal, one, pieces, under
+from models.recipes import Recipe, Recipes, deal, one, pieces, split, under
 from ops.paged_attention import attend, attend_rope
 from ops.paged_attention.batch import KVSpec
 from ops.rope import rope
@@ -50,6 +50,8 @@ class Attention(nnx.Module):
         self.rope = None if rotary is None else (rotary, build.max_model_len)
         self.scale = h**-0.5 if config.attn_scale is None else config.attn_scale
         self.window, self.softcap = config.windows[layer], config.attn_softcap
+        gate = {"spread": Spread(placed, "gate")} if spread else {}
+        self.gate = Linear(D, Kp * Gp * h, build, qkv_axes, bias=config.qkv_bias, **gate) if config.attn_gate else None
         sinks = spread.get("sinks", {})
         self.sinks = weight((Kp, Gp), jnp.float32, (axis, None), **sinks) if config.attn_sinks else None
 
@@ -65,12 +67,20 @@ class Attention(nnx.Module):
         T, (K, G, h) = x_TD.shape[0], self.placed
         qkv_TKgh = self.qkv(x_TD, norm=norm, adapter_T=step.adapter_T).reshape(T, K, G + 2, h)
         out_TKGh, kv = self.attend(qkv_TKgh, step, kv)
-        out_TD = self.out(out_TKGh.reshape(T, K * G * h), residual_TO=residual_TD, adapter_T=step.adapter_T)
-        return out_TD, kv
+        out_TO = out_TKGh.reshape(T, K * G * h)
+        if self.gate is not None:
+            out_TO = out_TO * jax.nn.sigmoid(self.gate(x_TD, norm=norm, adapter_T=step.adapter_T))
+        return self.out(out_TO, residual_TO=residual_TD, adapter_T=step.adapter_T), kv
 
     def attend(self, qkv_TKgh: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any]:
         """What happens between the projections: out_TKGh, and the updated pages."""
         return attend_rope(qkv_TKgh, step.positions_T, self.rotary, kv, step.attention, **self.scoring)
+
+    @property
+    def kv_spec(self) -> KVSpec:
+        """What it keeps of each position."""
+        K, _, h = self.placed
+        return KVSpec(K, h, h, self.window)
 
     @property
     def rotary(self) -> tuple[Any, float] | None:
@@ -86,12 +96,20 @@ class Attention(nnx.Module):
     def recipes(self, name: str) -> Recipes:
         K, G, h = self.heads
         sources = [f"{name}.{part}_proj" for part in "qkv"]
-        rows = (K * G * h, K * h, K * h)
+        # With a gate, a head's rows of it are behind its own in q's projection.
+        rows = (K * G * h * (1 if self.gate is None else 2), K * h, K * h)
         D = self.qkv.weight.shape[1]
-        weights = pieces([f"{source}.weight" for source in sources], *((n, D) for n in rows))
-        recipes = {"qkv.weight": deal(K, *weights)}
+        weights: tuple[Recipe, ...] = pieces([f"{source}.weight" for source in sources], *((n, D) for n in rows))
+        biases: tuple[Recipe, ...] = pieces([f"{source}.bias" for source in sources], *((n,) for n in rows))
+        recipes: Recipes = {}
+        if self.gate is not None:
+            (q, recipes["gate.weight"]), *kv = split(weights[0], h, h), *weights[1:]
+            weights = (q, *kv)
+            if self.gate.bias is not None:
+                (q, recipes["gate.bias"]), *kv = split(biases[0], h, h), *biases[1:]
+                biases = (q, *kv)
+        recipes["qkv.weight"] = deal(K, *weights)
         if self.qkv.bias is not None:
-            biases = pieces([f"{source}.bias" for source in sources], *((n,) for n in rows))
             recipes["qkv.bias"] = deal(K, *biases)
         recipes |= under("out", self.out.recipes(f"{name}.o_proj"))
         if self.sinks is not None:
@@ -155,8 +173,3 @@ def attention_of(config: ModelConfig, layer: int, build: Build) -> Attention:
 def heads_of(qkv_TKgh: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q_TKGh, k_TKh and v_TKh of a fused projection."""
     return qkv_TKgh[:, :, :-2], qkv_TKgh[:, :, -2], qkv_TKgh[:, :, -1]
-
-
-def kv_spec(config: ModelConfig, attention: Attention) -> KVSpec:
-    """What an `Attention` layer keeps for each position."""
-    return KVSpec(attention.placed[0], config.head_dim, config.head_dim, attention.window)

@@ -74,6 +74,11 @@ class LatentAttention(nnx.Module):
         y_TD = self.out(out_THv.reshape(T, -1))
         return (y_TD if residual_TD is None else y_TD + residual_TD), kv
 
+    @property
+    def kv_spec(self) -> KVSpec:
+        """What it keeps of each position."""
+        return KVSpec(1, self.mla.kv_rank + self.mla.rope_dim, 0)
+
     def _product(self, equation: str, x: jax.Array, matrix: jax.Array) -> jax.Array:
         y = jnp.einsum(equation, x.astype(matrix.dtype), matrix, preferred_element_type=jnp.float32)
         return y.astype(x.dtype)
@@ -89,9 +94,3 @@ class LatentAttention(nnx.Module):
         both = Piece(f"{name}.kv_b_proj.weight", (H * (mla.nope_dim + mla.v_dim), mla.kv_rank))
         recipes["k_up"], recipes["v_up"] = split(both, mla.nope_dim, mla.v_dim)
         return recipes
-
-
-def latent_spec(config: ModelConfig) -> KVSpec:
-    """What a `LatentAttention` layer keeps for each position."""
-    assert config.mla is not None
-    return KVSpec(1, config.mla.kv_rank + config.mla.rope_dim, 0)

@@ -90,8 +90,8 @@ class AttentionBatch:
         return jnp.where(place_Q < qlen_B1, self.decode_len_B[:, None] - qlen_B1 + place_Q, -1)
 
     def by_group(self) -> tuple[AttentionBatch, ...]:
-        """The batch of each group of layers."""
-        if self.places is None:
+        """The batch of each group of layers; the only one as it is, and one without pages where no layer keeps any."""
+        if not self.places:
             return (self,)
         return tuple(
             dataclasses.replace(

@@ -29,7 +29,8 @@ class KVGroups:
     Attributes:
         windows: of each group, how many positions back its layers attend at most; None for all.
         arrays: of each array of pages, what its layers keep.
-        places: (group, array) of each layer; None with a single group, where layer i has array i.
+        places: (group, array) of each layer; None with a single group, where layer i has array i. Without layers that keep
+            pages there is no group.
     """
 
     windows: tuple[int | None, ...]
@@ -43,6 +44,8 @@ class KVGroups:
         Raises:
             ValueError: layers that keep different things cannot share arrays.
         """
+        if not specs:
+            return cls((), (), ())
         if layers_per_page is None or layers_per_page >= len(specs):
             limited = [spec.window for spec in specs if spec.window is not None]
             return cls((max(limited) if len(limited) == len(specs) else None,), tuple(specs))
@@ -67,7 +70,7 @@ def layers_per_page(specs: Sequence[KVSpec], max_len: int) -> int:
     anything, or where the layers do not keep the same; else so many that little is wasted and there are few groups."""
     counts = Counter(spec.window for spec in specs)
     limited = [window for window in counts if window is not None and window < max_len]
-    if len(counts) == 1 or not limited or len(_shapes(specs)) > 1:
+    if len(counts) <= 1 or not limited or len(_shapes(specs)) > 1:
         return len(specs)
     # What a layer holds of a sequence that is sixteen windows long.
     span = {window: min(max_len, 16 * max(limited) if window is None else window) for window in counts}

@@ -2,7 +2,8 @@
 
 One face a kind, several bodies: the first of `BACKENDS` that does not decline with NotImplementedError runs; `xla` never
 declines. `RecurrentBatch` (batch.py) says which tokens belong to which state. Everything is float32 inside; states are
-whatever their arrays are (float32 by default: errors of a state add up over a sequence).
+whatever their arrays are (float32 by default: errors of a state add up over a sequence). On a mesh each device runs its own
+channels or heads, those that `axis` splits over the devices, or all where it is None.
 
 `matrix_recurrence` is what most of today's recurrent layers have in common:
 
@@ -16,15 +17,18 @@ whatever their arrays are (float32 by default: errors of a state add up over a s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh, PartitionSpec
 
+from ops.per_device import per_device
 from ops.recurrent import native, xla
 from ops.recurrent.batch import RecurrentBatch
+from ops.recurrent.states import States
 
-__all__ = ["BACKENDS", "RecurrentBatch", "matrix_recurrence", "selective_scan", "short_conv"]
+__all__ = ["BACKENDS", "RecurrentBatch", "States", "matrix_recurrence", "selective_scan", "short_conv"]
 
 BACKENDS: dict[str, Any] = {"native": native, "xla": xla}
 """Modules with the three functions, best first."""
@@ -38,6 +42,8 @@ def short_conv(
     batch: RecurrentBatch,
     *,
     activation: str | None = "silu",
+    mesh: Mesh | None = None,
+    axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Depthwise causal convolution along each sequence: y_t = act(bias + sum_j kernel[j] * x_(t - W + 1 + j)).
 
@@ -47,10 +53,16 @@ def short_conv(
         bias_D: or None.
         state_SwD: of each slot its last w = W - 1 inputs, oldest first.
         activation: "silu" or None.
+        mesh, axis: which devices there are, and the mesh axis that splits the D channels.
     Returns:
         y_TD float32 (arbitrary at padded tokens), and the states behind this step.
     """
-    return _first("short_conv", x_TD, kernel_WD, bias_D, state_SwD, batch, activation)
+
+    def run(*operands: Any) -> tuple[jax.Array, jax.Array]:
+        return _first("short_conv", *operands, activation)
+
+    operands = (x_TD, kernel_WD, bias_D, state_SwD, batch)
+    return _placed(run, operands, (1, 1, 0, 2, None), (1, 2), mesh, axis)
 
 
 def matrix_recurrence(
@@ -61,6 +73,9 @@ def matrix_recurrence(
     beta_TH: jax.Array | None,
     state_SHnp: jax.Array,
     batch: RecurrentBatch,
+    *,
+    mesh: Mesh | None = None,
+    axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """A matrix a head that decays, is written to and read at every token of a sequence:
 
@@ -75,10 +90,16 @@ def matrix_recurrence(
         log_decay: [T, H], or [T, H, n] where channels of k decay on their own; at most 0.
         beta_TH: how far what k reads is replaced by v; None to add.
         state_SHnp: of each slot; float32 or narrower.
+        mesh, axis: which devices there are, and the mesh axis that splits the heads, K and H alike.
     Returns:
         o_THp float32 (arbitrary at padded tokens), and the states behind this step.
     """
-    return _first("matrix_recurrence", q_TKn, k_TKn, v_THp, log_decay, beta_TH, state_SHnp, batch)
+
+    def run(*operands: Any) -> tuple[jax.Array, jax.Array]:
+        return _first("matrix_recurrence", *operands)
+
+    operands = (q_TKn, k_TKn, v_THp, log_decay, beta_TH, state_SHnp, batch)
+    return _placed(run, operands, (1, 1, 1, 1, 1, 1, None), (1, 1), mesh, axis)
 
 
 def selective_scan(
@@ -89,6 +110,9 @@ def selective_scan(
     C_TN: jax.Array,
     state_SND: jax.Array,
     batch: RecurrentBatch,
+    *,
+    mesh: Mesh | None = None,
+    axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Mamba-1's recurrence (Gu & Dao 2023, arXiv:2312.00752): S <- exp(dt * A) * S + (dt * x) (x) B; y = S C.
 
@@ -97,10 +121,34 @@ def selective_scan(
         A_ND: decay rates, negative.
         B_TN, C_TN: what is written with and read with, the same for all channels.
         state_SND: of each slot.
+        mesh, axis: which devices there are, and the mesh axis that splits the D channels.
     Returns:
         y_TD float32 (arbitrary at padded tokens), and the states behind this step.
     """
-    return _first("selective_scan", x_TD, dt_TD, A_ND, B_TN, C_TN, state_SND, batch)
+
+    def run(*operands: Any) -> tuple[jax.Array, jax.Array]:
+        return _first("selective_scan", *operands)
+
+    operands = (x_TD, dt_TD, A_ND, B_TN, C_TN, state_SND, batch)
+    return _placed(run, operands, (1, 1, 1, None, None, 2, None), (1, 2), mesh, axis)
+
+
+def _placed(
+    run: Callable[..., tuple[jax.Array, jax.Array]],
+    operands: tuple[Any, ...],
+    split: Sequence[int | None],
+    results: Sequence[int],
+    mesh: Mesh | None,
+    axis: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Each device on its part: of every operand and result, which of its axes the mesh's splits; None for none."""
+    if mesh is None or mesh.size == 1:
+        return run(*operands)
+
+    def spec(split: int | None) -> PartitionSpec:
+        return PartitionSpec() if split is None or axis is None else PartitionSpec(*(None,) * split, axis)
+
+    return per_device(run, mesh, tuple(map(spec, split)), tuple(map(spec, results)))(*operands)
 
 
 def _first(name: str, *operands: Any) -> tuple[jax.Array, jax.Array]:

@@ -24,7 +24,7 @@ from serving.engine.device.runner import StepRunner
 from serving.engine.device.sizing import GIB, default_kv_memory, in_words
 from serving.engine.encoder.runner import EncoderBuckets, EncoderRunner
 from serving.engine.requests.buckets import ACCELERATOR_RIDGE, CPU_RIDGE
-from serving.engine.requests.cache_specs import paged
+from serving.engine.requests.cache_specs import paged, recurrent_of
 from serving.engine.requests.scheduler_config import SchedulerConfig
 from serving.engine.requests.sizes import Sizes
 
@@ -129,7 +129,7 @@ def _scheduler_config(
         max_chunk_rows=runner.buckets.max_rows,
         host_pages=int(config.kv_offload_gb * GIB // sizes.page_bytes) // replicas,
         restore_page_s=executor.store.restore_page_s if executor.store is not None else 0.0,
-        caches=paged(*executor.groups.windows),
+        caches=(*paged(*executor.groups.windows), *(() if executor.recurrent is None else (executor.recurrent,))),
         replicas=replicas,
         buckets=dataclasses.replace(runner.buckets, ridge=ridge),
     )
@@ -186,7 +186,20 @@ def _pages_in_words(checked: Checked, loaded: LoadedModel, sizes: Sizes, replica
     return (
         f"KV cache: {sizes.num_pages} pages of {sizes.page_size} tokens{_what_pages_hold(groups)}, "
         f"{in_words(sizes.num_pages * sizes.page_bytes)} ({sizes.kv_dtype}); up to {sizes.max_num_seqs} requests at once, "
-        f"{sizes.max_model_len} tokens each" + (f"; all of it in each of {replicas} replicas" if replicas > 1 else "")
+        f"{sizes.max_model_len} tokens each"
+        + _states_in_words(loaded, sizes)
+        + (f"; all of it in each of {replicas} replicas" if replicas > 1 else "")
+    )
+
+
+def _states_in_words(loaded: LoadedModel, sizes: Sizes) -> str:
+    """What recurrent layers take besides."""
+    spec = recurrent_of(loaded.model)
+    if spec is None:
+        return ""
+    return (
+        f"; {in_words((sizes.max_num_seqs + 1) * spec.state_bytes)} of states of recurrent layers, and "
+        f"{sizes.num_snapshots} snapshots of them, {in_words(sizes.num_snapshots * spec.state_bytes)}"
     )
 
 

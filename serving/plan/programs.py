@@ -20,12 +20,15 @@ from ops.linear import quantize
 from ops.linear.weights.int8 import pack_int8
 from ops.linear.weights.rotation import BLOCK
 from ops.paged_attention import KVGroups, pages
+from ops.recurrent import States
 from serving.engine.device.programs.compiling import Program
 from serving.engine.device.programs.keys import ProgramKey
 from serving.engine.device.programs.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, placed
 from serving.engine.device.programs.program_list import StepShapes, list_programs
 from serving.engine.device.programs.state import DeviceState
 from serving.engine.device.programs.steps import SplitModel
+from serving.engine.device.stores.state_store import abstract_states
+from serving.engine.requests.cache_specs import recurrent_of
 from serving.engine.requests.sizes import Sizes
 from sharding.rules import to_sharding
 
@@ -149,7 +152,7 @@ class AbstractEngine:
     Attributes:
         model: from `abstract_model`.
         shapes: of the steps.
-        leaves, kv, state: ShapeDtypeStructs of weights, pages and device state.
+        leaves, kv, recurrent, state: ShapeDtypeStructs of weights, pages, recurrent layers' states and device state.
         mesh: where they are.
     """
 
@@ -162,6 +165,7 @@ class AbstractEngine:
         self._split, self.leaves = SplitModel.split(model)
         self.kv = abstract_kv(self.shapes.groups, sizes.num_pages, sizes.page_size, sizes.kv_dtype, mesh)
         replicas = num_replicas(mesh)
+        self.recurrent = self._abstract_states(replicas)
         place: Any = SingleDeviceSharding(mesh.devices.flat[0])
         if self._server_mesh is not None:
             place = NamedSharding(mesh, BY_REPLICA if replicas > 1 else EVERYWHERE)
@@ -172,9 +176,26 @@ class AbstractEngine:
 
     def programs(self) -> dict[ProgramKey, Program]:
         """Every program of the server, its arguments placed on the mesh."""
-        kv, state = jax.tree.map(lambda array: of_one(self._server_mesh, array), (self.kv, self.state))
-        listed = list_programs(self._split, self.leaves, kv, state, self.shapes)
+        cache, state = jax.tree.map(
+            lambda array: of_one(self._server_mesh, array), ((*self.kv, *self.recurrent), self.state)
+        )
+        listed = list_programs(self._split, self.leaves, cache, state, self.shapes)
         return {program.key: placed(self._server_mesh, program) for program in listed.programs}
+
+    def _abstract_states(self, replicas: int) -> tuple[States, ...]:
+        """What recurrent layers keep of running requests; () where there are none."""
+        spec = recurrent_of(self.model)
+        if spec is None:
+            return ()
+        states = abstract_states(spec, self.sizes.max_num_seqs + 1, self._server_mesh, replicas)
+        here, places = SingleDeviceSharding(self.mesh.devices.flat[0]), dict(states.placements)
+        arrays = {
+            name: jax.ShapeDtypeStruct(
+                a.shape, a.dtype, sharding=NamedSharding(self.mesh, places[name]) if name in places else here
+            )
+            for name, a in states.arrays.items()
+        }
+        return (States(arrays, states.placements),)
 
     @property
     def kv_bytes_a_page(self) -> int:
@@ -199,4 +220,4 @@ class AbstractEngine:
 
     @property
     def state_bytes(self) -> int:
-        return sum(bytes_on_device(leaf) for leaf in jax.tree.leaves(self.state))
+        return sum(bytes_on_device(leaf) for leaf in jax.tree.leaves((self.state, self.recurrent)))

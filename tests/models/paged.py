@@ -1,6 +1,7 @@
 """Runs a model the way the engine does, by hand: chunked prefill and decode over pages, in one small program.
 
 Layers are in groups as an engine would put them, and pages that fall behind a group's window are taken by whoever comes next.
+Request r has its state in slot 1 - r.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from flax import nnx
 from models.api import Step
 from ops.paged_attention import Q_BLOCK, AttentionBatch, KVGroups, allocate
 from ops.paged_attention.groups import layers_per_page
+from ops.recurrent import RecurrentBatch
 from serving.engine.cache.kv_windows import first_page, pages_of
+from serving.engine.device.stores.state_store import StateStore
+from serving.engine.requests.cache_specs import recurrent_of
 
 PAGE = 16
 DECODE_ROWS, CHUNK_TOKENS, CHUNK_ROWS = 2, 32, 2
@@ -29,6 +33,9 @@ class PagedModel:
         self.free = list(range(1, num_pages))
         graphdef, self.state = nnx.split(model)
         self.kv = tuple(allocate(spec, num_pages, PAGE, dtype, mesh) for spec in self.groups.arrays)
+        self.recurrent = recurrent_of(model)
+        if self.recurrent is not None:
+            self.kv += (StateStore(self.recurrent, DECODE_ROWS, 0, mesh).states,)
 
         @jax.jit
         def step(state, step, kv):
@@ -55,8 +62,8 @@ class PagedModel:
         """One step.
 
         Args:
-            decode: (token, position, page tables) of each decode row.
-            chunks: (tokens, first position, page tables) of each piece of a prompt, at most Q_BLOCK tokens.
+            decode: (token, position, page tables, slot) of each decode row.
+            chunks: (tokens, first position, page tables, slot) of each piece of a prompt, at most Q_BLOCK tokens.
         Returns:
             logits [V] of each decode row, and [n, V] of each piece.
         """
@@ -66,26 +73,33 @@ class PagedModel:
         chunk_pages = np.zeros((G, R, P), np.int32)
         start, qlen, length = (np.zeros(R, np.int32) for _ in range(3))
         rows = np.full(C // Q_BLOCK, R, np.int32)
-        for row, (token, position, pages) in enumerate(decode):
+        decode_slot, chunk_slot = np.full(B, DECODE_ROWS, np.int32), np.full(R, DECODE_ROWS, np.int32)
+        for row, (token, position, pages, slot) in enumerate(decode):
             self.cover(pages, position, position + 1)
             tokens[row], positions[row] = token, position
             index[:, row] = pages[:, position // PAGE] * PAGE + position % PAGE
-            decode_pages[:, row], decode_len[row] = pages, position + 1
-        for row, (piece, first, pages) in enumerate(chunks):
+            decode_pages[:, row], decode_len[row], decode_slot[row] = pages, position + 1, slot
+        for row, (piece, first, pages, slot) in enumerate(chunks):
             at = slice(B + row * Q_BLOCK, B + row * Q_BLOCK + len(piece))
             where = np.arange(first, first + len(piece))
             self.cover(pages, first, first + len(piece))
             tokens[at], positions[at] = piece, where
             index[:, at] = pages[:, where // PAGE] * PAGE + where % PAGE
-            chunk_pages[:, row], rows[row] = pages, row
+            chunk_pages[:, row], rows[row], chunk_slot[row] = pages, row, slot
             start[row], qlen[row], length[row] = row * Q_BLOCK, len(piece), first + len(piece)
         places = self.groups.places
         if places is None:
             index, decode_pages, chunk_pages = index[0], decode_pages[0], chunk_pages[0]
         batch = AttentionBatch(index, decode_pages, decode_len, chunk_pages, start, qlen, length, rows, places=places)
-        logits, self.kv = self.step(self.state, Step(tokens, positions, batch), self.kv)
+        recurrent = None
+        if self.recurrent is not None:
+            before = np.maximum(decode_len - 1, 0), (decode_len > 0).astype(np.int32)
+            recurrent = RecurrentBatch(
+                decode_slot, *before, chunk_slot, start, length - qlen, qlen, num_tokens=B + C
+            )  # fmt: skip
+        logits, self.kv = self.step(self.state, Step(tokens, positions, batch, recurrent=recurrent), self.kv)
         logits = np.asarray(logits)
-        pieces = [logits[B + r * Q_BLOCK :][: len(piece)] for r, (piece, _, _) in enumerate(chunks)]
+        pieces = [logits[B + r * Q_BLOCK :][: len(chunk[0])] for r, chunk in enumerate(chunks)]
         return [logits[row] for row in range(len(decode))], pieces
 
     def generate(self, prompts: list[list[int]], steps: int, piece: int = 13) -> list[tuple[list[int], np.ndarray]]:
@@ -100,8 +114,8 @@ class PagedModel:
         while any(len(t) < len(p) + steps for t, p in zip(tokens, prompts, strict=True)):
             filling = [r for r in range(len(prompts)) if done[r] < len(prompts[r])]
             running = [r for r in range(len(prompts)) if r not in filling and len(tokens[r]) < len(prompts[r]) + steps]
-            decode = [(tokens[r][-1], len(tokens[r]) - 1, tables[r]) for r in running]
-            chunks = [(prompts[r][done[r] : done[r] + piece], done[r], tables[r]) for r in filling]
+            decode = [(tokens[r][-1], len(tokens[r]) - 1, tables[r], 1 - r) for r in running]
+            chunks = [(prompts[r][done[r] : done[r] + piece], done[r], tables[r], 1 - r) for r in filling]
             decoded, pieces = self.run(decode, chunks)
             for r, row in zip(running, decoded, strict=True):
                 logits[r].append(row[None])

@@ -2,50 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-VOCAB = 384
-PROMPTS = (37, 21)  # tokens; longer than every window below
-STEPS = 64
-
-BASE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiny:
-    """A transformers configuration class and what differs from `BASE`; a value of None leaves the field out.
-
-    Attributes:
-        config: class name in transformers.
-        model: class name in transformers.
-        fields: over BASE.
-        expert_mesh: whether it is also tried on a mesh with an expert axis.
-    """
-
-    config: str
-    model: str
-    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    expert_mesh: bool = False
-
+from tests.models.tiny_base import BASE, PROMPTS, STEPS, Tiny
+from tests.models.tiny_hybrid import HYBRID
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -424,6 +389,8 @@ TINY: dict[str, Tiny] = {
     ),
 }
 
+TINY |= HYBRID
+
 
 def make_reference(name: str, directory: Path) -> None:
     """Saves the random model as safetensors, and its greedy tokens and logits as `reference.npz`."""
@@ -440,6 +407,8 @@ def make_reference(name: str, directory: Path) -> None:
             # As large as trained weights: at transformers' 0.02 a layer of this width would hardly matter.
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
+            elif parameter_name.endswith("A_log"):  # states that last
+                parameter.normal_(-2.0, 1.0)
             elif "norm" in parameter_name or "ln_" in parameter_name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:

@@ -46,11 +46,11 @@ class Adapters:
         """What forward programs with adapters are called with: the decoder's weights, then the stacks."""
         return self._decoder.leaves + self.stacks
 
-    def programs(self, kv: tuple[Any, ...], state: Any, shapes: StepShapes) -> list[Program]:
+    def programs(self, cache: tuple[Any, ...], state: Any, shapes: StepShapes) -> list[Program]:
         """Forward passes in which somebody has an adapter, and what loads one.
 
         Args:
-            kv, state: ShapeDtypeStructs of one replica's pages and device state.
+            cache, state: ShapeDtypeStructs of one replica's pages (and recurrent states), and device state.
         """
         stacks = tuple(jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding) for s in self.stacks)
         packed, slot = jax.ShapeDtypeStruct((self.room.size,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
@@ -59,7 +59,7 @@ class Adapters:
         for bucket, layout in shapes.forward_layouts.items():
             fn = make_forward(self._split, shapes.groups, layout, shapes.sizes.page_size, bucket.chunk > 0)
             flat = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-            args = (self._decoder.abstract_leaves + stacks, kv, state.ends, flat)
+            args = (self._decoder.abstract_leaves + stacks, cache, state.ends, flat)
             programs.append(Program(ProgramKey("forward", bucket, VARIANT), fn, args, (1,), (0,), True))
         return programs
 

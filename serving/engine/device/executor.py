@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.api import KVCache
 from ops import paged_attention
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
@@ -28,7 +29,7 @@ from serving.engine.device.programs.steps import PROMPT_LOGPROB_ROWS
 from serving.engine.device.stores.at_rest import delete
 from serving.engine.device.stores.page_store import PageStore
 from serving.engine.device.stores.state_store import StateStore
-from serving.engine.requests.cache_specs import RecurrentSpec
+from serving.engine.requests.cache_specs import recurrent_of
 from serving.engine.requests.commands import (
     ClearStates,
     Command,
@@ -62,14 +63,13 @@ class Executor:
         attention_backend: force one implementation of paged attention.
         num_scheduler_steps: compile decode loops of up to this many steps, when more than 1.
         host_tier: compile what moves pages to host memory and back.
-        recurrent: what the model's recurrent layers keep a slot.
         max_loras, max_lora_rank: adapters at once, and their rank at most; none where 0.
-        num_snapshots: of each replica, how many of their states may be kept for prefixes.
 
     Attributes:
         decoder: the first of `components`, whose pages and device state the executor keeps.
         components: the models of this engine, by name.
         groups: which layers share pages.
+        recurrent: what the model's recurrent layers keep a slot; None where there are none.
         guard: counts compilations after start.
         num_sampled: commands so far that sampled tokens.
         replicas: how many replicas the mesh holds; sizes, buckets and layouts are of one.
@@ -85,8 +85,6 @@ class Executor:
         attention_backend: str | None = None,
         host_tier: bool = False,
         num_scheduler_steps: int = 1,
-        recurrent: RecurrentSpec | None = None,
-        num_snapshots: int = 0,
         max_loras: int = 0,
         max_lora_rank: int = 16,
     ) -> None:
@@ -101,9 +99,10 @@ class Executor:
         self.guard = CompileGuard()
         self.num_sampled = 0
         self.replicas = num_replicas(mesh)
+        self.recurrent = recurrent_of(model)
         self.states: StateStore | None = None
-        if recurrent is not None:
-            self.states = StateStore(recurrent, sizes.max_num_seqs, num_snapshots, mesh, self.replicas)
+        if self.recurrent is not None:
+            self.states = StateStore(self.recurrent, sizes.max_num_seqs, sizes.num_snapshots, mesh, self.replicas)
         self._followers: Followers | None = None
         self._cache = cache
         self._mesh = mesh
@@ -153,12 +152,12 @@ class Executor:
         self._followers = followers
 
     def _list_programs(self) -> list[Program]:
-        kv, state = jax.tree.map(lambda array: of_one(self._mesh, array), (self._kv, self._state))
+        kv, cache, state = jax.tree.map(lambda array: of_one(self._mesh, array), (self._kv, self._cached, self._state))
         more = [] if self.store is None else self.store.programs(kv)
         more += [] if self.states is None else self.states.programs()
-        more += [] if self.adapters is None else self.adapters.programs(kv, state, self._shapes)
+        more += [] if self.adapters is None else self.adapters.programs(cache, state, self._shapes)
         weights = self.decoder.abstract_leaves
-        listed = list_programs(self.decoder.split, weights, kv, state, self._shapes, self.max_steps, more)
+        listed = list_programs(self.decoder.split, weights, cache, state, self._shapes, self.max_steps, more)
         self.decoder.head = listed.head
         return [placed(self._mesh, program) for program in listed.programs]
 
@@ -213,8 +212,8 @@ class Executor:
                 if adapted:
                     assert self.adapters is not None, "no request can have an adapter"
                     key, leaves = ProgramKey("forward", bucket, VARIANT), self.adapters.leaves
-                self._kv, self._hidden_SD, self._hidden_TD, loads = self.programs[key](
-                    leaves, self._kv, self._state.ends, packed
+                self._cached, self._hidden_SD, self._hidden_TD, loads = self.programs[key](
+                    leaves, self._cached, self._state.ends, packed
                 )
                 return loads[0] if loads else None
             case Sample(rows, packed, mask):
@@ -226,8 +225,8 @@ class Executor:
                 self._sampled_once_more()
                 return output
             case DecodeLoop(bucket, forward, sample, steps):
-                self._kv, self._state, tokens = self.programs[ProgramKey("decode_loop", bucket)](
-                    self.decoder.leaves, self._kv, self._state, forward, sample, np.int32(steps)
+                self._cached, self._state, tokens = self.programs[ProgramKey("decode_loop", bucket)](
+                    self.decoder.leaves, self._cached, self._state, forward, sample, np.int32(steps)
                 )
                 self._sampled_once_more()
                 return tokens
@@ -270,6 +269,19 @@ class Executor:
                 self.store.drop(command)
 
     # ---- memory ----
+
+    @property
+    def _cached(self) -> KVCache:
+        """What a step's program takes over: pages, and states where layers keep some."""
+        return self._kv if self.states is None else (*self._kv, self.states.states)
+
+    @_cached.setter
+    def _cached(self, cache: KVCache) -> None:
+        if self.states is None:
+            self._kv = cache
+        else:
+            *pages, self.states.states = cache
+            self._kv = tuple(pages)
 
     @property
     def alone(self) -> bool:

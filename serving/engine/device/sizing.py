@@ -18,7 +18,7 @@ from serving.engine.cache.kv_windows import longest, pages_of
 from serving.engine.cache.snapshots import SNAPSHOT_SHARE, budget
 from serving.engine.device.followers import Meet
 from serving.engine.device.programs.placement import num_replicas
-from serving.engine.requests.cache_specs import RecurrentSpec
+from serving.engine.requests.cache_specs import RecurrentSpec, recurrent_of
 from serving.engine.requests.chunks import CHUNK_ALIGN
 from serving.engine.requests.sizes import Sizes
 
@@ -175,6 +175,7 @@ def resolve_bounds(
         groups.windows,
         replicas,
         config.max_model_len,
+        recurrent_of(model),
     )
 
 

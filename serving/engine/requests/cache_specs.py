@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int8": 1}
 
@@ -26,11 +27,18 @@ class PagedSpec:
 
 @dataclasses.dataclass(frozen=True)
 class StateArray:
-    """One array of a recurrent state: a convolution's last inputs, or a matrix. `shape`: of one slot, all layers together."""
+    """One array of a recurrent state: a convolution's last inputs, or a matrix.
+
+    Attributes:
+        name: unique among those of a model.
+        shape: of one slot.
+        axes: the mesh axis that splits each dimension; () for none.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
+    axes: tuple[str | None, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -66,3 +74,11 @@ CacheSpec = PagedSpec | RecurrentSpec
 def paged(*windows: int | None) -> tuple[PagedSpec, ...]:
     """Paged groups with these windows."""
     return tuple(map(PagedSpec, windows))
+
+
+def recurrent_of(model: Any) -> RecurrentSpec | None:
+    """What a model's recurrent layers keep of a running request (`models.api.CausalLM.state_specs`; an installed package's may
+    say nothing); None where there are none."""
+    specs = model.state_specs() if hasattr(model, "state_specs") else ()
+    arrays = tuple(StateArray(spec.name, spec.shape, spec.dtype, spec.axes) for spec in specs)
+    return RecurrentSpec(arrays) if arrays else None

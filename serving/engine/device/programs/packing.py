@@ -13,6 +13,7 @@ import numpy as np
 
 from models.api import Step
 from ops.paged_attention.batch import Q_BLOCK, AttentionBatch
+from ops.recurrent import RecurrentBatch
 from serving.engine.requests.buckets import Bucket
 from serving.engine.requests.plan import CHUNK_ALIGN, StepPlan, align
 from serving.engine.requests.slots import COLUMNS, SlotTable
@@ -52,7 +53,9 @@ class Layout:
         return out
 
 
-def forward_layout(bucket: Bucket, pages_per_slot: int, groups: int = 1, adapters: bool = False) -> Layout:
+def forward_layout(
+    bucket: Bucket, pages_per_slot: int, groups: int = 1, adapters: bool = False, recurrent: bool = False
+) -> Layout:
     """What a step is made of on the device, by `decode_rows` and `make_step`, and which rows sample.
 
     A decode row's token or start of -1 is the slot's on the device: the last one that it sampled, and its length.
@@ -60,10 +63,12 @@ def forward_layout(bucket: Bucket, pages_per_slot: int, groups: int = 1, adapter
     Args:
         groups: attention groups. What comes from page tables has an axis for them in front where there are several.
         adapters: whether requests may have adapters.
+        recurrent: whether layers keep states.
     """
     t, b, c, r = bucket.tokens, bucket.decode, bucket.chunk, bucket.rows
     each = () if groups == 1 else (groups,)
     own = (("adapter_B", (b,), "int32"), ("adapter_R", (r,), "int32")) if adapters else ()
+    own += (("chunk_slot_R", (r,), "int32"),) if recurrent else ()
     return Layout(
         (
             ("tokens_T", (t,), "int32"),
@@ -137,7 +142,21 @@ def make_step(
         **{name: f[name] for name in _AS_PACKED},
     )
     tokens_T = jnp.concatenate([tokens_BQ.reshape(-1), f["tokens_T"][B * Q :]])
-    return Step(tokens_T, jnp.concatenate([position_BQ.reshape(-1), f["chunk_positions_C"]]), attention)
+    recurrent = None
+    if "chunk_slot_R" in f:
+        recurrent = RecurrentBatch(
+            decode_slot_B=f["decode_slot_B"],
+            decode_start_B=start_B,
+            decode_count_B=qlen_B,
+            chunk_slot_R=f["chunk_slot_R"],
+            chunk_first_R=f["chunk_start_R"],
+            chunk_start_R=f["chunk_len_R"] - f["chunk_qlen_R"],
+            chunk_qlen_R=f["chunk_qlen_R"],
+            num_tokens=tokens_T.shape[0],
+            queries=Q,
+        )
+    positions_T = jnp.concatenate([position_BQ.reshape(-1), f["chunk_positions_C"]])
+    return Step(tokens_T, positions_T, attention, recurrent=recurrent)
 
 
 def adapters_of(f: dict[str, jax.Array]) -> jax.Array:
@@ -160,6 +179,8 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
     f = layout.views(flat)
     f["decode_slot_B"][:] = slots.per_replica
     f["chunk_row_N"][:] = bucket.rows
+    if "chunk_slot_R" in f:
+        f["chunk_slot_R"][:] = slots.per_replica
     groups, Q, first = len(slots.pages), bucket.queries, bucket.decode_tokens
     index_GC, decode_pages_GBP, chunk_pages_GRP = (
         f[name].reshape(groups, *f[name].shape[-dims:])
@@ -199,6 +220,8 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
         f["chunk_len_R"][i] = chunk.start + length
         if "adapter_R" in f:
             f["adapter_R"][i] = request.adapter_slot
+        if "chunk_slot_R" in f:
+            f["chunk_slot_R"][i] = request.slot % slots.per_replica
         f["chunk_row_N"][at // Q_BLOCK : (at + align(length)) // Q_BLOCK] = i
         if chunk.samples:
             samples[row_of_sample] = first + at + length - 1

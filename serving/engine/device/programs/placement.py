@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ops.paged_attention import KVPages
 from ops.paged_attention.pages import DATA_AXIS
+from ops.recurrent import States
 from serving.engine.device.programs.compiling import Program
 from serving.engine.device.programs.state import DeviceState
 
@@ -64,7 +65,7 @@ def placed(mesh: Mesh | None, program: Program) -> Program:
     """The program with the places of its arguments and results said, so that each call's results fit the next call.
 
     Arguments that have no sharding are whole on every device, or spread by replica if each runs the program and they are not
-    shared. Of results, pages stay as they are cut, device state and what is `resident` stays with its replica; the host reads
+    shared. Of results, pages and recurrent states stay as they are cut, device state and what is `resident` stays with its replica; the host reads
     the rest.
     """
     if mesh is None:
@@ -81,6 +82,9 @@ def placed(mesh: Mesh | None, program: Program) -> Program:
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
     def result(value: Any) -> Any:
+        if isinstance(value, States):
+            cut = {name: NamedSharding(mesh, spec) for name, spec in value.placements}
+            return dataclasses.replace(value, arrays=jax.lax.with_sharding_constraint(value.arrays, cut))
         if isinstance(value, KVPages):
             spec = value.placement
         elif split and (program.resident or isinstance(value, DeviceState)):
@@ -101,7 +105,9 @@ def placed(mesh: Mesh | None, program: Program) -> Program:
         )
 
     def fn(*args: Any) -> Any:
-        return jax.tree.map(result, each(*args), is_leaf=lambda value: isinstance(value, KVPages | DeviceState))
+        return jax.tree.map(
+            result, each(*args), is_leaf=lambda value: isinstance(value, KVPages | DeviceState | States)
+        )
 
     args = tuple(
         jax.tree.map(lambda leaf, whole=i in shared: argument(leaf, whole), arg) for i, arg in enumerate(program.args)

@@ -30,6 +30,7 @@ from serving.engine.device.programs.steps import (
     used_leaves,
 )
 from serving.engine.requests.buckets import Bucket, BucketTable
+from serving.engine.requests.cache_specs import recurrent_of
 from serving.engine.requests.sizes import Sizes
 
 
@@ -57,6 +58,7 @@ class StepShapes:
     def of(cls, sizes: Sizes, model: CausalLM, adapters: bool = False) -> StepShapes:
         """The shapes for a model and these sizes; with adapters where requests may have some."""
         vocab_size, groups = model.vocab_size, KVGroups.of(model.kv_specs(), sizes.layers_per_page)
+        recurrent = recurrent_of(model) is not None
         buckets = BucketTable.make(sizes.max_num_seqs, sizes.max_num_batched_tokens)
         pages_per_slot = -(-sizes.max_model_len // sizes.page_size)
         return cls(
@@ -66,7 +68,7 @@ class StepShapes:
             pages_per_slot,
             -(-vocab_size // 32),
             groups,
-            {b: forward_layout(b, pages_per_slot, len(groups.windows), adapters) for b in buckets.buckets},
+            {b: forward_layout(b, pages_per_slot, len(groups.windows), adapters, recurrent) for b in buckets.buckets},
             {s: sample_layout(s) for s in buckets.sample_sizes},
         )
 
@@ -96,7 +98,7 @@ def list_programs(
     """Names the programs.
 
     Args:
-        leaves, kv, state: ShapeDtypeStructs of the weights, and of one replica's pages and device state, placed.
+        leaves, kv, state: ShapeDtypeStructs of the weights, and of one replica's cache and device state, placed.
         max_steps: list decode loops of up to this many steps, when more than 1.
         more: programs of the caller's, to be sorted in.
     """

@@ -11,11 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
+from ops.paged_attention.pages import DATA_AXIS
+from ops.recurrent import States
 from serving.engine.device.programs.compiling import Program
 from serving.engine.device.programs.keys import ProgramKey
-from serving.engine.device.programs.placement import BY_REPLICA, EVERYWHERE, of_one, place
+from serving.engine.device.programs.placement import of_one, place
 from serving.engine.requests.cache_specs import RecurrentSpec
 from serving.engine.requests.commands import ClearStates, LoadStates, SaveStates
 
@@ -24,22 +26,27 @@ SAVE, LOAD, CLEAR = ProgramKey("save_states"), ProgramKey("load_states"), Progra
 GROUP = 8
 """States of each replica that a copy program moves at once."""
 
-Arrays = dict[str, jax.Array]
 
-
-def save_states(snapshots: Arrays, states: Arrays, slots: jax.Array, rows: jax.Array) -> Arrays:
+def save_states(snapshots: States, states: States, slots: jax.Array, rows: jax.Array) -> States:
     """Copies the states of `slots` int32 [GROUP] to `rows` int32 [GROUP]; a row out of range is dropped."""
     return jax.tree.map(lambda s, a: s.at[rows].set(a[slots], mode="drop"), snapshots, states)
 
 
-def load_states(states: Arrays, snapshots: Arrays, slots: jax.Array, rows: jax.Array) -> Arrays:
+def load_states(states: States, snapshots: States, slots: jax.Array, rows: jax.Array) -> States:
     """Copies the snapshots in `rows` int32 [GROUP] to `slots` int32 [GROUP]; a slot out of range is dropped."""
     return jax.tree.map(lambda a, s: a.at[slots].set(s[rows], mode="drop"), states, snapshots)
 
 
-def clear_states(states: Arrays, slots: jax.Array) -> Arrays:
+def clear_states(states: States, slots: jax.Array) -> States:
     """Makes the states of `slots` int32 [GROUP] those before the first token; a slot out of range is dropped."""
     return jax.tree.map(lambda a: a.at[slots].set(jnp.zeros((), a.dtype), mode="drop"), states)
+
+
+def abstract_states(spec: RecurrentSpec, rows: int, mesh: Mesh | None, replicas: int) -> States:
+    """Shapes and, on a mesh, places of so many rows a replica; nothing is allocated."""
+    lead = DATA_AXIS if replicas > 1 else None
+    arrays = {a.name: jax.ShapeDtypeStruct((replicas * rows, *a.shape), jnp.dtype(a.dtype)) for a in spec.arrays}
+    return States(arrays, () if mesh is None else tuple((a.name, PartitionSpec(lead, *a.axes)) for a in spec.arrays))
 
 
 class StateStore:
@@ -50,27 +57,28 @@ class StateStore:
         slots, rows: of each replica: running requests, and snapshots.
 
     Attributes:
-        states: name -> [replicas * (slots + 1), ...]. A step's program takes them over and gives new ones.
-        snapshots: name -> [replicas * max(rows, 1), ...].
+        states: of replicas * (slots + 1). A step's program takes them over and gives new ones.
+        snapshots: of replicas * max(rows, 1).
     """
 
     def __init__(self, spec: RecurrentSpec, slots: int, rows: int, mesh: Mesh | None = None, replicas: int = 1) -> None:
         self._slots, self._rows, self._replicas, self._mesh = slots, max(rows, 1), replicas, mesh
         self._spec = spec
         self._programs: dict[ProgramKey, Any] = {}
-        self.states: Arrays = {}
-        self.snapshots: Arrays = {}
+        self.states = self.snapshots = States({})
         self.reset()
 
     def reset(self) -> None:
         """Empty states, in place of those there are or a failed program took over."""
-        spread = BY_REPLICA if self._replicas > 1 else EVERYWHERE
 
-        def zeros(rows: int) -> Arrays:
-            return {
-                a.name: place(self._mesh, jnp.zeros((self._replicas * rows, *a.shape), a.dtype), spread)
-                for a in self._spec.arrays
+        def zeros(rows: int) -> States:
+            abstract = abstract_states(self._spec, rows, self._mesh, self._replicas)
+            spread = dict(abstract.placements)
+            arrays = {
+                name: place(self._mesh, jnp.zeros(a.shape, a.dtype), spread.get(name, PartitionSpec()))
+                for name, a in abstract.arrays.items()
             }
+            return States(arrays, abstract.placements)
 
         self.states, self.snapshots = zeros(self._slots + 1), zeros(self._rows)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -17,18 +19,20 @@ SLOTS, ROWS = GROUP + 3, GROUP + 2
 def test_states_go_where_they_are_sent_and_nowhere_else():
     store = StateStore(SPEC, SLOTS, ROWS)
     store.bind({p.key: jax.jit(p.fn, donate_argnums=p.donate) for p in store.programs()})
-    assert {name: a.shape for name, a in store.states.items()} == {
+    arrays = store.states.arrays
+    assert {name: a.shape for name, a in arrays.items()} == {
         "conv": (SLOTS + 1, 2, 3), "matrix": (SLOTS + 1, 2, 4, 4),
     }  # fmt: skip
-    assert sum(a.nbytes for a in store.states.values()) == (SLOTS + 1) * SPEC.state_bytes
-    wanted = {name: np.arange(a.size).reshape(a.shape) % 97 for name, a in store.states.items()}
-    store.states = {name: jax.numpy.asarray(wanted[name], a.dtype) for name, a in store.states.items()}
-    kept = {name: np.zeros((ROWS, *a.shape[1:])) for name, a in store.states.items()}
+    assert sum(a.nbytes for a in arrays.values()) == (SLOTS + 1) * SPEC.state_bytes
+    wanted = {name: np.arange(a.size).reshape(a.shape) % 97 for name, a in arrays.items()}
+    filled = {name: jax.numpy.asarray(wanted[name], a.dtype) for name, a in arrays.items()}
+    store.states = dataclasses.replace(store.states, arrays=filled)
+    kept = {name: np.zeros((ROWS, *a.shape[1:])) for name, a in arrays.items()}
 
     def check():
         for name in wanted:
-            np.testing.assert_array_equal(np.asarray(store.states[name], np.float32), wanted[name])
-            np.testing.assert_array_equal(np.asarray(store.snapshots[name], np.float32), kept[name])
+            np.testing.assert_array_equal(np.asarray(store.states.arrays[name], np.float32), wanted[name])
+            np.testing.assert_array_equal(np.asarray(store.snapshots.arrays[name], np.float32), kept[name])
 
     # More than one program moves, in an order of their own.
     saved = [StateMove(0, slot, (3 * slot + 1) % ROWS) for slot in range(ROWS)]
@@ -46,4 +50,4 @@ def test_states_go_where_they_are_sent_and_nowhere_else():
         wanted[name][[4, 0, 9]] = kept[name][[2, 2, 7]]
     check()
     store.reset()
-    assert not any(np.asarray(a, np.float32).any() for a in (*store.states.values(), *store.snapshots.values()))
+    assert not any(np.asarray(a, np.float32).any() for a in jax.tree.leaves((store.states, store.snapshots)))

@@ -1,0 +1,104 @@
+"""Qwen3-Next (Qwen Team 2025) and Qwen3.5, 3.6 and 3.8, text: Gated DeltaNet in three layers of four, gated attention in the
+fourth, dense or with many small experts and a gated shared one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from models.config import ModelConfig, from_hf
+from models.decoder import Decoder
+from models.families.qwen_moe import QwenMoELayer, qwen_moe
+from models.family import Family
+from models.layers import Build, GatedMLP, Layer
+from models.layers.mixing import mixer_of
+from models.layers.moe import MoE
+from models.mixers import DeltaNet
+
+BESIDE = (r"^(model\.)?visual\.", r"^mtp\.")
+"""What reads images, and heads that draft."""
+
+
+class QwenHybridLayer(Layer):
+    def make_attention(self, config: ModelConfig, index: int, build: Build) -> Any:
+        return mixer_of(config, index, build, **({"fused": True} if config.get("fused") else {}))
+
+    def make_mlp(self, config: ModelConfig, index: int, build: Build) -> MoE | GatedMLP:
+        return GatedMLP(config, build) if config.moe is None else QwenMoELayer.make_mlp(self, config, index, build)
+
+
+class QwenDeltaLayer(QwenHybridLayer):
+    names: ClassVar[dict[str, str]] = Layer.names | {"attn": "linear_attn"}
+
+
+def build(config: ModelConfig, build: Build) -> Decoder:
+    def layer(config: ModelConfig, index: int, build: Build) -> Layer:
+        return (QwenHybridLayer if config.mixers[index] is None else QwenDeltaLayer)(config, index, build)
+
+    return Decoder(config, build, layer)
+
+
+def _hybrid(hf: Mapping[str, Any], **more: Any) -> ModelConfig:
+    layers, every = hf["num_hidden_layers"], hf.get("full_attention_interval") or 4
+    kinds = hf.get("layer_types") or [
+        "linear_attention" if (index + 1) % every else "full_attention" for index in range(layers)
+    ]
+    if unknown := sorted({*kinds} - {"linear_attention", "full_attention"}):
+        raise ValueError(
+            f"config.json: layer_types has {unknown}; this family has linear_attention and full_attention."
+        )
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config.json: hidden_act is {hf['hidden_act']!r}; linear attention here is made for 'silu'.")
+    delta = DeltaNet(
+        hf["linear_num_key_heads"],
+        hf["linear_key_head_dim"],
+        hf["linear_num_value_heads"],
+        hf["linear_value_head_dim"],
+        hf.get("linear_conv_kernel_dim", 4),
+    )
+    bias = bool(hf.get("attention_bias", False))
+    return from_hf(
+        hf,
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm="head",
+        norm_offset=True,
+        attn_gate=True,
+        mixers=tuple(delta if kind == "linear_attention" else None for kind in kinds),
+        **more,
+    )
+
+
+def qwen3_next_config(hf: Mapping[str, Any]) -> ModelConfig:
+    moe = None
+    if hf.get("num_experts"):
+        moe = qwen_moe(hf, shared_ffw_dim=hf["shared_expert_intermediate_size"], shared_gate=True)
+    return _hybrid(hf, moe=moe, extra=(("fused", True),))
+
+
+def qwen3_5_config(hf: Mapping[str, Any]) -> ModelConfig:
+    return _hybrid(hf)
+
+
+def qwen3_5_moe_config(hf: Mapping[str, Any]) -> ModelConfig:
+    hf = {**hf, "norm_topk_prob": True}
+    return _hybrid(hf, moe=qwen_moe(hf, shared_ffw_dim=hf["shared_expert_intermediate_size"], shared_gate=True))
+
+
+FAMILIES = (
+    Family("Qwen3-Next", ("Qwen3NextForCausalLM",), qwen3_next_config, build, ignore=BESIDE),
+    Family(
+        "Qwen3.5, 3.6, 3.8 (text)",
+        ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"),
+        qwen3_5_config,
+        build,
+        ignore=BESIDE,
+    ),
+    Family(
+        "Qwen3.5, 3.6 MoE (text)",
+        ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"),
+        qwen3_5_moe_config,
+        build,
+        ignore=BESIDE,
+    ),
+)

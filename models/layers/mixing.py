@@ -1,0 +1,23 @@
+"""A layer's token mixer by its configuration: attention, or what it has in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.config import ModelConfig
+from models.layers.attention import attention_of
+from models.layers.build import Build
+from models.layers.delta_net import GatedDeltaNet
+from models.mixers import DeltaNet
+
+
+def mixer_of(config: ModelConfig, layer: int, build: Build, **options: Any) -> Any:
+    """What mixes tokens in a layer.
+
+    Args:
+        options: of the layers that are no attention.
+    """
+    mixer = config.mixers[layer]
+    if isinstance(mixer, DeltaNet):
+        return GatedDeltaNet(config, mixer, build, **options)
+    return attention_of(config, layer, build)

@@ -1,0 +1,150 @@
+"""The engine on a tiny model with recurrent layers: states and snapshots change no token, whoever shares what."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from models.config import ModelConfig, RopeConfig
+from models.dummy import random_model
+from models.mixers import DeltaNet
+from serving.engine.api.config import EngineConfig
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineRequest
+from tests.tiny import VOCAB, tiny_engine
+
+DELTA = DeltaNet(2, 16, 4, 16)
+HYBRID = ModelConfig(
+    "Qwen3_5ForCausalLM", VOCAB, 3, 64, 96, 4, 2, 16, 512, 1e-5, rope=RopeConfig(1e4, 4), qk_norm="head", attn_gate=True,
+    mixers=(DELTA, DELTA, None), tie_embeddings=True,
+)  # fmt: skip
+SNAPSHOTS = {"interval": 24, "tail": 8, "worth": 8}
+
+
+def hybrid_engine(**options):
+    model = random_model(HYBRID, seed=3)
+    return tiny_engine(model=model, num_snapshots=12, snapshots=SNAPSHOTS, **options)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """tokens(prompt, count) of an engine that shares nothing and runs one request at a time."""
+    engine = hybrid_engine(config=EngineConfig(page_size=8, progress=False, enable_prefix_caching=False))
+    known: dict[tuple[tuple[int, ...], int], list[int]] = {}
+
+    def tokens(prompt, count):
+        key = tuple(prompt), count
+        if key not in known:
+            known[key] = asyncio.run(answer(engine, f"alone {len(known)}", prompt, count))[0]
+        return known[key]
+
+    yield tokens
+    engine.shutdown()
+    engine.runner.guard.check()
+
+
+async def answer(engine, name, prompt, count):
+    """(tokens, prompt tokens that were found computed) of a greedy completion."""
+    request = EngineRequest(name, tuple(prompt), SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True))
+    tokens, cached = [], 0
+    async for output in engine.client.generate(request):
+        tokens += output.token_ids
+        cached = max(cached, output.num_cached_tokens)
+    return tokens, cached
+
+
+def some(count, seed):
+    rng = random.Random(seed)
+    return [rng.randrange(VOCAB) for _ in range(count)]
+
+
+def check(engine):
+    """Nothing is left, and nothing was compiled."""
+    scheduler = engine.scheduler
+    for manager in engine.call(lambda: scheduler.kv.managers):
+        engine.call(lambda manager=manager: manager.snapshots.check([]))
+    engine.shutdown()
+    engine.runner.guard.check()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_prefixes_turns_and_preemption(alone, steps):
+    engine = hybrid_engine(num_pages=26, steps=steps)
+
+    async def all_of_it():
+        stem = some(40, 1)
+        # Requests that begin alike, more than run at once, more than there are pages for.
+        prompts = [stem[: 24 + 8 * (i % 3)] + some(3 + 5 * i % 17, 10 + i) for i in range(8)]
+        prompts += [some(length, length) for length in (1, 7, 8, 9, 33, 61)]
+        found = await asyncio.gather(*(answer(engine, f"r{i}", p, 20) for i, p in enumerate(prompts)))
+        assert [tokens for tokens, _ in found] == [alone(p, 20) for p in prompts]
+        again = await answer(engine, "again", prompts[0], 20)
+        assert again == (alone(prompts[0], 20), len(prompts[0]) // 8 * 8)
+        # A conversation: each turn begins where the answer before it ended.
+        history = some(20, 99)
+        for turn in range(4):
+            tokens, cached = await answer(engine, f"turn {turn}", history, 11)
+            assert tokens == alone(history, 11)
+            assert cached >= (len(history) - 13) // 8 * 8 if turn else cached == 0
+            history = history + tokens + some(2, turn)
+
+    asyncio.run(all_of_it())
+    assert engine.scheduler.counters.preemptions > 0
+    check(engine)
+
+
+def walk(engine, alone, requests, seed):
+    """Random prompts over a few stems, arriving while others run, some of them aborted: every token that of the unshared run."""
+    rng = random.Random(seed)
+    stems = [some(rng.randrange(8, 60), 1000 + i) for i in range(5)]
+    prompts = [
+        (stem := rng.choice(stems))[: rng.randrange(1, len(stem) + 1)] + some(rng.randrange(1, 9), seed + i)
+        for i in range(requests)
+    ]
+    counts = [rng.choice([1, 4, 9, 24]) for _ in prompts]
+    pauses = [rng.randrange(12) for _ in prompts]
+    ends = [rng.randrange(1, 8) if rng.random() < 0.2 else None for _ in prompts]
+
+    async def one(i, began):
+        await asyncio.sleep(began)
+        task = asyncio.create_task(answer(engine, f"w{i}", prompts[i], counts[i]))
+        if ends[i] is not None:
+            await asyncio.sleep(ends[i] / 100)
+            task.cancel()
+        return (await asyncio.gather(task, return_exceptions=True))[0]
+
+    async def every():
+        began, tasks = 0.0, []
+        for i in range(requests):
+            began += pauses[i] / 1000
+            tasks.append(one(i, began))
+        return await asyncio.gather(*tasks)
+
+    found = asyncio.run(every())
+    hits = 0
+    for i, result in enumerate(found):
+        if isinstance(result, asyncio.CancelledError):
+            continue
+        assert result[0] == alone(prompts[i], counts[i]), f"request {i}"
+        hits += result[1] > 0
+    return hits
+
+
+def test_a_short_walk(alone):
+    engine = hybrid_engine(num_pages=40)
+    assert walk(engine, alone, 40, 5) > 10
+    check(engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_long_walk(alone, steps):
+    """2,000 steps and more, on the real programs."""
+    engine = hybrid_engine(num_pages=40, steps=steps)
+    seed = 0
+    while engine.scheduler.counters.steps < 2000:
+        seed += 1
+        assert walk(engine, alone, 60, 100 * seed) > 10
+    check(engine)
