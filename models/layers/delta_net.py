@@ -36,7 +36,7 @@ class GatedDeltaNet(nnx.Module):
         self.mixer, self.fused = mixer, fused
         K, H, n, p, D = mixer.key_heads, mixer.value_heads, mixer.key_dim, mixer.value_dim, config.embed_dim
         axis = build.axis("heads", K)
-        self.placement = {"mesh": build.mesh, "axis": build.rules.mesh_axis(axis)}
+        self.placement = (build.mesh, build.rules.mesh_axis(axis))
         self.inputs = Linear(D, 2 * K * n + 2 * H * p, build, (axis, "embed"))
         self.gates = Linear(
             D, 2 * H, build, (axis, "embed")
@@ -50,7 +50,7 @@ class GatedDeltaNet(nnx.Module):
     @property
     def state_specs(self) -> tuple[StateSpec, ...]:
         """What it keeps of a sequence."""
-        m, axis = self.mixer, self.placement["axis"]
+        m, (_, axis) = self.mixer, self.placement
         channels = 2 * m.key_heads * m.key_dim + m.value_heads * m.value_dim
         return (
             StateSpec("conv", (m.conv_width - 1, channels), (None, axis)),
@@ -67,13 +67,19 @@ class GatedDeltaNet(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """mixer(norm(x)) + residual, and the layer's states behind this step."""
         assert step.recurrent is not None, "a step says which states its tokens belong to"
-        m, T, place = self.mixer, x_TD.shape[0], self.placement
+        m, T, (mesh, axis) = self.mixer, x_TD.shape[0], self.placement
         K, H, n, p = m.key_heads, m.value_heads, m.key_dim, m.value_dim
         qkvz_TKc = self.inputs(x_TD, norm=norm, adapter_T=step.adapter_T).reshape(T, K, -1)
         gates_TK2G = self.gates(x_TD, norm=norm, out_dtype=jnp.float32, adapter_T=step.adapter_T).reshape(T, K, 2, -1)
         width = 2 * n + H // K * p  # of q, k and v of a key head
         mixed_TC, conv = short_conv(
-            qkvz_TKc[:, :, :width].reshape(T, -1), self.kernel[...], None, kept["conv"], step.recurrent, **place
+            qkvz_TKc[:, :, :width].reshape(T, -1),
+            self.kernel[...],
+            None,
+            kept["conv"],
+            step.recurrent,
+            mesh=mesh,
+            axis=axis,
         )
         q_TKn, k_TKn, v_TKc = jnp.split(mixed_TC.reshape(T, K, width), [n, 2 * n], axis=-1)
         decay_TH = self.rate[...] * jax.nn.softplus(gates_TK2G[:, :, 1].reshape(T, H) + self.dt_bias[...])
@@ -85,7 +91,8 @@ class GatedDeltaNet(nnx.Module):
             jax.nn.sigmoid(gates_TK2G[:, :, 0].reshape(T, H)),
             kept["matrix"],
             step.recurrent,
-            **place,
+            mesh=mesh,
+            axis=axis,
         )
         z_THp = qkvz_TKc[:, :, width:].reshape(T, H, p).astype(jnp.float32)
         out_TO = (self.norm(out_THp) * jax.nn.silu(z_THp)).reshape(T, H * p).astype(x_TD.dtype)

@@ -65,8 +65,8 @@ def placed(mesh: Mesh | None, program: Program) -> Program:
     """The program with the places of its arguments and results said, so that each call's results fit the next call.
 
     Arguments that have no sharding are whole on every device, or spread by replica if each runs the program and they are not
-    shared. Of results, pages and recurrent states stay as they are cut, device state and what is `resident` stays with its replica; the host reads
-    the rest.
+    shared. Of results, pages and recurrent states stay as they are cut, device state and what is `resident` stays with its
+    replica; the host reads the rest.
     """
     if mesh is None:
         return program
