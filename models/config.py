@@ -17,7 +17,7 @@ class RopeConfig:
     Attributes:
         theta: base of the frequencies.
         dim: how many of a head's dimensions are rotated.
-        kind: "default", "linear", "dynamic", "llama3", "yarn" or "longrope".
+        kind: "default", "linear", "dynamic", "llama3", "yarn", "longrope" or "proportional".
         factor: by how much the context is stretched.
         original_max_positions: context length (tokens) before stretching; 0 where nothing is stretched.
         low_freq_factor, high_freq_factor: llama3: wavelengths beyond original/low are stretched, below original/high kept.
@@ -26,6 +26,7 @@ class RopeConfig:
         mscale, mscale_all_dim: yarn in DeepSeek's writing; 0 when absent.
         truncate: yarn: whether the ramp's ends are rounded to whole dimensions.
         short_factor, long_factor: longrope: a divisor for each frequency below and above the original context.
+        proportion: proportional: the part of the frequencies that turn, the fastest ones; the others are 0.
     """
 
     theta: float
@@ -43,6 +44,7 @@ class RopeConfig:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    proportion: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +299,7 @@ def rope_from_hf(
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "su":
         kind = "longrope"
-    supported = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+    supported = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
     if kind not in supported:
         raise ValueError(f"config.json: the rotary scaling {kind!r} is not supported; supported: {list(supported)}.")
     theta = theta if theta is not None else scaling.get("rope_theta", hf.get("rope_theta", 10000.0))
@@ -318,13 +320,14 @@ def rope_from_hf(
         dim=dim,
         kind=kind,
         factor=float(factor or 1.0),
-        original_max_positions=0 if kind == "default" else int(original or max_positions),
+        original_max_positions=0 if kind in ("default", "proportional") else int(original or max_positions),
         beta_fast=float(scaling.get("beta_fast") or 32.0),
         beta_slow=float(scaling.get("beta_slow") or 1.0),
         mscale=float(scaling.get("mscale") or 0.0),
         mscale_all_dim=float(scaling.get("mscale_all_dim") or 0.0),
         short_factor=tuple(scaling.get("short_factor") or ()),
         long_factor=tuple(scaling.get("long_factor") or ()),
+        proportion=float(scaling.get("partial_rotary_factor") or 1.0) if kind == "proportional" else 1.0,
         **plain,
     )
 

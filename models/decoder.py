@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -56,15 +56,25 @@ class Decoder(nnx.Module):
     def forward(self, step: Step, cache: KVCache) -> Result:
         steps, parts = step.by_group(), Cache(self.kept, step.attention, cache)
         x_TD = self.embed_tokens(step)
+        beside = self.beside(step, x_TD)
         entered, visited = [], ()
         for index, layer in enumerate(self.layers):
             entered.append(x_TD)
             group, kept = parts.of(index)
-            x_TD, kept, ids = run_layer(*nnx.split(layer), x_TD, steps[group], kept)
+            x_TD, kept, ids = run_layer(*nnx.split(layer), x_TD, steps[group], kept, *beside[index])
             parts.put(index, kept)
             visited += ids
         taps = tuple([*entered, x_TD][index] for index in step.taps)
         return Result(self.norm(x_TD), parts.whole(), taps, visited)
+
+    def beside(self, step: Step, x_TD: jax.Array) -> Sequence[tuple[jax.Array, ...]]:
+        """Of each layer, what it is given besides the residual stream."""
+        return ((),) * len(self.layers)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Regular expressions for tensors that a checkpoint may have in the network's layers without need."""
+        return ()
 
     def embed_tokens(self, step: Step) -> jax.Array:
         """The residual stream's start, x_TD. Families with learned positions add them here."""
@@ -97,7 +107,7 @@ class Decoder(nnx.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def run_layer(
-    graphdef: Any, state: Any, x_TD: jax.Array, step: Step, kv: Any
+    graphdef: Any, state: Any, x_TD: jax.Array, step: Step, kv: Any, *beside: jax.Array
 ) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
     """One layer as a function of its own: equal layers are traced once (30 layers: 1.0 s of lowering becomes 0.1)."""
-    return nnx.merge(graphdef, state)(x_TD, step, kv)
+    return nnx.merge(graphdef, state)(x_TD, step, kv, *beside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ class Attention(nnx.Module):
             axis = build.axis("kv_heads", K)
         else:
             axis = "kv_heads"
-            spread = {part: {"spread": Spread(placed, part)} for part in ("qkv", "out", "sinks")}
+            spread = {part: {"spread": Spread(placed, part)} for part in ("qkv", "queries", "out", "sinks")}
         self.heads, self.placed = (K, G, h), (placed.kv_heads, placed.group, h)
         Kp, Gp, _ = self.placed
         qkv_axes, out_axes = (axis, "embed"), ("embed", axis)
@@ -50,8 +51,8 @@ class Attention(nnx.Module):
         self.rope = None if rotary is None else (rotary, build.max_model_len)
         self.scale = h**-0.5 if config.attn_scale is None else config.attn_scale
         self.window, self.softcap = config.windows[layer], config.attn_softcap
-        gate = {"spread": Spread(placed, "gate")} if spread else {}
-        self.gate = Linear(D, Kp * Gp * h, build, qkv_axes, bias=config.qkv_bias, **gate) if config.attn_gate else None
+        gate = Linear(D, Kp * Gp * h, build, qkv_axes, bias=config.qkv_bias, **spread.get("queries", {}))
+        self.gate = gate if config.attn_gate else None
         sinks = spread.get("sinks", {})
         self.sinks = weight((Kp, Gp), jnp.float32, (axis, None), **sinks) if config.attn_sinks else None
 
@@ -65,7 +66,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """attention(norm(x)) + residual, and the layer's updated pages."""
         T, (K, G, h) = x_TD.shape[0], self.placed
-        qkv_TKgh = self.qkv(x_TD, norm=norm, adapter_T=step.adapter_T).reshape(T, K, G + 2, h)
+        qkv_TKgh = self.qkv(x_TD, norm=norm, adapter_T=step.adapter_T).reshape(T, K, -1, h)
         out_TKGh, kv = self.attend(qkv_TKgh, step, kv)
         out_TO = out_TKGh.reshape(T, K * G * h)
         if self.gate is not None:
@@ -147,6 +148,34 @@ class HeadNormAttention(Attention):
 
     def recipes(self, name: str) -> Recipes:
         return super().recipes(name) | child_recipes(self, {"q_norm": "q_norm", "k_norm": "k_norm"}, name)
+
+
+class SharedAttention(HeadNormAttention):
+    """Attention with queries alone: it reads the pages of a layer before it.
+
+    Args:
+        reads_of: that layer's index.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, build: Build, reads_of: int):
+        super().__init__(dataclasses.replace(config, attn_gate=True), layer, build)
+        assert self.gate is not None
+        # As many rows, in the same places, as a gate has.
+        self.qkv, self.gate, self.k_norm, self.reads_of = self.gate, None, None, reads_of
+
+    @property
+    def kv_spec(self) -> None:
+        """Nothing of its own."""
+
+    def attend(self, qkv_TKgh: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any]:
+        q_TKGh = self.q_norm(qkv_TKgh)
+        if self.rotary is not None:
+            q_TKGh = rope(q_TKGh, step.positions_T, *self.rotary)
+        return attend(q_TKGh, None, None, kv, step.attention, **self.scoring)
+
+    def recipes(self, name: str) -> Recipes:
+        children = {"qkv": "q_proj", "q_norm": "q_norm", "out": "o_proj"}
+        return child_recipes(self, children, name)
 
 
 class AllHeadsNormAttention(HeadNormAttention):

@@ -67,7 +67,7 @@ class Spread:
 
     Attributes:
         heads: where they go.
-        part: "qkv" (rows [K, G + 2, h]), "gate" (rows [K, G, h]), "out" (columns [K, G, h]) or "sinks" ([K, G]).
+        part: "qkv" (rows [K, G + 2, h]), "queries" (rows [K, G, h]), "out" (columns [K, G, h]) or "sinks" ([K, G]).
     """
 
     heads: PlacedHeads
@@ -76,7 +76,7 @@ class Spread:
     def stored_shape(self, placed: tuple[int, ...]) -> tuple[int, ...]:
         """The checkpoint's shape of a parameter whose own is `placed`."""
         K, G, h = self.heads.K, self.heads.G, self.heads.h
-        if self.part in ("qkv", "gate"):
+        if self.part in ("qkv", "queries"):
             return (K * (G + 2 * (self.part == "qkv")) * h, *placed[1:])
         return (K, G) if self.part == "sinks" else (*placed[:-1], K * G * h)
 
@@ -90,7 +90,7 @@ class Spread:
             placed = np.moveaxis(self.heads.queries(columns), -1, 0)
             return np.ascontiguousarray(placed.reshape(*stored.shape[:-1], -1))
         rest = stored.shape[1:]
-        if self.part == "gate":
+        if self.part == "queries":
             return self.heads.queries(stored.reshape(K, G, h, *rest)).reshape(-1, *rest)
         rows = stored.reshape(K, G + 2, h, *rest)
         parts = [self.heads.queries(rows[:, :G])]

@@ -24,11 +24,22 @@ def frequencies(rope: RopeConfig, max_model_len: int) -> tuple[np.ndarray, float
         return _longrope(rope, max_model_len)
     if rope.kind == "dynamic":
         return _dynamic(rope, max_model_len)
+    if rope.kind == "proportional":
+        return _proportional(rope)
     parameters = {name: value for name, value in dataclasses.asdict(rope).items() if value is not None}
+    parameters.pop("proportion")
     parameters["rope_theta"] = parameters.pop("theta")
     parameters["rope_type"] = parameters.pop("kind")
     parameters["original_max_position_embeddings"] = parameters.pop("original_max_positions")
     return inverse_frequencies(parameters, rope.dim, rope.original_max_positions)
+
+
+def _proportional(rope: RopeConfig) -> tuple[np.ndarray, float]:
+    """Gemma 4's: the whole head is paired, and of its pairs the slower ones stand still."""
+    turning = int(rope.proportion * rope.dim // 2)
+    exponents = np.arange(0, 2 * turning, 2, dtype=np.float32) / np.float32(rope.dim)
+    inv_freq = 1.0 / np.power(np.float32(rope.theta), exponents) / np.float32(rope.factor)
+    return np.pad(inv_freq, (0, rope.dim // 2 - turning)).astype(np.float32), 1.0
 
 
 def _dynamic(rope: RopeConfig, max_model_len: int) -> tuple[np.ndarray, float]:

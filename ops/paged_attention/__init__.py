@@ -105,7 +105,7 @@ def least_page_size(dtype: jax.typing.DTypeLike, platform: str) -> int:
 
 def attend(
     q_TKGh: jax.Array,
-    k_TKh: jax.Array,
+    k_TKh: jax.Array | None,
     v_TKh: jax.Array | None,
     kv: KVPages,
     batch: AttentionBatch,
@@ -122,7 +122,8 @@ def attend(
         q_TKGh: queries, T = B decode rows of Q places then C chunk tokens, heads grouped by the KV head they read. Any float
             dtype.
         k_TKh, v_TKh: this step's keys and values, rotated already; heads of v may have another size. v is None when
-            the layer keeps one latent for both (KVSpec.v_head_dim == 0).
+            the layer keeps one latent for both (KVSpec.v_head_dim == 0). Both are None when the pages have this step's already:
+            those of another layer, which wrote them; they are only read.
         kv: the layer's pages. Donate them to the jitted step: they are updated in place.
         batch: where the tokens stand; see AttentionBatch.
         scale: multiplies q . k.

@@ -28,7 +28,7 @@ def supports(spec: KVSpec, page_size: int, dtype: np.dtype, platform: str) -> bo
 
 def attend(
     q_TKGh: jax.Array,
-    k_TKh: jax.Array,
+    k_TKh: jax.Array | None,
     v_TKh: jax.Array | None,
     kv: KVPages,
     batch: AttentionBatch,
@@ -39,6 +39,10 @@ def attend(
     sinks_KG: jax.Array | None,
 ) -> tuple[jax.Array, KVPages]:
     """See ops.paged_attention.attend."""
+    if k_TKh is None:  # nothing to write: zeros go to the null page
+        T, K = q_TKGh.shape[:2]
+        k_TKh, v_TKh = (jnp.zeros((T, K, h), jnp.float32) for h in (kv.spec.head_dim, kv.spec.v_head_dim))
+        batch = dataclasses.replace(batch, kv_index_T=jnp.zeros_like(batch.kv_index_T))
     return _call(q_TKGh, k_TKh, v_TKh, (), kv, batch, scale, window, softcap, sinks_KG)
 
 

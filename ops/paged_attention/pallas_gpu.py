@@ -36,7 +36,7 @@ def supports(kv: KVPages) -> bool:
 
 def attend(
     q_TKGh: jax.Array,
-    k_TKh: jax.Array,
+    k_TKh: jax.Array | None,
     v_TKh: jax.Array | None,
     kv: KVPages,
     batch: AttentionBatch,
@@ -52,7 +52,8 @@ def attend(
     from ops.paged_attention import pallas_gpu_attend, pallas_gpu_write  # Pallas costs 0.2 s to import
 
     interpret = kv.platform != "gpu"
-    kv = pallas_gpu_write.write(kv, k_TKh, v_TKh, batch.kv_index_T, interpret=interpret)
+    if k_TKh is not None:
+        kv = pallas_gpu_write.write(kv, k_TKh, v_TKh, batch.kv_index_T, interpret=interpret)
     B, C, D = batch.num_decode, batch.num_chunk, batch.num_decode_tokens
     _, K, G, _ = q_TKGh.shape
     v_dim = kv.spec.v_head_dim or kv.spec.head_dim

@@ -49,7 +49,7 @@ def supports(page_size: int, dtype: jax.typing.DTypeLike) -> bool:
 
 def attend(
     q_TKGh: jax.Array,
-    k_TKh: jax.Array,
+    k_TKh: jax.Array | None,
     v_TKh: jax.Array | None,
     kv: KVPages,
     batch: AttentionBatch,
@@ -64,7 +64,8 @@ def attend(
         raise NotImplementedError("pages are not in lanes")
     from ops.paged_attention.pallas_tpu_attend import attend_blocks  # Pallas costs 0.2 s to import
 
-    kv = write(kv, k_TKh, v_TKh, batch)
+    if k_TKh is not None:
+        kv = write(kv, k_TKh, v_TKh, batch)
     B, Q, C = batch.num_decode, batch.queries, batch.num_chunk
     D = batch.num_decode_tokens
     _, K, G, h = q_TKGh.shape

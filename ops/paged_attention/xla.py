@@ -29,7 +29,7 @@ _NOTHING = -1e30  # running maximum before any key; finite, so that differences 
 
 def attend(
     q_TKGh: jax.Array,
-    k_TKh: jax.Array,
+    k_TKh: jax.Array | None,
     v_TKh: jax.Array | None,
     kv: KVPages,
     batch: AttentionBatch,
@@ -41,7 +41,8 @@ def attend(
     chunk: int | None = None,
 ) -> tuple[jax.Array, KVPages]:
     """See ops.paged_attention.attend."""
-    kv = kv_pages.write(kv, k_TKh, v_TKh, batch.kv_index_T)
+    if k_TKh is not None:
+        kv = kv_pages.write(kv, k_TKh, v_TKh, batch.kv_index_T)
     B, Q, C = batch.num_decode, batch.queries, batch.num_chunk
     first = batch.num_decode_tokens  # of the chunk part
     _, K, G, h = q_TKGh.shape

@@ -14,7 +14,61 @@ DELTA = {
     "linear_value_head_dim": 16,
 }
 
+GEMMA4 = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 12,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 384,
+    "tie_word_embeddings": True,
+}
+
 HYBRID: dict[str, Tiny] = {
+    "gemma 4, per-layer embeddings, shared pages": Tiny(
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        GEMMA4
+        | {
+            "hidden_size_per_layer_input": 16,
+            "num_kv_shared_layers": 3,
+            "num_key_value_heads": 1,
+            "use_double_wide_mlp": True,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma 4, experts": Tiny(
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        GEMMA4
+        | {
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 2,
+            "enable_moe_block": True,
+            "num_experts": 8,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 32,
+        },
+        expert_mesh=True,
+    ),
+    "gemma 3n": Tiny(
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "head_dim": 16,
+            "num_key_value_heads": 2,
+            "sliding_window": 12,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 300,
+            "laurel_rank": 8,
+            "num_kv_shared_layers": 3,
+            "activation_sparsity_pattern": [0.9, 0.9, 0.0, 0.0, 0.0, 0.0],
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen3-next": Tiny(
         "Qwen3NextConfig",
         "Qwen3NextForCausalLM",

@@ -208,6 +208,23 @@ def test_attend_rope_is_rope_then_attend(with_rope, body):
     np.testing.assert_allclose(plain(kv)[0][1:], plain(want_kv)[0][1:], atol=1e-5)
 
 
+@bodies(XLA + NATIVE)
+@pytest.mark.parametrize("name", ["everything", "verify_mixed"])
+def test_pages_that_another_layer_wrote_are_only_read(name, body):
+    case = TEST_CASES[name]
+    arguments = make_arguments(case)
+    want, written = run(body, arguments, fill(case, arguments, np.float32, body))
+    options = {key: value for key, value in arguments.options.items() if key != "sinks_KG"}
+    with paged_attention.use_backend(body[0]):
+        attend = jax.jit(functools.partial(paged_attention.attend, **options))
+        out, kv = attend(
+            arguments.q_TKGh, None, None, written, arguments.batch, sinks_KG=arguments.options.get("sinks_KG")
+        )
+    np.testing.assert_allclose(out, want, atol=1e-6)
+    for now, before in zip(plain(kv), plain(written), strict=True):
+        np.testing.assert_array_equal(now[1:], before[1:])
+
+
 def test_heads_split_over_a_mesh():
     """Each device holds its own heads' pages and answers for them, natively or not."""
     command = [sys.executable, "-m", "tests.ops.paged_attention.attend_on_mesh"]
