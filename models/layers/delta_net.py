@@ -115,8 +115,8 @@ class GatedDeltaNet(nnx.Module):
         recipes: dict[str, Recipe] = {
             "inputs.weight": inputs,
             "gates.weight": gates,
-            "kernel": Computed((taps,), _taps),
-            "rate": one(f"{name}.A_log", H, assemble=_rate),
+            "kernel": Computed((taps,), taps_of),
+            "rate": one(f"{name}.A_log", H, assemble=rate_of),
             "dt_bias": one(f"{name}.dt_bias", H),
         }
         recipes |= under("norm", self.norm.recipes(f"{name}.norm"))
@@ -127,10 +127,10 @@ def _unit(x_TKn: jax.Array) -> jax.Array:
     return x_TKn * jax.lax.rsqrt(jnp.sum(x_TKn * x_TKn, axis=-1, keepdims=True) + L2_EPS)
 
 
-def _taps(stored: np.ndarray) -> np.ndarray:
+def taps_of(stored: np.ndarray) -> np.ndarray:
     """[channels, 1, W] to [W, channels]."""
     return np.ascontiguousarray(stored.reshape(len(stored), -1).T)
 
 
-def _rate(stored: np.ndarray) -> np.ndarray:
+def rate_of(stored: np.ndarray) -> np.ndarray:
     return -np.exp(stored.astype(np.float32))

@@ -18,7 +18,7 @@ from models.loading.files.checkpoint import Checkpoint
 log = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"
-TABLES = ("transformer.wte.weight", "model.embed_tokens.weight")
+TABLES = ("transformer.wte.weight", "model.embed_tokens.weight", "model.embeddings.weight")
 _ROWS = 4096  # compared at once
 
 

@@ -14,6 +14,22 @@ DELTA = {
     "linear_value_head_dim": 16,
 }
 
+MAMBA = {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_n_groups": 2, "num_hidden_layers": 4}
+GRANITE = {
+    "shared_intermediate_size": 48,
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 4.0,
+}
+NEMOTRON = {
+    "head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_groups": 4,
+    "layer_norm_epsilon": 1e-5,
+}
 GEMMA4 = {
     "num_hidden_layers": 6,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
@@ -68,6 +84,52 @@ HYBRID: dict[str, Tiny] = {
             "activation_sparsity_pattern": [0.9, 0.9, 0.0, 0.0, 0.0, 0.0],
             "tie_word_embeddings": True,
         },
+    ),
+    "granite 4": Tiny(
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        MAMBA | GRANITE | {"num_local_experts": 0, "layer_types": ["linear_attention", "full_attention"] * 2},
+    ),
+    "granite 4, experts, positions": Tiny(
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        MAMBA
+        | GRANITE
+        | {
+            "num_local_experts": 4,
+            "position_embedding_type": "rope",
+            "mamba_n_groups": 1,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "num_hidden_layers": 3,
+        },
+        expert_mesh=True,
+    ),
+    "lfm2": Tiny(
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"], "block_multiple_of": 16},
+    ),
+    "nemotron-h": Tiny(
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        NEMOTRON
+        | {"num_hidden_layers": None, "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
+    ),
+    "nemotron-h, experts": Tiny(
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        NEMOTRON
+        | {
+            "num_hidden_layers": None,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 48,
+            "moe_latent_size": 32,
+            "routed_scaling_factor": 2.0,
+        },
+        expert_mesh=True,
     ),
     "qwen3-next": Tiny(
         "Qwen3NextConfig",

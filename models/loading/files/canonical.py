@@ -9,6 +9,7 @@ _WRAPPERS = (
     (re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."), ""),
     (re.compile(r"^(?:module\.)+"), ""),
     (re.compile(r"^(?:bert|roberta|mpnet|nomic_bert)\."), ""),
+    (re.compile(r"^backbone\.(?=(?:embeddings?|layers|norm_f)\.)"), "model."),  # Mamba's authors' name
     # What a multimodal network puts around its language model.
     (
         re.compile(
