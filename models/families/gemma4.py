@@ -253,6 +253,7 @@ FAMILIES = (
         ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"),
         gemma4_config,
         Gemma4Decoder,
+        gguf=("gemma4",),
         ignore=BESIDE,
     ),
 )

@@ -114,4 +114,8 @@ def granite_hybrid_config(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-FAMILIES = (Family("Granite 4 (hybrid)", ("GraniteMoeHybridForCausalLM",), granite_hybrid_config, build),)
+FAMILIES = (
+    Family(
+        "Granite 4 (hybrid)", ("GraniteMoeHybridForCausalLM",), granite_hybrid_config, build, gguf=("granitehybrid",)
+    ),
+)

@@ -80,4 +80,4 @@ def lfm2_config(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-FAMILIES = (Family("LFM2", ("Lfm2ForCausalLM",), lfm2_config, build),)
+FAMILIES = (Family("LFM2", ("Lfm2ForCausalLM",), lfm2_config, build, gguf=("lfm2",)),)

@@ -184,6 +184,7 @@ FAMILIES = (
         ("NemotronHForCausalLM",),
         nemotron_h_config,
         NemotronH,
+        gguf=("nemotron_h", "nemotron_h_moe"),
         ignore=(r"^mtp\.", r"^model\.mtp\."),
     ),
 )

@@ -73,7 +73,7 @@ def qwen3_next_config(hf: Mapping[str, Any]) -> ModelConfig:
     moe = None
     if hf.get("num_experts"):
         moe = qwen_moe(hf, shared_ffw_dim=hf["shared_expert_intermediate_size"], shared_gate=True)
-    return _hybrid(hf, moe=moe, extra=(("fused", True),))
+    return _hybrid(hf, moe=moe, extra=(("fused", bool(hf.get("fused_inputs", True))),))  # GGUF takes them apart
 
 
 def qwen3_5_config(hf: Mapping[str, Any]) -> ModelConfig:
@@ -86,12 +86,13 @@ def qwen3_5_moe_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 FAMILIES = (
-    Family("Qwen3-Next", ("Qwen3NextForCausalLM",), qwen3_next_config, build, ignore=BESIDE),
+    Family("Qwen3-Next", ("Qwen3NextForCausalLM",), qwen3_next_config, build, gguf=("qwen3next",), ignore=BESIDE),
     Family(
         "Qwen3.5, 3.6, 3.8 (text)",
         ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"),
         qwen3_5_config,
         build,
+        gguf=("qwen35",),
         ignore=BESIDE,
     ),
     Family(
@@ -99,6 +100,7 @@ FAMILIES = (
         ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"),
         qwen3_5_moe_config,
         build,
+        gguf=("qwen35moe",),
         ignore=BESIDE,
     ),
 )

@@ -12,6 +12,7 @@ from models.loading.gguf import GGUFFile
 from models.loading.gguf_layouts import SECONDARY, layout
 from ops.linear.weights.block_pack import GGUF, CodedRows
 
+_MAMBA = re.compile(r"^model\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -30,7 +31,7 @@ class GGUFCheckpoint:
         self.file = file
         self._table = gguf.get_tensor_name_map(kinds[architecture], num_layers)
         self._rotated_pairs = rotated_pairs
-        self._norms_have_one = architecture.startswith("gemma")
+        self._norms_have_one = architecture in ("gemma", "gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe")
         self._architecture = architecture
 
     @property
@@ -45,8 +46,12 @@ class GGUFCheckpoint:
         made = layout(self.file, self._architecture, name)
         if made is not None:
             return made.sources[0]
-        own = self._table.get_name(_EXPERT.sub(".experts.", name), try_suffixes=(".weight", ".bias"))
-        return own if own in self.file.tensors else None
+        plain = _EXPERT.sub(".experts.", name)
+        for known in (plain, _MAMBA.sub("backbone.", plain)):  # the table has Mamba's authors' name for some
+            own = self._table.get_name(known, try_suffixes=(".weight", ".bias"))
+            if own in self.file.tensors:
+                return own
+        return None
 
     def shape(self, name: str) -> tuple[int, ...]:
         made = layout(self.file, self._architecture, name)
@@ -66,13 +71,16 @@ class GGUFCheckpoint:
     def coded(self, name: str) -> tuple[CodedRows, np.ndarray | None] | None:
         """As `models.loading.coded.CodedCheckpoint`: rows of blocks, where their type has an exact form."""
         own = self.locate(name)
-        if own is None or layout(self.file, self._architecture, name) is not None or _EXPERT.search(name):
+        made = layout(self.file, self._architecture, name)
+        if own is None or (made is not None and made.rows is None) or _EXPERT.search(name):
             return None
         info = self.file.tensors[own]
         if info.kind.value not in GGUF or len(info.shape) != 2:
             return None
         rows_RB = self.file.raw(own).reshape(info.shape[0], -1)
         code = CodedRows(GGUF[info.kind.value][1], info.shape[1], rows_RB, info.kind.value)
+        if made is not None:
+            return code, made.rows
         heads = 0
         if self._rotated_pairs is not None:
             heads = (
@@ -94,7 +102,7 @@ class GGUFCheckpoint:
                 return half_split_rows(values, queries)
             if ".k_proj." in name:
                 return half_split_rows(values, keys)
-        if self._norms_have_one and name.endswith("norm.weight"):
+        if self._norms_have_one and name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
             return values.astype(np.float32) - 1.0
         return values
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from models.loading import gguf_hybrid
 from models.loading.gguf import GGUFFile
 
-INTERLEAVED = ("llama", "granite", "granitemoe", "smollm3", "mistral3", "arcee")
+INTERLEAVED = ("llama", "granite", "granitemoe", "granitehybrid", "smollm3", "mistral3", "arcee")
 """Architectures whose GGUF converter permutes the rows of q and k for interleaved rotary pairs."""
 
 
@@ -36,15 +37,15 @@ def config_dict(file: GGUFFile, architecture: str) -> dict[str, Any]:
     table = file.tensors.get("token_embd.weight")
     if table is None:
         raise ValueError(f"{file.path} has no tensor 'token_embd.weight': it holds no language model.")
-    heads = need("attention.head_count")
+    heads = _largest(need("attention.head_count"))
     config = {
         "architectures": [architecture],
         "vocab_size": table.shape[0],
         "num_hidden_layers": need("block_count"),
         "hidden_size": need("embedding_length"),
-        "intermediate_size": get("feed_forward_length"),
+        "intermediate_size": _largest(get("feed_forward_length")),
         "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "num_key_value_heads": _largest(get("attention.head_count_kv", heads)),
         "head_dim": get("attention.key_length"),
         "max_position_embeddings": get("context_length", 2048),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
@@ -62,12 +63,15 @@ def config_dict(file: GGUFFile, architecture: str) -> dict[str, Any]:
     pattern = metadata.get(f"{arch}.attention.sliding_window_pattern")
     if config["sliding_window"] and pattern is not None:
         config["layer_types"] = _layer_types(pattern, config["num_hidden_layers"])
+    drafts = get("nextn_predict_layers") or 0  # layers behind the last one that predict further tokens
+    config["num_hidden_layers"] -= drafts
+    config["num_nextn_predict_layers"] = drafts or None
     config["rope_scaling"] = _rope_scaling(file, arch, get)
     if arch in ("bert", "nomic-bert"):
         for field, tensor in (("type_vocab_size", "token_types"), ("max_position_embeddings", "position_embd")):
             if f"{tensor}.weight" in file.tensors:
                 config[field] = file.tensors[f"{tensor}.weight"].shape[0]
-    config |= _of_family(arch, config, get)
+    config |= _of_family(arch, config, get) | gguf_hybrid.of_family(arch, config, get, file)
     return {name: value for name, value in config.items() if value is not None}
 
 
@@ -210,6 +214,11 @@ def generation_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None:
             defaults[ours] = value
     return defaults
+
+
+def _largest(value: Any) -> Any:
+    """Of numbers that differ by layer the largest: layers without the thing have 0."""
+    return max(value) if isinstance(value, list) else value
 
 
 def _settled(values: np.ndarray) -> Any:

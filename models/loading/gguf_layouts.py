@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 
@@ -19,17 +20,31 @@ class Layout:
         sources: the file's names, the first standing for all.
         shape: of the result.
         make: (the sources' values) -> the result.
+        rows: where the result is rows of the only source, which; so packed ones can be taken as they are.
     """
 
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     make: Callable[..., np.ndarray]
+    rows: np.ndarray | None = None
+
+    @classmethod
+    def of_rows(cls, file: GGUFFile, source: str, rows: np.ndarray) -> Layout:
+        """Some of a tensor's rows, in another order."""
+        shape = (len(rows), *file.tensors[source].shape[1:])
+        return cls((source,), shape, lambda array: array[rows], rows)
+
+    @classmethod
+    def as_it_is(cls, file: GGUFFile, source: str) -> Layout:
+        """A tensor that has another name."""
+        return cls((source,), file.tensors[source].shape, lambda array: array)
 
 
 SECONDARY = {
     "gpt-oss": re.compile(r"\.ffn_up_exps\."),
     "llama4": re.compile(r"\.ffn_up_exps\."),
     "granitemoe": re.compile(r"\.ffn_up_exps\."),
+    "granitehybrid": re.compile(r"\.ffn_up(_exps|_shexp)?\."),
     "deepseek2": re.compile(r"\.attn_v_b\."),
 }
 """Tensors that only come in as a second source; they stand for no tensor of their own."""
@@ -124,10 +139,132 @@ def _deepseek2(file: GGUFFile, block: str, part: str) -> Layout | None:
     return None
 
 
+def _qwen_delta(file: GGUFFile, block: str, part: str) -> Layout | None:
+    """Linear attention: decay rates instead of their logarithms, and in Qwen3.5 value heads in turns, the first of each key head,
+    then the second ones; Hugging Face has those of a key head together."""
+    if not part.startswith("linear_attn."):
+        return None
+    arch = file.metadata["general.architecture"]
+    K, H, inner, n = (
+        int(file.metadata[f"{arch}.ssm.{key}"]) for key in ("group_count", "time_step_rank", "inner_size", "state_size")
+    )
+    p = inner // H
+    # heads[i]: where the file has Hugging Face's i-th value head.
+    heads = np.arange(H) if arch == "qwen3next" else np.arange(H).reshape(H // K, K).T.reshape(-1)
+    values = (heads[:, None] * p + np.arange(p)).reshape(-1)
+    mixed = np.concatenate([np.arange(2 * K * n), 2 * K * n + values])
+    own = part.removeprefix("linear_attn.")
+    of_rows = {
+        "in_proj_qkv.weight": ("attn_qkv.weight", mixed),
+        "in_proj_z.weight": ("attn_gate.weight", values),
+        "in_proj_b.weight": ("ssm_beta.weight", heads),
+        "in_proj_a.weight": ("ssm_alpha.weight", heads),
+        "dt_bias": ("ssm_dt.bias", heads),
+    }
+    both = f"{block}.ssm_ba.weight"
+    if both in file.tensors and own in ("in_proj_b.weight", "in_proj_a.weight"):  # of each key head its b, then its a
+        of_key_head = np.arange(2 * H).reshape(K, 2, -1)
+        return Layout.of_rows(file, both, of_key_head[:, int("_a" in own)].reshape(-1))
+    if own in of_rows:
+        source, rows = of_rows[own]
+        return Layout.of_rows(file, f"{block}.{source}", rows) if f"{block}.{source}" in file.tensors else None
+    a, taps, out = f"{block}.ssm_a", f"{block}.ssm_conv1d.weight", f"{block}.ssm_out.weight"
+    if own == "A_log" and a in file.tensors:
+        return Layout((a,), (H,), lambda rate: np.log(-rate.astype(np.float32))[heads])
+    if own == "conv1d.weight" and taps in file.tensors:
+        shape = file.tensors[taps].shape
+        return Layout((taps,), (shape[0], 1, shape[1]), lambda array: array[mixed][:, None])
+    if own == "out_proj.weight" and out in file.tensors and arch != "qwen3next":
+        return Layout((out,), file.tensors[out].shape, lambda array: np.ascontiguousarray(array[:, values]))
+    return None
+
+
+def _gemma4(file: GGUFFile, block: str, part: str) -> Layout | None:
+    """Scales have no place of their own in the table of names; experts' projections are as Hugging Face has them."""
+    own = {
+        "layer_scalar": "layer_output_scale.weight",
+        "router.scale": "ffn_gate_inp.scale",
+        "router.per_expert_scale": "ffn_down_exps.scale",
+        "router.proj.weight": "ffn_gate_inp.weight",
+        "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+        "experts.down_proj": "ffn_down_exps.weight",
+    }.get(part)
+    source = f"{block}.{own}"
+    return Layout.as_it_is(file, source) if own is not None and source in file.tensors else None
+
+
+def _mamba2(file: GGUFFile, block: str, part: str) -> Layout | None:
+    """Decay rates instead of their logarithms; skips and rates with an axis of one, norms with one for groups."""
+    found = re.fullmatch(r"(?:mamba|mixer)\.(A_log|D|dt_bias|conv1d\.weight|norm\.weight)", part)
+    own = (
+        found
+        and {
+            "A_log": "ssm_a",
+            "D": "ssm_d",
+            "dt_bias": "ssm_dt.bias",
+            "conv1d.weight": "ssm_conv1d.weight",
+            "norm.weight": "ssm_norm.weight",
+        }[found[1]]
+    )
+    source = f"{block}.{own}"
+    if found is None or source not in file.tensors:
+        return None
+    if found[1] == "conv1d.weight":
+        channels, width = file.tensors[source].shape
+        return Layout((source,), (channels, 1, width), lambda array: array[:, None])
+    size = math.prod(file.tensors[source].shape)
+    log = found[1] == "A_log"
+    return Layout(
+        (source,), (size,), lambda array: np.log(-array.astype(np.float32)).reshape(-1) if log else array.reshape(-1)
+    )
+
+
+def _granite_hybrid(file: GGUFFile, block: str, part: str) -> Layout | None:
+    """Experts as in granitemoe; the dense block's gate and up apart, under another name where there are no experts."""
+    if part == "shared_mlp.input_linear.weight":
+        shared = f"{block}.ffn_gate_shexp.weight" in file.tensors
+        halves = tuple(f"{block}.ffn_{name}{'_shexp' if shared else ''}.weight" for name in ("gate", "up"))
+        if halves[0] not in file.tensors:
+            return None
+        F, D = file.tensors[halves[0]].shape
+        return Layout(halves, (2 * F, D), lambda *halves: np.concatenate(halves))
+    if part == "shared_mlp.output_linear.weight":
+        source = next(
+            (s for s in (f"{block}.ffn_down_shexp.weight", f"{block}.ffn_down.weight") if s in file.tensors), None
+        )
+        return None if source is None else Layout.as_it_is(file, source)
+    return _granitemoe(file, block, part) or _mamba2(file, block, part)
+
+
+def _nemotron_h(file: GGUFFile, block: str, part: str) -> Layout | None:
+    """Mamba-2's, and a bias that the table of names does not have."""
+    source = f"{block}.exp_probs_b.bias"
+    if part == "mixer.gate.e_score_correction_bias" and source in file.tensors:
+        return Layout.as_it_is(file, source)
+    return _mamba2(file, block, part)
+
+
+def _lfm2(file: GGUFFile, block: str, part: str) -> Layout | None:
+    """The convolution without its axis of one."""
+    source = f"{block}.shortconv.conv.weight"
+    if part != "conv.conv.weight" or source not in file.tensors:
+        return None
+    channels, width = file.tensors[source].shape
+    return Layout((source,), (channels, 1, width), lambda array: array[:, None])
+
+
 _MAKERS: dict[str, Callable[[GGUFFile, str, str], Layout | None]] = {
     "gpt2": _gpt2,
     "gpt-oss": _gpt_oss,
     "llama4": _llama4,
     "granitemoe": _granitemoe,
     "deepseek2": _deepseek2,
+    "qwen3next": _qwen_delta,
+    "qwen35": _qwen_delta,
+    "qwen35moe": _qwen_delta,
+    "gemma4": _gemma4,
+    "granitehybrid": _granite_hybrid,
+    "nemotron_h": _nemotron_h,
+    "nemotron_h_moe": _nemotron_h,
+    "lfm2": _lfm2,
 }

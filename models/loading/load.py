@@ -134,7 +134,7 @@ def load_model(
     else:
         # Layers behind the last one predict further tokens (DeepSeek-V3's MTP); they are drafts, not the model.
         behind = range(config.num_layers, config.num_layers + (opened.hf_config.get("num_nextn_predict_layers") or 0))
-        ignore = (*opened.family.ignore, *(rf"^model\.layers\.{layer}\." for layer in behind))
+        ignore = (*opened.family.ignore, *(rf"^(?:model\.layers|blk)\.{layer}\." for layer in behind))
         ignore += getattr(model, "unused", ())
         fill(model, opened.checkpoint, build, ignore=ignore, quantization=quantization, progress=progress)
     return LoadedModel(model, config, opened.model_id, opened.generation_config, source, opened.embedding)

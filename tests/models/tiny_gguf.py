@@ -10,6 +10,8 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
+from tests.models import tiny_gguf_hybrid
+
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
@@ -39,17 +41,20 @@ ARCHITECTURES = {
     "Llama4ForCausalLM": "llama4",
     "DeepseekV2ForCausalLM": "deepseek2",
     "DeepseekV3ForCausalLM": "deepseek2",
-}
-PERMUTED = ("llama", "mistral3", "granite", "granitemoe", "smollm3")
+} | tiny_gguf_hybrid.ARCHITECTURES
+PERMUTED = ("llama", "mistral3", "granite", "granitemoe", "granitehybrid", "smollm3")
+
+ONE_MORE = ("gemma", "gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe")
+"""Architectures whose norms' scales the converter stores whole."""
 
 
 def to_gguf(directory: Path, path: Path) -> None:
     """Converts `directory`, writing matrices in float32."""
     config = json.loads((directory / "config.json").read_text())
     arch = ARCHITECTURES[config["architectures"][0]]
-    layers = config.get("num_hidden_layers") or config["n_layer"]
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or len(config["layers_block_type"])
     writer = gguf.GGUFWriter(path, arch)
-    for key, value in metadata(config, arch).items():
+    for key, value in (metadata(config, arch) | tiny_gguf_hybrid.metadata(config, arch)).items():
         if value is not None:
             add = {
                 bool: writer.add_bool,
@@ -62,6 +67,10 @@ def to_gguf(directory: Path, path: Path) -> None:
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[arch], layers)
     tensors = dict(load_file(directory / "model.safetensors"))
+    for name in list(tensors):
+        for own, array in (tiny_gguf_hybrid.special(name, tensors[name], config, arch) or {}).items():
+            tensors.pop(name, None)
+            writer.add_tensor(own, np.ascontiguousarray(array, np.float32))
     for name, array in tensors_of(tensors, config, arch).items():
         if name.endswith("e_score_correction_bias"):
             own = f"blk.{name.split('.')[2]}.exp_probs_b.bias"
@@ -71,7 +80,7 @@ def to_gguf(directory: Path, path: Path) -> None:
             own = table.get_name(name, try_suffixes=(".weight", ".bias"))
         assert own is not None, name
         writer.add_tensor(own, np.ascontiguousarray(array, np.float32))
-    for name, array in rope_tensors(config).items():
+    for name, array in (rope_tensors(config) | tiny_gguf_hybrid.rope_tensors(config, arch)).items():
         writer.add_tensor(name, np.asarray(array, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -85,7 +94,7 @@ def metadata(c: dict, arch: str) -> dict:
     width = c.get("hidden_size") or c["n_embd"]
     head = c.get("head_dim") or width // heads
     keys = {
-        "block_count": c.get("num_hidden_layers") or c["n_layer"],
+        "block_count": c.get("num_hidden_layers") or c.get("n_layer"),
         "context_length": c.get("n_positions") or c["max_position_embeddings"],
         "embedding_length": width,
         "feed_forward_length": c.get("intermediate_size") or 4 * width,
@@ -180,7 +189,7 @@ def tensors_of(tensors: dict, c: dict, arch: str) -> dict:
         if arch in PERMUTED and (".q_proj." in name or ".k_proj." in name):
             heads = c["num_attention_heads"] if ".q_proj." in name else c["num_key_value_heads"]
             array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-        if arch.startswith("gemma") and name.endswith("norm.weight"):
+        if arch in ONE_MORE and name.endswith("norm.weight"):
             array = array + 1
         if arch == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
             array = array.T
