@@ -47,7 +47,8 @@ class GGUFCheckpoint:
         if made is not None:
             return made.sources[0]
         plain = _EXPERT.sub(".experts.", name)
-        for known in (plain, _MAMBA.sub("backbone.", plain)):  # the table has Mamba's authors' name for some
+        # The table has Mamba's authors' name for some, and experts under one name for all.
+        for known in (plain, _MAMBA.sub("backbone.", plain), plain.replace(".mixer.experts.", ".mlp.experts.")):
             own = self._table.get_name(known, try_suffixes=(".weight", ".bias"))
             if own in self.file.tensors:
                 return own

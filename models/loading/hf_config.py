@@ -18,23 +18,27 @@ from models.loading.files.checkpoint import Checkpoint
 log = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"
-TABLES = ("transformer.wte.weight", "model.embed_tokens.weight", "model.embeddings.weight")
+TABLES = ("transformer.wte.weight", "model.embeddings.weight", "model.embed_tokens.weight")
 _ROWS = 4096  # compared at once
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """A JSON object from a file. Numbers that JSON lacks are as transformers writes them: {"__float__": "Infinity"}.
 
     Raises:
         ValueError: it is not one.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(), object_hook=_number)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object.")
     return value
+
+
+def _number(value: dict[str, Any]) -> Any:
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import gguf
@@ -77,7 +78,8 @@ def to_gguf(directory: Path, path: Path) -> None:
         elif name.endswith(".sinks"):
             own = f"blk.{name.split('.')[2]}.attn_sinks.weight"
         else:
-            own = table.get_name(name, try_suffixes=(".weight", ".bias"))
+            known = re.sub(r"^backbone(.*)\.mixer\.experts\.", r"model\1.mlp.experts.", name)
+            own = table.get_name(known, try_suffixes=(".weight", ".bias"))
         assert own is not None, name
         writer.add_tensor(own, np.ascontiguousarray(array, np.float32))
     for name, array in (rope_tensors(config) | tiny_gguf_hybrid.rope_tensors(config, arch)).items():

@@ -134,7 +134,7 @@ HYBRID: dict[str, Tiny] = {
     "qwen3-next": Tiny(
         "Qwen3NextConfig",
         "Qwen3NextForCausalLM",
-        DELTA | MOE | {"norm_topk_prob": True, "mlp_only_layers": [1]},
+        DELTA | MOE | {"norm_topk_prob": True},
         expert_mesh=True,
     ),
     "qwen3.5": Tiny(
