@@ -206,8 +206,9 @@ def gemma4_config(hf: Mapping[str, Any]) -> ModelConfig:
     wide = (hf.get("num_global_key_value_heads") if k_is_v else None) or head[0], hf.get("global_head_dim") or 512
     by_layer = hf.get("per_layer_config")
     if by_layer is not None:  # as transformers saves it
-        said = [by_layer.get(str(index), {}) for index in range(len(kinds))]
-        heads = [(one.get("num_key_value_heads", head[0]), one.get("head_dim", head[1])) for one in said]
+        said = {int(index): fields for index, fields in by_layer.items()}  # "05"
+        own = [said.get(index, {}) for index in range(len(kinds))]
+        heads = [(one.get("num_key_value_heads", head[0]), one.get("head_dim", head[1])) for one in own]
         wide = next((heads[index] for index, kind in enumerate(kinds) if kind == "full_attention"), wide)
     else:
         heads = [head if window else wide for window in windows]
@@ -215,7 +216,7 @@ def gemma4_config(hf: Mapping[str, Any]) -> ModelConfig:
     double = bool(hf.get("use_double_wide_mlp"))
     ffw = [hf["intermediate_size"] * (2 if double and other is not None else 1) for other in reads_of]
     width = hf.get("hidden_size_per_layer_input")
-    own = Gemma4(
+    gemma4 = Gemma4(
         tuple(heads), reads_of, tuple(ffw), k_is_v, (hf["vocab_size_per_layer_input"], width) if width else None
     )
     moe = None
@@ -243,7 +244,7 @@ def gemma4_config(hf: Mapping[str, Any]) -> ModelConfig:
         rope=rope_from_hf(hf, wide[1], "full_attention"),
         local_rope=rope_from_hf(hf, head[1], "sliding_attention"),
         moe=moe,
-        extra=(("gemma4", own),),
+        extra=(("gemma4", gemma4),),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from models.config import ModelConfig, from_hf
 from models.decoder import Decoder
-from models.families.qwen_moe import QwenMoELayer, qwen_moe
+from models.families.qwen_moe import qwen_moe
 from models.family import Family
 from models.layers import Build, GatedMLP, Layer
 from models.layers.mixing import mixer_of
@@ -24,7 +24,8 @@ class QwenHybridLayer(Layer):
         return mixer_of(config, index, build, **({"fused": True} if config.get("fused") else {}))
 
     def make_mlp(self, config: ModelConfig, index: int, build: Build) -> MoE | GatedMLP:
-        return GatedMLP(config, build) if config.moe is None else QwenMoELayer.make_mlp(self, config, index, build)
+        sparse = config.moe is not None and config.moe.layers[index]
+        return MoE(config, build) if sparse else GatedMLP(config, build)
 
 
 class QwenDeltaLayer(QwenHybridLayer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -15,9 +16,9 @@ class States:
     """Of every slot, or every snapshot, what each layer keeps. Donate them to the step: they are updated in place.
 
     Attributes:
-        arrays: name -> [slots + 1, ...]; of replicas laid end to end.
+        arrays: name -> [slots + 1, ...], of replicas laid end to end; or their shapes.
         placements: (name, how its axes are split over the mesh) of each, static; () on a single device.
     """
 
-    arrays: dict[str, jax.Array]
+    arrays: dict[str, Any]
     placements: tuple[tuple[str, PartitionSpec], ...] = ()

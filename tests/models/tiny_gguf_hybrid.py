@@ -32,7 +32,7 @@ def metadata(c: Mapping, arch: str) -> dict:
         }
     if arch == "gemma4":
         sliding = [kind == "sliding_attention" for kind in c["layer_types"]]
-        own = c["per_layer_config"][str(sliding.index(False))]
+        own = own_of(c)
         shared, ffw = c["num_kv_shared_layers"], c["intermediate_size"]
         first = len(sliding) - shared
         kv = own.get("num_key_value_heads", c["num_key_value_heads"])
@@ -93,10 +93,16 @@ def metadata(c: Mapping, arch: str) -> dict:
     return {}
 
 
+def own_of(c: Mapping) -> dict:
+    """What Gemma 4's layers that see all have of their own."""
+    full = c["layer_types"].index("full_attention")
+    return next(fields for index, fields in c["per_layer_config"].items() if int(index) == full)
+
+
 def rope_tensors(c: Mapping, arch: str) -> dict:
     if arch != "gemma4":
         return {}
-    own = c["per_layer_config"][str(c["layer_types"].index("full_attention"))]
+    own = own_of(c)
     half = own["head_dim"] // 2
     turning = int(half * c["rope_parameters"]["full_attention"]["partial_rotary_factor"])
     return {"rope_freqs.weight": [1.0] * turning + [1e30] * (half - turning)}
