@@ -149,9 +149,10 @@ class Encoder(Protocol):
         ...
 
 
-class CrossEncoder(Encoder, Protocol):
-    """An encoder that reads two texts as one sequence and says how well they fit."""
+class Classifier(Encoder, Protocol):
+    """An encoder that tells labels of a text, or of two that it reads as one; `models.label_head` makes probabilities of them. With
+    one label it is a reranker: that says how well the two fit."""
 
-    def score(self, hidden_BSD: jax.Array, length_B: jax.Array) -> jax.Array:
-        """score_B float32 of B pairs of length_B tokens, from what `encode` gave."""
+    def classify(self, hidden_BSD: jax.Array, length_B: jax.Array) -> jax.Array:
+        """logit_BL float32 of B texts of length_B tokens, from what `encode` gave."""
         ...

@@ -20,8 +20,8 @@ class Family:
         gguf: `general.architecture` values of GGUF files.
         config: reads a config.json dictionary (for GGUF: the equivalent one made from its metadata).
         build: (config, Build) -> the module, its parameters still abstract.
-        tasks: what a server does with it: "generate" and "embed" (a `models.api.CausalLM`), "embed" (an `Encoder`) or "score"
-            (a `CrossEncoder`).
+        tasks: what a server does with it: "generate" and "embed" (a `models.api.CausalLM`), "embed" (an `Encoder`) or "classify"
+            and "score" (a `Classifier`; it scores where it has one label).
         ignore: regular expressions for tensor names that checkpoints of this family carry without need.
     """
 

@@ -15,7 +15,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from serving.engine.api.adapters import LoRARequest
@@ -32,7 +32,12 @@ from serving.service import (
     Usage,
     prepare_chat,
 )
-from serving.service.replies.outputs import EmbeddingOutput, EmbeddingRequestOutput
+from serving.service.replies.outputs import (
+    ClassificationOutput,
+    ClassificationRequestOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+)
 from serving.text.tools.reply import Message
 
 if TYPE_CHECKING:
@@ -179,18 +184,35 @@ class LLM:
         Raises:
             RequestError: a prompt that cannot be served, or a model that gives no embeddings.
         """
-        inputs = [_input_of(prompt) for prompt in _listed(prompts)]
-        self._check_alive()
 
-        async def one(given: GenerateInput, bar: _Bar) -> EmbeddingRequestOutput:
+        async def one(given: GenerateInput) -> EmbeddingRequestOutput:
             found = await self._service.embed(given, pooling=pooling)
-            bar.done(Usage(prompt_tokens=len(found.prompt_token_ids)))
             return EmbeddingRequestOutput(
                 found.request_id, EmbeddingOutput(found.vector.tolist()), list(found.prompt_token_ids)
             )
 
-        with _bar(len(inputs), use_tqdm, "Embeddings") as bar:
-            return self._loop.run(self._gather([lambda given=given: one(given, bar) for given in inputs]))
+        return self._read_each(prompts, one, use_tqdm, "Embeddings")
+
+    def classify(
+        self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True
+    ) -> list[ClassificationRequestOutput]:
+        """What prompts are, by the labels of a sequence classifier (`info.labels`).
+
+        Args:
+            prompts: as `generate`.
+        Returns:
+            one result a prompt, in their order; one number a label is `.outputs.probs`.
+        Raises:
+            RequestError: a prompt that cannot be served, or a model that is no classifier.
+        """
+
+        async def one(given: GenerateInput) -> ClassificationRequestOutput:
+            found = await self._service.classify(given)
+            return ClassificationRequestOutput(
+                found.request_id, ClassificationOutput(list(found.values)), list(found.prompt_token_ids)
+            )
+
+        return self._read_each(prompts, one, use_tqdm, "Classifications")
 
     def score(
         self, first: str | Sequence[str], second: str | Sequence[str], *, truncate_prompt_tokens: int | None = None
@@ -278,6 +300,25 @@ class LLM:
         params = self._params_for(inputs, sampling_params)
         with _bar(len(inputs), use_tqdm, "Completions") as bar:
             return self._loop.run(self._all(inputs, params, bar, options))
+
+    def _read_each(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        one: Callable[[GenerateInput], Awaitable[Any]],
+        use_tqdm: bool,
+        what: str,
+    ) -> list[Any]:
+        """What `one` makes of each prompt, in their order."""
+        inputs = [_input_of(prompt) for prompt in _listed(prompts)]
+        self._check_alive()
+
+        async def told(given: GenerateInput, bar: _Bar) -> Any:
+            found = await one(given)
+            bar.done(Usage(prompt_tokens=len(found.prompt_token_ids)))
+            return found
+
+        with _bar(len(inputs), use_tqdm, what) as bar:
+            return self._loop.run(self._gather([lambda given=given: told(given, bar) for given in inputs]))
 
     def _check_alive(self) -> None:
         if not self._finalizer.alive:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from serving.engine.api.constraint import TooComplexError
 from serving.engine.api.types import (
     EngineInfo,
     EngineOutput,
@@ -145,6 +146,7 @@ class MockEngine:
         self.adapters: Any = None
         self.embedder: Any = None
         self.scorer: Any = None
+        self.classifier: Any = None
         self.refusal: str | None = None
         self.requests: list[EngineRequest] = []
         self.live: dict[str, EngineRequest] = {}
@@ -242,7 +244,12 @@ class MockEngine:
             elif fail is not None and count == 2:
                 finish, error = FinishReason.ERROR, fail
             else:
-                token = self._next(request, reply, position)
+                try:
+                    token = self._next(request, reply, position)
+                except TooComplexError as too_complex:
+                    finish, error = FinishReason.REFUSED, str(too_complex)
+                    yield EngineOutput(request.request_id, finish_reason=finish, error=error)
+                    return
                 position += 1
                 if token == eos and (params.ignore_eos or count < params.min_tokens):
                     position = 0
@@ -336,6 +343,24 @@ class ScoringEngine(MockEngine):
                 sides[segment].append(token)
             scores.append(sum(token in sides[0] for token in sides[1]) / max(len(sides[1]), 1))
         return np.asarray(scores, np.float32)
+
+
+class ClassifyingEngine(MockEngine):
+    """Tells whether a text has more even or more odd tokens. `classified` has what it read."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._info = dataclasses.replace(self._info, tasks=("classify",), labels=("even", "odd"))
+        self.classifier = self
+        self.classified: list[tuple[int, ...]] = []
+
+    async def classify(
+        self, request_id: str, token_ids: Sequence[int], *, raw: bool = False, priority: int = 0
+    ) -> np.ndarray:
+        self.classified.append(tuple(token_ids))
+        odd = sum(token % 2 for token in token_ids)
+        counts = np.asarray([len(token_ids) - odd, odd], np.float32)
+        return counts if raw else counts / counts.sum()
 
 
 def _logprobs(token: int, k: int) -> TokenLogprobs:

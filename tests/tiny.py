@@ -66,7 +66,7 @@ def tiny_engine(
     """A started engine; shut it down. Programs are cached over the test session.
 
     Args:
-        model: another than `tiny_model`, with the same vocabulary.
+        model: another than `tiny_model`.
         layers_per_page: as in Sizes.
         windows: as in SchedulerConfig; None for those of the model's groups.
         num_snapshots: of a model whose layers keep states.
@@ -102,8 +102,8 @@ def tiny_engine(
         )
     )
     info = EngineInfo(
-        "tiny", "LlamaForCausalLM", VOCAB, max_model_len, max_num_seqs, max_num_batched_tokens, page_size, num_pages,
-        "float32", None, "data=1,model=1", "cpu", "test",
+        "tiny", "LlamaForCausalLM", model.config.vocab_size, max_model_len, max_num_seqs, max_num_batched_tokens, page_size,
+        num_pages, "float32", None, "data=1,model=1", "cpu", "test",
     )  # fmt: skip
     loaded = SimpleNamespace(source=None, generation_config={}, embedding=EmbeddingHead(("last",)))
     engine = Engine(config, loaded, runner, scheduler, info)

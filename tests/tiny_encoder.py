@@ -20,7 +20,7 @@ VOCAB, WIDTH, LONGEST = 99, 32, 40
 @functools.cache
 def tiny_encoder(architecture: str = "BertModel") -> Any:
     """2 layers, 4 heads of 8, float32."""
-    extra = (("segments", 2), ("first_position", 0), ("num_labels", 1), ("score_activation", "sigmoid"))
+    extra = (("segments", 2), ("first_position", 0), ("labels", ("LABEL_0",)), ("label_activation", "sigmoid"))
     config = ModelConfig(
         architecture, VOCAB, 2, WIDTH, 48, 4, 4, 8, LONGEST, 1e-12, activation="gelu", tie_embeddings=True, extra=extra
     )
@@ -33,7 +33,7 @@ def tiny_runner(task: str) -> EncoderRunner:
     model = tiny_encoder("BertModel" if task == "embed" else "BertForSequenceClassification")
     with starting():
         runner = EncoderRunner(
-            model, EncoderBuckets.make(LONGEST, 4, 128), ProgramCache(None, ""), scores=task == "score"
+            model, EncoderBuckets.make(LONGEST, 4, 128), ProgramCache(None, ""), classifies=task == "score"
         )
         runner.compile()
     return runner
@@ -45,7 +45,7 @@ def tiny_encoder_engine(config: EngineConfig | None = None, task: str = "embed")
     architecture = "BertModel" if task == "embed" else "BertForSequenceClassification"
     info = EngineInfo(
         "tiny-encoder", architecture, VOCAB, LONGEST, 4, 128, 0, 0, "float32", None, "data=1,model=1", "cpu", "test",
-        tasks=(task,), pooling="mean",
+        tasks=("embed",) if task == "embed" else ("classify", "score"), pooling="mean", labels=("LABEL_0",),
     )  # fmt: skip
     engine = EncoderEngine(config or EngineConfig(progress=False), SimpleNamespace(source=None), runner, info)
     engine.start()

@@ -2,7 +2,7 @@
 checkpoints of the same network: MiniLM, BGE, E5 and others that turn texts into vectors.
 
 Not a `CausalLM`: every token attends to every other of its text, nothing is kept, and there are no logits. `encode` gives
-hidden states, `pool` (models.pooling) one vector a text. Models that score pairs of texts are in cross_encoder.py.
+hidden states, `pool` (models.pooling) one vector a text. Models that tell labels or score pairs are in cross_encoder.py.
 """
 
 from __future__ import annotations
@@ -194,8 +194,6 @@ def bert_config(hf: Mapping[str, Any], first_position: int = 0) -> ModelConfig:
         extra=(
             ("segments", hf.get("type_vocab_size", 2)),
             ("first_position", first_position),
-            ("num_labels", num_labels(hf)),
-            ("score_activation", score_activation(hf)),
         ),
     )
 
@@ -203,19 +201,6 @@ def bert_config(hf: Mapping[str, Any], first_position: int = 0) -> ModelConfig:
 def roberta_config(hf: Mapping[str, Any]) -> ModelConfig:
     """RoBERTa and XLM-R: positions are counted from behind the padding's id."""
     return bert_config(hf, (1 if hf.get("pad_token_id") is None else hf["pad_token_id"]) + 1)
-
-
-def num_labels(hf: Mapping[str, Any]) -> int:
-    """How many numbers a classification head gives; transformers' default is 2."""
-    return len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels") or 2
-
-
-def score_activation(hf: Mapping[str, Any]) -> str:
-    """What sentence-transformers puts behind a one-label head: "identity" where the file says so, else "sigmoid"."""
-    noted = (hf.get("sentence_transformers") or {}).get("activation_fn") or hf.get(
-        "sbert_ce_default_activation_function"
-    )
-    return "identity" if noted and noted.rpartition(".")[2] == "Identity" else "sigmoid"
 
 
 # Heads that were trained for something else than embeddings.

@@ -1,5 +1,5 @@
 """ModernBERT (Warner et al. 2024, arXiv:2412.13663): an encoder with rotary positions, gated feed-forward blocks and windows on
-two layers of three; embedding models (GTE, Nomic) and rerankers made of it."""
+two layers of three; embedding models (GTE, Nomic) and rerankers made of it, and classifiers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.config import ModelConfig, from_hf, rope_from_hf
-from models.families.bert import attend_texts, num_labels, run_layer, score_activation
-from models.families.cross_encoder import one_label
+from models.families.bert import attend_texts, run_layer
 from models.family import Family
+from models.label_head import with_labels
 from models.layers import Build, Embedding, GatedMLP, LayerNorm, Linear, child_recipes, layer_frequencies
 from models.recipes import Piece, Recipe, Recipes, deal, split, under
 from ops.activation import activation
@@ -128,8 +128,8 @@ class ModernBert(nnx.Module):
         return recipes
 
 
-class ModernBertReranker(ModernBert):
-    """`models.api.CrossEncoder`: the first token's state or the mean through a dense layer, a norm and a row of weights."""
+class ModernBertClassifier(ModernBert):
+    """`models.api.Classifier`: the first token's state or the mean through a dense layer, a norm and a row of weights a label."""
 
     names: ClassVar[dict[str, str]] = ModernBert.names | {
         "dense": "head.dense",
@@ -142,18 +142,17 @@ class ModernBertReranker(ModernBert):
         D = config.embed_dim
         self.dense = Linear(D, D, build, (None, "embed"), bias=config.get("classifier_bias"))
         self.head_norm = LayerNorm(D, config.norm_eps, config.get("norm_bias"))
-        self.head = Linear(D, 1, build, (None, "embed"), bias=True)
+        self.head = Linear(D, len(config.get("labels")), build, (None, "embed"), bias=True)
 
-    def score(self, hidden_BSD: jax.Array, length_B: jax.Array) -> jax.Array:
-        """score_B float32 from what `encode` gave."""
+    def classify(self, hidden_BSD: jax.Array, length_B: jax.Array) -> jax.Array:
+        """logit_BL float32 from what `encode` gave."""
         state_BD = hidden_BSD[:, 0]
         if self.config.get("classifier_pooling") == "mean":
             valid_BS = jnp.arange(hidden_BSD.shape[1]) < length_B[:, None]
             total_BD = jnp.where(valid_BS[..., None], hidden_BSD, 0.0).sum(1)
             state_BD = total_BD / jnp.maximum(length_B, 1)[:, None]
         state_BD = self.head_norm(activation(self.config.get("classifier_activation"))(self.dense(state_BD)))
-        logit_B = self.head(state_BD, out_dtype=jnp.float32)[:, 0]
-        return logit_B if self.config.get("score_activation") == "identity" else jax.nn.sigmoid(logit_B)
+        return self.head(state_BD, out_dtype=jnp.float32)
 
 
 def modernbert_config(hf: Mapping[str, Any]) -> ModelConfig:
@@ -188,8 +187,6 @@ def modernbert_config(hf: Mapping[str, Any]) -> ModelConfig:
             ("classifier_bias", bool(hf.get("classifier_bias", False))),
             ("classifier_pooling", pooling),
             ("classifier_activation", hf.get("classifier_activation", "gelu")),
-            ("num_labels", num_labels(hf)),
-            ("score_activation", score_activation(hf)),
         ),
     )
 
@@ -198,8 +195,8 @@ def _base(hf: Mapping[str, Any], kind: str, default: float) -> float:
     return float(hf.get(f"{kind}_rope_theta") or default)
 
 
-def reranker_config(hf: Mapping[str, Any]) -> ModelConfig:
-    return one_label(modernbert_config(hf))
+def classifier_config(hf: Mapping[str, Any]) -> ModelConfig:
+    return with_labels(modernbert_config(hf), hf)
 
 
 FAMILIES = (
@@ -212,10 +209,10 @@ FAMILIES = (
         tasks=("embed",),
     ),
     Family(
-        "ModernBERT rerankers (GTE)",
+        "ModernBERT rerankers (GTE) and classifiers",
         ("ModernBertForSequenceClassification",),
-        reranker_config,
-        ModernBertReranker,
-        tasks=("score",),
+        classifier_config,
+        ModernBertClassifier,
+        tasks=("classify", "score"),
     ),
 )

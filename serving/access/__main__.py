@@ -1,4 +1,4 @@
-"""python -m serving.access FILE NAME [--role user|proxy|admin]: makes an API key, shown once, and adds its hash to FILE."""
+"""python -m serving.access FILE NAME [--role user|monitor|proxy|admin]: makes an API key, shown once, and adds its hash to FILE."""
 
 from __future__ import annotations
 

@@ -42,6 +42,24 @@ class Access:
             return caller
         return dataclasses.replace(caller, cache_scope=caller.name)
 
+    def may_see_figures(self, caller: Caller | None) -> bool:
+        """Whether a caller may see what the server does for everybody together: how much others ask, and when, is theirs."""
+        return not self.keys or (caller is not None and caller.role.allows(Role.MONITOR))
+
+    def check_figures(self, caller: Caller | None) -> None:
+        """Refuses who may not see that.
+
+        Raises:
+            RequestError: PERMISSION_DENIED.
+        """
+        if not self.may_see_figures(caller):
+            raise RequestError(
+                ErrorKind.PERMISSION_DENIED,
+                "This tells of all users together, and needs a key of the role monitor, proxy or admin: start the server with "
+                "--monitor-api-key, or with such a key in --api-key-file.",
+                code="monitor_key_needed",
+            )
+
     def check_control(self, caller: Caller | None) -> None:
         """Refuses who may not change the server. Without an admin key nobody may: a web page that a visitor of this
         machine opens could otherwise send a server on localhost to sleep.

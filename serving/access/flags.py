@@ -13,7 +13,8 @@ from serving.access.tls import CERT_REQS, ServerTls
 
 KEY_VARIABLE = "JAXSERVE_API_KEY"
 ADMIN_KEY_VARIABLE = "JAXSERVE_ADMIN_API_KEY"
-SECRET_FLAGS = frozenset({"api_key", "admin_api_key", "target_api_key"})
+MONITOR_KEY_VARIABLE = "JAXSERVE_MONITOR_API_KEY"
+SECRET_FLAGS = frozenset({"api_key", "admin_api_key", "monitor_api_key", "target_api_key"})
 """Flags whose values are never shown."""
 
 
@@ -36,6 +37,11 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
         f"{ADMIN_KEY_VARIABLE} in the environment (default: none)",
     )  # fmt: skip
     group.add_argument(
+        "--monitor-api-key", nargs="+", default=[], metavar="KEY",
+        help="keys that read /metrics and /load, which a user's key does not, and send no requests. Or "
+        f"{MONITOR_KEY_VARIABLE} in the environment (default: none)",
+    )  # fmt: skip
+    group.add_argument(
         "--share-prefix-cache", action=argparse.BooleanOptionalAction, default=False,
         help="let requests of different keys share cached prompt pages; how fast an answer begins then tells what others "
         "have sent",
@@ -43,6 +49,10 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--requests-per-minute", type=int, default=None, metavar="N",
         help="requests a key may send in a minute, prompts and completions counted one each (default: no bound)",
+    )  # fmt: skip
+    group.add_argument(
+        "--requests-at-once", type=int, default=None, metavar="N",
+        help="requests of a key that may run or wait at one time (default: half of what the server takes)",
     )  # fmt: skip
     group.add_argument(
         "--allowed-hosts", nargs="+", default=[], metavar="NAME",
@@ -91,7 +101,7 @@ def http_options(args: argparse.Namespace) -> dict[str, Any]:
 def limit_changes(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Limits` that the flags say."""
     names = ("requests_per_minute", "max_logprobs", "max_embed_len")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in names} | {"max_live_per_key": args.requests_at_once}
 
 
 def access_of(args: argparse.Namespace) -> Access:
@@ -102,14 +112,14 @@ def access_of(args: argparse.Namespace) -> Access:
     """
     users = [*args.api_key, *filter(None, [os.environ.get(KEY_VARIABLE)])]
     admins = [*args.admin_api_key, *filter(None, [os.environ.get(ADMIN_KEY_VARIABLE)])]
+    monitors = [*args.monitor_api_key, *filter(None, [os.environ.get(MONITOR_KEY_VARIABLE)])]
     try:
-        ring = KeyRing.of(users, admins, args.api_key_file)
+        ring = KeyRing.of(users, admins, args.api_key_file, monitors)
     except OSError as error:
         raise ValueError(f"api_key_file {args.api_key_file} cannot be read ({error.strerror}).") from None
-    if args.requests_per_minute is not None and args.requests_per_minute < 1:
-        raise ValueError(f"requests_per_minute must be at least 1, got {args.requests_per_minute}.")
-    if args.max_embed_len is not None and args.max_embed_len < 1:
-        raise ValueError(f"max_embed_len must be at least 1, got {args.max_embed_len}.")
+    for name in ("requests_per_minute", "requests_at_once", "max_embed_len"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
     if not 0 <= args.max_logprobs <= 20:
         raise ValueError(f"max_logprobs must be between 0 and 20, got {args.max_logprobs}.")
     if args.root_path and not args.root_path.startswith("/"):

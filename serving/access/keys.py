@@ -29,15 +29,16 @@ _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 class Role(enum.Enum):
-    """What a key may do. Each may all that the one before it may."""
+    """What a key may do."""
 
-    USER = "user"  # requests, and what tells about the server
-    PROXY = "proxy"  # names the tenants it asks for: gateways
-    ADMIN = "admin"  # control: drain, sleep, new weights, ending others' requests
+    USER = "user"  # requests, and what tells about the model
+    MONITOR = "monitor"  # what the server does for everybody together (`/metrics`), and no requests: scrapers
+    PROXY = "proxy"  # both, and names the tenants it asks for: gateways
+    ADMIN = "admin"  # all, and control: drain, sleep, new weights, ending others' requests
 
     def allows(self, needed: Role) -> bool:
-        order = list(Role)
-        return order.index(self) >= order.index(needed)
+        """Whether a key of this role may do what one of the role `needed` may."""
+        return needed is self or self is Role.ADMIN or (self is Role.PROXY and needed is not Role.ADMIN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +58,30 @@ class Caller:
         """The tenant of a request: its own name, unless it speaks for others."""
         return asked if asked and self.role.allows(Role.PROXY) else self.name
 
+    def share(self, asked: str | None) -> str | None:
+        """Whose share of the server's room a request takes: its own, or the tenant's for whom it speaks; None where it speaks for
+        nobody by name."""
+        return (asked or None) if self.role.allows(Role.PROXY) else self.name
+
     def cache_salt(self, asked: str | None) -> str | None:
         """The salt of a request's cached pages. A digest, so that scope and salt cannot be written to look like
         another pair, and so that gateways can hand it on within the bounds of a name."""
         if self.cache_scope is None:
             return asked
         return hashlib.sha256(f"{self.cache_scope}:{asked or ''}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+    def check_requests(self) -> None:
+        """Refuses requests of a key that only watches.
+
+        Raises:
+            RequestError: PERMISSION_DENIED.
+        """
+        if not self.role.allows(Role.USER):
+            raise RequestError(
+                ErrorKind.PERMISSION_DENIED,
+                f"This key's role is {self.role.value}: it reads what the server tells about itself, and sends no requests.",
+                code="user_key_needed",
+            )
 
     def check_priority(self, priority: int) -> None:
         """Refuses a priority ahead of everybody's for a key that speaks for itself alone.
@@ -136,8 +155,15 @@ class KeyRing:
         return found
 
     @classmethod
-    def of(cls, users: Sequence[str] = (), admins: Sequence[str] = (), file: str | None = None) -> KeyRing:
-        """Keys given plainly (flags, environment), named key-1, key-2, ... and admin-1, ..., and those of a file.
+    def of(
+        cls,
+        users: Sequence[str] = (),
+        admins: Sequence[str] = (),
+        file: str | None = None,
+        monitors: Sequence[str] = (),
+    ) -> KeyRing:
+        """Keys given plainly (flags, environment), named key-1, key-2, ..., admin-1, ... and monitor-1, ..., and those of a
+        file.
 
         Raises:
             ValueError: a key that no header could carry, or a file that is not one of keys.
@@ -145,6 +171,7 @@ class KeyRing:
         """
         plain = [(f"key-{i}", Role.USER, secret) for i, secret in enumerate(users, 1)]
         plain += [(f"admin-{i}", Role.ADMIN, secret) for i, secret in enumerate(admins, 1)]
+        plain += [(f"monitor-{i}", Role.MONITOR, secret) for i, secret in enumerate(monitors, 1)]
         keys = [(name, role, _checked(secret)) for name, role, secret in plain]
         if file is not None:
             keys += read_file(pathlib.Path(file).expanduser())

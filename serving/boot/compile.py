@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from models.label_head import LabelHead
 from models.loading.load import LoadedModel
 from ops.paged_attention import KVGroups
 from serving.boot.check import Checked, facts_of
@@ -52,6 +53,7 @@ class CompiledEncoder:
 
     runner: EncoderRunner
     info: EngineInfo
+    labels: LabelHead | None = None
 
 
 def compile_decoder(checked: Checked, loaded: LoadedModel, say: Progress, meet: Meet | None = None) -> CompiledDecoder:
@@ -151,11 +153,13 @@ def compile_encoder(checked: Checked, loaded: LoadedModel, say: Progress) -> Com
     )
     resolved = {**dict.fromkeys(unused), **_resolved(checked), "pooling": loaded.embedding.pooling}
     began = time.monotonic()
+    tasks = checked.opened.family.tasks
+    labels = LabelHead.of(loaded.config) if "classify" in tasks else None
     runner = EncoderRunner(
         loaded.model,
         buckets,
         ProgramCache(checked.programs, fingerprint(checked.config, loaded.config, buckets, resolved)),
-        scores="score" in checked.opened.family.tasks,
+        classifies=labels is not None,
         head=loaded.embedding,
         mesh=checked.server_mesh,
     )
@@ -169,10 +173,11 @@ def compile_encoder(checked: Checked, loaded: LoadedModel, say: Progress) -> Com
         page_size=0,
         num_pages=0,
         num_parameters=runner.num_parameters,
-        tasks=checked.opened.family.tasks,
+        tasks=tuple(task for task in tasks if task != "score" or (labels is not None and labels.scores)),
+        labels=() if labels is None else labels.labels,
         **_embedding_facts(loaded),
     )
-    return CompiledEncoder(runner, info)
+    return CompiledEncoder(runner, info, labels)
 
 
 def _embedding_facts(loaded: LoadedModel) -> dict[str, Any]:

@@ -39,6 +39,6 @@ def wire_decoder(
 
 def wire_encoder(checked: Checked, loaded: LoadedModel, compiled: CompiledEncoder) -> EncoderEngine:
     """A running encoder that has read one text."""
-    engine = EncoderEngine(checked.config, loaded, compiled.runner, compiled.info, reader(checked))
+    engine = EncoderEngine(checked.config, loaded, compiled.runner, compiled.info, reader(checked), compiled.labels)
     engine.start()
     return engine

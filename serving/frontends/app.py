@@ -22,11 +22,13 @@ from serving.frontends.http.errors import install
 from serving.frontends.http.middleware import RequestContext
 from serving.frontends.http.server import HttpServer, serve_app
 from serving.frontends.openai.chat import chat_router
+from serving.frontends.openai.classify import classify_router
 from serving.frontends.openai.completions import completions_router
 from serving.frontends.openai.embeddings import embeddings_router
 from serving.frontends.openai.errors import shape as openai_shape
 from serving.frontends.openai.models import models_router
 from serving.frontends.openai.protocol.chat import ChatRequest
+from serving.frontends.openai.protocol.classify import ClassifyRequest
 from serving.frontends.openai.protocol.completions import CompletionRequest
 from serving.frontends.openai.protocol.embeddings import EmbeddingRequest
 from serving.frontends.openai.protocol.others import CohereEmbedRequest
@@ -83,13 +85,14 @@ def create_app(
     app.state.force_usage = force_usage
     app.state.stalled_reader_s = service.limits.stalled_reader_s
     routers = [
-        status_router(service, metrics),
+        status_router(service, metrics, access or Access()),
         models_router(service),
         chat_router(service),
         completions_router(service),
         responses_router(service),
         embeddings_router(service),
         scores_router(service),
+        classify_router(service),
         tokens_router(service),
         control_router(service, access or Access()),
         adapters_router(service, access or Access(), lora_folder),
@@ -119,7 +122,7 @@ def create_app(
 
 REQUESTS = (
     ChatRequest, CompletionRequest, ResponsesRequest, EmbeddingRequest, ScoreRequest, RerankRequest, TokenizeRequest,
-    DetokenizeRequest, UpdateWeightsRequest, CohereEmbedRequest, LoadAdapterRequest, UnloadAdapterRequest,
+    DetokenizeRequest, UpdateWeightsRequest, CohereEmbedRequest, ClassifyRequest, LoadAdapterRequest, UnloadAdapterRequest,
 )  # fmt: skip
 REHEARSED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank")
 

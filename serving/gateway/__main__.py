@@ -26,6 +26,7 @@ class Gateway:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
         self._first = asyncio.Event()  # an engine is there
         self._pool: Pool | None = None
         self._service: TextService | None = None
@@ -42,7 +43,7 @@ class Gateway:
             say(line)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+            loop.add_signal_handler(number, self._on_signal)
         names = target_names(args)
         try:
             engines = Connector(names, self._on_ready, args.target_api_key, target_tls(args), say)
@@ -126,10 +127,26 @@ class Gateway:
         await rehearse(app)
         return app
 
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            self._stop_now.set()
+        self._stop.set()
+
     async def _drain(self) -> None:
-        if self._service is not None:
-            self._service.start_draining()
-            await self._service.wait_idle(self._args.drain_timeout)
+        """Takes no more requests, waits for those that run, and tells their clients where they are cut."""
+        service = self._service
+        if service is None:
+            return
+        service.start_draining()
+        waits = [
+            asyncio.create_task(work) for work in (service.wait_idle(self._args.drain_timeout), self._stop_now.wait())
+        ]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for task in waits:
+            task.cancel()
+        if service.num_live:
+            say(f"ending {service.num_live} requests that still run")
+        await service.abort_all()
 
 
 def say(line: str) -> None:

@@ -11,14 +11,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from serving.engine.api.client import EmbeddingClient, EngineClient, ScoringClient
+from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
 from serving.errors import DIED, ErrorKind, RequestError
 
 
 class RemoteEngine(Protocol):
     """What the pool needs of a remote engine: an EngineClient whose streams can be closed. Its `info().tasks` says whether
-    it embeds and scores."""
+    it embeds, scores and classifies."""
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]: ...
 
@@ -27,6 +27,10 @@ class RemoteEngine(Protocol):
     ) -> np.ndarray: ...
 
     async def score(self, request_id: str, pairs: Sequence[TokenPair], *, priority: int = 0) -> np.ndarray: ...
+
+    async def classify(
+        self, request_id: str, token_ids: Sequence[int], *, raw: bool = False, priority: int = 0
+    ) -> np.ndarray: ...
 
     async def abort(self, request_id: str) -> bool: ...
 
@@ -74,7 +78,7 @@ class Pool(EngineClient):
             ValueError: it serves another model than the ones that are here.
         """
         infos = [*(one.info() for one in self._targets), target.info()]
-        for name in ("model_id", "vocab_size", "tasks"):
+        for name in ("model_id", "vocab_size", "tasks", "labels"):
             values = sorted({str(getattr(info, name)) for info in infos})
             if len(values) > 1:
                 raise ValueError(f"The targets differ in {name}: {', '.join(values)}. A gateway serves one model.")
@@ -123,6 +127,12 @@ class Pool(EngineClient):
         """As ScoringClient.score."""
         return await self._once(lambda t: t.score(request_id, pairs, priority=priority))
 
+    async def classify(
+        self, request_id: str, token_ids: Sequence[int], *, raw: bool = False, priority: int = 0
+    ) -> np.ndarray:
+        """As ClassifyingClient.classify."""
+        return await self._once(lambda t: t.classify(request_id, token_ids, raw=raw, priority=priority))
+
     async def _once(self, call: Callable[[RemoteEngine], Awaitable[np.ndarray]]) -> np.ndarray:
         """A call with one answer, by the engine with the least work; the others are tried where it refuses."""
         failure = _nobody()
@@ -145,6 +155,11 @@ class Pool(EngineClient):
 
     @property
     def scorer(self) -> ScoringClient:
+        """Itself."""
+        return self
+
+    @property
+    def classifier(self) -> ClassifyingClient:
         """Itself."""
         return self
 

@@ -85,7 +85,7 @@ SPECS: tuple[Spec, ...] = (
     _counter("generation_tokens", "Tokens generated."),
     _counter(
         "request_success",
-        "Completions that ended, by reason: stop, length, abort, deadline, error. One of `n` counts as one.",
+        "Completions that ended, by reason: stop, length, abort, deadline, refused, error. One of `n` counts as one.",
         labels=("finished_reason",),
     ),
     _counter(

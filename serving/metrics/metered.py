@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from serving.engine.api.adapters import AdapterClient
-from serving.engine.api.client import EmbeddingClient, EngineClient, ScoringClient
+from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient
 from serving.engine.api.lifecycle import Lifecycle
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, TokenPair
 from serving.errors import RequestError
@@ -106,6 +106,10 @@ class MeteredClient(EngineClient):
         lengths = [len(pair.token_ids) for pair in pairs]
         return await self._read(self._client.scorer.score(request_id, pairs, **options), lengths)
 
+    async def classify(self, request_id: str, token_ids: Sequence[int], **options: Any) -> np.ndarray:
+        assert self._client.classifier is not None
+        return await self._read(self._client.classifier.classify(request_id, token_ids, **options), (len(token_ids),))
+
     async def _read(self, work: Awaitable[np.ndarray], lengths: Sequence[int]) -> np.ndarray:
         """Observes sequences that are only read: each counts as one request that made no token."""
         start = time.monotonic()
@@ -161,6 +165,11 @@ class MeteredClient(EngineClient):
     def scorer(self) -> ScoringClient | None:
         """Itself, where the engine scores."""
         return self if self._client.scorer is not None else None
+
+    @property
+    def classifier(self) -> ClassifyingClient | None:
+        """Itself, where the engine classifies."""
+        return self if self._client.classifier is not None else None
 
     @property
     def refusal(self) -> str | None:

@@ -75,7 +75,7 @@ class Tracing:
         if ttft_s:
             span.set_attribute("gen_ai.latency.time_to_first_token", ttft_s)
             span.add_event("first token", timestamp=begin_ns + round(ttft_s * 1e9))
-        if final is not None and final.finish_reason is FinishReason.ERROR:
+        if final is not None and final.finish_reason in (FinishReason.REFUSED, FinishReason.ERROR):
             span.set_status(trace.StatusCode.ERROR, final.error)
         span.end(now_ns)
 

@@ -177,7 +177,7 @@ class Server:
             return await self._give_up(engine.failure, started, grpc_server)
         await service.abort_all()
         if self._http is not None:
-            await self._http.stop(0.0 if self._stop_now.is_set() else 1.0)
+            await self._http.stop(1.0)  # what cut replies end with still has to go out
         await grpc_server.stop(1.0)
         await asyncio.to_thread(started.shutdown)
         self._say("stopped")

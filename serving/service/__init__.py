@@ -3,6 +3,7 @@
 from serving.service.chat import ChatOptions, prepare_chat
 from serving.service.replies.outcome import Choice, Outcome, gather
 from serving.service.replies.outputs import (
+    Classification,
     CompletionOutput,
     Embedding,
     Logprob,
@@ -25,6 +26,7 @@ __all__ = [
     "ChatOptions",
     "ChatStyle",
     "Choice",
+    "Classification",
     "CompletionOutput",
     "Embedding",
     "GenerateInput",

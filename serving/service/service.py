@@ -18,12 +18,12 @@ from serving.access.rates import RateMeter
 from serving.engine.api.adapters import AdapterClient
 from serving.engine.api.client import EngineClient
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
-from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason
+from serving.engine.api.types import EngineOutput, EngineRequest
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.service import vectors
 from serving.service.live import LiveRequest, LiveRequests
 from serving.service.replies.merging import merge
-from serving.service.replies.outputs import Embedding, Scores, TextOutput
+from serving.service.replies.outputs import Classification, Embedding, Scores, TextOutput
 from serving.service.replies.stream import TextStream
 from serving.service.requests import prepare as prep
 from serving.service.requests.chat_style import ChatStyle
@@ -146,8 +146,10 @@ class TextService:
         prep.check_reads_text(params, self.tokenizer)
         caller = caller_of_task.get()
         if caller:
+            caller.check_requests()
             caller.check_priority(given.priority)
-        self._live.check_room(params.n)
+        share = caller and caller.share(given.tenant)
+        self._live.check_room(params.n, share)
         self._rates.take(caller.name if caller else "", params.n)
         prompt, ids = await self._read_prompt(given)
         prompt_ids, params = prep.fit_prompt(ids, params, given, self.info.vocab_size, self.info.max_model_len)
@@ -160,7 +162,7 @@ class TextService:
         if constraint is not None:
             await self._run(check_reach, constraint, params, bad_words, self.tokenizer, self.info.vocab_size)
         request_id = given.request_id or f"req-{uuid.uuid4().hex[:16]}"
-        self._live.check_room(params.n)  # again: others may have come while the prompt was read
+        self._live.check_room(params.n, share)  # again: others may have come while the prompt was read
         each = prep.params_of_each(params)
         children = tuple(
             EngineRequest(
@@ -184,7 +186,7 @@ class TextService:
         opens = given.messages is not None and not given.continue_final_message
         continues = not opens and not all(map(self.tokenizer.is_special, prompt_ids))
         return PreparedRequest(
-            request_id, model, prompt, prompt_ids, params, children, owner, markers, continues=continues
+            request_id, model, prompt, prompt_ids, params, children, owner, markers, continues=continues, share=share
         )
 
     async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[TextOutput, None]:
@@ -196,16 +198,13 @@ class TextService:
             RequestError: RESOURCE_EXHAUSTED (queue full), UNAVAILABLE, DEADLINE_EXCEEDED, INTERNAL. The completions
                 that still run are aborted first.
         """
-        live, leave = self._live.enter(prepared)
-        if (count_request := getattr(self.client, "count_request", None)) is not None:
-            count_request(len(prepared.children))
-        try:
+        with self._live.enter(prepared) as live:
+            if (count_request := getattr(self.client, "count_request", None)) is not None:
+                count_request(len(prepared.children))
             streams = [self._one(live, i) for i in range(len(prepared.children))]
             async with contextlib.aclosing(merge(streams)) as merged:
                 async for _, output in merged:
                     yield output
-        finally:
-            leave()
 
     async def abort(self, request_id: str) -> bool:
         """Ends every live request with this id that the caller's key began (all of them, for an admin's key or where
@@ -216,10 +215,12 @@ class TextService:
             await self._end(live)
         return bool(found)
 
-    async def abort_all(self) -> None:
-        """Ends every live request with UNAVAILABLE: the server stops now, and what was written of an answer is not all of it."""
-        for live in self._live:
-            await self._end(live)
+    async def abort_all(self, within_s: float = 1.0) -> None:
+        """Ends every live request with UNAVAILABLE: the server stops now. Waits up to `within_s` seconds until all know it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await asyncio.gather(*map(self._end, self._live), return_exceptions=True)
+                await self._live.wait_idle(within_s)
 
     async def _end(self, live: LiveRequest) -> None:
         for child in live.prepared.children:
@@ -233,8 +234,8 @@ class TextService:
         """
         self.resolve_model(given.model)
         given.check(self.limits)
-        self._count()
-        return await self._read_prompt(given)
+        with self._counted():
+            return await self._read_prompt(given)
 
     async def embed(
         self, given: GenerateInput, *, pooling: str | None = None, prompt_name: str | None = None
@@ -247,25 +248,35 @@ class TextService:
         Raises:
             RequestError: as `prepare` and `generate`; UNIMPLEMENTED when the engine cannot pool.
         """
-        self.check_ready()
-        self.resolve_model(given.model)
-        self._check_task("embed", "does not give embeddings")
-        given.check(self.limits)
-        self._count()
-        return await self._embed(vectors.prompted(given, self.info, prompt_name), pooling)
+        self._check_reads(given, "embed", "does not give embeddings")
+        with self._counted():
+            return await self._embed(vectors.prompted(given, self.info, prompt_name), pooling)
 
     async def _embed(self, given: GenerateInput, pooling: str | None = None) -> Embedding:
         prompt, ids = await self._run(vectors.encode, given, self.tokenizer, self.chat_template, self.limits, self.info)
         request_id = f"{given.request_id or 'embed'}#{next(self._serial)}"
-        embedder = self.client.embedder
-        assert embedder is not None  # `_check_task` has looked
-        parts = vectors.pieces(ids, self.tokenizer, self.info.max_model_len)
-        work = [
-            embedder.embed(f"{request_id}.{i}" if i else request_id, part, pooling=pooling, priority=given.priority)
-            for i, part in enumerate(parts)
-        ]
-        found = await vectors.together(work)
-        return Embedding(request_id, prompt, ids, vectors.joined(found, parts))
+        assert self.client.embedder is not None  # `_check_task` has looked
+        found = await vectors.embed_pieces(
+            self.client.embedder, request_id, vectors.pieces(ids, self.tokenizer, self.info.max_model_len),
+            pooling=pooling, priority=given.priority,
+        )  # fmt: skip
+        return Embedding(request_id, prompt, ids, found)
+
+    async def classify(self, given: GenerateInput, *, raw: bool = False) -> Classification:
+        """What one text is, by the labels of `info.labels`.
+
+        Args:
+            raw: the logits, instead of probabilities.
+        Raises:
+            RequestError: as `embed`; UNIMPLEMENTED when the model is no sequence classifier.
+        """
+        self._check_reads(given, "classify", "tells no labels of texts: it is no sequence classifier")
+        with self._counted():
+            _, ids = await self._run(vectors.encode, given, self.tokenizer, self.chat_template, self.limits, self.info)
+            request_id = f"{given.request_id or 'classify'}#{next(self._serial)}"
+            assert self.client.classifier is not None
+            found = await self.client.classifier.classify(request_id, ids, raw=raw, priority=given.priority)
+        return Classification(request_id, ids, tuple(map(float, found)))
 
     async def score(self, given: ScoreInput) -> Scores:
         """How relevant the second text of each pair is to the first: by the model itself where it reads pairs, else by
@@ -274,19 +285,17 @@ class TextService:
         Raises:
             RequestError: as `embed`; UNIMPLEMENTED when the model neither scores nor embeds.
         """
-        self.check_ready()
-        self.resolve_model(given.model)
         reads_pairs = self._can("score")
-        if not reads_pairs:
-            self._check_task("embed", "does not give scores or embeddings")
-        given.check(self.limits)
-        self._count()
-        if not reads_pairs:
-            return await vectors.score_by_cosine(lambda one: self._embed(vectors.prompted(one, self.info, None)), given)
-        pairs = await self._run(vectors.encode_pairs, given, self.tokenizer, self.info)
-        request_id = f"{given.request_id or 'score'}#{next(self._serial)}"
-        assert self.client.scorer is not None
-        found = await self.client.scorer.score(request_id, pairs, priority=given.priority)
+        self._check_reads(given, "score" if reads_pairs else "embed", "does not give scores or embeddings")
+        with self._counted():
+            if not reads_pairs:
+                return await vectors.score_by_cosine(
+                    lambda one: self._embed(vectors.prompted(one, self.info, None)), given
+                )
+            pairs = await self._run(vectors.encode_pairs, given, self.tokenizer, self.info)
+            request_id = f"{given.request_id or 'score'}#{next(self._serial)}"
+            assert self.client.scorer is not None
+            found = await self.client.scorer.score(request_id, pairs, priority=given.priority)
         return Scores(tuple(map(float, found)), sum(len(pair.token_ids) for pair in pairs))
 
     async def detokenize(
@@ -304,8 +313,8 @@ class TextService:
                 raise invalid(
                     f"Token {i} is {token!r}; this model's ids go from 0 to {self.info.vocab_size - 1}.", "token_ids"
                 )
-        self._count()
-        return await self._run(lambda: self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        with self._counted():
+            return await self._run(lambda: self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     async def offsets(self, ids: Sequence[int], text: str) -> list[int]:
         """Where the text of each of a prompt's tokens begins in `text`, the prompt's, in characters: never decreasing, none beyond
@@ -405,13 +414,21 @@ class TextService:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _can(self, task: str) -> bool:
-        """Whether the served model is made for "generate", "embed" or "score", and its engine does it."""
-        able = {"embed": self.client.embedder, "score": self.client.scorer}
+        """Whether the served model is made for "generate", "embed", "score" or "classify", and its engine does it."""
+        client = self.client
+        able = {"embed": client.embedder, "score": client.scorer, "classify": client.classifier}
         return task in self.info.tasks and (task == "generate" or able[task] is not None)
 
     def _check_task(self, task: str, lacks: str) -> None:
         if not self._can(task):
             raise RequestError(ErrorKind.UNIMPLEMENTED, f"The model {self.model_id!r} {lacks}.", param="model")
+
+    def _check_reads(self, given: GenerateInput | ScoreInput, task: str, lacks: str) -> None:
+        """Checks a request that is only read, as far as that needs no tokens."""
+        self.check_ready()
+        self.resolve_model(given.model)
+        self._check_task(task, lacks)
+        given.check(self.limits)
 
     async def _one(self, live: LiveRequest, index: int) -> AsyncGenerator[TextOutput, None]:
         prepared, request = live.prepared, live.prepared.children[index]
@@ -431,7 +448,7 @@ class TextService:
                     raise RequestError(
                         ErrorKind.INTERNAL, "The server failed to make this completion's text; its log says why."
                     ) from error
-                failure = None if stream.stopped else _failure(output, live.asked_to_end)
+                failure = None if stream.stopped else live.failure(output)
                 if failure is not None:
                     if text.text or text.token_ids:
                         yield dataclasses.replace(text, finish_reason=None)
@@ -440,10 +457,13 @@ class TextService:
                 if text.finish_reason is not None:
                     return
 
-    def _count(self) -> None:
-        """Counts a request without completions against its key's rate."""
+    def _counted(self) -> contextlib.AbstractContextManager[None]:
+        """Counts a request without completions: against its key's rate, and among those that are live."""
         caller = caller_of_task.get()
+        if caller:
+            caller.check_requests()
         self._rates.take(caller.name if caller else "")
+        return self._live.counted(1, caller and caller.share(None))
 
     async def _compile(self, grammar: StructuredOutputs) -> ConstraintFactory:
         if self.grammar_compiler is None:
@@ -478,23 +498,3 @@ class TextService:
             raise RequestError(
                 ErrorKind.INTERNAL, "The server failed to read this request; its log says why."
             ) from error
-
-
-def _failure(output: EngineOutput, asked_to_end: bool) -> RequestError | None:
-    """What a completion ended with, where that is no answer."""
-    if output.finish_reason is FinishReason.DEADLINE:
-        return RequestError(
-            ErrorKind.DEADLINE_EXCEEDED,
-            f"The request's deadline passed (or could no longer be met); {output.error or 'raise the timeout.'}",
-            code="deadline_exceeded",
-        )
-    if output.finish_reason is FinishReason.ERROR:
-        return RequestError(ErrorKind.INTERNAL, output.error or "The request failed in the engine.")
-    if output.finish_reason is FinishReason.ABORT and not asked_to_end:
-        return RequestError(
-            ErrorKind.UNAVAILABLE,
-            "The server is shutting down and cut this answer: ask another replica.",
-            code="server_shutting_down",
-            retry_after_s=5.0,
-        )
-    return None

@@ -17,6 +17,7 @@ from serving.service.requests.limits import Limits
 from serving.service.requests.prepare import check_token_ids, cut, render_and_encode
 
 if TYPE_CHECKING:
+    from serving.engine.api.client import EmbeddingClient
     from serving.text.chat_template import ChatTemplate
     from serving.text.tokenizer import Tokenizer
 
@@ -114,6 +115,14 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer, context: int) -> list[tuple
     inside = ids[len(before) : len(ids) - len(after)]
     size = context - len(before) - len(after)
     return [(*before, *inside[at : at + size], *after) for at in range(0, len(inside), size)]
+
+
+async def embed_pieces(
+    embedder: EmbeddingClient, request_id: str, parts: Sequence[Sequence[int]], **options: Any
+) -> np.ndarray:
+    """The vector of a text that is embedded in pieces, as `joined` puts them together."""
+    work = [embedder.embed(f"{request_id}.{i}" if i else request_id, part, **options) for i, part in enumerate(parts)]
+    return joined(await together(work), parts)
 
 
 def joined(vectors: Sequence[np.ndarray], parts: Sequence[Sequence[int]]) -> np.ndarray:

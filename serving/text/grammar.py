@@ -18,7 +18,7 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask_par
 
-from serving.engine.api.constraint import TokenConstraint
+from serving.engine.api.constraint import TokenConstraint, TooComplexError
 from serving.engine.api.sampling_params import StructuredOutputs
 from serving.errors import RequestError, invalid
 from serving.text.constraints.held import Held, HeldGrammars
@@ -195,20 +195,20 @@ class GrammarConstraint:
         """Counts the CPU time of a mask towards what the grammar holds.
 
         Raises:
-            RuntimeError: all grammars together hold too much, and this one is among the largest.
+            TooComplexError: all grammars together hold too much, and this one is among the largest.
         """
         held = self._held
         held.seconds += seconds
         if held.seconds - self._seen >= GROWTH_SECONDS:
             self._seen = held.seconds
             if refused := self._grew(held):
-                raise RuntimeError(f"The constraint is too complex to go on: {refused}.")
+                raise TooComplexError(f"The constraint is too complex to go on: {refused}. Simplify it.")
 
     def check(self) -> None:
-        """Raises RuntimeError once the grammar grew too complex to go on."""
+        """Raises TooComplexError once the grammar grew too complex to go on."""
         if self._matcher.is_error():
             self._held.failed = True  # completions share the lexer: those to come would fail at once
-            raise RuntimeError("The constraint grew too complex to go on. Simplify it.")
+            raise TooComplexError("The constraint grew too complex to go on. Simplify it.")
 
     def accept(self, token: int) -> bool:
         """See `TokenConstraint.accept`."""
@@ -216,7 +216,12 @@ class GrammarConstraint:
         if token in self._eos:
             self._ended = self._ended or self._matcher.is_accepting()
             return self._ended
-        return not self._ended and self._matcher.try_consume_tokens([token]) == 1
+        if self._ended:
+            return False
+        taken = self._matcher.try_consume_tokens([token]) == 1
+        if not taken:
+            self.check()  # a full lexer takes no token either
+        return taken
 
     @property
     def finished(self) -> bool:
@@ -224,17 +229,17 @@ class GrammarConstraint:
         return self._ended or (self._matcher.is_stopped() and self._matcher.is_accepting())
 
     @staticmethod
-    def fill_masks(items: Sequence[tuple[GrammarConstraint, int]], mask_RW: np.ndarray) -> dict[int, str]:
+    def fill_masks(items: Sequence[tuple[GrammarConstraint, int]], mask_RW: np.ndarray) -> dict[int, Exception]:
         """Fills many rows of one mask at once, in parallel where that is faster.
 
         Args:
             items: (constraint, row), each constraint once.
             mask_RW: int32 [rows, ceil(vocab / 32)], C-contiguous; other rows stay as they are.
         Returns:
-            row -> sentence, for constraints that cannot go on.
+            row -> TooComplexError, for constraints that cannot go on.
         """
         parallel = [(constraint, row) for constraint, row in items if constraint._num_bytes == mask_RW.shape[1] * 4]
-        failed: dict[int, str] = {}
+        failed: dict[int, Exception] = {}
         if len(parallel) >= PARALLEL_ROWS and mask_RW.flags.c_contiguous:
             began = time.process_time()
             fill_next_token_bitmask_par(_executor(), [(c._matcher, row) for c, row in parallel], mask_RW)
@@ -249,8 +254,8 @@ class GrammarConstraint:
                     constraint.check()
                 else:
                     constraint.fill_mask(mask_RW[row])
-            except RuntimeError as error:
-                failed[row] = str(error)
+            except TooComplexError as error:
+                failed[row] = error
         return failed
 
 

@@ -6,10 +6,12 @@ beside this one, by the line's id. Both are looked up, so a line without either 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.field import chat_right, http_right, text_right
-from tests.field.harness import CHECKS, LINES, ask, line_of, service_for
+from tests.field.harness import CHECKS, LINES, Line, ask, line_of, service_for
 
 MODULES = (chat_right, http_right, text_right)
 
@@ -20,8 +22,12 @@ async def test_every_line_is_right(name: str):
     if name in CHECKS:
         await CHECKS[name](line)
         return
+    check_expected(line, *await ask(service_for(line), line))
+
+
+def check_expected(line: Line, status: int, reply: dict[str, Any]) -> None:
+    """Holds a reply against the line's `expect`."""
     expect = line["expect"]
-    status, reply = await ask(service_for(line), line)
     assert status == expect["status"], reply
     error = reply.get("error") or {}
     for field in ("param", "code"):

@@ -12,7 +12,7 @@ from tests.serving.text.vocabularies import sentencepiece
 # -- text and logprobs --------------------------------------------------------------------------------------------------
 
 
-def _offsets_fit(choice: dict[str, Any]) -> None:
+def offsets_fit(choice: dict[str, Any]) -> None:
     text, offsets = choice["text"], choice["logprobs"]["text_offset"]
     assert len(offsets) == len(choice["logprobs"]["tokens"])
     assert offsets == sorted(offsets) and all(0 <= at <= len(text) for at in offsets), (text, offsets)
@@ -24,7 +24,7 @@ async def _offsets(line: Line) -> None:
     status, body = await ask(mock_service(MockEngine(reply=reply)), line, max_tokens=20)
     (choice,) = body["choices"]
     assert status == 200 and choice["text"] == line["body"]["prompt"] + reply
-    _offsets_fit(choice)
+    offsets_fit(choice)
     # Byte tokens: BOS, the prompt's, the reply's, and the end. The bytes of a character begin where it does.
     where, at = [0], 0
     for char in choice["text"]:
@@ -41,7 +41,7 @@ async def _offsets(line: Line) -> None:
     status, body = await ask(
         mock_service(MockEngine(reply="one STOP two")), line, max_tokens=20, echo=False, stop=["STOP"]
     )
-    _offsets_fit(body["choices"][0])
+    offsets_fit(body["choices"][0])
     assert body["choices"][0]["text"] == "one "
 
 
@@ -50,10 +50,10 @@ async def _offsets_control(line: Line) -> None:
     service = mock_service(MockEngine(reply=[256, 97, 260, 98]))
     status, body = await ask(service, line, prompt=[256, 120, 257, 121])
     assert status == 200 and body["choices"][0]["text"] == "xya"
-    _offsets_fit(body["choices"][0])
+    offsets_fit(body["choices"][0])
     assert body["choices"][0]["logprobs"]["text_offset"] == [0, 0, 1, 1, 2, 2, 3]
     assert next(iter(body["choices"][0]["logprobs"]["top_logprobs"][1])) == "x", "the prompt's own token comes first"
-    _offsets_fit((await ask(service, line))[1]["choices"][0])
+    offsets_fit((await ask(service, line))[1]["choices"][0])
 
 
 @right("sentencepiece-space")
@@ -70,7 +70,7 @@ async def _sentencepiece_space(line: Line) -> None:
     status, body = await ask(service, line, echo=True)
     (choice,) = body["choices"]
     assert choice["text"] == line["body"]["prompt"] + shown * 2
-    _offsets_fit(choice)
+    offsets_fit(choice)
     assert choice["logprobs"]["text_offset"][-1] == len(choice["text"]) - len(shown)
 
 

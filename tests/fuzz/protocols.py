@@ -6,6 +6,7 @@ Whatever comes, the reply is no 5xx (501, what this server cannot do, aside), sa
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gzip
 import pathlib
 import random
@@ -21,7 +22,7 @@ from serving.frontends.http.direct import post
 from serving.service import Limits
 from tests.fuzz.mutate import dump, many, mutate_bytes, mutate_json, random_json
 from tests.fuzz.run import Case
-from tests.mock_engine import MockEngine, mock_service
+from tests.mock_engine import ClassifyingEngine, EmbeddingEngine, MockEngine, ScoringEngine, mock_service
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {
@@ -44,14 +45,27 @@ BODIES: dict[str, dict[str, Any]] = {
     "/tokenize": {"model": "default", "prompt": "a", "add_special_tokens": True},
     "/detokenize": {"model": "default", "tokens": [1, 2, 3]},
     "/rerank": {"model": "default", "query": "a", "documents": ["b", {"text": "c"}], "top_n": 1},
+    "/v1/score": {"model": "default", "text_1": "a", "text_2": ["b", "c"], "truncate_prompt_tokens": 5},
+    "/classify": {"model": "default", "input": ["a", "b"], "use_activation": True, "truncate_prompt_tokens": 5},
     "/v2/embed": {"model": "default", "texts": ["a"], "embedding_types": ["float"], "truncate": "END", "input_type": "query"},
     "/v1/responses/input_tokens": {"model": "default", "input": "x", "tools": [], "reasoning": {"effort": "low"}},
 }  # fmt: skip
 LIMITS = Limits(max_body_bytes=256 * 1024, grammar_timeout_s=2.0)
 
 
+class AbleEngine(EmbeddingEngine):
+    """Does whatever any engine does."""
+
+    def __init__(self) -> None:
+        super().__init__(reply="Hello", max_model_len=256)
+        self._info = dataclasses.replace(
+            self._info, tasks=("generate", "embed", "score", "classify"), labels=("even", "odd")
+        )
+        self.scorer, self.classifier = ScoringEngine(), ClassifyingEngine()
+
+
 def _service() -> tuple[MockEngine, Any]:
-    engine = MockEngine(reply="Hello", max_model_len=256)
+    engine = AbleEngine()
     return engine, mock_service(engine, limits=LIMITS)
 
 
@@ -97,10 +111,25 @@ CHAT = inference_pb2.GenerateRequest(
     ),
     sampling_params=sampling_pb2.SamplingParams(max_tokens=3),
 )
+READ = inference_pb2.EmbedInput(token_ids=inference_pb2.TokenIds(ids=[1, 2, 3]))
 MESSAGES = {
     "/jaxserve.v1.Inference/Generate": [GENERATE, CHAT],
     "/jaxserve.v1.Inference/Tokenize": [inference_pb2.TokenizeRequest(text="a b", model="default")],
     "/jaxserve.v1.Inference/Detokenize": [inference_pb2.DetokenizeRequest(token_ids=[1, 2, 300], model="default")],
+    "/jaxserve.v1.Inference/Embed": [
+        inference_pb2.EmbedRequest(inputs=[READ, inference_pb2.EmbedInput(text="a b")], pooling="mean", dimensions=2)
+    ],
+    "/jaxserve.v1.Inference/Classify": [
+        inference_pb2.ClassifyRequest(inputs=[READ], raw=True, truncate_prompt_tokens=3)
+    ],
+    "/jaxserve.v1.Inference/Score": [
+        inference_pb2.ScoreRequest(
+            pairs=[
+                inference_pb2.ScorePair(texts=inference_pb2.TextPair(first="a", second="b")),
+                inference_pb2.ScorePair(tokens=inference_pb2.TokenPair(token_ids=[1, 2], segment_ids=[0, 1])),
+            ]
+        )
+    ],
     "/jaxserve.v1.Control/Abort": [control_pb2.AbortRequest(request_id="r")],
     "/jaxserve.v1.Control/GetModelInfo": [control_pb2.GetModelInfoRequest(model="default")],
 }

@@ -25,7 +25,7 @@ one request decodes while the other's prompt still runs. A cell counts the varia
 - *through GGUF*: 4 tokens through a GGUF file written from the same weights; numbers for which GGUF's metadata has no place
   cannot be tried.
 
-Encoders and cross-encoders have tests of their own, of hidden states and scores (`tests/models/test_bert.py`). Architectures
+Encoders and classifiers have tests of their own, of hidden states, labels and scores (`tests/models/test_bert.py`). Architectures
 whose names end in `Model` are those of embedding models without a head.
 
 Real checkpoints checked against transformers on the same weights: SmolLM2-135M-Instruct (`llama`), Qwen2.5-Coder-0.5B

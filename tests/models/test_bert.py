@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.label_head import LabelHead
 from models.loading.load import load_model, resolve
 from models.loading.opening import open_checkpoint
 from models.pooling import pool
@@ -113,7 +114,8 @@ def test_scores(architecture, activation, tmp_path):
     model = load_model(resolve(str(tmp_path)), progress=False).model
     tokens, length = padded(TEXTS)
     segments = (np.arange(tokens.shape[1]) >= 2).astype(np.int32) * (tokens > 0)
-    scores = np.asarray(model.score(model.encode(tokens, length, segments), length))
+    logits = np.asarray(model.classify(model.encode(tokens, length, segments), length))
+    scores = LabelHead.of(model.config).finish(logits)[:, 0]
     for row, text in enumerate(TEXTS):
         given = {"token_type_ids": torch.tensor(segments[row : row + 1, : len(text)])}
         more = given if architecture.startswith("Bert") else {}
@@ -123,10 +125,48 @@ def test_scores(architecture, activation, tmp_path):
         assert scores[row] == pytest.approx(wanted, abs=1e-4)
 
 
-def test_a_classifier_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("problem", "architecture"),
+    [
+        (None, "BertForSequenceClassification"),
+        ("single_label_classification", "ModernBertForSequenceClassification"),
+        ("multi_label_classification", "RobertaForSequenceClassification"),
+        ("regression", "BertForSequenceClassification"),
+    ],
+)
+def test_labels(problem, architecture, tmp_path):
+    """Probabilities are those of transformers' own pipeline for the type of problem."""
+    import torch
+
+    names = {0: "sad", 1: "glad", 2: "neither"}
+    reference = reference_model(architecture, RERANKERS[architecture], tmp_path, id2label=names, problem_type=problem)
+    model = load_model(resolve(str(tmp_path)), progress=False).model
+    head = LabelHead.of(model.config)
+    assert head.labels == ("sad", "glad", "neither") and not head.scores
+    tokens, length = padded(TEXTS)
+    logits = np.asarray(model.classify(model.encode(tokens, length), length))[: len(TEXTS)]
+    for row, text in enumerate(TEXTS):
+        with torch.no_grad():
+            wanted = reference(torch.tensor([text])).logits[0]
+        np.testing.assert_allclose(logits[row], wanted.numpy(), atol=1e-4)
+        if problem == "multi_label_classification":
+            wanted = torch.sigmoid(wanted)
+        elif problem != "regression":
+            wanted = torch.softmax(wanted, -1)
+        np.testing.assert_allclose(head.finish(logits)[row], wanted.numpy(), atol=1e-4)
+
+
+def test_labels_that_cannot_be_told_are_refused(tmp_path):
     reference_model("BertForSequenceClassification", "BertConfig", tmp_path, num_labels=3)
-    with pytest.raises(ValueError, match="3 labels"):
-        load_model(resolve(str(tmp_path)), progress=False)
+    path = tmp_path / "config.json"
+    for change, word in (
+        ({"id2label": {"1": "a", "2": "b"}}, "id2label"),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.Tanh"}}, "Tanh"),
+    ):
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(ValueError, match=word):
+            load_model(resolve(str(tmp_path)), progress=False)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {"0": "a"}}))
 
 
 @pytest.mark.parametrize("architecture", ["BertModel", "ModernBertModel"])

@@ -50,4 +50,4 @@ def test_finish_reasons_that_are_not_errors_are_on_the_wire():
 
     wire = {name.removeprefix("FINISH_REASON_") for name in inference_pb2.FinishReason.keys()}  # noqa: SIM118
     # TOOL_CALLS is the front end's: for the engine such a completion just stops.
-    assert wire == {"UNSPECIFIED", "TOOL_CALLS"} | {r.name for r in FinishReason} - {"DEADLINE", "ERROR"}
+    assert wire == {"UNSPECIFIED", "TOOL_CALLS"} | {r.name for r in FinishReason} - {"DEADLINE", "REFUSED", "ERROR"}

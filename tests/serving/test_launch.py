@@ -1,5 +1,6 @@
 """The server process: flags, start-up, signals, exit status. A mock engine stands behind it."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -10,6 +11,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.error
 import urllib.request
 
 import grpc
@@ -121,6 +124,71 @@ def test_requests_still_running_after_the_drain_timeout_are_ended():
         status, rest = server.end()
         channel.close()
     assert status == 0 and "ending 1 requests" in rest
+
+
+STREAMS = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    "/v1/completions": {"prompt": "x"},
+    "/v1/responses": {"input": "x"},
+}
+
+
+def ask(url, path, stream):
+    """A reply whose head and, where it is a stream, first event have come."""
+    most = "max_output_tokens" if "responses" in path else "max_tokens"
+    body = json.dumps({**STREAMS[path], most: 3000, "stream": stream}).encode()
+    request = urllib.request.Request(url + path, body, {"Content-Type": "application/json"})
+    reply = urllib.request.urlopen(request, timeout=50)
+    return reply, reply.readline()
+
+
+def cut_reply(url, path):
+    """Status and error of a reply that is no stream."""
+    with pytest.raises(urllib.error.HTTPError) as cut:
+        ask(url, path, stream=False)
+    return cut.value.code, json.load(cut.value)["error"]
+
+
+@pytest.mark.parametrize("how", ["drain timeout", "second signal"])
+def test_what_a_stop_cuts_says_so_on_every_protocol(how):
+    """No answer ends as if it were whole: an event in streams, a status elsewhere; and nothing breaks with a traceback."""
+    drain = "0.3" if how == "drain timeout" else "1000"
+    with launched("--port", "0", "--drain-timeout", drain, reply="word " * 700, step_s=0.02) as server:
+        ready = server.wait_for(r"ready at gRPC 127\.0\.0\.1:(\d+), (http://\S+)")
+        url = ready[2]
+        channel, inference = stub(ready[1])
+        running = inference.Generate(pb.GenerateRequest(text="x"))
+        next(running)
+        streams = {path: ask(url, path, stream=True)[0] for path in STREAMS}
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            whole = {path: threads.submit(cut_reply, url, path) for path in STREAMS}
+            deadline = time.monotonic() + 30
+            while json.load(urllib.request.urlopen(f"{url}/load", timeout=10))["server_load"] < 7:
+                assert time.monotonic() < deadline, "seven requests run"
+            server.popen.send_signal(signal.SIGTERM)
+            if how == "second signal":
+                server.wait_for("7 running")
+                server.popen.send_signal(signal.SIGTERM)
+            ends = {path: reply.read().decode() for path, reply in streams.items()}
+            codes = {path: reply.result() for path, reply in whole.items()}
+        with pytest.raises(grpc.RpcError) as cut:
+            list(running)
+        status, rest = server.end()
+        channel.close()
+    assert cut.value.code() is grpc.StatusCode.UNAVAILABLE and "shutting down" in cut.value.details()
+    for path, text in ends.items():
+        events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+        last = json.loads([event for event in events if event != "[DONE]"][-1])
+        error = last["response"]["error"] if path == "/v1/responses" else last["error"]
+        code = (
+            "server_error" if path == "/v1/responses" else "server_shutting_down"
+        )  # the former is of OpenAI's closed list
+        assert error["code"] == code and "ask another replica" in error["message"], (path, last)
+        assert '"finish_reason":"' not in text and "response.completed" not in text, path
+    for path, (code, error) in codes.items():
+        assert code == 503 and error["code"] == "server_shutting_down", (path, error)
+    assert "Traceback" not in rest and "ERROR" not in rest, rest
+    assert status == (0 if how == "drain timeout" else 128 + signal.SIGTERM)
 
 
 def test_a_dead_engine_ends_the_process_with_a_failure():

@@ -1,6 +1,7 @@
 """LLM over a mock engine: result shapes, orders, interruption, notebooks."""
 
 import asyncio
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -183,6 +184,21 @@ def test_embeddings_in_order():
         assert len(llm.embed([[1] * 512], use_tqdm=False)) == 1, "a prompt that is only read may fill the context"
     assert [o.outputs.embedding for o in outs] == [[2.0, 1.0], [4.0, 1.0], [2.0, 1.0]]
     assert outs[2].prompt_token_ids == [1, 2]
+
+
+def test_labels_in_order():
+    async def classify(request_id, token_ids, *, raw=False, priority=0):
+        await asyncio.sleep(0.01 / len(token_ids))
+        return np.array([len(token_ids), raw], np.float32)
+
+    with make() as llm:
+        with pytest.raises(RequestError, match="no sequence classifier"):
+            llm.classify("x", use_tqdm=False)
+        mock(llm).classifier = SimpleNamespace(classify=classify)
+        llm._service.info = dataclasses.replace(llm.info, tasks=("classify",))
+        outs = llm.classify(["a", "bcd", [1, 2]], use_tqdm=False)
+    assert [o.outputs.probs for o in outs] == [[2.0, 0.0], [4.0, 0.0], [2.0, 0.0]]
+    assert outs[2].prompt_token_ids == [1, 2] and outs[0].outputs.num_classes == 2
 
 
 def test_shut_down_once():

@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19jaxserve/v1/control.proto\x12\x0bjaxserve.v1\"\x16\n\x14GetServerInfoRequest\"\xd8\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08platform\x18\x02 \x01(\t\x12\x0c\n\x04mesh\x18\x03 \x01(\t\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\x12\x16\n\x0enum_pages_free\x18\x08 \x01(\r\x12\x17\n\x0fnum_pages_total\x18\t \x01(\r\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x19\n\x11generation_tokens\x18\x0b \x01(\x04\x12\x11\n\tnum_steps\x18\x0c \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\r \x01(\x04\x12\x1a\n\x12num_recompilations\x18\x0e \x01(\x04\x12\x16\n\x0eprefix_queries\x18\x0f \x01(\x04\x12\x13\n\x0bprefix_hits\x18\x10 \x01(\x04\x12\x1c\n\x14num_scheduled_tokens\x18\x11 \x01(\x04\x12\x19\n\x11num_bucket_tokens\x18\x12 \x01(\x04\x12\x13\n\x0bhost_time_s\x18\x13 \x01(\x01\x12\x1a\n\x12\x64\x65vice_wait_time_s\x18\x14 \x01(\x01\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xdd\x02\n\x14GetModelInfoResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x16\n\x0enum_parameters\x18\x04 \x01(\x04\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x07 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x08 \x01(\r\x12\x11\n\tpage_size\x18\t \x01(\r\x12\x11\n\tnum_pages\x18\n \x01(\r\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x14\n\x0cquantization\x18\x0c \x01(\t\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12\x19\n\x11has_chat_template\x18\x0e \x01(\x08\x12\r\n\x05tasks\x18\x0f \x03(\t\x12\x0f\n\x07pooling\x18\x10 \x01(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x0e\n\x0cPauseRequest\"9\n\rPauseResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.ControlState\"\x0f\n\rResumeRequest\":\n\x0eResumeResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.ControlState\",\n\x0cSleepRequest\x12\x12\n\x05level\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_level\"9\n\rSleepResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.ControlState\"\x0f\n\rWakeUpRequest\":\n\x0eWakeUpResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.ControlState\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"9\n\rDrainResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.ControlState\"\x19\n\x17ResetPrefixCacheRequest\"D\n\x18ResetPrefixCacheResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.ControlState\"&\n\x14UpdateWeightsRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\"A\n\x15UpdateWeightsResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.ControlState\"R\n\x0c\x43ontrolState\x12\x0e\n\x06paused\x18\x01 \x01(\x08\x12\x0e\n\x06\x61sleep\x18\x02 \x01(\x08\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x10\n\x08num_live\x18\x04 \x01(\r2\xf5\x05\n\x07\x43ontrol\x12V\n\rGetServerInfo\x12!.jaxserve.v1.GetServerInfoRequest\x1a\".jaxserve.v1.GetServerInfoResponse\x12S\n\x0cGetModelInfo\x12 .jaxserve.v1.GetModelInfoRequest\x1a!.jaxserve.v1.GetModelInfoResponse\x12>\n\x05\x41\x62ort\x12\x19.jaxserve.v1.AbortRequest\x1a\x1a.jaxserve.v1.AbortResponse\x12>\n\x05Pause\x12\x19.jaxserve.v1.PauseRequest\x1a\x1a.jaxserve.v1.PauseResponse\x12\x41\n\x06Resume\x12\x1a.jaxserve.v1.ResumeRequest\x1a\x1b.jaxserve.v1.ResumeResponse\x12>\n\x05Sleep\x12\x19.jaxserve.v1.SleepRequest\x1a\x1a.jaxserve.v1.SleepResponse\x12\x41\n\x06WakeUp\x12\x1a.jaxserve.v1.WakeUpRequest\x1a\x1b.jaxserve.v1.WakeUpResponse\x12>\n\x05\x44rain\x12\x19.jaxserve.v1.DrainRequest\x1a\x1a.jaxserve.v1.DrainResponse\x12_\n\x10ResetPrefixCache\x12$.jaxserve.v1.ResetPrefixCacheRequest\x1a%.jaxserve.v1.ResetPrefixCacheResponse\x12V\n\rUpdateWeights\x12!.jaxserve.v1.UpdateWeightsRequest\x1a\".jaxserve.v1.UpdateWeightsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19jaxserve/v1/control.proto\x12\x0bjaxserve.v1\"\x16\n\x14GetServerInfoRequest\"\xd8\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08platform\x18\x02 \x01(\t\x12\x0c\n\x04mesh\x18\x03 \x01(\t\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\x12\x16\n\x0enum_pages_free\x18\x08 \x01(\r\x12\x17\n\x0fnum_pages_total\x18\t \x01(\r\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x19\n\x11generation_tokens\x18\x0b \x01(\x04\x12\x11\n\tnum_steps\x18\x0c \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\r \x01(\x04\x12\x1a\n\x12num_recompilations\x18\x0e \x01(\x04\x12\x16\n\x0eprefix_queries\x18\x0f \x01(\x04\x12\x13\n\x0bprefix_hits\x18\x10 \x01(\x04\x12\x1c\n\x14num_scheduled_tokens\x18\x11 \x01(\x04\x12\x19\n\x11num_bucket_tokens\x18\x12 \x01(\x04\x12\x13\n\x0bhost_time_s\x18\x13 \x01(\x01\x12\x1a\n\x12\x64\x65vice_wait_time_s\x18\x14 \x01(\x01\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xf6\x03\n\x14GetModelInfoResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x16\n\x0enum_parameters\x18\x04 \x01(\x04\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x07 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x08 \x01(\r\x12\x11\n\tpage_size\x18\t \x01(\r\x12\x11\n\tnum_pages\x18\n \x01(\r\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x14\n\x0cquantization\x18\x0c \x01(\t\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12\x19\n\x11has_chat_template\x18\x0e \x01(\x08\x12\r\n\x05tasks\x18\x0f \x03(\t\x12\x0f\n\x07pooling\x18\x10 \x01(\t\x12?\n\x07prompts\x18\x11 \x03(\x0b\x32..jaxserve.v1.GetModelInfoResponse.PromptsEntry\x12\x16\n\x0e\x64\x65\x66\x61ult_prompt\x18\x12 \x01(\t\x12\x0e\n\x06labels\x18\x13 \x03(\t\x1a.\n\x0cPromptsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x0e\n\x0cPauseRequest\"9\n\rPauseResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.ControlState\"\x0f\n\rResumeRequest\":\n\x0eResumeResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.ControlState\",\n\x0cSleepRequest\x12\x12\n\x05level\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_level\"9\n\rSleepResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.ControlState\"\x0f\n\rWakeUpRequest\":\n\x0eWakeUpResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.ControlState\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"9\n\rDrainResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.ControlState\"\x19\n\x17ResetPrefixCacheRequest\"D\n\x18ResetPrefixCacheResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.ControlState\"&\n\x14UpdateWeightsRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\"A\n\x15UpdateWeightsResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.ControlState\"R\n\x0c\x43ontrolState\x12\x0e\n\x06paused\x18\x01 \x01(\x08\x12\x0e\n\x06\x61sleep\x18\x02 \x01(\x08\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x10\n\x08num_live\x18\x04 \x01(\r2\xf5\x05\n\x07\x43ontrol\x12V\n\rGetServerInfo\x12!.jaxserve.v1.GetServerInfoRequest\x1a\".jaxserve.v1.GetServerInfoResponse\x12S\n\x0cGetModelInfo\x12 .jaxserve.v1.GetModelInfoRequest\x1a!.jaxserve.v1.GetModelInfoResponse\x12>\n\x05\x41\x62ort\x12\x19.jaxserve.v1.AbortRequest\x1a\x1a.jaxserve.v1.AbortResponse\x12>\n\x05Pause\x12\x19.jaxserve.v1.PauseRequest\x1a\x1a.jaxserve.v1.PauseResponse\x12\x41\n\x06Resume\x12\x1a.jaxserve.v1.ResumeRequest\x1a\x1b.jaxserve.v1.ResumeResponse\x12>\n\x05Sleep\x12\x19.jaxserve.v1.SleepRequest\x1a\x1a.jaxserve.v1.SleepResponse\x12\x41\n\x06WakeUp\x12\x1a.jaxserve.v1.WakeUpRequest\x1a\x1b.jaxserve.v1.WakeUpResponse\x12>\n\x05\x44rain\x12\x19.jaxserve.v1.DrainRequest\x1a\x1a.jaxserve.v1.DrainResponse\x12_\n\x10ResetPrefixCache\x12$.jaxserve.v1.ResetPrefixCacheRequest\x1a%.jaxserve.v1.ResetPrefixCacheResponse\x12V\n\rUpdateWeights\x12!.jaxserve.v1.UpdateWeightsRequest\x1a\".jaxserve.v1.UpdateWeightsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'jaxserve.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GETMODELINFORESPONSE_PROMPTSENTRY']._loaded_options = None
+  _globals['_GETMODELINFORESPONSE_PROMPTSENTRY']._serialized_options = b'8\001'
   _globals['_GETSERVERINFOREQUEST']._serialized_start=42
   _globals['_GETSERVERINFOREQUEST']._serialized_end=64
   _globals['_GETSERVERINFORESPONSE']._serialized_start=67
@@ -38,41 +40,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELINFOREQUEST']._serialized_start=541
   _globals['_GETMODELINFOREQUEST']._serialized_end=577
   _globals['_GETMODELINFORESPONSE']._serialized_start=580
-  _globals['_GETMODELINFORESPONSE']._serialized_end=929
-  _globals['_ABORTREQUEST']._serialized_start=931
-  _globals['_ABORTREQUEST']._serialized_end=965
-  _globals['_ABORTRESPONSE']._serialized_start=967
-  _globals['_ABORTRESPONSE']._serialized_end=997
-  _globals['_PAUSEREQUEST']._serialized_start=999
-  _globals['_PAUSEREQUEST']._serialized_end=1013
-  _globals['_PAUSERESPONSE']._serialized_start=1015
-  _globals['_PAUSERESPONSE']._serialized_end=1072
-  _globals['_RESUMEREQUEST']._serialized_start=1074
-  _globals['_RESUMEREQUEST']._serialized_end=1089
-  _globals['_RESUMERESPONSE']._serialized_start=1091
-  _globals['_RESUMERESPONSE']._serialized_end=1149
-  _globals['_SLEEPREQUEST']._serialized_start=1151
-  _globals['_SLEEPREQUEST']._serialized_end=1195
-  _globals['_SLEEPRESPONSE']._serialized_start=1197
-  _globals['_SLEEPRESPONSE']._serialized_end=1254
-  _globals['_WAKEUPREQUEST']._serialized_start=1256
-  _globals['_WAKEUPREQUEST']._serialized_end=1271
-  _globals['_WAKEUPRESPONSE']._serialized_start=1273
-  _globals['_WAKEUPRESPONSE']._serialized_end=1331
-  _globals['_DRAINREQUEST']._serialized_start=1333
-  _globals['_DRAINREQUEST']._serialized_end=1385
-  _globals['_DRAINRESPONSE']._serialized_start=1387
-  _globals['_DRAINRESPONSE']._serialized_end=1444
-  _globals['_RESETPREFIXCACHEREQUEST']._serialized_start=1446
-  _globals['_RESETPREFIXCACHEREQUEST']._serialized_end=1471
-  _globals['_RESETPREFIXCACHERESPONSE']._serialized_start=1473
-  _globals['_RESETPREFIXCACHERESPONSE']._serialized_end=1541
-  _globals['_UPDATEWEIGHTSREQUEST']._serialized_start=1543
-  _globals['_UPDATEWEIGHTSREQUEST']._serialized_end=1581
-  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_start=1583
-  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_end=1648
-  _globals['_CONTROLSTATE']._serialized_start=1650
-  _globals['_CONTROLSTATE']._serialized_end=1732
-  _globals['_CONTROL']._serialized_start=1735
-  _globals['_CONTROL']._serialized_end=2492
+  _globals['_GETMODELINFORESPONSE']._serialized_end=1082
+  _globals['_GETMODELINFORESPONSE_PROMPTSENTRY']._serialized_start=1036
+  _globals['_GETMODELINFORESPONSE_PROMPTSENTRY']._serialized_end=1082
+  _globals['_ABORTREQUEST']._serialized_start=1084
+  _globals['_ABORTREQUEST']._serialized_end=1118
+  _globals['_ABORTRESPONSE']._serialized_start=1120
+  _globals['_ABORTRESPONSE']._serialized_end=1150
+  _globals['_PAUSEREQUEST']._serialized_start=1152
+  _globals['_PAUSEREQUEST']._serialized_end=1166
+  _globals['_PAUSERESPONSE']._serialized_start=1168
+  _globals['_PAUSERESPONSE']._serialized_end=1225
+  _globals['_RESUMEREQUEST']._serialized_start=1227
+  _globals['_RESUMEREQUEST']._serialized_end=1242
+  _globals['_RESUMERESPONSE']._serialized_start=1244
+  _globals['_RESUMERESPONSE']._serialized_end=1302
+  _globals['_SLEEPREQUEST']._serialized_start=1304
+  _globals['_SLEEPREQUEST']._serialized_end=1348
+  _globals['_SLEEPRESPONSE']._serialized_start=1350
+  _globals['_SLEEPRESPONSE']._serialized_end=1407
+  _globals['_WAKEUPREQUEST']._serialized_start=1409
+  _globals['_WAKEUPREQUEST']._serialized_end=1424
+  _globals['_WAKEUPRESPONSE']._serialized_start=1426
+  _globals['_WAKEUPRESPONSE']._serialized_end=1484
+  _globals['_DRAINREQUEST']._serialized_start=1486
+  _globals['_DRAINREQUEST']._serialized_end=1538
+  _globals['_DRAINRESPONSE']._serialized_start=1540
+  _globals['_DRAINRESPONSE']._serialized_end=1597
+  _globals['_RESETPREFIXCACHEREQUEST']._serialized_start=1599
+  _globals['_RESETPREFIXCACHEREQUEST']._serialized_end=1624
+  _globals['_RESETPREFIXCACHERESPONSE']._serialized_start=1626
+  _globals['_RESETPREFIXCACHERESPONSE']._serialized_end=1694
+  _globals['_UPDATEWEIGHTSREQUEST']._serialized_start=1696
+  _globals['_UPDATEWEIGHTSREQUEST']._serialized_end=1734
+  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_start=1736
+  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_end=1801
+  _globals['_CONTROLSTATE']._serialized_start=1803
+  _globals['_CONTROLSTATE']._serialized_end=1885
+  _globals['_CONTROL']._serialized_start=1888
+  _globals['_CONTROL']._serialized_end=2645
 # @@protoc_insertion_point(module_scope)

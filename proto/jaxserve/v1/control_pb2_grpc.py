@@ -92,7 +92,8 @@ class ControlServicer:
     """
 
     def GetServerInfo(self, request, context):
-        """The server and its load.
+        """The server and its load. Where there are keys, the load is told to those of the role monitor, proxy or admin, and is zero to
+        others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

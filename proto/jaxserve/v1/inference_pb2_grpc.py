@@ -58,6 +58,11 @@ class InferenceStub:
                 request_serializer=jaxserve_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/jaxserve.v1.Inference/Classify',
+                request_serializer=jaxserve_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/jaxserve.v1.Inference/Tokenize',
                 request_serializer=jaxserve_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -103,6 +108,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Classify(self, request, context):
+        """What each of one or more texts is, by the labels of a sequence classifier. UNIMPLEMENTED when the model is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """The token ids that Generate would run for a prompt.
         """
@@ -134,6 +146,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=jaxserve_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
                     response_serializer=jaxserve_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=jaxserve_dot_v1_dot_inference__pb2.ClassifyRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_inference__pb2.ClassifyResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -236,6 +253,33 @@ class Inference:
             '/jaxserve.v1.Inference/Score',
             jaxserve_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
             jaxserve_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Inference/Classify',
+            jaxserve_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+            jaxserve_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
             options,
             channel_credentials,
             insecure,

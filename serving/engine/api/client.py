@@ -62,6 +62,11 @@ class EngineClient(Protocol):
         return None
 
     @property
+    def classifier(self) -> ClassifyingClient | None:
+        """What tells labels of texts."""
+        return None
+
+    @property
     def adapters(self) -> AdapterClient | None:
         """What loads and lists LoRA adapters."""
         return None
@@ -102,6 +107,25 @@ class ScoringClient(Protocol):
         Args:
             request_id: unique among live requests.
             pairs: at least one, each of 1 to max_model_len tokens; `Tokenizer.encode_pair` makes them.
+            priority: lower runs first.
+        Raises:
+            RequestError: as `EmbeddingClient.embed`.
+        """
+        ...
+
+
+class ClassifyingClient(Protocol):
+    """A client of an engine whose `EngineInfo.tasks` has "classify": a sequence classifier, rerankers among them."""
+
+    async def classify(
+        self, request_id: str, token_ids: Sequence[int], *, raw: bool = False, priority: int = 0
+    ) -> np.ndarray:
+        """What one text is: float32 [labels], in the order of `EngineInfo.labels`. Concurrent calls share batches.
+
+        Args:
+            request_id: unique among live requests.
+            token_ids: 1 to max_model_len ids, special tokens included.
+            raw: the logits, instead of probabilities as the model's authors mean them (`models.label_head`).
             priority: lower runs first.
         Raises:
             RequestError: as `EmbeddingClient.embed`.

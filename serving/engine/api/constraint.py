@@ -7,6 +7,10 @@ from typing import Protocol
 import numpy as np
 
 
+class TooComplexError(RuntimeError):
+    """A grammar grew too complex to go on. Its message is for the request's author, whose grammar it is."""
+
+
 class TokenConstraint(Protocol):
     """Limits which token may come next. One instance a running request, used by one thread at a time."""
 
@@ -17,12 +21,17 @@ class TokenConstraint(Protocol):
             mask_W: int32 [ceil(vocab / 32)], bit t % 32 of word t // 32 is 1 where token t may come next. Written
                 whole. End-of-sequence is allowed exactly where the grammar may end.
         Raises:
-            RuntimeError: the grammar grew too complex to go on; the request ends with an error.
+            TooComplexError: the grammar grew too complex to go on; the request ends, its author's to mend. Whatever else is
+                raised is our failure, and ends the request too.
         """
         ...
 
     def accept(self, token: int) -> bool:
-        """Advances past `token`. False if the grammar does not allow it (the state is then unchanged)."""
+        """Advances past `token`. False if the grammar does not allow it (the state is then unchanged).
+
+        Raises:
+            TooComplexError: as `fill_mask`.
+        """
         ...
 
     @property

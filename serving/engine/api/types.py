@@ -18,7 +18,8 @@ class FinishReason(enum.Enum):
     LENGTH = "length"  # max_tokens or the context's end
     ABORT = "abort"  # the client went away or asked for it
     DEADLINE = "deadline"  # its deadline passed, or could no longer be met
-    ERROR = "error"  # its own fault ended it (NaN logits, grammar failure)
+    REFUSED = "refused"  # it cannot go on, and its author can mend that (a grammar that grew too complex)
+    ERROR = "error"  # we failed it (NaN logits, a grammar's own failure)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ class EngineOutput:
         prompt_logprobs: in the first output only, where asked for: None for the first prompt token, then one each.
         finish_reason: set on the last output.
         stop_reason: the stop token id that ended it (None for end-of-sequence).
-        error: a sentence, when finish_reason is ERROR; which limit it was, when DEADLINE.
+        error: a sentence, when finish_reason is REFUSED or ERROR; which limit it was, when DEADLINE.
         num_cached_tokens: prompt tokens whose KV was already there.
         num_preemptions: times the request was put back to waiting; told with the last output.
         pooled: float32 [embed], with the last output of a request that asked for pooling.
@@ -133,10 +134,12 @@ class EngineInfo:
     """Facts about a running engine that front ends and clients may show or check against.
 
     Attributes:
-        tasks: what it can do: "generate", "embed" (see EmbeddingClient), "score" (see ScoringClient).
+        tasks: what it can do: "generate", "embed" (see EmbeddingClient), "score" (see ScoringClient), "classify" (see
+            ClassifyingClient).
         pooling: how its embeddings are made where a request does not say.
         prompts: (name, text) of what its authors put in front of texts to embed.
         default_prompt: the text that goes in front where a request does not name one; "" for none.
+        labels: names of what a classifier tells apart.
     """
 
     model_id: str
@@ -157,6 +160,7 @@ class EngineInfo:
     pooling: str = "last"
     prompts: tuple[tuple[str, str], ...] = ()
     default_prompt: str = ""
+    labels: tuple[str, ...] = ()
 
 
 STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)

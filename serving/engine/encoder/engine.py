@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from models.label_head import LabelHead
 from serving.engine.api.admission import check_door, check_queue
-from serving.engine.api.client import EmbeddingClient, EngineClient, ScoringClient
+from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.lifecycle import Lifecycle, LoadModel
 from serving.engine.api.mortal import Mortal
@@ -50,7 +51,8 @@ class EncoderEngine(Mortal):
     """A running encoder. `start` starts its thread; the attributes are those of `Engine`.
 
     Attributes:
-        client: the in-process client; an EmbeddingClient or a ScoringClient, as `info().tasks` says.
+        client: the in-process client; an EmbeddingClient, or a ClassifyingClient and perhaps a ScoringClient, as `info().tasks`
+            says.
         source: where the model came from.
         generation_config: empty.
         failure: what killed the engine, or None.
@@ -66,6 +68,7 @@ class EncoderEngine(Mortal):
         runner: EncoderRunner,
         info: EngineInfo,
         load_model: LoadModel | None = None,
+        labels: LabelHead | None = None,
     ) -> None:
         super().__init__()
         self.lifecycle = Lifecycle(self, load_model)
@@ -81,7 +84,7 @@ class EncoderEngine(Mortal):
         self._held = False
         self._rehearsed = threading.Event()
         self._running: list[Job] = []
-        self.client = EncoderClient(self, info)
+        self.client = EncoderClient(self, info, labels or LabelHead())
         self._thread = threading.Thread(target=self._run, daemon=True, name="jaxserve-encoder")
 
     def start(self) -> None:
@@ -193,11 +196,12 @@ class EncoderEngine(Mortal):
 
 
 class EncoderClient(EngineClient):
-    """EngineClient, EmbeddingClient and ScoringClient over an encoder in this process; its `info().tasks` says which of the
-    last two it is."""
+    """EngineClient, EmbeddingClient, ClassifyingClient and ScoringClient over an encoder in this process; its `info().tasks`
+    says which of the last three it is."""
 
-    def __init__(self, engine: EncoderEngine, info: EngineInfo) -> None:
+    def __init__(self, engine: EncoderEngine, info: EngineInfo, labels: LabelHead) -> None:
         self._engine = engine
+        self._labels = labels
         self._info = info
         self._live: dict[str, _Pending] = {}
         self.draining = False
@@ -206,7 +210,7 @@ class EncoderClient(EngineClient):
         self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0
     ) -> np.ndarray:
         """See EmbeddingClient.embed."""
-        self._check_task("embed", "gives scores for pairs of texts, not embeddings")
+        self._check_task("embed", "tells labels of texts or scores pairs of them, and gives no embeddings")
         poolings = self._engine.runner.poolings
         if pooling is not None and pooling not in poolings:
             raise invalid(f"pooling must be one of {', '.join(poolings)}; got {pooling!r}.", "pooling")
@@ -214,8 +218,17 @@ class EncoderClient(EngineClient):
 
     async def score(self, request_id: str, pairs: Sequence[TokenPair], *, priority: int = 0) -> np.ndarray:
         """See ScoringClient.score."""
-        self._check_task("score", "gives embeddings of texts, not scores for pairs")
-        return await self._submit(request_id, [Text(pair.token_ids, pair.segment_ids) for pair in pairs], priority)
+        self._check_task("score", "gives no scores for pairs of texts")
+        texts = [Text(pair.token_ids, pair.segment_ids) for pair in pairs]
+        return self._labels.finish(await self._submit(request_id, texts, priority))[:, 0]
+
+    async def classify(
+        self, request_id: str, token_ids: Sequence[int], *, raw: bool = False, priority: int = 0
+    ) -> np.ndarray:
+        """See ClassifyingClient.classify."""
+        self._check_task("classify", "tells no labels of texts")
+        logit_L = (await self._submit(request_id, [Text(token_ids)], priority))[0]
+        return logit_L if raw else self._labels.finish(logit_L)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Refuses: an encoder completes nothing."""
@@ -256,6 +269,10 @@ class EncoderClient(EngineClient):
     @property
     def scorer(self) -> ScoringClient | None:
         return self if "score" in self._info.tasks else None
+
+    @property
+    def classifier(self) -> ClassifyingClient | None:
+        return self if "classify" in self._info.tasks else None
 
     @property
     def refusal(self) -> str | None:

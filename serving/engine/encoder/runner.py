@@ -30,7 +30,7 @@ class Text:
     Attributes:
         token_ids: 1 to max_model_len ids.
         segment_ids: as long, or empty: all of the first text.
-        pooling: one of the runner's `poolings`; None for the model's own; of no effect where pairs are scored.
+        pooling: one of the runner's `poolings`; None for the model's own; of no effect where labels are told.
     """
 
     token_ids: Sequence[int]
@@ -92,8 +92,8 @@ class EncoderRunner:
     """One encoder on its devices.
 
     Args:
-        model: a `models.api.Encoder`; a `CrossEncoder` where `scores`.
-        scores: texts are pairs to score; else they become vectors.
+        model: a `models.api.Encoder`; a `Classifier` where `classifies`.
+        classifies: texts, and pairs that are read as one, get labels; else they become vectors.
         head: how those are made.
     """
 
@@ -103,7 +103,7 @@ class EncoderRunner:
         buckets: EncoderBuckets,
         cache: ProgramCache,
         *,
-        scores: bool,
+        classifies: bool,
         head: EmbeddingHead | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
@@ -113,7 +113,7 @@ class EncoderRunner:
         self.poolings = tuple(dict.fromkeys((*POOLINGS, *self._head.modes))) if alone else (self._head.pooling,)
         self.buckets = buckets
         self.guard = CompileGuard()
-        self._scores = scores
+        self._classifies = classifies
         self._cache = cache
         self._mesh = mesh
         self._split, self._leaves = SplitModel.split(model)
@@ -133,14 +133,14 @@ class EncoderRunner:
         self.guard.arm()
 
     def run(self, texts: Sequence[Text]) -> np.ndarray:
-        """Vectors [texts, embed] of length 1, or scores [texts]; float32. Waits for the device.
+        """Vectors [texts, embed] of length 1, or logits [texts, labels]; float32. Waits for the device.
 
         Args:
             texts: at most `buckets.most_rows` of the longest one's length.
         """
         length = self.buckets.length_for(max(len(text.token_ids) for text in texts))
         found = np.asarray(self._dispatch(texts, self.buckets.find(length, len(texts))))[: len(texts)]
-        return found if self._scores else self._head.finish(found)
+        return found if self._classifies else self._head.finish(found)
 
     def _dispatch(self, texts: Sequence[Text], bucket: EncoderBucket) -> Any:
         """Starts a batch. Its input is one array: a transfer costs more than its bytes."""
@@ -158,8 +158,8 @@ class EncoderRunner:
         S = (packed.shape[1] - 2) // 2
         length_B, pooling_B = packed[:, -2], packed[:, -1]
         hidden_BSD = model.encode(packed[:, :S], length_B, packed[:, S : 2 * S])
-        if self._scores:
-            return model.score(hidden_BSD, length_B)
+        if self._classifies:
+            return model.classify(hidden_BSD, length_B)
         if len(self._head.modes) > 1:
             return jnp.concatenate(
                 [pool(hidden_BSD, length_B, mode, normalize=False) for mode in self._head.modes], axis=-1

@@ -21,7 +21,7 @@ def needs_host(request: Request) -> bool:
     return is_constrained(request) or request.spec.params.logprobs is not None
 
 
-def fill_rows(rows: Sequence[tuple[int, Request]], mask_RW: np.ndarray) -> dict[int, str]:
+def fill_rows(rows: Sequence[tuple[int, Request]], mask_RW: np.ndarray) -> dict[int, Exception]:
     """Writes the allowed set of each request's next token, from the tokens known now; see TokenConstraint.fill_mask.
 
     Constraints of a class that fills many masks at once (a static `fill_masks`) are filled together, on several cores.
@@ -30,9 +30,9 @@ def fill_rows(rows: Sequence[tuple[int, Request]], mask_RW: np.ndarray) -> dict[
         rows: (row of the mask, request).
         mask_RW: int32 [R, ceil(V / 32)], all ones where a row is not mentioned.
     Returns:
-        row -> what went wrong, for grammars that cannot go on; their rows are unusable.
+        row -> what its grammar raised, for those that cannot go on; their rows are unusable.
     """
-    failed: dict[int, str] = {}
+    failed: dict[int, Exception] = {}
     together: dict[Any, list[tuple[Any, int]]] = {}
     for row, request in rows:
         constraint = request.spec.constraint
@@ -44,8 +44,8 @@ def fill_rows(rows: Sequence[tuple[int, Request]], mask_RW: np.ndarray) -> dict[
             continue
         try:
             constraint.fill_mask(mask_RW[row])
-        except Exception as e:  # whatever it is, it is this request's
-            failed[row] = f"{type(e).__name__}: {e}"
+        except Exception as error:  # whatever it is, it is this request's
+            failed[row] = error
     for many, items in together.items():
         failed.update(many(items, mask_RW))
     for row, request in rows:

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 
+from serving.engine.api.constraint import TooComplexError
 from serving.engine.api.types import EngineOutput, FinishReason, RequestTimes, TokenLogprobs
 from serving.engine.requests.plan import Chunk
 from serving.engine.requests.request import Request
@@ -27,9 +28,17 @@ def verdict(request: Request, max_model_len: int) -> tuple[FinishReason | None, 
         if not constraint.accept(request.tokens[-1]):
             return FinishReason.ERROR, "the grammar does not allow the sampled token."
         return (FinishReason.STOP if constraint.finished else reason), None
-    except Exception:  # a grammar's own failure ends its request, not everybody's step
-        log.exception("request %s: its grammar failed", request.request_id)
-        return FinishReason.ERROR, "the grammar failed."
+    except Exception as error:
+        return grammar_failure(request, error)
+
+
+def grammar_failure(request: Request, error: Exception) -> tuple[FinishReason, str]:
+    """What ends a request whose grammar raised, which is not everybody's step: its own complexity, or a failure of ours."""
+    if isinstance(error, TooComplexError):
+        log.warning("request %s: its grammar cannot go on: %s", request.request_id, error)
+        return FinishReason.REFUSED, str(error)
+    log.error("request %s: its grammar failed", request.request_id, exc_info=error)
+    return FinishReason.ERROR, "the grammar failed."
 
 
 class Outputs:

@@ -16,12 +16,13 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from serving.engine.api.types import EngineOutput, FinishReason
+from serving.engine.api.types import EngineOutput
 from serving.engine.requests.buckets import Bucket
 from serving.engine.requests.plan import StepPlan, StepResult
 from serving.engine.requests.request import Request
 from serving.engine.requests.slots import SlotTable
 from serving.engine.scheduling.masks import fill_rows
+from serving.engine.scheduling.outputs import grammar_failure
 from serving.engine.scheduling.pacing import Pacer
 from serving.engine.scheduling.recovery import StepFailedError
 from serving.engine.scheduling.scheduler import Scheduler
@@ -197,13 +198,13 @@ class StepPipeline(Generic[S]):
         mask = self.device.new_mask(step)
         live = [(row, request) for row, request in step.constrained if not request.finished]
         request_of = dict(live)
-        for row, reason in fill_rows(live, mask).items():
+        for row, error in fill_rows(live, mask).items():
             request = request_of[row]
-            log.warning("request %s: its grammar cannot go on: %s", request.request_id, reason)
             mask[row] = -1
-            output = self.scheduler.abort(request.request_id, FinishReason.ERROR)
+            reason, sentence = grammar_failure(request, error)
+            output = self.scheduler.abort(request.request_id, reason)
             if output is not None:
-                self._give([dataclasses.replace(output, error="the grammar became too complex to go on.")])
+                self._give([dataclasses.replace(output, error=sentence)])
         return mask
 
     def _give(self, outputs: list[EngineOutput]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from proto.jaxserve.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
 from proto.jaxserve.v1 import inference_pb2 as pb
 from serving.access import ClientTls
-from serving.engine.api.client import EmbeddingClient, EngineClient, ScoringClient
+from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient
 from serving.engine.api.constraint import TokenConstraint
 from serving.engine.api.sampling_params import StructuredOutputs
 from serving.engine.api.types import (
@@ -142,6 +142,22 @@ class RemoteEngineClient(EngineClient):
             raise error_of(error) from error
         return np.array(reply.scores, np.float32)
 
+    async def classify(
+        self, request_id: str, token_ids: Sequence[int], *, raw: bool = False, priority: int = 0
+    ) -> np.ndarray:
+        """See ClassifyingClient.classify."""
+        wire = pb.ClassifyRequest(
+            inputs=[pb.EmbedInput(token_ids=pb.TokenIds(ids=token_ids))],
+            request_id=request_id,
+            priority=priority,
+            raw=raw,
+        )
+        try:
+            reply = await self._inference.Classify(wire, metadata=outgoing_metadata())
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        return np.array(reply.classifications[0].values, np.float32)
+
     async def abort(self, request_id: str) -> bool:
         """See EngineClient.abort."""
         try:
@@ -163,6 +179,11 @@ class RemoteEngineClient(EngineClient):
     @property
     def scorer(self) -> ScoringClient:
         """Itself; whether the server's model scores says `info().tasks`."""
+        return self
+
+    @property
+    def classifier(self) -> ClassifyingClient:
+        """Itself; whether the server's model classifies says `info().tasks`."""
         return self
 
     @property
@@ -320,4 +341,7 @@ def _info(model: control_pb2.GetModelInfoResponse, server: control_pb2.GetServer
         num_parameters=model.num_parameters,
         tasks=tuple(model.tasks),
         pooling=model.pooling,
+        prompts=tuple(sorted(model.prompts.items())),
+        default_prompt=model.default_prompt,
+        labels=tuple(model.labels),
     )

@@ -101,8 +101,8 @@ _MODES = {
 }
 
 
-def embed_input_from(request: pb.EmbedRequest, index: int) -> GenerateInput:
-    """One input of an EmbedRequest, as the service takes it."""
+def embed_input_from(request: pb.EmbedRequest | pb.ClassifyRequest, index: int) -> GenerateInput:
+    """One input of a request for vectors or labels, as the service takes it."""
     one = request.inputs[index]
     which = one.WhichOneof("input")
     return GenerateInput(
@@ -130,7 +130,7 @@ def score_input_from(request: pb.ScoreRequest) -> ScoreInput:
     return ScoreInput(pairs, **_shared(request))
 
 
-def _shared(request: pb.EmbedRequest | pb.ScoreRequest) -> dict[str, Any]:
+def _shared(request: pb.EmbedRequest | pb.ClassifyRequest | pb.ScoreRequest) -> dict[str, Any]:
     return {
         "truncate_prompt_tokens": request.truncate_prompt_tokens
         if request.HasField("truncate_prompt_tokens")

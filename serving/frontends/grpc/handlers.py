@@ -17,6 +17,8 @@ from google.protobuf.message import DecodeError, Message
 
 from proto.jaxserve.v1 import control_pb2, inference_pb2
 from serving import memory
+from serving.access import caller_of_task
+from serving.engine.api.types import EngineStats
 from serving.errors import ErrorKind, RequestError, invalid, named
 from serving.frontends.grpc import convert
 from serving.frontends.grpc.bounds import LARGE_BYTES, check_counts, check_wire
@@ -35,7 +37,7 @@ CONTROL: ServiceDescriptor = control_pb2.DESCRIPTOR.services_by_name["Control"]
 
 
 class Inference:
-    """Generate, Embed, Score, Tokenize, Detokenize.
+    """Generate, Embed, Score, Classify, Tokenize, Detokenize.
 
     Args:
         service: gives the service, or raises UNAVAILABLE while there is none yet.
@@ -96,6 +98,23 @@ class Inference:
         found = await self._service().score(convert.score_input_from(request))
         return inference_pb2.ScoreResponse(scores=found.values, prompt_tokens=found.prompt_tokens)
 
+    async def Classify(  # noqa: N802
+        self, request: inference_pb2.ClassifyRequest, context: Context
+    ) -> inference_pb2.ClassifyResponse:
+        service = self._service()
+        if not request.inputs:
+            raise invalid("inputs is empty: give at least one text.", "inputs")
+        service.limits.check_count("inputs", len(request.inputs), service.limits.max_batch, "inputs")
+        given = [convert.embed_input_from(request, i) for i in range(len(request.inputs))]
+        found = await together([service.classify(one, raw=request.raw) for one in given])
+        return inference_pb2.ClassifyResponse(
+            labels=service.info.labels,
+            classifications=[
+                inference_pb2.Classification(values=one.values, prompt_tokens=len(one.prompt_token_ids))
+                for one in found
+            ],
+        )
+
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
@@ -121,7 +140,8 @@ class Control(ControlCalls):
         self, request: control_pb2.GetServerInfoRequest, context: Context
     ) -> control_pb2.GetServerInfoResponse:
         service = self._service()
-        info, stats = service.info, service.client.stats()
+        info = service.info
+        stats = service.client.stats() if self._access.may_see_figures(caller_of_task.get()) else EngineStats()
         return control_pb2.GetServerInfoResponse(
             version=info.version,
             platform=info.platform,
@@ -168,6 +188,9 @@ class Control(ControlCalls):
             has_chat_template=service.chat_template is not None,
             tasks=info.tasks,
             pooling=info.pooling,
+            prompts=dict(info.prompts),
+            default_prompt=info.default_prompt,
+            labels=info.labels,
         )
 
     async def Abort(  # noqa: N802

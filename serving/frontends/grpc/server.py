@@ -27,6 +27,9 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", limits.max_head_bytes),
         ("grpc.absolute_max_metadata_size", limits.max_head_bytes),
         ("grpc.max_send_message_length", -1),
+        # Identity alone. gRPC looks at a message's size before it inflates it, and asks for no key before: 16 MB of zeros, which
+        # travel as 16 kB, could be 16 GB here. A compressed message is UNIMPLEMENTED.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.max_concurrent_streams", limits.max_live),
         # By default a second server on the port would silently take half of the connections.
         ("grpc.so_reuseport", 0),

@@ -54,3 +54,12 @@ def control_check(access: Access) -> Callable[[Request], None]:
         access.check_control(caller_of_task.get())
 
     return check
+
+
+def figures_check(access: Access) -> Callable[[Request], None]:
+    """A dependency for routes that tell what the server does for everybody together."""
+
+    def check(request: Request) -> None:
+        access.check_figures(caller_of_task.get())
+
+    return check

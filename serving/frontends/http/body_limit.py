@@ -65,7 +65,7 @@ class _Body:
         codings = b",".join(v for k, v in scope["headers"] if k == b"content-encoding").lower().strip()
         self._coding = codings if codings not in (b"", b"identity") else None
         self._inflater: Any = zlib.decompressobj(_WINDOWS[codings]) if codings in _WINDOWS else None
-        self._seen = self._held = 0
+        self._seen = self._sent = self._held = 0
         self._complete = False
 
     async def receive(self) -> Message:
@@ -92,6 +92,13 @@ class _Body:
             return message
         more = bool(message.get("more_body"))
         body = message.get("body", b"")
+        self._sent += len(
+            body
+        )  # of a compressed body, too: blocks that hold nothing could follow each other without end
+        if self._sent > self._limits.max_body_bytes:
+            if more:
+                await _discard(self._receive)
+            raise self._refusal()
         if self._inflater is not None:
             body = await self._inflate(body, last=not more)
             message = {**message, "body": body}
@@ -113,7 +120,7 @@ class _Body:
     async def _inflate(self, data: bytes, last: bool) -> bytes:
         pieces, total = [], self._seen
         try:
-            while data and total <= self._limits.max_body_bytes:
+            while data and not self._inflater.eof and total <= self._limits.max_body_bytes:
                 piece = self._inflater.decompress(data, INFLATE_BYTES)
                 data = self._inflater.unconsumed_tail
                 pieces.append(piece)
@@ -121,7 +128,10 @@ class _Body:
                 await asyncio.sleep(0)
         except zlib.error:
             raise HTTPException(400, "The body is not what its Content-Encoding says.") from None
-        if last and total <= self._limits.max_body_bytes and not self._inflater.eof and total:
+        if self._inflater.eof and (data or self._inflater.unused_data):
+            # zlib would keep all of it; and what it is nobody says.
+            raise HTTPException(400, "More follows behind the compressed body's end.", headers={"Connection": "close"})
+        if last and total <= self._limits.max_body_bytes and not self._inflater.eof and self._sent:
             raise HTTPException(400, "The compressed body is cut off.")
         return b"".join(pieces)
 

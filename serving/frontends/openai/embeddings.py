@@ -10,14 +10,14 @@ import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
-from serving.errors import ErrorKind, RequestError, named
+from serving.errors import named
 from serving.frontends.http.bodies import body_of, takes
 from serving.frontends.http.models import ApiBody
 from serving.frontends.http.sse import unless_gone
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.openai.protocol.embeddings import EmbeddingReply, EmbeddingRequest
 from serving.frontends.openai.protocol.others import CohereEmbedReply, CohereEmbedRequest, PoolingReply
-from serving.service import Embedding, GenerateInput, TextService
+from serving.service import Embedding, TextService
 from serving.service.vectors import shortened, together
 
 
@@ -71,13 +71,6 @@ def embeddings_router(service: TextService) -> APIRouter:
             }
         )
 
-    @router.post("/classify", include_in_schema=False)
-    async def classify() -> Response:
-        raise RequestError(
-            ErrorKind.UNIMPLEMENTED,
-            "This server has no classifiers: /rerank and /score tell how well texts fit, /v1/embeddings gives vectors.",
-        )
-
     async def run(body: EmbeddingRequest, said: ApiBody, request: Request) -> tuple[list[np.ndarray], dict[str, Any]]:
         """The vectors, and what replies end with; errors name the fields of `said`."""
         with named(said.names()):
@@ -93,24 +86,7 @@ def embeddings_router(service: TextService) -> APIRouter:
 
 
 async def _embed(service: TextService, body: EmbeddingRequest, inputs: list[Any], request_id: str) -> list[Embedding]:
-    chat = body.messages is not None
-    given = [
-        GenerateInput(
-            text=one if isinstance(one, str) else None,
-            token_ids=None if chat or isinstance(one, str) else one,
-            messages=body.messages,
-            add_generation_prompt=bool(body.add_generation_prompt),
-            continue_final_message=bool(body.continue_final_message),
-            add_special_tokens=body.add_special_tokens,
-            chat_template_kwargs=body.chat_template_kwargs or {},
-            truncate_prompt_tokens=body.truncate_prompt_tokens,
-            truncation_side=body.truncation_side,
-            model=body.model,
-            request_id=body.request_id or request_id,
-            priority=body.priority or 0,
-        )
-        for one in inputs
-    ]
+    given = [body.given(one, request_id) for one in inputs]
     return await together([service.embed(one, pooling=body.pooling, prompt_name=body.prompt_name) for one in given])
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from serving.access import Access
+from serving.frontends.http.access import figures_check
 from serving.frontends.http.models import ApiReply
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.operations.documentation import DOCS_POLICY, documentation
@@ -26,8 +28,9 @@ class LoadReply(ApiReply):
     server_load: int
 
 
-def status_router(service: TextService, metrics: Metrics) -> APIRouter:
-    """Routes that tell about the server itself."""
+def status_router(service: TextService, metrics: Metrics, access: Access) -> APIRouter:
+    """Routes that tell about the server itself. Where there are keys, `/metrics` and `/load` need one that may see figures."""
+    figures: dict[str, Any] = {"dependencies": [Depends(figures_check(access))]}
     router = APIRouter(tags=["server"])
     unavailable: dict[int | str, dict[str, Any]] = {503: RESPONSES[503]}
 
@@ -51,7 +54,7 @@ def status_router(service: TextService, metrics: Metrics) -> APIRouter:
         """/health under the name that SageMaker asks for."""
         return await health()
 
-    @router.get("/load", response_model=LoadReply)
+    @router.get("/load", response_model=LoadReply, responses={403: RESPONSES[403]}, **figures)
     async def load() -> Response:
         """How many requests are being served."""
         return JSONResponse({"server_load": service.num_live})
@@ -65,7 +68,12 @@ def status_router(service: TextService, metrics: Metrics) -> APIRouter:
     async def version() -> Response:
         return JSONResponse({"version": service.info.version})
 
-    @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    @router.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}, 403: RESPONSES[403]},
+        **figures,
+    )
     async def prometheus(request: Request) -> Response:
         """Prometheus text, or OpenMetrics where the scraper asks for it."""
         body, media_type = metrics.render(request.headers.get("accept", ""))

@@ -209,6 +209,41 @@ class Scores:
     prompt_tokens: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """What one text is.
+
+    Attributes:
+        prompt_token_ids: what was read.
+        values: one number a label, in the order of `EngineInfo.labels`.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclasses.dataclass
+class ClassificationOutput:
+    """vLLM's shape: `out.outputs.probs`."""
+
+    probs: list[float]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.probs)
+
+
+@dataclasses.dataclass
+class ClassificationRequestOutput:
+    """A prompt with what it is. Names are vLLM's."""
+
+    request_id: str
+    outputs: ClassificationOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+
+
 @dataclasses.dataclass
 class EmbeddingOutput:
     """vLLM's shape: `out.outputs.embedding`."""

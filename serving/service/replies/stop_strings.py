@@ -64,7 +64,7 @@ class StopMatcher:
         return found
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)  # of 1,024 characters at most: 2.4 MB
 def _failure(stop: str) -> tuple[int, ...]:
     """For each prefix of `stop`, the length of its longest proper suffix that is a prefix too."""
     table, state = [0] * len(stop), 0

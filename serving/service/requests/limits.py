@@ -49,6 +49,8 @@ class Limits:
         max_sequences: prompts times `n` in one request.
         max_live: requests that run or wait, of everybody; further ones are refused.
         max_live_extra: completions beyond the first of each of those, together.
+        max_live_per_key: as max_live, of one API key (of one tenant of a gateway's); None: half of max_live. Of max_live_extra
+            a key may have half.
         max_grammar_chars: a JSON schema, regular expression, grammar, or all choices together.
         grammar_timeout_s: time to compile a grammar.
         max_name_chars: request ids, model names, salts, tenants.
@@ -84,6 +86,7 @@ class Limits:
     max_sequences: int = 1024
     max_live: int = 16384
     max_live_extra: int = 2048
+    max_live_per_key: int | None = None
     max_grammar_chars: int = 256 * 1024
     grammar_timeout_s: float = 10.0
     max_name_chars: int = 256

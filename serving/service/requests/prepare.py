@@ -41,6 +41,7 @@ class PreparedRequest:
         markers: control tokens that stay in the text, because it is parsed by them.
         reader: makes what tells content, thinking and calls of one completion apart; None where the text is the content.
         continues: the completion's text goes on with the prompt's, so that a blank at its beginning is part of it.
+        share: whose share of the room it takes, see `Caller.share`.
     """
 
     request_id: str
@@ -53,6 +54,7 @@ class PreparedRequest:
     markers: frozenset[int] = frozenset()
     reader: Callable[[], ReplyReader] | None = None
     continues: bool = False
+    share: str | None = None
 
 
 def render_and_encode(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from serving.engine.api.constraint import TokenConstraint
+from serving.engine.api.constraint import TokenConstraint, TooComplexError
 from serving.engine.api.sampling_params import SamplingParams
 from serving.errors import RequestError, invalid
 
@@ -38,7 +38,10 @@ def check_reach(
     if fresh is None:
         return
     mask_W = np.zeros((vocab_size + 31) // 32, np.int32)
-    fresh.fill_mask(mask_W)
+    try:
+        fresh.fill_mask(mask_W)
+    except TooComplexError as error:
+        raise invalid(str(error), "structured_outputs") from None
     left = set(np.unpackbits(mask_W.view(np.uint8), bitorder="little").nonzero()[0].tolist())
     left -= {sequence[0] for sequence in bad_words if len(sequence) == 1}
     if allowed is not None:

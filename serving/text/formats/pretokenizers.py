@@ -52,6 +52,20 @@ DEEPSEEK_V3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
     r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
+# The last step finds nothing that the first left together: the file has it.
+SPARK = (
+    *DEEPSEEK_V3[:2],
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
+    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+|[\r\n]|\s+(?!\S)|\s+",
+    ONE_DIGIT,
+)
+# Runs of blanks are cut into powers of two, longest first.
+JAIS2 = (
+    LLAMA3.removesuffix(r"|\s+(?!\S)|\s+")
+    + "".join(rf"|\s{{{count}}}(?!\S)" for count in (512, 256, 128, 64, 32, 16, 8, 4, "1,2"))
+    + r"|\s{1}"
+)
+K2_HORIZON = LLAMA3.replace(r"?\p{L}+", "?(?:\\p{L}|\\p{M}|\u200c|\u200d)+")
 DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}")
 FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]")
 # Digits in groups of three, counted from the right.
@@ -179,7 +193,10 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     **_named("tiny_aya cohere2moe", PreTokenizer((r"\d{1,3}(?=(?:\d{3})*\b)", GPT4O))),
     "youtu": PreTokenizer(YOUTU, ignore_merges=True),
     "kimi-k2": PreTokenizer((KIMI_K2,), ignore_merges=True),
-    **_named("deepseek-v3 hunyuan-dense joyai-llm", PreTokenizer(DEEPSEEK_V3)),
+    **_named("deepseek-v3 hunyuan-dense hy_v4 joyai-llm", PreTokenizer(DEEPSEEK_V3)),
+    "spark2_5": PreTokenizer(SPARK),
+    "jais-2": PreTokenizer((JAIS2,)),
+    "k2-horizon": PreTokenizer((K2_HORIZON,)),
     "deepseek-llm": PreTokenizer(DEEPSEEK_LLM),
     "deepseek-coder": PreTokenizer(DEEPSEEK_CODER),
     "falcon": PreTokenizer(FALCON),

@@ -28,8 +28,9 @@ from serving.service import Limits
 from tests.mock_engine import MockEngine, mock_service, until
 from tests.serving.access import certificates
 
-ALICE, BOB, ADMIN = (f"sk-{name}-0123456789abcdef" for name in ("alice", "bob", "admin"))
+ALICE, BOB, ADMIN, WATCH = (f"sk-{name}-0123456789abcdef" for name in ("alice", "bob", "admin", "watch"))
 ACCESS = Access(KeyRing.of([ALICE, BOB], [ADMIN]))
+WATCHED = Access(KeyRing.of([ALICE], [ADMIN], monitors=[WATCH]))
 BODY = {"prompt": "hi", "max_tokens": 3, "model": "default"}
 
 
@@ -110,6 +111,29 @@ async def test_no_spelling_of_a_path_or_host_goes_past_the_key(target):
             assert int(reply.split()[1]) in ((200,) if target in ("/health?x", "/ready/") else (307, 400, 401, 404))
 
 
+async def test_what_all_users_do_is_for_keys_that_watch():
+    """Prometheus gets a key that reads and asks for nothing; a user's key does not see what others do; without keys all is open."""
+    async with http_server(access=WATCHED) as server, httpx.AsyncClient(base_url=server.url) as client:
+        for path in ("/metrics", "/load"):
+            statuses = [(await client.get(path, headers=bearer(key))).status_code for key in (ALICE, WATCH, ADMIN)]
+            assert statuses == [403, 200, 200], path
+        reply = await client.get("/metrics", headers=bearer(ALICE))
+        assert reply.json()["error"]["code"] == "monitor_key_needed" and "--monitor-api-key" in reply.text
+        assert (await client.get("/v1/models", headers=bearer(WATCH))).status_code == 200
+        for path, body in (
+            ("/v1/completions", BODY),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+            ("/v1/responses", {"input": "a"}),
+            ("/tokenize", {"prompt": "a"}),
+            ("/detokenize", {"tokens": [1]}),
+            ("/pause", {}),
+        ):
+            reply = await client.post(path, json=body, headers=bearer(WATCH))
+            assert reply.status_code == 403, path
+    async with http_server() as server, httpx.AsyncClient(base_url=server.url) as client:
+        assert [(await client.get(path)).status_code for path in ("/metrics", "/load")] == [200, 200]
+
+
 async def test_two_keys_in_one_request_are_none():
     async with http_server(access=ACCESS) as server, httpx.AsyncClient(base_url=server.url) as client:
         headers = [("Authorization", f"Bearer {ALICE}"), ("Authorization", f"Bearer {BOB}")]
@@ -133,6 +157,35 @@ async def test_rates_are_counted_by_key():
         replies = [await client.post("/v1/completions", json=BODY, headers=bearer(ALICE)) for _ in range(3)]
         assert [r.status_code for r in replies] == [200, 200, 429] and int(replies[2].headers["Retry-After"]) > 1
         assert (await client.post("/v1/completions", json=BODY, headers=bearer(BOB))).status_code == 200
+
+
+async def test_requests_at_once_are_counted_by_key():
+    """One key cannot take all the room: whatever it asks for, another's request is taken."""
+    engine = MockEngine(reply="word " * 700, step_s=0.005, max_model_len=4096)
+    limits = Limits(max_live_per_key=2, max_live_extra=6)
+    async with http_server(engine, limits, access=ACCESS) as server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+
+            def ask(key: str, **more: Any) -> Any:
+                body = {**BODY, "max_tokens": 3000, "temperature": 1.0, **more}
+                return asyncio.create_task(client.post("/v1/completions", json=body, headers=bearer(key)))
+
+            running = [ask(ALICE, n=3), ask(ALICE)]
+            await until(lambda: len(engine.live) == 4, "both run")
+            for refused in (
+                await ask(ALICE),
+                await client.post("/tokenize", json={"prompt": "a"}, headers=bearer(ALICE)),
+            ):
+                assert refused.status_code == 429 and refused.json()["error"]["code"] == "rate_limit_exceeded"
+                assert refused.headers["Retry-After"]
+            assert (await ask(BOB, max_tokens=2)).status_code == 200
+            running[1].cancel()
+            await until(lambda: len(engine.live) == 3, "it is gone")
+            too_many = await ask(ALICE, n=3)
+            assert too_many.status_code == 429 and "completions of this key" in too_many.json()["error"]["message"]
+            assert (await ask(ALICE, max_tokens=2)).status_code == 200
+            running[0].cancel()
+            await until(lambda: not engine.live, "all are gone")
 
 
 async def test_cross_origin_pages_get_nothing_by_default():
@@ -187,6 +240,23 @@ async def test_every_call_but_health_needs_a_key():
         check = health_pb2_grpc.HealthStub(channel).Check
         assert (await check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
         assert await status_of(channel.unary_unary("/jaxserve.v1.Nothing/At")(b"")) is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_the_load_is_told_to_keys_that_watch():
+    """Others learn what the server is; a gateway with a user's key still works."""
+    engine = MockEngine(reply="Hello")
+    async with grpc_server(engine, access=WATCHED) as target, grpc.aio.insecure_channel(target) as channel:
+        inference, control = inference_pb2_grpc.InferenceStub(channel), control_pb2_grpc.ControlStub(channel)
+        ask = pb.GenerateRequest(text="x")
+        assert await status_of(inference.Generate(ask, metadata=metadata(ALICE))) is grpc.StatusCode.OK
+        assert await status_of(inference.Generate(ask, metadata=metadata(WATCH))) is grpc.StatusCode.PERMISSION_DENIED
+        infos = [
+            await control.GetServerInfo(control_pb2.GetServerInfoRequest(), metadata=metadata(key))
+            for key in (ALICE, WATCH, ADMIN)
+        ]
+        assert [info.num_steps > 0 for info in infos] == [False, True, True]
+        assert [info.num_pages_total > 0 for info in infos] == [False, True, True]
+        assert all(info.platform == "cpu" for info in infos)
 
 
 async def test_only_the_owner_and_admins_end_a_request():

@@ -15,7 +15,7 @@ from serving.access.keys import Caller, file_line, new_secret
 from serving.access.rates import RateMeter
 from serving.errors import ErrorKind, RequestError
 
-USER, ADMIN = "sk-user-0123456789abcdef", "sk-admin-0123456789abcdef"
+USER, ADMIN, WATCH = (f"sk-{name}-0123456789abcdef" for name in ("user", "admin", "watch"))
 
 
 def test_a_file_holds_hashes_and_no_keys(tmp_path, capsys):
@@ -92,6 +92,9 @@ def test_short_keys_are_taken_and_known_to_be_weak():
 def test_roles():
     assert Role.ADMIN.allows(Role.USER) and Role.PROXY.allows(Role.USER) and not Role.USER.allows(Role.PROXY)
     assert not Role.PROXY.allows(Role.ADMIN)
+    may = {role: [needed.value for needed in Role if role.allows(needed)] for role in Role}
+    assert may[Role.USER] == ["user"] and may[Role.MONITOR] == ["monitor"]
+    assert may[Role.PROXY] == ["user", "monitor", "proxy"] and may[Role.ADMIN] == ["user", "monitor", "proxy", "admin"]
 
 
 def test_access_says_who_and_refuses_the_rest():
@@ -118,6 +121,24 @@ def test_control_needs_an_admin_and_is_closed_without():
     Access(KeyRing.of([USER], [ADMIN])).check_control(Caller("admin-1", Role.ADMIN))
 
 
+def test_figures_need_a_key_that_watches_where_there_are_keys():
+    Access().check_figures(None)
+    access = Access(KeyRing.of([USER], [ADMIN], monitors=[WATCH]))
+    for secret in (ADMIN, WATCH):
+        access.check_figures(access.check(f"Bearer {secret}"))
+    watcher = access.check(f"Bearer {WATCH}")
+    assert watcher == Caller("monitor-1", Role.MONITOR, "monitor-1")
+    for refused in (
+        lambda: access.check_figures(access.check(f"Bearer {USER}")),
+        lambda: access.check_control(watcher),
+        watcher.check_requests,
+    ):
+        with pytest.raises(RequestError) as caught:
+            refused()
+        assert caught.value.kind is ErrorKind.PERMISSION_DENIED
+    Caller("gw", Role.PROXY).check_requests()
+
+
 def test_cached_pages_are_shared_within_a_key_alone():
     alice, bob = Caller("alice", Role.USER, "alice"), Caller("bob", Role.USER, "bob")
     assert alice.cache_salt(None) == alice.cache_salt("") != bob.cache_salt(None)
@@ -131,6 +152,8 @@ def test_cached_pages_are_shared_within_a_key_alone():
 
 def test_only_proxies_and_admins_name_tenants():
     assert Caller("u", Role.USER).tenant("other") == "u"
+    assert Caller("u", Role.USER).share("other") == "u"
+    assert Caller("gw", Role.PROXY).share("other") == "other" and Caller("gw", Role.PROXY).share(None) is None
     assert Caller("gw", Role.PROXY).tenant("other") == "other" and Caller("gw", Role.PROXY).tenant(None) == "gw"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from serving.engine.api.config import EngineConfig
+from serving.engine.api.constraint import TooComplexError
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest, FinishReason
 from serving.errors import ErrorKind, RequestError
@@ -244,16 +245,39 @@ async def test_constraints_hold_at_every_token_among_unconstrained_requests(engi
 
 
 class Broken(Alternating):
+    """Raises before its third token, or behind it."""
+
+    def __init__(self, error: Exception, behind: bool) -> None:
+        super().__init__(20)
+        self.error, self.behind, self.masks = error, behind, 0
+
     def fill_mask(self, mask_W: np.ndarray) -> None:
-        raise RuntimeError("too many items")
+        self.masks += 1
+        if self.masks == 3 and not self.behind:
+            raise self.error
+        super().fill_mask(mask_W)
+
+    def accept(self, token: int) -> bool:
+        if self.masks == 3:
+            raise self.error
+        return super().accept(token)
 
 
-async def test_a_grammar_that_breaks_ends_its_request_alone(engine):
-    bad = EngineRequest("bad", (1, 2), SamplingParams(max_tokens=20), constraint=Broken(3))
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(
+    ("error", "reason", "told"),
+    [
+        (RuntimeError("at 0xdeadbeef"), FinishReason.ERROR, "the grammar failed."),
+        (TooComplexError("The constraint grew too complex to go on. Simplify it."), FinishReason.REFUSED, None),
+    ],
+)
+async def test_a_grammar_that_breaks_ends_its_request_alone(engine, error, reason, told, behind):
+    """What it cannot know is its author's to mend; what breaks is ours."""
+    bad = EngineRequest("bad", (1, 2), SamplingParams(max_tokens=20), constraint=Broken(error, behind))
     good = EngineRequest("good", (1, 2), SamplingParams(temperature=0, max_tokens=20))
     a, b = await asyncio.gather(run(engine, bad), run(engine, good))
-    assert a.finish_reason is FinishReason.ERROR and "grammar" in a.error
-    assert len(b.token_ids) == 20
+    assert a.finish_reason is reason and a.error == (told or str(error))
+    assert len(a.token_ids) == (3 if behind else 2) and len(b.token_ids) == 20
     await settle(engine)
 
 

@@ -18,6 +18,7 @@ from serving.frontends.grpc.client import RemoteEngineClient, RemoteGrammars
 from serving.frontends.grpc.errors import error_of
 from serving.frontends.grpc.server import GrpcServer
 from serving.gateway import Pool, connecting
+from serving.gateway.__main__ import Gateway
 from serving.gateway.flags import parse
 from serving.metrics import MeteredClient
 from tests.mock_engine import MockEngine, mock_service, until
@@ -163,6 +164,33 @@ async def test_one_that_may_not_wait_for_ever_names_whom_it_waited_for():
         assert await process.wait() == 1
         await until(lambda: "error: No engine at 127.0.0.1:1" in "".join(lines))
         assert "Traceback" not in "".join(lines)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+async def test_what_a_gateways_stop_cuts_says_so(signals: int):
+    """Its engine goes on: it is the gateway that leaves."""
+    engine = MockEngine(reply="x" * 3000, step_s=0.01, max_model_len=4096)
+    server = GrpcServer("127.0.0.1", 0)
+    await server.start()
+    await server.serve(mock_service(engine))
+    client = await RemoteEngineClient.connect(f"127.0.0.1:{server.port}")
+    gateway = Gateway(parse(["--target", "x:1", "--drain-timeout", "0.2" if signals == 1 else "1000"]))
+    gateway._service = mock_service(MeteredClient(Pool([client])))  # type: ignore[arg-type]
+    http = await serve_http(gateway._service, port=0)
+    body = {"prompt": "hi", "stream": True, "max_tokens": 3000}
+    async with httpx.AsyncClient(base_url=http.url, timeout=30) as web:
+        reading = asyncio.create_task(web.post("/v1/completions", json=body))
+        await until(lambda: engine.live, "it runs")
+        stopping = asyncio.create_task(gateway._drain())
+        for _ in range(signals):
+            gateway._on_signal()
+        text = (await reading).text
+        await stopping
+    assert '"code":"server_shutting_down"' in text.replace(": ", ":") and '"finish_reason":"' not in text, text[-300:]
+    await until(lambda: not engine.live, "the engine works for nobody")
+    await http.stop()
+    await client.close()
+    await server.stop(0.0)
 
 
 @pytest.mark.parametrize("flags", [["--target", " , "], ["--target", "a:1", "--target-ssl-ca-certs", "/nowhere.pem"]])

@@ -19,7 +19,7 @@ from serving.metrics import MeteredClient, Metrics
 from serving.metrics.catalog import BY_NAME, LABELS, PREFIX, SPECS, markdown_table
 from serving.metrics.metrics import OPENMETRICS, Histogram
 from serving.service import GenerateInput
-from tests.mock_engine import EmbeddingEngine, MockEngine, ScoringEngine, mock_service
+from tests.mock_engine import ClassifyingEngine, EmbeddingEngine, MockEngine, ScoringEngine, mock_service
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -121,6 +121,11 @@ async def test_what_is_only_read_is_counted():
     assert got["request_success_total", (("finished_reason", "stop"),)] == 2
     assert got["request_prompt_tokens_sum", ()] == 5
     assert client.embedder is None and MeteredClient(MockEngine()).scorer is None
+    client = MeteredClient(ClassifyingEngine())
+    await client.classify("r", (1, 2, 3))
+    got = _samples(client.metrics)
+    assert got["request_success_total", (("finished_reason", "stop"),)] == 1
+    assert got["request_prompt_tokens_sum", ()] == 3 and client.scorer is None
 
 
 # What scrapers send: Prometheus 2.42 and 3.4 (https://prometheus.io/docs/instrumenting/content_negotiation/), a browser, curl.

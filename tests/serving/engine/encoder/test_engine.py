@@ -132,11 +132,30 @@ def test_scores(scorer):
     assert scores.shape == (3,)
     for pair, score in zip(pairs, scores, strict=True):
         hidden, _ = hidden_of("BertForSequenceClassification", pair.token_ids, pair.segment_ids)
-        assert float(score) == pytest.approx(float(model.score(hidden, np.array([len(pair.token_ids)]))[0]), abs=1e-5)
+        assert float(score) == pytest.approx(sigmoid(model.classify(hidden, np.array([len(pair.token_ids)]))), abs=1e-5)
         without, _ = hidden_of("BertForSequenceClassification", pair.token_ids)
-        assert (
-            abs(float(model.score(without, np.array([len(pair.token_ids)]))[0]) - float(score)) > 1e-4
-        )  # segments matter
+        segments_matter = sigmoid(model.classify(without, np.array([len(pair.token_ids)])))
+        assert abs(segments_matter - float(score)) > 1e-4
+
+
+def test_labels_of_one_text(scorer):
+    """As probabilities and as they are, in company or alone."""
+    model = tiny_encoder("BertForSequenceClassification")
+
+    async def several():
+        work = [scorer.client.classify(f"c{i}", text, raw=bool(i % 2)) for i, text in enumerate([*TEXTS, *TEXTS])]
+        return await asyncio.gather(*work)
+
+    for i, found in enumerate(asyncio.run(several())):
+        text = [*TEXTS, *TEXTS][i]
+        hidden, _ = hidden_of("BertForSequenceClassification", text)
+        logit = model.classify(hidden, np.array([len(text)]))
+        assert found.shape == (1,)
+        assert float(found[0]) == pytest.approx(float(logit[0, 0]) if i % 2 else sigmoid(logit), abs=1e-5)
+
+
+def sigmoid(logit_BL) -> float:
+    return float(1 / (1 + np.exp(-np.asarray(logit_BL)[0, 0])))
 
 
 def refused(coroutine) -> RequestError:
@@ -153,8 +172,9 @@ def test_what_a_model_does_not_do_is_said(engine, scorer):
     error = refused(generate(engine.client))
     assert error.kind is ErrorKind.INVALID_ARGUMENT
     assert error.message == "The model 'tiny-encoder' does not generate text."
-    assert "embeddings" in refused(engine.client.score("s", [TokenPair((1,), (0,))])).message
+    assert "no scores" in refused(engine.client.score("s", [TokenPair((1,), (0,))])).message
     assert "scores" in refused(scorer.client.embed("e", (1, 2))).message
+    assert "labels" in refused(engine.client.classify("c", (1, 2))).message
 
 
 def test_limits(engine):

@@ -137,6 +137,16 @@ async def test_garbage_and_half_a_message(server):
     await still_serves(server)
 
 
+async def test_a_message_that_inflates_is_refused_before_it_does(server):
+    """gRPC bounds what a message has when it arrives, and inflates it then, asking for no key: 40 MB come as 40 kB here."""
+    async with grpc.aio.insecure_channel(server.target, compression=grpc.Compression.Gzip) as channel:
+        for method in ("Inference/Tokenize", "Control/GetServerInfo"):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await channel.unary_unary(f"/jaxserve.v1.{method}")(bytes(40 * 2**20))
+            assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED, method
+    await still_serves(server)
+
+
 async def test_message_of_100_mb(server):
     raw = server.channel.unary_stream("/jaxserve.v1.Inference/Generate")
     error = await failure(raw(bytes(100 * 2**20)))

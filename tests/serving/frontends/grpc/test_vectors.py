@@ -1,5 +1,7 @@
 """Embed and Score over gRPC, and the gateway's way to both."""
 
+import dataclasses
+
 import grpc
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from serving.errors import ErrorKind, RequestError
 from serving.frontends.grpc.client import RemoteEngineClient
 from serving.gateway import Pool
 from serving.service import GenerateInput, ScoreInput
-from tests.mock_engine import EmbeddingEngine, MockEngine, ScoringEngine, mock_service
+from tests.mock_engine import ClassifyingEngine, EmbeddingEngine, MockEngine, ScoringEngine, mock_service
 
 
 def texts(*pairs):
@@ -77,7 +79,11 @@ async def test_score_by_the_model_or_by_cosine(serve):
 
 async def test_models_that_cannot_say_so(serve):
     async with serve(MockEngine()) as s:
-        for call in (s.inference.Embed(pb.EmbedRequest(inputs=[of_tokens(1)])), s.inference.Score(texts(("a", "b")))):
+        for call in (
+            s.inference.Embed(pb.EmbedRequest(inputs=[of_tokens(1)])),
+            s.inference.Score(texts(("a", "b"))),
+            s.inference.Classify(pb.ClassifyRequest(inputs=[of_tokens(1)])),
+        ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
@@ -98,6 +104,44 @@ async def test_through_a_gateway(serve):
         finally:
             for client in clients:
                 await client.close()
+
+
+async def test_labels_here_and_through_a_gateway(serve):
+    async with serve(ClassifyingEngine()) as s:
+        wire = pb.ClassifyRequest(inputs=[of_tokens(1, 3, 4, 5), pb.EmbedInput(text="bb")])
+        reply = await s.inference.Classify(wire)
+        assert list(reply.labels) == ["even", "odd"] and [c.prompt_tokens for c in reply.classifications] == [4, 3]
+        assert np.allclose([c.values for c in reply.classifications], [[0.25, 0.75], [1, 0]])
+        wire.raw = True
+        assert list((await s.inference.Classify(wire)).classifications[0].values) == [1, 3]
+        cut = pb.ClassifyRequest(inputs=[of_tokens(*range(9))], truncate_prompt_tokens=3)
+        assert (await s.inference.Classify(cut)).classifications[0].prompt_tokens == 3
+        assert s.engine.classified[-1] == (0, 1, 2), "what is only read is cut at its end"
+        client = await RemoteEngineClient.connect(s.target)
+        try:
+            assert client.info().labels == ("even", "odd")
+            found = await mock_service(Pool([client])).classify(GenerateInput(token_ids=[1, 2, 3, 5]))
+            assert found.values == (0.25, 0.75)
+        finally:
+            await client.close()
+        for wrong in (pb.ClassifyRequest(), pb.ClassifyRequest(inputs=[of_tokens(1)] * 1025)):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await s.inference.Classify(wrong)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_gateway_knows_the_prompts_of_the_models_authors(serve):
+    engine = EmbeddingEngine()
+    engine._info = dataclasses.replace(engine._info, prompts=(("query", "q: "), ("text", "t: ")), default_prompt="t: ")
+    async with serve(engine) as s:
+        client = await RemoteEngineClient.connect(s.target)
+        try:
+            service = mock_service(Pool([client]))
+            await service.embed(GenerateInput(text="a"))
+            await service.embed(GenerateInput(text="a"), prompt_name="query")
+        finally:
+            await client.close()
+    assert engine.embedded == [(256, *b"t: a"), (256, *b"q: a")]
 
 
 async def test_a_gateway_asks_the_others_where_one_refuses():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import zlib
 
 from serving.service import Limits
 from tests.mock_engine import MockEngine, until
@@ -121,6 +123,34 @@ async def test_trailers_within_bounds_are_dropped(running: Running):
     raw = CHUNKED + b"%x;ext=1\r\n%b\r\n0\r\nX-A: b\r\nX-Request-Id: evil\r\n\r\n" % (len(body), body)
     reply = await _talk(running, raw.replace(b"Host: x\r\n", b"Host: x\r\nConnection: close\r\n"))
     assert b" 200 OK" in reply and b"evil" not in reply
+
+
+async def test_no_compressed_body_is_without_bound(start):
+    """By what it holds, by what comes of it, and by what follows behind its end, of which zlib would keep every byte."""
+    running = await start(limits=Limits(max_body_bytes=100_000))
+    head = POST.replace(b"Host: x\r\n", b"Host: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n")
+    body = b'{"prompt": "a", "max_tokens": 2}'
+
+    def chunk(data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data)
+
+    stored = zlib.compressobj(level=0)
+    nothing = stored.compress(b"") + stored.flush(zlib.Z_FULL_FLUSH)  # a head and a block that holds nothing
+    for coding, parts, status in (
+        (b"gzip", (gzip.compress(body),), 200),
+        (b"deflate", (zlib.compress(body),), 200),
+        (b"gzip", (gzip.compress(b" " * 200_000 + body),), 413),
+        (b"gzip", (gzip.compress(body), *[bytes(8000)] * 40), 400),
+        (b"gzip", (gzip.compress(body) + b"x",), 400),
+        (b"gzip", (gzip.compress(body)[:-4],), 400),
+        (b"deflate", (nothing, *[nothing[-5:] * 1600] * 40), 413),
+        (b"gzip, gzip", (gzip.compress(gzip.compress(body)),), 415),
+        (b"br", (body,), 415),
+    ):
+        sent = [head + b"Content-Encoding: " + coding + b"\r\n\r\n", *map(chunk, parts), b"0\r\n\r\n"]
+        reply = await _talk(running, *sent)
+        assert reply == b"reset" or b" %d " % status in reply.split(b"\r\n")[0], (coding, parts[0][:20], reply[:80])
+    assert len(running.engine.requests) == 2
 
 
 async def test_a_body_that_comes_too_slowly_is_given_up(start):

@@ -5,6 +5,7 @@ Such a model knows nothing, so whatever comes out right is the grammar's doing, 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import random
@@ -15,9 +16,10 @@ import jsonschema
 import numpy as np
 import pytest
 
+from serving.engine.api.constraint import TooComplexError
 from serving.engine.api.types import EngineRequest
 from serving.service import TextService
-from serving.text.grammar import GrammarCompiler
+from serving.text.grammar import GrammarCompiler, GrammarConstraint
 from tests.mock_engine import MockEngine, MockTemplate
 from tests.serving.frontends.conftest import HI, Running, Start
 from tests.serving.text.vocabularies import byte_level
@@ -129,6 +131,30 @@ async def test_forced_calls_have_valid_arguments(any_model: Running, choice):
     name = "".join(c["function"].get("name", "") for c in calls)
     arguments = "".join(c["function"].get("arguments", "") for c in calls)
     jsonschema.validate(json.loads(arguments), {"move": MOVE, "save": PERSON}[name])
+
+
+async def test_a_constraint_that_grows_too_complex_is_its_authors_to_mend(any_model: Running, monkeypatch):
+    """A 400, or an event that says so where the answer has begun; the others go on."""
+    masks: dict[int, int] = {}
+    fill = GrammarConstraint.fill_mask
+
+    def fill_mask(self: GrammarConstraint, mask_W: np.ndarray) -> None:
+        masks[id(self)] = masks.get(id(self), 0) + 1
+        if masks[id(self)] > 4:
+            raise TooComplexError("The constraint grew too complex to go on. Simplify it.")
+        fill(self, mask_W)
+
+    monkeypatch.setattr(GrammarConstraint, "fill_mask", fill_mask)
+    fields = {"structured_outputs": {"regex": "[a-z]{300}"}, "max_tokens": 400}
+    bad, good = await asyncio.gather(any_model.chat(**fields), any_model.chat(max_tokens=20))
+    assert bad.status_code == 400 and good.status_code == 200
+    error = bad.json()["error"]
+    assert error["type"] == "invalid_request_error" and error["code"] == "constraint_too_complex"
+    assert "too complex" in error["message"]
+    *chunks, last = await any_model.events("/v1/chat/completions", messages=HI, **fields)
+    said = json.loads(chunks[-1])["error"] if last == "[DONE]" else json.loads(last)["error"]
+    assert said["code"] == "constraint_too_complex"
+    assert not any_model.engine.live and not any_model.service.num_live
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,10 @@ def test_every_way_to_cut_words_keeps_the_text(name):
         ("youtu", "한글 ab1", ["한글", " ab", "1"]),
         ("ufakzeka", "Ankara'nın", ["Ankara", "'nın"]),
         ("falcon-h1", "a1234", ["a", "123", "4"]),
+        ("hy_v4", "漢字 a1234 .b\n", ["漢字", " a", "123", "4", " .", "b", "\n"]),
+        ("spark2_5", "漢字 a1234 .\n\n", ["漢字", " a", "1", "2", "3", "4", " .", "\n", "\n"]),
+        ("jais-2", "a" + " " * 14 + "b1234", ["a", " " * 8, " " * 4, " ", " b", "123", "4"]),
+        ("k2-horizon", "می\u200cخواهم x\u0301y1234", ["می\u200cخواهم", " x\u0301y", "123", "4"]),
     ],
 )
 def test_words(name, text, words):
