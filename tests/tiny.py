@@ -62,6 +62,7 @@ def tiny_engine(
     windows: tuple[int | None, ...] | None = None,
     num_snapshots: int = 0,
     snapshots: Mapping[str, int] | None = None,
+    draft: Any = None,
 ) -> Engine:
     """A started engine; shut it down. Programs are cached over the test session.
 
@@ -71,6 +72,7 @@ def tiny_engine(
         windows: as in SchedulerConfig; None for those of the model's groups.
         num_snapshots: of a model whose layers keep states.
         snapshots: where they are taken, as in RecurrentSpec.
+        draft: a draft model, with the same vocabulary.
     """
     model = model or tiny_model()
     config = config or EngineConfig(page_size=page_size, progress=False)
@@ -78,9 +80,13 @@ def tiny_engine(
         max_num_seqs, max_num_batched_tokens, max_model_len, num_pages, page_size, 0, "float32", layers_per_page,
         num_snapshots,
     )  # fmt: skip
-    cache = ProgramCache(_cache_folder(), repr(("tiny", model.config, sizes)))
+    how = config.speculative_config
+    if how is not None:
+        sizes = dataclasses.replace(sizes, draft_tokens=how.draft_tokens, draft_places=max_num_batched_tokens)
+    made_for = ("tiny", model.config, sizes) if draft is None else ("tiny", model.config, sizes, draft.config)
+    cache = ProgramCache(_cache_folder(), repr(made_for))
     with starting():
-        executor = Executor(model, sizes, cache, host_tier=host_pages > 0, num_scheduler_steps=steps)
+        executor = Executor(model, sizes, cache, host_tier=host_pages > 0, num_scheduler_steps=steps, draft=draft)
         executor.compile()
     runner = StepRunner(executor)
     recurrent = () if executor.recurrent is None else (dataclasses.replace(executor.recurrent, **(snapshots or {})),)
@@ -99,6 +105,9 @@ def tiny_engine(
             num_scheduler_steps=steps,
             caches=(*paged(*(executor.groups.windows if windows is None else windows)), *recurrent),
             num_snapshots=num_snapshots,
+            speculative_config=how,
+            buckets=None if how is None else runner.buckets,
+            step_seconds=executor.step_seconds,
         )
     )
     info = EngineInfo(

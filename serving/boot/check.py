@@ -16,6 +16,7 @@ from models.loading.opening import Opened, open_checkpoint
 from models.loading.source import ModelSource
 from ops import native
 from ops.paged_attention import BACKENDS
+from serving.boot.draft import CheckedDraft, check_draft
 from serving.engine.api.config import EngineConfig
 from serving.engine.device.programs.bundle import Bundle
 from serving.engine.device.sizing import Bounds, resolve_bounds, resolve_dtype, resolve_quantization
@@ -33,6 +34,7 @@ class Checked:
         built: the model as shapes; loading fills it.
         bounds: of a decoder: its sizes, but for what free memory decides.
         encoder: of an encoder: its sizes.
+        draft: the model that guesses what this one says, or None.
         programs: the folder of compiled programs, or None.
         bundle: programs that were compiled before, or None.
     """
@@ -48,6 +50,7 @@ class Checked:
     bundle: Bundle | None = None
     bounds: Bounds | None = None
     encoder: EncoderSizes | None = None
+    draft: CheckedDraft | None = None
 
     @property
     def generates(self) -> bool:
@@ -81,13 +84,18 @@ def check(config: EngineConfig, source: ModelSource, programs: pathlib.Path | No
     built = build_model(opened, dtype=dtype, mesh=mesh, max_model_len=config.max_model_len)
     # A context that is asked for by name may be as long as the model's rotary scheme reaches.
     positions = built.config.longest_positions if config.max_model_len else built.config.max_positions
-    bounds = resolve_bounds(config, built.model, positions, dtype, mesh)
+    draft = check_draft(config, mesh, dtype, config.max_model_len or positions)
+    bounds = resolve_bounds(config, built.model, positions, dtype, mesh, draft=None if draft is None else draft.model)
+    if config.speculative_config is not None and bounds.recurrent is not None:
+        raise ValueError(
+            f"speculative_config is for models whose layers all attend; {opened.model_id} has layers that keep a state."
+        )
     if config.kv_cache_memory is not None:
         sizes = bounds.within(config.kv_cache_memory)
         if bundle is not None:
             bundle.check(built.config, sizes)
     quantization = resolve_quantization(config, platform, mesh.size)
-    return Checked(config, opened, built, platform, mesh, dtype, quantization, programs, bundle, bounds)
+    return Checked(config, opened, built, platform, mesh, dtype, quantization, programs, bundle, bounds, draft=draft)
 
 
 def _check_encoder(
@@ -97,7 +105,7 @@ def _check_encoder(
     have stored."""
     if config.coordinator is not None:
         raise ValueError(f"{opened.model_id} is an encoder; an encoder runs in a single process.")
-    for name in ("compiled", "kv_offload_gb"):
+    for name in ("compiled", "kv_offload_gb", "speculative_config"):
         if getattr(config, name):
             raise ValueError(f"{name} is for models that generate; {opened.model_id} is an encoder.")
     quantization = None if config.quantization in ("none", "auto") else config.quantization

@@ -56,10 +56,13 @@ class CompiledEncoder:
     labels: LabelHead | None = None
 
 
-def compile_decoder(checked: Checked, loaded: LoadedModel, say: Progress, meet: Meet | None = None) -> CompiledDecoder:
+def compile_decoder(
+    checked: Checked, loaded: LoadedModel, say: Progress, meet: Meet | None = None, draft: Any = None
+) -> CompiledDecoder:
     """Makes pages and programs; says what they are.
 
     Args:
+        draft: the draft model, loaded; None for none.
         meet: with several processes, `Followers.least`. All compile the same; a follower has no use for the scheduler.
     Raises:
         ValueError: the pages do not fit, or a bundle's programs are another's.
@@ -80,6 +83,7 @@ def compile_decoder(checked: Checked, loaded: LoadedModel, say: Progress, meet: 
         num_scheduler_steps=config.num_scheduler_steps,
         max_loras=config.max_loras if config.enable_lora else 0,
         max_lora_rank=config.max_lora_rank,
+        draft=draft,
     )
     with progress_bar(config.progress) as on_done:
         executor.compile(on_done, meet)
@@ -110,10 +114,12 @@ def _cache(checked: Checked, loaded: LoadedModel, sizes: Sizes) -> ProgramCache:
         return checked.bundle.sealed()
     resolved = {
         **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size")),  # in sizes
+        "speculative_config": None,
         **dict.fromkeys(("kv_cache_dtype", "kv_cache_memory", "gpu_memory_utilization")),
         **_resolved(checked),
     }
-    return ProgramCache(checked.programs, fingerprint(checked.config, loaded.config, sizes, resolved))
+    models = loaded.config if checked.draft is None else (loaded.config, checked.draft.built.config)
+    return ProgramCache(checked.programs, fingerprint(checked.config, models, sizes, resolved))
 
 
 def _resolved(checked: Checked) -> dict[str, Any]:
@@ -134,6 +140,7 @@ def _scheduler_config(
         caches=(*paged(*executor.groups.windows), *(() if executor.recurrent is None else (executor.recurrent,))),
         replicas=replicas,
         buckets=dataclasses.replace(runner.buckets, ridge=ridge),
+        step_seconds=executor.step_seconds,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from serving.engine.api.config import EngineConfig
-from serving.engine.api.settings import SECTIONS, SWITCH, Kind, Setting, settings_of
+from serving.engine.api.settings import SECTIONS, SWITCH, Kind, RefusedError, Setting, settings_of
 
 SETTINGS = settings_of(EngineConfig)
 
@@ -50,6 +50,8 @@ def reader(kind: Kind) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
             return kind.read(text)
+        except RefusedError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
         except (ValueError, TypeError):
             raise argparse.ArgumentTypeError(f"must be {kind.what}; got {text!r}.") from None
 

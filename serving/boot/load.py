@@ -54,3 +54,24 @@ def reader(checked: Checked) -> Callable[[str | None], Any]:
         ).model
 
     return read
+
+
+def load_draft(checked: Checked, say: Callable[[str], None]) -> Any:
+    """The draft with its weights, of the same dtype and quantization as the model's; None where there is none.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    if checked.draft is None:
+        return None
+    loaded = load_model(
+        checked.draft.opened.source,
+        dtype=checked.dtype,
+        mesh=checked.mesh,
+        quantization=checked.quantization,
+        progress=checked.config.progress,
+        opened=checked.draft.opened,
+        built=checked.draft.built,
+    )
+    say(f"loaded the draft {loaded.model_id} ({loaded.config.architecture})")
+    return loaded.model

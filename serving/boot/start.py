@@ -43,7 +43,7 @@ def start_checked(checked: Checked, say: Progress, followers: Followers | None =
         ValueError: weights that cannot be used, or a device with too little memory, in a sentence.
     """
     from serving.boot.compile import compile_decoder, compile_encoder
-    from serving.boot.load import load
+    from serving.boot.load import load, load_draft
     from serving.boot.wire import wire_decoder, wire_encoder
     from serving.engine.device.out_of_memory import explain
     from serving.engine.device.programs.compiling import starting
@@ -54,7 +54,8 @@ def start_checked(checked: Checked, say: Progress, followers: Followers | None =
             loaded = load(checked, say)
             if not checked.generates:
                 return wire_encoder(checked, loaded, compile_encoder(checked, loaded, say))
-            compiled = compile_decoder(checked, loaded, say, None if followers is None else followers.least)
+            meet = None if followers is None else followers.least
+            compiled = compile_decoder(checked, loaded, say, meet, load_draft(checked, say))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -111,10 +111,12 @@ def start(
     leader = None if config.coordinator is None else _lead(config, source, on_loss, say)
     try:
         from serving.boot.check import check
+        from serving.boot.draft import check_vocabulary
         from serving.boot.start import start_checked
 
         checked = check(config, source, programs)
         side: TextSide = text.result()
+        check_vocabulary(checked.draft, checked.opened, checked.built.config.vocab_size, side.tokenizer)
         if not side.tokenizer.reads_text:
             say(f"{checked.opened.model_id} has no tokenizer: it serves token ids. Another's is taken with --tokenizer")
         phases.record("check", time.monotonic() - began)

@@ -279,4 +279,8 @@ class EngineLoop:
             host_time_s_total=self._host_total,
             device_wait_time_s_total=self.pipeline.waited_s,
             step_tokens=tuple(self._step_tokens),
+            num_drafts=c.drafts,
+            num_draft_tokens=c.draft_tokens,
+            num_accepted_tokens=c.accepted_tokens,
+            accepted_per_pos=None if s.drafts is None else tuple(c.accepted_per_pos),
         )

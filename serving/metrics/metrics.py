@@ -127,6 +127,9 @@ class Metrics(Collector):
             "prefix_cache_queries": s.prefix_queries,
             "prefix_cache_hits": s.prefix_hits,
             "num_preemptions": s.num_preemptions,
+            "spec_decode_num_drafts": s.num_drafts,
+            "spec_decode_num_draft_tokens": s.num_draft_tokens,
+            "spec_decode_num_accepted_tokens": s.num_accepted_tokens,
             "prompt_tokens": s.prompt_tokens,
             "generation_tokens": s.generation_tokens,
             "healthy": int(self._client.healthy),
@@ -144,6 +147,9 @@ class Metrics(Collector):
         }
         values: dict[str, dict[tuple[str, ...], float]] = {k: {(): float(v)} for k, v in plain.items()}
         values["expert_tokens"], values["expert_load_ratio"] = _experts(s.expert_loads)
+        values["spec_decode_num_accepted_tokens_per_pos"] = {
+            (str(place),): float(count) for place, count in enumerate(s.accepted_per_pos or ())
+        }
         values["num_requests_waiting_by_reason"] = {
             ("capacity",): float(s.num_waiting - s.num_deferred),
             ("deferred",): float(s.num_deferred),

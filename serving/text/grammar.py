@@ -191,6 +191,22 @@ class GrammarConstraint:
         self.charge(time.thread_time() - began)
         self.check()
 
+    def fill_ahead(self, drafts: Sequence[int], mask_QW: np.ndarray) -> None:
+        """See `TokenConstraint.fill_ahead`."""
+        taken = 0
+        try:
+            for place, token in enumerate(drafts):
+                self.fill_mask(mask_QW[place])
+                # A token that is consumed in vain spoils the matcher for ever: it is only tried.
+                if token in self._eos or self.finished or self._matcher.validate_tokens([token]) != 1:
+                    return
+                self._matcher.try_consume_tokens([token])
+                taken += 1
+            self.fill_mask(mask_QW[len(drafts)])
+        finally:
+            if taken:
+                self._matcher.rollback(taken)
+
     def charge(self, seconds: float) -> None:
         """Counts the CPU time of a mask towards what the grammar holds.
 

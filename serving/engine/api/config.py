@@ -24,6 +24,7 @@ from serving.engine.api.settings import (
     read_all,
     setting,
 )
+from serving.engine.api.speculative import SpeculativeConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
@@ -31,6 +32,7 @@ QUANTIZATIONS = ("auto", "none", "int8", "int4")
 POLICIES = ("fcfs", "priority")
 
 MODEL = Kind("a file, a folder or a hub id", TEXT.read, "MODEL")
+DRAFTS = Kind("an object, or its JSON", SpeculativeConfig.read, "JSON")
 AXES = Kind("axes and their sizes, such as data=1,model=2", TEXT.read, "AXES")
 ADDRESS = Kind("host:port or auto", TEXT.read, "HOST:PORT")
 
@@ -124,6 +126,12 @@ class EngineConfig:
     fair_share: bool = setting(
         False, "serve the least-served tenant (API key or metadata) first, within equal priority",
         SWITCH, Scope.SERVER, flag="",
+    )  # fmt: skip
+    speculative_config: SpeculativeConfig | None = setting(  # noqa: RUF009 - frozen as well
+        None,
+        'drafts of tokens to come, several of which a step verifies: \'{"method": "ngram", "num_speculative_tokens": 4}\'; '
+        "methods are ngram, suffix, draft_model and auto (default: none)",
+        DRAFTS, Scope.PROGRAM, flag="",
     )  # fmt: skip
     kv_offload_gb: float = setting(
         0.0, "host memory for pages evicted from the device, which come back on a hit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,20 @@ class TokenConstraint(Protocol):
         Raises:
             TooComplexError: the grammar grew too complex to go on; the request ends, its author's to mend. Whatever else is
                 raised is our failure, and ends the request too.
+        """
+        ...
+
+    def fill_ahead(self, drafts: Sequence[int], mask_QW: np.ndarray) -> None:
+        """As `fill_mask`, also for the tokens behind drafts: row i is what may come behind the first i of them. Rows behind a
+        draft that is not allowed are left alone, and so is the state.
+
+        Requests whose constraint cannot do this are given no drafts.
+
+        Args:
+            drafts: up to Q - 1 tokens.
+            mask_QW: int32 [Q, ceil(vocab / 32)].
+        Raises:
+            RuntimeError: as `fill_mask`.
         """
         ...
 

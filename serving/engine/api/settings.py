@@ -13,6 +13,10 @@ SECTIONS = ("model", "engine", "adapters", "devices")
 """Headings that settings stand under where they are listed."""
 
 
+class RefusedError(ValueError):
+    """A value that a kind explains itself: its text is the whole reason."""
+
+
 class Scope(enum.Enum):
     """Whom a setting concerns, where an engine is several processes."""
 
@@ -98,6 +102,8 @@ def read_all(config: Any) -> None:
             continue
         try:
             read = found.kind.read(value)
+        except RefusedError as error:
+            raise ValueError(f"{field.name}: {error}") from None
         except (ValueError, TypeError):
             raise ValueError(f"{field.name} must be {found.kind.what}; got {value!r}.") from None
         object.__setattr__(config, field.name, read)

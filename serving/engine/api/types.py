@@ -180,6 +180,8 @@ class EngineStats:
         host_time_s_total: seconds that the engine thread worked: scheduled, packed, dispatched, handed tokens out.
         device_wait_time_s_total: seconds that it waited for a step's tokens. With asynchronous stepping the device works
             during both.
+        num_drafts: rows of steps that had drafts; num_draft_tokens: drafts verified; num_accepted_tokens: of them, those accepted;
+            accepted_per_pos: the same by place in their row. None where nothing is drafted.
         expert_loads: int64 [layers with experts, E]: tokens that visited each expert; None for models without experts, and
             where it is not known. Not to be changed.
     """
@@ -206,6 +208,10 @@ class EngineStats:
     host_time_s_total: float = 0.0
     device_wait_time_s_total: float = 0.0
     step_tokens: tuple[int, ...] | None = None
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_pos: tuple[int, ...] | None = None
 
     @property
     def kv_usage(self) -> float:

@@ -5,7 +5,9 @@ Every process of an engine has one, and all are given the same commands in the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,9 +20,10 @@ from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
 from serving.engine.device.adapters import VARIANT, Adapters
 from serving.engine.device.components import Component
+from serving.engine.device.draft import FORWARD, SAMPLE, DraftModel
 from serving.engine.device.followers import Followers, Meet
 from serving.engine.device.programs.compiling import CompileGuard, Program, ProgramCache, compile_all, starting
-from serving.engine.device.programs.keys import DECODER, ProgramKey
+from serving.engine.device.programs.keys import DECODER, DRAFT, ProgramKey
 from serving.engine.device.programs.packing import pack_forward, pack_sample
 from serving.engine.device.programs.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, place, placed
 from serving.engine.device.programs.program_list import StepShapes, list_programs
@@ -29,11 +32,14 @@ from serving.engine.device.programs.steps import PROMPT_LOGPROB_ROWS
 from serving.engine.device.stores.at_rest import delete
 from serving.engine.device.stores.page_store import PageStore
 from serving.engine.device.stores.state_store import StateStore
+from serving.engine.requests.buckets import Bucket
 from serving.engine.requests.cache_specs import recurrent_of
 from serving.engine.requests.commands import (
+    CatchUp,
     ClearStates,
     Command,
     DecodeLoop,
+    Draft,
     Forward,
     LoadAdapter,
     LoadSlot,
@@ -52,6 +58,9 @@ from serving.engine.requests.request import Request
 from serving.engine.requests.sizes import Sizes
 from serving.engine.requests.slots import SlotTable
 
+TIMED_STEPS = 2
+"""Steps of each bucket that are timed at start."""
+
 
 class Executor:
     """One model on one mesh.
@@ -64,6 +73,7 @@ class Executor:
         num_scheduler_steps: compile decode loops of up to this many steps, when more than 1.
         host_tier: compile what moves pages to host memory and back.
         max_loras, max_lora_rank: adapters at once, and their rank at most; none where 0.
+        draft: a model that guesses what this one says; as `model`.
 
     Attributes:
         decoder: the first of `components`, whose pages and device state the executor keeps.
@@ -73,6 +83,7 @@ class Executor:
         guard: counts compilations after start.
         num_sampled: commands so far that sampled tokens.
         replicas: how many replicas the mesh holds; sizes, buckets and layouts are of one.
+        step_seconds: what steps without chunks took at start, with nothing in them; measured where there are drafts.
     """
 
     def __init__(
@@ -87,6 +98,7 @@ class Executor:
         num_scheduler_steps: int = 1,
         max_loras: int = 0,
         max_lora_rank: int = 16,
+        draft: Any = None,
     ) -> None:
         self.sizes = sizes
         self.vocab_size = model.vocab_size
@@ -98,6 +110,7 @@ class Executor:
         self.sample_layouts = self._shapes.sample_layouts
         self.guard = CompileGuard()
         self.num_sampled = 0
+        self.step_seconds: tuple[tuple[Bucket, float], ...] = ()
         self.replicas = num_replicas(mesh)
         self.recurrent = recurrent_of(model)
         self.states: StateStore | None = None
@@ -110,6 +123,9 @@ class Executor:
         self.decoder = Component(DECODER, model)
         self.components = {DECODER: self.decoder}
         self.adapters = Adapters(self.decoder, model, max_loras, max_lora_rank, mesh) if max_loras else None
+        self.draft = None if draft is None else DraftModel(draft, self._shapes, mesh)
+        if self.draft is not None:
+            self.components[DRAFT] = self.draft.component
         self._kv: Any = None
         self._state: Any = None
         self.reset_cache()
@@ -141,6 +157,8 @@ class Executor:
             self.store.bind(self.programs)
         if self.states is not None:
             self.states.bind(self.programs)
+        if self.draft is not None:
+            self.draft.bind(self.programs)
         if meet is not None:
             meet("programs compiled", 1)  # the first collective must not wait for a process that compiles
         self._warm_up()
@@ -152,8 +170,9 @@ class Executor:
         self._followers = followers
 
     def _list_programs(self) -> list[Program]:
-        kv, cache, state = jax.tree.map(lambda array: of_one(self._mesh, array), (self._kv, self._cached, self._state))
-        more = [] if self.store is None else self.store.programs(kv)
+        kv, cache, state = self._one((self._kv, self._cached, self._state))
+        more = [] if self.store is None else self.store.programs(self._one(self._pages))
+        more += [] if self.draft is None else self.draft.programs(state.ends)
         more += [] if self.states is None else self.states.programs()
         more += [] if self.adapters is None else self.adapters.programs(cache, state, self._shapes)
         weights = self.decoder.abstract_leaves
@@ -161,24 +180,27 @@ class Executor:
         self.decoder.head = listed.head
         return [placed(self._mesh, program) for program in listed.programs]
 
+    def _one(self, tree: Any) -> Any:
+        """What one replica sees of arrays."""
+        return jax.tree.map(lambda array: of_one(self._mesh, array), tree)
+
     def _warm_up(self) -> None:
         """Runs every program once, so that the first request is as fast as the tenth (first calls allocate and page in)."""
         slots = SlotTable(self.sizes.max_num_seqs, self._shapes.pages_per_slot, groups=len(self.groups.windows))
-        empty = StepPlan(0, (), (), (), (), ())
         rows = np.zeros(self.replicas * PROMPT_LOGPROB_ROWS, np.int32)
         for bucket in self.buckets.buckets:
-            forward = pack_forward(empty, bucket, self.forward_layouts[bucket], slots, self.sizes.page_size)
-            sample = pack_sample(empty, bucket.samples, self.sample_layouts[bucket.samples], slots, False)
-            forward, sample = np.tile(forward, self.replicas), np.tile(sample, self.replicas)
+            draft, forward, sample = self._empty_step(bucket, slots)
             if self.adapters is not None:
-                self.execute(Forward(bucket, forward, adapted=True))
-            self.execute(Forward(bucket, forward))
+                self.execute(dataclasses.replace(forward, adapted=True))
+            if draft is not None:
+                self.execute(draft)
+            self.execute(forward)
             if bucket.chunk:
                 self.execute(PromptLogprobs(bucket.tokens, rows, rows))
                 self.execute(Pool(np.zeros((self.replicas * self.buckets.max_rows, bucket.tokens), np.float32)))
-            self.execute(Sample(bucket.samples, sample))
+            self.execute(sample)
             if ProgramKey("decode_loop", bucket) in self.programs:
-                self.execute(DecodeLoop(bucket, forward, sample, 2))
+                self.execute(DecodeLoop(bucket, forward.packed, sample.packed, 2))
         if self.store is not None:
             null = [PageMove(replica, 0, b"") for replica in range(self.replicas)]
             self.execute(PagesOut.of(null))
@@ -190,9 +212,38 @@ class Executor:
                 self.execute(command.of(nowhere))
         if self.adapters is not None:
             self.execute(LoadAdapter(0, np.zeros(self.adapters.room.size, np.float32)))
+        if self.sizes.draft_tokens:
+            self.step_seconds = tuple(self._time_steps(slots))
         neutral = slot_rows(Request(EngineRequest("", (0,), SamplingParams()), 0), self.vocab_size)
         self.execute(LoadSlot(0, self.sizes.max_num_seqs, *neutral))
         jax.block_until_ready(self._state)
+
+    def _empty_step(self, bucket: Bucket, slots: SlotTable) -> tuple[Draft | None, Forward, Sample]:
+        """The commands of a step with nothing in it; in a step with drafts, a draft model guesses first."""
+        empty, count = StepPlan(0, (), (), (), (), ()), self.replicas
+        forward = pack_forward(empty, bucket, self.forward_layouts[bucket], slots, self.sizes.page_size)
+        sample = pack_sample(empty, bucket.samples, self.sample_layouts[bucket.samples], slots, False)
+        draft = None
+        if self.draft is not None and bucket.queries > 1:
+            draft = self.draft.command([empty] * count, bucket, slots)
+        return (
+            draft,
+            Forward(bucket, np.tile(forward, count), drafted=draft is not None),
+            Sample(bucket.samples, np.tile(sample, count), drafted=None if draft is None else bucket),
+        )
+
+    def _time_steps(self, slots: SlotTable) -> Iterator[tuple[Bucket, float]]:
+        """What a step of each bucket without chunks takes, in seconds."""
+        for bucket in self.buckets.buckets:
+            if bucket.chunk:
+                continue
+            commands = [command for command in self._empty_step(bucket, slots) if command is not None]
+            jax.block_until_ready(self._state)
+            began = time.perf_counter()
+            for command in commands * TIMED_STEPS:
+                self.execute(command)
+            jax.block_until_ready(self._state)
+            yield bucket, (time.perf_counter() - began) / TIMED_STEPS
 
     # ---- commands ----
 
@@ -207,7 +258,9 @@ class Executor:
         if self._followers is not None:
             self._followers.send(command)
         match command:
-            case Forward(bucket, packed, adapted):
+            case Forward(bucket, packed, adapted, drafted):
+                if drafted:
+                    packed = self._draft.put(FORWARD, bucket, packed)
                 key, leaves = ProgramKey("forward", bucket), self.decoder.leaves
                 if adapted:
                     assert self.adapters is not None, "no request can have an adapter"
@@ -215,8 +268,16 @@ class Executor:
                 self._cached, self._hidden_SD, self._hidden_TD, loads = self.programs[key](
                     leaves, self._cached, self._state.ends, packed
                 )
+                if self.draft is not None and bucket.chunk:
+                    self.draft.follow(bucket, packed, self._state.ends)
                 return loads[0] if loads else None
-            case Sample(rows, packed, mask):
+            case Draft(bucket, forward, sample, wanted):
+                return self._draft.draft(bucket, forward, sample, wanted)
+            case CatchUp(bucket, packed):
+                return self._draft.follow(bucket, packed, self._state.ends)
+            case Sample(rows, packed, mask, drafted):
+                if drafted is not None:
+                    packed = self._draft.put(SAMPLE, drafted, packed)
                 mask = self._no_mask[rows] if mask is None else mask
                 hidden_SD, self._hidden_SD, self._hidden_TD = self._hidden_SD, None, None
                 self._state, output = self.programs[ProgramKey("sample", rows)](
@@ -262,11 +323,24 @@ class Executor:
         assert self.store is not None, "pages move where there is a host tier"
         match command:
             case PagesOut():
-                self.store.take_out(self._kv, command)
+                self.store.take_out(self._pages, command)
             case PagesIn():
-                self._kv = self.store.put_back(self._kv, command)
+                pages = self.store.put_back(self._pages, command)
+                self._kv = pages[: len(self._kv)]
+                if self.draft is not None:
+                    self.draft.kv = pages[len(self._kv) :]
             case PagesDropped():
                 self.store.drop(command)
+
+    @property
+    def _draft(self) -> DraftModel:
+        assert self.draft is not None, "nobody guesses"
+        return self.draft
+
+    @property
+    def _pages(self) -> tuple[Any, ...]:
+        """Pages of all components."""
+        return self._kv if self.draft is None else self._kv + self.draft.kv
 
     # ---- memory ----
 
@@ -296,6 +370,9 @@ class Executor:
         with starting(), paged_attention.use_backend(self._backend):
             if self.states is not None:
                 self.states.reset()
+            if self.draft is not None:
+                delete(self.draft.kv)
+                self.draft.reset()
             self._kv = tuple(
                 paged_attention.allocate(spec, sizes.num_pages, sizes.page_size, jnp.dtype(sizes.kv_dtype), self._mesh)
                 for spec in self.groups.arrays
@@ -324,8 +401,11 @@ class Executor:
         """
         jax.block_until_ready((self._kv, self._state))
         states = () if self.states is None else (self.states.states, self.states.snapshots)
-        freed = sum(leaf.nbytes for leaf in jax.tree.leaves((self.decoder.leaves, self._kv, self._state, states)))
+        weights = [component.leaves for component in self.components.values()]
+        freed = sum(leaf.nbytes for leaf in jax.tree.leaves((weights, self._pages, self._state, states)))
         self.decoder.sleep(keep_weights)
+        if self.draft is not None:  # its weights are nobody's to replace, so they are kept
+            delete(self.draft.sleep(True))
         if self.adapters is not None:
             self.adapters.sleep()
         delete((self._kv, self._state, states))
@@ -339,6 +419,8 @@ class Executor:
             leaves: the weights, where `sleep` did not keep them.
         """
         self.decoder.wake(leaves)
+        if self.draft is not None:
+            self.draft.component.wake()
         if self.adapters is not None:
             self.adapters.wake()
         self.reset_cache()

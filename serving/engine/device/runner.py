@@ -21,6 +21,7 @@ from serving.engine.device.programs.steps import PROMPT_LOGPROB_ROWS, SampleOutp
 from serving.engine.device.stores.adapter_store import AdapterStore
 from serving.engine.requests.buckets import Bucket
 from serving.engine.requests.commands import (
+    CatchUp,
     ClearStates,
     DecodeLoop,
     Forward,
@@ -47,18 +48,21 @@ class InFlight:
 
     Attributes:
         parts: the plan's parts by replica, as it was dispatched: a request may be in another one by the time it is read.
-        rows: of each sampled request, its row in what the device samples: replicas are there end to end.
+        rows: of each sampled request, its (first) row in what the device samples: replicas are there end to end.
+        places: of each, how many rows it has: its own and one for each draft.
         constrained: (row, request) of rows that need a mask.
         prompt_logprobs: (chunk, offset in it, its replica, program output).
         pooled_RD: program output, or None where nobody pools; row i of a replica belongs to its i-th chunk.
         number: of its sampling, counted from 1.
         expert_loads: int32 [layers, E] of each replica; None where the model has no experts.
+        drafted: it verifies what a draft model guessed.
     """
 
     plan: StepPlan
     parts: Sequence[StepPlan]
     bucket: Bucket
     rows: np.ndarray
+    places: np.ndarray
     sample_flat: np.ndarray
     constrained: tuple[tuple[int, Request], ...]
     prompt_logprobs: list[tuple[Chunk, int, int, Any]]
@@ -68,6 +72,7 @@ class InFlight:
     loop_output: Any = None  # of a dispatch of several decode steps
     number: int = 0
     expert_loads: Any = None
+    drafted: bool = False
 
 
 class StepRunner:
@@ -133,8 +138,13 @@ class StepRunner:
         constrained = tuple((int(row), r) for row, r in zip(rows, plan.sampled, strict=True) if is_constrained(r))
         sample_layout = executor.sample_layouts[bucket.samples]
         sample_flat = _end_to_end(
-            [pack_sample(part, bucket.samples, sample_layout, slots, bool(constrained)) for part in plans]
+            [
+                pack_sample(part, bucket.samples, sample_layout, slots, bool(constrained), bucket.queries)
+                for part in plans
+            ]
         )
+        places = np.ones(len(rows), np.int64)
+        places[: len(plan.drafts)] += np.fromiter(map(len, plan.drafts), np.int64, len(plan.drafts))
         if plan.num_steps > 1:
             out = executor.execute(DecodeLoop(bucket, flat, sample_flat, plan.num_steps))
             out.tokens_finite.copy_to_host_async()
@@ -144,6 +154,7 @@ class StepRunner:
                 plans,
                 bucket,
                 rows,
+                places,
                 sample_flat,
                 (),
                 [],
@@ -152,7 +163,8 @@ class StepRunner:
                 number=number,
                 expert_loads=loads,
             )
-        expert_loads = executor.execute(Forward(bucket, flat, any(r.adapter_slot for r in plan.requests)))
+        drafted = self._have_drafted(plan, plans, bucket, slots)
+        expert_loads = executor.execute(Forward(bucket, flat, any(r.adapter_slot for r in plan.requests), drafted))
         if expert_loads is not None:
             expert_loads.copy_to_host_async()
         asked = [
@@ -163,7 +175,35 @@ class StepRunner:
             for piece in self._dispatch_prompt_logprobs(bucket, chunk)
         ]
         pooled = self._dispatch_pool(plans, bucket)
-        return InFlight(plan, plans, bucket, rows, sample_flat, constrained, asked, pooled, expert_loads=expert_loads)
+        return InFlight(
+            plan,
+            plans,
+            bucket,
+            rows,
+            places,
+            sample_flat,
+            constrained,
+            asked,
+            pooled,
+            expert_loads=expert_loads,
+            drafted=drafted,
+        )
+
+    def _have_drafted(self, plan: StepPlan, plans: Sequence[StepPlan], bucket: Bucket, slots: SlotTable) -> bool:
+        """Has the draft model guess, where the step verifies that; after what it has not computed yet."""
+        draft = self.executor.draft
+        if draft is None or not plan.drafts:
+            return False
+        if plan.caught_up:
+            missed = [
+                dataclasses.replace(p, decode=(), decode_positions=(), drafts=(), chunks=p.caught_up) for p in plans
+            ]
+            shape = self.buckets.find(0, max(p.chunk_tokens for p in missed), max(len(p.chunks) for p in missed))
+            layout, page_size = self.executor.forward_layouts[shape], self.executor.sizes.page_size
+            flat = _end_to_end([pack_forward(part, shape, layout, slots, page_size) for part in missed])
+            self.executor.execute(CatchUp(shape, flat))
+        self.executor.execute(draft.command(plans, bucket, slots))
+        return True
 
     def _dispatch_pool(self, plans: Sequence[StepPlan], bucket: Bucket) -> Any:
         """Pools the chunks that ask for it, one row of the result a chunk; None where nobody does."""
@@ -205,7 +245,8 @@ class StepRunner:
         """
         if step.loop_output is not None:
             return
-        output = self.executor.execute(Sample(step.bucket.samples, step.sample_flat, mask_SW))
+        drafted = step.bucket if step.drafted else None
+        output = self.executor.execute(Sample(step.bucket.samples, step.sample_flat, mask_SW, drafted))
         output.tokens_finite.copy_to_host_async()
         step.output, step.number = output, self.executor.num_sampled
 
@@ -228,7 +269,7 @@ class StepRunner:
         assert step.output is not None, "the step's sample was not dispatched"
         found = np.asarray(step.output.tokens_finite)
         self.executor.sampled(step.number, found)
-        tokens, finite = self._by_row(found)[:, step.rows]
+        tokens, finite = self._by_place(step, found)
         logprobs = None
         if any(r.spec.params.logprobs is not None for r in step.plan.sampled):
             logprobs = self._read_logprobs(step, tokens)
@@ -241,7 +282,7 @@ class StepRunner:
                 for i, c in enumerate(part.chunks)
                 if c.request.spec.pooling
             }
-        return StepResult(tokens[:, None], finite[:, None] > 0, logprobs, self._read_prompt_logprobs(step), pooled)
+        return StepResult(tokens, finite > 0, logprobs, self._read_prompt_logprobs(step), pooled)
 
     def _count(self, found: Any) -> None:
         """Adds a step's int32 [layers, E] of each replica to `expert_loads`."""
@@ -254,14 +295,26 @@ class StepRunner:
         replicas = self.executor.replicas
         return found if replicas == 1 else found.reshape(replicas, 2, -1).swapaxes(0, 1).reshape(2, -1)
 
+    def _by_place(self, step: InFlight, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, finite), [sampled requests, places], of what the device sampled; -1 where a request has fewer places."""
+        found = self._by_row(found)
+        if not step.plan.drafts:
+            return found[0, step.rows, None], found[1, step.rows, None]
+        place_N, places = np.arange(step.plan.queries), step.places[:, None]
+        rows = step.rows[:, None] + np.minimum(place_N, places - 1)
+        return np.where(place_N < places, found[0, rows], -1), found[1, rows]
+
     def _read_logprobs(self, step: InFlight, tokens: np.ndarray) -> list[Sequence[TokenLogprobs] | None]:
         out = step.output
         assert out is not None
         host = [np.asarray(a) for a in (out.logprob_S, out.rank_S, out.top_ids_SN, out.top_values_SN)]
         entries: list[Sequence[TokenLogprobs] | None] = []
-        for row, token, request in zip(step.rows, tokens, step.plan.sampled, strict=True):
+        for row, found, request in zip(step.rows.tolist(), tokens.tolist(), step.plan.sampled, strict=True):
             count = request.spec.params.logprobs
-            entries.append(None if count is None else (_entry(int(token), count, row, *host),))
+            given = [token for token in found if token >= 0]
+            entries.append(
+                None if count is None else [_entry(token, count, row + i, *host) for i, token in enumerate(given)]
+            )
         return entries
 
     def _read_prompt_logprobs(self, step: InFlight) -> dict[str, list[TokenLogprobs]] | None:
@@ -283,15 +336,21 @@ class StepRunner:
 
 
 def _rows(plan: StepPlan, plans: Sequence[StepPlan], bucket: Bucket) -> np.ndarray:
-    """Of each sampled request of `plan`, its row in what all replicas sample, int64."""
+    """Of each sampled request of `plan`, its first row in what all replicas sample, int64."""
     if len(plans) == 1:
-        return np.arange(len(plan.sampled))
+        return _first_rows(plan, bucket)
     row_of = {
-        r.request_id: replica * bucket.samples + i
+        r.request_id: replica * bucket.samples + row
         for replica, part in enumerate(plans)
-        for i, r in enumerate(part.sampled)
+        for row, r in zip(_first_rows(part, bucket).tolist(), part.sampled, strict=True)
     }
     return np.array([row_of[r.request_id] for r in plan.sampled], np.int64)
+
+
+def _first_rows(plan: StepPlan, bucket: Bucket) -> np.ndarray:
+    """Of each sampled request of a replica, its first row there: decode rows have a row for each place."""
+    row = np.arange(len(plan.sampled))
+    return row + np.minimum(row, len(plan.decode)) * (bucket.queries - 1)
 
 
 def _end_to_end(parts: Sequence[np.ndarray]) -> np.ndarray:

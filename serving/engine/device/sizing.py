@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from serving.engine.cache.kv_windows import longest, pages_of
 from serving.engine.cache.snapshots import SNAPSHOT_SHARE, budget
 from serving.engine.device.followers import Meet
 from serving.engine.device.programs.placement import num_replicas
+from serving.engine.requests.buckets import ACCELERATOR_RIDGE, CPU_RIDGE, VERIFIED_RIDGES
 from serving.engine.requests.cache_specs import RecurrentSpec, recurrent_of
 from serving.engine.requests.chunks import CHUNK_ALIGN
 from serving.engine.requests.sizes import Sizes
@@ -69,6 +71,7 @@ class Bounds:
         replicas: how many there are.
         given_len: the configuration's max_model_len; None where it leaves that open.
         recurrent: what layers that keep a state keep of a running request; None where there are none.
+        draft_tokens, draft_places: as in Sizes.
     """
 
     max_num_seqs: int
@@ -82,6 +85,8 @@ class Bounds:
     replicas: int
     given_len: int | None
     recurrent: RecurrentSpec | None = None
+    draft_tokens: int = 0
+    draft_places: int = 0
 
     def within(self, memory: int) -> Sizes:
         """The sizes with so many bytes for the pages, states and snapshots of all replicas.
@@ -106,7 +111,7 @@ class Bounds:
             )
         return Sizes(
             self.max_num_seqs, self.max_num_batched_tokens, min(self.wanted_len, fits), num_pages, self.page_size,
-            self.page_bytes, self.kv_dtype, self.layers_per_page, num_snapshots,
+            self.page_bytes, self.kv_dtype, self.layers_per_page, num_snapshots, self.draft_tokens, self.draft_places,
         )  # fmt: skip
 
     def _pages(self, tokens: int, chunk: int) -> int:
@@ -145,12 +150,14 @@ def resolve_bounds(
     dtype: str,
     mesh: Mesh | None,
     platform: str | None = None,
+    draft: CausalLM | None = None,
 ) -> Bounds:
     """Fills in what the configuration leaves open and needs no look at the devices' memory; no weights are needed.
 
     Args:
         mesh: its replicas share evenly what the configuration gives; None for a single device.
         platform: where the pages will be; None for where this process is.
+        draft: a model whose layers share the pages of this one's: all of a sequence's, then.
     Raises:
         ValueError: sizes that contradict each other, with both numbers and the setting to change.
     """
@@ -164,6 +171,17 @@ def resolve_bounds(
     together = layers_per_page(model.kv_specs(), wanted_len)
     groups = KVGroups.of(model.kv_specs(), together)
     page_bytes = bytes_of_page(groups, page_size, kv_dtype, platform, config.attention_backend)
+    if draft is not None:
+        together = len(model.kv_specs())
+        groups = KVGroups.of(model.kv_specs(), together)
+        if groups.windows != (None,):
+            raise ValueError(
+                "speculative_config: a draft model needs a model with a layer that attends to all positions."
+            )
+        page_bytes = sum(
+            bytes_of_page(KVGroups.of(m.kv_specs()), page_size, kv_dtype, platform, config.attention_backend)
+            for m in (model, draft)
+        )
     return Bounds(
         seqs,
         budget,
@@ -176,7 +194,21 @@ def resolve_bounds(
         replicas,
         config.max_model_len,
         recurrent_of(model),
+        **_drafts(config, budget, platform),
     )
+
+
+def _drafts(config: EngineConfig, budget: int, platform: str) -> dict[str, Any]:
+    """How many drafts a step of `budget` tokens verifies at most."""
+    if config.speculative_config is None:
+        return {}
+    ridge = CPU_RIDGE if platform == "cpu" else ACCELERATOR_RIDGE
+    drafts = config.speculative_config.draft_tokens
+    if drafts >= budget:
+        raise ValueError(
+            f"num_speculative_tokens is {drafts}; a step of {budget} tokens verifies {budget - 1} at most."
+        )
+    return {"draft_tokens": drafts, "draft_places": min(budget, VERIFIED_RIDGES * ridge)}
 
 
 def check_length(config: EngineConfig, max_positions: int) -> None:

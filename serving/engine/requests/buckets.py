@@ -16,6 +16,9 @@ STEP_OVERHEAD = 20
 CPU_RIDGE, ACCELERATOR_RIDGE = 16, 256
 """Rows below which a matmul is bound by reading its weights, so that a step of fewer rows takes no less time."""
 
+VERIFIED_RIDGES = 4
+"""Places that a step with drafts may have, in ridges: beyond that drafts pay for nobody, and their programs were for nothing."""
+
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Bucket:
@@ -42,6 +45,8 @@ class Bucket:
 
         Rounded up so that buckets share programs: a `sample` takes a second to compile and next to nothing a spare row.
         """
+        if self.queries > 1 and not self.chunk:
+            return max(4, 1 << (self.decode_tokens - 1).bit_length())
         if not self.chunk:
             return max(self.decode_tokens, 4)
         return self.decode_tokens + (MAX_CHUNK_ROWS if self.decode else self.rows)
@@ -59,15 +64,29 @@ class BucketTable:
     ridge: int = CPU_RIDGE
 
     @classmethod
-    def make(cls, max_num_seqs: int, max_num_batched_tokens: int, ridge: int = CPU_RIDGE) -> BucketTable:
+    def make(
+        cls,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        ridge: int = CPU_RIDGE,
+        draft_tokens: int = 0,
+        draft_places: int = 0,
+    ) -> BucketTable:
         """Decode buckets double (each wastes less than half its rows); chunk buckets quadruple, because a chunk's padding
-        costs compute once a prompt, not every step; mixed steps pad decode to the full width."""
+        costs compute once a prompt, not every step; mixed steps pad decode to the full width.
+
+        Args:
+            draft_tokens: drafts of a decode row at most. Steps with drafts have no chunks.
+            draft_places: places that a step with drafts has at most.
+        """
         decodes = _doubling(1, max_num_seqs)
         chunks = _quadrupling(4 * CHUNK_ALIGN, align_up(max_num_batched_tokens, CHUNK_ALIGN))
         buckets = {Bucket(b, 0, 0) for b in decodes}
         for chunk in chunks:
             rows = min(chunk // CHUNK_ALIGN, MAX_CHUNK_ROWS, max_num_seqs)
             buckets |= {Bucket(0, chunk, rows), Bucket(max_num_seqs, chunk, rows)}
+        for queries in _halving(draft_tokens):
+            buckets |= {Bucket(b, 0, 0, queries) for b in decodes if b == 1 or b * queries <= draft_places}
         return cls(tuple(sorted(buckets, key=lambda b: (b.tokens, b.decode))), ridge)
 
     def find(self, decode: int, chunk: int, rows: int, queries: int = 1) -> Bucket:
@@ -116,6 +135,10 @@ class BucketTable:
             first.append(-size)
         return tuple(first)
 
+    def queries(self, decode: int) -> tuple[int, ...]:
+        """How many places so many decode rows may have in a step, fewest first; 1 among them."""
+        return tuple(sorted({b.queries for b in self.buckets if b.decode >= decode and not b.chunk}))
+
     @property
     def max_chunk(self) -> int:
         return max(b.chunk for b in self.buckets)
@@ -145,6 +168,15 @@ def _doubling(start: int, end: int) -> list[int]:
         sizes.append(size)
         size *= 2
     return [*sizes, end]
+
+
+def _halving(drafts: int) -> set[int]:
+    """Places of rows with up to `drafts` drafts: all of them, or half as many, as long as these are two or more."""
+    sizes: set[int] = set()
+    while drafts > 0:
+        sizes.add(drafts + 1)
+        drafts = drafts // 2 if drafts > 3 else 0
+    return sizes
 
 
 def _quadrupling(start: int, end: int) -> list[int]:

@@ -24,6 +24,7 @@ class Forward:
     bucket: Bucket
     packed: np.ndarray
     adapted: bool = False  # somebody in it has an adapter
+    drafted: bool = False  # it verifies what the last `Draft` guessed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,11 +35,37 @@ class Sample:
         rows: S, of the program.
         packed: int32, `packing.sample_layout(rows)`.
         mask_SW: int32 [S, ceil(V / 32)], or None where no row is constrained.
+        drafted: of a step that verifies what the last `Draft` guessed, its bucket.
     """
 
     rows: int
     packed: np.ndarray
     mask_SW: np.ndarray | None = None
+    drafted: Bucket | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Draft:
+    """Has the draft model guess for the rows of a step with drafts, whose `Forward` comes next.
+
+    Attributes:
+        bucket: the step's.
+        forward, sample: int32, packed as `DraftModel.layouts` says.
+        wanted: int32 [B], guesses of each row.
+    """
+
+    bucket: Bucket
+    forward: np.ndarray
+    sample: np.ndarray
+    wanted: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CatchUp:
+    """Has the draft model compute pieces of sequences that were computed without it. `packed`: as in Forward."""
+
+    bucket: Bucket
+    packed: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -163,4 +190,16 @@ class SaveStates(StateMoves):
 
 PagesMoved = PagesOut | PagesIn | PagesDropped
 StatesMoved = ClearStates | LoadStates | SaveStates
-Command = Forward | Sample | DecodeLoop | LoadSlot | LoadAdapter | Pool | PromptLogprobs | PagesMoved | StatesMoved
+Command = (
+    Forward
+    | Sample
+    | Draft
+    | CatchUp
+    | DecodeLoop
+    | LoadSlot
+    | LoadAdapter
+    | Pool
+    | PromptLogprobs
+    | PagesMoved
+    | StatesMoved
+)

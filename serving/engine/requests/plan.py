@@ -14,6 +14,9 @@ from serving.engine.requests.request import Request
 CHUNK_ALIGN = 16
 """Pieces of prompts start at multiples of this in the chunk part of a step (ops' Q_BLOCK)."""
 
+ON_DEVICE = -2
+"""Stands in a plan for a draft that a draft model makes: the host does not know it."""
+
 
 def align(tokens: int) -> int:
     """Chunk positions that a piece of `tokens` takes up."""
@@ -55,6 +58,7 @@ class StepPlan:
             end sooner, when every row has sampled an end-of-sequence or stop token.
         adapters: (slot, digest) of adapters whose matrices are to be on the devices before the forward pass.
         drafts: of each decode row, the tokens guessed to follow its own, to be verified; () where there are none.
+        caught_up: pieces of sequences that a draft model computes before it guesses: positions that were computed without it.
     """
 
     step_id: int
@@ -67,6 +71,7 @@ class StepPlan:
     num_steps: int = 1
     drafts: tuple[tuple[int, ...], ...] = ()
     adapters: tuple[tuple[int, str], ...] = ()
+    caught_up: tuple[Chunk, ...] = ()
 
     def of_replica(self, replica: int) -> StepPlan:
         """What one replica has to do: its rows and chunks, in their order."""
@@ -78,6 +83,7 @@ class StepPlan:
             drafts=tuple(self.drafts[row] for row in rows) if self.drafts else (),
             chunks=tuple(c for c in self.chunks if c.request.replica == replica),
             sampled=tuple(r for r in self.sampled if r.replica == replica),
+            caught_up=tuple(c for c in self.caught_up if c.request.replica == replica),
         )
 
     @property

@@ -21,6 +21,7 @@ by one at dispatch, and `len(tokens)` follows when the host has read the token, 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from typing import Any
 
 from serving.engine.api.types import EngineRequest, FinishReason
@@ -47,6 +48,7 @@ class Request:
     """Mutable engine-side state of one `EngineRequest`. Owned by the engine thread."""
 
     __slots__ = (
+        "acceptance",
         "adapter_slot",
         "arrival_order",
         "behind",
@@ -104,6 +106,9 @@ class Request:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
         self.pooled: Any = None  # sum so far, for requests that pool
+        self.acceptance: list[tuple[int, int]] | None = (
+            None  # of each step with drafts: how many, and how many accepted
+        )
         self.scheduled_time = 0.0
         self.first_token_time = 0.0
 
@@ -183,3 +188,11 @@ class Request:
         limit = self.spec.params.max_tokens
         end = max_model_len if limit is None else min(max_model_len, self.prompt_len + limit)
         return end - len(self.tokens) - self.num_pending
+
+
+def by_replica(requests: Iterable[Request], replicas: int) -> list[int]:
+    """How many of the requests are in each replica."""
+    counts = [0] * replicas
+    for request in requests:
+        counts[request.replica] += 1
+    return counts

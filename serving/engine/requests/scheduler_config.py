@@ -6,8 +6,10 @@ import dataclasses
 import functools
 from typing import Any, Self
 
-from serving.engine.requests.buckets import BucketTable
+from serving.engine.api.speculative import SpeculativeConfig
+from serving.engine.requests.buckets import Bucket, BucketTable
 from serving.engine.requests.cache_specs import CacheSpec, PagedSpec, RecurrentSpec
+from serving.engine.requests.request import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,8 @@ class SchedulerConfig:
         buckets: what steps are padded to: the chunk part is cut so that it fills one. None: steps of any size cost the same
             a token.
         max_loras: adapters that may be on the devices at once.
+        speculative_config: how drafts are made; None for none.
+        step_seconds: what steps without chunks were measured to take, by bucket; for choosing how many drafts to verify.
     """
 
     max_num_seqs: int
@@ -58,6 +62,8 @@ class SchedulerConfig:
     replicas: int = 1
     buckets: BucketTable | None = None
     max_loras: int = 0
+    speculative_config: SpeculativeConfig | None = None
+    step_seconds: tuple[tuple[Bucket, float], ...] = ()
 
     @classmethod
     def of(cls, *sources: object, **given: Any) -> Self:
@@ -94,3 +100,19 @@ class Counters:
     generation_tokens: int = 0
     steps: int = 0
     nonfinite: int = 0  # requests that NaN or infinite logits ended
+    drafts: int = 0  # rows of steps that had drafts
+    draft_tokens: int = 0  # drafts that were verified
+    accepted_tokens: int = 0  # of them, those that were the model's own tokens
+    accepted_per_pos: list[int] = dataclasses.field(default_factory=list[int])  # the same by place in their row
+
+    def count_drafts(self, request: Request, drafts: int, accepted: int) -> None:
+        """A row had so many drafts, of which so many were accepted."""
+        self.drafts += 1
+        self.draft_tokens += drafts
+        self.accepted_tokens += accepted
+        self.accepted_per_pos += [0] * (drafts - len(self.accepted_per_pos))
+        for place in range(accepted):
+            self.accepted_per_pos[place] += 1
+        if request.acceptance is None:
+            request.acceptance = []
+        request.acceptance.append((drafts, accepted))

@@ -13,6 +13,8 @@ class Sizes:
         page_bytes: of one page in all arrays, over all devices together.
         num_snapshots: copies of recurrent layers' states that may be kept for prefixes.
         layers_per_page: layers that a page holds a part of a sequence for; None for all. See ops.paged_attention.groups.
+        draft_tokens: drafts that a step verifies of a request at most; 0 for none.
+        draft_places: places that the rows of a step with drafts have together at most.
     """
 
     max_num_seqs: int
@@ -24,3 +26,5 @@ class Sizes:
     kv_dtype: str
     layers_per_page: int | None = None
     num_snapshots: int = 0
+    draft_tokens: int = 0
+    draft_places: int = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ def needs_host(request: Request) -> bool:
     return is_constrained(request) or request.spec.params.logprobs is not None
 
 
-def fill_rows(rows: Sequence[tuple[int, Request]], mask_RW: np.ndarray) -> dict[int, Exception]:
+def fill_rows(
+    rows: Sequence[tuple[int, Request]], mask_RW: np.ndarray, drafts: Mapping[str, Sequence[int]] = MappingProxyType({})
+) -> dict[int, Exception]:
     """Writes the allowed set of each request's next token, from the tokens known now; see TokenConstraint.fill_mask.
 
     Constraints of a class that fills many masks at once (a static `fill_masks`) are filled together, on several cores.
@@ -29,6 +32,8 @@ def fill_rows(rows: Sequence[tuple[int, Request]], mask_RW: np.ndarray) -> dict[
     Args:
         rows: (row of the mask, request).
         mask_RW: int32 [R, ceil(V / 32)], all ones where a row is not mentioned.
+        drafts: request id -> drafts that are verified; the rows behind the request's own are theirs, one each. What follows a
+            draft that is not allowed stays as it is: nothing comes of it.
     Returns:
         row -> what its grammar raised, for those that cannot go on; their rows are unusable.
     """
@@ -38,23 +43,30 @@ def fill_rows(rows: Sequence[tuple[int, Request]], mask_RW: np.ndarray) -> dict[
         constraint = request.spec.constraint
         if constraint is None:
             continue
+        ahead = drafts.get(request.request_id, ())
         many = getattr(type(constraint), "fill_masks", None)
-        if many is not None:
+        if many is not None and not ahead:
             together.setdefault(many, []).append((constraint, row))
             continue
         try:
-            constraint.fill_mask(mask_RW[row])
+            if ahead:
+                constraint.fill_ahead(ahead, mask_RW[row : row + 1 + len(ahead)])
+            else:
+                constraint.fill_mask(mask_RW[row])
         except Exception as error:  # whatever it is, it is this request's
             failed[row] = error
     for many, items in together.items():
         failed.update(many(items, mask_RW))
     for row, request in rows:
-        _narrow(request, mask_RW[row])
+        output = request.tokens[request.prompt_len :] if request.spec.bad_words_token_ids else []
+        ahead = drafts.get(request.request_id, ())
+        for place in range(1 + len(ahead)):
+            _narrow(request, [*output, *ahead[:place]], mask_RW[row + place])
     return failed
 
 
-def _narrow(request: Request, row_W: np.ndarray) -> None:
-    """Takes away what allowed_token_ids and bad_words forbid."""
+def _narrow(request: Request, output: list[int], row_W: np.ndarray) -> None:
+    """Takes away what allowed_token_ids and bad_words forbid behind a completion."""
     spec = request.spec
     if spec.params.allowed_token_ids is not None:
         allowed = np.zeros_like(row_W)
@@ -62,7 +74,7 @@ def _narrow(request: Request, row_W: np.ndarray) -> None:
         row_W &= allowed
     for sequence in spec.bad_words_token_ids:
         *before, last = sequence
-        if not before or request.tokens[request.prompt_len :][-len(before) :] == before:
+        if not before or output[-len(before) :] == before:
             set_bits(row_W, [last], False)
 
 

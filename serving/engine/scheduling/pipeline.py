@@ -2,7 +2,8 @@
 the rehearsal, the simulator (a device with a virtual clock), tests (one that keeps tokens in pages).
 
 The step before is read while the new one runs, so that the device never waits for the host, unless a token mask needs the
-token before it: then it is read between the two halves of the new step, while the first one runs.
+token before it: then it is read between the two halves of the new step, while the first one runs. Drafts need it sooner: where
+the scheduler awaits it, it is read before anything is scheduled.
 """
 
 from __future__ import annotations
@@ -70,11 +71,17 @@ class Device(Protocol[S]):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Flight(Generic[S]):
-    """A step on its way. `dispatched_at`: of the pipeline's clock, in seconds."""
+    """A step on its way.
+
+    Attributes:
+        dispatched_at: of the pipeline's clock, in seconds.
+        host_s: seconds that the device had waited for it by then; None where it had the step before to do.
+    """
 
     plan: StepPlan
     step: S
     dispatched_at: float
+    host_s: float | None = None
 
 
 @contextlib.contextmanager
@@ -139,19 +146,24 @@ class StepPipeline(Generic[S]):
         self._give(scheduler.expire(self._clock()))
         if self.prepare is not None:
             self.prepare()
-        previous = self.in_flight
+        previous, waited = self.in_flight, False
+        if schedule and previous is not None and scheduler.awaits(previous.plan):
+            self._read(previous)
+            previous = self.in_flight = None
+            waited = True
         plan = scheduler.schedule(self._clock()) if schedule else None
         current = None
         if plan is not None:
             with _carrying_out(plan):
                 step = self.device.dispatch_forward(plan, scheduler.slots)
-            current = Flight(plan, step, self._clock())
+            now = self._clock()
+            current = Flight(plan, step, now, now - self._last_read if waited else None)
             mask = None
             if step.constrained:
                 if previous is not None:
                     self._read(previous)  # a mask needs the token before it; the forward pass is running meanwhile
                     previous = self.in_flight = None
-                mask = self._mask(step)
+                mask = self._mask(step, plan)
             with _carrying_out(plan):
                 self.device.dispatch_sample(step, mask)
             if not self._asynchronous:
@@ -186,21 +198,22 @@ class StepPipeline(Generic[S]):
         # The device took this step up when it was dispatched, or when it was done with the one before.
         seconds = now - max(flight.dispatched_at, self._last_read)
         self._last_read = now
-        self.scheduler.observe(flight.plan, seconds)
+        self.scheduler.observe(flight.plan, seconds, flight.step.bucket, flight.host_s)
         if self.pacer is not None:
             self.pacer.observe((flight.step.bucket, flight.plan.num_steps), seconds)
         if self.on_read is not None:
             self.on_read(flight, seconds)
         self._give(self.scheduler.retire(flight.plan, result, now))
 
-    def _mask(self, step: S) -> np.ndarray:
-        """The step's mask, from the tokens known now. A grammar that cannot go on ends its request."""
+    def _mask(self, step: S, plan: StepPlan) -> np.ndarray:
+        """The step's mask, from the tokens known now and the drafts behind them. A grammar that cannot go on ends its request."""
         mask = self.device.new_mask(step)
         live = [(row, request) for row, request in step.constrained if not request.finished]
         request_of = dict(live)
-        for row, error in fill_rows(live, mask).items():
+        drafts = {r.request_id: row for r, row in zip(plan.decode, plan.drafts, strict=False) if row}
+        for row, error in fill_rows(live, mask, drafts).items():
             request = request_of[row]
-            mask[row] = -1
+            mask[row : row + 1 + len(drafts.get(request.request_id, ()))] = -1
             reason, sentence = grammar_failure(request, error)
             output = self.scheduler.abort(request.request_id, reason)
             if output is not None:

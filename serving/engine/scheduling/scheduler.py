@@ -14,14 +14,16 @@ import numpy as np
 from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from serving.engine.cache.adapters import AdapterSlots
 from serving.engine.cache.replicas import Replicas
+from serving.engine.requests.buckets import Bucket
 from serving.engine.requests.chunks import CHUNK_ALIGN, ChunkBuilder
 from serving.engine.requests.moves import Landing
 from serving.engine.requests.plan import Chunk, StepPlan, StepResult
-from serving.engine.requests.request import Request, RequestState
+from serving.engine.requests.request import Request, RequestState, by_replica
 from serving.engine.requests.scheduler_config import Counters, SchedulerConfig
 from serving.engine.requests.slots import SlotTable
 from serving.engine.scheduling.admission import Admission
 from serving.engine.scheduling.deadlines import Deadlines
+from serving.engine.scheduling.drafts.planner import DraftRows, Drafts
 from serving.engine.scheduling.masks import needs_host
 from serving.engine.scheduling.outputs import Outputs, add_pooled, verdict
 from serving.engine.scheduling.policy import (
@@ -63,6 +65,7 @@ class Scheduler:
             config, self.requests, self.waiting, self.slots, self.kv, self.deadlines, self.fair, self.counters
         )
         self._has_states = config.recurrent is not None
+        self.drafts = Drafts.of(config, self.kv, self.counters)
         self._arrivals = 0
         self._step_id = 0
         self.only: frozenset[str] | None = None  # ids that may be admitted, while one of them is under suspicion
@@ -171,8 +174,15 @@ class Scheduler:
         self.foreground.hurried(bool(held))
         if not decode and not chunks:
             return None
-        num_steps = 1 if chunks else self._lengthen(decode)
-        return self._commit(decode, chunks, admitted, num_steps)
+        drafts = self.drafts.choose(decode, self._step_id) if self.drafts and not chunks else ()
+        num_steps = 1 if chunks or drafts else self._lengthen(decode)
+        return self._commit(decode, chunks, admitted, num_steps, drafts)
+
+    def awaits(self, plan: StepPlan) -> bool:
+        """Whether this plan, the last one dispatched, is to be retired before the next `schedule`: how far its drafts have come
+        is open, or the next ones hang on its tokens."""
+        prompts = self.slots.num_free and self.waiting.head(1)  # steps that have some have no drafts
+        return bool(plan.drafts) or (self.drafts is not None and not prompts and self.drafts.awaits(self.running))
 
     def retire(self, plan: StepPlan, result: StepResult, now: float | None = None) -> list[EngineOutput]:
         """Takes in what a dispatched step sampled: appends tokens, ends what has ended, frees what nothing writes any more."""
@@ -191,13 +201,15 @@ class Scheduler:
                     request.first_token_time = now
                     outputs.append(self._end(request, FinishReason.STOP, now=now, pooled=pooled))
         finite = None if result.finite.all() else result.finite
+        ragged = plan.num_steps > 1 or bool(plan.drafts)
         for row, (request, tokens) in enumerate(zip(plan.sampled, result.tokens.tolist(), strict=True)):
             logprobs = result.logprobs[row] if result.logprobs is not None else None
-            missing = plan.most_tokens(row)
+            # First, because what ends a request also registers its pages: as far as its own tokens have come.
+            if ragged and request.state is not RequestState.FINISHED:
+                self._take_back(plan, row, request, len(tokens) - tokens.count(-1))
             for place, token in enumerate(tokens):
                 if token < 0 or request.state is RequestState.FINISHED:
                     break  # it ended before this token was known to be surplus
-                missing -= 1
                 request.num_pending -= 1
                 if finite is not None and not finite[row, place]:
                     error = "the model's logits are not finite."
@@ -206,16 +218,15 @@ class Scheduler:
                     break
                 found = None if logprobs is None else logprobs[place]
                 outputs.append(self._take_token(request, token, found, now))
-            if missing and request.state is not RequestState.FINISHED:
-                request.take_back(missing)
-                self.kv.take_back(request)
         self.kv.retired(plan.step_id)
         return outputs
 
-    def observe(self, plan: StepPlan, seconds: float) -> None:
-        """Learns what a step costs from one that took the device `seconds`."""
+    def observe(self, plan: StepPlan, seconds: float, bucket: Bucket, host_s: float | None = None) -> None:
+        """Learns what a step of a bucket costs from one that took the device `seconds`, having waited `host_s` for it."""
         self.deadlines.observe(plan, seconds)
         self.kv.observe(self.deadlines.seconds_per_token)
+        if self.drafts is not None and plan.num_steps == 1:
+            self.drafts.costs.observe(bucket, seconds, host_s)
 
     # ---- the parts of schedule() ----
 
@@ -251,7 +262,7 @@ class Scheduler:
         ):  # a later row's need of a page may have cost an earlier row its own
             decode = [r for r in decode if r.state is RequestState.RUNNING]
             unfinished = [r for r in unfinished if r.state is RequestState.RUNNING]
-            rows = self._by_replica(decode)
+            rows = by_replica(decode, self.config.replicas)
         return decode, rows, unfinished
 
     def _lengthen(self, decode: list[Request]) -> int:
@@ -355,21 +366,17 @@ class Scheduler:
                 other.passed_over += 1
         return admitted
 
-    def _by_replica(self, requests: list[Request]) -> list[int]:
-        """How many of the requests are in each replica."""
-        counts = [0] * self.config.replicas
-        for request in requests:
-            counts[request.replica] += 1
-        return counts
-
-    def _commit(self, decode: list[Request], chunks: list[Chunk], admitted: list[Request], num_steps: int) -> StepPlan:
+    def _commit(
+        self, decode: list[Request], chunks: list[Chunk], admitted: list[Request], num_steps: int, drafts: DraftRows
+    ) -> StepPlan:
         """Advances every scheduled request, as if the step had already run."""
         self._step_id += 1
         self.counters.steps += 1
+        caught_up = self.drafts.committed(decode, chunks, drafts) if self.drafts is not None else ()
         positions = tuple([request.num_computed for request in decode])
-        for request in decode:
-            request.num_computed += num_steps
-            request.num_pending += num_steps
+        for request, guessed in zip(decode, drafts or [()] * len(decode), strict=True):
+            request.num_computed += num_steps + len(guessed)
+            request.num_pending += num_steps + len(guessed)
             request.inflight += 1
             if self._has_states:
                 self.kv.reached(request, decoding=True)
@@ -382,11 +389,17 @@ class Scheduler:
             self.kv.reached(request, decoding=False)
             self.kv.register(request)
         sampled = (*decode, *(c.request for c in chunks if c.samples))
-        rows, pieces, moves = tuple(decode), tuple(chunks), self.kv.take_step()
-        loads = self.adapters.take_step()
-        return StepPlan(
-            self._step_id, rows, positions, pieces, tuple(admitted), sampled, moves, num_steps, adapters=loads
-        )
+        rest = self.kv.take_step(), num_steps, drafts, self.adapters.take_step(), caught_up
+        return StepPlan(self._step_id, tuple(decode), positions, tuple(chunks), tuple(admitted), sampled, *rest)
+
+    def _take_back(self, plan: StepPlan, row: int, request: Request, tokens: int) -> None:
+        """A row of a step that gave some tokens each has given so many."""
+        missing = plan.most_tokens(row) - tokens
+        if missing:
+            request.take_back(missing)
+            self.kv.take_back(request)
+        if self.drafts is not None:
+            self.drafts.verified(plan, row, tokens)
 
     # ---- after a step that failed, or whose pages are gone ----
 
@@ -473,6 +486,8 @@ class Scheduler:
             self.waiting.remove(request)
         request.finish(reason, request.stop_reason)
         del self.requests[request.request_id]
+        if self.drafts is not None:
+            self.drafts.end(request)
         if self.fair is not None:
             self.fair.leave(request.spec.tenant)
         return self._outputs.last(request, reason, tokens, logprobs, error, now, pooled)

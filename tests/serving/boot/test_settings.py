@@ -12,6 +12,7 @@ from serving.boot.engine_flags import SETTINGS, in_flags
 from serving.boot.flags import build_parser, describe, engine_config
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.settings import SECTIONS, Scope
+from serving.engine.api.speculative import SpeculativeConfig
 from serving.engine.device.programs.bundle import FIXED, NOT_HELD
 from serving.engine.device.programs.fingerprint import PROGRAM_SETTINGS, fingerprint
 from serving.llm import LLM
@@ -21,6 +22,7 @@ OTHER = {  # another value than the default, of every setting that decides progr
     "dtype": "bfloat16", "quantization": "int8", "kv_cache_dtype": "int8", "max_model_len": 32, "max_num_seqs": 2,
     "max_num_batched_tokens": 64, "page_size": 32, "kv_cache_memory": "1MiB", "mesh": "model=2", "num_scheduler_steps": 4,
     "kv_offload_gb": 1.0, "attention_backend": "xla", "enable_lora": True, "max_loras": 3, "max_lora_rank": 8,
+    "speculative_config": {"method": "ngram"},
 }  # fmt: skip
 
 
@@ -82,12 +84,38 @@ def test_values_and_their_texts_are_read_alike(given, read):
         ({"step_timeout": float("nan")}, "step_timeout must be seconds"),
         ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be true or false"),
         ({"seed": "x"}, "seed must be a whole number"),
+        ({"speculative_config": "ngram"}, "speculative_config: it is no JSON"),
+        ({"speculative_config": [1]}, "speculative_config: it must be an object"),
+        ({"speculative_config": {}}, "method must be one of ngram, suffix, draft_model, auto; got None."),
+        ({"speculative_config": {"method": "n-gram"}}, "method must be one of"),
+        ({"speculative_config": {"method": "eagle3", "model": "x"}}, "method 'eagle3' is not served here yet"),
+        ({"speculative_config": {"method": "draft_model"}}, "needs a model: the draft's checkpoint"),
+        ({"speculative_config": {"method": "ngram", "model": "x"}}, "method 'ngram' takes no model"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_token": 3}}, "did you mean num_speculative_tokens"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 33}}, "from 1 to 32; got 33."),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": True}}, "from 1 to 32; got True."),
+        ({"speculative_config": {"method": "suffix", "suffix_decoding_min_token_prob": 2}}, "a number from 0 to 1; got 2."),
+        ({"speculative_config": {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 3}}, "more than prompt_lookup"),
+        ({"speculative_config": {"method": "auto", "rejection_sample_method": "block"}}, "can only be 'standard' here"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_a_sentence(given, sentence):
     with pytest.raises(ValueError) as caught:
         EngineConfig(**given)
     assert sentence in str(caught.value)
+
+
+def test_a_speculative_config_is_read_as_vllm_reads_it(capsys):
+    read = EngineConfig(speculative_config='{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}')
+    how = read.speculative_config
+    assert how == SpeculativeConfig("ngram", None, 3, 4, 4) and how.draft_tokens == 3
+    assert EngineConfig(speculative_config=how) == read
+    assert EngineConfig(speculative_config={"method": "suffix", "model": None}).speculative_config.draft_tokens == 8
+    assert EngineConfig(speculative_config={"model": "a/b"}).speculative_config.method == "draft_model"
+    assert SpeculativeConfig("ngram").prompt_lookup_min == 5
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--speculative-config", '{"method": "auto", "k": 1}'])
+    assert "--speculative-config: there is no field 'k'. Its fields are method, model," in capsys.readouterr().err
 
 
 def test_what_decides_a_program_is_the_settings_scope():

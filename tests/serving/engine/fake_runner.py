@@ -50,8 +50,15 @@ class Dispatched:
     tokens: np.ndarray | None = None
 
     @property
+    def first_rows(self) -> list[int]:
+        """Of each sampled request its first row in the mask, and the number of all: a row with drafts has one for each place."""
+        places = [self.plan.most_tokens(row) if self.plan.drafts else 1 for row in range(len(self.plan.sampled))]
+        return [sum(places[:row]) for row in range(len(places) + 1)]
+
+    @property
     def constrained(self):
-        return [(row, r) for row, r in enumerate(self.plan.sampled) if is_constrained(r)]
+        rows = zip(self.first_rows, self.plan.sampled, strict=False)
+        return [(row, r) for row, r in rows if is_constrained(r)]
 
 
 class Residues:
@@ -63,6 +70,15 @@ class Residues:
     def fill_mask(self, mask_W: np.ndarray) -> None:
         """A fake mask, of one word: the residue that the next token must have."""
         mask_W[:] = self.seen % 3
+
+    def fill_ahead(self, drafts, mask_QW: np.ndarray) -> None:
+        """Masks behind drafts, as far as these are allowed."""
+        for place in range(len(drafts) + 1):
+            mask_QW[place] = (self.seen + place) % 3
+            if place < len(drafts) and (
+                drafts[place] % 3 != (self.seen + place) % 3 or self.seen + place >= self.count
+            ):
+                return
 
     def accept(self, token: int) -> bool:
         allowed = token % 3 == self.seen % 3
@@ -106,16 +122,19 @@ class FakeDevice:
             self.states[replica][slot] = (0, EMPTY)
         for replica, slot, row in moves.states_loaded:
             self.states[replica][slot] = self.snapshots[replica][row]
-        work = []  # (request, its page tables now, its slot now, [(position, token)], whether it samples)
-        for request, position in zip(plan.decode, plan.decode_positions, strict=True):
+        work = []  # (request, its page tables now, its slot now, [(position, token)], at how many of their ends it samples)
+        drafts = plan.drafts or [()] * len(plan.decode)
+        for request, position, guessed in zip(plan.decode, plan.decode_positions, drafts, strict=True):
             known = position < len(request.tokens)
+            assert known or not guessed, "drafts stand behind a token that the host knows"
             token = request.tokens[position] if known else int(self.last_token[request.slot])
-            work.append((request, slots.pages[:, request.slot].copy(), request.slot, [(position, token)], True))
+            tokens = [(position + i, t) for i, t in enumerate((token, *guessed))]
+            work.append((request, slots.pages[:, request.slot].copy(), request.slot, tokens, len(tokens)))
         for chunk in plan.chunks:
             span = range(chunk.start, chunk.start + chunk.length)
             tokens = [(p, chunk.request.tokens[p]) for p in span]
             slot = chunk.request.slot
-            work.append((chunk.request, slots.pages[:, slot].copy(), slot, tokens, chunk.samples))
+            work.append((chunk.request, slots.pages[:, slot].copy(), slot, tokens, int(chunk.samples)))
         assert [r.request_id for r, *_, samples in work if samples] == [r.request_id for r in plan.sampled]
         self.write(work)
         return Dispatched(
@@ -123,23 +142,25 @@ class FakeDevice:
         )
 
     def new_mask(self, step: Dispatched) -> np.ndarray:
-        return np.full((len(step.plan.sampled), 1), -1, np.int32)
+        return np.full((step.first_rows[-1], 1), -1, np.int32)
 
     def dispatch_sample(self, step: Dispatched, mask_SW: np.ndarray | None) -> None:
         """Attends through the page tables that the step was packed with, and samples; several times in a device loop."""
         work = step.work
         assert (mask_SW is not None) == bool(step.constrained)
-        tokens = [self.sample_rows(work, mask_SW)]
+        rows = self.sample_rows(work, mask_SW)
         for _ in range(step.plan.num_steps - 1):
             work = [
-                (request, pages, slot, [(positions[-1][0] + 1, int(self.last_token[slot]))], True)
+                (request, pages, slot, [(positions[-1][0] + 1, int(self.last_token[slot]))], 1)
                 for request, pages, slot, positions, _ in work
             ]
             self.write(work)
-            tokens.append(self.sample_rows(work, None))
+            rows = [row + more for row, more in zip(rows, self.sample_rows(work, None), strict=True)]
         for replica, slot, row in step.plan.moves.states_saved:
             self.snapshots[replica][row] = self.states[replica][slot]
-        step.tokens = np.asarray(tokens, np.int32).T
+        step.tokens = np.full((len(rows), max(map(len, rows), default=1)), -1, np.int32)
+        for row, tokens in enumerate(rows):
+            step.tokens[row, : len(tokens)] = tokens
 
     def write(self, work) -> None:
         for request, tables, slot, positions, _ in work:
@@ -156,29 +177,41 @@ class FakeDevice:
                 assert len(set(pages)) == len(pages), "a page is in the tables of two groups"
                 self.kv[request.replica, pages, position % self.size] = token
 
-    def sample_rows(self, work, mask_SW) -> list[int]:
-        """One sampled token for each row that samples. Every chunk attends, whether it samples or not."""
-        sampled = []
+    def sample_rows(self, work, mask_SW) -> list[list[int]]:
+        """The tokens of each row that samples: one, and one more for each draft that is what was sampled before it. Every chunk
+        attends, whether it samples or not."""
+        sampled, first = [], 0
         for request, tables, slot, positions, samples in work:
-            length = positions[-1][0] + 1
-            contexts = []
-            for window, pages in zip(self.scheduler.config.windows, tables, strict=True):
-                context = self.kv[request.replica, pages[: -(-length // self.size)]].reshape(-1)[:length].tolist()
-                first = 0 if window is None else max(0, positions[0][0] - window + 1)
-                assert 0 not in pages[first // self.size : -(-length // self.size)], "attention reads the null page"
-                assert -1 not in context[first:], "attention reads a position that was never written"
-                contexts.append(context)
-            seen = min(map(len, contexts), default=0)
-            assert len({tuple(context[max(0, seen - self.least) :]) for context in contexts}) <= 1, "groups disagree"
+            found = []
+            for place in range(max(samples, 1)):
+                end = len(positions) - max(samples, 1) + place + 1
+                residue = -1 if mask_SW is None or not samples else int(mask_SW[first + place, 0])
+                token = self.sample(request, tables, slot, [position for position, _ in positions[:end]])
+                found.append(token if residue < 0 else token - token % 3 + residue)
+                if end == len(positions) or positions[end][1] != found[-1]:
+                    break
+            first += samples
             if samples:
-                own = slot % self.scheduler.config.max_num_seqs
-                state = self.states[request.replica][own][1] if self.recurrent else None
-                token = mixed_token(contexts[0] if contexts else None, state)
-                residue = -1 if mask_SW is None else int(mask_SW[len(sampled), 0])
-                sampled.append((slot, token if residue < 0 else token - token % 3 + residue))
-        for slot, token in sampled:
-            self.last_token[slot] = token
-        return [t for _, t in sampled]
+                sampled.append((slot, found))
+        for slot, tokens in sampled:
+            self.last_token[slot] = tokens[-1]
+        return [tokens for _, tokens in sampled]
+
+    def sample(self, request, tables, slot: int, positions: list[int]) -> int:
+        """What the model samples behind the last of these positions, from what it finds in the pages."""
+        length = positions[-1] + 1
+        contexts = []
+        for window, pages in zip(self.scheduler.config.windows, tables, strict=True):
+            context = self.kv[request.replica, pages[: -(-length // self.size)]].reshape(-1)[:length].tolist()
+            first = 0 if window is None else max(0, positions[0] - window + 1)
+            assert 0 not in pages[first // self.size : -(-length // self.size)], "attention reads the null page"
+            assert -1 not in context[first:], "attention reads a position that was never written"
+            contexts.append(context)
+        seen = min(map(len, contexts), default=0)
+        assert len({tuple(context[max(0, seen - self.least) :]) for context in contexts}) <= 1, "groups disagree"
+        own = slot % self.scheduler.config.max_num_seqs
+        state = self.states[request.replica][own][1] if self.recurrent else None
+        return mixed_token(contexts[0] if contexts else None, state)
 
     def collect(self, step: Dispatched) -> StepResult:
         assert step.tokens is not None

@@ -34,6 +34,7 @@ from models.parameters import parameters_of  # noqa: E402
 from ops.paged_attention.groups import layers_per_page  # noqa: E402
 from serving.engine.api.config import EngineConfig  # noqa: E402
 from serving.engine.api.sampling_params import SamplingParams  # noqa: E402
+from serving.engine.api.speculative import SpeculativeConfig  # noqa: E402
 from serving.engine.api.types import EngineInfo, EngineRequest  # noqa: E402
 from serving.engine.device.executor import Executor  # noqa: E402
 from serving.engine.device.programs.compiling import ProgramCache  # noqa: E402
@@ -74,6 +75,8 @@ MESHES = {
 }
 HOST_TIER = ("windows", "data=2,model=2")
 """Model and mesh (its KV heads are cut) whose pages are too few, with a host tier behind them."""
+DRAFTS = ("dense", "data=2,model=2")
+"""Model and mesh whose steps verify drafts, right ones and wrong ones."""
 SIZES = Sizes(2, 32, 128, 60, 8, 0, "float32")  # of each replica
 COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(.*?"
@@ -93,10 +96,18 @@ def model_on(folder: pathlib.Path, config: ModelConfig, mesh: jax.sharding.Mesh 
     return model
 
 
-def make_engine(folder: pathlib.Path, config: ModelConfig, text: str, host_tier: bool = False) -> Engine:
+def make_engine(
+    folder: pathlib.Path, config: ModelConfig, text: str, host_tier: bool = False, drafts: bool = False
+) -> Engine:
     mesh = make_mesh(text)
     model = model_on(folder, config, mesh)
     sizes = dataclasses.replace(SIZES, layers_per_page=layers_per_page(model.kv_specs(), SIZES.max_model_len))
+    how = None
+    if drafts:
+        sizes = dataclasses.replace(sizes, draft_tokens=3, draft_places=32)
+        how = SpeculativeConfig(
+            "ngram", None, 3, prompt_lookup_min=1, prompt_lookup_max=4, enable_adaptive_verification=False
+        )
     executor = Executor(model, sizes, ProgramCache(None, ""), mesh=mesh if mesh.size > 1 else None, host_tier=host_tier)
     executor.compile()
     runner = StepRunner(executor)
@@ -113,6 +124,8 @@ def make_engine(folder: pathlib.Path, config: ModelConfig, text: str, host_tier:
             replicas=executor.replicas,
             caches=paged(*executor.groups.windows),
             host_pages=400 if host_tier else 0,
+            speculative_config=how,
+            buckets=runner.buckets if drafts else None,
         )
     )
     info = EngineInfo(
@@ -201,8 +214,8 @@ def collectives(engine: Engine, mesh: jax.sharding.Mesh) -> dict[str, dict[str, 
     return found
 
 
-def run(folder: pathlib.Path, config: ModelConfig, text: str, host_tier: bool) -> dict:
-    engine = make_engine(folder, config, text, host_tier)
+def run(folder: pathlib.Path, config: ModelConfig, text: str, host_tier: bool, drafts: bool) -> dict:
+    engine = make_engine(folder, config, text, host_tier, drafts)
     placed = collections.Counter()
     schedule = engine.scheduler.schedule
 
@@ -230,6 +243,7 @@ def run(folder: pathlib.Path, config: ModelConfig, text: str, host_tier: bool) -
         "hits": hits,
         "placed": ran,
         "restored": restored,
+        "drafts": [engine.scheduler.counters.accepted_tokens, engine.scheduler.counters.draft_tokens],
     }
 
 
@@ -238,7 +252,10 @@ def main(folder: pathlib.Path) -> None:
     for name, config in MODELS.items():
         plain = random_model(config, Build(max_model_len=256), seed=3)
         orbax.save(folder / name, dict(parameters_of(plain)), hf_config={}, generation_config={}, model_id="tiny")
-        results[name] = {text: run(folder / name, config, text, (name, text) == HOST_TIER) for text in MESHES[name]}
+        results[name] = {
+            text: run(folder / name, config, text, (name, text) == HOST_TIER, (name, text) == DRAFTS)
+            for text in MESHES[name]
+        }
     print(json.dumps(results))
 
 

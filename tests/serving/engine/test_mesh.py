@@ -37,6 +37,12 @@ def test_same_tokens_as_on_one_device(results, model, mesh):
     assert results[model][mesh]["tokens"] == alone
 
 
+def test_drafts_are_verified_in_every_replica_of_a_cut_model(results):
+    accepted, verified = results["dense"]["data=2,model=2"]["drafts"]
+    assert 0 < accepted < verified
+    assert results["dense"]["model=2"]["drafts"] == [0, 0]
+
+
 @pytest.mark.parametrize(("model", "mesh"), CASES)
 def test_same_logprobs_and_embeddings_as_on_one_device(results, model, mesh):
     for expected, found in zip(results[model]["model=1"]["numbers"], results[model][mesh]["numbers"], strict=True):

@@ -18,11 +18,16 @@ Kind = Literal[
     "save_states",
     "load_states",
     "clear_states",
+    "draft",
+    "put_drafts",
     "encode",
 ]
 
 DECODER = "decoder"
 """The component that an engine has always; see components.py."""
+
+DRAFT = "draft"
+"""The component that guesses what the decoder will say, where there is one; see draft.py."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,11 @@ class Layout:
     def size(self) -> int:
         return sum(int(np.prod(shape)) for _, shape, _ in self.fields)
 
+    def offset(self, name: str) -> int:
+        """Where a field begins in the flat array."""
+        names = [field for field, _, _ in self.fields]
+        return sum(int(np.prod(shape)) for _, shape, _ in self.fields[: names.index(name)])
+
     def views(self, flat: np.ndarray) -> dict[str, np.ndarray]:
         """Writable views of a flat int32 array."""
         out = {}
@@ -89,12 +94,19 @@ def forward_layout(
     )
 
 
-def sample_layout(rows: int) -> Layout:
+def sample_layout(rows: int, drafts: bool = False) -> Layout:
     """Facts of each row that samples. Rows beyond the plan's point at the dummy slot.
 
-    `length_S` is what the slot's length becomes, and so the position of the token that is drawn; -1: one more than it was.
+    `length_S` is what the slot's length becomes, and so the position of the token that is drawn; -1: one more than it was, and
+    as many more as its place says.
+
+    Args:
+        drafts: whether some rows may be places of one request, each behind a draft. `place_S` says which one a row is, and
+            `draft_S` the draft that follows it, -1 for none.
     """
-    columns = tuple((f"{c.name}_S", (rows, *c.shape), c.dtype) for c in COLUMNS)
+    columns = [(f"{c.name}_S", (rows, *c.shape), c.dtype) for c in COLUMNS]
+    if drafts:
+        columns += [("place_S", (rows,), "int32"), ("draft_S", (rows,), "int32")]
     return Layout((("slot_S", (rows,), "int32"), ("length_S", (rows,), "int32"), *columns, ("masked", (1,), "int32")))
 
 
@@ -229,21 +241,41 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
     return flat
 
 
-def pack_sample(plan: StepPlan, rows: int, layout: Layout, slots: SlotTable, masked: bool) -> np.ndarray:
+def pack_sample(
+    plan: StepPlan, rows: int, layout: Layout, slots: SlotTable, masked: bool, queries: int = 1
+) -> np.ndarray:
     """Host side of `sample_layout`, of a plan for one replica.
 
     Args:
         masked: whether a token mask goes with the step.
+        queries: places of each decode row.
     """
     flat = np.zeros(layout.size, np.int32)
     f = layout.views(flat)
-    n = len(plan.sampled)
+    n, d = len(plan.sampled), len(plan.decode)
+    owner = sample_owners(n, d, queries)
     slot = np.full(rows, slots.num_slots, np.int32)
-    slot[:n] = np.fromiter((r.slot for r in plan.sampled), np.int32, n)
+    slot[: len(owner)] = np.fromiter((r.slot for r in plan.sampled), np.int32, n)[owner]
     f["slot_S"][:] = slots.on_device(slot)
     ends = [p + 1 if p < len(r.tokens) else -1 for r, p in zip(plan.decode, plan.decode_positions, strict=True)]
-    f["length_S"][:n] = ends + [chunk.end for chunk in plan.chunks if chunk.samples]
+    ends += [chunk.end for chunk in plan.chunks if chunk.samples]
+    f["length_S"][: len(owner)] = np.array(ends, np.int32)[owner]
     for column in COLUMNS:
         f[f"{column.name}_S"][:] = slots.columns[column.name][slot]
     f["masked"][0] = masked
+    if "place_S" in f:
+        f["draft_S"][:] = -1
+        if queries > 1:
+            f["place_S"][: d * queries] = np.tile(np.arange(queries, dtype=np.int32), d)
+            known = f["length_S"][: d * queries]
+            known += np.where(known < 0, 0, f["place_S"][: d * queries])
+            for row, drafts in enumerate(plan.drafts):
+                f["draft_S"][row * queries : row * queries + len(drafts)] = drafts
     return flat
+
+
+def sample_owners(sampled: int, decode: int, queries: int) -> np.ndarray:
+    """Of each row that samples, which of the plan's sampled requests it belongs to; decode rows have `queries` of them."""
+    if queries == 1:
+        return np.arange(sampled)
+    return np.concatenate([np.repeat(np.arange(decode), queries), np.arange(decode, sampled)])

@@ -59,7 +59,12 @@ class StepShapes:
         """The shapes for a model and these sizes; with adapters where requests may have some."""
         vocab_size, groups = model.vocab_size, KVGroups.of(model.kv_specs(), sizes.layers_per_page)
         recurrent = recurrent_of(model) is not None
-        buckets = BucketTable.make(sizes.max_num_seqs, sizes.max_num_batched_tokens)
+        buckets = BucketTable.make(
+            sizes.max_num_seqs,
+            sizes.max_num_batched_tokens,
+            draft_tokens=sizes.draft_tokens,
+            draft_places=sizes.draft_places,
+        )
         pages_per_slot = -(-sizes.max_model_len // sizes.page_size)
         return cls(
             sizes,
@@ -69,7 +74,7 @@ class StepShapes:
             -(-vocab_size // 32),
             groups,
             {b: forward_layout(b, pages_per_slot, len(groups.windows), adapters, recurrent) for b in buckets.buckets},
-            {s: sample_layout(s) for s in buckets.sample_sizes},
+            {s: sample_layout(s, drafts=sizes.draft_tokens > 0) for s in buckets.sample_sizes},
         )
 
 
@@ -115,7 +120,7 @@ def list_programs(
         fn = make_forward(split, shapes.groups, layout, shapes.sizes.page_size, bucket.chunk > 0)
         flat = ints(layout.size)
         programs.append(Program(ProgramKey("forward", bucket), fn, (leaves, kv, state.ends, flat), (1,), (0,), True))
-        if max_steps > 1 and not bucket.chunk:
+        if max_steps > 1 and not bucket.chunk and bucket.queries == 1:
             sample = shapes.sample_layouts[bucket.samples]
             fn = make_decode_loop(split, shapes.groups, layout, sample, shapes.sizes.page_size, max_steps)
             args = (leaves, kv, state, flat, ints(sample.size), ints())
@@ -125,7 +130,8 @@ def list_programs(
     with_head = _with_head(head, len(leaves))
     for size, layout in shapes.sample_layouts.items():
         args = (head_leaves, state, hidden(size), ints(layout.size), ints(size, shapes.mask_width))
-        programs.append(Program(ProgramKey("sample", size), with_head(make_sample(split, layout)), args, (1,), (0,)))
+        fn = with_head(make_sample(split, layout, shapes.sizes.draft_tokens))
+        programs.append(Program(ProgramKey("sample", size), fn, args, (1,), (0,)))
     rows = ints(PROMPT_LOGPROB_ROWS)
     for tokens in shapes.buckets.chunk_sizes:
         fn = with_head(make_prompt_logprobs(split))

@@ -26,6 +26,7 @@ from ops.paged_attention.groups import KVGroups
 from serving.engine.api.sampling_params import MAX_LOGPROBS
 from serving.engine.device.programs.packing import Layout, adapters_of, decode_rows, make_step
 from serving.engine.device.programs.state import DeviceState
+from serving.engine.device.programs.verify import accept, drafts_before
 
 PROMPT_LOGPROB_ROWS = 64
 """Positions whose full logits are in memory at once when prompt logprobs are asked for."""
@@ -140,17 +141,21 @@ def expert_counts(model: Any, step: Step, result: Result) -> tuple[jax.Array, ..
     return (expert_loads.count(result.visited, model.config.moe.num_experts, index_T > 0),)
 
 
-def make_sample(model: SplitModel, layout: Layout) -> Callable[..., Any]:
+def make_sample(model: SplitModel, layout: Layout, draft_tokens: int = 0) -> Callable[..., Any]:
     """sample(leaves, state, hidden_SD, flat, mask_SW) -> (state, SampleOutput).
 
     `mask_SW` is int32 [S, ceil(V / 32)], read only when the flat array says `masked`.
+
+    Args:
+        draft_tokens: drafts that a request may have at most, where the layout has places.
     """
 
     def sample(
         leaves: tuple[jax.Array, ...], state: DeviceState, hidden_SD: jax.Array, flat: jax.Array, mask_SW: jax.Array
     ) -> tuple[DeviceState, SampleOutput]:
         f = layout.unpack(flat)
-        return sample_rows(model.merge(leaves), f, state, hidden_SD, mask_SW, model.sampler, model.mesh)
+        merged = model.merge(leaves)
+        return sample_rows(merged, f, state, hidden_SD, mask_SW, model.sampler, model.mesh, draft_tokens)
 
     return sample
 
@@ -163,48 +168,87 @@ def sample_rows(
     mask_SW: jax.Array | None,
     body: sampling.Body,
     mesh: Mesh | None = None,
+    draft_tokens: int = 0,
 ) -> tuple[DeviceState, SampleOutput]:
-    """Logits, everything that changes them, and the draw; see `make_sample`. Without `mask_SW`, no mask can be asked for."""
+    """Logits, everything that changes them, and the draw; see `make_sample`. Without `mask_SW`, no mask can be asked for.
+
+    With `draft_tokens`, rows are places (`verify`), and the tokens of those that come to nothing are -1.
+    """
     logits_SV = model.logits(hidden_SD)
-    slot_S = f["slot_S"]
-    length_S = jnp.where(f["length_S"] < 0, state.length[slot_S] + 1, f["length_S"])
-    rows = {name: column for name, column in f.items() if name not in ("masked", "length_S", "prompt_len_S")}
+    slot_S, length_S = f["slot_S"], f["length_S"]
+    place_S = f["place_S"] if draft_tokens else 0
+    length_S = jnp.where(length_S < 0, state.length[slot_S] + 1 + place_S, length_S)
+    rows = {name: column for name, column in f.items() if name not in _NOT_OF_DRAWS}
     rows["step_S"] = length_S - f["prompt_len_S"]  # completion tokens before the one that is drawn
     rows["finite_S"] = jnp.all(jnp.isfinite(hidden_SD), -1)
     if mask_SW is not None:
         rows["mask_SW"] = mask_SW
+    if draft_tokens:
+        rows["before_SK"] = drafts_before(f["draft_S"], f["place_S"], draft_tokens)
     tables = (f["masked"][0] > 0, state)
     token_S, finite_S, *logprobs = sampling.by_rows(functools.partial(_draw, body), mesh, logits_SV, rows, tables)
     # Rows without penalties write nowhere. Not under a cond: that would copy `seen`, which is megabytes.
-    penalized_S = _edits(rows, tables).penalized
-    seen = state.seen.at[jnp.where(penalized_S, slot_S, state.seen.shape[0]), token_S].add(1, mode="drop")
+    counted_S = _edits(rows, tables).penalized
+    found_S, last_slot_S, out_of_range = token_S, slot_S, state.seen.shape[0]
+    if draft_tokens:
+        taken_S, last_S = accept(token_S, f["draft_S"], f["place_S"])
+        counted_S &= taken_S
+        found_S, last_slot_S = jnp.where(taken_S, token_S, -1), jnp.where(last_S, slot_S, out_of_range)
     state = dataclasses.replace(
         state,
-        last_token=state.last_token.at[slot_S].set(token_S),
-        length=state.length.at[slot_S].set(length_S),
-        seen=seen,
+        last_token=state.last_token.at[last_slot_S].set(token_S, mode="drop"),
+        length=state.length.at[last_slot_S].set(length_S, mode="drop"),
+        seen=state.seen.at[jnp.where(counted_S, slot_S, out_of_range), token_S].add(1, mode="drop"),
     )
-    return state, SampleOutput(jnp.stack([token_S, finite_S]), *logprobs)
+    return state, SampleOutput(jnp.stack([found_S, finite_S]), *logprobs)
+
+
+_NOT_OF_DRAWS = ("masked", "length_S", "prompt_len_S", "place_S", "draft_S")
 
 
 def _draw(
     body: sampling.Body, logits_SV: jax.Array, rows: dict[str, jax.Array], tables: tuple[jax.Array, DeviceState]
 ) -> tuple[jax.Array, ...]:
     """(token_S, finite_S as int32, *logprobs) of some rows."""
-    token_S = sampling.choose(
-        logits_SV,
-        _edits(rows, tables),
-        temperature_R=rows["temperature_S"],
-        top_k_R=rows["top_k_S"],
-        top_p_R=rows["top_p_S"],
-        min_p_R=rows["min_p_S"],
-        seed_R2=rows["seed_S"],
-        step_R=rows["step_S"],
-        body=body,
-    )
+
+    def choose(edits: sampling.Edits) -> jax.Array:
+        return sampling.choose(
+            logits_SV,
+            edits,
+            temperature_R=rows["temperature_S"],
+            top_k_R=rows["top_k_S"],
+            top_p_R=rows["top_p_S"],
+            min_p_R=rows["min_p_S"],
+            seed_R2=rows["seed_S"],
+            step_R=rows["step_S"],
+            body=body,
+        )
+
+    edits = _edits(rows, tables)
+    if "before_SK" in rows:
+        before_SK = rows["before_SK"]
+        behind_drafts = jnp.any(edits.penalized & (before_SK[:, 0] >= 0))
+        token_S = jax.lax.cond(behind_drafts, lambda: choose(_as_if_accepted(edits, before_SK)), lambda: choose(edits))
+    else:
+        token_S = choose(edits)
     finite_S = rows["finite_S"] & jnp.isfinite(logits_SV[jnp.arange(token_S.shape[0]), token_S])
     logprobs = sampling.logprobs(logits_SV, token_S, MAX_LOGPROBS, rows["num_logprobs_S"] >= 0, body)
     return token_S, finite_S.astype(jnp.int32), *logprobs
+
+
+def _as_if_accepted(edits: sampling.Edits, before_SK: jax.Array) -> sampling.Edits:
+    """The same edits with tables of each row's own, in which the drafts before it have been generated."""
+    rows, slot_S, vocab = before_SK.shape[0], edits.slot_R, edits.seen_NV.shape[1]
+    ids_SK = jnp.where(before_SK < 0, vocab, before_SK)
+    seen_SV = edits.seen_NV[slot_S].at[jnp.arange(rows)[:, None], ids_SK].add(1, mode="drop")
+    return dataclasses.replace(
+        edits,
+        slot_R=jnp.arange(rows, dtype=jnp.int32),
+        seen_NV=seen_SV,
+        bias_ids_NE=edits.bias_ids_NE[slot_S],
+        bias_values_NE=edits.bias_values_NE[slot_S],
+        banned_ids_NE=edits.banned_ids_NE[slot_S],
+    )
 
 
 def _edits(rows: dict[str, jax.Array], tables: tuple[jax.Array, DeviceState]) -> sampling.Edits:

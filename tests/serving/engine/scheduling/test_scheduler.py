@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.speculative import SpeculativeConfig
 from serving.engine.api.types import EngineRequest, FinishReason
 from serving.engine.cache.kv_windows import pages_of
 from serving.engine.requests.buckets import Bucket, BucketTable
@@ -57,7 +58,12 @@ class Driver:
         )  # fmt: skip
         self.pipeline.on_read = self._read
         observe = self.scheduler.observe
-        self.scheduler.observe = lambda plan, _: None if token_s is None else observe(plan, token_s * plan.num_tokens)
+        self.scheduler.observe = lambda plan, _, *more: (
+            None if token_s is None else observe(plan, token_s * plan.num_tokens, *more)
+        )
+        if self.scheduler.drafts is not None:
+            rng = random.Random(5)
+            self.scheduler.drafts._guesses = lambda request: Oracle(self, request, rng)
         self.events: Counter[str] = Counter()
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, FinishReason] = {}
@@ -86,6 +92,7 @@ class Driver:
             self.plans.append(plan)
             self.events["restored"] += len(plan.moves.pages_in)
             self.events["several steps"] += plan.num_steps > 1
+            self.events["drafts"] += any(plan.drafts)
             self.events["state saved"] += len(plan.moves.states_saved)
             self.events["state loaded"] += len(plan.moves.states_loaded)
         self.check(plan)
@@ -176,6 +183,27 @@ class Driver:
             if self.finished[name] is FinishReason.LENGTH:
                 room = self.scheduler.config.max_model_len - len(prompt)
                 assert len(tokens) == min(self.specs[name].params.max_tokens, room)
+
+
+class Oracle:
+    """Knows what a request's next tokens are, and lies at times."""
+
+    def __init__(self, driver: Driver, request, rng: random.Random) -> None:
+        self.driver, self.request, self.rng = driver, request, rng
+
+    certain = False
+
+    def verified(self, drafts: int, accepted: int) -> None:
+        assert 0 <= accepted <= drafts
+
+    def guess(self, most: int, skip: int = 0) -> tuple[list[int], list[float]]:
+        spec, known = self.request.spec, self.request.num_output + skip
+        true = self.driver.expected(list(spec.prompt_token_ids), known + most, spec.constraint is not None)[known:]
+        drafts = [(t + 1) % fake.VOCAB if self.rng.random() < 0.2 else t for t in true[: self.rng.randrange(most + 1)]]
+        return drafts, [0.8 ** (i + 1) for i in range(len(drafts))]
+
+
+DRAFTS = SpeculativeConfig("ngram", num_speculative_tokens=5, enable_adaptive_verification=False)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -568,6 +596,15 @@ def test_random_walk(seed, prefix):
     walk(steps=400, seed=seed, asynchronous=seed % 3 != 0, enable_prefix_caching=prefix)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_random_walk_with_drafts(seed):
+    """Right drafts and wrong ones, through everything else: no token changes, and no page is lost or indexed too soon."""
+    d = walk(400, seed, seed > 0, speculative_config=DRAFTS, buckets=None, num_scheduler_steps=seed + 1)
+    counters = d.scheduler.counters
+    assert d.events["drafts"] > 50 and 0 < counters.accepted_tokens < counters.draft_tokens
+    assert sum(counters.accepted_per_pos) == counters.accepted_tokens
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("prefix", [False, True])
 def test_pages_behind_every_window_come_free(asynchronous, prefix):
@@ -603,6 +640,7 @@ LONG_WALKS = {
     "fair share and longest prefix first": {"num_pages": 20, "fair_share": True, "prefix_first": True, "host_pages": 3},
     "windows": {"num_pages": 14, "host_pages": 3, "caches": paged(8)},
     "groups": {"num_pages": 33, "host_pages": 3, "caches": paged(None, 8, 21)},
+    "drafts": {"num_pages": 20, "host_pages": 3, "speculative_config": DRAFTS, "buckets": None, "caches": paged(None)},
     "several steps": {"num_pages": 60, "num_scheduler_steps": 4, "max_num_batched_tokens": 24},
 }
 
