@@ -47,6 +47,8 @@ def encode(command: commands.Command) -> pb.Command:
         case commands.PromptLogprobs(tokens, rows, targets):
             scored = pb.PromptLogprobs(tokens=tokens, rows=rows.tobytes(), targets=targets.tobytes())
             return pb.Command(prompt_logprobs=scored)
+        case commands.Draft() | commands.CatchUp():
+            raise AssertionError("a draft model runs in a single process: serving.boot.draft sees to it")
         case commands.PagesOut():
             return pb.Command(pages_out=_moves(command))
         case commands.PagesIn():
