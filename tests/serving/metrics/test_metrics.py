@@ -191,7 +191,8 @@ async def _exported() -> tuple[dict[str, set[str]], str]:
     """Sample names of a server that has seen traffic, each with its label names; and the raw text."""
     engine = MockEngine(reply="abc", max_live=1)
     plain = engine.stats
-    engine.stats = lambda: dataclasses.replace(plain(), expert_loads=np.array([[3, 1]]))  # type: ignore[method-assign]
+    beside = {"expert_loads": np.array([[3, 1]]), "accepted_per_pos": (5, 2)}
+    engine.stats = lambda: dataclasses.replace(plain(), **beside)  # type: ignore[method-assign]
     client = MeteredClient(engine)
     client.metrics.set_startup({"load": 1.0, "compile": 2.0})
     server = await serve_http(mock_service(client), port=0)
@@ -227,6 +228,7 @@ async def test_a_server_exports_what_the_catalog_says():
     assert not ours, "exported but not in the catalog"
     assert 'handler="unmatched"' in text and "/nowhere" not in text
     assert "process_resident_memory_bytes" in text
+    assert re.search(r'spec_decode_num_accepted_tokens_per_pos_total\{[^}]*position="1"\} 2\.0', text)
 
 
 def test_the_docs_have_the_catalogs_table():
@@ -237,6 +239,8 @@ def test_names_are_vllms_where_they_mean_the_same():
     """From vLLM's loggers; these are what its users' dashboards and Kubernetes gateways ask for."""
     known = {
         "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries",
+        "spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens",
+        "spec_decode_num_accepted_tokens_per_pos",
         "prefix_cache_hits", "num_preemptions", "prompt_tokens", "generation_tokens", "request_success",
         "request_prompt_tokens", "request_generation_tokens", "time_to_first_token_seconds",
         "inter_token_latency_seconds", "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
