@@ -112,6 +112,7 @@ class EngineOutput:
         error: a sentence, when finish_reason is REFUSED or ERROR; which limit it was, when DEADLINE.
         num_cached_tokens: prompt tokens whose KV was already there.
         num_preemptions: times the request was put back to waiting; told with the last output.
+        accepted_drafts, rejected_drafts: of the drafts that were verified for it; told with the last output.
         pooled: float32 [embed], with the last output of a request that asked for pooling.
     """
 
@@ -127,6 +128,8 @@ class EngineOutput:
     times: RequestTimes = RequestTimes()
     pooled: np.ndarray | None = None
     num_preemptions: int = 0
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

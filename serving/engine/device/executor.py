@@ -170,7 +170,7 @@ class Executor:
         self._followers = followers
 
     def _list_programs(self) -> list[Program]:
-        kv, cache, state = self._one((self._kv, self._cached, self._state))
+        cache, state = self._one((self._cached, self._state))
         more = [] if self.store is None else self.store.programs(self._one(self._pages))
         more += [] if self.draft is None else self.draft.programs(state.ends)
         more += [] if self.states is None else self.states.programs()

@@ -67,6 +67,7 @@ class Outputs:
         pooled: np.ndarray | None = None,
     ) -> EngineOutput:
         """The end of a request."""
+        verified, accepted = map(sum, zip(*request.acceptance or [(0, 0)], strict=True))
         return EngineOutput(
             request.spec.request_id,
             tokens,
@@ -80,6 +81,8 @@ class Outputs:
             times=_times(request, time.monotonic() if now is None else now),
             pooled=pooled,
             num_preemptions=request.num_preemptions,
+            accepted_drafts=accepted,
+            rejected_drafts=verified - accepted,
         )
 
     def keep_prompt_logprobs(self, chunk: Chunk, entries: list[TokenLogprobs]) -> None:

@@ -13,18 +13,21 @@ LOWEST_LOGPROB = -9999.0
 
 def usage_dict(usages: Iterable[Usage]) -> dict[str, Any]:
     """OpenAI's `usage` over the prompts of one request."""
-    prompt = completion = cached = reasoning = 0
+    prompt = completion = cached = reasoning = accepted = rejected = 0
     for usage in usages:
         reasoning += usage.reasoning_tokens
         prompt += usage.prompt_tokens
         completion += usage.completion_tokens
         cached += usage.cached_tokens
+        accepted += usage.accepted_drafts
+        rejected += usage.rejected_drafts
+    drafts = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {"reasoning_tokens": reasoning},
+        "completion_tokens_details": {"reasoning_tokens": reasoning} | (drafts if accepted + rejected else {}),
     }
 
 

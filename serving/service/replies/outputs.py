@@ -60,6 +60,7 @@ class TextOutput:
             the model wrote (and comes at once with the last output, where there are stop strings). None elsewhere.
         called: a tool call was seen, in this output or earlier.
         num_reasoning_tokens: of the new tokens, those known by now to be thinking.
+        accepted_drafts, rejected_drafts: of the drafts that were verified for it; with the last output.
     """
 
     index: int
@@ -76,6 +77,8 @@ class TextOutput:
     events: tuple[Event, ...] | None = None
     called: bool = False
     num_reasoning_tokens: int = 0
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
 
 
 @dataclasses.dataclass
@@ -86,6 +89,8 @@ class Usage:
     cached_tokens: int = 0
     completion_tokens: int = 0
     reasoning_tokens: int = 0
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
 
     def add(self, output: TextOutput) -> None:
         """Takes in one output of any index."""
@@ -94,6 +99,8 @@ class Usage:
             self.cached_tokens = max(self.cached_tokens, output.num_cached_tokens)
         self.completion_tokens += len(output.token_ids)
         self.reasoning_tokens += output.num_reasoning_tokens
+        self.accepted_drafts += output.accepted_drafts
+        self.rejected_drafts += output.rejected_drafts
 
     @property
     def total_tokens(self) -> int:

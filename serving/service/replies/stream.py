@@ -100,6 +100,8 @@ class TextStream:
             num_cached_tokens=output.num_cached_tokens,
             num_completion_tokens=self._count,
             times=output.times,
+            accepted_drafts=output.accepted_drafts,
+            rejected_drafts=output.rejected_drafts,
             **more,
         )
 

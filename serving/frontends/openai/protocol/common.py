@@ -30,7 +30,11 @@ class PromptTokensDetails(ApiReply):
 
 
 class CompletionTokensDetails(ApiReply):
+    """The last two where drafts were verified, speculative decoding's: OpenAI's names for tokens that were predicted."""
+
     reasoning_tokens: int = 0
+    accepted_prediction_tokens: int | None = None
+    rejected_prediction_tokens: int | None = None
 
 
 class UsageReply(ApiReply):
