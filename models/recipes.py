@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,11 @@ class Recipe:
     def by_rows(self) -> bool:
         """Whether it only moves rows, so that `row_map` can follow it."""
         return all(source.by_rows for source in self.sources)
+
+    @property
+    def invertible(self) -> bool:
+        """Whether `given_back` can make the tensors again."""
+        return self.by_rows
 
     def make(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
         """The parameter's values [rows, ...], from the tensors that `read` gives for their names; maybe a view of one."""
@@ -176,10 +181,15 @@ class Stack(Recipe):
 
 @dataclasses.dataclass(frozen=True)
 class Computed(Recipe):
-    """What `function` makes of its sources' values."""
+    """What `function` makes of its sources' values.
+
+    Attributes:
+        inverse: makes the one source's values of the parameter's, where that can be.
+    """
 
     computed: tuple[Recipe, ...]
     function: Callable[..., np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray] | None = None
 
     @property
     def sources(self) -> tuple[Recipe, ...]:
@@ -188,6 +198,10 @@ class Computed(Recipe):
     @property
     def by_rows(self) -> bool:
         return False
+
+    @property
+    def invertible(self) -> bool:
+        return self.inverse is not None
 
     def arrange(self, leaf: Leaf) -> np.ndarray:
         return self.function(*(source.arrange(leaf) for source in self.computed))
@@ -216,16 +230,48 @@ def row_map(recipe: Recipe) -> tuple[np.ndarray, np.ndarray] | None:
     return piece_R, ids_R - first[piece_R]
 
 
+def given_back(values: Iterable[tuple[Recipe, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The tensors that parameters were made from, by name: the other way round.
+
+    Args:
+        values: invertible recipes and their parameters' values, in the shape that recipes assemble. A tensor of which several
+            parameters have rows needs all of them.
+    """
+    rows: dict[str, tuple[Piece, np.ndarray]] = {}
+    tensors: dict[str, np.ndarray] = {}
+    for recipe, array in values:
+        if isinstance(recipe, Computed):
+            assert recipe.inverse is not None, "not invertible"
+            (piece,) = recipe.pieces
+            tensors[piece.name] = recipe.inverse(array).reshape(piece.shape)
+            continue
+        mapped = row_map(recipe)
+        assert mapped is not None
+        piece_R, row_R = mapped
+        array = array.reshape(len(piece_R), *recipe.pieces[0].width)
+        for index, piece in enumerate(recipe.pieces):
+            _, out = rows.setdefault(piece.name, (piece, np.zeros((piece.num_rows, *piece.width), array.dtype)))
+            here = piece_R == index
+            out[row_R[here]] = array[here]
+    for name, (piece, out) in rows.items():
+        shape = (*piece.shape[:-2], piece.shape[-1], piece.shape[-2]) if piece.turned else piece.shape
+        tensors[name] = (
+            np.ascontiguousarray(out.reshape(shape).swapaxes(-1, -2)) if piece.turned else out.reshape(shape)
+        )
+    return tensors
+
+
 def one(
     name: str,
     *shape: int,
     turned: bool = False,
     vector: bool = False,
     assemble: Callable[[np.ndarray], np.ndarray] | None = None,
+    inverse: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Recipe:
-    """A parameter made of one tensor; `assemble`, where given, computes it of the tensor's values."""
+    """A parameter made of one tensor; `assemble`, where given, computes it of the tensor's values, and `inverse` those of it."""
     piece = Piece(name, shape, turned, vector)
-    return piece if assemble is None else Computed((piece,), assemble)
+    return piece if assemble is None else Computed((piece,), assemble, inverse)
 
 
 def under(prefix: str, recipes: Recipes) -> Recipes:

@@ -29,7 +29,7 @@ class RMSNorm(nnx.Module):
 
     def recipes(self, name: str) -> Recipes:
         add = (lambda stored: stored.astype(np.float32) + 1.0) if self.offset else None
-        return {"scale": one(f"{name}.weight", *self.scale.shape, assemble=add)}
+        return {"scale": one(f"{name}.weight", *self.scale.shape, assemble=add, inverse=lambda scale: scale - 1.0)}
 
 
 class LayerNorm(nnx.Module):

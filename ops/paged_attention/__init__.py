@@ -1,7 +1,8 @@
 """Attention of one step's tokens over paged K and V.
 
 One face, several bodies: the first of `BACKENDS` that does not decline with NotImplementedError runs; `xla` never
-declines. `use_backend` forces one. `AttentionBatch`, `KVSpec` and the padding rules are in `batch.py`.
+declines. `use_backend` forces one. `AttentionBatch`, `KVSpec` and the padding rules are in `batch.py`. Where whole sequences are
+given (`Sequences`) there are no pages, and one body, which differentiates.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from ops.paged_attention import native, pallas_gpu, pallas_tpu, xla
+from ops.paged_attention import native, pallas_gpu, pallas_tpu, sequences, xla
 from ops.paged_attention import pages as _pages
 from ops.paged_attention.batch import Q_BLOCK, AttentionBatch, KVSpec
 from ops.paged_attention.groups import KVGroups
 from ops.paged_attention.pages import KVPages, Layout, bytes_per_page
+from ops.paged_attention.sequences import Sequences
 from ops.per_device import per_device
 from ops.rope import cos_sin, rope
 
@@ -30,6 +33,7 @@ __all__ = [
     "KVGroups",
     "KVPages",
     "KVSpec",
+    "Sequences",
     "allocate",
     "attend",
     "attend_rope",
@@ -108,7 +112,7 @@ def attend(
     k_TKh: jax.Array | None,
     v_TKh: jax.Array | None,
     kv: KVPages,
-    batch: AttentionBatch,
+    batch: AttentionBatch | Sequences,
     *,
     scale: float,
     window: int | None = None,
@@ -125,7 +129,8 @@ def attend(
             the layer keeps one latent for both (KVSpec.v_head_dim == 0). Both are None when the pages have this step's already:
             those of another layer, which wrote them; they are only read.
         kv: the layer's pages. Donate them to the jitted step: they are updated in place.
-        batch: where the tokens stand; see AttentionBatch.
+        batch: where the tokens stand; see AttentionBatch. With Sequences nothing is kept: what is
+            returned as pages are k and v, for a layer that reads another's.
         scale: multiplies q . k.
         window: attend this many positions back, itself included; None for all.
         softcap: scores become softcap * tanh(score / softcap).
@@ -137,6 +142,10 @@ def attend(
         products are float32 on CPU unless pages are bfloat16.
     """
     options = {"scale": scale, "window": window, "softcap": softcap}
+    if isinstance(batch, Sequences):
+        kept: Any = kv if k_TKh is None else (k_TKh, v_TKh)
+        out_TKGh = sequences.attend(q_TKGh, kept[0], kept[1], batch, sinks_KG=sinks_KG, chunk=chunk, **options)
+        return out_TKGh, kept
     if chunk is not None:
         body = functools.partial(xla.attend, **options, chunk=chunk)
         return _per_device(body, (q_TKGh, k_TKh, v_TKh), (), kv, batch, sinks_KG)
@@ -157,7 +166,7 @@ def attend_rope(
     positions_T: jax.Array,
     rotary: tuple[np.ndarray, float] | None,
     kv: KVPages,
-    batch: AttentionBatch,
+    batch: AttentionBatch | Sequences,
     *,
     scale: float,
     window: int | None = None,
@@ -175,7 +184,7 @@ def attend_rope(
     Returns:
         As `attend`.
     """
-    if _forced.get() in (None, "native"):
+    if _forced.get() in (None, "native") and isinstance(batch, AttentionBatch):
         run = functools.partial(native.attend_rope, scale=scale, window=window, softcap=softcap)
         angles = () if rotary is None else cos_sin(positions_T, *rotary)
         with contextlib.suppress(NotImplementedError):
