@@ -6,10 +6,8 @@ It is laid out for a mesh, so that each device later reads exactly its shards, a
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,6 +29,7 @@ def convert(model: str | None, out: Path, *, dtype: str = "bfloat16", mesh: str 
     from models.loading.opening import open_checkpoint
     from models.parameters import parameters_of
     from serving.text.tokenizer import Tokenizer
+    from serving.text.tokenizer_saving import write_tokenizer
     from sharding.mesh import make_mesh
 
     if out.exists():
@@ -47,19 +46,6 @@ def convert(model: str | None, out: Path, *, dtype: str = "bfloat16", mesh: str 
     )
     if source.kind == "gguf":
         write_tokenizer(Tokenizer.from_gguf(GGUFFile(source.path).metadata), out)
-
-
-def write_tokenizer(tokenizer: Any, out: Path) -> None:
-    """A tokenizer as the files that Hugging Face directories have."""
-    (out / "tokenizer.json").write_text(tokenizer.hf_json())
-    tokens = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    config: dict[str, Any] = {name: token for name, token in tokens.items() if token is not None}
-    templates = dict(tokenizer.chat_templates)
-    if set(templates) == {"default"}:
-        config["chat_template"] = templates["default"]
-    elif templates:
-        config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
 def main() -> None:

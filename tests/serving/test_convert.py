@@ -9,9 +9,10 @@ from tokenizers import models as tokenizer_models
 
 from models.loading.load import load_model, resolve
 from models.parameters import parameters_of
-from serving.convert import convert, write_tokenizer
+from serving.convert import convert
 from serving.models import rows
 from serving.text.tokenizer import Tokenizer
+from serving.text.tokenizer_saving import write_tokenizer
 from tests.models.loading.test_load import HF, tensors
 
 
