@@ -98,11 +98,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="few make a start with a larger model short")
     parser.add_argument(
         "--wait", action="store_true", help="wait for a line on standard input once the engines are ready"
     )
     args = parser.parse_args(arguments)
-    settings: dict[str, Any] = {"progress": False, "max_model_len": args.max_model_len, "kv_cache_memory": "512MiB"}
+    settings: dict[str, Any] = {"progress": False, "kv_cache_memory": "512MiB"}
+    settings |= {"max_model_len": args.max_model_len, "max_num_seqs": args.max_num_seqs}
     engines = {
         "plain": LLM(args.model, **settings),
         "drafts": LLM(args.model, speculative_config=json.loads(args.config), **settings),

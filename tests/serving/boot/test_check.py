@@ -84,3 +84,31 @@ def test_an_activation_or_architecture_that_is_not_known(copied):
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
     assert "NoSuchModel" in refused(copied)
+
+
+def test_a_draft_that_cannot_guess(checkpoint, copied):
+    """Another vocabulary by a single token, another size of it, too few positions, no such model."""
+
+    def drafted(**more) -> str:
+        return refused(checkpoint, speculative_config={"method": "draft_model", "model": str(copied)}, **more)
+
+    words = (copied / "tokenizer.json").read_text()
+    (copied / "tokenizer.json").write_text(words.replace('"w7": 7', '"v7": 7').replace('"w7":7', '"v7":7'))
+    assert "has another vocabulary than model: 2 tokens differ; 'v7' is 7 there and missing here" in drafted()
+    (copied / "tokenizer.json").write_text(words)
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    assert "was made for 64 positions, sequences here may have 256. Lower max_model_len to 64" in drafted()
+    assert "weights were read" in _read(lambda: drafted(max_model_len=64))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copied / name).unlink()
+    (copied / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    assert "has a vocabulary of 300 tokens, model one of 256." in drafted()
+    assert "nowhere" in refused(checkpoint, speculative_config={"model": "nowhere"})
+
+
+def _read(start) -> str:
+    """That a start goes as far as the weights."""
+    with pytest.raises(AssertionError) as caught:
+        start()
+    return str(caught.value)
