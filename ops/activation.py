@@ -50,3 +50,17 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     except KeyError:
         known = ", ".join(sorted(ACTIVATIONS))
         raise ValueError(f"Activation {name!r} is not supported; known ones are {known}.") from None
+
+
+def gated(hidden_T2F: jax.Array, name: str, shards: int = 1) -> jax.Array:
+    """hidden_TF = act(gate) * up (Shazeer 2020, arXiv:2002.05202).
+
+    Args:
+        hidden_T2F: [T, 2 F], columns [shards, 2, F / shards]: each shard's part of the gate, then the same part of up.
+        name: of the activation.
+    Raises:
+        ValueError: the activation is not known.
+    """
+    T, F = hidden_T2F.shape[0], hidden_T2F.shape[1] // 2
+    parts = hidden_T2F.reshape(T, shards, 2, -1)
+    return (activation(name)(parts[:, :, 0]) * parts[:, :, 1]).reshape(T, F)

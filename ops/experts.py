@@ -70,7 +70,15 @@ def experts(
         return _local(x_TD, ids_Tk, weights_Tk, gate_up, down, gate_up_bias_EJ, down_bias_ED, activation)
     axes = tuple(axis for axis in (expert_axis, model_axis) if axis is not None)
 
-    def on_device(x_TD, ids_Tk, weights_Tk, gate_up, down, gate_up_bias, down_bias):
+    def on_device(
+        x_TD: jax.Array,
+        ids_Tk: jax.Array,
+        weights_Tk: jax.Array,
+        gate_up: Weight,
+        down: Weight,
+        gate_up_bias: jax.Array | None,
+        down_bias: jax.Array | None,
+    ) -> jax.Array:
         first = 0 if expert_axis is None else lax.axis_index(expert_axis) * gate_up.shape[0]
         if down_bias is not None and model_axis is not None:
             # Every device of the model axis adds its part of the product: only one may add the bias.
@@ -116,7 +124,16 @@ def pack_experts(weight: Weight) -> Weight:
     return weight.packed_experts() if isinstance(weight, StoredWeight) else weight
 
 
-def _local(x_TD, ids_Tk, weights_Tk, gate_up, down, gate_up_bias_EJ, down_bias_ED, activation):
+def _local(
+    x_TD: jax.Array,
+    ids_Tk: jax.Array,
+    weights_Tk: jax.Array,
+    gate_up: StoredWeight,
+    down: StoredWeight,
+    gate_up_bias_EJ: jax.Array | None,
+    down_bias_ED: jax.Array | None,
+    activation: Activation,
+) -> jax.Array:
     """On one device; an id of E (or more) is nobody's and yields zeros."""
     (T, k), E = ids_Tk.shape, gate_up.shape[0]
     ids_M = ids_Tk.reshape(-1)
@@ -125,20 +142,20 @@ def _local(x_TD, ids_Tk, weights_Tk, gate_up, down, gate_up_bias_EJ, down_bias_E
     sizes_E = jnp.zeros(E, jnp.int32).at[ids_M].add(1, mode="drop")
     rows_MD = x_TD[order_M // k]
 
-    def around(rows_MD, up_dot, down_dot):
+    def around(rows_MD: jax.Array, up_dot: Activation, down_dot: Activation) -> jax.Array:
         hidden_MJ = up_dot(rows_MD)
         if gate_up_bias_EJ is not None:
             hidden_MJ = hidden_MJ + gate_up_bias_EJ[jnp.minimum(sorted_M, E - 1)]
         y_MD = down_dot(activation(hidden_MJ).astype(x_TD.dtype))
         return y_MD if down_bias_ED is None else y_MD + down_bias_ED[jnp.minimum(sorted_M, E - 1)]
 
-    def ragged(rows_MD):
+    def ragged(rows_MD: jax.Array) -> jax.Array:
         def dot(weight: StoredWeight) -> Activation:
             return lambda rows: weight.grouped(rows, sizes_E, sorted_M)
 
         return around(rows_MD, dot(gate_up), dot(down))
 
-    def cpu(rows_MD):
+    def cpu(rows_MD: jax.Array) -> jax.Array:
         if gate_up.has_grouped_kernel() and down.has_grouped_kernel():
 
             def dot(weight: StoredWeight) -> Activation:
@@ -165,18 +182,26 @@ def block_rows(num_rows: int, num_experts: int, dtype: jax.typing.DTypeLike) -> 
     return min(64, max(8, 1 << (num_rows // num_experts - 1).bit_length()))
 
 
-def _blocks(rows_MD, sizes_E, gate_up, down, gate_up_bias_EJ, down_bias_ED, activation):
+def _blocks(
+    rows_MD: jax.Array,
+    sizes_E: jax.Array,
+    gate_up: StoredWeight,
+    down: StoredWeight,
+    gate_up_bias_EJ: jax.Array | None,
+    down_bias_ED: jax.Array | None,
+    activation: Activation,
+) -> jax.Array:
     (M, D), E = rows_MD.shape, gate_up.shape[0]
     size = block_rows(M, E, gate_up.dtype)
     padded = jnp.concatenate([rows_MD, jnp.zeros((size, D), rows_MD.dtype)])
     blocks_E = -(-sizes_E // size)
     last_E, first_row_E = jnp.cumsum(blocks_E), jnp.cumsum(sizes_E) - sizes_E
 
-    def through(expert, rows, weight, bias):
+    def through(expert: jax.Array, rows: jax.Array, weight: StoredWeight, bias: jax.Array | None) -> jax.Array:
         y = weight.of_expert(expert, rows)
         return y if bias is None else y + bias[expert]
 
-    def body(index, y_MD):
+    def body(index: jax.Array, y_MD: jax.Array) -> jax.Array:
         expert = jnp.searchsorted(last_E, index, side="right").astype(jnp.int32)
         row = first_row_E[expert] + (index - (last_E[expert] - blocks_E[expert])) * size
         x = lax.dynamic_slice(padded, (row, 0), (size, D))

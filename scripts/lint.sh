@@ -30,5 +30,6 @@ check() {
 check "ruff check" "$bin/ruff" check .
 check "ruff format" "$bin/ruff" format --check .
 check "pyright" "$bin/pyright"
+check "pyright, strictly" "$bin/pyright" -p pyright.strict.json
 check "import contracts" "$bin/lint-imports"
 exit "$failed"

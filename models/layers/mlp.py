@@ -11,7 +11,7 @@ from models.layers.build import Build, child_recipes
 from models.layers.linear import Linear
 from models.layers.norms import Norm, taken_along
 from models.recipes import Recipes, deal, pieces, under
-from ops.activation import activation
+from ops.activation import activation, gated
 from ops.linear import gated_mlp
 
 
@@ -60,12 +60,10 @@ class GatedMLP(nnx.Module):
         self, x_TD: jax.Array, step: Step | None, norm: Norm | None = None, residual_TD: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """mlp(norm(x)) + residual, and the experts visited: none. Encoders have no step."""
-        if (
-            step is not None and step.adapter_T is not None
-        ):  # what adapters add to gate and up goes through the activation
-            hidden = self.gate_up(x_TD, norm=norm, adapter_T=step.adapter_T).reshape(x_TD.shape[0], self.shards, 2, -1)
-            hidden_TF = (activation(self.activation)(hidden[:, :, 0]) * hidden[:, :, 1]).reshape(x_TD.shape[0], -1)
-            return self.down(hidden_TF, residual_TO=residual_TD, adapter_T=step.adapter_T), ()
+        adapter_T = None if step is None else step.adapter_T
+        if adapter_T is not None:  # what adapters add to gate and up goes through the activation
+            hidden_TF = gated(self.gate_up(x_TD, norm=norm, adapter_T=adapter_T), self.activation, self.shards)
+            return self.down(hidden_TF, residual_TO=residual_TD, adapter_T=adapter_T), ()
         x_TD, rms = taken_along(x_TD, norm)
         y_TD = gated_mlp(
             x_TD,

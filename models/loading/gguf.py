@@ -36,7 +36,7 @@ _PLAIN = {
 }
 DECODED = frozenset(kind for kind in gguf.GGMLQuantizationType if hasattr(gguf.quants, kind.name))
 """Block types that `gguf.quants` decodes: each is a class of its own there."""
-_GROUP_BYTES = 1 << 20  # blocks decoded at once: their float32 temporaries stay in cache
+_RUN_BYTES = 1 << 20  # blocks decoded at once: their float32 temporaries stay in cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,10 +203,10 @@ class GGUFFile:
         if info.kind in _PLAIN:
             return raw.view(_PLAIN[info.kind]).reshape(shape)
         block, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]
-        group = max(1, _GROUP_BYTES // (4 * block)) * block_bytes
+        run = max(1, _RUN_BYTES // (4 * block)) * block_bytes
         out = buffers.empty((math.prod(shape),), np.float32)
-        for first in range(0, num_bytes, group):
-            blocks = raw[first : first + group].reshape(1, -1)
+        for first in range(0, num_bytes, run):
+            blocks = raw[first : first + run].reshape(1, -1)
             begin = first // block_bytes * block
             values = gguf.quants.dequantize(blocks, info.kind).reshape(-1)
             out[begin : begin + values.size] = values

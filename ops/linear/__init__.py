@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ops.activation import activation as activation_function
+from ops.activation import gated
 from ops.linear.weights import (
     SCHEMES,
     Around,
@@ -96,14 +96,12 @@ def gated_mlp(
     Raises:
         ValueError: the activation is not known.
     """
-    act = activation_function(activation)
     if shards == 1:
         around = Around(gate_up_bias, norm, residual_TD)
         y_TD = stored(gate_up).gated_mlp(x_TD, stored(down), activation, around, down_bias_D)
         if y_TD is not None:
             return y_TD.astype(x_TD.dtype)
-    hidden = linear(x_TD, gate_up, gate_up_bias, norm=norm).reshape(x_TD.shape[0], shards, 2, -1)
-    hidden_TF = (act(hidden[:, :, 0]) * hidden[:, :, 1]).reshape(x_TD.shape[0], -1)
+    hidden_TF = gated(linear(x_TD, gate_up, gate_up_bias, norm=norm), activation, shards)
     return linear(hidden_TF, down, down_bias_D, residual_TO=residual_TD)
 
 

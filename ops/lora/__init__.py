@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def _xla(x_TI: jax.Array, stack: LoraStack, slot_T: jax.Array) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     a_NRI, b_NRO = stack.a_NRI[1:], stack.b_NRO[1:]
     own_TN = jax.nn.one_hot(slot_T - 1, a_NRI.shape[0], dtype=jnp.float32)
-    options = {"precision": precision, "preferred_element_type": jnp.float32}
+    options: dict[str, Any] = {"precision": precision, "preferred_element_type": jnp.float32}
     hidden_TNR = jnp.einsum("ti,nri->tnr", x_TI.astype(dtype), a_NRI, **options) * own_TN[..., None]
     return jnp.einsum("tnr,nro->to", hidden_TNR.astype(dtype), b_NRO, **options)
 

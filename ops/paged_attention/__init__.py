@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -55,7 +55,7 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("paged_atte
 
 
 @contextlib.contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
+def use_backend(name: str | None) -> Generator[None]:
     """Within it, `allocate` and (when traced) `attend` use only this backend; None chooses freely again.
 
     Raises:
@@ -195,7 +195,14 @@ def attend_rope(
     return attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=scale, window=window, softcap=softcap, sinks_KG=sinks_KG)
 
 
-def _per_device(run, tokens, angles, kv, batch, sinks_KG):
+def _per_device(
+    run: Callable[..., tuple[jax.Array, KVPages]],
+    tokens: tuple[jax.Array | None, ...],
+    angles: tuple[jax.Array, ...],
+    kv: KVPages,
+    batch: AttentionBatch,
+    sinks_KG: jax.Array | None,
+):
     """Each device attends with its own KV heads, or with all when they are not split, and a replica with its own pages: no
     communication either way."""
     if kv.mesh is None:

@@ -43,6 +43,8 @@ def attend(
         T, K = q_TKGh.shape[:2]
         k_TKh, v_TKh = (jnp.zeros((T, K, h), jnp.float32) for h in (kv.spec.head_dim, kv.spec.v_head_dim))
         batch = dataclasses.replace(batch, kv_index_T=jnp.zeros_like(batch.kv_index_T))
+    if v_TKh is None:  # `supports` has asked for values
+        raise NotImplementedError
     return _call(q_TKGh, k_TKh, v_TKh, (), kv, batch, scale, window, softcap, sinks_KG)
 
 
@@ -59,19 +61,30 @@ def attend_rope(
     Args:
         rest: cos and sin as `ops.rope.cos_sin` gives, or neither, then the pages and the batch.
     """
-    *angles, kv, batch = rest
+    (*angles, kv, batch) = rest
     if kv.spec.head_dim != kv.spec.v_head_dim:
         raise NotImplementedError
     nothing = jnp.zeros(0, jnp.float32)
-    return _call(qkv_TKgh, nothing, nothing, angles, kv, batch, scale, window, softcap, sinks_KG)
+    return _call(qkv_TKgh, nothing, nothing, tuple(angles), kv, batch, scale, window, softcap, sinks_KG)
 
 
-def _call(q, k, v, angles, kv, batch, scale, window, softcap, sinks_KG):
+def _call(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    angles: tuple[jax.Array, ...],
+    kv: KVPages,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks_KG: jax.Array | None,
+) -> tuple[jax.Array, KVPages]:
     if kv.layout != "panels" or kv.platform != "cpu" or not native.available():
         raise NotImplementedError
     T, K = q.shape[:2]
     fused = k.ndim == 1
-    pages = [kv.k, kv.v, *(() if kv.k_scale is None else (kv.k_scale, kv.v_scale))]
+    pages = [array for array in (kv.k, kv.v, kv.k_scale, kv.v_scale) if array is not None]
     operands = [
         *(x.astype(jnp.float32) for x in (q, k, v)),
         *(angles or (jnp.zeros((0, 0), jnp.float32),) * 2),

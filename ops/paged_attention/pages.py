@@ -236,7 +236,7 @@ def _write_each(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, index_T:
     k_T, v_T = _cast(k_TKh, kv.k.dtype), None if v_TKh is None else _cast(v_TKh, kv.k.dtype)
     zero = jnp.zeros((), jnp.int32)
 
-    def put(token, arrays):
+    def put(token: jax.Array, arrays: tuple[jax.Array, jax.Array | None]):
         k, v = arrays
         page, slot, new = page_T[token], slot_T[token], k_T[token]
         if kv.layout == "rows":
@@ -258,7 +258,7 @@ def _write_each(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, index_T:
     return dataclasses.replace(kv, k=k, v=v)
 
 
-def _quantize(x_TKh, pages, scales, page_T, slot_T):
+def _quantize(x_TKh: jax.Array, pages: jax.Array, scales: jax.Array | None, page_T: jax.Array, slot_T: jax.Array):
     """Tokens in the pages' dtype, and the updated scales (None when the dtype needs none)."""
     if scales is None:
         return _cast(x_TKh, pages.dtype), None

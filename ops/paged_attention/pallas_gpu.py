@@ -6,7 +6,7 @@ the kernels are interpreted, which tests use.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def attend(
     narrow = q_TKGh.dtype in (jnp.bfloat16, jnp.float16)
     q_TKGh, out_dtype = (q_TKGh if narrow else q_TKGh.astype(jnp.float32)), q_TKGh.dtype
     arrays = kv.k, kv.v, (kv.k_scale, kv.v_scale)
-    options = {"scale": scale, "softcap": softcap, "interpret": interpret}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "interpret": interpret}
     parts = []
     if B:
         Q = batch.queries
@@ -70,7 +70,7 @@ def attend(
         wanted = -(-programs // (K * -(-M // tuning.rows)))
         items, first_B, count_B = decode_items(batch, tuning, wanted, G, kv.page_size, window)
         # A row's single token sees all keys of its items; of several tokens the window leaves out each another one.
-        limits = {"window": window if Q > 1 else None, "tuning": tuning, "parts": M}
+        limits: dict[str, Any] = {"window": window if Q > 1 else None, "tuning": tuning, "parts": M}
         best_WKM, total_WKM, sum_WKMv = pallas_gpu_attend.attend_items(
             q_TKGh[:D], *arrays, batch.decode_pages_BP, items, None, **limits, **options
         )

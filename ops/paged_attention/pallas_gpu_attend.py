@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from ops.refs import Ref
+
 _NOTHING = -1e30  # running maximum before any key; finite, so that differences of two of them are not NaN
 _LOG2E = 1.0 / math.log(2.0)
 LEAST_DOT = 16
@@ -140,11 +142,12 @@ def attend_items(
 # Over 80 lines: one kernel: its pieces share two dozen values, and
 # the loop over keys carries them.
 def _attend_kernel(
-    table_W, token_W, base_W, row_W, rows_W, first_W, past_W, tables_RP, q_TKGh, k_PKsh, *refs,
+    table_W: Ref, token_W: Ref, base_W: Ref, row_W: Ref, rows_W: Ref, first_W: Ref, past_W: Ref, tables_RP: Ref,
+    q_TKGh: Ref, k_PKsh: Ref, *refs: Ref,
     present: tuple[bool, ...], scale: float, window: int | None, softcap: float | None, tuning: Tuning, parts: bool,
 ):  # fmt: skip
-    refs = list(refs)
-    v_PKsh, k_scale_PKs, v_scale_PKs, sinks_KG = (refs.pop(0) if there else None for there in present)
+    left = list(refs)
+    v_PKsh, k_scale_PKs, v_scale_PKs, sinks_KG = (left.pop(0) if there else None for there in present)
     # Later rows of a prompt have more keys: they go first, so that no long item is left for the end.
     w = pl.num_programs(1) - 1 - pl.program_id(1)
     head = pl.program_id(2)
@@ -163,7 +166,7 @@ def _attend_kernel(
     k_parts, v_parts = pieces(k_PKsh.shape[3]), pieces((k_PKsh if v_PKsh is None else v_PKsh).shape[3])
     q_MH = [load_channels(q_TKGh, at_q, piece, real_M) for piece in k_parts]
 
-    def fold(masked: bool, block, carry):
+    def fold(masked: bool, block: jax.Array, carry: Any):
         best_M, total_M, *sums = carry
         position_S = first + block * S + jnp.arange(S, dtype=jnp.int32)
         inside_S = position_S < past if masked else None
@@ -263,12 +266,14 @@ def combine(
 _PARTS_AT_ONCE = 16
 
 
-def _combine_kernel(first_B, count_B, best_WKM, total_WKM, sum_WKMv, *refs, has_sinks: bool):
+def _combine_kernel(
+    first_B: Ref, count_B: Ref, best_WKM: Ref, total_WKM: Ref, sum_WKMv: Ref, *refs: Ref, has_sinks: bool
+):
     b, head, group = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     first, count = first_B[b], count_B[b]
     v_parts = pieces(sum_WKMv.shape[3])
 
-    def fold(block, carry):
+    def fold(block: jax.Array, carry: Any):
         best, total, *sums = carry
         part_X = block * _PARTS_AT_ONCE + jnp.arange(_PARTS_AT_ONCE, dtype=jnp.int32)
         real_X = part_X < count
@@ -304,19 +309,23 @@ def _combine_kernel(first_B, count_B, best_WKM, total_WKM, sum_WKMv, *refs, has_
             plt.store(out.at[b, head, group, channel], value, mask=inside)
 
 
-def load_channels(ref, at, piece: tuple[int, int, bool], mask_N: jax.Array | None) -> jax.Array:
+def load_channels(ref: Ref, at: tuple[Any, ...], piece: tuple[int, int, bool], mask_N: jax.Array | None) -> jax.Array:
     """[N, size] of ref[at], channels of one piece; zeros where the mask says so and beyond the last channel."""
     index, mask = _channels(ref, at, piece, mask_N)
     zero = 0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0
     return plt.load(ref.at[index], mask=mask, other=None if mask is None else zero)
 
 
-def store_channels(ref, at, piece: tuple[int, int, bool], value_NS: jax.Array, mask_N: jax.Array) -> None:
+def store_channels(
+    ref: Ref, at: tuple[Any, ...], piece: tuple[int, int, bool], value_NS: jax.Array, mask_N: jax.Array
+) -> None:
     index, mask = _channels(ref, at, piece, mask_N)
     plt.store(ref.at[index], value_NS, mask=mask)
 
 
-def _channels(ref, at, piece, mask_N):
+def _channels(
+    ref: Ref, at: tuple[Any, ...], piece: tuple[int, int, bool], mask_N: jax.Array | None
+) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
     """(index, mask) of channels of one piece. Arrays throughout: interpret mode takes no slices beside arrays.
 
     Masked indices are left as they come: clamped ones would meet real ones, and interpret mode writes what was there
@@ -333,7 +342,7 @@ def _channels(ref, at, piece, mask_N):
     return index, inside_1S if mask_N1 is None else mask_N1 & inside_1S
 
 
-def _load_scales(ref, at, mask_S: jax.Array | None) -> jax.Array:
+def _load_scales(ref: Ref, at: tuple[Any, ...], mask_S: jax.Array | None) -> jax.Array:
     if mask_S is None:
         return plt.load(ref.at[at])
     return plt.load(ref.at[at], mask=mask_S, other=0.0)

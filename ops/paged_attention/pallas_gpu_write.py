@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plt
 
 from ops.paged_attention.pages import KVPages
 from ops.paged_attention.pallas_gpu_attend import load_channels, pieces, store_channels
+from ops.refs import Ref
 
 TOKENS = 16
 """Tokens a program writes."""
@@ -37,7 +38,7 @@ def write(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, index_T: jax.A
     return dataclasses.replace(kv, **dict(zip(arrays, outputs, strict=True)))
 
 
-def _write_kernel(index_T, *refs, names: tuple[str, ...], num_new: int):
+def _write_kernel(index_T: Ref, *refs: Ref, names: tuple[str, ...], num_new: int):
     new = dict(zip(("k", "v"), refs[:num_new], strict=False))
     pages = dict(zip(names, refs[num_new + len(names) :], strict=True))
     num_pages, _, page_size, _ = pages["k"].shape

@@ -8,7 +8,7 @@ interpreted, which tests use.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ops.paged_attention.pallas_tpu_attend import Shape
 
 BUFFER_BYTES = 2 << 20
-"""VMEM that one group of pages may take; there are two. 2 MiB is 2.5 us of HBM time on v5e, longer than its latency."""
+"""VMEM that one span of pages may take; there are two. 2 MiB is 2.5 us of HBM time on v5e, longer than its latency."""
 MAX_KEYS = 1024
 CHUNK_KEYS = 512
 CHUNK_ROWS = 512
@@ -73,7 +73,7 @@ def attend(
     dtype = jnp.bfloat16 if q_TKGh.dtype == jnp.bfloat16 else jnp.float32
     width = lanes.k_slice[1] - lanes.k_slice[0]
     q_TKGL = jnp.pad((q_TKGh.astype(jnp.float32) * scale).astype(dtype), ((0, 0), (0, 0), (0, 0), (0, width - h)))
-    options = {"window": window, "softcap": softcap, "interpret": kv.platform != "tpu"}
+    options: dict[str, Any] = {"window": window, "softcap": softcap, "interpret": kv.platform != "tpu"}
     parts = []
     if B:
         shape = _shape(kv, G, _heads_at_once(kv, K), MAX_KEYS)

@@ -1,7 +1,7 @@
 """The TPU kernel that attends: online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867) over pages read in place.
 
 Work is a list of visits (visits.py). Visits of one block follow each other, so its queries, result and running sums
-stay in VMEM. While one group of pages is computed on, the next is on its way, across visits too.
+stay in VMEM. While one span of pages is computed on, the next is on its way, across visits too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ops.paged_attention.visits import Visits
+from ops.refs import Ref
 
 _NOTHING = -1e30  # running maximum before any key; finite, so that differences of two of them are not NaN
 _LANES = 128
@@ -27,7 +28,7 @@ class Shape:
     Attributes:
         group: query heads a KV head; row m of a block is head m % group of token m // group.
         heads: KV heads that one grid step computes on.
-        keys: key positions a group of pages holds.
+        keys: key positions a span of pages holds.
         page_size: positions a page holds; divides keys.
         k_lanes, v_lanes: (first, past the last) lane of K and of V in a page's rows, multiples of 128.
     """
@@ -72,13 +73,13 @@ def attend_blocks(
 
     position_first_V = visits.base_V + visits.begin_V
     position_past_V = jnp.where(visits.end_V > visits.begin_V, visits.base_V + visits.end_V, 0)  # keys this visit sees
-    group_past_V = (position_past_V + shape.keys - 1) // shape.keys
-    group_first_V = jnp.zeros_like(group_past_V)
+    span_past_V = (position_past_V + shape.keys - 1) // shape.keys
+    span_first_V = jnp.zeros_like(span_past_V)
     if window is not None:
-        group_first_V = jnp.minimum(jnp.maximum(position_first_V - window + 1, 0) // shape.keys, group_past_V)
-    next_V, first_busy = _chain(group_past_V > group_first_V)
+        span_first_V = jnp.minimum(jnp.maximum(position_first_V - window + 1, 0) // shape.keys, span_past_V)
+    next_V, first_busy = _chain(span_past_V > span_first_V)
 
-    def block(kb, v, block_V, *_):
+    def block(kb: jax.Array, v: jax.Array, block_V: Ref, *_: Ref):
         return block_V[v], kb, 0, 0
 
     in_specs = [
@@ -96,7 +97,7 @@ def attend_blocks(
     scratch = [
         pltpu.VMEM((2, Kb, shape.keys, pages_PKsL.shape[-1]), pages_PKsL.dtype),
         pltpu.SemaphoreType.DMA((2,)),
-        pltpu.SMEM((1,), jnp.int32),  # which buffer the next group of pages is in
+        pltpu.SMEM((1,), jnp.int32),  # which buffer the next span of pages is in
         pltpu.VMEM((Kb, M, _LANES), jnp.float32),  # running maximum, the same in every lane
         pltpu.VMEM((Kb, M, _LANES), jnp.float32),  # running sum
         pltpu.VMEM((Kb, M, v_width), jnp.float32),
@@ -104,8 +105,8 @@ def attend_blocks(
     if scales_PKts is not None:
         in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
         operands.append(scales_PKts)
-        pages_a_group = shape.keys // shape.page_size
-        scratch.append(pltpu.VMEM((2, pages_a_group, Kb, *scales_PKts.shape[2:]), jnp.float32))
+        pages_a_span = shape.keys // shape.page_size
+        scratch.append(pltpu.VMEM((2, pages_a_span, Kb, *scales_PKts.shape[2:]), jnp.float32))
     if sinks_KM is not None:
         in_specs.append(pl.BlockSpec((Kb, M, _LANES), lambda kb, v, *_: (kb, 0, 0)))
         operands.append(jnp.broadcast_to(sinks_KM.astype(jnp.float32)[..., None], (K, M, _LANES)))
@@ -119,7 +120,7 @@ def attend_blocks(
     )
     scalars = [
         visits.block_V, visits.row_V, next_V, visits.base_V, visits.begin_V, visits.end_V, visits.first_V,
-        visits.last_V, group_first_V, group_past_V, position_past_V, first_busy[None],
+        visits.last_V, span_first_V, span_past_V, position_past_V, first_busy[None],
     ]  # fmt: skip
     return pl.pallas_call(
         kernel,
@@ -162,41 +163,42 @@ def _chain(busy_V: jax.Array) -> tuple[jax.Array, jax.Array]:
 # Over 80 lines: one kernel: its pieces share references, buffers and
 # semaphores, which a split would pass on one by one.
 def _attend_kernel(
-    block_V, row_V, next_V, base_V, begin_V, end_V, first_V, last_V, group_first_V, group_past_V, past_V, first_busy,
-    q_1KML, table_11P, next_table_11P, pages_PKsL, *refs,
+    block_V: Ref, row_V: Ref, next_V: Ref, base_V: Ref, begin_V: Ref, end_V: Ref, first_V: Ref, last_V: Ref,
+    span_first_V: Ref, span_past_V: Ref, past_V: Ref, first_busy: Ref,
+    q_1KML: Ref, table_11P: Ref, next_table_11P: Ref, pages_PKsL: Ref, *refs: Ref,
     shape: Shape, window: int | None, softcap: float | None, has_scales: bool, has_sinks: bool,
 ):  # fmt: skip
-    refs = list(refs)
-    scales_PKts = refs.pop(0) if has_scales else None
-    sinks_KMl = refs.pop(0) if has_sinks else None
-    out_1KML, buffer_2KSL, sem_2, turn, best_KMl, total_KMl, sum_KML = refs[:7]
-    scale_2gKts = refs[7] if has_scales else None
+    left = list(refs)
+    scales_PKts = left.pop(0) if has_scales else None
+    sinks_KMl = left.pop(0) if has_sinks else None
+    out_1KML, buffer_2KSL, sem_2, turn, best_KMl, total_KMl, sum_KML = left[:7]
+    scale_2gKts = left[7] if has_scales else None
     kb, v = pl.program_id(0), pl.program_id(1)
     Kb, S, size = shape.heads, shape.keys, shape.page_size
-    pages_a_group = S // size
+    pages_a_span = S // size
     M, dtype = q_1KML.shape[2], q_1KML.dtype
     heads = pl.ds(kb * Kb, Kb)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
-    def pages_in(group, past):
-        """How many pages of a group hold keys of a request that has `past` of them."""
-        return jnp.minimum((past + size - 1) // size - group * pages_a_group, pages_a_group)
+    def pages_in(span: jax.Array, past: jax.Array):
+        """How many pages of a span hold keys of a request that has `past` of them."""
+        return jnp.minimum((past + size - 1) // size - span * pages_a_span, pages_a_span)
 
-    def copies(page, i, slot):
+    def copies(page: jax.Array | int, i: jax.Array, slot: jax.Array | int):
         rows = pl.ds(pl.multiple_of(i * size, size), size)
         yield pltpu.make_async_copy(pages_PKsL.at[page, heads], buffer_2KSL.at[slot, :, rows], sem_2.at[slot])
         if scales_PKts is not None and scale_2gKts is not None:
             yield pltpu.make_async_copy(scales_PKts.at[page, heads], scale_2gKts.at[slot, i], sem_2.at[slot])
 
-    def start(table, group, past, slot):
-        @pl.loop(0, pages_in(group, past))
-        def _(i):
-            for copy in copies(table[0, 0, group * pages_a_group + i], i, slot):
+    def start(table: Ref, span: jax.Array, past: jax.Array, slot: jax.Array | int):
+        @pl.loop(0, pages_in(span, past))
+        def _(i: jax.Array):
+            for copy in copies(table[0, 0, span * pages_a_span + i], i, slot):
                 copy.start()
 
-    def wait(group, past, slot):
-        @pl.loop(0, pages_in(group, past))
-        def _(i):
+    def wait(span: jax.Array, past: jax.Array, slot: jax.Array | int):
+        @pl.loop(0, pages_in(span, past))
+        def _(i: jax.Array):
             for copy in copies(0, i, slot):
                 copy.wait()
 
@@ -213,42 +215,42 @@ def _attend_kernel(
     @pl.when(v == first_busy[0])
     def _():
         turn[0] = 0
-        start(table_11P, group_first_V[v], past_V[v], 0)
+        start(table_11P, span_first_V[v], past_V[v], 0)
 
     past = past_V[v]
 
-    def clear_tail(group, slot):
+    def clear_tail(span: jax.Array, slot: jax.Array):
         """Zeros behind the last key: other requests' leftovers may be anything, and 0 * inf is not 0."""
 
-        @pl.loop(jnp.minimum((past - group * S) // size, pages_a_group), pages_a_group)
-        def _(i):
+        @pl.loop(jnp.minimum((past - span * S) // size, pages_a_span), pages_a_span)
+        def _(i: jax.Array):
             rows = pl.ds(pl.multiple_of(i * size, size), size)
-            position = group * S + i * size + jax.lax.broadcasted_iota(jnp.int32, (Kb, size, buffer_2KSL.shape[-1]), 1)
+            position = span * S + i * size + jax.lax.broadcasted_iota(jnp.int32, (Kb, size, buffer_2KSL.shape[-1]), 1)
             kept = buffer_2KSL[slot, :, rows].astype(jnp.float32)
             buffer_2KSL[slot, :, rows] = jnp.where(position < past, kept, 0.0).astype(buffer_2KSL.dtype)
 
-    @pl.loop(group_first_V[v], group_past_V[v])
-    def _(group):
+    @pl.loop(span_first_V[v], span_past_V[v])
+    def _(span: jax.Array):
         slot = turn[0]
-        last = group + 1 == group_past_V[v]
+        last = span + 1 == span_past_V[v]
         following = next_V[v]
 
         @pl.when(~last)
         def _():
-            start(table_11P, group + 1, past, 1 - slot)
+            start(table_11P, span + 1, past, 1 - slot)
 
         @pl.when(last & (following >= 0))
         def _():
-            start(next_table_11P, group_first_V[following], past_V[following], 1 - slot)
+            start(next_table_11P, span_first_V[following], past_V[following], 1 - slot)
 
-        wait(group, past, slot)
+        wait(span, past, slot)
 
-        @pl.when((group + 1) * S > past)
+        @pl.when((span + 1) * S > past)
         def _():
-            clear_tail(group, slot)
+            clear_tail(span, slot)
 
         token = jax.lax.broadcasted_iota(jnp.int32, (M, S), 0) // shape.group
-        position = group * S + jax.lax.broadcasted_iota(jnp.int32, (M, S), 1)
+        position = span * S + jax.lax.broadcasted_iota(jnp.int32, (M, S), 1)
         query = base_V[v] + token
         seen_MS = (token >= begin_V[v]) & (token < end_V[v]) & (position <= query)
         if window is not None:
@@ -259,7 +261,7 @@ def _attend_kernel(
                 q_1KML[0, head], k_SL, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, precision=precision
             )
             if scale_2gKts is not None:
-                score_MS *= _row_of_scales(scale_2gKts, slot, head, 0, pages_a_group)
+                score_MS *= _row_of_scales(scale_2gKts, slot, head, 0, pages_a_span)
             if softcap is not None:
                 score_MS = softcap * jnp.tanh(score_MS / softcap)
             score_MS = jnp.where(seen_MS, score_MS, _NOTHING)
@@ -269,7 +271,7 @@ def _attend_kernel(
             shrink_M1 = jnp.exp(best_M1 - new_best_M1)
             total_M1 = total_KMl[head, :, :1] * shrink_M1 + jnp.sum(weight_MS, axis=1, keepdims=True)
             if scale_2gKts is not None:
-                value_scale = _row_of_scales(scale_2gKts, slot, head, -1, pages_a_group)
+                value_scale = _row_of_scales(scale_2gKts, slot, head, -1, pages_a_span)
                 weight_MS = jnp.where(seen_MS, weight_MS * value_scale, 0.0)
             v_SL = buffer_2KSL[slot, head, :, shape.v_lanes[0] : shape.v_lanes[1]].astype(dtype)
             part_ML = jax.lax.dot_general(
@@ -288,8 +290,8 @@ def _attend_kernel(
             out_1KML[0, head] = (sum_KML[head] / jnp.where(total_M1 == 0.0, 1.0, total_M1)).astype(out_1KML.dtype)
 
 
-def _row_of_scales(scale_2gKts, slot, head, which, pages_a_group):
-    """[1, S] scales of a group's keys: pages side by side along the lanes."""
+def _row_of_scales(scale_2gKts: Ref, slot: jax.Array, head: int, which: int, pages_a_span: int):
+    """[1, S] scales of a span's keys: pages side by side along the lanes."""
     which = which % scale_2gKts.shape[3]
-    pieces = [scale_2gKts[slot, i, head, which : which + 1, :] for i in range(pages_a_group)]
-    return pieces[0] if pages_a_group == 1 else jnp.concatenate(pieces, axis=1)
+    pieces = [scale_2gKts[slot, i, head, which : which + 1, :] for i in range(pages_a_span)]
+    return pieces[0] if pages_a_span == 1 else jnp.concatenate(pieces, axis=1)

@@ -1,7 +1,7 @@
 """Putting tokens into pages on TPU, in place: read a tile, change some of its rows, write it back.
 
 A page lies as `[K, page_size, L]` (layout "lanes" in pages.py). HBM is addressed in tiles of 8, 16 or 32 rows (4, 2 or
-1 byte an element), so a single token cannot be written alone. Tiles of one call are distinct, so a group of them is in
+1 byte an element), so a single token cannot be written alone. Tiles of one call are distinct, so a span of them is in
 flight at once: the reads overlap, then the writes.
 """
 
@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-GROUP_BYTES = 1 << 20
+from ops.refs import Ref
+
+SPAN_BYTES = 1 << 20
 """VMEM that the tiles of one grid step may take: enough of them to hide the latency of HBM behind each other."""
 
 
@@ -41,8 +43,8 @@ def write_tiles(
     """
     num_tiles, K, r, L = new_WKrL.shape
     bytes_a_tile = K * tile_rows * L * pages_PKsL.dtype.itemsize
-    group = max(1, min(16, num_tiles, GROUP_BYTES // bytes_a_tile))
-    padding = -num_tiles % group
+    span = max(1, min(16, num_tiles, SPAN_BYTES // bytes_a_tile))
+    padding = -num_tiles % span
     scalars = [jnp.pad(x.astype(jnp.int32), (0, padding)) for x in (page_W, row_W, begin_W, end_W)]
     if r == 1:  # one row is taken apart in float32, which holds every narrower dtype exactly
         new_WKrL = new_WKrL.astype(jnp.float32)
@@ -51,16 +53,16 @@ def write_tiles(
         functools.partial(_write_kernel, tile_rows=tile_rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=((num_tiles + padding) // group,),
+            grid=((num_tiles + padding) // span,),
             in_specs=[
-                pl.BlockSpec((group, K, r, L), lambda step, *_: (step, 0, 0, 0)),
+                pl.BlockSpec((span, K, r, L), lambda step, *_: (step, 0, 0, 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
-                pltpu.VMEM((group, K, tile_rows, L), pages_PKsL.dtype),
-                pltpu.SemaphoreType.DMA((group,)),
-                pltpu.SemaphoreType.DMA((group,)),
+                pltpu.VMEM((span, K, tile_rows, L), pages_PKsL.dtype),
+                pltpu.SemaphoreType.DMA((span,)),
+                pltpu.SemaphoreType.DMA((span,)),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(pages_PKsL.shape, pages_PKsL.dtype),
@@ -72,35 +74,46 @@ def write_tiles(
 
 
 def _write_kernel(
-    page_W, row_W, begin_W, end_W, new_gKrL, _pages_in, pages_PKsL, tile_gKrL, read_sem_g, write_sem_g, *, tile_rows
+    page_W: Ref,
+    row_W: Ref,
+    begin_W: Ref,
+    end_W: Ref,
+    new_gKrL: Ref,
+    _pages_in: Ref,
+    pages_PKsL: Ref,
+    tile_gKrL: Ref,
+    read_sem_g: Ref,
+    write_sem_g: Ref,
+    *,
+    tile_rows: Ref,
 ):
-    group = new_gKrL.shape[0]
-    first = pl.program_id(0) * group
+    span = new_gKrL.shape[0]
+    first = pl.program_id(0) * span
 
-    def place(i):
+    def place(i: jax.Array):
         w = first + i
         return pages_PKsL.at[page_W[w], :, pl.ds(pl.multiple_of(row_W[w], tile_rows), tile_rows), :]
 
-    def rows_kept(i):  # a tile that is replaced whole needs no read
+    def rows_kept(i: jax.Array):  # a tile that is replaced whole needs no read
         return (begin_W[first + i] > 0) | (end_W[first + i] < tile_rows)
 
-    def rows_written(i):
+    def rows_written(i: jax.Array):
         return end_W[first + i] > begin_W[first + i]
 
-    def read(i):
+    def read(i: jax.Array):
         return pltpu.make_async_copy(place(i), tile_gKrL.at[i], read_sem_g.at[i])
 
-    def write(i):
+    def write(i: jax.Array):
         return pltpu.make_async_copy(tile_gKrL.at[i], place(i), write_sem_g.at[i])
 
-    @pl.loop(0, group)
-    def _(i):
+    @pl.loop(0, span)
+    def _(i: jax.Array):
         @pl.when(rows_written(i) & rows_kept(i))
         def _():
             read(i).start()
 
-    @pl.loop(0, group)
-    def _(i):
+    @pl.loop(0, span)
+    def _(i: jax.Array):
         @pl.when(rows_written(i) & rows_kept(i))
         def _():
             read(i).wait()
@@ -118,8 +131,8 @@ def _write_kernel(
         def _():
             write(i).start()
 
-    @pl.loop(0, group)
-    def _(i):
+    @pl.loop(0, span)
+    def _(i: jax.Array):
         @pl.when(rows_written(i))
         def _():
             write(i).wait()
@@ -163,7 +176,9 @@ def write_scales(
     )(*scalars, new_WKts, scales_PKts)
 
 
-def _scales_kernel(page_W, begin_W, end_W, new_1Kts, _scales_in, scales_PKts, page_Kts, sem):
+def _scales_kernel(
+    page_W: Ref, begin_W: Ref, end_W: Ref, new_1Kts: Ref, _scales_in: Ref, scales_PKts: Ref, page_Kts: Ref, sem: Ref
+):
     w = pl.program_id(0)
 
     @pl.when(end_W[w] > begin_W[w])

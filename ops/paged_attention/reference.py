@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ops.paged_attention.batch import AttentionBatch
+
 
 def attend(
     q_TKGh: np.ndarray,
@@ -11,7 +13,7 @@ def attend(
     v_TKh: np.ndarray | None,
     k_NsKh: np.ndarray,
     v_NsKh: np.ndarray | None,
-    batch,
+    batch: AttentionBatch,
     *,
     scale: float,
     window: int | None = None,
@@ -56,7 +58,7 @@ def attend(
     return out_TKGh, k_NsKh, v_NsKh
 
 
-def _queries(batch):
+def _queries(batch: AttentionBatch):
     """(token, page table, position) of every token that is not padding."""
     qlen_B = np.minimum(batch.decode_len_B, 1) if batch.decode_qlen_B is None else batch.decode_qlen_B
     for row, (qlen, length) in enumerate(zip(qlen_B, batch.decode_len_B, strict=True)):

@@ -1,6 +1,6 @@
 """Attention over pages in plain XLA: what runs where no kernel does, on every platform.
 
-Key pages are gathered a group at a time and folded in by online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867),
+Key pages are gathered a span at a time and folded in by online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867),
 in a loop whose trip count the batch decides: cost follows the longest context in the batch, not the page table's width,
 and with a window it starts where the window of the earliest query starts.
 """
@@ -17,7 +17,7 @@ from ops.paged_attention.batch import Q_BLOCK, AttentionBatch
 from ops.paged_attention.pages import KVPages
 from ops.paged_attention.visits import chunk_visits
 
-GROUP_TOKENS = 256
+SPAN_TOKENS = 256
 """Key positions folded in at once: enough to fill a matmul, little enough that gathered pages stay in cache."""
 
 VISIT_TOKENS, VISIT_KEYS = 128, 128
@@ -46,7 +46,7 @@ def attend(
     B, Q, C = batch.num_decode, batch.queries, batch.num_chunk
     first = batch.num_decode_tokens  # of the chunk part
     _, K, G, h = q_TKGh.shape
-    options = {"scale": scale, "window": window, "softcap": softcap, "chunk": chunk}
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "chunk": chunk}
     parts = []
     if B and Q == 1:
         position_BM = jnp.broadcast_to(batch.decode_len_B[:, None] - 1, (B, G))
@@ -96,7 +96,7 @@ def _attend_visits(
             batch.chunk_pages_RP[visits.row_V[v]][None],
             kv,
             sinks_KM,
-            group_tokens=VISIT_KEYS,
+            span_tokens=VISIT_KEYS,
             **options,
         )[0]
         return out_XKMh.at[block].add(part_KMh)  # other visits' tokens are zeros
@@ -129,17 +129,17 @@ def _attend_rows(
     window: int | None,
     softcap: float | None,
     chunk: int | None,
-    group_tokens: int = GROUP_TOKENS,
+    span_tokens: int = SPAN_TOKENS,
 ) -> jax.Array:
     """M queries against each of X page tables. A query at position -1 sees nothing and yields zeros. float32."""
     X, K, M, _ = q_XKMh.shape
     page_size = kv.page_size
-    per_group = max(1, group_tokens // page_size)
-    S = per_group * page_size
+    per_span = max(1, span_tokens // page_size)
+    S = per_span * page_size
     # XLA's CPU einsum is 5-10 times slower in bfloat16 than in float32; elsewhere half precision is the fast one.
     narrow = q_XKMh.dtype == kv.k.dtype and kv.platform != "cpu"
     dtype = kv.k.dtype if narrow else jnp.float32
-    pages_XP = jnp.pad(pages_XP, ((0, 0), (0, -pages_XP.shape[1] % per_group)))
+    pages_XP = jnp.pad(pages_XP, ((0, 0), (0, -pages_XP.shape[1] % per_span)))
     q_XKMh = (q_XKMh.astype(jnp.float32) * scale).astype(dtype)
     last_X = position_XM.max(axis=1)
     # The first position that each query sees.
@@ -151,14 +151,14 @@ def _attend_rows(
         first_XM = start_XM if first_XM is None else jnp.maximum(first_XM, start_XM)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
-    def fold(group, carry):
+    def fold(span: jax.Array, carry: Any):
         best_XKM, total_XKM, sum_XKMh = carry
-        pages_Xg = jax.lax.dynamic_slice_in_dim(pages_XP, group * per_group, per_group, axis=1)
+        pages_Xg = jax.lax.dynamic_slice_in_dim(pages_XP, span * per_span, per_span, axis=1)
         k_XgKsh, v_XgKsh = kv_pages.read(kv, pages_Xg, dtype)
-        position_S = group * S + jnp.arange(S, dtype=jnp.int32)
+        position_S = span * S + jnp.arange(S, dtype=jnp.int32)
         # Behind a row's last token lie other requests' leftovers, which may be anything: 0 * inf is not 0.
         v_XgKsh = jnp.where(
-            (position_S <= last_X[:, None]).reshape(X, per_group, 1, page_size, 1), v_XgKsh, jnp.zeros((), dtype)
+            (position_S <= last_X[:, None]).reshape(X, per_span, 1, page_size, 1), v_XgKsh, jnp.zeros((), dtype)
         )
         score_XKMS = jnp.einsum(
             "xkmh,xgksh->xkmgs", q_XKMh, k_XgKsh, preferred_element_type=jnp.float32, precision=precision
@@ -174,7 +174,7 @@ def _attend_rows(
         shrink_XKM = jnp.exp(best_XKM - new_best)
         part_XKMh = jnp.einsum(
             "xkmgs,xgksh->xkmh",
-            weight_XKMS.reshape(X, K, M, per_group, page_size).astype(dtype),
+            weight_XKMS.reshape(X, K, M, per_span, page_size).astype(dtype),
             v_XgKsh,
             preferred_element_type=jnp.float32,
             precision=precision,

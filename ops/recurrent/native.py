@@ -15,7 +15,14 @@ _LANES = 16  # as in recurrent.h
 _MAX_CHANNELS = 512
 
 
-def short_conv(x_TD, kernel_WD, bias_D, state_SwD, batch, activation):
+def short_conv(
+    x_TD: jax.Array,
+    kernel_WD: jax.Array,
+    bias_D: jax.Array | None,
+    state_SwD: jax.Array,
+    batch: RecurrentBatch,
+    activation: str,
+) -> tuple[jax.Array, jax.Array]:
     """See ops.recurrent.short_conv."""
     _check(state_SwD, state_SwD.shape[2])
     bias = jnp.zeros(0, jnp.float32) if bias_D is None else bias_D
@@ -24,7 +31,15 @@ def short_conv(x_TD, kernel_WD, bias_D, state_SwD, batch, activation):
     )
 
 
-def matrix_recurrence(q_TKn, k_TKn, v_THp, log_decay, beta_TH, state_SHnp, batch):
+def matrix_recurrence(
+    q_TKn: jax.Array,
+    k_TKn: jax.Array,
+    v_THp: jax.Array,
+    log_decay: jax.Array,
+    beta_TH: jax.Array | None,
+    state_SHnp: jax.Array,
+    batch: RecurrentBatch,
+) -> tuple[jax.Array, jax.Array]:
     """See ops.recurrent.matrix_recurrence."""
     _check(state_SHnp, state_SHnp.shape[3])
     if state_SHnp.shape[2] > _MAX_CHANNELS:
@@ -34,7 +49,15 @@ def matrix_recurrence(q_TKn, k_TKn, v_THp, log_decay, beta_TH, state_SHnp, batch
     return _call("jaxserve_matrix_recurrence", operands, v_THp.shape, state_SHnp, batch)
 
 
-def selective_scan(x_TD, dt_TD, A_ND, B_TN, C_TN, state_SND, batch):
+def selective_scan(
+    x_TD: jax.Array,
+    dt_TD: jax.Array,
+    A_ND: jax.Array,
+    B_TN: jax.Array,
+    C_TN: jax.Array,
+    state_SND: jax.Array,
+    batch: RecurrentBatch,
+) -> tuple[jax.Array, jax.Array]:
     """See ops.recurrent.selective_scan."""
     _check(state_SND, state_SND.shape[2])
     return _call("jaxserve_selective_scan", (x_TD, dt_TD, A_ND, B_TN, C_TN), x_TD.shape, state_SND, batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def sequences(batch: RecurrentBatch) -> Iterator[Sequence]:
             yield Sequence(int(batch.chunk_slot_R[r]), begins, list(range(first, first + count)), [])
 
 
-def _run(batch, state, step):
+def _run(batch: RecurrentBatch, state: np.ndarray, step: Callable[[np.ndarray, int], np.ndarray]) -> None:
     """Walks all sequences: `step(S, t)` gives the state behind token t."""
     for each in sequences(batch):
         S = np.zeros_like(state[each.slot]) if each.begins else state[each.slot]
@@ -58,12 +58,19 @@ def _run(batch, state, step):
             S = step(S, t)
 
 
-def short_conv(x_TD, kernel_WD, bias_D, state_SwD, batch, activation="silu"):
+def short_conv(
+    x_TD: np.ndarray,
+    kernel_WD: np.ndarray,
+    bias_D: np.ndarray | None,
+    state_SwD: np.ndarray,
+    batch: RecurrentBatch,
+    activation: str = "silu",
+) -> tuple[np.ndarray, np.ndarray]:
     """See ops.recurrent.short_conv."""
     x, kernel = np.asarray(x_TD, np.float64), np.asarray(kernel_WD, np.float64)
     state, out = np.array(state_SwD, np.float64), np.zeros(x.shape)
 
-    def step(past, t):
+    def step(past: np.ndarray, t: int) -> np.ndarray:
         window = np.concatenate([past, x[t][None]])
         y = (window * kernel).sum(axis=0) + (0.0 if bias_D is None else np.asarray(bias_D, np.float64))
         out[t] = y / (1.0 + np.exp(-y)) if activation == "silu" else y
@@ -73,15 +80,23 @@ def short_conv(x_TD, kernel_WD, bias_D, state_SwD, batch, activation="silu"):
     return out, state
 
 
-def matrix_recurrence(q_TKn, k_TKn, v_THp, log_decay, beta_TH, state_SHnp, batch):
+def matrix_recurrence(
+    q_TKn: np.ndarray,
+    k_TKn: np.ndarray,
+    v_THp: np.ndarray,
+    log_decay: np.ndarray,
+    beta_TH: np.ndarray | None,
+    state_SHnp: np.ndarray,
+    batch: RecurrentBatch,
+) -> tuple[np.ndarray, np.ndarray]:
     """See ops.recurrent.matrix_recurrence."""
-    group = v_THp.shape[1] // q_TKn.shape[1]
-    q, k = (np.repeat(np.asarray(x, np.float64), group, axis=1) for x in (q_TKn, k_TKn))
+    copies = v_THp.shape[1] // q_TKn.shape[1]
+    q, k = (np.repeat(np.asarray(x, np.float64), copies, axis=1) for x in (q_TKn, k_TKn))
     v, g = np.asarray(v_THp, np.float64), np.asarray(log_decay, np.float64)
     decay = np.exp(g if g.ndim == 3 else g[..., None])[..., None]
     state, out = np.array(state_SHnp, np.float64), np.zeros(v.shape)
 
-    def step(S, t):
+    def step(S: np.ndarray, t: int) -> np.ndarray:
         S = decay[t] * S
         write = v[t]
         if beta_TH is not None:
@@ -94,12 +109,20 @@ def matrix_recurrence(q_TKn, k_TKn, v_THp, log_decay, beta_TH, state_SHnp, batch
     return out, state
 
 
-def selective_scan(x_TD, dt_TD, A_ND, B_TN, C_TN, state_SND, batch):
+def selective_scan(
+    x_TD: np.ndarray,
+    dt_TD: np.ndarray,
+    A_ND: np.ndarray,
+    B_TN: np.ndarray,
+    C_TN: np.ndarray,
+    state_SND: np.ndarray,
+    batch: RecurrentBatch,
+) -> tuple[np.ndarray, np.ndarray]:
     """See ops.recurrent.selective_scan."""
     x, dt, A, B, C = (np.asarray(a, np.float64) for a in (x_TD, dt_TD, A_ND, B_TN, C_TN))
     state, out = np.array(state_SND, np.float64), np.zeros(x.shape)
 
-    def step(S, t):
+    def step(S: np.ndarray, t: int) -> np.ndarray:
         S = np.exp(dt[t] * A) * S + B[t][:, None] * (dt[t] * x[t])
         out[t] = C[t] @ S
         return S

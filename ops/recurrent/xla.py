@@ -84,8 +84,8 @@ def matrix_recurrence(
     batch: RecurrentBatch,
 ) -> tuple[jax.Array, jax.Array]:
     """See ops.recurrent.matrix_recurrence."""
-    H, group = v_THp.shape[1], v_THp.shape[1] // q_TKn.shape[1]
-    inputs: list[Any] = [jnp.repeat(x.astype(jnp.float32), group, axis=1) for x in (q_TKn, k_TKn)]
+    H, copies = v_THp.shape[1], v_THp.shape[1] // q_TKn.shape[1]
+    inputs: list[Any] = [jnp.repeat(x.astype(jnp.float32), copies, axis=1) for x in (q_TKn, k_TKn)]
     inputs += [v_THp.astype(jnp.float32), log_decay.astype(jnp.float32)]
     inputs.append(None if beta_TH is None else beta_TH.astype(jnp.float32))
     BQ = batch.num_decode_tokens

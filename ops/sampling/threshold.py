@@ -11,6 +11,8 @@ in full.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -43,7 +45,7 @@ def threshold(x_RV: jax.Array, top_k_R: jax.Array, top_p_R: jax.Array, min_p_R: 
     candidates_RC = jnp.take_along_axis(x_RNb, ids_RC[:, :, None], axis=1).reshape(x_RV.shape[0], -1)
     bound_R = best_RC[:, -1] if count < x_RNb.shape[1] else jnp.full(x_RV.shape[:1], -jnp.inf)
 
-    def find(weigh, need_R: jax.Array, active_R: jax.Array) -> jax.Array:
+    def find(weigh: Callable[[jax.Array], jax.Array], need_R: jax.Array, active_R: jax.Array) -> jax.Array:
         found_R = search(candidates_RC, weigh(candidates_RC), need_R, active_R)
         missed_R = active_R & (found_R <= bound_R)
         # Each row keeps its own answer: what it gets never depends on its neighbours in the batch.

@@ -81,7 +81,7 @@ def compile_decoder(
         attention_backend=config.attention_backend,
         host_tier=config.kv_offload_gb > 0,
         num_scheduler_steps=config.num_scheduler_steps,
-        max_loras=config.max_loras if config.enable_lora else 0,
+        adapter_slots=config.adapter_slots,
         max_lora_rank=config.max_lora_rank,
         draft=draft,
     )
@@ -141,6 +141,7 @@ def _scheduler_config(
         replicas=replicas,
         buckets=dataclasses.replace(runner.buckets, ridge=ridge),
         step_seconds=executor.step_seconds,
+        adapter_slots=config.adapter_slots,
     )
 
 

@@ -55,7 +55,7 @@ class Follower:
         sent = outgoing(self._outbox, pb.FollowRequest(heartbeat=pb.Heartbeat()))
         self._call = rpc.ProcessesStub(self._channel).Follow(sent, wait_for_ready=True)
         threading.Thread(target=self._read, name="jaxserve-follower", daemon=True).start()
-        self._watchdog = ProcessWatch(self._look, self.lose)
+        self._watch = ProcessWatch(self._look, self.lose)
 
     def least(self, point: str, value: int) -> int:
         """See Followers.least.
@@ -92,7 +92,7 @@ class Follower:
         """Says goodbye; with a reason, process 0 ends the engine for it."""
         with self._changed:
             self._ended = True
-        self._watchdog.stop()
+        self._watch.stop()
         if reason:
             self._outbox.put(pb.FollowRequest(end=pb.End(reason=reason)))
             self._closed.wait(CLOSE_S)  # process 0 has read it then

@@ -64,7 +64,7 @@ class Leader(rpc.ProcessesServicer):
         self._lost: str | None = None
         self._stopping = False
         self._server: Any = None
-        self._watchdog = ProcessWatch(self._look, self.lose)
+        self._watch = ProcessWatch(self._look, self.lose)
 
     # ---- life ----
 
@@ -83,7 +83,7 @@ class Leader(rpc.ProcessesServicer):
         with self._changed:
             self._stopping = True
             followers = list(self._followers.values())
-        self._watchdog.stop()
+        self._watch.stop()
         end = pb.FollowResponse(end=pb.End(reason=reason))
         for follower in followers:
             follower.outbox.put(end)

@@ -57,7 +57,7 @@ class ProcessWatch:
         self._look = look
         self._on_loss = on_loss
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="jaxserve-watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="jaxserve-process-watch", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:

@@ -211,5 +211,10 @@ class EngineConfig:
         SECONDS, Scope.ENGINE, section="devices", flag="", unit="s",
     )  # fmt: skip
 
+    @property
+    def adapter_slots(self) -> int:
+        """Adapters on the devices at once; 0 where none are taken."""
+        return self.max_loras if self.enable_lora else 0
+
     def __post_init__(self) -> None:
         read_all(self)

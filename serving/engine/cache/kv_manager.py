@@ -134,7 +134,7 @@ class KVManager:
             self._restore(request, group, firsts[group] + i, keys[group][i])
         request.behind = firsts
         request.reach = min(ends, default=known)
-        request.cached_pages = prefix
+        request.indexed_pages = prefix
         request.num_computed = prefix * size
         request.points = self.prefixes.points(request, digests, prefix)
         if self.snapshots is not None:
@@ -181,14 +181,14 @@ class KVManager:
             return
         size = self.pool.page_size
         full = min(request.num_computed, len(request.tokens)) // size
-        if full <= request.cached_pages:
+        if full <= request.indexed_pages:
             return
         self.prefixes.extend_digests(request, full)
-        for i in range(request.cached_pages, full):
+        for i in range(request.indexed_pages, full):
             content = self.prefixes.page_tokens(request, i)
             for group, pages in enumerate(request.pages):
                 self.pool.register(pages[i], self.prefixes.key(group, request.digests[i]), content)
-        request.cached_pages = full
+        request.indexed_pages = full
         if self.snapshots is not None:
             self.snapshots.register(request, full)
 
@@ -239,7 +239,7 @@ class KVManager:
         if self.snapshots is not None:
             self.snapshots.leave(request)
         request.pages, request.behind, request.points = [], [], []
-        request.reach = request.cached_pages = 0
+        request.reach = request.indexed_pages = 0
         self._filling.pop(request.request_id, None)
         self._release(request, pages, step)
 
@@ -310,7 +310,7 @@ class KVManager:
         for group, window in enumerate(self.windows):
             past = first_page(window, request.num_computed, self.pool.page_size)
             if self.pool.enable_prefix_caching:
-                past = min(past, request.cached_pages)  # what is not indexed yet, its owner will index
+                past = min(past, request.indexed_pages)  # what is not indexed yet, its owner will index
             first = request.behind[group]
             if past > first:
                 pages = request.pages[group][first:past]

@@ -72,7 +72,7 @@ class Executor:
         attention_backend: force one implementation of paged attention.
         num_scheduler_steps: compile decode loops of up to this many steps, when more than 1.
         host_tier: compile what moves pages to host memory and back.
-        max_loras, max_lora_rank: adapters at once, and their rank at most; none where 0.
+        adapter_slots, max_lora_rank: adapters at once, and their rank at most; none where 0.
         draft: a model that guesses what this one says; as `model`.
 
     Attributes:
@@ -96,13 +96,13 @@ class Executor:
         attention_backend: str | None = None,
         host_tier: bool = False,
         num_scheduler_steps: int = 1,
-        max_loras: int = 0,
+        adapter_slots: int = 0,
         max_lora_rank: int = 16,
         draft: Any = None,
     ) -> None:
         self.sizes = sizes
         self.vocab_size = model.vocab_size
-        self._shapes = StepShapes.of(sizes, model, adapters=max_loras > 0)
+        self._shapes = StepShapes.of(sizes, model, adapters=adapter_slots > 0)
         self.groups = self._shapes.groups
         self.buckets = self._shapes.buckets
         self.mask_width = self._shapes.mask_width
@@ -122,7 +122,7 @@ class Executor:
         self._backend = attention_backend
         self.decoder = Component(DECODER, model)
         self.components = {DECODER: self.decoder}
-        self.adapters = Adapters(self.decoder, model, max_loras, max_lora_rank, mesh) if max_loras else None
+        self.adapters = Adapters(self.decoder, model, adapter_slots, max_lora_rank, mesh) if adapter_slots else None
         self.draft = None if draft is None else DraftModel(draft, self._shapes, mesh)
         if self.draft is not None:
             self.components[DRAFT] = self.draft.component

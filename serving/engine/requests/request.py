@@ -52,11 +52,11 @@ class Request:
         "adapter_slot",
         "arrival_order",
         "behind",
-        "cached_pages",
         "digests",
         "drawn_seed",
         "finish_reason",
         "first_token_time",
+        "indexed_pages",
         "inflight",
         "num_cached_tokens",
         "num_computed",
@@ -92,7 +92,7 @@ class Request:
         self.behind: list[int] = []  # of each, how many of the first pages are out of its window: the null page now
         self.reach = 0  # pages that every group's table has
         self.digests: list[bytes] = []  # prefix-chain digest of each full page so far
-        self.cached_pages = 0  # how many of each table's first pages are registered in the prefix index, or were
+        self.indexed_pages = 0  # how many of each table's first pages are registered in the prefix index, or were
         self.points: list[int] = []  # pages behind which others may part from it; see cache.prefixes
         self.snapshots: list[tuple[int, int]] = []  # (pages, row) of snapshots whose digest is not known yet
         self.tail_snapshot: tuple[int, int] | None = None  # (pages, row) of the newest, where a newer one replaces it

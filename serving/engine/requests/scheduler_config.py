@@ -35,7 +35,7 @@ class SchedulerConfig:
         replicas: how many replicas of the model there are to place requests in.
         buckets: what steps are padded to: the chunk part is cut so that it fills one. None: steps of any size cost the same
             a token.
-        max_loras: adapters that may be on the devices at once.
+        adapter_slots: adapters that may be on the devices at once.
         speculative_config: how drafts are made; None for none.
         step_seconds: what steps without chunks were measured to take, by bucket; for choosing how many drafts to verify.
     """
@@ -61,7 +61,7 @@ class SchedulerConfig:
     max_running_time: float | None = None
     replicas: int = 1
     buckets: BucketTable | None = None
-    max_loras: int = 0
+    adapter_slots: int = 0
     speculative_config: SpeculativeConfig | None = None
     step_seconds: tuple[tuple[Bucket, float], ...] = ()
 

@@ -46,14 +46,14 @@ class Suspects:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.failures = 0
         self._clock = clock
-        self._groups: list[tuple[str, ...]] = []
+        self._suspects: list[tuple[str, ...]] = []
         self._in_a_row = 0
         self._alone: str | None = None  # who failed alone last
         self._recent: deque[float] = deque()
 
     @property
     def only(self) -> frozenset[str] | None:
-        return frozenset(self._groups[-1]) if self._groups else None
+        return frozenset(self._suspects[-1]) if self._suspects else None
 
     def failed(self, ids: Sequence[str]) -> str | None:
         """Takes note of a failed step.
@@ -69,13 +69,13 @@ class Suspects:
         self._recent.append(now)
         while self._recent and self._recent[0] < now - WINDOW_S:
             self._recent.popleft()
-        if self._groups:
-            # Others ran beside the group under test: they have passed before, so it is one of the group.
-            group = self._groups.pop()
-            rest = tuple(i for i in group if i not in ids)
+        if self._suspects:
+            # Others ran beside the suspects: they have passed before, so it is one of those.
+            suspects = self._suspects.pop()
+            rest = tuple(i for i in suspects if i not in ids)
             if rest:
-                self._groups.append(rest)
-            ids = [i for i in group if i in ids] or list(ids)
+                self._suspects.append(rest)
+            ids = [i for i in suspects if i in ids] or list(ids)
         if not ids:
             return None
         if len(ids) == 1:
@@ -83,10 +83,10 @@ class Suspects:
                 self._alone = None
                 return ids[0]
             self._alone = ids[0]  # once more: what failed may have been the device's bad moment
-            self._groups.append((ids[0],))
+            self._suspects.append((ids[0],))
             return None
         middle = (len(ids) + 1) // 2
-        self._groups += [tuple(ids[middle:]), tuple(ids[:middle])]
+        self._suspects += [tuple(ids[middle:]), tuple(ids[:middle])]
         return None
 
     def passed(self, ids: Sequence[str]) -> None:
@@ -94,19 +94,19 @@ class Suspects:
         self._in_a_row = 0
         if self._alone in ids:
             self._alone = None
-        if self._groups:
-            left = tuple(i for i in self._groups.pop() if i not in ids)
+        if self._suspects:
+            left = tuple(i for i in self._suspects.pop() if i not in ids)
             if left:
-                self._groups.append(left)
+                self._suspects.append(left)
 
     def gone(self, live: Callable[[str], bool]) -> None:
         """Forgets requests that are not live any more, so that nobody waits for them."""
-        while self._groups:
-            left = tuple(i for i in self._groups[-1] if live(i))
+        while self._suspects:
+            left = tuple(i for i in self._suspects[-1] if live(i))
             if left:
-                self._groups[-1] = left
+                self._suspects[-1] = left
                 return
-            self._groups.pop()
+            self._suspects.pop()
 
     @property
     def hopeless(self) -> bool:

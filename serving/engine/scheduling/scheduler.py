@@ -56,7 +56,7 @@ class Scheduler:
         self.fair = FairShare() if config.fair_share else None
         self.foreground = Foreground(config.policy == "priority")
         self.waiting = WaitingQueue(config.policy, self.fair)
-        self.adapters = AdapterSlots(config.max_loras)
+        self.adapters = AdapterSlots(config.adapter_slots)
         self.deadlines = Deadlines(config.max_waiting_time, config.max_running_time)
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}

@@ -25,7 +25,7 @@ from serving.frontends.grpc.bounds import LARGE_BYTES, check_counts, check_wire
 from serving.frontends.grpc.context import begin_call, end_call, id_metadata
 from serving.frontends.grpc.control import ControlCalls
 from serving.frontends.grpc.errors import status_of
-from serving.frontends.sockets.stalled import StalledError, StallWatch
+from serving.frontends.sockets.stalled import ReaderStalledError, StallWatch
 from serving.service import Limits, TextService, prepare_chat
 from serving.service.vectors import shortened, together
 
@@ -290,7 +290,7 @@ def _streaming(
                         await context.send_initial_metadata(id_metadata())
                         first = False
                     await watch.write(context.write, message)
-        except StalledError as error:
+        except ReaderStalledError as error:
             stalled = RequestError(ErrorKind.RESOURCE_EXHAUSTED, "The client reads nothing of its stream.")
             raise await _abort(context, stalled) from error
         except Exception as error:

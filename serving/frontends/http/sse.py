@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serving.frontends.sockets.stalled import StalledError, StallWatch
+from serving.frontends.sockets.stalled import ReaderStalledError, StallWatch
 
 T = TypeVar("T")
 EVENTS = "text/event-stream"
@@ -112,7 +112,7 @@ class EventStream(Response):
                 async for event in events:
                     await watch.write(send, {"type": "http.response.body", "body": event, "more_body": True})
             await watch.write(send, {"type": "http.response.body", "body": b"", "more_body": False})
-        except StalledError:
+        except ReaderStalledError:
             raise ClientGoneError from None
         finally:
             watch.close()

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 
-class StalledError(Exception):
+class ReaderStalledError(Exception):
     """A write waited for longer than the limit: the client's and our buffers were full all the while."""
 
 
@@ -30,7 +30,7 @@ class StallWatch:
         """Awaits `send(message)`.
 
         Raises:
-            StalledError: it took longer than the limit, and was cancelled.
+            ReaderStalledError: it took longer than the limit, and was cancelled.
         """
         if self._limit is None:
             return await send(message)
@@ -43,7 +43,7 @@ class StallWatch:
         except asyncio.CancelledError:
             # Somebody else's cancellation, alone or beside ours, goes on being one.
             if self._stalled and self._task is not None and not self._task.uncancel():
-                raise StalledError from None
+                raise ReaderStalledError from None
             raise
         finally:
             self._since = None

@@ -12,7 +12,7 @@ import os
 import pathlib
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -57,7 +57,7 @@ _starting = 0
 
 
 @contextlib.contextmanager
-def starting() -> Iterator[None]:
+def starting() -> Generator[None]:
     """Marks the time in which compilations are meant to happen."""
     global _starting
     _starting += 1
@@ -241,7 +241,7 @@ def compile_all(
 
 
 @contextlib.contextmanager
-def _kept_out_of_jax_cache() -> Iterator[None]:
+def _kept_out_of_jax_cache() -> Generator[None]:
     """Nothing compiled inside goes into JAX's own persistent cache.
 
     On CPU an executable that came out of that cache cannot be serialized again: it loads, and its first call says

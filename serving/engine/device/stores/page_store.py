@@ -26,15 +26,15 @@ from serving.engine.requests.commands import PageMoves, PagesDropped, PagesIn, P
 
 READ, WRITE = ProgramKey("read_pages"), ProgramKey("write_pages")
 
-GROUP = 16
-"""Pages of each replica that a copy program moves at once; shorter groups are padded with the null page."""
+PARCEL = 16
+"""Pages of each replica that a copy program moves at once; shorter parcels are padded with the null page."""
 
 Part = tuple[tuple[int | None, int | None], ...]
 """Which part of a page's array a device holds: (start, stop) along each axis behind the first."""
 
 
 def read_pages(kv: KVCache, ids: jax.Array) -> Any:
-    """The content of pages `ids` int32 [GROUP], every array of every layer along its page axis."""
+    """The content of pages `ids` int32 [PARCEL], every array of every layer along its page axis."""
     return jax.tree.map(lambda a: a[ids], kv)
 
 
@@ -44,12 +44,12 @@ def write_pages(kv: KVCache, ids: jax.Array, content: Any) -> KVCache:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Group:
+class _Parcel:
     """One run of the program that reads, on its way to the host.
 
     Attributes:
         held: (replica, key) -> row of its replica's part.
-        leaves: of each array, the parts that this process's devices hold: (replica, part) -> [GROUP, ...].
+        leaves: of each array, the parts that this process's devices hold: (replica, part) -> [PARCEL, ...].
     """
 
     held: dict[tuple[int, bytes], int]
@@ -75,14 +75,14 @@ class PageStore:
         replicas: whose pages lie end to end along the first axis of every array.
 
     Attributes:
-        restore_page_s: seconds that copying a page back takes, in a full group; measured by the first `put_back`.
+        restore_page_s: seconds that copying a page back takes, in a full parcel; measured by the first `put_back`.
     """
 
     def __init__(self, replicas: int = 1) -> None:
         self.restore_page_s = 0.0
         self._replicas = replicas
-        self._pages: dict[tuple[int, bytes], list[dict[Part, np.ndarray]] | _Group] = {}
-        self._pending: list[_Group] = []
+        self._pages: dict[tuple[int, bytes], list[dict[Part, np.ndarray]] | _Parcel] = {}
+        self._pending: list[_Parcel] = []
         self._programs: dict[ProgramKey, Any] = {}
 
     def __len__(self) -> int:
@@ -91,8 +91,8 @@ class PageStore:
     @staticmethod
     def programs(kv: Any) -> list[Program]:
         """The two copy programs for one replica's cache of these abstract arrays."""
-        ids = jax.ShapeDtypeStruct((GROUP,), jnp.int32)
-        content = jax.tree.map(lambda a: jax.ShapeDtypeStruct((GROUP, *a.shape[1:]), a.dtype, sharding=a.sharding), kv)
+        ids = jax.ShapeDtypeStruct((PARCEL,), jnp.int32)
+        content = jax.tree.map(lambda a: jax.ShapeDtypeStruct((PARCEL, *a.shape[1:]), a.dtype, sharding=a.sharding), kv)
         return [
             Program(READ, read_pages, (kv, ids), shared=()),
             Program(WRITE, write_pages, (kv, ids, content), donate=(0,), shared=()),
@@ -104,7 +104,7 @@ class PageStore:
 
     def take_out(self, kv: KVCache, moves: PagesOut) -> None:
         """Starts copying pages out."""
-        for ids, keys in self._groups(moves):
+        for ids, keys in self._parcels(moves):
             content = jax.tree.leaves(self._programs[READ](kv, ids))
             leaves = [self._parts(array) for array in content]
             here = {replica for leaf in leaves for replica, _ in leaf}
@@ -112,9 +112,9 @@ class PageStore:
             for leaf in leaves:
                 for array in leaf.values():
                     array.copy_to_host_async()
-            group = _Group(held, leaves)
-            self._pending.append(group)
-            self._pages.update(dict.fromkeys(held, group))
+            parcel = _Parcel(held, leaves)
+            self._pending.append(parcel)
+            self._pages.update(dict.fromkeys(held, parcel))
 
     def put_back(self, kv: KVCache, moves: PagesIn) -> KVCache:
         """Copies pages back in. What is asked for must be here. The first call, warm-up's, does it twice and times it."""
@@ -122,7 +122,7 @@ class PageStore:
             kv = jax.block_until_ready(self._put_back(kv, moves))
             began = time.perf_counter()
             kv = jax.block_until_ready(self._put_back(kv, moves))
-            self.restore_page_s = (time.perf_counter() - began) / GROUP
+            self.restore_page_s = (time.perf_counter() - began) / PARCEL
         return self._put_back(kv, moves)
 
     def drop(self, moves: PagesDropped) -> None:
@@ -133,32 +133,32 @@ class PageStore:
     def settle(self) -> None:
         """Moves copies that have come into host memory of their own, so that the device's are freed. Does not wait."""
         while self._pending and self._pending[0].ready:
-            group = self._pending.pop(0)
-            for replica, key in group.held:
-                if self._pages.get((replica, key)) is group:
-                    self._pages[replica, key] = group.page(replica, key)
+            parcel = self._pending.pop(0)
+            for replica, key in parcel.held:
+                if self._pages.get((replica, key)) is parcel:
+                    self._pages[replica, key] = parcel.page(replica, key)
 
     def _put_back(self, kv: KVCache, moves: PagesIn) -> KVCache:
         arrays, treedef = jax.tree.flatten(kv)
-        for ids, keys in self._groups(moves):
+        for ids, keys in self._parcels(moves):
             pages = [[self._page(replica, key) for key in of] for replica, of in enumerate(keys)]
             content = [self._array(array, i, pages) for i, array in enumerate(arrays)]
             kv = self._programs[WRITE](kv, ids, jax.tree.unflatten(treedef, content))
         return kv
 
     def _array(self, like: jax.Array, leaf: int, pages: list[list[list[dict[Part, np.ndarray]] | None]]) -> jax.Array:
-        """One array of a group's content, cut as the pages are; of each device's part only what is here is looked up."""
+        """One array of a parcel's content, cut as the pages are; of each device's part only what is here is looked up."""
 
         def part_of(index: Any) -> np.ndarray:
             replica, part = self._place(index)
-            content = np.zeros((GROUP, *own[1:]), like.dtype)
+            content = np.zeros((PARCEL, *own[1:]), like.dtype)
             for row, page in enumerate(pages[replica]):
                 if page is None:
-                    raise RuntimeError(f"page {row} of a group to copy back is not in this process's host memory")
+                    raise RuntimeError(f"page {row} of a parcel to copy back is not in this process's host memory")
                 content[row] = page[leaf][part]
             return content
 
-        shape = (self._replicas * GROUP, *like.shape[1:])
+        shape = (self._replicas * PARCEL, *like.shape[1:])
         own = like.sharding.shard_shape(shape)
         return jax.make_array_from_callback(shape, like.sharding, part_of)
 
@@ -168,21 +168,21 @@ class PageStore:
 
     def _place(self, index: tuple[slice, ...]) -> tuple[int, Part]:
         """Of a device's part of an array: which replica's, and which part of a page."""
-        return (index[0].start or 0) // GROUP, tuple((s.start, s.stop) for s in index[1:])
+        return (index[0].start or 0) // PARCEL, tuple((s.start, s.stop) for s in index[1:])
 
     def _page(self, replica: int, key: bytes) -> list[dict[Part, np.ndarray]] | None:
         """A page's parts; None where it is in other processes."""
         held = self._pages.get((replica, key))
-        return held.page(replica, key) if isinstance(held, _Group) else held
+        return held.page(replica, key) if isinstance(held, _Parcel) else held
 
-    def _groups(self, moves: PageMoves) -> Iterator[tuple[np.ndarray, list[list[bytes]]]]:
-        """(ids int32 [replicas * GROUP], keys of each replica) of each run of a program that it takes."""
+    def _parcels(self, moves: PageMoves) -> Iterator[tuple[np.ndarray, list[list[bytes]]]]:
+        """(ids int32 [replicas * PARCEL], keys of each replica) of each run of a program that it takes."""
         of: dict[int, list[tuple[int, bytes]]] = defaultdict(list)
         for replica, page, key in zip(moves.replicas.tolist(), moves.pages.tolist(), moves.keys, strict=True):
             of[replica].append((page, key))
-        for start in range(0, max(map(len, of.values()), default=0), GROUP):
-            groups = [of[replica][start : start + GROUP] for replica in range(self._replicas)]
-            ids = np.zeros((self._replicas, GROUP), np.int32)
-            for replica, group in enumerate(groups):
-                ids[replica, : len(group)] = [page for page, _ in group]
-            yield ids.reshape(-1), [[key for _, key in group] for group in groups]
+        for start in range(0, max(map(len, of.values()), default=0), PARCEL):
+            parcels = [of[replica][start : start + PARCEL] for replica in range(self._replicas)]
+            ids = np.zeros((self._replicas, PARCEL), np.int32)
+            for replica, parcel in enumerate(parcels):
+                ids[replica, : len(parcel)] = [page for page, _ in parcel]
+            yield ids.reshape(-1), [[key for _, key in parcel] for parcel in parcels]

@@ -23,22 +23,22 @@ from serving.engine.requests.commands import ClearStates, LoadStates, SaveStates
 
 SAVE, LOAD, CLEAR = ProgramKey("save_states"), ProgramKey("load_states"), ProgramKey("clear_states")
 
-GROUP = 8
+PARCEL = 8
 """States of each replica that a copy program moves at once."""
 
 
 def save_states(snapshots: States, states: States, slots: jax.Array, rows: jax.Array) -> States:
-    """Copies the states of `slots` int32 [GROUP] to `rows` int32 [GROUP]; a row out of range is dropped."""
+    """Copies the states of `slots` int32 [PARCEL] to `rows` int32 [PARCEL]; a row out of range is dropped."""
     return jax.tree.map(lambda s, a: s.at[rows].set(a[slots], mode="drop"), snapshots, states)
 
 
 def load_states(states: States, snapshots: States, slots: jax.Array, rows: jax.Array) -> States:
-    """Copies the snapshots in `rows` int32 [GROUP] to `slots` int32 [GROUP]; a slot out of range is dropped."""
+    """Copies the snapshots in `rows` int32 [PARCEL] to `slots` int32 [PARCEL]; a slot out of range is dropped."""
     return jax.tree.map(lambda a, s: a.at[slots].set(s[rows], mode="drop"), states, snapshots)
 
 
 def clear_states(states: States, slots: jax.Array) -> States:
-    """Makes the states of `slots` int32 [GROUP] those before the first token; a slot out of range is dropped."""
+    """Makes the states of `slots` int32 [PARCEL] those before the first token; a slot out of range is dropped."""
     return jax.tree.map(lambda a: a.at[slots].set(jnp.zeros((), a.dtype), mode="drop"), states)
 
 
@@ -85,7 +85,7 @@ class StateStore:
     def programs(self) -> list[Program]:
         """What copies states, for one replica."""
         states, snapshots = jax.tree.map(lambda a: of_one(self._mesh, a), (self.states, self.snapshots))
-        ids = jax.ShapeDtypeStruct((GROUP,), jnp.int32)
+        ids = jax.ShapeDtypeStruct((PARCEL,), jnp.int32)
         return [
             Program(SAVE, save_states, (snapshots, states, ids, ids), (0,), (), True),
             Program(LOAD, load_states, (states, snapshots, ids, ids), (0,), (), True),
@@ -103,13 +103,13 @@ class StateStore:
             command.replicas.tolist(), command.slots.tolist(), command.rows.tolist(), strict=True
         ):
             of[replica].append((slot, row))
-        for start in range(0, max(map(len, of.values()), default=0), GROUP):
+        for start in range(0, max(map(len, of.values()), default=0), PARCEL):
             # Padding reads the first of its kind and writes out of range.
             saving = isinstance(command, SaveStates)
-            slots = np.full((self._replicas, GROUP), 0 if saving else self._slots + 1, np.int32)
-            rows = np.full((self._replicas, GROUP), self._rows if saving else 0, np.int32)
+            slots = np.full((self._replicas, PARCEL), 0 if saving else self._slots + 1, np.int32)
+            rows = np.full((self._replicas, PARCEL), self._rows if saving else 0, np.int32)
             for replica, moves in of.items():
-                for i, (slot, row) in enumerate(moves[start : start + GROUP]):
+                for i, (slot, row) in enumerate(moves[start : start + PARCEL]):
                     slots[replica, i], rows[replica, i] = slot, row
             slots, rows = slots.reshape(-1), rows.reshape(-1)
             match command:

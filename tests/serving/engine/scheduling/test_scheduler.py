@@ -135,7 +135,7 @@ class Driver:
         assert len({r.slot for r in holders}) == len(holders) == c.replicas * c.max_num_seqs - s.slots.num_free
         assert all(r.slot >= 0 or r.tokens_left(c.max_model_len) <= 0 for r in s.running)
         for r in s.running:
-            assert r.cached_pages * c.page_size <= r.num_computed, "a page is indexed before all of it is computed"
+            assert r.indexed_pages * c.page_size <= r.num_computed, "a page is indexed before all of it is computed"
         owners: dict[tuple[int, int], list] = {}
         for r in s.running:
             assert min(map(len, r.pages), default=r.reach) == r.reach >= -(-r.num_computed // c.page_size)
@@ -300,7 +300,7 @@ def test_a_prompt_that_is_cached_whole_still_computes_its_last_token():
 
 
 def test_salts_and_adapters_do_not_share():
-    d = Driver(dataclasses.replace(CONFIG, max_loras=1))
+    d = Driver(dataclasses.replace(CONFIG, adapter_slots=1))
     prompt = list(range(40))
     d.add(request("a", prompt, 2, cache_salt="x"))
     d.drain()

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from serving.frontends.sockets.stalled import StalledError, StallWatch
+from serving.frontends.sockets.stalled import ReaderStalledError, StallWatch
 
 
 class Clock:
@@ -69,7 +69,7 @@ async def test_a_write_that_is_never_taken_is_given_up_at_its_limit(watched):
     await asyncio.sleep(0)
     assert not task.done()
     clock.advance(0.2)
-    with pytest.raises(StalledError):
+    with pytest.raises(ReaderStalledError):
         await task
     assert reader.taken == [] and not task.cancelled()
 
@@ -106,7 +106,7 @@ async def test_the_limit_counts_from_the_write_that_waits_not_from_the_timer(wat
     await asyncio.sleep(0)
     assert not task.done()
     clock.advance(1.5)
-    with pytest.raises(StalledError):
+    with pytest.raises(ReaderStalledError):
         await task
 
 

@@ -7,13 +7,13 @@ import dataclasses
 import jax
 import numpy as np
 
-from serving.engine.device.stores.state_store import GROUP, StateStore
+from serving.engine.device.stores.state_store import PARCEL, StateStore
 from serving.engine.requests.cache_specs import RecurrentSpec, StateArray
 from serving.engine.requests.commands import ClearStates, LoadStates, SaveStates
 from serving.engine.requests.moves import StateMove
 
 SPEC = RecurrentSpec((StateArray("conv", (2, 3)), StateArray("matrix", (2, 4, 4), "bfloat16")))
-SLOTS, ROWS = GROUP + 3, GROUP + 2
+SLOTS, ROWS = PARCEL + 3, PARCEL + 2
 
 
 def test_states_go_where_they_are_sent_and_nowhere_else():
