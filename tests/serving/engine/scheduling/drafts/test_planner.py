@@ -96,7 +96,7 @@ def test_the_step_in_flight_is_awaited_only_for_drafts_that_pay():
 
 
 def test_a_request_with_nothing_to_guess_goes_with_the_others():
-    s = scheduler()
+    s = scheduler(tuple((b, 0.010 + 0.002 * (b.queries - 1)) for b, _ in CHEAP))
     begin(s, REPEATS, list(range(50, 70)), first=1)
     confident(s)
     plan = s.schedule(0.0)
