@@ -4,6 +4,7 @@
     python scripts/simulate.py --trace sharegpt --rate 2 --requests 1000000
     python scripts/simulate.py --trace overload --rate 12 --policy fcfs priority --plot ttft.png
     python scripts/simulate.py --trace trace.jsonl --cost cost.json
+    python scripts/simulate.py --trace agents --rate 1 --engines 4 --routing round-robin cache
     python scripts/simulate.py --fit steps.jsonl --out cost.json      # steps recorded by scripts/bench.py --record
     python scripts/simulate.py --trace rag --requests 500 --write-trace rag.jsonl
 
@@ -34,6 +35,9 @@ from serving.engine.requests.buckets import BucketTable
 from serving.engine.scheduling.policy import KEYS
 from serving.engine.scheduling.scheduler import SchedulerConfig
 from serving.installation import extra
+from serving.routing.policies import POLICIES, Balance
+from serving.routing.router import Router
+from serving.simulator.cluster import Cluster
 from serving.simulator.cost import CostModel, fit, read_records
 from serving.simulator.report import Report
 from serving.simulator.simulate import Simulation
@@ -54,6 +58,9 @@ class Run:
     config: SchedulerConfig
     asynchronous: bool
     max_num_queued_reqs: int | None
+    engines: int = 1
+    routing: str = "cache"
+    balance: Balance = dataclasses.field(default_factory=Balance)
 
 
 def requests_of(trace: str, rate: float, seed: int, count: int | None) -> Iterator[TraceRequest]:
@@ -64,6 +71,8 @@ def requests_of(trace: str, rate: float, seed: int, count: int | None) -> Iterat
 
 def simulate(run: Run) -> tuple[dict[str, object], dict[str | None, np.ndarray]]:
     """The run's summary, and its TTFTs by priority and tenant for the plot."""
+    if run.engines > 1:
+        return simulate_cluster(run)
     simulation = Simulation(
         run.config, run.cost, asynchronous=run.asynchronous, max_num_queued_reqs=run.max_num_queued_reqs
     )
@@ -72,6 +81,31 @@ def simulate(run: Run) -> tuple[dict[str, object], dict[str | None, np.ndarray]]
         report.add(outcome)
     groups: list[str | None] = list(report.groups) if len(report.groups) > 1 else [None]
     return report.summary(simulation.totals), {g: report.values("ttft", g) for g in groups}
+
+
+def simulate_cluster(run: Run) -> tuple[dict[str, object], dict[str | None, np.ndarray]]:
+    """The same of several engines behind a router."""
+    router = Router(run.routing, run.balance)
+    cluster = Cluster(
+        run.config,
+        run.cost,
+        run.engines,
+        router,
+        asynchronous=run.asynchronous,
+        max_num_queued_reqs=run.max_num_queued_reqs,
+    )
+    report = Report()
+    for outcome in cluster.run(requests_of(run.trace, run.rate, run.seed, run.requests)):
+        report.add(outcome)
+    summary = report.summary(cluster.totals)
+    summary["device_busy"] = round(cluster.totals.busy / (cluster.totals.seconds * run.engines or 1.0), 4)
+    summary |= {
+        "computed_prompt_tokens": report.prompt_tokens - report.cached_tokens,
+        "worst_imbalance": cluster.totals.worst_imbalance,
+        "requests_an_engine": [min(t.routed for t in cluster.targets), max(t.routed for t in cluster.targets)],
+        "decisions": {reason: count for (_, reason), count in sorted(router.decisions.items())},
+    }
+    return summary, {None: report.values("ttft")}
 
 
 def plot(path: str, results: dict[str, tuple[dict[str, object], dict[str | None, np.ndarray]]]) -> None:
@@ -171,7 +205,19 @@ def make_parser() -> argparse.ArgumentParser:
         {name: defaults[name] for name in SETTINGS},
         help=dict.fromkeys(("max_num_seqs", "max_num_batched_tokens"), "default: the cost model's"),
     )
-    parser.add_argument("--num-pages", type=int, default=8192)
+    parser.add_argument("--num-pages", type=int, default=8192, help="of each engine")
+    parser.add_argument("--engines", type=int, default=1, metavar="N", help="so many engines alike behind a router")
+    parser.add_argument(
+        "--routing", nargs="+", default=["cache"], choices=tuple(POLICIES), metavar="P",
+        help=f"with several engines, one run each: {', '.join(POLICIES)}",
+    )  # fmt: skip
+    usual = Balance()
+    parser.add_argument(
+        "--balance-abs-threshold", type=int, default=usual.abs_threshold, metavar="N", help="as the gateway's"
+    )
+    parser.add_argument(
+        "--balance-rel-threshold", type=float, default=usual.rel_threshold, metavar="X", help="as the gateway's"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a policy")
     parser.add_argument("--plot", metavar="PNG", help="distribution of the time to first token (needs matplotlib)")
     parser.add_argument("--write-trace", metavar="FILE", help="write the trace and stop")
@@ -201,6 +247,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--trace {args.trace}: neither a file nor one of {', '.join(GENERATORS)}.")
     if args.rate <= 0:
         parser.error(f"--rate must be above 0, got {args.rate}.")
+    if args.engines < 1:
+        parser.error(f"--engines must be at least 1, got {args.engines}.")
     if args.fit:
         return fit_cost(args)
     count = args.requests or (10_000 if args.trace in GENERATORS else None)
@@ -212,8 +260,10 @@ def main(argv: list[str] | None = None) -> None:
     tokens = args.max_num_batched_tokens or cost.max_num_batched_tokens
     cost = dataclasses.replace(cost, max_num_seqs=seqs, max_num_batched_tokens=tokens)
     table = BucketTable.make(seqs, tokens)
+    balance = Balance(abs_threshold=args.balance_abs_threshold, rel_threshold=args.balance_rel_threshold)
+    routings = args.routing if args.engines > 1 else args.routing[:1]
     runs = {
-        policy: Run(
+        policy if args.engines == 1 else f"{policy}, {routing}": Run(
             args.trace,
             args.rate,
             count,
@@ -228,8 +278,12 @@ def main(argv: list[str] | None = None) -> None:
             ),
             args.async_scheduling,
             args.max_num_queued_reqs,
+            args.engines,
+            routing,
+            balance,
         )
         for policy in args.policy
+        for routing in routings
     }
     if len(runs) == 1:
         results = {policy: simulate(run) for policy, run in runs.items()}

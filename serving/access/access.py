@@ -76,6 +76,17 @@ class Access:
         if caller is None or not caller.role.allows(Role.ADMIN):
             raise RequestError(ErrorKind.PERMISSION_DENIED, "This needs an admin key.", code="admin_key_needed")
 
+    def check_watch(self, caller: Caller | None) -> None:
+        """Refuses who may not see what others have sent. Without keys everybody may: the operator has opened it.
+
+        Raises:
+            RequestError: PERMISSION_DENIED.
+        """
+        if self.keys and (caller is None or not caller.role.allows(Role.PROXY)):
+            raise RequestError(
+                ErrorKind.PERMISSION_DENIED, "This needs a key of role proxy or admin.", code="proxy_key_needed"
+            )
+
 
 def _unauthenticated(message: str) -> RequestError:
     return RequestError(ErrorKind.UNAUTHENTICATED, message, code="invalid_api_key")

@@ -14,7 +14,7 @@ from serving.access.tls import CERT_REQS, ServerTls
 KEY_VARIABLE = "JAXSERVE_API_KEY"
 ADMIN_KEY_VARIABLE = "JAXSERVE_ADMIN_API_KEY"
 MONITOR_KEY_VARIABLE = "JAXSERVE_MONITOR_API_KEY"
-SECRET_FLAGS = frozenset({"api_key", "admin_api_key", "monitor_api_key", "target_api_key"})
+SECRET_FLAGS = frozenset({"api_key", "admin_api_key", "monitor_api_key", "target_api_key", "redis_url"})
 """Flags whose values are never shown."""
 
 

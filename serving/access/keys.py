@@ -136,6 +136,10 @@ class KeyRing:
     def __bool__(self) -> bool:
         return bool(self._keys)
 
+    def all(self) -> tuple[_Key, ...]:
+        """Every key."""
+        return self._keys
+
     @property
     def has_admin(self) -> bool:
         return any(key.caller.role is Role.ADMIN for key in self._keys)
@@ -194,15 +198,26 @@ def read_file(path: pathlib.Path) -> list[tuple[str, Role, bytes]]:
         words = line.split("#", 1)[0].split()
         if not words:
             continue
-        roles = {role.value: role for role in Role}
-        digest = _DIGEST.fullmatch(words[2]) if len(words) == 3 else None
-        if digest is None or not _NAME.fullmatch(words[0]) or words[1] not in roles:
+        try:
+            keys.append(key_of(words))
+        except ValueError as error:
             raise ValueError(
-                f"{path}, line {number}, is not 'name role sha256:<64 hex digits>' with a role of {', '.join(roles)}. "
-                "`python -m serving.access FILE NAME` writes such lines."
-            )
-        keys.append((words[0], roles[words[1]], bytes.fromhex(digest[1])))
+                f"{path}, line {number}, {error} `python -m serving.access FILE NAME` writes such lines."
+            ) from None
     return keys
+
+
+def key_of(words: Sequence[str]) -> tuple[str, Role, bytes]:
+    """A key from its name, its role and `sha256:hex`.
+
+    Raises:
+        ValueError: they are none, told without their text.
+    """
+    roles = {role.value: role for role in Role}
+    digest = _DIGEST.fullmatch(words[2]) if len(words) == 3 else None
+    if digest is None or not _NAME.fullmatch(words[0]) or words[1] not in roles:
+        raise ValueError(f"is not 'name role sha256:<64 hex digits>' with a role of {', '.join(roles)}.")
+    return words[0], roles[words[1]], bytes.fromhex(digest[1])
 
 
 def new_secret() -> str:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from typing import Protocol
 
 from serving.errors import ErrorKind, RequestError
 
 
-class RateMeter:
+class Rates(Protocol):
+    """Where the service asks whether a key may send more."""
+
+    async def ask(self, name: str, count: int = 1) -> None:
+        """Counts `count` requests of `name`, or raises RESOURCE_EXHAUSTED."""
+        ...
+
+
+class RateMeter(Rates):
     """Counts requests by key. Belongs to one event loop.
 
     Args:
@@ -36,10 +46,24 @@ class RateMeter:
         needed = min(float(count), most)
         if left < needed:
             self._buckets[name] = (left, now)
-            raise RequestError(
-                ErrorKind.RESOURCE_EXHAUSTED,
-                f"This key may send {self._per_minute} requests a minute. Try again later.",
-                code="rate_limit_exceeded",
-                retry_after_s=(needed - left) / a_second,
-            )
+            raise refusal(self._per_minute, (needed - left) / a_second)
         self._buckets[name] = (left - count, now)
+
+    async def ask(self, name: str, count: int = 1) -> None:
+        """`take`, as a meter that has to ask somebody does it."""
+        self.take(name, count)
+
+    def note(self, name: str, count: int = 1) -> None:
+        """Counts requests that somebody else let through."""
+        with contextlib.suppress(RequestError):
+            self.take(name, count)
+
+
+def refusal(per_minute: int, wait_s: float) -> RequestError:
+    """What a key is told that has asked too often."""
+    return RequestError(
+        ErrorKind.RESOURCE_EXHAUSTED,
+        f"This key may send {per_minute} requests a minute. Try again later.",
+        code="rate_limit_exceeded",
+        retry_after_s=wait_s,
+    )

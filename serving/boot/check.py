@@ -21,6 +21,8 @@ from serving.engine.api.config import EngineConfig
 from serving.engine.device.programs.bundle import Bundle
 from serving.engine.device.sizing import Bounds, resolve_bounds, resolve_dtype, resolve_quantization
 from serving.engine.encoder.sizing import EncoderSizes, encoder_sizes
+from serving.kv_events.config import KVEventsConfig
+from serving.kv_events.start import check_installed
 from sharding.mesh import make_mesh
 
 
@@ -77,6 +79,7 @@ def check(config: EngineConfig, source: ModelSource, programs: pathlib.Path | No
         config = bundle.apply(config)
     platform, mesh = jax.default_backend(), make_mesh(config.mesh)
     _check_backend(config.attention_backend, platform)
+    check_installed(KVEventsConfig.of(config.kv_events_config))
     opened = open_checkpoint(source)
     dtype = resolve_dtype(config, platform)
     if "generate" not in opened.family.tasks:
@@ -105,7 +108,7 @@ def _check_encoder(
     have stored."""
     if config.coordinator is not None:
         raise ValueError(f"{opened.model_id} is an encoder; an encoder runs in a single process.")
-    for name in ("compiled", "kv_offload_gb", "speculative_config"):
+    for name in ("compiled", "kv_offload_gb", "kv_events_config", "speculative_config"):
         if getattr(config, name):
             raise ValueError(f"{name} is for models that generate; {opened.model_id} is an encoder.")
     quantization = None if config.quantization in ("none", "auto") else config.quantization

@@ -11,6 +11,8 @@ from serving.engine.encoder.engine import EncoderEngine
 from serving.engine.engine import Engine
 from serving.engine.rehearsal import rehearse
 from serving.engine.scheduling.scheduler import Scheduler
+from serving.kv_events.config import KVEventsConfig
+from serving.kv_events.start import KVEvents
 
 REHEARSAL_S = 600.0
 """How long a request of two tokens may take on the slowest device before the start counts as failed."""
@@ -26,6 +28,12 @@ def wire_decoder(
     """
     scheduler = Scheduler(compiled.scheduler)
     engine = Engine(checked.config, loaded, compiled.runner, scheduler, compiled.info, load_model=reader(checked))
+    told = KVEventsConfig.of(checked.config.kv_events_config)
+    events = KVEvents(told, compiled.scheduler.replicas) if told.enable_kv_cache_events else None
+    if events is not None:
+        scheduler.kv.tell(events.log.add)
+        engine.tell_pages(events.log, events.close)
+        events.start()
     if followers is not None:
         engine.runner.executor.lead(followers)
     engine.loop.start()

@@ -18,6 +18,7 @@ from serving.engine.api.client import EmbeddingClient, EngineClient
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.lifecycle import Lifecycle, LoadModel
 from serving.engine.api.mortal import Mortal
+from serving.engine.api.page_events import PageEvents
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.streams import OutputStream
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
@@ -59,6 +60,8 @@ class Engine(Mortal):
             scheduler, runner, self._deliver, self._reject, self.declare_dead, asynchronous=config.async_scheduling
         )
         self.lifecycle = Lifecycle(Resting(self.loop, scheduler, runner.executor), load_model)
+        self.page_events: PageEvents | None = None
+        self.stop_telling: Callable[[], None] | None = None
         self.client = InProcessClient(self, info)
 
     def drain(self, timeout: float | None) -> bool:
@@ -77,6 +80,12 @@ class Engine(Mortal):
         self.loop.stop(timeout)
         self.client.fail_all(RequestError(ErrorKind.UNAVAILABLE, "the server has stopped."))
         self.runner.guard.close()
+        if self.stop_telling is not None:
+            self.stop_telling()
+
+    def tell_pages(self, events: PageEvents, stop: Callable[[], None]) -> None:
+        """Has a log that the scheduler writes to be followed through the client; `stop` ends it with the engine."""
+        self.page_events, self.stop_telling = events, stop
 
     def call(self, function: Callable[[], Any], timeout: float = 60.0) -> Any:
         """Runs a function on the engine thread between two steps and returns its result."""
@@ -218,6 +227,11 @@ class InProcessClient(EngineClient):
     def adapters(self) -> EngineAdapters | None:
         """What loads and lists adapters; None where the engine takes none."""
         return EngineAdapters(self._engine) if self._engine.runner.adapters.open else None
+
+    @property
+    def page_events(self) -> PageEvents | None:
+        """What the prefix cache holds, where that is told."""
+        return self._engine.page_events
 
     @property
     def refusal(self) -> str | None:

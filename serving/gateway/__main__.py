@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from serving import event_loop
+from serving.access import Access, shared
 from serving.access.flags import access_of, http_options, limit_changes, tls_of, warnings_for
 from serving.errors import RequestError
-from serving.gateway.flags import parse, target_names, target_tls
-from serving.gateway.pool import Pool
+from serving.gateway.flags import discovery_of, parse, router_of, target_tls
+from serving.gateway.page_index import follow
+from serving.gateway.pool import Member, Pool
 
 if TYPE_CHECKING:
     from serving.frontends.grpc.client import RemoteEngineClient
@@ -30,6 +33,11 @@ class Gateway:
         self._first = asyncio.Event()  # an engine is there
         self._pool: Pool | None = None
         self._service: TextService | None = None
+        self._following: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._access = Access()
+        self._redis: Any = None
+        self._picker: Any = None
 
     async def run(self) -> int:
         """Returns the exit status: 0 after a signal, 1 when it cannot serve."""
@@ -39,42 +47,116 @@ class Gateway:
         from serving.service import Limits
 
         args, tls = self._args, tls_of(self._args)
-        for line in warnings_for(args.host, access_of(args), tls):
+        self._access = await self._shared_access()
+        for line in warnings_for(args.host, self._access, tls):
             say(line)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        names = target_names(args)
+        discovery = discovery_of(args)
+        names = discovery.sentence()
+        grpc_server = None
         try:
-            engines = Connector(names, self._on_ready, args.target_api_key, target_tls(args), say)
+            engines = Connector(
+                discovery, self._on_ready, args.target_api_key, target_tls(args), say,
+                on_gone=self._on_gone, look_s=args.target_refresh,
+            )  # fmt: skip
             door = Doorway(engines.sentence)
             http = await serve_app(door, Limits(), host=args.host, port=args.port, tls=tls)
+            grpc_server = await self._grpc(tls)
         except (ValueError, OSError) as error:
             say(f"error: {error}")
             return 1
-        engines.start()
+        await engines.start()
         try:
-            say(f"listening at {http.url}; waiting for {', '.join(names)}")
+            say(f"listening at {http.url}; waiting for {names}")
             if not await self._wait_for_first(engines):
                 return 0 if self._stop.is_set() else 1
             door.app = await self._application()
-            say(f"ready at {http.url}, serving {self._info().model_id} from {', '.join(names)}")
+            if grpc_server is not None and self._service is not None:
+                await grpc_server.serve(self._service)
+            await self._start_picker(tls)
+            say(f"ready at {http.url}, serving {self._info().model_id} from {names}")
             await self._stop.wait()
             await self._drain()
         except (ValueError, OSError, RequestError) as error:
             say(f"error: {error}")
             return 1
         finally:
+            for server in (grpc_server, self._picker):
+                if server is not None:
+                    await server.stop(1.0)
             await http.stop(1.0)
+            tasks = [*self._following.values(), *self._tasks]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await engines.close()
+            if self._redis is not None:
+                await shared.close(self._redis)
         return 0
 
+    async def _shared_access(self) -> Access:
+        """The keys of the flags, and those in Redis where they are asked for."""
+        access = access_of(self._args)
+        if self._args.redis_url is None:
+            return access
+        self._redis = shared.connect(self._args.redis_url)
+        if not self._args.redis_keys:
+            return access
+        keys = shared.SharedKeys(access.keys, self._redis)
+        await keys.read()
+        self._tasks.add(asyncio.create_task(keys.follow()))
+        return dataclasses.replace(access, keys=keys)
+
     def _on_ready(self, name: str, client: RemoteEngineClient) -> None:
+        self._take(name, client)
+        if self._args.kv_events and self._args.policy == "cache":
+            assert self._pool is not None
+            following = asyncio.create_task(follow(name, client, self._pool.router))
+            self._following[name] = following
+
+    def _on_gone(self, name: str) -> Member | None:
+        if (following := self._following.pop(name, None)) is not None:
+            following.cancel()
+        return self._pool.remove(name) if self._pool is not None else None
+
+    def _take(self, name: str, client: RemoteEngineClient) -> None:
         if self._pool is None:
-            self._pool = Pool([client])
+            self._pool = Pool([client], router_of(self._args), [name])
+            self._pool.objectives = dict(self._args.objective)
+            self._pool.sticky_tenants = self._args.sticky_tenants
             self._first.set()
         else:
-            self._pool.add(client)
+            self._pool.add(client, name)
+
+    async def _grpc(self, tls: Any) -> Any:
+        """The gRPC server, listening; None where none is asked for."""
+        from serving.frontends.grpc.server import GrpcServer
+        from serving.gateway.asking import AskedByMetadata
+        from serving.service import Limits
+
+        args = self._args
+        if args.grpc_port is None:
+            return None
+        server = GrpcServer(
+            args.host, args.grpc_port, Limits(), access=self._access, tls=tls,
+            interceptors=(AskedByMetadata(args.session_header),),
+        )  # fmt: skip
+        port = await server.start()
+        say(f"listening at {args.host}:{port} (gRPC)")
+        return server
+
+    async def _start_picker(self, tls: Any) -> None:
+        if self._args.endpoint_picker_port is None:
+            return
+        from serving.gateway.picker import EndpointPicker, serve_picker
+
+        assert self._service is not None and self._pool is not None
+        picker = EndpointPicker(self._service, self._pool, self._args.target_http_port)
+        host = self._args.host
+        self._picker, port = await serve_picker(picker, host, self._args.endpoint_picker_port, tls)
+        say(f"picking endpoints at {host}:{port} (gRPC, external processing)")
 
     async def _wait_for_first(self, engines: Any) -> bool:
         """Whether there is an engine; False where it was told to stop, has waited for long enough, or every engine refused."""
@@ -102,6 +184,8 @@ class Gateway:
         from serving.boot.startup import load_text_side
         from serving.frontends.app import create_app, rehearse
         from serving.frontends.grpc.client import RemoteGrammars
+        from serving.gateway.asking import AskedByHeaders
+        from serving.gateway.metrics import GatewayMetrics
         from serving.metrics import MeteredClient
         from serving.service import Limits, TextService
 
@@ -113,8 +197,10 @@ class Gateway:
                 f"{info.vocab_size}. Name the model that the engines serve with --model."
             )
         assert self._pool is not None
+        client = MeteredClient(self._pool)
+        client.metrics.add(GatewayMetrics(self._pool))
         self._service = TextService(
-            MeteredClient(self._pool),
+            client,
             side.tokenizer,
             side.chat_template,
             model_id=info.model_id,
@@ -122,10 +208,11 @@ class Gateway:
             tool_parser=args.tool_call_parser,
             reasoning_parser=args.reasoning_parser,
             limits=Limits.for_model(info.max_model_len, **limit_changes(args)),
+            rates=shared.SharedMeter(self._redis, args.requests_per_minute) if self._redis is not None else None,
         )
-        app = create_app(self._service, access=access_of(args), **http_options(args))
+        app = create_app(self._service, access=self._access, **http_options(args))
         await rehearse(app)
-        return app
+        return AskedByHeaders(app, args.session_header)
 
     def _on_signal(self) -> None:
         if self._stop.is_set():

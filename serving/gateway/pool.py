@@ -6,14 +6,18 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from serving.engine.api.adapters import AdapterClient, AdapterInfo
 from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
 from serving.errors import DIED, ErrorKind, RequestError
+from serving.gateway.asking import asked_of_task
+from serving.routing.router import NO_WISH, Route, Router, Visit, Wish
+from serving.routing.targets import Target
 
 
 class RemoteEngine(Protocol):
@@ -41,6 +45,9 @@ class RemoteEngine(Protocol):
     @property
     def healthy(self) -> bool: ...
 
+    @property
+    def adapters(self) -> AdapterClient | None: ...
+
 
 _ELSEWHERE = frozenset({ErrorKind.UNAVAILABLE, ErrorKind.RESOURCE_EXHAUSTED})
 """Refusals that another engine may not share."""
@@ -50,40 +57,86 @@ def _nobody() -> RequestError:
     return RequestError(ErrorKind.UNAVAILABLE, "No engine behind this gateway answers.", retry_after_s=2.0)
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class Member:
+    """One engine of a pool.
+
+    Attributes:
+        number: its place among all that ever came: what clients are told of it.
+        idle: set while no request of ours is there.
+    """
+
+    client: RemoteEngine
+    target: Target
+    number: int
+    idle: asyncio.Event
+
+
 class Pool(EngineClient):
     """Several engines with the same model as one `EngineClient`.
 
-    A request goes to the healthy engine with the least work: the requests that this gateway has there, and those that
-    wait there for whomever. Equal ones take turns. A request that an engine refuses before its first token (down,
-    draining, full) is tried once on each of the others.
+    The router says where a request goes. One that an engine refuses before its first token (down, draining, full), or loses before
+    it, is tried once on each of the others.
 
+    Args:
+        router: None makes one with the default policy.
+        names: of the targets; None numbers them.
     Raises:
         ValueError: no engine, or engines that serve different models.
+
+    Attributes:
+        members: by name.
+        objectives: priority of each that requests may name.
+        sticky_tenants: whether what names no session belongs to its tenant's.
     """
 
-    def __init__(self, targets: Sequence[RemoteEngine]) -> None:
+    def __init__(
+        self, targets: Sequence[RemoteEngine], router: Router | None = None, names: Sequence[str] | None = None
+    ) -> None:
         if not targets:
             raise ValueError("A gateway needs at least one target.")
-        self._targets: list[RemoteEngine] = []
-        self._live: list[int] = []
-        self._turn = itertools.count()
+        self.router = router or Router()
+        self.members: dict[str, Member] = {}
+        self.objectives: Mapping[str, int] = {}
+        self.sticky_tenants = False
+        self._numbers = itertools.count()
         self._info = targets[0].info()
-        for target in targets:
-            self.add(target)
+        for i, target in enumerate(targets):
+            self.add(target, names[i] if names else None)
 
-    def add(self, target: RemoteEngine) -> None:
+    def add(self, client: RemoteEngine, name: str | None = None) -> None:
         """Takes one more engine.
 
         Raises:
-            ValueError: it serves another model than the ones that are here.
+            ValueError: it serves another model than the ones that are here, or is here already.
         """
-        infos = [*(one.info() for one in self._targets), target.info()]
-        for name in ("model_id", "vocab_size", "tasks", "labels"):
-            values = sorted({str(getattr(info, name)) for info in infos})
+        infos = [*(one.client.info() for one in self.members.values()), client.info()]
+        for field in ("model_id", "vocab_size", "tasks", "labels"):
+            values = sorted({str(getattr(info, field)) for info in (self._info, *infos)})
             if len(values) > 1:
-                raise ValueError(f"The targets differ in {name}: {', '.join(values)}. A gateway serves one model.")
-        self._targets.append(target)
-        self._live.append(0)
+                raise ValueError(f"The targets differ in {field}: {', '.join(values)}. A gateway serves one model.")
+        number = next(self._numbers)
+        name = name or str(number)
+        info = client.info()
+        target = self.router.add(name, info.page_size, info.num_pages)
+        member = Member(client, target, number, asyncio.Event())
+        member.idle.set()
+        self.members[name] = member
+        self._sum(infos)
+        watch = getattr(client, "watch", None)
+        if watch is not None:
+            watch(lambda: self._told(member), lambda: self.router.forget(name))
+        self._told(member)
+
+    def remove(self, name: str) -> Member | None:
+        """Sends nothing more there. What runs there goes on: wait for the member's `idle` before closing its client."""
+        member = self.members.pop(name, None)
+        self.router.remove(name)
+        if self.members:
+            self._sum([one.client.info() for one in self.members.values()])
+        return member
+
+    def _sum(self, infos: Sequence[EngineInfo]) -> None:
         self._info = dataclasses.replace(
             infos[0],
             max_model_len=min(info.max_model_len for info in infos),
@@ -91,31 +144,80 @@ class Pool(EngineClient):
             num_pages=sum(info.num_pages for info in infos),
         )
 
-    def _order(self) -> list[int]:
-        """Healthy targets, the one with the least work first."""
-        n, turn = len(self._targets), next(self._turn)
-        able = [i for i in range(n) if self._targets[i].healthy]
-        return sorted(able, key=lambda i: (self._live[i] + self._targets[i].stats().num_waiting, (i - turn) % n))
+    def _told(self, member: Member) -> None:
+        member.target.told(member.client.stats())
+        adapters = member.client.adapters
+        member.target.adapters = None if adapters is None else frozenset(one.digest for one in adapters.infos())
+
+    def _healthy(self) -> list[Target]:
+        found = []
+        for member in self.members.values():
+            if member.client.healthy:
+                if not hasattr(member.client, "watch"):  # an engine in this process: what it says is always new
+                    self._told(member)
+                found.append(member.target)
+        return found
+
+    def route(self, request: EngineRequest, wish: Wish) -> Route:
+        """Where a request is to go.
+
+        Raises:
+            RequestError: UNAVAILABLE, where nobody answers that could run it.
+        """
+        if wish.session is None and self.sticky_tenants and request.tenant:
+            wish = dataclasses.replace(wish, session=f"tenant {request.tenant}")
+        route = self.router.route(request, self._healthy(), wish)
+        if route is None:
+            raise self._nobody(request)
+        return route
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """As EngineClient.generate."""
+        asked = asked_of_task.get()
+        if asked is not None:
+            request = asked.concerned(request, self.objectives)
+        route = self.route(request, asked.wish if asked is not None else NO_WISH)
         failure = _nobody()
-        for i in self._order():
-            begun = False
-            self._live[i] += 1
+        for attempt, target in enumerate(route.order):
+            member = self.members.get(target.name)
+            if member is None or member.target is not target:
+                continue  # gone meanwhile
+            if asked is not None:
+                asked.note(route, member.number, target.name, attempt)
+            completion: list[int] | None = None  # None: nothing has come
+            visit = self._begin(route, member)
             try:
-                async with contextlib.aclosing(self._targets[i].generate(request)) as outputs:
+                async with contextlib.aclosing(member.client.generate(request)) as outputs:
                     async for output in outputs:
-                        begun = True
+                        if completion is None:
+                            completion = []
+                        completion += output.token_ids
                         yield output
                 return
             except RequestError as error:
-                if begun or (error.kind not in _ELSEWHERE and error.code != DIED):
+                if completion is not None or (error.kind not in _ELSEWHERE and error.code != DIED):
                     raise
                 failure = error
+                self.router.retries[error.kind.name.lower()] += 1
             finally:
-                self._live[i] -= 1
+                self._end(visit, member, completion)
         raise failure
+
+    def _begin(self, route: Route, member: Member) -> Visit:
+        member.idle.clear()
+        return self.router.begin(route, member.target)
+
+    def _end(self, visit: Visit, member: Member, completion: Sequence[int] | None) -> None:
+        self.router.end(visit, completion)
+        if not member.target.live:
+            member.idle.set()
+
+    def _nobody(self, request: EngineRequest) -> RequestError:
+        if request.adapter is not None and self.healthy:
+            return RequestError(
+                ErrorKind.UNAVAILABLE, "No engine that answers has this adapter now.", param="model", retry_after_s=2.0
+            )
+        return _nobody()
 
     async def embed(
         self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0
@@ -136,16 +238,23 @@ class Pool(EngineClient):
     async def _once(self, call: Callable[[RemoteEngine], Awaitable[np.ndarray]]) -> np.ndarray:
         """A call with one answer, by the engine with the least work; the others are tried where it refuses."""
         failure = _nobody()
-        for i in self._order():
-            self._live[i] += 1
+        able = self._healthy()
+        members = [one for one in self.members.values() if one.target in able]
+        for member in sorted(members, key=lambda one: (one.target.load, one.target.routed)):
+            member.target.live += 1
+            member.target.routed += 1
+            member.idle.clear()
             try:
-                return await call(self._targets[i])
+                return await call(member.client)
             except RequestError as error:
                 if error.kind not in _ELSEWHERE:
                     raise
                 failure = error
+                self.router.retries[error.kind.name.lower()] += 1
             finally:
-                self._live[i] -= 1
+                member.target.live -= 1
+                if not member.target.live:
+                    member.idle.set()
         raise failure
 
     @property
@@ -164,7 +273,9 @@ class Pool(EngineClient):
         return self
 
     async def abort(self, request_id: str) -> bool:
-        found = await asyncio.gather(*(t.abort(request_id) for t in self._targets), return_exceptions=True)
+        found = await asyncio.gather(
+            *(one.client.abort(request_id) for one in self.members.values()), return_exceptions=True
+        )
         return any(one is True for one in found)
 
     def info(self) -> EngineInfo:
@@ -172,7 +283,9 @@ class Pool(EngineClient):
 
     def stats(self) -> EngineStats:
         """Sums over the engines; the last step's times are the longest. What the wire does not carry stays unknown."""
-        all_stats = [target.stats() for target in self._targets]
+        all_stats = [one.client.stats() for one in self.members.values()]
+        if not all_stats:
+            return EngineStats()
         merged: dict[str, Any] = {}
         for field in dataclasses.fields(EngineStats):
             values = [getattr(stats, field.name) for stats in all_stats]
@@ -185,5 +298,31 @@ class Pool(EngineClient):
         return EngineStats(**merged)
 
     @property
+    def adapters(self) -> AdapterClient | None:
+        """What any of the engines has; None where none takes adapters."""
+        each = [one.client.adapters for one in self.members.values()]
+        return PoolAdapters([one for one in each if one is not None]) if any(one is not None for one in each) else None
+
+    @property
     def healthy(self) -> bool:
-        return any(target.healthy for target in self._targets)
+        return any(one.client.healthy for one in self.members.values())
+
+
+class PoolAdapters(AdapterClient):
+    """The adapters of several engines; of one name the first. They are loaded and unloaded there."""
+
+    def __init__(self, each: Sequence[AdapterClient]) -> None:
+        self._each = each
+
+    def load(self, name: str, path: str, replace: bool = False) -> AdapterInfo:
+        return self._each[0].load(name, path, replace)
+
+    def unload(self, name: str) -> AdapterInfo:
+        return self._each[0].unload(name)
+
+    def find(self, name: str) -> AdapterInfo | None:
+        return next((one for one in self.infos() if one.name == name), None)
+
+    def infos(self) -> list[AdapterInfo]:
+        found = {info.name: info for one in reversed(self._each) for info in one.infos()}
+        return list(found.values())

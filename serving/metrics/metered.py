@@ -12,6 +12,7 @@ import numpy as np
 from serving.engine.api.adapters import AdapterClient
 from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient
 from serving.engine.api.lifecycle import Lifecycle
+from serving.engine.api.page_events import PageEvents
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, TokenPair
 from serving.errors import RequestError
 from serving.metrics.metrics import Metrics
@@ -151,6 +152,10 @@ class MeteredClient(EngineClient):
     @property
     def adapters(self) -> AdapterClient | None:
         return self._client.adapters
+
+    @property
+    def page_events(self) -> PageEvents | None:
+        return self._client.page_events
 
     @property
     def lifecycle(self) -> Lifecycle | None:

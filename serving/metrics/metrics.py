@@ -74,6 +74,10 @@ class Metrics(Collector):
         found = getattr(client, "metrics", None)
         return found if isinstance(found, Metrics) else cls(client)
 
+    def add(self, collector: Collector) -> None:
+        """Shows what another collector has, too."""
+        self._registry.register(collector)
+
     def count(self, name: str, *labels: str, by: int = 1) -> None:
         """Adds to one of `counts`."""
         family = self.counts[name]

@@ -14,7 +14,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 from serving.access.keys import caller_of_task
-from serving.access.rates import RateMeter
+from serving.access.rates import RateMeter, Rates
 from serving.engine.api.adapters import AdapterClient
 from serving.engine.api.client import EngineClient
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
@@ -65,6 +65,7 @@ class TextService:
         executor: where tokenizing and rendering run; None makes two threads.
         tool_parser, reasoning_parser: how the model writes calls and thinking, by a parser's name; None takes what its
             chat template shows.
+        rates: counts requests by key; None counts those of this process, by the limits.
     Raises:
         ValueError: there is no such parser.
     """
@@ -83,6 +84,7 @@ class TextService:
         executor: Executor | None = None,
         tool_parser: str | None = None,
         reasoning_parser: str | None = None,
+        rates: Rates | None = None,
     ) -> None:
         self.client = client
         self.tokenizer = tokenizer
@@ -92,7 +94,7 @@ class TextService:
         self.info = client.info()
         self.model_names = tuple(dict.fromkeys((model_id, *aliases, DEFAULT_MODEL, self.info.model_id)))
         self.limits = limits or Limits.for_model(self.info.max_model_len)
-        self._rates = RateMeter(self.limits.requests_per_minute)
+        self._rates = rates or RateMeter(self.limits.requests_per_minute)
         self.default_params = dict(default_params or {})
         self.grammar_compiler = grammar_compiler
         self.created = int(time.time())
@@ -144,13 +146,12 @@ class TextService:
         given.check(self.limits)
         prep.check_params(params, self.info.vocab_size, self.limits)
         prep.check_reads_text(params, self.tokenizer)
-        caller = caller_of_task.get()
-        if caller:
+        if caller := caller_of_task.get():
             caller.check_requests()
             caller.check_priority(given.priority)
         share = caller and caller.share(given.tenant)
         self._live.check_room(params.n, share)
-        self._rates.take(caller.name if caller else "", params.n)
+        await self._rates.ask(caller.name if caller else "", params.n)
         prompt, ids = await self._read_prompt(given)
         prompt_ids, params = prep.fit_prompt(ids, params, given, self.info.vocab_size, self.info.max_model_len)
         bad_words = await self._run(prep.bad_word_ids, params.bad_words, self.tokenizer) if params.bad_words else ()
@@ -234,7 +235,7 @@ class TextService:
         """
         self.resolve_model(given.model)
         given.check(self.limits)
-        with self._counted():
+        with await self._counted():
             return await self._read_prompt(given)
 
     async def embed(
@@ -249,7 +250,7 @@ class TextService:
             RequestError: as `prepare` and `generate`; UNIMPLEMENTED when the engine cannot pool.
         """
         self._check_reads(given, "embed", "does not give embeddings")
-        with self._counted():
+        with await self._counted():
             return await self._embed(vectors.prompted(given, self.info, prompt_name), pooling)
 
     async def _embed(self, given: GenerateInput, pooling: str | None = None) -> Embedding:
@@ -271,7 +272,7 @@ class TextService:
             RequestError: as `embed`; UNIMPLEMENTED when the model is no sequence classifier.
         """
         self._check_reads(given, "classify", "tells no labels of texts: it is no sequence classifier")
-        with self._counted():
+        with await self._counted():
             _, ids = await self._run(vectors.encode, given, self.tokenizer, self.chat_template, self.limits, self.info)
             request_id = f"{given.request_id or 'classify'}#{next(self._serial)}"
             assert self.client.classifier is not None
@@ -287,7 +288,7 @@ class TextService:
         """
         reads_pairs = self._can("score")
         self._check_reads(given, "score" if reads_pairs else "embed", "does not give scores or embeddings")
-        with self._counted():
+        with await self._counted():
             if not reads_pairs:
                 return await vectors.score_by_cosine(
                     lambda one: self._embed(vectors.prompted(one, self.info, None)), given
@@ -313,7 +314,7 @@ class TextService:
                 raise invalid(
                     f"Token {i} is {token!r}; this model's ids go from 0 to {self.info.vocab_size - 1}.", "token_ids"
                 )
-        with self._counted():
+        with await self._counted():
             return await self._run(lambda: self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     async def offsets(self, ids: Sequence[int], text: str) -> list[int]:
@@ -457,12 +458,11 @@ class TextService:
                 if text.finish_reason is not None:
                     return
 
-    def _counted(self) -> contextlib.AbstractContextManager[None]:
+    async def _counted(self) -> contextlib.AbstractContextManager[None]:
         """Counts a request without completions: against its key's rate, and among those that are live."""
-        caller = caller_of_task.get()
-        if caller:
+        if caller := caller_of_task.get():
             caller.check_requests()
-        self._rates.take(caller.name if caller else "")
+        await self._rates.ask(caller.name if caller else "")
         return self._live.counted(1, caller and caller.share(None))
 
     async def _compile(self, grammar: StructuredOutputs) -> ConstraintFactory:

@@ -6,8 +6,10 @@ The engine's own pipeline steps (serving/engine/scheduling/pipeline.py); here is
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -108,8 +110,9 @@ class Simulation:
         self._max_queued = max_num_queued_reqs
         self._sample_every = sample_every
         self._live: dict[str, Progress] = {}
+        self.on_end: Callable[[str], None] | None = None  # told the name of each request that was served to its end
         self._ended: list[Outcome] = []
-        self._params: dict[int, SamplingParams] = {}
+        self._paused = False
         self._same = np.full((config.replicas * (config.max_num_seqs + config.max_chunk_rows), 1), OWN_TOKEN, np.int32)
 
     @property
@@ -118,63 +121,67 @@ class Simulation:
         return self.device.now
 
     def run(self, trace: Iterable[TraceRequest]) -> Iterator[Outcome]:
-        """Yields an outcome as each request ends.
-
-        Raises:
-            RuntimeError: requests are left that can never run: the scheduler is at fault.
-        """
-        began = time.perf_counter()
-        arrivals = iter(enumerate(trace))
-        upcoming = next(arrivals, None)
-        device, pipeline = self.device, self.pipeline
-        device.now = start = upcoming[1].arrival if upcoming else 0.0
-        while True:
-            device.now += pipeline.pause_s()
-            while upcoming is not None and upcoming[1].arrival <= device.now:
-                self._submit(*upcoming)
-                upcoming = next(arrivals, None)
-            was_busy = pipeline.in_flight is not None
-            if pipeline.step() is None and not was_busy:
-                if upcoming is None:
-                    break
-                device.now = max(device.now, upcoming[1].arrival)
-            if self._ended:
-                yield from self._ended
-                self._ended.clear()
-        yield from self._ended
-        self.totals.seconds = self.now - start
+        """Yields an outcome as each request ends."""
+        began, start = time.perf_counter(), None
+        for index, request in enumerate(trace):
+            if start is None:
+                self.device.now = start = request.arrival
+            self.advance(request.arrival)
+            self.submit(index, request)
+            yield from self.take_ended()
+        self.advance(math.inf)
+        yield from self.take_ended()
+        self.totals.seconds = self.now - (start or 0.0)
         self.totals.preemptions = self.scheduler.counters.preemptions
         self.totals.wall = time.perf_counter() - began
 
-    def _submit(self, index: int, request: TraceRequest) -> None:
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._live)
+
+    def advance(self, until: float) -> None:
+        """Steps until the clock has reached `until`, or there is nothing to do. The last step may end later."""
+        device, pipeline = self.device, self.pipeline
+        while True:
+            if not self._paused:
+                device.now += pipeline.pause_s()
+                self._paused = True
+            if device.now >= until:
+                return
+            was_busy, self._paused = pipeline.in_flight is not None, False
+            if pipeline.step() is None and not was_busy:
+                if until < math.inf:
+                    device.now = max(device.now, until)
+                return
+
+    def take_ended(self) -> list[Outcome]:
+        """What became of the requests that have ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def forget_refusal(self) -> None:
+        """The request that was refused last is taken elsewhere: it is no outcome here."""
+        self.totals.refused -= 1
+        self._ended.pop()
+
+    def submit(self, index: int, request: TraceRequest, spec: EngineRequest | None = None) -> bool:
+        """A request arrives, now or, while a step runs, when it ends. False where it is refused, which is an outcome too.
+
+        Args:
+            index: its place in the trace.
+            spec: what `engine_request` made of it, where that is known.
+        """
         limit = self.scheduler.config.max_model_len
         full = self._max_queued is not None and len(self.scheduler.waiting) >= self._max_queued
         if full or request.prompt_tokens >= limit:
             self.totals.refused += 1
             self._ended.append(_outcome(Progress(request, None), self.now, 0, "refused"))
-            return
-        params = self._params.get(request.output_tokens)
-        if params is None:
-            params = SamplingParams(
-                temperature=0.0, max_tokens=request.output_tokens, ignore_eos=True, detokenize=False
-            )
-            self._params[request.output_tokens] = params
-        name = str(index)
-        after = request.arrival
-        self.scheduler.add(
-            EngineRequest(
-                name,
-                prompt_token_ids(request, index),
-                params,
-                priority=request.priority,
-                tenant=request.tenant,
-                arrival_time=request.arrival,
-                deadline=None if request.deadline is None else after + request.deadline,
-                ttft_deadline=None if request.ttft_deadline is None else after + request.ttft_deadline,
-            )
-        )
-        answer = None if request.output_id is None else segment_tokens(request.output_id, request.output_tokens)
-        self._live[name] = Progress(request, answer)
+            return False
+        spec = spec or engine_request(index, request)
+        self.scheduler.add(spec)
+        self._live[spec.request_id] = Progress(request, answer_of(request))
+        return True
 
     def _note(self, step: VirtualStep) -> None:
         totals = self.totals
@@ -217,7 +224,38 @@ class Simulation:
                 live.tokens += len(output.token_ids)
             if output.finish_reason is not None:
                 del self._live[output.request_id]
+                if self.on_end is not None:
+                    self.on_end(output.request_id)
                 self._ended.append(_outcome(live, seen, output.num_cached_tokens, output.finish_reason.value))
+
+
+@functools.lru_cache(maxsize=8192)
+def _params(output_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
+
+
+def engine_request(index: int, request: TraceRequest) -> EngineRequest:
+    """A request of a trace as engines and routers see it.
+
+    Args:
+        index: its place in the trace; its name, too.
+    """
+    after = request.arrival
+    return EngineRequest(
+        str(index),
+        prompt_token_ids(request, index),
+        _params(request.output_tokens),
+        priority=request.priority,
+        tenant=request.tenant,
+        arrival_time=request.arrival,
+        deadline=None if request.deadline is None else after + request.deadline,
+        ttft_deadline=None if request.ttft_deadline is None else after + request.ttft_deadline,
+    )
+
+
+def answer_of(request: TraceRequest) -> tuple[int, ...] | None:
+    """The tokens that it generates; None where nobody will ask for them."""
+    return None if request.output_id is None else segment_tokens(request.output_id, request.output_tokens)
 
 
 def _outcome(live: Progress, now: float, cached: int, reason: str) -> Outcome:

@@ -134,6 +134,7 @@ SHAREGPT_OUTPUT = Lengths(338, 0.9, 4, 1024)
 
 RAG_QUESTION, RAG_OUTPUT = Lengths(512, 0.2, 64, 1024), Lengths(64, 0.5, 8, 256)
 CHAT_MESSAGE, CHAT_OUTPUT = Lengths(60, 0.8, 4, 512), Lengths(120, 0.7, 8, 512)
+AGENT_RESULT, AGENT_CALL = Lengths(120, 0.8, 8, 600), Lengths(40, 0.6, 8, 160)
 MIXED_PROMPT, MIXED_OUTPUT = Lengths(128, 0.9, 16, 512), Lengths(64, 0.9, 8, 256)
 """Chosen, not taken from a data set; the mixed lengths are those of the benchmark against static batching."""
 
@@ -187,21 +188,28 @@ def multi_turn(
     max_tokens: int = 4096,
     message: Lengths = CHAT_MESSAGE,
     output: Lengths = CHAT_OUTPUT,
+    systems: int = 0,
+    system_tokens: int = 0,
 ) -> Iterator[TraceRequest]:
-    """Conversations: each prompt is the whole history, earlier completions included, plus a new message.
+    """Conversations: each prompt is the whole history, earlier completions included, plus a new message. With `systems`, each
+    begins with one of so many system prompts of `system_tokens`, some far more often than others (Zipf).
 
     `rate` conversations start a second; each has a geometric number of turns with mean `turns`, and ends before a prompt
     and its completion would pass `max_tokens`. `think_s` is the mean time from one message to the next.
     """
     rng = np.random.default_rng(seed)
     message_of, output_of = message.sampler(rng), output.sampler(rng)
-    segments = itertools.count(1)
+    segments = itertools.count(1 + systems)
+    shares = np.cumsum(1 / np.arange(1, systems + 1))
     starts = 0.0
     pending: list[tuple[float, int, tuple[tuple[int, int], ...]]] = []  # (arrival, tie-break, history)
     ties = itertools.count()
     while True:
         starts += rng.exponential(1 / rate)
-        heapq.heappush(pending, (starts, next(ties), ()))
+        history = ()
+        if systems:
+            history = ((1 + int(np.searchsorted(shares, rng.random() * shares[-1])), system_tokens),)
+        heapq.heappush(pending, (starts, next(ties), history))
         while pending[0][0] <= starts:  # later conversations start after this
             arrival, _, history = heapq.heappop(pending)
             said, answered = message_of(), output_of()
@@ -242,6 +250,9 @@ GENERATORS: dict[str, Callable[[float, int], Iterator[TraceRequest]]] = {
     "sharegpt": sharegpt,
     "rag": rag,
     "multi-turn": multi_turn,
+    "agents": lambda rate, seed: multi_turn(
+        rate, seed, turns=6, think_s=4.0, systems=8, system_tokens=600, message=AGENT_RESULT, output=AGENT_CALL
+    ),
     "overload": overload,
     "crowd": crowd,
     "short": lambda rate, seed: poisson(rate, Lengths(64, 0.5, 4, 512), Lengths(32, 0.5, 2, 256), seed),

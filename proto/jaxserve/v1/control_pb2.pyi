@@ -11,7 +11,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "platform", "mesh", "uptime_s", "draining", "num_running", "num_waiting", "num_pages_free", "num_pages_total", "prompt_tokens", "generation_tokens", "num_steps", "num_preemptions", "num_recompilations", "prefix_queries", "prefix_hits", "num_scheduled_tokens", "num_bucket_tokens", "host_time_s", "device_wait_time_s")
+    __slots__ = ("version", "platform", "mesh", "uptime_s", "draining", "num_running", "num_waiting", "num_pages_free", "num_pages_total", "prompt_tokens", "generation_tokens", "num_steps", "num_preemptions", "num_recompilations", "prefix_queries", "prefix_hits", "num_scheduled_tokens", "num_bucket_tokens", "host_time_s", "device_wait_time_s", "adapters", "takes_adapters")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PLATFORM_FIELD_NUMBER: _ClassVar[int]
     MESH_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,8 @@ class GetServerInfoResponse(_message.Message):
     NUM_BUCKET_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HOST_TIME_S_FIELD_NUMBER: _ClassVar[int]
     DEVICE_WAIT_TIME_S_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    TAKES_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     version: str
     platform: str
     mesh: str
@@ -52,7 +54,21 @@ class GetServerInfoResponse(_message.Message):
     num_bucket_tokens: int
     host_time_s: float
     device_wait_time_s: float
-    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., mesh: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_free: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_recompilations: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_scheduled_tokens: _Optional[int] = ..., num_bucket_tokens: _Optional[int] = ..., host_time_s: _Optional[float] = ..., device_wait_time_s: _Optional[float] = ...) -> None: ...
+    adapters: _containers.RepeatedCompositeFieldContainer[LoadedAdapter]
+    takes_adapters: bool
+    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., mesh: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_free: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_recompilations: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_scheduled_tokens: _Optional[int] = ..., num_bucket_tokens: _Optional[int] = ..., host_time_s: _Optional[float] = ..., device_wait_time_s: _Optional[float] = ..., adapters: _Optional[_Iterable[_Union[LoadedAdapter, _Mapping]]] = ..., takes_adapters: _Optional[bool] = ...) -> None: ...
+
+class LoadedAdapter(_message.Message):
+    __slots__ = ("name", "digest", "rank", "num_matrices")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    NUM_MATRICES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    digest: str
+    rank: int
+    num_matrices: int
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., rank: _Optional[int] = ..., num_matrices: _Optional[int] = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
     __slots__ = ("model",)
@@ -184,6 +200,70 @@ class ResetPrefixCacheResponse(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     state: ControlState
     def __init__(self, state: _Optional[_Union[ControlState, _Mapping]] = ...) -> None: ...
+
+class WatchPagesRequest(_message.Message):
+    __slots__ = ("log_id", "after")
+    LOG_ID_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    log_id: str
+    after: int
+    def __init__(self, log_id: _Optional[str] = ..., after: _Optional[int] = ...) -> None: ...
+
+class WatchPagesResponse(_message.Message):
+    __slots__ = ("log_id", "sequence", "time", "events")
+    LOG_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    log_id: str
+    sequence: int
+    time: float
+    events: _containers.RepeatedCompositeFieldContainer[PageEvent]
+    def __init__(self, log_id: _Optional[str] = ..., sequence: _Optional[int] = ..., time: _Optional[float] = ..., events: _Optional[_Iterable[_Union[PageEvent, _Mapping]]] = ...) -> None: ...
+
+class PageEvent(_message.Message):
+    __slots__ = ("stored", "removed", "cleared", "replica")
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    CLEARED_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    stored: PagesStored
+    removed: PagesRemoved
+    cleared: PagesCleared
+    replica: int
+    def __init__(self, stored: _Optional[_Union[PagesStored, _Mapping]] = ..., removed: _Optional[_Union[PagesRemoved, _Mapping]] = ..., cleared: _Optional[_Union[PagesCleared, _Mapping]] = ..., replica: _Optional[int] = ...) -> None: ...
+
+class PagesStored(_message.Message):
+    __slots__ = ("hashes", "parent", "token_ids", "page_size", "adapter", "cache_salt", "group", "window")
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    hashes: _containers.RepeatedScalarFieldContainer[bytes]
+    parent: bytes
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    page_size: int
+    adapter: str
+    cache_salt: str
+    group: int
+    window: int
+    def __init__(self, hashes: _Optional[_Iterable[bytes]] = ..., parent: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., page_size: _Optional[int] = ..., adapter: _Optional[str] = ..., cache_salt: _Optional[str] = ..., group: _Optional[int] = ..., window: _Optional[int] = ...) -> None: ...
+
+class PagesRemoved(_message.Message):
+    __slots__ = ("hashes", "group")
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    hashes: _containers.RepeatedScalarFieldContainer[bytes]
+    group: int
+    def __init__(self, hashes: _Optional[_Iterable[bytes]] = ..., group: _Optional[int] = ...) -> None: ...
+
+class PagesCleared(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class UpdateWeightsRequest(_message.Message):
     __slots__ = ("source",)

@@ -80,6 +80,11 @@ class ControlStub:
                 request_serializer=jaxserve_dot_v1_dot_control__pb2.ResetPrefixCacheRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_v1_dot_control__pb2.ResetPrefixCacheResponse.FromString,
                 _registered_method=True)
+        self.WatchPages = channel.unary_stream(
+                '/jaxserve.v1.Control/WatchPages',
+                request_serializer=jaxserve_dot_v1_dot_control__pb2.WatchPagesRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_control__pb2.WatchPagesResponse.FromString,
+                _registered_method=True)
         self.UpdateWeights = channel.unary_unary(
                 '/jaxserve.v1.Control/UpdateWeights',
                 request_serializer=jaxserve_dot_v1_dot_control__pb2.UpdateWeightsRequest.SerializeToString,
@@ -158,6 +163,15 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchPages(self, request, context):
+        """What the prefix cache holds: first all that is there (or what came since the caller last knew), then every change. Needs a key
+        of role proxy or admin where there are keys: it tells tokens of prompts. UNIMPLEMENTED unless the server was started with
+        --kv-events-config.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UpdateWeights(self, request, context):
         """Swaps to another checkpoint of the same shape between two steps, while streams run.
         """
@@ -212,6 +226,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.ResetPrefixCache,
                     request_deserializer=jaxserve_dot_v1_dot_control__pb2.ResetPrefixCacheRequest.FromString,
                     response_serializer=jaxserve_dot_v1_dot_control__pb2.ResetPrefixCacheResponse.SerializeToString,
+            ),
+            'WatchPages': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchPages,
+                    request_deserializer=jaxserve_dot_v1_dot_control__pb2.WatchPagesRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_control__pb2.WatchPagesResponse.SerializeToString,
             ),
             'UpdateWeights': grpc.unary_unary_rpc_method_handler(
                     servicer.UpdateWeights,
@@ -463,6 +482,33 @@ class Control:
             '/jaxserve.v1.Control/ResetPrefixCache',
             jaxserve_dot_v1_dot_control__pb2.ResetPrefixCacheRequest.SerializeToString,
             jaxserve_dot_v1_dot_control__pb2.ResetPrefixCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchPages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/jaxserve.v1.Control/WatchPages',
+            jaxserve_dot_v1_dot_control__pb2.WatchPagesRequest.SerializeToString,
+            jaxserve_dot_v1_dot_control__pb2.WatchPagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -10,6 +10,7 @@ import numpy as np
 
 from serving.engine.api.adapters import AdapterClient
 from serving.engine.api.lifecycle import Lifecycle
+from serving.engine.api.page_events import PageEvents
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
 
 
@@ -69,6 +70,11 @@ class EngineClient(Protocol):
     @property
     def adapters(self) -> AdapterClient | None:
         """What loads and lists LoRA adapters."""
+        return None
+
+    @property
+    def page_events(self) -> PageEvents | None:
+        """Tells what the prefix cache holds; None where nobody asked for that at the start."""
         return None
 
     @property

@@ -22,6 +22,7 @@ from serving.engine.api.settings import (
     Scope,
     one_of,
     read_all,
+    read_json_text,
     setting,
 )
 from serving.engine.api.speculative import SpeculativeConfig
@@ -34,6 +35,7 @@ POLICIES = ("fcfs", "priority")
 MODEL = Kind("a file, a folder or a hub id", TEXT.read, "MODEL")
 DRAFTS = Kind("an object, or its JSON", SpeculativeConfig.read, "JSON")
 AXES = Kind("axes and their sizes, such as data=1,model=2", TEXT.read, "AXES")
+JSON_TEXT = Kind("a JSON object", read_json_text, "JSON")
 ADDRESS = Kind("host:port or auto", TEXT.read, "HOST:PORT")
 
 
@@ -136,6 +138,10 @@ class EngineConfig:
     kv_offload_gb: float = setting(
         0.0, "host memory for pages evicted from the device, which come back on a hit",
         GIBIBYTES, Scope.PROGRAM, flag="", unit="GiB",
+    )  # fmt: skip
+    kv_events_config: str | None = setting(
+        None, 'tell of pages that are cached and evicted, as vLLM does: {"enable_kv_cache_events": true, "endpoint": ...} '
+        "(default: none is told)", JSON_TEXT, Scope.SERVER, flag="",
     )  # fmt: skip
     max_waiting_time: float | None = setting(
         None, "seconds a request may wait for its first step (default: no bound)",

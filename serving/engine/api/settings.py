@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import os
 import re
 from collections.abc import Callable
@@ -192,6 +193,14 @@ def read_size(value: Any) -> int:
     if size < 1:
         raise ValueError
     return size
+
+
+def read_json_text(value: Any) -> str:
+    """A JSON object's text, from itself or from a dict. Raises ValueError or TypeError for what is none."""
+    text = json.dumps(value) if isinstance(value, dict) else _text(value)
+    if not isinstance(json.loads(text), dict):
+        raise TypeError
+    return text
 
 
 COUNT = Kind("a whole number of at least 1", _whole(1), "N")

@@ -21,6 +21,7 @@ from serving.engine.cache.kv_windows import first_page, pages_of, window_pages
 from serving.engine.cache.page_pool import PagePool
 from serving.engine.cache.prefixes import Prefixes
 from serving.engine.cache.snapshots import Snapshots
+from serving.engine.cache.telling import Teller
 from serving.engine.requests.moves import NO_MOVES, Landing, Moves, PageMove, StateMove
 from serving.engine.requests.request import Request
 from serving.engine.requests.scheduler_config import SchedulerConfig
@@ -42,6 +43,7 @@ class KVManager:
         num_leaving: pages of requests that are gone, but that a step in flight may still write.
         prefixes: which part of a sequence need not be computed.
         snapshots: of the recurrent group's states, where there is one.
+        teller: tells of pages that are indexed; None where nobody wants to know.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class KVManager:
         self.replica = replica
         self.snapshots = snapshots
         self.prefixes = Prefixes(pool, self.windows, self.host_tier, snapshots, restore_page_s)
+        self.teller: Teller | None = None
         self._slots = slots
         self._max_chunk = max_chunk_tokens
         self._has_windows = any(w is not None for w in self.windows)
@@ -187,7 +190,7 @@ class KVManager:
         for i in range(request.indexed_pages, full):
             content = self.prefixes.page_tokens(request, i)
             for group, pages in enumerate(request.pages):
-                self.pool.register(pages[i], self.prefixes.key(group, request.digests[i]), content)
+                self._index(request, group, i, pages[i], content)
         request.indexed_pages = full
         if self.snapshots is not None:
             self.snapshots.register(request, full)
@@ -216,8 +219,7 @@ class KVManager:
         self.prefixes.extend_digests(request, full)
         for group, (pages, first) in enumerate(zip(request.pages, request.behind, strict=True)):
             for i in range(first, full):
-                key = self.prefixes.key(group, request.digests[i])
-                self.pool.register(pages[i], key, self.prefixes.page_tokens(request, i))
+                self._index(request, group, i, pages[i], self.prefixes.page_tokens(request, i))
         if self.snapshots is not None:
             self.snapshots.register(request, full)
         self.leave(request, step)
@@ -365,7 +367,13 @@ class KVManager:
         """Has a page of the request's table filled from the host tier, before the step."""
         page = request.pages[group][index]
         self._restored.append((page, key))
-        self.pool.register(page, key, self.prefixes.page_tokens(request, index))
+        self._index(request, group, index, page, self.prefixes.page_tokens(request, index))
+
+    def _index(self, request: Request, group: int, index: int, page: int, content: bytes) -> None:
+        """Indexes one full page of the request's sequence, and tells of it where somebody wants to know."""
+        new = self.pool.register(page, self.prefixes.key(group, request.digests[index]), content)
+        if new and self.teller is not None:
+            self.teller.stored(request, group, index, content)
 
 
 def _lacking(request: Request, wanted: int) -> int:

@@ -54,6 +54,8 @@ class PagePool:
         self.on_evict: Callable[[int, bytes, bytes], None] | None = (
             None  # told (page, digest, tokens) before it is reused
         )
+        self.on_removed: Callable[[bytes], None] | None = None  # told the digest of what is indexed no more
+        self.on_cleared: Callable[[], None] | None = None  # told when nothing is indexed any more
 
     @property
     def num_free(self) -> int:
@@ -124,14 +126,16 @@ class PagePool:
         page = self._index.get(digest)
         return page is not None and self._held[page][1] == tokens
 
-    def register(self, page: int, digest: bytes, tokens: bytes) -> None:
-        """Indexes a full page that its owner will not write again. The first page of equal content stays the indexed one."""
+    def register(self, page: int, digest: bytes, tokens: bytes) -> bool:
+        """Indexes a full page that its owner will not write again; whether it is indexed now that was not. The first page of equal
+        content stays the indexed one."""
         if not self.enable_prefix_caching or digest in self._index or page in self._held:
-            return
+            return False
         if page == NULL_PAGE or self._ref[page] < 1:
             raise RuntimeError(f"page {page} cannot be indexed: it has no owner")
         self._index[digest] = page
         self._held[page] = (digest, tokens)
+        return True
 
     def reset_cache(self) -> None:
         """Forgets every prefix; unreferenced pages become free."""
@@ -139,6 +143,8 @@ class PagePool:
         self._held.clear()
         self._free.extend(self._lru)
         self._lru.clear()
+        if self.on_cleared is not None:
+            self.on_cleared()
 
     def check(self) -> None:
         """Raises AssertionError when the accounting is broken. For tests."""
@@ -160,4 +166,6 @@ class PagePool:
         del self._index[digest]
         if self.on_evict is not None:
             self.on_evict(page, digest, tokens)
+        if self.on_removed is not None:
+            self.on_removed(digest)
         return page

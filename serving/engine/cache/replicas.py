@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from serving.engine.api.page_events import PageEvent
 from serving.engine.cache.kv_manager import KVManager
+from serving.engine.cache.telling import Teller
 from serving.engine.requests.moves import Landing, Moves
 from serving.engine.requests.request import Request
 from serving.engine.requests.scheduler_config import SchedulerConfig
@@ -34,6 +36,11 @@ class Replicas:
     def of(cls, config: SchedulerConfig, slots: SlotTable) -> Replicas:
         """With empty pools."""
         return cls([KVManager.of(config, slots, replica) for replica in range(config.replicas)])
+
+    def tell(self, sink: Callable[[PageEvent], None]) -> None:
+        """Tells of every page that is indexed, or no more, from now on."""
+        for manager in self.managers:
+            manager.teller = Teller(sink, manager.pool, manager.prefixes, manager.windows, manager.replica)
 
     # ---- placement ----
 

@@ -31,6 +31,7 @@ from serving.engine.api.types import (
 from serving.frontends.grpc import convert
 from serving.frontends.grpc.context import outgoing_metadata
 from serving.frontends.grpc.errors import error_of
+from serving.frontends.grpc.watching import HealthWatch, RemoteAdapters
 
 log = logging.getLogger(__name__)
 INFO_TIMEOUT_S = 5.0
@@ -64,7 +65,12 @@ class RemoteEngineClient(EngineClient):
         self.eos_token_ids = eos_token_ids
         self._stats = EngineStats()
         self._healthy = True
+        self._adapters: RemoteAdapters | None = None
+        self._health = HealthWatch(channel)
         self._poller: asyncio.Task[None] | None = None
+        self._uptime_s = 0.0
+        self._on_stats: Callable[[], None] | None = None
+        self._on_restart: Callable[[], None] | None = None
 
     @classmethod
     async def connect(
@@ -75,17 +81,19 @@ class RemoteEngineClient(EngineClient):
         poll_s: float = 1.0,
         api_key: str | None = None,
         tls: ClientTls | None = None,
+        tls_name: str | None = None,
     ) -> RemoteEngineClient:
         """Connects to `host:port` and learns what it serves.
 
         Args:
             api_key: sent with every call.
             tls: how to reach a server that has TLS; None for one that has not.
+            tls_name: whose certificate it must show; None: that of the target's host.
         Raises:
             ValueError: a TLS file that cannot be read.
             RequestError: UNAVAILABLE when it cannot be reached within `timeout_s` seconds.
         """
-        channel = _channel(target, api_key, tls)
+        channel = _channel(target, api_key, tls, tls_name)
         control = control_pb2_grpc.ControlStub(channel)
         try:
             wait = {"timeout": timeout_s, "wait_for_ready": True}
@@ -97,11 +105,17 @@ class RemoteEngineClient(EngineClient):
         client = cls(channel, _info(model, server), tuple(model.eos_token_ids))
         client._note(server)
         client._poller = asyncio.create_task(client._poll(poll_s))
+        client._health.start()
         return client
+
+    def watch(self, on_stats: Callable[[], None], on_restart: Callable[[], None]) -> None:
+        """Has somebody told, on the event loop, when the server has told its load, and when it has been started anew."""
+        self._on_stats, self._on_restart = on_stats, on_restart
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """See EngineClient.generate. Closing the iterator cancels the call, and with it the request there."""
-        call = self._inference.Generate(_wire_request(request), metadata=outgoing_metadata())
+        model = self._adapters.name_of(request.adapter) if request.adapter and self._adapters else ""
+        call = self._inference.Generate(_wire_request(request, model), metadata=outgoing_metadata())
         prompt_tokens = len(request.prompt_token_ids)
         first_token = 0.0
         try:
@@ -158,6 +172,23 @@ class RemoteEngineClient(EngineClient):
             raise error_of(error) from error
         return np.array(reply.classifications[0].values, np.float32)
 
+    async def page_batches(
+        self, log_id: str = "", after: int | None = None
+    ) -> AsyncGenerator[control_pb2.WatchPagesResponse, None]:
+        """What the server's prefix cache holds and how it changes, until the iterator is closed; see WatchPagesRequest.
+
+        Raises:
+            RequestError: UNIMPLEMENTED where it tells nothing, PERMISSION_DENIED, UNAVAILABLE.
+        """
+        call = self._control.WatchPages(control_pb2.WatchPagesRequest(log_id=log_id, after=after))
+        try:
+            async for message in call:
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error, quiet=True) from error
+        finally:
+            call.cancel()
+
     async def abort(self, request_id: str) -> bool:
         """See EngineClient.abort."""
         try:
@@ -187,14 +218,20 @@ class RemoteEngineClient(EngineClient):
         return self
 
     @property
+    def adapters(self) -> RemoteAdapters | None:
+        """What the server has loaded; None where it takes none."""
+        return self._adapters
+
+    @property
     def healthy(self) -> bool:
-        """Whether it answered when last asked, and takes requests."""
-        return self._healthy
+        """Whether it answered when last asked, and takes requests: its health service says so at once."""
+        return self._healthy and self._health.serving
 
     async def close(self) -> None:
         """Ends the connection; live requests are aborted by the server."""
         if self._poller is not None:
             self._poller.cancel()
+            await self._health.close()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._poller
         await self._channel.close()
@@ -205,7 +242,10 @@ class RemoteEngineClient(EngineClient):
             await asyncio.sleep(every_s)
             try:
                 request = control_pb2.GetServerInfoRequest()
-                self._note(await self._control.GetServerInfo(request, timeout=INFO_TIMEOUT_S))
+                server = await self._control.GetServerInfo(request, timeout=INFO_TIMEOUT_S)
+                if server.uptime_s < self._uptime_s and not await self._same_model():
+                    continue
+                self._note(server)
                 late = 0
             except grpc.aio.AioRpcError as error:
                 late += 1
@@ -215,8 +255,22 @@ class RemoteEngineClient(EngineClient):
                     log.warning("the engine does not answer: %s", error.details())
                 self._healthy = False
 
+    async def _same_model(self) -> bool:
+        """Whether a server that was started anew serves what it did. One that does not is left alone."""
+        model = await self._control.GetModelInfo(control_pb2.GetModelInfoRequest(), timeout=INFO_TIMEOUT_S)
+        if (model.id, model.vocab_size) == (self._info.model_id, self._info.vocab_size):
+            return True
+        if self._healthy:
+            log.warning("the engine serves %s now, not %s: it gets no requests", model.id, self._info.model_id)
+        self._healthy = False
+        return False
+
     def _note(self, server: control_pb2.GetServerInfoResponse) -> None:
         self._healthy = not server.draining
+        restarted, self._uptime_s = server.uptime_s < self._uptime_s, server.uptime_s
+        self._adapters = RemoteAdapters(server.adapters) if server.takes_adapters else None
+        if restarted and self._on_restart is not None:
+            self._on_restart()
         self._stats = EngineStats(
             num_running=server.num_running,
             num_waiting=server.num_waiting,
@@ -234,6 +288,8 @@ class RemoteEngineClient(EngineClient):
             host_time_s_total=server.host_time_s,
             device_wait_time_s_total=server.device_wait_time_s,
         )
+        if self._on_stats is not None:
+            self._on_stats()
 
 
 class _Key:
@@ -259,13 +315,14 @@ class _KeyOfStream(_Key, grpc.aio.UnaryStreamClientInterceptor):
         return await continuation(self.add_to(client_call_details), request)
 
 
-def _channel(target: str, api_key: str | None, tls: ClientTls | None) -> grpc.aio.Channel:
+def _channel(target: str, api_key: str | None, tls: ClientTls | None, tls_name: str | None = None) -> grpc.aio.Channel:
     # Two: grpc.aio takes an interceptor for one shape of call, whatever else it could do.
     interceptors: Any = [_KeyOfUnary(api_key), _KeyOfStream(api_key)] if api_key else None
     if tls is None:
         return grpc.aio.insecure_channel(target, options=OPTIONS, interceptors=interceptors)
     credentials = grpc.ssl_channel_credentials(**tls.grpc_arguments())
-    return grpc.aio.secure_channel(target, credentials, options=OPTIONS, interceptors=interceptors)
+    named = (("grpc.ssl_target_name_override", tls_name),) if tls_name else ()
+    return grpc.aio.secure_channel(target, credentials, options=(*OPTIONS, *named), interceptors=interceptors)
 
 
 class RemoteGrammars:
@@ -276,11 +333,12 @@ class RemoteGrammars:
         return lambda: None
 
 
-def _wire_request(request: EngineRequest) -> pb.GenerateRequest:
+def _wire_request(request: EngineRequest, model: str) -> pb.GenerateRequest:
     params = dataclasses.replace(request.params, stop=None, detokenize=False)
     wire = pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=request.prompt_token_ids),
         sampling_params=convert.params_to(params),
+        model=model,
         request_id=request.request_id,
         priority=request.priority,
         cache_salt=request.cache_salt or "",

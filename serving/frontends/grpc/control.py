@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from proto.jaxserve.v1 import control_pb2
 from serving.access import Access, caller_of_task
+from serving.errors import ErrorKind, RequestError
+from serving.frontends.grpc import pages
 from serving.service import TextService
 from serving.service.control import ServerControl, State
 
 
 class ControlCalls:
-    """Pause, Resume, Sleep, WakeUp, Drain, ResetPrefixCache, UpdateWeights.
+    """Pause, Resume, Sleep, WakeUp, Drain, ResetPrefixCache, UpdateWeights; and WatchPages, which tells others' prompts.
 
     Args:
         service: gives the service, or raises UNAVAILABLE while there is none yet.
@@ -48,6 +50,18 @@ class ControlCalls:
         self, request: control_pb2.UpdateWeightsRequest, context: Any
     ) -> control_pb2.UpdateWeightsResponse:
         return control_pb2.UpdateWeightsResponse(state=_state(await self._control().update_weights(request.source)))
+
+    async def WatchPages(  # noqa: N802
+        self, request: control_pb2.WatchPagesRequest, context: Any
+    ) -> AsyncIterator[control_pb2.WatchPagesResponse]:
+        self._access.check_watch(caller_of_task.get())
+        events = self._service().client.page_events
+        if events is None:
+            raise RequestError(
+                ErrorKind.UNIMPLEMENTED, "This server tells nothing of its pages: start it with --kv-events-config."
+            )
+        async for message in pages.follow(events, request):
+            yield message
 
     def _control(self) -> ServerControl:
         self._access.check_control(caller_of_task.get())

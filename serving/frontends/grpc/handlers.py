@@ -140,7 +140,7 @@ class Control(ControlCalls):
         self, request: control_pb2.GetServerInfoRequest, context: Context
     ) -> control_pb2.GetServerInfoResponse:
         service = self._service()
-        info = service.info
+        info, adapters = service.info, service.adapters
         stats = service.client.stats() if self._access.may_see_figures(caller_of_task.get()) else EngineStats()
         return control_pb2.GetServerInfoResponse(
             version=info.version,
@@ -163,6 +163,13 @@ class Control(ControlCalls):
             num_bucket_tokens=stats.num_bucket_tokens_total,
             host_time_s=stats.host_time_s_total,
             device_wait_time_s=stats.device_wait_time_s_total,
+            takes_adapters=adapters is not None,
+            adapters=[
+                control_pb2.LoadedAdapter(
+                    name=one.name, digest=one.digest, rank=one.rank, num_matrices=one.num_matrices
+                )
+                for one in (adapters.infos() if adapters is not None else ())
+            ],
         )
 
     async def GetModelInfo(  # noqa: N802

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -53,6 +54,7 @@ class GrpcServer:
         limits: bounds the size of a message.
         access: the keys that calls must bring; None asks for none.
         tls: listen with TLS; None does without.
+        interceptors: further ones, behind that which asks for keys.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class GrpcServer:
         *,
         access: Access | None = None,
         tls: ServerTls | None = None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
+        self._interceptors = tuple(interceptors)
         self._host = host
         self._asked_port = port
         self._limits = limits or Limits()
@@ -80,7 +84,8 @@ class GrpcServer:
         Raises:
             OSError: the address cannot be bound, in a sentence.
         """
-        self._server = grpc.aio.server(interceptors=(RequireKey(self._access),), options=server_options(self._limits))
+        interceptors = (RequireKey(self._access), *self._interceptors)
+        self._server = grpc.aio.server(interceptors=interceptors, options=server_options(self._limits))
         for servicer in (Inference(self._require), Control(self._require, self._access)):
             self._server.add_generic_rpc_handlers((generic_handler(servicer, self._limits),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -102,7 +102,7 @@ async def test_a_connector_waits_and_says_for_whom(monkeypatch):
     await locked.serve(mock_service(MockEngine()))
     names = [f"127.0.0.1:{server.port}" for server in (loading, locked)] + ["127.0.0.1:1"]
     engines = connecting.Connector(names, lambda name, client: found.append(name), say=said.append)
-    engines.start()
+    await engines.start()
     try:
         await until(lambda: len(said) >= 3, "all three are waited for")
         sentence = engines.sentence()

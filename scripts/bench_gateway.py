@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Engines behind a gateway, one routing policy after the other, on the same conversations.
+
+    python scripts/bench_gateway.py --engines 4 --policy round-robin cache --json
+
+Starts the engines (the default model, small pools) and one gateway a policy in front of them, and holds conversations through each:
+every turn sends the whole history, and conversations share a few system prompts. A cache salt a policy keeps what one has cached
+from helping the next. Tells, a policy: prompt tokens computed (those that were not cached, by the engines' own usage), median time
+to the first token, time of it all, how even the engines were loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = [
+    f"{a}{b}"
+    for a in ("time", "hand", "water", "story", "work", "sun", "book")
+    for b in ("", "s", " man", " day", " line")
+]
+
+
+def text(rng: random.Random, words: int) -> str:
+    """Plain words, about a token each."""
+    return " ".join(rng.choice(WORDS) for _ in range(words))
+
+
+@contextlib.contextmanager
+def running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process of ours, until the block ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", *command, "--log-level", "warning"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+        process.kill()
+
+
+def ready(process: subprocess.Popen[str], line: str) -> str:
+    """Where a process listens, from the line in which it says that it is ready.
+
+    Raises:
+        RuntimeError: it ended instead; with its last lines.
+    """
+    lines: list[str] = []
+    assert process.stderr is not None
+    for text in process.stderr:
+        lines.append(text)
+        if found := re.search(line, text):
+            return found[1]
+    raise RuntimeError(f"it did not become ready:\n{''.join(lines[-10:])}")
+
+
+class Talk:
+    """Holds the conversations of one run, and counts."""
+
+    def __init__(self, args: argparse.Namespace, url: str, salt: str) -> None:
+        self.args, self.url, self.salt = args, url, salt
+        self.ttft: list[float] = []
+        self.prompt = self.cached = 0
+        self.targets: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+
+    async def run(self) -> dict[str, object]:
+        """All conversations, `--concurrency` at a time."""
+        import httpx
+
+        rng = random.Random(self.args.seed)
+        systems = [text(rng, self.args.system_words) for _ in range(self.args.systems)]
+        seeds = [(rng.choice(systems), rng.randrange(2**31)) for _ in range(self.args.conversations)]
+        gate = asyncio.Semaphore(self.args.concurrency)
+        began = time.monotonic()
+        async with httpx.AsyncClient(base_url=self.url, timeout=300) as web:
+
+            async def hold(system: str, seed: int) -> None:
+                async with gate:
+                    await self._conversation(web, system, random.Random(seed))
+
+            await asyncio.gather(*(hold(*one) for one in seeds))
+        seconds = time.monotonic() - began
+        counts = [self.targets[name] for name in sorted(self.targets)]
+        return {
+            "requests": len(self.ttft),
+            "seconds": round(seconds, 1),
+            "prompt_tokens": self.prompt,
+            "computed_prompt_tokens": self.prompt - self.cached,
+            "ttft_p50_ms": round(1000 * statistics.median(self.ttft), 1),
+            "ttft_p90_ms": round(1000 * statistics.quantiles(self.ttft, n=10)[-1], 1),
+            "requests_by_engine": counts,
+            "reasons": dict(self.reasons),
+        }
+
+    async def _conversation(self, web, system: str, rng: random.Random) -> None:
+        messages = [{"role": "system", "content": system}]
+        for _ in range(self.args.turns):
+            messages.append({"role": "user", "content": text(rng, self.args.message_words)})
+            body = {
+                "messages": messages, "max_tokens": self.args.max_tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+                "stream_options": {"include_usage": True}, "cache_salt": self.salt,
+            }  # fmt: skip
+            answer, began, first = "", time.monotonic(), 0.0
+            async with web.stream("POST", "/v1/chat/completions", json=body, headers={"x-gateway-debug": "1"}) as reply:
+                reply.raise_for_status()
+                told = dict(part.split("=") for part in reply.headers["x-gateway-decision"].split("; "))
+                self.targets[told["target"]] += 1
+                self.reasons[told["reason"]] += 1
+                async for line in reply.aiter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    chunk = json.loads(line[6:])
+                    for choice in chunk["choices"]:
+                        if choice["delta"].get("content"):
+                            first = first or time.monotonic()
+                            answer += choice["delta"]["content"]
+                    if usage := chunk.get("usage"):
+                        self.prompt += usage["prompt_tokens"]
+                        self.cached += (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+            self.ttft.append((first or time.monotonic()) - began)
+            messages.append({"role": "assistant", "content": answer})
+            await asyncio.sleep(self.args.think * rng.random() * 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", type=int, default=4)
+    parser.add_argument("--policy", nargs="+", default=["round-robin", "cache"])
+    parser.add_argument(
+        "--gateway-flags", nargs=argparse.REMAINDER, default=[], help="further flags of the gateways; comes last"
+    )
+    parser.add_argument("--model", help="default: the default model")
+    parser.add_argument("--kv-cache-memory", default="96MiB", help="of each engine")
+    parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--kv-events", action="store_true", help="engines tell of their pages")
+    parser.add_argument("--conversations", type=int, default=12)
+    parser.add_argument("--concurrency", type=int, default=6)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--systems", type=int, default=4, help="system prompts")
+    parser.add_argument("--system-words", type=int, default=250)
+    parser.add_argument("--message-words", type=int, default=60)
+    parser.add_argument("--max-tokens", type=int, default=8)
+    parser.add_argument("--think", type=float, default=0.3, help="mean seconds between an answer and the next message")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    engine = [
+        "serving.launch", "--grpc-port", "0", "--no-http", "--no-progress", "--kv-cache-memory", args.kv_cache_memory,
+        "--max-model-len", str(args.max_model_len), "--max-num-seqs", "4", "--max-num-batched-tokens", "256",
+        *(["--model", args.model] if args.model else []),
+        *(["--kv-events-config", '{"enable_kv_cache_events": true, "publisher": "null"}'] if args.kv_events else []),
+    ]  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        engines = [stack.enter_context(running(engine)) for _ in range(args.engines)]
+        targets = [ready(one, r"ready at gRPC ([\d.]+:\d+)") for one in engines]
+        for i, policy in enumerate(args.policy):
+            gateway = ["serving.gateway", "--port", "0", "--policy", policy, "--target", *targets]
+            gateway += [*(["--model", args.model] if args.model else []), *args.gateway_flags]
+            with running(gateway) as process:
+                url = ready(process, r"ready at (http://[\d.]+:\d+)")
+                result = asyncio.run(Talk(args, url, f"run {i} of {policy}").run())
+            print(json.dumps({"policy": policy, **result}) if args.json else f"{policy}: {result}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Where a request goes: sessions first, then the policy, with the decision explained and counted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+
+from serving.engine.api.types import EngineRequest
+from serving.routing.policies import POLICIES, Balance, Policy
+from serving.routing.prefixes import DEFAULT_BLOCK_TOKENS, MAX_BLOCKS, Prefixes, RememberedPrefixes, chain
+from serving.routing.targets import Target
+
+MAX_SESSIONS = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """What a client asks of the router.
+
+    Attributes:
+        session: requests with the same one go to the same target while that is well.
+        endpoints: names of targets, the first that is there gets it; whoever stands in front has decided.
+        among: names of the only targets that may get it; empty: all.
+    """
+
+    session: str | None = None
+    endpoints: tuple[str, ...] = ()
+    among: frozenset[str] = frozenset()
+
+
+NO_WISH = Wish()
+
+
+class Chains:
+    """A request's hashes, by block size; made when they are asked for."""
+
+    def __init__(self, request: EngineRequest) -> None:
+        self._root = (request.adapter, request.cache_salt)
+        self._tokens = request.prompt_token_ids
+        self._made: dict[int, list[int]] = {}
+
+    def of(self, block_tokens: int, completion: Sequence[int] = ()) -> list[int]:
+        """Of the prompt, and of a completion behind it."""
+        if completion:
+            return chain(self._root, (*self._tokens, *completion), block_tokens)
+        found = self._made.get(block_tokens)
+        if found is None:
+            found = self._made[block_tokens] = chain(self._root, self._tokens, block_tokens)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """A decision.
+
+    Attributes:
+        order: the chosen target, then those to try when it refuses, the least loaded first.
+        reason: endpoint (somebody in front chose), session, prefix, load, imbalance, kv, turn, random, only (there was but one).
+        matched_tokens: prompt tokens that the chosen one probably has.
+        chains: the request's hashes.
+    """
+
+    order: tuple[Target, ...]
+    policy: str
+    reason: str
+    matched_tokens: int
+    prompt_tokens: int
+    chains: Chains
+
+    def explain(self, number: int, attempt: int = 0) -> str:
+        """The decision in one line, for whoever asked.
+
+        Args:
+            number: of the target that is tried: addresses are the operator's to know.
+            attempt: which of `order` that is.
+        """
+        reason = "retry" if attempt else self.reason
+        return (
+            f"target={number}; policy={self.policy}; reason={reason}; matched={self.matched_tokens}/{self.prompt_tokens}; "
+            f"load={self.order[attempt].load}; targets={len(self.order)}"
+        )
+
+
+class Router:
+    """Decides for one gateway. Belongs to one event loop, or one simulation.
+
+    Args:
+        policy: a name of POLICIES.
+        block_tokens: how finely prefixes are told apart; None takes each target's page size.
+        max_blocks: remembered of one target, at most.
+    Raises:
+        ValueError: there is no such policy.
+
+    Attributes:
+        targets: by name, in the order in which they came.
+        decisions: (policy, reason) -> count.
+        matched_tokens, prompt_tokens: of all decisions.
+        retries: requests that were tried on another target, by the reason's name.
+        moved_sessions: sessions whose target was gone or overloaded.
+    """
+
+    def __init__(
+        self,
+        policy: str = "cache",
+        balance: Balance | None = None,
+        *,
+        block_tokens: int | None = None,
+        max_blocks: int = MAX_BLOCKS,
+        max_sessions: int = MAX_SESSIONS,
+        seed: int = 0,
+    ) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}.")
+        self.policy_name = policy
+        self.balance = balance or Balance()
+        self.targets: dict[str, Target] = {}
+        self.decisions: Counter[tuple[str, str]] = Counter()
+        self.retries: Counter[str] = Counter()
+        self.matched_tokens = self.prompt_tokens = self.moved_sessions = 0
+        self._policy: Policy = POLICIES[policy](self.balance, seed)
+        self._prefixes: dict[str, Prefixes] = {}
+        self._block_tokens = block_tokens
+        self._max_blocks = max_blocks
+        self._sessions: OrderedDict[str, str] = OrderedDict()
+        self._max_sessions = max_sessions
+
+    # ---- targets ----
+
+    def add(self, name: str, page_size: int = DEFAULT_BLOCK_TOKENS, num_pages: int = MAX_BLOCKS) -> Target:
+        """Takes one more target.
+
+        Raises:
+            ValueError: there is one of that name.
+        """
+        if name in self.targets:
+            raise ValueError(f"The target {name} is there twice.")
+        block = self._block_tokens or page_size
+        pages = max(1, num_pages * page_size // block)
+        self._prefixes[name] = RememberedPrefixes(block, min(self._max_blocks, pages))
+        self.targets[name] = target = Target(name)
+        return target
+
+    def remove(self, name: str) -> None:
+        """Chooses it no more; sessions move on with their next request."""
+        self.targets.pop(name, None)
+        self._prefixes.pop(name, None)
+
+    def forget(self, name: str) -> None:
+        """It has lost its cache: it was started anew, or has other weights."""
+        if name in self._prefixes:
+            self._prefixes[name].clear()
+
+    def prefixes(self, name: str) -> Prefixes:
+        """What a target has."""
+        return self._prefixes[name]
+
+    def use(self, name: str, prefixes: Prefixes) -> None:
+        """Knows what a target has by other means from now on (its events)."""
+        self._prefixes[name] = prefixes
+
+    # ---- requests ----
+
+    def route(self, request: EngineRequest, healthy: Iterable[Target], wish: Wish = NO_WISH) -> Route | None:
+        """Decides, and counts the decision. None where no target is healthy and can run the request.
+
+        Call `begin` for the target that is tried, and `end` when it is over.
+        """
+        able = [one for one in healthy if one.has(request.adapter) and (not wish.among or one.name in wish.among)]
+        if not able:
+            return None
+        chains = Chains(request)
+
+        def match(target: Target) -> tuple[int, int]:
+            known = self._prefixes[target.name]
+            return known.match(chains.of(known.block_tokens)) * known.block_tokens, len(known)
+
+        prompt = len(request.prompt_token_ids)
+        chosen, reason, spared = self._wished(able, wish)
+        if chosen is None:
+            pick = self._policy.pick([one for one in able if one is not spared], prompt, match)
+            chosen, reason = pick.target, "only" if len(able) == 1 else pick.reason
+        if wish.session is not None:
+            self._keep(wish.session, chosen.name)
+        matched = match(chosen)[0] if self._policy.uses_prefixes else 0
+        self.decisions[self.policy_name, reason] += 1
+        self.matched_tokens += matched
+        self.prompt_tokens += prompt
+        rest = sorted((one for one in able if one is not chosen), key=lambda one: (one.load, one.routed))
+        return Route((chosen, *rest), self.policy_name, reason, matched, prompt, chains)
+
+    def begin(self, route: Route, target: Target) -> Visit:
+        """A target of the route's is given the request."""
+        target.live += 1
+        target.routed += 1
+        known = self._prefixes.get(target.name) if self._policy.uses_prefixes else None
+        hashes = route.chains.of(known.block_tokens) if known is not None else []
+        if known is not None:
+            known.sent(hashes)
+        return Visit(target, route.chains, known, hashes)
+
+    def end(self, visit: Visit, completion: Sequence[int] | None) -> None:
+        """A request is over at a target.
+
+        Args:
+            completion: the tokens it made, which the target's cache has too; None where the target refused it or was lost.
+        """
+        visit.target.live -= 1
+        if visit.known is None:
+            return
+        whole = visit.chains.of(visit.known.block_tokens, completion) if completion is not None else []
+        visit.known.ended(visit.hashes, whole)
+
+    # ---- what there is to see ----
+
+    @property
+    def imbalance(self) -> int:
+        """Requests of the busiest target beyond those of the least busy one."""
+        loads = [target.load for target in self.targets.values()]
+        return max(loads) - min(loads) if loads else 0
+
+    def _wished(self, able: Sequence[Target], wish: Wish) -> tuple[Target | None, str, Target | None]:
+        """The target that is not the policy's to choose, and why; or None, and a session's target that is to be spared."""
+        by_name = {one.name: one for one in able}
+        for name in wish.endpoints:
+            if name in by_name:
+                return by_name[name], "endpoint", None
+        kept = self._sessions.get(wish.session) if wish.session is not None else None
+        if kept is None:
+            return None, "", None
+        target = by_name.get(kept)
+        if target is not None and self.balance.overload(target, able) is None:
+            return target, "session", None
+        self.moved_sessions += 1
+        return None, "", target
+
+    def _keep(self, session: str, name: str) -> None:
+        self._sessions[session] = name
+        self._sessions.move_to_end(session)
+        if len(self._sessions) > self._max_sessions:
+            self._sessions.popitem(last=False)
+
+
+@dataclasses.dataclass(slots=True)
+class Visit:
+    """A request at a target."""
+
+    target: Target
+    chains: Chains
+    known: Prefixes | None
+    hashes: list[int]

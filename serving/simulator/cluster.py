@@ -1,0 +1,138 @@
+"""Several engines behind a router: the real schedulers and the real router, on one virtual clock.
+
+Engines do not depend on each other, so each is stepped up to the next arrival, and then the router decides with what it would know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+import time
+from collections.abc import Iterable, Iterator
+
+from serving.engine.api.types import EngineStats
+from serving.engine.requests.scheduler_config import SchedulerConfig
+from serving.routing.router import Router, Visit, Wish
+from serving.simulator.cost import CostModel
+from serving.simulator.simulate import OWN_TOKEN, Outcome, RunTotals, Simulation, answer_of, engine_request
+from serving.simulator.trace import TraceRequest
+
+MAX_TRIES = 4
+"""Engines that are asked to take a request before it counts as refused."""
+
+
+@dataclasses.dataclass
+class ClusterTotals(RunTotals):
+    """Sums over all engines; `seconds` is that of the clock, `busy` of all engines together.
+
+    Attributes:
+        worst_imbalance: the largest difference between two engines' requests, at any decision.
+        retries: requests that an engine refused and another was asked for.
+    """
+
+    worst_imbalance: int = 0
+    retries: int = 0
+
+
+class Cluster:
+    """One run of one trace on `count` engines alike.
+
+    Args:
+        config, cost, asynchronous, max_num_queued_reqs: of each engine, as in Simulation.
+        router: decides; its targets are made here.
+        sessions: whether requests of one tenant are one session.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cost: CostModel,
+        count: int,
+        router: Router,
+        *,
+        asynchronous: bool = True,
+        max_num_queued_reqs: int | None = None,
+        sessions: bool = False,
+    ) -> None:
+        self.router = router
+        self.engines = [
+            Simulation(config, cost, asynchronous=asynchronous, max_num_queued_reqs=max_num_queued_reqs)
+            for _ in range(count)
+        ]
+        self.targets = [router.add(str(i), config.page_size, config.num_pages - 1) for i in range(count)]
+        self.totals = ClusterTotals()
+        self._sessions = sessions
+        self._visits: dict[str, tuple[Visit, TraceRequest]] = {}
+        self._pages = config.replicas * (config.num_pages - 1)
+        for engine in self.engines:
+            engine.on_end = self._on_end
+
+    def run(self, trace: Iterable[TraceRequest]) -> Iterator[Outcome]:
+        """Yields an outcome as each request ends; those of one engine in order."""
+        began, start, last = time.perf_counter(), None, 0.0
+        busy: list[tuple[float, int]] = []  # (clock, engine) of those that have something to do
+        for index, request in enumerate(trace):
+            if start is None:
+                start = request.arrival
+                for engine in self.engines:
+                    engine.device.now = start
+            while busy and busy[0][0] < request.arrival:
+                number = heapq.heappop(busy)[1]
+                yield from self._advance(number, request.arrival)
+                if self.engines[number].num_live:
+                    heapq.heappush(busy, (self.engines[number].now, number))
+            number = self._place(index, request)
+            if number is not None:
+                engine = self.engines[number]
+                if engine.num_live == 1:
+                    engine.device.now = max(engine.device.now, request.arrival)
+                    heapq.heappush(busy, (engine.now, number))
+            last = request.arrival
+        for number, engine in enumerate(self.engines):
+            yield from self._advance(number, math.inf)
+            last = max(last, engine.now)
+        self._sum(last - (start or 0.0), time.perf_counter() - began)
+
+    def _advance(self, number: int, until: float) -> list[Outcome]:
+        engine = self.engines[number]
+        engine.advance(until)
+        free = engine.scheduler.pool.num_free
+        running, waiting = len(engine.scheduler.running), len(engine.scheduler.waiting)
+        self.targets[number].told(
+            EngineStats(
+                num_running=running, num_waiting=waiting, num_pages_free=free, num_pages_total=self._pages
+            )
+        )  # fmt: skip
+        return engine.take_ended()
+
+    def _place(self, index: int, request: TraceRequest) -> int | None:
+        """Gives a request to an engine: which one, or None where none takes it."""
+        spec = engine_request(index, request)
+        wish = Wish(session=request.tenant if self._sessions else None)
+        route = self.router.route(spec, self.targets, wish)
+        assert route is not None, "all are well"
+        self.totals.worst_imbalance = max(self.totals.worst_imbalance, self.router.imbalance)
+        for attempt, target in enumerate(route.order[:MAX_TRIES]):
+            number = int(target.name)
+            visit = self.router.begin(route, target)
+            if self.engines[number].submit(index, request, spec):
+                self._visits[spec.request_id] = (visit, request)
+                return number
+            self.router.end(visit, None)
+            if attempt + 1 < min(MAX_TRIES, len(route.order)):
+                self.engines[number].forget_refusal()
+                self.totals.retries += 1
+        return None
+
+    def _on_end(self, name: str) -> None:
+        visit, request = self._visits.pop(name)
+        answer = answer_of(request)
+        self.router.end(visit, (OWN_TOKEN,) * request.output_tokens if answer is None else answer)
+
+    def _sum(self, seconds: float, wall: float) -> None:
+        totals = self.totals
+        for field in dataclasses.fields(RunTotals):
+            setattr(totals, field.name, sum(getattr(engine.totals, field.name) for engine in self.engines))
+        totals.seconds, totals.wall = seconds, wall
+        totals.preemptions = sum(engine.scheduler.counters.preemptions for engine in self.engines)

@@ -1,0 +1,114 @@
+"""Routing policies compared on a virtual clock: the real scheduler and the real router, the same every time."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+
+import pytest
+
+from serving.engine.requests.buckets import BucketTable
+from serving.engine.scheduling.scheduler import SchedulerConfig
+from serving.routing.policies import Balance
+from serving.routing.router import Router
+from serving.simulator import cost as cost_model
+from serving.simulator.cluster import Cluster
+from serving.simulator.cost import CostModel
+from serving.simulator.report import Report
+from serving.simulator.simulate import Simulation
+from serving.simulator.trace import GENERATORS, Lengths, TraceRequest, multi_turn
+
+COST = CostModel.load(pathlib.Path(cost_model.__file__).parent / "cpu_cost.json")
+TABLE = BucketTable.make(COST.max_num_seqs, COST.max_num_batched_tokens)
+
+
+def config_of(num_pages: int = 700) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_num_seqs=COST.max_num_seqs,
+        max_num_batched_tokens=COST.max_num_batched_tokens,
+        max_model_len=4096,
+        page_size=16,
+        num_pages=num_pages,
+        max_chunk_tokens=TABLE.max_chunk,
+        max_chunk_rows=TABLE.max_rows,
+        buckets=TABLE,
+    )
+
+
+def conversations(count: int, rate: float = 0.6) -> list[TraceRequest]:
+    """Agents: few system prompts, several turns, short answers."""
+    source = multi_turn(
+        rate, 5, turns=5, think_s=4.0, systems=6, system_tokens=512, max_tokens=3000,
+        message=Lengths(100, 0.5, 16, 300), output=Lengths(24, 0.4, 8, 64),
+    )  # fmt: skip
+    return list(itertools.islice(source, count))
+
+
+def run(policy: str, trace: list[TraceRequest], engines: int = 4, **more) -> tuple[Report, Cluster]:
+    cluster = Cluster(config_of(), COST, engines, Router(policy, more.pop("balance", None)), **more)
+    report = Report()
+    for outcome in cluster.run(trace):
+        report.add(outcome)
+    return report, cluster
+
+
+def test_one_engine_behind_a_router_is_that_engine():
+    trace = conversations(60)
+    alone = sorted(Simulation(config_of(), COST).run(iter(trace)), key=lambda o: (o.arrival, o.prompt_tokens))
+    cluster = Cluster(config_of(), COST, 1, Router("cache"))
+    behind = sorted(cluster.run(iter(trace)), key=lambda o: (o.arrival, o.prompt_tokens))
+    assert behind == alone
+    assert cluster.router.decisions == {("cache", "only"): 60}
+
+
+def test_the_cache_policy_halves_what_is_computed_and_stays_balanced():
+    trace = conversations(240)
+    computed, ttft, worst = {}, {}, {}
+    for policy in ("round-robin", "least-loaded", "cache"):
+        report, cluster = run(policy, trace, balance=Balance(abs_threshold=4))
+        assert report.requests == 240 and set(report.reasons) == {"length"}
+        assert all(target.live == 0 for target in cluster.targets)
+        computed[policy] = report.prompt_tokens - report.cached_tokens
+        ttft[policy] = report.percentiles("ttft")["p50"]
+        worst[policy] = cluster.totals.worst_imbalance
+        if policy == "cache":
+            counts = [target.routed for target in cluster.targets]
+            assert cluster.router.matched_tokens > 0.5 * cluster.router.prompt_tokens
+            # What it believes to be cached mostly is.
+            assert report.cached_tokens > 0.9 * cluster.router.matched_tokens - 16 * 240
+    assert 2 * computed["cache"] <= computed["round-robin"], computed
+    assert computed["cache"] < computed["least-loaded"]
+    assert ttft["cache"] < 0.7 * ttft["round-robin"], ttft
+    assert max(counts) < 2 * min(counts), counts
+    assert worst["cache"] <= max(4 + 1, 1.5 * 8), worst
+
+
+def test_runs_repeat():
+    trace = conversations(80)
+    first, second = run("cache", trace), run("cache", trace)
+    assert first[0].summary(first[1].totals) | {"wall_s": 0} == second[0].summary(second[1].totals) | {"wall_s": 0}
+
+
+def test_one_hot_prompt_is_spread():
+    """All requests begin alike: what is cached would send them all to one engine, and load must not let it."""
+    hot = [TraceRequest(0.01 * i, 600, 40, prefix=((1, 590),)) for i in range(120)]
+    _, cluster = run("cache", hot, balance=Balance(abs_threshold=4))
+    assert cluster.totals.worst_imbalance <= 8
+    assert min(target.routed for target in cluster.targets) >= 20
+    assert cluster.router.decisions["cache", "imbalance"] > 0
+
+
+def test_what_one_engine_refuses_another_takes():
+    burst = [TraceRequest(0.0, 100, 10) for _ in range(40)]
+    report, cluster = run("round-robin", burst, engines=2, max_num_queued_reqs=12)
+    assert report.requests == 40
+    assert report.reasons["refused"] == 40 - report.reasons["length"] > 0
+    assert cluster.totals.retries > 0 and cluster.totals.refused == report.reasons["refused"]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_agents_share_system_prompts(seed):
+    trace = list(itertools.islice(GENERATORS["agents"](1.0, seed), 100))
+    firsts = {request.prefix[0] for request in trace}
+    assert firsts <= {(i, 600) for i in range(1, 9)} and len(firsts) > 1
+    assert all(later.arrival >= one.arrival for one, later in itertools.pairwise(trace))
