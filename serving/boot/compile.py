@@ -91,6 +91,8 @@ def compile_decoder(
     if executor.adapters is not None:
         weights = len(executor.adapters.room.sites)
         say(f"adapters: {config.max_loras} at once, of rank {config.max_lora_rank} at most, for {weights} weights")
+    if sizes.draft_tokens and config.speculative_config is not None:
+        say(f"drafts: {config.speculative_config.method}, up to {sizes.draft_tokens} of a request in a step")
     say(f"compiled {len(runner.buckets.buckets)} step shapes in {time.monotonic() - began:.1f} s")
     phases.record("compile", time.monotonic() - began)
     scheduler = _scheduler_config(checked, sizes, executor, runner, replicas)
