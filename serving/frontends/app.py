@@ -13,6 +13,10 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 
 from serving.access import Access, ServerTls
+from serving.frontends.anthropic.protocol import CountTokensRequest, MessagesRequest
+from serving.frontends.anthropic.routes import messages_router
+from serving.frontends.anthropic.routes import models_router as anthropic_models_router
+from serving.frontends.dialects import ERROR_SHAPES
 from serving.frontends.http.access import RequireKey
 from serving.frontends.http.arrivals import LocalNames, Spellings
 from serving.frontends.http.bodies import schemas_of
@@ -21,11 +25,14 @@ from serving.frontends.http.direct import post
 from serving.frontends.http.errors import install
 from serving.frontends.http.middleware import RequestContext
 from serving.frontends.http.server import HttpServer, serve_app
+from serving.frontends.ollama import protocol as ollama
+from serving.frontends.ollama.embeddings import embeddings_router as ollama_embeddings_router
+from serving.frontends.ollama.models import models_router as ollama_models_router
+from serving.frontends.ollama.routes import generation_router
 from serving.frontends.openai.chat import chat_router
 from serving.frontends.openai.classify import classify_router
 from serving.frontends.openai.completions import completions_router
 from serving.frontends.openai.embeddings import embeddings_router
-from serving.frontends.openai.errors import shape as openai_shape
 from serving.frontends.openai.models import models_router
 from serving.frontends.openai.protocol.chat import ChatRequest
 from serving.frontends.openai.protocol.classify import ClassifyRequest
@@ -58,7 +65,7 @@ def create_app(
     page: bool = True,
     lora_folder: pathlib.Path | None = None,
 ) -> FastAPI:
-    """The OpenAI API over `service` as an ASGI application.
+    """All that is served over HTTP as an ASGI application over `service`: OpenAI's API, Anthropic's, Ollama's, the server's own.
 
     Args:
         metrics: what `/metrics` shows; None makes one over the service's engine (see serving.metrics).
@@ -80,16 +87,21 @@ def create_app(
         root_path=root_path,
         redirect_slashes=False,  # its redirects are put together from the Host header; `Spellings` takes the slash off
     )
-    install(app, openai_shape)
+    install(app, ERROR_SHAPES)
     app.state.limits = service.limits
     app.state.force_usage = force_usage
     app.state.stalled_reader_s = service.limits.stalled_reader_s
     routers = [
         status_router(service, metrics, access or Access()),
+        anthropic_models_router(service),  # sees Anthropic's clients alone
         models_router(service),
         chat_router(service),
         completions_router(service),
         responses_router(service),
+        messages_router(service),
+        generation_router(service),
+        ollama_models_router(service),
+        ollama_embeddings_router(service),
         embeddings_router(service),
         scores_router(service),
         classify_router(service),
@@ -123,8 +135,18 @@ def create_app(
 REQUESTS = (
     ChatRequest, CompletionRequest, ResponsesRequest, EmbeddingRequest, ScoreRequest, RerankRequest, TokenizeRequest,
     DetokenizeRequest, UpdateWeightsRequest, CohereEmbedRequest, ClassifyRequest, LoadAdapterRequest, UnloadAdapterRequest,
+    MessagesRequest, CountTokensRequest, ollama.ChatBody, ollama.GenerateBody, ollama.EmbedBody, ollama.EmbeddingsBody,
+    ollama.NamedModel,
 )  # fmt: skip
-REHEARSED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank")
+REHEARSED = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/embeddings",
+    "/v1/rerank",
+    "/v1/messages",
+    "/api/chat",
+)
 
 
 async def rehearse(app: FastAPI) -> None:

@@ -8,8 +8,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.errors import ErrorKind, RequestError
+from serving.frontends.dialects import ERROR_SHAPES
 from serving.frontends.http.errors import failure_of, reply
-from serving.frontends.openai.errors import shape
 
 RETRY_AFTER_S = 2.0
 
@@ -35,5 +35,6 @@ class Doorway:
         else:
             # Addresses of engines are the operator's to know: /ready is for orchestrators, everything else for clients.
             why = self._waits_for() if scope["path"] == "/ready" else "The gateway waits for its engine. Try again."
-            answer = reply(failure_of(RequestError(ErrorKind.UNAVAILABLE, why, retry_after_s=RETRY_AFTER_S)), shape)
+            error = RequestError(ErrorKind.UNAVAILABLE, why, retry_after_s=RETRY_AFTER_S)
+            answer = reply(failure_of(error), ERROR_SHAPES.of(scope))
         await answer(scope, receive, send)

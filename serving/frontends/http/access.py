@@ -15,6 +15,14 @@ PROBES = frozenset({"/health", "/ready"})
 """Answer without a key: an orchestrator asks them, and they tell nothing but yes or no."""
 
 
+_KEY_HEADERS = (b"authorization", b"x-api-key")
+
+
+def _as_bearer(name: bytes, value: bytes) -> bytes:
+    """A key as `Authorization` has it: Anthropic's clients send it in a header of its own."""
+    return value if name == b"authorization" else b"Bearer " + value
+
+
 class RequireKey:
     """Refuses what has no key with 401, and tells the task on whose behalf it works.
 
@@ -30,10 +38,10 @@ class RequireKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (scope["path"] in self._open and scope["method"] in ("GET", "HEAD")):
             return await self.app(scope, receive, send)
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        given = {_as_bearer(name, value) for name, value in scope["headers"] if name in _KEY_HEADERS}
         try:
-            # Two headers: a proxy in front may have looked at the other one.
-            caller = self._access.check(given[0].decode("latin-1") if len(given) == 1 else None)
+            # Two that differ: a proxy in front may have looked at the other one.
+            caller = self._access.check(given.pop().decode("latin-1") if len(given) == 1 else None)
         except RequestError as error:
             reply = error_response(error, scope)
             reply.headers["WWW-Authenticate"] = "Bearer"

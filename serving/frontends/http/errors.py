@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -41,8 +41,44 @@ class Failure:
     headers: Mapping[str, str] | None = None
 
 
-Shape = Callable[[Failure], dict[str, Any]]
-"""A dialect's body for a failure."""
+def _same(failure: Failure) -> int:
+    return failure.status
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorShape:
+    """How a dialect tells of failures.
+
+    Attributes:
+        body: of a failure and the request's id.
+        status: HTTP's, where the dialect has others.
+        id_header: a further header that carries the request's id, as the dialect's clients know it.
+    """
+
+    body: Callable[[Failure, str], dict[str, Any]]
+    status: Callable[[Failure], int] = _same
+    id_header: bytes | None = None
+
+
+Speaks = Callable[[Scope], bool]
+"""Whether a request is of a dialect's clients."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorShapes:
+    """The shapes of all dialects.
+
+    Attributes:
+        default: of requests that no other dialect takes for its own.
+        others: which requests are a dialect's, and its shape.
+    """
+
+    default: ErrorShape
+    others: Sequence[tuple[Speaks, ErrorShape]] = ()
+
+    def of(self, scope: Scope) -> ErrorShape:
+        """The shape of the dialect that a request speaks."""
+        return next((shape for speaks, shape in self.others if speaks(scope)), self.default)
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -58,9 +94,9 @@ def failure_of(error: BaseException) -> Failure:
     return Failure(error.kind.http_status, error.message, error.kind, error.param, error.code, headers)
 
 
-def reply(failure: Failure, shape: Shape) -> JSONResponse:
+def reply(failure: Failure, shape: ErrorShape, request_id: str = "") -> JSONResponse:
     """The whole reply: Retry-After in whole seconds where it makes sense."""
-    return JSONResponse(shape(failure), failure.status, failure.headers)
+    return JSONResponse(shape.body(failure, request_id), shape.status(failure), failure.headers)
 
 
 def path_below_root(scope: Scope) -> str:
@@ -69,27 +105,23 @@ def path_below_root(scope: Scope) -> str:
     return path.removeprefix(root) if root and path.startswith(root) else path
 
 
-def shape_for(scope: Scope) -> Shape:
-    """The shape of the dialect that a request's path belongs to."""
-    path = path_below_root(scope)
-    state = scope["app"].state
-    found = (shape for prefix, shape in state.error_shapes.items() if path == prefix or path.startswith(f"{prefix}/"))
-    return next(found, state.error_shape)
+def shape_for(scope: Scope) -> ErrorShape:
+    """The shape of the dialect that a request speaks, inside an application."""
+    return scope["app"].state.error_shapes.of(scope)
+
+
+def _reply_to(scope: Scope, failure: Failure) -> JSONResponse:
+    return reply(failure, shape_for(scope), scope.get("state", {}).get("request_id", ""))
 
 
 def error_response(error: RequestError, scope: Scope) -> JSONResponse:
     """The reply for a request that cannot be served."""
-    return reply(failure_of(error), shape_for(scope))
+    return _reply_to(scope, failure_of(error))
 
 
-def install(app: FastAPI, default: Shape, shapes: Mapping[str, Shape] = {}) -> None:
-    """Makes every failure of `app` answer in a dialect's shape.
-
-    Args:
-        default: the shape of every path that `shapes` does not name.
-        shapes: path -> the shape of what lies at it and below it.
-    """
-    app.state.error_shape, app.state.error_shapes = default, dict(shapes)
+def install(app: FastAPI, shapes: ErrorShapes) -> None:
+    """Makes every failure of `app` answer in the shape of the request's dialect."""
+    app.state.error_shapes = shapes
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -117,7 +149,7 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     elif error.status_code == 405:
         text = f"{request.scope['path']} does not take {request.method}."
     failure = Failure(error.status_code, text, code=_HTTP_CODES.get(error.status_code), headers=error.headers)
-    return reply(failure, shape_for(request.scope))
+    return _reply_to(request.scope, failure)
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:

@@ -45,7 +45,8 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), header]
+                own = shape_for(scope).id_header
+                message["headers"] = [*message.get("headers", ()), header, *([(own, header[1])] if own else ())]
             await send(message)
 
         token = request_id_of_task.set(request_id)
@@ -54,10 +55,12 @@ class RequestContext:
         try:
             await self.app(scope, receive, send_with_id)
         except Exception as error:
-            body = json.dumps(shape_for(scope)(failure_of(error))).encode()
+            failure, shape = failure_of(error), shape_for(scope)
+            body = json.dumps(shape.body(failure, request_id)).encode()
             if not status:
                 headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-                await send_with_id({"type": "http.response.start", "status": 500, "headers": headers})
+                start_of = {"type": "http.response.start", "status": shape.status(failure), "headers": headers}
+                await send_with_id(start_of)
                 await send({"type": "http.response.body", "body": body})
         finally:
             self._done(scope, status or 499, time.monotonic() - start)

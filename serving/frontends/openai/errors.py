@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from serving.errors import ErrorKind
-from serving.frontends.http.errors import Failure, failure_of
+from serving.frontends.http.errors import ErrorShape, Failure, failure_of
 from serving.frontends.openai.protocol.common import ErrorReply
 
 DONE = b"data: [DONE]\n\n"
@@ -43,8 +43,8 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 """For the API document: what every POST endpoint may answer."""
 
 
-def shape(failure: Failure) -> dict[str, Any]:
-    """The body of an error reply."""
+def body(failure: Failure, request_id: str = "") -> dict[str, Any]:
+    """The body of an error reply; the id goes in a header alone."""
     if failure.kind is None:
         kind, code = "server_error" if failure.status >= 500 else "invalid_request_error", None
     else:
@@ -54,6 +54,9 @@ def shape(failure: Failure) -> dict[str, Any]:
     }
 
 
+SHAPE = ErrorShape(body)
+
+
 def error_event(error: BaseException) -> bytes:
     """The end of a stream that failed after its status line was sent: OpenAI's clients raise on `error`."""
-    return b"data: " + json.dumps(shape(failure_of(error))).encode() + b"\n\n" + DONE
+    return b"data: " + json.dumps(body(failure_of(error))).encode() + b"\n\n" + DONE

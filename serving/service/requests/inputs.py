@@ -35,6 +35,7 @@ class GenerateInput:
             `messages`, whose template writes them.
         truncate_prompt_tokens: keep so many prompt tokens at most; -1 keeps what leaves room for the completion.
         truncation_side: which end is cut off then, "left" or "right". None: the left one; of what an encoder reads, the right.
+        clip_max_tokens: a `max_tokens` beyond what the context leaves is what it leaves, not refused.
         model: the served model to use; None, "" and "default" mean the base model.
         request_id: the client's name for the request, for logs and `abort`; None makes one. Need not be unique:
             aborting a name ends every live request that has it.
@@ -56,6 +57,7 @@ class GenerateInput:
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: str | None = None
+    clip_max_tokens: bool = False
     model: str | None = None
     request_id: str | None = None
     priority: int = 0
@@ -152,6 +154,14 @@ class GenerateInput:
                 raise invalid(
                     f"chat_template_kwargs takes scalars; {name} is a {type(value).__name__}.", "chat_template_kwargs"
                 )
+
+
+def effort_variables(effort: str | None) -> dict[str, Any]:
+    """The template variables that a reasoning effort stands for: its own name (gpt-oss), and what turns thinking off (Qwen 3 and
+    DeepSeek V3.1 with Granite)."""
+    if effort is None:
+        return {}
+    return {"reasoning_effort": effort, **({"enable_thinking": False, "thinking": False} if effort == "none" else {})}
 
 
 def check_prompt_text(text: str, limits: Limits, param: str = "prompt") -> None:

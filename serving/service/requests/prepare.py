@@ -135,7 +135,7 @@ def fit_prompt(
             given.place,
             given.place,
         )
-    if params.max_tokens is None:
+    if params.max_tokens is None or (given.clip_max_tokens and params.max_tokens > room):
         # min_tokens may not ask for more than the context leaves: SamplingParams says so in its own words.
         params = dataclasses.replace(params, max_tokens=room)
     elif params.max_tokens > room:

@@ -10,7 +10,7 @@ from serving.engine.api.sampling_params import MAX_LOGPROBS
 from serving.errors import invalid
 from serving.frontends.http.models import LEAVE, ApiReply, ApiRequest, Many, Refused, number
 from serving.frontends.openai.protocol.common import SAMPLING_REFUSED, SamplingFields, UsageReply
-from serving.service.requests.inputs import GenerateInput
+from serving.service.requests.inputs import GenerateInput, effort_variables
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 CHAT_REFUSED: Refused = {
@@ -105,14 +105,6 @@ class ChatRequest(SamplingFields):
             ttft_timeout_s=self.ttft_timeout,
             cache_salt=self.cache_salt,
         )
-
-
-def effort_variables(effort: str | None) -> dict[str, Any]:
-    """The template variables that a reasoning effort stands for: its own name (gpt-oss), and what turns thinking off (Qwen 3 and
-    DeepSeek V3.1 with Granite)."""
-    if effort is None:
-        return {}
-    return {"reasoning_effort": effort, **({"enable_thinking": False, "thinking": False} if effort == "none" else {})}
 
 
 class FunctionCall(ApiReply):

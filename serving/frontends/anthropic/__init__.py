@@ -1,0 +1,1 @@
+"""Anthropic's Messages API: what its SDKs and the agents built on them send."""

@@ -1,0 +1,1 @@
+"""Ollama's API: for front ends that know nothing else."""
