@@ -82,6 +82,10 @@ class MockTokenizer:
         return token_id in self.special_token_ids
 
 
+def _said(content: Any) -> str:
+    return content or "" if not isinstance(content, list) else "".join(part["text"] for part in content)
+
+
 class MockTemplate:
     """`<|role|>content<|end|>` a message, then the opening of an assistant turn."""
 
@@ -93,7 +97,7 @@ class MockTemplate:
         continue_final_message: bool = False,
         **kwargs: Any,
     ) -> str:
-        text = "".join(f"<|{m['role']}|>{m['content'] or ''}<|end|>" for m in messages)
+        text = "".join(f"<|{m['role']}|>{_said(m['content'])}<|end|>" for m in messages)
         if tools:
             text = f"<|tool|>{len(tools)} tools<|end|>" + text
         if continue_final_message:

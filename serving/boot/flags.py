@@ -14,6 +14,7 @@ from serving.boot.lora_modules import lora_module
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.settings import flag_of
 from serving.reliability.faults import Fault
+from serving.storage.flags import add_store_flags
 
 GRPC_PORT = 50051
 HTTP_PORT = 8000
@@ -153,6 +154,7 @@ def build_parser() -> Parser:
     server.add_argument("--inject-fault", nargs="+", default=[], metavar="FAULT", help=argparse.SUPPRESS)
     server.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="log level")
     add_access_flags(parser)
+    add_store_flags(parser)
     for name, (count, _) in HARMLESS.items():
         extra: dict[str, Any] = {"nargs": 0} if not count else {}
         server.add_argument(name, action=_Taken, help=argparse.SUPPRESS, dest=argparse.SUPPRESS, **extra)

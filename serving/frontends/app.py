@@ -7,7 +7,7 @@ import pathlib
 import socket
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
@@ -39,10 +39,12 @@ from serving.frontends.openai.protocol.classify import ClassifyRequest
 from serving.frontends.openai.protocol.completions import CompletionRequest
 from serving.frontends.openai.protocol.embeddings import EmbeddingRequest
 from serving.frontends.openai.protocol.others import CohereEmbedRequest
-from serving.frontends.openai.protocol.responses import ResponsesRequest
 from serving.frontends.openai.protocol.scores import RerankRequest, ScoreRequest
 from serving.frontends.openai.protocol.tokens import DetokenizeRequest, TokenizeRequest
-from serving.frontends.openai.responses import responses_router
+from serving.frontends.openai.responses.background import Background
+from serving.frontends.openai.responses.conversations import ConversationRequest, ItemsRequest, conversations_router
+from serving.frontends.openai.responses.protocol import ResponsesRequest
+from serving.frontends.openai.responses.routes import responses_router
 from serving.frontends.openai.scores import scores_router
 from serving.frontends.openai.tokens import tokens_router
 from serving.frontends.operations.adapters import LoadAdapterRequest, UnloadAdapterRequest, adapters_router
@@ -51,6 +53,7 @@ from serving.frontends.operations.status import status_router
 from serving.frontends.page.page import page_paths, page_router
 from serving.metrics import Metrics
 from serving.service import TextService
+from serving.storage import Store
 
 
 def create_app(
@@ -64,6 +67,7 @@ def create_app(
     force_usage: bool = False,
     page: bool = True,
     lora_folder: pathlib.Path | None = None,
+    store: Store | None = None,
 ) -> FastAPI:
     """All that is served over HTTP as an ASGI application over `service`: OpenAI's API, Anthropic's, Ollama's, the server's own.
 
@@ -76,6 +80,7 @@ def create_app(
         force_usage: end every stream with token counts, whatever its `stream_options` say.
         page: serve the playground at `/`.
         lora_folder: below which adapters lie that admins may load; None: they may load none.
+        store: where responses, conversations, files and batches are kept; None: nothing is.
     """
     metrics = metrics or Metrics.of(service.client)
     # FastAPI's own documentation pages load scripts from a CDN: left out. /openapi.json stays.
@@ -91,24 +96,7 @@ def create_app(
     app.state.limits = service.limits
     app.state.force_usage = force_usage
     app.state.stalled_reader_s = service.limits.stalled_reader_s
-    routers = [
-        status_router(service, metrics, access or Access()),
-        anthropic_models_router(service),  # sees Anthropic's clients alone
-        models_router(service),
-        chat_router(service),
-        completions_router(service),
-        responses_router(service),
-        messages_router(service),
-        generation_router(service),
-        ollama_models_router(service),
-        ollama_embeddings_router(service),
-        embeddings_router(service),
-        scores_router(service),
-        classify_router(service),
-        tokens_router(service),
-        control_router(service, access or Access()),
-        adapters_router(service, access or Access(), lora_folder),
-    ]
+    routers = _routers(service, metrics, access or Access(), lora_folder, store)
     if page:
         routers.append(page_router())
     for router in routers:
@@ -125,18 +113,46 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["X-Request-Id"],
         )
-    routes = [route for router in routers for route in router.routes]
+    app.state.routes = routes = [route for router in routers for route in router.routes]
     app.add_middleware(RequestContext, on_request=metrics.http_request, routes=routes)
     app.add_middleware(Spellings)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 
 
+def _routers(
+    service: TextService, metrics: Metrics, access: Access, lora_folder: pathlib.Path | None, store: Store | None
+) -> list[APIRouter]:
+    """The routes of all dialects and the server's own; the first that takes a request has it."""
+    background = Background()
+    if store is not None:
+        store.closing.append(background.stop)
+    return [
+        status_router(service, metrics, access),
+        anthropic_models_router(service),  # sees Anthropic's clients alone
+        models_router(service),
+        chat_router(service),
+        completions_router(service),
+        responses_router(service, store, background),
+        conversations_router(store),
+        messages_router(service),
+        generation_router(service),
+        ollama_models_router(service),
+        ollama_embeddings_router(service),
+        embeddings_router(service),
+        scores_router(service),
+        classify_router(service),
+        tokens_router(service),
+        control_router(service, access),
+        adapters_router(service, access, lora_folder),
+    ]
+
+
 REQUESTS = (
     ChatRequest, CompletionRequest, ResponsesRequest, EmbeddingRequest, ScoreRequest, RerankRequest, TokenizeRequest,
     DetokenizeRequest, UpdateWeightsRequest, CohereEmbedRequest, ClassifyRequest, LoadAdapterRequest, UnloadAdapterRequest,
     MessagesRequest, CountTokensRequest, ollama.ChatBody, ollama.GenerateBody, ollama.EmbedBody, ollama.EmbeddingsBody,
-    ollama.NamedModel,
+    ollama.NamedModel, ConversationRequest, ItemsRequest,
 )  # fmt: skip
 REHEARSED = (
     "/v1/chat/completions",

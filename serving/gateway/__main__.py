@@ -17,6 +17,8 @@ from serving.errors import RequestError
 from serving.gateway.flags import discovery_of, parse, router_of, target_tls
 from serving.gateway.page_index import follow
 from serving.gateway.pool import Member, Pool
+from serving.storage import Store
+from serving.storage.flags import store_of
 
 if TYPE_CHECKING:
     from serving.frontends.grpc.client import RemoteEngineClient
@@ -38,6 +40,7 @@ class Gateway:
         self._access = Access()
         self._redis: Any = None
         self._picker: Any = None
+        self._store: Store | None = None
 
     async def run(self) -> int:
         """Returns the exit status: 0 after a signal, 1 when it cannot serve."""
@@ -57,6 +60,7 @@ class Gateway:
         names = discovery.sentence()
         grpc_server = None
         try:
+            self._store = store_of(args)
             engines = Connector(
                 discovery, self._on_ready, args.target_api_key, target_tls(args), say,
                 on_gone=self._on_gone, look_s=args.target_refresh,
@@ -91,6 +95,8 @@ class Gateway:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self._store is not None:
+                await self._store.stop()
             await engines.close()
             if self._redis is not None:
                 await shared.close(self._redis)
@@ -210,7 +216,7 @@ class Gateway:
             limits=Limits.for_model(info.max_model_len, **limit_changes(args)),
             rates=shared.SharedMeter(self._redis, args.requests_per_minute) if self._redis is not None else None,
         )
-        app = create_app(self._service, access=self._access, **http_options(args))
+        app = create_app(self._service, store=self._store, access=self._access, **http_options(args))
         await rehearse(app)
         return AskedByHeaders(app, args.session_header)
 

@@ -16,6 +16,7 @@ from serving.gateway.discovery import Discovery
 from serving.routing.policies import POLICIES, Balance
 from serving.routing.prefixes import MAX_BLOCKS
 from serving.routing.router import Router
+from serving.storage.flags import add_store_flags
 
 REDIS_VARIABLE = "JAXSERVE_REDIS_URL"
 TARGET_KEY_VARIABLE = "JAXSERVE_TARGET_API_KEY"
@@ -53,6 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--drain-timeout", type=float, default=30.0, metavar="S", help="seconds to finish at the end")
     add_access_flags(parser)
+    add_store_flags(parser)
     _add_routing_flags(parser)
     _add_target_flags(parser)
     parser.add_argument("--log-format", choices=("human", "json"), default="human")

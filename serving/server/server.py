@@ -24,6 +24,8 @@ from serving.server.guard import Guard
 from serving.server.ports import listen_grpc, take_http
 from serving.server.starting import import_front_ends, start_in_thread
 from serving.service.adapters import check_name
+from serving.storage import Store
+from serving.storage.flags import store_of
 
 if TYPE_CHECKING:
     from serving.boot.start import AnyEngine
@@ -55,6 +57,7 @@ class Server:
         self._stop_now = asyncio.Event()
         self._signal = 0
         self._http: Any = None
+        self._store: Store | None = None
         self._http_socket: socket.socket | None = None
         self._guard = Guard(args, self._say)
         self._lost = asyncio.Event()
@@ -69,12 +72,16 @@ class Server:
         for line in warnings_for(self._args.host, self._access, self._tls):
             print(line, file=sys.stderr, flush=True)
         try:
+            self._store = None if self._args.no_http else store_of(self._args)
             self._http_socket = take_http(self._args, self._say)
             # Begins with imports and headers: a taken gRPC port is told before any weight is read all the same.
             starting = start_in_thread(self._config, self._say, self._on_loss)
             grpc_server = await listen_grpc(self._args, self._access, self._tls)
         except OSError as error:
             print(f"error: {error}", file=sys.stderr)
+            return EXIT_FAILED
+        except ValueError as error:
+            print(f"error: {in_flags(str(error), vars(self._args).keys())}", file=sys.stderr)
             return EXIT_FAILED
         self._say(f"listening for gRPC on {self._args.host}:{grpc_server.port}; loading the model")
         preloading = asyncio.create_task(asyncio.to_thread(import_front_ends, not self._args.no_http))
@@ -152,6 +159,7 @@ class Server:
                 sock=self._http_socket,
                 tls=self._tls,
                 access=self._access,
+                store=self._store,
                 lora_folder=None if self._args.lora_folder is None else pathlib.Path(self._args.lora_folder),
                 **http_options(self._args),
             )
@@ -178,6 +186,8 @@ class Server:
         await service.abort_all()
         if self._http is not None:
             await self._http.stop(1.0)  # what cut replies end with still has to go out
+        if self._store is not None:
+            await self._store.stop()
         await grpc_server.stop(1.0)
         await asyncio.to_thread(started.shutdown)
         self._say("stopped")

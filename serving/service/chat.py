@@ -24,11 +24,13 @@ class ChatOptions:
     Attributes:
         tool_choice: "none", "auto", "required", or OpenAI's {"type": "function", "function": {"name": ...}}; None is
             "auto" where there are tools.
+        allowed_tools: names of the tools that may be called, of all that the model sees; None: all.
         parallel_tool_calls: False allows one call.
         include_reasoning: False leaves the thinking out of the reply.
     """
 
     tool_choice: str | Mapping[str, Any] | None = None
+    allowed_tools: tuple[str, ...] | None = None
     parallel_tool_calls: bool = True
     include_reasoning: bool = True
 
@@ -69,6 +71,7 @@ async def prepare_chat(
         parallel=options.parallel_tool_calls,
         reasoning=reasoning,
         answer=answer,
+        allowed=options.allowed_tools,
     )
     plan = plan_for()
     if not plan.offered:

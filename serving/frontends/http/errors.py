@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import Scope
 
 from serving.errors import ErrorKind, RequestError, invalid
@@ -143,13 +144,20 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    text = error.detail if isinstance(error.detail, str) else "Refused."
+    text, headers = error.detail if isinstance(error.detail, str) else "Refused.", error.headers
     if error.status_code == 404:
         text = f"There is no {request.scope['path']} here."
     elif error.status_code == 405:
         text = f"{request.scope['path']} does not take {request.method}."
-    failure = Failure(error.status_code, text, code=_HTTP_CODES.get(error.status_code), headers=error.headers)
+        headers = {"Allow": ", ".join(_methods(request))}
+    failure = Failure(error.status_code, text, code=_HTTP_CODES.get(error.status_code), headers=headers)
     return _reply_to(request.scope, failure)
+
+
+def _methods(request: Request) -> list[str]:
+    """What a path takes, over all routes that it has: the router tells of the first alone."""
+    fitting = [route for route in request.app.state.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in fitting if route.path == fitting[0].path for method in route.methods or ()})
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:

@@ -88,5 +88,7 @@ def _loaded(service: TextService, body: GenerationFields, part: dict[str, Any]) 
     """The answer to a request that only wants the model to be loaded, or to go: it stays."""
     service.check_ready()
     service.resolve_model(model_name(body.model))
+    with named(body.names()):
+        service.make_params(body.params())
     reason = "unload" if body.keep_alive in (0, "0", "0s") else "load"
     return JSONResponse({"model": body.model, "created_at": now(), **part, "done": True, "done_reason": reason})

@@ -6,16 +6,20 @@ from collections.abc import Iterable
 from typing import Any
 
 from serving.errors import named
-from serving.frontends.openai.protocol.chat import ChatRequest, NamedToolChoice
+from serving.frontends.openai.protocol.chat import AllowedToolsChoice, ChatRequest, NamedToolChoice
 from serving.service import ChatOptions, PreparedRequest, TextService, prepare_chat
 from serving.text.tools import ContentDelta, Event, ReasoningDelta, ToolCallArguments, ToolCallStart
 
 
 def options_of(body: ChatRequest) -> ChatOptions:
     """What a chat says about tools and thinking."""
-    choice = body.tool_choice
+    choice, allowed = body.tool_choice, None
+    if isinstance(choice, AllowedToolsChoice):
+        allowed = tuple(tool.function.name for tool in choice.allowed_tools.tools)
+        choice = choice.allowed_tools.mode
     return ChatOptions(
         choice.model_dump() if isinstance(choice, NamedToolChoice) else choice,
+        allowed_tools=allowed,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         include_reasoning=body.include_reasoning is not False,
     )

@@ -16,6 +16,8 @@ from serving.frontends.openai.errors import RESPONSES
 from serving.service import TextService
 from serving.service.adapters import AdapterControl
 
+TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
 
 class LoadAdapterRequest(ApiRequest):
     """Which adapter to serve, and as which model. `lora_path` lies below the server's --lora-folder."""
@@ -38,12 +40,12 @@ def adapters_router(service: TextService, access: Access, folder: Path | None) -
     router = APIRouter(tags=["adapters"], dependencies=[Depends(control_check(access))], responses=responses)
     control = AdapterControl(service, folder)
 
-    @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse, openapi_extra=takes(LoadAdapterRequest))
+    @router.post("/v1/load_lora_adapter", responses={**TEXT}, openapi_extra=takes(LoadAdapterRequest))
     async def load(body: Annotated[LoadAdapterRequest, Depends(body_of(LoadAdapterRequest))]) -> PlainTextResponse:
         await control.load(body.lora_name, body.lora_path, body.load_inplace)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, openapi_extra=takes(UnloadAdapterRequest))
+    @router.post("/v1/unload_lora_adapter", responses={**TEXT}, openapi_extra=takes(UnloadAdapterRequest))
     async def unload(
         body: Annotated[UnloadAdapterRequest, Depends(body_of(UnloadAdapterRequest))],
     ) -> PlainTextResponse:

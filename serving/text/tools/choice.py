@@ -50,6 +50,7 @@ def plan_tools(
     reasoning: ReasoningFamily | None = None,
     in_reasoning: bool = False,
     answer: Mapping[str, Any] | None = None,
+    allowed: Sequence[str] | None = None,
 ) -> ToolPlan:
     """Reads `tools` and `tool_choice` in OpenAI's shapes.
 
@@ -61,6 +62,7 @@ def plan_tools(
         family: how the model writes calls; None for a model whose template knows none.
         parallel: more than one call is allowed.
         reasoning, in_reasoning: thinking that may come before (see `ReplyParser`).
+        allowed: names of those that may be called; the model sees the others too. None: all.
         answer: with "auto", the JSON schema of a reply that is no call: the reply is held to one or the other.
     Raises:
         RequestError: INVALID_ARGUMENT naming what is wrong with `tools` or `tool_choice`.
@@ -73,6 +75,7 @@ def plan_tools(
             raise invalid(f"tools has two functions named {name!r}.", "tools")
         schemas[name] = schema
         strict = strict or is_strict
+    schemas = _allowed(schemas, allowed)
     family = family or tool_family("json")
     choice, named = _read_choice(tool_choice, schemas)
     if choice == "none" or not schemas:
@@ -81,14 +84,14 @@ def plan_tools(
         return ToolPlan(family, schemas, None, offered=True)
     written, read = _writable(family)
     grammar = _Grammar(written, tokenizer, reasoning)
-    allowed = {named: schemas[named]} if named is not None else schemas
+    may_come = {named: schemas[named]} if named is not None else schemas
     once = choice == "named" or not parallel or read.payload is Payload.CHANNELS  # there a call ends the reply
     thinking = _thinking(reasoning, in_reasoning)
     if choice == "auto" and answer is not None:
-        return ToolPlan(read, schemas, grammar.either(allowed, once, answer), offered=True)
+        return ToolPlan(read, schemas, grammar.either(may_come, once, answer), offered=True)
     if choice == "auto":
-        return ToolPlan(read, schemas, grammar.lazy(allowed, once), offered=True)
-    return ToolPlan(read, schemas, grammar.required(allowed, once, reasoning, thinking), offered=True)
+        return ToolPlan(read, schemas, grammar.lazy(may_come, once), offered=True)
+    return ToolPlan(read, schemas, grammar.required(may_come, once, reasoning, thinking), offered=True)
 
 
 def kept_token_ids(
@@ -132,6 +135,16 @@ def _read_tool(tool: Any, where: str) -> tuple[str, Mapping[str, Any], bool]:
     if schema.get("type", "object") != "object":
         raise invalid(f'{where}.function.parameters must be of type "object", got {schema["type"]!r}.', "tools")
     return name, {"type": "object", **schema}, bool(function.get("strict"))
+
+
+def _allowed(schemas: dict[str, Any], allowed: Sequence[str] | None) -> dict[str, Any]:
+    if allowed is None:
+        return schemas
+    unknown = [name for name in allowed if name not in schemas]
+    if unknown or not allowed:
+        what = f"allows {unknown[0]!r}, which is not among the tools" if unknown else "allows no tool: say none instead"
+        raise invalid(f"tool_choice {what}.", "tool_choice")
+    return {name: schemas[name] for name in allowed}
 
 
 def _read_choice(choice: Any, schemas: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -50,6 +50,18 @@ class NamedToolChoice(ApiRequest):
     function: NamedFunction
 
 
+class AllowedTools(ApiRequest):
+    mode: Literal["auto", "required"]
+    tools: Many[NamedToolChoice]
+
+
+class AllowedToolsChoice(ApiRequest):
+    """Of all tools that the model sees, those that it may call."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class ChatRequest(SamplingFields):
     REFUSED: ClassVar[Refused] = CHAT_REFUSED
 
@@ -60,7 +72,7 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = number(0, MAX_LOGPROBS)
     tools: Many[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
     reasoning_effort: Effort | None = Field(

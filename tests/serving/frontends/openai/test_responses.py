@@ -1,4 +1,4 @@
-"""/v1/responses: whole, streamed, continued; never stored."""
+"""/v1/responses: whole, streamed, continued by its input; tools that take a text; thinking that goes back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from serving.frontends.openai.protocol.responses import ResponsesRequest
+from serving.frontends.openai.responses.protocol import ResponsesRequest
 from tests.mock_engine import MockEngine
 from tests.serving.frontends.conftest import Running, Start
 
@@ -92,3 +92,66 @@ async def test_a_failure_inside_a_stream_is_an_event(start: Start):
     lines = await running.events(PATH, input="hi")
     last = EVENT.validate_python(json.loads(lines[-1]))
     assert last.type == "response.failed" and last.response.error and "NaN" in last.response.error.message
+
+
+APPLY = {"type": "custom", "name": "apply", "format": {"type": "grammar", "syntax": "regex", "definition": "a+"}}
+CALL = '<tool_call>\n{"name": "apply", "arguments": {"input": "aaa"}}\n</tool_call>'
+HERMES = {"tool_parser": "hermes", "reasoning_parser": "think"}
+
+
+async def test_a_tool_that_takes_a_text(start: Start):
+    running = await start(MockEngine(reply=CALL), **HERMES)
+    lines = await running.events(PATH, input="hi", tools=[APPLY, {"type": "web_search"}], max_output_tokens=200)
+    events = [EVENT.validate_python(json.loads(line)) for line in lines]
+    assert [e.sequence_number for e in events] == list(range(len(events)))
+    final = events[-1].response  # type: ignore[union-attr]
+    (item,) = final.output
+    assert item.type == "custom_tool_call" and item.input == "aaa" and item.name == "apply" and item.call_id
+    assert {"response.custom_tool_call_input.delta", "response.custom_tool_call_input.done"} <= {e.type for e in events}
+    back = [
+        {"role": "user", "content": "hi"},
+        item.model_dump(),
+        {"type": "custom_tool_call_output", "call_id": item.call_id, "output": "ok"},
+    ]
+    messages = ResponsesRequest.model_validate({"input": back, "tools": [APPLY]}).to_chat().messages
+    assert json.loads(messages[1]["tool_calls"][0]["function"]["arguments"]) == {"input": "aaa"}
+    assert messages[2] == {"role": "tool", "tool_call_id": item.call_id, "content": "ok"}
+    (function,) = ResponsesRequest.model_validate({"input": "x", "tools": [APPLY]}).to_chat().tools or ()
+    assert function.function.parameters["properties"]["input"]["pattern"] == "^(?:a+)$"  # type: ignore[index]
+    with pytest.raises(openai.BadRequestError):
+        await running.client.responses.create(
+            model="mock", input="x", tools=[{"type": "file_search", "vector_store_ids": []}]
+        )
+
+
+async def test_some_of_the_tools_may_be_called(start: Start):
+    running = await start(MockEngine(reply=CALL), **HERMES)
+    other = {"type": "function", "name": "other", "parameters": {"type": "object", "properties": {}}}
+    for names, called in ((["apply"], True), (["other"], False)):
+        allowed = [{"type": "function", "name": name} for name in names]
+        choice = {"type": "allowed_tools", "mode": "auto", "tools": allowed}
+        body = {"input": "hi", "tools": [APPLY, other], "tool_choice": choice, "max_output_tokens": 200}
+        reply = (await running.http.post(PATH, json=body)).json()
+        assert (reply["output"][0]["type"] == "custom_tool_call") == called
+        prompt = bytes(i for i in running.engine.requests[-1].prompt_token_ids if i < 256).decode()
+        assert prompt.startswith("2 tools")  # the model sees all
+    body["tool_choice"]["tools"] = [{"type": "function", "name": "nobody"}]
+    refused = await running.http.post(PATH, json=body)
+    assert refused.status_code == 400 and "nobody" in refused.json()["error"]["message"]
+
+
+async def test_thinking_goes_out_sealed_and_comes_back(start: Start):
+    running = await start(MockEngine(reply="<think>\nhm\n</think>\n\nYes."), **HERMES)
+    body = {"input": "hi", "include": ["reasoning.encrypted_content"], "store": False}
+    thought, message = (await running.http.post(PATH, json=body)).json()["output"]
+    assert thought["type"] == "reasoning" and thought["encrypted_content"] and message["content"][0]["text"] == "Yes."
+    sealed = {
+        "type": "reasoning",
+        "id": thought["id"],
+        "summary": [],
+        "encrypted_content": thought["encrypted_content"],
+    }
+    for item, text in ((sealed, "hm"), ({**sealed, "encrypted_content": "gAAAA-of-somebody-else"}, None)):
+        given = [{"role": "user", "content": "hi"}, item, message, {"role": "user", "content": "And?"}]
+        messages = ResponsesRequest.model_validate({"input": given}).to_chat().messages
+        assert [m["role"] for m in messages] == ["user", "assistant", "user"] and messages[1].get("reasoning") == text

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import time
+import uuid
 from typing import Any
 
 from serving.engine.api.types import FinishReason
 from serving.frontends.http.errors import failure_of
 from serving.frontends.http.sse import dumps
 from serving.frontends.openai import outcome as oc
-from serving.frontends.openai.protocol.responses import ResponsesRequest
+from serving.frontends.openai.responses.items import sealed
+from serving.frontends.openai.responses.protocol import CUSTOM_INPUT, ResponsesRequest
 from serving.service import PreparedRequest, TextOutput, Usage
+
+_TOOL_DEFAULTS: dict[str, dict[str, Any]] = {"function": {"parameters": None, "strict": False}}
 
 
 class ResponseWriter:
     """Turns deltas into typed events, and keeps `response`, which is complete after `finish`.
 
     Output items follow each other: reasoning, a message, function calls. One is open at a time.
+
+    Args:
+        stored: the response is kept.
     """
 
-    def __init__(self, body: ResponsesRequest, prepared: PreparedRequest) -> None:
+    def __init__(self, body: ResponsesRequest, prepared: PreparedRequest, stored: bool = False) -> None:
         self._id = prepared.request_id
+        if stored:  # the client may have chosen the request's id, and may choose it again
+            self._id = f"{prepared.request_id[:64]}-{uuid.uuid4().hex[:12]}"
+        self._custom = body.custom_tools
+        self._seals = body.wants_encrypted
+        self._input: list[str] = []  # of a custom tool's call that is open: pieces of its arguments
         self._wants_logprobs = body.wants_logprobs
         self._number = 0
         self._items: list[dict[str, Any]] = []
@@ -34,7 +47,8 @@ class ResponseWriter:
             "object": "response",
             "created_at": int(time.time()),
             "status": "in_progress",
-            "background": False,
+            "background": bool(body.background),
+            "conversation": None if body.conversation_id is None else {"id": body.conversation_id},
             "error": None,
             "incomplete_details": None,
             "instructions": body.instructions,
@@ -43,29 +57,34 @@ class ResponseWriter:
             "model": prepared.model,
             "output": self._items,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "previous_response_id": None,
+            "previous_response_id": body.previous_response_id,
             "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
             "service_tier": "default",
-            "store": False,
+            "store": stored,
             "temperature": prepared.params.temperature,
             "text": {"format": body.text.format.model_dump(by_alias=True, exclude_none=True)}
             if body.text and body.text.format
             else {"format": {"type": "text"}},
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump() if choice is not None else "auto",
-            "tools": [
-                {"parameters": None, "strict": False, **t.model_dump(exclude_none=True)} for t in body.tools or ()
-            ],
+            "tools": [{**_TOOL_DEFAULTS.get(t.type, {}), **t.model_dump(exclude_none=True)} for t in body.tools or ()],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": prepared.params.top_p,
             "truncation": body.truncation or "disabled",
             "usage": None,
         }
 
-    def start(self) -> bytes:
-        """The first events."""
+    def queued(self) -> bytes:
+        """The first events of a response that runs in the background."""
+        self.response["status"] = "queued"
         return self._event("response.created", response=self.response) + self._event(
-            "response.in_progress", response=self.response
+            "response.queued", response=self.response
         )
+
+    def start(self) -> bytes:
+        """The first events; behind `queued` the next."""
+        self.response["status"] = "in_progress"
+        created = b"" if self._number else self._event("response.created", response=self.response)
+        return created + self._event("response.in_progress", response=self.response)
 
     def push(self, output: TextOutput, deltas: list[dict[str, Any]]) -> bytes:
         """Events for new deltas (`content`, `reasoning`, `tool_calls`)."""
@@ -116,6 +135,12 @@ class ResponseWriter:
         self.response["error"] = {"code": "server_error", "message": failure_of(error).message}
         return self._event("response.failed", response=self.response)
 
+    def cancelled(self) -> bytes:
+        """The end of a response that somebody ended."""
+        out = self._close("incomplete")
+        self.response["status"] = "cancelled"
+        return out + self._event("response.incomplete", response=self.response)
+
     # -- items -------------------------------------------------------------------------------------------------------
 
     def _text(self, kind: str, text: str, logprobs: list[dict[str, Any]]) -> bytes:
@@ -147,25 +172,31 @@ class ResponseWriter:
 
     def _call(self, call: dict[str, Any]) -> bytes:
         out, function = b"", call.get("function", {})
-        if self._open is None or self._open["type"] != "function_call" or self._call_index != call["index"]:
+        if self._open is None or self._open["type"] not in _CALLS or self._call_index != call["index"]:
             out = self._close("completed")
             self._call_index = call["index"]
-            out += self._add(
-                {
-                    "id": f"fc_{self._id}_{len(self._items)}",
-                    "type": "function_call",
-                    "call_id": call["id"],
-                    "name": function["name"],
-                    "arguments": "",
-                    "status": "in_progress",
-                }
-            )
+            out += self._add(self._new_call(call["id"], function["name"]))
         assert self._open is not None
         text = function.get("arguments") or ""
-        if text:
+        if text and self._open["type"] == "custom_tool_call":
+            self._input.append(text)  # its text is inside of JSON: told when that is whole
+        elif text:
             self._open["arguments"] += text
             out += self._event("response.function_call_arguments.delta", **self._place(), delta=text)
         return out
+
+    def _new_call(self, call_id: str, name: str) -> dict[str, Any]:
+        custom = name in self._custom
+        kind, prefix, field = ("custom_tool_call", "ctc", "input") if custom else ("function_call", "fc", "arguments")
+        item = {
+            "id": f"{prefix}_{self._id}_{len(self._items)}",
+            "type": kind,
+            "call_id": call_id,
+            "name": name,
+            field: "",
+        }
+        self._input = []
+        return {**item, "status": "in_progress"}
 
     def _add(self, item: dict[str, Any]) -> bytes:
         self._items.append(item)
@@ -177,7 +208,11 @@ class ResponseWriter:
         if item is None:
             return b""
         place, out = self._place(), []
-        if item["type"] == "function_call":
+        if item["type"] == "custom_tool_call":
+            item["input"] = _text_of("".join(self._input))
+            out.append(self._event("response.custom_tool_call_input.delta", **place, delta=item["input"]))
+            out.append(self._event("response.custom_tool_call_input.done", **place, input=item["input"]))
+        elif item["type"] == "function_call":
             out.append(
                 self._event(
                     "response.function_call_arguments.done", **place, name=item["name"], arguments=item["arguments"]
@@ -190,6 +225,8 @@ class ResponseWriter:
             out.append(self._event(name, **place, content_index=0, text=part["text"], **more))
             out.append(self._event("response.content_part.done", **place, content_index=0, part=part))
         item["status"] = status
+        if item["type"] == "reasoning" and self._seals:
+            item["encrypted_content"] = sealed(item["content"][0]["text"])
         out.append(self._event("response.output_item.done", output_index=place["output_index"], item=item))
         self._open = None
         return b"".join(out)
@@ -202,3 +239,16 @@ class ResponseWriter:
         data = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
         return f"event: {kind}\ndata: {dumps(data)}\n\n".encode()
+
+
+_CALLS = ("function_call", "custom_tool_call")
+
+
+def _text_of(arguments: str) -> str:
+    """The text that a custom tool is called with; what is no such call is the text itself."""
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    text = value.get(CUSTOM_INPUT) if isinstance(value, dict) else None
+    return text if isinstance(text, str) else arguments

@@ -1,10 +1,8 @@
-"""/v1/responses. https://platform.openai.com/docs/api-reference/responses
-
-Nothing is stored: a conversation comes whole in `input`, and `previous_response_id` is refused.
-"""
+"""/v1/responses. https://platform.openai.com/docs/api-reference/responses"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
@@ -14,18 +12,18 @@ from serving.errors import invalid
 from serving.frontends.http.models import LEAVE, ApiBody, ApiReply, ApiRequest, Many, Refused, number
 from serving.frontends.openai.protocol.chat import ChatRequest, Effort
 from serving.frontends.openai.protocol.common import SAMPLING_REFUSED, StructuredOutputsBody
+from serving.frontends.openai.responses.items import add_item
 
-NOT_STORED = "this server stores nothing. Send the conversation in input."
 RESPONSES_REFUSED: Refused = {
     **SAMPLING_REFUSED,
-    "previous_response_id": (("",), NOT_STORED),
-    "conversation": ((), NOT_STORED),
-    "background": ((False,), "this server stores nothing."),
     "prompt": ((), "this server stores no prompts. Send the text in input."),
     "context_management": (([],), LEAVE),
     "n": ((1,), "a response has one answer."),
 }
 LOGPROBS = "message.output_text.logprobs"
+ENCRYPTED = "reasoning.encrypted_content"
+CUSTOM_INPUT = "input"
+"""The one argument of the function that stands for a custom tool."""
 
 
 class TextFormat(ApiRequest):
@@ -54,15 +52,67 @@ class FunctionTool(ApiRequest):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    def as_function(self) -> dict[str, Any]:
+        """The same as chats have it."""
+        return {k: v for k, v in self.model_dump(exclude_unset=True).items() if k != "type"}
 
-class FunctionChoice(ApiRequest):
-    type: Literal["function"]
+
+class TextGrammar(ApiRequest):
+    """What a custom tool's input looks like. The model is told; a regular expression also holds calls that are forced."""
+
+    type: Literal["text", "grammar"]
+    syntax: Literal["lark", "regex"] | None = None
+    definition: str | None = None
+
+
+class CustomTool(ApiRequest):
+    """A tool that takes a text. To the model it is a function with that one argument."""
+
+    type: Literal["custom"]
     name: str
+    description: str | None = None
+    format: TextGrammar | None = None
+
+    def as_function(self) -> dict[str, Any]:
+        """The function that stands for it."""
+        argument: dict[str, Any] = {"type": "string"}
+        told = [self.description] if self.description else []
+        form = self.format
+        if form is not None and form.type == "grammar" and form.definition:
+            told.append(f"{CUSTOM_INPUT} must match this {form.syntax} grammar:\n{form.definition}")
+            if form.syntax == "regex":
+                argument["pattern"] = f"^(?:{form.definition})$"
+        schema = {"type": "object", "properties": {CUSTOM_INPUT: argument}, "required": [CUSTOM_INPUT]}
+        return {"name": self.name, "description": "\n\n".join(told), "parameters": schema}
+
+
+class NamedChoice(ApiRequest):
+    type: Literal["function", "custom"]
+    name: str
+
+
+class AllowedChoice(ApiRequest):
+    """Of all tools that the model sees, those that it may call."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Many[NamedChoice]
+
+
+class ConversationId(ApiRequest):
+    id: str
+
+
+class HostedTool(ApiRequest):
+    """A tool that OpenAI's servers run. Agents offer these two unasked: the model is not told of them."""
+
+    type: Literal["web_search", "web_search_preview"]
 
 
 class ResponsesRequest(ApiBody):
     REFUSED: ClassVar[Refused] = RESPONSES_REFUSED
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+    _earlier: Sequence[dict[str, Any]] = PrivateAttr(default=())
 
     model: str | None = None
     input: str | Many[dict[str, Any]] = Field(description="Text, or messages and tool calls with their outputs.")
@@ -81,13 +131,19 @@ class ResponsesRequest(ApiBody):
     reasoning: ReasoningConfig | None = None
     text: TextConfig | None = None
     structured_outputs: StructuredOutputsBody | None = None
-    tools: Many[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    tools: Many[FunctionTool | CustomTool | HostedTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     metadata: dict[str, str] | None = None
     stream: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    store: bool | None = Field(default=None, description="Accepted; nothing is stored.")
+    stream_options: dict[str, Any] | None = Field(default=None, description="Accepted and ignored.")
+    store: bool | None = Field(default=None, description="Left out: true, where the server has a store.")
+    previous_response_id: str | None = None
+    conversation: str | ConversationId | None = None
+    background: bool | None = Field(
+        default=None, description="Answer at once; the response is to be asked for. Is stored."
+    )
     priority: int | None = None
     request_id: str | None = None
     cache_salt: str | None = None
@@ -98,6 +154,28 @@ class ResponsesRequest(ApiBody):
     @property
     def wants_logprobs(self) -> bool:
         return bool(self.include and LOGPROBS in self.include) or self.top_logprobs is not None
+
+    @property
+    def wants_encrypted(self) -> bool:
+        return bool(self.include and ENCRYPTED in self.include)
+
+    @property
+    def conversation_id(self) -> str | None:
+        return self.conversation.id if isinstance(self.conversation, ConversationId) else self.conversation
+
+    @property
+    def custom_tools(self) -> frozenset[str]:
+        """Names of the tools that take a text."""
+        return frozenset(tool.name for tool in self.tools or () if isinstance(tool, CustomTool))
+
+    @property
+    def earlier(self) -> Sequence[dict[str, Any]]:
+        """What `follow` put ahead of `input`."""
+        return self._earlier
+
+    def follow(self, earlier: Sequence[dict[str, Any]]) -> None:
+        """Puts the items of a conversation ahead of `input`."""
+        self._earlier = earlier
 
     def to_chat(self) -> ChatRequest:
         """The same request as a chat, which is what is run.
@@ -122,10 +200,14 @@ class ResponsesRequest(ApiBody):
             fields["reasoning_effort"] = self.reasoning.effort
         if self.truncation == "auto":
             fields["truncate_prompt_tokens"] = -1
-        if self.tools:
-            fields["tools"] = [{"type": "function", "function": _function(tool)} for tool in self.tools]
-        if isinstance(self.tool_choice, FunctionChoice):
-            fields["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
+        functions = [tool.as_function() for tool in self.tools or () if not isinstance(tool, HostedTool)]
+        if functions:
+            fields["tools"] = [{"type": "function", "function": function} for function in functions]
+        if isinstance(self.tool_choice, NamedChoice):
+            fields["tool_choice"] = _named(self.tool_choice)
+        elif isinstance(self.tool_choice, AllowedChoice):
+            allowed = {"mode": self.tool_choice.mode, "tools": [_named(tool) for tool in self.tool_choice.tools]}
+            fields["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed}
         elif self.tool_choice is not None:
             fields["tool_choice"] = self.tool_choice
         form = self.text.format if self.text else None
@@ -158,59 +240,26 @@ class ResponsesRequest(ApiBody):
         if self.instructions:
             messages.append({"role": "system", "content": self.instructions})
             self._origins["messages[0]"] = "instructions"
+        for item in self._earlier:
+            add_item(messages, item, "input", self._origins)
         if isinstance(self.input, str):
             return [*messages, {"role": "user", "content": self.input}]
-        if not self.input:
+        if not self.input and not self._earlier:
             raise invalid("input is empty: give text or at least one item.", "input")
         for i, item in enumerate(self.input):
-            where = f"input[{i}]"
-            _add_item(messages, item, where)
-            place = f"messages[{len(messages) - 1}]"
-            self._origins[place] = where
-            if item.get("type") == "function_call_output":
-                self._origins[f"{place}.content"] = f"{where}.output"
+            add_item(messages, item, f"input[{i}]", self._origins)
         return messages
 
 
-def _function(tool: FunctionTool) -> dict[str, Any]:
-    return {k: v for k, v in tool.model_dump(exclude_unset=True).items() if k != "type"}
-
-
-def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], where: str) -> None:
-    """Adds one input item to a chat. What the model wrote in one turn, texts and calls, becomes one assistant message: templates
-    want roles to alternate."""
-    kind = item.get("type", "message")
-    last = messages[-1] if messages and messages[-1].get("role") == "assistant" else None
-    if kind == "message":
-        content = item.get("content")
-        if item.get("role") == "assistant" and last is not None and isinstance(content, str | list):
-            last["content"] = [*_parts(last["content"]), *_parts(content)] if last["content"] is not None else content
-        else:
-            messages.append({"role": item.get("role"), "content": content})
-    elif kind == "function_call":
-        name, arguments, call_id = item.get("name"), item.get("arguments"), item.get("call_id")
-        if not (isinstance(name, str) and isinstance(arguments, str) and isinstance(call_id, str)):
-            raise invalid(f"{where} needs name, arguments and call_id, each a string.", where)
-        call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-        if last is None:
-            last = {"role": "assistant", "content": None}
-            messages.append(last)
-        last.setdefault("tool_calls", []).append(call)
-    elif kind == "function_call_output":
-        messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
-    elif kind != "reasoning":  # what the model thought in earlier turns is not shown to it again
-        raise invalid(f"{where} is of type {str(kind)[:64]!r}, which this server does not take.", f"{where}.type")
-
-
-def _parts(content: Any) -> list[Any]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+def _named(choice: NamedChoice) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": choice.name}}
 
 
 class ResponsesReply(ApiReply):
     id: str
     object: Literal["response"] = "response"
     created_at: int
-    status: Literal["completed", "incomplete", "in_progress", "failed", "cancelled"]
+    status: Literal["queued", "completed", "incomplete", "in_progress", "failed", "cancelled"]
     model: str
     output: list[dict[str, Any]]
     parallel_tool_calls: bool
