@@ -1,8 +1,9 @@
 """Runs the clients that people use against a running server: `python scripts/check_clients.py [--url URL]`.
 
 It checks those that the interpreter running it has: openai, langchain-openai, openai-agents, litellm, instructor, pydantic-ai,
-lm-eval; curl, and the bytes of the JDK's client, which offer HTTP/2 with every request; and the npm
-client (with `--node-modules DIR`, where `npm install openai` was run). Needs no network. Exit status 1 when one failed.
+lm-eval, anthropic, langchain-anthropic, ollama; curl, and the bytes of the JDK's client, which offer HTTP/2 with every
+request; and the npm clients (with `--node-modules DIR`, where `npm install openai @anthropic-ai/sdk ollama` was run). Needs no
+network. Exit status 1 when one failed.
 
 `--venvs DIR` checks them all: it makes a virtual environment a group in DIR (needs a package index), and starts itself in each.
 """
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import urllib.parse
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 ASK = "Say hello in one short sentence."
 TOO_LONG = "word " * 60_000
@@ -34,6 +35,32 @@ SCHEMA = {
     "required": ["answer"],
     "additionalProperties": False,
 }
+NODE_ANTHROPIC = """
+import Anthropic from '@anthropic-ai/sdk';
+const client = new Anthropic({ baseURL: process.argv[2].replace(/\\/v1$/, ''), apiKey: 'none' });
+const messages = [{ role: 'user', content: process.argv[3] }];
+const common = { model: 'default', messages, max_tokens: 16 };
+const message = await client.messages.create(common);
+if (!message.content[0].text || !message.usage.output_tokens) throw new Error('no message');
+const final = await client.messages.stream(common).finalMessage();
+if (!final.content[0].text || !final.stop_reason) throw new Error('no stream');
+if (!(await client.messages.countTokens({ model: 'default', messages })).input_tokens) throw new Error('no count');
+try {
+  await client.messages.create({ ...common, model: 'no-such-model' });
+  throw new Error('an unknown model was served');
+} catch (error) { if (error.status !== 404) throw error; }
+"""
+NODE_OLLAMA = """
+import { Ollama } from 'ollama';
+const client = new Ollama({ host: process.argv[2].replace(/\\/v1$/, '') });
+const messages = [{ role: 'user', content: process.argv[3] }];
+const common = { model: 'default', messages, options: { num_predict: 16 } };
+if (!(await client.chat(common)).message.content) throw new Error('no content');
+let text = '', last = null;
+for await (const part of await client.chat({ ...common, stream: true })) { text += part.message.content; last = part; }
+if (!text || !last.done || !last.eval_count) throw new Error('no stream');
+if (!(await client.list()).models.length) throw new Error('no models');
+"""
 NODE = """
 import OpenAI from 'openai';
 const client = new OpenAI({ baseURL: process.argv[2], apiKey: 'none' });
@@ -151,6 +178,11 @@ def check_litellm(url: str) -> None:
     assert litellm.completion(messages=messages, **more).choices[0].message.content
     stream = litellm.completion(messages=messages, stream=True, **more)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    for dialect in ("anthropic/default", "ollama_chat/default"):
+        base = {"model": dialect, "api_base": root_of(url), "api_key": "none", "max_tokens": 16}
+        assert litellm.completion(messages=messages, **base).choices[0].message.content, dialect
+        stream = litellm.completion(messages=messages, stream=True, **base)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream), dialect
     for provider in ("hosted_vllm/default", "openai/default"):
         try:
             litellm.completion(messages=[{"role": "user", "content": TOO_LONG}], **{**more, "model": provider})
@@ -194,6 +226,76 @@ def check_pydantic_ai(url: str) -> None:
     for output in (ToolOutput(Answer), NativeOutput(Answer)):
         agent = Agent(model, output_type=output, model_settings={"max_tokens": 64}, retries=2)
         assert agent.run_sync("Is water wet?").output.answer in ("yes", "no")
+
+
+def root_of(url: str) -> str:
+    """The server's address, below which the other dialects are."""
+    return url.removesuffix("/v1")
+
+
+def check_anthropic(url: str) -> None:
+    """Messages, stream, counting, a whole loop with a tool whose call is forced, models, errors."""
+    import anthropic  # type: ignore[import-not-found]
+
+    client = anthropic.Anthropic(base_url=root_of(url), api_key="none")
+    messages: list[Any] = [{"role": "user", "content": ASK}]
+    common: Any = {"model": "default", "max_tokens": 64}
+    assert client.messages.create(messages=messages, **common).content[0].text
+    with client.messages.stream(messages=messages, **common) as stream:
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert text and final.content[0].text == text and final.usage.output_tokens
+    assert client.messages.count_tokens(model="default", messages=messages).input_tokens
+    tool: Any = {"name": "reply", "description": "Replies.", "input_schema": SCHEMA}
+    called = client.beta.messages.create(messages=messages, tools=[tool], tool_choice={"type": "any"}, **common)
+    call = next(block for block in called.content if block.type == "tool_use")
+    assert called.stop_reason == "tool_use" and call.input["answer"] in ("yes", "no")
+    messages += [
+        {"role": "assistant", "content": [block.model_dump(exclude_none=True) for block in called.content]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "noted"}]},
+    ]
+    assert client.messages.create(messages=messages, tools=[tool], tool_choice={"type": "none"}, **common).content
+    assert len(client.models.list().data) == 1
+    try:
+        client.messages.create(model="no-such-model", max_tokens=4, messages=messages[:1])
+    except anthropic.NotFoundError:
+        return
+    raise AssertionError("an unknown model was served")
+
+
+def check_langchain_anthropic(url: str) -> None:
+    """Invoke, stream, a bound tool."""
+    from langchain_anthropic import ChatAnthropic  # type: ignore[import-not-found]
+
+    model = ChatAnthropic(base_url=root_of(url), api_key="none", model="default", max_tokens=64)
+    assert model.invoke(ASK).content
+    assert "".join(str(chunk.text) for chunk in model.stream(ASK))
+    tool = {"name": "reply", "description": "Replies.", "input_schema": SCHEMA}
+    (call,) = model.bind_tools([tool], tool_choice="reply").invoke("Is water wet?").tool_calls
+    assert call["name"] == "reply" and call["args"]["answer"] in ("yes", "no")
+
+
+def check_ollama(url: str) -> None:
+    """Chat, stream, generate, a schema, embeddings, models, errors."""
+    import ollama  # type: ignore[import-not-found]
+
+    client = ollama.Client(host=root_of(url))
+    messages = [{"role": "user", "content": ASK}]
+    assert client.chat("default", messages=messages, options={"num_predict": 16}).message.content
+    parts = list(client.chat("default", messages=messages, options={"num_predict": 16}, stream=True))
+    assert "".join(part.message.content or "" for part in parts) and parts[-1].done and parts[-1].eval_count
+    assert client.generate("default", "The sky is", raw=True, options={"num_predict": 4}).response
+    held = client.chat("default", messages=messages, format=SCHEMA, options={"num_predict": 64}).message.content
+    assert json.loads(held or "")["answer"] in ("yes", "no")
+    assert [len(one) for one in client.embed("default", ["a text", "another"], dimensions=8).embeddings] == [8, 8]
+    (model,) = client.list().models
+    assert client.show(model.model or "").capabilities
+    try:
+        client.chat("no-such-model", messages=messages)
+    except ollama.ResponseError as error:
+        assert error.status_code == 404
+    else:
+        raise AssertionError("an unknown model was served")
 
 
 def check_upgrade(url: str) -> None:
@@ -271,11 +373,14 @@ def check_lm_eval(url: str) -> None:
     assert accuracy >= 0.8, f"{accuracy} of the capitals were found likeliest"
 
 
-def check_npm(url: str, node_modules: str) -> None:
-    """The JavaScript client: chat, stream, response, error."""
+NPM = {"openai": NODE, "@anthropic-ai/sdk": NODE_ANTHROPIC, "ollama": NODE_OLLAMA}
+
+
+def check_npm(url: str, node_modules: str, package: str) -> None:
+    """One of the JavaScript clients: an answer, a stream, an error."""
     with tempfile.TemporaryDirectory() as folder:
         script = pathlib.Path(folder) / "check.mjs"
-        script.write_text(NODE)
+        script.write_text(NPM[package])
         (pathlib.Path(folder) / "node_modules").symlink_to(pathlib.Path(node_modules).resolve())
         subprocess.run(["node", str(script), url, ASK], check=True, timeout=300)
 
@@ -288,9 +393,13 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "instructor": check_instructor,
     "pydantic_ai": check_pydantic_ai,
     "lm_eval": check_lm_eval,
+    "anthropic": check_anthropic,
+    "langchain_anthropic": check_langchain_anthropic,
+    "ollama": check_ollama,
 }
 DISTRIBUTIONS = {
     "agents": "openai-agents",
+    "langchain_anthropic": "langchain-anthropic",
     "langchain_openai": "langchain-openai",
     "lm_eval": "lm-eval",
     "pydantic_ai": "pydantic-ai-slim",
@@ -300,6 +409,7 @@ VENVS = {
     "typed": ["instructor", "pydantic-ai-slim[openai]"],
     "openai3": ["openai>=3,<4"],
     "lm_eval": ["lm-eval[api]"],
+    "anthropic": ["anthropic", "langchain-anthropic", "ollama"],
 }
 """Groups of clients that can be installed together: langchain-openai, litellm and openai-agents still ask for openai 2."""
 
@@ -308,7 +418,7 @@ def main() -> int:
     """Prints one line a client. Returns 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="the API (default: %(default)s)")
-    parser.add_argument("--node-modules", metavar="DIR", help="folder with the npm package openai")
+    parser.add_argument("--node-modules", metavar="DIR", help="folder with the npm packages")
     parser.add_argument(
         "--venvs", type=pathlib.Path, metavar="DIR", help="make virtual environments here, and check in each"
     )
@@ -320,8 +430,10 @@ def main() -> int:
         for name, check in CHECKS.items()
     }
     todo["HTTP/2 offers"] = lambda: check_upgrade(args.url)
-    found = args.node_modules and shutil.which("node")
-    todo["npm openai"] = (lambda: check_npm(args.url, args.node_modules)) if found else None
+    for package in NPM:
+        found = args.node_modules and shutil.which("node") and (pathlib.Path(args.node_modules) / package).is_dir()
+        run_it = lambda package=package: check_npm(args.url, args.node_modules, package)  # noqa: E731
+        todo[f"npm {package}"] = run_it if found else None
     failed = False
     for name, run in todo.items():
         if run is None:
@@ -338,8 +450,9 @@ def main() -> int:
 
 
 def _version(name: str, node_modules: str | None) -> str:
-    if name == "npm openai":
-        return json.loads((pathlib.Path(node_modules or "") / "openai" / "package.json").read_text())["version"]
+    if name.startswith("npm "):
+        package = pathlib.Path(node_modules or "") / name.removeprefix("npm ") / "package.json"
+        return json.loads(package.read_text())["version"]
     if name == "HTTP/2 offers":
         return "(JDK's bytes" + (", curl)" if shutil.which("curl") else ")")
     return importlib.metadata.version(DISTRIBUTIONS.get(name, name))

@@ -45,6 +45,7 @@ ALLOWED = {
     ("serving/metrics/logs.py", "subprocess"),  # the script beside us that makes JSON of others' log lines
     ("serving/plan/__main__.py", "subprocess"),  # this very command again, which a compiler may end
     ("models/registry.py", "import_module"),  # our own families, and plug-ins that are installed
+    ("serving/command/__main__.py", "import_module"),  # its own files, by a table of words
     ("serving/__init__.py", "import_module"),  # our own modules, by name
 }
 CALLS = {"eval", "exec", "compile", "__import__"}
@@ -140,7 +141,7 @@ def test_a_program_that_another_user_could_have_written_is_not_loaded(tmp_path, 
 
 
 async def test_a_requests_own_template_is_not_used():
-    from serving.batch import call_app
+    from serving.frontends.openai.batches.runner import call_app
 
     engine = MockEngine(reply="a")
     app = create_app(mock_service(engine), page=False)
@@ -159,7 +160,7 @@ async def test_a_requests_own_template_is_not_used():
 
 async def test_nothing_is_fetched_for_a_request(monkeypatch):
     """No media yet: a URL in a request is refused, or text; no name is resolved and nothing connected to."""
-    from serving.batch import call_app
+    from serving.frontends.openai.batches.runner import call_app
 
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: pytest.fail("a name was resolved"))
     monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("a connection was made"))

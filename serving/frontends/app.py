@@ -21,7 +21,7 @@ from serving.frontends.http.access import RequireKey
 from serving.frontends.http.arrivals import LocalNames, Spellings
 from serving.frontends.http.bodies import schemas_of
 from serving.frontends.http.body_limit import BodyLimit
-from serving.frontends.http.direct import post
+from serving.frontends.http.direct import inside, post
 from serving.frontends.http.errors import install
 from serving.frontends.http.middleware import RequestContext
 from serving.frontends.http.server import HttpServer, serve_app
@@ -29,6 +29,9 @@ from serving.frontends.ollama import protocol as ollama
 from serving.frontends.ollama.embeddings import embeddings_router as ollama_embeddings_router
 from serving.frontends.ollama.models import models_router as ollama_models_router
 from serving.frontends.ollama.routes import generation_router
+from serving.frontends.openai.batches.files import Files, files_router
+from serving.frontends.openai.batches.routes import BatchRequest, batches_router
+from serving.frontends.openai.batches.running import Batches
 from serving.frontends.openai.chat import chat_router
 from serving.frontends.openai.classify import classify_router
 from serving.frontends.openai.completions import completions_router
@@ -96,7 +99,8 @@ def create_app(
     app.state.limits = service.limits
     app.state.force_usage = force_usage
     app.state.stalled_reader_s = service.limits.stalled_reader_s
-    routers = _routers(service, metrics, access or Access(), lora_folder, store)
+    kept = _Kept(store, service)
+    routers = _routers(service, metrics, access or Access(), lora_folder, kept)
     if page:
         routers.append(page_router())
     for router in routers:
@@ -116,25 +120,40 @@ def create_app(
     app.state.routes = routes = [route for router in routers for route in router.routes]
     app.add_middleware(RequestContext, on_request=metrics.http_request, routes=routes)
     app.add_middleware(Spellings)
+    app.state.batches = kept.batches
+    if kept.batches is not None:
+        kept.batches.app = inside(app)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 
 
+class _Kept:
+    """What is kept between requests, and runs without them; without a store there are no files and no batches."""
+
+    def __init__(self, store: Store | None, service: TextService) -> None:
+        self.store = store
+        self.background = Background()
+        self.files = self.batches = None
+        if store is not None:
+            self.files = Files(store)
+            self.batches = Batches(store, self.files, max(1, service.info.max_num_seqs // 2))
+            store.closing += [self.background.stop, self.batches.stop]
+
+
 def _routers(
-    service: TextService, metrics: Metrics, access: Access, lora_folder: pathlib.Path | None, store: Store | None
+    service: TextService, metrics: Metrics, access: Access, lora_folder: pathlib.Path | None, kept: _Kept
 ) -> list[APIRouter]:
     """The routes of all dialects and the server's own; the first that takes a request has it."""
-    background = Background()
-    if store is not None:
-        store.closing.append(background.stop)
     return [
         status_router(service, metrics, access),
         anthropic_models_router(service),  # sees Anthropic's clients alone
         models_router(service),
         chat_router(service),
         completions_router(service),
-        responses_router(service, store, background),
-        conversations_router(store),
+        responses_router(service, kept.store, kept.background),
+        conversations_router(kept.store),
+        files_router(kept.store, kept.files),
+        batches_router(kept.store, kept.files, kept.batches),
         messages_router(service),
         generation_router(service),
         ollama_models_router(service),
@@ -152,7 +171,7 @@ REQUESTS = (
     ChatRequest, CompletionRequest, ResponsesRequest, EmbeddingRequest, ScoreRequest, RerankRequest, TokenizeRequest,
     DetokenizeRequest, UpdateWeightsRequest, CohereEmbedRequest, ClassifyRequest, LoadAdapterRequest, UnloadAdapterRequest,
     MessagesRequest, CountTokensRequest, ollama.ChatBody, ollama.GenerateBody, ollama.EmbedBody, ollama.EmbeddingsBody,
-    ollama.NamedModel, ConversationRequest, ItemsRequest,
+    ollama.NamedModel, ConversationRequest, ItemsRequest, BatchRequest,
 )  # fmt: skip
 REHEARSED = (
     "/v1/chat/completions",
@@ -167,7 +186,10 @@ REHEARSED = (
 
 async def rehearse(app: FastAPI) -> None:
     """Has FastAPI put the routes of `REHEARSED` together, which it does at a route's first request (8 ms of a first chat's). Their
-    bodies are not JSON, so no request comes of it, and what logs and counts requests is not passed."""
+    bodies are not JSON, so no request comes of it, and what logs and counts requests is not passed. Batches that an earlier run of
+    the server did not end go on."""
+    if app.state.batches is not None:
+        await app.state.batches.resume()
     routes = AsyncExitStackMiddleware(app.router)
     for path in REHEARSED:
         with contextlib.suppress(Exception):  # a RequestValidationError; and whatever it is, a client would see it too

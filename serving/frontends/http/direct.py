@@ -6,7 +6,10 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from starlette.types import ASGIApp, Message
+from fastapi import FastAPI
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 async def post(
@@ -43,3 +46,15 @@ async def post(
 
     await app(scope, receive, send)
     return status, b"".join(chunks)
+
+
+def inside(app: FastAPI) -> ASGIApp:
+    """The application's routes with its failures' replies, without what surrounds requests from outside: no key is asked for, as
+    whoever calls has been let in."""
+    handled = ExceptionMiddleware(AsyncExitStackMiddleware(app.router), handlers=app.exception_handlers)  # type: ignore[arg-type]
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+        await handled({**scope, "app": app, "state": {"request_id": request_id}}, receive, send)
+
+    return call

@@ -30,6 +30,11 @@ class Running:
     client: openai.AsyncOpenAI
     http: httpx.AsyncClient
 
+    @property
+    def app(self) -> Any:
+        """The application that it serves."""
+        return self.server._server.config.app
+
     async def chat(self, **fields: Any) -> httpx.Response:
         """A raw chat request."""
         return await self.http.post("/v1/chat/completions", json={"messages": HI, **fields})

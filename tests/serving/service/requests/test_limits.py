@@ -15,12 +15,12 @@ import pytest
 
 from proto.jaxserve.v1 import inference_pb2 as pb
 from proto.jaxserve.v1 import inference_pb2_grpc, sampling_pb2
-from serving.batch import call_app
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
 from serving.errors import RequestError
 from serving.frontends.app import create_app, serve_http
 from serving.frontends.grpc.client import RemoteEngineClient, RemoteGrammars
 from serving.frontends.grpc.server import GrpcServer
+from serving.frontends.openai.batches.runner import call_app
 from serving.gateway import Pool
 from serving.llm import LLM
 from serving.service import GenerateInput, Limits

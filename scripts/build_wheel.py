@@ -1,0 +1,82 @@
+"""Builds a wheel for this platform, with the native library inside: python scripts/build_wheel.py [DIR] (default: dist).
+
+`pip install FILE.whl` then needs no compiler, and `jaxserve serve` serves. The sources are copied first: nothing is left in the
+checkout but the wheel. `--check` installs it into a bare virtual environment and asks it for its version and its doctor's word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+FOLDERS = ("serving", "models", "ops", "sharding", "proto")
+FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", "libjaxserve-*")
+
+
+def build_wheel(target: pathlib.Path) -> pathlib.Path:
+    """Builds it into a folder.
+
+    Returns:
+        the wheel.
+    Raises:
+        subprocess.CalledProcessError: a step failed; what it printed says why.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder) / "jaxserve"
+        for name in FOLDERS:
+            shutil.copytree(REPO / name, copy / name, ignore=LEFT_OUT)
+        for name in FILES:
+            shutil.copy(REPO / name, copy / name)
+        library = "from ops.native.build import SOURCES, build; print(build(SOURCES))"
+        environment = {**os.environ, "PYTHONPATH": str(copy), "JAX_PLATFORMS": "cpu"}
+        subprocess.run([sys.executable, "-c", library], check=True, cwd=copy, env=environment)
+        wheels = pathlib.Path(folder) / "wheels"
+        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels), str(copy)]
+        subprocess.run(command, check=True)
+        (wheel,) = wheels.glob("*.whl")
+        return pathlib.Path(shutil.copy(wheel, target / wheel.name))
+
+
+def check_wheel(wheel: pathlib.Path) -> None:
+    """Installs it where nothing else is, and runs it.
+
+    Raises:
+        subprocess.CalledProcessError: it does not install or run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        bin_folder = pathlib.Path(folder) / "bin"
+        subprocess.run([str(bin_folder / "python"), "-m", "pip", "install", "--quiet", str(wheel)], check=True)
+        for words in (["--version"], ["doctor"], ["serve", "--help"]):
+            subprocess.run([str(bin_folder / "jaxserve"), *words], check=True, cwd=folder, stdout=subprocess.DEVNULL)
+
+
+def main() -> int:
+    """Prints the wheel's path."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", nargs="?", type=pathlib.Path, default=REPO / "dist")
+    parser.add_argument(
+        "--check", action="store_true", help="install it into a bare virtual environment, and run it there"
+    )
+    args = parser.parse_args()
+    try:
+        wheel = build_wheel(args.target)
+        if args.check:
+            check_wheel(wheel)
+    except subprocess.CalledProcessError as error:
+        print(f"error: {' '.join(map(str, error.cmd[:4]))} ... ended with {error.returncode}", file=sys.stderr)
+        return 1
+    print(wheel)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
