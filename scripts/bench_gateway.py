@@ -168,8 +168,12 @@ def main() -> None:
         *(["--kv-events-config", '{"enable_kv_cache_events": true, "publisher": "null"}'] if args.kv_events else []),
     ]  # fmt: skip
     with contextlib.ExitStack() as stack:
-        engines = [stack.enter_context(running(engine)) for _ in range(args.engines)]
-        targets = [ready(one, r"ready at gRPC ([\d.]+:\d+)") for one in engines]
+        at = r"ready at gRPC ([\d.]+:\d+)"
+        targets = [
+            ready(stack.enter_context(running(engine)), at)
+        ]  # which compiles what the others then find in the cache
+        others = [stack.enter_context(running(engine)) for _ in range(args.engines - 1)]
+        targets += [ready(one, at) for one in others]
         for i, policy in enumerate(args.policy):
             gateway = ["serving.gateway", "--port", "0", "--policy", policy, "--target", *targets]
             gateway += [*(["--model", args.model] if args.model else []), *args.gateway_flags]

@@ -82,10 +82,14 @@ class Connector:
                 self._tasks[name] = asyncio.create_task(self._reach_one(name, host))
 
     async def settled(self) -> None:
-        """Returns when no engine is tried any more, and none will be. Raises what nobody expected."""
-        if self._follower is not None:
-            await self._follower
-        await asyncio.gather(*self._tasks.values())
+        """Returns when no engine is tried any more, and none will be. Raises what nobody expected. Who waits here may give it up:
+        the engines are tried all the same."""
+        tasks = [self._follower] if self._follower is not None else list(self._tasks.values())
+        if tasks:
+            done, _ = await asyncio.wait(tasks)  # not gather, which would take the tasks with it when it is cancelled
+            for task in done:
+                if not task.cancelled():
+                    task.result()
 
     def sentence(self) -> str:
         """What is waited for, for people."""

@@ -22,6 +22,18 @@ def test_policies_are_compared_on_one_trace(capsys: pytest.CaptureFixture[str]) 
     assert urgent[1] < urgent[0]
 
 
+def test_routings_are_compared_on_several_engines(capsys: pytest.CaptureFixture[str]) -> None:
+    simulate.main(
+        ["--trace", "agents", "--rate", "0.5", "--requests", "60", "--json", "--engines", "3", "--num-pages", "900",
+         "--routing", "round-robin", "cache"]
+    )  # fmt: skip
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["policy"] for r in rows] == ["fcfs, round-robin", "fcfs, cache"]
+    assert all(r["requests"] == 60 and r["requests_an_engine"][0] > 0 for r in rows)
+    assert rows[1]["computed_prompt_tokens"] < rows[0]["computed_prompt_tokens"]
+    assert rows[0]["decisions"] == {"turn": 60} and rows[1]["decisions"]["prefix"] > 0
+
+
 def test_a_written_trace_replays_the_same(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / "t.jsonl")
     simulate.main(["--trace", "rag", "--rate", "3", "--requests", "60", "--write-trace", path])

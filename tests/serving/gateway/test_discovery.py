@@ -70,6 +70,33 @@ class _Client(MockEngine):
         self.closed = True
 
 
+@pytest.mark.parametrize("in_a_file", [False, True])
+async def test_engines_that_are_late_are_taken_although_nobody_waits_for_them(tmp_path, in_a_file):
+    late = asyncio.Event()
+    found: list[str] = []
+
+    async def connect(name, **_):
+        if name == "b:1":
+            await late.wait()
+        return _Client()
+
+    path = tmp_path / "targets"
+    path.write_text("a:1\nb:1\n")
+    discovery = Discovery([], path) if in_a_file else Discovery(["a:1", "b:1"])
+    connector = Connector(discovery, lambda name, client: found.append(name), connect=connect, look_s=0.01)
+    await connector.start()
+    waiting = asyncio.create_task(connector.settled())
+    await until(lambda: found == ["a:1"])
+    waiting.cancel()  # the gateway has one engine, and serves
+    await asyncio.gather(waiting, return_exceptions=True)
+    late.set()
+    await until(lambda: found == ["a:1", "b:1"], "the second engine")
+    path.write_text("a:1\nb:1\nc:1\n")
+    if in_a_file:
+        await until(lambda: found == ["a:1", "b:1", "c:1"], "what the file says later")
+    await connector.close()
+
+
 async def test_engines_come_and_go_and_what_runs_ends_well(tmp_path):
     path = tmp_path / "targets"
     path.write_text("a:1\nb:1\n")
