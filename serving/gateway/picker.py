@@ -22,7 +22,7 @@ from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
 from serving.errors import RequestError, invalid
 from serving.frontends.http.errors import failure_of
-from serving.frontends.openai.errors import shape
+from serving.frontends.openai.errors import body as error_body
 from serving.gateway.asking import DECISION, ENDPOINT, SERVED, SUBSET, Asked
 from serving.gateway.pool import Pool
 from serving.routing.router import Route, Visit, Wish
@@ -271,7 +271,7 @@ def _refusal(error: RequestError) -> pb.ProcessingResponse:
         immediate_response=pb.ImmediateResponse(
             status=pb.HttpStatus(code=failure.status),
             headers=_mutation(headers),
-            body=json.dumps(shape(failure)).encode(),
+            body=json.dumps(error_body(failure)).encode(),
             details="endpoint_picker",
         )
     )
