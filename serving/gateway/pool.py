@@ -147,7 +147,7 @@ class Pool(EngineClient):
     def _told(self, member: Member) -> None:
         member.target.told(member.client.stats())
         adapters = member.client.adapters
-        member.target.adapters = None if adapters is None else frozenset(one.digest for one in adapters.infos())
+        member.target.adapters = frozenset(one.digest for one in (adapters.infos() if adapters is not None else ()))
 
     def _healthy(self) -> list[Target]:
         found = []

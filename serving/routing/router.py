@@ -147,9 +147,10 @@ class Router:
         self._prefixes.pop(name, None)
 
     def forget(self, name: str) -> None:
-        """It has lost its cache: it was started anew, or has other weights."""
-        if name in self._prefixes:
-            self._prefixes[name].clear()
+        """It was started anew, and has lost its cache. One that tells of its pages says so itself, perhaps before this is known."""
+        known = self._prefixes.get(name)
+        if isinstance(known, RememberedPrefixes):
+            known.clear()
 
     def prefixes(self, name: str) -> Prefixes:
         """What a target has."""

@@ -9,6 +9,7 @@ import pytest
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest, EngineStats
 from serving.routing.policies import POLICIES, Balance
+from serving.routing.prefixes import ToldPrefixes
 from serving.routing.router import NO_WISH, Route, Router, Wish
 from serving.routing.targets import Target
 
@@ -169,6 +170,15 @@ def test_a_lost_cache_is_forgotten_and_a_lost_target_too():
     assert len(router.targets) == 1
     with pytest.raises(ValueError, match="twice"):
         router.add(next(iter(router.targets)))
+
+
+def test_who_tells_of_its_pages_is_not_forgotten_from_outside():
+    router, targets = router_of(1)
+    told = ToldPrefixes(PAGE)
+    told.stored([b"a"], None, range(PAGE), (None, None))
+    router.use("t0", told)
+    router.forget("t0")
+    assert serve(router, targets, range(PAGE)).matched_tokens == PAGE
 
 
 def test_a_decision_is_told_without_addresses():
