@@ -15,6 +15,7 @@ from typing import Any
 
 from models import families as ours
 from models.family import Family
+from models.refused import REFUSED
 
 ENTRY_POINTS = "jaxserve.models"
 
@@ -55,8 +56,16 @@ def find_gguf(architecture: str) -> Family:
     return table[architecture]
 
 
+def status(architecture: str) -> str:
+    """ "native", or why the architecture is refused, in a sentence."""
+    if any(architecture in family.architectures for family in families()):
+        return "native"
+    return f"refused: {REFUSED.get(architecture, 'it is not known here')}"
+
+
 def _unsupported(architecture: str, table: Mapping[str, Any]) -> str:
+    reason = f": {REFUSED[architecture]}" if architecture in REFUSED else ""
     return (
-        f"the architecture {architecture!r} is not supported. Supported: {', '.join(sorted(table))}. "
+        f"the architecture {architecture!r} is not supported{reason}. Supported: {', '.join(sorted(table))}. "
         f"A package can add others through the entry-point group {ENTRY_POINTS!r}."
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from models.loading.quantized import METHODS
-from models.registry import families
+from models.registry import families, status
 from tests.models.test_families import GGUF, MESHES
 from tests.models.tiny import PROMPTS, TINY
 
@@ -24,6 +24,9 @@ one request decodes while the other's prompt still runs. A cell counts the varia
 - *model=4* and *expert=2,model=2*: 8 tokens on a mesh of four CPU devices.
 - *through GGUF*: 4 tokens through a GGUF file written from the same weights; numbers for which GGUF's metadata has no place
   cannot be tried.
+
+Of the AUTO architectures that transformers lists for text generation, NATIVE are native here. `python -m serving.models` says of
+each of the others why it is refused; a test walks the list.
 
 Encoders and classifiers have tests of their own, of hidden states, labels and scores (`tests/models/test_bert.py`). Architectures
 whose names end in `Model` are those of embedding models without a head.
@@ -87,12 +90,25 @@ def rows() -> list[tuple[str, ...]]:
     return out
 
 
+def text_generation() -> list[str]:
+    """transformers' architectures for text generation."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    listed = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return sorted({name for names in listed for name in ([names] if isinstance(names, str) else names)})
+
+
 def document() -> str:
     """The whole of docs/models.md."""
     formats = [("`quant_method`", "what is read"), ("---", "---")]
     formats += [(f"`{method}`", text) for method, text in METHODS.items()]
     lines = [HEAD, ("---",) * len(HEAD), *rows()]
-    return INTRODUCTION.replace("FORMATS\n", _table(formats) + "\n") + "\n" + _table(lines)
+    names = text_generation()
+    counts = {"AUTO": str(len(names)), "NATIVE": str(sum(status(name) == "native" for name in names))}
+    text = INTRODUCTION.replace("FORMATS\n", _table(formats) + "\n")
+    for word, count in counts.items():
+        text = text.replace(word, count)
+    return text + "\n" + _table(lines)
 
 
 def _table(lines: Sequence[tuple[str, ...]]) -> str:

@@ -1,5 +1,8 @@
-from models.registry import families
-from tests.models.table import DOCUMENT, document
+import pytest
+
+from models.refused import REFUSED
+from models.registry import families, find, status
+from tests.models.table import DOCUMENT, document, text_generation
 from tests.models.test_bert import ENCODERS, RERANKERS
 from tests.models.tiny import TINY
 
@@ -12,3 +15,13 @@ def test_every_family_is_tried():
     tried = {tiny.model for tiny in TINY.values()} | set(ENCODERS) | set(RERANKERS)
     untried = [family.name for family in families() if not tried & set(family.architectures)]
     assert untried == []
+
+
+def test_each_of_transformers_architectures_is_native_or_refused_in_a_sentence():
+    """What transformers has new must be looked at: a family, or a reason."""
+    native = {name for name in text_generation() if status(name) == "native"}
+    assert {*text_generation()} - native == {*REFUSED}
+    assert len(native) > 40
+    assert all(status(name).startswith("refused: ") and len(status(name)) > 30 for name in REFUSED)
+    with pytest.raises(ValueError, match=r"'BloomForCausalLM' is not supported: its attention adds a bias"):
+        find("BloomForCausalLM")

@@ -1,0 +1,57 @@
+"""Architectures for text that transformers has and that are not served, each with the reason in a sentence."""
+
+from __future__ import annotations
+
+_WITH_ENCODER = "it is the decoder of a network that reads with an encoder"
+_ENCODER = (
+    "its published checkpoints are encoders; where there is a family for it they are served for embeddings and scores"
+)
+_OTHER_SENSES = "it is made for images or sound beside text, and its text part has no family of its own"
+_DRAFT = "it drafts for another model, whose keys and values it reads"
+_INDEXER = "its attention chooses positions with a learned indexer, which needs keys of its own in the cache"
+_BIAS = "its attention adds a bias by distance to the scores"
+_OWN_MASK = "its attention looks at other positions than those before a token, or all within a window"
+_STATES = "its layers keep states that no layer here computes"
+_NOT_WRITTEN = "no family has been written for it"
+
+_NAMES = {
+    _WITH_ENCODER: """
+        BartForCausalLM BigBirdPegasusForCausalLM BlenderbotForCausalLM BlenderbotSmallForCausalLM MBartForCausalLM
+        MarianForCausalLM MusicgenForCausalLM MusicgenMelodyForCausalLM MvpForCausalLM PLBartForCausalLM PegasusForCausalLM
+        ProphetNetForCausalLM TrOCRForCausalLM WhisperForCausalLM""",
+    _ENCODER: """
+        BertGenerationDecoder BertLMHeadModel BigBirdForCausalLM CamembertForCausalLM Data2VecTextForCausalLM
+        ElectraForCausalLM ErnieForCausalLM MegatronBertForCausalLM RemBertForCausalLM RoCBertForCausalLM RoFormerForCausalLM
+        RobertaForCausalLM RobertaPreLayerNormForCausalLM XLMRobertaForCausalLM XLMRobertaXLForCausalLM XLMWithLMHeadModel
+        XmodForCausalLM""",
+    _OTHER_SENSES: """
+        AriaTextForCausalLM Emu3ForCausalLM FuyuForCausalLM Gemma4UnifiedForCausalLM Gemma4UnifiedForConditionalGeneration
+        GitForCausalLM GotOcr2ForConditionalGeneration MiniMaxM3VLForCausalLM MllamaForCausalLM MoshiForCausalLM
+        MossTranscribeDiarizeForConditionalGeneration Phi4MultimodalForCausalLM""",
+    _DRAFT: "Gemma4AssistantForCausalLM Gemma4UnifiedAssistantForCausalLM",
+    _INDEXER: """
+        DeepseekV32ForCausalLM DeepseekV4ForCausalLM DogeForCausalLM Dots3NoteForCausalLM GlmMoeDsaForCausalLM
+        Qwen4ExpForCausalLM""",
+    _BIAS: "BloomForCausalLM Inkling2ForCausalLM InklingForCausalLM MptForCausalLM",
+    _OWN_MASK: """
+        BltForCausalLM CpmAntForCausalLM HrmTextForCausalLM ReformerModelWithLMHead XLNetLMHeadModel""",
+    _STATES: """
+        BailingHybridForCausalLM FalconMambaForCausalLM JambaForCausalLM KimiLinearForCausalLM Lfm3ForCausalLM MambaForCausalLM
+        MiniMaxForCausalLM RecurrentGemmaForCausalLM RwkvForCausalLM ZambaForCausalLM ZayaForCausalLM xLSTMForCausalLM""",
+    _NOT_WRITTEN: """
+        AXK1ForCausalLM AXK2ForCausalLM AfmoeForCausalLM ApertusForCausalLM ArceeForCausalLM BambaForCausalLM BeamForCausalLM
+        BioGptForCausalLM BitNetForCausalLM CTRLLMHeadModel CodeGenForCausalLM Cohere2MoeForCausalLM CohereCompassForCausalLM
+        CohereForCausalLM CwmForCausalLM DbrxForCausalLM DiffLlamaForCausalLM Dots1ForCausalLM Ernie4_5ForCausalLM
+        Ernie4_5_MoeForCausalLM ExaoneMoeForCausalLM FalconForCausalLM FalconH1ForCausalLM FlexOlmoForCausalLM FlintForCausalLM
+        GPTBigCodeForCausalLM GPTJForCausalLM GPTNeoForCausalLM GPTNeoXForCausalLM GPTNeoXJapaneseForCausalLM Glm4ForCausalLM
+        Glm4MoeLiteForCausalLM GlmForCausalLM GraniteMoeSWAForCausalLM GraniteMoeSharedForCausalLM GraniteSWAForCausalLM
+        HYV3ForCausalLM HYV4ForCausalLM HeliumForCausalLM HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM
+        HyperCLOVAXForCausalLM Jais2ForCausalLM JetMoeForCausalLM Kolibri1ForCausalLM LagunaForCausalLM Lfm2MoeForCausalLM
+        LongcatFlashForCausalLM Mamba2ForCausalLM MellumForCausalLM MiMoV2FlashForCausalLM MiniCPM3ForCausalLM
+        ModernBertDecoderForCausalLM NanoChatForCausalLM NemotronForCausalLM OPTForCausalLM OlmoForCausalLM
+        OlmoHybridForCausalLM OpenAIGPTLMHeadModel PersimmonForCausalLM PhiForCausalLM PhimoeForCausalLM SolarOpenForCausalLM
+        StableLmForCausalLM VaultGemmaForCausalLM XGLMForCausalLM YoutuForCausalLM Zamba2ForCausalLM""",
+}
+
+REFUSED: dict[str, str] = {name: reason for reason, names in _NAMES.items() for name in names.split()}
+"""Architecture -> why it is not served."""
