@@ -146,8 +146,9 @@ class Prefixes:
     # ---- where prefixes are worth keeping ----
 
     def points(self, request: Request, digests: list[bytes], prefix: int) -> list[int]:
-        """Where later sequences may part from this one, in pages, ascending: where earlier ones did, at the ends of turns that
-        the request tells of, at the prompt's last full page, and every so often. Groups that do not keep everything keep what
+        """Where later sequences may part from this one, in pages, ascending: where earlier ones did, at the end of the first turn
+        (a system prompt's, mostly) and of those that the request tells of, at the prompt's last full page, and every so often.
+        Groups that do not keep everything keep what
         a prefix up to there needs; a recurrent group does so where that saves enough tokens since the point before.
 
         Args:
@@ -157,7 +158,8 @@ class Prefixes:
         if self._partings is None or not self._pool.enable_prefix_caching:
             return []
         size, last = self._pool.page_size, (len(request.tokens) - 1) // self._pool.page_size
-        found = {last, prefix, self._partings.shared(digests), *(end // size for end in request.spec.turn_ends)}
+        ends = (*request.spec.turn_ends, _end_of_first_turn(request))
+        found = {last, prefix, self._partings.shared(digests), *(end // size for end in ends)}
         self._partings.add(digests)
         snapshots = self._snapshots
         if snapshots is None:
@@ -175,3 +177,10 @@ class Prefixes:
         """Pages of a group that a prefix of `point` pages needs."""
         size = self._pool.page_size
         return range(first_page(self._windows[group], point * size, size), point)
+
+
+def _end_of_first_turn(request: Request) -> int:
+    """Positions up to the first token of the prompt that ends a turn, that one included; 0 where there is none."""
+    ends = request.spec.eos_token_ids
+    prompt = enumerate(request.spec.prompt_token_ids, 1)
+    return next((length for length, token in prompt if token in ends), 0) if ends else 0

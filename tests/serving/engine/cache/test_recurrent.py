@@ -78,6 +78,52 @@ def test_the_end_of_a_turn_is_kept_when_told():
     assert one(d, "b", system + prompt(30, first=2)) == 40
 
 
+def test_the_first_turns_end_is_kept_by_itself():
+    d = Driver(dataclasses.replace(HYBRID, caches=(PagedSpec(), dataclasses.replace(SPEC, interval=400))))
+    system = [*prompt(42), 99]
+    for name, last in (("a", 1), ("b", 2)):
+        d.add(request(name, system + prompt(30, first=last), 4, eos_token_ids=(98, 99)))
+        d.drain()
+    assert (hit(d, "a"), hit(d, "b")) == (0, 40)
+
+
+def computed(caches, prompts, **more):
+    """Prompt tokens that were computed for requests that arrive one a step, more than run at once, behind the first one."""
+    sizes = {"max_num_seqs": 8, "max_model_len": 2048, "num_pages": 3000, "max_num_batched_tokens": 256}
+    config = dataclasses.replace(CONFIG, caches=caches, num_snapshots=64, max_chunk_tokens=256, **sizes)
+    d = Driver(config)
+    for i, tokens in enumerate(prompts):
+        d.add(request(f"r{i}", tokens, 4, **more))
+        d.step() if i else d.drain()
+    d.drain()
+    d.verify()
+    return sum(chunk.length for plan in d.plans for chunk in plan.chunks)
+
+
+def test_sharing_costs_a_hybrid_little_more_than_attention_alone():
+    """64 users behind a system prompt of 1,000 tokens, with the default places of snapshots."""
+    spec = RecurrentSpec(ARRAYS)
+    system = [*prompt(999), 99]
+    prompts = [[*system, 100 + i, *prompt(60 + 7 * i % 90, first=i)] for i in range(64)]
+    both = [computed(caches, prompts, eos_token_ids=(99,)) for caches in ((PagedSpec(),), (PagedSpec(), spec))]
+    assert both[1] <= 1.15 * both[0], both
+
+
+def test_a_conversation_costs_a_hybrid_little_more_than_attention_alone():
+    """Ten turns, the answers' tokens included."""
+    found = []
+    for caches in ((PagedSpec(),), (PagedSpec(), RecurrentSpec(ARRAYS))):
+        d = Driver(dataclasses.replace(CONFIG, caches=caches, num_snapshots=64, max_model_len=4096, num_pages=1000))
+        history = [*prompt(300), 99]
+        for turn in range(10):
+            history += prompt(80 + turn, first=turn)
+            one(d, f"turn {turn}", history, 50, eos_token_ids=(99,))
+            history += [*d.tokens[f"turn {turn}"], 99]
+        d.verify()
+        found.append(sum(chunk.length for plan in d.plans for chunk in plan.chunks))
+    assert found[1] <= 1.15 * found[0], found
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_the_next_turn_begins_where_the_answer_ended(asynchronous):
     d = Driver(dataclasses.replace(HYBRID, max_model_len=400), asynchronous)
