@@ -23,17 +23,21 @@ def _at(node: Any, path: tuple[Any, ...]) -> Any:
     return node
 
 
+EXACT = ("router", "shared_gate", "gates", "decay", "decay_narrow", "predict", "correct")
+"""Linears that stay as they are under every scheme."""
+
+
 def quantizable(model: nnx.Module) -> Iterator[str]:
     """Paths of the weights that a quantization scheme applies to: those of Linears, experts and a tied embedding.
 
     Not routers: they are small, and a rounded score sends a token to another expert. Nor what says how fast a state decays: its
-    errors add up.
+    errors add up. Nor AltUp's maps of a few numbers.
     """
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Experts):
             yield from (".".join(map(str, (*path, part))) for part in ("gate_up", "down"))
         elif isinstance(module, Linear):
-            if path[-1] not in ("router", "shared_gate", "gates"):
+            if path[-1] not in EXACT:
                 yield ".".join(map(str, (*path, "weight")))
         elif isinstance(module, Embedding) and getattr(model, "head", None) is None:
             yield ".".join(map(str, (*path, "weight")))

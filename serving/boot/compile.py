@@ -137,7 +137,7 @@ def _scheduler_config(
         sizes,
         max_chunk_tokens=runner.buckets.max_chunk,
         max_chunk_rows=runner.buckets.max_rows,
-        host_pages=int(config.kv_offload_gb * GIB // sizes.page_bytes) // replicas,
+        host_pages=int(config.kv_offload_gb * GIB // max(sizes.page_bytes, 1)) // replicas,
         restore_page_s=executor.store.restore_page_s if executor.store is not None else 0.0,
         caches=(*paged(*executor.groups.windows), *(() if executor.recurrent is None else (executor.recurrent,))),
         replicas=replicas,
