@@ -72,6 +72,7 @@ class Bounds:
         given_len: the configuration's max_model_len; None where it leaves that open.
         recurrent: what layers that keep a state keep of a running request; None where there are none.
         draft_tokens, draft_places: as in Sizes.
+        given_seqs: the configuration says how many requests run at once.
     """
 
     max_num_seqs: int
@@ -87,6 +88,7 @@ class Bounds:
     recurrent: RecurrentSpec | None = None
     draft_tokens: int = 0
     draft_places: int = 0
+    given_seqs: bool = True
 
     def within(self, memory: int) -> Sizes:
         """The sizes with so many bytes for the pages, states and snapshots of all replicas.
@@ -94,11 +96,18 @@ class Bounds:
         Raises:
             ValueError: they hold no sequence of the length asked for, with both numbers and the settings to change.
         """
-        most = self.max_num_seqs * self._pages(self.wanted_len, self.max_num_batched_tokens) + 1
+        seqs = self._slots(memory // self.replicas)
+        most = seqs * self._pages(self.wanted_len, self.max_num_batched_tokens) + 1
         states, num_snapshots = 0, 0
         if self.recurrent is not None:
             share = SNAPSHOT_SHARE if self.windows else 1.0
-            states, num_snapshots = budget(memory // self.replicas, self.recurrent, self.max_num_seqs, share)
+            states, num_snapshots = budget(memory // self.replicas, self.recurrent, seqs, share)
+            if states > memory // self.replicas:
+                raise ValueError(
+                    f"the KV cache may take {in_words(memory)}; the states of recurrent layers alone need "
+                    f"{in_words(states * self.replicas)} for {seqs * self.replicas} requests at once. Raise kv_cache_memory or "
+                    "lower max_num_seqs."
+                )
         num_pages = min(most, (memory // self.replicas - states) // self.page_bytes) if self.windows else 2
         fits = longest(num_pages - 1, self.windows, self.page_size)
         fits = self.wanted_len if fits is None else fits
@@ -110,9 +119,15 @@ class Bounds:
                 f"tokens needs {in_words(need)}. Raise kv_cache_memory or lower max_model_len."
             )
         return Sizes(
-            self.max_num_seqs, self.max_num_batched_tokens, min(self.wanted_len, fits), num_pages, self.page_size,
+            seqs, self.max_num_batched_tokens, min(self.wanted_len, fits), num_pages, self.page_size,
             self.page_bytes, self.kv_dtype, self.layers_per_page, num_snapshots, self.draft_tokens, self.draft_places,
         )  # fmt: skip
+
+    def _slots(self, memory: int) -> int:
+        """Requests that run at once; where nobody said how many, only so many that their states leave half of the memory."""
+        if self.recurrent is None or self.given_seqs:
+            return self.max_num_seqs
+        return min(self.max_num_seqs, max(1, memory // 2 // self.recurrent.state_bytes - 1))
 
     def _pages(self, tokens: int, chunk: int) -> int:
         return pages_of(tokens, self.windows, self.page_size, chunk)
@@ -195,6 +210,7 @@ def resolve_bounds(
         config.max_model_len,
         recurrent_of(model),
         **_drafts(config, budget, platform),
+        config.max_num_seqs is not None,
     )
 
 

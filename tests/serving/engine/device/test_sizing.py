@@ -133,6 +133,11 @@ def test_states_and_snapshots_share_the_memory_with_pages():
     assert states + sizes.num_pages * 1000 <= memory // 2
     with pytest.raises(ValueError, match="one sequence of 32 tokens needs"):
         bounds.within(2 * 9 * spec.state_bytes)  # nothing is left for pages
+    with pytest.raises(ValueError, match=r"states of recurrent layers alone need .* for 16 requests at once"):
+        bounds.within(2 * 8 * spec.state_bytes)
+    few = dataclasses.replace(bounds, given_seqs=False).within(memory // 40)
+    assert few.max_num_seqs == memory // 80 // 2 // spec.state_bytes - 1 < 8, "where nobody said how many"
+    assert dataclasses.replace(bounds, given_seqs=False).within(memory).max_num_seqs == 8
     alone = dataclasses.replace(bounds, windows=(), page_bytes=0).within(memory)
     assert (alone.num_pages, alone.max_model_len) == (2, 4096), "the null page, and one that nobody asks for"
     assert (9 + alone.num_snapshots) * spec.state_bytes <= memory // 2 < (10 + alone.num_snapshots) * spec.state_bytes
