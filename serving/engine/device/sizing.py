@@ -209,8 +209,8 @@ def resolve_bounds(
         replicas,
         config.max_model_len,
         recurrent_of(model),
+        given_seqs=config.max_num_seqs is not None,
         **_drafts(config, budget, platform),
-        config.max_num_seqs is not None,
     )
 
 
