@@ -88,8 +88,8 @@ def build(folder: Path | None = None) -> Path:
     """The library's path, building it when it is not there yet. Safe to call from several processes.
 
     Args:
-        folder: where to put it, under the name that a package carries; the user's cache folder when None, under a name
-            with the compiler in it.
+        folder: where to put it, under the name that a package carries; when None the user's cache folder, or that of
+            JAXSERVE_CACHE in the environment, under a name with the compiler in it.
     Raises:
         BuildError: no compiler, or it failed.
     """
@@ -99,7 +99,7 @@ def build(folder: Path | None = None) -> Path:
     if folder is None:
         import platformdirs  # ops needs jax alone wherever nothing is built
 
-        folder = platformdirs.user_cache_path("jaxserve") / "native"
+        folder = Path(os.environ.get("JAXSERVE_CACHE") or platformdirs.user_cache_dir("jaxserve")) / "native"
         target = folder / f"libjaxserve-{source_hash()}-{_compiler_hash(tuple(compiler))}{_suffix()}"
     else:
         target = folder / _carried_name()
@@ -111,7 +111,10 @@ def build(folder: Path | None = None) -> Path:
             if not target.exists():
                 _compile(compiler, target)
     except OSError as error:
-        raise BuildError(f"native CPU kernels could not be built in {folder}: {error}") from error
+        raise BuildError(
+            f"native CPU kernels could not be built in {folder} ({error.strerror or error}): name a folder that can be written "
+            "with JAXSERVE_CACHE in the environment"
+        ) from error
     return target
 
 
@@ -136,7 +139,10 @@ def _link_flags() -> list[str]:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # zig keeps what it makes of its own library in the home folder, which may be read-only: here beside what it makes for us.
+    target = Path(command[command.index("-o") + 1])
+    environment = {"ZIG_GLOBAL_CACHE_DIR": str(target.parent / "zig"), **os.environ}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if "error:" in line] or done.stderr.splitlines()[-1:]
         reason = lines[0] if lines else f"exit code {done.returncode}"

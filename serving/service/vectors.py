@@ -152,6 +152,9 @@ def encode_pairs(given: ScoreInput, tokenizer: Tokenizer, info: EngineInfo) -> l
                 f"A pair has {len(pair.token_ids)} token ids and {len(pair.segment_ids)} segment ids; give one each.",
                 "pairs",
             )
+        if not {0, 1}.issuperset(pair.segment_ids):
+            wrong = next(one for one in pair.segment_ids if one not in (0, 1))
+            raise invalid(f"A pair has the segment id {wrong}; 0 is its first text, 1 its second.", "pairs")
         _check_fits(len(pair.token_ids), info, "pairs")
         made.append(pair)
     return made

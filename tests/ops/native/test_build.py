@@ -54,8 +54,24 @@ def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     (tmp_path / "file").write_text("")
-    with pytest.raises(build.BuildError, match="could not be built in"):
+    with pytest.raises(build.BuildError, match=r"could not be built in .*JAXSERVE_CACHE") as caught:
         build.build(tmp_path / "file" / "cache")
+    assert "Errno" not in str(caught.value)
+
+
+def test_the_environment_says_where_the_library_is_kept(monkeypatch, tmp_path):
+    """Where the home folder cannot be written, a container's too, all that is kept lies in one place."""
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift || exit 0; done\necho library > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("JAXSERVE_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setattr(build, "prebuilt", lambda: None)
+    built = build.build()
+    assert built.parent == tmp_path / "kept" / "native" and built.read_text() == "library\n"
+    (tmp_path / "kept" / "native").chmod(0o555)
+    assert build.build() == built, "what is there needs nothing written"
+    (tmp_path / "kept" / "native").chmod(0o755)
 
 
 def test_a_library_built_into_the_package_is_taken_first(monkeypatch, tmp_path):

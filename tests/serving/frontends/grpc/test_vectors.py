@@ -72,6 +72,11 @@ async def test_score_by_the_model_or_by_cosine(serve):
         lame = pb.ScoreRequest(pairs=[pb.ScorePair(tokens=pb.TokenPair(token_ids=[1, 2], segment_ids=[0]))])
         with pytest.raises(grpc.aio.AioRpcError, match="2 token ids and 1 segment ids"):
             await s.inference.Score(lame)
+        for segment in (2, 2**32 - 1):  # the latter is no int32, which would end the engine
+            pair = pb.TokenPair(token_ids=[1, 2], segment_ids=[0, segment])
+            with pytest.raises(grpc.aio.AioRpcError, match=f"segment id {segment}") as caught:
+                await s.inference.Score(pb.ScoreRequest(pairs=[pb.ScorePair(tokens=pair)]))
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     async with serve(EmbeddingEngine()) as s:
         reply = await s.inference.Score(texts(("ab", "ab")))
         assert np.allclose(reply.scores, [1.0])
