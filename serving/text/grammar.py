@@ -46,6 +46,9 @@ JSON_OPTIONS = {
     "coerce_one_of": False,
     "lenient": False,
 }
+NO_FORCING = '\n%llguidance {"no_forcing": true}'
+"""Where only one text can follow, llguidance would take the tokens that the tokenizer makes of it, and it takes markers in a text
+("<think>" in an enum) for the control tokens, which the grammar then refuses. So every spelling of the text is allowed."""
 PARALLEL_ROWS = 4
 """From this many masks on they are computed in parallel: fewer finish (some 10 µs each) before threads wake up."""
 GROWTH_SECONDS = 0.02
@@ -117,11 +120,11 @@ class GrammarCompiler:
     def _build(self, kind: str, text: str) -> LLMatcher:
         try:
             if kind == "JSON schema":
-                grammar = LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+                made = LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+                text = f"start: %json {json.dumps(json.loads(made)['grammars'][0]['json_schema'])}"
             elif kind == "regex":
-                grammar = LLMatcher.grammar_from_regex(text)
-            else:
-                grammar = LLMatcher.grammar_from_lark(text)
+                text = json.loads(LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
+            grammar = LLMatcher.grammar_from_lark(text + NO_FORCING)
         except (RecursionError, RequestError):
             raise
         except Exception as error:

@@ -1,11 +1,13 @@
 """The lines that depend on generation, on a real engine: its scheduler, pages, masks, sampling.
 
-The model is tiny and its weights are random.
+The model is tiny and its weights are random. Where a line is about what a model wrote, a grammar of one word makes it write that.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -13,10 +15,12 @@ import pytest
 from models.config import ModelConfig, RopeConfig
 from models.dummy import random_model
 from serving.engine.api.client import EngineClient
+from serving.engine.api.sampling_params import StructuredOutputs
+from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
 from serving.service import TextService
 from serving.text.grammar import GrammarCompiler
 from tests.field import chat_right, harness, http_right
-from tests.field.harness import CHECKS, LINES, ask, line_of, streamed
+from tests.field.harness import CHECKS, LINES, THINKING, ask, line_of, streamed
 from tests.field.test_http import check_expected
 from tests.field.text_right import offsets_fit
 from tests.mock_engine import MockTemplate, until
@@ -25,7 +29,7 @@ from tests.tiny import tiny_engine
 
 CONTEXT = 512
 FORCED = (
-    "tool-and-schema", "open-objects",
+    "stop-cuts-call", "stop-in-thinking", "reasoning-usage", "continue-thinking", "tool-and-schema", "open-objects",
     "ignored-json-object-schema", "ignored-guided",
 )  # fmt: skip
 EXPECTED = tuple(
@@ -49,6 +53,31 @@ def engine():
     engine.shutdown()
 
 
+class Forced(EngineClient):
+    """The engine, whose model writes what it is told."""
+
+    def __init__(self, client: EngineClient, reply: str) -> None:
+        self._client = client
+        self._constraint = compiler().compile(StructuredOutputs(choice=(reply,)))
+
+    def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        assert request.constraint is None
+        return self._client.generate(dataclasses.replace(request, constraint=self._constraint()))
+
+    async def abort(self, request_id: str) -> bool:
+        return await self._client.abort(request_id)
+
+    def info(self) -> EngineInfo:
+        return self._client.info()
+
+    def stats(self) -> EngineStats:
+        return self._client.stats()
+
+    @property
+    def healthy(self) -> bool:
+        return self._client.healthy
+
+
 @functools.cache
 def compiler() -> GrammarCompiler:
     return GrammarCompiler(byte_level(), byte_level().vocab_size)
@@ -69,6 +98,8 @@ def on_the_engine(engine, monkeypatch):
     """The checks' own makers of services make them over the engine."""
     for module in (chat_right, http_right, harness):
         monkeypatch.setattr(module, "any_model", functools.partial(real_model, engine))
+    fixed = lambda reply, **options: service(Forced(engine.client, reply), **{**THINKING, **options})  # noqa: E731
+    monkeypatch.setattr(chat_right, "fixed", fixed)
 
 
 async def idle(engine: Any) -> None:

@@ -26,6 +26,7 @@ _LITERALS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*')
 _TOKEN = re.compile(r"\b(_?[A-Z][A-Z0-9_]*)\b(?:\s*\{\s*(\d+)(?:\s*,\s*(\d*))?\s*\})?")
 _AT = re.compile(r"^(?:at )?(\d+)\((\d+)\): (.*)", re.DOTALL)
 _TOO_COMPLEX = re.compile(r"too (many|big|large|complex)|fuel|precomputation failed|limit for this grammar|limits?\.")
+_QUOTED = re.compile(r"^(?: *\d+ \|.*| *\^+ *)\n?", re.MULTILINE)
 _TIPS = "Simplify it: fewer nested repetitions, smaller counts."
 
 
@@ -156,7 +157,8 @@ def schema_of(given: Mapping[str, Any] | str) -> Mapping[str, Any]:
 def refusal(kind: str, message: str) -> RequestError:
     """The compiler's error as a sentence about the request."""
     the = f"The {kind}"
-    message = message.strip()
+    # Without the lines it quotes: what the client wrote there must not be taken for the compiler's words.
+    message = _QUOTED.sub("", message).strip()
     if found := _AT.match(message):
         place = f" at line {found[1]}, column {found[2]}" if kind == "grammar" else ""
         message = found[3]
@@ -186,7 +188,9 @@ def refusal(kind: str, message: str) -> RequestError:
             f"{the} has a text that its pattern, format and length rule out together: no value satisfies it.", PARAM
         )
     if "Unsatisfiable schema" in message:
-        return invalid(f"{the} is satisfied by no value: {brief(message.partition(': ')[2])}.", PARAM)
+        return invalid(
+            f"{the} is satisfied by no value: {brief(message.partition('Unsatisfiable schema: ')[2])}.", PARAM
+        )
     if _TOO_COMPLEX.search(message):
         return invalid(f"{the} is too complex to be enforced. {_TIPS}", PARAM)
     if "NoExtension" in message:
