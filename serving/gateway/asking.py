@@ -40,12 +40,10 @@ class Asked:
         explain: whether to tell the decisions.
         tenant: whom the request is for, where shares are fair; None: whoever sends it.
         objective: the name of what is aimed at, which the operator has given a priority.
-        tell_served: whether to tell the target's address: only to whoever named one.
     """
 
     wish: Wish
     explain: bool = False
-    tell_served: bool = False
     tenant: str | None = None
     objective: str | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -62,7 +60,7 @@ class Asked:
         if not (session or endpoints or among or explain or tenant or objective):
             return None
         wish = Wish(session and session[:MAX_CHARS], endpoints, frozenset(among))
-        return cls(wish, explain, bool(endpoints), tenant and tenant[:MAX_CHARS], objective)
+        return cls(wish, explain, tenant and tenant[:MAX_CHARS], objective)
 
     def concerned(self, request: EngineRequest, objectives: Mapping[str, int]) -> EngineRequest:
         """The request with the tenant and the priority that were asked for. A key that speaks for itself alone is its own tenant.
@@ -92,7 +90,7 @@ class Asked:
     def told(self) -> list[tuple[str, str]]:
         """The headers of the reply."""
         found = [(DECISION, ", ".join(self.notes))] if self.notes else []
-        if self.tell_served and self.served is not None:
+        if self.served is not None and self.served in self.wish.endpoints:  # others would learn an address of ours
             found.append((SERVED, self.served))
         return found
 

@@ -71,6 +71,8 @@ async def test_sessions_and_endpoints_by_header():
         assert sorted(len(engine.requests) for engine in engines) == [0, 0, 6]
         reply = await _ask(web, "x", {"x-gateway-destination-endpoint": "gone:1,10.0.0.2:50051"})
         assert reply.headers["x-gateway-destination-endpoint-served"] == "10.0.0.2:50051"
+        elsewhere = await _ask(web, "z", {"x-gateway-destination-endpoint": "guess:1"})
+        assert "10.0.0" not in str(elsewhere.headers)  # a guess is told no address
         before = [len(engine.requests) for engine in engines]
         for i in range(4):
             await _ask(web, f"y{i}", {"x-gateway-destination-endpoint-subset": "10.0.0.0:50051, 10.0.0.1:50051"})
