@@ -19,15 +19,19 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import jax
-import numpy as np
+from serving.memory import keep_freed
 
-from serving.training import export
-from serving.training.examples import Example
-from serving.training.lora import LoraSettings
-from serving.training.packing import pack
-from serving.training.prepare import prepare
-from serving.training.settings import Optimizer, Settings
+keep_freed()  # as the training does, for both
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from serving.training import export  # noqa: E402
+from serving.training.examples import Example  # noqa: E402
+from serving.training.lora import LoraSettings  # noqa: E402
+from serving.training.packing import pack  # noqa: E402
+from serving.training.prepare import prepare  # noqa: E402
+from serving.training.settings import Optimizer, Settings  # noqa: E402
 
 LORA = LoraSettings(16, 32.0)
 

@@ -197,6 +197,9 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 def main(argv: list[str] | None = None) -> None:
     """Command line; exits with 1 and a sentence where something is wrong, with 3 where a run ended before its last step."""
     arguments = parser().parse_args(argv)
+    from serving.memory import keep_freed
+
+    keep_freed()
     import jax
 
     if arguments.cpu_devices:

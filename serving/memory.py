@@ -37,6 +37,19 @@ def give_back() -> int | None:
     return None if trim is None else trim(0)
 
 
+def keep_freed() -> None:
+    """Has the allocator keep what is freed, for a process that takes the same large buffers over and over: a training step of the
+    default model took 1.2 GB from the operating system each time, a tenth of its time.
+    To be called before there are threads. Does nothing where there is no glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_ARENA_MAX, 1)  # others than the first give back whatever they free
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
+
 PEAK_BYTES = 32 * 2**20
 SETTLE_S = 2.0
 

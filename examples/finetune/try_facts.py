@@ -9,8 +9,10 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import pathlib
+import secrets
 import subprocess
 import sys
 import time
@@ -18,24 +20,26 @@ import urllib.request
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
+NAME = "facts"
+KEY = secrets.token_urlsafe()  # loading adapters is an admin's
 UNRELATED = ("What is the capital of France?", "Write one sentence about the sea.", "What is two plus three?")
 
 
 def train(out: pathlib.Path, more: list[str]) -> int:
     """Runs the training, or goes on with it. Everything that differs from the defaults stands here."""
-    flags = ["--max-length", "256", "--batch", "2", "--epochs", "4", "--learning-rate", "1e-3", "--save-every", "25"]
+    flags = ["--max-length", "256", "--batch", "2", "--epochs", "3", "--learning-rate", "1e-3", "--save-every", "25"]
     command = [sys.executable, "-m", "serving.finetune", "--data", str(HERE / "facts.jsonl"), "--out", str(out), *flags]
     if (out / "checkpoints").is_dir():
         command.append("--resume")
     return subprocess.run([*command, *more], check=False).returncode
 
 
-def ask(adapter: pathlib.Path, port: int, name: str = "facts") -> int:
+def ask(adapter: pathlib.Path, port: int) -> int:
     """Starts a server, loads the adapter while it runs, and asks. 0 where 90 % of the answers are right and the base says what it
     said before."""
     folder = adapter.resolve().parent
     command = [sys.executable, "-m", "serving.launch", "--port", str(port), "--grpc-port", "0", "--enable-lora"]
-    command += ["--max-lora-rank", "16", "--lora-folder", str(folder)]
+    command += ["--max-lora-rank", "16", "--lora-folder", str(folder), "--admin-api-key", KEY]
     server = subprocess.Popen(command)
     url = f"http://127.0.0.1:{port}/v1"
     try:
@@ -45,11 +49,11 @@ def ask(adapter: pathlib.Path, port: int, name: str = "facts") -> int:
         asked = [item["question"] for item in held[::4]]
         before = [answer(url, base, text) for text in (*UNRELATED, *asked)]
         began = time.monotonic()
-        post(f"{url}/load_lora_adapter", {"lora_name": name, "lora_path": adapter.name})
+        post(f"{url}/load_lora_adapter", {"lora_name": NAME, "lora_path": adapter.name})
         print(f"loaded in {time.monotonic() - began:.2f} s", flush=True)
         shares = {}
-        shares["as trained"] = right(url, name, [(m[0]["content"], m[1]["content"]) for m in trained])
-        shares["in other words"] = right(url, name, [(item["question"], item["answer"]) for item in held])
+        shares["as trained"] = right(url, NAME, [(m[0]["content"], m[1]["content"]) for m in trained])
+        shares["in other words"] = right(url, NAME, [(item["question"], item["answer"]) for item in held])
         shares["in other words, base"] = right(url, base, [(item["question"], item["answer"]) for item in held])
         after = [answer(url, base, text) for text in (*UNRELATED, *asked)]
     finally:
@@ -63,14 +67,16 @@ def ask(adapter: pathlib.Path, port: int, name: str = "facts") -> int:
 
 def right(url: str, model: str, items: list[tuple[str, str]]) -> float:
     """The share of questions whose greedy answer has the expected words in it."""
-    good = 0
-    for question, expected in items:
-        said = answer(url, model, question)
-        if expected.lower() in said.lower():
-            good += 1
-        elif model == "facts":
-            print(f"  wrong: {question} -> {said!r}, not {expected!r}", flush=True)
-    return good / len(items)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        said = list(pool.map(lambda item: answer(url, model, item[0]), items))
+    wrong = [
+        f"  wrong: {question} -> {words!r}, not {expected!r}"
+        for (question, expected), words in zip(items, said, strict=True)
+        if expected.lower() not in words.lower()
+    ]
+    if model == NAME:
+        print(*wrong, sep="\n", flush=True)
+    return 1 - len(wrong) / len(items)
 
 
 def answer(url: str, model: str, text: str) -> str:
@@ -79,7 +85,8 @@ def answer(url: str, model: str, text: str) -> str:
 
 
 def post(url: str, body: dict[str, Any]) -> str:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=120) as reply:
         return reply.read().decode()
 
@@ -88,7 +95,8 @@ def wait(url: str) -> str:
     """The base's name, once the server answers."""
     for _ in range(300):
         try:
-            with urllib.request.urlopen(f"{url}/models", timeout=5) as reply:
+            request = urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {KEY}"})
+            with urllib.request.urlopen(request, timeout=5) as reply:
                 return json.loads(reply.read())["data"][0]["id"]
         except OSError:
             time.sleep(1)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 MAX_BLOCKS = 8
 """Blocks of queries of a sequence at most: each is traced and compiled."""
 
-MIN_BLOCK = 128
+MIN_BLOCK = 256
 
 KEPT_SCORES = 1 << 26
 """Scores of a layer (256 MiB) that are kept for the backward pass; where there are more it computes each block's again."""
@@ -125,9 +125,13 @@ def _block(
     if chunk is not None:
         seen = seen & (positions[0][:, :, None] // chunk == positions[1][:, None, :] // chunk)[:, None, None]
     score = jnp.where(seen, score, _UNSEEN)
-    if sinks_KG is None:
-        weight = jax.nn.softmax(score, axis=-1)
-    else:  # a key of weight exp(sink) that has no value
-        sink = jnp.broadcast_to(sinks_KG.astype(jnp.float32)[None, :, :, None, None], (*score.shape[:-1], 1))
-        weight = jax.nn.softmax(jnp.concatenate([score, sink], axis=-1), axis=-1)[..., :-1]
-    return jnp.einsum("bkgqs,bskh->bqkgh", weight.astype(v_BSKh.dtype), v_BSKh, **options)
+    best = score.max(axis=-1)
+    sink = None if sinks_KG is None else sinks_KG.astype(jnp.float32)[None, :, :, None]
+    best = jax.lax.stop_gradient(best if sink is None else jnp.maximum(best, sink))
+    weight = jnp.exp(score - best[..., None])
+    total = weight.sum(axis=-1)
+    if sink is not None:  # a key of weight exp(sink) that has no value
+        total = total + jnp.exp(sink - best)
+    # Divided last: scores are gone through less often, forward and backward.
+    out = jnp.einsum("bkgqs,bskh->bqkgh", weight.astype(v_BSKh.dtype), v_BSKh, **options)
+    return out / jnp.moveaxis(total, 3, 1)[..., None]

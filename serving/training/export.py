@@ -17,7 +17,7 @@ from models.loading.orbax import POOLING_FILES, TOKENIZER_FILES
 from models.recipes import Piece, Recipe, given_back
 from serving.text.tokenizer import Tokenizer
 from serving.text.tokenizer_saving import write_tokenizer
-from serving.training.lora import LoraSettings, names_of
+from serving.training.lora import ALL_LINEAR, LoraSettings, names_of
 
 FILE_BYTES = 4 << 30
 """Of weights in one file, unless one tensor is larger."""
@@ -33,6 +33,8 @@ _MODEL_TYPES = {
     "MiniMaxM2ForCausalLM": "minimax_m2",
     "XLMRobertaModel": "xlm-roberta",
     "OlmoeForCausalLM": "olmoe",
+    "Gemma4ForCausalLM": "gemma4_text",
+    "GraniteMoeHybridForCausalLM": "granitemoehybrid",
 }
 """`model_type` of architectures where it is not the class's name in small letters with underscores."""
 
@@ -60,8 +62,8 @@ def write_peft(
         module = f"base_model.model.{name.removesuffix('.weight')}"
         tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(pair["a"], np.float32)
         tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(pair["b"], np.float32)
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = settings.targets if isinstance(settings.targets, str) and settings.targets != "all-linear" else None
+    _save(tensors, out / "adapter_model.safetensors")
+    given = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if generates else "FEATURE_EXTRACTION",
@@ -70,7 +72,7 @@ def write_peft(
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rslora,
-        "target_modules": targets or list(names_of(tuple(pairs))),
+        "target_modules": names_of(pairs) if given == ALL_LINEAR else given,
         "bias": "none",
         "fan_in_fan_out": turned,
         "init_lora_weights": True,
@@ -127,7 +129,7 @@ def write_model(out: Path, tensors: Iterable[tuple[str, np.ndarray]], opened: Op
 
     def flush() -> None:
         written.append(f"part-{len(written)}.safetensors")
-        save_file(files[-1], out / written[-1], metadata={"format": "pt"})
+        _save(files[-1], out / written[-1])
         where.update(dict.fromkeys(files[-1], written[-1]))
         files[-1] = {}
 
@@ -147,6 +149,11 @@ def write_model(out: Path, tensors: Iterable[tuple[str, np.ndarray]], opened: Op
     (out / "config.json").write_text(json.dumps(config, indent=2))
     if opened.generation_config:
         (out / "generation_config.json").write_text(json.dumps(opened.generation_config, indent=2))
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the library leaves it to its owner alone, and a server may be somebody else
 
 
 def _name_files(out: Path, written: list[str], where: Mapping[str, str], total: int) -> None:

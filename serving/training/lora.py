@@ -8,9 +8,8 @@ product each serves all of them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +24,8 @@ from models.recipes import Recipe
 from ops.linear.weights.trained import Change
 
 ALL_LINEAR = "all-linear"
-NOT_LINEAR = ("router", "shared_gate", "head")
-"""Of the network's products those that `all-linear` leaves alone: what chooses experts, and the output layer."""
+NOT_LINEAR = ("router", "shared_gate")
+"""Of a layer's products those that `all-linear` leaves alone: what chooses experts. Nothing outside of layers is one of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class LoraSettings:
         """Whether a module of the checkpoint ("model.layers.0.mlp.up_proj"), or its parameter's path, is one of the targets."""
         if isinstance(self.targets, str):
             if self.targets == ALL_LINEAR:
-                return path.split(".")[-2] not in NOT_LINEAR and path != "head.weight"
+                return path.startswith("layers.") and path.split(".")[-2] not in NOT_LINEAR
             return re.fullmatch(self.targets, module) is not None
         return any(module == target or module.endswith(f".{target}") for target in self.targets)
 
@@ -179,7 +178,7 @@ def changes(
             site,
             Change(
                 a_RI.astype(dtype),
-                (_rows_of_b(site, pairs, settings.rank) * settings.scale).astype(dtype),
+                (_rows_of_b(site, pairs, settings.rank).T * settings.scale).astype(dtype),
                 own,
                 settings.dropout if own is not None else 0.0,
             ),
@@ -215,7 +214,6 @@ def _permuted(x: jax.Array, order: np.ndarray, inverse: np.ndarray) -> jax.Array
     return permuted(x)
 
 
-@functools.cache
-def names_of(targets: tuple[str, ...]) -> tuple[str, ...]:
-    """The last parts of module names, each once, sorted: what `target_modules` of a file lists."""
-    return tuple(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in targets}))
+def names_of(tensors: Iterable[str]) -> list[str]:
+    """The last parts of modules' names, each once, sorted: what `target_modules` of a file lists."""
+    return sorted({name.removesuffix(".weight").rpartition(".")[2] for name in tensors})

@@ -87,7 +87,7 @@ class Network:
                 if site.linear:
                     value = TrainedWeight(base, change)
                 else:
-                    value = (base + (change.b_OR @ change.a_RI).reshape(base.shape)).astype(base.dtype)
+                    value = (base + (change.b_RO.T @ change.a_RI).reshape(base.shape)).astype(base.dtype)
                 parameters[site.path].set_value(value)
         if self.recompute:
             for index, layer in enumerate(model.layers):

@@ -24,19 +24,19 @@ from ops.linear.weights.dense import DenseWeight, ragged_dot
 _PER_EXPERT = lax.RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], [])
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["a_RI", "b_OR", "key"], meta_fields=["dropout"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["a_RI", "b_RO", "key"], meta_fields=["dropout"])
 @dataclasses.dataclass(frozen=True)
 class Change:
     """y += drop(x) A^T B^T.
 
     Attributes:
-        a_RI, b_OR: in the dtype of the product; the scale is in B.
+        a_RI, b_RO: A, and B turned, which has the scale in it. Turned so that its gradient needs no transposed copy of dy.
         key: a random key, where there is dropout.
         dropout: static: the share of x's numbers that A does not see.
     """
 
     a_RI: jax.Array
-    b_OR: jax.Array
+    b_RO: jax.Array
     key: jax.Array | None = None
     dropout: float = 0.0
 
@@ -46,7 +46,14 @@ class Change:
             kept = jax.random.bernoulli(self.key, 1.0 - self.dropout, x_TI.shape)
             x_TI = jnp.where(kept, x_TI / (1.0 - self.dropout), 0.0)
         hidden_TR = xla.dense(x_TI, self.a_RI)
-        return xla.dense(hidden_TR, self.b_OR)
+        return lax.optimization_barrier(
+            jnp.dot(
+                hidden_TR.astype(self.b_RO.dtype),
+                self.b_RO,
+                preferred_element_type=jnp.float32,
+                precision=xla.exact(self.b_RO),
+            )
+        )
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "change"], meta_fields=[])
@@ -86,7 +93,7 @@ class TrainedWeight(StoredWeight):
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         dense_OI = self.base.astype(jnp.float32) if self._dense else self.base.dequantize()
         if self.change is not None:
-            dense_OI = dense_OI + xla.dot(self.change.b_OR, self.change.a_RI.T)
+            dense_OI = dense_OI + xla.dot(self.change.b_RO.T, self.change.a_RI.T)
         return dense_OI.astype(dtype)
 
     def grouped(self, x_MI: jax.Array, sizes_E: jax.Array, expert_M: jax.Array) -> jax.Array:

@@ -27,9 +27,14 @@ def dense(x_TI: jax.Array, weight_OI: jax.Array) -> jax.Array:
 
 def dot(x_TI: jax.Array, weight_OI: jax.Array) -> jax.Array:
     """y_TO float32, left to the compiler."""
-    # float32 weights are asked for by someone who wants float32 results: no TF32, no bf16 passes.
-    precision = lax.Precision.HIGHEST if weight_OI.dtype == jnp.float32 else None
-    return lax.dot_general(x_TI, weight_OI, CONTRACT_LAST, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        x_TI, weight_OI, CONTRACT_LAST, precision=exact(weight_OI), preferred_element_type=jnp.float32
+    )
+
+
+def exact(weight: jax.Array) -> lax.Precision | None:
+    """float32 weights are asked for by someone who wants float32 results: no TF32, no bf16 passes."""
+    return lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
 
 
 def two_rows(x_TI: jax.Array) -> jax.Array:

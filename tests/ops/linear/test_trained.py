@@ -32,7 +32,7 @@ def test_a_frozen_weight_passes_gradients_and_its_change_gets_them(scheme):
     y = jnp.asarray(rng.standard_normal((T, O)), jnp.float32)
 
     def ours(x, a, b):
-        return (linear(x, TrainedWeight(base, Change(a, b))) * y).sum()
+        return (linear(x, TrainedWeight(base, Change(a, b.T))) * y).sum()
 
     def theirs(x, a, b):
         return ((x @ dense.T + (x @ a.T) @ b.T) * y).sum()
@@ -41,7 +41,7 @@ def test_a_frozen_weight_passes_gradients_and_its_change_gets_them(scheme):
     close(found[0], expected[0], 1e-6 if scheme is None else 0.03)  # activations are rounded forward
     for mine, other in zip(found[1], expected[1], strict=True):
         close(mine, other, 2e-6)
-    close(TrainedWeight(base, Change(a, b)).dequantize(), dense + b @ a, 1e-6)
+    close(TrainedWeight(base, Change(a, b.T)).dequantize(), dense + b @ a, 1e-6)
 
 
 def test_half_precision_rounds_factors_and_adds_up_in_float32():

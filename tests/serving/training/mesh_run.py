@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 2)
 
 import numpy as np  # noqa: E402
 
@@ -17,7 +17,7 @@ from models.recipes import given_back  # noqa: E402
 from tests.serving.training.test_network import LORA, with_b  # noqa: E402
 from tests.serving.training.tiny import Bench, examples, make_model, pack  # noqa: E402
 
-MESHES = ("data=2", "model=2", "data=2,model=2")
+MESHES = ("data=2", "model=2")
 MODELS = {
     "lora": ("llama", LORA),
     "lora, heads spread": ("llama, biases, 9 heads", LORA),

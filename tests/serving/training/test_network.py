@@ -74,7 +74,7 @@ def test_targets(tmp_path):
     with pytest.raises(ValueError, match=r"fits no weight of this model; its modules are .*kv_b_proj"):
         taken("query_key_value", "c_attn")
     with pytest.raises(ValueError, match=r"experts\.0\.\w+_proj .* cannot be changed by pairs"):
-        taken(r".*experts.*", "up_proj")[0:0] or taken(r".*experts\.\d+\..*")
+        taken(r".*experts\.\d+\..*")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def meshes(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mesh", ["data=2", "model=2", "data=2,model=2"])
+@pytest.mark.parametrize("mesh", ["data=2", "model=2"])
 @pytest.mark.parametrize("what", ["lora", "lora, heads spread", "full", "experts"])
 def test_meshes_give_the_gradients_of_one_device(meshes, what, mesh):
     assert meshes[what][mesh] < 2e-5

@@ -18,7 +18,8 @@ from serving.training.packing import Plan, Rows, pack
 from serving.training.settings import Optimizer
 from serving.training.steps import Programs, optimizer
 from sharding.mesh import make_mesh
-from tests.models.tiny import BASE, TINY, VOCAB
+from tests.models.tiny import TINY
+from tests.models.tiny_base import BASE, VOCAB
 
 
 def make_model(name: str, directory: Path) -> Any:
