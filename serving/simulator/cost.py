@@ -113,13 +113,13 @@ class CostModel:
     def _found(self) -> dict[tuple[int, int, int], tuple[Bucket, float, float]]:
         return {}  # (decode, chunk, rows) -> bucket, its constant part in seconds, its factor
 
-    def bucket(self, shape: StepShape) -> Bucket:
-        """Raises ValueError when the step is larger than any bucket."""
-        return self._lookup(shape)[0]
+    def price(self, shape: StepShape) -> tuple[Bucket, float]:
+        """What a step is padded to, and the seconds that it takes. Raises ValueError when it is larger than any bucket."""
+        bucket, constant, factor = self._lookup(shape)
+        return bucket, factor * (constant + self.weights[-2] * shape.context + self.weights[-1] * shape.chunk_work)
 
     def seconds(self, shape: StepShape) -> float:
-        _, constant, factor = self._lookup(shape)
-        return factor * (constant + self.weights[-2] * shape.context + self.weights[-1] * shape.chunk_work)
+        return self.price(shape)[1]
 
     def errors(self, records: Iterable[StepRecord]) -> np.ndarray:
         """Relative error of each prediction."""

@@ -53,10 +53,9 @@ class VirtualDevice:
 
     def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> VirtualStep:
         self.now += self._cost.host_s
-        shape = StepShape.of(plan, self._replicas)
-        seconds = self._cost.seconds(shape)
+        bucket, seconds = self._cost.price(StepShape.of(plan, self._replicas))
         self._free = max(self.now, self._free) + seconds
-        step = VirtualStep(plan, self._cost.bucket(shape), seconds, self._free)
+        step = VirtualStep(plan, bucket, seconds, self._free)
         if self._on_dispatch is not None:
             self._on_dispatch(step)
         return step

@@ -159,6 +159,8 @@ class Replicas:
             snapshots.take_back(request)
 
     def take_step(self) -> Moves:
+        if len(self.managers) == 1:
+            return self.managers[0].take_step()
         return Moves.joined(manager.take_step() for manager in self.managers)
 
     def observe(self, compute_token_s: float) -> None:

@@ -63,7 +63,7 @@ def test_too_few_steps() -> None:
 
 
 def test_padding_is_paid_for() -> None:
-    bucket = TRUE.bucket(StepShape(33, 0, 0, 0, 0.0))
+    bucket, _ = TRUE.price(StepShape(33, 0, 0, 0, 0.0))
     assert bucket.decode == 64
     assert TRUE.seconds(StepShape(33, 0, 0, 0, 0.0)) == TRUE.seconds(StepShape(64, 0, 0, 0, 0.0))
 
