@@ -141,7 +141,7 @@ def attend(
         (out_TKGh of v's head size in q's dtype, the updated pages). Padded tokens yield zeros. Softmax is float32; the
         products are float32 on CPU unless pages are bfloat16.
     """
-    options = {"scale": scale, "window": window, "softcap": softcap}
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     if isinstance(batch, Sequences):
         kept: Any = kv if k_TKh is None else (k_TKh, v_TKh)
         out_TKGh = sequences.attend(q_TKGh, kept[0], kept[1], batch, sinks_KG=sinks_KG, chunk=chunk, **options)

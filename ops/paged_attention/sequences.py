@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def _block(
 ) -> jax.Array:
     """Q queries, the first of which stands beside key number `first`: out_BQKGh, float32."""
     precision = jax.lax.Precision.HIGHEST if k_BSKh.dtype == jnp.float32 else None
-    options = {"preferred_element_type": jnp.float32, "precision": precision}
+    options: dict[str, Any] = {"preferred_element_type": jnp.float32, "precision": precision}
     q_BQKGh = (q_BQKGh.astype(jnp.float32) * scale).astype(k_BSKh.dtype)
     score = jnp.einsum("bqkgh,bskh->bkgqs", q_BQKGh, k_BSKh, **options)
     if softcap is not None:
