@@ -106,10 +106,12 @@ install_env() {
     "${pip[@]}" -e "$REPO[compiler]" ||
       env_say "ziglang could not be installed: without a compiler the slower plain XLA path runs."
   fi
-  if [ -z "$extras" ]; then # built here, or the first start would wait for it; kept in the user's cache
-    env_say "building the native CPU kernels"
-    env_say "$(JAX_PLATFORMS=cpu "$VENV/bin/python" -c 'from ops import native; print(native.status())' 2>&1 | tail -n 1)"
-  fi
+}
+
+# Or the first start would wait for them; kept in the user's cache, or where JAXSERVE_CACHE says.
+build_kernels() {
+  env_say "building the native CPU kernels"
+  env_say "$(JAX_PLATFORMS=cpu "$VENV/bin/python" -c 'from ops import native; print(native.status())' 2>&1 | tail -n 1)"
 }
 
 # Whether group $1 was installed for stamp $2; a larger group holds the smaller ones.
@@ -138,6 +140,8 @@ ensure_env() {
     "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || make_venv 9>&-
     install_env "$group" "$extras" 9>&-
     printf '%s\n' "$stamp" >"$VENV/.stamp-${group:-base}"
+    # After the stamp: whoever is stopped here starts the next time without the package index.
+    if [ -z "$extras" ]; then build_kernels 9>&-; fi
   fi
   exec 9>&-
 }
