@@ -129,8 +129,12 @@ class CausalLM(Protocol):
         """Runs every layer; writes the tokens' K and V to their pages before attending, and what became of their states."""
         ...
 
-    def logits(self, hidden_RD: jax.Array) -> jax.Array:
-        """Next-token logits_RV, float32, soft-capped and scaled where the architecture says so."""
+    def logits(self, hidden_RD: jax.Array, adapter_R: jax.Array | None = None) -> jax.Array:
+        """Next-token logits_RV, float32, soft-capped and scaled where the architecture says so.
+
+        Args:
+            adapter_R: int32, the slot of each row's adapter; only where some of them change the output projection.
+        """
         ...
 
 

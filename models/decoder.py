@@ -78,18 +78,18 @@ class Decoder(nnx.Module):
 
     def embed_tokens(self, step: Step) -> jax.Array:
         """The residual stream's start, x_TD. Families with learned positions add them here."""
-        x_TD = self.embed(step.tokens_T, self.compute_dtype)
+        x_TD = self.embed(step.tokens_T, self.compute_dtype, step.adapter_T)
         x_TD = x_TD if self.config.embed_scale == 1.0 else x_TD * self.config.embed_scale
         if step.embeddings is None:
             return x_TD
         index_T = step.embeddings.index_T
         return jnp.where((index_T < 0)[:, None], x_TD, step.embeddings.rows_ND[index_T].astype(x_TD.dtype))
 
-    def logits(self, hidden_RD: jax.Array) -> jax.Array:
+    def logits(self, hidden_RD: jax.Array, adapter_R: jax.Array | None = None) -> jax.Array:
         if self.head is None:
-            logits_RV = self.embed.logits(hidden_RD)
+            logits_RV = self.embed.logits(hidden_RD, adapter_R)
         else:
-            logits_RV = self.head(hidden_RD, out_dtype=jnp.float32)
+            logits_RV = self.head(hidden_RD, out_dtype=jnp.float32, adapter_T=adapter_R)
         if self.config.logits_scale != 1.0:
             logits_RV = logits_RV * self.config.logits_scale
         cap = self.config.logits_softcap

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ops.linear.weights import Experts, StoredWeight, Weight, stored
 from ops.linear.weights.int8 import PANEL
 from ops.linear.weights.native import ACTIVATIONS
+from ops.lora.experts import ExpertAdapters
 from ops.per_device import per_device
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -41,6 +42,7 @@ def experts(
     mesh: Mesh | None = None,
     expert_axis: str | None = None,
     model_axis: str | None = None,
+    lora: ExpertAdapters | None = None,
 ) -> jax.Array:
     """y_TD: the weighted sum over each token's k experts of down_e(activation(gate_up_e x + bias)) + bias.
 
@@ -55,19 +57,20 @@ def experts(
             second half; packed weights need it.
         gate_up_bias_EJ, down_bias_ED: added where given.
         mesh, expert_axis, model_axis: mesh axes that split E, and J with F; None where they are whole.
+        lora: what each token's adapter changes of the experts; not beside packed weights.
     Returns:
         [T, D] in x's dtype; products are accumulated in float32.
     """
     gate_up_bias_EJ = None if gate_up_bias_EJ is None else jnp.asarray(gate_up_bias_EJ)
     down_bias_ED = None if down_bias_ED is None else jnp.asarray(down_bias_ED)
     gate_up, down = stored(gate_up_EJD), stored(down_EDF)
-    if gated is not None:
+    if gated is not None and lora is None:
         given = Experts(x_TD, ids_Tk, weights_Tk, gated, gate_up_bias_EJ, down_bias_ED)
         y_TD = gate_up.experts(down, given)
         if y_TD is not None:
             return y_TD
     if mesh is None or (expert_axis is None and model_axis is None):
-        return _local(x_TD, ids_Tk, weights_Tk, gate_up, down, gate_up_bias_EJ, down_bias_ED, activation)
+        return _local(x_TD, ids_Tk, weights_Tk, gate_up, down, gate_up_bias_EJ, down_bias_ED, activation, lora)
     axes = tuple(axis for axis in (expert_axis, model_axis) if axis is not None)
 
     def on_device(
@@ -78,6 +81,7 @@ def experts(
         down: Weight,
         gate_up_bias: jax.Array | None,
         down_bias: jax.Array | None,
+        lora: ExpertAdapters | None,
     ) -> jax.Array:
         first = 0 if expert_axis is None else lax.axis_index(expert_axis) * gate_up.shape[0]
         if down_bias is not None and model_axis is not None:
@@ -86,25 +90,18 @@ def experts(
         here = (ids_Tk >= first) & (ids_Tk < first + gate_up.shape[0])
         # Experts of other devices: id E sorts last and belongs to no group.
         ids_Tk = jnp.where(here, ids_Tk - first, gate_up.shape[0])
-        y_TD = _local(x_TD, ids_Tk, weights_Tk, stored(gate_up), stored(down), gate_up_bias, down_bias, activation)
+        y_TD = _local(
+            x_TD, ids_Tk, weights_Tk, stored(gate_up), stored(down), gate_up_bias, down_bias, activation, lora
+        )
         return lax.psum(y_TD, axes)
 
     P = PartitionSpec
-    up = P(expert_axis, model_axis)
-    return per_device(
-        on_device,
-        mesh,
-        in_specs=(
-            P(),
-            P(),
-            P(),
-            gate_up.specs(P(expert_axis, model_axis, None)),
-            down.specs(P(expert_axis, None, model_axis)),
-            up,
-            P(expert_axis),
-        ),
-        out_specs=P(),
-    )(x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED)
+    weights = gate_up.specs(P(expert_axis, model_axis, None)), down.specs(P(expert_axis, None, model_axis))
+    biases = P(expert_axis, model_axis), P(expert_axis)
+    own = None if lora is None else lora.specs(expert_axis, model_axis)
+    return per_device(on_device, mesh, in_specs=(P(), P(), P(), *weights, *biases, own), out_specs=P())(
+        x_TD, ids_Tk, weights_Tk, gate_up_EJD, down_EDF, gate_up_bias_EJ, down_bias_ED, lora
+    )
 
 
 def can_pack(shape_EOI: tuple[int, ...], gated: str | None) -> bool:
@@ -133,6 +130,7 @@ def _local(
     gate_up_bias_EJ: jax.Array | None,
     down_bias_ED: jax.Array | None,
     activation: Activation,
+    lora: ExpertAdapters | None,
 ) -> jax.Array:
     """On one device; an id of E (or more) is nobody's and yields zeros."""
     (T, k), E = ids_Tk.shape, gate_up.shape[0]
@@ -141,8 +139,11 @@ def _local(
     sorted_M = ids_M[order_M]
     sizes_E = jnp.zeros(E, jnp.int32).at[ids_M].add(1, mode="drop")
     rows_MD = x_TD[order_M // k]
+    own = None if lora is None else lora.sorted(order_M // k, jnp.minimum(sorted_M, E - 1), sizes_E)
 
     def around(rows_MD: jax.Array, up_dot: Activation, down_dot: Activation) -> jax.Array:
+        if own is not None:
+            up_dot, down_dot = own.beside(up_dot, own.gate_up), own.beside(down_dot, own.down)
         hidden_MJ = up_dot(rows_MD)
         if gate_up_bias_EJ is not None:
             hidden_MJ = hidden_MJ + gate_up_bias_EJ[jnp.minimum(sorted_M, E - 1)]
@@ -162,6 +163,8 @@ def _local(
                 return lambda rows: weight.grouped_on_cpu(rows, sizes_E)
 
             return around(rows_MD, dot(gate_up), dot(down))
+        if own is not None:
+            return ragged(rows_MD)
         return _blocks(rows_MD, sizes_E, gate_up, down, gate_up_bias_EJ, down_bias_ED, activation)
 
     y_MD = lax.platform_dependent(rows_MD, cpu=cpu, default=ragged)

@@ -1,11 +1,14 @@
 """`python -m serving.convert`: any checkpoint that can be served, written as an Orbax directory of ours.
 
-It is laid out for a mesh, so that each device later reads exactly its shards, and `--model` takes it like any other.
+It is laid out for a mesh, so that each device later reads exactly its shards, and `--model` takes it like any other. With
+`--adapter` the adapter is merged into the model, and what is written are safetensors that others read too.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import shutil
 import sys
 from pathlib import Path
 
@@ -48,11 +51,63 @@ def convert(model: str | None, out: Path, *, dtype: str = "bfloat16", mesh: str 
         write_tokenizer(Tokenizer.from_gguf(GGUFFile(source.path).metadata), out)
 
 
+def merge(model: str | None, adapter: str, out: Path, *, dtype: str = "bfloat16") -> int:
+    """Writes a model with an adapter in it, as a Hugging Face directory. The adapter's tokenizer and template come with it.
+
+    Args:
+        model: the base, as `--model` of the server.
+        adapter: a directory that peft wrote, or a hub id.
+        out: a directory that does not exist.
+        dtype: of the weights as written.
+    Returns:
+        how many of the base's weights were changed.
+    Raises:
+        ValueError: the base or the adapter cannot be read, they do not fit each other, or `out` exists.
+    """
+    from models.adapters.adapter import Base
+    from models.adapters.merge import Merging, config_of
+    from models.adapters.peft import read_peft
+    from models.adapters.read import locate
+    from models.loading.load import build_model, resolve
+    from models.loading.opening import open_checkpoint
+    from models.loading.orbax import TOKENIZER_FILES
+    from serving.boot.text_side import load_text_side
+    from serving.training.export import write_model, write_text_side
+
+    if out.exists():
+        raise ValueError(f"{out} exists already; give a directory that does not.")
+    source, folder = resolve(model), locate(adapter)
+    opened = open_checkpoint(source)
+    if opened.checkpoint is None:
+        raise ValueError(
+            "An adapter is merged into a checkpoint's own tensors, which a directory of ours does not have."
+        )
+    built = build_model(opened)
+    config = built.config
+    moe = None if config.moe is None else (config.moe.num_experts, config.embed_dim, config.moe.ffw_dim)
+    base = Base((), config.num_layers, (config.num_heads, config.num_kv_heads), moe)
+    merging = Merging(opened.checkpoint, built.model.recipes(), read_peft(folder, base=base, merging=True))
+    opened = dataclasses.replace(opened, hf_config=config_of(opened.hf_config, merging))
+    try:
+        write_model(out, merging.tensors(), opened, dtype)
+    except ValueError:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    write_text_side(out, opened, load_text_side(source).tokenizer, None)
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            shutil.copy(folder / name, out / name)
+    return merging.num_changed
+
+
 def main() -> None:
     """Command line; exits with 1 and a sentence where something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m serving.convert", description=__doc__)
     parser.add_argument("--model", help="GGUF file, directory or hub id; default: the default model")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
+    parser.add_argument(
+        "--adapter", help="merge this adapter (a directory or hub id) into the model; writes safetensors"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
     parser.add_argument("--mesh", help='lay out for this mesh, e.g. "model=4" (default: one device)')
     parser.add_argument("--cpu-devices", type=int, help="make this many CPU devices, to lay out for a mesh without one")
@@ -62,8 +117,14 @@ def main() -> None:
 
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.cpu_devices)
+    if arguments.adapter and (arguments.mesh or arguments.cpu_devices):
+        parser.error("--adapter writes safetensors, which lie for no mesh: leave --mesh and --cpu-devices out.")
     try:
-        convert(arguments.model, arguments.out, dtype=arguments.dtype, mesh=arguments.mesh)
+        if arguments.adapter:
+            changed = merge(arguments.model, arguments.adapter, arguments.out, dtype=arguments.dtype)
+            print(f"{changed} weights changed by {arguments.adapter}.")
+        else:
+            convert(arguments.model, arguments.out, dtype=arguments.dtype, mesh=arguments.mesh)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -275,13 +275,13 @@ class LLM:
             return inputs
         requests = [lora] * len(inputs) if isinstance(lora, LoRARequest) else list(lora)
         _same_length("lora_request", requests, inputs)
-        client = self._service.adapters
-        if client is None:
+        adapters = self._service.adapters
+        if not adapters.open:
             raise ValueError("This LLM takes no adapters: make it with enable_lora=True.")
         for request in {r.lora_name: r for r in requests if r is not None}.values():
-            known = client.find(request.lora_name)
+            known = adapters.find(request.lora_name)
             if known is None or (request.lora_path and known.path != request.lora_path):
-                client.load(request.lora_name, request.lora_path, replace=known is not None)
+                adapters.load(request.lora_name, request.lora_path, replace=known is not None)
         return [
             given if r is None else dataclasses.replace(given, model=r.lora_name)
             for given, r in zip(inputs, requests, strict=True)

@@ -381,9 +381,10 @@ async def until(condition: Callable[[], Any], what: str = "the condition", secon
     raise AssertionError(f"never came true: {what}")
 
 
-def mock_service(engine: MockEngine | None = None, **kwargs: Any) -> TextService:
-    """A `TextService` over a mock engine, with the byte tokenizer and the mock chat template."""
+def mock_service(
+    engine: MockEngine | None = None, tokenizer: Any = None, template: Any = None, **kwargs: Any
+) -> TextService:
+    """A `TextService` over a mock engine, with the byte tokenizer and the mock chat template unless others are given."""
     kwargs.setdefault("model_id", "mock")
-    tokenizer: Any = MockTokenizer()
-    template: Any = MockTemplate()
+    tokenizer, template = tokenizer or MockTokenizer(), template or MockTemplate()
     return TextService(engine or MockEngine(), tokenizer, template, **kwargs)

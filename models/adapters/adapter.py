@@ -27,6 +27,23 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
+class Base:
+    """What a reader has to know of the model that an adapter is for.
+
+    Attributes:
+        tensors: Hugging Face's names of those that adapters may change.
+        num_layers: its layers.
+        heads: query heads and key heads.
+        experts: how many a mixture has, and inputs and hidden width of one; None for other models.
+    """
+
+    tensors: tuple[str, ...]
+    num_layers: int
+    heads: tuple[int, int]
+    experts: tuple[int, int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Adapter:
     """A low-rank change of a base model.
 
@@ -34,11 +51,15 @@ class Adapter:
         pairs: by the name of the base's tensor in Hugging Face's naming ("model.layers.0.self_attn.q_proj.weight").
         base: the base model that its file names; "" where it names none.
         source: where it came from, for messages.
+        magnitudes, whole: what can only be merged, and is read for that alone: the lengths [O] that DoRA gives the rows of a
+            changed weight, and weights in place of the base's.
     """
 
     pairs: Mapping[str, Pair]
     base: str
     source: str
+    magnitudes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    whole: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def rank(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from models.adapters.adapter import Adapter, Pair
+from models.adapters.adapter import Adapter, Base, Pair
 from models.loading.files.safetensors import SafetensorsFile
 
 WEIGHTS = "adapter_model.safetensors"
@@ -35,46 +35,75 @@ _REFUSED: Mapping[str, str] = {
     "trainable_token_indices": "retrained tokens are not supported; train the embedding by LoRA instead.",
 }
 _TENSOR = re.compile(r"^(?P<module>.+?)\.lora_(?P<part>A|B|embedding_A|embedding_B)(?:\.weight)?$")
+_MAGNITUDE = re.compile(r"^(.+)\.lora_magnitude_vector(?:\.weight)?$")
+_WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")
+_EXPERTS = re.compile(r"^(.+\.layers\.\d+\.(?:(?:mlp|block_sparse_moe|feed_forward)\.)?experts)(?:\.base_layer)*$")
 _PREFIXES = ("base_model.model.", "base_model.")
 
 
-def read_peft(directory: Path) -> Adapter:
+def read_peft(directory: Path, within: Path | None = None, base: Base | None = None, merging: bool = False) -> Adapter:
     """Reads an adapter.
 
     Args:
         directory: with the two files; or with one folder that has them (an adapter that was saved under a name).
+        within: a folder that neither file may lead out of, by links neither.
+        base: of the served model; matrices of all experts in one are taken apart by it.
+        merging: take what cannot be served beside a base too: DoRA, biases and whole weights.
     Raises:
         ValueError: it is not there, damaged, or of a kind that cannot be served beside its base, in a sentence.
     """
     directory = _inside(directory)
+    check_within(directory / CONFIG, within)
     config = _config(directory / CONFIG)
-    _check(config, directory)
+    _check(config, directory, merging)
     if not (directory / WEIGHTS).is_file():
         if (directory / "adapter_model.bin").exists():
             raise ValueError(
                 f"{directory} has adapter_model.bin, which may run code when it is read: save it as safetensors."
             )
         raise ValueError(f"{directory} has no {WEIGHTS}.")
+    check_within(directory / WEIGHTS, within)
     file = SafetensorsFile(directory / WEIGHTS)
     halves: dict[str, dict[str, np.ndarray]] = {}
     left: list[str] = []
+    magnitudes: dict[str, np.ndarray] = {}
     for name in file.tensors:
         match = _TENSOR.match(name)
+        if merging and (magnitude := _MAGNITUDE.match(name)) is not None:
+            magnitudes[f"{_module(magnitude[1])}.weight"] = _finite(file, name, directory)
+            continue
         if match is None:
             left.append(name)
             continue
         part = match["part"].removeprefix("embedding_")
         halves.setdefault(_module(match["module"]), {})[part] = _values(file, name, directory)
-    if left:
+    if left and not merging:
         raise ValueError(
             f"{directory}: {len(left)} tensors are no LoRA matrices ({', '.join(sorted(left)[:3])}"
             f"{', ...' if len(left) > 3 else ''}): whole weights, biases and magnitudes cannot be served beside a base. "
             "Merge the adapter into its base (`python -m serving.convert --adapter`)."
         )
-    if not halves:
+    if not halves and not (merging and left):
         raise ValueError(f"{directory / WEIGHTS} holds no tensors.")
-    pairs = {f"{module}.weight": _pair(module, parts, config, directory) for module, parts in halves.items()}
-    return Adapter(pairs, str(config.get("base_model_name_or_path") or ""), str(directory))
+    pairs = {}
+    for module, parts in halves.items():
+        experts = _EXPERTS.match(module)
+        if experts is None:
+            pairs[f"{module}.weight"] = _pair(module, parts, config, directory)
+        else:
+            pairs |= _expert_pairs(experts[1], _halves(module, parts, directory), config, directory, base)
+    whole = {_WRAPPED.sub("", _module(name)): _finite(file, name, directory) for name in left}
+    return Adapter(pairs, str(config.get("base_model_name_or_path") or ""), str(directory), magnitudes, whole)
+
+
+def check_within(path: Path, within: Path | None) -> None:
+    """Refuses a file that lies elsewhere than its name says.
+
+    Raises:
+        ValueError: it leads out of the folder.
+    """
+    if within is not None and not path.resolve().is_relative_to(within.resolve()):
+        raise ValueError(f"{path.name} leads out of the folder that adapters are loaded from.")
 
 
 def _inside(directory: Path) -> Path:
@@ -102,12 +131,14 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _check(config: Mapping[str, Any], directory: Path) -> None:
-    """Refuses what would be served wrongly."""
+def _check(config: Mapping[str, Any], directory: Path, merging: bool) -> None:
+    """Refuses what would be served, or merged, wrongly."""
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise ValueError(f"{directory} is an adapter of type {kind!r}; LORA is what can be served.")
     for field, why in _REFUSED.items():
+        if merging and field == "use_dora":
+            continue
         if config.get(field) not in (None, False, [], {}, ""):
             raise ValueError(f"{directory}: {field} is set: {why}")
     init = config.get("init_lora_weights", True)
@@ -120,7 +151,7 @@ def _check(config: Mapping[str, Any], directory: Path) -> None:
             "plain base it answers wrongly. Convert it with peft (`path_initial_model_for_weight_conversion`)."
         )
     bias = config.get("bias", "none")
-    if bias != "none":
+    if bias != "none" and not merging:
         raise ValueError(f"{directory}: bias is {bias!r}: it carries biases of the base. Merge it into the base.")
 
 
@@ -132,22 +163,64 @@ def _module(name: str) -> str:
 
 
 def _values(file: SafetensorsFile, name: str, directory: Path) -> np.ndarray:
-    values = np.asarray(file.read(name)).astype(np.float32)
+    values = _finite(file, name, directory)
     if values.ndim != 2 or 0 in values.shape:
         raise ValueError(f"{directory}: {name} has shape {list(values.shape)}; a matrix is needed.")
+    return values
+
+
+def _finite(file: SafetensorsFile, name: str, directory: Path) -> np.ndarray:
+    values = np.asarray(file.read(name)).astype(np.float32)
     if not np.isfinite(values).all():
         raise ValueError(f"{directory}: {name} holds values that are not finite.")
     return values
 
 
-def _pair(module: str, parts: Mapping[str, np.ndarray], config: Mapping[str, Any], directory: Path) -> Pair:
+def _halves(module: str, parts: Mapping[str, np.ndarray], directory: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A and B, of one rank."""
     if parts.keys() != {"A", "B"}:
         have = "A" if "A" in parts else "B"
         raise ValueError(f"{directory}: {module} has a lora_{have} and no lora_{'B' if have == 'A' else 'A'}.")
     a, b = parts["A"], parts["B"]
     if a.shape[0] != b.shape[1]:
         raise ValueError(f"{directory}: {module} has a lora_A of rank {a.shape[0]} and a lora_B of rank {b.shape[1]}.")
+    return a, b
+
+
+def _pair(module: str, parts: Mapping[str, np.ndarray], config: Mapping[str, Any], directory: Path) -> Pair:
+    a, b = _halves(module, parts, directory)
     return Pair(a, b * np.float32(_scale(module, a.shape[0], config, directory)))
+
+
+def _expert_pairs(
+    module: str,
+    halves: tuple[np.ndarray, np.ndarray],
+    config: Mapping[str, Any],
+    directory: Path,
+    base: Base | None,
+) -> dict[str, Pair]:
+    """The matrices of all experts in one (`target_parameters`), each expert's by itself: A is [E r, in], B [out, r E], the rank
+    outside of the expert. Which parameter they are for is told by the shapes; before peft 0.19 in and out were exchanged."""
+    if base is None or base.experts is None:
+        raise ValueError(f"{directory}: {module} is adapted, and the served model has no experts.")
+    E, D, F = base.experts
+    a, b = halves
+    kinds = {(D, 2 * F): ("gate_up_proj", False), (F, D): ("down_proj", False)}
+    kinds = {(2 * F, D): ("gate_up_proj", True), (D, F): ("down_proj", True)} | kinds
+    found = kinds.get((a.shape[1], b.shape[0]))
+    if found is None or a.shape[0] % E:
+        raise ValueError(
+            f"{directory}: the matrices of {module} are [{a.shape[0]}, {a.shape[1]}] and [{b.shape[0]}, {b.shape[1]}]; the served "
+            f"model has {E} experts of width {F} between {D} inputs and outputs."
+        )
+    (name, exchanged), rank = found, a.shape[0] // E
+    a_ErI, b_OrE = a.reshape(E, rank, -1), b.reshape(-1, rank, E)
+    if exchanged:
+        a_ErI, b_OrE = b_OrE.transpose(2, 1, 0), a_ErI.transpose(2, 1, 0)
+    scale = np.float32(_scale(f"{module}.{name}", rank, config, directory))
+    return {
+        f"{module}.{e}.{name}.weight": Pair(np.ascontiguousarray(a_ErI[e]), b_OrE[:, :, e] * scale) for e in range(E)
+    }
 
 
 def _scale(module: str, rank: int, config: Mapping[str, Any], directory: Path) -> float:

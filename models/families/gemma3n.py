@@ -91,13 +91,13 @@ class AltUp(nnx.Module):
     def modalities(self, x_TD: jax.Array) -> jax.Array:
         return jnp.tanh(self.router(self.norm(x_TD) / x_TD.shape[-1], out_dtype=jnp.float32)).astype(x_TD.dtype)
 
-    def predicted(self, x_NTD: jax.Array) -> jax.Array:
+    def predicted(self, x_NTD: jax.Array, adapter_T: jax.Array | None) -> jax.Array:
         N, T = x_NTD.shape[:2]
-        mix_TNM = self.predict(self.modalities(x_NTD[self.active])).reshape(T, N, N)
+        mix_TNM = self.predict(self.modalities(x_NTD[self.active]), adapter_T=adapter_T).reshape(T, N, N)
         return x_NTD + jnp.einsum("mtd,tnm->ntd", x_NTD, mix_TNM.astype(x_NTD.dtype))
 
-    def corrected(self, x_NTD: jax.Array, activated_TD: jax.Array) -> jax.Array:
-        share_TN = self.correct(self.modalities(activated_TD)) + 1.0
+    def corrected(self, x_NTD: jax.Array, activated_TD: jax.Array, adapter_T: jax.Array | None) -> jax.Array:
+        share_TN = self.correct(self.modalities(activated_TD), adapter_T=adapter_T) + 1.0
         return x_NTD + (activated_TD - x_NTD[self.active]) * share_TN.T[..., None].astype(x_NTD.dtype)
 
     def scaled_active(self, x_NTD: jax.Array) -> jax.Array:
@@ -132,16 +132,17 @@ class Gemma3nLayer(GemmaLayer):
         return SparseMLP(config, build, ffw_dim, sparsity) if sparsity > 0 else GatedMLP(config, build, ffw_dim)
 
     def __call__(self, x_NTD: jax.Array, step: Step, kv: Any, own_TP: jax.Array) -> tuple[jax.Array, Any, tuple[()]]:
-        x_NTD = self.altup.predicted(x_NTD)
+        own = step.adapter_T
+        x_NTD = self.altup.predicted(x_NTD, own)
         x_TD = x_NTD[self.altup.active]
         normed_TD = self.attn_norm(x_TD)
-        laurel_TD = normed_TD + self.laurel_norm(self.right(self.left(normed_TD)))
+        laurel_TD = normed_TD + self.laurel_norm(self.right(self.left(normed_TD, adapter_T=own), adapter_T=own))
         attended_TD, kv = self.attn(normed_TD, step, kv)
         x_TD = (x_TD + self.attn_out_norm(attended_TD) + laurel_TD) * 2.0**-0.5
         y_TD, _ = self.mlp(x_TD, step, norm=self.mlp_norm)
-        x_NTD = self.altup.corrected(x_NTD, x_TD + self.mlp_out_norm(y_TD))
+        x_NTD = self.altup.corrected(x_NTD, x_TD + self.mlp_out_norm(y_TD), own)
         # Streams behind the first, whichever is active.
-        return x_NTD.at[1:].add(self.mix(self.altup.scaled_active(x_NTD), own_TP)), kv, ()
+        return x_NTD.at[1:].add(self.mix(self.altup.scaled_active(x_NTD), own_TP, own)), kv, ()
 
     def recipes(self, name: str) -> Recipes:
         recipes = super().recipes(name) | under("altup", self.altup.recipes(f"{name}.altup"))
@@ -165,20 +166,22 @@ class Gemma3nDecoder(Decoder):
     def forward(self, step: Step, cache: KVCache) -> Result:
         steps, parts = step.by_group(), Cache(self.kept, step.attention, cache)
         x_TD = self.embed_tokens(step)
-        own = self.per_layer(step.tokens_T, x_TD)
-        x_NTD = jnp.stack([x_TD, *(_as_large(split(x_TD), x_TD) for split in self.split)])
+        own = self.per_layer(step.tokens_T, x_TD, step.adapter_T)
+        adapter_T = step.adapter_T
+        x_NTD = jnp.stack([x_TD, *(_as_large(split(x_TD, adapter_T=adapter_T), x_TD) for split in self.split)])
         entered = []
         for index, layer in enumerate(self.layers):
             entered.append(x_NTD)
             group, kept = parts.of(index)
             x_NTD, kept, _ = run_layer(*nnx.split(layer), x_NTD, steps[group], kept, own[index])
             parts.put(index, kept)
-        taps = tuple(self.joined([*entered, x_NTD][index]) for index in step.taps)
-        return Result(self.norm(self.joined(x_NTD)), parts.whole(), taps)
+        taps = tuple(self.joined([*entered, x_NTD][index], adapter_T) for index in step.taps)
+        return Result(self.norm(self.joined(x_NTD, adapter_T)), parts.whole(), taps)
 
-    def joined(self, x_NTD: jax.Array) -> jax.Array:
+    def joined(self, x_NTD: jax.Array, adapter_T: jax.Array | None) -> jax.Array:
         """One residual stream of all."""
-        others = (_as_large(join(x_TD), x_NTD[0]) for join, x_TD in zip(self.join, x_NTD[1:], strict=True))
+        streams = zip(self.join, x_NTD[1:], strict=True)
+        others = (_as_large(join(x_TD, adapter_T=adapter_T), x_NTD[0]) for join, x_TD in streams)
         return jnp.mean(jnp.stack([x_NTD[0], *others]), axis=0)
 
     @property

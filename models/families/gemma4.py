@@ -88,11 +88,14 @@ class Gemma4Experts(nnx.Module):
         self.expert_scale = weight((E,), jnp.float32, (None,))
         self.experts = Experts(config, config.moe, build)
 
-    def __call__(self, x_TD: jax.Array, normed_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x_TD: jax.Array, normed_TD: jax.Array, adapter_T: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         """The mixture of `normed_TD`, chosen by x, and the experts that each token visits."""
         routed_TD = rms_norm(x_TD, self.scale[...] * x_TD.shape[-1] ** -0.5, self.eps)
         ids_Tk, weights_Tk = choose(self.router(routed_TD, out_dtype=jnp.float32), self.moe, None)
-        return self.experts(normed_TD, ids_Tk, weights_Tk * self.expert_scale[...][ids_Tk]), ids_Tk
+        weights_Tk = weights_Tk * self.expert_scale[...][ids_Tk]
+        return self.experts(normed_TD, ids_Tk, weights_Tk, adapter_T), ids_Tk
 
     def recipes(self, name: str) -> Recipes:
         E, D, F = self.experts.down.shape
@@ -134,11 +137,11 @@ class Gemma4Layer(GemmaLayer):
         x_TD = x_TD + self.attn_out_norm(attended_TD)
         y_TD, visited = self.mlp(x_TD, step, norm=self.mlp_norm)
         if self.experts is not None:
-            mixture_TD, ids_Tk = self.experts(x_TD, self.experts_norm(x_TD))
+            mixture_TD, ids_Tk = self.experts(x_TD, self.experts_norm(x_TD), step.adapter_T)
             y_TD, visited = self.dense_out_norm(y_TD) + self.experts_out_norm(mixture_TD), (ids_Tk,)
         x_TD = x_TD + self.mlp_out_norm(y_TD)
         if self.mix is not None and own_TP is not None:
-            x_TD = x_TD + self.mix(x_TD, own_TP)
+            x_TD = x_TD + self.mix(x_TD, own_TP, step.adapter_T)
         return x_TD * self.scale[...].astype(x_TD.dtype), kv, visited
 
     def recipes(self, name: str) -> Recipes:
@@ -165,7 +168,7 @@ class Gemma4Decoder(Decoder):
     def beside(self, step: Step, x_TD: jax.Array) -> tuple[tuple[jax.Array, ...], ...]:
         if self.per_layer is None:
             return ((),) * len(self.layers)
-        return tuple((own_TP,) for own_TP in self.per_layer(step.tokens_T, x_TD))
+        return tuple((own_TP,) for own_TP in self.per_layer(step.tokens_T, x_TD, step.adapter_T))
 
     @property
     def unused(self) -> tuple[str, ...]:

@@ -80,7 +80,8 @@ class Llama4MoE(MoE):
         logits_Tk, ids_Tk = jax.lax.top_k(self.router(x_TD, out_dtype=jnp.float32), k)
         scaled_TkD = (x_TD[:, None] * jax.nn.sigmoid(logits_Tk)[..., None]).astype(x_TD.dtype)
         ids = ids_Tk.astype(jnp.int32).reshape(T * k, 1)
-        routed = self.experts(scaled_TkD.reshape(T * k, -1), ids, jnp.ones((T * k, 1), jnp.float32))
+        own = None if step.adapter_T is None else jnp.repeat(step.adapter_T, k)
+        routed = self.experts(scaled_TkD.reshape(T * k, -1), ids, jnp.ones((T * k, 1), jnp.float32), own)
         y_TD = routed.reshape(T, k, -1).sum(1)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD, step)[0]

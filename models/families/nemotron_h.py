@@ -74,8 +74,10 @@ class NemotronMoE(nnx.Module):
         """mixture(norm(x)) + residual, and the experts that each token visits."""
         x_TD = x_TD if norm is None else norm(x_TD)
         ids_Tk, weights_Tk = choose(self.router(x_TD, out_dtype=jnp.float32), self.moe, self.bias[...])
-        y_TD = self.experts(x_TD if self.narrow is None else self.narrow(x_TD), ids_Tk, weights_Tk)
-        y_TD = y_TD if self.widen is None else self.widen(y_TD)
+        own = step.adapter_T
+        narrow_TD = x_TD if self.narrow is None else self.narrow(x_TD, adapter_T=own)
+        y_TD = self.experts(narrow_TD, ids_Tk, weights_Tk)
+        y_TD = y_TD if self.widen is None else self.widen(y_TD, adapter_T=own)
         shared_TD, _ = self.shared(x_TD, step, residual_TD=residual_TD)
         return y_TD + shared_TD, (ids_Tk,)
 

@@ -58,9 +58,10 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         T, mla = x_TD.shape[0], self.mla
         x_TD = x_TD if norm is None else norm(x_TD)
-        compressed = x_TD if self.q_a is None or self.q_a_norm is None else self.q_a_norm(self.q_a(x_TD))
-        q_THh = self.q(compressed).reshape(T, self.num_heads, -1)
-        latent_TR, k_rope_Th = jnp.split(self.kv_a(x_TD), [mla.kv_rank], axis=-1)
+        own = step.adapter_T
+        compressed = x_TD if self.q_a is None or self.q_a_norm is None else self.q_a_norm(self.q_a(x_TD, adapter_T=own))
+        q_THh = self.q(compressed, adapter_T=own).reshape(T, self.num_heads, -1)
+        latent_TR, k_rope_Th = jnp.split(self.kv_a(x_TD, adapter_T=own), [mla.kv_rank], axis=-1)
         latent_TR = self.kv_a_norm(latent_TR)
         inv_freq, factor = layer_frequencies(*self.rope)
         positions = step.positions_T
@@ -71,7 +72,7 @@ class LatentAttention(nnx.Module):
         k_T1h = jnp.concatenate([latent_TR, k_rope_Th], axis=-1)[:, None]
         out_T1Hh, kv = attend(q_T1Hh, k_T1h, None, kv, step.attention, scale=self.scale)
         out_THv = self._product("thr,hvr->thv", out_T1Hh[:, 0, :, : mla.kv_rank], self.v_up[...])
-        y_TD = self.out(out_THv.reshape(T, -1))
+        y_TD = self.out(out_THv.reshape(T, -1), adapter_T=own)
         return (y_TD if residual_TD is None else y_TD + residual_TD), kv
 
     @property

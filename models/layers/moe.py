@@ -12,11 +12,12 @@ from flax import nnx
 from models.api import Step
 from models.config import ModelConfig, MoEConfig
 from models.layers.build import Build, weight
-from models.layers.linear import Linear
+from models.layers.linear import AdapterStack, Linear
 from models.layers.mlp import GatedMLP
 from models.recipes import Piece, Recipes, Stack, deal, one, under
 from ops.activation import activation
 from ops.experts import can_pack, experts
+from ops.lora.experts import ExpertAdapters
 
 
 class Experts(nnx.Module):
@@ -42,9 +43,16 @@ class Experts(nnx.Module):
         self.down_bias = weight((E, D), jnp.float32, (expert, "embed")) if bias else None
         axis = build.rules.mesh_axis
         self.placement = (build.mesh, axis(expert), axis(ffw))
+        self.gate_up_lora: AdapterStack | None = None  # see models/adapters/attach.py
+        self.down_lora: AdapterStack | None = None
 
-    def __call__(self, x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, adapter_T: jax.Array | None = None
+    ) -> jax.Array:
         mesh, expert_axis, model_axis = self.placement
+        lora = None
+        if adapter_T is not None and self.gate_up_lora is not None and self.down_lora is not None:
+            lora = ExpertAdapters(self.gate_up_lora.get_value(), self.down_lora.get_value(), adapter_T)
         return experts(
             x_TD,
             ids_Tk,
@@ -58,6 +66,7 @@ class Experts(nnx.Module):
             mesh=mesh,
             expert_axis=expert_axis,
             model_axis=model_axis,
+            lora=lora,
         )
 
     def hidden(self, gate_up_MJ: jax.Array) -> jax.Array:
@@ -129,7 +138,7 @@ class MoE(nnx.Module):
         x_TD = x_TD if norm is None else norm(x_TD)
         logits_TE = self.router(x_TD, out_dtype=jnp.float32)
         ids_Tk, weights_Tk = choose(logits_TE, self.moe, None if self.bias is None else self.bias[...])
-        y_TD = self.experts(x_TD, ids_Tk, weights_Tk)
+        y_TD = self.experts(x_TD, ids_Tk, weights_Tk, step.adapter_T)
         if self.shared is not None:
             shared_TD, _ = self.shared(x_TD, step)
             if self.shared_gate is not None:

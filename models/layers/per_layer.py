@@ -30,12 +30,14 @@ class PerLayerEmbeddings(nnx.Module):
         self.project = Linear(config.embed_dim, config.num_layers * width, build, (None, "embed"))
         self.norm = RMSNorm(width, config.norm_eps)
 
-    def __call__(self, tokens_T: jax.Array, x_TD: jax.Array) -> tuple[jax.Array, ...]:
+    def __call__(
+        self, tokens_T: jax.Array, x_TD: jax.Array, adapter_T: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
         """Of each layer its P numbers a token. `x_TD`: scaled embeddings, as they enter the first layer."""
         of_x, of_token = self.scales
         known_T = jnp.where(tokens_T < self.rows, tokens_T, 0)
-        own_TLP = self.table(known_T, x_TD.dtype).reshape(-1, *self.shape) * of_token
-        projected_TLP = (self.project(x_TD) * of_x).reshape(-1, *self.shape)
+        own_TLP = self.table(known_T, x_TD.dtype, adapter_T).reshape(-1, *self.shape) * of_token
+        projected_TLP = (self.project(x_TD, adapter_T=adapter_T) * of_x).reshape(-1, *self.shape)
         mixed_TLP = (self.norm(projected_TLP) + own_TLP) * 2.0**-0.5
         return tuple(mixed_TLP[:, layer] for layer in range(self.shape[0]))
 
@@ -53,8 +55,9 @@ class PerLayerMix(nnx.Module):
         self.out = Linear(width, config.embed_dim, build, ("embed", None))
         self.norm = RMSNorm(config.embed_dim, config.norm_eps)
 
-    def __call__(self, x_TD: jax.Array, own_TP: jax.Array) -> jax.Array:
-        return self.norm(self.out(activation(self.activation)(self.gate(x_TD)) * own_TP))
+    def __call__(self, x_TD: jax.Array, own_TP: jax.Array, adapter_T: jax.Array | None = None) -> jax.Array:
+        hidden_TP = activation(self.activation)(self.gate(x_TD, adapter_T=adapter_T)) * own_TP
+        return self.norm(self.out(hidden_TP, adapter_T=adapter_T))
 
     def recipes(self, name: str) -> Recipes:
         names = {"gate": "per_layer_input_gate", "out": "per_layer_projection", "norm": "post_per_layer_input_norm"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import gguf
 import numpy as np
@@ -13,7 +13,16 @@ from models.loading.gguf_layouts import SECONDARY, layout
 from ops.linear.weights.block_pack import GGUF, CodedRows
 
 _MAMBA = re.compile(r"^model\.")
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+def table_names(table: gguf.TensorNameMap, name: str) -> Iterator[str]:
+    """What GGUF may call a tensor. The table has Mamba's authors' name for some, and experts under one name for all."""
+    plain = EXPERT.sub(".experts.", name)
+    for known in (plain, _MAMBA.sub("backbone.", plain), plain.replace(".mixer.experts.", ".mlp.experts.")):
+        own = table.get_name(known, try_suffixes=(".weight", ".bias"))
+        if own is not None:
+            yield own
 
 
 class GGUFCheckpoint:
@@ -46,13 +55,7 @@ class GGUFCheckpoint:
         made = layout(self.file, self._architecture, name)
         if made is not None:
             return made.sources[0]
-        plain = _EXPERT.sub(".experts.", name)
-        # The table has Mamba's authors' name for some, and experts under one name for all.
-        for known in (plain, _MAMBA.sub("backbone.", plain), plain.replace(".mixer.experts.", ".mlp.experts.")):
-            own = self._table.get_name(known, try_suffixes=(".weight", ".bias"))
-            if own in self.file.tensors:
-                return own
-        return None
+        return next((own for own in table_names(self._table, name) if own in self.file.tensors), None)
 
     def shape(self, name: str) -> tuple[int, ...]:
         made = layout(self.file, self._architecture, name)
@@ -61,7 +64,7 @@ class GGUFCheckpoint:
         own = self.locate(name)
         assert own is not None
         shape = self.file.tensors[own].shape
-        return shape[1:] if _EXPERT.search(name) else shape
+        return shape[1:] if EXPERT.search(name) else shape
 
     def release(self, name: str) -> None:
         made = layout(self.file, self._architecture, name)
@@ -73,7 +76,7 @@ class GGUFCheckpoint:
         """As `models.loading.coded.CodedCheckpoint`: rows of blocks, where their type has an exact form."""
         own = self.locate(name)
         made = layout(self.file, self._architecture, name)
-        if own is None or (made is not None and made.rows is None) or _EXPERT.search(name):
+        if own is None or (made is not None and made.rows is None) or EXPERT.search(name):
             return None
         info = self.file.tensors[own]
         if info.kind.value not in GGUF or len(info.shape) != 2:
@@ -95,7 +98,7 @@ class GGUFCheckpoint:
             return made.make(*(self.file.read(source) for source in made.sources))
         own = self.locate(name)
         assert own is not None
-        expert = _EXPERT.search(name)
+        expert = EXPERT.search(name)
         values = self.file.read(own, int(expert.group(1)) if expert else None)
         if self._rotated_pairs is not None:
             queries, keys = self._rotated_pairs

@@ -22,6 +22,7 @@ ENDPOINT: str | None = None
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+?)(?:[:/](?P<part>[\w.-]+(?:/[\w.-]+)*))?")
 _SMALL = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.py.txt")
+_OF_ADAPTERS = (*_SMALL, "adapter_model.safetensors")
 _NOT_WEIGHTS = ("adapter_", "optimizer", "training_", "consolidated")
 _BESIDE = ("mmproj", "imatrix")  # GGUF files that hold no language model
 
@@ -32,8 +33,11 @@ def looks_like_hub_id(text: str) -> bool:
     return bool(match) and (":" in text or match["part"] is None or match["part"].endswith(".gguf"))
 
 
-def fetch(hub_id: str, revision: str | None = None) -> Path:
+def fetch(hub_id: str, revision: str | None = None, adapter: bool = False) -> Path:
     """The local directory of a hub checkpoint, or its GGUF file; downloads what is missing of what is needed.
+
+    Args:
+        adapter: the repository is one of an adapter, not of a model.
 
     Raises:
         ValueError: it is not cached and could not be downloaded, or holds several models; the message says what to do.
@@ -58,7 +62,12 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
         names = {path.relative_to(folder).as_posix(): 0 for path in folder.rglob("*") if path.is_file()}
     else:
         folder, offline = None, False
-    wanted = _wanted(hub_id, names, part, lambda name: _told(hub_id, lambda: _one(repo, name, revision, offline)))
+    if adapter and part is None and "adapter_config.json" in names:
+        wanted = [
+            name for name in names if "/" not in name and any(fnmatch.fnmatch(name, kind) for kind in _OF_ADAPTERS)
+        ]
+    else:
+        wanted = _wanted(hub_id, names, part, lambda name: _told(hub_id, lambda: _one(repo, name, revision, offline)))
     if folder is None:
         folder = _told(hub_id, lambda: _snapshot(repo, revision, wanted))
     ggufs = [name for name in wanted if name.endswith(".gguf")]

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from serving.access.flags import SECRET_FLAGS, access_of, add_access_flags, tls_of
 from serving.boot.engine_flags import SETTINGS, add_engine_flags, engine_config, in_flags, shown
-from serving.boot.lora_modules import lora_module
+from serving.boot.lora_modules import check_lora, lora_module
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.settings import flag_of
 from serving.reliability.faults import Fault
@@ -99,11 +99,17 @@ def build_parser() -> Parser:
     adapters = next(group for group in parser._action_groups if group.title == "adapters")
     adapters.add_argument(
         "--lora-modules", nargs="+", type=lora_module, default=[], metavar="NAME=PATH",
-        help="adapters to serve from the start, each as the model NAME; or JSON with name and path",
+        help="adapters to serve from the start, each as the model NAME; or JSON with name, path and, where not all may use it, "
+        "tenants: the names of the API keys that may",
     )  # fmt: skip
     adapters.add_argument(
         "--lora-folder", default=None, metavar="DIR",
         help="adapters may be loaded from below this folder while the server runs, by admins (default: none may)",
+    )  # fmt: skip
+    adapters.add_argument(
+        "--lora-resolver", nargs="+", default=[], metavar="NAME",
+        help="who finds the adapters of models that requests name and nobody has loaded: 'folder' (by their paths below "
+        "--lora-folder) or the name of an installed package's (default: they are unknown)",
     )  # fmt: skip
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
@@ -249,15 +255,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, EngineConf
     parser = build_parser()
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        access_of(args)
+        access = access_of(args)
         tls_of(args)
         for text in args.inject_fault:
             Fault.parse(text)
         check_parsers(args)
-        if (args.lora_modules or args.lora_folder) and not args.enable_lora:
-            raise ValueError(
-                "--lora-modules and --lora-folder are for a server that takes adapters: give --enable-lora too."
-            )
+        check_lora(args, bool(access.keys))
         return args, engine_config(args)
     except ValueError as error:
         parser.error(in_flags(str(error), vars(args).keys()))

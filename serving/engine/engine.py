@@ -7,12 +7,13 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from models.embedding_head import EmbeddingHead
-from serving.engine.api.adapters import AdapterInfo
+from serving.engine.api.adapters import AdapterInfo, AdapterLoad
 from serving.engine.api.admission import check_door, check_queue
 from serving.engine.api.client import EmbeddingClient, EngineClient
 from serving.engine.api.config import EngineConfig
@@ -23,7 +24,7 @@ from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.streams import OutputStream
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
 from serving.engine.lifecycle import Resting
-from serving.engine.loop import Abort, EngineLoop, Submit
+from serving.engine.loop import Abort, Call, EngineLoop, Submit
 from serving.errors import ErrorKind, RequestError, invalid
 
 log = logging.getLogger(__name__)
@@ -119,9 +120,21 @@ class EngineAdapters:
         self._engine = engine
         self._store = engine.runner.adapters
 
-    def load(self, name: str, path: str, replace: bool = False) -> AdapterInfo:
+    def locate(self, path: str) -> Path:
+        """See AdapterClient.locate."""
+        return self._store.locate(path)
+
+    def load(
+        self,
+        name: str,
+        path: str,
+        replace: bool = False,
+        *,
+        within: Path | None = None,
+        tenants: tuple[str, ...] | None = None,
+    ) -> AdapterInfo:
         """See AdapterClient.load."""
-        return self._store.load(name, path, replace)
+        return self._store.load(name, path, replace, within=within, tenants=tenants)
 
     def unload(self, name: str) -> AdapterInfo:
         """See AdapterClient.unload."""
@@ -134,6 +147,15 @@ class EngineAdapters:
 
     def infos(self) -> list[AdapterInfo]:
         return self._store.infos()
+
+    def load_now(self) -> AdapterLoad:
+        """See AdapterClient.load_now."""
+        stats, infos = self._engine.loop.stats, self._store.infos()
+        running, waiting = (
+            tuple(info.name for info in infos if info.digest in digests)
+            for digests in (stats.running_adapters, stats.waiting_adapters)
+        )
+        return AdapterLoad(running, waiting, self._engine.config.max_loras)
 
 
 class InProcessClient(EngineClient):
@@ -154,11 +176,7 @@ class InProcessClient(EngineClient):
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See EngineClient.generate."""
         stream = OutputStream(asyncio.get_running_loop())
-        if request.adapter is not None:
-            try:
-                await asyncio.to_thread(self._engine.runner.adapters.pin, request.adapter)
-            except (ValueError, OSError) as error:
-                raise RequestError(ErrorKind.NOT_FOUND, str(error), param="model") from error
+        await self._pin(request)
         try:
             self._open(request, stream)
             finished = False
@@ -171,11 +189,34 @@ class InProcessClient(EngineClient):
                 if not finished:
                     self._engine.loop.inbox.put(Abort(request.request_id))
         finally:
-            if request.adapter is not None:
-                self._engine.runner.adapters.unpin(request.adapter)
+            if (
+                request.adapter is not None
+            ):  # on the engine thread, behind the abort: until that is read it may come to run
+                self._engine.loop.inbox.put(Call(lambda: self._engine.runner.adapters.unpin(request.adapter)))
+
+    async def _pin(self, request: EngineRequest) -> None:
+        """Sees to it that a request's adapter is in host memory, from which the engine takes it to the devices."""
+        adapters = self._engine.runner.adapters
+        if request.adapter is None or adapters.pin_kept(request.adapter):
+            return
+        reading = asyncio.ensure_future(asyncio.to_thread(adapters.pin, request.adapter))
+        try:
+            await asyncio.shield(reading)
+        except (ValueError, OSError) as error:
+            raise RequestError(ErrorKind.NOT_FOUND, str(error), param="model") from error
+        except asyncio.CancelledError:  # the thread goes on
+            digest = request.adapter
+            reading.add_done_callback(lambda done: None if done.exception() else adapters.unpin(digest))
+            raise
 
     async def embed(
-        self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        *,
+        pooling: str | None = None,
+        priority: int = 0,
+        adapter: str | None = None,
     ) -> np.ndarray:
         """See EmbeddingClient.embed; of the hidden states after the final norm."""
         pooling = pooling or self._info.pooling
@@ -188,6 +229,7 @@ class InProcessClient(EngineClient):
             priority=priority,
             arrival_time=time.monotonic(),
             pooling=pooling,
+            adapter=adapter,
         )
         async for output in self.generate(request):
             if output.pooled is not None:

@@ -283,4 +283,6 @@ class EngineLoop:
             num_draft_tokens=c.draft_tokens,
             num_accepted_tokens=c.accepted_tokens,
             accepted_per_pos=None if s.drafts is None else tuple(c.accepted_per_pos),
+            running_adapters=s.adapters.running,
+            waiting_adapters=s.adapters.waiting,
         )

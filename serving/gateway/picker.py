@@ -181,7 +181,8 @@ class Exchange:
         adapter = salt = None
         if given is not None:
             try:
-                adapter = self._service.adapter_digest(given.model or "")
+                info = self._service.adapters.find(given.model or "", given.tenant)
+                adapter = info and info.digest
                 _, ids = await self._service.tokenize(given)
             except RequestError as error:
                 if error.kind.http_status == 429:

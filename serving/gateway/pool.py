@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import pathlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from serving.engine.api.adapters import AdapterClient, AdapterInfo
+from serving.engine.api.adapters import AdapterClient, AdapterInfo, AdapterLoad
 from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
 from serving.errors import DIED, ErrorKind, RequestError
@@ -27,7 +28,13 @@ class RemoteEngine(Protocol):
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]: ...
 
     async def embed(
-        self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        *,
+        pooling: str | None = None,
+        priority: int = 0,
+        adapter: str | None = None,
     ) -> np.ndarray: ...
 
     async def score(self, request_id: str, pairs: Sequence[TokenPair], *, priority: int = 0) -> np.ndarray: ...
@@ -220,10 +227,19 @@ class Pool(EngineClient):
         return _nobody()
 
     async def embed(
-        self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        *,
+        pooling: str | None = None,
+        priority: int = 0,
+        adapter: str | None = None,
     ) -> np.ndarray:
         """As EmbeddingClient.embed."""
-        return await self._once(lambda t: t.embed(request_id, token_ids, pooling=pooling, priority=priority))
+        more = {} if adapter is None else {"adapter": adapter}
+        return await self._once(
+            lambda t: t.embed(request_id, token_ids, pooling=pooling, priority=priority, **more), adapter
+        )
 
     async def score(self, request_id: str, pairs: Sequence[TokenPair], *, priority: int = 0) -> np.ndarray:
         """As ScoringClient.score."""
@@ -235,10 +251,12 @@ class Pool(EngineClient):
         """As ClassifyingClient.classify."""
         return await self._once(lambda t: t.classify(request_id, token_ids, raw=raw, priority=priority))
 
-    async def _once(self, call: Callable[[RemoteEngine], Awaitable[np.ndarray]]) -> np.ndarray:
+    async def _once(
+        self, call: Callable[[RemoteEngine], Awaitable[np.ndarray]], adapter: str | None = None
+    ) -> np.ndarray:
         """A call with one answer, by the engine with the least work; the others are tried where it refuses."""
         failure = _nobody()
-        able = self._healthy()
+        able = [one for one in self._healthy() if adapter is None or adapter in (one.adapters or ())]
         members = [one for one in self.members.values() if one.target in able]
         for member in sorted(members, key=lambda one: (one.target.load, one.target.routed)):
             member.target.live += 1
@@ -291,6 +309,8 @@ class Pool(EngineClient):
             values = [getattr(stats, field.name) for stats in all_stats]
             if any(value is None for value in values):
                 merged[field.name] = None
+            elif isinstance(values[0], frozenset):
+                merged[field.name] = frozenset().union(*values)
             elif isinstance(values[0], tuple):
                 merged[field.name] = tuple(map(sum, zip(*values, strict=True)))
             else:
@@ -314,8 +334,11 @@ class PoolAdapters(AdapterClient):
     def __init__(self, each: Sequence[AdapterClient]) -> None:
         self._each = each
 
-    def load(self, name: str, path: str, replace: bool = False) -> AdapterInfo:
-        return self._each[0].load(name, path, replace)
+    def locate(self, path: str) -> pathlib.Path:
+        return self._each[0].locate(path)
+
+    def load(self, name: str, path: str, replace: bool = False, **more: Any) -> AdapterInfo:
+        return self._each[0].load(name, path, replace, **more)
 
     def unload(self, name: str) -> AdapterInfo:
         return self._each[0].unload(name)
@@ -326,3 +349,7 @@ class PoolAdapters(AdapterClient):
     def infos(self) -> list[AdapterInfo]:
         found = {info.name: info for one in reversed(self._each) for info in one.infos()}
         return list(found.values())
+
+    def load_now(self) -> AdapterLoad | None:
+        """Not known here: routers read the engines' own metrics."""
+        return None

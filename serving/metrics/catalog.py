@@ -128,6 +128,14 @@ SPECS: tuple[Spec, ...] = (
         labels=("block_size", "num_gpu_blocks", "cache_dtype"),
     ),
     Spec(
+        "lora_requests_info",
+        "gauge",
+        "Unix seconds; its labels: adapters of running and of waiting requests, and how many may be in a batch.",
+        vllm="lora_requests_info",
+        labels=("max_lora", "waiting_lora_adapters", "running_lora_adapters"),
+        always=False,
+    ),
+    Spec(
         "model_info",
         "info",
         "The served model and what it runs on.",

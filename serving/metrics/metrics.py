@@ -6,6 +6,7 @@ no lock, no label lookup (0.4 us against 3 us for prometheus_client's own histog
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Iterator
 
@@ -158,8 +159,16 @@ class Metrics(Collector):
             ("capacity",): float(s.num_waiting - s.num_deferred),
             ("deferred",): float(s.num_deferred),
         }
+        values["lora_requests_info"] = self._adapters()
         values["startup_seconds"] = {(phase,): seconds for phase, seconds in self._startup.items()}
         return values
+
+    def _adapters(self) -> dict[tuple[str, ...], float]:
+        """The sample of lora_requests_info, which routers read: none where the engine takes no adapters."""
+        load = None if self._client.adapters is None else self._client.adapters.load_now()
+        if load is None:
+            return {}
+        return {(str(load.most), ",".join(load.waiting), ",".join(load.running)): time.time()}
 
     def _family(self, spec: Spec, values: dict[tuple[str, ...], float]) -> Metric:
         family = CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily

@@ -22,8 +22,8 @@ def encode(command: commands.Command) -> pb.Command:
             return pb.Command(forward=forward)
         case commands.LoadAdapter(slot, packed):
             return pb.Command(load_adapter=pb.LoadAdapter(slot=slot, packed=packed.tobytes()))
-        case commands.Sample(rows, packed, mask):
-            sample = pb.Sample(rows=rows, packed=packed.tobytes())
+        case commands.Sample(rows, packed, mask, _, adapted):
+            sample = pb.Sample(rows=rows, packed=packed.tobytes(), adapted=adapted)
             if mask is not None:
                 sample.mask = mask.tobytes()
             return pb.Command(sample=sample)
@@ -44,8 +44,9 @@ def encode(command: commands.Command) -> pb.Command:
             return pb.Command(load_slot=load)
         case commands.Pool(weights):
             return pb.Command(pool=pb.Pool(tokens=command.tokens, weights=weights.tobytes()))
-        case commands.PromptLogprobs(tokens, rows, targets):
-            scored = pb.PromptLogprobs(tokens=tokens, rows=rows.tobytes(), targets=targets.tobytes())
+        case commands.PromptLogprobs(tokens, rows, targets, adapters):
+            own = None if adapters is None else adapters.tobytes()
+            scored = pb.PromptLogprobs(tokens=tokens, rows=rows.tobytes(), targets=targets.tobytes(), adapters=own)
             return pb.Command(prompt_logprobs=scored)
         case commands.Draft() | commands.CatchUp():
             raise AssertionError("a draft model runs in a single process: serving.boot.draft sees to it")
@@ -79,7 +80,7 @@ def decode(message: pb.Command) -> commands.Command:
         case "sample":
             m = message.sample
             mask = np.frombuffer(m.mask, np.int32).reshape(m.rows, -1) if m.HasField("mask") else None
-            return commands.Sample(m.rows, np.frombuffer(m.packed, np.int32), mask)
+            return commands.Sample(m.rows, np.frombuffer(m.packed, np.int32), mask, adapted=m.adapted)
         case "decode_loop":
             m = message.decode_loop
             forward, sample = np.frombuffer(m.forward, np.int32), np.frombuffer(m.sample, np.int32)
@@ -100,7 +101,8 @@ def decode(message: pb.Command) -> commands.Command:
         case "prompt_logprobs":
             m = message.prompt_logprobs
             rows, targets = np.frombuffer(m.rows, np.int32), np.frombuffer(m.targets, np.int32)
-            return commands.PromptLogprobs(m.tokens, rows, targets)
+            own = np.frombuffer(m.adapters, np.int32) if m.HasField("adapters") else None
+            return commands.PromptLogprobs(m.tokens, rows, targets, own)
         case "pages_out":
             return commands.PagesOut(*_from_moves(message.pages_out))
         case "pages_in":

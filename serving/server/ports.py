@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from serving.boot.flags import HTTP_PORT
+from serving.boot.lora_modules import lora_folder
 from serving.frontends.sockets.listening import bind
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ async def listen_grpc(args: argparse.Namespace, access: Access, tls: ServerTls |
     """
     from serving.frontends.grpc.server import GrpcServer
 
-    server = GrpcServer(args.host, args.grpc_port, access=access, tls=tls)
+    server = GrpcServer(args.host, args.grpc_port, access=access, tls=tls, lora_folder=lora_folder(args))
     await server.start()
     return server
 

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import pathlib
 import signal
 import socket
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from serving import memory
 from serving.access.flags import access_of, http_options, limit_changes, tls_of, warnings_for
 from serving.boot.engine_flags import in_flags
+from serving.boot.lora_modules import lora_folder, resolvers_of
 from serving.engine.api.config import EngineConfig
 from serving.errors import RequestError
 from serving.metrics.tracing import Tracing
@@ -23,7 +23,7 @@ from serving.reliability.notify import notify
 from serving.server.guard import Guard
 from serving.server.ports import listen_grpc, take_http
 from serving.server.starting import import_front_ends, start_in_thread
-from serving.service.adapters import check_name
+from serving.service.adapter_control import check_name
 from serving.storage import Store
 from serving.storage.flags import store_of
 
@@ -51,6 +51,7 @@ class Server:
         self._config = config
         self._tracing = tracing
         self._access = access_of(args)
+        self._resolvers = resolvers_of(args)
         self._tls = tls_of(args)
         self._began = time.monotonic()
         self._stop = asyncio.Event()
@@ -118,9 +119,10 @@ class Server:
         """Loads what `--lora-modules` names; one that cannot be served ends the start."""
         for given in self._args.lora_modules:
             try:
-                assert service.adapters is not None, "flags were checked"
                 check_name(given.lora_name, service)
-                info = await asyncio.to_thread(service.adapters.load, given.lora_name, given.lora_path)
+                info = await asyncio.to_thread(
+                    service.adapters.load, given.lora_name, given.lora_path, tenants=given.tenants
+                )
             except (ValueError, OSError, RequestError) as error:
                 print(f"error: --lora-modules: {error}", file=sys.stderr)
                 return False
@@ -130,6 +132,7 @@ class Server:
     async def _serve(self, grpc_server: GrpcServer, service: TextService) -> bool:
         if not await self._load_adapters(service):
             return False
+        service.adapters.resolvers = self._resolvers
         await service.rehearse()
         if not await self._serve_http(service):
             return False
@@ -160,7 +163,7 @@ class Server:
                 tls=self._tls,
                 access=self._access,
                 store=self._store,
-                lora_folder=None if self._args.lora_folder is None else pathlib.Path(self._args.lora_folder),
+                lora_folder=lora_folder(self._args),
                 **http_options(self._args),
             )
         except OSError as error:  # somebody else has begun to listen there meanwhile

@@ -1,103 +1,213 @@
-"""Adapters of a running server, for admins: loaded from below one folder, unloaded, listed. The same over HTTP and gRPC."""
+"""The adapters of a service: whom each is for, how it reads and writes text, and who finds those that nobody has loaded."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from serving.engine.api.adapters import AdapterClient, AdapterInfo
-from serving.errors import ErrorKind, RequestError, invalid
-
-if TYPE_CHECKING:
-    from serving.service.service import TextService
+from serving.access.keys import Caller, Role, caller_of_task
+from serving.engine.api.adapters import AdapterClient, AdapterInfo, LoRARequest
+from serving.engine.api.client import EngineClient
+from serving.errors import ErrorKind, RequestError
+from serving.service.voice import Voice, voice_of_adapter
 
 log = logging.getLogger(__name__)
 
 MAX_NAME_CHARS = 256
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*(?:/[A-Za-z0-9][A-Za-z0-9._:-]*)*")
 
+_COPIES = re.compile(r"(?:-unsloth)?(?:-bnb)?-4bit$|-(?:gguf|awq|gptq|fp8|fp8-dynamic|int4|int8|8bit|w4a16|w8a8)$")
 
-class AdapterControl:
-    """Acts on one service's adapters. Callers have been checked: `Access.check_control`.
+CLOSED = "This server takes no adapters: start it with --enable-lora."
+
+
+class Resolver(Protocol):
+    """Finds adapters that nobody has loaded, by what requests call them."""
+
+    async def resolve(self, base_model: str, name: str) -> LoRARequest | None:
+        """Where the adapter of that name is; None where this one knows none. `lora_name` is not looked at.
+
+        Args:
+            base_model: the served model's name.
+            name: as a request gave it; `is_name` holds.
+        """
+        ...
+
+
+def is_name(name: object) -> bool:
+    """Whether an adapter may be called so: letters, digits, '.', '_', ':' and '-', in parts that '/' divides."""
+    return isinstance(name, str) and len(name) <= MAX_NAME_CHARS and _NAME.fullmatch(name) is not None
+
+
+def plain_model(name: str) -> str:
+    """A model's name without whose copy it is and how that is quantized: adapters that were trained on a 4-bit copy name it."""
+    return _COPIES.sub("", name.rstrip("/").rpartition("/")[2].lower())
+
+
+class Adapters:
+    """What of adapters concerns requests and text. Belongs to a `TextService`; `load` and `unload` may be called from any thread.
 
     Args:
-        folder: where adapters that are loaded while the server runs must lie; None: none may be loaded so.
+        engine: whose adapters they are.
+        base: how the served model reads and writes.
+        base_names: what it is called, the name that answers carry first.
+    Attributes:
+        resolvers: asked in turn for a model that is not known, before it is refused.
     """
 
-    def __init__(self, service: TextService, folder: Path | None) -> None:
-        self._service = service
-        self._folder = None if folder is None else folder.resolve()
+    def __init__(self, engine: EngineClient, base: Voice, base_names: Sequence[str]) -> None:
+        self._engine = engine
+        self._base = base
+        self._base_names = tuple(base_names)
+        self._voices: dict[str, tuple[AdapterInfo, Voice]] = {}  # by name
+        self._resolving = asyncio.Lock()
+        self.resolvers: Sequence[Resolver] = ()
 
-    async def load(self, name: str, path: str, replace: bool = False) -> AdapterInfo:
-        """Reads an adapter and serves it from now on as the model `name`.
+    @property
+    def open(self) -> bool:
+        """Whether the engine takes adapters."""
+        return self._engine.adapters is not None
 
-        Raises:
-            RequestError: FAILED_PRECONDITION (the server takes none), PERMISSION_DENIED (a path outside the folder),
-                INVALID_ARGUMENT (a name in use, an adapter that cannot be served).
-        """
-        client = self._client()
-        check_name(name, self._service)
-        where = self._inside(path)
-        try:
-            info = await asyncio.to_thread(client.load, name, str(where), replace)
-        except (ValueError, OSError) as error:
-            raise invalid(str(error), "lora_path") from error
-        log.warning("control: adapter %s: %d matrices of rank %d at most", name, info.num_matrices, info.rank)
-        return info
-
-    async def unload(self, name: str) -> AdapterInfo:
-        """Forgets an adapter. What runs with it ends with it.
+    @property
+    def client(self) -> AdapterClient:
+        """What loads and lists them.
 
         Raises:
-            RequestError: FAILED_PRECONDITION, NOT_FOUND.
+            RequestError: FAILED_PRECONDITION where the engine takes none.
         """
-        client = self._client()
-        try:
-            info = await asyncio.to_thread(client.unload, name)
-        except KeyError:
+        found = self._engine.adapters
+        if found is None:
+            raise RequestError(ErrorKind.FAILED_PRECONDITION, CLOSED)
+        return found
+
+    # -- whom they are for -------------------------------------------------------------------------------------------
+
+    def find(self, name: str, tenant: str | None = None) -> AdapterInfo | None:
+        """The adapter of a name; None where there is none, or none for whom the running task serves.
+
+        Args:
+            tenant: whom the caller says that it asks for.
+        """
+        info = None if self._engine.adapters is None else self._engine.adapters.find(name)
+        return info if info is not None and may_use(info, caller_of_task.get(), tenant) else None
+
+    def visible(self) -> list[AdapterInfo]:
+        """Those for whom the running task serves, in the order in which they were loaded."""
+        infos = [] if self._engine.adapters is None else self._engine.adapters.infos()
+        return [info for info in infos if may_use(info, caller_of_task.get())]
+
+    # -- text --------------------------------------------------------------------------------------------------------
+
+    def voice(self, info: AdapterInfo | None) -> Voice:
+        """How an adapter reads and writes; the base's where it has no way of its own, or None is given.
+
+        Raises:
+            RequestError: UNIMPLEMENTED where its way is only known to the server that has it.
+        """
+        if info is None:
+            return self._base
+        if info.own_text:
             raise RequestError(
-                ErrorKind.NOT_FOUND, f"There is no adapter {name!r}.", param="lora_name", code="not_found"
-            ) from None
-        log.warning("control: adapter %s unloaded", name)
+                ErrorKind.UNIMPLEMENTED,
+                f"The adapter {info.name!r} has a chat template or tokens of its own: ask the server that has it.",
+                param="model",
+            )
+        known = self._voices.get(info.name)
+        return self._base if known is None or known[0].digest != info.digest else known[1]
+
+    def has_own_text(self, info: AdapterInfo) -> bool:
+        """Whether it reads and writes in a way of its own."""
+        return info.own_text or self.voice(info) is not self._base
+
+    # -- loading -----------------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        name: str,
+        path: str,
+        replace: bool = False,
+        *,
+        within: Path | None = None,
+        tenants: tuple[str, ...] | None = None,
+    ) -> AdapterInfo:
+        """Reads an adapter, and its tokenizer and template where it has some. Blocks; see `AdapterClient.load`.
+
+        Raises:
+            ValueError, RequestError: it cannot be served, in a sentence.
+        """
+        folder = self.client.locate(path) if within is None else Path(path)
+        _check_links(folder, within)
+        voice = voice_of_adapter(folder, self._base, self._engine.info().vocab_size)
+        info = self.client.load(name, str(folder), replace, within=within, tenants=tenants)
+        if info.base and plain_model(info.base) not in map(plain_model, self._base_names):
+            log.info("adapter %s was trained on %s; here it is beside %s", name, info.base, self._base_names[0])
+        if voice is None:
+            self._voices.pop(name, None)
+        else:
+            self._voices[name] = info, voice
         return info
 
-    def _client(self) -> AdapterClient:
-        if self._service.adapters is None:
-            raise RequestError(
-                ErrorKind.FAILED_PRECONDITION, "This server takes no adapters: start it with --enable-lora."
-            )
-        return self._service.adapters
+    def unload(self, name: str) -> AdapterInfo:
+        """Forgets an adapter. What runs with it ends with it. Blocks.
 
-    def _inside(self, path: str) -> Path:
-        if self._folder is None:
-            raise RequestError(
-                ErrorKind.PERMISSION_DENIED,
-                "No adapter can be loaded while the server runs: start it with --lora-folder, below which they lie.",
-                param="lora_path",
-            )
-        try:
-            where = (self._folder / path).resolve()
-        except (OSError, ValueError, RuntimeError):
-            raise invalid("lora_path is no path.", "lora_path") from None
-        if not where.is_relative_to(self._folder):
-            raise RequestError(
-                ErrorKind.PERMISSION_DENIED,
-                "lora_path is not below the folder that adapters are loaded from.",
-                param="lora_path",
-            )
-        return where
+        Raises:
+            KeyError: there is none of that name.
+        """
+        info = self.client.unload(name)
+        self._voices.pop(name, None)
+        return info
+
+    async def resolve(self, name: str | None) -> None:
+        """Has the resolvers look for a model that is not known, and loads what one of them finds. What hinders that is logged:
+        the model is then unknown."""
+        if not self.resolvers or not name or name in self._base_names or not is_name(name):
+            return
+        if self.client.find(name) is not None:
+            return
+        async with self._resolving:  # several requests for one adapter read it once
+            if self.client.find(name) is not None:
+                return
+            for resolver in self.resolvers:
+                try:
+                    found = await resolver.resolve(self._base_names[0], name)
+                    if found is None:
+                        continue
+                    within = getattr(resolver, "within", None)
+                    info = await asyncio.to_thread(
+                        self.load, name, found.lora_path, within=within, tenants=found.tenants
+                    )
+                except Exception as error:
+                    log.warning("adapter %s could not be loaded: %s", name, error)
+                    continue
+                log.info("adapter %s: %d matrices of rank %d at most", name, info.num_matrices, info.rank)
+                return
 
 
-def check_name(name: str, service: TextService) -> None:
-    """Refuses names that are no names, or the base model's."""
-    if not isinstance(name, str) or len(name) > MAX_NAME_CHARS or not _NAME.fullmatch(name):
-        raise invalid(
-            "lora_name must be letters, digits, '.', '_', ':' and '-', in parts that '/' divides, "
-            f"{MAX_NAME_CHARS} characters at most.",
-            "lora_name",
-        )
-    if name in service.model_names:
-        raise invalid(f"{name!r} is the base model's name.", "lora_name")
+def _check_links(folder: Path, within: Path | None) -> None:
+    """Refuses an adapter that has a file which lies elsewhere than its name says: its template would tell what is in there.
+
+    Raises:
+        ValueError: it leads out of the folder, or there are too many files to look at.
+    """
+    if within is None:
+        return
+    inside, below = within.resolve(), sorted(folder.rglob("*")) if folder.is_dir() else []
+    for path in (folder, *below):
+        if not path.resolve().is_relative_to(inside):
+            raise ValueError(f"{path.name} leads out of the folder that adapters are loaded from.")
+
+
+def may_use(info: AdapterInfo, caller: Caller | None, tenant: str | None = None) -> bool:
+    """Whether an adapter is for a caller: for all where nothing is said; else for the keys that are named, for admins, and for
+    gateways, which are asked by keys of their own."""
+    if info.tenants is None:
+        return True
+    if caller is None:
+        return False
+    if caller.name in info.tenants or caller.role is Role.ADMIN:
+        return True
+    return caller.role is Role.PROXY and (tenant is None or tenant in info.tenants)

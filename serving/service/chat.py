@@ -51,7 +51,9 @@ async def prepare_chat(
     Raises:
         RequestError: as `TextService.prepare`; INVALID_ARGUMENT about tools and tool_choice.
     """
-    style = service.style
+    await service.adapters.resolve(given.model)
+    voice = service.voice(given.model, given.tenant)
+    style = voice.style
     params = dict(params)
     structured = params.get("structured_outputs") is not None and not options.forces_call
     reasoning = None if structured else style.reasoning  # a structured output leaves no room for thinking
@@ -67,7 +69,7 @@ async def prepare_chat(
         given.tools,
         options.tool_choice,
         style.tools,
-        service.tokenizer,
+        voice.tokenizer,
         parallel=options.parallel_tool_calls,
         reasoning=reasoning,
         answer=answer,
@@ -86,7 +88,7 @@ async def prepare_chat(
         held = plan_for(in_reasoning=True) if _thinks(reasoning, given, prompt) else plan
         if held.grammar is None:
             return params, None
-        constraint = await service.compile_tools(held.grammar)
+        constraint = await service.compile_tools(held.grammar, voice)
         return dataclasses.replace(params, structured_outputs=StructuredOutputs(grammar=held.grammar)), constraint
 
     prepared = await service.prepare(

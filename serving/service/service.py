@@ -10,17 +10,17 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, cast
 
 from serving.access.keys import caller_of_task
 from serving.access.rates import RateMeter, Rates
-from serving.engine.api.adapters import AdapterClient
 from serving.engine.api.client import EngineClient
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
 from serving.engine.api.types import EngineOutput, EngineRequest
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.service import vectors
+from serving.service.adapters import Adapters
 from serving.service.live import LiveRequest, LiveRequests
 from serving.service.replies.merging import merge
 from serving.service.replies.outputs import Classification, Embedding, Scores, TextOutput
@@ -31,7 +31,9 @@ from serving.service.requests.inputs import GenerateInput
 from serving.service.requests.limits import Limits
 from serving.service.requests.prepare import ConstraintFactory, PreparedRequest
 from serving.service.requests.reach import check_reach
+from serving.service.threads import TextThreads
 from serving.service.vectors import ScoreInput
+from serving.service.voice import Voice
 
 if TYPE_CHECKING:
     from serving.text.chat_template import ChatTemplate
@@ -89,19 +91,17 @@ class TextService:
         self.client = client
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        self.style = ChatStyle.of(chat_template, tokenizer, tool_parser, reasoning_parser)
+        style = ChatStyle.of(chat_template, tokenizer, tool_parser, reasoning_parser)
         self.model_id = model_id
         self.info = client.info()
         self.model_names = tuple(dict.fromkeys((model_id, *aliases, DEFAULT_MODEL, self.info.model_id)))
+        self.adapters = Adapters(client, Voice(tokenizer, chat_template, style, grammar_compiler), self.model_names)
         self.limits = limits or Limits.for_model(self.info.max_model_len)
         self._rates = rates or RateMeter(self.limits.requests_per_minute)
         self.default_params = dict(default_params or {})
-        self.grammar_compiler = grammar_compiler
         self.created = int(time.time())
         self.started = time.monotonic()
-        self._executor = executor or ThreadPoolExecutor(2, thread_name_prefix="jaxserve-text")
-        # Apart: a thread cannot be interrupted, so a grammar that runs into its time limit goes on occupying one.
-        self._grammar_executor = ThreadPoolExecutor(2, thread_name_prefix="jaxserve-grammar")
+        self._threads = TextThreads(executor, self.limits.grammar_timeout_s)
         self._serial = itertools.count()
         self._live = LiveRequests(self.limits)
         self._draining = False
@@ -140,28 +140,31 @@ class TextService:
         """
         arrival = time.monotonic()
         self.check_ready()
-        model = self.resolve_model(given.model)
-        adapter = self.adapter_digest(model)
+        await self.adapters.resolve(given.model)
+        model = self.resolve_model(given.model, given.tenant)
+        adapter = self.adapters.find(model, given.tenant)
+        voice = self.adapters.voice(adapter)
+        tokenizer = voice.tokenizer
         self._check_task("generate", "does not complete text")
         given.check(self.limits)
         prep.check_params(params, self.info.vocab_size, self.limits)
-        prep.check_reads_text(params, self.tokenizer)
+        prep.check_reads_text(params, tokenizer)
         if caller := caller_of_task.get():
             caller.check_requests()
             caller.check_priority(given.priority)
         share = caller and caller.share(given.tenant)
         self._live.check_room(params.n, share)
         await self._rates.ask(caller.name if caller else "", params.n)
-        prompt, ids = await self._read_prompt(given)
+        prompt, ids = await self._read_prompt(given, voice)
         prompt_ids, params = prep.fit_prompt(ids, params, given, self.info.vocab_size, self.info.max_model_len)
-        bad_words = await self._run(prep.bad_word_ids, params.bad_words, self.tokenizer) if params.bad_words else ()
+        bad_words = await self._threads.run(prep.bad_word_ids, params.bad_words, tokenizer) if params.bad_words else ()
         constraint = None
         if constrain is not None:
             params, constraint = await constrain(prompt or "", params)
         elif params.structured_outputs is not None:
-            constraint = await self._compile(params.structured_outputs)
+            constraint = await self._compile(params.structured_outputs, voice)
         if constraint is not None:
-            await self._run(check_reach, constraint, params, bad_words, self.tokenizer, self.info.vocab_size)
+            await self._threads.run(check_reach, constraint, params, bad_words, tokenizer, self.info.vocab_size)
         request_id = given.request_id or f"req-{uuid.uuid4().hex[:16]}"
         self._live.check_room(params.n, share)  # again: others may have come while the prompt was read
         each = prep.params_of_each(params)
@@ -170,7 +173,7 @@ class TextService:
                 request_id=f"{request_id}#{next(self._serial)}",
                 prompt_token_ids=prompt_ids,
                 params=each[i],
-                eos_token_ids=tuple(self.tokenizer.eos_token_ids),
+                eos_token_ids=tuple(tokenizer.eos_token_ids),
                 priority=given.priority,
                 constraint=constraint() if constraint is not None else None,
                 arrival_time=arrival,
@@ -179,16 +182,15 @@ class TextService:
                 cache_salt=caller.cache_salt(given.cache_salt) if caller else given.cache_salt,
                 tenant=caller.tenant(given.tenant) if caller else given.tenant,
                 bad_words_token_ids=bad_words,
-                adapter=adapter,
+                adapter=adapter and adapter.digest,
             )
             for i in range(params.n)
         )
         owner = caller.name if caller else None
         opens = given.messages is not None and not given.continue_final_message
-        continues = not opens and not all(map(self.tokenizer.is_special, prompt_ids))
-        return PreparedRequest(
-            request_id, model, prompt, prompt_ids, params, children, owner, markers, continues=continues, share=share
-        )
+        continues = not opens and not all(map(tokenizer.is_special, prompt_ids))
+        made = PreparedRequest(request_id, model, prompt, prompt_ids, params, children, tokenizer)
+        return dataclasses.replace(made, owner=owner, markers=markers, continues=continues, share=share)
 
     async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[TextOutput, None]:
         """Runs a prepared request; yields deltas of its completions, interleaved, each until its finish reason.
@@ -233,10 +235,11 @@ class TextService:
         Raises:
             RequestError: INVALID_ARGUMENT, NOT_FOUND (model).
         """
-        self.resolve_model(given.model)
+        await self.adapters.resolve(given.model)
+        voice = self.voice(given.model, given.tenant)
         given.check(self.limits)
         with await self._counted():
-            return await self._read_prompt(given)
+            return await self._read_prompt(given, voice)
 
     async def embed(
         self, given: GenerateInput, *, pooling: str | None = None, prompt_name: str | None = None
@@ -249,17 +252,21 @@ class TextService:
         Raises:
             RequestError: as `prepare` and `generate`; UNIMPLEMENTED when the engine cannot pool.
         """
+        await self.adapters.resolve(given.model)
         self._check_reads(given, "embed", "does not give embeddings")
         with await self._counted():
             return await self._embed(vectors.prompted(given, self.info, prompt_name), pooling)
 
     async def _embed(self, given: GenerateInput, pooling: str | None = None) -> Embedding:
-        prompt, ids = await self._run(vectors.encode, given, self.tokenizer, self.chat_template, self.limits, self.info)
+        adapter = self.adapters.find(given.model or "")
+        voice = self.adapters.voice(adapter)
+        prompt, ids = await self._threads.run(vectors.encode, given, voice, self.limits, self.info)
+        own = {} if adapter is None else {"adapter": adapter.digest}
         request_id = f"{given.request_id or 'embed'}#{next(self._serial)}"
         assert self.client.embedder is not None  # `_check_task` has looked
         found = await vectors.embed_pieces(
-            self.client.embedder, request_id, vectors.pieces(ids, self.tokenizer, self.info.max_model_len),
-            pooling=pooling, priority=given.priority,
+            self.client.embedder, request_id, vectors.pieces(ids, voice.tokenizer, self.info.max_model_len),
+            pooling=pooling, priority=given.priority, **own,
         )  # fmt: skip
         return Embedding(request_id, prompt, ids, found)
 
@@ -273,7 +280,7 @@ class TextService:
         """
         self._check_reads(given, "classify", "tells no labels of texts: it is no sequence classifier")
         with await self._counted():
-            _, ids = await self._run(vectors.encode, given, self.tokenizer, self.chat_template, self.limits, self.info)
+            _, ids = await self._threads.run(vectors.encode, given, self.voice(), self.limits, self.info)
             request_id = f"{given.request_id or 'classify'}#{next(self._serial)}"
             assert self.client.classifier is not None
             found = await self.client.classifier.classify(request_id, ids, raw=raw, priority=given.priority)
@@ -286,6 +293,7 @@ class TextService:
         Raises:
             RequestError: as `embed`; UNIMPLEMENTED when the model neither scores nor embeds.
         """
+        await self.adapters.resolve(given.model)
         reads_pairs = self._can("score")
         self._check_reads(given, "score" if reads_pairs else "embed", "does not give scores or embeddings")
         with await self._counted():
@@ -293,7 +301,7 @@ class TextService:
                 return await vectors.score_by_cosine(
                     lambda one: self._embed(vectors.prompted(one, self.info, None)), given
                 )
-            pairs = await self._run(vectors.encode_pairs, given, self.tokenizer, self.info)
+            pairs = await self._threads.run(vectors.encode_pairs, given, self.tokenizer, self.info)
             request_id = f"{given.request_id or 'score'}#{next(self._serial)}"
             assert self.client.scorer is not None
             found = await self.client.scorer.score(request_id, pairs, priority=given.priority)
@@ -307,7 +315,7 @@ class TextService:
         Raises:
             RequestError: INVALID_ARGUMENT (an id outside the vocabulary, too many ids), NOT_FOUND (model).
         """
-        self.resolve_model(model)
+        tokenizer = self.voice(model).tokenizer
         self.limits.check_count("token ids", len(ids), self.limits.max_prompt_chars, "token_ids")
         for i, token in enumerate(ids):
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.info.vocab_size:
@@ -315,12 +323,12 @@ class TextService:
                     f"Token {i} is {token!r}; this model's ids go from 0 to {self.info.vocab_size - 1}.", "token_ids"
                 )
         with await self._counted():
-            return await self._run(lambda: self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+            return await self._threads.run(lambda: tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    async def offsets(self, ids: Sequence[int], text: str) -> list[int]:
+    async def offsets(self, ids: Sequence[int], text: str, model: str | None = None) -> list[int]:
         """Where the text of each of a prompt's tokens begins in `text`, the prompt's, in characters: never decreasing, none beyond
         its end. Several tokens of one character begin together; a token that `text` does not show begins where the next does."""
-        return await self._run(prep.offsets, ids, text, self.tokenizer)
+        return await self._threads.run(prep.offsets, ids, text, self.voice(model).tokenizer)
 
     async def rehearse(self) -> None:
         """Takes a prompt and a completion through the text side once, so that the first client does not wait for threads to
@@ -329,7 +337,7 @@ class TextService:
         if self.chat_template is not None:
             given[0] = GenerateInput(messages=[{"role": "user", "content": "Hello"}])
         with contextlib.suppress(RequestError):  # a template may refuse anything
-            await asyncio.gather(*map(self._read_prompt, given))
+            await asyncio.gather(*(self._read_prompt(one, self.voice()) for one in given))
         stream = TextStream(0, SamplingParams(), (), self.tokenizer)
         stream.push(EngineOutput("", (0,)))
 
@@ -372,15 +380,17 @@ class TextService:
         if self.client.refusal is not None:
             raise RequestError(ErrorKind.UNAVAILABLE, self.client.refusal, retry_after_s=5.0)
 
-    def resolve_model(self, name: str | None) -> str:
+    def resolve_model(self, name: str | None, tenant: str | None = None) -> str:
         """The served name, which answers carry, for what a client asked for: itself, an alias, or an adapter, which has its own.
 
+        Args:
+            tenant: whom a gateway asks for: adapters may be for some alone.
         Raises:
             RequestError: NOT_FOUND.
         """
         if not name or name in self.model_names:
             return self.model_id
-        if self.adapter_digest(name) is None:
+        if self.adapters.find(name, tenant) is None:
             self.limits.check_name("model", name)
             raise RequestError(
                 ErrorKind.NOT_FOUND,
@@ -390,27 +400,25 @@ class TextService:
             )
         return name
 
-    @property
-    def adapters(self) -> AdapterClient | None:
-        """What loads and lists adapters; None where the engine takes none."""
-        return self.client.adapters
+    def voice(self, model: str | None = None, tenant: str | None = None) -> Voice:
+        """How a served model reads and writes text.
 
-    def adapter_digest(self, name: str) -> str | None:
-        """The content of the adapter that a model's name means; None for the base model and for unknown names."""
-        known = None if name in self.model_names or self.adapters is None else self.adapters.find(name)
-        return known and known.digest
+        Raises:
+            RequestError: NOT_FOUND.
+        """
+        return self.adapters.voice(self.adapters.find(self.resolve_model(model, tenant), tenant))
 
-    async def compile_tools(self, grammar: str) -> ConstraintFactory | None:
+    async def compile_tools(self, grammar: str, voice: Voice) -> ConstraintFactory | None:
         """What holds a completion to the grammar of `plan_tools`, made off the event loop; None where the engine is
         remote and compiles the source itself.
 
         Raises:
             RequestError: INVALID_ARGUMENT about the tools: not enforceable, or too slow to compile.
         """
-        compiler = getattr(self.grammar_compiler, "compile_tools", None)
+        compiler = getattr(voice.grammar_compiler, "compile_tools", None)
         if compiler is None:
             return None
-        return await self._within_time(compiler, grammar, "The tools' schemas took", "tools")
+        return await self._threads.compile(compiler, grammar, "The tools' schemas took", "tools")
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -434,9 +442,8 @@ class TextService:
     async def _one(self, live: LiveRequest, index: int) -> AsyncGenerator[TextOutput, None]:
         prepared, request = live.prepared, live.prepared.children[index]
         reader = prepared.reader() if prepared.reader is not None else None
-        stream = TextStream(
-            index, request.params, request.eos_token_ids, self.tokenizer, prepared.markers, reader, prepared.continues
-        )
+        how = prepared.tokenizer, prepared.markers, reader, prepared.continues
+        stream = TextStream(index, request.params, request.eos_token_ids, *how)
         outputs = cast(AsyncGenerator[EngineOutput, None], self.client.generate(request))  # can be closed: its contract
         async with contextlib.aclosing(outputs):
             async for output in outputs:
@@ -465,36 +472,15 @@ class TextService:
         await self._rates.ask(caller.name if caller else "")
         return self._live.counted(1, caller and caller.share(None))
 
-    async def _compile(self, grammar: StructuredOutputs) -> ConstraintFactory:
-        if self.grammar_compiler is None:
+    async def _compile(self, grammar: StructuredOutputs, voice: Voice) -> ConstraintFactory:
+        if voice.grammar_compiler is None:
             raise RequestError(
                 ErrorKind.UNIMPLEMENTED, "This server has no grammar compiler.", param="structured_outputs"
             )
-        return await self._within_time(self.grammar_compiler.compile, grammar, "The grammar took", "structured_outputs")
+        return await self._threads.compile(
+            voice.grammar_compiler.compile, grammar, "The grammar took", "structured_outputs"
+        )
 
-    async def _within_time(self, compiler: Any, grammar: Any, subject: str, param: str) -> ConstraintFactory:
-        limit = self.limits.grammar_timeout_s
-        try:
-            async with asyncio.timeout(limit):
-                return await self._run(compiler, grammar, executor=self._grammar_executor)
-        except TimeoutError:
-            raise invalid(f"{subject} more than {limit:g} seconds to compile. Simplify.", param) from None
-
-    async def _read_prompt(self, given: GenerateInput) -> tuple[str | None, list[int]]:
+    async def _read_prompt(self, given: GenerateInput, voice: Voice) -> tuple[str | None, list[int]]:
         """The prompt as text (None for token ids) and as token ids."""
-        return await self._run(prep.render_and_encode, given, self.tokenizer, self.chat_template, self.limits)
-
-    async def _run(self, function: Any, *args: Any, executor: Executor | None = None) -> Any:
-        """Runs a function of the text side in a thread. Its ValueErrors are sentences about the request; whatever else it
-        raises is this request's too, panics of the tokenizer's Rust, which are no `Exception`, included."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(executor or self._executor, function, *args)
-        except ValueError as error:
-            raise invalid(str(error)) from error
-        except (RequestError, asyncio.CancelledError, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            log.error("the text side failed on a request", exc_info=error)
-            raise RequestError(
-                ErrorKind.INTERNAL, "The server failed to read this request; its log says why."
-            ) from error
+        return await self._threads.run(prep.render_and_encode, given, voice.tokenizer, voice.chat_template, self.limits)

@@ -18,7 +18,7 @@ from serving.service.requests.prepare import check_token_ids, cut, render_and_en
 
 if TYPE_CHECKING:
     from serving.engine.api.client import EmbeddingClient
-    from serving.text.chat_template import ChatTemplate
+    from serving.service.voice import Voice
     from serving.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -78,9 +78,7 @@ def prompted(given: GenerateInput, info: EngineInfo, name: str | None) -> Genera
     return dataclasses.replace(given, text=text + given.text) if text and given.text is not None else given
 
 
-def encode(
-    given: GenerateInput, tokenizer: Tokenizer, template: ChatTemplate | None, limits: Limits, info: EngineInfo
-) -> tuple[str | None, tuple[int, ...]]:
+def encode(given: GenerateInput, voice: Voice, limits: Limits, info: EngineInfo) -> tuple[str | None, tuple[int, ...]]:
     """What an embedding reads: the prompt as text (None for token ids) and as ids, cut where asked for.
 
     Control tokens written in a text are text: what is embedded is data. A decoder keeps the end of what is cut, whose
@@ -95,9 +93,11 @@ def encode(
     side = given.truncation_side or ("right" if encoder else "left")
     if given.text is not None and given.add_special_tokens is not False:
         prompt: str | None = given.text
-        ids: Sequence[int] = tokenizer.encode_pair(given.text, None, most if encoder and side == "right" else None)[0]
+        ids: Sequence[int] = voice.tokenizer.encode_pair(
+            given.text, None, most if encoder and side == "right" else None
+        )[0]
     else:
-        prompt, ids = render_and_encode(given, tokenizer, template, limits)
+        prompt, ids = render_and_encode(given, voice.tokenizer, voice.chat_template, limits)
     check_token_ids(ids, info.vocab_size)
     if most is not None:
         ids = cut(ids, most, side)

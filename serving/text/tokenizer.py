@@ -76,17 +76,19 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
-    def from_directory(cls, folder: str | Path) -> Tokenizer:
+    def from_directory(cls, folder: str | Path, eos_token_ids: Iterable[int] | None = None) -> Tokenizer:
         """Reads a Hugging Face model folder: tokenizer.json, and beside it tokenizer_config.json,
         special_tokens_map.json, generation_config.json, config.json and chat templates where present.
 
+        Args:
+            eos_token_ids: instead of those that the files name.
         Raises:
             ValueError: a file is missing or damaged; the sentence names it.
         """
         files = tokenizer_files.read(Path(folder))
         return cls(
             files.tokenizer,
-            eos_token_ids=files.eos_token_ids,
+            eos_token_ids=files.eos_token_ids if eos_token_ids is None else eos_token_ids,
             bos_token=files.bos_token,
             unk_token=files.unk_token,
             pad_token=files.pad_token,

@@ -56,6 +56,20 @@ def read(folder: Path) -> TokenizerFiles:
         ) from error
 
 
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder has a tokenizer to read."""
+    return any(any(folder.glob(name)) for name in _READERS)
+
+
+def chat_templates(folder: Path) -> dict[str, str]:
+    """The chat templates of a folder by name, the usual one as "default"; whether it has a vocabulary or not.
+
+    Raises:
+        ValueError: a file that is damaged; the sentence names it.
+    """
+    return _chat_templates(folder, _json(folder / "tokenizer_config.json"))
+
+
 def _read_json(path: Path) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_file(str(path))
 

@@ -61,9 +61,7 @@ def any_model(**options: Any) -> TextService:
     engine = RandomEngine()
     tokenizer = byte_level()
     compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size)
-    service = mock_service(engine, grammar_compiler=compiler, **options)
-    service.tokenizer = tokenizer
-    return service
+    return mock_service(engine, tokenizer=tokenizer, grammar_compiler=compiler, **options)
 
 
 def templated(source: str, reply: str = "ok", **options: Any) -> tuple[MockEngine, TextService]:

@@ -18,11 +18,31 @@ from models.loading.files.checkpoint import Checkpoint
 
 _MODULES = ("mlp", "block_sparse_moe", "feed_forward")
 _BLOCK = re.compile(rf"^(?P<layer>.*\.layers\.\d+)\.(?:{'|'.join(_MODULES)})\.(?P<part>.+)$")
+_EXPERTS = re.compile(
+    rf"^(?P<layer>.*\.layers\.\d+)\.(?:(?:{'|'.join(_MODULES)})\.)?(?P<part>(?:experts\.|input_linear|output_linear).+)$"
+)
 _ONE = re.compile(r"^experts\.(?P<e>\d+)\.(?P<name>gate_proj|up_proj|down_proj|w1|w2|w3)\.(?P<kind>weight|bias)$")
 _FUSED = re.compile(r"^experts\.(?P<name>gate_up_proj|down_proj)(?P<kind>_bias)?$")
 _ROLES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 _ROUTERS = ("gate.weight", "router.weight", "router.layer.weight")
 _CHOICE_BIASES = ("gate.e_score_correction_bias", "e_score_correction_bias", "gate.bias", "expert_bias")
+
+
+def expert_of(name: str) -> tuple[str, int | None, str] | None:
+    """(layer, expert, role) of a tensor that is one expert's, or of one that holds those of all (expert None). Roles are "gate",
+    "up", "down" and "gate_up". None for other tensors."""
+    block = _EXPERTS.match(name)
+    part = "" if block is None else block["part"]
+    if block is None or part.endswith("bias"):
+        return None
+    one = _ONE.match(part) or re.match(r"^experts\.(?P<e>\d+)\.(?P<name>gate_up_proj)\.(?P<kind>weight)$", part)
+    if one is not None:
+        return block["layer"], int(one["e"]), _ROLES.get(one["name"], "gate_up")
+    fused = _FUSED.match(part.removesuffix(".weight"))
+    if fused is not None:
+        return block["layer"], None, fused["name"].removesuffix("_proj")
+    granite = {"input_linear.weight": "gate_up", "output_linear.weight": "down"}.get(part)
+    return None if granite is None else (block["layer"], None, granite)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,11 @@ class ControlStub:
                 request_serializer=jaxserve_dot_v1_dot_control__pb2.AbortRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_v1_dot_control__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/jaxserve.v1.Control/ListAdapters',
+                request_serializer=jaxserve_dot_v1_dot_control__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_control__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
         self.Pause = channel.unary_unary(
                 '/jaxserve.v1.Control/Pause',
                 request_serializer=jaxserve_dot_v1_dot_control__pb2.PauseRequest.SerializeToString,
@@ -90,6 +95,16 @@ class ControlStub:
                 request_serializer=jaxserve_dot_v1_dot_control__pb2.UpdateWeightsRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_v1_dot_control__pb2.UpdateWeightsResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/jaxserve.v1.Control/LoadAdapter',
+                request_serializer=jaxserve_dot_v1_dot_control__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_control__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/jaxserve.v1.Control/UnloadAdapter',
+                request_serializer=jaxserve_dot_v1_dot_control__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_control__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -113,6 +128,13 @@ class ControlServicer:
 
     def Abort(self, request, context):
         """Ends every live request of a name: its completions finish with FINISH_REASON_ABORT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """The adapters that the caller may use.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -179,6 +201,20 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Reads an adapter (a LoRA of the served model) and serves it from now on as the model of its name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Forgets an adapter's name. Requests that run with it end with it. NOT_FOUND if there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -196,6 +232,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=jaxserve_dot_v1_dot_control__pb2.AbortRequest.FromString,
                     response_serializer=jaxserve_dot_v1_dot_control__pb2.AbortResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=jaxserve_dot_v1_dot_control__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_control__pb2.ListAdaptersResponse.SerializeToString,
             ),
             'Pause': grpc.unary_unary_rpc_method_handler(
                     servicer.Pause,
@@ -236,6 +277,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.UpdateWeights,
                     request_deserializer=jaxserve_dot_v1_dot_control__pb2.UpdateWeightsRequest.FromString,
                     response_serializer=jaxserve_dot_v1_dot_control__pb2.UpdateWeightsResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=jaxserve_dot_v1_dot_control__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_control__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=jaxserve_dot_v1_dot_control__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_control__pb2.UnloadAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -320,6 +371,33 @@ class Control:
             '/jaxserve.v1.Control/Abort',
             jaxserve_dot_v1_dot_control__pb2.AbortRequest.SerializeToString,
             jaxserve_dot_v1_dot_control__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/ListAdapters',
+            jaxserve_dot_v1_dot_control__pb2.ListAdaptersRequest.SerializeToString,
+            jaxserve_dot_v1_dot_control__pb2.ListAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -536,6 +614,60 @@ class Control:
             '/jaxserve.v1.Control/UpdateWeights',
             jaxserve_dot_v1_dot_control__pb2.UpdateWeightsRequest.SerializeToString,
             jaxserve_dot_v1_dot_control__pb2.UpdateWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/LoadAdapter',
+            jaxserve_dot_v1_dot_control__pb2.LoadAdapterRequest.SerializeToString,
+            jaxserve_dot_v1_dot_control__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/UnloadAdapter',
+            jaxserve_dot_v1_dot_control__pb2.UnloadAdapterRequest.SerializeToString,
+            jaxserve_dot_v1_dot_control__pb2.UnloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -168,14 +168,16 @@ class LoadAdapter(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., packed: _Optional[bytes] = ...) -> None: ...
 
 class Sample(_message.Message):
-    __slots__ = ("rows", "packed", "mask")
+    __slots__ = ("rows", "packed", "mask", "adapted")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     PACKED_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
+    ADAPTED_FIELD_NUMBER: _ClassVar[int]
     rows: int
     packed: bytes
     mask: bytes
-    def __init__(self, rows: _Optional[int] = ..., packed: _Optional[bytes] = ..., mask: _Optional[bytes] = ...) -> None: ...
+    adapted: bool
+    def __init__(self, rows: _Optional[int] = ..., packed: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., adapted: _Optional[bool] = ...) -> None: ...
 
 class DecodeLoop(_message.Message):
     __slots__ = ("bucket", "forward", "sample", "steps")
@@ -214,11 +216,13 @@ class Pool(_message.Message):
     def __init__(self, tokens: _Optional[int] = ..., weights: _Optional[bytes] = ...) -> None: ...
 
 class PromptLogprobs(_message.Message):
-    __slots__ = ("tokens", "rows", "targets")
+    __slots__ = ("tokens", "rows", "targets", "adapters")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     tokens: int
     rows: bytes
     targets: bytes
-    def __init__(self, tokens: _Optional[int] = ..., rows: _Optional[bytes] = ..., targets: _Optional[bytes] = ...) -> None: ...
+    adapters: bytes
+    def __init__(self, tokens: _Optional[int] = ..., rows: _Optional[bytes] = ..., targets: _Optional[bytes] = ..., adapters: _Optional[bytes] = ...) -> None: ...

@@ -87,7 +87,13 @@ class EmbeddingClient(Protocol):
     """A client of an engine whose `EngineInfo.tasks` has "embed"."""
 
     async def embed(
-        self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        *,
+        pooling: str | None = None,
+        priority: int = 0,
+        adapter: str | None = None,
     ) -> np.ndarray:
         """One text's vector: float32 [embed] of length 1. Concurrent calls share batches.
 
@@ -96,6 +102,7 @@ class EmbeddingClient(Protocol):
             token_ids: 1 to max_model_len ids, each in [0, vocab), special tokens included.
             pooling: "mean", "last", or (encoders) "cls"; None is the model's own, `EngineInfo.pooling`.
             priority: lower runs first.
+            adapter: digest of the adapter to run with, where the engine has `adapters`.
         Raises:
             RequestError: INVALID_ARGUMENT (a pooling that the model does not do), RESOURCE_EXHAUSTED (queue full),
                 UNAVAILABLE (draining), INTERNAL.

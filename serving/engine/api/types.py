@@ -39,7 +39,7 @@ class EngineRequest:
         cache_salt: requests share KV pages only with requests of the same salt.
         tenant: fair-share key, or None.
         bad_words_token_ids: token sequences that may not be completed.
-        adapter: name of the adapter it runs with; part of the prefix identity.
+        adapter: digest of the adapter it runs with (`AdapterInfo.digest`); part of the prefix identity.
         turn_ends: prompt positions behind which a turn of a conversation ends: where other sequences may part from this one.
         pooling: "last" or "mean": no completion, but the pooled hidden states of the prompt (after the final norm).
     """
@@ -185,6 +185,7 @@ class EngineStats:
             during both.
         num_drafts: rows of steps that had drafts; num_draft_tokens: drafts verified; num_accepted_tokens: of them, those accepted;
             accepted_per_pos: the same by place in their row. None where nothing is drafted.
+        running_adapters, waiting_adapters: digests of the adapters that running and that waiting requests have.
         expert_loads: int64 [layers with experts, E]: tokens that visited each expert; None for models without experts, and
             where it is not known. Not to be changed.
     """
@@ -215,6 +216,8 @@ class EngineStats:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     accepted_per_pos: tuple[int, ...] | None = None
+    running_adapters: frozenset[str] = frozenset()
+    waiting_adapters: frozenset[str] = frozenset()
 
     @property
     def kv_usage(self) -> float:

@@ -18,13 +18,37 @@ class AdapterSlots:
         self._free = list(range(slots, 0, -1))
         self._slot: dict[str, int] = {}  # digest -> slot, the least recently taken first
         self._users: Counter[str] = Counter()
+        self._live: Counter[str] = Counter()
         self._loads: list[tuple[int, str]] = []
         self.num_loaded = 0  # so far
+
+    @property
+    def num_free(self) -> int:
+        """Slots that no adapter is in."""
+        return len(self._free)
 
     @property
     def running(self) -> frozenset[str]:
         """Digests of adapters that running requests have."""
         return frozenset(self._users)
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """Digests of adapters that requests have which do not run."""
+        return frozenset(digest for digest, count in self._live.items() if count > self._users[digest])
+
+    def arrive(self, request: Request) -> None:
+        """The request is live from now on."""
+        if request.spec.adapter is not None:
+            self._live[request.spec.adapter] += 1
+
+    def depart(self, request: Request) -> None:
+        """It has ended."""
+        digest = request.spec.adapter
+        if digest is not None:
+            self._live[digest] -= 1
+            if not self._live[digest]:
+                del self._live[digest]
 
     def take(self, request: Request) -> bool:
         """Gives an adapter of a request that is about to run a slot; False while there is none."""
@@ -40,7 +64,6 @@ class AdapterSlots:
                 self._free.append(self._slot.pop(idle))
             slot = self._free.pop()
             self._loads.append((slot, digest))
-            self.num_loaded += 1
         self._slot[digest] = slot
         self._users[digest] += 1
         request.adapter_slot = slot
@@ -55,6 +78,12 @@ class AdapterSlots:
         self._users[digest] -= 1
         if not self._users[digest]:
             del self._users[digest]
+            load = (self._slot[digest], digest)
+            if (
+                load in self._loads
+            ):  # it did not come to run: nobody may hold the matrices any more when the next step is
+                self._loads.remove(load)
+                self.forget(digest)
 
     def forget(self, digest: str) -> None:
         """Gives the slot of an adapter back that nobody runs with."""
@@ -72,4 +101,5 @@ class AdapterSlots:
         """(slot, digest) of what is to be loaded before the next step. A slot that was given on twice in between is in it once."""
         loads = tuple({slot: (slot, digest) for slot, digest in self._loads}.values())
         self._loads.clear()
+        self.num_loaded += len(loads)
         return loads

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +188,7 @@ class Executor:
         """Runs every program once, so that the first request is as fast as the tenth (first calls allocate and page in)."""
         slots = SlotTable(self.sizes.max_num_seqs, self._shapes.pages_per_slot, groups=len(self.groups.windows))
         rows = np.zeros(self.replicas * PROMPT_LOGPROB_ROWS, np.int32)
+        late = self.adapters is not None and bool(self.adapters.room.late)
         for bucket in self.buckets.buckets:
             draft, forward, sample = self._empty_step(bucket, slots)
             if self.adapters is not None:
@@ -197,7 +198,12 @@ class Executor:
             self.execute(forward)
             if bucket.chunk:
                 self.execute(PromptLogprobs(bucket.tokens, rows, rows))
+                if late:
+                    self.execute(PromptLogprobs(bucket.tokens, rows, rows, rows))
                 self.execute(Pool(np.zeros((self.replicas * self.buckets.max_rows, bucket.tokens), np.float32)))
+            if late:
+                self.execute(dataclasses.replace(sample, adapted=True))
+                self.execute(forward)
             self.execute(sample)
             if ProgramKey("decode_loop", bucket) in self.programs:
                 self.execute(DecodeLoop(bucket, forward.packed, sample.packed, 2))
@@ -278,14 +284,13 @@ class Executor:
                 return self._draft.draft(bucket, forward, sample, wanted)
             case CatchUp(bucket, packed):
                 return self._draft.follow(bucket, packed, self._state.ends)
-            case Sample(rows, packed, mask, drafted):
+            case Sample(rows, packed, mask, drafted, adapted):
                 if drafted is not None:
                     packed = self._draft.put(SAMPLE, drafted, packed)
                 mask = self._no_mask[rows] if mask is None else mask
                 hidden_SD, self._hidden_SD, self._hidden_TD = self._hidden_SD, None, None
-                self._state, output = self.programs[ProgramKey("sample", rows)](
-                    self.decoder.head_leaves, self._state, hidden_SD, packed, mask
-                )
+                key, leaves = self._for_logits("sample", rows, adapted)
+                self._state, output = self.programs[key](leaves, self._state, hidden_SD, packed, mask)
                 self._sampled_once_more()
                 return output
             case DecodeLoop(bucket, forward, sample, steps):
@@ -296,10 +301,10 @@ class Executor:
                 return tokens
             case Pool(weights):
                 return self.programs[ProgramKey("pool", command.tokens)](self._hidden_TD, weights)
-            case PromptLogprobs(tokens, rows, targets):
-                return self.programs[ProgramKey("prompt_logprobs", tokens)](
-                    self.decoder.head_leaves, self._hidden_TD, rows, targets
-                )
+            case PromptLogprobs(tokens, rows, targets, adapters):
+                key, leaves = self._for_logits("prompt_logprobs", tokens, adapters is not None)
+                own = () if adapters is None else (adapters,)
+                return self.programs[key](leaves, self._hidden_TD, rows, targets, *own)
             case LoadAdapter(slot, packed):
                 assert self.adapters is not None
                 load = self.programs[ProgramKey("load_adapter")]
@@ -316,6 +321,15 @@ class Executor:
             case ClearStates() | LoadStates() | SaveStates():
                 assert self.states is not None, "states move where layers keep some"
                 return self.states.carry_out(command)
+
+    def _for_logits(
+        self, kind: Literal["sample", "prompt_logprobs"], shape: int, adapted: bool
+    ) -> tuple[ProgramKey, tuple[Any, ...]]:
+        """A program that makes logits, and the weights that it reads."""
+        if not adapted:
+            return ProgramKey(kind, shape), self.decoder.head_leaves
+        assert self.adapters is not None, "no request can have an adapter"
+        return ProgramKey(kind, shape, VARIANT), self.adapters.head_leaves
 
     def _sampled_once_more(self) -> None:
         self.num_sampled += 1

@@ -233,7 +233,8 @@ class StepRunner:
             ids = np.zeros_like(rows)
             rows[request.replica, : len(piece)] = np.arange(first + offset, first + offset + len(piece))
             ids[request.replica, : len(piece)] = piece
-            command = PromptLogprobs(bucket.tokens, rows.reshape(-1), ids.reshape(-1))
+            own = np.full(rows.size, request.adapter_slot, np.int32) if self._is_late(request) else None
+            command = PromptLogprobs(bucket.tokens, rows.reshape(-1), ids.reshape(-1), own)
             parts.append((chunk, offset, request.replica, self.executor.execute(command)))
         return parts
 
@@ -246,9 +247,14 @@ class StepRunner:
         if step.loop_output is not None:
             return
         drafted = step.bucket if step.drafted else None
-        output = self.executor.execute(Sample(step.bucket.samples, step.sample_flat, mask_SW, drafted))
+        adapted = any(map(self._is_late, step.plan.sampled))
+        output = self.executor.execute(Sample(step.bucket.samples, step.sample_flat, mask_SW, drafted, adapted))
         output.tokens_finite.copy_to_host_async()
         step.output, step.number = output, self.executor.num_sampled
+
+    def _is_late(self, request: Request) -> bool:
+        """Whether a request has an adapter that changes logits."""
+        return request.adapter_slot > 0 and self.adapters.is_late(request.spec.adapter or "")
 
     def new_mask(self, step: InFlight) -> np.ndarray:
         """int32 [rows, ceil(V / 32)] that allows everything, for the step's rows."""

@@ -207,7 +207,13 @@ class EncoderClient(EngineClient):
         self.draining = False
 
     async def embed(
-        self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        *,
+        pooling: str | None = None,
+        priority: int = 0,
+        adapter: str | None = None,
     ) -> np.ndarray:
         """See EmbeddingClient.embed."""
         self._check_task("embed", "tells labels of texts or scores pairs of them, and gives no embeddings")

@@ -36,12 +36,14 @@ class Sample:
         packed: int32, `packing.sample_layout(rows)`.
         mask_SW: int32 [S, ceil(V / 32)], or None where no row is constrained.
         drafted: of a step that verifies what the last `Draft` guessed, its bucket.
+        adapted: a row has an adapter that changes logits.
     """
 
     rows: int
     packed: np.ndarray
     mask_SW: np.ndarray | None = None
     drafted: Bucket | None = None
+    adapted: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,11 +105,13 @@ class Pool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Scores rows of the last `Forward`, which had `tokens`, against target ids. Both int32 [PROMPT_LOGPROB_ROWS] a replica."""
+    """Scores rows of the last `Forward`, which had `tokens`, against target ids. Both int32 [PROMPT_LOGPROB_ROWS] a replica; so
+    are `adapters`, the rows' slots, where an adapter changes logits."""
 
     tokens: int
     rows: np.ndarray
     targets: np.ndarray
+    adapters: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

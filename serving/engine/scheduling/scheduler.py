@@ -92,6 +92,7 @@ class Scheduler:
         request = Request(spec, self._arrivals)
         self._arrivals += 1
         self.requests[spec.request_id] = request
+        self.adapters.arrive(request)
         self.waiting.push(request)
         if self.fair is not None:
             self.fair.arrive(spec.tenant)
@@ -486,6 +487,7 @@ class Scheduler:
             self.waiting.remove(request)
         request.finish(reason, request.stop_reason)
         del self.requests[request.request_id]
+        self.adapters.depart(request)
         if self.drafts is not None:
             self.drafts.end(request)
         if self.fair is not None:

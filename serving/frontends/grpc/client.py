@@ -114,8 +114,8 @@ class RemoteEngineClient(EngineClient):
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """See EngineClient.generate. Closing the iterator cancels the call, and with it the request there."""
-        model = self._adapters.name_of(request.adapter) if request.adapter and self._adapters else ""
-        call = self._inference.Generate(_wire_request(request, model), metadata=outgoing_metadata())
+        adapter = self._name_of(request.adapter)
+        call = self._inference.Generate(_wire_request(request, adapter), metadata=outgoing_metadata())
         prompt_tokens = len(request.prompt_token_ids)
         first_token = 0.0
         try:
@@ -129,7 +129,13 @@ class RemoteEngineClient(EngineClient):
             call.cancel()  # does nothing to a call that is over
 
     async def embed(
-        self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        *,
+        pooling: str | None = None,
+        priority: int = 0,
+        adapter: str | None = None,
     ) -> np.ndarray:
         """See EmbeddingClient.embed."""
         wire = pb.EmbedRequest(
@@ -137,6 +143,7 @@ class RemoteEngineClient(EngineClient):
             request_id=request_id,
             priority=priority,
             pooling=pooling or "",
+            model=self._name_of(adapter),
         )
         try:
             reply = await self._inference.Embed(wire, metadata=outgoing_metadata())
@@ -221,6 +228,10 @@ class RemoteEngineClient(EngineClient):
     def adapters(self) -> RemoteAdapters | None:
         """What the server has loaded; None where it takes none."""
         return self._adapters
+
+    def _name_of(self, digest: str | None) -> str:
+        """What the server calls a request's adapter; "" for none."""
+        return self._adapters.name_of(digest) if digest is not None and self._adapters is not None else ""
 
     @property
     def healthy(self) -> bool:

@@ -30,7 +30,8 @@ def input_from(request: pb.GenerateRequest | pb.TokenizeRequest, limits: Limits,
     Raises:
         RequestError: INVALID_ARGUMENT: a tool's JSON does not parse.
     """
-    fields: dict[str, Any] = {"model": request.model or None, **more}
+    adapter = request.adapter if isinstance(request, pb.GenerateRequest) else ""
+    fields: dict[str, Any] = {"model": adapter or request.model or None, **more}
     if request.HasField("add_special_tokens"):
         fields["add_special_tokens"] = request.add_special_tokens
     which = request.WhichOneof("prompt")

@@ -23,7 +23,7 @@ from serving.errors import ErrorKind, RequestError, invalid, named
 from serving.frontends.grpc import convert
 from serving.frontends.grpc.bounds import LARGE_BYTES, check_counts, check_wire
 from serving.frontends.grpc.context import begin_call, end_call, id_metadata
-from serving.frontends.grpc.control import ControlCalls
+from serving.frontends.grpc.control import ControlCalls, loaded_adapter
 from serving.frontends.grpc.errors import status_of
 from serving.frontends.sockets.stalled import ReaderStalledError, StallWatch
 from serving.service import Limits, TextService, prepare_chat
@@ -57,6 +57,8 @@ class Inference:
             raise RequestError(ErrorKind.DEADLINE_EXCEEDED, "The call's deadline has passed.")
         limit = service.limits.max_timeout_s
         timeout = remaining if remaining is None or remaining <= limit else None
+        if request.adapter and request.model not in ("", request.adapter, *service.model_names):
+            raise invalid("adapter and model name two different ones: leave model empty.", "adapter")
         given = convert.generate_input_from(request, timeout, service.limits)
         params = convert.params_from(request.sampling_params)
         with named(convert.names_of(request)):
@@ -163,24 +165,20 @@ class Control(ControlCalls):
             num_bucket_tokens=stats.num_bucket_tokens_total,
             host_time_s=stats.host_time_s_total,
             device_wait_time_s=stats.device_wait_time_s_total,
-            takes_adapters=adapters is not None,
-            adapters=[
-                control_pb2.LoadedAdapter(
-                    name=one.name, digest=one.digest, rank=one.rank, num_matrices=one.num_matrices
-                )
-                for one in (adapters.infos() if adapters is not None else ())
-            ],
+            takes_adapters=adapters.open,
+            adapters=[loaded_adapter(service, one) for one in adapters.visible()],
         )
 
     async def GetModelInfo(  # noqa: N802
         self, request: control_pb2.GetModelInfoRequest, context: Context
     ) -> control_pb2.GetModelInfoResponse:
         service = self._service()
-        service.resolve_model(request.model)
-        info = service.info
+        name = service.resolve_model(request.model)
+        info, base = service.info, name == service.model_id
         return control_pb2.GetModelInfoResponse(
-            id=service.model_id,
-            names=service.model_names,
+            id=name,
+            names=service.model_names if base else (name,),
+            parent="" if base else service.model_id,
             architecture=info.architecture,
             num_parameters=info.num_parameters,
             vocab_size=info.vocab_size,
@@ -191,8 +189,8 @@ class Control(ControlCalls):
             num_pages=info.num_pages,
             dtype=info.dtype,
             quantization=info.quantization or "",
-            eos_token_ids=service.tokenizer.eos_token_ids,
-            has_chat_template=service.chat_template is not None,
+            eos_token_ids=service.voice(name).tokenizer.eos_token_ids,
+            has_chat_template=service.voice(name).chat_template is not None,
             tasks=info.tasks,
             pooling=info.pooling,
             prompts=dict(info.prompts),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -55,6 +56,7 @@ class GrpcServer:
         access: the keys that calls must bring; None asks for none.
         tls: listen with TLS; None does without.
         interceptors: further ones, behind that which asks for keys.
+        lora_folder: below which adapters lie that admins may load; None: they may load none.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class GrpcServer:
         access: Access | None = None,
         tls: ServerTls | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        lora_folder: Path | None = None,
     ) -> None:
         self._interceptors = tuple(interceptors)
         self._host = host
@@ -74,6 +77,7 @@ class GrpcServer:
         self._access = access or Access()
         self._telling: set[asyncio.Task[None]] = set()
         self._tls = tls
+        self._lora_folder = lora_folder
         self._service: TextService | None = None
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - set at run time
         self.port = 0
@@ -86,7 +90,7 @@ class GrpcServer:
         """
         interceptors = (RequireKey(self._access), *self._interceptors)
         self._server = grpc.aio.server(interceptors=interceptors, options=server_options(self._limits))
-        for servicer in (Inference(self._require), Control(self._require, self._access)):
+        for servicer in (Inference(self._require), Control(self._require, self._access, self._lora_folder)):
             self._server.add_generic_rpc_handlers((generic_handler(servicer, self._limits),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from proto.jaxserve.v1 import control_pb2, inference_pb2
-from serving.engine.api.adapters import AdapterClient, AdapterInfo
+from serving.engine.api.adapters import AdapterClient, AdapterInfo, AdapterLoad
 from serving.errors import ErrorKind, RequestError
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -58,9 +59,22 @@ class RemoteAdapters(AdapterClient):
     """The adapters that a server told of. They are loaded and unloaded there."""
 
     def __init__(self, loaded: Iterable[control_pb2.LoadedAdapter]) -> None:
-        self._infos = [AdapterInfo(one.name, "", one.digest, one.rank, one.num_matrices) for one in loaded]
+        self._infos = [
+            AdapterInfo(
+                one.name, one.path, one.digest, one.rank, one.num_matrices, tuple(one.tenants) or None, one.own_text
+            )
+            for one in loaded
+        ]
 
-    def load(self, name: str, path: str, replace: bool = False) -> AdapterInfo:
+    def locate(self, path: str) -> Path:
+        """Refuses, as `load`."""
+        raise RequestError(ErrorKind.UNIMPLEMENTED, "Adapters are loaded at the engines, not through a gateway.")
+
+    def load_now(self) -> AdapterLoad | None:
+        """Not known here: routers read the engine's own metrics."""
+        return None
+
+    def load(self, name: str, path: str, replace: bool = False, **more: Any) -> AdapterInfo:
         """Refuses: it would have to be read on another machine."""
         raise ValueError("Adapters are loaded at the engines, not through a gateway.")
 

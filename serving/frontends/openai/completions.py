@@ -73,13 +73,15 @@ class _Echo:
         ids = prepared.prompt_token_ids
         text = prepared.prompt
         if text is None or body.truncate_prompt_tokens is not None:
-            text = await service.detokenize(ids, skip_special_tokens=body.skip_special_tokens is not False)
+            text = await service.detokenize(
+                ids, skip_special_tokens=body.skip_special_tokens is not False, model=body.model
+            )
         if body.logprobs is None:
             return cls(text)
-        first = service.tokenizer.token_bytes(ids[0]).decode("utf-8", errors="replace")
+        first = prepared.tokenizer.token_bytes(ids[0]).decode("utf-8", errors="replace")
         if body.return_tokens_as_token_ids:
             first = f"token_id:{ids[0]}"
-        return cls(text, first, await service.offsets(ids, text))
+        return cls(text, first, await service.offsets(ids, text, body.model))
 
 
 def _reply_id(prepared: list[PreparedRequest]) -> str:

@@ -15,7 +15,7 @@ def models_router(service: TextService) -> APIRouter:
     router = APIRouter(tags=["server"])
 
     def card(name: str) -> ModelCard:
-        adapter = None if name in service.model_names or service.adapters is None else service.adapters.find(name)
+        adapter = service.adapters.find(name)
         return ModelCard(
             id=name,
             created=service.created,
@@ -27,8 +27,9 @@ def models_router(service: TextService) -> APIRouter:
 
     @router.get("/v1/models", response_model=ModelList)
     async def models() -> Response:
-        """The model under the name that answers carry. Aliases answer too, and are not listed: front ends would show doubles."""
-        adapters = () if service.adapters is None else (info.name for info in service.adapters.infos())
+        """The model under the name that answers carry, then the adapters that the caller may use. Aliases answer too, and are not
+        listed: front ends would show doubles."""
+        adapters = [info.name for info in service.adapters.visible()]
         return JSONResponse(ModelList(data=[card(name) for name in (service.model_id, *adapters)]).model_dump())
 
     @router.get("/v1/models/{model:path}", response_model=ModelCard, responses={k: RESPONSES[k] for k in (400, 404)})

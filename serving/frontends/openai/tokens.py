@@ -32,12 +32,13 @@ def tokens_router(service: TextService) -> APIRouter:
         ids = await _ids(body)
         reply = {"count": len(ids), "max_model_len": service.info.max_model_len, "tokens": ids, "token_strs": None}
         if body.return_token_strs:
-            reply["token_strs"] = [service.tokenizer.id_to_token(i) or "" for i in ids]
+            tokenizer = service.voice(body.model).tokenizer
+            reply["token_strs"] = [tokenizer.id_to_token(i) or "" for i in ids]
         return JSONResponse(reply)
 
     async def _ids(body: TokenizeRequest) -> list[int]:
-        if body.prompt == "" and (body.add_special_tokens is False or not service.tokenizer.encode("")):
-            service.resolve_model(body.model)
+        tokenizer = service.voice(body.model).tokenizer
+        if body.prompt == "" and (body.add_special_tokens is False or not tokenizer.encode("")):
             return []
         chat = body.messages is not None
         opens = body.add_generation_prompt

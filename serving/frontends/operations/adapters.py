@@ -11,20 +11,22 @@ from fastapi.responses import PlainTextResponse
 from serving.access import Access
 from serving.frontends.http.access import control_check
 from serving.frontends.http.bodies import body_of, takes
-from serving.frontends.http.models import ApiRequest
+from serving.frontends.http.models import ApiRequest, Many
 from serving.frontends.openai.errors import RESPONSES
 from serving.service import TextService
-from serving.service.adapters import AdapterControl
+from serving.service.adapter_control import AdapterControl
 
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
 class LoadAdapterRequest(ApiRequest):
-    """Which adapter to serve, and as which model. `lora_path` lies below the server's --lora-folder."""
+    """Which adapter to serve, and as which model. `lora_path` lies below the server's --lora-folder; `tenants` are names of the
+    keys that may use it, all of them where it is left out."""
 
     lora_name: str
     lora_path: str
     load_inplace: bool = False
+    tenants: Many[str] | None = None
 
 
 class UnloadAdapterRequest(ApiRequest):
@@ -42,7 +44,8 @@ def adapters_router(service: TextService, access: Access, folder: Path | None) -
 
     @router.post("/v1/load_lora_adapter", responses={**TEXT}, openapi_extra=takes(LoadAdapterRequest))
     async def load(body: Annotated[LoadAdapterRequest, Depends(body_of(LoadAdapterRequest))]) -> PlainTextResponse:
-        await control.load(body.lora_name, body.lora_path, body.load_inplace)
+        tenants = None if body.tenants is None else tuple(body.tenants)
+        await control.load(body.lora_name, body.lora_path, body.load_inplace, tenants)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @router.post("/v1/unload_lora_adapter", responses={**TEXT}, openapi_extra=takes(UnloadAdapterRequest))

@@ -37,6 +37,7 @@ class PreparedRequest:
         prompt_token_ids: after truncation.
         params: with `max_tokens` resolved.
         children: one engine request a completion, in order of index; their ids are unique in this process.
+        tokenizer: what its completions are read with.
         owner: name of the API key that sent it, or None.
         markers: control tokens that stay in the text, because it is parsed by them.
         reader: makes what tells content, thinking and calls of one completion apart; None where the text is the content.
@@ -50,6 +51,7 @@ class PreparedRequest:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     children: tuple[EngineRequest, ...]
+    tokenizer: Tokenizer
     owner: str | None = None
     markers: frozenset[int] = frozenset()
     reader: Callable[[], ReplyReader] | None = None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from serving.engine.api.adapters import AdapterLoad
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import STEP_TOKEN_BOUNDS, EngineRequest, EngineStats, TokenPair
 from serving.errors import RequestError
@@ -193,6 +195,8 @@ async def _exported() -> tuple[dict[str, set[str]], str]:
     plain = engine.stats
     beside = {"expert_loads": np.array([[3, 1]]), "accepted_per_pos": (5, 2)}
     engine.stats = lambda: dataclasses.replace(plain(), **beside)  # type: ignore[method-assign]
+    load = AdapterLoad(("one",), ("one", "two"), 4)
+    engine.adapters = SimpleNamespace(load_now=lambda: load, find=lambda name: None)
     client = MeteredClient(engine)
     client.metrics.set_startup({"load": 1.0, "compile": 2.0})
     server = await serve_http(mock_service(client), port=0)
@@ -226,6 +230,8 @@ async def test_a_server_exports_what_the_catalog_says():
             ours.discard(part)
         assert f"# HELP {spec.sample} {spec.text}" in text
     assert not ours, "exported but not in the catalog"
+    assert 'max_lora="4",model_name="mock-1b"' in text and 'running_lora_adapters="one"' in text
+    assert 'waiting_lora_adapters="one,two"' in text
     assert 'handler="unmatched"' in text and "/nowhere" not in text
     assert "process_resident_memory_bytes" in text
     assert re.search(r'spec_decode_num_accepted_tokens_per_pos_total\{[^}]*position="1"\} 2\.0', text)

@@ -50,8 +50,7 @@ async def one_bad_among_good(service: Any, bad: GenerateInput, kind: ErrorKind =
 )
 @pytest.mark.parametrize("method", ["encode", "token_bytes"])
 async def test_the_tokenizer(error, method):
-    service = mock_service(MockEngine())
-    service.tokenizer = failing(error, method, MockTokenizer)
+    service = mock_service(MockEngine(), tokenizer=failing(error, method, MockTokenizer))
     if method == "encode":
         await one_bad_among_good(service, GenerateInput(text="BAD"))
         return
@@ -73,8 +72,7 @@ async def test_the_tokenizer(error, method):
 
 @pytest.mark.parametrize("error", [RuntimeError(SECRET), PanicError(SECRET)])
 async def test_the_chat_template(error):
-    service = mock_service(MockEngine())
-    service.chat_template = failing(error, "encode", MockTemplate)
+    service = mock_service(MockEngine(), template=failing(error, "encode", MockTemplate))
     await one_bad_among_good(service, GenerateInput(messages=[{"role": "user", "content": "BAD"}]))
 
 

@@ -11,8 +11,8 @@ import pytest
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
 from serving.engine.api.types import FinishReason
 from serving.errors import ErrorKind, RequestError
-from serving.service import GenerateInput, Limits, TextOutput, Usage, collect
-from tests.mock_engine import BOS, END, EOS, MockEngine, mock_service, until
+from serving.service import GenerateInput, Limits, TextOutput, TextService, Usage, collect
+from tests.mock_engine import BOS, END, EOS, MockEngine, MockTokenizer, mock_service, until
 
 
 async def ask(service, given="prompt", params=None, **fields):
@@ -172,8 +172,7 @@ async def test_refused(given, word):
 
 
 async def test_without_a_template_messages_are_refused():
-    service = mock_service()
-    service.chat_template = None
+    service = TextService(MockEngine(), MockTokenizer(), model_id="mock")  # type: ignore[arg-type]
     assert "no chat template" in (await refused(service, GenerateInput(messages=[message("x")]))).message
 
 

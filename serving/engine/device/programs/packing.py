@@ -94,7 +94,7 @@ def forward_layout(
     )
 
 
-def sample_layout(rows: int, drafts: bool = False) -> Layout:
+def sample_layout(rows: int, drafts: bool = False, adapters: bool = False) -> Layout:
     """Facts of each row that samples. Rows beyond the plan's point at the dummy slot.
 
     `length_S` is what the slot's length becomes, and so the position of the token that is drawn; -1: one more than it was, and
@@ -103,10 +103,13 @@ def sample_layout(rows: int, drafts: bool = False) -> Layout:
     Args:
         drafts: whether some rows may be places of one request, each behind a draft. `place_S` says which one a row is, and
             `draft_S` the draft that follows it, -1 for none.
+        adapters: whether requests may have adapters; `adapter_S` are their slots.
     """
     columns = [(f"{c.name}_S", (rows, *c.shape), c.dtype) for c in COLUMNS]
     if drafts:
         columns += [("place_S", (rows,), "int32"), ("draft_S", (rows,), "int32")]
+    if adapters:
+        columns += [("adapter_S", (rows,), "int32")]
     return Layout((("slot_S", (rows,), "int32"), ("length_S", (rows,), "int32"), *columns, ("masked", (1,), "int32")))
 
 
@@ -262,6 +265,8 @@ def pack_sample(
     f["length_S"][: len(owner)] = np.array(ends, np.int32)[owner]
     for column in COLUMNS:
         f[f"{column.name}_S"][:] = slots.columns[column.name][slot]
+    if "adapter_S" in f:
+        f["adapter_S"][: len(owner)] = np.fromiter((r.adapter_slot for r in plan.sampled), np.int32, n)[owner]
     f["masked"][0] = masked
     if "place_S" in f:
         f["draft_S"][:] = -1

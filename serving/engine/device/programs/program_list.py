@@ -74,7 +74,7 @@ class StepShapes:
             -(-vocab_size // 32),
             groups,
             {b: forward_layout(b, pages_per_slot, len(groups.windows), adapters, recurrent) for b in buckets.buckets},
-            {s: sample_layout(s, drafts=sizes.draft_tokens > 0) for s in buckets.sample_sizes},
+            {s: sample_layout(s, sizes.draft_tokens > 0, adapters) for s in buckets.sample_sizes},
         )
 
 
@@ -107,7 +107,7 @@ def list_programs(
         max_steps: list decode loops of up to this many steps, when more than 1.
         more: programs of the caller's, to be sorted in.
     """
-    width = _hidden_width(split, leaves, kv, shapes)
+    width = hidden_width(split, leaves, kv, shapes)
 
     def ints(*dims: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, jnp.int32)
@@ -127,7 +127,7 @@ def list_programs(
             programs.append(Program(ProgramKey("decode_loop", bucket), fn, args, (1, 2), (0, 5)))
     head = used_leaves(lambda leaves, h: split.merge(leaves).logits(h), leaves, hidden(PROMPT_LOGPROB_ROWS))
     head_leaves = tuple(leaves[i] for i in head)
-    with_head = _with_head(head, len(leaves))
+    with_head = with_leaves(head, len(leaves))
     for size, layout in shapes.sample_layouts.items():
         args = (head_leaves, state, hidden(size), ints(layout.size), ints(size, shapes.mask_width))
         fn = with_head(make_sample(split, layout, shapes.sizes.draft_tokens))
@@ -152,7 +152,7 @@ def _size(program: Program) -> int:
     return sum(math.prod(a.shape) for a in jax.tree.leaves(program.args[-1]))
 
 
-def _with_head(head: list[int], num_leaves: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def with_leaves(head: list[int], num_leaves: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a function of all leaves one of those that logits read, the others absent."""
 
     def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,7 +167,7 @@ def _with_head(head: list[int], num_leaves: int) -> Callable[[Callable[..., Any]
     return wrap
 
 
-def _hidden_width(split: SplitModel, leaves: Any, kv: Any, shapes: StepShapes) -> jax.ShapeDtypeStruct:
+def hidden_width(split: SplitModel, leaves: Any, kv: Any, shapes: StepShapes) -> jax.ShapeDtypeStruct:
     """Hidden states of one decode row or more."""
     layout = shapes.forward_layouts[shapes.buckets.buckets[0]]
     of_slots = jax.ShapeDtypeStruct((shapes.sizes.max_num_seqs + 1,), jnp.int32)

@@ -60,13 +60,13 @@ class SplitModel:
 
     def with_adapters(self, model: nnx.Module) -> tuple[SplitModel, tuple[jax.Array, ...], dict[str, LoraStack]]:
         """The same model with room for adapters (`models.adapters.attach`), a function of its weights and of the stacks that are
-        returned, one behind the other; and of each adapted module's path, which of the stacks its two are."""
+        returned, one behind the other; and of each stack's path, which of those its two are."""
         graphdef, stacks, state = nnx.split(model, AdapterStack, ...)
         leaves, treedef = jax.tree.flatten(stacks)
         assert jax.tree.structure(state) == self.treedef, "adapters are beside the weights"
         # Which leaf is which, said by the structure itself: the order of paths is nnx's business.
         numbered = nnx.to_flat_state(jax.tree.unflatten(treedef, range(len(leaves))))
-        places = {".".join(map(str, path[:-1])): variable.get_value() for path, variable in numbered}
+        places = {".".join(map(str, path)): variable.get_value() for path, variable in numbered}
         return dataclasses.replace(self, graphdef=graphdef, stacks=treedef), tuple(leaves), places
 
     def merge(self, leaves: Sequence[jax.Array]) -> Any:
@@ -144,7 +144,8 @@ def expert_counts(model: Any, step: Step, result: Result) -> tuple[jax.Array, ..
 def make_sample(model: SplitModel, layout: Layout, draft_tokens: int = 0) -> Callable[..., Any]:
     """sample(leaves, state, hidden_SD, flat, mask_SW) -> (state, SampleOutput).
 
-    `mask_SW` is int32 [S, ceil(V / 32)], read only when the flat array says `masked`.
+    `mask_SW` is int32 [S, ceil(V / 32)], read only when the flat array says `masked`. With a model that has room for adapters,
+    each row's may change its logits.
 
     Args:
         draft_tokens: drafts that a request may have at most, where the layout has places.
@@ -154,8 +155,8 @@ def make_sample(model: SplitModel, layout: Layout, draft_tokens: int = 0) -> Cal
         leaves: tuple[jax.Array, ...], state: DeviceState, hidden_SD: jax.Array, flat: jax.Array, mask_SW: jax.Array
     ) -> tuple[DeviceState, SampleOutput]:
         f = layout.unpack(flat)
-        merged = model.merge(leaves)
-        return sample_rows(merged, f, state, hidden_SD, mask_SW, model.sampler, model.mesh, draft_tokens)
+        merged, own = model.merge(leaves), None if model.stacks is None else f["adapter_S"]
+        return sample_rows(merged, f, state, hidden_SD, mask_SW, model.sampler, model.mesh, draft_tokens, own)
 
     return sample
 
@@ -169,12 +170,13 @@ def sample_rows(
     body: sampling.Body,
     mesh: Mesh | None = None,
     draft_tokens: int = 0,
+    adapter_S: jax.Array | None = None,
 ) -> tuple[DeviceState, SampleOutput]:
     """Logits, everything that changes them, and the draw; see `make_sample`. Without `mask_SW`, no mask can be asked for.
 
     With `draft_tokens`, rows are places (`verify`), and the tokens of those that come to nothing are -1.
     """
-    logits_SV = model.logits(hidden_SD)
+    logits_SV = model.logits(hidden_SD) if adapter_S is None else model.logits(hidden_SD, adapter_S)
     slot_S, length_S = f["slot_S"], f["length_S"]
     place_S = f["place_S"] if draft_tokens else 0
     length_S = jnp.where(length_S < 0, state.length[slot_S] + 1 + place_S, length_S)
@@ -203,7 +205,7 @@ def sample_rows(
     return state, SampleOutput(jnp.stack([found_S, finite_S]), *logprobs)
 
 
-_NOT_OF_DRAWS = ("masked", "length_S", "prompt_len_S", "place_S", "draft_S")
+_NOT_OF_DRAWS = ("masked", "length_S", "prompt_len_S", "place_S", "draft_S", "adapter_S")
 
 
 def _draw(
@@ -354,9 +356,9 @@ def make_load_adapter(room: Room, places: Mapping[str, LoraStack]) -> Callable[.
     def load_adapter(stacks: tuple[jax.Array, ...], slot: jax.Array, packed: jax.Array) -> tuple[jax.Array, ...]:
         new = list(stacks)
         for site, matrices in zip(room.sites, room.unpack(packed), strict=True):
-            own: Any = places[site.path]
+            own: Any = places[site.place]
             for place, matrix in zip((own.a_NRI, own.b_NRO), matrices, strict=True):
-                new[place] = stacks[place].at[slot].set(matrix)
+                new[place] = stacks[place].at[slot].set(matrix.astype(stacks[place].dtype))
         return tuple(new)
 
     return load_adapter
@@ -365,13 +367,14 @@ def make_load_adapter(room: Room, places: Mapping[str, LoraStack]) -> Callable[.
 def make_prompt_logprobs(model: SplitModel) -> Callable[..., Any]:
     """prompt_logprobs(leaves, hidden_TD, rows, targets) -> (logprob, rank, top_ids, top_values) of PROMPT_LOGPROB_ROWS rows.
 
-    `rows` are int32 rows of hidden_TD; `targets` the token that follows each.
+    `rows` are int32 rows of hidden_TD; `targets` the token that follows each. With a model that has room for adapters, a last
+    argument is each row's.
     """
 
     def prompt_logprobs(
-        leaves: tuple[jax.Array, ...], hidden_TD: jax.Array, rows: jax.Array, targets: jax.Array
+        leaves: tuple[jax.Array, ...], hidden_TD: jax.Array, rows: jax.Array, targets: jax.Array, *adapters: jax.Array
     ) -> tuple[jax.Array, ...]:
-        logits_RV = model.merge(leaves).logits(hidden_TD[rows])
+        logits_RV = model.merge(leaves).logits(hidden_TD[rows], *adapters)
 
         def score(logits_RV: jax.Array, targets_R: jax.Array, tables: Any) -> tuple[jax.Array, ...]:
             return sampling.logprobs(logits_RV, targets_R, MAX_LOGPROBS, body=model.sampler)

@@ -193,7 +193,8 @@ async def test_a_remote_engine_gets_the_grammars_source(start: Start):
 
 def test_a_style_comes_from_the_chat_template():
     service = mock_service()
-    assert service.style.tools.name == "json" and service.style.reasoning is None
+    style = service.voice().style
+    assert style.tools.name == "json" and style.reasoning is None
     template, tokenizer = MockTemplate(), service.tokenizer
     template.source = "{% if tools %}<tool_call>{% endif %}<think>"  # type: ignore[attr-defined]
     style = ChatStyle.of(template, tokenizer)  # type: ignore[arg-type]

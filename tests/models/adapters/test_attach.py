@@ -1,0 +1,73 @@
+"""No family ignores an adapter: every stack that a network takes is read by its forward pass, or by its logits."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from models import registry
+from models.adapters.attach import attach
+from models.layers import Build
+from models.loading import hf_config
+from models.parameters import parameters_of
+from ops import paged_attention
+from ops.paged_attention.groups import layers_per_page
+from serving.engine.device.programs.program_list import StepShapes
+from serving.engine.device.programs.state import DeviceState
+from serving.engine.device.programs.steps import SplitModel, make_forward, used_leaves
+from serving.engine.device.stores.state_store import StateStore
+from serving.engine.requests.cache_specs import recurrent_of
+from serving.engine.requests.sizes import Sizes
+from tests.models.tiny import BASE, TINY
+
+NAMES = [name for name in TINY if "rope" not in name and "windows" not in name]
+"""What differs in positions alone takes adapters alike."""
+
+
+def network(name, folder):
+    """The module of a tiny model, its parameters zeros."""
+    import transformers
+
+    tiny = TINY[name]
+    fields = {key: value for key, value in (BASE | dict(tiny.fields)).items() if value is not None or key not in BASE}
+    config = getattr(transformers, tiny.config)(**fields).to_dict()
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [tiny.model]}, default=str))
+    hf = hf_config.read_config(folder)
+    family = registry.find(hf["architectures"][0])
+    model = family.build(family.config(hf), Build(max_model_len=64))
+    for _, parameter in parameters_of(model):
+        parameter.set_value(jnp.zeros(parameter.shape, jnp.float32))
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_stack_is_read(name, tmp_path):
+    model = network(name, tmp_path)
+    split, weights = SplitModel.split(model)
+    room = attach(model, 1, 2, None)
+    assert room.sites and room.late, "projections, and logits"
+    with_adapters, stacks, places = split.with_adapters(model)
+    assert places.keys() == {site.place for site in room.sites}
+    sizes = Sizes(2, 16, 64, 9, 8, 0, "float32", layers_per_page(model.kv_specs(), 64))
+    shapes = StepShapes.of(sizes, model, adapters=True)
+    bucket = max(shapes.buckets.buckets, key=lambda one: one.tokens)
+    layout = shapes.forward_layouts[bucket]
+    kv = tuple(paged_attention.allocate(spec, 9, 8, jnp.float32) for spec in shapes.groups.arrays)
+    recurrent = recurrent_of(model)
+    if recurrent is not None:
+        kv = (*kv, StateStore(recurrent, 2, 1).states)
+    state = DeviceState.zeros(2, model.vocab_size)
+    forward = make_forward(with_adapters, shapes.groups, layout, 8, True)
+    given = weights + stacks
+    found = set(used_leaves(forward, given, kv, state.ends, jax.ShapeDtypeStruct((layout.size,), jnp.int32)))
+    hidden = jax.eval_shape(forward, given, kv, state.ends, jax.ShapeDtypeStruct((layout.size,), jnp.int32))[1]
+    logits = functools.partial(lambda leaves, h, own: with_adapters.merge(leaves).logits(h, own))
+    rows = jax.ShapeDtypeStruct((hidden.shape[0],), jnp.int32)
+    of_logits = set(used_leaves(logits, given, hidden, rows))
+    for place, own in places.items():
+        wanted = {len(weights) + own.a_NRI, len(weights) + own.b_NRO}
+        assert wanted <= (of_logits if place in room.late else found), f"{name}: {place} is loaded and changes nothing"
