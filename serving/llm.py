@@ -169,7 +169,9 @@ class LLM:
             for conversation in conversations
         ]
         inputs = self._adapted(inputs, lora_request)
-        return self._run_all(inputs, sampling_params, use_tqdm, ChatOptions(tool_choice, parallel_tool_calls))
+        return self._run_all(
+            inputs, sampling_params, use_tqdm, ChatOptions(tool_choice, parallel_tool_calls=parallel_tool_calls)
+        )
 
     def embed(
         self, prompts: Prompt | Sequence[Prompt], *, pooling: str | None = None, use_tqdm: bool = True

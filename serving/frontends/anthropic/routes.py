@@ -105,7 +105,7 @@ def models_router(service: TextService) -> APIRouter:
 
     @router.get("/v1/models")
     async def models(limit: int = 20, after_id: str | None = None, before_id: str | None = None) -> Response:
-        adapters = () if service.adapters is None else (info.name for info in service.adapters.infos())
+        adapters = (info.name for info in service.adapters.visible())
         page, more = _page((service.model_id, *adapters), min(max(limit, 1), MAX_PAGE), after_id, before_id)
         ends = {"first_id": page[0] if page else None, "last_id": page[-1] if page else None}
         return JSONResponse({"data": [card(name) for name in page], "has_more": more, **ends})

@@ -72,7 +72,7 @@ class _Facts:
         self._service = service
 
     def names(self) -> list[str]:
-        adapters = () if self._service.adapters is None else (info.name for info in self._service.adapters.infos())
+        adapters = (info.name for info in self._service.adapters.visible())
         return [self._service.model_id, *adapters]
 
     def card(self, name: str) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class _Facts:
         tasks = self._service.info.tasks
         if "generate" not in tasks:
             return ["embedding"]
-        thinks = ["thinking"] if self._service.style.reasoning is not None else []
+        thinks = ["thinking"] if self._service.voice().style.reasoning is not None else []
         tools = ["tools"] if self._service.chat_template is not None else []
         return ["completion", *tools, *thinks]
 
