@@ -27,7 +27,7 @@ UNRELATED = ("What is the capital of France?", "Write one sentence about the sea
 
 def train(out: pathlib.Path, more: list[str]) -> int:
     """Runs the training, or goes on with it. Everything that differs from the defaults stands here."""
-    flags = ["--max-length", "256", "--batch", "2", "--epochs", "3", "--learning-rate", "1e-3", "--save-every", "25"]
+    flags = ["--max-length", "256", "--batch", "2", "--epochs", "6", "--learning-rate", "1e-3", "--save-every", "25"]
     command = [sys.executable, "-m", "serving.finetune", "--data", str(HERE / "facts.jsonl"), "--out", str(out), *flags]
     if (out / "checkpoints").is_dir():
         command.append("--resume")
