@@ -83,7 +83,24 @@ class ShortConv:
         _positive_number(self, "width")
 
 
-Mixer = DeltaNet | Mamba2 | ShortConv
+@dataclasses.dataclass(frozen=True)
+class KDA:
+    """Kimi Delta Attention (Kimi Team 2025, arXiv:2510.26692).
+
+    Attributes:
+        heads, head_dim: of q, k and v [heads, head_dim, head_dim].
+        conv_width: taps of the convolution over them [conv_width - 1 of their channels].
+    """
+
+    heads: int
+    head_dim: int
+    conv_width: int = 4
+
+    def __post_init__(self) -> None:
+        _positive(self)
+
+
+Mixer = DeltaNet | Mamba2 | ShortConv | KDA
 
 
 def _positive(mixer: Mixer) -> None:

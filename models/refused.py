@@ -36,7 +36,7 @@ _NAMES = {
     _OWN_MASK: """
         BltForCausalLM CpmAntForCausalLM HrmTextForCausalLM ReformerModelWithLMHead XLNetLMHeadModel""",
     _STATES: """
-        BailingHybridForCausalLM FalconMambaForCausalLM JambaForCausalLM KimiLinearForCausalLM Lfm3ForCausalLM MambaForCausalLM
+        BailingHybridForCausalLM FalconMambaForCausalLM JambaForCausalLM Lfm3ForCausalLM MambaForCausalLM
         MiniMaxForCausalLM RecurrentGemmaForCausalLM RwkvForCausalLM ZambaForCausalLM ZayaForCausalLM xLSTMForCausalLM""",
     _NOT_WRITTEN: """
         AXK1ForCausalLM AXK2ForCausalLM AfmoeForCausalLM ApertusForCausalLM ArceeForCausalLM BambaForCausalLM BeamForCausalLM
@@ -44,7 +44,7 @@ _NAMES = {
         CohereForCausalLM CwmForCausalLM DbrxForCausalLM DiffLlamaForCausalLM Dots1ForCausalLM Ernie4_5ForCausalLM
         Ernie4_5_MoeForCausalLM ExaoneMoeForCausalLM FalconForCausalLM FalconH1ForCausalLM FlexOlmoForCausalLM FlintForCausalLM
         GPTBigCodeForCausalLM GPTJForCausalLM GPTNeoForCausalLM GPTNeoXForCausalLM GPTNeoXJapaneseForCausalLM Glm4ForCausalLM
-        Glm4MoeLiteForCausalLM GlmForCausalLM GraniteMoeSWAForCausalLM GraniteMoeSharedForCausalLM GraniteSWAForCausalLM
+        GlmForCausalLM GraniteMoeSWAForCausalLM GraniteMoeSharedForCausalLM GraniteSWAForCausalLM
         HYV3ForCausalLM HYV4ForCausalLM HeliumForCausalLM HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM
         HyperCLOVAXForCausalLM Jais2ForCausalLM JetMoeForCausalLM Kolibri1ForCausalLM LagunaForCausalLM Lfm2MoeForCausalLM
         LongcatFlashForCausalLM Mamba2ForCausalLM MellumForCausalLM MiMoV2FlashForCausalLM MiniCPM3ForCausalLM

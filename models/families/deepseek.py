@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,6 +80,17 @@ def deepseek_v3_config(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def glm4_moe_lite_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """GLM-4.7 Flash (Z.ai 2026): DeepSeek-V3 that says of each layer whether it has experts."""
+    layers = hf["num_hidden_layers"]
+    kinds = hf.get("mlp_layer_types") or ["dense"] + ["sparse"] * (layers - 1)
+    hf = {**hf, "n_group": hf.get("n_group") or 1, "topk_group": hf.get("topk_group") or 1}
+    config = deepseek_v3_config(hf)
+    assert config.moe is not None
+    moe = dataclasses.replace(config.moe, layers=tuple(kind == "sparse" for kind in kinds))
+    return dataclasses.replace(config, moe=moe)
+
+
 FAMILIES = (
     Family("DeepSeek-V2", ("DeepseekV2ForCausalLM",), deepseek_v2_config, build, gguf=("deepseek2",)),
     Family(
@@ -88,4 +100,5 @@ FAMILIES = (
         build,
         gguf=("deepseek2 with sigmoid routing",),
     ),
+    Family("GLM-4.7 Flash (MoE)", ("Glm4MoeLiteForCausalLM",), glm4_moe_lite_config, build),
 )

@@ -84,8 +84,8 @@ class GatedDeltaNet(nnx.Module):
         q_TKn, k_TKn, v_TKc = jnp.split(mixed_TC.reshape(T, K, width), [n, 2 * n], axis=-1)
         decay_TH = self.rate[...] * jax.nn.softplus(gates_TK2G[:, :, 1].reshape(T, H) + self.dt_bias[...])
         out_THp, matrix = matrix_recurrence(
-            _unit(q_TKn) * n**-0.5,
-            _unit(k_TKn),
+            unit(q_TKn) * n**-0.5,
+            unit(k_TKn),
             v_TKc.reshape(T, H, p),
             decay_TH,
             jax.nn.sigmoid(gates_TK2G[:, :, 0].reshape(T, H)),
@@ -123,7 +123,7 @@ class GatedDeltaNet(nnx.Module):
         return recipes | under("out", self.out.recipes(f"{name}.out_proj"))
 
 
-def _unit(x_TKn: jax.Array) -> jax.Array:
+def unit(x_TKn: jax.Array) -> jax.Array:
     return x_TKn * jax.lax.rsqrt(jnp.sum(x_TKn * x_TKn, axis=-1, keepdims=True) + L2_EPS)
 
 

@@ -32,7 +32,7 @@ class LatentAttention(nnx.Module):
     """Heads [nope + rope] in queries, one latent and one rotated key for all heads."""
 
     def __init__(self, config: ModelConfig, layer: int, build: Build):
-        assert config.mla is not None and config.rope is not None
+        assert config.mla is not None
         mla, H, D = config.mla, config.num_heads, config.embed_dim
         self.mla, self.num_heads = mla, H
         axis = build.axis("heads", H)
@@ -46,10 +46,10 @@ class LatentAttention(nnx.Module):
         self.k_up = weight((H, mla.nope_dim, mla.kv_rank), build.dtype, (axis, None, "latent"))
         self.v_up = weight((H, mla.v_dim, mla.kv_rank), build.dtype, (axis, None, "latent"))
         self.out = Linear(H * mla.v_dim, D, build, ("embed", axis), bias=config.out_bias)
-        self.rope = (config.rope, build.max_model_len)
+        self.rope = None if config.rope is None else (config.rope, build.max_model_len)
         self.interleaved = bool(config.get("rope_interleave", True))
         self.scale = head**-0.5
-        if config.rope.kind != "default" and config.rope.mscale_all_dim:
+        if config.rope is not None and config.rope.kind != "default" and config.rope.mscale_all_dim:
             # YaRN in DeepSeek's writing sharpens the scores too.
             self.scale *= (0.1 * config.rope.mscale_all_dim * math.log(config.rope.factor) + 1.0) ** 2
 
@@ -63,10 +63,11 @@ class LatentAttention(nnx.Module):
         q_THh = self.q(compressed, adapter_T=own).reshape(T, self.num_heads, -1)
         latent_TR, k_rope_Th = jnp.split(self.kv_a(x_TD, adapter_T=own), [mla.kv_rank], axis=-1)
         latent_TR = self.kv_a_norm(latent_TR)
-        inv_freq, factor = layer_frequencies(*self.rope)
-        positions = step.positions_T
-        q_rope = rope(q_THh[..., mla.nope_dim :], positions, inv_freq, factor, interleaved=self.interleaved)
-        k_rope_Th = rope(k_rope_Th[:, None], positions, inv_freq, factor, interleaved=self.interleaved)[:, 0]
+        q_rope = q_THh[..., mla.nope_dim :]
+        if self.rope is not None:
+            angles = (step.positions_T, *layer_frequencies(*self.rope))
+            q_rope = rope(q_rope, *angles, interleaved=self.interleaved)
+            k_rope_Th = rope(k_rope_Th[:, None], *angles, interleaved=self.interleaved)[:, 0]
         q_latent = self._product("thn,hnr->thr", q_THh[..., : mla.nope_dim], self.k_up[...])
         q_T1Hh = jnp.concatenate([q_latent, q_rope], axis=-1)[:, None]
         k_T1h = jnp.concatenate([latent_TR, k_rope_Th], axis=-1)[:, None]

@@ -251,6 +251,13 @@ TINY: dict[str, Tiny] = {
         | {"n_group": 4, "topk_group": 2, "rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 1.0}},
         expert_mesh=True,
     ),
+    "glm-4.7 flash": Tiny(
+        "Glm4MoeLiteConfig",
+        "Glm4MoeLiteForCausalLM",
+        {name: value for name, value in DEEPSEEK.items() if name != "first_k_dense_replace"}
+        | {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"], "routed_scaling_factor": 1.8},
+        expert_mesh=True,
+    ),
     "llama4": Tiny(
         "Llama4TextConfig",
         "Llama4ForCausalLM",
