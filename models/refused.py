@@ -46,7 +46,7 @@ _NAMES = {
         GPTBigCodeForCausalLM GPTJForCausalLM GPTNeoForCausalLM GPTNeoXForCausalLM GPTNeoXJapaneseForCausalLM Glm4ForCausalLM
         GlmForCausalLM GraniteMoeSWAForCausalLM GraniteMoeSharedForCausalLM GraniteSWAForCausalLM
         HYV3ForCausalLM HYV4ForCausalLM HeliumForCausalLM HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM
-        HyperCLOVAXForCausalLM Jais2ForCausalLM JetMoeForCausalLM Kolibri1ForCausalLM LagunaForCausalLM Lfm2MoeForCausalLM
+        HyperCLOVAXForCausalLM Jais2ForCausalLM JetMoeForCausalLM Kolibri1ForCausalLM LagunaForCausalLM
         LongcatFlashForCausalLM Mamba2ForCausalLM MellumForCausalLM MiMoV2FlashForCausalLM MiniCPM3ForCausalLM
         ModernBertDecoderForCausalLM NanoChatForCausalLM NemotronForCausalLM OPTForCausalLM OlmoForCausalLM
         OlmoHybridForCausalLM OpenAIGPTLMHeadModel PersimmonForCausalLM PhiForCausalLM PhimoeForCausalLM SolarOpenForCausalLM

@@ -1,18 +1,21 @@
-"""LFM2 (Liquid AI 2025): gated short convolutions between some layers of attention with norms over each head's q and k."""
+"""LFM2 (Liquid AI 2025), dense and with experts: gated short convolutions between some layers of attention with norms over each
+head's q and k."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from models.config import ModelConfig, from_hf
+from models.config import ModelConfig, MoEConfig, from_hf
 from models.decoder import Decoder
 from models.family import Family
 from models.layers import Build, GatedMLP, Layer, child_recipes
 from models.layers.attention import HeadNormAttention
 from models.layers.mixing import mixer_of
+from models.layers.moe import MoE
 from models.mixers import ShortConv
-from models.recipes import Recipes, deal, pieces, under
+from models.recipes import Recipes, deal, one, pieces, under
 
 
 class Lfm2Attention(HeadNormAttention):
@@ -29,6 +32,14 @@ class Lfm2MLP(GatedMLP):
         return {"gate_up.weight": deal(self.shards, *weights)} | under("down", self.down.recipes(f"{name}.w2"))
 
 
+class Lfm2MoE(MoE):
+    def recipes(self, name: str) -> Recipes:
+        recipes = under("router", self.router.recipes(f"{name}.gate"))
+        if self.bias is not None:
+            recipes["bias"] = one(f"{name}.expert_bias", *self.bias.shape)
+        return recipes | under("experts", self.experts.recipes(f"{name}.experts", ("w1", "w3", "w2")))
+
+
 class Lfm2Layer(Layer):
     names: ClassVar[dict[str, str]] = {
         "attn_norm": "operator_norm",
@@ -40,8 +51,9 @@ class Lfm2Layer(Layer):
     def make_attention(self, config: ModelConfig, index: int, build: Build) -> Any:
         return Lfm2Attention(config, index, build) if config.mixers[index] is None else mixer_of(config, index, build)
 
-    def make_mlp(self, config: ModelConfig, index: int, build: Build) -> GatedMLP:
-        return Lfm2MLP(config, build)
+    def make_mlp(self, config: ModelConfig, index: int, build: Build) -> GatedMLP | MoE:
+        sparse = config.moe is not None and config.moe.layers[index]
+        return Lfm2MoE(config, build) if sparse else Lfm2MLP(config, build)
 
 
 class Lfm2ConvLayer(Lfm2Layer):
@@ -80,4 +92,22 @@ def lfm2_config(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-FAMILIES = (Family("LFM2", ("Lfm2ForCausalLM",), lfm2_config, build, gguf=("lfm2",)),)
+def lfm2_moe_config(hf: Mapping[str, Any]) -> ModelConfig:
+    layers = hf["num_hidden_layers"]
+    moe = MoEConfig(
+        hf["num_experts"],
+        hf["num_experts_per_tok"],
+        hf["moe_intermediate_size"],
+        tuple(index >= hf["num_dense_layers"] for index in range(layers)),
+        scoring="sigmoid",
+        normalize=bool(hf.get("norm_topk_prob", True)),
+        scale=float(hf.get("routed_scaling_factor", 1.0)),
+        bias=bool(hf.get("use_expert_bias", True)),
+    )
+    return dataclasses.replace(lfm2_config({**hf, "block_auto_adjust_ff_dim": False}), moe=moe)
+
+
+FAMILIES = (
+    Family("LFM2", ("Lfm2ForCausalLM",), lfm2_config, build, gguf=("lfm2",)),
+    Family("LFM2 MoE", ("Lfm2MoeForCausalLM",), lfm2_moe_config, build, gguf=("lfm2moe",)),
+)

@@ -130,6 +130,19 @@ HYBRID: dict[str, Tiny] = {
         "Lfm2ForCausalLM",
         {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"], "block_multiple_of": 16},
     ),
+    "lfm2 moe": Tiny(
+        "Lfm2MoeConfig",
+        "Lfm2MoeForCausalLM",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "num_dense_layers": 1,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+        },
+        expert_mesh=True,
+    ),
     "nemotron-h": Tiny(
         "NemotronHConfig",
         "NemotronHForCausalLM",
