@@ -37,11 +37,10 @@ class SelfAttention(nnx.Module):
         self.qkv = Linear(D, H * 3 * h, build, (axis, "embed"), bias=True)
         self.out = Linear(H * h, D, build, ("embed", axis), bias=True)
 
-    def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
+    def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array, bias_HR: jax.Array | None = None) -> jax.Array:
         (B, S, _), (H, h) = x_BSD.shape, self.heads
         q_BSHh, k_BSHh, v_BSHh = jnp.moveaxis(self.qkv(x_BSD).reshape(B, S, H, 3, h), 3, 0)
-
-        return self.out(attend_texts(q_BSHh, k_BSHh, v_BSHh, valid_BS).reshape(B, S, H * h))
+        return self.out(attend_texts(q_BSHh, k_BSHh, v_BSHh, valid_BS, bias_HR=bias_HR).reshape(B, S, H * h))
 
     def recipes(self, name: str) -> Recipes:
         H, h = self.heads
@@ -54,21 +53,32 @@ class SelfAttention(nnx.Module):
 
 
 def attend_texts(
-    q_BSHh: jax.Array, k_BSHh: jax.Array, v_BSHh: jax.Array, valid_BS: jax.Array, reach: int | None = None
+    q_BSHh: jax.Array,
+    k_BSHh: jax.Array,
+    v_BSHh: jax.Array,
+    valid_BS: jax.Array,
+    reach: int | None = None,
+    bias_HR: jax.Array | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Every token attends to its text's others, both ways: out_BSHh.
 
     Args:
         valid_BS: which positions are tokens.
         reach: how far from a token those are that it attends to; None for all.
+        bias_HR: added to scores by distance (key less query), from -(S - 1) to S - 1.
+        scale: multiplies q . k; None for h ** -0.5.
     """
     B, S, H, h = q_BSHh.shape
+    scale = h**-0.5 if scale is None else scale
 
     def attend(q_BQHh: jax.Array, first: jax.Array | int) -> jax.Array:
-        scores = jnp.einsum("bqhd,bshd->bhqs", q_BQHh, k_BSHh, preferred_element_type=jnp.float32) * h**-0.5
+        scores = jnp.einsum("bqhd,bshd->bhqs", q_BQHh, k_BSHh, preferred_element_type=jnp.float32) * scale
         seen = valid_BS[:, None, None]
+        position_Q = first + jnp.arange(q_BQHh.shape[1])
+        if bias_HR is not None:
+            scores = scores + bias_HR[:, jnp.arange(S) - position_Q[:, None] + S - 1]
         if reach is not None:
-            position_Q = first + jnp.arange(q_BQHh.shape[1])
             seen = seen & (jnp.abs(position_Q[:, None] - jnp.arange(S)) <= reach)
         weights = jax.nn.softmax(jnp.where(seen, scores, _MASKED), axis=-1)
         return jnp.einsum("bhqs,bshd->bqhd", weights.astype(v_BSHh.dtype), v_BSHh)
@@ -101,8 +111,8 @@ class EncoderLayer(nnx.Module):
         self.down = Linear(F, D, build, ("embed", axis), bias=True)
         self.mlp_norm = LayerNorm(D, config.norm_eps)
 
-    def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
-        x_BSD = self.attn_norm(x_BSD + self.attn(x_BSD, valid_BS))
+    def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array, *bias_HR: jax.Array) -> jax.Array:
+        x_BSD = self.attn_norm(x_BSD + self.attn(x_BSD, valid_BS, *bias_HR))
         return self.mlp_norm(x_BSD + self.down(activation(self.activation)(self.up(x_BSD))))
 
     def recipes(self, name: str) -> Recipes:
@@ -162,15 +172,16 @@ class Bert(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_layer(graphdef: Any, state: Any, x_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
+def run_layer(graphdef: Any, state: Any, x_BSD: jax.Array, valid_BS: jax.Array, *more: jax.Array) -> jax.Array:
     """One layer of an encoder as a function of its own: equal layers are traced once.
 
     Args:
         graphdef, state: the layer, from `nnx.split`.
         x_BSD: [B, S, D] hidden states.
         valid_BS: [B, S] bool, whether a position holds a token.
+        more: what the family's layers take besides.
     """
-    return nnx.merge(graphdef, state)(x_BSD, valid_BS)
+    return nnx.merge(graphdef, state)(x_BSD, valid_BS, *more)
 
 
 def bert_config(hf: Mapping[str, Any], first_position: int = 0) -> ModelConfig:

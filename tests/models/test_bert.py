@@ -30,6 +30,13 @@ TINY = {
 }
 MODERN = {"local_attention": 6, "num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MODERN |= {"cls_token_id": 1, "sep_token_id": 2}
+GEMMA = {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+GEMMA |= {"use_bidirectional_attention": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ENCODERS = {
     "ModernBertModel": "ModernBertConfig",
     "ModernBertForMaskedLM": "ModernBertConfig",
@@ -37,6 +44,8 @@ ENCODERS = {
     "NomicBertModel": "NomicBertConfig",
     "RobertaModel": "RobertaConfig",
     "XLMRobertaModel": "XLMRobertaConfig",
+    "MPNetModel": "MPNetConfig",
+    "Gemma3TextModel": "Gemma3TextConfig",
 }
 RERANKERS = {
     "ModernBertForSequenceClassification": "ModernBertConfig",
@@ -73,7 +82,7 @@ def reference_model(architecture: str, config_class: str, folder: Path, **fields
     import transformers
 
     torch.manual_seed(0)
-    fields = (MODERN if config_class == "ModernBertConfig" else {}) | fields
+    fields = {"ModernBertConfig": MODERN, "Gemma3TextConfig": GEMMA}.get(config_class, {}) | fields
     config = getattr(transformers, config_class)(**TINY | fields)
     reference = getattr(transformers, architecture)(config).eval()
     with torch.no_grad():
@@ -90,7 +99,7 @@ def test_hidden_states(architecture, tmp_path):
     reference = reference_model(architecture, ENCODERS[architecture], tmp_path)
     reference = getattr(reference, "model", reference)  # of the masked language model, the encoder
     loaded = load_model(resolve(str(tmp_path)), progress=False)
-    assert loaded.config.max_positions == (38 if "Roberta" in architecture else 40)
+    assert loaded.config.max_positions == (38 if "Roberta" in architecture or "MPNet" in architecture else 40)
     hidden, _ = run(loaded.model, TEXTS)
     for row, text in enumerate(TEXTS):
         with torch.no_grad():
