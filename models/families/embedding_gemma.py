@@ -52,8 +52,8 @@ class BothWaysLayer(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
         x_BSD = x_BSD + self.attn_out_norm(self.attn.among(self.attn_norm(x_BSD), valid_BS))
-        y_BSD, _ = self.mlp(self.mlp_norm(x_BSD), None)
-        return x_BSD + self.mlp_out_norm(y_BSD)
+        y_TD, _ = self.mlp(self.mlp_norm(x_BSD).reshape(-1, x_BSD.shape[-1]), None)
+        return x_BSD + self.mlp_out_norm(y_TD.reshape(x_BSD.shape))
 
     def recipes(self, name: str) -> Recipes:
         return child_recipes(self, self.names, name)

@@ -151,10 +151,6 @@ def _lfm2(config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, Any]
         "conv_L_cache": get("shortconv.l_cache"),
         "norm_eps": config["rms_norm_eps"],
         "block_auto_adjust_ff_dim": False,
-        "num_experts": get("expert_count"),
-        "num_experts_per_tok": get("expert_used_count"),
-        "moe_intermediate_size": get("expert_feed_forward_length"),
-        "num_dense_layers": get("leading_dense_block_count"),
     }
 
 
@@ -167,5 +163,4 @@ _READERS = {
     "nemotron_h": _nemotron_h,
     "nemotron_h_moe": _nemotron_h,
     "lfm2": _lfm2,
-    "lfm2moe": _lfm2,
 }

@@ -245,10 +245,7 @@ def _nemotron_h(file: GGUFFile, block: str, part: str) -> Layout | None:
 
 
 def _lfm2(file: GGUFFile, block: str, part: str) -> Layout | None:
-    """The convolution without its axis of one; the experts' bias under a name that the table does not have."""
-    bias = f"{block}.exp_probs_b.bias"
-    if part == "feed_forward.expert_bias" and bias in file.tensors:
-        return Layout.as_it_is(file, bias)
+    """The convolution without its axis of one."""
     source = f"{block}.shortconv.conv.weight"
     if part != "conv.conv.weight" or source not in file.tensors:
         return None
@@ -270,5 +267,4 @@ _MAKERS: dict[str, Callable[[GGUFFile, str, str], Layout | None]] = {
     "nemotron_h": _nemotron_h,
     "nemotron_h_moe": _nemotron_h,
     "lfm2": _lfm2,
-    "lfm2moe": _lfm2,
 }

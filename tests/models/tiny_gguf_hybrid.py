@@ -14,7 +14,6 @@ ARCHITECTURES = {
     "Gemma4ForCausalLM": "gemma4",
     "GraniteMoeHybridForCausalLM": "granitehybrid",
     "Lfm2ForCausalLM": "lfm2",
-    "Lfm2MoeForCausalLM": "lfm2moe",
     "NemotronHForCausalLM": "nemotron_h_moe",
 }
 
@@ -63,17 +62,15 @@ def metadata(c: Mapping, arch: str) -> dict:
             "expert_shared_feed_forward_length": c["shared_intermediate_size"],
             "rope.scaling.finetuned": c["position_embedding_type"] == "rope",
         }
-    if arch in ("lfm2", "lfm2moe"):
+    if arch == "lfm2":
         kv = [0 if kind == "conv" else c["num_key_value_heads"] for kind in c["layer_types"]]
-        ffw = c["intermediate_size"]
-        if arch == "lfm2":
-            ffw = -(-(2 * ffw // 3) // c["block_multiple_of"]) * c["block_multiple_of"]
+        ffw = 2 * c["intermediate_size"] // 3
+        ffw = -(-ffw // c["block_multiple_of"]) * c["block_multiple_of"]
         return {
             "shortconv.l_cache": c["conv_L_cache"],
             "attention.head_count_kv": kv,
             "feed_forward_length": ffw,
             "attention.layer_norm_rms_epsilon": c["norm_eps"],
-            "leading_dense_block_count": c.get("num_dense_layers"),
         }
     if arch == "nemotron_h_moe":
         kinds = c["layers_block_type"]
@@ -142,7 +139,7 @@ def special(name: str, array: np.ndarray, c: Mapping, arch: str) -> dict[str, np
         return {f"{block}.ssm_norm.weight": array.reshape(groups, -1)}
     if part == "conv.conv.weight":
         return {f"{block}.shortconv.conv.weight": array[:, 0]}
-    if part in ("mixer.gate.e_score_correction_bias", "feed_forward.expert_bias"):
+    if part == "mixer.gate.e_score_correction_bias":
         return {f"{block}.exp_probs_b.bias": array}
     if part.startswith("shared_mlp."):
         ending = "_shexp" if c["num_local_experts"] else ""
