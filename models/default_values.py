@@ -86,6 +86,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "routed_scaling_factor": 1.0,
         "tie_word_embeddings": False, "topk_group": 1, "use_qk_norm": False, "vocab_size": 151552,
     },
+    "glm4_moe_lite": {
+        "attention_bias": False, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 10240,
+        "kv_lora_rank": 512, "max_position_embeddings": 202752, "moe_intermediate_size": 1536, "n_group": 1,
+        "n_routed_experts": 64, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 20,
+        "num_experts_per_tok": 4, "num_hidden_layers": 47, "num_key_value_heads": 20, "q_lora_rank": 768,
+        "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-05, "rope_interleave": True,
+        "rope_theta": 10000.0, "routed_scaling_factor": 1.8, "tie_word_embeddings": False, "topk_group": 1,
+        "v_head_dim": 256, "vocab_size": 154880,
+    },
     "gpt2": {
         "activation_function": "gelu_new", "attn_pdrop": 0.1, "layer_norm_epsilon": 1e-05, "n_embd": 768, "n_head": 12,
         "n_layer": 12, "n_positions": 1024, "reorder_and_upcast_attn": False, "scale_attn_by_inverse_layer_idx": False,
@@ -121,11 +130,27 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 1.0, "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "shared_intermediate_size": 1024,
         "tie_word_embeddings": False, "vocab_size": 32000,
     },
+    "kimi_linear": {
+        "attention_bias": False, "hidden_act": "silu", "hidden_size": 2304, "intermediate_size": 9216,
+        "kv_lora_rank": 512, "linear_conv_kernel_dim": 4, "linear_head_dim": 128, "linear_num_heads": 32,
+        "model_max_length": 1048576, "moe_intermediate_size": 1024, "moe_renormalize": True, "num_attention_heads": 32,
+        "num_expert_group": 1, "num_experts": 256, "num_experts_per_token": 8, "num_hidden_layers": 27,
+        "num_key_value_heads": 32, "num_shared_experts": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-05, "routed_scaling_factor": 2.446, "tie_word_embeddings": False, "topk_group": 1,
+        "v_head_dim": 128, "vocab_size": 163840,
+    },
     "lfm2": {
         "block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256, "conv_L_cache": 3,
         "conv_bias": False, "hidden_size": 2560, "intermediate_size": 12288, "max_position_embeddings": 128000,
         "norm_eps": 1e-05, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
         "rope_theta": 1000000.0, "tie_word_embeddings": True, "vocab_size": 65536,
+    },
+    "lfm2_moe": {
+        "conv_L_cache": 3, "conv_bias": False, "hidden_size": 2048, "intermediate_size": 7168,
+        "max_position_embeddings": 128000, "moe_intermediate_size": 1792, "norm_eps": 1e-05, "norm_topk_prob": True,
+        "num_attention_heads": 32, "num_dense_layers": 2, "num_experts": 32, "num_experts_per_tok": 4,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "rope_theta": 1000000.0, "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": True, "use_expert_bias": True, "vocab_size": 65536,
     },
     "llama": {
         "attention_bias": False, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
@@ -175,6 +200,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_activation": "gelu", "hidden_size": 768, "intermediate_size": 1152, "local_attention": 128,
         "max_position_embeddings": 8192, "mlp_bias": False, "norm_bias": False, "norm_eps": 1e-05,
         "num_attention_heads": 12, "num_hidden_layers": 22, "tie_word_embeddings": True, "vocab_size": 50368,
+    },
+    "mpnet": {
+        "hidden_act": "gelu", "hidden_size": 768, "intermediate_size": 3072, "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 512, "num_attention_heads": 12, "num_hidden_layers": 12,
+        "relative_attention_num_buckets": 32, "tie_word_embeddings": True, "vocab_size": 30527,
     },
     "nemotron_h": {
         "attention_bias": False, "chunk_size": 128, "conv_kernel": 4, "expand": 2, "head_dim": 128,
@@ -308,6 +338,9 @@ ALIASES: dict[str, dict[str, str]] = {
     "glm4_moe": {
         "num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers",
     },
+    "glm4_moe_lite": {
+        "head_dim": "qk_rope_head_dim", "num_local_experts": "n_routed_experts",
+    },
     "gpt2": {
         "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
         "num_hidden_layers": "n_layer",
@@ -317,6 +350,11 @@ ALIASES: dict[str, dict[str, str]] = {
     },
     "granitemoehybrid": {
         "layers_block_type": "layer_types",
+    },
+    "kimi_linear": {
+        "max_position_embeddings": "model_max_length", "n_group": "num_expert_group",
+        "n_shared_experts": "num_shared_experts", "norm_topk_prob": "moe_renormalize",
+        "num_experts_per_tok": "num_experts_per_token", "num_local_experts": "num_experts",
     },
     "minimax_m2": {
         "num_experts": "num_local_experts",
@@ -341,14 +379,17 @@ MODEL_TYPES: dict[str, str] = {
     "Cohere2ForCausalLM": "cohere2", "DeepseekV2ForCausalLM": "deepseek_v2", "DeepseekV3ForCausalLM": "deepseek_v3",
     "Exaone4ForCausalLM": "exaone4", "GPT2LMHeadModel": "gpt2", "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3_text",
-    "Gemma3nForCausalLM": "gemma3n_text", "Gemma3nForConditionalGeneration": "gemma3n_text",
-    "Gemma4ForCausalLM": "gemma4_text", "Gemma4ForConditionalGeneration": "gemma4_text", "GemmaForCausalLM": "gemma",
-    "Glm4MoeForCausalLM": "glm4_moe", "GptOssForCausalLM": "gpt_oss", "GraniteForCausalLM": "granite",
-    "GraniteMoeForCausalLM": "granitemoe", "GraniteMoeHybridForCausalLM": "granitemoehybrid", "Lfm2ForCausalLM": "lfm2",
+    "Gemma3TextModel": "gemma3_text", "Gemma3nForCausalLM": "gemma3n_text",
+    "Gemma3nForConditionalGeneration": "gemma3n_text", "Gemma4ForCausalLM": "gemma4_text",
+    "Gemma4ForConditionalGeneration": "gemma4_text", "GemmaForCausalLM": "gemma", "Glm4MoeForCausalLM": "glm4_moe",
+    "Glm4MoeLiteForCausalLM": "glm4_moe_lite", "GptOssForCausalLM": "gpt_oss", "GraniteForCausalLM": "granite",
+    "GraniteMoeForCausalLM": "granitemoe", "GraniteMoeHybridForCausalLM": "granitemoehybrid",
+    "KimiLinearForCausalLM": "kimi_linear", "Lfm2ForCausalLM": "lfm2", "Lfm2MoeForCausalLM": "lfm2_moe",
     "Llama4ForCausalLM": "llama4_text", "Llama4ForConditionalGeneration": "llama4_text", "LlamaForCausalLM": "llama",
-    "LlamaModel": "llama", "MiniMaxM2ForCausalLM": "minimax_m2", "Ministral3ForCausalLM": "ministral3",
-    "MinistralForCausalLM": "ministral", "Mistral3ForConditionalGeneration": "mistral", "MistralForCausalLM": "mistral",
-    "MistralModel": "mistral", "MixtralForCausalLM": "mixtral", "ModernBertForMaskedLM": "modernbert",
+    "LlamaModel": "llama", "MPNetForMaskedLM": "mpnet", "MPNetModel": "mpnet", "MiniMaxM2ForCausalLM": "minimax_m2",
+    "Ministral3ForCausalLM": "ministral3", "MinistralForCausalLM": "ministral",
+    "Mistral3ForConditionalGeneration": "mistral", "MistralForCausalLM": "mistral", "MistralModel": "mistral",
+    "MixtralForCausalLM": "mixtral", "ModernBertForMaskedLM": "modernbert",
     "ModernBertForSequenceClassification": "modernbert", "ModernBertModel": "modernbert",
     "NemotronHForCausalLM": "nemotron_h", "NomicBertModel": "nomic_bert", "Olmo2ForCausalLM": "olmo2",
     "Olmo3ForCausalLM": "olmo3", "OlmoeForCausalLM": "olmoe", "Phi3ForCausalLM": "phi3", "Qwen2ForCausalLM": "qwen2",
