@@ -70,10 +70,10 @@ def attend_texts(
         scale: multiplies q . k; None for h ** -0.5.
     """
     B, S, H, h = q_BSHh.shape
-    scale = h**-0.5 if scale is None else scale
+    times = h**-0.5 if scale is None else scale
 
     def attend(q_BQHh: jax.Array, first: jax.Array | int) -> jax.Array:
-        scores = jnp.einsum("bqhd,bshd->bhqs", q_BQHh, k_BSHh, preferred_element_type=jnp.float32) * scale
+        scores = jnp.einsum("bqhd,bshd->bhqs", q_BQHh, k_BSHh, preferred_element_type=jnp.float32) * times
         seen = valid_BS[:, None, None]
         position_Q = first + jnp.arange(q_BQHh.shape[1])
         if bias_HR is not None:
