@@ -1,7 +1,7 @@
 """Builds a wheel for this platform, with the native library inside: python scripts/build_wheel.py [DIR] (default: dist).
 
-`pip install FILE.whl` then needs no compiler, and `jaxserve serve` serves. The sources are copied first: nothing is left in the
-checkout but the wheel. `--check` installs it into a bare virtual environment and asks it for its version and its doctor's word.
+Installed, it needs no compiler. The sources are copied first: nothing is left in the checkout but the wheel. `--check` installs
+it into a bare virtual environment and asks it for its version and its doctor's word.
 """
 
 from __future__ import annotations
