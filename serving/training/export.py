@@ -33,6 +33,7 @@ _MODEL_TYPES = {
     "MiniMaxM2ForCausalLM": "minimax_m2",
     "XLMRobertaModel": "xlm-roberta",
     "OlmoeForCausalLM": "olmoe",
+    "Gemma3nForCausalLM": "gemma3n_text",
     "Gemma4ForCausalLM": "gemma4_text",
     "GraniteMoeHybridForCausalLM": "granitemoehybrid",
 }
