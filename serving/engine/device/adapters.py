@@ -47,8 +47,13 @@ class Adapters:
         self._decoder = decoder
         self.room = attach(model, slots, max_rank, mesh)
         self._split, self.stacks, self._places = decoder.split.with_adapters(model)
+        self._cut = tuple(stack.sharding for stack in self.stacks)
         self._head: list[int] = []
         self._asleep: list[tuple[tuple[int, ...], Any, Any]] = []
+
+    def keep(self, stacks: tuple[jax.Array, ...]) -> None:
+        """Uses what a load gave, cut over the devices as before: a program's results are whole on every device."""
+        self.stacks = tuple(jax.device_put(new, place) for new, place in zip(stacks, self._cut, strict=True))
 
     @property
     def leaves(self) -> tuple[Any, ...]:

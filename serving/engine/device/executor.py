@@ -308,7 +308,7 @@ class Executor:
             case LoadAdapter(slot, packed):
                 assert self.adapters is not None
                 load = self.programs[ProgramKey("load_adapter")]
-                self.adapters.stacks = load(self.adapters.stacks, np.int32(slot), packed)
+                self.adapters.keep(load(self.adapters.stacks, np.int32(slot), packed))
                 return None
             case LoadSlot(replica, slot, seen, ids, values, banned):
                 # Out of range, so nothing is written, but for the one replica.
