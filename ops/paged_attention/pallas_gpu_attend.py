@@ -227,7 +227,7 @@ def _attend_kernel(
     best_M, total_M, *sums = jax.lax.fori_loop(whole, blocks, functools.partial(fold, True), carry)
 
     if parts:
-        best_WKM, total_WKM, *rest = refs
+        best_WKM, total_WKM, *rest = left
         plt.store(best_WKM.at[w, head, row_M], best_M, mask=real_M)
         plt.store(total_WKM.at[w, head, row_M], total_M, mask=real_M)
         for piece, value in zip(v_parts, sums, strict=True):
