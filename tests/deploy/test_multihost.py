@@ -127,7 +127,7 @@ def test_keys_are_read_from_the_secret(tmp_path):
     for command in made:
         file, *rest = command.split()
         assert file == name and make_key([str(tmp_path / file), *rest]) == 0
-    assert len(read_file(tmp_path / name)) == len(made) == 2
+    assert len(read_file(tmp_path / name)) == len(made) == 3
 
 
 # The fields of leaderworkerset.x-k8s.io/v1 that are used here, from the API's reference (https://lws.sigs.k8s.io).
