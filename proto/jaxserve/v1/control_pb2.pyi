@@ -11,7 +11,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "platform", "mesh", "uptime_s", "draining", "num_running", "num_waiting", "num_pages_free", "num_pages_total", "prompt_tokens", "generation_tokens", "num_steps", "num_preemptions", "num_recompilations", "prefix_queries", "prefix_hits", "num_scheduled_tokens", "num_bucket_tokens", "host_time_s", "device_wait_time_s", "adapters", "takes_adapters")
+    __slots__ = ("version", "platform", "mesh", "uptime_s", "draining", "num_running", "num_waiting", "num_pages_free", "num_pages_total", "prompt_tokens", "generation_tokens", "num_steps", "num_preemptions", "num_recompilations", "prefix_queries", "prefix_hits", "num_scheduled_tokens", "num_bucket_tokens", "host_time_s", "device_wait_time_s", "adapters", "takes_adapters", "num_drafts", "num_draft_tokens", "num_accepted_tokens", "accepted_per_pos")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PLATFORM_FIELD_NUMBER: _ClassVar[int]
     MESH_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,10 @@ class GetServerInfoResponse(_message.Message):
     DEVICE_WAIT_TIME_S_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     TAKES_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_PER_POS_FIELD_NUMBER: _ClassVar[int]
     version: str
     platform: str
     mesh: str
@@ -56,7 +60,11 @@ class GetServerInfoResponse(_message.Message):
     device_wait_time_s: float
     adapters: _containers.RepeatedCompositeFieldContainer[LoadedAdapter]
     takes_adapters: bool
-    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., mesh: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_free: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_recompilations: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_scheduled_tokens: _Optional[int] = ..., num_bucket_tokens: _Optional[int] = ..., host_time_s: _Optional[float] = ..., device_wait_time_s: _Optional[float] = ..., adapters: _Optional[_Iterable[_Union[LoadedAdapter, _Mapping]]] = ..., takes_adapters: _Optional[bool] = ...) -> None: ...
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    accepted_per_pos: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., mesh: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_free: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_recompilations: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_scheduled_tokens: _Optional[int] = ..., num_bucket_tokens: _Optional[int] = ..., host_time_s: _Optional[float] = ..., device_wait_time_s: _Optional[float] = ..., adapters: _Optional[_Iterable[_Union[LoadedAdapter, _Mapping]]] = ..., takes_adapters: _Optional[bool] = ..., num_drafts: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., accepted_per_pos: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LoadedAdapter(_message.Message):
     __slots__ = ("name", "digest", "rank", "num_matrices", "path", "tenants", "own_text")

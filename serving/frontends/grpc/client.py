@@ -298,6 +298,10 @@ class RemoteEngineClient(EngineClient):
             num_bucket_tokens_total=server.num_bucket_tokens,
             host_time_s_total=server.host_time_s,
             device_wait_time_s_total=server.device_wait_time_s,
+            num_drafts=server.num_drafts,
+            num_draft_tokens=server.num_draft_tokens,
+            num_accepted_tokens=server.num_accepted_tokens,
+            accepted_per_pos=tuple(server.accepted_per_pos) or None,
         )
         if self._on_stats is not None:
             self._on_stats()
@@ -383,6 +387,8 @@ def _output(
         stop_reason=stop,
         num_prompt_tokens=prompt_tokens,
         num_cached_tokens=message.usage.cached_tokens,
+        accepted_drafts=message.usage.accepted_drafts,
+        rejected_drafts=message.usage.rejected_drafts,
         times=RequestTimes(request.arrival_time, scheduled, first_token, now if finish else 0.0),
     )
 

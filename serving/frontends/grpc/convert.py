@@ -259,6 +259,8 @@ def response_to(request_id: str, output: TextOutput) -> pb.GenerateResponse:
             queue_s=_since(times.arrival, times.scheduled),
             time_to_first_token_s=_since(times.arrival, times.first_token),
             total_s=_since(times.arrival, times.finished),
+            accepted_drafts=output.accepted_drafts,
+            rejected_drafts=output.rejected_drafts,
         )
     )
     return wire

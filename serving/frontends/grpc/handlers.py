@@ -165,6 +165,10 @@ class Control(ControlCalls):
             num_bucket_tokens=stats.num_bucket_tokens_total,
             host_time_s=stats.host_time_s_total,
             device_wait_time_s=stats.device_wait_time_s_total,
+            num_drafts=stats.num_drafts,
+            num_draft_tokens=stats.num_draft_tokens,
+            num_accepted_tokens=stats.num_accepted_tokens,
+            accepted_per_pos=stats.accepted_per_pos or (),
             takes_adapters=adapters.open,
             adapters=[loaded_adapter(service, one) for one in adapters.visible()],
         )

@@ -125,6 +125,7 @@ async def test_a_servers_counters_arrive_whole(serve):
     }
     names = [field.name for field in dataclasses.fields(EngineStats) if field.name not in absent]
     stats = EngineStats(**{name: i + 1 for i, name in enumerate(names)})
+    stats = dataclasses.replace(stats, accepted_per_pos=(3, 1))
     engine = MockEngine()
     engine.stats = lambda: stats
     async with gateway(serve, engine) as (_, service):
