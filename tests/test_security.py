@@ -136,7 +136,7 @@ def test_a_program_that_another_user_could_have_written_is_not_loaded(tmp_path, 
     path = cache._path("p")
     path.write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     monkeypatch.setattr(compiling.os, "getuid", lambda: path.stat().st_uid + 1)
-    monkeypatch.setattr(compiling.serialize_executable, "deserialize_and_load", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(compiling.serialize_executable, "deserialize_and_load", lambda *a, **k: pytest.fail("loaded"))
     assert cache.load("p") is None
 
 

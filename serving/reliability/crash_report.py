@@ -69,7 +69,7 @@ def write(
         name = f"crash-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}.json"
         handle, draft = tempfile.mkstemp(dir=where, suffix=".tmp")  # of mode 0600
         with open(handle, "w", encoding="utf-8") as out:
-            json.dump(report, out, indent=1)
+            json.dump(report, out, indent=1, default=_plain)
         os.replace(draft, where / name)
         for old in sorted(where.glob("crash-*.json"))[:-KEPT]:
             old.unlink(missing_ok=True)
@@ -84,6 +84,11 @@ def _message(error: BaseException) -> str:
     module = type(error).__module__
     known = module.startswith(("serving.", "jax")) or type(error) in (RuntimeError, MemoryError)
     return str(error)[:MAX_MESSAGE_CHARS] if known else "(left out: it may quote a request)"
+
+
+def _plain(value: object) -> list[Any]:
+    """What JSON has no word for: sets of names, and arrays of counts."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(getattr(value, "tolist", list)())
 
 
 def _stack(error: BaseException) -> list[str]:

@@ -14,14 +14,15 @@ import sys
 
 import jax
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
+if __name__ == "__main__":  # the test imports what is asked, and its process is to stay as it is
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
 
-from serving.boot.startup import start  # noqa: E402
-from serving.engine.api.config import EngineConfig  # noqa: E402
-from serving.engine.api.sampling_params import SamplingParams  # noqa: E402
-from serving.service import GenerateInput, collect  # noqa: E402
+from serving.boot.startup import start
+from serving.engine.api.config import EngineConfig
+from serving.engine.api.sampling_params import SamplingParams
+from serving.service import GenerateInput, collect
 
 MESHES = ("model=1", "model=2", "data=2")
 NAMES = ("a", "b", "c", "d")

@@ -165,7 +165,9 @@ class ProgramCache:
             return None
         try:
             # Our own file, in a folder of mode 0700 owned by this user, checked above: not foreign input.
-            return serialize_executable.deserialize_and_load(*_Unpickler(io.BytesIO(path.read_bytes())).load())
+            *program, ids = _Unpickler(io.BytesIO(path.read_bytes())).load()
+            devices = None if ids is None else [_device(one) for one in ids]
+            return serialize_executable.deserialize_and_load(*program, execution_devices=devices)
         except Exception as e:  # a stale or torn file costs a compilation, never the start
             log.info("cached program %s is not usable (%s)", name, type(e).__name__)
             return None
@@ -176,7 +178,7 @@ class ProgramCache:
             return
         try:
             blob = io.BytesIO()
-            _Pickler(blob).dump(serialize_executable.serialize(compiled))
+            _Pickler(blob).dump((*serialize_executable.serialize(compiled), _devices_of(compiled)))
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
                 f.write(blob.getbuffer())
             os.replace(f.name, path)
@@ -193,7 +195,24 @@ class _Pickler(pickle.Pickler):
 
 class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
-        return next(device for device in jax.devices() if device.id == pid)
+        return _device(pid)
+
+
+def _device(number: int) -> Any:
+    return next(device for device in jax.devices() if device.id == number)
+
+
+def _devices_of(compiled: Any) -> tuple[int, ...] | None:
+    """Numbers of the devices that an executable runs on, in its order; None where nothing says.
+
+    jax loads an executable for all devices of the process, in their order, unless told otherwise; one that was made for fewer, such
+    as a mesh of one device on a machine with two, then refuses its arguments.
+    """
+    for sharding in jax.tree.leaves(compiled.input_shardings):
+        named = isinstance(sharding, jax.sharding.NamedSharding)
+        devices = list(sharding.mesh.devices.flat) if named else sorted(sharding.device_set, key=lambda one: one.id)
+        return tuple(one.id for one in devices)
+    return None
 
 
 def compile_all(
