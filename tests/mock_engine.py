@@ -83,7 +83,9 @@ class MockTokenizer:
 
 
 def _said(content: Any) -> str:
-    return content or "" if not isinstance(content, list) else "".join(part["text"] for part in content)
+    """The text of a content, whose parts may be bare texts or refusals, as a chat template reads it."""
+    parts = content if isinstance(content, list) else [content or ""]
+    return "".join(part if isinstance(part, str) else part.get("refusal") or part["text"] for part in parts)
 
 
 class MockTemplate:
