@@ -209,8 +209,8 @@ def _devices_of(compiled: Any) -> tuple[int, ...] | None:
     as a mesh of one device on a machine with two, then refuses its arguments.
     """
     for sharding in jax.tree.leaves(compiled.input_shardings):
-        named = isinstance(sharding, jax.sharding.NamedSharding)
-        devices = list(sharding.mesh.devices.flat) if named else sorted(sharding.device_set, key=lambda one: one.id)
+        mesh: Any = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
+        devices = list(mesh.devices.flat) if mesh else sorted(sharding.device_set, key=lambda one: one.id)
         return tuple(one.id for one in devices)
     return None
 
