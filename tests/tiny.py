@@ -47,6 +47,13 @@ def tiny_model() -> nnx.Module:
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, filled))
 
 
+def own_tiny_model(scale: float = 1.0) -> nnx.Module:
+    """`tiny_model` with arrays of its own, times `scale`: for whoever deletes, donates or trains them. The cached ones are
+    everybody's in this process."""
+    graph, state = nnx.split(tiny_model())
+    return nnx.merge(graph, jax.tree.map(lambda x: x * scale + 0, state))
+
+
 def tiny_engine(
     config: EngineConfig | None = None,
     *,

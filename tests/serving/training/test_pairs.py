@@ -17,7 +17,7 @@ from serving.training.network import take_apart
 from serving.training.packing import pair_rows
 from serving.training.settings import Optimizer
 from serving.training.steps import Programs, optimizer
-from tests.tiny import tiny_model
+from tests.tiny import own_tiny_model
 from tests.tiny_encoder import tiny_encoder
 
 MODES = ("mean",)
@@ -61,7 +61,7 @@ def test_the_formula():
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 @pytest.mark.parametrize("lora", [LoraSettings(4, 8.0), None])
 def test_embedding_models_learn(kind, lora):
-    model = tiny_model_again() if kind == "decoder" else random_model(tiny_encoder().config, seed=1)
+    model = own_tiny_model() if kind == "decoder" else random_model(tiny_encoder().config, seed=1)
     rows = pair_rows(pairs(8), 16)
     float32 = jnp.dtype("float32")
     network, frozen, trained = take_apart(model, lora, float32, float32, False, 0)
@@ -73,10 +73,3 @@ def test_embedding_models_learn(kind, lora):
         trained, state, _ = programs.update(trained, state, grads)
         found.append(float(loss) / 8)
     assert found[-1] < 0.9 * found[0]
-
-
-def tiny_model_again():
-    """`tests.tiny.tiny_model`, for whoever takes it apart."""
-    from flax import nnx
-
-    return nnx.merge(*nnx.split(tiny_model()), copy=True)

@@ -23,7 +23,7 @@ from serving.errors import DIED, ErrorKind, RequestError
 from serving.reliability.faults import Fault, FaultyRunner
 from serving.reliability.watchdog import StalledError, Watchdog
 from tests.mock_engine import until
-from tests.tiny import VOCAB, tiny_engine, tiny_model
+from tests.tiny import VOCAB, own_tiny_model, tiny_engine
 
 POISON = 250
 
@@ -54,17 +54,11 @@ async def _run_all(engine, requests):
     return await asyncio.gather(*(_run(engine, r) for r in requests))
 
 
-def _copy(scale=1.0):
-    """The tiny model with weights of its own, which may be deleted, and other ones of the same shapes."""
-    graph, state = nnx.split(tiny_model())
-    return nnx.merge(graph, jax.tree.map(lambda x: x * scale + 0, state))
-
-
 @pytest.fixture(scope="module")
 def engine():
     engine = tiny_engine()
     with starting():  # what the copies compile is none of the engine's business
-        engine.runner.executor.replace_weights(engine.runner.executor.leaves_of(_copy()))
+        engine.runner.executor.replace_weights(engine.runner.executor.leaves_of(own_tiny_model()))
     runner = engine.loop.runner
     yield engine
     engine.loop.runner = runner
@@ -189,7 +183,7 @@ def alive(engine, broken):
     """The engine with a way to read weights; wakes it, whatever a test left."""
     engine.lifecycle = Lifecycle(
         Resting(engine.loop, engine.scheduler, engine.runner.executor),
-        lambda name: _copy(0.9 if name == "other" else 1.0),
+        lambda name: own_tiny_model(0.9 if name == "other" else 1.0),
     )
     yield engine
     if engine.lifecycle.asleep:
@@ -272,7 +266,7 @@ async def test_weights_of_another_shape_are_refused_and_the_old_ones_serve_on(al
     alive.lifecycle._load_model = lambda name: (_ for _ in ()).throw(ValueError("no such file."))
     with pytest.raises(RequestError, match="no such file"):
         await asyncio.to_thread(alive.lifecycle.update_weights, "none")
-    alive.lifecycle._load_model = lambda name: _copy()
+    alive.lifecycle._load_model = lambda name: own_tiny_model()
     assert [tokens for tokens, _ in await _run_all(alive, _requests())] == expected
 
 
