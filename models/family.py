@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.config import ModelConfig
+from models.heads.mtp import MTP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Family:
         tasks: what a server does with it: "generate" and "embed" (a `models.api.CausalLM`), "embed" (an `Encoder`) or "classify"
             and "score" (a `Classifier`; it scores where it has one label).
         ignore: regular expressions for tensor names that checkpoints of this family carry without need.
+        mtp: of the same dictionary, the head for further tokens that checkpoints may bring along.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Family:
     gguf: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("generate", "embed")
+    mtp: Callable[[Mapping[str, Any]], MTP] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", _told(self.config))

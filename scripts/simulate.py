@@ -31,7 +31,7 @@ import numpy as np
 
 from serving.boot.engine_flags import add_settings
 from serving.engine.api.config import EngineConfig
-from serving.engine.requests.buckets import BucketTable
+from serving.engine.api.speculative import MAX_DRAFT_TOKENS, SpeculativeConfig
 from serving.engine.scheduling.policy import KEYS
 from serving.engine.scheduling.scheduler import SchedulerConfig
 from serving.installation import extra
@@ -61,6 +61,7 @@ class Run:
     engines: int = 1
     routing: str = "cache"
     balance: Balance = dataclasses.field(default_factory=Balance)
+    acceptance: float = 0.0
 
 
 def requests_of(trace: str, rate: float, seed: int, count: int | None) -> Iterator[TraceRequest]:
@@ -74,7 +75,11 @@ def simulate(run: Run) -> tuple[dict[str, object], dict[str | None, np.ndarray]]
     if run.engines > 1:
         return simulate_cluster(run)
     simulation = Simulation(
-        run.config, run.cost, asynchronous=run.asynchronous, max_num_queued_reqs=run.max_num_queued_reqs
+        run.config,
+        run.cost,
+        asynchronous=run.asynchronous,
+        max_num_queued_reqs=run.max_num_queued_reqs,
+        acceptance=run.acceptance,
     )
     report = Report()
     for outcome in simulation.run(requests_of(run.trace, run.rate, run.seed, run.requests)):
@@ -93,6 +98,7 @@ def simulate_cluster(run: Run) -> tuple[dict[str, object], dict[str | None, np.n
         router,
         asynchronous=run.asynchronous,
         max_num_queued_reqs=run.max_num_queued_reqs,
+        acceptance=run.acceptance,
     )
     report = Report()
     for outcome in cluster.run(requests_of(run.trace, run.rate, run.seed, run.requests)):
@@ -164,6 +170,9 @@ def engine_config(args: argparse.Namespace, policy: str, seqs: int, tokens: int)
         max_model_len=args.max_model_len,
         page_size=args.page_size,
         enable_prefix_caching=args.enable_prefix_caching,
+        speculative_config=SpeculativeConfig("ngram", num_speculative_tokens=args.draft_tokens)
+        if args.draft_tokens
+        else None,
         **policy_settings(policy),
     )
 
@@ -204,6 +213,16 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument_group("settings, as the server's"),
         {name: defaults[name] for name in SETTINGS},
         help=dict.fromkeys(("max_num_seqs", "max_num_batched_tokens"), "default: the cost model's"),
+    )
+    parser.add_argument(
+        "--draft-tokens",
+        type=int,
+        default=0,
+        metavar="K",
+        help="drafts of a request in a step at most; they cost nothing",
+    )
+    parser.add_argument(
+        "--acceptance", type=float, default=0.7, metavar="P", help="how likely a draft is right if those before it are"
     )
     parser.add_argument("--num-pages", type=int, default=8192, help="of each engine")
     parser.add_argument("--engines", type=int, default=1, metavar="N", help="so many engines alike behind a router")
@@ -249,6 +268,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--rate must be above 0, got {args.rate}.")
     if args.engines < 1:
         parser.error(f"--engines must be at least 1, got {args.engines}.")
+    if not 0 <= args.draft_tokens <= MAX_DRAFT_TOKENS:
+        parser.error(f"--draft-tokens must be from 0 to {MAX_DRAFT_TOKENS}, got {args.draft_tokens}.")
+    if not 0 <= args.acceptance <= 1:
+        parser.error(f"--acceptance must be from 0 to 1, got {args.acceptance}.")
     if args.fit:
         return fit_cost(args)
     count = args.requests or (10_000 if args.trace in GENERATORS else None)
@@ -258,8 +281,8 @@ def main(argv: list[str] | None = None) -> None:
     cost = CostModel.load(args.cost or DEFAULT_COST)
     seqs = args.max_num_seqs or cost.max_num_seqs
     tokens = args.max_num_batched_tokens or cost.max_num_batched_tokens
-    cost = dataclasses.replace(cost, max_num_seqs=seqs, max_num_batched_tokens=tokens)
-    table = BucketTable.make(seqs, tokens)
+    cost = dataclasses.replace(cost, max_num_seqs=seqs, max_num_batched_tokens=tokens, draft_tokens=args.draft_tokens)
+    table = cost.buckets
     balance = Balance(abs_threshold=args.balance_abs_threshold, rel_threshold=args.balance_rel_threshold)
     routings = args.routing if args.engines > 1 else args.routing[:1]
     runs = {
@@ -275,12 +298,14 @@ def main(argv: list[str] | None = None) -> None:
                 max_chunk_rows=table.max_rows,
                 num_pages=args.num_pages,
                 buckets=table,
+                step_seconds=cost.decode_steps() if args.draft_tokens else (),
             ),
             args.async_scheduling,
             args.max_num_queued_reqs,
             args.engines,
             routing,
             balance,
+            args.acceptance,
         )
         for policy in args.policy
         for routing in routings

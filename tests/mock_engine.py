@@ -163,6 +163,7 @@ class MockEngine:
         self._pages: dict[str, int] = {}
         self.failure: BaseException | None = None
         self.fail_next: str | None = None
+        self.drafts = 0, 0  # accepted and rejected of each request
 
     # -- EngineClient ------------------------------------------------------------------------------------------------
 
@@ -287,6 +288,8 @@ class MockEngine:
                 num_prompt_tokens=len(request.prompt_token_ids),
                 num_cached_tokens=0,
                 times=RequestTimes(request.arrival_time, start, first_token, time.monotonic() if finish else 0.0),
+                accepted_drafts=self.drafts[0] if finish else 0,
+                rejected_drafts=self.drafts[1] if finish else 0,
             )
             first = False
             if finish is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from models.config import MLAConfig, ModelConfig, MoEConfig, from_hf, rope_from_hf
 from models.decoder import Decoder
 from models.family import Family
+from models.heads.mtp import MTP, behind
 from models.layers import Build, GatedMLP, Layer
 from models.layers.mla import LatentAttention
 from models.layers.moe import MoE
@@ -91,6 +92,18 @@ def glm4_moe_lite_config(hf: Mapping[str, Any]) -> ModelConfig:
     return dataclasses.replace(config, moe=moe)
 
 
+def deepseek_v3_mtp(hf: Mapping[str, Any]) -> MTP:
+    layers = hf["num_hidden_layers"]
+    return MTP(deepseek_v3_config({**hf, "num_hidden_layers": layers + 1}), DeepseekLayer, behind(layers))
+
+
+def glm4_moe_lite_mtp(hf: Mapping[str, Any]) -> MTP:
+    layers = hf["num_hidden_layers"]
+    kinds = hf.get("mlp_layer_types")
+    more = {} if kinds is None else {"mlp_layer_types": [*kinds[:layers], "sparse"]}
+    return MTP(glm4_moe_lite_config({**hf, **more, "num_hidden_layers": layers + 1}), DeepseekLayer, behind(layers))
+
+
 FAMILIES = (
     Family("DeepSeek-V2", ("DeepseekV2ForCausalLM",), deepseek_v2_config, build, gguf=("deepseek2",)),
     Family(
@@ -99,6 +112,7 @@ FAMILIES = (
         deepseek_v3_config,
         build,
         gguf=("deepseek2 with sigmoid routing",),
+        mtp=deepseek_v3_mtp,
     ),
-    Family("GLM-4.7 Flash (MoE)", ("Glm4MoeLiteForCausalLM",), glm4_moe_lite_config, build),
+    Family("GLM-4.7 Flash (MoE)", ("Glm4MoeLiteForCausalLM",), glm4_moe_lite_config, build, mtp=glm4_moe_lite_mtp),
 )

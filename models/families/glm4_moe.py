@@ -8,6 +8,7 @@ from typing import Any
 from models.config import ModelConfig, MoEConfig, from_hf
 from models.decoder import Decoder
 from models.family import Family
+from models.heads.mtp import MTP, behind
 from models.layers import Build, GatedMLP, Layer
 from models.layers.moe import MoE
 
@@ -45,4 +46,9 @@ def glm4_moe_config(hf: Mapping[str, Any]) -> ModelConfig:
     return from_hf(hf, moe=moe, qk_norm=norms, qkv_bias=bool(hf.get("attention_bias", False)))
 
 
-FAMILIES = (Family("GLM-4.5, 4.6, 4.7 (MoE)", ("Glm4MoeForCausalLM",), glm4_moe_config, build),)
+def glm4_moe_mtp(hf: Mapping[str, Any]) -> MTP:
+    layers = hf["num_hidden_layers"]
+    return MTP(glm4_moe_config({**hf, "num_hidden_layers": layers + 1}), Glm4MoELayer, behind(layers))
+
+
+FAMILIES = (Family("GLM-4.5, 4.6, 4.7 (MoE)", ("Glm4MoeForCausalLM",), glm4_moe_config, build, mtp=glm4_moe_mtp),)

@@ -3,13 +3,15 @@ fourth, dense or with many small experts and a gated shared one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from models.config import ModelConfig, from_hf
 from models.decoder import Decoder
 from models.families.qwen_moe import qwen_moe
 from models.family import Family
+from models.heads import mtp
+from models.heads.mtp import MTP
 from models.layers import Build, GatedMLP, Layer
 from models.layers.mixing import mixer_of
 from models.layers.moe import MoE
@@ -86,8 +88,30 @@ def qwen3_5_moe_config(hf: Mapping[str, Any]) -> ModelConfig:
     return _hybrid(hf, moe=qwen_moe(hf, shared_ffw_dim=hf["shared_expert_intermediate_size"], shared_gate=True))
 
 
+def _mtp(read: Callable[[Mapping[str, Any]], ModelConfig]) -> Callable[[Mapping[str, Any]], MTP]:
+    """The head: a layer with attention, whatever the model's own."""
+
+    def made(hf: Mapping[str, Any]) -> MTP:
+        layers, every = hf["num_hidden_layers"], hf.get("full_attention_interval") or 4
+        kinds = hf.get("layer_types") or [
+            "linear_attention" if (index + 1) % every else "full_attention" for index in range(layers)
+        ]
+        more = {"num_hidden_layers": layers + 1, "layer_types": [*kinds[:layers], "full_attention"]}
+        return MTP(read({**hf, **more}), QwenHybridLayer, mtp.BESIDE)
+
+    return made
+
+
 FAMILIES = (
-    Family("Qwen3-Next", ("Qwen3NextForCausalLM",), qwen3_next_config, build, gguf=("qwen3next",), ignore=BESIDE),
+    Family(
+        "Qwen3-Next",
+        ("Qwen3NextForCausalLM",),
+        qwen3_next_config,
+        build,
+        gguf=("qwen3next",),
+        ignore=BESIDE,
+        mtp=_mtp(qwen3_next_config),
+    ),
     Family(
         "Qwen3.5, 3.6, 3.8 (text)",
         ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"),
@@ -95,6 +119,7 @@ FAMILIES = (
         build,
         gguf=("qwen35",),
         ignore=BESIDE,
+        mtp=_mtp(qwen3_5_config),
     ),
     Family(
         "Qwen3.5, 3.6 MoE (text)",
@@ -103,5 +128,6 @@ FAMILIES = (
         build,
         gguf=("qwen35moe",),
         ignore=BESIDE,
+        mtp=_mtp(qwen3_5_moe_config),
     ),
 )

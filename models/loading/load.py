@@ -159,7 +159,7 @@ def fill(
     assert recipes.keys() == parameters.keys(), f"recipes do not match: {recipes.keys() ^ parameters.keys()}"
     if getattr(model, "head", None) is None:
         ignore = (*ignore, r"^(lm_head|output)\.weight$")
-    _check(recipes, checkpoint, (*IGNORED, *ignore))
+    check_tensors(recipes, checkpoint, ignore)
 
     devices = [jax.devices()[0]] if build.mesh is None else list(build.mesh.devices.flat)
     on_cpu = len(devices) == 1 and devices[0].platform == "cpu"
@@ -237,7 +237,15 @@ def _quantized(parameter: Weight, value: jax.Array, scheme: str | None) -> Any:
     return pack_experts(weight) if parameter.get_metadata().get("packed") else weight
 
 
-def _check(recipes: Recipes, checkpoint: Checkpoint, ignore: tuple[str, ...]) -> None:
+def check_tensors(recipes: Recipes, checkpoint: Checkpoint, ignore: tuple[str, ...]) -> None:
+    """Holds a checkpoint's headers against what a network needs.
+
+    Args:
+        ignore: regular expressions for tensors that nobody needs, besides those of IGNORED.
+    Raises:
+        ValueError: a missing, extra or wrongly shaped tensor, by name.
+    """
+    ignore = (*IGNORED, *ignore)
     used: set[str] = set()
     for path, recipe in recipes.items():
         for piece in recipe.pieces:

@@ -17,10 +17,13 @@ channels or heads, those that `axis` splits over the devices, or all where it is
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from ops.per_device import per_device
@@ -28,7 +31,7 @@ from ops.recurrent import native, xla
 from ops.recurrent.batch import RecurrentBatch
 from ops.recurrent.states import States
 
-__all__ = ["BACKENDS", "RecurrentBatch", "States", "matrix_recurrence", "selective_scan", "short_conv"]
+__all__ = ["BACKENDS", "Held", "RecurrentBatch", "States", "matrix_recurrence", "selective_scan", "short_conv"]
 
 BACKENDS: dict[str, Any] = {"native": native, "xla": xla}
 """Modules with the three functions, best first."""
@@ -58,11 +61,8 @@ def short_conv(
         y_TD float32 (arbitrary at padded tokens), and the states behind this step.
     """
 
-    def run(*operands: Any) -> tuple[jax.Array, jax.Array]:
-        return _first("short_conv", *operands, activation)
-
-    operands = (x_TD, kernel_WD, bias_D, state_SwD, batch)
-    return _placed(run, operands, (1, 1, 0, 2, None), (1, 2), mesh, axis)
+    op = Op("short_conv", (1, 1, 0, 2, None), (1, 2), mesh, axis, (activation,))
+    return op((x_TD, kernel_WD, bias_D), state_SwD, batch)
 
 
 def matrix_recurrence(
@@ -95,11 +95,8 @@ def matrix_recurrence(
         o_THp float32 (arbitrary at padded tokens), and the states behind this step.
     """
 
-    def run(*operands: Any) -> tuple[jax.Array, jax.Array]:
-        return _first("matrix_recurrence", *operands)
-
-    operands = (q_TKn, k_TKn, v_THp, log_decay, beta_TH, state_SHnp, batch)
-    return _placed(run, operands, (1, 1, 1, 1, 1, 1, None), (1, 1), mesh, axis)
+    op = Op("matrix_recurrence", (1, 1, 1, 1, 1, 1, None), (1, 1), mesh, axis)
+    return op((q_TKn, k_TKn, v_THp, log_decay, beta_TH), state_SHnp, batch)
 
 
 def selective_scan(
@@ -126,11 +123,69 @@ def selective_scan(
         y_TD float32 (arbitrary at padded tokens), and the states behind this step.
     """
 
-    def run(*operands: Any) -> tuple[jax.Array, jax.Array]:
-        return _first("selective_scan", *operands)
+    op = Op("selective_scan", (1, 1, 1, None, None, 2, None), (1, 2), mesh, axis)
+    return op((x_TD, dt_TD, A_ND, B_TN, C_TN), state_SND, batch)
 
-    operands = (x_TD, dt_TD, A_ND, B_TN, C_TN, state_SND, batch)
-    return _placed(run, operands, (1, 1, 1, None, None, 2, None), (1, 2), mesh, axis)
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One of these functions, on some devices. Hashable and static.
+
+    Attributes:
+        name: of the bodies' function.
+        split: of every operand, the state and the batch, which of its axes the mesh axis splits; None for none.
+        results: of both results.
+        options: what the bodies are given besides.
+    """
+
+    name: str
+    split: tuple[int | None, ...]
+    results: tuple[int, int]
+    mesh: Mesh | None
+    axis: str | None
+    options: tuple[Any, ...] = ()
+
+    def __call__(self, operands: tuple[Any, ...], state: jax.Array, batch: RecurrentBatch) -> tuple[jax.Array, Any]:
+        """(outputs, states behind the step); of a tentative batch, the states are a `Held`."""
+        if not batch.tentative:
+            return self._run(operands, state, batch)
+        assert not batch.num_chunk, "a tentative step has decode rows alone"
+        rows = jnp.arange(batch.num_decode, dtype=jnp.int32)
+        # On copies: bodies change states where they lie.
+        out, _ = self._run(
+            operands, state[batch.decode_slot_B], dataclasses.replace(batch, decode_slot_B=rows, tentative=False)
+        )
+        return out, Held(state, operands, self)
+
+    def _run(self, operands: tuple[Any, ...], state: jax.Array, batch: RecurrentBatch) -> tuple[jax.Array, jax.Array]:
+        def run(*operands: Any) -> tuple[jax.Array, jax.Array]:
+            return _first(self.name, *operands, *self.options)
+
+        return _placed(run, (*operands, state, batch), self.split, self.results, self.mesh, self.axis)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["state", "operands"], meta_fields=["op"])
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What a tentative step has seen, from which states are made when it is known how far it counts.
+
+    Attributes:
+        state: of every slot, before the step; None where it is kept apart.
+        operands: of the decode rows' tokens.
+    """
+
+    state: jax.Array | None
+    operands: tuple[Any, ...]
+    op: Op
+
+    def commit(self, state: jax.Array, batch: RecurrentBatch) -> jax.Array:
+        """The states behind the tokens that count.
+
+        Args:
+            state: those before the step.
+            batch: the step's, its `decode_count_B` what counts, and not tentative.
+        """
+        return self.op(self.operands, state, batch)[1]
 
 
 def _placed(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
     jax.tree_util.register_dataclass,
     data_fields=["decode_slot_B", "decode_start_B", "decode_count_B", "accepted_B",
                  "chunk_slot_R", "chunk_first_R", "chunk_start_R", "chunk_qlen_R"],
-    meta_fields=["num_tokens", "queries", "replayed"],
+    meta_fields=["num_tokens", "queries", "replayed", "tentative"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class RecurrentBatch:
@@ -46,6 +46,9 @@ class RecurrentBatch:
     sequence, the others are skipped; the state that is kept is the one behind the accepted ones, and what the new tokens
     do to it shows in their outputs alone."""
     accepted_B: jax.Array | None = None  # where replayed > 0
+    tentative: bool = False  # static
+    """How many of a decode row's tokens become part of the sequence is found out afterwards: states stay as they are, and come
+    back as `Held`, which brings them behind as many tokens as there turn out to be. Such a step has no chunks."""
 
     @property
     def num_decode(self) -> int:

@@ -16,7 +16,7 @@ from models.loading.opening import Opened, open_checkpoint
 from models.loading.source import ModelSource
 from ops import native
 from ops.paged_attention import BACKENDS
-from serving.boot.draft import CheckedDraft, check_draft
+from serving.boot.draft import CheckedDraft, Target, check_draft
 from serving.engine.api.config import EngineConfig
 from serving.engine.device.programs.bundle import Bundle
 from serving.engine.device.sizing import Bounds, resolve_bounds, resolve_dtype, resolve_quantization
@@ -87,12 +87,8 @@ def check(config: EngineConfig, source: ModelSource, programs: pathlib.Path | No
     built = build_model(opened, dtype=dtype, mesh=mesh, max_model_len=config.max_model_len)
     # A context that is asked for by name may be as long as the model's rotary scheme reaches.
     positions = built.config.longest_positions if config.max_model_len else built.config.max_positions
-    draft = check_draft(config, mesh, dtype, config.max_model_len or positions)
+    draft = check_draft(config, mesh, dtype, config.max_model_len or positions, Target(opened, built))
     bounds = resolve_bounds(config, built.model, positions, dtype, mesh, draft=None if draft is None else draft.model)
-    if config.speculative_config is not None and bounds.recurrent is not None:
-        raise ValueError(
-            f"speculative_config is for models whose layers all attend; {opened.model_id} has layers that keep a state."
-        )
     if config.kv_cache_memory is not None:
         sizes = bounds.within(config.kv_cache_memory)
         if bundle is not None:

@@ -120,7 +120,7 @@ def _cache(checked: Checked, loaded: LoadedModel, sizes: Sizes) -> ProgramCache:
         **dict.fromkeys(("kv_cache_dtype", "kv_cache_memory", "gpu_memory_utilization")),
         **_resolved(checked),
     }
-    models = loaded.config if checked.draft is None else (loaded.config, checked.draft.built.config)
+    models = loaded.config if checked.draft is None else (loaded.config, checked.draft.facts)
     return ProgramCache(checked.programs, fingerprint(checked.config, models, sizes, resolved))
 
 
@@ -143,6 +143,7 @@ def _scheduler_config(
         replicas=replicas,
         buckets=dataclasses.replace(runner.buckets, ridge=ridge),
         step_seconds=executor.step_seconds,
+        has_head=executor.draft is not None and executor.draft.hears,
         adapter_slots=config.adapter_slots,
     )
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from models.loading.heads import OpenedHead
 from models.loading.load import LoadedModel, load_model
 from models.loading.source import resolve
 from ops import native
@@ -56,14 +57,20 @@ def reader(checked: Checked) -> Callable[[str | None], Any]:
     return read
 
 
-def load_draft(checked: Checked, say: Callable[[str], None]) -> Any:
+def load_draft(checked: Checked, model: Any, say: Callable[[str], None]) -> Any:
     """The draft with its weights, of the same dtype and quantization as the model's; None where there is none.
 
+    Args:
+        model: the model, loaded, whose table and output projection heads share.
     Raises:
         ValueError: as `load_model`.
     """
     if checked.draft is None:
         return None
+    if isinstance(checked.draft.opened, OpenedHead):
+        head = checked.draft.opened.load(model, checked.quantization, checked.config.progress)
+        say(f"loaded the head of {checked.draft.opened.model_id}")
+        return head
     loaded = load_model(
         checked.draft.opened.source,
         dtype=checked.dtype,

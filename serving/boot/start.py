@@ -55,7 +55,7 @@ def start_checked(checked: Checked, say: Progress, followers: Followers | None =
             if not checked.generates:
                 return wire_encoder(checked, loaded, compile_encoder(checked, loaded, say))
             meet = None if followers is None else followers.least
-            compiled = compile_decoder(checked, loaded, say, meet, load_draft(checked, say))
+            compiled = compile_decoder(checked, loaded, say, meet, load_draft(checked, loaded.model, say))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

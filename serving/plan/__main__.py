@@ -16,6 +16,7 @@ from serving.plan import chips, facts, topology
 
 SETTINGS = (
     "mesh", "dtype", "quantization", "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size",
+    "speculative_config",
 )  # fmt: skip
 """Of the server's settings, those that a plan has too."""
 
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
             "max_num_seqs": "requests running at once",
             "max_num_batched_tokens": "token budget of a step",
             "max_model_len": "longest prompt plus completion",
+            "speculative_config": "as the server's: what verifying drafts takes, and what a draft model does besides",
         },
     )
     parser.add_argument("--context", type=int, default=1024, help="tokens behind a running request, on average")
@@ -118,6 +120,11 @@ def _keep_out_of_jax_cache() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
 
 
+def _draft_of(how: Any) -> dict[str, Any] | None:
+    """The configuration of a draft model; None of what is looked up, and of heads."""
+    return facts.read_config(how.model) if how is not None and how.method == "draft_model" else None
+
+
 def _request(args: argparse.Namespace, target: chips.Target, mesh: str) -> Any:
     from serving.plan.planner import Request
 
@@ -138,6 +145,8 @@ def _request(args: argparse.Namespace, target: chips.Target, mesh: str) -> Any:
         max_model_len=args.max_model_len,
         context=args.context,
         prompt=args.prompt,
+        draft_tokens=0 if args.speculative_config is None else args.speculative_config.draft_tokens,
+        draft_hf=_draft_of(args.speculative_config),
         every_bucket=args.every_bucket,
         full_depth=args.full_depth,
         decode_only=args.decode_only,

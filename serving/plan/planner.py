@@ -15,7 +15,7 @@ from ops.paged_attention.groups import layers_per_page
 from serving.engine.cache.kv_windows import pages_of
 from serving.engine.device.programs.keys import ProgramKey
 from serving.engine.device.programs.placement import num_replicas
-from serving.engine.device.sizing import ACCELERATOR_FRACTION, batch_sizes
+from serving.engine.device.sizing import ACCELERATOR_FRACTION, batch_sizes, draft_places
 from serving.engine.requests.buckets import Bucket
 from serving.engine.requests.sizes import Sizes
 from serving.plan.chips import Target
@@ -51,6 +51,8 @@ class Request:
         every_bucket: compile every program of the server, not only those that the numbers need.
         full_depth: compile all layers instead of extrapolating from a few.
         decode_only: compile the decode step alone; then there is no time to first token.
+        draft_tokens: drafts that a step verifies for a request at most; 0 for none.
+        draft_hf: the configuration of a draft model, whose weights and pages lie beside the model's.
     """
 
     hf: dict[str, Any]
@@ -68,6 +70,8 @@ class Request:
     every_bucket: bool = False
     full_depth: bool = False
     decode_only: bool = False
+    draft_tokens: int = 0
+    draft_hf: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,22 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
+class Verified:
+    """A step that verifies drafts.
+
+    Attributes:
+        requests, places: its decode rows, and the tokens of each: its newest one and its drafts.
+        seconds: of it, without what guesses.
+        tokens_needed: that a row must give on average for the step to be worth as much as one without drafts.
+    """
+
+    requests: int
+    places: int
+    seconds: float
+    tokens_needed: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a server would be. Bytes are of one device."""
 
@@ -114,6 +134,8 @@ class Plan:
     num_pages: int  # of each replica
     windows: tuple[int | None, ...]  # of each attention group
     max_concurrent: int
+    draft_weights: int
+    verified: tuple[Verified, ...]
     steps: tuple[Step, ...]
     decode_seconds: float | None
     ttft_seconds: float | None
@@ -165,7 +187,12 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     replicas = num_replicas(mesh)
     cpu = request.target.platform == "cpu"
     seqs, budget = batch_sizes(request.max_num_seqs, request.max_num_batched_tokens, replicas, cpu)
-    sizes = Sizes(seqs, budget, request.max_model_len, PROBE_PAGES, request.page_size, 0, kv_dtype)
+    if request.draft_tokens >= budget:
+        raise ValueError(f"{request.draft_tokens} drafts are more than a step of {budget} tokens verifies.")
+    sizes = Sizes(
+        seqs, budget, request.max_model_len, PROBE_PAGES, request.page_size, 0, kv_dtype,
+        draft_tokens=request.draft_tokens, draft_places=draft_places(budget, cpu) if request.draft_tokens else 0,
+    )  # fmt: skip
 
     def runner(num_layers: int) -> AbstractEngine:
         model = abstract_model(
@@ -174,7 +201,7 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
         together = layers_per_page(model.kv_specs(), request.max_model_len)
         return AbstractEngine(model, dataclasses.replace(sizes, layers_per_page=together), mesh)
 
-    whole = runner(config.num_layers)
+    whole, draft = runner(config.num_layers), _draft(request, mesh, sizes)
     start, period = layer_periods(config)
     depths = (start + period, start + 2 * period)
     if request.full_depth or config.num_layers <= depths[1]:
@@ -186,8 +213,10 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     code = sum(m.code for m in measured.values())
     usable = int(request.target.chip.memory * ACCELERATOR_FRACTION)
     weights, state = whole.weight_bytes_on_device, whole.state_bytes
-    free = usable - weights - state - int(temporaries) - int(code)
-    num_pages = max(0, free // whole.kv_bytes_a_page)
+    draft_weights = 0 if draft is None else draft.weight_bytes_on_device
+    page = whole.kv_bytes_a_page + (0 if draft is None else draft.kv_bytes_a_page)
+    free = usable - weights - draft_weights - state - int(temporaries) - int(code)
+    num_pages = max(0, free // page)
     windows = whole.shapes.groups.windows
     num_pages = min(num_pages, seqs * pages_of(request.max_model_len, windows, page_size, budget) + 1)
     concurrent_requests = min(seqs, max(num_pages - 1, 0) // pages_of(request.context, windows, page_size))
@@ -205,7 +234,7 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
         num_parameters=sum(math.prod(parameter.stored_shape) for _, parameter in parameters_of(whole.model)),
         num_layers=config.num_layers,
         weights=weights,
-        kv_page=whole.kv_bytes_a_page,
+        kv_page=page,
         state=state,
         temporaries=int(temporaries),
         code=int(code),
@@ -214,6 +243,8 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
         num_pages=num_pages,
         windows=windows,
         max_concurrent=concurrent_requests * replicas,
+        draft_weights=draft_weights,
+        verified=tuple(_verified(whole, step_of)),
         steps=tuple(step_of.values()),
         decode_seconds=decode_seconds,
         ttft_seconds=ttft,
@@ -238,9 +269,38 @@ def _keys(runner: AbstractEngine, request: Request) -> list[ProgramKey]:
         return [ProgramKey("forward", full), ProgramKey("sample", full.samples)]
     mixed = buckets.find(seqs, buckets.max_chunk, buckets.max_rows)
     prompt = _prompt_bucket(runner, request)
-    forwards = dict.fromkeys(ProgramKey("forward", b) for b in (full, prompt, mixed))
-    samples = dict.fromkeys(ProgramKey("sample", b.samples) for b in (full, prompt, mixed))
+    needed = (full, prompt, mixed, *_verifying(runner))
+    forwards = dict.fromkeys(ProgramKey("forward", b) for b in needed)
+    samples = dict.fromkeys(ProgramKey("sample", b.samples) for b in needed)
     return [*forwards, *samples]
+
+
+def _verifying(runner: AbstractEngine) -> tuple[Bucket, ...]:
+    """Steps that verify as many drafts as there may be: of one request, and of as many as may have so many; and the same steps
+    without drafts."""
+    most = runner.sizes.draft_tokens + 1
+    rows = [b.decode for b in runner.shapes.buckets.buckets if b.queries == most > 1]
+    return tuple(Bucket(count, 0, 0, places) for count in sorted({*rows[:1], *rows[-1:]}) for places in (1, most))
+
+
+def _verified(runner: AbstractEngine, steps: dict[ProgramKey, Step]) -> Iterator[Verified]:
+    def seconds(bucket: Bucket) -> float:
+        return steps[ProgramKey("forward", bucket)].seconds + steps[ProgramKey("sample", bucket.samples)].seconds
+
+    for bucket in _verifying(runner):
+        if bucket.queries > 1 and ProgramKey("forward", bucket) in steps:
+            plain = Bucket(bucket.decode, 0, 0)
+            yield Verified(bucket.decode, bucket.queries, seconds(bucket), seconds(bucket) / seconds(plain))
+
+
+def _draft(request: Request, mesh: Any, sizes: Sizes) -> AbstractEngine | None:
+    """A draft model, as shapes: its pages are the model's, in arrays of its own."""
+    if request.draft_hf is None:
+        return None
+    model = abstract_model(
+        config_of(request.draft_hf), mesh, request.dtype, request.quantization, request.max_model_len
+    )
+    return AbstractEngine(model, dataclasses.replace(sizes, draft_tokens=0, draft_places=0), mesh)
 
 
 def _measure(
@@ -289,7 +349,7 @@ def _step(key: ProgramKey, measured: Measured, runner: AbstractEngine, request: 
         if bucket.chunk:
             keys = bucket.chunk + (request.context if bucket.decode else 0)
             context_bytes += _context_read(runner, keys, bucket.chunk)
-        pairs = bucket.decode * request.context + bucket.chunk * (bucket.chunk + 1) / 2
+        pairs = bucket.decode_tokens * request.context + bucket.chunk * (bucket.chunk + 1) / 2
         attention = pairs * _attention_flops(runner)
         products = _product_flops(runner, bucket.tokens, head=False)
     elif key.kind in ("sample", "prompt_logprobs"):

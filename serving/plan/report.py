@@ -38,6 +38,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "code": plan.code,
             "page": plan.kv_page,
             "pool": plan.pool,
+            "draft_weights": plan.draft_weights,
         },
         "num_pages": plan.num_pages,
         "attention_windows": plan.windows,
@@ -46,6 +47,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "decode_step_seconds": plan.decode_seconds,
         "decode_tokens_per_second": plan.decode_tokens_per_second,
         "ttft_seconds": plan.ttft_seconds,
+        "verified": [dataclasses.asdict(step) for step in plan.verified],
         "compile_seconds": plan.compile_seconds,
         "extrapolated_from_layers": plan.extrapolated_from,
         "programs": [_program(step) for step in plan.steps],
@@ -85,6 +87,7 @@ def to_text(plan: Plan) -> str:
             f"  {label:<34}{value / GIB:9.3f} GiB"
             for label, value in (
                 ("weights", plan.weights),
+                *((("weights of the draft model", plan.draft_weights),) if plan.draft_weights else ()),
                 ("temporaries (largest program)", plan.temporaries),
                 ("programs", plan.code),
                 ("sampling state", plan.state),
@@ -114,6 +117,11 @@ def to_text(plan: Plan) -> str:
         lines.append(
             f"time to first token of a {request.prompt}-token prompt on an idle server: {plan.ttft_seconds * 1e3:.1f} ms"
         )
+    lines += [
+        f"verifying {step.places - 1} drafts of {step.requests} request{'s' if step.requests > 1 else ''}: "
+        f"{step.seconds * 1e3:.2f} ms; pays from {step.tokens_needed:.2f} tokens a row on, guessing not counted"
+        for step in plan.verified
+    ]
     if request.decode_only:
         lines += ["", "Only the decode step was compiled: temporaries are its own, and those of prompts are larger."]
     lines += ["", "Times are rooflines: the chip's published rates, nothing lost. docs/plan.md says what is in them."]
@@ -126,7 +134,7 @@ def to_text(plan: Plan) -> str:
 def _does_not_fit(plan: Plan) -> str:
     request = plan.request
     need = (
-        plan.weights + plan.temporaries + plan.code + plan.state
+        plan.weights + plan.draft_weights + plan.temporaries + plan.code + plan.state
         + (plan.pages_of(request.max_model_len) + 1) * plan.kv_page
     )  # fmt: skip
     return (

@@ -39,7 +39,7 @@ class Cluster:
     """One run of one trace on `count` engines alike.
 
     Args:
-        config, cost, asynchronous, max_num_queued_reqs: of each engine, as in Simulation.
+        config, cost, asynchronous, max_num_queued_reqs, acceptance: of each engine, as in Simulation.
         router: decides; its targets are made here.
         sessions: whether requests of one tenant are one session.
     """
@@ -54,10 +54,17 @@ class Cluster:
         asynchronous: bool = True,
         max_num_queued_reqs: int | None = None,
         sessions: bool = False,
+        acceptance: float = 0.0,
     ) -> None:
         self.router = router
         self.engines = [
-            Simulation(config, cost, asynchronous=asynchronous, max_num_queued_reqs=max_num_queued_reqs)
+            Simulation(
+                config,
+                cost,
+                asynchronous=asynchronous,
+                max_num_queued_reqs=max_num_queued_reqs,
+                acceptance=acceptance,
+            )
             for _ in range(count)
         ]
         self.targets = [router.add(str(i), config.page_size, config.num_pages - 1) for i in range(count)]

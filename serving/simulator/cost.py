@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from serving.engine.requests.buckets import Bucket, BucketTable
+from serving.engine.requests.buckets import CPU_RIDGE, VERIFIED_RIDGES, Bucket, BucketTable
 from serving.engine.requests.plan import StepPlan
 
 FEATURES = ("step", "decode_step", "chunk_step", "decode_rows", "chunk_tokens", "sampled_rows", "context", "chunk_work")
@@ -34,6 +34,7 @@ class StepShape:
         rows: prompts with a piece in the step.
         context: positions the decode rows attend to, summed.
         chunk_work: query-key pairs of the chunks: sum of length * (start + length / 2).
+        places: of the longest decode row: its token and its drafts.
     """
 
     decode: int
@@ -41,6 +42,7 @@ class StepShape:
     rows: int
     context: int
     chunk_work: float
+    places: int = 1
 
     @staticmethod
     def of(plan: StepPlan, replicas: int = 1) -> StepShape:
@@ -55,6 +57,7 @@ class StepShape:
             rows=len(chunks),
             context=sum(plan.decode_positions) + len(plan.decode),
             chunk_work=sum(c.length * (c.start + c.length / 2) for c in chunks),
+            places=plan.queries,
         )
 
 
@@ -94,6 +97,7 @@ class CostModel:
         weights: seconds a unit of each of FEATURES.
         max_num_seqs, max_num_batched_tokens: what the bucket table was made from; steps are padded as the runner pads.
         factors: (decode, chunk) of a bucket -> correction; 1 where not listed.
+        draft_tokens: drafts that a request has in a step at most.
         host_s: seconds of host work a step.
         delivery_s: seconds from a step's end to its tokens being seen by whoever asked.
     """
@@ -104,14 +108,18 @@ class CostModel:
     factors: tuple[tuple[tuple[int, int], float], ...] = ()
     host_s: float = 0.0
     delivery_s: float = 0.0
+    draft_tokens: int = 0
 
     @functools.cached_property
     def _buckets(self) -> BucketTable:
-        return BucketTable.make(self.max_num_seqs, self.max_num_batched_tokens)
+        places = VERIFIED_RIDGES * CPU_RIDGE
+        return BucketTable.make(
+            self.max_num_seqs, self.max_num_batched_tokens, draft_tokens=self.draft_tokens, draft_places=places
+        )
 
     @functools.cached_property
-    def _found(self) -> dict[tuple[int, int, int], tuple[Bucket, float, float]]:
-        return {}  # (decode, chunk, rows) -> bucket, its constant part in seconds, its factor
+    def _found(self) -> dict[tuple[int, int, int, int], tuple[Bucket, float, float]]:
+        return {}  # (decode, chunk, rows, places) -> bucket, its constant part in seconds, its factor
 
     def price(self, shape: StepShape) -> tuple[Bucket, float]:
         """What a step is padded to, and the seconds that it takes. Raises ValueError when it is larger than any bucket."""
@@ -126,13 +134,29 @@ class CostModel:
         return np.array([self.seconds(r.shape) / r.seconds - 1 for r in records])
 
     def _lookup(self, shape: StepShape) -> tuple[Bucket, float, float]:
-        key = (shape.decode, shape.chunk, shape.rows)
+        key = (shape.decode, shape.chunk, shape.rows, shape.places)
         found = self._found.get(key)
         if found is None:
             bucket = self._buckets.find(*key)
             constant = float(np.dot(self.weights[:-2], features(bucket, shape)[:-2]))
-            found = self._found[key] = (bucket, constant, dict(self.factors).get((bucket.decode, bucket.chunk), 1.0))
+            like = bucket
+            if bucket.queries > 1:  # a place costs what a row does
+                like = self._buckets.find(min(bucket.decode_tokens, self.max_num_seqs), 0, 0)
+            found = self._found[key] = (bucket, constant, dict(self.factors).get((like.decode, like.chunk), 1.0))
         return found
+
+    def decode_steps(self) -> tuple[tuple[Bucket, float], ...]:
+        """What steps without chunks take, by bucket: what an engine with drafts measures when it starts."""
+        return tuple(
+            (bucket, self.seconds(StepShape(bucket.decode, 0, 0, 0, 0.0, bucket.queries)))
+            for bucket in self._buckets.buckets
+            if not bucket.chunk
+        )
+
+    @property
+    def buckets(self) -> BucketTable:
+        """What steps are padded to."""
+        return self._buckets
 
     def save(self, path: str | pathlib.Path) -> None:
         row = dataclasses.asdict(self) | {"weights": dict(zip(FEATURES, self.weights, strict=True))}
@@ -157,7 +181,7 @@ def features(bucket: Bucket, shape: StepShape) -> tuple[float, ...]:
         1.0,
         float(bucket.decode > 0),
         float(bucket.chunk > 0),
-        bucket.decode,
+        bucket.decode_tokens,
         bucket.chunk,
         bucket.samples,
         shape.context,

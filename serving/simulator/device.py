@@ -29,7 +29,7 @@ class VirtualDevice:
 
     Args:
         cost: how long each step takes.
-        answer: the tokens of a step's rows, int32 [rows, 1], when it is read.
+        answer: the tokens of a step's rows, int32 [rows, 1], when it is read; [rows, N] of one with drafts.
         on_dispatch: told each step as it begins.
 
     Attributes:
@@ -63,12 +63,17 @@ class VirtualDevice:
     def new_mask(self, step: VirtualStep) -> np.ndarray:
         raise NotImplementedError("nothing is constrained here")
 
+    def guesses(self, step: VirtualStep) -> np.ndarray:
+        raise NotImplementedError("nothing is constrained here")
+
     def dispatch_sample(self, step: VirtualStep, mask_SW: np.ndarray | None) -> None:
         pass
 
     def collect(self, step: VirtualStep) -> StepResult:
         self.now = max(self.now, step.end)
         tokens = self._answer(step.plan)
+        if tokens.shape[1] > 1:
+            return StepResult(tokens, np.ones(tokens.shape, bool))
         if len(tokens) > len(self._finite):
             self._finite = np.ones((len(tokens), 1), bool)
         return StepResult(tokens, self._finite[: len(tokens)])

@@ -20,6 +20,7 @@ from serving.engine.scheduling.pipeline import StepPipeline
 from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from serving.simulator.cost import CostModel
 from serving.simulator.device import VirtualDevice, VirtualStep
+from serving.simulator.drafts import AssumedDrafts, tokens_of_rows
 from serving.simulator.trace import TraceRequest, prompt_token_ids, segment_tokens
 
 OWN_TOKEN = 50_000
@@ -89,6 +90,7 @@ class Simulation:
         asynchronous: dispatch a step before the one before it has been read.
         max_num_queued_reqs: requests that may wait; more are refused on arrival. None: no bound.
         sample_every: steps between two looks at how full the pages are.
+        acceptance: how likely a draft is to be right where those before it are, if the configuration asks for drafts.
     """
 
     def __init__(
@@ -99,8 +101,12 @@ class Simulation:
         asynchronous: bool = True,
         max_num_queued_reqs: int | None = None,
         sample_every: int = 16,
+        acceptance: float = 0.0,
     ) -> None:
         self.scheduler = Scheduler(dataclasses.replace(config, num_scheduler_steps=1))
+        if self.scheduler.drafts is not None:
+            self.scheduler.drafts.source = AssumedDrafts(acceptance)
+        self._acceptance, self._rng = acceptance, np.random.default_rng(0)
         self.cost = cost
         self.totals = RunTotals()
         self.device = VirtualDevice(cost, self._answer, self._note, config.replicas)
@@ -202,6 +208,8 @@ class Simulation:
 
     def _answer(self, plan: StepPlan) -> np.ndarray:
         rows = len(plan.sampled)
+        if plan.drafts:
+            return self._answer_with_drafts(plan)
         tokens = self._same[:rows]
         for row, request in enumerate(plan.sampled):
             live = self._live.get(request.request_id)
@@ -209,6 +217,15 @@ class Simulation:
                 if tokens.base is self._same:
                     tokens = tokens.copy()
                 tokens[row] = live.answer[request.num_output]
+        return tokens
+
+    def _answer_with_drafts(self, plan: StepPlan) -> np.ndarray:
+        counts = tokens_of_rows(plan, self._acceptance, self._rng)
+        tokens = np.full((len(counts), plan.queries), -1, np.int32)
+        for row, (request, count) in enumerate(zip(plan.sampled, counts.tolist(), strict=True)):
+            live, at = self._live.get(request.request_id), request.num_output
+            known = None if live is None else live.answer
+            tokens[row, :count] = OWN_TOKEN if known is None else known[at : at + count]
         return tokens
 
     def _take(self, outputs: list[EngineOutput]) -> None:

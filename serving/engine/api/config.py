@@ -132,7 +132,7 @@ class EngineConfig:
     speculative_config: SpeculativeConfig | None = setting(  # noqa: RUF009 - frozen as well
         None,
         'drafts of tokens to come, several of which a step verifies: \'{"method": "ngram", "num_speculative_tokens": 4}\'; '
-        "methods are ngram, suffix, draft_model and auto (default: none)",
+        "methods are ngram, suffix, draft_model, mtp, eagle3 and auto (default: none)",
         DRAFTS, Scope.PROGRAM, flag="",
     )  # fmt: skip
     kv_offload_gb: float = setting(

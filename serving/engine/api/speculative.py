@@ -10,16 +10,16 @@ from typing import Any, cast
 
 from serving.engine.api.settings import RefusedError
 
-METHODS = ("ngram", "suffix", "draft_model", "auto")
+METHODS = ("ngram", "suffix", "draft_model", "mtp", "eagle3", "auto")
 """`auto` looks drafts up in everything that `suffix` does, and verifies none where that does not pay."""
 
-ELSEWHERE = ("eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "dflash", "dspark", "ngram_gpu", "custom_class")
+ELSEWHERE = ("eagle", "medusa", "mlp_speculator", "dflash", "dspark", "ngram_gpu", "custom_class")
 """Methods of vLLM that there are not here."""
 
 MAX_DRAFT_TOKENS = 32
 """Drafts of a request in one step. Beyond that a step is no longer bound by reading weights, wherever it runs."""
 
-DEFAULT_DRAFT_TOKENS = {"ngram": 4, "suffix": 8, "draft_model": 4, "auto": 8}
+DEFAULT_DRAFT_TOKENS = {"ngram": 4, "suffix": 8, "draft_model": 4, "mtp": 2, "eagle3": 3, "auto": 8}
 """Drafts of a request in one step at most, where the configuration leaves that open."""
 
 LOOKUP = 5
@@ -39,7 +39,7 @@ class SpeculativeConfig:
 
     Attributes:
         method: one of METHODS; "draft_model" where only `model` is given.
-        model: the draft's checkpoint, for `draft_model`.
+        model: the draft's checkpoint, for `draft_model`; the head's, for `eagle3`.
         num_speculative_tokens: drafts of a request in one step at most; 0 for the method's default.
         prompt_lookup_max, prompt_lookup_min: for `ngram`, how many of a request's last tokens must have stood before.
         suffix_decoding_max_tree_depth: for `suffix`, so many of the last tokens are compared at most.
@@ -68,7 +68,12 @@ class SpeculativeConfig:
     @property
     def looks_up(self) -> bool:
         """Whether drafts come from what was written before."""
-        return self.method != "draft_model"
+        return self.method in ("ngram", "suffix", "auto")
+
+    @property
+    def hears(self) -> bool:
+        """Whether they come from a head that hears the model."""
+        return self.method in ("mtp", "eagle3")
 
     @property
     def looks_at_others(self) -> bool:
@@ -99,13 +104,16 @@ class SpeculativeConfig:
     @classmethod
     def _checked(cls, given: dict[str, Any]) -> SpeculativeConfig:
         method = given.get("method", "draft_model" if given.get("model") else None)
+        if isinstance(method, str) and method.endswith("_mtp"):
+            method = "mtp"  # vLLM's older names, one a family: deepseek_mtp, qwen3_next_mtp, ...
         if method in ELSEWHERE:
             raise RefusedError(f"method {method!r} is not served here yet; there are {', '.join(METHODS)}.")
         if method not in METHODS:
             raise RefusedError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
         given["method"] = method
-        if (method == "draft_model") != bool(given.get("model")):
-            what = "needs a model: the draft's checkpoint" if method == "draft_model" else "takes no model"
+        needed = {"draft_model": "the draft's checkpoint", "eagle3": "the head's checkpoint"}.get(method)
+        if (needed is not None) != bool(given.get("model")):
+            what = "takes no model" if needed is None else f"needs a model: {needed}"
             raise RefusedError(f"method {method!r} {what}.")
         _whole(given, "num_speculative_tokens", 1, MAX_DRAFT_TOKENS)
         _whole(given, "prompt_lookup_max", 1, 64)

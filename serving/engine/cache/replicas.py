@@ -152,6 +152,14 @@ class Replicas:
         if snapshots is not None:
             snapshots.reached(request, decoding)
 
+    def rests(self, request: Request) -> None:
+        """The step that is being put together leaves the request's state as it is, behind `num_computed` positions, until it is
+        known how many it computes."""
+        snapshots = self._of(request).snapshots
+        if snapshots is not None:
+            snapshots.reached(request, True)
+            snapshots.register(request, request.indexed_pages)
+
     def take_back(self, request: Request) -> None:
         """Fewer positions of the request were computed than its steps could have."""
         snapshots = self._of(request).snapshots

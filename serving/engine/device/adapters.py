@@ -15,7 +15,6 @@ from serving.engine.device.programs.keys import ProgramKey
 from serving.engine.device.programs.program_list import StepShapes, hidden_width, with_leaves
 from serving.engine.device.programs.steps import (
     PROMPT_LOGPROB_ROWS,
-    make_forward,
     make_load_adapter,
     make_prompt_logprobs,
     make_sample,
@@ -77,7 +76,7 @@ class Adapters:
         load = make_load_adapter(self.room, self._places)
         programs = [Program(ProgramKey("load_adapter"), load, (stacks, slot, packed), (0,))]
         for bucket, layout in shapes.forward_layouts.items():
-            fn = make_forward(self._split, shapes.groups, layout, shapes.sizes.page_size, bucket.chunk > 0)
+            fn = shapes.make_forward(self._split, bucket)
             flat = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
             args = (self._decoder.abstract_leaves + stacks, cache, state.ends, flat)
             programs.append(Program(ProgramKey("forward", bucket, VARIANT), fn, args, (1,), (0,), True))
@@ -102,7 +101,7 @@ class Adapters:
         head, wrap = tuple(leaves[i] for i in self._head), with_leaves(self._head, len(leaves))
         programs = []
         for size, layout in shapes.sample_layouts.items():
-            fn = wrap(make_sample(self._split, layout))
+            fn = wrap(make_sample(self._split, layout, shapes.sizes.draft_tokens))
             args = (head, state, hidden(size), ints(layout.size), ints(size, shapes.mask_width))
             programs.append(Program(ProgramKey("sample", size, VARIANT), fn, args, (1,), (0,)))
         for tokens in shapes.buckets.chunk_sizes:

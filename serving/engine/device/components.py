@@ -81,3 +81,33 @@ class Component:
     @property
     def num_parameters(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.leaves))
+
+
+class Beside(Component):
+    """A model some of whose weights are another component's: they are whatever that one's are, and it alone may replace them."""
+
+    def __init__(self, name: str, model: Any, other: Component) -> None:
+        self._own: tuple[jax.Array, ...] = ()
+        self._links: dict[int, int] = {}
+        super().__init__(name, model)
+        at = {id(leaf): index for index, leaf in enumerate(other.leaves)}
+        self._other = other
+        links = {i: at[id(leaf)] for i, leaf in enumerate(self._own) if id(leaf) in at}
+        self._own = tuple(leaf for i, leaf in enumerate(self._own) if i not in links)
+        self._links = links
+
+    @property
+    def leaves(self) -> tuple[jax.Array, ...]:
+        """All of them, in the model's order."""
+        links = self._links
+        own, count = iter(self._own), len(self._own) + len(links)
+        return tuple(self._other.leaves[links[i]] if i in links else next(own) for i in range(count))
+
+    @leaves.setter
+    def leaves(self, own: tuple[jax.Array, ...]) -> None:
+        self._own = own
+
+    def sleep(self, keep: bool) -> None:
+        if keep:
+            self._asleep = to_host(self._own)
+        delete(self._own)

@@ -26,8 +26,8 @@ from serving.engine.device.programs.placement import of_one
 from serving.engine.device.programs.program_list import StepShapes
 from serving.engine.device.programs.steps import make_forward
 from serving.engine.requests.buckets import Bucket
-from serving.engine.requests.commands import Draft
-from serving.engine.requests.plan import StepPlan
+from serving.engine.requests.commands import CatchUp, Draft
+from serving.engine.requests.plan import Chunk, StepPlan
 from serving.engine.requests.slots import SlotTable
 
 FORWARD, SAMPLE = "to compute", "to verify"
@@ -44,15 +44,19 @@ class DraftModel:
     Attributes:
         component: its weights.
         kv: its pages; taken over by each of its programs.
+        drafts: int32 [rows, K], of the last `draft`.
     """
 
-    def __init__(self, model: Any, shapes: StepShapes, mesh: Mesh | None) -> None:
-        self.component = Component(DRAFT, model)
+    def __init__(self, model: Any, shapes: StepShapes, mesh: Mesh | None, component: Component | None = None) -> None:
+        self.component = component or Component(DRAFT, model)
         self.kv: Any = None
+        self.drafts: Any = None
         self._groups = KVGroups.of(model.kv_specs(), None)
         self._shapes, self._mesh = shapes, mesh
         self._programs: dict[ProgramKey, Any] = {}
-        self._drafts: Any = None  # of the last `draft`
+
+    hears = False
+    """Whether it is a head."""
 
     def reset(self) -> None:
         """Empty pages."""
@@ -104,44 +108,82 @@ class DraftModel:
             if bucket.chunk:
                 fn = make_forward(split, self._groups, layout, page_size, False)
                 args = (leaves, kv, ends, ints(layout.size))
-                found.append(Program(_key("forward", bucket), fn, args, (1,), (0,), True))
+                found.append(Program(key("forward", bucket), fn, args, (1,), (0,), True))
             elif bucket.queries > 1:
                 forward, sample = self.layouts(bucket)
                 drafts = bucket.queries - 1
                 fn = make_draft(split, self._groups, forward, sample, page_size, drafts)
                 args = (leaves, kv, ints(forward.size), ints(sample.size), ints(bucket.decode))
-                found.append(Program(_key("draft", bucket), fn, args, (1,), (0,), True))
-                verified = self._shapes.sample_layouts[bucket.samples]
-                for which, to, field, shift in (
-                    (FORWARD, layout, "tokens_T", 1),
-                    (SAMPLE, verified, "draft_S", 0),
-                ):
-                    put = make_put_drafts(to, field, bucket.queries, shift)
-                    args = (ints(to.size), ints(bucket.decode, drafts))
-                    found.append(Program(_key("put_drafts", bucket, which), put, args, (), (), True))
+                found.append(Program(key("draft", bucket), fn, args, (1,), (0,), True))
+                found += self._put_drafts(bucket, layout)
+        return found
+
+    def _put_drafts(self, bucket: Bucket, layout: Layout) -> list[Program]:
+        """What writes guesses into the arguments of a step."""
+        drafts = jax.ShapeDtypeStruct((bucket.decode, bucket.queries - 1), jnp.int32)
+        verified = self._shapes.sample_layouts[bucket.samples]
+        found: list[Program] = []
+        for which, to, field, shift in ((FORWARD, layout, "tokens_T", 1), (SAMPLE, verified, "draft_S", 0)):
+            put = make_put_drafts(to, field, bucket.queries, shift)
+            args = (jax.ShapeDtypeStruct((to.size,), jnp.int32), drafts)
+            found.append(Program(key("put_drafts", bucket, which), put, args, (), (), True))
         return found
 
     def bind(self, programs: dict[ProgramKey, Any]) -> None:
         """Takes the compiled programs."""
         self._programs = programs
 
-    def follow(self, bucket: Bucket, packed: Any, ends: Any) -> None:
-        """Computes what the decoder computes in a step with chunks, so that the draft's pages hold it too."""
-        self.kv, *_ = self._programs[_key("forward", bucket)](self.component.leaves, self.kv, ends, packed)
+    def missed(self, plan: StepPlan, bucket: Bucket) -> tuple[Chunk, ...]:
+        """What is to be computed before a step of one replica, in pieces.
 
-    def draft(self, bucket: Bucket, forward: np.ndarray, sample: np.ndarray, wanted: np.ndarray) -> None:
+        Args:
+            bucket: the step's.
+        """
+        return plan.caught_up
+
+    def pack_missed(self, plan: StepPlan, bucket: Bucket, slots: SlotTable) -> np.ndarray:
+        """`CatchUp.packed` of one replica, whose plan has what was missed for chunks, and nothing else."""
+        layout = self._shapes.forward_layouts[bucket]
+        return pack_forward(plan, bucket, layout, slots, self._shapes.sizes.page_size)
+
+    def heard(self, bucket: Bucket, packed: Any, ends: Any, heard_TH: Any) -> None:
+        """The decoder has computed a step. Computes the same in one with chunks, so that the draft's pages hold it too.
+
+        Args:
+            ends: DeviceState.ends before it.
+            heard_TH: what heads are given.
+        """
+        if bucket.chunk:
+            self.kv, *_ = self._programs[key("forward", bucket)](self.component.leaves, self.kv, ends, packed)
+
+    def sampled(self, ends: Any) -> None:
+        """The step has been sampled; `ends` are those behind it."""
+
+    def catch_up(self, command: CatchUp, ends: Any) -> None:
+        """Computes pieces of sequences that were computed without it."""
+        program = self._programs[key("forward", command.bucket)]
+        self.kv, *_ = program(self.component.leaves, self.kv, ends, command.packed)
+
+    def draft(self, command: Draft) -> None:
         """Guesses for the rows of a step; `put` writes them into its arguments."""
-        program = self._programs[_key("draft", bucket)]
-        self.kv, self._drafts = program(self.component.leaves, self.kv, forward, sample, wanted)
+        program = self._programs[key("draft", command.bucket)]
+        self.kv, self.drafts = program(
+            self.component.leaves, self.kv, command.forward, command.sample, command.wanted, *self._besides
+        )
+
+    @property
+    def _besides(self) -> tuple[Any, ...]:
+        """What guesses are made of besides weights, pages and tokens."""
+        return ()
 
     def put(self, which: str, bucket: Bucket, packed: np.ndarray) -> Any:
         """A step's packed argument with the drafts in it."""
-        return self._programs[_key("put_drafts", bucket, which)](packed, self._drafts)
+        return self._programs[key("put_drafts", bucket, which)](packed, self.drafts)
 
     def sleep(self, keep_weights: bool) -> Sequence[Any]:
         """Gives its weights' memory back; returns its pages, which the caller deletes."""
         self.component.sleep(keep_weights)
-        pages, self.kv, self._drafts = self.kv, None, None
+        pages, self.kv, self.drafts = self.kv, None, None
         return pages
 
 
@@ -163,5 +205,6 @@ def _first(bucket: Bucket) -> Bucket:
     return Bucket(bucket.decode, 0, 0, 2)
 
 
-def _key(kind: Any, bucket: Bucket, variant: str = "") -> ProgramKey:
+def key(kind: Any, bucket: Bucket, variant: str = "") -> ProgramKey:
+    """Of one of a draft's programs."""
     return ProgramKey(kind, bucket, variant, DRAFT)

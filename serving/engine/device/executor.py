@@ -22,6 +22,7 @@ from serving.engine.device.adapters import VARIANT, Adapters
 from serving.engine.device.components import Component
 from serving.engine.device.draft import FORWARD, SAMPLE, DraftModel
 from serving.engine.device.followers import Followers, Meet
+from serving.engine.device.head import HeadModel
 from serving.engine.device.programs.compiling import CompileGuard, Program, ProgramCache, compile_all, starting
 from serving.engine.device.programs.keys import DECODER, DRAFT, ProgramKey
 from serving.engine.device.programs.packing import pack_forward, pack_sample
@@ -73,7 +74,7 @@ class Executor:
         num_scheduler_steps: compile decode loops of up to this many steps, when more than 1.
         host_tier: compile what moves pages to host memory and back.
         adapter_slots, max_lora_rank: adapters at once, and their rank at most; none where 0.
-        draft: a model that guesses what this one says; as `model`.
+        draft: a model that guesses what this one says, as `model`; or a head of this one, models.heads.Head.
 
     Attributes:
         decoder: the first of `components`, whose pages and device state the executor keeps.
@@ -102,7 +103,7 @@ class Executor:
     ) -> None:
         self.sizes = sizes
         self.vocab_size = model.vocab_size
-        self._shapes = StepShapes.of(sizes, model, adapters=adapter_slots > 0)
+        self._shapes = StepShapes.of(sizes, model, adapter_slots > 0, getattr(draft, "taps", None))
         self.groups = self._shapes.groups
         self.buckets = self._shapes.buckets
         self.mask_width = self._shapes.mask_width
@@ -122,10 +123,14 @@ class Executor:
         self._backend = attention_backend
         self.decoder = Component(DECODER, model)
         self.components = {DECODER: self.decoder}
-        self.adapters = Adapters(self.decoder, model, adapter_slots, max_lora_rank, mesh) if adapter_slots else None
-        self.draft = None if draft is None else DraftModel(draft, self._shapes, mesh)
-        if self.draft is not None:
+        self.draft: DraftModel | None = None
+        if draft is not None:  # before there is room for adapters: drafts are the base's
+            hears = self._shapes.taps is not None
+            self.draft = (
+                HeadModel(draft, self._shapes, mesh, self.decoder) if hears else DraftModel(draft, self._shapes, mesh)
+            )
             self.components[DRAFT] = self.draft.component
+        self.adapters = Adapters(self.decoder, model, adapter_slots, max_lora_rank, mesh) if adapter_slots else None
         self._kv: Any = None
         self._state: Any = None
         self.reset_cache()
@@ -274,16 +279,18 @@ class Executor:
                 if adapted:
                     assert self.adapters is not None, "no request can have an adapter"
                     key, leaves = ProgramKey("forward", bucket, VARIANT), self.adapters.leaves
-                self._cached, self._hidden_SD, self._hidden_TD, loads = self.programs[key](
-                    leaves, self._cached, self._state.ends, packed
-                )
-                if self.draft is not None and bucket.chunk:
-                    self.draft.follow(bucket, packed, self._state.ends)
-                return loads[0] if loads else None
-            case Draft(bucket, forward, sample, wanted):
-                return self._draft.draft(bucket, forward, sample, wanted)
-            case CatchUp(bucket, packed):
-                return self._draft.follow(bucket, packed, self._state.ends)
+                self._cached, out = self.programs[key](leaves, self._cached, self._state.ends, packed)
+                self._hidden_SD, self._hidden_TD = out.hidden_SD, out.hidden_TD
+                if self.draft is not None:
+                    heard = out.hidden_TD if out.tapped_TH is None else out.tapped_TH
+                    self.draft.heard(bucket, packed, self._state.ends, heard)
+                if out.trial is not None and self.states is not None:
+                    self.states.hold(bucket, packed, out.trial)
+                return out.loads[0] if out.loads else None
+            case Draft():
+                return self._draft.draft(command)
+            case CatchUp():
+                return self._draft.catch_up(command, self._state.ends)
             case Sample(rows, packed, mask, drafted, adapted):
                 if drafted is not None:
                     packed = self._draft.put(SAMPLE, drafted, packed)
@@ -291,6 +298,10 @@ class Executor:
                 hidden_SD, self._hidden_SD, self._hidden_TD = self._hidden_SD, None, None
                 key, leaves = self._for_logits("sample", rows, adapted)
                 self._state, output = self.programs[key](leaves, self._state, hidden_SD, packed, mask)
+                if self.draft is not None:
+                    self.draft.sampled(self._state.ends)
+                if self.states is not None:
+                    self.states.commit(self._state.ends)
                 self._sampled_once_more()
                 return output
             case DecodeLoop(bucket, forward, sample, steps):

@@ -190,18 +190,21 @@ class StepRunner:
         )
 
     def _have_drafted(self, plan: StepPlan, plans: Sequence[StepPlan], bucket: Bucket, slots: SlotTable) -> bool:
-        """Has the draft model guess, where the step verifies that; after what it has not computed yet."""
+        """Has the draft model compute what it has missed, and guess where the step verifies that."""
         draft = self.executor.draft
-        if draft is None or not plan.drafts:
+        if draft is None:
             return False
-        if plan.caught_up:
-            missed = [
-                dataclasses.replace(p, decode=(), decode_positions=(), drafts=(), chunks=p.caught_up) for p in plans
-            ]
+        missed = [
+            dataclasses.replace(p, decode=(), decode_positions=(), drafts=(), chunks=draft.missed(p, bucket))
+            for p in plans
+            if plan.caught_up
+        ]
+        if any(p.chunks for p in missed):
             shape = self.buckets.find(0, max(p.chunk_tokens for p in missed), max(len(p.chunks) for p in missed))
-            layout, page_size = self.executor.forward_layouts[shape], self.executor.sizes.page_size
-            flat = _end_to_end([pack_forward(part, shape, layout, slots, page_size) for part in missed])
+            flat = _end_to_end([draft.pack_missed(part, shape, slots) for part in missed])
             self.executor.execute(CatchUp(shape, flat))
+        if not any(map(plan.has_drafted, range(len(plan.drafts)))):
+            return False
         self.executor.execute(draft.command(plans, bucket, slots))
         return True
 
@@ -237,6 +240,13 @@ class StepRunner:
             command = PromptLogprobs(bucket.tokens, rows.reshape(-1), ids.reshape(-1), own)
             parts.append((chunk, offset, request.replica, self.executor.execute(command)))
         return parts
+
+    def guesses(self, step: InFlight) -> np.ndarray:
+        """int32 [decode rows, K]: what the draft model has guessed for the step; waits for that."""
+        draft, bucket = self.executor.draft, step.bucket
+        assert draft is not None, "nobody guesses"
+        replica_R, row_R = np.divmod(step.rows[: len(step.plan.decode)], bucket.samples)
+        return np.asarray(draft.drafts)[replica_R * bucket.decode + row_R // bucket.queries]
 
     def dispatch_sample(self, step: InFlight, mask_SW: np.ndarray | None) -> None:
         """Starts the sampling part of the step dispatched last, unless the step has done it itself.

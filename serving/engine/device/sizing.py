@@ -218,13 +218,17 @@ def _drafts(config: EngineConfig, budget: int, platform: str) -> dict[str, Any]:
     """How many drafts a step of `budget` tokens verifies at most."""
     if config.speculative_config is None:
         return {}
-    ridge = CPU_RIDGE if platform == "cpu" else ACCELERATOR_RIDGE
     drafts = config.speculative_config.draft_tokens
     if drafts >= budget:
         raise ValueError(
             f"num_speculative_tokens is {drafts}; a step of {budget} tokens verifies {budget - 1} at most."
         )
-    return {"draft_tokens": drafts, "draft_places": min(budget, VERIFIED_RIDGES * ridge)}
+    return {"draft_tokens": drafts, "draft_places": draft_places(budget, platform == "cpu")}
+
+
+def draft_places(budget: int, cpu: bool) -> int:
+    """Places that a step of `budget` tokens has for tokens and their drafts."""
+    return min(budget, VERIFIED_RIDGES * (CPU_RIDGE if cpu else ACCELERATOR_RIDGE))
 
 
 def check_length(config: EngineConfig, max_positions: int) -> None:

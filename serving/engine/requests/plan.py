@@ -14,6 +14,9 @@ from serving.engine.requests.request import Request
 CHUNK_ALIGN = 16
 """Pieces of prompts start at multiples of this in the chunk part of a step (ops' Q_BLOCK)."""
 
+HEARD = 64
+"""Positions of a sequence, its last ones, whose hidden states are kept where a head guesses; see device/head.py."""
+
 ON_DEVICE = -2
 """Stands in a plan for a draft that a draft model makes: the host does not know it."""
 
@@ -95,6 +98,10 @@ class StepPlan:
     def queries(self) -> int:
         """Places that its longest decode row takes."""
         return 1 + max(map(len, self.drafts), default=0)
+
+    def has_drafted(self, row: int) -> bool:
+        """Whether the drafts of a decode row are made on the device."""
+        return bool(self.drafts) and ON_DEVICE in self.drafts[row]
 
     def most_tokens(self, row: int) -> int:
         """How many tokens a row of `sampled` may give at most."""

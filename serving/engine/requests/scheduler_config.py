@@ -37,6 +37,7 @@ class SchedulerConfig:
             a token.
         adapter_slots: adapters that may be on the devices at once.
         speculative_config: how drafts are made; None for none.
+        has_head: whether a head guesses, or may besides what is looked up.
         step_seconds: what steps without chunks were measured to take, by bucket; for choosing how many drafts to verify.
     """
 
@@ -63,6 +64,7 @@ class SchedulerConfig:
     buckets: BucketTable | None = None
     adapter_slots: int = 0
     speculative_config: SpeculativeConfig | None = None
+    has_head: bool = False
     step_seconds: tuple[tuple[Bucket, float], ...] = ()
 
     @classmethod

@@ -19,7 +19,7 @@ import numpy as np
 
 from serving.engine.api.types import EngineOutput
 from serving.engine.requests.buckets import Bucket
-from serving.engine.requests.plan import StepPlan, StepResult
+from serving.engine.requests.plan import ON_DEVICE, StepPlan, StepResult
 from serving.engine.requests.request import Request
 from serving.engine.requests.slots import SlotTable
 from serving.engine.scheduling.masks import fill_rows
@@ -58,6 +58,10 @@ class Device(Protocol[S]):
 
     def new_mask(self, step: S) -> np.ndarray:
         """int32 [rows, words] that allows everything, for the rows of `step.constrained`."""
+        ...
+
+    def guesses(self, step: S) -> np.ndarray:
+        """int32 [decode rows, K]: what a draft model has guessed for the step; waits for that."""
         ...
 
     def dispatch_sample(self, step: S, mask_SW: np.ndarray | None) -> None:
@@ -220,7 +224,12 @@ class StepPipeline(Generic[S]):
         mask = self.device.new_mask(step)
         live = [(row, request) for row, request in step.constrained if not request.finished]
         request_of = dict(live)
-        drafts = {r.request_id: row for r, row in zip(plan.decode, plan.drafts, strict=False) if row}
+        limited = {request.request_id for _, request in live}
+        rows = plan.drafts
+        if any(ON_DEVICE in rows[i] for i, r in enumerate(plan.decode[: len(rows)]) if r.request_id in limited):
+            told = self.device.guesses(step).tolist()
+            rows = [told[i][: len(row)] for i, row in enumerate(rows)]
+        drafts = {r.request_id: row for r, row in zip(plan.decode, rows, strict=False) if row}
         for row, error in fill_rows(live, mask, drafts).items():
             request = request_of[row]
             mask[row : row + 1 + len(drafts.get(request.request_id, ()))] = -1

@@ -376,10 +376,12 @@ class Scheduler:
         caught_up = self.drafts.committed(decode, chunks, drafts) if self.drafts is not None else ()
         positions = tuple([request.num_computed for request in decode])
         for request, guessed in zip(decode, drafts or [()] * len(decode), strict=True):
+            if self._has_states and drafts:
+                self.kv.rests(request)
             request.num_computed += num_steps + len(guessed)
             request.num_pending += num_steps + len(guessed)
             request.inflight += 1
-            if self._has_states:
+            if self._has_states and not drafts:
                 self.kv.reached(request, decoding=True)
         for chunk in chunks:
             request = chunk.request

@@ -64,7 +64,9 @@ def test_every_stack_is_read(name, tmp_path):
     forward = make_forward(with_adapters, shapes.groups, layout, 8, True)
     given = weights + stacks
     found = set(used_leaves(forward, given, kv, state.ends, jax.ShapeDtypeStruct((layout.size,), jnp.int32)))
-    hidden = jax.eval_shape(forward, given, kv, state.ends, jax.ShapeDtypeStruct((layout.size,), jnp.int32))[1]
+    hidden = jax.eval_shape(forward, given, kv, state.ends, jax.ShapeDtypeStruct((layout.size,), jnp.int32))[
+        1
+    ].hidden_SD
     logits = functools.partial(lambda leaves, h, own: with_adapters.merge(leaves).logits(h, own))
     rows = jax.ShapeDtypeStruct((hidden.shape[0],), jnp.int32)
     of_logits = set(used_leaves(logits, given, hidden, rows))

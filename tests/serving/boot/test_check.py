@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from serving.boot import load
 from serving.boot.startup import start
@@ -105,6 +107,34 @@ def test_a_draft_that_cannot_guess(checkpoint, copied):
     (copied / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
     assert "has a vocabulary of 300 tokens, model one of 256." in drafted()
     assert "nowhere" in refused(checkpoint, speculative_config={"model": "nowhere"})
+
+
+def test_a_head_that_is_not_there_or_is_anothers(checkpoint, tmp_path):
+    def headed(**more) -> str:
+        return refused(checkpoint, speculative_config={"method": "eagle3", "model": str(tmp_path)}, **more)
+
+    assert "is of a family without heads" in refused(checkpoint, speculative_config={"method": "mtp"})
+    several = refused(checkpoint, speculative_config={"method": "mtp"}, num_scheduler_steps=2)
+    assert "hears every step; set num_scheduler_steps, 2 here, to 1" in several
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"], "hidden_size": 48, "num_attention_heads": 3, "vocab_size": 256,
+        "intermediate_size": 96, "eagle_aux_hidden_state_layer_ids": [0, 1, 2],
+    }  # fmt: skip
+    tensors = {"midlayer.self_attn.q_proj.weight": np.zeros((48, 96), np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for changed, sentence in (
+        ({"architectures": ["LlamaForCausalLM"]}, "is no EAGLE-3 head: its architectures are ['LlamaForCausalLM']"),
+        ({"speculators_model_type": "dflash"}, "is of the kind 'dflash'"),
+        ({"target_hidden_size": 64}, "the head is for hidden states of 64, the model's are 48 wide"),
+        ({"hidden_size": 96}, "the head is for hidden states of 96, the model's are 48 wide"),
+        ({"vocab_size": 300}, "the head is for a vocabulary of 300 tokens, the model has 256"),
+        ({"num_hidden_layers": 2}, "the head has 2 layers"),
+        ({"draft_vocab_size": 32}, "no d2t"),
+        ({"eagle_aux_hidden_state_layer_ids": [0, 1, 7]}, "hears the layers [0, 1, 7] of a model of 2"),
+        ({}, "the checkpoint has no tensor"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changed))
+        assert sentence in headed(), changed
 
 
 def _read(start) -> str:

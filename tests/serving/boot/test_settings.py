@@ -86,9 +86,11 @@ def test_values_and_their_texts_are_read_alike(given, read):
         ({"seed": "x"}, "seed must be a whole number"),
         ({"speculative_config": "ngram"}, "speculative_config: it is no JSON"),
         ({"speculative_config": [1]}, "speculative_config: it must be an object"),
-        ({"speculative_config": {}}, "method must be one of ngram, suffix, draft_model, auto; got None."),
+        ({"speculative_config": {}}, "method must be one of ngram, suffix, draft_model, mtp, eagle3, auto; got None."),
         ({"speculative_config": {"method": "n-gram"}}, "method must be one of"),
-        ({"speculative_config": {"method": "eagle3", "model": "x"}}, "method 'eagle3' is not served here yet"),
+        ({"speculative_config": {"method": "medusa", "model": "x"}}, "method 'medusa' is not served here yet"),
+        ({"speculative_config": {"method": "eagle3"}}, "method 'eagle3' needs a model: the head's checkpoint"),
+        ({"speculative_config": {"method": "mtp", "model": "x"}}, "method 'mtp' takes no model"),
         ({"speculative_config": {"method": "draft_model"}}, "needs a model: the draft's checkpoint"),
         ({"speculative_config": {"method": "ngram", "model": "x"}}, "method 'ngram' takes no model"),
         ({"speculative_config": {"method": "ngram", "num_speculative_token": 3}}, "did you mean num_speculative_tokens"),
@@ -112,6 +114,7 @@ def test_a_speculative_config_is_read_as_vllm_reads_it(capsys):
     assert EngineConfig(speculative_config=how) == read
     assert EngineConfig(speculative_config={"method": "suffix", "model": None}).speculative_config.draft_tokens == 8
     assert EngineConfig(speculative_config={"model": "a/b"}).speculative_config.method == "draft_model"
+    assert EngineConfig(speculative_config={"method": "deepseek_mtp"}).speculative_config.method == "mtp"
     assert SpeculativeConfig("ngram").prompt_lookup_min == 5
     with pytest.raises(SystemExit):
         build_parser().parse_args(["--speculative-config", '{"method": "auto", "k": 1}'])

@@ -136,7 +136,9 @@ class FakeDevice:
             slot = chunk.request.slot
             work.append((chunk.request, slots.pages[:, slot].copy(), slot, tokens, int(chunk.samples)))
         assert [r.request_id for r, *_, samples in work if samples] == [r.request_id for r in plan.sampled]
-        self.write(work)
+        self.write(work, tentative=bool(plan.drafts))
+        if plan.drafts:  # states are as they were until it is known how many tokens count
+            self.save_states(plan)
         return Dispatched(
             plan, work, Bucket(len(plan.decode), sum(align(c.length) for c in plan.chunks), len(plan.chunks))
         )
@@ -149,6 +151,9 @@ class FakeDevice:
         work = step.work
         assert (mask_SW is not None) == bool(step.constrained)
         rows = self.sample_rows(work, mask_SW)
+        if step.plan.drafts and self.recurrent:
+            for (request, _, slot, positions, _), taken in zip(work, rows, strict=True):
+                self.advance(request, slot, positions[: len(taken)])
         for _ in range(step.plan.num_steps - 1):
             work = [
                 (request, pages, slot, [(positions[-1][0] + 1, int(self.last_token[slot]))], 1)
@@ -156,22 +161,32 @@ class FakeDevice:
             ]
             self.write(work)
             rows = [row + more for row, more in zip(rows, self.sample_rows(work, None), strict=True)]
-        for replica, slot, row in step.plan.moves.states_saved:
-            self.snapshots[replica][row] = self.states[replica][slot]
+        if not step.plan.drafts:
+            self.save_states(step.plan)
         step.tokens = np.full((len(rows), max(map(len, rows), default=1)), -1, np.int32)
         for row, tokens in enumerate(rows):
             step.tokens[row, : len(tokens)] = tokens
 
-    def write(self, work) -> None:
+    def guesses(self, step: Dispatched) -> np.ndarray:
+        raise NotImplementedError("drafts are the host's here")
+
+    def save_states(self, plan: StepPlan) -> None:
+        for replica, slot, row in plan.moves.states_saved:
+            self.snapshots[replica][row] = self.states[replica][slot]
+
+    def advance(self, request, slot: int, positions) -> None:
+        """Brings a slot's state on."""
+        states, own = self.states[request.replica], slot % self.scheduler.config.max_num_seqs
+        for position, token in positions:
+            length, state = states[own]
+            assert length == position, f"the slot's state is that of {length} tokens, position {position} needs others"
+            states[own] = (position + 1, next_state(state, token))
+
+    def write(self, work, tentative: bool = False) -> None:
         for request, tables, slot, positions, _ in work:
+            if self.recurrent and not tentative:
+                self.advance(request, slot, positions)
             for position, token in positions:
-                if self.recurrent:
-                    states, own = self.states[request.replica], slot % self.scheduler.config.max_num_seqs
-                    length, state = states[own]
-                    assert length == position, (
-                        f"the slot's state is that of {length} tokens, position {position} needs others"
-                    )
-                    states[own] = (position + 1, next_state(state, token))
                 pages = tables[:, position // self.size]
                 assert 0 not in pages, "a real token is written to the null page"
                 assert len(set(pages)) == len(pages), "a page is in the tables of two groups"
@@ -186,7 +201,7 @@ class FakeDevice:
             for place in range(max(samples, 1)):
                 end = len(positions) - max(samples, 1) + place + 1
                 residue = -1 if mask_SW is None or not samples else int(mask_SW[first + place, 0])
-                token = self.sample(request, tables, slot, [position for position, _ in positions[:end]])
+                token = self.sample(request, tables, slot, positions[:end])
                 found.append(token if residue < 0 else token - token % 3 + residue)
                 if end == len(positions) or positions[end][1] != found[-1]:
                     break
@@ -197,8 +212,9 @@ class FakeDevice:
             self.last_token[slot] = tokens[-1]
         return [tokens for _, tokens in sampled]
 
-    def sample(self, request, tables, slot: int, positions: list[int]) -> int:
-        """What the model samples behind the last of these positions, from what it finds in the pages."""
+    def sample(self, request, tables, slot: int, computed: list[tuple[int, int]]) -> int:
+        """What the model samples behind the last of these (position, token), from what it finds in the pages."""
+        positions = [position for position, _ in computed]
         length = positions[-1] + 1
         contexts = []
         for window, pages in zip(self.scheduler.config.windows, tables, strict=True):
@@ -210,7 +226,10 @@ class FakeDevice:
         seen = min(map(len, contexts), default=0)
         assert len({tuple(context[max(0, seen - self.least) :]) for context in contexts}) <= 1, "groups disagree"
         own = slot % self.scheduler.config.max_num_seqs
-        state = self.states[request.replica][own][1] if self.recurrent else None
+        reached, state = self.states[request.replica][own] if self.recurrent else (0, None)
+        for position, token in computed if self.recurrent else ():
+            if position >= reached:
+                state = next_state(state, token)
         return mixed_token(contexts[0] if contexts else None, state)
 
     def collect(self, step: Dispatched) -> StepResult:

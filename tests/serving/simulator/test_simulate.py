@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from serving.engine.api.speculative import SpeculativeConfig
 from serving.engine.requests.buckets import BucketTable
 from serving.engine.scheduling.scheduler import SchedulerConfig
 from serving.simulator.cost import CostModel
@@ -147,3 +148,20 @@ def test_report_adds_up() -> None:
     assert report.output_tokens == sum(o.output_tokens for o in outcomes)
     assert len(report.values("ttft")) == sum(len(report.values("ttft", g)) for g in report.groups) == 100
     assert 0 <= summary["kv_waste"] < summary["kv_waste_contiguous"] < 1  # pyright: ignore[reportOperatorIssue]
+
+
+def test_drafts_are_right_as_often_as_one_says() -> None:
+    """And are left alone where they pay nothing."""
+    cost = dataclasses.replace(COST, draft_tokens=3)
+    how = SpeculativeConfig("ngram", num_speculative_tokens=3)
+    config = dataclasses.replace(
+        CONFIG, speculative_config=how, buckets=cost.buckets, step_seconds=cost.decode_steps()
+    )
+    steps = {}
+    for acceptance in (0.0, 0.5, 1.0):
+        simulation = Simulation(config, cost, acceptance=acceptance)
+        (outcome,) = simulation.run([TraceRequest(1.0, 16, 401)])
+        assert outcome.output_tokens == 401
+        steps[acceptance] = simulation.totals.steps - 1
+    assert steps[1.0] == 100 and steps[0.0] == 400
+    assert steps[0.5] == pytest.approx(400 / (1 + 0.5 + 0.25 + 0.125), rel=0.15)

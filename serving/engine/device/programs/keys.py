@@ -20,6 +20,9 @@ Kind = Literal[
     "clear_states",
     "draft",
     "put_drafts",
+    "hear",
+    "catch_up",
+    "commit_states",
     "encode",
 ]
 

@@ -59,7 +59,12 @@ class Layout:
 
 
 def forward_layout(
-    bucket: Bucket, pages_per_slot: int, groups: int = 1, adapters: bool = False, recurrent: bool = False
+    bucket: Bucket,
+    pages_per_slot: int,
+    groups: int = 1,
+    adapters: bool = False,
+    recurrent: bool = False,
+    heads: bool = False,
 ) -> Layout:
     """What a step is made of on the device, by `decode_rows` and `make_step`, and which rows sample.
 
@@ -69,11 +74,13 @@ def forward_layout(
         groups: attention groups. What comes from page tables has an axis for them in front where there are several.
         adapters: whether requests may have adapters.
         recurrent: whether layers keep states.
+        heads: whether a head follows. `next_R` is the token behind each piece, -1 where the step samples it in `next_slot_R`.
     """
     t, b, c, r = bucket.tokens, bucket.decode, bucket.chunk, bucket.rows
     each = () if groups == 1 else (groups,)
     own = (("adapter_B", (b,), "int32"), ("adapter_R", (r,), "int32")) if adapters else ()
     own += (("chunk_slot_R", (r,), "int32"),) if recurrent else ()
+    own += (("next_R", (r,), "int32"), ("next_slot_R", (r,), "int32")) if heads else ()
     return Layout(
         (
             ("tokens_T", (t,), "int32"),
@@ -169,6 +176,7 @@ def make_step(
             chunk_qlen_R=f["chunk_qlen_R"],
             num_tokens=tokens_T.shape[0],
             queries=Q,
+            tentative=Q > 1,
         )
     positions_T = jnp.concatenate([position_BQ.reshape(-1), f["chunk_positions_C"]])
     return Step(tokens_T, positions_T, attention, recurrent=recurrent)
@@ -194,8 +202,8 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
     f = layout.views(flat)
     f["decode_slot_B"][:] = slots.per_replica
     f["chunk_row_N"][:] = bucket.rows
-    if "chunk_slot_R" in f:
-        f["chunk_slot_R"][:] = slots.per_replica
+    for name in {"chunk_slot_R", "next_slot_R"} & f.keys():
+        f[name][:] = slots.per_replica
     groups, Q, first = len(slots.pages), bucket.queries, bucket.decode_tokens
     index_GC, decode_pages_GBP, chunk_pages_GRP = (
         f[name].reshape(groups, *f[name].shape[-dims:])
@@ -237,6 +245,9 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
             f["adapter_R"][i] = request.adapter_slot
         if "chunk_slot_R" in f:
             f["chunk_slot_R"][i] = request.slot % slots.per_replica
+        if "next_R" in f:
+            f["next_R"][i] = request.tokens[chunk.end] if chunk.end < len(request.tokens) else -1
+            f["next_slot_R"][i] = request.slot % slots.per_replica
         f["chunk_row_N"][at // Q_BLOCK : (at + align(length)) // Q_BLOCK] = i
         if chunk.samples:
             samples[row_of_sample] = first + at + length - 1

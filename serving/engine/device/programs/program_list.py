@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from models.api import CausalLM
 from ops.paged_attention.groups import KVGroups
+from ops.recurrent import States
 from serving.engine.device.programs.compiling import Program
 from serving.engine.device.programs.keys import ProgramKey
 from serving.engine.device.programs.packing import Layout, forward_layout, sample_layout
@@ -29,6 +30,7 @@ from serving.engine.device.programs.steps import (
     pool,
     used_leaves,
 )
+from serving.engine.device.programs.trial import make_commit
 from serving.engine.requests.buckets import Bucket, BucketTable
 from serving.engine.requests.cache_specs import recurrent_of
 from serving.engine.requests.sizes import Sizes
@@ -43,6 +45,7 @@ class StepShapes:
         mask_width: int32 words of a row of a grammar's mask.
         groups: which layers share pages.
         forward_layouts, sample_layouts: how a step's packed arguments lie, by bucket and by number of sampled rows.
+        taps: of a head that hears the model, `models.heads.Head.taps`; None where there is none.
     """
 
     sizes: Sizes
@@ -53,10 +56,13 @@ class StepShapes:
     groups: KVGroups
     forward_layouts: dict[Bucket, Layout]
     sample_layouts: dict[int, Layout]
+    taps: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, sizes: Sizes, model: CausalLM, adapters: bool = False) -> StepShapes:
-        """The shapes for a model and these sizes; with adapters where requests may have some."""
+    def of(
+        cls, sizes: Sizes, model: CausalLM, adapters: bool = False, taps: tuple[int, ...] | None = None
+    ) -> StepShapes:
+        """The shapes for a model and these sizes; with adapters where requests may have some, with a head's taps."""
         vocab_size, groups = model.vocab_size, KVGroups.of(model.kv_specs(), sizes.layers_per_page)
         recurrent = recurrent_of(model) is not None
         buckets = BucketTable.make(
@@ -73,8 +79,19 @@ class StepShapes:
             pages_per_slot,
             -(-vocab_size // 32),
             groups,
-            {b: forward_layout(b, pages_per_slot, len(groups.windows), adapters, recurrent) for b in buckets.buckets},
+            {
+                b: forward_layout(b, pages_per_slot, len(groups.windows), adapters, recurrent, taps is not None)
+                for b in buckets.buckets
+            },
             {s: sample_layout(s, sizes.draft_tokens > 0, adapters) for s in buckets.sample_sizes},
+            taps,
+        )
+
+    def make_forward(self, split: SplitModel, bucket: Bucket) -> Callable[..., Any]:
+        """`steps.make_forward` of a model for a bucket."""
+        keep = bucket.chunk > 0 or self.taps == ()
+        return make_forward(
+            split, self.groups, self.forward_layouts[bucket], self.sizes.page_size, keep, self.taps or ()
         )
 
 
@@ -117,9 +134,13 @@ def list_programs(
 
     programs = list(more)
     for bucket, layout in shapes.forward_layouts.items():
-        fn = make_forward(split, shapes.groups, layout, shapes.sizes.page_size, bucket.chunk > 0)
+        fn = shapes.make_forward(split, bucket)
         flat = ints(layout.size)
         programs.append(Program(ProgramKey("forward", bucket), fn, (leaves, kv, state.ends, flat), (1,), (0,), True))
+        if bucket.queries > 1 and isinstance(kv[-1], States):
+            trial = jax.eval_shape(fn, leaves, kv, state.ends, flat)[1].trial
+            args = (kv[-1], state.ends, flat, trial)
+            programs.append(Program(ProgramKey("commit_states", bucket), make_commit(layout), args, (0,), (), True))
         if max_steps > 1 and not bucket.chunk and bucket.queries == 1:
             sample = shapes.sample_layouts[bucket.samples]
             fn = make_decode_loop(split, shapes.groups, layout, sample, shapes.sizes.page_size, max_steps)
@@ -173,4 +194,4 @@ def hidden_width(split: SplitModel, leaves: Any, kv: Any, shapes: StepShapes) ->
     of_slots = jax.ShapeDtypeStruct((shapes.sizes.max_num_seqs + 1,), jnp.int32)
     flat = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
     forward = make_forward(split, shapes.groups, layout, shapes.sizes.page_size, False)
-    return jax.eval_shape(forward, leaves, kv, (of_slots, of_slots), flat)[1]
+    return jax.eval_shape(forward, leaves, kv, (of_slots, of_slots), flat)[1].hidden_SD

@@ -26,6 +26,7 @@ from ops.paged_attention.groups import KVGroups
 from serving.engine.api.sampling_params import MAX_LOGPROBS
 from serving.engine.device.programs.packing import Layout, adapters_of, decode_rows, make_step
 from serving.engine.device.programs.state import DeviceState
+from serving.engine.device.programs.trial import Trial, take_apart
 from serving.engine.device.programs.verify import accept, drafts_before
 
 PROMPT_LOGPROB_ROWS = 64
@@ -79,6 +80,26 @@ class SplitModel:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class ForwardOutput:
+    """What one `forward` returns besides pages; fields that nobody needs are None.
+
+    Attributes:
+        hidden_SD: of the rows that sample.
+        hidden_TD: of all tokens.
+        loads: for models with experts, one int32 [layers with experts, E]: how many of the step's tokens visited each.
+        tapped_TH: inputs of the layers that are tapped, side by side.
+        trial: of a step with drafts, what becomes of states.
+    """
+
+    hidden_SD: jax.Array
+    hidden_TD: jax.Array | None = None
+    loads: tuple[jax.Array, ...] = ()
+    tapped_TH: jax.Array | None = None
+    trial: Trial | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SampleOutput:
     """What one `sample` returns besides the state; the host copies only what somebody asked for.
 
@@ -109,26 +130,41 @@ class LoopOutput:
 
 
 def make_forward(
-    model: SplitModel, groups: KVGroups, layout: Layout, page_size: int, keep_hidden: bool
+    model: SplitModel,
+    groups: KVGroups,
+    layout: Layout,
+    page_size: int,
+    keep_hidden: bool,
+    taps: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
-    """forward(leaves, kv, ends, flat) -> (kv, hidden_SD of the rows that sample, hidden_TD or None, loads).
+    """forward(leaves, kv, ends, flat) -> (kv, ForwardOutput).
 
-    `ends` is DeviceState.ends. `loads` has, for models with experts, one int32 [layers with experts, E]: how many of the
-    step's tokens visited each.
+    `ends` is DeviceState.ends.
+
+    Args:
+        keep_hidden: for `ForwardOutput.hidden_TD`.
+        taps: layers whose inputs, side by side, are handed over for a head.
     """
 
     def forward(
         leaves: tuple[jax.Array, ...], kv: KVCache, ends: tuple[jax.Array, jax.Array], flat: jax.Array
-    ) -> tuple[KVCache, jax.Array, jax.Array | None, tuple[jax.Array, ...]]:
+    ) -> tuple[KVCache, ForwardOutput]:
         f = layout.unpack(flat)
-        step = make_step(f, *decode_rows(f, ends), groups.places, page_size)
+        tokens_BQ, start_B = decode_rows(f, ends)
+        step = make_step(f, tokens_BQ, start_B, groups.places, page_size)
         if model.stacks is not None:
             step = dataclasses.replace(step, adapter_T=adapters_of(f))
+        if taps:
+            step = dataclasses.replace(step, taps=taps)
         merged = model.merge(leaves)
         result = merged.forward(step, kv)
         hidden_SD = result.hidden_TD[f["sample_row_S"]]
         loads = expert_counts(merged, step, result)
-        return result.cache, hidden_SD, result.hidden_TD if keep_hidden else None, loads
+        tapped_TH = jnp.concatenate(result.taps, axis=-1) if taps else None
+        cache, trial = result.cache, None
+        if step.recurrent is not None and step.recurrent.tentative:
+            cache, trial = take_apart(cache, start_B)
+        return cache, ForwardOutput(hidden_SD, result.hidden_TD if keep_hidden else None, loads, tapped_TH, trial)
 
     return forward
 

@@ -18,6 +18,8 @@ from ops.recurrent import States
 from serving.engine.device.programs.compiling import Program
 from serving.engine.device.programs.keys import ProgramKey
 from serving.engine.device.programs.placement import of_one, place
+from serving.engine.device.programs.trial import Trial
+from serving.engine.requests.buckets import Bucket
 from serving.engine.requests.cache_specs import RecurrentSpec
 from serving.engine.requests.commands import ClearStates, LoadStates, SaveStates
 
@@ -66,6 +68,7 @@ class StateStore:
         self._spec = spec
         self._programs: dict[ProgramKey, Any] = {}
         self.states = self.snapshots = States({})
+        self._held: tuple[Bucket, Any, Trial] | None = None  # a step with drafts between its halves
         self.reset()
 
     def reset(self) -> None:
@@ -81,6 +84,7 @@ class StateStore:
             return States(arrays, abstract.placements)
 
         self.states, self.snapshots = zeros(self._slots + 1), zeros(self._rows)
+        self._held = None
 
     def programs(self) -> list[Program]:
         """What copies states, for one replica."""
@@ -95,6 +99,17 @@ class StateStore:
     def bind(self, programs: dict[ProgramKey, Any]) -> None:
         """Takes the compiled programs."""
         self._programs = programs
+
+    def hold(self, bucket: Bucket, packed: Any, trial: Trial) -> None:
+        """A step with drafts has left states as they are; `commit` brings them on when it has been sampled."""
+        self._held = bucket, packed, trial
+
+    def commit(self, ends: Any) -> None:
+        """A step has been sampled; `ends` are DeviceState.ends behind it."""
+        if self._held is not None:
+            (bucket, packed, trial), self._held = self._held, None
+            program = self._programs[ProgramKey("commit_states", bucket)]
+            self.states = program(self.states, ends, packed, trial)
 
     def carry_out(self, command: SaveStates | LoadStates | ClearStates) -> None:
         """Starts the copies of a command."""

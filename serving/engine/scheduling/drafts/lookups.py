@@ -58,7 +58,7 @@ class Lookups:
         constraint = request.spec.constraint
         return constraint is None or hasattr(constraint, "fill_ahead")
 
-    def ready(self, requests: Sequence[Request]) -> Collection[str]:
+    def ready(self, requests: Sequence[Request], places: int) -> Collection[str]:
         return [request.request_id for request in requests]
 
     def committed(

@@ -16,7 +16,9 @@ from serving.engine.requests.buckets import BucketTable
 from serving.engine.requests.plan import Chunk, StepPlan
 from serving.engine.requests.request import Request, by_replica
 from serving.engine.requests.scheduler_config import Counters, SchedulerConfig
+from serving.engine.scheduling.drafts.both import EitherDrafts
 from serving.engine.scheduling.drafts.costs import StepCosts
+from serving.engine.scheduling.drafts.head import HeadDrafts
 from serving.engine.scheduling.drafts.lookups import Lookups
 from serving.engine.scheduling.drafts.model import ModelDrafts
 from serving.engine.scheduling.drafts.source import NONE, Guess, Guessing, Source
@@ -51,14 +53,14 @@ class Drafts:
         self.costs = StepCosts(self._buckets, config.step_seconds)
         self._replicas = config.replicas
         self._most_rows = max((b.decode for b in self._buckets.buckets if b.queries > 1), default=0)
-        self.source: Source = ModelDrafts(config) if how.method == "draft_model" else Lookups(how)
+        self.source = _source(config, how)
         self._of: dict[str, Guessing] = {}
 
     @classmethod
     def of(cls, config: SchedulerConfig, kv: Replicas, counters: Counters) -> Drafts | None:
         """None where there are to be none."""
         how = config.speculative_config
-        return None if how is None or config.recurrent is not None else cls(config, how, kv, counters)
+        return None if how is None else cls(config, how, kv, counters)
 
     # ---- a request ----
 
@@ -134,7 +136,7 @@ class Drafts:
             most = self._buckets.queries(count)[-1] - 1
         if most < 1:
             return ()
-        ready = self.source.ready([r for r, (tokens, _) in zip(decode, rows, strict=True) if tokens])
+        ready = self.source.ready([r for r, (tokens, _) in zip(decode, rows, strict=True) if tokens], 1 + most)
         drafts: list[tuple[int, ...]] = []
         for request, (tokens, _) in zip(decode, rows, strict=True):
             count = min(most, len(tokens)) if tokens and request.request_id in ready else 0
@@ -182,3 +184,10 @@ class Drafts:
     def _rows(self, requests: Sequence[Request]) -> int:
         """Decode rows of the replica that has most of them."""
         return len(requests) if self._replicas == 1 else max(by_replica(requests, self._replicas))
+
+
+def _source(config: SchedulerConfig, how: SpeculativeConfig) -> Source:
+    if how.looks_up:
+        looked_up = Lookups(how)
+        return EitherDrafts(looked_up, HeadDrafts(config, how.draft_tokens)) if config.has_head else looked_up
+    return HeadDrafts(config, how.draft_tokens) if how.hears else ModelDrafts(config)

@@ -1,4 +1,4 @@
-"""Where guesses come from, as the planner sees it: `lookups.py` and `model.py` have some."""
+"""Where guesses come from, as the planner sees it: `lookups.py`, `model.py` and `head.py` have some."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Source(Protocol):
         """Whether drafts of the request can be verified at all."""
         ...
 
-    def ready(self, requests: Sequence[Request]) -> Collection[str]:
-        """Ids of those of the requests for which guesses can be had in one step, all together."""
+    def ready(self, requests: Sequence[Request], places: int) -> Collection[str]:
+        """Ids of those of the requests for which guesses can be had in one step of so many places a row, all together."""
         ...
 
     def committed(

@@ -182,6 +182,7 @@ export class Pane {
   show(stats) {
     if (!stats) return;
     const parts = [[`${stats.ttft} ms`, "TTFT"], [stats.rate ? stats.rate.toFixed(1) : "–", "tokens/s"], [stats.tokens, "tokens"]];
+    if (stats.drafts) parts.push([stats.drafts.join(" of "), "drafts right"]);
     this.stats.replaceChildren(...parts.flatMap(([value, name], i) => [i ? " · " : "", el("b", { text: value }), ` ${name}`]));
   }
 }

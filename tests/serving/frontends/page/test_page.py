@@ -108,7 +108,11 @@ async def test_a_conversation_in_a_browser(start: Start, page: browser.Browser):
     assert await page.run("document.querySelector('[name=temperature]').placeholder") == "0.4"
     await page.type("[name=system]", "Be kind.")
     await page.type("[name=temperature]", "0.3")
+    engine.drafts = 3, 2
     await said(page, "Again", 2)
+    for shown in (".stats", ".message:last-child small"):
+        assert (await page.run(f"document.querySelector('{shown}').textContent")).endswith("· 3 of 5 drafts right")
+    engine.drafts = 0, 0
     assert prompt_of(engine) == f"Be kind.Hello{REPLY}Again" and engine.requests[-1].params.temperature == 0.3
 
     engine.step_s = 0.02

@@ -32,12 +32,18 @@ export function take(answer, chunk) {
   }
 }
 
-/** Milliseconds to the first token, tokens a second after it, tokens; null before the first. */
+/** Milliseconds to the first token, tokens a second after it, tokens, drafts where some were verified; null before the first. */
 export function measure(answer) {
   if (!answer.first) return null;
   const tokens = answer.usage?.completion_tokens ?? answer.chunks;
   const seconds = (answer.last - answer.first) / 1000;
-  return { ttft: Math.round(answer.first - answer.start), rate: tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null, tokens };
+  return { ttft: Math.round(answer.first - answer.start), rate: tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null, tokens, drafts: drafts(answer.usage) };
+}
+
+/** [accepted, verified] of the drafts; null where there were none. */
+function drafts(usage) {
+  const { accepted_prediction_tokens: accepted = 0, rejected_prediction_tokens: rejected = 0 } = usage?.completion_tokens_details ?? {};
+  return accepted + rejected ? [accepted, accepted + rejected] : null;
 }
 
 /** What is kept of it. */

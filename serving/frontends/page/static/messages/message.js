@@ -50,9 +50,9 @@ export class MessageView {
     }
     const { stats } = message;
     const parts = [message.stopped ? "stopped" : WHY[message.finish]];
-    if (stats) parts.push(`${stats.ttft} ms`, stats.rate && `${stats.rate.toFixed(1)} tokens/s`, `${stats.tokens} tokens`);
+    if (stats) parts.push(`${stats.ttft} ms`, stats.rate && `${stats.rate.toFixed(1)} tokens/s`, `${stats.tokens} tokens`, stats.drafts && `${stats.drafts.join(" of ")} drafts right`);
     const small = parts.filter(Boolean).join(" · ");
-    if (small) out.push(el("small", { text: small, title: "Why it ended, time to the first token, tokens a second after it, tokens" }));
+    if (small) out.push(el("small", { text: small, title: "Why it ended, time to the first token, tokens a second after it, tokens, drafts of the next tokens that were right" }));
     return out;
   }
 

@@ -165,8 +165,8 @@ def test_costs_are_kept_up_with():
     assert costs.host_s == 0.001
 
 
-def test_no_drafts_beside_states():
-    """Layers that keep a state cannot take tokens back yet."""
+def test_drafts_are_asked_for():
+    """Beside states too; without a configuration there are none."""
     spec = RecurrentSpec((StateArray("s", (2,)),))
-    assert scheduler(caches=(PagedSpec(), spec), num_snapshots=4).drafts is None
+    assert isinstance(scheduler(caches=(PagedSpec(), spec), num_snapshots=4).drafts, Drafts)
     assert isinstance(scheduler().drafts, Drafts) and scheduler(how=None).drafts is None
