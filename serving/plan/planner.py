@@ -187,12 +187,7 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     replicas = num_replicas(mesh)
     cpu = request.target.platform == "cpu"
     seqs, budget = batch_sizes(request.max_num_seqs, request.max_num_batched_tokens, replicas, cpu)
-    if request.draft_tokens >= budget:
-        raise ValueError(f"{request.draft_tokens} drafts are more than a step of {budget} tokens verifies.")
-    sizes = Sizes(
-        seqs, budget, request.max_model_len, PROBE_PAGES, request.page_size, 0, kv_dtype,
-        draft_tokens=request.draft_tokens, draft_places=draft_places(budget, cpu) if request.draft_tokens else 0,
-    )  # fmt: skip
+    sizes = _sizes(request, seqs, budget, cpu)
 
     def runner(num_layers: int) -> AbstractEngine:
         model = abstract_model(
@@ -251,6 +246,16 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
         compile_seconds=seconds,
         extrapolated_from=depths,
     )
+
+
+def _sizes(request: Request, seqs: int, budget: int, cpu: bool) -> Sizes:
+    """An engine's, but for the size of its pool."""
+    if request.draft_tokens >= budget:
+        raise ValueError(f"{request.draft_tokens} drafts are more than a step of {budget} tokens verifies.")
+    return Sizes(
+        seqs, budget, request.max_model_len, PROBE_PAGES, request.page_size, 0, request.kv_dtype,
+        draft_tokens=request.draft_tokens, draft_places=draft_places(budget, cpu) if request.draft_tokens else 0,
+    )  # fmt: skip
 
 
 def _prompt_bucket(runner: AbstractEngine, request: Request) -> Bucket:

@@ -41,6 +41,11 @@ class Component:
         """What programs that make logits are called with."""
         return tuple(self.leaves[i] for i in self.head)
 
+    @property
+    def own(self) -> tuple[Any, ...]:
+        """The weights that are no other component's."""
+        return self.leaves
+
     def leaves_of(self, model: Any) -> tuple[Any, ...]:
         """The weights of another checkpoint, checked to fit this model's programs.
 
@@ -106,6 +111,10 @@ class Beside(Component):
     @leaves.setter
     def leaves(self, own: tuple[jax.Array, ...]) -> None:
         self._own = own
+
+    @property
+    def own(self) -> tuple[Any, ...]:
+        return self._own
 
     def sleep(self, keep: bool) -> None:
         if keep:

@@ -429,7 +429,7 @@ class Executor:
         """
         jax.block_until_ready((self._kv, self._state))
         states = () if self.states is None else (self.states.states, self.states.snapshots)
-        weights = [component.leaves for component in self.components.values()]
+        weights = [component.own for component in self.components.values()]
         freed = sum(leaf.nbytes for leaf in jax.tree.leaves((weights, self._pages, self._state, states)))
         self.decoder.sleep(keep_weights)
         if self.draft is not None:  # its weights are nobody's to replace, so they are kept

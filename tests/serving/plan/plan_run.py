@@ -30,7 +30,9 @@ def main() -> None:
     kinds = ["sliding_attention"] * 2 + ["full_attention"] + ["sliding_attention"] * 2
     windows = HF | {"architectures": ["MistralForCausalLM"], "sliding_window": 32, "layer_types": kinds}
     mixed = make_plan(dataclasses.replace(few, hf=windows, full_depth=True, decode_only=True))
-    print(json.dumps([to_json(plan) for plan in plans] + texts + [to_json(mixed)]))
+    one = HF | {"num_hidden_layers": 1}
+    drafted = make_plan(dataclasses.replace(few, hf=one, draft_hf=one, draft_tokens=3, max_num_batched_tokens=32))
+    print(json.dumps([to_json(plan) for plan in plans] + texts + [to_text(drafted), to_json(drafted), to_json(mixed)]))
 
 
 if __name__ == "__main__":

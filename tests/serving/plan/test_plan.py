@@ -92,6 +92,20 @@ def test_texts_name_what_matters(plans):
     assert quick_sweep.splitlines()[1].split()[-1] == "-"
 
 
+def test_drafts_are_priced(plans):
+    """The draft's weights and its part of each page are there, and a step that verifies costs what its rows cost."""
+    text, plan = plans[-3:-1]
+    page, memory = 16 * 2 * 16 * 4, plan["memory"]
+    assert memory["draft_weights"] == memory["weights"] and memory["page"] == 2 * page
+    assert [(step["requests"], step["places"]) for step in plan["verified"]] == [(1, 4), (4, 4)]
+    forward = {p["name"]: p for p in plan["programs"]}
+    plain, verified = forward["forward decode 1"], forward["forward decode 1x4"]
+    assert verified["weight_bytes"] == plain["weight_bytes"] and verified["context_bytes"] == plain["context_bytes"]
+    assert verified["flops"] > 3 * plain["flops"]
+    assert all(step["tokens_needed"] >= 1 for step in plan["verified"])
+    assert "weights of the draft model" in text and "verifying 3 drafts of 4 requests" in text
+
+
 @pytest.mark.parametrize(
     "line,kind,nbytes,devices",
     [

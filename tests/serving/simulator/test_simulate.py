@@ -154,9 +154,7 @@ def test_drafts_are_right_as_often_as_one_says() -> None:
     """And are left alone where they pay nothing."""
     cost = dataclasses.replace(COST, draft_tokens=3)
     how = SpeculativeConfig("ngram", num_speculative_tokens=3)
-    config = dataclasses.replace(
-        CONFIG, speculative_config=how, buckets=cost.buckets, step_seconds=cost.decode_steps()
-    )
+    config = dataclasses.replace(CONFIG, speculative_config=how, buckets=cost.buckets, step_seconds=cost.decode_steps())
     steps = {}
     for acceptance in (0.0, 0.5, 1.0):
         simulation = Simulation(config, cost, acceptance=acceptance)
