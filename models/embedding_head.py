@@ -78,6 +78,10 @@ class EmbeddingHead:
         """The modes as one word."""
         return "+".join(self.modes)
 
+    def facts(self) -> dict[str, Any]:
+        """What clients are told of it, by the names of `serving.engine.api.types.EngineInfo`."""
+        return {"pooling": self.pooling, "prompts": self.prompts, "default_prompt": self.default_prompt}
+
     def finish(self, pooled: np.ndarray) -> np.ndarray:
         """Vectors of length 1 from pooled ones, float32 [..., width]."""
         for step in self.steps:

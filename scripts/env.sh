@@ -110,8 +110,7 @@ install_env() {
 
 # Or the first start would wait for them; kept in the user's cache, or where JAXSERVE_CACHE says.
 build_kernels() {
-  env_say "building the native CPU kernels"
-  env_say "$(JAX_PLATFORMS=cpu "$VENV/bin/python" -c 'from ops import native; print(native.status())' 2>&1 | tail -n 1)"
+  env_say "$(JAX_PLATFORMS=cpu "$VENV/bin/python" -c 'from ops import native; print(native.status())' | tail -n 1)"
 }
 
 # Whether group $1 was installed for stamp $2; a larger group holds the smaller ones.

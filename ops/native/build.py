@@ -1,7 +1,8 @@
 """Builds the library of native CPU handlers with whatever C++ compiler is at hand, once for each version of it.
 
 The result lies in the user's cache under a name made of the sources' hash, the compiler and jaxlib's version, so that
-a change of any of them builds anew and several versions live side by side. A library in this folder is taken first:
+a change of any of them builds anew and several versions live side by side. What a stopped build has compiled waits beside it
+for the next one. A library in this folder is taken first:
 `python -m ops.native.build ops/native` before `pip wheel .` makes a wheel that carries it (and is then for one platform).
 """
 
@@ -18,9 +19,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
+import time
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import jax
@@ -29,6 +30,9 @@ import jaxlib.version
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra")
 COMPILERS = ("c++", "g++", "clang++")
+_WORK = "building-"
+"""Begins the name of the folder of a build that has not ended."""
+_TELL_EVERY_S = 15.0
 
 
 class BuildError(Exception):
@@ -65,9 +69,10 @@ def find_compiler() -> list[str]:
         if name and shutil.which(name[0]):
             return name
     if importlib.util.find_spec("ziglang") is not None:
-        # zig takes -march from the machine unless told; handlers choose instructions at run time.
+        # zig takes -march from the machine unless told; handlers choose instructions at run time. It writes debug information
+        # unless told, too.
         baseline = ["-mcpu=baseline"] if platform.machine() in ("x86_64", "AMD64") else []
-        return [sys.executable, "-m", "ziglang", "c++", *baseline]
+        return [sys.executable, "-m", "ziglang", "c++", "-g0", *baseline]
     raise BuildError(
         "native CPU kernels need a C++ compiler once, and none was found: "
         "install g++ or clang++, or run `pip install ziglang`"
@@ -119,34 +124,77 @@ def build(folder: Path | None = None) -> Path:
 
 
 def _compile(compiler: list[str], target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        flags = [*FLAGS, "-isystem", jax.ffi.include_dir(), f"-I{SOURCES}"]
-        objects = [Path(scratch) / f"{path.stem}.o" for path in sources()]
-        jobs = [
-            [*compiler, *flags, "-c", str(source), "-o", str(obj)]
-            for source, obj in zip(sources(), objects, strict=True)
-        ]
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            for _ in pool.map(_run, jobs):
-                pass
-        linked = Path(scratch) / target.name
-        _run([*compiler, "-shared", "-o", str(linked), *map(str, objects), *_link_flags()])
-        os.replace(linked, target)  # atomic: a reader sees all of it or nothing
+    """Compiles and links, under the folder's lock. Objects are kept until the library is there: who is stopped goes on."""
+    work = target.parent / f"{_WORK}{target.stem}"
+    for left in target.parent.glob(f"{_WORK}*"):
+        if left != work:  # of a version that was never finished
+            shutil.rmtree(left, ignore_errors=True)
+    work.mkdir(exist_ok=True)
+    flags = [*FLAGS, "-isystem", jax.ffi.include_dir(), f"-I{SOURCES}"]
+    objects = {path: work / f"{path.stem}.o" for path in sources()}
+    missing = [path for path, obj in objects.items() if not obj.exists()]
+    progress = _Progress(len(objects) + 1, len(objects) - len(missing), "zig" if "ziglang" in compiler else compiler[0])
+    with ThreadPoolExecutor(_cores()) as pool:
+        jobs = [pool.submit(_run, [*compiler, *flags, "-c", str(path)], objects[path], work) for path in missing]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                progress.one()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    _run([*compiler, "-shared", *map(str, objects.values()), *_link_flags()], target, work)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+class _Progress:
+    """Says on stderr what a build that takes longer is about, and how much longer."""
+
+    def __init__(self, total: int, done: int, compiler: str) -> None:
+        self._total, self._done, self._begin = total, done, done
+        self._began = self._told = time.monotonic()
+        go_on = f", {done} of them compiled before" if done else ""
+        self._say(
+            f"building the native CPU kernels with {Path(compiler).name}, once for this machine: {total - 1} files{go_on}"
+        )
+
+    def one(self) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if now - self._told < _TELL_EVERY_S:
+            return
+        self._told = now
+        left = (now - self._began) / (self._done - self._begin) * (self._total - self._done)
+        words = f"{left:.0f} seconds" if left < 100 else f"{left / 60:.0f} minutes"
+        self._say(f"native CPU kernels: {self._done} of {self._total - 1} files, about {words} more")
+
+    @staticmethod
+    def _say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _link_flags() -> list[str]:
     return ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-pthread"]
 
 
-def _run(command: list[str]) -> None:
-    # zig keeps what it makes of its own library in the home folder, which may be read-only: here beside what it makes for us.
-    target = Path(command[command.index("-o") + 1])
-    environment = {"ZIG_GLOBAL_CACHE_DIR": str(target.parent / "zig"), **os.environ}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+def _run(command: list[str], result: Path, work: Path) -> None:
+    """Has a compiler make a file, which is there whole or not at all."""
+    # zig keeps what it makes of its own library, and all that it compiled, in the home folder, which may be read-only, and in
+    # that of the moment: both where a stopped build finds them again.
+    caches = {name: str(work / "zig") for name in ("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR")}
+    part = work / f"{result.name}.part"
+    done = subprocess.run(
+        [*command, "-o", str(part)], capture_output=True, text=True, check=False, env={**caches, **os.environ}
+    )
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if "error:" in line] or done.stderr.splitlines()[-1:]
         reason = lines[0] if lines else f"exit code {done.returncode}"
         raise BuildError(f"native CPU kernels did not compile with `{command[0]}`: {reason}")
+    os.replace(part, result)
 
 
 @functools.cache

@@ -104,7 +104,7 @@ def compile_decoder(
         page_size=sizes.page_size,
         num_pages=sizes.num_pages * replicas,
         num_parameters=executor.num_parameters,
-        **_embedding_facts(loaded),
+        **loaded.embedding.facts(),
     )
     return CompiledDecoder(runner, scheduler, info)
 
@@ -186,15 +186,9 @@ def compile_encoder(checked: Checked, loaded: LoadedModel, say: Progress) -> Com
         num_parameters=runner.num_parameters,
         tasks=tuple(task for task in tasks if task != "score" or (labels is not None and labels.scores)),
         labels=() if labels is None else labels.labels,
-        **_embedding_facts(loaded),
+        **loaded.embedding.facts(),
     )
     return CompiledEncoder(runner, info, labels)
-
-
-def _embedding_facts(loaded: LoadedModel) -> dict[str, Any]:
-    """What `EngineInfo` says of embeddings."""
-    head = loaded.embedding
-    return {"pooling": head.pooling, "prompts": head.prompts, "default_prompt": head.default_prompt}
 
 
 def _pages_in_words(checked: Checked, loaded: LoadedModel, sizes: Sizes, replicas: int) -> str:

@@ -41,10 +41,10 @@ def load(checked: Checked, say: Callable[[str], None]) -> LoadedModel:
     return loaded
 
 
-def reader(checked: Checked) -> Callable[[str | None], Any]:
+def reader(checked: Checked) -> Callable[[str | None], LoadedModel]:
     """How a running engine reads a checkpoint (None: its own again): same dtype, quantization and placement as at start."""
 
-    def read(name: str | None) -> Any:
+    def read(name: str | None) -> LoadedModel:
         return load_model(
             checked.opened.source if name is None else resolve(name),
             dtype=checked.dtype,
@@ -52,7 +52,7 @@ def reader(checked: Checked) -> Callable[[str | None], Any]:
             quantization=checked.quantization,
             max_model_len=checked.config.max_model_len,
             progress=False,
-        ).model
+        )
 
     return read
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import threading
 import time
@@ -60,7 +61,7 @@ class Engine(Mortal):
         self.loop = EngineLoop(
             scheduler, runner, self._deliver, self._reject, self.declare_dead, asynchronous=config.async_scheduling
         )
-        self.lifecycle = Lifecycle(Resting(self.loop, scheduler, runner.executor), load_model)
+        self.lifecycle = Lifecycle(Resting(self.loop, scheduler, runner.executor, self._use_head), load_model)
         self.page_events: PageEvents | None = None
         self.stop_telling: Callable[[], None] | None = None
         self.client = InProcessClient(self, info)
@@ -91,6 +92,10 @@ class Engine(Mortal):
     def call(self, function: Callable[[], Any], timeout: float = 60.0) -> Any:
         """Runs a function on the engine thread between two steps and returns its result."""
         return self.loop.call(function, timeout)
+
+    def _use_head(self, head: EmbeddingHead) -> None:
+        self.embedding = head
+        self.client.use_head(head)
 
     def _deliver(self, outputs: list[EngineOutput]) -> None:
         self.client.deliver(outputs)
@@ -247,6 +252,10 @@ class InProcessClient(EngineClient):
 
     def info(self) -> EngineInfo:
         return self._info
+
+    def use_head(self, head: EmbeddingHead) -> None:
+        """`info()` says from now on how another checkpoint makes embeddings."""
+        self._info = dataclasses.replace(self._info, **head.facts())
 
     def stats(self) -> EngineStats:
         return self._engine.loop.stats

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from models.embedding_head import EmbeddingHead
 from serving.engine.device.executor import Executor
 from serving.engine.device.programs.compiling import starting
 from serving.engine.loop import EngineLoop
@@ -14,9 +15,16 @@ from serving.engine.scheduling.scheduler import Scheduler
 
 class Resting:
     """A loop with its scheduler and its executor, as `serving.engine.api.lifecycle.Restable`: all is done on the engine's thread,
-    between two steps."""
+    between two steps.
 
-    def __init__(self, loop: EngineLoop, scheduler: Scheduler, executor: Executor) -> None:
+    Args:
+        use_head: told how the weights that serve from now on make embeddings.
+    """
+
+    def __init__(
+        self, loop: EngineLoop, scheduler: Scheduler, executor: Executor, use_head: Callable[[EmbeddingHead], None]
+    ) -> None:
+        self._use_head = use_head
         self._loop = loop
         self._scheduler = scheduler
         self._executor = executor
@@ -40,16 +48,18 @@ class Resting:
 
         return self._loop.call(give_back)
 
-    def take_back(self, leaves: Any) -> None:
-        self._loop.call(lambda: self._executor.wake(leaves), timeout=600.0)
+    def take_back(self, new: tuple[Any, EmbeddingHead] | None) -> None:
+        self._loop.call(lambda: self._executor.wake(None if new is None else new[0]), timeout=600.0)
 
-    def read(self, load: Callable[[], Any]) -> Any:
+    def read(self, load: Callable[[], Any]) -> tuple[Any, EmbeddingHead]:
         with starting():  # reading may compile conversions, which is no defect
-            return self._executor.leaves_of(load())
+            loaded = load()
+            return self._executor.leaves_of(loaded.model), loaded.embedding
 
-    def replace(self, leaves: Any) -> None:
+    def replace(self, new: tuple[Any, EmbeddingHead]) -> None:
         def swap() -> None:
-            self._executor.replace_weights(leaves)
+            self._executor.replace_weights(new[0])
+            self._use_head(new[1])
             self._scheduler.kv.forget()
 
         self._loop.call(swap)

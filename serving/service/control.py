@@ -74,7 +74,9 @@ class ServerControl:
         """Swaps to another checkpoint of the same shape while streams run."""
         if not isinstance(source, str) or not source or len(source) > MAX_SOURCE_CHARS:
             raise invalid("source must name a checkpoint, as --model does.", "source")
-        return await self._do("update_weights", source)
+        state = await self._do("update_weights", source)
+        self._service.info = self._service.client.info()  # another checkpoint may name its labels and prompts otherwise
+        return state
 
     async def drain(self, timeout_s: float | None = None) -> State:
         """Takes no more requests from now on (readiness says so) and waits for those that run, `timeout_s` seconds at

@@ -15,7 +15,8 @@ from serving.errors import ErrorKind, RequestError
 log = logging.getLogger(__name__)
 
 LoadModel = Callable[[str | None], Any]
-"""A checkpoint's name (None: the served one) to a model on the devices, as the engine's own was loaded."""
+"""A checkpoint's name (None: the one that the engine was started with) to a `models.loading.load.LoadedModel`, loaded as the
+engine's own was."""
 
 
 class Restable(Protocol):
@@ -38,20 +39,21 @@ class Restable(Protocol):
         """Gives the devices' memory back; what runs will be computed anew. While held. Returns bytes freed."""
         ...
 
-    def take_back(self, leaves: Any) -> None:
-        """Takes the memory again. `leaves` are the weights, or None where they were kept."""
+    def take_back(self, new: Any) -> None:
+        """Takes the memory again. `new` is from `read`, or None where the weights were kept."""
         ...
 
     def read(self, load: Callable[[], Any]) -> Any:
-        """The weights of the model that `load` gives.
+        """What `replace` and `take_back` take of the model that `load` gives: its weights, and what its checkpoint says of how its
+        results are read (labels, steps behind the pooling).
 
         Raises:
             ValueError: it is of another shape.
         """
         ...
 
-    def replace(self, leaves: Any) -> None:
-        """Uses other weights from the next step on, and forgets whatever the old ones computed."""
+    def replace(self, new: Any) -> None:
+        """Uses other weights, from `read`, from the next step on, and forgets whatever the old ones computed."""
         ...
 
     def forget(self) -> None:
@@ -72,6 +74,7 @@ class Lifecycle:
         self._lock = threading.Lock()  # one change at a time
         self._level = 0  # of sleep
         self._paused = False
+        self._source: str | None = None  # what is served since `update_weights`
         self.refusal: str | None = None
 
     @property
@@ -126,8 +129,7 @@ class Lifecycle:
         with self._lock:
             if not self._level:
                 raise _failed("The server is not asleep.")
-            leaves = self._read(None) if self._level == 2 else None
-            self._engine.take_back(leaves)
+            self._engine.take_back(self._read(self._source) if self._level == 2 else None)
             self._level, self.refusal = 0, None
             if not self._paused:
                 self._engine.go_on()
@@ -152,6 +154,7 @@ class Lifecycle:
                 raise _failed("The server is asleep: wake it up first.")
             self._check_alone()
             self._engine.replace(self._read(source))
+            self._source = source
             log.info("serving the weights of %s", source)
 
     def _read(self, source: str | None) -> Any:

@@ -1,4 +1,8 @@
-"""An engine for encoders: texts in, vectors or scores out. Concurrent requests share batches."""
+"""An engine for encoders: texts in, vectors or scores out. Concurrent requests share batches.
+
+A batch that fails is tried again in halves, as a step is that generates (serving.engine.scheduling.recovery): whose text fails
+alone, twice, is told so, and all others only lost time.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from models.embedding_head import EmbeddingHead
 from models.label_head import LabelHead
 from serving.engine.api.admission import check_door, check_queue
 from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient
@@ -22,9 +27,25 @@ from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, En
 from serving.engine.device.programs.compiling import starting
 from serving.engine.encoder.queue import EncoderQueue, Job
 from serving.engine.encoder.runner import EncoderRunner, Text
+from serving.engine.scheduling.recovery import Suspects
 from serving.errors import ErrorKind, RequestError, invalid
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class NewWeights:
+    """Another checkpoint for the programs of this one, read and checked.
+
+    Attributes:
+        leaves: its arrays.
+        head: how it makes vectors.
+        labels: what it tells apart.
+    """
+
+    leaves: tuple[Any, ...]
+    head: EmbeddingHead
+    labels: LabelHead
 
 
 class _Pending:
@@ -45,6 +66,10 @@ class _Pending:
             self.future.set_exception(error)
         else:
             self.future.set_result(np.stack([result for result in self.results if result is not None]))
+
+    def resolve_soon(self, error: RequestError) -> None:
+        """From any thread: gives the error out."""
+        _on_loop(self.loop, [(self, error)])
 
 
 class EncoderEngine(Mortal):
@@ -84,6 +109,7 @@ class EncoderEngine(Mortal):
         self._held = False
         self._rehearsed = threading.Event()
         self._running: list[Job] = []
+        self._suspects = Suspects()
         self.client = EncoderClient(self, info, labels or LabelHead())
         self._thread = threading.Thread(target=self._run, daemon=True, name="jaxserve-encoder")
 
@@ -136,11 +162,17 @@ class EncoderEngine(Mortal):
             self.wake.wait_for(lambda: self._stopping or (len(self.queue) and not self._held))
             if self._stopping:
                 return False
-            self._running = batch = self.queue.take()
+            self._running = batch = self._next_batch()
         self.busy_since = began = time.monotonic()
-        results = self.runner.run([job.text for job in batch])
+        try:
+            results = self.runner.run([job.text for job in batch])
+        except Exception as error:
+            self._recover(batch, error)
+            return True
+        finally:
+            self.busy_since = None
         seconds = time.monotonic() - began
-        self.busy_since = None
+        self._suspects.passed([str(job.turn) for job in batch])
         tokens = sum(len(job.text.token_ids) for job in batch)
         self.stats = dataclasses.replace(
             self.stats,
@@ -149,11 +181,37 @@ class EncoderEngine(Mortal):
             num_recompilations=self.runner.guard.count,
             last_step_s=seconds,
         )
+        self._done()
+        self.client.deliver(batch, results)
+        return True
+
+    def _next_batch(self) -> list[Job]:
+        """Texts of the suspects alone while there are some. The lock is held and something waits."""
+        turns = self.queue.turns
+        self._suspects.gone(lambda turn: int(turn) in turns)
+        only = self._suspects.only
+        return self.queue.take(None if only is None else {int(turn) for turn in only})
+
+    def _recover(self, batch: list[Job], error: Exception) -> None:
+        """Goes on after a batch that failed. Raises the error when that makes no sense."""
+        log.error("a batch of %d texts failed; trying again", len(batch), exc_info=error)
+        culprit = self._suspects.failed([str(job.turn) for job in batch])
+        self.stats = dataclasses.replace(self.stats, num_failed_steps=self._suspects.failures)
+        if self._suspects.hopeless:
+            raise error
+        guilty = [job for job in batch if str(job.turn) == culprit]
+        with self.wake:
+            again = [job for job in batch if job not in guilty and self.client.waits_for(job)]
+            self.queue.put_back(again)
+        self._done()
+        for job in guilty:
+            job.request.resolve_soon(RequestError(ErrorKind.INTERNAL, "the model failed on this request."))
+
+    def _done(self) -> None:
+        """No batch runs."""
         with self.wake:
             self._running = []
             self.wake.notify_all()
-        self.client.deliver(batch, results)
-        return True
 
     # -- serving.engine.api.lifecycle.Restable -----------------------------------------------------------------------
 
@@ -178,18 +236,27 @@ class EncoderEngine(Mortal):
         """Gives the memory of the weights back. While held."""
         return self.runner.sleep(keep_weights)
 
-    def take_back(self, leaves: Any) -> None:
+    def take_back(self, new: NewWeights | None) -> None:
         """Takes it again."""
-        self.runner.wake(leaves)
+        self.runner.wake(None if new is None else new.leaves)
 
-    def read(self, load: Callable[[], Any]) -> Any:
-        """The weights of another checkpoint, checked to fit."""
+    def read(self, load: Callable[[], Any]) -> NewWeights:
+        """The weights of another checkpoint, checked to fit, with its labels and what makes vectors."""
         with starting():  # reading may compile conversions, which is no defect
-            return self.runner.leaves_of(load())
+            loaded = load()
+            leaves = self.runner.leaves_of(loaded.model)
+        self.runner.check_head(loaded.embedding)
+        labels = LabelHead.of(loaded.config) if self.client.classifier is not None else LabelHead()
+        return NewWeights(leaves, loaded.embedding, labels)
 
-    def replace(self, leaves: Any) -> None:
-        """Uses other weights from the next batch on."""
-        self.runner.replace_weights(leaves)
+    def replace(self, new: NewWeights) -> None:
+        """Uses other weights from the next batch on; what ran before is told by the old labels."""
+        held = self._held
+        self.hold()
+        self.runner.replace_weights(new.leaves, new.head)
+        self.client.use(new)
+        if not held:
+            self.go_on()
 
     def forget(self) -> None:
         """Nothing: an encoder keeps nothing between batches."""
@@ -251,6 +318,16 @@ class EncoderClient(EngineClient):
 
     def info(self) -> EngineInfo:
         return self._info
+
+    def use(self, new: NewWeights) -> None:
+        """Tells labels and makes vectors by what another checkpoint says."""
+        self._labels = new.labels
+        names = new.labels.labels if self.classifier is not None else ()
+        self._info = dataclasses.replace(self._info, labels=names, **new.head.facts())
+
+    def waits_for(self, job: Job) -> bool:
+        """Whether anybody still wants a job's result."""
+        return self._live.get(job.request.request_id) is job.request
 
     def stats(self) -> EngineStats:
         return self._engine.snapshot()
@@ -347,7 +424,7 @@ class EncoderClient(EngineClient):
         with self._engine.wake:
             pending = list(self._live.values())
         for one in pending:
-            _on_loop(one.loop, [(one, error)])
+            one.resolve_soon(error)
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, items: list[tuple[_Pending, RequestError | None]]) -> None:

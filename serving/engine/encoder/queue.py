@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
+from collections.abc import Container, Iterable
 from typing import Any
 
 from serving.engine.encoder.runner import EncoderBuckets, Text
@@ -50,15 +51,28 @@ class EncoderQueue:
         heapq.heappush(self._heap, Job(priority, next(self._turns), text, request, index, length))
         self.num_tokens += len(text.token_ids)
 
+    def put_back(self, jobs: Iterable[Job]) -> None:
+        """Has jobs wait again, at their old turns."""
+        self._keep([*self._heap, *jobs])
+
+    @property
+    def turns(self) -> set[int]:
+        """Of what waits."""
+        return {job.turn for job in self._heap}
+
     def remove(self, request: Any) -> None:
         """Takes a request's waiting texts out."""
         self._keep([job for job in self._heap if job.request != request])
 
-    def take(self) -> list[Job]:
-        """The next batch, in order of turn; empty when nothing waits."""
-        if not self._heap:
+    def take(self, only: Container[int] | None = None) -> list[Job]:
+        """The next batch, in order of turn; empty when nothing waits.
+
+        Args:
+            only: turns of the jobs that may go; None for all.
+        """
+        turns = sorted(job for job in self._heap if only is None or job.turn in only)
+        if not turns:
             return []
-        turns = sorted(self._heap)
         length = turns[0].length
         most = self._buckets.most_rows(length)
         same = [job for job in turns if job.length == length][:most]

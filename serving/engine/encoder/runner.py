@@ -177,9 +177,20 @@ class EncoderRunner:
         check_fit(leaves, self._leaves)
         return leaves
 
-    def replace_weights(self, leaves: tuple[Any, ...]) -> None:
-        """Uses other weights from the next batch on; see `leaves_of`."""
-        self._leaves = leaves
+    def check_head(self, head: EmbeddingHead) -> None:
+        """Holds how another checkpoint makes vectors against what the programs pool.
+
+        Raises:
+            ValueError: they do not pool so.
+        """
+        if not self._classifies and head.pooling not in self.poolings:
+            raise ValueError(
+                f"the checkpoint's pooling is {head.pooling!r}; the served model's programs have {', '.join(self.poolings)}."
+            )
+
+    def replace_weights(self, leaves: tuple[Any, ...], head: EmbeddingHead | None = None) -> None:
+        """Uses other weights from the next batch on, and `head` where it is given; see `leaves_of` and `check_head`."""
+        self._leaves, self._head = leaves, head or self._head
 
     def sleep(self, keep_weights: bool) -> int:
         """Gives the memory of the weights back, which are kept in host memory or lost. Returns bytes freed."""

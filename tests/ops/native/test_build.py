@@ -74,6 +74,36 @@ def test_the_environment_says_where_the_library_is_kept(monkeypatch, tmp_path):
     (tmp_path / "kept" / "native").chmod(0o755)
 
 
+def test_a_stopped_build_goes_on(monkeypatch, tmp_path, capfd):
+    """What is compiled stays compiled; a result is there whole or not at all; nothing is left behind at the end."""
+    told, gone = tmp_path / "told", tmp_path / "gone"
+    compiler = tmp_path / "cc"
+    compiler.write_text(
+        "#!/bin/sh\nfor last; do :; done\n"
+        f'case "$*" in *--version*) exit 0;; *lora_generic.cc*) [ -e {gone} ] || {{ echo half > "$last"; kill -9 $$; }};; esac\n'
+        f'echo "$last $ZIG_LOCAL_CACHE_DIR" >> {told}\necho object > "$last"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("JAXSERVE_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setattr(build, "prebuilt", lambda: None)
+    folder = tmp_path / "kept" / "native"
+    (folder / "building-libjaxserve-older").mkdir(parents=True)
+    with pytest.raises(build.BuildError, match="-9"):
+        build.build()
+    first = told.read_text().splitlines()
+    (work,) = folder.glob("building-*")
+    assert not (work / "lora_generic.o").exists() and not list(folder.glob("*.so"))
+    gone.touch()
+    built = build.build()
+    again = told.read_text().splitlines()[len(first) :]
+    assert built.read_text() == "object\n" and {path.name for path in folder.iterdir()} == {built.name, ".lock"}
+    assert len(first) + len(again) == len(build.sources()) + 1, "each was compiled once, and all linked"
+    assert all(line.startswith(str(work)) and line.endswith(f"{work}/zig") for line in (*first, *again))
+    said = capfd.readouterr().err
+    assert f"once for this machine: {len(build.sources())} files" in said and f", {len(first)} of them compiled" in said
+
+
 def test_a_library_built_into_the_package_is_taken_first(monkeypatch, tmp_path):
     compiler = tmp_path / "cc"
     compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho library > "$2"\n')

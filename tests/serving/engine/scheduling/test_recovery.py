@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.embedding_head import EmbeddingHead
 from serving.engine.api.lifecycle import Lifecycle
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest, FinishReason
@@ -178,12 +180,17 @@ def test_halving_finds_exactly_the_guilty(ids, guilty):
 # -- pausing, sleeping, new weights --------------------------------------------------------------------------------------
 
 
+def as_loaded(model):
+    """What reading a checkpoint with these weights gives."""
+    return SimpleNamespace(model=model, embedding=EmbeddingHead())
+
+
 @pytest.fixture
 def alive(engine, broken):
     """The engine with a way to read weights; wakes it, whatever a test left."""
     engine.lifecycle = Lifecycle(
-        Resting(engine.loop, engine.scheduler, engine.runner.executor),
-        lambda name: own_tiny_model(0.9 if name == "other" else 1.0),
+        Resting(engine.loop, engine.scheduler, engine.runner.executor, engine._use_head),
+        lambda name: as_loaded(own_tiny_model(0.9 if name == "other" else 1.0)),
     )
     yield engine
     if engine.lifecycle.asleep:
@@ -260,13 +267,13 @@ async def test_weights_of_another_shape_are_refused_and_the_old_ones_serve_on(al
     graph, state = nnx.split(Decoder(config, Build(max_model_len=512)))
     with starting():
         wide = nnx.merge(graph, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state))
-    alive.lifecycle._load_model = lambda name: wide
+    alive.lifecycle._load_model = lambda name: as_loaded(wide)
     with pytest.raises(RequestError, match="same shape"):
         await asyncio.to_thread(alive.lifecycle.update_weights, "wide")
     alive.lifecycle._load_model = lambda name: (_ for _ in ()).throw(ValueError("no such file."))
     with pytest.raises(RequestError, match="no such file"):
         await asyncio.to_thread(alive.lifecycle.update_weights, "none")
-    alive.lifecycle._load_model = lambda name: own_tiny_model()
+    alive.lifecycle._load_model = lambda name: as_loaded(own_tiny_model())
     assert [tokens for tokens, _ in await _run_all(alive, _requests())] == expected
 
 
