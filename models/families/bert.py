@@ -30,6 +30,8 @@ _QUERY_BLOCK = 512
 class SelfAttention(nnx.Module):
     """Bidirectional attention within each text; q, k and v are one projection, laid out [H, 3, h]."""
 
+    names: ClassVar[tuple[str, ...]] = ("self.query", "self.key", "self.value", "output.dense")
+
     def __init__(self, config: ModelConfig, build: Build):
         H, h, D = config.num_heads, config.head_dim, config.embed_dim
         axis = build.axis("heads", H)
@@ -44,12 +46,12 @@ class SelfAttention(nnx.Module):
 
     def recipes(self, name: str) -> Recipes:
         H, h = self.heads
-        sources = [f"{name}.self.{part}" for part in ("query", "key", "value")]
+        *sources, out = (f"{name}.{part}" for part in self.names)
         D = self.qkv.weight.shape[1]
         weights = pieces([f"{source}.weight" for source in sources], *((H * h, D),) * 3)
         biases = pieces([f"{source}.bias" for source in sources], *((H * h,),) * 3)
         recipes = {"qkv.weight": deal(H, *weights), "qkv.bias": deal(H, *biases)}
-        return recipes | under("out", self.out.recipes(f"{name}.output.dense"))
+        return recipes | under("out", self.out.recipes(out))
 
 
 def attend_texts(
@@ -100,12 +102,13 @@ class EncoderLayer(nnx.Module):
         "down": "output.dense",
         "mlp_norm": "output.LayerNorm",
     }
+    attention: ClassVar[type[SelfAttention]] = SelfAttention
 
     def __init__(self, config: ModelConfig, build: Build):
         D, F = config.embed_dim, config.ffw_dim
         axis = build.axis("ffw", F)
         self.activation = config.activation
-        self.attn = SelfAttention(config, build)
+        self.attn = self.attention(config, build)
         self.attn_norm = LayerNorm(D, config.norm_eps)
         self.up = Linear(D, F, build, (axis, "embed"), bias=True)
         self.down = Linear(F, D, build, ("embed", axis), bias=True)
@@ -123,6 +126,8 @@ class Bert(nnx.Module):
     """`models.api.Encoder`: token, position and segment embeddings, then layers that see the whole text."""
 
     names: ClassVar[dict[str, str]] = {"embed": "embeddings.word_embeddings", "norm": "embeddings.LayerNorm"}
+    layer: ClassVar[type[EncoderLayer]] = EncoderLayer
+    layer_name: ClassVar[str] = "encoder.layer"
 
     def __init__(self, config: ModelConfig, build: Build):
         self.config, self.compute_dtype = config, build.compute_dtype
@@ -131,9 +136,10 @@ class Bert(nnx.Module):
         # RoBERTa's table begins with rows for padding, which no token uses.
         self.first_position = config.get("first_position", 0)
         self.positions = weight((self.first_position + config.max_positions, D), build.dtype, (None, "embed"))
-        self.segments = weight((config.get("segments"), D), build.dtype, (None, "embed"))
+        count = config.get("segments")
+        self.segments = weight((count, D), build.dtype, (None, "embed")) if count else None
         self.norm = LayerNorm(D, config.norm_eps)
-        self.layers: Any = nnx.List([EncoderLayer(config, build) for _ in range(config.num_layers)])
+        self.layers: Any = nnx.List([self.layer(config, build) for _ in range(config.num_layers)])
 
     @property
     def vocab_size(self) -> int:
@@ -145,8 +151,8 @@ class Bert(nnx.Module):
         Args:
             tokens_BS: int32 ids.
             length_B: int32 tokens of each text, 0 for a padded row.
-            segments_BS: int32 which of a pair of texts a token is of; None for the first. Models with one segment read both
-                texts of a pair as that one.
+            segments_BS: int32 which of a pair of texts a token is of; None for the first. Models with one segment, or none, read
+                both texts of a pair as that one.
         Returns:
             hidden_BSD in the compute dtype; arbitrary beyond a text's end.
         """
@@ -154,9 +160,11 @@ class Bert(nnx.Module):
         dtype = self.compute_dtype
         positions = jnp.arange(S, dtype=jnp.int32) + self.first_position
         x_BSD = self.embed(tokens_BS, dtype) + embed(self.positions[...], positions, dtype)
-        segments_BS = jnp.zeros_like(tokens_BS) if segments_BS is None else segments_BS
-        segments_BS = jnp.minimum(segments_BS, self.segments.shape[0] - 1)
-        x_BSD = self.norm(x_BSD + embed(self.segments[...], segments_BS, dtype))
+        if self.segments is not None:
+            segments_BS = jnp.zeros_like(tokens_BS) if segments_BS is None else segments_BS
+            segments_BS = jnp.minimum(segments_BS, self.segments.shape[0] - 1)
+            x_BSD += embed(self.segments[...], segments_BS, dtype)
+        x_BSD = self.norm(x_BSD)
         valid_BS = jnp.arange(S) < length_B[:, None]
         for layer in self.layers:
             x_BSD = run_layer(*nnx.split(layer), x_BSD, valid_BS)
@@ -165,9 +173,10 @@ class Bert(nnx.Module):
     def recipes(self) -> Recipes:
         recipes = child_recipes(self, self.names, "")
         recipes["positions"] = one("embeddings.position_embeddings.weight", *self.positions.shape)
-        recipes["segments"] = one("embeddings.token_type_embeddings.weight", *self.segments.shape)
+        if self.segments is not None:
+            recipes["segments"] = one("embeddings.token_type_embeddings.weight", *self.segments.shape)
         for index, layer in enumerate(self.layers):
-            recipes |= under(f"layers.{index}", layer.recipes(f"encoder.layer.{index}"))
+            recipes |= under(f"layers.{index}", layer.recipes(f"{self.layer_name}.{index}"))
         return recipes
 
 
@@ -228,8 +237,8 @@ FAMILIES = (
         tasks=("embed",),
     ),
     Family(
-        "RoBERTa and XLM-R encoders (BGE-M3, multilingual E5)",
-        ("RobertaModel", "XLMRobertaModel"),
+        "RoBERTa, XLM-R and CamemBERT encoders (BGE-M3, multilingual E5)",
+        ("RobertaModel", "XLMRobertaModel", "CamembertModel"),
         roberta_config,
         Bert,
         ignore=IGNORED_HEADS,

@@ -58,8 +58,12 @@ FAMILIES = (
         tasks=("classify", "score"),
     ),
     Family(
-        "RoBERTa and XLM-R rerankers (BGE-reranker) and classifiers",
-        ("RobertaForSequenceClassification", "XLMRobertaForSequenceClassification"),
+        "RoBERTa, XLM-R and CamemBERT rerankers (BGE-reranker) and classifiers",
+        (
+            "RobertaForSequenceClassification",
+            "XLMRobertaForSequenceClassification",
+            "CamembertForSequenceClassification",
+        ),
         roberta_classifier_config,
         RobertaCrossEncoder,
         ignore=IGNORED_HEADS,

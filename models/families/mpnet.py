@@ -16,7 +16,7 @@ from models.config import ModelConfig
 from models.families.bert import EncoderLayer, SelfAttention, bert_config, run_layer
 from models.family import Family
 from models.layers import Build, Embedding, LayerNorm, child_recipes, weight
-from models.recipes import Recipes, deal, one, pieces, under
+from models.recipes import Recipes, one, under
 from ops.linear import embed
 
 FIRST_POSITION = 2  # of the table; the rows before it are for padding, whose id is 1 in every checkpoint
@@ -24,21 +24,12 @@ FARTHEST = 128  # distances beyond share a bucket
 
 
 class MPNetAttention(SelfAttention):
-    def recipes(self, name: str) -> Recipes:
-        (H, h), D = self.heads, self.qkv.weight.shape[1]
-        sources = [f"{name}.attn.{part}" for part in "qkv"]
-        weights = pieces([f"{source}.weight" for source in sources], *((H * h, D),) * 3)
-        biases = pieces([f"{source}.bias" for source in sources], *((H * h,),) * 3)
-        recipes = {"qkv.weight": deal(H, *weights), "qkv.bias": deal(H, *biases)}
-        return recipes | under("out", self.out.recipes(f"{name}.attn.o"))
+    names: ClassVar[tuple[str, ...]] = ("attn.q", "attn.k", "attn.v", "attn.o")
 
 
 class MPNetLayer(EncoderLayer):
     names: ClassVar[dict[str, str]] = EncoderLayer.names | {"attn_norm": "attention.LayerNorm"}
-
-    def __init__(self, config: ModelConfig, build: Build):
-        super().__init__(config, build)
-        self.attn = MPNetAttention(config, build)
+    attention: ClassVar[type[SelfAttention]] = MPNetAttention
 
 
 class MPNet(nnx.Module):

@@ -56,7 +56,8 @@ class _Card:
         return {name: value for name, value in found.items() if value != open_.get(name)}
 
 
-# The first whose pattern is found counts, so the narrower stand before the wider. Sources: a card is huggingface.co/<id>.
+# The first whose pattern is found counts, so the narrower stand before the wider. Sources: a card is huggingface.co/<id>. Of
+# Llama 4 and GLM-4.5 no card or generation_config.json was at hand: they have the API's defaults unless their files say more.
 CARDS = (
     _Card("SmolLM2", r"smollm2", 0.2, 0.9),  # card of HuggingFaceTB/SmolLM2-1.7B-Instruct
     _Card("SmolLM3", r"smollm3", 0.6, 0.95),  # card of HuggingFaceTB/SmolLM3-3B
@@ -69,24 +70,26 @@ CARDS = (
     ),  # cards of Qwen/Qwen3-*-Instruct-2507, Qwen3-Next
     _Card("Qwen3", r"qwen ?-?3", 0.6, 0.95, 20),  # card of Qwen/Qwen3-235B-A22B-Thinking-2507, and of Qwen/Qwen3-8B
     _Card("QwQ", r"qwq", 0.6, 0.95, 40),  # card of Qwen/QwQ-32B (top_k 20 to 40), its generation_config.json
-    _Card("Qwen2.5", r"qwen ?-?2", 0.7, 0.8, 20),  # generation_config.json of Qwen/Qwen2.5-7B-Instruct
+    _Card(
+        "Qwen2.5", r"qwen ?-?2", 0.7, 0.8, 20
+    ),  # generation_config.json of Qwen/Qwen2.5-72B-Instruct, of which quants have it
     _Card("Gemma 3", r"gemma[-_ ]?(3|4)", 1.0, 0.95, 64),  # generation_config.json of google/gemma-3-4b-it
-    _Card("Magistral", r"magistral", 0.7, 0.95),  # card of mistralai/Magistral-Small-2509
-    _Card("Devstral", r"devstral", 0.15),  # card of mistralai/Devstral-Small-2507
+    _Card("Magistral", r"magistral", 0.7, 0.95),  # card of mistralai/Magistral-Small-2506, "Sampling parameters"
+    _Card("Devstral", r"devstral", 0.15),  # card of mistralai/Devstral-2-123B-Instruct-2512, its examples
     _Card("Mistral Small 3", r"mistral[-_ ]?small", 0.15),  # card of mistralai/Mistral-Small-3.2-24B-Instruct-2506
     _Card("Mistral Nemo", r"mistral[-_ ]?nemo", 0.3),  # card of mistralai/Mistral-Nemo-Instruct-2407
     _Card("Llama 3", r"llama[-_ ]?3", 0.6, 0.9),  # generation_config.json of meta-llama/Llama-3.1-8B-Instruct
-    _Card("Llama 4", r"llama[-_ ]?4", 0.6, 0.9),  # generation_config.json of meta-llama/Llama-4-Scout-17B-16E-Instruct
     _Card("Kimi K2 Thinking", r"kimi[-_ ]?k2[-_ ]thinking", 1.0),  # card of moonshotai/Kimi-K2-Thinking
     _Card("Kimi K2", r"kimi[-_ ]?k2", 0.6),  # card of moonshotai/Kimi-K2-Instruct
     _Card("MiniMax-M2", r"minimax[-_ ]?m2", 1.0, 0.95, 40),  # cards of MiniMaxAI/MiniMax-M2 and M2.1
-    _Card("GLM-4.5", r"glm[-_ ]?4[._-]?5", 0.6, 0.95),  # card of zai-org/GLM-4.5
     _Card(
         "GLM-4.6", r"glm[-_ ]?(4[._-]?[67]|5)", 1.0, 0.95
     ),  # card of zai-org/GLM-4.6; docs.z.ai says so of later ones
     _Card("LFM2", r"lfm[-_ ]?2", 0.3, min_p=0.15),  # card of LiquidAI/LFM2-1.2B
-    _Card("OLMo 3", r"olmo[-_ ]?3", 0.6, 0.95),  # card of allenai/Olmo-3-7B-Think
-    _Card("EXAONE 4", r"exaone[-_ ]?4", 0.6, 0.95),  # card of LGAI-EXAONE/EXAONE-4.0-32B, reasoning
+    _Card(
+        "OLMo 3", r"olmo[-_ ]?3", 0.6, 0.95
+    ),  # parameters of ollama.com/library/olmo-3, 32b-think and 3.1 32b-instruct
+    _Card("EXAONE 4", r"exaone[-_ ]?4", 0.6, 0.95),  # github.com/LG-AI-EXAONE/EXAONE-4.0, "Usage Guideline", reasoning
     _Card("Seed-OSS", r"seed[-_ ]?oss", 1.1, 0.95),  # generation_config.json of ByteDance-Seed/Seed-OSS-36B-Instruct
     _Card("Phi-4 reasoning", r"phi[-_ ]?4.*reasoning", 0.8, 0.95, 50),  # card of microsoft/Phi-4-reasoning-plus
 )

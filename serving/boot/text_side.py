@@ -44,7 +44,7 @@ def load_text_side(source: ModelSource, chat_template: str | None = None) -> Tex
         from models.loading.gguf import GGUFFile
 
         metadata = GGUFFile(source.path).metadata
-        if "tokenizer.ggml.model" not in metadata:
+        if metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
             return TextSide(TokenIdsOnly(_ends(metadata.get("tokenizer.ggml.eos_token_id"))), None)
         tokenizer = Tokenizer.from_gguf(metadata)
     elif not any((source.path / name).exists() for name in TOKENIZER_FILES):

@@ -44,6 +44,9 @@ ENCODERS = {
     "NomicBertModel": "NomicBertConfig",
     "RobertaModel": "RobertaConfig",
     "XLMRobertaModel": "XLMRobertaConfig",
+    "CamembertModel": "CamembertConfig",
+    "DistilBertModel": "DistilBertConfig",
+    "DistilBertForMaskedLM": "DistilBertConfig",
     "MPNetModel": "MPNetConfig",
     "Gemma3TextModel": "Gemma3TextConfig",
 }
@@ -52,6 +55,8 @@ RERANKERS = {
     "BertForSequenceClassification": "BertConfig",
     "RobertaForSequenceClassification": "RobertaConfig",
     "XLMRobertaForSequenceClassification": "XLMRobertaConfig",
+    "CamembertForSequenceClassification": "CamembertConfig",
+    "DistilBertForSequenceClassification": "DistilBertConfig",
 }
 
 
@@ -82,7 +87,8 @@ def reference_model(architecture: str, config_class: str, folder: Path, **fields
     import transformers
 
     torch.manual_seed(0)
-    fields = {"ModernBertConfig": MODERN, "Gemma3TextConfig": GEMMA}.get(config_class, {}) | fields
+    own = {"ModernBertConfig": MODERN, "Gemma3TextConfig": GEMMA, "DistilBertConfig": {"hidden_dim": 48}}
+    fields = own.get(config_class, {}) | fields
     config = getattr(transformers, config_class)(**TINY | fields)
     reference = getattr(transformers, architecture)(config).eval()
     with torch.no_grad():
@@ -97,9 +103,12 @@ def test_hidden_states(architecture, tmp_path):
     import torch
 
     reference = reference_model(architecture, ENCODERS[architecture], tmp_path)
-    reference = getattr(reference, "model", reference)  # of the masked language model, the encoder
+    for name in ("model", "distilbert"):
+        reference = getattr(reference, name, reference)  # of the masked language model, the encoder
     loaded = load_model(resolve(str(tmp_path)), progress=False)
-    assert loaded.config.max_positions == (38 if "Roberta" in architecture or "MPNet" in architecture else 40)
+    assert loaded.config.max_positions == (
+        38 if any(name in architecture for name in ("Roberta", "MPNet", "Camembert")) else 40
+    )
     hidden, _ = run(loaded.model, TEXTS)
     for row, text in enumerate(TEXTS):
         with torch.no_grad():
@@ -112,7 +121,9 @@ def test_hidden_states(architecture, tmp_path):
 def test_scores(architecture, activation, tmp_path):
     import torch
 
-    more = {"type_vocab_size": 1} if "Roberta" in architecture else {}  # as published ones have
+    more = (
+        {"type_vocab_size": 1} if "Roberta" in architecture or "Camembert" in architecture else {}
+    )  # as published ones have
     if "Modern" in architecture:
         more = {"classifier_pooling": "mean" if activation == "identity" else "cls", "norm_bias": True}
     reference = reference_model(architecture, RERANKERS[architecture], tmp_path, num_labels=1, **more)

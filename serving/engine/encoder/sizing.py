@@ -6,6 +6,10 @@ import dataclasses
 
 from serving.engine.api.config import EngineConfig
 
+LONGEST_BY_ITSELF = 8192
+"""Tokens of the longest text of a network with more positions, where nobody says: programs of each length are compiled, and
+decoders that classify may have positions for a million."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderSizes:
@@ -34,7 +38,7 @@ def encoder_sizes(config: EngineConfig, positions: int, made_for: int | None, pl
         raise ValueError(
             f"max_model_len is {config.max_model_len}, but the model has {positions} positions: use at most that."
         )
-    longest = config.max_model_len or min(made_for or positions, positions)
+    longest = config.max_model_len or min(made_for or LONGEST_BY_ITSELF, positions)
     # On CPU a product of 256 rows is as fast a row as larger ones, and whoever comes next waits for the whole batch.
     tokens = config.max_num_batched_tokens or (2048 if platform == "cpu" else 32768)
     return EncoderSizes(longest, config.max_num_seqs or (64 if platform == "cpu" else 256), tokens)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from serving.text.formats import gguf_wordpiece
 from serving.text.formats.pieces import SPACE, TokenType, set_template
@@ -32,6 +32,8 @@ END_NAMES = (
     "<|return|>",
     "<|call|>",
 )
+_BPE = ("gpt2", "gemma4", "whitespace")
+"""Kinds of tokenizer, `tokenizer.ggml.model`, with merges in the file."""
 
 
 def build(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -45,7 +47,9 @@ def build(metadata: Mapping[str, Any]) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     tokens = _tokens(metadata)
     types = _types(metadata, len(tokens))
-    if kind in ("gpt2", "gemma4"):
+    if kind in _BPE and _pre_tokenizer(metadata).drops_blanks:
+        tokenizer = _raw_words(metadata, tokens)
+    elif kind in ("gpt2", "gemma4"):
         plain = kind == "gemma4" or not _pre_tokenizer(metadata).byte_level
         tokenizer = _raw_merges(metadata, tokens, types) if plain else _byte_level(metadata, tokens, types)
     elif kind == "llama":
@@ -56,8 +60,8 @@ def build(metadata: Mapping[str, Any]) -> Tokenizer:
         return _unigram(metadata, tokens, types)
     else:
         raise ValueError(
-            f"tokenizer.ggml.model is {kind!r}; 'gpt2' and 'gemma4' (BPE), 'llama' and 't5' (SentencePiece) and 'bert' "
-            "(WordPiece) can be read. Put the model's tokenizer.json beside it and name the folder instead."
+            f"tokenizer.ggml.model is {kind!r}; 'gpt2', 'gemma4' and 'whitespace' (BPE), 'llama' and 't5' (SentencePiece) and "
+            "'bert' (WordPiece) can be read. Put the model's tokenizer.json beside it and name the folder instead."
         )
     _add_tokens(tokenizer, tokens, types)
     bos = metadata.get("tokenizer.ggml.bos_token_id") if _adds_bos(metadata, kind) else None
@@ -104,6 +108,22 @@ def _raw_merges(metadata: Mapping[str, Any], tokens: Sequence[str], types: Seque
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def _raw_words(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Tokenizer:
+    """Merges over the text's own characters within words; what stands between words is no token. Of what no token spells nothing
+    is left, unless the file names an unknown token."""
+    vocab = {token: i for i, token in enumerate(tokens)}
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    if unknown is not None and not 0 <= int(unknown) < len(tokens):
+        raise ValueError(f"tokenizer.ggml.unknown_token_id is {unknown}, outside the {len(tokens)} tokens.")
+    options = {} if unknown is None else {"unk_token": tokens[int(unknown)]}
+    tokenizer = Tokenizer(_merging(metadata, vocab, **options))
+    if metadata.get("tokenizer.ggml.normalizer.lowercase"):
+        tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
     return tokenizer
 
 
@@ -240,7 +260,9 @@ def _added_end(metadata: Mapping[str, Any], kind: str) -> int | None:
     """What stands behind a text: the end where the file says so, the separator where the family has one."""
     if metadata.get("tokenizer.ggml.add_eos_token"):
         return metadata.get("tokenizer.ggml.eos_token_id")
-    if kind != "gpt2" or not (metadata.get("tokenizer.ggml.add_sep_token") or _pre_tokenizer(metadata).adds_sep):
+    if kind not in ("gpt2", "whitespace") or not (
+        metadata.get("tokenizer.ggml.add_sep_token") or _pre_tokenizer(metadata).adds_sep
+    ):
         return None
     for name in ("seperator", "separator", "eos"):  # the first is GGUF's own spelling
         if metadata.get(f"tokenizer.ggml.{name}_token_id") is not None:

@@ -138,6 +138,7 @@ class PreTokenizer:
         nfc: text is brought to Unicode's NFC first.
         adds_sep: a text has the separator (or end) token behind it, and the BOS token before it.
         byte_level: tokens spell bytes by GPT-2's stand-ins; else they are text, with SentencePiece's visible blanks.
+        drops_blanks: words are tokens' own text, and what stands between them is no token.
     """
 
     patterns: tuple[str, ...] = (GPT2,)
@@ -147,6 +148,7 @@ class PreTokenizer:
     nfc: bool = False
     adds_sep: bool = False
     byte_level: bool = True
+    drops_blanks: bool = False
 
     def build(self) -> pre_tokenizers.PreTokenizer:
         """The library's object for it."""
@@ -210,4 +212,5 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "viking": PreTokenizer((BLOOM, r"\p{N}")),
     "chameleon": PreTokenizer(CHAMELEON, adds_bos=True),
     **_named("gemma4 granite-embed-multi-311m sarvam-moe", _lines),
+    "whitespace": PreTokenizer((), byte_level=False, drops_blanks=True),
 }
