@@ -51,6 +51,6 @@ class ChatStyle:
             ValueError: there is no parser of that name; the sentence lists those there are.
         """
         source = getattr(template, "source", "") or ""
-        tools = tool_family(tool_parser) if tool_parser else detect_tools(source) or tool_family(FALLBACK_TOOLS)
+        tools = tool_family(tool_parser, source) if tool_parser else detect_tools(source) or tool_family(FALLBACK_TOOLS)
         reasoning = reasoning_family(reasoning_parser) if reasoning_parser else detect_reasoning(source)
         return cls(tools, reasoning, kept_token_ids(tokenizer, tools, reasoning))

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from urllib.parse import quote, unquote
 
 from serving.errors import invalid
+from serving.text.constraints.conditions import conditions, negations
 from serving.text.constraints.schema_rules import RULES, TYPES, Refused, types_of
 
 MAX_DEPTH = 200
@@ -78,10 +80,12 @@ class _Document:
         self._order.append(node)
         if len(self._order) > MAX_NODES:
             raise Refused(f"has too many parts: more than {MAX_NODES} are not compiled.")
+        if isinstance(node.get("$ref"), str):
+            node["$ref"] = self._local(node["$ref"])
         draft = node.get("$schema")
         if isinstance(draft, str) and not draft.startswith(_DRAFTS):
             del node["$schema"]  # 2020-12 is understood without a name, and a name may be of anything
-        for rule in RULES:
+        for rule in (*RULES, conditions, negations):
             rule(node, where, self.resolve)
         target = self._target(node, where)
         if target is not None:
@@ -128,6 +132,18 @@ class _Document:
             raise Refused(f"refers to {ref[:100]!r}, which it does not have.")
         return found
 
+    def _local(self, ref: str) -> str:
+        """A reference by this document's own address or by a part's `$id` as one into the document, in the letters of a URI."""
+        own = self._root.get("$id")
+        if isinstance(own, str) and own.partition("#")[0] and ref.partition("#")[0] == own.partition("#")[0]:
+            ref = "#" + ref.partition("#")[2]
+        if not ref.startswith("#"):
+            return next((path for path, node in self._places() if node.get("$id") == ref), ref)
+        name = ref[1:]
+        if unquote(name) != name and self.resolve("#" + unquote(name)) is not None:
+            name = unquote(name)
+        return "#" + quote(name, safe="/$~:@!&'()*+,;=")
+
     def resolve(self, ref: Any) -> Any:
         """What a reference into this document points to (RFC 6901, or an `$anchor`); None for nothing."""
         if not isinstance(ref, str) or not ref.startswith("#"):
@@ -135,23 +151,29 @@ class _Document:
         if len(ref) > 1 and not ref.startswith("#/"):
             return next((node for node in self._nodes() if node.get("$anchor") == ref[1:]), None)
         found: Any = self._root
-        for part in ref[1:].split("/")[1:]:
-            part = part.replace("~1", "/").replace("~0", "~")
+        for escaped in ref[1:].split("/")[1:]:
+            part = escaped.replace("~1", "/").replace("~0", "~")
             if isinstance(found, list):
                 found = found[int(part)] if part.isdigit() and int(part) < len(found) else None
+            elif isinstance(found, dict):
+                found = found.get(part, found.get(unquote(part)))
             else:
-                found = found.get(part) if isinstance(found, dict) else None
+                return None
         return found
 
     def _nodes(self) -> Iterator[Schema]:
-        stack: list[Any] = [self._root]
+        return (node for _, node in self._places())
+
+    def _places(self) -> Iterator[tuple[str, Schema]]:
+        """Every object of the document, with the reference to it."""
+        stack: list[tuple[str, Any]] = [("#", self._root)]
         while stack:
-            node = stack.pop()
+            path, node = stack.pop()
             if isinstance(node, dict):
-                yield node
-                stack += node.values()
+                yield path, node
+                stack += ((f"{path}/{name.replace('~', '~0').replace('/', '~1')}", part) for name, part in node.items())
             elif isinstance(node, list):
-                stack += node
+                stack += ((f"{path}/{place}", part) for place, part in enumerate(node))
 
     def _refuse_loops(self) -> None:
         """A schema that refers to itself without a part of the value in between says nothing about any value."""

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from serving.text.constraints.lookahead import apart
+
 Schema = dict[str, Any]
 Resolve = Callable[[Any], Any]
 
@@ -72,7 +74,7 @@ def _shapes(node: Schema, where: str, resolve: Resolve) -> None:
         if node.get(word) == []:
             raise Refused(f"has an empty {word}{place}: no value satisfies it.")
     if isinstance(node.get("required"), bool):
-        del node["required"]  # of the third draft, where a property said it of itself
+        del node["required"]  # see `_objects`
     if not all(isinstance(name, str) for name in _list(node, "required", place)):
         raise Refused(f"has a required that is no list of names{place}.")
     for word in ("pattern", "format"):
@@ -151,6 +153,16 @@ def _strings(node: Schema, where: str, resolve: Resolve) -> None:
     for pattern in (node.get("pattern"), *node.get("patternProperties", ())):
         if pattern is not None:
             check_repeats(pattern)
+    parts = apart(node["pattern"]) if "pattern" in node else None
+    if parts is not None:
+        node["pattern"] = parts[0]
+        also(node, *({"pattern": part} for part in parts[1:]))
+
+
+def also(node: Schema, *rules: Any) -> None:
+    """Adds schemas that a node's value is to satisfy besides."""
+    if rules:
+        node["allOf"] = [*node.get("allOf", ()), *rules]
 
 
 def check_repeats(pattern: str) -> None:
@@ -199,12 +211,22 @@ def _objects(node: Schema, where: str, resolve: Resolve) -> None:
         for word in ("propertyNames", "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties"):
             node.pop(word, None)
         return
+    by_itself = [name for name, rule in node.get("properties", {}).items() if _requires_itself(rule)]
+    if by_itself:  # of the third draft, where a property said it of itself
+        node["required"] = [
+            *node.get("required", ()),
+            *(name for name in by_itself if name not in node.get("required", ())),
+        ]
     _dependencies(node, where)
     # What additionalProperties speaks of is evaluated.
     if not vacuous(node.pop("unevaluatedProperties", True)) and "additionalProperties" not in node:
         raise unsupported("unevaluatedProperties", where, "Use additionalProperties.")
     _property_names(node, where, resolve)
     _property_counts(node, where)
+
+
+def _requires_itself(rule: Any) -> bool:
+    return isinstance(rule, dict) and rule.get("required") is True
 
 
 def _dependencies(node: Schema, where: str) -> None:
@@ -298,19 +320,6 @@ def _property_counts(node: Schema, where: str) -> None:
             raise unsupported(word, where, "It is enforced for objects whose listed properties are all required.")
 
 
-def _conditions(node: Schema, where: str, resolve: Resolve) -> None:
-    """`if` without a consequence, or with one that says nothing, restricts nothing; `not` nothing restricts nothing."""
-    rules = {word: node.pop(word) for word in ("if", "then", "else") if word in node}
-    if "if" in rules and not all(vacuous(rules.get(word, True)) for word in ("then", "else")):
-        raise unsupported(", ".join(rules), where)
-    if "not" in node:
-        other = node["not"]
-        apart = isinstance(other, dict) and "type" in other and not types_of(other) & types_of(node)
-        if other is not False and not apart:
-            raise unsupported("not", where)
-        del node["not"]
-
-
 def _references(node: Schema, where: str, resolve: Resolve) -> None:
     if node.get("$recursiveRef") == "#":
         node["$ref"] = node.pop("$recursiveRef")
@@ -320,5 +329,5 @@ def _references(node: Schema, where: str, resolve: Resolve) -> None:
 
 
 RULES: tuple[Callable[[Schema, str, Resolve], None], ...] = (
-    _shapes, _references, _counts, _bounds, _strings, _arrays, _objects, _conditions,
+    _shapes, _references, _counts, _bounds, _strings, _arrays, _objects,
 )  # fmt: skip

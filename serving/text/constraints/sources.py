@@ -165,6 +165,8 @@ def refusal(kind: str, message: str) -> RequestError:
     else:
         place = ""
     expression = re.search(r"^error: (.*)", message, re.MULTILINE)
+    if "recursion limit" in message:
+        return invalid(f"{the} is nested too deeply.", PARAM)
     if unknown := re.search(r"Unimplemented keys: \[(.*?)\]", message):
         keys = unknown[1].replace('"', "")
         return invalid(f"{the} uses {keys}, which is not supported. Leave it out or say it differently.", PARAM)

@@ -262,13 +262,17 @@ def detect_reasoning(template: str) -> ReasoningFamily | None:
     return None
 
 
-def tool_family(name: str) -> ToolFamily:
+def tool_family(name: str, template: str = "") -> ToolFamily:
     """A family by its name or an alias.
 
+    Args:
+        template: the model's chat template. `mistral` is one name, as in vLLM, for all that Mistral's models have written: where
+            the template has their later form, that is meant.
     Raises:
         ValueError: there is none; the sentence lists those there are.
     """
-    return _by_name(name, TOOL_FAMILIES, "tool-call parser")
+    family, found = _by_name(name, TOOL_FAMILIES, "tool-call parser"), detect_tools(template)
+    return found if found is not None and found.name == f"{family.name}_named" else family
 
 
 def reasoning_family(name: str) -> ReasoningFamily:

@@ -55,6 +55,8 @@ class ReplyParser:
         self._fresh = True  # nothing but blanks was content so far
         self._reader: Reader | None = None
         self._raw: list[str] = []
+        self._begun = ""  # what stands before a call and was not shown: blanks, the mark of a run of calls
+        self._unclosed = False  # behind a call, before its closing marker
         self._first_call = 0
         self._channels: ChannelReader | None = None
         if (tools is not None and tools.payload is Payload.CHANNELS) or (reasoning is not None and reasoning.then):
@@ -67,7 +69,9 @@ class ReplyParser:
             self._heads = (tools.tags.name_open.strip(),) if tools.tags is not None and tools.tags.name_open else ()
             self._begins = tuple(text for text in (*tools.begin, tools.wrap[0], *self._heads) if text)
             self._openers = ("{", "[") if tools.payload is Payload.JSON else ("[",)
-            self._ends = tuple(text.strip() for text in (tools.end, tools.wrap[1]) if text.strip())
+            ends = [text.strip() for text in (tools.end, tools.wrap[1]) if text.strip()]
+            # A fence that was not opened is not closed.
+            self._ends = (*ends, *(end.removeprefix("```") for end in ends if end.startswith("```<")))
             self._after = (*self._ends, *([tools.separator.strip()] if tools.separator.strip() else ()))
 
     @property
@@ -100,6 +104,8 @@ class ReplyParser:
             self._give_up(cut=True)
         elif state not in (self._behind_call, self._broken):  # of half a marker behind a call nothing is worth showing
             self._emit_content(rest)
+        elif self._begun:
+            self._emit_content(self._begun + rest)
         self._state = lambda: False
         return self._take()
 
@@ -151,10 +157,12 @@ class ReplyParser:
         ready = self._ready(self._begins)
         # A longer marker could still begin before or at the one that was found.
         if at >= 0 and at <= ready:
-            self._emit_content(self._buffer[: _end_of_text(self._buffer, at)])
-            self._buffer = self._buffer[at + len(marker) :]
+            end = _end_of_text(self._buffer, at)
+            self._emit_content(self._buffer[:end])
+            self._begun, self._buffer = self._buffer[end:at], self._buffer[at + len(marker) :]
             if marker == self._tools.wrap[0]:
-                self._raw, self._state, self._strip = [marker], self._behind_call, True
+                self._begun += marker
+                self._state = self._behind_call
                 return True
             return self._begin_marked(marker)
         self._emit_content(self._buffer[:ready])
@@ -170,7 +178,8 @@ class ReplyParser:
     def _begin_call(self, marker: str) -> bool:
         assert self._tools is not None
         self._reader = _reader_for(self._tools, self._calls)
-        self._raw, self._first_call = [marker], self._calls.count
+        self._raw, self._first_call = [self._begun + marker], self._calls.count
+        self._begun = ""
         self._state = self._call
         return True
 
@@ -195,7 +204,7 @@ class ReplyParser:
                 self._raw.append(char)
             if reader.done:
                 self._buffer = self._buffer[i + 1 :]
-                self._state = self._behind_call
+                self._state, self._unclosed = self._behind_call, True
                 return True
         self._buffer = ""
         return False
@@ -226,8 +235,11 @@ class ReplyParser:
         marker = max((m for m in expected if text.startswith(m)), key=len, default="")
         if not text or any(m.startswith(text) for m in expected if len(m) > len(text)):
             return False  # nothing yet, or still part of a longer marker
+        if self._begun:
+            self._begun += self._buffer[: len(self._buffer) - len(text)]
         if marker:
             self._buffer = text[len(marker) :]
+            self._unclosed = self._unclosed and marker not in self._ends
             return self._begin_marked(marker) if marker in (*self._tools.begin, *self._heads) else True
         self._buffer = text
         if text[0] in "}]" and self._tools.payload in (Payload.JSON, Payload.NAMED):
@@ -235,7 +247,10 @@ class ReplyParser:
             return True
         if self._tools.bare and text[0] in self._openers:
             return self._begin_call("")
-        self._fresh, self._state = False, self._content
+        if self._tools.payload is Payload.PYTHON and self._unclosed and (text[0].isalpha() or text[0] == "_"):
+            return self._begin_call("")  # one call a line
+        self._emit_content(self._begun)
+        self._begun, self._fresh, self._state = "", False, self._content
         return True
 
     def _ready(self, markers: tuple[str, ...]) -> int:

@@ -231,6 +231,51 @@ def test_brackets_and_keys_around_arguments(text):
     assert read("hermes", text, AB) == ("", "", [{"a": "x"}])
 
 
+@pytest.mark.parametrize(
+    ("parser", "text"),
+    [
+        ("hermes", "I will use <tool_call> tags"),
+        ("hermes", 'So:\n\n<tool_call>\n{"name": "nobody", "arguments": {}}\n</tool_call>'),
+        ("minimax_m2", "A run: <minimax:tool_call>\n<invoke name=f>\n</invoke>\n</minimax:tool_call>"),
+        (
+            "deepseek_v31",
+            '<｜tool▁calls▁begin｜>\n<｜tool▁call▁begin｜>f\n{"a":"x"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+        ),
+        ("kimi_k2", "See <|tool_calls_section_begin|> none"),
+        ("kimi_k2", "See <|tool_calls_section_begin|>"),
+        ("olmo3", "<function_calls>\nnone of them\n</function_calls>"),
+    ],
+)
+def test_what_is_no_call_is_content_to_the_letter(parser, text):
+    """With the blanks before it and the mark of a run of calls."""
+    assert read(parser, text, AB) == ("", text, [])
+
+
+@pytest.mark.parametrize(
+    ("parser", "text", "calls"),
+    [
+        ("olmo3", '<function_calls>\nf(a="x")\nf(b="y")\n</function_calls>', [{"a": "x"}, {"b": "y"}]),
+        ("gemma3", '```tool_code\nf(a="x")\nf(b="y")\n```', [{"a": "x"}, {"b": "y"}]),
+        ("gemma3", '```tool_code\nprint(f(a="x"))\n```', [{"a": "x"}]),
+        (
+            "deepseek_v3",  # without the fence around its arguments
+            '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n{"a":"x"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+            [{"a": "x"}],
+        ),
+    ],
+)
+def test_calls_that_are_written_a_little_differently(parser, text, calls):
+    assert read(parser, text, AB) == ("", "", calls)
+
+
+def test_one_name_for_all_that_mistrals_models_write():
+    """As vLLM's users give it, whatever the model: the template says which form is meant."""
+    assert tool_family("mistral").name == "mistral"
+    assert tool_family("mistral", "{{ '[TOOL_CALLS]' }}").name == "mistral"
+    assert tool_family("mistral", "{{ '[TOOL_CALLS]' }}f{{ '[ARGS]' }}").name == "mistral_named"
+    assert tool_family("hermes", "{{ '[TOOL_CALLS]' }}f{{ '[ARGS]' }}").name == "hermes"
+
+
 def test_a_second_call_cut_off_before_its_name_is_not_shown():
     text = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name'
     assert read("hermes", text, AB) == ("", "", [{}])
