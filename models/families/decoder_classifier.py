@@ -7,7 +7,7 @@ They generate nothing, so they run as encoders do: whole texts in one batch, and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -88,34 +88,29 @@ class DecoderClassifier(nnx.Module):
         return under("decoder", self.decoder.recipes()) | under("head", self.head.recipes("score"))
 
 
-def classifier_of(family: Family, architecture: str) -> Family:
-    """The family of one architecture's classifiers."""
-    ending = next(ending for ending in _ENDINGS if architecture.endswith(ending))
-    name = _OTHER_NAMES.get(architecture, architecture.removesuffix(ending)) + _ENDING
+def classifier_of(family: Family) -> Family | None:
+    """The family of a family's classifiers; None where transformers has none."""
+    bases = {
+        _OTHER_NAMES.get(name, name.removesuffix(ending)) + _ENDING: name
+        for name in family.architectures
+        for ending in _ENDINGS
+        if name.endswith(ending) and name not in _WITHOUT
+    }
+    if not bases:
+        return None
 
     def config(hf: Mapping[str, Any]) -> ModelConfig:
-        plain = family.config({**hf, "architectures": [architecture], "tie_word_embeddings": True})
+        name = hf["architectures"][0]
+        plain = family.config({**hf, "architectures": [bases[name]], "tie_word_embeddings": True})
         return with_labels(dataclasses.replace(plain, architecture=name, tie_embeddings=True), hf)
 
     def build(config: ModelConfig, build: Build) -> DecoderClassifier:
         return DecoderClassifier(family.build, config, build)
 
-    return Family(
-        f"{family.name}: classifiers, rerankers and reward models",
-        (name,),
-        config,
-        build,
-        ignore=family.ignore,
-        tasks=("classify", "score"),
-    )
+    title = f"{family.name}: classifiers, rerankers and reward models"
+    return Family(title, tuple(bases), config, build, ignore=family.ignore, tasks=("classify", "score"))
 
 
-def _families() -> Iterator[Family]:
-    for module in _MODULES:
-        for family in module.FAMILIES:
-            for architecture in family.architectures:
-                if architecture.endswith(_ENDINGS) and architecture not in _WITHOUT:
-                    yield classifier_of(family, architecture)
-
-
-FAMILIES = tuple(_families())
+FAMILIES = tuple(
+    found for module in _MODULES for family in module.FAMILIES if (found := classifier_of(family)) is not None
+)

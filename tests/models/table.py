@@ -28,8 +28,8 @@ one request decodes while the other's prompt still runs. A cell counts the varia
 Of the AUTO architectures that transformers lists for text generation, NATIVE are native here. `python -m serving.models` says of
 each of the others why it is refused; a test walks the list.
 
-Encoders and classifiers have tests of their own, of hidden states, labels and scores (`tests/models/test_bert.py`). Architectures
-whose names end in `Model` are those of embedding models without a head.
+Encoders and classifiers have tests of their own, of hidden states, labels and scores (`tests/models/test_bert.py`,
+`tests/models/test_decoder_classifier.py`). Architectures whose names end in `Model` are those of embedding models without a head.
 
 Real checkpoints checked against transformers on the same weights: SmolLM2-135M-Instruct (`llama`), Qwen2.5-Coder-0.5B
 (`qwen2`), Gemma 3 270M (`gemma3`): 64 greedy tokens of each of 22 prompts, through the served engine
