@@ -1,4 +1,4 @@
-"""DistilBERT (Sanh et al. 2019, arXiv:1910.01108): BERT's network without segments and with half of its layers; its classifiers have
+"""DistilBERT (Sanh et al. 2019, arXiv:1910.01108): BERT's network without segments, with half of its layers; its classifiers have
 a ReLU in their head where BERT's have a tanh."""
 
 from __future__ import annotations

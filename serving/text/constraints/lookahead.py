@@ -12,6 +12,7 @@ _ANY = r"[\s\S]"
 _CLASS = re.compile(r"\[(\^?)((?:\\.|[^\]\\])+)\]|(\\[dDwWsS])")
 _SIMPLE = re.compile(r"\\[^\w]|[^\\^$.|?*+()\[\]{}]")
 _LONGEST = 64
+_LOOKS = ("(?=", "(?!", "(?<=", "(?<!")
 
 
 def apart(pattern: str) -> list[str] | None:
@@ -23,7 +24,7 @@ def apart(pattern: str) -> list[str] | None:
         `pattern` alone where it has no look-ahead; None where it cannot be taken apart.
     """
     pattern = _spelt(pattern)
-    if "(?=" not in pattern and "(?!" not in pattern:
+    if not _looks(pattern):
         return [pattern]
     if not pattern.startswith("^") or len(_alternatives(pattern)) > 1:
         return None
@@ -39,12 +40,17 @@ def apart(pattern: str) -> list[str] | None:
             return None
         found += [part for part in parts if part is not None]
     whole = [f"^{rest}", *found]
-    return None if any("(?" in one.replace("(?:", "") for one in whole) else whole
+    return None if any(map(_looks, whole)) else whole
 
 
 def other_than(text: str) -> str:
     """An expression of every text but this one."""
     return _unlike(text, also_longer=True)
+
+
+def _looks(pattern: str) -> bool:
+    """Whether there is look-ahead or look-behind in an expression."""
+    return any(letter == "(" and pattern.startswith(_LOOKS, place) for place, letter in _plain(pattern))
 
 
 def _spelt(pattern: str) -> str:

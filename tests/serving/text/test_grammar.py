@@ -149,7 +149,7 @@ def test_rows_of_another_width_are_cut_or_zeroed():
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        (StructuredOutputs(json={"not": {"type": "string"}}), r"uses not,"),
+        (StructuredOutputs(json={"not": {"type": "string", "minLength": 2}}), r"uses not,"),
         (StructuredOutputs(json={"type": "array", "uniqueItems": True, "contains": {}}), r"uniqueItems"),
         (StructuredOutputs(json={"if": {"required": ["a"]}, "then": {"required": ["b"]}}), r"if, then"),
         (StructuredOutputs(json={"oneOf": [{"type": "integer"}, {"type": "number"}]}), r"oneOf.*anyOf"),
