@@ -239,7 +239,7 @@ def test_brackets_and_keys_around_arguments(text):
         ("minimax_m2", "A run: <minimax:tool_call>\n<invoke name=f>\n</invoke>\n</minimax:tool_call>"),
         (
             "deepseek_v31",
-            '<｜tool▁calls▁begin｜>\n<｜tool▁call▁begin｜>f\n{"a":"x"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+            "<｜tool▁calls▁begin｜>\n<｜tool▁call▁begin｜>nobody<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
         ),
         ("kimi_k2", "See <|tool_calls_section_begin|> none"),
         ("kimi_k2", "See <|tool_calls_section_begin|>"),
