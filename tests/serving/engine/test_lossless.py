@@ -5,8 +5,11 @@ Slow; `boot/test_draft.py` is the small one."""
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +104,20 @@ def test_lossless(tmp_path, name):
             llm._started.engine.runner.guard.check()
     assert stats.num_draft_tokens > 500 and stats.num_accepted_tokens > 0
     assert found[1] == found[0]
+
+
+def test_on_meshes(tmp_path):
+    """Replicas, and one model over two devices: heads with their rings, and states that are committed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serving.engine.drafts_mesh_run", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name in ("glm-4.5", "qwen3.5"):
+        plain, *others = [case for key, case in found.items() if key.startswith(name)]
+        assert plain["drafts"] == 0
+        for case in others:
+            assert case["tokens"] == plain["tokens"] and case["drafts"] > 20

@@ -32,14 +32,8 @@ class HeadGuesses(ModelGuesses):
         super().verified(drafts, accepted)
         self.computed = computed
 
-    def asked(self) -> None:
-        self._last_asked = len(self._request.tokens)
+    def caught_up(self) -> None:
         self.computed = len(self._request.tokens) - 1
-
-    def piece(self, offset: int) -> Chunk:
-        """What it has missed."""
-        end = len(self._request.tokens) - 1
-        return Chunk(self._request, end - self.missed, self.missed, False, offset)
 
 
 class HeadDrafts(ModelDrafts):
@@ -49,9 +43,7 @@ class HeadDrafts(ModelDrafts):
 
     def __init__(self, config: SchedulerConfig, draft_tokens: int) -> None:
         super().__init__(config)
-        self._lost = (
-            HEARD - draft_tokens - SPARE
-        )  # who is later than that is too late: its hidden states are written over
+        self._lost = HEARD - draft_tokens - SPARE  # who is later is too late: its hidden states are written over
         self._late = min(LATE, self._lost // 2)
 
     @property
@@ -81,7 +73,10 @@ class HeadDrafts(ModelDrafts):
         fitting = self._fitting(late, lambda _: True, len(first), sum(first))
         pieces: list[Chunk] = []
         for request in (*asked, *(r for r in late if r.request_id in fitting)):
-            guesses = self.begin(request)
-            pieces.append(guesses.piece(0))
-            guesses.asked()
+            guesses = self._of[request.request_id]
+            end = len(request.tokens) - 1
+            pieces.append(Chunk(request, end - guesses.missed, guesses.missed, False, 0))
+            guesses.caught_up()
+        for request in asked:
+            self._of[request.request_id].asked()
         return tuple(pieces)

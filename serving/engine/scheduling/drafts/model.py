@@ -70,6 +70,10 @@ class ModelGuesses:
         """Positions before the last two tokens, which every guess computes, that its pages lack."""
         return len(self._request.tokens) - 2 - self.computed
 
+    def caught_up(self) -> None:
+        """It computes in this step all that is known."""
+        self.computed = len(self._request.tokens)
+
     def took(self, start: int, end: int) -> None:
         """It computes positions [start, end) of the request in this step."""
         if self._preemptions != self._request.num_preemptions:
@@ -79,7 +83,8 @@ class ModelGuesses:
 
     def asked(self) -> None:
         """It guesses in this step, behind all of the request's tokens."""
-        self._last_asked = self.computed = len(self._request.tokens)
+        self._last_asked = len(self._request.tokens)
+        self.caught_up()
 
 
 class ModelDrafts:
