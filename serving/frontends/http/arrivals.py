@@ -15,6 +15,7 @@ UNVERSIONED = frozenset(f"/{path}" for path in ("chat/completions", "completions
 """Paths that clients with a base URL without `/v1` ask for."""
 
 _HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^:]*))(?::\d{0,5})?", re.DOTALL)
+_NAME = re.compile(r"[a-z0-9_.-]*")
 _PRIVATE_ZONES = (".localhost", ".local", ".internal", ".lan", ".home.arpa", ".svc", ".cluster.local", ".test")
 
 
@@ -60,7 +61,8 @@ class LocalNames:
 
     def __init__(self, app: ASGIApp, allowed: Sequence[str] = ()) -> None:
         self.app = app
-        self._allowed = tuple(name.lower() for name in allowed)
+        # As people copy them: with a port, a dot at the end, capitals.
+        self._allowed = tuple(re.sub(r":\d*$", "", name.lower()).rstrip(".") for name in allowed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -86,6 +88,8 @@ class LocalNames:
             return True
         except ValueError:
             pass
+        if not _NAME.fullmatch(name):
+            return False
         if "." not in name or name.endswith(_PRIVATE_ZONES):
             return True
         return any(one == "*" or name == one or (one[:2] == "*." and name.endswith(one[1:])) for one in self._allowed)

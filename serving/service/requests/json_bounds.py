@@ -42,8 +42,13 @@ def read_json(raw: bytes | str, limits: Limits, what: str = "The body", param: s
         return json.loads(raw, parse_constant=_no_constant)
     except UnicodeDecodeError:
         raise invalid(f"{what} must be UTF-8.", param) from None
+    except _ConstantError as error:
+        raise invalid(f"{what} is not valid JSON: {error}.", param) from None
     except ValueError as error:
-        why = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
+        known = isinstance(
+            error, json.JSONDecodeError
+        )  # the other one is about the digits of a number, in Python's words
+        why = f"{error.msg} at character {error.pos}" if known else "a number has too many digits"
         raise invalid(f"{what} is not valid JSON: {why}.", param) from None
 
 
@@ -108,5 +113,9 @@ def _too_deep(what: str, limits: Limits, param: str | None) -> RequestError:
     return invalid(f"{what} has lists or objects nested more than {limits.max_json_depth} deep.", param)
 
 
+class _ConstantError(ValueError):
+    """What Python takes for a number and JSON does not."""
+
+
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise _ConstantError(f"{name} is no JSON number")

@@ -96,7 +96,9 @@ def negations(node: Schema, where: str, resolve: Resolve) -> None:
     other = node.pop("not")
     if other is False:
         return
-    rules = {word: rule for word, rule in other.items() if word not in ANNOTATIONS} if isinstance(other, dict) else {}
+    if not isinstance(other, dict):
+        raise unsupported("not", where)
+    rules = {word: rule for word, rule in other.items() if word not in ANNOTATIONS}
     kinds = types_of(node) - types_of(other) if "type" in rules else types_of(node)
     if "type" in rules and not types_of(other) & types_of(node):
         return

@@ -50,7 +50,10 @@ class _Document:
     """One schema with what its references point to. Works on a copy, in place."""
 
     def __init__(self, schema: Mapping[str, Any], closed: bool) -> None:
-        self._root: Schema = json.loads(json.dumps(schema))
+        text = json.dumps(schema, ensure_ascii=False)
+        if not text.isascii() and text.encode(errors="replace").decode() != text:
+            raise Refused("holds half of a character (a lone surrogate), which is no text.")
+        self._root: Schema = json.loads(text)
         self._closed = closed
         self._done: set[int] = set()
         self._merged: set[int] = set()  # nodes whose objects are described by other nodes too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -91,8 +92,25 @@ def _shapes(node: Schema, where: str, resolve: Resolve) -> None:
 def _list(node: Schema, word: str, place: str) -> list[Any]:
     value = node.get(word, [])
     if not isinstance(value, list):
-        raise Refused(f"has a {word} that is no list{place}.")
+        raise Refused(f"has {'an' if word[0] in 'ae' else 'a'} {word} that is no list{place}.")
     return value
+
+
+def _values(node: Schema, where: str, resolve: Resolve) -> None:
+    """Listed values are written out as they are: numbers that the compiler would round, or that JSON does not have, are none."""
+    for word in ("const", "enum"):
+        stack = [node[word]] if word in node else []
+        while stack:
+            value = stack.pop()
+            if isinstance(value, dict | list):
+                stack += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                whole = isinstance(value, int) and not -(2**63) <= value < 2**63
+                if whole or not math.isfinite(value):
+                    place = f" at {where}" if where else ""
+                    raise Refused(
+                        f"has the number {json.dumps(value)[:40]} as a value{place}: it is too large to be enforced."
+                    )
 
 
 def _counts(node: Schema, where: str, resolve: Resolve) -> None:
@@ -100,17 +118,19 @@ def _counts(node: Schema, where: str, resolve: Resolve) -> None:
         if word not in node:
             continue
         value = node[word]
-        whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value) and value >= 0
-        if not whole:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        value = MAX_REPEAT + 1 if number and value > MAX_REPEAT else value  # however large, or infinite
+        if not number or value != value // 1 or value < 0:
             raise Refused(
                 f"has {word} {json.dumps(value)[:40]}{f' at {where}' if where else ''}; it is a count, 0 or more."
             )
-        node[word] = int(value)
         if word.startswith("max") and value > MAX_REPEAT:
             del node[word]  # longer than any completion
-        elif word.startswith("min") and value > MAX_REPEAT:
-            raise Refused(f"has {word} {value}; at most {MAX_REPEAT} are enforced.")
-        elif word.startswith("min") and not value and word != "minContains":
+            continue
+        if word.startswith("min") and value > MAX_REPEAT:
+            raise Refused(f"has {word} {json.dumps(node[word])[:40]}; at most {MAX_REPEAT} are enforced.")
+        node[word] = int(value)
+        if word.startswith("min") and not value and word != "minContains":
             del node[word]
 
 
@@ -125,8 +145,9 @@ def _bounds(node: Schema, where: str, resolve: Resolve) -> None:
         value = node.get(word, 0)
         if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
             raise Refused(f"has {word} {json.dumps(value)[:40]}{f' at {where}' if where else ''}; it is a number.")
-    if "multipleOf" in node and node["multipleOf"] <= 0:
-        raise Refused(f"has multipleOf {node['multipleOf']}; it is a number above 0.")
+    if "multipleOf" in node and not 0 < node["multipleOf"] <= GREATEST_NUMBER:
+        given = json.dumps(node["multipleOf"])[:40]
+        raise Refused(f"has multipleOf {given}; it is a number above 0, and at most {GREATEST_NUMBER:g} are enforced.")
     kinds = types_of(node) & {"integer", "number"}
     if not kinds:
         return
@@ -140,7 +161,8 @@ def _bounds(node: Schema, where: str, resolve: Resolve) -> None:
         value = node[word]
         beyond = value > greatest if sign > 0 else value < least
         if beyond or (integers and value >= GREATEST_INTEGER - 1024 and sign > 0):
-            raise Refused(f"has {word} {value}: numbers beyond {greatest if sign > 0 else least} cannot be enforced.")
+            given, end = json.dumps(value)[:40], greatest if sign > 0 else least
+            raise Refused(f"has {word} {given}: numbers beyond {end} cannot be enforced.")
         if value < least:
             node[word] = least
         elif value > greatest:
@@ -329,5 +351,5 @@ def _references(node: Schema, where: str, resolve: Resolve) -> None:
 
 
 RULES: tuple[Callable[[Schema, str, Resolve], None], ...] = (
-    _shapes, _references, _counts, _bounds, _strings, _arrays, _objects,
+    _shapes, _references, _values, _counts, _bounds, _strings, _arrays, _objects,
 )  # fmt: skip

@@ -146,7 +146,8 @@ def schema_of(given: Mapping[str, Any] | str) -> Mapping[str, Any]:
         try:
             schema = json.loads(given)
         except ValueError as error:
-            raise invalid(f"The JSON schema is not JSON: {error}.", PARAM) from None
+            why = str(error) if isinstance(error, json.JSONDecodeError) else "a number has too many digits"
+            raise invalid(f"The JSON schema is not JSON: {why}.", PARAM) from None
     if schema is True:
         return {}
     if not isinstance(schema, Mapping):

@@ -216,11 +216,12 @@ async def test_brackets_and_values_are_counted_before_anything_is_made_of_them(s
 
 
 async def test_a_server_without_keys_answers_to_local_names_alone(start):
-    running = await start(app={"allowed_hosts": ("api.example.com", "*.example.org")})
+    running = await start(app={"allowed_hosts": ("api.example.com", "*.example.org", "2.Example.net.:8000")})
     for host, status in (
         ("localhost", 200), ("127.0.0.1:8000", 200), ("[::1]:8000", 200), ("jaxserve", 200), ("jaxserve.team.svc", 200),
         ("api.example.com:80", 200), ("a.b.example.org", 200), ("example.org", 403), ("evil.com", 403), ("evil.com.", 403),
-        ("localhost.evil.com", 403), ("127.0.0.1.evil.com", 403), ("x@localhost.evil.com", 403),
+        ("localhost.evil.com", 403), ("127.0.0.1.evil.com", 403), ("x@localhost.evil.com", 403), ("evil.com#.local", 403),
+        ("evil.com?.local", 403), ("2.example.net", 200), ("x@localhost", 403), ("evil.com:80:90", 403), ("LOCALHOST.", 200),
     ):  # fmt: skip
         reply = await running.http.get("/v1/models", headers={"Host": host})
         assert reply.status_code == status, host

@@ -87,6 +87,12 @@ def test_names_that_are_no_uris(taken, name):
     assert taken(schema, 1) and not taken(schema, "x")
 
 
+def test_bounds_beyond_all_numbers_restrict_nothing(taken):
+    schema = json.loads('{"type": "string", "maxLength": 1e400}')
+    assert taken(schema, "abc")
+    assert taken({"type": "number", "maximum": 10**400, "minimum": -(10**400)}, 5)
+
+
 def test_a_property_that_is_required_by_itself(taken):
     schema = {"type": "object", "properties": {"a": {"type": "integer", "required": True}}}
     assert taken(schema, {"a": 1}) and not taken(schema, {})
@@ -102,6 +108,15 @@ def test_a_property_that_is_required_by_itself(taken):
         ({"type": "object", "properties": {"k": {"type": "string"}}, "required": ["k"], **when("a", "v")}, "uses if"),
         ({"properties": KIND, "required": ["k"], **when("a", "v")}, "uses if"),  # may be no object
         ({"type": "string", "pattern": r"^(?!.*abc)a"}, "look-around"),
+        (json.loads('{"type": "string", "minLength": 1e400}'), "minLength Infinity; at most"),
+        (json.loads('{"contains": {}, "minContains": 1e400}'), "minContains Infinity"),
+        (json.loads('{"multipleOf": 1e400}'), "above 0"),
+        (json.loads('{"const": [1, 1e400]}'), "Infinity as a value"),
+        ({"enum": [1, 10**400]}, "too large to be enforced"),
+        ({"const": "\ud800"}, "half of a character"),
+        ({"not": 5}, "uses not"),
+        ({"not": None}, "uses not"),
+        ({"enum": "a"}, "an enum that is no list"),
         (json.loads('{"items":' * 140 + "{}" + "}" * 140), "nested too deeply"),
     ],
 )
