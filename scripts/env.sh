@@ -8,9 +8,11 @@
 #
 #   PYTHON              the interpreter to make .venv from (default: the first of python3, python3.12, ... that will do)
 #   JAXSERVE_EXTRAS     extras to install, comma separated: cuda, tpu; "none" for none (default: what the machine has)
+#   TORCH_INDEX         where the tests' torch is looked for first, without CUDA; "none": in the package index alone
 
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$REPO/.venv"
+TORCH_INDEX="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
 
 env_say() { printf '%s\n' "[env] $*" >&2; }
 
@@ -90,6 +92,20 @@ print("\n".join(walk(sys.argv[2])))
 PY
 }
 
+# The tests' oracle needs no CUDA, whose wheels are several GB in the package index: torch's own index has torch without. Where
+# that cannot be reached, the package index's is taken with everything else.
+install_torch() {
+  local torch
+  torch="$(grep -E '^torch[=<>~!]' "$1")" || return 0
+  if [ "$TORCH_INDEX" = none ] || [ "$(uname -s)" != Linux ]; then return 0; fi
+  if "$VENV/bin/python" -c 'import importlib.metadata as m; m.version("torch")' >/dev/null 2>&1; then return 0; fi
+  if "$VENV/bin/python" -m pip --disable-pip-version-check index versions torch --index-url "$TORCH_INDEX" \
+    --retries 0 --timeout 10 >/dev/null 2>&1; then
+    "$VENV/bin/python" -m pip --disable-pip-version-check install -q --index-url "$TORCH_INDEX" "$torch" ||
+      env_say "torch could not be had from $TORCH_INDEX: the package index's is taken"
+  fi
+}
+
 install_env() {
   local group="$1" extras="$2" pip requirements
   pip=("$VENV/bin/python" -m pip --disable-pip-version-check install -q)
@@ -98,6 +114,7 @@ install_env() {
   if [ -n "$group" ]; then
     group_requirements "$group" >"$VENV/.requirements-$group" || exit 1
     requirements=(-r "$VENV/.requirements-$group")
+    if [ -z "$extras" ]; then install_torch "$VENV/.requirements-$group"; fi
   fi
   "${pip[@]}" -e "$REPO${extras:+[$extras]}" ${requirements[@]+"${requirements[@]}"} ||
     env_die "pip could not install the dependencies (its own message is above). Is the package index reachable?"
