@@ -26,6 +26,8 @@ from serving.engine.engine import Engine
 from serving.engine.requests.cache_specs import paged
 from serving.engine.requests.sizes import Sizes
 from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from serving.transfer.config import TransferConfig
+from serving.transfer.exchange import exchange_pages
 
 VOCAB = 256
 
@@ -70,6 +72,9 @@ def tiny_engine(
     num_snapshots: int = 0,
     snapshots: Mapping[str, int] | None = None,
     draft: Any = None,
+    transfers: TransferConfig | None = None,
+    transport: Any = None,
+    disk: tuple[pathlib.Path, int] | None = None,
 ) -> Engine:
     """A started engine; shut it down. Programs are cached over the test session.
 
@@ -80,6 +85,9 @@ def tiny_engine(
         num_snapshots: of a model whose layers keep states.
         snapshots: where they are taken, as in RecurrentSpec.
         draft: a draft model, with the same vocabulary.
+        transfers: with whom it exchanges pages; None: with nobody. All tiny engines have the same weights.
+        transport: how pages come to it.
+        disk: folder and bytes for pages that leave host memory.
     """
     model = model or tiny_model()
     config = config or EngineConfig(page_size=page_size, progress=False)
@@ -91,9 +99,12 @@ def tiny_engine(
     if how is not None:
         sizes = dataclasses.replace(sizes, draft_tokens=how.draft_tokens, draft_places=max_num_batched_tokens)
     made_for = ("tiny", model.config, sizes) if draft is None else ("tiny", model.config, sizes, draft.config)
+    travel = transfers is not None
     cache = ProgramCache(_cache_folder(), repr(made_for))
     with starting():
-        executor = Executor(model, sizes, cache, host_tier=host_pages > 0, num_scheduler_steps=steps, draft=draft)
+        executor = Executor(
+            model, sizes, cache, host_tier=host_pages > 0, travel=travel, num_scheduler_steps=steps, draft=draft
+        )
         executor.compile()
     runner = StepRunner(executor)
     recurrent = () if executor.recurrent is None else (dataclasses.replace(executor.recurrent, **(snapshots or {})),)
@@ -119,10 +130,12 @@ def tiny_engine(
     )
     info = EngineInfo(
         "tiny", "LlamaForCausalLM", model.config.vocab_size, max_model_len, max_num_seqs, max_num_batched_tokens, page_size,
-        num_pages, "float32", None, "data=1,model=1", "cpu", "test",
+        num_pages, "float32", None, "data=1,model=1", "cpu", "test", role="" if transfers is None else transfers.role,
     )  # fmt: skip
     loaded = SimpleNamespace(source=None, generation_config={}, embedding=EmbeddingHead(("last",)))
     engine = Engine(config, loaded, runner, scheduler, info)
+    if transfers is not None or disk is not None:
+        exchange_pages(engine, transfers or TransferConfig(), b"tiny", (model.config,), transport, disk)
     engine.loop.start()
     return engine
 

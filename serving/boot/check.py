@@ -19,10 +19,12 @@ from ops.paged_attention import BACKENDS
 from serving.boot.draft import CheckedDraft, Target, check_draft
 from serving.engine.api.config import EngineConfig
 from serving.engine.device.programs.bundle import Bundle
+from serving.engine.device.programs.placement import num_replicas
 from serving.engine.device.sizing import Bounds, resolve_bounds, resolve_dtype, resolve_quantization
 from serving.engine.encoder.sizing import EncoderSizes, encoder_sizes
 from serving.kv_events.config import KVEventsConfig
 from serving.kv_events.start import check_installed
+from serving.transfer.config import TransferConfig
 from sharding.mesh import make_mesh
 
 
@@ -80,6 +82,7 @@ def check(config: EngineConfig, source: ModelSource, programs: pathlib.Path | No
     platform, mesh = jax.default_backend(), make_mesh(config.mesh)
     _check_backend(config.attention_backend, platform)
     check_installed(KVEventsConfig.of(config.kv_events_config))
+    _check_transfers(config)
     opened = open_checkpoint(source)
     dtype = resolve_dtype(config, platform)
     if "generate" not in opened.family.tasks:
@@ -93,6 +96,13 @@ def check(config: EngineConfig, source: ModelSource, programs: pathlib.Path | No
         sizes = bounds.within(config.kv_cache_memory)
         if bundle is not None:
             bundle.check(built.config, sizes)
+    if config.kv_disk is not None and (bounds.recurrent is not None or num_replicas(mesh) > 1):
+        why = (
+            f"{opened.model_id} has layers that keep a state"
+            if bounds.recurrent is not None
+            else f"mesh is {config.mesh}"
+        )
+        raise ValueError(f"kv_disk is for models whose layers all attend, on a mesh without replicas; {why}.")
     quantization = resolve_quantization(config, platform, mesh.size)
     return Checked(config, opened, built, platform, mesh, dtype, quantization, programs, bundle, bounds, draft=draft)
 
@@ -104,13 +114,39 @@ def _check_encoder(
     have stored."""
     if config.coordinator is not None:
         raise ValueError(f"{opened.model_id} is an encoder; an encoder runs in a single process.")
-    for name in ("compiled", "kv_offload_gb", "kv_events_config", "speculative_config"):
+    for name in (
+        "compiled",
+        "kv_offload_gb",
+        "kv_events_config",
+        "speculative_config",
+        "role",
+        "kv_transfer_config",
+        "kv_disk",
+    ):
         if getattr(config, name):
             raise ValueError(f"{name} is for models that generate; {opened.model_id} is an encoder.")
     quantization = None if config.quantization in ("none", "auto") else config.quantization
     built = build_model(opened, dtype=dtype, mesh=mesh)
     sizes = encoder_sizes(config, built.config.max_positions, max_sequence(opened.source.path), platform)
     return Checked(config, opened, built, platform, mesh, dtype, quantization, programs, encoder=sizes)
+
+
+def _check_transfers(config: EngineConfig) -> None:
+    """Refuses exchanging pages where that cannot be."""
+    told = TransferConfig.of(config.role, config.kv_transfer_config)
+    if config.kv_disk is not None and not config.kv_offload_gb:
+        raise ValueError(
+            "kv_disk keeps pages that leave host memory: say with kv_offload_gb how much of that there is."
+        )
+    if not told.role and config.kv_disk is None:
+        return
+    what = "role" if told.role else "kv_disk"
+    if told.client_tls is not None:
+        told.client_tls.grpc_arguments()  # reads the files
+    if not config.enable_prefix_caching:
+        raise ValueError(f"{what} needs enable_prefix_caching: pages from elsewhere are found as prefixes.")
+    if config.coordinator is not None:
+        raise ValueError(f"{what} is for an engine of a single process: one of several gives and takes no pages.")
 
 
 def _check_backend(name: str | None, platform: str) -> None:

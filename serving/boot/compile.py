@@ -28,6 +28,7 @@ from serving.engine.requests.buckets import ACCELERATOR_RIDGE, CPU_RIDGE
 from serving.engine.requests.cache_specs import paged, recurrent_of
 from serving.engine.requests.scheduler_config import SchedulerConfig
 from serving.engine.requests.sizes import Sizes
+from serving.transfer.config import TransferConfig
 
 Progress = Callable[[str], None]
 
@@ -72,6 +73,7 @@ def compile_decoder(
     memory = config.kv_cache_memory or default_kv_memory(checked.mesh.size, config.gpu_memory_utilization)
     sizes = checked.bounds.within(memory if meet is None else meet("KV cache memory", memory))
     say(_pages_in_words(checked, loaded, sizes, replicas))
+    role = TransferConfig.of(config.role, config.kv_transfer_config).role
     began = time.monotonic()
     executor = Executor(
         loaded.model,
@@ -80,6 +82,7 @@ def compile_decoder(
         mesh=checked.server_mesh,
         attention_backend=config.attention_backend,
         host_tier=config.kv_offload_gb > 0,
+        travel=bool(role),
         num_scheduler_steps=config.num_scheduler_steps,
         adapter_slots=config.adapter_slots,
         max_lora_rank=config.max_lora_rank,
@@ -104,6 +107,7 @@ def compile_decoder(
         page_size=sizes.page_size,
         num_pages=sizes.num_pages * replicas,
         num_parameters=executor.num_parameters,
+        role=role,
         **loaded.embedding.facts(),
     )
     return CompiledDecoder(runner, scheduler, info)
@@ -117,6 +121,7 @@ def _cache(checked: Checked, loaded: LoadedModel, sizes: Sizes) -> ProgramCache:
     resolved = {
         **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size")),  # in sizes
         "speculative_config": None,
+        "role": bool(TransferConfig.of(checked.config.role, checked.config.kv_transfer_config).role),
         **dict.fromkeys(("kv_cache_dtype", "kv_cache_memory", "gpu_memory_utilization")),
         **_resolved(checked),
     }

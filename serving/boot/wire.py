@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
+
+from models.loading.gguf import split_paths
 from models.loading.load import LoadedModel
 from serving.boot.check import Checked
 from serving.boot.compile import CompiledDecoder, CompiledEncoder
@@ -13,6 +17,7 @@ from serving.engine.rehearsal import rehearse
 from serving.engine.scheduling.scheduler import Scheduler
 from serving.kv_events.config import KVEventsConfig
 from serving.kv_events.start import KVEvents
+from serving.transfer.config import PEER_KEY_VARIABLE, TransferConfig
 
 REHEARSAL_S = 600.0
 """How long a request of two tokens may take on the slowest device before the start counts as failed."""
@@ -34,6 +39,7 @@ def wire_decoder(
         scheduler.kv.tell(events.log.add)
         engine.tell_pages(events.log, events.close)
         events.start()
+    exchange(checked, loaded, engine)
     if followers is not None:
         engine.runner.executor.lead(followers)
     engine.loop.start()
@@ -43,6 +49,25 @@ def wire_decoder(
         engine.shutdown()
         raise
     return engine
+
+
+def exchange(checked: Checked, loaded: LoadedModel, engine: Engine) -> None:
+    """Has the engine exchange pages with others, where it is asked to."""
+    told = TransferConfig.of(checked.config.role, checked.config.kv_transfer_config)
+    folder = checked.config.kv_disk
+    if not told.role and folder is None:
+        return
+    from serving.transfer.exchange import exchange_pages
+    from serving.transfer.grpc_transport import GrpcTransport
+    from serving.transfer.identity import weights_digest
+
+    path = checked.opened.source.path
+    files = split_paths(path) if path.is_file() else [path]
+    facts = (checked.built.config, checked.dtype, checked.quantization, engine.scheduler.config.page_size,
+             engine.scheduler.config.windows)  # fmt: skip
+    transport = GrpcTransport(os.environ.get(PEER_KEY_VARIABLE), told.client_tls) if told.takes else None
+    disk = None if folder is None else (pathlib.Path(folder).expanduser(), checked.config.kv_disk_size)
+    exchange_pages(engine, told, b"".join(map(weights_digest, files)), facts, transport, disk)
 
 
 def wire_encoder(checked: Checked, loaded: LoadedModel, compiled: CompiledEncoder) -> EncoderEngine:

@@ -21,6 +21,7 @@ from serving.engine.api.config import EngineConfig
 from serving.engine.api.lifecycle import Lifecycle, LoadModel
 from serving.engine.api.mortal import Mortal
 from serving.engine.api.page_events import PageEvents
+from serving.engine.api.peers.transfers import PageSource
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.streams import OutputStream
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
@@ -64,6 +65,8 @@ class Engine(Mortal):
         self.lifecycle = Lifecycle(Resting(self.loop, scheduler, runner.executor, self._use_head), load_model)
         self.page_events: PageEvents | None = None
         self.stop_telling: Callable[[], None] | None = None
+        self.page_source: PageSource | None = None
+        self.stop_peers: Callable[[], None] | None = None
         self.client = InProcessClient(self, info)
 
     def drain(self, timeout: float | None) -> bool:
@@ -82,8 +85,9 @@ class Engine(Mortal):
         self.loop.stop(timeout)
         self.client.fail_all(RequestError(ErrorKind.UNAVAILABLE, "the server has stopped."))
         self.runner.guard.close()
-        if self.stop_telling is not None:
-            self.stop_telling()
+        for stop in (self.stop_telling, self.stop_peers):
+            if stop is not None:
+                stop()
 
     def tell_pages(self, events: PageEvents, stop: Callable[[], None]) -> None:
         """Has a log that the scheduler writes to be followed through the client; `stop` ends it with the engine."""
@@ -283,6 +287,11 @@ class InProcessClient(EngineClient):
     def page_events(self) -> PageEvents | None:
         """What the prefix cache holds, where that is told."""
         return self._engine.page_events
+
+    @property
+    def page_source(self) -> PageSource | None:
+        """What gives pages to other engines, where this one does."""
+        return self._engine.page_source
 
     @property
     def refusal(self) -> str | None:

@@ -61,6 +61,8 @@ class Resting:
             self._executor.replace_weights(new[0])
             self._use_head(new[1])
             self._scheduler.kv.forget()
+            if self._loop.peers is not None:
+                self._loop.peers.weights_changed()
 
         self._loop.call(swap)
 

@@ -10,8 +10,9 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
+from serving.engine.api.peers.stats import TransferStats
 from serving.engine.api.types import STEP_TOKEN_BOUNDS, EngineOutput, EngineRequest, EngineStats, FinishReason
 from serving.engine.device.runner import InFlight, StepRunner
 from serving.engine.scheduling.pipeline import Flight, StepPipeline
@@ -45,6 +46,9 @@ Message = Submit | Abort | Call | None  # None: stop
 PAUSED_LOOK_S = 0.2
 """How often a loop that does not step looks for requests whose time is up."""
 
+ALIVE_LOOK_S = 0.5
+"""How often whoever waits for the engine's thread looks whether there is one still."""
+
 TRACE_STEPS = 32
 """Steps that a crash report tells of."""
 
@@ -58,6 +62,33 @@ class StepTrace:
     chunk_tokens: int
     num_steps: int
     seconds: float
+
+
+class Peers(Protocol):
+    """What an engine's loop tells those who move pages between engines; all on the engine's thread."""
+
+    def submitted(self, request: EngineRequest) -> None:
+        """A request was taken."""
+        ...
+
+    def emitted(self, outputs: list[EngineOutput]) -> list[EngineOutput]:
+        """Outputs on their way out; what is to go out instead."""
+        ...
+
+    def give_way(self) -> bool:
+        """Requests wait and none can run: gives up pages that are kept for others. Whether there is anything to wait for."""
+        ...
+
+    def look(self) -> float | None:
+        """Ends what is late. Seconds until it wants to look again; None while there is nothing to look after."""
+        ...
+
+    def weights_changed(self) -> None:
+        """Pages from before mean nothing any more."""
+        ...
+
+    @property
+    def stats(self) -> TransferStats: ...
 
 
 class EngineLoop:
@@ -74,6 +105,7 @@ class EngineLoop:
             watchdog looks at, from its own thread.
         paused: take messages, but start no steps. Set on the engine thread.
         recent: the last steps.
+        peers: who exchanges pages with other engines; None where nobody does.
     """
 
     def __init__(
@@ -88,6 +120,10 @@ class EngineLoop:
         self.scheduler = scheduler
         self.pipeline = StepPipeline(scheduler, runner, self._emit, asynchronous=asynchronous)
         self.pipeline.prepare, self.pipeline.on_read = self._prepare, self._note
+        self.pipeline.stuck = self._gives_way
+        self.peers: Peers | None = None
+        self._look_again: float | None = None
+        self._waits = False  # requests wait, and none can run before something comes from another engine
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.stats = EngineStats(num_pages_total=scheduler.pool.num_pages - 1)
         self._deliver = deliver
@@ -132,8 +168,11 @@ class EngineLoop:
             done.set()
 
         self.inbox.put(Call(run))
-        if not done.wait(timeout):
-            raise TimeoutError("the engine thread did not answer")
+        end = time.monotonic() + timeout
+        while not done.wait(min(ALIVE_LOOK_S, max(0.0, end - time.monotonic()))):
+            over = self._thread.ident is not None and not self._thread.is_alive()
+            if over or time.monotonic() >= end:
+                raise TimeoutError("the engine thread did not answer")
         ok, value = box[0]
         if not ok:
             raise value
@@ -164,15 +203,17 @@ class EngineLoop:
 
     def _loop(self) -> None:
         while True:
-            idle = not self.in_flight and (self.paused or not self.scheduler.has_work)
+            idle = not self.in_flight and (self.paused or self._waits or not self.scheduler.has_work)
             self.busy_since = None
             pause = self.pipeline.pause_s()
             if pause:
                 time.sleep(pause)
+            if self.peers is not None:
+                self._look_again = self.peers.look()
             self._take_messages(block=idle)
             if self._stopping:
                 return
-            self.busy_since = time.monotonic()
+            self.busy_since, self._waits = time.monotonic(), False
             began = time.perf_counter()
             waited = self.pipeline.waited_s
             try:
@@ -188,6 +229,11 @@ class EngineLoop:
         """Between what ends requests and what schedules: who may be admitted while one is under suspicion."""
         self.suspects.gone(self.scheduler.requests.__contains__)
         self.scheduler.only = self.suspects.only
+
+    def _gives_way(self) -> bool:
+        """See StepPipeline.stuck."""
+        self._waits = self.peers is not None and self.peers.give_way()
+        return self._waits
 
     def _recover(self, failure: StepFailedError) -> None:
         """Goes on after a step that failed; see recovery.py. Raises its cause when that makes no sense."""
@@ -223,12 +269,14 @@ class EngineLoop:
 
     def _emit(self, outputs: list[EngineOutput]) -> None:
         if outputs:
-            self._deliver(outputs)
+            self._deliver(outputs if self.peers is None else self.peers.emitted(outputs))
 
     def _take_messages(self, block: bool) -> None:
         while True:
             try:
-                message = self.inbox.get(block, PAUSED_LOOK_S if self.paused or self.scheduler.requests else None)
+                message = self.inbox.get(
+                    block, PAUSED_LOOK_S if self.paused or self.scheduler.requests else self._look_again
+                )
             except queue.Empty:
                 return
             block = False
@@ -239,6 +287,8 @@ class EngineLoop:
                 case Submit(request):
                     try:
                         self.scheduler.add(request)
+                        if self.peers is not None:
+                            self.peers.submitted(request)
                     except RequestError as e:
                         self._reject(request.request_id, e)
                     except Exception:
@@ -285,4 +335,5 @@ class EngineLoop:
             accepted_per_pos=None if s.drafts is None else tuple(c.accepted_per_pos),
             running_adapters=s.adapters.running,
             waiting_adapters=s.adapters.waiting,
+            transfers=None if self.peers is None else self.peers.stats,
         )

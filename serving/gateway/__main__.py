@@ -14,9 +14,10 @@ from serving import event_loop
 from serving.access import Access, shared
 from serving.access.flags import access_of, http_options, limit_changes, tls_of, warnings_for
 from serving.errors import RequestError
-from serving.gateway.flags import discovery_of, parse, router_of, target_tls
+from serving.gateway.flags import discovery_of, parse, prefill_discovery_of, router_of, target_tls
 from serving.gateway.page_index import follow
 from serving.gateway.pool import Member, Pool
+from serving.gateway.prefills import Prefills
 from serving.storage import Store
 from serving.storage.flags import store_of
 
@@ -37,6 +38,7 @@ class Gateway:
         self._service: TextService | None = None
         self._following: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._prefills = Prefills(args.prefill_policy, args.prefill_min_tokens)
         self._access = Access()
         self._redis: Any = None
         self._picker: Any = None
@@ -65,6 +67,10 @@ class Gateway:
                 discovery, self._on_ready, args.target_api_key, target_tls(args), say,
                 on_gone=self._on_gone, look_s=args.target_refresh,
             )  # fmt: skip
+            helpers = Connector(
+                prefill_discovery_of(args), self._on_helper, args.target_api_key, target_tls(args), say,
+                on_gone=self._prefills.remove, look_s=args.target_refresh,
+            )  # fmt: skip
             door = Doorway(engines.sentence)
             http = await serve_app(door, Limits(), host=args.host, port=args.port, tls=tls)
             grpc_server = await self._grpc(tls)
@@ -72,6 +78,7 @@ class Gateway:
             say(f"error: {error}")
             return 1
         await engines.start()
+        await helpers.start()
         try:
             say(f"listening at {http.url}; waiting for {names}")
             if not await self._wait_for_first(engines):
@@ -98,6 +105,7 @@ class Gateway:
             if self._store is not None:
                 await self._store.stop()
             await engines.close()
+            await helpers.close()
             if self._redis is not None:
                 await shared.close(self._redis)
         return 0
@@ -122,6 +130,9 @@ class Gateway:
             following = asyncio.create_task(follow(name, client, self._pool.router))
             self._following[name] = following
 
+    def _on_helper(self, name: str, client: RemoteEngineClient) -> None:
+        self._prefills.add(name, client, self._pool.info().model_id if self._pool is not None else None)
+
     def _on_gone(self, name: str) -> Member | None:
         if (following := self._following.pop(name, None)) is not None:
             following.cancel()
@@ -132,6 +143,7 @@ class Gateway:
             self._pool = Pool([client], router_of(self._args), [name])
             self._pool.objectives = dict(self._args.objective)
             self._pool.sticky_tenants = self._args.sticky_tenants
+            self._pool.prefills = self._prefills
             self._first.set()
         else:
             self._pool.add(client, name)

@@ -87,6 +87,11 @@ class Asked:
         if self.explain and len(self.notes) < MAX_NOTES:
             self.notes.append(f"{route.explain(number, attempt)}; attempt={attempt + 1}")
 
+    def note_prefill(self, number: int) -> None:
+        """An engine computes the prompt for the target that was noted last."""
+        if self.explain and self.notes:
+            self.notes[-1] += f"; prefill={number}"
+
     def told(self) -> list[tuple[str, str]]:
         """The headers of the reply."""
         found = [(DECISION, ", ".join(self.notes))] if self.notes else []

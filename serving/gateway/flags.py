@@ -13,6 +13,8 @@ from serving.access.flags import access_of, add_access_flags, tls_of
 from serving.access.shared import connect
 from serving.gateway.asking import SESSION
 from serving.gateway.discovery import Discovery
+from serving.gateway.prefills import LEAST_TOKENS
+from serving.gateway.prefills import POLICIES as PREFILL_POLICIES
 from serving.routing.policies import POLICIES, Balance
 from serving.routing.prefixes import MAX_BLOCKS
 from serving.routing.router import Router
@@ -66,6 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if not args.target_refresh > 0:
             raise ValueError(f"target_refresh must be above 0 seconds, got {args.target_refresh}.")
         discovery_of(args)
+        prefill_discovery_of(args)
         router_of(args)
         access_of(args)
         if args.redis_keys and args.redis_url is None:
@@ -89,12 +92,27 @@ def target_tls(args: argparse.Namespace) -> ClientTls | None:
 
 def target_names(args: argparse.Namespace) -> list[str]:
     """What --target says, in pieces."""
-    return [name.strip() for part in args.target for name in part.split(",") if name.strip()]
+    return _pieces(args.target)
+
+
+def _pieces(given: Sequence[str]) -> list[str]:
+    return [name.strip() for part in given for name in part.split(",") if name.strip()]
 
 
 def discovery_of(args: argparse.Namespace) -> Discovery:
     """Where the engines are. Raises ValueError for what is no target."""
     return Discovery(target_names(args), args.target_file)
+
+
+def prefill_discovery_of(args: argparse.Namespace) -> Discovery:
+    """Where the engines are that compute prompts. Raises ValueError for what is no target, or is a target too."""
+    names = _pieces(args.prefill_target)
+    both = set(names) & set(target_names(args))
+    if both:
+        raise ValueError(f"prefill_target names {sorted(both)[0]}, and so does target: one engine is on one side.")
+    if args.prefill_min_tokens < 1:
+        raise ValueError(f"prefill_min_tokens must be at least 1, got {args.prefill_min_tokens}.")
+    return Discovery(names)
 
 
 def router_of(args: argparse.Namespace) -> Router:
@@ -114,6 +132,20 @@ def _add_target_flags(parser: argparse.ArgumentParser) -> None:
     targets.add_argument(
         "--target-file", type=pathlib.Path, metavar="FILE",
         help="further engines, one a line as for --target; read again when it changes",
+    )  # fmt: skip
+    targets.add_argument(
+        "--prefill-target", nargs="+", default=[], metavar="HOST:PORT",
+        help="engines of --role prefill that compute prompts for the targets, which have --role decode then; as for --target. "
+        "Their addresses must mean the same to the targets (default: each target computes its own)",
+    )  # fmt: skip
+    targets.add_argument(
+        "--prefill-policy", choices=PREFILL_POLICIES, default="auto",
+        help="auto asks them where it pays, by the prompt's length that is not cached, by who runs and waits where, and by what "
+        "transfers took; always, wherever it can be done (default: %(default)s)",
+    )  # fmt: skip
+    targets.add_argument(
+        "--prefill-min-tokens", type=int, default=LEAST_TOKENS, metavar="N",
+        help="prompts with fewer tokens to compute stay at their target (default: %(default)s)",
     )  # fmt: skip
     targets.add_argument(
         "--target-refresh", type=float, default=5.0, metavar="S",

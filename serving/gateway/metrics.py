@@ -38,7 +38,22 @@ KV = _spec(
 ROUTED = _spec("target_routed", "counter", "Requests given to a target.", "target", "number")
 BLOCKS = _spec("target_prefix_blocks", "gauge", "Blocks of prefixes known of a target.", "target", "number")
 
-SPECS = (DECISIONS, RETRIES, MATCHED, PROMPT, MOVED, IMBALANCE, HEALTHY, LOAD, KV, ROUTED, BLOCKS)
+PREFILLS = _spec(
+    "prefills",
+    "counter",
+    "Where there are --prefill-target engines: requests by where their prompts were computed, and why: apart, short, alone, busy, "
+    "unfit, none; and peer: another target has a longer part of it, to be fetched from there.",
+    "decision",
+)
+PREFILL_FAILURES = _spec("prefill_failures", "counter", "Prompts that an engine of --prefill-target refused or lost.")
+PREFILL_QUEUED = _spec(
+    "prefill_queued_tokens", "gauge", "Prompt tokens given to such an engine and not computed yet.", "target"
+)
+
+SPECS = (
+    DECISIONS, RETRIES, MATCHED, PROMPT, MOVED, IMBALANCE, HEALTHY, LOAD, KV, ROUTED, BLOCKS, PREFILLS, PREFILL_FAILURES,
+    PREFILL_QUEUED,
+)  # fmt: skip
 
 
 class GatewayMetrics(Collector):
@@ -65,6 +80,10 @@ class GatewayMetrics(Collector):
         yield _family(KV, {(name, n): one.target.kv_usage for name, n, one in each})
         yield _family(ROUTED, {(name, n): one.target.routed for name, n, one in each})
         yield _family(BLOCKS, {(name, n): len(router.prefixes(name)) for name, n, _ in each})
+        prefills = self._pool.prefills
+        yield _family(PREFILLS, {(decision,): count for decision, count in prefills.decisions.items()})
+        yield _family(PREFILL_FAILURES, {(): prefills.failures})
+        yield _family(PREFILL_QUEUED, {(one.name,): one.queued for one in prefills.helpers.values()})
 
 
 def _family(spec: Spec, values: Mapping[Any, float]) -> Metric:

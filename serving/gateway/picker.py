@@ -33,6 +33,8 @@ SUBSET_HINT = "envoy.lb.subset_hint"
 PIECE_BYTES = 62_000
 """Envoy takes no larger piece of a body."""
 MAX_FALLBACKS = 3
+PREFILLER = "x-prefiller-host-port"
+"""llm-d's: which server computes the prompt, for the sidecar in front of the one that goes on with it."""
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 _DUPLEX, _OVERWRITE = 4, 2  # Envoy's FULL_DUPLEX_STREAMED and OVERWRITE_IF_EXISTS_OR_ADD
 
@@ -164,12 +166,26 @@ class Exchange:
             wish = Wish(wish.session, (), frozenset(names[one] for one in among if one in names) or frozenset({""}))
         self._route = self._pool.route(request, wish)
         chosen = self._route.order[0]
+        running = chosen.load
         self._visit = self._pool.router.begin(self._route, chosen)
         self._asked.note(self._route, self._pool.members[chosen.name].number, chosen.name, 0)
+        headers = self._prefiller(request, chosen.name, running)
         value = ",".join(self._endpoint(one.name) for one in self._route.order[: 1 + MAX_FALLBACKS])
         metadata = struct_pb2.Struct()
         metadata.update({LB: {ENDPOINT: value}})
-        return pb.CommonResponse(header_mutation=_mutation([(ENDPOINT, value)]), clear_route_cache=True), metadata
+        return pb.CommonResponse(
+            header_mutation=_mutation([(ENDPOINT, value), *headers]), clear_route_cache=True
+        ), metadata
+
+    def _prefiller(self, request: EngineRequest, name: str, running: int) -> list[tuple[str, str]]:
+        """Who computes the prompt, for a sidecar of the chosen server that makes the two calls; empty: that server itself. Said
+        either way where there are such engines, so that nobody else's word for it gets through."""
+        prefills, route = self._pool.prefills, self._route
+        if not prefills.helpers or route is None:
+            return []
+        info = self._pool.members[name].client.info()
+        helper = prefills.decide(request, info, route.matched_tokens, running)
+        return [(PREFILLER, "" if helper is None else self._endpoint(helper.name))]
 
     async def _request(self) -> EngineRequest:
         """As much of the request as routing needs. What cannot be read is the model server's to refuse."""

@@ -14,9 +14,11 @@ import numpy as np
 
 from serving.engine.api.adapters import AdapterClient, AdapterInfo, AdapterLoad
 from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient
+from serving.engine.api.peers.stats import TransferStats
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
 from serving.errors import DIED, ErrorKind, RequestError
 from serving.gateway.asking import asked_of_task
+from serving.gateway.prefills import Note, Prefills
 from serving.routing.router import NO_WISH, Route, Router, Visit, Wish
 from serving.routing.targets import Target
 
@@ -95,6 +97,7 @@ class Pool(EngineClient):
         members: by name.
         objectives: priority of each that requests may name.
         sticky_tenants: whether what names no session belongs to its tenant's.
+        prefills: engines that compute prompts for the members.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class Pool(EngineClient):
         self.members: dict[str, Member] = {}
         self.objectives: Mapping[str, int] = {}
         self.sticky_tenants = False
+        self.prefills = Prefills()
         self._numbers = itertools.count()
         self._info = targets[0].info()
         for i, target in enumerate(targets):
@@ -192,14 +196,20 @@ class Pool(EngineClient):
             if asked is not None:
                 asked.note(route, member.number, target.name, attempt)
             completion: list[int] | None = None  # None: nothing has come
+            running, first = target.load, not attempt
             visit = self._begin(route, member)
             try:
-                async with contextlib.aclosing(member.client.generate(request)) as outputs:
-                    async for output in outputs:
-                        if completion is None:
-                            completion = []
-                        completion += output.token_ids
-                        yield output
+                async with self._helped(request, member, route if first else None, running) as (helped, note):
+                    if asked is not None and note is not None and note.helper is not None:
+                        asked.note_prefill(list(self.prefills.helpers).index(note.helper))
+                    async with contextlib.aclosing(member.client.generate(helped)) as outputs:
+                        async for output in outputs:
+                            if completion is None:
+                                completion = []
+                                if note is not None:
+                                    note.begun()
+                            completion += output.token_ids
+                            yield output
                 return
             except RequestError as error:
                 if completion is not None or (error.kind not in _ELSEWHERE and error.code != DIED):
@@ -209,6 +219,26 @@ class Pool(EngineClient):
             finally:
                 self._end(visit, member, completion)
         raise failure
+
+    @contextlib.asynccontextmanager
+    async def _helped(
+        self, request: EngineRequest, member: Member, route: Route | None, running: int
+    ) -> AsyncGenerator[tuple[EngineRequest, Note | None], None]:
+        """The request as the member is to get it: while somebody else computes its prompt, where that pays; or told which other
+        member has a part of it.
+
+        Args:
+            route: that led to this member; None where another one was tried before.
+        """
+        name, info, matched = member.target.name, member.client.info(), route.matched_tokens if route is not None else 0
+        if not self.prefills.helpers:
+            holder = route.holder if route is not None else None
+            if holder is not None and (there := self.members.get(holder[0].name)) is not None and there is not member:
+                request = self.prefills.from_holder(request, info, matched, there.client.info(), *holder)
+            yield request, None
+            return
+        async with self.prefills.helped(request, name, info, matched, running) as found:
+            yield found
 
     def _begin(self, route: Route, member: Member) -> Visit:
         member.idle.clear()
@@ -307,7 +337,10 @@ class Pool(EngineClient):
         merged: dict[str, Any] = {}
         for field in dataclasses.fields(EngineStats):
             values = [getattr(stats, field.name) for stats in all_stats]
-            if any(value is None for value in values):
+            if field.name == "transfers":
+                told = [value for value in values if value is not None]
+                merged[field.name] = sum(told, TransferStats()) if told else None
+            elif any(value is None for value in values):
                 merged[field.name] = None
             elif isinstance(values[0], frozenset):
                 merged[field.name] = frozenset().union(*values)

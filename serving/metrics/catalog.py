@@ -6,6 +6,7 @@ docs/metrics.md, the dashboard and the alert rules are tested against this table
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from serving.engine.api.types import STEP_TOKEN_BOUNDS
 
@@ -67,6 +68,8 @@ def _counter(name: str, text: str, same: bool = True, **more) -> Spec:
 def _histogram(name: str, text: str, bounds: tuple[float, ...], same: bool = True, **more) -> Spec:
     return Spec(name, "histogram", text, vllm=name if same else None, bounds=bounds, **more)
 
+
+_TRANSFER: dict[str, Any] = {"same": False, "labels": ("direction",), "always": False}
 
 SPECS: tuple[Spec, ...] = (
     _gauge("num_requests_running", "Requests in the running batch."),
@@ -169,6 +172,21 @@ SPECS: tuple[Spec, ...] = (
         labels=("layers",),
         always=False,
     ),
+    _counter("kv_transfer_requests", "Requests whose pages went between engines.", **_TRANSFER),
+    _counter("kv_transfer_bytes", "Bytes of pages and states that went between engines.", **_TRANSFER),
+    _counter("kv_transfer_seconds", "Seconds that transfers took together.", **_TRANSFER),
+    _counter("kv_transfer_tokens", "Prompt tokens that other engines computed for this one.", same=False, always=False),
+    _counter(
+        "kv_transfer_fallbacks",
+        "Requests whose pages did not come, or not all of them, and were computed here, by reason.",
+        same=False,
+        labels=("reason",),
+        always=False,
+    ),
+    _gauge("kv_transfer_leases", "Requests whose pages are kept for other engines.", same=False, always=False),
+    _gauge("kv_transfer_leased_pages", "Pages that are kept for them.", same=False, always=False),
+    _counter("kv_transfer_leases_expired", "Leases that nobody fetched in time.", same=False, always=False),
+    _gauge("kv_transfer_receiving", "Requests that wait for pages of another engine.", same=False, always=False),
     _gauge("startup_seconds", "Seconds of each phase of start-up.", same=False, labels=("phase",), always=False),
     _counter(
         "http_requests",

@@ -13,6 +13,7 @@ from serving.engine.api.adapters import AdapterClient
 from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient
 from serving.engine.api.lifecycle import Lifecycle
 from serving.engine.api.page_events import PageEvents
+from serving.engine.api.peers.transfers import PageSource
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, TokenPair
 from serving.errors import RequestError
 from serving.metrics.metrics import Metrics
@@ -156,6 +157,10 @@ class MeteredClient(EngineClient):
     @property
     def page_events(self) -> PageEvents | None:
         return self._client.page_events
+
+    @property
+    def page_source(self) -> PageSource | None:
+        return self._client.page_source
 
     @property
     def lifecycle(self) -> Lifecycle | None:

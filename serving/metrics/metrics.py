@@ -17,6 +17,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from serving.engine.api.client import EngineClient
+from serving.engine.api.peers.stats import REASONS, TransferStats
 from serving.engine.api.types import FinishReason
 from serving.metrics.catalog import BY_NAME, LABELS, PREFIX, SPECS, Spec
 
@@ -159,6 +160,7 @@ class Metrics(Collector):
             ("capacity",): float(s.num_waiting - s.num_deferred),
             ("deferred",): float(s.num_deferred),
         }
+        values |= _transfers(s.transfers)
         values["lora_requests_info"] = self._adapters()
         values["startup_seconds"] = {(phase,): seconds for phase, seconds in self._startup.items()}
         return values
@@ -218,6 +220,30 @@ def _experts(loads_LE: np.ndarray | None) -> tuple[dict[tuple[str, ...], float],
     for group in np.array_split(np.arange(len(ratio_L)), min(LAYER_GROUPS, len(ratio_L))):
         ratios[(f"{group[0]}-{group[-1]}",)] = float(ratio_L[group].max())
     return tokens, ratios
+
+
+def _transfers(t: TransferStats | None) -> dict[str, dict[tuple[str, ...], float]]:
+    """Samples of pages that go between engines; none where they do not."""
+    names = (
+        "requests",
+        "bytes",
+        "seconds",
+        "tokens",
+        "fallbacks",
+        "leases",
+        "leased_pages",
+        "leases_expired",
+        "receiving",
+    )
+    if t is None:
+        return {f"kv_transfer_{name}": {} for name in names}
+    found: dict[str, dict[tuple[str, ...], float]] = {
+        f"kv_transfer_{name}": {(way,): float(getattr(t, f"{name}_{way}")) for way in ("in", "out")}
+        for name in names[:3]
+    }
+    found["kv_transfer_tokens"] = {(): float(t.tokens_in)}
+    found["kv_transfer_fallbacks"] = {(r,): float(n) for r, n in zip(REASONS, t.fallbacks, strict=True)}
+    return found | {f"kv_transfer_{name}": {(): float(getattr(t, name))} for name in names[5:]}
 
 
 OPENMETRICS = "application/openmetrics-text"

@@ -59,6 +59,7 @@ class Route:
         reason: endpoint (somebody in front chose), session, prefix, load, imbalance, kv, turn, random, only (there was but one).
         matched_tokens: prompt tokens that the chosen one probably has.
         chains: the request's hashes.
+        holder: the target that has the longest part of the prompt, and how many tokens; None where that is not known.
     """
 
     order: tuple[Target, ...]
@@ -67,6 +68,7 @@ class Route:
     matched_tokens: int
     prompt_tokens: int
     chains: Chains
+    holder: tuple[Target, int] | None = None
 
     def explain(self, number: int, attempt: int = 0) -> str:
         """The decision in one line, for whoever asked.
@@ -183,12 +185,17 @@ class Router:
             chosen, reason = pick.target, "only" if len(able) == 1 else pick.reason
         if wish.session is not None:
             self._keep(wish.session, chosen.name)
-        matched = match(chosen)[0] if self._policy.uses_prefixes else 0
+        matched, holder = 0, None
+        if self._policy.uses_prefixes:
+            matched = match(chosen)[0]
+            if matched < prompt and len(able) > 1:
+                most = max(able, key=lambda one: match(one)[0])
+                holder = most, match(most)[0]
         self.decisions[self.policy_name, reason] += 1
         self.matched_tokens += matched
         self.prompt_tokens += prompt
         rest = sorted((one for one in able if one is not chosen), key=lambda one: (one.load, one.routed))
-        return Route((chosen, *rest), self.policy_name, reason, matched, prompt, chains)
+        return Route((chosen, *rest), self.policy_name, reason, matched, prompt, chains, holder)
 
     def begin(self, route: Route, target: Target) -> Visit:
         """A target of the route's is given the request."""

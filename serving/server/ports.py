@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from serving.boot.flags import HTTP_PORT
 from serving.boot.lora_modules import lora_folder
+from serving.engine.api.config import EngineConfig
 from serving.frontends.sockets.listening import bind
+from serving.transfer.config import TransferConfig
 
 if TYPE_CHECKING:
     from serving.access import Access, ServerTls
@@ -47,3 +49,22 @@ def take_http(args: argparse.Namespace, say: Callable[[str], None]) -> socket.so
             raise OSError(f"{reason}. Choose another port with --port.") from None
         say(f"{reason}; going on without. Choose another port with --port")
         return None
+
+
+def kv_address(config: EngineConfig, host: str, port: int) -> tuple[str, int] | None:
+    """Where other engines reach this one's gRPC; None where it exchanges no pages.
+
+    Args:
+        host: what it listens on.
+    """
+    told = TransferConfig.of(config.role, config.kv_transfer_config)
+    if not told.role:
+        return None
+    if told.host:
+        return told.host, port
+    if host not in ("0.0.0.0", "::", ""):
+        return host, port
+    try:
+        return socket.gethostbyname(socket.gethostname()), port
+    except OSError:  # a name that its own machine does not know
+        return socket.gethostname(), port

@@ -21,7 +21,7 @@ from serving.errors import RequestError
 from serving.metrics.tracing import Tracing
 from serving.reliability.notify import notify
 from serving.server.guard import Guard
-from serving.server.ports import listen_grpc, take_http
+from serving.server.ports import kv_address, listen_grpc, take_http
 from serving.server.starting import import_front_ends, start_in_thread
 from serving.service.adapter_control import check_name
 from serving.storage import Store
@@ -133,6 +133,7 @@ class Server:
         if not await self._load_adapters(service):
             return False
         service.adapters.resolvers = self._resolvers
+        service.kv_address = kv_address(self._config, self._args.host, grpc_server.port)
         await service.rehearse()
         if not await self._serve_http(service):
             return False

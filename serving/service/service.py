@@ -105,6 +105,7 @@ class TextService:
         self._serial = itertools.count()
         self._live = LiveRequests(self.limits)
         self._draining = False
+        self.kv_address: tuple[str, int] | None = None  # where others reach this server's gRPC, if it gives them pages
         self.draining_listeners: list[Callable[[bool], None]] = []
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -183,6 +184,7 @@ class TextService:
                 tenant=caller.tenant(given.tenant) if caller else given.tenant,
                 bad_words_token_ids=bad_words,
                 adapter=adapter and adapter.digest,
+                transfer=prep.transfer_of(given, self.info),
             )
             for i in range(params.n)
         )

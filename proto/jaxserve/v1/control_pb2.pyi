@@ -11,7 +11,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "platform", "mesh", "uptime_s", "draining", "num_running", "num_waiting", "num_pages_free", "num_pages_total", "prompt_tokens", "generation_tokens", "num_steps", "num_preemptions", "num_recompilations", "prefix_queries", "prefix_hits", "num_scheduled_tokens", "num_bucket_tokens", "host_time_s", "device_wait_time_s", "adapters", "takes_adapters", "num_drafts", "num_draft_tokens", "num_accepted_tokens", "accepted_per_pos")
+    __slots__ = ("version", "platform", "mesh", "uptime_s", "draining", "num_running", "num_waiting", "num_pages_free", "num_pages_total", "prompt_tokens", "generation_tokens", "num_steps", "num_preemptions", "num_recompilations", "prefix_queries", "prefix_hits", "num_scheduled_tokens", "num_bucket_tokens", "host_time_s", "device_wait_time_s", "adapters", "takes_adapters", "num_drafts", "num_draft_tokens", "num_accepted_tokens", "accepted_per_pos", "transfers")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PLATFORM_FIELD_NUMBER: _ClassVar[int]
     MESH_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class GetServerInfoResponse(_message.Message):
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_PER_POS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     version: str
     platform: str
     mesh: str
@@ -64,7 +65,43 @@ class GetServerInfoResponse(_message.Message):
     num_draft_tokens: int
     num_accepted_tokens: int
     accepted_per_pos: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., mesh: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_free: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_recompilations: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_scheduled_tokens: _Optional[int] = ..., num_bucket_tokens: _Optional[int] = ..., host_time_s: _Optional[float] = ..., device_wait_time_s: _Optional[float] = ..., adapters: _Optional[_Iterable[_Union[LoadedAdapter, _Mapping]]] = ..., takes_adapters: _Optional[bool] = ..., num_drafts: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., accepted_per_pos: _Optional[_Iterable[int]] = ...) -> None: ...
+    transfers: TransferFigures
+    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., mesh: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_free: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_recompilations: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_scheduled_tokens: _Optional[int] = ..., num_bucket_tokens: _Optional[int] = ..., host_time_s: _Optional[float] = ..., device_wait_time_s: _Optional[float] = ..., adapters: _Optional[_Iterable[_Union[LoadedAdapter, _Mapping]]] = ..., takes_adapters: _Optional[bool] = ..., num_drafts: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., accepted_per_pos: _Optional[_Iterable[int]] = ..., transfers: _Optional[_Union[TransferFigures, _Mapping]] = ...) -> None: ...
+
+class TransferFigures(_message.Message):
+    __slots__ = ("requests_in", "requests_out", "bytes_in", "bytes_out", "tokens_in", "seconds_in", "seconds_out", "fallbacks", "leases", "leased_pages", "leases_expired", "receiving")
+    class FallbacksEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    REQUESTS_IN_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_OUT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_IN_FIELD_NUMBER: _ClassVar[int]
+    BYTES_OUT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_IN_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_IN_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_OUT_FIELD_NUMBER: _ClassVar[int]
+    FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    LEASED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    LEASES_EXPIRED_FIELD_NUMBER: _ClassVar[int]
+    RECEIVING_FIELD_NUMBER: _ClassVar[int]
+    requests_in: int
+    requests_out: int
+    bytes_in: int
+    bytes_out: int
+    tokens_in: int
+    seconds_in: float
+    seconds_out: float
+    fallbacks: _containers.ScalarMap[str, int]
+    leases: int
+    leased_pages: int
+    leases_expired: int
+    receiving: int
+    def __init__(self, requests_in: _Optional[int] = ..., requests_out: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., tokens_in: _Optional[int] = ..., seconds_in: _Optional[float] = ..., seconds_out: _Optional[float] = ..., fallbacks: _Optional[_Mapping[str, int]] = ..., leases: _Optional[int] = ..., leased_pages: _Optional[int] = ..., leases_expired: _Optional[int] = ..., receiving: _Optional[int] = ...) -> None: ...
 
 class LoadedAdapter(_message.Message):
     __slots__ = ("name", "digest", "rank", "num_matrices", "path", "tenants", "own_text")
@@ -91,7 +128,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("id", "names", "architecture", "num_parameters", "vocab_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "dtype", "quantization", "eos_token_ids", "has_chat_template", "tasks", "pooling", "prompts", "default_prompt", "labels", "parent")
+    __slots__ = ("id", "names", "architecture", "num_parameters", "vocab_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "dtype", "quantization", "eos_token_ids", "has_chat_template", "tasks", "pooling", "prompts", "default_prompt", "labels", "parent", "role")
     class PromptsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +156,7 @@ class GetModelInfoResponse(_message.Message):
     DEFAULT_PROMPT_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
     id: str
     names: _containers.RepeatedScalarFieldContainer[str]
     architecture: str
@@ -139,7 +177,8 @@ class GetModelInfoResponse(_message.Message):
     default_prompt: str
     labels: _containers.RepeatedScalarFieldContainer[str]
     parent: str
-    def __init__(self, id: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., architecture: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., tasks: _Optional[_Iterable[str]] = ..., pooling: _Optional[str] = ..., prompts: _Optional[_Mapping[str, str]] = ..., default_prompt: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., parent: _Optional[str] = ...) -> None: ...
+    role: str
+    def __init__(self, id: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., architecture: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., tasks: _Optional[_Iterable[str]] = ..., pooling: _Optional[str] = ..., prompts: _Optional[_Mapping[str, str]] = ..., default_prompt: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., parent: _Optional[str] = ..., role: _Optional[str] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -11,6 +11,7 @@ import numpy as np
 from serving.engine.api.adapters import AdapterClient
 from serving.engine.api.lifecycle import Lifecycle
 from serving.engine.api.page_events import PageEvents
+from serving.engine.api.peers.transfers import PageSource
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
 
 
@@ -75,6 +76,11 @@ class EngineClient(Protocol):
     @property
     def page_events(self) -> PageEvents | None:
         """Tells what the prefix cache holds; None where nobody asked for that at the start."""
+        return None
+
+    @property
+    def page_source(self) -> PageSource | None:
+        """Gives pages to other engines; None where nobody asked for that at the start."""
         return None
 
     @property

@@ -143,6 +143,22 @@ class EngineConfig:
         None, 'tell of pages that are cached and evicted, as vLLM does: {"enable_kv_cache_events": true, "endpoint": ...} '
         "(default: none is told)", JSON_TEXT, Scope.SERVER, flag="",
     )  # fmt: skip
+    role: str | None = setting(
+        None, "exchange KV pages with other engines: prefill computes prompts for others and gives their pages, decode takes them "
+        "and goes on, both does both (default: no pages are exchanged)",
+        one_of("prefill", "decode", "both"), Scope.PROGRAM, flag="",
+    )  # fmt: skip
+    kv_transfer_config: str | None = setting(
+        None, 'with whom and how: {"peers": ["10.0.0.0/8"], "lease_s": 30, "timeout_s": 60}; vLLM\'s kv_role is taken for --role '
+        "(default: with engines of this machine)", JSON_TEXT, Scope.SERVER, flag="",
+    )  # fmt: skip
+    kv_disk: str | None = setting(
+        None, "folder for pages that leave host memory (--kv-offload-gb); they outlive the server (default: none)",
+        FOLDER, Scope.PROCESS, flag="",
+    )  # fmt: skip
+    kv_disk_size: int = setting(
+        10 * 2**30, "bytes of --kv-disk at most, such as 50GiB", SIZE, Scope.PROCESS, flag="", unit="bytes"
+    )
     max_waiting_time: float | None = setting(
         None, "seconds a request may wait for its first step (default: no bound)",
         SECONDS, Scope.SERVER, flag="", unit="s",

@@ -8,7 +8,32 @@ import enum
 import numpy as np
 
 from serving.engine.api.constraint import TokenConstraint
+from serving.engine.api.peers.stats import TransferStats
 from serving.engine.api.sampling_params import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TransferParams:
+    """One side of a request that two engines share, and what the other has to know; vLLM's kv_transfer_params.
+
+    Attributes:
+        remote_decode: another engine goes on with it: its pages are kept for that.
+        remote_prefill: another engine computes its prompt, or has: its pages are fetched from there.
+        host, port: of that engine's gRPC; with remote_prefill.
+        ticket: names what is shared, for both; "" lets the engine that keeps the pages make one.
+    """
+
+    remote_decode: bool = False
+    remote_prefill: bool = False
+    host: str = ""
+    port: int = 0
+    ticket: str = ""
+
+    @property
+    def address(self) -> str:
+        """host:port, as gRPC takes it."""
+        host = f"[{self.host}]" if ":" in self.host and not self.host.startswith("[") else self.host
+        return f"{host}:{self.port}"
 
 
 class FinishReason(enum.Enum):
@@ -42,6 +67,7 @@ class EngineRequest:
         adapter: digest of the adapter it runs with (`AdapterInfo.digest`); part of the prefix identity.
         turn_ends: prompt positions behind which a turn of a conversation ends: where other sequences may part from this one.
         pooling: "last" or "mean": no completion, but the pooled hidden states of the prompt (after the final norm).
+        transfer: which part of it another engine does; None for none.
     """
 
     request_id: str
@@ -59,6 +85,7 @@ class EngineRequest:
     adapter: str | None = None
     pooling: str | None = None
     turn_ends: tuple[int, ...] = ()
+    transfer: TransferParams | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +141,7 @@ class EngineOutput:
         num_preemptions: times the request was put back to waiting; told with the last output.
         accepted_drafts, rejected_drafts: of the drafts that were verified for it; told with the last output.
         pooled: float32 [embed], with the last output of a request that asked for pooling.
+        transfer: with the last output of a request with `remote_decode`: what the engine that goes on is to be told.
     """
 
     request_id: str
@@ -130,6 +158,7 @@ class EngineOutput:
     num_preemptions: int = 0
     accepted_drafts: int = 0
     rejected_drafts: int = 0
+    transfer: TransferParams | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +172,7 @@ class EngineInfo:
         prompts: (name, text) of what its authors put in front of texts to embed.
         default_prompt: the text that goes in front where a request does not name one; "" for none.
         labels: names of what a classifier tells apart.
+        role: "prefill", "decode" or "both", where it exchanges pages with other engines; "" where it does not.
     """
 
     model_id: str
@@ -164,6 +194,7 @@ class EngineInfo:
     prompts: tuple[tuple[str, str], ...] = ()
     default_prompt: str = ""
     labels: tuple[str, ...] = ()
+    role: str = ""
 
 
 STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -188,6 +219,7 @@ class EngineStats:
         running_adapters, waiting_adapters: digests of the adapters that running and that waiting requests have.
         expert_loads: int64 [layers with experts, E]: tokens that visited each expert; None for models without experts, and
             where it is not known. Not to be changed.
+        transfers: pages given to other engines and taken from them; None where there is none of that.
     """
 
     num_running: int = 0
@@ -218,6 +250,7 @@ class EngineStats:
     accepted_per_pos: tuple[int, ...] | None = None
     running_adapters: frozenset[str] = frozenset()
     waiting_adapters: frozenset[str] = frozenset()
+    transfers: TransferStats | None = None
 
     @property
     def kv_usage(self) -> float:

@@ -202,15 +202,34 @@ class KVManager:
         never the last token. None where there is no room, or nothing to put there."""
         pool, size = self.pool, self.pool.page_size
         count = min(tokens, len(request.tokens) - 1) // size
-        firsts = [first_page(window, count * size, size) for window in self.windows]
-        needed = sum(count - first for first in firsts)
-        if count <= 0 or not pool.enable_prefix_caching or needed > pool.num_free:
+        digests = self.prefixes.reusable(request)[:count]
+        if count <= 0 or not digests:
             return None
-        fresh = pool.allocate(needed) or []
-        request.pages = [[NULL_PAGE] * first + [fresh.pop() for _ in range(first, count)] for first in firsts]
+        firsts = [first_page(window, count * size, size) for window in self.windows]
+        there = self.prefixes.there(request, digests, firsts)
+        complete = self.snapshots is None or digests[-1] in self.snapshots
+        needed = sum(count - max(first, there) for first in firsts)
+        if (there == count and complete) or needed > pool.num_free:
+            return None
+        request.pages = []
+        for group, first in enumerate(firsts):
+            found = [pool.find(self.prefixes.key(group, digest)) or NULL_PAGE for digest in digests[first:there]]
+            pool.share(found)
+            request.pages.append([NULL_PAGE] * first + found)
+        row = None if self.snapshots is None or complete else self.snapshots.expect(request, count)
+        lacks_row = row is None and not complete
+        fresh = None if lacks_row else pool.allocate(needed)
+        if fresh is None:  # what is shared now was free before
+            for pages, first in zip(request.pages, firsts, strict=True):
+                pool.release(pages[first:])
+            request.pages = []
+            if self.snapshots is not None:
+                self.snapshots.leave(request)
+            return None
+        for pages in request.pages:
+            pages += [fresh.pop() for _ in range(len(pages), count)]
         request.behind, request.reach = firsts, count
-        row = None if self.snapshots is None else self.snapshots.expect(request, count)
-        return Landing(self.replica, count * size, tuple(map(tuple, request.pages)), row)
+        return Landing(self.replica, count * size, tuple(map(tuple, request.pages)), row, there * size)
 
     def arrived(self, request: Request, tokens: int, step: int) -> None:
         """The pages that were expected hold the request's first `tokens`, and the snapshot the state behind all that were

@@ -64,7 +64,12 @@ class Prefixes:
     def page_tokens(self, request: Request, page: int) -> bytes:
         """The tokens of one full page of the sequence as int32 bytes."""
         size = self._pool.page_size
-        return np.array(request.tokens[page * size : (page + 1) * size], np.int32).tobytes()
+        return self.tokens_of(request.tokens[page * size : (page + 1) * size])
+
+    @staticmethod
+    def tokens_of(tokens: Sequence[int]) -> bytes:
+        """A page's tokens as the pool keeps them: int32 bytes."""
+        return np.array(tokens, np.int32).tobytes()
 
     def extend_digests(self, request: Request, full: int) -> None:
         """Digests of the first `full` pages. Kept: a sequence only ever grows."""
@@ -72,10 +77,22 @@ class Prefixes:
         if len(digests) >= full:
             return
         spec = request.spec
-        parent = digests[-1] if digests else root_digest(spec.adapter, None, spec.cache_salt, str(self._epoch))
+        parent = digests[-1] if digests else self.root(spec.adapter, spec.cache_salt)
         for i in range(len(digests), full):
             parent = chain_digest(parent, self.page_tokens(request, i))
             digests.append(parent)
+
+    def root(self, adapter: str | None, salt: str | None) -> bytes:
+        """Where the chains of such sequences begin."""
+        return root_digest(adapter, None, salt, str(self._epoch))
+
+    def chain(self, tokens: Sequence[int], adapter: str | None, salt: str | None) -> list[bytes]:
+        """Digests of a sequence's full pages, as `extend_digests` makes them for a request."""
+        size, found = self._pool.page_size, [self.root(adapter, salt)]
+        raw = np.array(tokens, np.int32).tobytes()
+        for end in range(4 * size, len(raw) + 1, 4 * size):
+            found.append(chain_digest(found[-1], raw[end - 4 * size : end]))
+        return found[1:]
 
     def reusable(self, request: Request) -> list[bytes]:
         """Digests of the pages that may come from a cache: never the last token's, which must be computed to sample."""
@@ -103,6 +120,32 @@ class Prefixes:
             if not copies * self._restore_page_s > (most - found) * self._pool.page_size * self.compute_token_s > 0:
                 found = most
         return self._verified(request, found)
+
+    def there(self, request: Request, digests: list[bytes], firsts: Sequence[int]) -> int:
+        """How many of a prefix's pages, from the first on, the device has for every group that needs them.
+
+        Args:
+            firsts: of each group, the first page of the sequence that it needs.
+        """
+        for i, digest in enumerate(digests):
+            content = self.page_tokens(request, i)
+            keys = [self.key(group, digest) for group, first in enumerate(firsts) if first <= i]
+            if not all(self._pool.holds(key, content) for key in keys):
+                return i
+        return len(digests)
+
+    def reach(self, digests: list[bytes], known: int, elsewhere: Callable[[bytes], bool]) -> tuple[int, int]:
+        """How long a prefix, in pages, could be with what is kept elsewhere too: (pages, how many of them lie only there).
+
+        Args:
+            known: pages of a prefix that the device and the host tier make good.
+        """
+        tier = self._tier
+        here = lambda key: key in self._pool or (tier is not None and key in tier)  # noqa: E731
+        count = self._longest(digests, lambda key: here(key) or elsewhere(key))
+        if count <= known:
+            return count, 0
+        return count, sum(not here(key) for _, key in self._needed(digests, count))
 
     def _longest(self, digests: list[bytes], has: Callable[[bytes], bool]) -> int:
         """The longest prefix, in pages, of which every group has what the next position needs."""
@@ -168,7 +211,10 @@ class Prefixes:
         points: list[int] = []
         before = prefix
         for point in sorted(p for p in found if prefix < p <= last):
-            if point - before >= snapshots.worth:
+            kept_for_others = (
+                point == last and request.spec.transfer is not None and request.spec.transfer.remote_decode
+            )
+            if point - before >= snapshots.worth or kept_for_others:
                 points.append(point)
                 before = point
         return points

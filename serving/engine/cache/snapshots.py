@@ -93,6 +93,13 @@ class Snapshots:
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._rows
 
+    def find(self, digest: bytes) -> int | None:
+        """The row of a snapshot, which is the most recently used one then."""
+        row = self._rows.get(digest)
+        if row is not None:
+            self._rows.move_to_end(digest)
+        return row
+
     @property
     def num_free(self) -> int:
         """Rows that hold nothing and that nobody has taken."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -31,7 +31,8 @@ from serving.engine.device.programs.program_list import StepShapes, list_program
 from serving.engine.device.programs.state import DeviceState, slot_rows
 from serving.engine.device.programs.steps import PROMPT_LOGPROB_ROWS
 from serving.engine.device.stores.at_rest import delete
-from serving.engine.device.stores.page_store import PageStore
+from serving.engine.device.stores.page_store import Lent, PageStore
+from serving.engine.device.stores.parts import unpacked
 from serving.engine.device.stores.state_store import StateStore
 from serving.engine.requests.buckets import Bucket
 from serving.engine.requests.cache_specs import recurrent_of
@@ -73,6 +74,7 @@ class Executor:
         attention_backend: force one implementation of paged attention.
         num_scheduler_steps: compile decode loops of up to this many steps, when more than 1.
         host_tier: compile what moves pages to host memory and back.
+        travel: also what moves pages and snapshots to other engines and from them.
         adapter_slots, max_lora_rank: adapters at once, and their rank at most; none where 0.
         draft: a model that guesses what this one says, as `model`; or a head of this one, models.heads.Head.
 
@@ -96,6 +98,7 @@ class Executor:
         mesh: jax.sharding.Mesh | None = None,
         attention_backend: str | None = None,
         host_tier: bool = False,
+        travel: bool = False,
         num_scheduler_steps: int = 1,
         adapter_slots: int = 0,
         max_lora_rank: int = 16,
@@ -140,7 +143,8 @@ class Executor:
             for s in self.buckets.sample_sizes
         }
         self.programs: dict[ProgramKey, Any] = {}
-        self.store = PageStore(self.replicas) if host_tier else None
+        self.store = PageStore(self.replicas) if host_tier or travel else None
+        self._travel = travel
         self.max_steps = num_scheduler_steps
         self._hidden_SD: Any = None  # of the last Forward, until its Sample
         self._hidden_TD: Any = None
@@ -178,7 +182,7 @@ class Executor:
         cache, state = self._one((self._cached, self._state))
         more = [] if self.store is None else self.store.programs(self._one(self._pages))
         more += [] if self.draft is None else self.draft.programs(state.ends)
-        more += [] if self.states is None else self.states.programs()
+        more += [] if self.states is None else self.states.programs(self._travel)
         more += [] if self.adapters is None else self.adapters.programs(cache, state, self._shapes)
         weights = self.decoder.abstract_leaves
         listed = list_programs(self.decoder.split, weights, cache, state, self._shapes, self.max_steps, more)
@@ -221,6 +225,8 @@ class Executor:
             nowhere = [StateMove(replica, self.sizes.max_num_seqs, 0) for replica in range(self.replicas)]
             for command in (ClearStates, SaveStates, LoadStates):
                 self.execute(command.of(nowhere))
+            if self._travel:
+                self.states.write(0, 0, self.states.lend(0, 0)())
         if self.adapters is not None:
             self.execute(LoadAdapter(0, np.zeros(self.adapters.room.size, np.float32)))
         if self.sizes.draft_tokens:
@@ -359,6 +365,30 @@ class Executor:
                     self.draft.kv = pages[len(self._kv) :]
             case PagesDropped():
                 self.store.drop(command)
+
+    def lend_pages(self, moves: PagesOut) -> Lent:
+        """Copies of pages for another engine, as they are behind everything that was executed; of this process alone."""
+        assert self.store is not None and self.alone, "pages travel from an engine of one process"
+        return self.store.lend(self._pages, moves)
+
+    def take_pages(self, moves: PagesIn, pages: Sequence[bytes]) -> None:
+        """Writes pages that another engine sent, each as `lend_pages` gave it there, packed.
+
+        Raises:
+            ValueError: a page of another size.
+        """
+        assert self.store is not None and self.alone, "pages travel to an engine of one process"
+        arrays = jax.tree.leaves(self._pages)
+        rows = [unpacked(content, arrays) for content in pages]
+        for replica, key, row in zip(moves.replicas.tolist(), moves.keys, rows, strict=True):
+            self.store.accept(self._pages, replica, key, row)
+        self.execute(moves)
+        self.store.discard(moves)
+
+    @property
+    def page_arrays(self) -> list[jax.Array]:
+        """The arrays of which a page has a row each, in the order in which it travels."""
+        return jax.tree.leaves(self._pages)
 
     @property
     def _draft(self) -> DraftModel:

@@ -35,6 +35,7 @@ class Landing:
         replica: whose pages these are.
         tokens: positions that are expected, whole pages.
         pages: of each paged group, one page for each page of the sequence; 0 where none is needed.
+        first: positions that are there already: their pages are others', and not to be written.
         row: of the snapshot for the recurrent state behind them; None where there is no recurrent group, or no room.
     """
 
@@ -42,6 +43,7 @@ class Landing:
     tokens: int
     pages: tuple[tuple[int, ...], ...]
     row: int | None = None
+    first: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

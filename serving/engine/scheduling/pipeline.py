@@ -122,6 +122,7 @@ class StepPipeline(Generic[S]):
         waited_s: seconds in which the pipeline waited for the device, since start.
         prepare: called between what ends requests and what schedules.
         on_read: told each step that was read, and how many seconds the device had it.
+        stuck: asked where requests wait and none can run: whether that is going to change by itself.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class StepPipeline(Generic[S]):
         self.waited_s = 0.0
         self.prepare: Callable[[], None] | None = None
         self.on_read: Callable[[Flight[S], float], None] | None = None
+        self.stuck: Callable[[], bool] = lambda: False
         self._asynchronous = asynchronous
         self._emit = emit
         self._clock = clock
@@ -184,7 +186,7 @@ class StepPipeline(Generic[S]):
                 previous, current = current, None
         if previous is not None:
             self._read(previous)
-        elif plan is None and schedule and scheduler.has_work:
+        elif plan is None and schedule and scheduler.has_work and not self.stuck():
             raise RuntimeError(f"{len(scheduler.requests)} requests are left, but nothing can run")
         self.in_flight = current
         return plan

@@ -34,6 +34,7 @@ from serving.engine.scheduling.policy import (
     Foreground,
     WaitingQueue,
 )
+from serving.engine.scheduling.receiving import Receiving
 from serving.errors import invalid
 
 __all__ = ["Scheduler", "SchedulerConfig"]
@@ -64,6 +65,7 @@ class Scheduler:
         self._admission = Admission(
             config, self.requests, self.waiting, self.slots, self.kv, self.deadlines, self.fair, self.counters
         )
+        self.receiving = Receiving(self.waiting, self.kv)
         self._has_states = config.recurrent is not None
         self.drafts = Drafts.of(config, self.kv, self.counters)
         self._arrivals = 0
@@ -124,23 +126,18 @@ class Scheduler:
     def receive(self, request_id: str, tokens: int) -> Landing | None:
         """Makes room for the first `tokens` of a waiting request, which another engine has computed. The request waits for
         `arrived` then. None where it need not: it has begun, is gone, or there is no room; it computes all by itself."""
-        request = self.requests.get(request_id)
-        if request is None or request.state is not RequestState.WAITING or self.only is not None:
-            return None
-        landing = self.kv.expect(request, tokens)
-        if landing is not None:
-            self.waiting.remove(request)
-            request.move(RequestState.RECEIVING)
-        return landing
+        return self.receiving.begin(self.requests.get(request_id), tokens) if self.only is None else None
+
+    def hold(self, request_id: str) -> bool:
+        """Has a waiting request wait for `arrived` without room of its own: what it needs is on its way to another one."""
+        return self.only is None and self.receiving.hold(self.requests.get(request_id))
 
     def arrived(self, request_id: str, tokens: int) -> None:
         """So many of the tokens that `receive` made room for are there, verified by whoever wrote them; fewer, or 0, after a
         failure. The request waits for its turn, finds them as its prefix, and computes the rest."""
         request = self.requests.get(request_id)
         if request is not None and request.state is RequestState.RECEIVING:
-            self.kv.arrived(request, tokens, self._step_id)
-            request.move(RequestState.WAITING)
-            self.waiting.push(request)
+            self.receiving.end(request, tokens, self._step_id)
 
     # ---- a step ----
 
@@ -484,7 +481,7 @@ class Scheduler:
             self.kv.register(request)
             self._leave(request)
         elif request.state is RequestState.RECEIVING:
-            self.kv.leave(request, self._step_id)
+            self.receiving.drop(request, self._step_id)
         else:
             self.waiting.remove(request)
         request.finish(reason, request.stop_reason)

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from proto.jaxserve.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
+from proto.jaxserve.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc, transfer_pb2, transfer_pb2_grpc
 from proto.jaxserve.v1 import inference_pb2 as pb
 from serving.access import ClientTls
 from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient
@@ -28,7 +28,7 @@ from serving.engine.api.types import (
     TokenLogprobs,
     TokenPair,
 )
-from serving.frontends.grpc import convert
+from serving.frontends.grpc import convert, figures
 from serving.frontends.grpc.context import outgoing_metadata
 from serving.frontends.grpc.errors import error_of
 from serving.frontends.grpc.watching import HealthWatch, RemoteAdapters
@@ -61,6 +61,7 @@ class RemoteEngineClient(EngineClient):
         self._channel = channel
         self._inference = inference_pb2_grpc.InferenceStub(channel)
         self._control = control_pb2_grpc.ControlStub(channel)
+        self._transfer = transfer_pb2_grpc.TransferStub(channel)
         self._info = info
         self.eos_token_ids = eos_token_ids
         self._stats = EngineStats()
@@ -196,6 +197,13 @@ class RemoteEngineClient(EngineClient):
         finally:
             call.cancel()
 
+    async def release(self, ticket: str) -> None:
+        """Tells the server that nobody will fetch the pages that it keeps under a ticket, or was to keep."""
+        try:
+            await self._transfer.Release(transfer_pb2.ReleaseRequest(ticket=ticket), timeout=INFO_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error, quiet=True) from error
+
     async def abort(self, request_id: str) -> bool:
         """See EngineClient.abort."""
         try:
@@ -302,6 +310,7 @@ class RemoteEngineClient(EngineClient):
             num_draft_tokens=server.num_draft_tokens,
             num_accepted_tokens=server.num_accepted_tokens,
             accepted_per_pos=tuple(server.accepted_per_pos) or None,
+            transfers=figures.stats_from(server.transfers) if server.HasField("transfers") else None,
         )
         if self._on_stats is not None:
             self._on_stats()
@@ -359,6 +368,8 @@ def _wire_request(request: EngineRequest, model: str) -> pb.GenerateRequest:
         cache_salt=request.cache_salt or "",
         tenant=request.tenant or "",
     )
+    if request.transfer is not None:
+        wire.kv_transfer.CopyFrom(convert.transfer_to(request.transfer))
     now = time.monotonic()
     # A deadline that has passed is still said: the server's answer is then the right one.
     if request.deadline is not None:
@@ -390,6 +401,7 @@ def _output(
         accepted_drafts=message.usage.accepted_drafts,
         rejected_drafts=message.usage.rejected_drafts,
         times=RequestTimes(request.arrival_time, scheduled, first_token, now if finish else 0.0),
+        transfer=convert.transfer_from(message.kv_transfer) if message.HasField("kv_transfer") else None,
     )
 
 
@@ -419,4 +431,5 @@ def _info(model: control_pb2.GetModelInfoResponse, server: control_pb2.GetServer
         prompts=tuple(sorted(model.prompts.items())),
         default_prompt=model.default_prompt,
         labels=tuple(model.labels),
+        role=model.role,
     )

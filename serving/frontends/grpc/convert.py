@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from proto.jaxserve.v1 import inference_pb2 as pb
 from proto.jaxserve.v1 import sampling_pb2
 from serving.engine.api.sampling_params import StructuredOutputs
-from serving.engine.api.types import FinishReason, TokenPair
+from serving.engine.api.types import FinishReason, TokenPair, TransferParams
 from serving.errors import invalid
 from serving.metrics.logs import request_id_of_task
 from serving.service import ChatOptions, GenerateInput, Limits, ScoreInput, TextOutput, TokenLogprob
@@ -61,7 +62,20 @@ def generate_input_from(request: pb.GenerateRequest, timeout_s: float | None, li
         cache_salt=request.cache_salt or None,
         tenant=request.tenant or None,
         truncate_prompt_tokens=(request.truncate_prompt_tokens if request.HasField("truncate_prompt_tokens") else None),
+        transfer=transfer_from(request.kv_transfer) if request.HasField("kv_transfer") else None,
     )
+
+
+def transfer_from(wire: pb.KVTransfer) -> TransferParams:
+    """Which part of a request another engine does."""
+    if wire.port > 65535:
+        raise invalid(f"kv_transfer.port is {wire.port}; ports end at 65535.", "kv_transfer")
+    return TransferParams(wire.remote_decode, wire.remote_prefill, wire.host, wire.port, wire.ticket)
+
+
+def transfer_to(params: TransferParams) -> pb.KVTransfer:
+    """The wire form."""
+    return pb.KVTransfer(**dataclasses.asdict(params))
 
 
 def names_of(request: pb.GenerateRequest) -> dict[str, str]:
@@ -250,6 +264,8 @@ def response_to(request_id: str, output: TextOutput) -> pb.GenerateResponse:
         wire.stop_string = output.stop_reason
     elif output.stop_reason is not None:
         wire.stop_token_id = output.stop_reason
+    if output.transfer is not None:
+        wire.kv_transfer.CopyFrom(transfer_to(output.transfer))
     times = output.times
     wire.usage.CopyFrom(
         pb.Usage(

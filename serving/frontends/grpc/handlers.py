@@ -20,11 +20,12 @@ from serving import memory
 from serving.access import caller_of_task
 from serving.engine.api.types import EngineStats
 from serving.errors import ErrorKind, RequestError, invalid, named
-from serving.frontends.grpc import convert
+from serving.frontends.grpc import convert, figures
 from serving.frontends.grpc.bounds import LARGE_BYTES, check_counts, check_wire
 from serving.frontends.grpc.context import begin_call, end_call, id_metadata
 from serving.frontends.grpc.control import ControlCalls, loaded_adapter
 from serving.frontends.grpc.errors import status_of
+from serving.frontends.grpc.transfer import Transfer
 from serving.frontends.sockets.stalled import ReaderStalledError, StallWatch
 from serving.service import Limits, TextService, prepare_chat
 from serving.service.vectors import shortened, together
@@ -171,6 +172,7 @@ class Control(ControlCalls):
             accepted_per_pos=stats.accepted_per_pos or (),
             takes_adapters=adapters.open,
             adapters=[loaded_adapter(service, one) for one in adapters.visible()],
+            transfers=None if stats.transfers is None else figures.stats_to(stats.transfers),
         )
 
     async def GetModelInfo(  # noqa: N802
@@ -200,6 +202,7 @@ class Control(ControlCalls):
             prompts=dict(info.prompts),
             default_prompt=info.default_prompt,
             labels=info.labels,
+            role=info.role,
         )
 
     async def Abort(  # noqa: N802
@@ -210,7 +213,7 @@ class Control(ControlCalls):
         return control_pb2.AbortResponse(found=await self._service().abort(request.request_id))
 
 
-def generic_handler(servicer: Inference | Control, limits: Limits | None = None) -> grpc.GenericRpcHandler:
+def generic_handler(servicer: Inference | Control | Transfer, limits: Limits | None = None) -> grpc.GenericRpcHandler:
     """Registers a servicer's methods, with messages parsed here instead of inside grpc.
 
     Args:

@@ -14,9 +14,10 @@ from serving.access import Access, ServerTls
 from serving.errors import ErrorKind, RequestError
 from serving.frontends.grpc.access import RequireKey
 from serving.frontends.grpc.handlers import CONTROL, INFERENCE, Control, Inference, generic_handler
+from serving.frontends.grpc.transfer import TRANSFER, Transfer
 from serving.service import Limits, TextService
 
-SERVICES = (INFERENCE.full_name, CONTROL.full_name)
+SERVICES = (INFERENCE.full_name, CONTROL.full_name, TRANSFER.full_name)
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -90,7 +91,8 @@ class GrpcServer:
         """
         interceptors = (RequireKey(self._access), *self._interceptors)
         self._server = grpc.aio.server(interceptors=interceptors, options=server_options(self._limits))
-        for servicer in (Inference(self._require), Control(self._require, self._access, self._lora_folder)):
+        control = Control(self._require, self._access, self._lora_folder)
+        for servicer in (Inference(self._require), control, Transfer(self._require, self._access)):
             self._server.add_generic_rpc_handlers((generic_handler(servicer, self._limits),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)

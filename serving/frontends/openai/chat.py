@@ -69,6 +69,7 @@ async def _whole(service: TextService, body: ChatRequest, prepared: PreparedRequ
         "choices": choices,
         "usage": oc.usage_dict([outcome.usage]),
         "system_fingerprint": None,
+        **oc.transfer_of(outcome, service),
     }
     if body.return_token_ids:
         reply["prompt_token_ids"] = list(prepared.prompt_token_ids)

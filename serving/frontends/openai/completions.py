@@ -111,6 +111,7 @@ async def _whole(
         "choices": choices,
         "usage": oc.usage_dict(outcome.usage for outcome in outcomes),
         "system_fingerprint": None,
+        **oc.transfer_of(outcomes[0], service),
     }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from serving.service import TokenLogprob, Usage
+from serving.frontends.openai.protocol.kv_transfer import reply_of
+from serving.service import Outcome, TextService, TokenLogprob, Usage
 
 LOWEST_LOGPROB = -9999.0
 """JSON has no infinity: a token that could not be sampled is shown with this, as vLLM does."""
@@ -29,6 +30,12 @@ def usage_dict(usages: Iterable[Usage]) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens_details": {"reasoning_tokens": reasoning} | (drafts if accepted + rejected else {}),
     }
+
+
+def transfer_of(outcome: Outcome, service: TextService) -> dict[str, Any]:
+    """What a reply has besides, where another server goes on with the request."""
+    found = reply_of(outcome.transfer, service.kv_address)
+    return {} if found is None else {"kv_transfer_params": found}
 
 
 def finite(logprob: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import AsyncGenerator
 
-from serving.engine.api.types import FinishReason
+from serving.engine.api.types import FinishReason, TransferParams
 from serving.service.replies.outputs import TextOutput, TokenLogprob, Usage
 from serving.text.tools.reply import Message
 
@@ -42,12 +42,14 @@ class Outcome:
     choices: list[Choice]
     usage: Usage = dataclasses.field(default_factory=Usage)
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    transfer: TransferParams | None = None
 
     def add(self, output: TextOutput) -> None:
         self.usage.add(output)
         self.choices[output.index].add(output)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
+        self.transfer = self.transfer or output.transfer
 
 
 async def gather(n: int, stream: AsyncGenerator[TextOutput, None]) -> Outcome:

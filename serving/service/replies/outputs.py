@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.engine.api.types import FinishReason, RequestTimes
+from serving.engine.api.types import FinishReason, RequestTimes, TransferParams
 from serving.text.tools import Event
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class TextOutput:
         called: a tool call was seen, in this output or earlier.
         num_reasoning_tokens: of the new tokens, those known by now to be thinking.
         accepted_drafts, rejected_drafts: of the drafts that were verified for it; with the last output.
+        transfer: of a request that another engine goes on with: what that one is to be told; with the last output.
     """
 
     index: int
@@ -79,6 +80,7 @@ class TextOutput:
     num_reasoning_tokens: int = 0
     accepted_drafts: int = 0
     rejected_drafts: int = 0
+    transfer: TransferParams | None = None
 
 
 @dataclasses.dataclass

@@ -102,6 +102,7 @@ class TextStream:
             times=output.times,
             accepted_drafts=output.accepted_drafts,
             rejected_drafts=output.rejected_drafts,
+            transfer=output.transfer,
             **more,
         )
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from serving.engine.api.types import TransferParams
 from serving.errors import invalid
 from serving.service.requests.json_bounds import check_nesting
 from serving.service.requests.limits import Limits, check_text
@@ -44,6 +45,7 @@ class GenerateInput:
         ttft_timeout_s: seconds from now by which the first token must be out.
         cache_salt: requests share cached prompt pages only with requests of the same salt.
         tenant: fair-share key.
+        transfer: which part of it another engine does.
     """
 
     text: str | None = None
@@ -65,6 +67,7 @@ class GenerateInput:
     ttft_timeout_s: float | None = None
     cache_salt: str | None = None
     tenant: str | None = None
+    transfer: TransferParams | None = None
 
     @property
     def place(self) -> str:
@@ -86,6 +89,9 @@ class GenerateInput:
             or not -(2**31) <= self.priority < 2**31
         ):
             raise invalid(f"priority must be a whole number of 32 bits, got {self.priority!r}.", "priority")
+        if self.transfer is not None:
+            limits.check_name("kv_transfer_params", self.transfer.host)
+            limits.check_name("kv_transfer_params", self.transfer.ticket)
         limits.check_timeout("timeout", self.timeout_s)
         limits.check_timeout("ttft_timeout", self.ttft_timeout_s)
         keep = self.truncate_prompt_tokens

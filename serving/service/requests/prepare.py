@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.engine.api.constraint import TokenConstraint
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
-from serving.engine.api.types import EngineRequest
+from serving.engine.api.types import EngineInfo, EngineRequest, TransferParams
 from serving.errors import beyond_context, invalid
 from serving.service.requests.history import as_templates_know_it
 from serving.service.requests.inputs import GenerateInput, check_prompt_text
@@ -221,6 +221,20 @@ def offsets(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> list[int]:
         elif not tokenizer.is_special(token):
             at = min(at + len(piece), len(text))
     return found
+
+
+def transfer_of(given: GenerateInput, info: EngineInfo) -> TransferParams | None:
+    """Which part of the request another engine does.
+
+    Raises:
+        RequestError: INVALID_ARGUMENT, where this one exchanges no pages with any.
+    """
+    if given.transfer is not None and not info.role:
+        raise invalid(
+            "kv_transfer_params is for servers that exchange pages with others: start this one with --role prefill, decode or "
+            "both, or leave it out.", "kv_transfer_params",
+        )  # fmt: skip
+    return given.transfer
 
 
 def params_of_each(params: SamplingParams) -> list[SamplingParams]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,6 +16,7 @@ from google.protobuf import struct_pb2
 from proto.jaxserve.v1 import ext_proc_pb2 as pb
 from serving.gateway import Pool
 from serving.gateway.picker import PIECE_BYTES, EndpointPicker, serve_picker
+from serving.gateway.prefills import Prefills
 from serving.service import Limits
 from tests.mock_engine import MockEngine, mock_service, until
 
@@ -31,6 +33,7 @@ class Envoy:
         self._call = process(self._messages())
         self.endpoints: list[str] = []
         self.metadata: dict = {}
+        self.prefiller: str | None = None
         self.refused: tuple[int, dict] | None = None
         self.body = b""
 
@@ -74,6 +77,8 @@ class Envoy:
                     assert common.clear_route_cache
                     self.endpoints = option.header.raw_value.decode().split(",")
                     self.metadata = dict(reply.dynamic_metadata["envoy.lb"])
+                elif option.header.key == "x-prefiller-host-port":
+                    self.prefiller = option.header.raw_value.decode()
             streamed = common.body_mutation.streamed_response
             assert len(streamed.body) <= PIECE_BYTES
             self.body += streamed.body
@@ -126,6 +131,19 @@ async def _picker(count: int = 3, **options):
             ),
         )
     await server.stop(0)
+
+
+async def test_who_computes_the_prompt_is_said_where_somebody_else_could():
+    async with _picker(1) as (engines, pool, stub):
+        assert (await Envoy(stub).request(chat())).prefiller is None
+        engines[0]._info = dataclasses.replace(engines[0].info(), role="decode")
+        helper = MockEngine()
+        helper._info = dataclasses.replace(helper.info(), role="prefill")
+        pool.prefills = Prefills("always", 16)
+        pool.prefills.add("10.0.1.7:50051", helper)
+        assert (await Envoy(stub).request(chat(PROMPT[::-1]))).prefiller == "10.0.1.7:8000"
+        short = await Envoy(stub).request(chat("hi"), {"x-prefiller-host-port": "somebody:1"})
+        assert short.prefiller == "", "a client's own word does not get through"
 
 
 def chat(text: str = PROMPT) -> bytes:

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.engine.api.adapters import AdapterLoad
+from serving.engine.api.peers.stats import TransferStats
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import STEP_TOKEN_BOUNDS, EngineRequest, EngineStats, TokenPair
 from serving.errors import RequestError
@@ -193,7 +194,7 @@ async def _exported() -> tuple[dict[str, set[str]], str]:
     """Sample names of a server that has seen traffic, each with its label names; and the raw text."""
     engine = MockEngine(reply="abc", max_live=1)
     plain = engine.stats
-    beside = {"expert_loads": np.array([[3, 1]]), "accepted_per_pos": (5, 2)}
+    beside = {"expert_loads": np.array([[3, 1]]), "accepted_per_pos": (5, 2), "transfers": TransferStats(requests_in=7)}
     engine.stats = lambda: dataclasses.replace(plain(), **beside)  # type: ignore[method-assign]
     load = AdapterLoad(("one",), ("one", "two"), 4)
     engine.adapters = SimpleNamespace(load_now=lambda: load, find=lambda name: None)
@@ -234,6 +235,7 @@ async def test_a_server_exports_what_the_catalog_says():
     assert 'waiting_lora_adapters="one,two"' in text
     assert 'handler="unmatched"' in text and "/nowhere" not in text
     assert "process_resident_memory_bytes" in text
+    assert re.search(r'kv_transfer_requests_total\{direction="in"[^}]*\} 7\.0', text)
     assert re.search(r'spec_decode_num_accepted_tokens_per_pos_total\{[^}]*position="1"\} 2\.0', text)
 
 

@@ -15,6 +15,8 @@ Kind = Literal[
     "load_adapter",
     "read_pages",
     "write_pages",
+    "read_snapshot",
+    "write_snapshot",
     "save_states",
     "load_states",
     "clear_states",

@@ -9,10 +9,11 @@ they have come. What is copied back sooner comes from the copy that is still on 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,15 +23,13 @@ import numpy as np
 from models.api import KVCache
 from serving.engine.device.programs.compiling import Program
 from serving.engine.device.programs.keys import ProgramKey
+from serving.engine.device.stores.parts import Part, part_of, parts_here, slices, whole
 from serving.engine.requests.commands import PageMoves, PagesDropped, PagesIn, PagesOut
 
 READ, WRITE = ProgramKey("read_pages"), ProgramKey("write_pages")
 
 PARCEL = 16
 """Pages of each replica that a copy program moves at once; shorter parcels are padded with the null page."""
-
-Part = tuple[tuple[int | None, int | None], ...]
-"""Which part of a page's array a device holds: (start, stop) along each axis behind the first."""
 
 
 def read_pages(kv: KVCache, ids: jax.Array) -> Any:
@@ -41,6 +40,13 @@ def read_pages(kv: KVCache, ids: jax.Array) -> Any:
 def write_pages(kv: KVCache, ids: jax.Array, content: Any) -> KVCache:
     """Puts content back at `ids`; padding goes to the null page, which anyone may write."""
     return jax.tree.map(lambda a, c: a.at[ids].set(c), kv, content)
+
+
+def _memory(shard: jax.Array) -> np.ndarray:
+    """A CPU device's part of an array as memory that can be written. Nobody may be computing with it."""
+    pointer: int = shard.unsafe_buffer_pointer()
+    raw = (ctypes.c_uint8 * shard.nbytes).from_address(pointer)
+    return np.frombuffer(raw, np.uint8).view(shard.dtype).reshape(shard.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +74,21 @@ class _Parcel:
         ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Lent:
+    """Pages on their way to the host, for somebody on another thread. Holds the copies, not the pages."""
+
+    _parcels: list[_Parcel]
+    _keys: list[tuple[int, bytes]]
+    _shapes: list[tuple[int, ...]]
+
+    def __iter__(self) -> Iterator[list[np.ndarray]]:
+        """Of each page in turn, every array's row, put together from the devices' parts. Waits for the copies."""
+        for replica, key in self._keys:
+            parcel = next(one for one in self._parcels if (replica, key) in one.held)
+            yield [whole(parts, shape) for parts, shape in zip(parcel.page(replica, key), self._shapes, strict=True)]
+
+
 class PageStore:
     """Host copies of one process.
 
@@ -76,27 +97,31 @@ class PageStore:
 
     Attributes:
         restore_page_s: seconds that copying a page back takes, in a full parcel; measured by the first `put_back`.
+        on_drop: told each page that is forgotten; what it is given may still be on its way here.
     """
 
     def __init__(self, replicas: int = 1) -> None:
         self.restore_page_s = 0.0
+        self.on_drop: Callable[[int, bytes, list[dict[Part, np.ndarray]]], None] | None = None
         self._replicas = replicas
         self._pages: dict[tuple[int, bytes], list[dict[Part, np.ndarray]] | _Parcel] = {}
         self._pending: list[_Parcel] = []
         self._programs: dict[ProgramKey, Any] = {}
+        self._in_memory = jax.default_backend() == "cpu"
+        self._reads: list[jax.Array] = []  # one array of what each program gave that may still be reading pages
 
     def __len__(self) -> int:
         return len(self._pages)
 
     @staticmethod
     def programs(kv: Any) -> list[Program]:
-        """The two copy programs for one replica's cache of these abstract arrays."""
+        """The copy programs for one replica's cache of these abstract arrays."""
         ids = jax.ShapeDtypeStruct((PARCEL,), jnp.int32)
         content = jax.tree.map(lambda a: jax.ShapeDtypeStruct((PARCEL, *a.shape[1:]), a.dtype, sharding=a.sharding), kv)
-        return [
-            Program(READ, read_pages, (kv, ids), shared=()),
-            Program(WRITE, write_pages, (kv, ids, content), donate=(0,), shared=()),
-        ]
+        found = [Program(READ, read_pages, (kv, ids), shared=())]
+        if jax.default_backend() != "cpu":  # there they are written in memory
+            found.append(Program(WRITE, write_pages, (kv, ids, content), donate=(0,), shared=()))
+        return found
 
     def bind(self, programs: dict[ProgramKey, Any]) -> None:
         """Takes the compiled programs."""
@@ -106,6 +131,8 @@ class PageStore:
         """Starts copying pages out."""
         for ids, keys in self._parcels(moves):
             content = jax.tree.leaves(self._programs[READ](kv, ids))
+            if self._in_memory:
+                self._reads = [*(array for array in self._reads if not array.is_ready()), content[0]]
             leaves = [self._parts(array) for array in content]
             here = {replica for leaf in leaves for replica, _ in leaf}
             held = {(r, key): row for r in here for row, key in enumerate(keys[r])}
@@ -125,10 +152,47 @@ class PageStore:
             self.restore_page_s = (time.perf_counter() - began) / PARCEL
         return self._put_back(kv, moves)
 
+    def lend(self, kv: KVCache, moves: PagesOut) -> Lent:
+        """Starts copying pages out for somebody who takes them away: nothing is kept here."""
+        before = len(self._pending)
+        self.take_out(kv, moves)
+        parcels = self._pending[before:]
+        del self._pending[before:]
+        keys = list(zip(moves.replicas.tolist(), moves.keys, strict=True))
+        for replica, key in keys:
+            self._pages.pop((replica, key), None)
+        return Lent(parcels, keys, [a.shape[1:] for a in jax.tree.leaves(kv)])
+
+    def accept(self, kv: KVCache, replica: int, key: bytes, rows: list[np.ndarray]) -> None:
+        """Takes a page that came from elsewhere, whole, as if it had been taken out here."""
+        arrays = jax.tree.leaves(kv)
+        self._pages[replica, key] = [
+            {part: np.ascontiguousarray(row[slices(part)]) for part in parts_here(array)}
+            for row, array in zip(rows, arrays, strict=True)
+        ]
+
     def drop(self, moves: PagesDropped) -> None:
         """Forgets pages."""
         for replica, key in zip(moves.replicas.tolist(), moves.keys, strict=True):
-            self._pages.pop((replica, key), None)  # other processes have others
+            page = self._pages.pop((replica, key), None)  # other processes have others
+            if page is not None and self.on_drop is not None:
+                self.on_drop(replica, key, page.page(replica, key) if isinstance(page, _Parcel) else page)
+
+    def discard(self, moves: PagesIn) -> None:
+        """Forgets pages that were only passed through."""
+        for replica, key in zip(moves.replicas.tolist(), moves.keys, strict=True):
+            self._pages.pop((replica, key), None)
+
+    def find(self, replica: int, key: bytes) -> Callable[[], list[dict[Part, np.ndarray]]] | None:
+        """Gives a page's parts, on whatever thread; None where the page is not here."""
+        page = self._pages.get((replica, key))
+        if page is None:
+            return None
+        return (lambda: page.page(replica, key)) if isinstance(page, _Parcel) else (lambda: page)
+
+    def all_of(self, replica: int) -> list[bytes]:
+        """Keys of a replica's pages here."""
+        return [key for of, key in self._pages if of == replica]
 
     def settle(self) -> None:
         """Moves copies that have come into host memory of their own, so that the device's are freed. Does not wait."""
@@ -139,12 +203,38 @@ class PageStore:
                     self._pages[replica, key] = parcel.page(replica, key)
 
     def _put_back(self, kv: KVCache, moves: PagesIn) -> KVCache:
+        if self._in_memory:
+            self._write_memory(kv, moves)
+            return kv
         arrays, treedef = jax.tree.flatten(kv)
         for ids, keys in self._parcels(moves):
             pages = [[self._page(replica, key) for key in of] for replica, of in enumerate(keys)]
             content = [self._array(array, i, pages) for i, array in enumerate(arrays)]
             kv = self._programs[WRITE](kv, ids, jax.tree.unflatten(treedef, content))
         return kv
+
+    def _write_memory(self, kv: KVCache, moves: PagesIn) -> None:
+        """Writes pages where they lie, once nothing computes with any. XLA's scatter of bfloat16 copies the whole cache on CPU, as
+        float32 and back: 0.5 s for 0.5 GiB, for however few pages."""
+        jax.block_until_ready((kv, self._reads))
+        self._reads.clear()
+        held: list[list[tuple[int, Part, np.ndarray]]] = []  # of each array: whose, which part of a row, where
+        for array in jax.tree.leaves(kv):
+            rows = array.shape[0] // self._replicas
+            held.append(
+                [((s.index[0].start or 0) // rows, part_of(s.index), _memory(s.data)) for s in array.addressable_shards]
+            )
+        here = {of for of, _, _ in held[0]}
+        for replica, number, key in zip(moves.replicas.tolist(), moves.pages.tolist(), moves.keys, strict=True):
+            if replica not in here:
+                continue  # another process's
+            page = self._page(replica, key)
+            if page is None:
+                raise RuntimeError(f"what is to be copied back to page {number} is not in this process's host memory")
+            for leaf, shards in enumerate(held):
+                for of, part, memory in shards:
+                    if of == replica:
+                        memory[number] = page[leaf][part]
 
     def _array(self, like: jax.Array, leaf: int, pages: list[list[list[dict[Part, np.ndarray]] | None]]) -> jax.Array:
         """One array of a parcel's content, cut as the pages are; of each device's part only what is here is looked up."""
@@ -168,7 +258,7 @@ class PageStore:
 
     def _place(self, index: tuple[slice, ...]) -> tuple[int, Part]:
         """Of a device's part of an array: which replica's, and which part of a page."""
-        return (index[0].start or 0) // PARCEL, tuple((s.start, s.stop) for s in index[1:])
+        return (index[0].start or 0) // PARCEL, part_of(index)
 
     def _page(self, replica: int, key: bytes) -> list[dict[Part, np.ndarray]] | None:
         """A page's parts; None where it is in other processes."""

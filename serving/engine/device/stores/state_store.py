@@ -6,6 +6,7 @@ Row `slots` of the states is the dummy that padding rows use. Both kinds of arra
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,11 +20,13 @@ from serving.engine.device.programs.compiling import Program
 from serving.engine.device.programs.keys import ProgramKey
 from serving.engine.device.programs.placement import of_one, place
 from serving.engine.device.programs.trial import Trial
+from serving.engine.device.stores.parts import part_of, slices, whole
 from serving.engine.requests.buckets import Bucket
 from serving.engine.requests.cache_specs import RecurrentSpec
 from serving.engine.requests.commands import ClearStates, LoadStates, SaveStates
 
 SAVE, LOAD, CLEAR = ProgramKey("save_states"), ProgramKey("load_states"), ProgramKey("clear_states")
+READ, WRITE = ProgramKey("read_snapshot"), ProgramKey("write_snapshot")
 
 PARCEL = 8
 """States of each replica that a copy program moves at once."""
@@ -42,6 +45,16 @@ def load_states(states: States, snapshots: States, slots: jax.Array, rows: jax.A
 def clear_states(states: States, slots: jax.Array) -> States:
     """Makes the states of `slots` int32 [PARCEL] those before the first token; a slot out of range is dropped."""
     return jax.tree.map(lambda a: a.at[slots].set(jnp.zeros((), a.dtype), mode="drop"), states)
+
+
+def read_snapshot(snapshots: States, row: jax.Array) -> States:
+    """The snapshot in row int32 [1], every array [1, ...]."""
+    return jax.tree.map(lambda s: s[row], snapshots)
+
+
+def write_snapshot(snapshots: States, row: jax.Array, content: States) -> States:
+    """Puts a snapshot into row int32 [1]; a row out of range is dropped."""
+    return jax.tree.map(lambda s, c: s.at[row].set(c, mode="drop"), snapshots, content)
 
 
 def abstract_states(spec: RecurrentSpec, rows: int, mesh: Mesh | None, replicas: int) -> States:
@@ -86,11 +99,23 @@ class StateStore:
         self.states, self.snapshots = zeros(self._slots + 1), zeros(self._rows)
         self._held = None
 
-    def programs(self) -> list[Program]:
-        """What copies states, for one replica."""
+    def programs(self, travel: bool = False) -> list[Program]:
+        """What copies states, for one replica.
+
+        Args:
+            travel: to the host and back as well, for other engines.
+        """
         states, snapshots = jax.tree.map(lambda a: of_one(self._mesh, a), (self.states, self.snapshots))
         ids = jax.ShapeDtypeStruct((PARCEL,), jnp.int32)
-        return [
+        one = jax.ShapeDtypeStruct((1,), jnp.int32)
+        content = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype, sharding=a.sharding), snapshots
+        )
+        more = [
+            Program(READ, read_snapshot, (snapshots, one), (), ()),
+            Program(WRITE, write_snapshot, (snapshots, one, content), (0,), ()),
+        ]
+        return (more if travel else []) + [
             Program(SAVE, save_states, (snapshots, states, ids, ids), (0,), (), True),
             Program(LOAD, load_states, (states, snapshots, ids, ids), (0,), (), True),
             Program(CLEAR, clear_states, (states, ids), (0,), (), True),
@@ -134,3 +159,45 @@ class StateStore:
                     self.states = self._programs[LOAD](self.states, self.snapshots, slots, rows)
                 case ClearStates():
                     self.states = self._programs[CLEAR](self.states, slots)
+
+    # ---- snapshots that travel between engines ----
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """The snapshots' arrays, in the order in which a snapshot travels."""
+        return jax.tree.leaves(self.snapshots)
+
+    def lend(self, replica: int, row: int) -> Callable[[], list[np.ndarray]]:
+        """Starts copying a snapshot out. What it gives waits for the copy, on whatever thread: every array's row, whole."""
+        found = jax.tree.leaves(self._programs[READ](self.snapshots, self._only(replica, row)))
+        for array in found:
+            array.copy_to_host_async()
+
+        def take() -> list[np.ndarray]:
+            rows: list[np.ndarray] = []
+            for array in found:
+                here = [shard for shard in array.addressable_shards if (shard.index[0].start or 0) == replica]
+                rows.append(whole({part_of(shard.index): np.asarray(shard.data)[0] for shard in here}, array.shape[1:]))
+            return rows
+
+        return take
+
+    def write(self, replica: int, row: int, rows: list[np.ndarray]) -> None:
+        """Puts a snapshot into a row."""
+        arrays, treedef = jax.tree.flatten(self.snapshots)
+        content = [
+            jax.make_array_from_callback(
+                (self._replicas, *like.shape[1:]),
+                like.sharding,
+                lambda index, whole=whole_row: np.ascontiguousarray(whole[slices(part_of(index))])[None],
+            )
+            for like, whole_row in zip(arrays, rows, strict=True)
+        ]
+        taken = jax.tree.unflatten(treedef, content)
+        self.snapshots = self._programs[WRITE](self.snapshots, self._only(replica, row), taken)
+
+    def _only(self, replica: int, row: int) -> np.ndarray:
+        """int32 [replicas]: the row of one replica, and none of the others."""
+        rows = np.full(self._replicas, max(self._rows, 1), np.int32)
+        rows[replica] = row
+        return rows

@@ -116,6 +116,7 @@ class ChatRequest(SamplingFields):
             timeout_s=self.timeout,
             ttft_timeout_s=self.ttft_timeout,
             cache_salt=self.cache_salt,
+            transfer=self.kv_transfer_params and self.kv_transfer_params.to_service(),
         )
 
 
@@ -170,5 +171,6 @@ class ChatReply(ApiReply):
     choices: list[ChatChoice]
     usage: UsageReply
     system_fingerprint: str | None = None
+    kv_transfer_params: dict[str, Any] | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: list[Any] | None = None

@@ -9,6 +9,7 @@ from pydantic import Field
 from serving.engine.api.sampling_params import MAX_LOGPROBS, MAX_N, StructuredOutputs
 from serving.errors import invalid
 from serving.frontends.http.models import LEAVE, ApiBody, ApiReply, ApiRequest, Many, Refused, number
+from serving.frontends.openai.protocol.kv_transfer import KVTransferParams
 from serving.text.constraints.schema import prepare
 
 
@@ -120,7 +121,6 @@ SAMPLING_REFUSED: Refused = {
     "repetition_detection": ((), LEAVE),
     "thinking_token_budget": ((), "limit the whole completion."),
     "return_prompt_text": ((False,), "use return_token_ids and /detokenize."),
-    "kv_transfer_params": ((), LEAVE),
     "vllm_xargs": (({},), LEAVE),
     "guided_whitespace_pattern": ((), LEAVE),
     "structural_tag": ((), STRUCTURED),
@@ -175,6 +175,9 @@ class SamplingFields(ApiBody):
     priority: int | None = Field(default=None, description="Lower runs first.")
     request_id: str | None = None
     cache_salt: str | None = Field(default=None, description="Cached pages are shared only under the same salt.")
+    kv_transfer_params: KVTransferParams | None = Field(
+        default=None, description="Which part of it another server does; for servers with --role."
+    )
     truncate_prompt_tokens: int | None = Field(
         default=None, description="Keep so many prompt tokens at most; -1: as many as fit beside the completion."
     )

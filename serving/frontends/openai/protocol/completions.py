@@ -80,6 +80,7 @@ class CompletionRequest(SamplingFields):
             timeout_s=self.timeout,
             ttft_timeout_s=self.ttft_timeout,
             cache_salt=self.cache_salt,
+            transfer=self.kv_transfer_params and self.kv_transfer_params.to_service(),
         )
 
 
@@ -109,3 +110,4 @@ class CompletionReply(ApiReply):
     choices: list[CompletionChoice]
     usage: UsageReply
     system_fingerprint: str | None = None
+    kv_transfer_params: dict[str, Any] | None = None

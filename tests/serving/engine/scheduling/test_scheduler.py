@@ -144,9 +144,11 @@ class Driver:
                 assert r.slot < 0 or s.slots.pages[group, r.slot, : len(pages)].tolist() == pages
                 for i, page in enumerate(pages[behind:], behind):
                     owners.setdefault((r.replica, page), []).append((r, i, group))
+        awaited = [(r.replica, p) for r in s.requests.values() if r not in s.running for row in r.pages for p in row]
         for (replica, page), holders in owners.items():
             kv = s.kv.managers[replica]
-            assert kv.pool.ref_count(page) == len(holders) + sum(page in pages for _, pages, _ in kv._leaving)
+            others = awaited.count((replica, page)) + sum(page in pages for _, pages, _ in kv._leaving)
+            assert kv.pool.ref_count(page) == len(holders) + others
             if len(holders) > 1:  # shared: read-only for all, so full and computed, and by one group's layers
                 assert all((i + 1) * c.page_size <= r.num_computed for r, i, _ in holders)
                 assert len({(i, group) for _, i, group in holders}) == 1

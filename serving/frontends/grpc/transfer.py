@@ -1,0 +1,72 @@
+"""The giving side of page transfers as a gRPC service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from proto.jaxserve.v1 import transfer_pb2 as pb
+from serving.access import Access, caller_of_task
+from serving.engine.api.peers.transfers import PageSource, TransferError, Wanted
+from serving.errors import ErrorKind, RequestError
+from serving.service import TextService
+
+TRANSFER: ServiceDescriptor = pb.DESCRIPTOR.services_by_name["Transfer"]
+
+
+class Transfer:
+    """Fetch and Release.
+
+    Args:
+        service: gives the service, or raises UNAVAILABLE while there is none yet.
+        access: who may.
+    """
+
+    descriptor = TRANSFER
+
+    def __init__(self, service: Callable[[], TextService], access: Access) -> None:
+        self._service = service
+        self._access = access
+
+    async def Fetch(  # noqa: N802 - named as in the .proto
+        self, request: pb.FetchRequest, context: Any
+    ) -> AsyncIterator[pb.FetchResponse]:
+        wanted = Wanted(
+            request.identity,
+            tuple(request.token_ids),
+            request.first,
+            request.tokens,
+            request.adapter or None,
+            request.cache_salt if request.HasField("cache_salt") else None,
+            request.ticket,
+            request.timeout_s,
+        )
+        parcels = iter(self._source().fetch(wanted))
+        loop = asyncio.get_running_loop()
+        thread = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-give")  # its own: pages are waited for
+        try:
+            while (parcel := await loop.run_in_executor(thread, next, parcels, None)) is not None:
+                yield pb.FetchResponse(page=parcel.page, content=parcel.content, digest=parcel.digest)
+        except TransferError as error:
+            raise RequestError(ErrorKind.FAILED_PRECONDITION, str(error)) from error
+        finally:
+            thread.submit(parcels.close)  # type: ignore[attr-defined] - a generator; behind what it may still be doing
+            thread.shutdown(wait=False)
+
+    async def Release(  # noqa: N802
+        self, request: pb.ReleaseRequest, context: Any
+    ) -> pb.ReleaseResponse:
+        return pb.ReleaseResponse(found=await asyncio.to_thread(self._source().release, request.ticket))
+
+    def _source(self) -> PageSource:
+        self._access.check_watch(caller_of_task.get())
+        source = self._service().client.page_source
+        if source is None:
+            raise RequestError(
+                ErrorKind.UNIMPLEMENTED, "This server gives no pages to others: start it with --role prefill or both."
+            )
+        return source

@@ -1,0 +1,107 @@
+"""Pages over a stream of gRPC: what works between any two hosts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from proto.jaxserve.v1 import transfer_pb2 as pb
+from proto.jaxserve.v1 import transfer_pb2_grpc
+from serving.access import ClientTls
+from serving.engine.api.peers.transfers import Parcel, TransferError, Wanted
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # A peer that was started anew is found again at once.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+RELEASE_S = 5.0
+GRACE_S = 5.0
+"""What a call may take beyond what its server was told to wait."""
+
+_REASONS = {
+    grpc.StatusCode.UNAVAILABLE: "unreachable",
+    grpc.StatusCode.FAILED_PRECONDITION: "other_model",
+    grpc.StatusCode.CANCELLED: "aborted",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "too_slow",
+}
+
+
+class GrpcTransport:
+    """See `Transport`.
+
+    Args:
+        api_key: sent with every call; of role proxy at the peers.
+        tls: how to reach peers that have TLS.
+    """
+
+    def __init__(self, api_key: str | None = None, tls: ClientTls | None = None) -> None:
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self._tls = tls
+        self._channels: dict[str, grpc.Channel] = {}
+        self._lock = threading.Lock()
+
+    def fetch(self, address: str, wanted: Wanted) -> GrpcFetching:
+        """See Transport."""
+        request = pb.FetchRequest(
+            identity=wanted.identity,
+            token_ids=wanted.token_ids[: wanted.tokens],
+            first=wanted.first,
+            tokens=wanted.tokens,
+            adapter=wanted.adapter or "",
+            cache_salt=wanted.salt,
+            ticket=wanted.ticket,
+            timeout_s=wanted.timeout_s,
+        )
+        call = self._stub(address).Fetch(request, timeout=wanted.timeout_s + GRACE_S, metadata=self._metadata)
+        return GrpcFetching(call)
+
+    def release(self, address: str, ticket: str) -> None:
+        """See Transport."""
+        if ticket:
+            request = pb.ReleaseRequest(ticket=ticket)
+            self._stub(address).Release.future(request, timeout=RELEASE_S, metadata=self._metadata)
+
+    def close(self) -> None:
+        """Ends every connection, and what comes over it."""
+        with self._lock:
+            channels, self._channels = list(self._channels.values()), {}
+        for channel in channels:
+            channel.close()
+
+    def _stub(self, address: str) -> Any:
+        with self._lock:
+            channel = self._channels.get(address)
+            if channel is None:
+                if self._tls is None:
+                    channel = grpc.insecure_channel(address, options=OPTIONS)
+                else:
+                    credentials = grpc.ssl_channel_credentials(**self._tls.grpc_arguments())
+                    channel = grpc.secure_channel(address, credentials, options=OPTIONS)
+                self._channels[address] = channel
+        return transfer_pb2_grpc.TransferStub(channel)
+
+
+class GrpcFetching:
+    """See `Fetching`."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __iter__(self) -> Iterator[Parcel]:
+        try:
+            for message in self._call:
+                yield Parcel(message.page, message.content, message.digest)
+        except grpc.RpcError as error:
+            code: Any = error.code()  # type: ignore[attr-defined] - of a call
+            raise TransferError(_REASONS.get(code, "failed"), error.details()) from error  # type: ignore[attr-defined]
+
+    def cancel(self) -> None:
+        """Ends it; what iterates over it is told so."""
+        self._call.cancel()
