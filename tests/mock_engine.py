@@ -150,6 +150,7 @@ class MockEngine:
         )  # fmt: skip
         self.lifecycle: Any = None
         self.adapters: Any = None
+        self.residence: Any = None
         self.embedder: Any = None
         self.scorer: Any = None
         self.classifier: Any = None

@@ -52,15 +52,16 @@ from serving.frontends.openai.scores import scores_router
 from serving.frontends.openai.tokens import tokens_router
 from serving.frontends.operations.adapters import LoadAdapterRequest, UnloadAdapterRequest, adapters_router
 from serving.frontends.operations.control import UpdateWeightsRequest, control_router
+from serving.frontends.operations.residence import ModelRequest, residence_router
 from serving.frontends.operations.status import status_router
 from serving.frontends.page.page import page_paths, page_router
 from serving.metrics import Metrics
-from serving.service import TextService
+from serving.service import Served
 from serving.storage import Store
 
 
 def create_app(
-    service: TextService,
+    served: Served,
     *,
     metrics: Metrics | None = None,
     access: Access | None = None,
@@ -72,10 +73,11 @@ def create_app(
     lora_folder: pathlib.Path | None = None,
     store: Store | None = None,
 ) -> FastAPI:
-    """All that is served over HTTP as an ASGI application over `service`: OpenAI's API, Anthropic's, Ollama's, the server's own.
+    """All that is served over HTTP as an ASGI application over `served`: OpenAI's API, Anthropic's, Ollama's, the server's own.
 
     Args:
-        metrics: what `/metrics` shows; None makes one over the service's engine (see serving.metrics).
+        served: a `TextService`, or several under their names.
+        metrics: what `/metrics` shows; None makes one over the services' engines (see serving.metrics).
         access: the keys that requests must bring; None asks for none.
         cors_origins: origins whose web pages may call us; "*" is all of them.
         allowed_hosts: names that a server without keys answers to beside local ones; "*" is all of them.
@@ -85,27 +87,27 @@ def create_app(
         lora_folder: below which adapters lie that admins may load; None: they may load none.
         store: where responses, conversations, files and batches are kept; None: nothing is.
     """
-    metrics = metrics or Metrics.of(service.client)
+    metrics = metrics or Metrics.of(*(service.client for service in served.services))
     # FastAPI's own documentation pages load scripts from a CDN: left out. /openapi.json stays.
     app = FastAPI(
         title="jaxserve",
-        version=service.info.version,
+        version=served.first.info.version,
         docs_url=None,
         redoc_url=None,
         root_path=root_path,
         redirect_slashes=False,  # its redirects are put together from the Host header; `Spellings` takes the slash off
     )
     install(app, ERROR_SHAPES)
-    app.state.limits = service.limits
+    app.state.limits = served.limits
     app.state.force_usage = force_usage
-    app.state.stalled_reader_s = service.limits.stalled_reader_s
-    kept = _Kept(store, service)
-    routers = _routers(service, metrics, access or Access(), lora_folder, kept)
+    app.state.stalled_reader_s = served.limits.stalled_reader_s
+    kept = _Kept(store, served)
+    routers = _routers(served, metrics, access or Access(), lora_folder, kept)
     if page:
         routers.append(page_router())
     for router in routers:
         app.include_router(router)
-    app.add_middleware(BodyLimit, limits=service.limits)
+    app.add_middleware(BodyLimit, limits=served.limits)
     app.add_middleware(RequireKey, access=access or Access(), open_paths=page_paths() if page else frozenset())
     if not (access and access.keys):
         app.add_middleware(LocalNames, allowed=allowed_hosts)
@@ -130,40 +132,41 @@ def create_app(
 class _Kept:
     """What is kept between requests, and runs without them; without a store there are no files and no batches."""
 
-    def __init__(self, store: Store | None, service: TextService) -> None:
+    def __init__(self, store: Store | None, served: Served) -> None:
         self.store = store
         self.background = Background()
         self.files = self.batches = None
         if store is not None:
             self.files = Files(store)
-            self.batches = Batches(store, self.files, max(1, service.info.max_num_seqs // 2))
+            self.batches = Batches(store, self.files, max(1, served.first.info.max_num_seqs // 2))
             store.closing += [self.background.stop, self.batches.stop]
 
 
 def _routers(
-    service: TextService, metrics: Metrics, access: Access, lora_folder: pathlib.Path | None, kept: _Kept
+    served: Served, metrics: Metrics, access: Access, lora_folder: pathlib.Path | None, kept: _Kept
 ) -> list[APIRouter]:
     """The routes of all dialects and the server's own; the first that takes a request has it."""
     return [
-        status_router(service, metrics, access),
-        anthropic_models_router(service),  # sees Anthropic's clients alone
-        models_router(service),
-        chat_router(service),
-        completions_router(service),
-        responses_router(service, kept.store, kept.background),
+        status_router(served, metrics, access),
+        anthropic_models_router(served),  # sees Anthropic's clients alone
+        models_router(served),
+        chat_router(served),
+        completions_router(served),
+        responses_router(served, kept.store, kept.background),
         conversations_router(kept.store),
         files_router(kept.store, kept.files),
         batches_router(kept.store, kept.files, kept.batches),
-        messages_router(service),
-        generation_router(service),
-        ollama_models_router(service),
-        ollama_embeddings_router(service),
-        embeddings_router(service),
-        scores_router(service),
-        classify_router(service),
-        tokens_router(service),
-        control_router(service, access),
-        adapters_router(service, access, lora_folder),
+        messages_router(served),
+        generation_router(served),
+        ollama_models_router(served),
+        ollama_embeddings_router(served),
+        embeddings_router(served),
+        scores_router(served),
+        classify_router(served),
+        tokens_router(served),
+        control_router(served, access),
+        adapters_router(served, access, lora_folder),
+        residence_router(served, access),
     ]
 
 
@@ -171,7 +174,7 @@ REQUESTS = (
     ChatRequest, CompletionRequest, ResponsesRequest, EmbeddingRequest, ScoreRequest, RerankRequest, TokenizeRequest,
     DetokenizeRequest, UpdateWeightsRequest, CohereEmbedRequest, ClassifyRequest, LoadAdapterRequest, UnloadAdapterRequest,
     MessagesRequest, CountTokensRequest, ollama.ChatBody, ollama.GenerateBody, ollama.EmbedBody, ollama.EmbeddingsBody,
-    ollama.NamedModel, ConversationRequest, ItemsRequest, BatchRequest,
+    ollama.NamedModel, ConversationRequest, ItemsRequest, BatchRequest, ModelRequest,
 )  # fmt: skip
 REHEARSED = (
     "/v1/chat/completions",
@@ -198,7 +201,7 @@ async def rehearse(app: FastAPI) -> None:
 
 
 async def serve_http(
-    service: TextService,
+    served: Served,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -215,9 +218,9 @@ async def serve_http(
     Raises:
         OSError: the port is taken, or the host is not ours.
     """
-    app = create_app(service, **options)
+    app = create_app(served, **options)
     await rehearse(app)
-    return await serve_app(app, service.limits, host=host, port=port, tls=tls, sock=sock)
+    return await serve_app(app, served.limits, host=host, port=port, tls=tls, sock=sock)
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from serving.engine.api.client import ClassifyingClient, EmbeddingClient, Engine
 from serving.engine.api.lifecycle import Lifecycle
 from serving.engine.api.page_events import PageEvents
 from serving.engine.api.peers.transfers import PageSource
+from serving.engine.api.residence import Residence
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, TokenPair
 from serving.errors import RequestError
 from serving.metrics.metrics import Metrics
@@ -180,6 +181,10 @@ class MeteredClient(EngineClient):
     def classifier(self) -> ClassifyingClient | None:
         """Itself, where the engine classifies."""
         return self if self._client.classifier is not None else None
+
+    @property
+    def residence(self) -> Residence | None:
+        return self._client.residence
 
     @property
     def refusal(self) -> str | None:

@@ -64,6 +64,7 @@ class Metrics(Collector):
             "http_requests": {},
             "prompt_tokens_cached": {(): 0},
         }
+        self._beside: list[Metrics] = []
         self._http_seconds: dict[str, Histogram] = {}
         self._startup: dict[str, float] = {}
         self._registry = CollectorRegistry(auto_describe=False)
@@ -71,10 +72,13 @@ class Metrics(Collector):
         ProcessCollector(registry=self._registry)
 
     @classmethod
-    def of(cls, client: EngineClient) -> Metrics:
-        """The metrics of `client` if it is a MeteredClient; else new ones, which see its stats alone."""
+    def of(cls, client: EngineClient, *others: EngineClient) -> Metrics:
+        """The metrics of `client` if it is a MeteredClient; else new ones, which see its stats alone. Those of others (further models
+        of the server) are shown beside them: each sample says whose it is."""
         found = getattr(client, "metrics", None)
-        return found if isinstance(found, Metrics) else cls(client)
+        mine = found if isinstance(found, Metrics) else cls(client)
+        mine._beside = [cls.of(other) for other in others]
+        return mine
 
     def add(self, collector: Collector) -> None:
         """Shows what another collector has, too."""
@@ -113,6 +117,13 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry at a scrape."""
+        for family, *others in zip(self._families(), *(other._families() for other in self._beside), strict=True):
+            for other in others:
+                family.samples += other.samples
+            yield family
+
+    def _families(self) -> Iterator[Metric]:
+        """One a spec, in their order."""
         values = self._engine_values()
         for spec in SPECS:
             if spec.kind == "info":

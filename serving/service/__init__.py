@@ -18,6 +18,7 @@ from serving.service.requests.chat_style import ChatStyle
 from serving.service.requests.inputs import GenerateInput
 from serving.service.requests.limits import Limits
 from serving.service.requests.prepare import PreparedRequest
+from serving.service.served import Served, stats_of
 from serving.service.service import DEFAULT_MODEL, TextService
 from serving.service.vectors import ScoreInput
 
@@ -37,6 +38,7 @@ __all__ = [
     "RequestOutput",
     "ScoreInput",
     "Scores",
+    "Served",
     "TextOutput",
     "TextService",
     "TokenLogprob",
@@ -44,4 +46,5 @@ __all__ = [
     "collect",
     "gather",
     "prepare_chat",
+    "stats_of",
 ]

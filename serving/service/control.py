@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from serving.errors import ErrorKind, RequestError, invalid
 
 if TYPE_CHECKING:
+    from serving.service.served import Served
     from serving.service.service import TextService
 
 log = logging.getLogger(__name__)
@@ -32,21 +33,26 @@ class State:
 class ServerControl:
     """Acts on one service and the engine behind it. Every method returns the state that it led to.
 
+    Args:
+        service: of one model.
+        served: what drains, where that is more than the one service.
+
     Raises (every method):
         RequestError: UNIMPLEMENTED where the engine is elsewhere (a gateway: control its targets), FAILED_PRECONDITION for
             what does not fit the state, INVALID_ARGUMENT.
     """
 
-    def __init__(self, service: TextService) -> None:
+    def __init__(self, service: TextService, served: Served | None = None) -> None:
         self._service = service
+        self._served = served or service
 
     def state(self) -> State:
         lifecycle = self._service.client.lifecycle
         return State(
             paused=bool(lifecycle and lifecycle.paused),
             asleep=bool(lifecycle and lifecycle.asleep),
-            draining=self._service.draining,
-            num_live=self._service.num_live,
+            draining=self._served.draining,
+            num_live=self._served.num_live,
         )
 
     async def pause(self) -> State:
@@ -55,7 +61,7 @@ class ServerControl:
 
     async def resume(self) -> State:
         """Goes on after `pause` or `drain`."""
-        self._service.stop_draining()
+        self._served.stop_draining()
         return await self._do("resume") if self._service.client.lifecycle is not None else self.state()
 
     async def sleep(self, level: int = 1) -> State:
@@ -82,13 +88,18 @@ class ServerControl:
         """Takes no more requests from now on (readiness says so) and waits for those that run, `timeout_s` seconds at
         most, or not at all."""
         self._service.limits.check_timeout("timeout", timeout_s)
-        self._service.start_draining()
+        self._served.start_draining()
         if timeout_s is not None:
-            await self._service.wait_idle(timeout_s)
+            await self._served.wait_idle(timeout_s)
         return self.state()
 
     async def _do(self, name: str, *args: Any) -> State:
         lifecycle = self._service.client.lifecycle
+        if lifecycle is None and self._service.client.residence is not None:
+            raise RequestError(
+                ErrorKind.FAILED_PRECONDITION,
+                f"The model {self._service.model_id!r} is not loaded: POST /models/load first.",
+            )
         if lifecycle is None:
             raise RequestError(ErrorKind.UNIMPLEMENTED, "No engine runs in this process: ask the server that has it.")
         log.warning("control: %s", name)

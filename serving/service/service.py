@@ -31,6 +31,7 @@ from serving.service.requests.inputs import GenerateInput
 from serving.service.requests.limits import Limits
 from serving.service.requests.prepare import ConstraintFactory, PreparedRequest
 from serving.service.requests.reach import check_reach
+from serving.service.served import Single
 from serving.service.threads import TextThreads
 from serving.service.vectors import ScoreInput
 from serving.service.voice import Voice
@@ -49,7 +50,7 @@ Constrain = Callable[[str, SamplingParams], Awaitable[tuple[SamplingParams, Cons
 """What a grammar that depends on the rendered prompt makes of the parameters, and the grammar's compiled form."""
 
 
-class TextService:
+class TextService(Single):
     """Text in, text out, over any engine. Belongs to one event loop at a time.
 
     A front end calls `prepare`, which refuses what cannot be served before anything is streamed, then iterates over
@@ -68,6 +69,7 @@ class TextService:
         tool_parser, reasoning_parser: how the model writes calls and thinking, by a parser's name; None takes what its
             chat template shows.
         rates: counts requests by key; None counts those of this process, by the limits.
+        is_default: whether "default" means this model.
     Raises:
         ValueError: there is no such parser.
     """
@@ -87,6 +89,7 @@ class TextService:
         tool_parser: str | None = None,
         reasoning_parser: str | None = None,
         rates: Rates | None = None,
+        is_default: bool = True,
     ) -> None:
         self.client = client
         self.tokenizer = tokenizer
@@ -94,7 +97,8 @@ class TextService:
         style = ChatStyle.of(chat_template, tokenizer, tool_parser, reasoning_parser)
         self.model_id = model_id
         self.info = client.info()
-        self.model_names = tuple(dict.fromkeys((model_id, *aliases, DEFAULT_MODEL, self.info.model_id)))
+        always = (DEFAULT_MODEL,) if is_default else ()
+        self.model_names = tuple(dict.fromkeys((model_id, *aliases, *always, self.info.model_id)))
         self.adapters = Adapters(client, Voice(tokenizer, chat_template, style, grammar_compiler), self.model_names)
         self.limits = limits or Limits.for_model(self.info.max_model_len)
         self._rates = rates or RateMeter(self.limits.requests_per_minute)

@@ -55,6 +55,11 @@ class ControlStub:
                 request_serializer=jaxserve_dot_v1_dot_control__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_v1_dot_control__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/jaxserve.v1.Control/ListModels',
+                request_serializer=jaxserve_dot_v1_dot_control__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_control__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
         self.Pause = channel.unary_unary(
                 '/jaxserve.v1.Control/Pause',
                 request_serializer=jaxserve_dot_v1_dot_control__pb2.PauseRequest.SerializeToString,
@@ -105,6 +110,16 @@ class ControlStub:
                 request_serializer=jaxserve_dot_v1_dot_control__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_v1_dot_control__pb2.UnloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.LoadModel = channel.unary_unary(
+                '/jaxserve.v1.Control/LoadModel',
+                request_serializer=jaxserve_dot_v1_dot_control__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_control__pb2.LoadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/jaxserve.v1.Control/UnloadModel',
+                request_serializer=jaxserve_dot_v1_dot_control__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_control__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -135,6 +150,13 @@ class ControlServicer:
 
     def ListAdapters(self, request, context):
         """The adapters that the caller may use.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """The models that the caller may use, and where they are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -215,6 +237,21 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadModel(self, request, context):
+        """Loads a model of several, or wakes it; answers once it takes requests. RESOURCE_EXHAUSTED: it does not fit. FAILED_PRECONDITION on
+        a server that has one model, as for UnloadModel.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Gives a model's memory back: all of it, or but for what lets it wake soon. The next request for it loads it again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -237,6 +274,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=jaxserve_dot_v1_dot_control__pb2.ListAdaptersRequest.FromString,
                     response_serializer=jaxserve_dot_v1_dot_control__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=jaxserve_dot_v1_dot_control__pb2.ListModelsRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_control__pb2.ListModelsResponse.SerializeToString,
             ),
             'Pause': grpc.unary_unary_rpc_method_handler(
                     servicer.Pause,
@@ -287,6 +329,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.UnloadAdapter,
                     request_deserializer=jaxserve_dot_v1_dot_control__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=jaxserve_dot_v1_dot_control__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=jaxserve_dot_v1_dot_control__pb2.LoadModelRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_control__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=jaxserve_dot_v1_dot_control__pb2.UnloadModelRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_control__pb2.UnloadModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -398,6 +450,33 @@ class Control:
             '/jaxserve.v1.Control/ListAdapters',
             jaxserve_dot_v1_dot_control__pb2.ListAdaptersRequest.SerializeToString,
             jaxserve_dot_v1_dot_control__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/ListModels',
+            jaxserve_dot_v1_dot_control__pb2.ListModelsRequest.SerializeToString,
+            jaxserve_dot_v1_dot_control__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -668,6 +747,60 @@ class Control:
             '/jaxserve.v1.Control/UnloadAdapter',
             jaxserve_dot_v1_dot_control__pb2.UnloadAdapterRequest.SerializeToString,
             jaxserve_dot_v1_dot_control__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/LoadModel',
+            jaxserve_dot_v1_dot_control__pb2.LoadModelRequest.SerializeToString,
+            jaxserve_dot_v1_dot_control__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/UnloadModel',
+            jaxserve_dot_v1_dot_control__pb2.UnloadModelRequest.SerializeToString,
+            jaxserve_dot_v1_dot_control__pb2.UnloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -12,6 +12,7 @@ from serving.engine.api.adapters import AdapterClient
 from serving.engine.api.lifecycle import Lifecycle
 from serving.engine.api.page_events import PageEvents
 from serving.engine.api.peers.transfers import PageSource
+from serving.engine.api.residence import Residence
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
 
 
@@ -81,6 +82,11 @@ class EngineClient(Protocol):
     @property
     def page_source(self) -> PageSource | None:
         """Gives pages to other engines; None where nobody asked for that at the start."""
+        return None
+
+    @property
+    def residence(self) -> Residence | None:
+        """Where its model is among several of one server; None where it is the only one."""
         return None
 
     @property

@@ -18,13 +18,13 @@ from serving.frontends.anthropic.events import PING, MessageWriter
 from serving.frontends.anthropic.protocol import CountTokensReply, CountTokensRequest, MessageReply, MessagesRequest
 from serving.frontends.http.bodies import body_of, takes
 from serving.frontends.http.sse import open_stream, unless_gone
-from serving.service import PreparedRequest, TextService, prepare_chat
+from serving.service import PreparedRequest, Served, TextService, prepare_chat
 
 MAX_PAGE = 1000
 
 
-def messages_router(service: TextService) -> APIRouter:
-    """The messages endpoints over `service`. `?beta=true` is taken and changes nothing."""
+def messages_router(served: Served) -> APIRouter:
+    """The messages endpoints over `served`. `?beta=true` is taken and changes nothing."""
     router = APIRouter(tags=["messages"], responses=RESPONSES)
 
     @router.post(
@@ -35,11 +35,12 @@ def messages_router(service: TextService) -> APIRouter:
     )
     async def create(body: Annotated[MessagesRequest, Depends(body_of(MessagesRequest))], request: Request) -> Response:
         """Goes on with a conversation. `stream: true` answers with typed server-sent events, ending with message_stop."""
+        service = served.of(body.model)
         prepared = await _prepare(service, body, request)
         writer = MessageWriter(prepared, body.max_tokens, body.shows_thinking)
         events = _run(service, prepared, writer)
         if body.stream:
-            return await open_stream(request, events, error_event, ping=PING)
+            return await open_stream(request, events, error_event, ping=PING, waits_for=service.waits_for)
         await unless_gone(request, _drain(events))
         return JSONResponse(writer.message)
 
@@ -49,7 +50,7 @@ def messages_router(service: TextService) -> APIRouter:
     ) -> Response:
         """How many tokens the model would read of the same message. Nothing is run."""
         try:
-            _, ids = await service.tokenize(body.to_input(request.state.request_id))
+            _, ids = await served.of(body.model).tokenize(body.to_input(request.state.request_id))
         except RequestError as error:
             raise error.renamed(body.names()) from error
         return JSONResponse({"input_tokens": len(ids)})
@@ -91,11 +92,11 @@ class _AnthropicRoute(APIRoute):
         return super().matches(scope) if speaks_anthropic(scope) else (Match.NONE, {})
 
 
-def models_router(service: TextService) -> APIRouter:
+def models_router(served: Served) -> APIRouter:
     """GET /v1/models and /v1/models/{model}; comes before those of OpenAI's shape."""
     router = APIRouter(route_class=_AnthropicRoute, include_in_schema=False)
 
-    def card(name: str) -> dict[str, Any]:
+    def card(service: TextService, name: str) -> dict[str, Any]:
         created = datetime.datetime.fromtimestamp(service.created, datetime.UTC)
         context = service.info.max_model_len
         return {
@@ -105,14 +106,15 @@ def models_router(service: TextService) -> APIRouter:
 
     @router.get("/v1/models")
     async def models(limit: int = 20, after_id: str | None = None, before_id: str | None = None) -> Response:
-        adapters = (info.name for info in service.adapters.visible())
-        page, more = _page((service.model_id, *adapters), min(max(limit, 1), MAX_PAGE), after_id, before_id)
+        known = {name: service for service in served.visible() for name in service.listed()}
+        page, more = _page(tuple(known), min(max(limit, 1), MAX_PAGE), after_id, before_id)
         ends = {"first_id": page[0] if page else None, "last_id": page[-1] if page else None}
-        return JSONResponse({"data": [card(name) for name in page], "has_more": more, **ends})
+        return JSONResponse({"data": [card(known[name], name) for name in page], "has_more": more, **ends})
 
     @router.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
-        return JSONResponse(card(service.resolve_model(model)))
+        service = served.of(model)
+        return JSONResponse(card(service, service.resolve_model(model)))
 
     return router
 

@@ -1,4 +1,4 @@
-"""The services of jaxserve.v1, as calls of a `TextService`."""
+"""The services of jaxserve.v1, as calls of the `TextService` of a request's model."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from serving.errors import ErrorKind, RequestError, invalid, named
 from serving.frontends.grpc import convert, figures
 from serving.frontends.grpc.bounds import LARGE_BYTES, check_counts, check_wire
 from serving.frontends.grpc.context import begin_call, end_call, id_metadata
-from serving.frontends.grpc.control import ControlCalls, loaded_adapter
+from serving.frontends.grpc.control import ControlCalls, loaded_adapters
 from serving.frontends.grpc.errors import status_of
 from serving.frontends.grpc.transfer import Transfer
 from serving.frontends.sockets.stalled import ReaderStalledError, StallWatch
-from serving.service import Limits, TextService, prepare_chat
+from serving.service import Limits, Served, prepare_chat, stats_of
 from serving.service.vectors import shortened, together
 
 log = logging.getLogger(__name__)
@@ -41,18 +41,18 @@ class Inference:
     """Generate, Embed, Score, Classify, Tokenize, Detokenize.
 
     Args:
-        service: gives the service, or raises UNAVAILABLE while there is none yet.
+        service: gives what is served, or raises UNAVAILABLE while there is nothing yet.
     """
 
     descriptor = INFERENCE
 
-    def __init__(self, service: Callable[[], TextService]) -> None:
+    def __init__(self, service: Callable[[], Served]) -> None:
         self._service = service
 
     async def Generate(  # noqa: N802 - named as in the .proto
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        service = self._service()
+        service = self._service().of(request.model or request.adapter)
         remaining = context.time_remaining()
         if remaining is not None and remaining <= 0:
             raise RequestError(ErrorKind.DEADLINE_EXCEEDED, "The call's deadline has passed.")
@@ -79,7 +79,7 @@ class Inference:
     async def Embed(  # noqa: N802
         self, request: inference_pb2.EmbedRequest, context: Context
     ) -> inference_pb2.EmbedResponse:
-        service = self._service()
+        service = self._service().of(request.model)
         if not request.inputs:
             raise invalid("inputs is empty: give at least one text.", "inputs")
         service.limits.check_count("inputs", len(request.inputs), service.limits.max_batch, "inputs")
@@ -98,13 +98,13 @@ class Inference:
     async def Score(  # noqa: N802
         self, request: inference_pb2.ScoreRequest, context: Context
     ) -> inference_pb2.ScoreResponse:
-        found = await self._service().score(convert.score_input_from(request))
+        found = await self._service().of(request.model).score(convert.score_input_from(request))
         return inference_pb2.ScoreResponse(scores=found.values, prompt_tokens=found.prompt_tokens)
 
     async def Classify(  # noqa: N802
         self, request: inference_pb2.ClassifyRequest, context: Context
     ) -> inference_pb2.ClassifyResponse:
-        service = self._service()
+        service = self._service().of(request.model)
         if not request.inputs:
             raise invalid("inputs is empty: give at least one text.", "inputs")
         service.limits.check_count("inputs", len(request.inputs), service.limits.max_batch, "inputs")
@@ -121,15 +121,17 @@ class Inference:
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        service = self._service()
+        service = self._service().of(request.model)
         text, ids = await service.tokenize(convert.input_from(request, service.limits))
         return inference_pb2.TokenizeResponse(token_ids=ids, text=text or "", max_model_len=service.info.max_model_len)
 
     async def Detokenize(  # noqa: N802
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
-        text = await self._service().detokenize(
-            request.token_ids, skip_special_tokens=request.skip_special_tokens, model=request.model or None
+        text = (
+            await self._service()
+            .of(request.model)
+            .detokenize(request.token_ids, skip_special_tokens=request.skip_special_tokens, model=request.model or None)
         )
         return inference_pb2.DetokenizeResponse(text=text)
 
@@ -142,15 +144,15 @@ class Control(ControlCalls):
     async def GetServerInfo(  # noqa: N802
         self, request: control_pb2.GetServerInfoRequest, context: Context
     ) -> control_pb2.GetServerInfoResponse:
-        service = self._service()
-        info, adapters = service.info, service.adapters
-        stats = service.client.stats() if self._access.may_see_figures(caller_of_task.get()) else EngineStats()
+        served = self._service()
+        info = served.first.info
+        stats = stats_of(served) if self._access.may_see_figures(caller_of_task.get()) else EngineStats()
         return control_pb2.GetServerInfoResponse(
             version=info.version,
             platform=info.platform,
             mesh=info.mesh,
-            uptime_s=time.monotonic() - service.started,
-            draining=service.draining,
+            uptime_s=time.monotonic() - served.started,
+            draining=served.draining,
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
             num_pages_free=stats.num_pages_free,
@@ -170,15 +172,15 @@ class Control(ControlCalls):
             num_draft_tokens=stats.num_draft_tokens,
             num_accepted_tokens=stats.num_accepted_tokens,
             accepted_per_pos=stats.accepted_per_pos or (),
-            takes_adapters=adapters.open,
-            adapters=[loaded_adapter(service, one) for one in adapters.visible()],
+            takes_adapters=any(service.adapters.open for service in served.visible()),
+            adapters=loaded_adapters(served),
             transfers=None if stats.transfers is None else figures.stats_to(stats.transfers),
         )
 
     async def GetModelInfo(  # noqa: N802
         self, request: control_pb2.GetModelInfoRequest, context: Context
     ) -> control_pb2.GetModelInfoResponse:
-        service = self._service()
+        service = self._service().of(request.model)
         name = service.resolve_model(request.model)
         info, base = service.info, name == service.model_id
         return control_pb2.GetModelInfoResponse(

@@ -15,7 +15,7 @@ from serving.errors import ErrorKind, RequestError
 from serving.frontends.grpc.access import RequireKey
 from serving.frontends.grpc.handlers import CONTROL, INFERENCE, Control, Inference, generic_handler
 from serving.frontends.grpc.transfer import TRANSFER, Transfer
-from serving.service import Limits, TextService
+from serving.service import Limits, Served
 
 SERVICES = (INFERENCE.full_name, CONTROL.full_name, TRANSFER.full_name)
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -92,7 +92,7 @@ class GrpcServer:
         interceptors = (RequireKey(self._access), *self._interceptors)
         self._server = grpc.aio.server(interceptors=interceptors, options=server_options(self._limits))
         control = Control(self._require, self._access, self._lora_folder)
-        for servicer in (Inference(self._require), control, Transfer(self._require, self._access)):
+        for servicer in (Inference(self._require), control, Transfer(lambda: self._require().first, self._access)):
             self._server.add_generic_rpc_handlers((generic_handler(servicer, self._limits),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -115,7 +115,7 @@ class GrpcServer:
         await self._server.start()
         return self.port
 
-    async def serve(self, service: TextService) -> None:
+    async def serve(self, service: Served) -> None:
         """From now on requests are answered."""
         self._service = service
         service.draining_listeners.append(self._on_draining)
@@ -139,7 +139,7 @@ class GrpcServer:
         for name in SERVICES:
             await self._health.set(name, _SERVING if ready else _NOT_SERVING)
 
-    def _require(self) -> TextService:
+    def _require(self) -> Served:
         if self._service is None:
             raise RequestError(ErrorKind.UNAVAILABLE, "The model is still being loaded.", retry_after_s=2.0)
         return self._service

@@ -27,6 +27,8 @@ HEADERS_AFTER_S = 5.0
 """A stream's status is decided by its first event (a full queue is a 429). One that waits longer than this gets its
 headers, so that proxies and clients see life, and its failure then comes inside the stream."""
 PING_EVERY_S = 15.0
+TOLD_EVERY_S = 1.0
+"""A stream that waits for its model says so this often."""
 
 quote = encode_basestring_ascii
 """A string as JSON, quotes included. In ASCII: clients that split a stream with Python's splitlines (httpx does) would
@@ -124,12 +126,15 @@ async def open_stream(
     on_error: Callable[[Exception], bytes],
     media_type: str = EVENTS,
     ping: bytes = PING,
+    waits_for: Callable[[], str | None] | None = None,
 ) -> EventStream:
     """Starts `events` and waits for the first, so that a refusal is an HTTP status rather than an event.
 
     Args:
         on_error: the last events of a stream that failed after its status line was sent.
         ping: what is written while the first event is awaited; empty for nothing.
+        waits_for: tells what the first event waits for besides its turn (a model that is being loaded), or None. Then the headers
+            go out sooner, with `X-Model-Status`, and comments say it.
     Raises:
         ClientGoneError: the client went before the first event.
         Exception: what `events` raised before its first event.
@@ -137,7 +142,12 @@ async def open_stream(
     first: asyncio.Task[bytes] = asyncio.ensure_future(anext(events))  # type: ignore[arg-type]
     watch = asyncio.ensure_future(_gone(request.receive))
     try:
-        await asyncio.wait({first, watch}, timeout=HEADERS_AFTER_S, return_when=asyncio.FIRST_COMPLETED)
+        waiting = None
+        if waits_for is not None:
+            await asyncio.wait({first, watch}, timeout=TOLD_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+            waiting = waits_for()
+        if waiting is None:
+            await asyncio.wait({first, watch}, timeout=HEADERS_AFTER_S, return_when=asyncio.FIRST_COMPLETED)
         if first.done():
             first.result()
         elif watch.done():
@@ -149,16 +159,26 @@ async def open_stream(
         raise
     finally:
         watch.cancel()
-    return EventStream(_continue(first, events, on_error, ping), media_type)
+    stream = EventStream(_continue(first, events, on_error, ping, waits_for if ping else None), media_type)
+    if waiting is not None and not first.done():
+        stream.raw_headers.append((b"x-model-status", waiting.encode()))
+    return stream
 
 
 async def _continue(
-    first: asyncio.Task[bytes], events: AsyncGenerator[bytes, None], on_error: Callable[[Exception], bytes], ping: bytes
+    first: asyncio.Task[bytes],
+    events: AsyncGenerator[bytes, None],
+    on_error: Callable[[Exception], bytes],
+    ping: bytes,
+    waits_for: Callable[[], str | None] | None,
 ) -> AsyncGenerator[bytes, None]:
     try:
         while not first.done():
-            await asyncio.wait({first}, timeout=PING_EVERY_S)
-            if ping and not first.done():
+            told = waits_for() if waits_for is not None else None
+            if told is not None:
+                yield f": {told}\n\n".encode()
+            await asyncio.wait({first}, timeout=PING_EVERY_S if told is None else TOLD_EVERY_S)
+            if ping and told is None and not first.done():
                 yield ping
         yield first.result()
         async for event in events:

@@ -14,15 +14,16 @@ from serving.frontends.http.bodies import body_of, takes
 from serving.frontends.http.sse import unless_gone
 from serving.frontends.ollama.errors import RESPONSES
 from serving.frontends.ollama.protocol import EmbedBody, EmbeddingsBody, EmbeddingsReply, EmbedReply, model_name
-from serving.service import Embedding, GenerateInput, TextService
+from serving.service import Embedding, GenerateInput, Served
 from serving.service.vectors import shortened, together
 
 
-def embeddings_router(service: TextService) -> APIRouter:
-    """Embeddings over `service`."""
+def embeddings_router(served: Served) -> APIRouter:
+    """Embeddings over `served`."""
     router = APIRouter(tags=["ollama"], responses=RESPONSES)
 
     async def run(texts: Sequence[str], model: str, cut: bool, request: Request) -> list[Embedding]:
+        service = served.of(model_name(model))
         service.limits.check_count("inputs", len(texts), service.limits.max_batch, "input")
         given = [
             GenerateInput(

@@ -9,23 +9,24 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
 
+from serving.engine.api.residence import Where
 from serving.errors import invalid
 from serving.frontends.http.bodies import body_of, takes
 from serving.frontends.ollama.errors import RESPONSES
 from serving.frontends.ollama.protocol import ModelReply, NamedModel, OllamaModels, model_name
-from serving.service import TextService
+from serving.service import Served, TextService
 
 API_VERSION = "0.12.6"
 """The release of Ollama whose API this is: front ends look whether it is new enough for them."""
 
+_NEVER = datetime.timedelta(days=36525)
 _BITS = {"int8": 8, "int4": 4, "fp8": 8, "float8": 8}
 _DTYPE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 
-def models_router(service: TextService) -> APIRouter:
+def models_router(served: Served) -> APIRouter:
     """The routes that change nothing."""
     router = APIRouter(tags=["ollama"], responses={status: RESPONSES[status] for status in (400, 401, 404)})
-    facts = _Facts(service)
 
     @router.get("/api/version")
     async def version() -> Response:
@@ -34,35 +35,34 @@ def models_router(service: TextService) -> APIRouter:
     @router.get("/api/tags", response_model=OllamaModels)
     async def tags() -> Response:
         """The served models."""
-        return JSONResponse({"models": [facts.card(name) for name in facts.names()]})
+        return JSONResponse({"models": [_Facts(one).card(name) for one in served.visible() for name in one.listed()]})
 
     @router.get("/api/ps", response_model=OllamaModels)
     async def running() -> Response:
-        """The served models: all are loaded, and stay."""
-        never = datetime.datetime.fromtimestamp(service.created, datetime.UTC) + datetime.timedelta(days=36525)
-        more = {"expires_at": _when(never), "context_length": service.info.max_model_len}
-        cards = [facts.card(name) for name in facts.names()]
-        return JSONResponse({"models": [{**card, **more, "size_vram": card["size"]} for card in cards]})
+        """The models that are loaded. The only one of a server stays."""
+        return JSONResponse({"models": [card for one in served.visible() for card in _Facts(one).running()]})
 
     @router.post("/api/show", response_model=ModelReply, openapi_extra=takes(NamedModel))
     async def show(body: Annotated[NamedModel, Depends(body_of(NamedModel))]) -> Response:
         """What a model is and can do."""
-        return JSONResponse(facts.whole(_resolved(service, body)))
+        service, name = _resolved(served, body)
+        return JSONResponse(_Facts(service).whole(name))
 
     @router.post("/api/pull", openapi_extra=takes(NamedModel))
     async def pull(body: Annotated[NamedModel, Depends(body_of(NamedModel))]) -> Response:
         """Front ends ask for a model before they use it: one that is served is there. Others are not fetched."""
-        _resolved(service, body)
+        _resolved(served, body)
         return JSONResponse({"status": "success"})
 
     return router
 
 
-def _resolved(service: TextService, body: NamedModel) -> str:
+def _resolved(served: Served, body: NamedModel) -> tuple[TextService, str]:
     name = body.model or body.name
     if not name:
         raise invalid("Missing required parameter: 'model'.", "model")
-    return service.resolve_model(model_name(name))
+    service = served.of(model_name(name))
+    return service, service.resolve_model(model_name(name))
 
 
 class _Facts:
@@ -71,14 +71,24 @@ class _Facts:
     def __init__(self, service: TextService) -> None:
         self._service = service
 
-    def names(self) -> list[str]:
-        adapters = (info.name for info in self._service.adapters.visible())
-        return [self._service.model_id, *adapters]
+    def running(self) -> list[dict[str, Any]]:
+        """The cards of what is loaded, with when it goes."""
+        residence = self._service.client.residence
+        if residence is not None and residence.where is not Where.LOADED:
+            return []
+        idle = None if residence is None else residence.idle_until_s
+        now = datetime.datetime.now(datetime.UTC)
+        end = now + datetime.timedelta(seconds=idle) if idle is not None else self._created() + _NEVER
+        more = {"expires_at": _when(end), "context_length": self._service.info.max_model_len}
+        cards = [self.card(name) for name in self._service.listed()]
+        return [{**card, **more, "size_vram": card["size"]} for card in cards]
+
+    def _created(self) -> datetime.datetime:
+        return datetime.datetime.fromtimestamp(self._service.created, datetime.UTC)
 
     def card(self, name: str) -> dict[str, Any]:
-        created = datetime.datetime.fromtimestamp(self._service.created, datetime.UTC)
         return {
-            "name": name, "model": name, "modified_at": _when(created), "size": self._bytes(),
+            "name": name, "model": name, "modified_at": _when(self._created()), "size": self._bytes(),
             "digest": hashlib.sha256(f"{self._service.info.model_id}:{name}".encode()).hexdigest(),
             "details": self._details(name),
         }  # fmt: skip

@@ -1,7 +1,6 @@
 """/api/chat, /api/generate, /api/embed, /api/embeddings, /api/show. https://docs.ollama.com/api
 
-What loads and places a model (`keep_alive`, `num_ctx`, `num_gpu`, ...) is the server's affair here: it is taken and changes
-nothing.
+What loads and places a model (`num_ctx`, `num_gpu`, ...) is the server's affair here: it is taken and changes nothing.
 """
 
 from __future__ import annotations
@@ -69,7 +68,10 @@ class GenerationFields(ApiBody):
     options: Options | None = None
     stream: bool | None = Field(default=None, description="Left out: true.")
     think: bool | Literal["low", "medium", "high", "max"] | None = None
-    keep_alive: KeepAlive | None = Field(default=None, description="Accepted and ignored: the model stays.")
+    keep_alive: KeepAlive | None = Field(
+        default=None,
+        description="How long the model stays behind its last request, where several share the server; the only one stays.",
+    )
     truncate: bool | None = Field(default=None, description="Cut a conversation that is too long at its beginning.")
     shift: bool | None = Field(default=None, description="Accepted and ignored: a completion ends with the context.")
     logprobs: bool | None = None

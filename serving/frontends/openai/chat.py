@@ -16,11 +16,11 @@ from serving.frontends.openai import outcome as oc
 from serving.frontends.openai.chat_requests import deltas, options_of, prepare_body
 from serving.frontends.openai.errors import DONE, RESPONSES, error_event
 from serving.frontends.openai.protocol.chat import ChatReply, ChatRequest
-from serving.service import PreparedRequest, TextOutput, TextService, Usage, gather
+from serving.service import PreparedRequest, Served, TextOutput, TextService, Usage, gather
 
 
-def chat_router(service: TextService) -> APIRouter:
-    """The chat endpoint over `service`."""
+def chat_router(served: Served) -> APIRouter:
+    """The chat endpoint over `served`."""
     router = APIRouter(tags=["chat"], responses=RESPONSES)
 
     @router.post(
@@ -32,9 +32,12 @@ def chat_router(service: TextService) -> APIRouter:
     async def create(body: Annotated[ChatRequest, Depends(body_of(ChatRequest))], request: Request) -> Response:
         """Completes a chat. `stream: true` answers with server-sent events, ending with `[DONE]`."""
         body.check_stream_options()
+        service = served.of(body.model)
         prepared = await prepare_body(service, body, request.state.request_id)
         if body.stream:
-            return await open_stream(request, _stream(service, body, prepared), error_event)
+            return await open_stream(
+                request, _stream(service, body, prepared), error_event, waits_for=service.waits_for
+            )
         reply = await unless_gone(request, _whole(service, body, prepared))
         return JSONResponse(reply)
 

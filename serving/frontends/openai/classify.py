@@ -16,12 +16,12 @@ from serving.frontends.http.bodies import body_of, takes
 from serving.frontends.http.sse import unless_gone
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.openai.protocol.classify import ClassifyReply, ClassifyRequest
-from serving.service import TextService
+from serving.service import Served, TextService
 from serving.service.vectors import together
 
 
-def classify_router(service: TextService) -> APIRouter:
-    """The classification endpoint over `service`."""
+def classify_router(served: Served) -> APIRouter:
+    """The classification endpoint over `served`."""
     router = APIRouter(tags=["classification"], responses=RESPONSES)
 
     @router.post("/classify", response_model=ClassifyReply, openapi_extra=takes(ClassifyRequest))
@@ -31,6 +31,7 @@ def classify_router(service: TextService) -> APIRouter:
         """Classifies one or more inputs, in order."""
         with named(body.names()):
             inputs = body.inputs()
+            service = served.of(body.model)
             service.limits.check_count("inputs", len(inputs), service.limits.max_batch, "input")
             given = [body.given(one, request.state.request_id) for one in inputs]
             work = together([service.classify(one, raw=body.raw) for one in given])

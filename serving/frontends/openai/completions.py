@@ -17,12 +17,12 @@ from serving.frontends.http.sse import dumps, open_stream, quote, unless_gone
 from serving.frontends.openai import outcome as oc
 from serving.frontends.openai.errors import DONE, RESPONSES, error_event
 from serving.frontends.openai.protocol.completions import CompletionReply, CompletionRequest
-from serving.service import Choice, Outcome, PreparedRequest, TextOutput, TextService, TokenLogprob, Usage
+from serving.service import Choice, Outcome, PreparedRequest, Served, TextOutput, TextService, TokenLogprob, Usage
 from serving.service.replies.merging import merge
 
 
-def completions_router(service: TextService) -> APIRouter:
-    """The completions endpoint over `service`."""
+def completions_router(served: Served) -> APIRouter:
+    """The completions endpoint over `served`."""
     router = APIRouter(tags=["completions"], responses=RESPONSES)
 
     @router.post(
@@ -36,6 +36,7 @@ def completions_router(service: TextService) -> APIRouter:
     ) -> Response:
         """Completes one or more prompts. Choices are ordered by prompt, then by completion."""
         body.check_stream_options()
+        service = served.of(body.model)
         with named(body.names()):
             params = service.make_params(body.params())
             prompts = body.prompts()
@@ -46,7 +47,8 @@ def completions_router(service: TextService) -> APIRouter:
             prepared = [await service.prepare(body.to_input(prompt, rid), params) for prompt in prompts]
         echoes = [await _Echo.of(service, one, body) for one in prepared]
         if body.stream:
-            return await open_stream(request, _stream(service, body, prepared, echoes), error_event)
+            events = _stream(service, body, prepared, echoes)
+            return await open_stream(request, events, error_event, waits_for=service.waits_for)
         return JSONResponse(await unless_gone(request, _whole(service, body, prepared, echoes)))
 
     return router

@@ -17,12 +17,12 @@ from serving.frontends.http.sse import unless_gone
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.openai.protocol.embeddings import EmbeddingReply, EmbeddingRequest
 from serving.frontends.openai.protocol.others import CohereEmbedReply, CohereEmbedRequest, PoolingReply
-from serving.service import Embedding, TextService
+from serving.service import Embedding, Served, TextService
 from serving.service.vectors import shortened, together
 
 
-def embeddings_router(service: TextService) -> APIRouter:
-    """The embeddings endpoint over `service`."""
+def embeddings_router(served: Served) -> APIRouter:
+    """The embeddings endpoint over `served`."""
     router = APIRouter(tags=["embeddings"], responses=RESPONSES)
 
     @router.post("/v1/embeddings", response_model=EmbeddingReply, openapi_extra=takes(EmbeddingRequest))
@@ -75,6 +75,7 @@ def embeddings_router(service: TextService) -> APIRouter:
         """The vectors, and what replies end with; errors name the fields of `said`."""
         with named(said.names()):
             inputs = body.inputs()
+            service = served.of(body.model)
             service.limits.check_count("inputs", len(inputs), service.limits.max_batch, "input")
             found = await unless_gone(request, _embed(service, body, inputs, request.state.request_id))
             vectors = [shortened(one.vector, body.dimensions) for one in found]

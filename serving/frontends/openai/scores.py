@@ -16,15 +16,16 @@ from serving.frontends.http.bodies import body_of, takes
 from serving.frontends.http.sse import unless_gone
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.openai.protocol.scores import PairFields, RerankReply, RerankRequest, ScoreReply, ScoreRequest
-from serving.service import ScoreInput, Scores, TextService
+from serving.service import ScoreInput, Scores, Served
 
 
-def scores_router(service: TextService) -> APIRouter:
-    """The scoring endpoints over `service`."""
+def scores_router(served: Served) -> APIRouter:
+    """The scoring endpoints over `served`."""
     router = APIRouter(tags=["scores"], responses=RESPONSES)
 
     async def run(body: PairFields, pairs: list[tuple[str, str]], request: Request) -> tuple[Scores, dict[str, Any]]:
         """The scores, and what both replies begin with."""
+        service = served.of(body.model)
         request_id = body.request_id or request.state.request_id
         given = ScoreInput(pairs, body.keep, body.model, request_id, body.priority or 0)
         try:

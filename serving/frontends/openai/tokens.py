@@ -17,10 +17,10 @@ from serving.frontends.openai.protocol.tokens import (
     TokenizeRequest,
     TokenizerInfo,
 )
-from serving.service import GenerateInput, TextService
+from serving.service import GenerateInput, Served, TextService
 
 
-def tokens_router(service: TextService) -> APIRouter:
+def tokens_router(served: Served) -> APIRouter:
     """Routes between text and token ids."""
     router = APIRouter(tags=["tokens"], responses={k: RESPONSES[k] for k in (400, 404, 413, 500)})
 
@@ -29,14 +29,15 @@ def tokens_router(service: TextService) -> APIRouter:
         """The ids that a generation from the same prompt or messages would run."""
         if (body.prompt is None) == (body.messages is None):
             raise invalid("Give either prompt or messages.", "prompt")
-        ids = await _ids(body)
+        service = served.of(body.model)
+        ids = await _ids(service, body)
         reply = {"count": len(ids), "max_model_len": service.info.max_model_len, "tokens": ids, "token_strs": None}
         if body.return_token_strs:
             tokenizer = service.voice(body.model).tokenizer
             reply["token_strs"] = [tokenizer.id_to_token(i) or "" for i in ids]
         return JSONResponse(reply)
 
-    async def _ids(body: TokenizeRequest) -> list[int]:
+    async def _ids(service: TextService, body: TokenizeRequest) -> list[int]:
         tokenizer = service.voice(body.model).tokenizer
         if body.prompt == "" and (body.add_special_tokens is False or not tokenizer.encode("")):
             return []
@@ -58,6 +59,7 @@ def tokens_router(service: TextService) -> APIRouter:
 
     @router.post("/detokenize", response_model=DetokenizeReply, openapi_extra=takes(DetokenizeRequest))
     async def detokenize(body: Annotated[DetokenizeRequest, Depends(body_of(DetokenizeRequest))]) -> Response:
+        service = served.of(body.model)
         if not body.tokens:
             service.resolve_model(body.model)
             return JSONResponse({"prompt": ""})
@@ -65,8 +67,9 @@ def tokens_router(service: TextService) -> APIRouter:
             return JSONResponse({"prompt": await service.detokenize(body.tokens, model=body.model)})
 
     @router.get("/tokenizer_info", response_model=TokenizerInfo)
-    async def tokenizer_info() -> Response:
+    async def tokenizer_info(model: str | None = None) -> Response:
         """What evaluation harnesses ask before they send token ids."""
+        service = served.of(model)
         tokenizer, template = service.tokenizer, service.chat_template
 
         def text(token: int | None) -> str | None:

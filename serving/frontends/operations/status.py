@@ -13,7 +13,7 @@ from serving.frontends.http.models import ApiReply
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.operations.documentation import DOCS_POLICY, documentation
 from serving.metrics import Metrics
-from serving.service import TextService
+from serving.service import Served
 
 
 class StatusReply(ApiReply):
@@ -28,7 +28,7 @@ class LoadReply(ApiReply):
     server_load: int
 
 
-def status_router(service: TextService, metrics: Metrics, access: Access) -> APIRouter:
+def status_router(served: Served, metrics: Metrics, access: Access) -> APIRouter:
     """Routes that tell about the server itself. Where there are keys, `/metrics` and `/load` need one that may see figures."""
     figures: dict[str, Any] = {"dependencies": [Depends(figures_check(access))]}
     router = APIRouter(tags=["server"])
@@ -37,15 +37,15 @@ def status_router(service: TextService, metrics: Metrics, access: Access) -> API
     @router.get("/health", response_model=StatusReply, responses=unavailable)
     async def health() -> Response:
         """Live: the engine can still serve what runs. 503 once it died, so that an orchestrator restarts us."""
-        if service.client.healthy:
+        if served.first.client.healthy:
             return JSONResponse({"status": "ok"})
-        service.check_ready()
+        served.check_ready()
         return JSONResponse({"status": "ok"})
 
     @router.get("/ready", response_model=StatusReply, responses=unavailable)
     async def ready() -> Response:
         """Takes new requests: weights loaded, programs compiled, not draining."""
-        service.check_ready()
+        served.check_ready()
         return JSONResponse({"status": "ready"})
 
     @router.post("/ping", include_in_schema=False)
@@ -57,7 +57,7 @@ def status_router(service: TextService, metrics: Metrics, access: Access) -> API
     @router.get("/load", response_model=LoadReply, responses={403: RESPONSES[403]}, **figures)
     async def load() -> Response:
         """How many requests are being served."""
-        return JSONResponse({"server_load": service.num_live})
+        return JSONResponse({"server_load": served.num_live})
 
     @router.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
@@ -66,7 +66,7 @@ def status_router(service: TextService, metrics: Metrics, access: Access) -> API
 
     @router.get("/version", response_model=VersionReply)
     async def version() -> Response:
-        return JSONResponse({"version": service.info.version})
+        return JSONResponse({"version": served.first.info.version})
 
     @router.get(
         "/metrics",

@@ -20,6 +20,7 @@ class ModelCard(ApiReply):
     default_sampling_params: dict[str, Any] | None = Field(
         default=None, description="What is in force where a request names nothing, beside the API's own defaults."
     )
+    # status: where the model is, where several share the server; absent where there is one
 
 
 class ModelList(ApiReply):

@@ -26,15 +26,15 @@ from serving.frontends.openai.responses.state import (
     not_found,
     tenant_of_task,
 )
-from serving.service import PreparedRequest, TextService
+from serving.service import PreparedRequest, Served, TextService
 from serving.storage import Entry, Store
 
 Body = Annotated[ResponsesRequest, Depends(body_of(ResponsesRequest))]
 STREAM = {200: {"content": {"text/event-stream": {}}, "description": "A response, or a stream of events."}}
 
 
-def responses_router(service: TextService, store: Store | None, background: Background) -> APIRouter:
-    """The responses endpoints over `service`."""
+def responses_router(served: Served, store: Store | None, background: Background) -> APIRouter:
+    """The responses endpoints over `served`."""
     router = APIRouter(tags=["responses"], responses=RESPONSES)
     state = ResponseState(store)
 
@@ -44,6 +44,7 @@ def responses_router(service: TextService, store: Store | None, background: Back
     async def create(body: Body, request: Request) -> Response:
         """Runs a response. `stream: true` answers with typed server-sent events, ending with response.completed."""
         stored = state.keeps(body)
+        service = served.of(body.model)
         prepared = await _prepare(service, state, body, request)
         writer = ResponseWriter(body, prepared, stored)
         save = functools.partial(state.save, body) if stored else None
@@ -55,7 +56,7 @@ def responses_router(service: TextService, store: Store | None, background: Back
             return JSONResponse(writer.response)
         events = _run(service, prepared, writer, save)
         if body.stream:
-            return await open_stream(request, events, writer.failed)
+            return await open_stream(request, events, writer.failed, waits_for=service.waits_for)
         await unless_gone(request, _drain(events))
         return JSONResponse(writer.response)
 
@@ -66,6 +67,7 @@ def responses_router(service: TextService, store: Store | None, background: Back
         await state.follow(body)
         with named(body.names()):
             chat = body.to_chat()
+            service = served.of(body.model)
             service.make_params(chat.params())  # what would be refused there is refused here
             _, ids = await service.tokenize(chat.to_input(request.state.request_id))
         return JSONResponse({"object": "response.input_tokens", "input_tokens": len(ids)})
