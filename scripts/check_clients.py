@@ -5,6 +5,9 @@ lm-eval, anthropic, langchain-anthropic, ollama; curl, and the bytes of the JDK'
 request; and the npm clients (with `--node-modules DIR`, where `npm install openai @anthropic-ai/sdk ollama` was run). Needs no
 network. Exit status 1 when one failed.
 
+An agent's loop with a tool goes over each dialect (scripts/client_loops.py). `--serve` starts a server on the default model for
+it all, with a store, and ends it; without, the server needs `--store-dir`.
+
 `--venvs DIR` checks them all: it makes a virtual environment a group in DIR (needs a package index), and starts itself in each.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -22,9 +26,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
+
+from client_loops import LOOPS
 
 ASK = "Say hello in one short sentence."
 TOO_LONG = "word " * 60_000
@@ -422,13 +429,48 @@ def main() -> int:
     parser.add_argument(
         "--venvs", type=pathlib.Path, metavar="DIR", help="make virtual environments here, and check in each"
     )
+    parser.add_argument(
+        "--groups", nargs="+", choices=VENVS, default=list(VENVS), help="of the environments, these alone"
+    )
+    parser.add_argument("--serve", action="store_true", help="start a server for the checks")
     args = parser.parse_args()
-    if args.venvs is not None:
-        return check_in_venvs(args.venvs, args.url, args.node_modules)
+    with own_server() if args.serve else contextlib.nullcontext(args.url) as args.url:
+        if args.venvs is not None:
+            return check_in_venvs(args.venvs, args.groups, args.url, args.node_modules)
+        return check_here(args)
+
+
+@contextlib.contextmanager
+def own_server() -> Iterator[str]:
+    """The API of a server on the default model, which ends with the context."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "serving.launch", "--grpc-port", "0", "--port", "0", "--no-progress"]
+        command += ["--store-dir", folder, "--max-num-seqs", "8"]
+        path = str(pathlib.Path(__file__).resolve().parents[1])
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=path) as process:
+            assert process.stderr is not None
+            try:
+                lines = [process.stderr.readline()]
+                while lines[-1] and "clients of OpenAI's API use" not in lines[-1]:
+                    lines.append(process.stderr.readline())
+                if not lines[-1]:
+                    raise SystemExit("".join(lines))
+                threading.Thread(target=process.stderr.read, daemon=True).start()
+                yield lines[-1].split()[-1]
+            finally:
+                process.terminate()
+
+
+def check_here(args: argparse.Namespace) -> int:
+    """The checks of what this interpreter has. Returns 1 when one failed."""
     todo: dict[str, Callable[[], None] | None] = {
         name: (lambda check=check: check(args.url)) if importlib.util.find_spec(name) else None
         for name, check in CHECKS.items()
     }
+    for name, loops in LOOPS.items():
+        for loop in loops:
+            run_loop = lambda loop=loop: loop(args.url)  # noqa: E731
+            todo[loop.__name__.replace("loop_", "agent over ")] = run_loop if importlib.util.find_spec(name) else None
     todo["HTTP/2 offers"] = lambda: check_upgrade(args.url)
     for package in NPM:
         found = args.node_modules and shutil.which("node") and (pathlib.Path(args.node_modules) / package).is_dir()
@@ -437,15 +479,15 @@ def main() -> int:
     failed = False
     for name, run in todo.items():
         if run is None:
-            print(f"{name:<18} skipped: not installed")
+            print(f"{name:<21} skipped: not installed")
             continue
         try:
             run()
         except Exception as error:
             failed = True
-            print(f"{name:<18} FAILED: {type(error).__name__}: {error}")
+            print(f"{name:<21} FAILED: {type(error).__name__}: {error}")
         else:
-            print(f"{name:<18} ok {_version(name, args.node_modules)}", flush=True)
+            print(f"{name:<21} ok {_version(name, args.node_modules)}", flush=True)
     return int(failed)
 
 
@@ -453,22 +495,25 @@ def _version(name: str, node_modules: str | None) -> str:
     if name.startswith("npm "):
         package = pathlib.Path(node_modules or "") / name.removeprefix("npm ") / "package.json"
         return json.loads(package.read_text())["version"]
+    if name.startswith("agent over "):
+        return ""
     if name == "HTTP/2 offers":
         return "(JDK's bytes" + (", curl)" if shutil.which("curl") else ")")
     return importlib.metadata.version(DISTRIBUTIONS.get(name, name))
 
 
-def check_in_venvs(folder: pathlib.Path, url: str, node_modules: str | None) -> int:
+def check_in_venvs(folder: pathlib.Path, groups: list[str], url: str, node_modules: str | None) -> int:
     """Makes what is not there yet, and runs the checks in each. Returns 1 when one failed."""
     failed = False
-    for name, packages in VENVS.items():
+    for name in groups:
+        packages = VENVS[name]
         python = folder / name / "bin" / "python"
         if not python.exists():
             subprocess.run([sys.executable, "-m", "venv", str(folder / name)], check=True)
             subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
         print(f"-- {name}", flush=True)
         command = [str(python), __file__, "--url", url]
-        if node_modules is not None and name == next(iter(VENVS)):  # once is enough
+        if node_modules is not None and name == groups[0]:  # once is enough
             command += ["--node-modules", node_modules]
         failed |= bool(subprocess.run(command, check=False).returncode)
     return int(failed)

@@ -12,6 +12,7 @@ from typing import Any
 
 from models.label_head import LabelHead
 from models.loading.load import LoadedModel
+from models.parameters import parameters_of
 from ops.paged_attention import KVGroups
 from serving.boot.check import Checked, facts_of
 from serving.engine.api import phases
@@ -99,18 +100,37 @@ def compile_decoder(
     say(f"compiled {len(runner.buckets.buckets)} step shapes in {time.monotonic() - began:.1f} s")
     phases.record("compile", time.monotonic() - began)
     scheduler = _scheduler_config(checked, sizes, executor, runner, replicas)
-    info = EngineInfo(
+    return CompiledDecoder(runner, scheduler, _decoder_info(checked, sizes, executor.num_parameters))
+
+
+def _decoder_info(checked: Checked, sizes: Sizes, num_parameters: int) -> EngineInfo:
+    replicas = num_replicas(checked.mesh)
+    return EngineInfo(
         **facts_of(checked),
         max_model_len=sizes.max_model_len,
         max_num_seqs=sizes.max_num_seqs * replicas,
         max_num_batched_tokens=sizes.max_num_batched_tokens * replicas,
         page_size=sizes.page_size,
         num_pages=sizes.num_pages * replicas,
-        num_parameters=executor.num_parameters,
-        role=role,
-        **loaded.embedding.facts(),
+        num_parameters=num_parameters,
+        role=TransferConfig.of(checked.config.role, checked.config.kv_transfer_config).role,
+        **checked.opened.embedding.facts(),
     )
-    return CompiledDecoder(runner, scheduler, info)
+
+
+def info_before(checked: Checked) -> EngineInfo:
+    """What clients are told of a model whose weights are not loaded: the same as afterwards, where its `kv_cache_memory` is given.
+
+    Raises:
+        ValueError: the pages do not fit into that.
+    """
+    num_parameters = sum(weight.get_value().size for _, weight in parameters_of(checked.built.model))
+    if checked.bounds is None:
+        labels = LabelHead.of(checked.built.config) if "classify" in checked.opened.family.tasks else None
+        return _encoder_info(checked, labels, num_parameters)
+    config = checked.config
+    memory = config.kv_cache_memory or default_kv_memory(checked.mesh.size, config.gpu_memory_utilization)
+    return _decoder_info(checked, checked.bounds.within(memory), num_parameters)
 
 
 def _cache(checked: Checked, loaded: LoadedModel, sizes: Sizes) -> ProgramCache:
@@ -183,17 +203,23 @@ def compile_encoder(checked: Checked, loaded: LoadedModel, say: Progress) -> Com
         runner.compile(on_done)
     say(f"compiled {len(buckets.buckets)} batch shapes in {time.monotonic() - began:.1f} s")
     phases.record("compile", time.monotonic() - began)
-    info = EngineInfo(
+    return CompiledEncoder(runner, _encoder_info(checked, labels, runner.num_parameters), labels)
+
+
+def _encoder_info(checked: Checked, labels: LabelHead | None, num_parameters: int) -> EngineInfo:
+    assert checked.encoder is not None
+    return EngineInfo(
         **facts_of(checked),
-        **vars(sizes),
+        **vars(checked.encoder),
         page_size=0,
         num_pages=0,
-        num_parameters=runner.num_parameters,
-        tasks=tuple(task for task in tasks if task != "score" or (labels is not None and labels.scores)),
+        num_parameters=num_parameters,
+        tasks=tuple(
+            task for task in checked.opened.family.tasks if task != "score" or (labels is not None and labels.scores)
+        ),
         labels=() if labels is None else labels.labels,
-        **loaded.embedding.facts(),
+        **checked.opened.embedding.facts(),
     )
-    return CompiledEncoder(runner, info, labels)
 
 
 def _pages_in_words(checked: Checked, loaded: LoadedModel, sizes: Sizes, replicas: int) -> str:

@@ -13,23 +13,31 @@ from serving.engine.api.settings import SECTIONS, SWITCH, Kind, RefusedError, Se
 SETTINGS = settings_of(EngineConfig)
 
 
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what is served, and how."""
+def add_engine_flags(parser: argparse.ArgumentParser, repeated: Collection[str] = ()) -> None:
+    """The flags that say what is served, and how.
+
+    Args:
+        repeated: settings whose flags may be given several times; their value is a list then.
+    """
     defaults = vars(EngineConfig())
     for section in SECTIONS:
         add_settings(
             parser.add_argument_group(section),
             {name: defaults[name] for name, known in SETTINGS.items() if known.section == section and known.flag},
+            repeated=repeated,
         )
 
 
-def add_settings(group: Any, defaults: Mapping[str, Any], help: Mapping[str, str] | None = None) -> None:
+def add_settings(
+    group: Any, defaults: Mapping[str, Any], help: Mapping[str, str] | None = None, repeated: Collection[str] = ()
+) -> None:
     """Flags for some settings of `EngineConfig`, where `dest` is the setting's name.
 
     Args:
         group: a parser, or a group of one.
         defaults: setting -> what it is when the flag is left out.
         help: setting -> another help than the setting's own.
+        repeated: as for `add_engine_flags`.
     """
     for name, default in defaults.items():
         known = SETTINGS[name]
@@ -41,6 +49,8 @@ def add_settings(group: Any, defaults: Mapping[str, Any], help: Mapping[str, str
             options["choices"] = known.kind.choices
         else:
             options |= {"type": reader(known.kind), "metavar": known.kind.metavar}
+        if name in repeated:
+            options["action"] = "append"
         group.add_argument(known.flag, **options)
 
 

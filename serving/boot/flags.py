@@ -9,10 +9,11 @@ import sys
 from typing import Any, NoReturn
 
 from serving.access.flags import SECRET_FLAGS, access_of, add_access_flags, tls_of
-from serving.boot.engine_flags import SETTINGS, add_engine_flags, engine_config, in_flags, shown
+from serving.boot.engine_flags import SETTINGS, add_engine_flags, engine_config, in_flags, reader, shown
 from serving.boot.lora_modules import check_lora, lora_module
+from serving.boot.model_entries import entries_of, named_model
 from serving.engine.api.config import EngineConfig
-from serving.engine.api.settings import flag_of
+from serving.engine.api.settings import SIZE, flag_of
 from serving.reliability.faults import Fault
 from serving.storage.flags import add_store_flags
 
@@ -95,7 +96,26 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         formatter_class=_Help,
     )
-    add_engine_flags(parser)
+    add_engine_flags(parser, repeated=("model",))
+    models = parser.add_argument_group("several models")
+    models.add_argument(
+        "--models", default=None, metavar="FILE",
+        help="models to serve under their names, each with settings of its own: YAML, JSON or TOML "
+        "(docs/models_together.md). Or give --model several times, as NAME=MODEL (default: one model)",
+    )  # fmt: skip
+    models.add_argument(
+        "--models-memory", type=reader(SIZE), default=None, metavar="SIZE",
+        help="what loaded models may take together, weights and KV caches (default: 60% of the memory that is free on "
+        "CPU, what the devices have elsewhere)",
+    )  # fmt: skip
+    models.add_argument(
+        "--model-wait", type=_seconds, default=120.0, metavar="S",
+        help="how long a request waits for a model that is not loaded before it is refused",
+    )  # fmt: skip
+    models.add_argument(
+        "--model-turn", type=_seconds, default=10.0, metavar="S",
+        help="how long a model stays loaded, once requests run with it, before it gives way to another that is waited for",
+    )  # fmt: skip
     adapters = next(group for group in parser._action_groups if group.title == "adapters")
     adapters.add_argument(
         "--lora-modules", nargs="+", type=lora_module, default=[], metavar="NAME=PATH",
@@ -184,7 +204,7 @@ def describe(args: argparse.Namespace) -> str:
     defaults = vars(build_parser().parse_args([]))
     given = []
     for name, value in sorted(vars(args).items()):
-        if value == defaults.get(name):
+        if name not in defaults or value == defaults[name] or (name == "model" and getattr(args, "entries", ())):
             continue
         flag = flag_name(name)
         if name in SECRET_FLAGS:
@@ -193,6 +213,8 @@ def describe(args: argparse.Namespace) -> str:
             given.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             given.append(f"{flag} {shown(name, value)}")
+    if len(models := getattr(args, "model_given", [])) > 1:
+        given.append(" ".join(f"--model {one}" for one in models))
     return f"given: {', '.join(given)}" if given else "every setting is the default; --help lists them"
 
 
@@ -254,6 +276,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, EngineConf
     """Flags to a configuration; wrong ones end the process with status 2 and a sentence."""
     parser = build_parser()
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    _one_model(args)
     try:
         access = access_of(args)
         tls_of(args)
@@ -261,6 +284,20 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, EngineConf
             Fault.parse(text)
         check_parsers(args)
         check_lora(args, bool(access.keys))
-        return args, engine_config(args)
+        config = engine_config(args)
+        args.entries = entries_of(args, config)
+        if not access.keys and any(entry.tenants is not None for entry in args.entries):
+            raise ValueError("models has tenants, and without API keys nobody is told from others: give some.")
+        return args, config
     except ValueError as error:
         parser.error(in_flags(str(error), vars(args).keys()))
+
+
+def _one_model(args: argparse.Namespace) -> None:
+    """`args.model` is the one model, as everything but `entries_of` knows it; `args.model_given` all that were named."""
+    args.model_given = args.model or []
+    args.model = None
+    if len(args.model_given) == 1:
+        name, args.model = named_model(args.model_given[0])
+        if name is not None and args.models is None and not args.served_model_name:
+            args.served_model_name = [name]

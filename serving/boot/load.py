@@ -9,6 +9,7 @@ from typing import Any
 from models.loading.heads import OpenedHead
 from models.loading.load import LoadedModel, load_model
 from models.loading.source import resolve
+from models.parameters import parameters_of, quantizable
 from ops import native
 from serving.boot.check import Checked
 from serving.engine.api import phases
@@ -55,6 +56,17 @@ def reader(checked: Checked) -> Callable[[str | None], LoadedModel]:
         )
 
     return read
+
+
+def weight_bytes(checked: Checked) -> int:
+    """About what the weights will take of the devices, before they are read: shapes by the width they are kept in."""
+    narrow = set(quantizable(checked.built.model)) if checked.quantization else set()
+    width = {"int8": 1.05, "int4": 0.6}.get(checked.quantization or "", 0.0)
+    total = 0.0
+    for path, weight in parameters_of(checked.built.model):
+        value = weight.get_value()
+        total += value.size * (width if path in narrow else value.dtype.itemsize)
+    return int(total)
 
 
 def load_draft(checked: Checked, model: Any, say: Callable[[str], None]) -> Any:

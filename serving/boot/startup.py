@@ -15,6 +15,7 @@ from serving.engine.api.config import EngineConfig
 
 if TYPE_CHECKING:
     from models.loading.source import ModelSource
+    from serving.boot.check import Checked
     from serving.boot.start import AnyEngine
     from serving.metrics.tracing import Tracing
     from serving.processes.leader import Leader
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Progress = Callable[[str], None]
 
-__all__ = ["Started", "TextSide", "load_text_side", "start"]
+__all__ = ["Described", "Started", "TextSide", "describe", "load_text_side", "start"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Started:
     default_params: dict[str, Any]
     grammars: GrammarCompiler | None = None
     leader: Leader | None = None
+
+    def watch(self, watch: Callable[[AnyEngine], None]) -> None:
+        """Has the engine watched."""
+        watch(self.engine)
 
     def shutdown(self) -> None:
         """Ends what still runs, and the engine's other processes."""
@@ -84,19 +89,64 @@ class Started:
         )
 
 
-def start(
-    config: EngineConfig, *, say: Progress = lambda line: None, on_loss: Callable[[str], None] | None = None
-) -> Started:
-    """Starts an engine and loads the text side beside it. Blocks until both are ready.
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A model of which all is known that headers, tokenizer and settings say, and found good; no weight is read.
 
-    Args:
-        say: told each step as one line.
-        on_loss: told when another process of the engine is lost, which may be at any time and on any thread.
-    Raises:
-        ValueError: what cannot be served, in a sentence; all that flags, headers, tokenizer and template can say against it
-            is said before a weight is read.
+    Attributes:
+        leader: of the engine's other processes, which have been met.
     """
-    began = time.monotonic()
+
+    checked: Checked
+    text: TextSide
+    leader: Leader | None = None
+
+    def default_params(self, say: Progress) -> dict[str, Any]:
+        """What applies to requests that name no sampling parameters."""
+        opened, config = self.checked.opened, self.checked.config
+        if "generate" not in opened.family.tasks:
+            return {}
+        defaults = SamplingDefaults()
+        if config.generation_config == "auto":
+            called = (opened.model_id, opened.hf_config.get("model_type") or "", opened.source.path.stem)
+            defaults = sampling_defaults(opened.generation_config, called, self.text.chat_template is not None)
+        say(f"sampling, where a request names nothing: {defaults}")
+        return dict(defaults.values)
+
+    def grammars(self) -> GrammarCompiler | None:
+        """What compiles grammars for it; None where it writes no text."""
+        if "generate" not in self.checked.opened.family.tasks or not self.text.tokenizer.reads_text:
+            return None
+        from serving.text.grammar import GrammarCompiler
+
+        grammars = GrammarCompiler(self.text.tokenizer, self.checked.built.config.vocab_size)
+        InThread(grammars.warm)  # so that the first constrained request does not wait for it
+        return grammars
+
+    def begin(self, say: Progress) -> AnyEngine:
+        """Loads the model and starts its engine. Once: the next engine of the same model is described anew.
+
+        Raises:
+            ValueError: as `start`.
+        """
+        from serving.boot.start import start_checked
+
+        try:
+            return start_checked(self.checked, say, self.leader)
+        except BaseException as error:
+            if self.leader is not None:
+                self.leader.stop(f"process 0 could not start: {error}")
+            raise
+
+
+def describe(
+    config: EngineConfig, *, say: Progress = lambda line: None, on_loss: Callable[[str], None] | None = None
+) -> Described:
+    """Checks all that can be checked before a weight is read; the arguments are those of `start`.
+
+    Raises:
+        ValueError: what cannot be served, in a sentence.
+    """
     from models.loading.source import resolve
     from serving.boot.platform import prepare_platform, programs_folder
 
@@ -112,38 +162,39 @@ def start(
     try:
         from serving.boot.check import check
         from serving.boot.draft import check_vocabulary
-        from serving.boot.start import start_checked
 
         checked = check(config, source, programs)
         side: TextSide = text.result()
         check_vocabulary(checked.draft, checked.opened, checked.built.config.vocab_size, side.tokenizer)
         if not side.tokenizer.reads_text:
             say(f"{checked.opened.model_id} has no tokenizer: it serves token ids. Another's is taken with --tokenizer")
-        phases.record("check", time.monotonic() - began)
-        engine = start_checked(checked, say, leader)
     except BaseException as error:
         if leader is not None:
             leader.stop(f"process 0 could not start: {error}")
         raise
-    info = engine.client.info()
-    defaults = SamplingDefaults()
-    if "generate" in info.tasks:
-        if config.generation_config == "auto":
-            opened = checked.opened
-            called = (opened.model_id, opened.hf_config.get("model_type") or "", source.path.stem)
-            defaults = sampling_defaults(engine.generation_config, called, side.chat_template is not None)
-        say(f"sampling, where a request names nothing: {defaults}")
+    return Described(checked, side, leader)
+
+
+def start(
+    config: EngineConfig, *, say: Progress = lambda line: None, on_loss: Callable[[str], None] | None = None
+) -> Started:
+    """Starts an engine and loads the text side beside it. Blocks until both are ready.
+
+    Args:
+        say: told each step as one line.
+        on_loss: told when another process of the engine is lost, which may be at any time and on any thread.
+    Raises:
+        ValueError: what cannot be served, in a sentence; all that flags, headers, tokenizer and template can say against it
+            is said before a weight is read.
+    """
+    began = time.monotonic()
+    described = describe(config, say=say, on_loss=on_loss)
+    phases.record("check", time.monotonic() - began)
+    engine = described.begin(say)
+    defaults = described.default_params(say)
     memory.give_back()
     phases.record("total", time.monotonic() - began)
-    if "generate" not in info.tasks:
-        return Started(engine, side, {})
-    grammars = None
-    if side.tokenizer.reads_text:
-        from serving.text.grammar import GrammarCompiler
-
-        grammars = GrammarCompiler(side.tokenizer, info.vocab_size)
-        InThread(grammars.warm)  # so that the first constrained request does not wait for it
-    return Started(engine, side, dict(defaults.values), grammars, leader)
+    return Started(engine, described.text, defaults, described.grammars(), described.leader)
 
 
 def _timed(phase: str, function: Callable[[], T]) -> T:

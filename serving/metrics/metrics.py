@@ -73,8 +73,8 @@ class Metrics(Collector):
 
     @classmethod
     def of(cls, client: EngineClient, *others: EngineClient) -> Metrics:
-        """The metrics of `client` if it is a MeteredClient; else new ones, which see its stats alone. Those of others (further models
-        of the server) are shown beside them: each sample says whose it is."""
+        """The metrics of `client` if it is a MeteredClient; else new ones, which see its stats alone. Those of others (further
+        models of the server) are shown beside them: each sample says whose it is."""
         found = getattr(client, "metrics", None)
         mine = found if isinstance(found, Metrics) else cls(client)
         mine._beside = [cls.of(other) for other in others]

@@ -17,6 +17,7 @@ from serving.reliability.watchdog import StalledError, Watchdog
 
 if TYPE_CHECKING:
     from serving.boot.start import AnyEngine
+    from serving.fleet.start import FleetEngine
 
 EXIT_STALLED = 75
 """Nothing moved any more, and the process had to be ended from its watchdog's thread."""
@@ -60,7 +61,7 @@ class Guard:
             loop,
         ).start()
 
-    def report(self, engine: AnyEngine, error: BaseException) -> None:
+    def report(self, engine: AnyEngine | FleetEngine, error: BaseException) -> None:
         """Writes the crash report, once."""
         if self._reported:
             return

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from serving import memory
 from serving.access.flags import access_of, http_options, limit_changes, tls_of, warnings_for
 from serving.boot.engine_flags import in_flags
 from serving.boot.lora_modules import lora_folder, resolvers_of
+from serving.boot.model_entries import read_models_file
 from serving.engine.api.config import EngineConfig
 from serving.errors import RequestError
 from serving.metrics.tracing import Tracing
@@ -30,8 +33,9 @@ from serving.storage.flags import store_of
 if TYPE_CHECKING:
     from serving.boot.start import AnyEngine
     from serving.boot.startup import Started
+    from serving.fleet.start import FleetEngine, StartedFleet
     from serving.frontends.grpc.server import GrpcServer
-    from serving.service import TextService
+    from serving.service import Served, TextService
 
 log = logging.getLogger("serving")
 
@@ -41,6 +45,12 @@ LAST_WORDS_S = 0.5
 """What clients' connections get to carry their errors out, when the engine has died."""
 
 WATCH_S = 0.25  # how often to look whether the engine lives
+
+
+def _place(service: TextService) -> str:
+    """Where a model is that shares the server, behind its name."""
+    residence = service.client.residence
+    return "" if residence is None else f": {residence.where.value}"
 
 
 class Server:
@@ -63,7 +73,7 @@ class Server:
         self._guard = Guard(args, self._say)
         self._lost = asyncio.Event()
         self._loss = ""
-        self._engine: AnyEngine | None = None
+        self._engine: AnyEngine | FleetEngine | None = None
 
     async def run(self) -> int:
         """Returns the exit status: 0 after a stop that was asked for, 1 when start or engine failed."""
@@ -76,7 +86,7 @@ class Server:
             self._store = None if self._args.no_http else store_of(self._args)
             self._http_socket = take_http(self._args, self._say)
             # Begins with imports and headers: a taken gRPC port is told before any weight is read all the same.
-            starting = start_in_thread(self._config, self._say, self._on_loss)
+            starting = start_in_thread(self._starter(), self._say, self._on_loss)
             grpc_server = await listen_grpc(self._args, self._access, self._tls)
         except OSError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -96,12 +106,12 @@ class Server:
             self._say("stopped before it was ready")
             return 128 + self._signal
         try:
-            started: Started = starting.result()
+            started: Started | StartedFleet = starting.result()
         except (ValueError, OSError) as error:
             print(f"error: {in_flags(str(error), vars(self._args).keys())}", file=sys.stderr)
             return EXIT_FAILED
         await preloading
-        self._guard.watch(started.engine)
+        started.watch(self._guard.watch)
         service = started.service(
             served_names=self._args.served_model_name,
             tracing=self._tracing,
@@ -115,13 +125,26 @@ class Server:
 
     # -- start -------------------------------------------------------------------------------------------------------
 
-    async def _load_adapters(self, service: TextService) -> bool:
+    def _starter(self) -> Callable[..., Any]:
+        """What starts the engine, or several of them."""
+        args, config = self._args, self._config
+        if not args.entries:
+            from serving.boot import startup
+
+            return functools.partial(startup.start, config)
+        from serving.fleet.start import FleetOptions, start_fleet
+
+        file = None if args.models is None else read_models_file(args.models)
+        options = FleetOptions(args.models_memory or (file and file.memory), args.model_wait, args.model_turn)
+        return lambda *, say, on_loss: start_fleet(args.entries, options, say=say)
+
+    async def _load_adapters(self, service: Served) -> bool:
         """Loads what `--lora-modules` names; one that cannot be served ends the start."""
         for given in self._args.lora_modules:
             try:
-                check_name(given.lora_name, service)
+                check_name(given.lora_name, service.first)
                 info = await asyncio.to_thread(
-                    service.adapters.load, given.lora_name, given.lora_path, tenants=given.tenants
+                    service.first.adapters.load, given.lora_name, given.lora_path, tenants=given.tenants
                 )
             except (ValueError, OSError, RequestError) as error:
                 print(f"error: --lora-modules: {error}", file=sys.stderr)
@@ -129,18 +152,18 @@ class Server:
             self._say(f"adapter {info.name}: {info.num_matrices} matrices of rank {info.rank} at most")
         return True
 
-    async def _serve(self, grpc_server: GrpcServer, service: TextService) -> bool:
+    async def _serve(self, grpc_server: GrpcServer, service: Served) -> bool:
         if not await self._load_adapters(service):
             return False
-        service.adapters.resolvers = self._resolvers
-        service.kv_address = kv_address(self._config, self._args.host, grpc_server.port)
+        service.first.adapters.resolvers = self._resolvers
+        service.first.kv_address = kv_address(self._config, self._args.host, grpc_server.port)
         await service.rehearse()
         if not await self._serve_http(service):
             return False
         memory.end_start()
         await grpc_server.serve(service)
-        names = ", ".join(repr(name) for name in service.model_names)
-        self._say(f"serving {service.model_id} (names: {names})")
+        for one in service.services:
+            self._say(f"serving {one.model_id} (names: {', '.join(map(repr, one.model_names))}){_place(one)}")
         where = f"gRPC {self._args.host}:{grpc_server.port}"
         if self._http is None:
             self._say(f"ready at {where}")
@@ -150,7 +173,7 @@ class Server:
         notify("READY=1")
         return True
 
-    async def _serve_http(self, service: TextService) -> bool:
+    async def _serve_http(self, service: Served) -> bool:
         """Starts the HTTP front end on the port that was taken at the beginning."""
         if self._http_socket is None:
             return True
@@ -174,7 +197,7 @@ class Server:
 
     # -- stop --------------------------------------------------------------------------------------------------------
 
-    async def _until_stopped(self, started: Started, grpc_server: GrpcServer, service: TextService) -> int:
+    async def _until_stopped(self, started: Started | StartedFleet, grpc_server: GrpcServer, service: Served) -> int:
         """Serves; then drains and stops."""
         engine = self._engine = started.engine
         if self._lost.is_set():
@@ -197,7 +220,7 @@ class Server:
         self._say("stopped")
         return 128 + self._signal if self._stop_now.is_set() else 0
 
-    async def _give_up(self, failure: BaseException, started: Started, grpc_server: GrpcServer) -> int:
+    async def _give_up(self, failure: BaseException, started: Started | StartedFleet, grpc_server: GrpcServer) -> int:
         """Ends a server whose engine is dead: whoever waits for it has been told so, and gets a moment to hear it."""
         if not self._loss:
             log.error("the engine died", exc_info=failure)
@@ -211,7 +234,7 @@ class Server:
             await asyncio.to_thread(started.leader.stop, "the engine of process 0 died.")
         return EXIT_FAILED
 
-    async def _drain(self, grpc_server: GrpcServer, service: TextService) -> None:
+    async def _drain(self, grpc_server: GrpcServer, service: Served) -> None:
         timeout = self._args.drain_timeout
         self._say(
             f"{signal.Signals(self._signal).name}: refusing new requests, waiting up to {timeout:g} s for "

@@ -8,16 +8,15 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from serving.engine.api.config import EngineConfig
-
 
 def start_in_thread(
-    config: EngineConfig, say: Callable[[str], None], on_loss: Callable[[str], None]
+    start: Callable[..., Any], say: Callable[[str], None], on_loss: Callable[[str], None]
 ) -> asyncio.Future[Any]:
-    """Starts the engine; the future becomes a `Started`. A daemon thread: a signal during start-up ends the process at once.
+    """Starts the engine; the future becomes what `start` gives. A daemon thread: a signal during start-up ends the process at once.
 
     Args:
-        say, on_loss: as for `serving.boot.startup.start`; called on this event loop.
+        start: `serving.boot.startup.start` of a configuration, or what does the same for several models.
+        say, on_loss: its arguments; called on this event loop.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
@@ -33,10 +32,7 @@ def start_in_thread(
     def work() -> None:
         result, error = None, None
         try:
-            from serving.boot.startup import start
-
             result = start(
-                config,
                 say=lambda line: loop.call_soon_threadsafe(say, line) and None,
                 on_loss=lambda reason: loop.call_soon_threadsafe(on_loss, reason) and None,
             )

@@ -204,10 +204,15 @@ def _check_links(folder: Path, within: Path | None) -> None:
 def may_use(info: AdapterInfo, caller: Caller | None, tenant: str | None = None) -> bool:
     """Whether an adapter is for a caller: for all where nothing is said; else for the keys that are named, for admins, and for
     gateways, which are asked by keys of their own."""
-    if info.tenants is None:
+    return for_caller(info.tenants, caller, tenant)
+
+
+def for_caller(tenants: Sequence[str] | None, caller: Caller | None, tenant: str | None = None) -> bool:
+    """`may_use` of anything that is for the keys named in `tenants`; None: for all."""
+    if tenants is None:
         return True
     if caller is None:
         return False
-    if caller.name in info.tenants or caller.role is Role.ADMIN:
+    if caller.name in tenants or caller.role is Role.ADMIN:
         return True
-    return caller.role is Role.PROXY and (tenant is None or tenant in info.tenants)
+    return caller.role is Role.PROXY and (tenant is None or tenant in tenants)

@@ -66,10 +66,16 @@ class ServerControl:
 
     async def sleep(self, level: int = 1) -> State:
         """Gives the devices' memory back; level 2 the weights' host copy too."""
+        if (residence := self._service.client.residence) is not None:
+            await residence.sleep()
+            return self.state()
         return await self._do("sleep", level)
 
     async def wake(self) -> State:
         """Takes the memory again and goes on."""
+        if (residence := self._service.client.residence) is not None:
+            await residence.load()
+            return self.state()
         return await self._do("wake")
 
     async def reset_prefix_cache(self) -> State:

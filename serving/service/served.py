@@ -1,4 +1,4 @@
-"""What front ends serve: one model, or several under their names. A `TextService` is the first of these; `serving.fleet` the other."""
+"""What front ends serve: one model, which is a `TextService`, or several under their names, which are a fleet (`serving.fleet`)."""
 
 from __future__ import annotations
 

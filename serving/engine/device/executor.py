@@ -451,6 +451,13 @@ class Executor:
         """Uses other weights from the next program on; see `leaves_of`. Steps in flight keep those they were given."""
         self.decoder.replace(leaves)
 
+    @property
+    def device_bytes(self) -> int:
+        """What weights, pages and state take of the devices; asked while awake."""
+        states = () if self.states is None else (self.states.states, self.states.snapshots)
+        weights = [component.own for component in self.components.values()]
+        return sum(leaf.nbytes for leaf in jax.tree.leaves((weights, self._pages, self._state, states)))
+
     def sleep(self, keep_weights: bool) -> int:
         """Gives the device's memory back: pages and state are lost, weights are kept in host memory or lost too.
 
@@ -459,8 +466,7 @@ class Executor:
         """
         jax.block_until_ready((self._kv, self._state))
         states = () if self.states is None else (self.states.states, self.states.snapshots)
-        weights = [component.own for component in self.components.values()]
-        freed = sum(leaf.nbytes for leaf in jax.tree.leaves((weights, self._pages, self._state, states)))
+        freed = self.device_bytes
         self.decoder.sleep(keep_weights)
         if self.draft is not None:  # its weights are nobody's to replace, so they are kept
             delete(self.draft.sleep(True))

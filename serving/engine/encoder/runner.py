@@ -192,9 +192,18 @@ class EncoderRunner:
         """Uses other weights from the next batch on, and `head` where it is given; see `leaves_of` and `check_head`."""
         self._leaves, self._head = leaves, head or self._head
 
+    @property
+    def device_bytes(self) -> int:
+        """What the weights take of the devices; asked while awake."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._leaves))
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.device_bytes
+
     def sleep(self, keep_weights: bool) -> int:
         """Gives the memory of the weights back, which are kept in host memory or lost. Returns bytes freed."""
-        freed = sum(leaf.nbytes for leaf in jax.tree.leaves(self._leaves))
+        freed = self.device_bytes
         self._asleep = to_host(self._leaves) if keep_weights else []
         delete(self._leaves)
         return freed

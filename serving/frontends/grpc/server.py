@@ -79,7 +79,7 @@ class GrpcServer:
         self._telling: set[asyncio.Task[None]] = set()
         self._tls = tls
         self._lora_folder = lora_folder
-        self._service: TextService | None = None
+        self._service: Served | None = None
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - set at run time
         self.port = 0
 

@@ -35,7 +35,8 @@ class UpdateWeightsRequest(BaseModel):
 
 
 def control_router(served: Served, access: Access) -> APIRouter:
-    """POST /pause, /resume, /sleep, /wake_up, /drain, /reset_prefix_cache, /update_weights; GET /is_paused, /is_sleeping. `?model=` says which, where there are several."""
+    """POST /pause, /resume, /sleep, /wake_up, /drain, /reset_prefix_cache, /update_weights; GET /is_paused, /is_sleeping. `?model=`
+    says which, where there are several."""
     responses: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (400, 401, 403, 409, 501)}
     router = APIRouter(tags=["control"], dependencies=[Depends(control_check(access))], responses=responses)
 

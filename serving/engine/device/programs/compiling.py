@@ -85,6 +85,8 @@ class CompileGuard:
 
     def close(self) -> None:
         self.armed = False
+        with contextlib.suppress(AssertionError, ValueError):  # closed before
+            jax.monitoring.unregister_event_duration_listener(self._on_event)
 
     def check(self) -> None:
         """Raises RuntimeError if anything was compiled since `arm`."""

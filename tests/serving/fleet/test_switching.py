@@ -1,0 +1,112 @@
+"""Real engines: three tiny models with memory for two. Every answer is the model's own, a second wake compiles nothing, and nothing
+is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+
+import jax
+import pytest
+
+from serving.boot.flags import parse
+from serving.engine.api.residence import Where
+from serving.engine.api.sampling_params import SamplingParams
+from serving.fleet.start import FleetOptions, start_fleet
+from serving.service import GenerateInput, collect
+from tests.tiny_checkpoint import write_tiny_checkpoint
+
+NAMES = "abc"
+SMALL = [
+    "--max-num-seqs", "2", "--max-num-batched-tokens", "32", "--max-model-len", "64",
+    "--kv-cache-memory", "1MiB", "--no-progress", "--dtype", "float32",
+]  # fmt: skip
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    models = [f"{name}={write_tiny_checkpoint(folder / name, seed)}" for seed, name in enumerate(NAMES)]
+    given = [word for model in models for word in ("--model", model)]
+    args, _ = parse([*given, *SMALL, "--compile-cache", str(folder / "programs")])
+    need = start_fleet(args.entries[:1], FleetOptions(memory=1 << 30), say=lambda line: None)
+    size = need.members[0].need
+    need.shutdown()
+    started = start_fleet(args.entries, FleetOptions(memory=int(2.5 * size), turn_s=0.05), say=lambda line: None)
+    yield started
+    started.shutdown()
+
+
+async def ask(fleet, model, prompt="w5 w6 w7", params=GREEDY):
+    service = fleet.of(model)
+    prepared = await service.prepare(GenerateInput(text=prompt, model=model), params)
+    return tuple((await collect(prepared, service.generate(prepared))).outputs[0].token_ids)
+
+
+def arrays():
+    gc.collect()
+    return len(jax.live_arrays()), sum(one.nbytes for one in jax.live_arrays())
+
+
+async def test_mixed_load_is_answered_right_and_nothing_compiles_or_stays_behind(started):
+    fleet = started.service()
+    right = {(name, prompt): await ask(fleet, name, prompt) for name in NAMES for prompt in ("w5 w6 w7", "w9")}
+    assert len(set(right.values())) == 6  # three models, and they differ
+    assert sum(one.where is Where.LOADED for one in started.members) == 2
+    for name in NAMES:  # a wake each: what follows is a second one at least
+        await ask(fleet, name)
+    before, threads = arrays(), threading.active_count()
+    asked = [(name, prompt) for _ in range(4) for name in NAMES for prompt in ("w5 w6 w7", "w9")]
+    assert await asyncio.gather(*(ask(fleet, *one) for one in asked)) == [right[one] for one in asked]
+    for _ in range(20):
+        for name in NAMES:
+            assert await ask(fleet, name) == right[name, "w5 w6 w7"]
+    after = arrays()
+    assert after[0] <= before[0] + 8 and after[1] <= 1.2 * before[1], (before, after)
+    assert threading.active_count() <= threads + 8  # a pool's
+    for member in started.members:
+        assert member.switches >= 10 and member.stats.num_recompilations == 0
+    await fleet.abort_all()
+
+
+@pytest.mark.slow
+async def test_two_hundred_switches_leave_nothing_behind(started):
+    fleet = started.service()
+    right = {name: await ask(fleet, name) for name in NAMES}
+    resident = []
+    for turn in range(200):
+        name = NAMES[turn % 3]
+        assert await ask(fleet, name) == right[name]
+        if turn in (20, 199):
+            resident.append((*arrays(), rss()))
+    (n0, b0, r0), (n1, b1, r1) = resident
+    assert n1 <= n0 + 8 and b1 <= 1.2 * b0 and r1 - r0 < 32 << 20, resident
+    assert all(member.stats.num_recompilations == 0 for member in started.members)
+    await fleet.abort_all()
+
+
+async def test_unloading_gives_all_back_and_the_next_request_loads_again(started):
+    fleet = started.service()
+    right = await ask(fleet, "a")
+    await fleet.of("a").client.residence.unload()
+    member = started.members[0]
+    assert member.engine is None and member.where is Where.UNLOADED and member.bytes == 0
+    assert await ask(fleet, "a") == right
+    await fleet.abort_all()
+
+
+async def test_a_stream_that_gives_way_goes_on_with_the_same_tokens(started):
+    fleet = started.service()
+    long = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+
+    alone = {name: await ask(fleet, name, "w5", long) for name in NAMES}
+    many = [name for _ in range(3) for name in NAMES]
+    assert await asyncio.gather(*(ask(fleet, name, "w5", long) for name in many)) == [alone[name] for name in many]
+    await fleet.abort_all()
+
+
+def rss():
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * 4096
