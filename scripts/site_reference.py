@@ -1,6 +1,8 @@
 """A hook of mkdocs: the pages that are made from the code itself, so that none of them can be out of date.
 
-`reference/flags.md` comes from the server's parser, `reference/http.md` from the application's own API document.
+`reference/flags.md` comes from the server's parser, `reference/http.md` from the application's own API document,
+`reference/errors.md` from the sentences in the code, `reference/grpc.md` from the protocol files, `reference/python.md` from
+docstrings.
 """
 
 from __future__ import annotations
@@ -11,7 +13,10 @@ import sys
 from typing import Any
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
+sys.path[:0] = [str(REPO), str(REPO / "scripts")]
+
+from site_errors import errors_page  # noqa: E402
+from site_python import grpc_page, python_page  # noqa: E402
 
 
 def flags_page() -> str:
@@ -69,10 +74,19 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
+PAGES = {
+    "reference/flags.md": flags_page,
+    "reference/http.md": http_page,
+    "reference/errors.md": errors_page,
+    "reference/grpc.md": grpc_page,
+    "reference/python.md": python_page,
+}
+
+
 def on_files(files: Any, config: Any) -> Any:
     """mkdocs asks which files there are."""
     from mkdocs.structure.files import File
 
-    for name, make in (("reference/flags.md", flags_page), ("reference/http.md", http_page)):
+    for name, make in PAGES.items():
         files.append(File.generated(config, name, content=make()))
     return files

@@ -30,6 +30,7 @@ class Engine:
         self.client = MockEngine(OPTIONS.get("reply"), step_s=OPTIONS.get("step_s", 0.0), max_model_len=4096)
         self.died = threading.Event()
         self.recent: tuple[Any, ...] = ()
+        self.busy_since: float | None = None
         if "die_after_s" in OPTIONS:
             threading.Timer(OPTIONS["die_after_s"], self._die).start()
 

@@ -9,11 +9,11 @@ import sys
 from typing import Any, NoReturn
 
 from serving.access.flags import SECRET_FLAGS, access_of, add_access_flags, tls_of
-from serving.boot.engine_flags import SETTINGS, add_engine_flags, engine_config, in_flags, reader, shown
+from serving.boot.engine_flags import SETTINGS, add_engine_flags, engine_config, in_flags, shown
+from serving.boot.entries import add_models_flags, entries_of, named_model
 from serving.boot.lora_modules import check_lora, lora_module
-from serving.boot.model_entries import entries_of, named_model
 from serving.engine.api.config import EngineConfig
-from serving.engine.api.settings import SIZE, flag_of
+from serving.engine.api.settings import flag_of
 from serving.reliability.faults import Fault
 from serving.storage.flags import add_store_flags
 
@@ -97,25 +97,7 @@ def build_parser() -> Parser:
         formatter_class=_Help,
     )
     add_engine_flags(parser, repeated=("model",))
-    models = parser.add_argument_group("several models")
-    models.add_argument(
-        "--models", default=None, metavar="FILE",
-        help="models to serve under their names, each with settings of its own: YAML, JSON or TOML "
-        "(docs/models_together.md). Or give --model several times, as NAME=MODEL (default: one model)",
-    )  # fmt: skip
-    models.add_argument(
-        "--models-memory", type=reader(SIZE), default=None, metavar="SIZE",
-        help="what loaded models may take together, weights and KV caches (default: 60% of the memory that is free on "
-        "CPU, what the devices have elsewhere)",
-    )  # fmt: skip
-    models.add_argument(
-        "--model-wait", type=_seconds, default=120.0, metavar="S",
-        help="how long a request waits for a model that is not loaded before it is refused",
-    )  # fmt: skip
-    models.add_argument(
-        "--model-turn", type=_seconds, default=10.0, metavar="S",
-        help="how long a model stays loaded, once requests run with it, before it gives way to another that is waited for",
-    )  # fmt: skip
+    add_models_flags(parser)
     adapters = next(group for group in parser._action_groups if group.title == "adapters")
     adapters.add_argument(
         "--lora-modules", nargs="+", type=lora_module, default=[], metavar="NAME=PATH",

@@ -11,10 +11,9 @@ from typing import Any, cast
 import numpy as np
 
 from serving.engine.api.adapters import AdapterClient
-from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient
+from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient, Where
 from serving.engine.api.lifecycle import Lifecycle
 from serving.engine.api.page_events import PageEvents
-from serving.engine.api.residence import Where
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, TokenPair
 from serving.errors import ErrorKind, RequestError
 from serving.fleet.keeper import Keeper
@@ -111,10 +110,12 @@ class MemberClient(EngineClient):
 
     @contextlib.contextmanager
     def _using(self) -> Iterator[None]:
-        with self._member.using():
-            yield
-        if not self._member.in_use:
-            self._keeper.note()
+        try:
+            with self._member.using():
+                yield
+        finally:
+            if not self._member.in_use:
+                self._keeper.note()
 
     # -- facts ---------------------------------------------------------------------------------------------------------
 

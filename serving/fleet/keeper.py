@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from serving.engine.api.residence import Where
+from serving.engine.api.client import Where
 from serving.engine.device.sizing import in_words
 from serving.errors import ErrorKind, RequestError
 from serving.fleet.member import Member

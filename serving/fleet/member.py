@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from serving import memory
-from serving.boot.model_entries import ModelEntry
+from serving.boot.entries import ModelEntry
 from serving.boot.startup import Described, describe
-from serving.engine.api.client import EngineClient
-from serving.engine.api.residence import Where
+from serving.engine.api.client import EngineClient, Where
 from serving.engine.api.types import EngineInfo, EngineStats
 from serving.errors import RequestError
 from serving.fleet.room import Resident

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serving.engine.api.residence import Where
+from serving.engine.api.client import Where
 from serving.fleet.keeper import Keeper
 
 PREFIX = "jaxserve:"

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from serving import memory
-from serving.boot.model_entries import ModelEntry
+from serving.boot.entries import ModelEntry
 from serving.boot.startup import Described, describe
 from serving.engine.api import phases
-from serving.engine.api.residence import Where
+from serving.engine.api.client import Where
 from serving.engine.api.types import EngineStats
 from serving.fleet.member import Member
 from serving.fleet.turns import Turns

@@ -10,11 +10,10 @@ from typing import Any, cast
 import numpy as np
 
 from serving.engine.api.adapters import AdapterClient
-from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient
+from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, Residence, ScoringClient
 from serving.engine.api.lifecycle import Lifecycle
 from serving.engine.api.page_events import PageEvents
 from serving.engine.api.peers.transfers import PageSource
-from serving.engine.api.residence import Residence
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, TokenPair
 from serving.errors import RequestError
 from serving.metrics.metrics import Metrics

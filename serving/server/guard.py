@@ -7,6 +7,7 @@ import asyncio
 import os
 import pathlib
 import time
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -48,18 +49,23 @@ class Guard:
         if not self._args.watchdog_timeout:
             return
 
-        def on_stall(error: StalledError) -> None:
-            if engine.failure is None:
-                engine.declare_dead(error)
-                self.report(engine, error)
+        known = weakref.ref(engine)  # one of several models may be unloaded: its watchdog ends with it
 
-        Watchdog(
-            lambda: engine.busy_since,
-            self._args.watchdog_timeout,
-            on_stall,
-            lambda: os._exit(EXIT_STALLED),
-            loop,
-        ).start()
+        def busy_since() -> float | None:
+            alive = known()
+            if alive is None:
+                watchdog.stop()
+            return None if alive is None else alive.busy_since
+
+        def on_stall(error: StalledError) -> None:
+            alive = known()
+            if alive is not None and alive.failure is None:
+                alive.declare_dead(error)
+                self.report(alive, error)
+
+        give_up = lambda: os._exit(EXIT_STALLED)  # noqa: E731
+        watchdog = Watchdog(busy_since, self._args.watchdog_timeout, on_stall, give_up, loop)
+        watchdog.start()
 
     def report(self, engine: AnyEngine | FleetEngine, error: BaseException) -> None:
         """Writes the crash report, once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from serving.engine.api.residence import Residence
+from serving.engine.api.client import Residence
 from serving.errors import ErrorKind, RequestError
 
 if TYPE_CHECKING:

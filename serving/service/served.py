@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from serving.engine.api.types import EngineStats
 
@@ -81,40 +81,6 @@ class Served(Protocol):
     async def rehearse(self) -> None:
         """Takes a text through the text side once."""
         ...
-
-
-class Single:
-    """`Served` of one model: what a `TextService` inherits."""
-
-    @property
-    def first(self) -> TextService:
-        """Itself."""
-        return cast("TextService", self)
-
-    def of(self, model: str | None, tenant: str | None = None) -> TextService:
-        """Itself: it says what it does not know when it is asked."""
-        return cast("TextService", self)
-
-    def visible(self) -> Sequence[TextService]:
-        """Itself."""
-        return (cast("TextService", self),)
-
-    @property
-    def services(self) -> Sequence[TextService]:
-        """Itself."""
-        return (cast("TextService", self),)
-
-    def listed(self) -> list[str]:
-        """The model under the name that answers carry, then the adapters that the caller of the running task may use. Aliases
-        answer too, and are not listed: front ends would show doubles."""
-        service = cast("TextService", self)
-        return [service.model_id, *(info.name for info in service.adapters.visible())]
-
-    @property
-    def waits_for(self) -> Callable[[], str | None] | None:
-        """Tells what a request for this model waits for now; None where its model never goes."""
-        residence = cast("TextService", self).client.residence
-        return None if residence is None else lambda: residence.progress
 
 
 def stats_of(served: Served) -> EngineStats:

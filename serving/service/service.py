@@ -31,7 +31,7 @@ from serving.service.requests.inputs import GenerateInput
 from serving.service.requests.limits import Limits
 from serving.service.requests.prepare import ConstraintFactory, PreparedRequest
 from serving.service.requests.reach import check_reach
-from serving.service.served import Single
+from serving.service.single import Single
 from serving.service.threads import TextThreads
 from serving.service.vectors import ScoreInput
 from serving.service.voice import Voice

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
+import serving
+from proto.jaxserve.v1 import control_pb2, inference_pb2
+from scripts.site_errors import codes, errors_page
+from scripts.site_python import grpc_page, python_page
 from scripts.site_reference import flags_page, http_page
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
@@ -17,6 +22,25 @@ def test_pages_are_made_from_the_code():
     assert "`--max-num-seqs`" in flags_page() and "--inject-fault" not in flags_page()
     page = http_page()
     assert "## POST /v1/messages\n" in page and "| `max_tokens` (required) | integer" in page
+
+
+def test_every_error_is_listed_and_every_code_has_its_remedy():
+    page = errors_page()
+    assert "The request's deadline passed" in page and "An engine of several processes can neither sleep" in page
+    assert "| `model` | `model_not_found` |" in page and "## At the start" in page
+    documented = re.findall(r"^\| `(\w+)` \| \d{3} \|", (REPO / "docs/errors.md").read_text(encoding="utf-8"), re.M)
+    assert documented == sorted(documented) and set(documented) == codes()
+
+
+def test_the_apis_of_python_and_grpc_are_made_from_the_code():
+    python, grpc = python_page(), grpc_page()
+    for name in serving.__all__:
+        assert f"## {name}\n" in python, name
+    assert "### LLM.generate" in python and "**Raises**" in python and "| `max_tokens` |" in python
+    for service in (control_pb2.DESCRIPTOR, inference_pb2.DESCRIPTOR):
+        for name, found in service.services_by_name.items():
+            assert f"## {name}\n" in grpc and all(f"| `{call.name}` |" in grpc for call in found.methods)
+        assert all(f"### {name}\n" in grpc for name in service.message_types_by_name)
 
 
 def test_the_site_builds_strictly(tmp_path: pathlib.Path):

@@ -9,7 +9,7 @@ from typing import Any
 from proto.jaxserve.v1 import control_pb2
 from serving.access import Access, caller_of_task
 from serving.engine.api.adapters import AdapterInfo
-from serving.engine.api.residence import Residence, Where
+from serving.engine.api.client import Residence, Where
 from serving.errors import ErrorKind, RequestError, named
 from serving.frontends.grpc import pages
 from serving.service import Served, TextService

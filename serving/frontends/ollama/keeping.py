@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from serving.access.keys import Role, caller_of_task
-from serving.engine.api.residence import Residence
+from serving.engine.api.client import Residence
 from serving.errors import invalid
 from serving.frontends.ollama.protocol import KeepAlive
 from serving.service import TextService

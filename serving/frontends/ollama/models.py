@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
 
-from serving.engine.api.residence import Where
+from serving.engine.api.client import Where
 from serving.errors import invalid
 from serving.frontends.http.bodies import body_of, takes
 from serving.frontends.ollama.errors import RESPONSES

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, Response
 
 from serving.access import Access
-from serving.engine.api.residence import Residence
+from serving.engine.api.client import Residence
 from serving.frontends.http.access import control_check
 from serving.frontends.http.bodies import body_of, takes
 from serving.frontends.http.models import ApiReply, ApiRequest

@@ -8,9 +8,9 @@ import time
 import types
 from typing import Any
 
-from serving.boot.model_entries import ModelEntry
+from serving.boot.entries import ModelEntry
+from serving.engine.api.client import Where
 from serving.engine.api.config import EngineConfig
-from serving.engine.api.residence import Where
 from serving.errors import ErrorKind, RequestError
 from serving.fleet.client import MemberClient
 from serving.fleet.fleet import Fleet

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from serving.engine.api.residence import Where
+from serving.engine.api.client import Where
 from serving.engine.api.sampling_params import SamplingParams
 from serving.errors import ErrorKind, RequestError
 from serving.service import GenerateInput, collect
@@ -167,10 +167,9 @@ async def test_a_request_that_is_ended_while_it_waits_ends_and_a_model_nobody_wa
     await until(lambda: first.mock.live, "the first to run")
     waiting = asyncio.create_task(ask(fleet, "second", request_id="late"))
     await until(lambda: second.in_use, "the second to wait")
-    assert (
-        fleet.of("second").client.residence.progress
-        == "second is unloaded and number 1 of those that wait to be loaded"
-    )
+    residence = fleet.of("second").client.residence
+    place = "second is unloaded and number 1 of those that wait to be loaded"
+    await until(lambda: residence.progress == place, "it to have its place")
     assert await fleet.abort("late")
     assert await waiting == ""
     assert await running == "I am first."

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from serving.boot.flags import parse
-from serving.engine.api.residence import Where
+from serving.engine.api.client import Where
 from serving.engine.api.sampling_params import SamplingParams
 from serving.fleet.start import FleetOptions, start_fleet
 from serving.service import GenerateInput, collect
