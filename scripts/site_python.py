@@ -50,7 +50,7 @@ def grpc_page() -> str:
             ):
                 lines.append(f"| `{call}` | {takes} | {gives} | {_cell(_prose(comment))} |")
             lines.append("")
-        for comment, message, body in re.findall(r"((?://[^\n]*\n)*)message (\w+) \{\n(.*?)\n\}", text, re.S):
+        for comment, message, body in re.findall(r"((?://[^\n]*\n)*)message (\w+) \{(?:\n(.*?)\n)?\}", text, re.S):
             rows = re.findall(r"((?:  //[^\n]*\n)*)  ((?:optional |repeated )?[\w.]+(?:<[^>]*>)?) (\w+) = \d+;", body)
             lines += [f"### {message}", "", _prose(comment), ""]
             if rows:

@@ -120,7 +120,8 @@ class MemberClient(EngineClient):
     # -- facts ---------------------------------------------------------------------------------------------------------
 
     def info(self) -> EngineInfo:
-        return self._member.info
+        engine = self._member.engine
+        return self._member.info if engine is None else engine.client.info()
 
     def stats(self) -> EngineStats:
         return self._member.stats

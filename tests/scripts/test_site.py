@@ -14,6 +14,9 @@ from proto.jaxserve.v1 import control_pb2, inference_pb2
 from scripts.site_errors import codes, errors_page
 from scripts.site_python import grpc_page, python_page
 from scripts.site_reference import flags_page, http_page
+from serving.boot.flags import build_parser
+from serving.frontends.app import create_app
+from tests.mock_engine import mock_service
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
@@ -41,6 +44,20 @@ def test_the_apis_of_python_and_grpc_are_made_from_the_code():
         for name, found in service.services_by_name.items():
             assert f"## {name}\n" in grpc and all(f"| `{call.name}` |" in grpc for call in found.methods)
         assert all(f"### {name}\n" in grpc for name in service.message_types_by_name)
+
+
+@pytest.mark.parametrize("name", ["vllm", "llama_cpp", "ollama"])
+def test_what_migration_pages_say_is_here_is_here(name: str):
+    flags = {flag for action in build_parser()._actions for flag in action.option_strings}
+    flags |= {"--target", "--help"}  # the gateway's, and every command's
+    paths = set(create_app(mock_service()).openapi()["paths"]) | {"/metrics", "/ping", "/"}
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", (REPO / f"docs/migrate_{name}.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) > 10
+    for theirs, ours in rows:
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours):
+            assert flag in flags, (theirs, flag)
+        for route in re.findall(r"`(?:GET |POST )?(/[\w/]+)`", ours):
+            assert route in paths, (theirs, route)
 
 
 def test_the_site_builds_strictly(tmp_path: pathlib.Path):
