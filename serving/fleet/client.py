@@ -14,6 +14,7 @@ from serving.engine.api.adapters import AdapterClient
 from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient, Where
 from serving.engine.api.lifecycle import Lifecycle
 from serving.engine.api.page_events import PageEvents
+from serving.engine.api.peers.transfers import PageSource
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason, TokenPair
 from serving.errors import ErrorKind, RequestError
 from serving.fleet.keeper import Keeper
@@ -160,6 +161,10 @@ class MemberClient(EngineClient):
     @property
     def page_events(self) -> PageEvents | None:
         return None if self._member.engine is None else self._member.client.page_events
+
+    @property
+    def page_source(self) -> PageSource | None:
+        return None if self._member.engine is None else self._member.client.page_source
 
     @property
     def residence(self) -> MemberClient:

@@ -29,6 +29,7 @@ _OWN = (
 )
 _WHOLE_SERVER = (
     "served_model_name", "mesh", "cpu_devices", "coordinator", "num_processes", "process_id", "step_timeout", "progress",
+    "role", "kv_transfer_config",
 )  # fmt: skip
 """Settings that are the server's, or that an entry says in another way."""
 
@@ -94,6 +95,10 @@ def entries_of(args: argparse.Namespace, config: EngineConfig) -> tuple[ModelEnt
         given += [({"name": name, "model": model}, None) for name, model in map(named_model, args.model_given)]
     if not given:
         return ()
+    if config.role is not None or config.kv_transfer_config is not None:
+        raise ValueError(
+            "role and kv_transfer_config are for one model: start a server for each that gives or takes pages."
+        )
     if config.coordinator is not None:
         raise ValueError("coordinator is for one model: several in one server run in a single process.")
     if args.lora_modules or args.lora_resolver:

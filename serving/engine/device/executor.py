@@ -459,11 +459,8 @@ class Executor:
         return sum(leaf.nbytes for leaf in jax.tree.leaves((weights, self._pages, self._state, states)))
 
     def sleep(self, keep_weights: bool) -> int:
-        """Gives the device's memory back: pages and state are lost, weights are kept in host memory or lost too.
-
-        Returns:
-            bytes freed.
-        """
+        """Gives the device's memory back: pages and state are lost, weights are kept in host memory or lost too. Returns bytes
+        freed."""
         jax.block_until_ready((self._kv, self._state))
         states = () if self.states is None else (self.states.states, self.states.snapshots)
         freed = self.device_bytes
