@@ -10,6 +10,7 @@ import functools
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from ops.paged_attention.batch import AttentionBatch, KVSpec
 from ops.recurrent.batch import RecurrentBatch
@@ -42,17 +43,48 @@ class Embeddings:
     """Embeddings that stand where the token table's would: of an image's places, say.
 
     Attributes:
-        rows_ND: the embeddings, any float dtype. They are not scaled as the table's rows are.
+        rows_ND: the embeddings, any float dtype. They are not scaled as the table's rows are. Where a row is several times as wide,
+            the rest of it is added to what leaves the first layer, the second, ... (DeepStack, arXiv:2406.04334).
         index_T: int32, which of them is a token's; -1 for its own from the table.
     """
 
     rows_ND: jax.Array
     index_T: jax.Array
 
+    def placed(self, x_TD: jax.Array) -> jax.Array:
+        """x with embeddings in their tokens' places."""
+        rows_TD = self.rows_ND[self.index_T, : x_TD.shape[-1]]
+        return jnp.where((self.index_T < 0)[:, None], x_TD, rows_TD.astype(x_TD.dtype))
+
+    def added(self, x_TD: jax.Array, layer: int) -> jax.Array:
+        """What leaves a layer, with what embeddings add to it."""
+        D = x_TD.shape[-1]
+        first = D * (layer + 1)
+        if first >= self.rows_ND.shape[-1]:
+            return x_TD
+        rows_TD = self.rows_ND[self.index_T, first : first + D]
+        return x_TD + jnp.where((self.index_T < 0)[:, None], 0, rows_TD.astype(x_TD.dtype))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["store_MW", "row_B", "row_N"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Cross:
+    """What tokens attend to beside their own sequence: sound, say, that an encoder has read.
+
+    Attributes:
+        store_MW: of M such things the keys and values of all layers, as their encoder lays them out.
+        row_B: int32, which of them each decode row's is.
+        row_N: int32, and each block of Q_BLOCK chunk tokens'.
+    """
+
+    store_MW: jax.Array
+    row_B: jax.Array
+    row_N: jax.Array
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens_T", "positions_T", "attention", "embeddings", "adapter_T", "recurrent"],
+    data_fields=["tokens_T", "positions_T", "attention", "embeddings", "adapter_T", "recurrent", "cross"],
     meta_fields=["taps"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +100,7 @@ class Step:
         embeddings: of tokens that have others than the table's.
         adapter_T: int32, the slot of each token's adapter; 0 for none.
         recurrent: which tokens belong to which state, where layers keep some.
+        cross: what layers attend to besides, where some do.
         taps: static. Layers whose input the result is to hold; the number of layers for what enters the final norm.
     """
 
@@ -77,6 +110,7 @@ class Step:
     embeddings: Embeddings | None = None
     adapter_T: jax.Array | None = None
     recurrent: RecurrentBatch | None = None
+    cross: Cross | None = None
     taps: tuple[int, ...] = ()
 
     def by_group(self) -> tuple[Step, ...]:
@@ -150,6 +184,22 @@ class Encoder(Protocol):
 
     def encode(self, tokens_BS: jax.Array, length_B: jax.Array, segments_BS: jax.Array | None = None) -> jax.Array:
         """hidden_BSD of B texts of length_B tokens, padded behind their ends (arbitrary there)."""
+        ...
+
+
+class ImageEncoder(Protocol):
+    """A tower: one image's patches in, embeddings for a decoder's places out."""
+
+    config: Any
+
+    def encode(self, patches_PX: jax.Array, place_P2: jax.Array, count: jax.Array) -> jax.Array:
+        """rows_NM: N = P / merge**2 embeddings, those of the real patches first; the rest is arbitrary.
+
+        Args:
+            patches_PX: float32, as the family's processor lays them out; padding behind the real ones.
+            place_P2: int32, row and column of each in its image's grid.
+            count: int32 scalar, how many are real.
+        """
         ...
 
 

@@ -27,6 +27,9 @@ class RopeConfig:
         truncate: yarn: whether the ramp's ends are rounded to whole dimensions.
         short_factor, long_factor: longrope: a divisor for each frequency below and above the original context.
         proportion: proportional: the part of the frequencies that turn, the fastest ones; the others are 0.
+        sections: where a position is several numbers, how many frequencies turn by each; () for one number.
+        interleaved: those of the second and later numbers are every n-th frequency from the fastest on, the first number has the
+            rest; else sections follow each other.
     """
 
     theta: float
@@ -45,6 +48,8 @@ class RopeConfig:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     proportion: float = 1.0
+    sections: tuple[int, ...] = ()
+    interleaved: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,8 +302,7 @@ def rope_from_hf(
         parameters = dict(parameters[layer_type])
     scaling = {**(hf.get("rope_scaling") or {}), **parameters}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "su":
-        kind = "longrope"
+    kind = {"su": "longrope", "mrope": "default"}.get(kind, kind)
     supported = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
     if kind not in supported:
         raise ValueError(f"config.json: the rotary scaling {kind!r} is not supported; supported: {list(supported)}.")
@@ -328,6 +332,8 @@ def rope_from_hf(
         short_factor=tuple(scaling.get("short_factor") or ()),
         long_factor=tuple(scaling.get("long_factor") or ()),
         proportion=float(scaling.get("partial_rotary_factor") or 1.0) if kind == "proportional" else 1.0,
+        sections=tuple(scaling.get("mrope_section") or ()),
+        interleaved=bool(scaling.get("mrope_interleaved")),
         **plain,
     )
 

@@ -64,6 +64,8 @@ class Decoder(nnx.Module):
             x_TD, kept, ids = run_layer(*nnx.split(layer), x_TD, steps[group], kept, *beside[index])
             parts.put(index, kept)
             visited += ids
+            if step.embeddings is not None:
+                x_TD = step.embeddings.added(x_TD, index)
         taps = tuple([*entered, x_TD][index] for index in step.taps)
         return Result(self.norm(x_TD), parts.whole(), taps, visited)
 
@@ -80,10 +82,7 @@ class Decoder(nnx.Module):
         """The residual stream's start, x_TD. Families with learned positions add them here."""
         x_TD = self.embed(step.tokens_T, self.compute_dtype, step.adapter_T)
         x_TD = x_TD if self.config.embed_scale == 1.0 else x_TD * self.config.embed_scale
-        if step.embeddings is None:
-            return x_TD
-        index_T = step.embeddings.index_T
-        return jnp.where((index_T < 0)[:, None], x_TD, step.embeddings.rows_ND[index_T].astype(x_TD.dtype))
+        return x_TD if step.embeddings is None else step.embeddings.placed(x_TD)
 
     def logits(self, hidden_RD: jax.Array, adapter_R: jax.Array | None = None) -> jax.Array:
         if self.head is None:

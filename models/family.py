@@ -12,6 +12,26 @@ from models.heads.mtp import MTP
 
 
 @dataclasses.dataclass(frozen=True)
+class Tower:
+    """What reads images, or sound, beside a decoder.
+
+    Attributes:
+        config: reads what config.json says of it; the content of preprocessor_config.json is under "preprocessor".
+        build: (config, Build) -> a `models.api.ImageEncoder`, its parameters still abstract.
+        tensors: a regular expression for the beginnings of its tensors' names, wherever they are saved.
+        reads: "image" or "sound". Of sound all tokens attend to all (`models.api.Cross`).
+    """
+
+    config: Callable[[Mapping[str, Any]], Any]
+    build: Callable[..., Any]
+    tensors: str
+    reads: str = "image"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", _told(self.config))
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """An architecture that can be loaded and served.
 
@@ -22,9 +42,10 @@ class Family:
         config: reads a config.json dictionary (for GGUF: the equivalent one made from its metadata).
         build: (config, Build) -> the module, its parameters still abstract.
         tasks: what a server does with it: "generate" and "embed" (a `models.api.CausalLM`), "embed" (an `Encoder`) or "classify"
-            and "score" (a `Classifier`; it scores where it has one label).
+            and "score" (a `Classifier`; it scores where it has one label). With "transcribe" it generates for sound alone.
         ignore: regular expressions for tensor names that checkpoints of this family carry without need.
         mtp: of the same dictionary, the head for further tokens that checkpoints may bring along.
+        tower: what reads images for it, or None.
     """
 
     name: str
@@ -35,6 +56,7 @@ class Family:
     ignore: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("generate", "embed")
     mtp: Callable[[Mapping[str, Any]], MTP] | None = None
+    tower: Tower | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", _told(self.config))
@@ -44,11 +66,11 @@ MAX_LAYERS = 10_000
 """Readers make a list with an entry a layer, so a number out of a damaged file must not get that far."""
 
 
-def _told(read: Callable[[Mapping[str, Any]], ModelConfig]) -> Callable[[Mapping[str, Any]], ModelConfig]:
+def _told(read: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str, Any]], Any]:
     """`read`, with what a damaged config.json makes it raise as the ValueError that readers of checkpoints expect."""
 
     @functools.wraps(read)
-    def config(hf: Mapping[str, Any]) -> ModelConfig:
+    def config(hf: Mapping[str, Any]) -> Any:
         for name in ("num_hidden_layers", "n_layer"):
             if isinstance(layers := hf.get(name), int) and layers > MAX_LAYERS:
                 raise ValueError(f"config.json has {name} = {layers}; {MAX_LAYERS} is the most.")

@@ -23,7 +23,7 @@ def _at(node: Any, path: tuple[Any, ...]) -> Any:
     return node
 
 
-EXACT = ("router", "shared_gate", "gates", "decay", "decay_narrow", "predict", "correct")
+EXACT = ("patch", "halve", "router", "shared_gate", "gates", "decay", "decay_narrow", "predict", "correct")
 """Linears that stay as they are under every scheme."""
 
 
@@ -31,7 +31,7 @@ def quantizable(model: nnx.Module) -> Iterator[str]:
     """Paths of the weights that a quantization scheme applies to: those of Linears, experts and a tied embedding.
 
     Not routers: they are small, and a rounded score sends a token to another expert. Nor what says how fast a state decays: its
-    errors add up. Nor AltUp's maps of a few numbers.
+    errors add up. Nor what makes patches of pixels vectors, or AltUp's maps of a few numbers.
     """
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Experts):

@@ -32,7 +32,7 @@ def rope(
         positions_T: int32 positions from 0; [A, T] where a position is A numbers (an image's patch: time, height, width).
         inv_freq_h2: float32 [r / 2] radians a position; r <= h channels are rotated, the rest pass unchanged
             (partial rotary). [A, r / 2] with A numbers a position: each channel turns by one of them, and has 0 for the others
-            (Wang et al. 2024, arXiv:2409.12191).
+            (Wang et al. 2024, arXiv:2409.12191). With positions of one number, that stands for all of them.
         scale: multiplies cosine and sine (YaRN's attention factor).
         interleaved: pair channels (2i, 2i + 1) as the paper and GPT-J do; else (i, i + r / 2), as Hugging Face's
             checkpoints are stored.
@@ -62,6 +62,8 @@ def cos_sin(
 ) -> tuple[jax.Array, jax.Array]:
     """What `rope` multiplies by: float32 [T, r / 2] cosines and sines, times `scale`."""
     positions, inv_freq = positions_T.astype(jnp.float32), jnp.asarray(inv_freq_h2, jnp.float32)
+    if positions.ndim == 1 and inv_freq.ndim > 1:
+        inv_freq = inv_freq.sum(0)  # all its numbers are the same; exact for the same reason
     if positions.ndim > 1:
         angle = (positions[:, :, None] * inv_freq[:, None]).sum(0)  # exact: all but one of the terms are 0
     else:

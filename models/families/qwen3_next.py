@@ -1,5 +1,5 @@
-"""Qwen3-Next (Qwen Team 2025) and Qwen3.5, 3.6 and 3.8, text: Gated DeltaNet in three layers of four, gated attention in the
-fourth, dense or with many small experts and a gated shared one."""
+"""Qwen3-Next (Qwen Team 2025) and Qwen3.5, 3.6 and 3.8: Gated DeltaNet in three layers of four, gated attention in the
+fourth, dense or with many small experts and a gated shared one; 3.5 and later beside a tower."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from models.config import ModelConfig, from_hf
 from models.decoder import Decoder
+from models.encoders.qwen3 import Qwen3Vision, qwen3_vision
 from models.families.qwen_moe import qwen_moe
-from models.family import Family
+from models.family import Family, Tower
 from models.heads import mtp
 from models.heads.mtp import MTP
 from models.layers import Build, GatedMLP, Layer
@@ -102,6 +103,8 @@ def _mtp(read: Callable[[Mapping[str, Any]], ModelConfig]) -> Callable[[Mapping[
     return made
 
 
+TOWER = Tower(qwen3_vision, Qwen3Vision, BESIDE[0])
+
 FAMILIES = (
     Family(
         "Qwen3-Next",
@@ -113,21 +116,23 @@ FAMILIES = (
         mtp=_mtp(qwen3_next_config),
     ),
     Family(
-        "Qwen3.5, 3.6, 3.8 (text)",
+        "Qwen3.5, 3.6, 3.8",
         ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"),
         qwen3_5_config,
         build,
         gguf=("qwen35",),
         ignore=BESIDE,
         mtp=_mtp(qwen3_5_config),
+        tower=TOWER,
     ),
     Family(
-        "Qwen3.5, 3.6 MoE (text)",
+        "Qwen3.5, 3.6 MoE",
         ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"),
         qwen3_5_moe_config,
         build,
         gguf=("qwen35moe",),
         ignore=BESIDE,
         mtp=_mtp(qwen3_5_moe_config),
+        tower=TOWER,
     ),
 )

@@ -27,7 +27,8 @@ def frequencies(rope: RopeConfig, max_model_len: int) -> tuple[np.ndarray, float
     if rope.kind == "proportional":
         return _proportional(rope)
     parameters = {name: value for name, value in dataclasses.asdict(rope).items() if value is not None}
-    parameters.pop("proportion")
+    for own in ("proportion", "sections", "interleaved"):
+        parameters.pop(own)
     parameters["rope_theta"] = parameters.pop("theta")
     parameters["rope_type"] = parameters.pop("kind")
     parameters["original_max_position_embeddings"] = parameters.pop("original_max_positions")
@@ -65,5 +66,20 @@ def _longrope(rope: RopeConfig, max_model_len: int) -> tuple[np.ndarray, float]:
 
 @functools.lru_cache(maxsize=64)
 def layer_frequencies(rotary: RopeConfig, max_model_len: int) -> tuple[Any, float]:
-    """Computed on the host once for all layers that share them."""
-    return frequencies(rotary, max_model_len)
+    """Computed on the host once for all layers that share them. Where a position is several numbers, [A, r / 2]: see `ops.rope`."""
+    inv_freq, factor = frequencies(rotary, max_model_len)
+    return (_by_number(inv_freq, rotary) if rotary.sections else inv_freq), factor
+
+
+def _by_number(inv_freq: np.ndarray, rotary: RopeConfig) -> np.ndarray:
+    """Each frequency in the row of the number that it turns by, float32 [A, r / 2]; 0 in the others (M-RoPE, arXiv:2409.12191)."""
+    numbers, half = len(rotary.sections), len(inv_freq)
+    if not rotary.interleaved and sum(rotary.sections) != half:
+        raise ValueError(f"mrope_section is {list(rotary.sections)}, for {half} frequencies.")
+    owner = np.zeros(half, np.int64)
+    if rotary.interleaved:
+        for number in range(1, numbers):
+            owner[number : numbers * rotary.sections[number] : numbers] = number
+    else:
+        owner = np.repeat(np.arange(numbers), rotary.sections)
+    return np.where(np.arange(numbers)[:, None] == owner, inv_freq, np.float32(0.0))

@@ -65,6 +65,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     return _completed(hf)
 
 
+def processor_config(directory: Path) -> dict[str, Any] | None:
+    """How the checkpoint's images are scaled and cut: preprocessor_config.json, or the part of processor_config.json that newer
+    files have; None where there is neither."""
+    if (directory / "preprocessor_config.json").exists():
+        return read_json(directory / "preprocessor_config.json")
+    if (directory / "processor_config.json").exists():
+        said = read_json(directory / "processor_config.json").get("image_processor")
+        return dict(said) if isinstance(said, Mapping) else None
+    return None
+
+
 def _packing(directory: Path, hf: Mapping[str, Any]) -> dict[str, Any] | None:
     """How the weights are packed: under the name that a tool gives it, or in modelopt's own file; None of dense ones."""
     for name in ("quantization_config", "compression_config", "quantization"):

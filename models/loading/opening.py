@@ -80,6 +80,8 @@ def _open_hf(source: ModelSource) -> Opened:
     if any(hf.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
         checkpoint = ExpertLayouts(checkpoint, alternating=hf.get("model_type") == "gpt_oss")
     hf = hf_config.settle_head(hf, checkpoint)
+    if family.tower is not None and (processor := hf_config.processor_config(source.path)):
+        hf = hf | {"preprocessor": processor}
     generation = {name: hf[name] for name in ("eos_token_id", "bos_token_id") if hf.get(name) is not None}
     if (source.path / "generation_config.json").exists():
         generation |= read_json(source.path / "generation_config.json")

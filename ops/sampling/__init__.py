@@ -19,6 +19,7 @@ from ops.sampling.draw import GREEDY_TEMPERATURE, sample
 from ops.sampling.edits import PROMPT_BIT, Edits, apply_edits
 from ops.sampling.logits import apply_bias, apply_penalties, apply_token_mask
 from ops.sampling.logprobs import logprobs as _logprobs
+from ops.sampling.times import prefer_times
 
 __all__ = [
     "GREEDY_TEMPERATURE",
@@ -33,6 +34,7 @@ __all__ = [
     "by_rows",
     "choose",
     "logprobs",
+    "prefer_times",
     "sample",
 ]
 

@@ -17,6 +17,7 @@ from models.loading.source import ModelSource
 from ops import native
 from ops.paged_attention import BACKENDS
 from serving.boot.draft import CheckedDraft, Target, check_draft
+from serving.boot.senses.tower import CheckedTower, check_tower
 from serving.engine.api.config import EngineConfig
 from serving.engine.device.programs.bundle import Bundle
 from serving.engine.device.programs.placement import num_replicas
@@ -39,6 +40,7 @@ class Checked:
         bounds: of a decoder: its sizes, but for what free memory decides.
         encoder: of an encoder: its sizes.
         draft: the model that guesses what this one says, or None.
+        tower: what reads images for it, or None.
         programs: the folder of compiled programs, or None.
         bundle: programs that were compiled before, or None.
     """
@@ -55,6 +57,7 @@ class Checked:
     bounds: Bounds | None = None
     encoder: EncoderSizes | None = None
     draft: CheckedDraft | None = None
+    tower: CheckedTower | None = None
 
     @property
     def generates(self) -> bool:
@@ -91,6 +94,7 @@ def check(config: EngineConfig, source: ModelSource, programs: pathlib.Path | No
     # A context that is asked for by name may be as long as the model's rotary scheme reaches.
     positions = built.config.longest_positions if config.max_model_len else built.config.max_positions
     draft = check_draft(config, mesh, dtype, config.max_model_len or positions, Target(opened, built))
+    tower = check_tower(config, opened, built, mesh, config.max_model_len or positions, draft is not None)
     bounds = resolve_bounds(config, built.model, positions, dtype, mesh, draft=None if draft is None else draft.model)
     if config.kv_cache_memory is not None:
         sizes = bounds.within(config.kv_cache_memory)
@@ -104,7 +108,8 @@ def check(config: EngineConfig, source: ModelSource, programs: pathlib.Path | No
         )
         raise ValueError(f"kv_disk is for models whose layers all attend, on a mesh without replicas; {why}.")
     quantization = resolve_quantization(config, platform, mesh.size)
-    return Checked(config, opened, built, platform, mesh, dtype, quantization, programs, bundle, bounds, draft=draft)
+    more = {"draft": draft, "tower": tower}
+    return Checked(config, opened, built, platform, mesh, dtype, quantization, programs, bundle, bounds, **more)
 
 
 def _check_encoder(

@@ -15,10 +15,12 @@ from models.loading.load import LoadedModel
 from models.parameters import parameters_of
 from ops.paged_attention import KVGroups
 from serving.boot.check import Checked, facts_of
+from serving.boot.senses.tower import CheckedTower
 from serving.engine.api import phases
 from serving.engine.api.types import EngineInfo
 from serving.engine.device.executor import Executor
 from serving.engine.device.followers import Meet
+from serving.engine.device.media import VisionTower
 from serving.engine.device.programs.compiling import ProgramCache
 from serving.engine.device.programs.fingerprint import fingerprint
 from serving.engine.device.programs.placement import num_replicas
@@ -59,12 +61,17 @@ class CompiledEncoder:
 
 
 def compile_decoder(
-    checked: Checked, loaded: LoadedModel, say: Progress, meet: Meet | None = None, draft: Any = None
+    checked: Checked,
+    loaded: LoadedModel,
+    say: Progress,
+    meet: Meet | None = None,
+    draft: Any = None,
+    tower: VisionTower | None = None,
 ) -> CompiledDecoder:
     """Makes pages and programs; says what they are.
 
     Args:
-        draft: the draft model, loaded; None for none.
+        draft, tower: the draft model, and what reads images, loaded; None for none.
         meet: with several processes, `Followers.least`. All compile the same; a follower has no use for the scheduler.
     Raises:
         ValueError: the pages do not fit, or a bundle's programs are another's.
@@ -88,6 +95,7 @@ def compile_decoder(
         adapter_slots=config.adapter_slots,
         max_lora_rank=config.max_lora_rank,
         draft=draft,
+        tower=tower,
     )
     with progress_bar(config.progress) as on_done:
         executor.compile(on_done, meet)
@@ -114,6 +122,7 @@ def _decoder_info(checked: Checked, sizes: Sizes, num_parameters: int) -> Engine
         num_pages=sizes.num_pages * replicas,
         num_parameters=num_parameters,
         role=TransferConfig.of(checked.config.role, checked.config.kv_transfer_config).role,
+        **_senses(checked.tower),
         **checked.opened.embedding.facts(),
     )
 
@@ -146,6 +155,8 @@ def _cache(checked: Checked, loaded: LoadedModel, sizes: Sizes) -> ProgramCache:
         **_resolved(checked),
     }
     models = loaded.config if checked.draft is None else (loaded.config, checked.draft.facts)
+    if checked.tower is not None:
+        models = (models, checked.tower.built.config, checked.tower.shape)
     return ProgramCache(checked.programs, fingerprint(checked.config, models, sizes, resolved))
 
 
@@ -170,6 +181,7 @@ def _scheduler_config(
         step_seconds=executor.step_seconds,
         has_head=executor.draft is not None and executor.draft.hears,
         adapter_slots=config.adapter_slots,
+        media_rows=0 if checked.tower is None else checked.tower.shape.rows,
     )
 
 
@@ -220,6 +232,13 @@ def _encoder_info(checked: Checked, labels: LabelHead | None, num_parameters: in
         labels=() if labels is None else labels.labels,
         **checked.opened.embedding.facts(),
     )
+
+
+def _senses(tower: CheckedTower | None) -> dict[str, Any]:
+    """What `EngineInfo` says of images and sound."""
+    if tower is None:
+        return {}
+    return {"modalities": ("sound",), "tasks": ("transcribe",)} if tower.shape.lasting else {"modalities": ("image",)}
 
 
 def _pages_in_words(checked: Checked, loaded: LoadedModel, sizes: Sizes, replicas: int) -> str:

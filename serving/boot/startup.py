@@ -37,6 +37,7 @@ class Started:
     default_params: dict[str, Any]
     grammars: GrammarCompiler | None = None
     leader: Leader | None = None
+    reads: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def watch(self, watch: Callable[[AnyEngine], None]) -> None:
         """Has the engine watched."""
@@ -86,6 +87,7 @@ class Started:
             executor=executor,
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,
+            **self.reads,
         )
 
 
@@ -101,10 +103,31 @@ class Described:
     text: TextSide
     leader: Leader | None = None
 
+    @property
+    def writes(self) -> bool:
+        """Whether it completes text. What transcribes does not."""
+        tasks = self.checked.opened.family.tasks
+        return "generate" in tasks and "transcribe" not in tasks
+
+    def reads(self) -> dict[str, Any]:
+        """What a `TextService` over it is given for images and sound, by name.
+
+        Raises:
+            ValueError: settings about them that cannot be followed.
+        """
+        if self.checked.tower is None:
+            return {}
+        from serving.boot.senses.reading import media_reader, speech_of
+
+        opened, shape = self.checked.opened, self.checked.tower.shape
+        if shape.lasting:
+            return {"speech": speech_of(opened, self.text.tokenizer)}
+        return {"media": media_reader(self.checked.config, opened.hf_config, shape.patches[-1])}
+
     def default_params(self, say: Progress) -> dict[str, Any]:
         """What applies to requests that name no sampling parameters."""
         opened, config = self.checked.opened, self.checked.config
-        if "generate" not in opened.family.tasks:
+        if not self.writes:
             return {}
         defaults = SamplingDefaults()
         if config.generation_config == "auto":
@@ -115,7 +138,7 @@ class Described:
 
     def grammars(self) -> GrammarCompiler | None:
         """What compiles grammars for it; None where it writes no text."""
-        if "generate" not in self.checked.opened.family.tasks or not self.text.tokenizer.reads_text:
+        if not self.writes or not self.text.tokenizer.reads_text:
             return None
         from serving.text.grammar import GrammarCompiler
 
@@ -194,7 +217,8 @@ def start(
     defaults = described.default_params(say)
     memory.give_back()
     phases.record("total", time.monotonic() - began)
-    return Started(engine, described.text, defaults, described.grammars(), described.leader)
+    reads = described.reads()
+    return Started(engine, described.text, defaults, described.grammars(), described.leader, reads)
 
 
 def _timed(phase: str, function: Callable[[], T]) -> T:

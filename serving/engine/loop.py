@@ -315,6 +315,8 @@ class EngineLoop:
             num_preemptions=c.preemptions,
             prefix_queries=c.prefix_queries,
             prefix_hits=c.prefix_hits,
+            media_queries=s.kv.media_queries,
+            media_hits=s.kv.media_hits,
             prompt_tokens=c.prompt_tokens,
             generation_tokens=c.generation_tokens,
             num_steps=c.steps,

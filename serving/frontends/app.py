@@ -29,6 +29,7 @@ from serving.frontends.ollama import protocol as ollama
 from serving.frontends.ollama.embeddings import embeddings_router as ollama_embeddings_router
 from serving.frontends.ollama.models import models_router as ollama_models_router
 from serving.frontends.ollama.routes import generation_router
+from serving.frontends.openai.audio import audio_router
 from serving.frontends.openai.batches.files import Files, files_router
 from serving.frontends.openai.batches.routes import BatchRequest, batches_router
 from serving.frontends.openai.batches.running import Batches
@@ -163,6 +164,7 @@ def _routers(
         embeddings_router(served),
         scores_router(served),
         classify_router(served),
+        audio_router(served),
         tokens_router(served),
         control_router(served, access),
         adapters_router(served, access, lora_folder),

@@ -143,6 +143,8 @@ class Metrics(Collector):
             "kv_cache_usage_perc": s.kv_usage,
             "prefix_cache_queries": s.prefix_queries,
             "prefix_cache_hits": s.prefix_hits,
+            "mm_cache_queries": s.media_queries,
+            "mm_cache_hits": s.media_hits,
             "num_preemptions": s.num_preemptions,
             "spec_decode_num_drafts": s.num_drafts,
             "spec_decode_num_draft_tokens": s.num_draft_tokens,

@@ -50,6 +50,8 @@ def encode(command: commands.Command) -> pb.Command:
             return pb.Command(prompt_logprobs=scored)
         case commands.Draft() | commands.CatchUp():
             raise AssertionError("a draft model runs in a single process: serving.boot.draft sees to it")
+        case commands.Encode():
+            raise AssertionError("images are read in a single process: serving.boot.senses.tower sees to it")
         case commands.PagesOut():
             return pb.Command(pages_out=_moves(command))
         case commands.PagesIn():

@@ -21,6 +21,7 @@ from serving.engine.api.types import EngineOutput, EngineRequest
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.service import vectors
 from serving.service.adapters import Adapters
+from serving.service.images import read_prompt, take_images
 from serving.service.live import LiveRequest, LiveRequests
 from serving.service.replies.merging import merge
 from serving.service.replies.outputs import Classification, Embedding, Scores, TextOutput
@@ -37,6 +38,7 @@ from serving.service.vectors import ScoreInput
 from serving.service.voice import Voice
 
 if TYPE_CHECKING:
+    from serving.media import MediaReader
     from serving.text.chat_template import ChatTemplate
     from serving.text.grammar import GrammarCompiler
     from serving.text.tokenizer import Tokenizer
@@ -70,6 +72,8 @@ class TextService(Single):
             chat template shows.
         rates: counts requests by key; None counts those of this process, by the limits.
         is_default: whether "default" means this model.
+        media: reads images; None refuses them.
+        speech: a `serving.service.speech.transcribe.Speech`; None transcribes nothing.
     Raises:
         ValueError: there is no such parser.
     """
@@ -90,6 +94,8 @@ class TextService(Single):
         reasoning_parser: str | None = None,
         rates: Rates | None = None,
         is_default: bool = True,
+        media: MediaReader | None = None,
+        speech: Any = None,
     ) -> None:
         self.client = client
         self.tokenizer = tokenizer
@@ -103,6 +109,7 @@ class TextService(Single):
         self.limits = limits or Limits.for_model(self.info.max_model_len)
         self._rates = rates or RateMeter(self.limits.requests_per_minute)
         self.default_params = dict(default_params or {})
+        self.media, self.speech = media, speech
         self.created = int(time.time())
         self.started = time.monotonic()
         self._threads = TextThreads(executor, self.limits.grammar_timeout_s)
@@ -151,6 +158,7 @@ class TextService(Single):
         voice = self.adapters.voice(adapter)
         tokenizer = voice.tokenizer
         self._check_task("generate", "does not complete text")
+        given, sources = take_images(given, self.media)
         given.check(self.limits)
         prep.check_params(params, self.info.vocab_size, self.limits)
         prep.check_reads_text(params, tokenizer)
@@ -160,7 +168,8 @@ class TextService(Single):
         share = caller and caller.share(given.tenant)
         self._live.check_room(params.n, share)
         await self._rates.ask(caller.name if caller else "", params.n)
-        prompt, ids = await self._read_prompt(given, voice)
+        salt = caller.cache_salt(given.cache_salt) if caller else given.cache_salt
+        prompt, ids, media = await read_prompt(given, sources, voice, self.limits, self._threads, self.media, salt)
         prompt_ids, params = prep.fit_prompt(ids, params, given, self.info.vocab_size, self.info.max_model_len)
         bad_words = await self._threads.run(prep.bad_word_ids, params.bad_words, tokenizer) if params.bad_words else ()
         constraint = None
@@ -184,11 +193,12 @@ class TextService(Single):
                 arrival_time=arrival,
                 deadline=None if given.timeout_s is None else arrival + given.timeout_s,
                 ttft_deadline=None if given.ttft_timeout_s is None else arrival + given.ttft_timeout_s,
-                cache_salt=caller.cache_salt(given.cache_salt) if caller else given.cache_salt,
+                cache_salt=salt,
                 tenant=caller.tenant(given.tenant) if caller else given.tenant,
                 bad_words_token_ids=bad_words,
                 adapter=adapter and adapter.digest,
                 transfer=prep.transfer_of(given, self.info),
+                media=media,
             )
             for i in range(params.n)
         )
@@ -243,9 +253,10 @@ class TextService(Single):
         """
         await self.adapters.resolve(given.model)
         voice = self.voice(given.model, given.tenant)
+        given, sources = take_images(given, self.media)
         given.check(self.limits)
-        with await self._counted():
-            return await self._read_prompt(given, voice)
+        with await self.counted():
+            return (await read_prompt(given, sources, voice, self.limits, self._threads, self.media))[:2]
 
     async def embed(
         self, given: GenerateInput, *, pooling: str | None = None, prompt_name: str | None = None
@@ -260,7 +271,7 @@ class TextService(Single):
         """
         await self.adapters.resolve(given.model)
         self._check_reads(given, "embed", "does not give embeddings")
-        with await self._counted():
+        with await self.counted():
             return await self._embed(vectors.prompted(given, self.info, prompt_name), pooling)
 
     async def _embed(self, given: GenerateInput, pooling: str | None = None) -> Embedding:
@@ -285,7 +296,7 @@ class TextService(Single):
             RequestError: as `embed`; UNIMPLEMENTED when the model is no sequence classifier.
         """
         self._check_reads(given, "classify", "tells no labels of texts: it is no sequence classifier")
-        with await self._counted():
+        with await self.counted():
             _, ids = await self._threads.run(vectors.encode, given, self.voice(), self.limits, self.info)
             request_id = f"{given.request_id or 'classify'}#{next(self._serial)}"
             assert self.client.classifier is not None
@@ -302,7 +313,7 @@ class TextService(Single):
         await self.adapters.resolve(given.model)
         reads_pairs = self._can("score")
         self._check_reads(given, "score" if reads_pairs else "embed", "does not give scores or embeddings")
-        with await self._counted():
+        with await self.counted():
             if not reads_pairs:
                 return await vectors.score_by_cosine(
                     lambda one: self._embed(vectors.prompted(one, self.info, None)), given
@@ -328,7 +339,7 @@ class TextService(Single):
                 raise invalid(
                     f"Token {i} is {token!r}; this model's ids go from 0 to {self.info.vocab_size - 1}.", "token_ids"
                 )
-        with await self._counted():
+        with await self.counted():
             return await self._threads.run(lambda: tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     async def offsets(self, ids: Sequence[int], text: str, model: str | None = None) -> list[int]:
@@ -343,7 +354,8 @@ class TextService(Single):
         if self.chat_template is not None:
             given[0] = GenerateInput(messages=[{"role": "user", "content": "Hello"}])
         with contextlib.suppress(RequestError):  # a template may refuse anything
-            await asyncio.gather(*(self._read_prompt(one, self.voice()) for one in given))
+            asked = (self.limits, self._threads, None)
+            await asyncio.gather(*(read_prompt(one, (), self.voice(), *asked) for one in given))
         stream = TextStream(0, SamplingParams(), (), self.tokenizer)
         stream.push(EngineOutput("", (0,)))
 
@@ -471,7 +483,7 @@ class TextService(Single):
                 if text.finish_reason is not None:
                     return
 
-    async def _counted(self) -> contextlib.AbstractContextManager[None]:
+    async def counted(self) -> contextlib.AbstractContextManager[None]:
         """Counts a request without completions: against its key's rate, and among those that are live."""
         if caller := caller_of_task.get():
             caller.check_requests()
@@ -486,7 +498,3 @@ class TextService(Single):
         return await self._threads.compile(
             voice.grammar_compiler.compile, grammar, "The grammar took", "structured_outputs"
         )
-
-    async def _read_prompt(self, given: GenerateInput, voice: Voice) -> tuple[str | None, list[int]]:
-        """The prompt as text (None for token ids) and as token ids."""
-        return await self._threads.run(prep.render_and_encode, given, voice.tokenizer, voice.chat_template, self.limits)

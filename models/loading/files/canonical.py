@@ -17,6 +17,8 @@ _WRAPPERS = (
         ),
         "model.",
     ),
+    (re.compile(r"^model\.(?=(?:visual|vision_tower|multi_modal_projector)\.)"), ""),
+    (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
     (re.compile(r"^(?:language_model|text_model|llm)\.lm_head\."), "lm_head."),
     (re.compile(r"^(?:language_model|text_model)\.(?=(?:embed_tokens|layers|norm)\.)"), "model."),
     (re.compile(r"^model\.model\.(?=(?:embed_tokens|layers|norm)\.)"), "model."),

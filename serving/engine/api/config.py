@@ -189,6 +189,28 @@ class EngineConfig:
     )  # fmt: skip
     progress: bool = setting(True, "show progress bars at start", SWITCH, Scope.PROCESS, flag="")
 
+    # -- images ----------------------------------------------------------------------------------------------------------
+
+    language_model_only: bool = setting(
+        False, "load nothing that reads images, and refuse them", SWITCH, Scope.PROGRAM, section="images", flag=""
+    )
+    mm_encoder_cache_gb: float = setting(
+        0.25, "device memory for embeddings of images, which are made once for all that send the same one",
+        GIBIBYTES, Scope.PROGRAM, section="images", flag="", unit="GiB",
+    )  # fmt: skip
+    limit_mm_per_prompt: str | None = setting(
+        None, 'images that a request may have: {"image": 4} (default: 64)',
+        JSON_TEXT, Scope.SERVER, section="images", flag="",
+    )  # fmt: skip
+    allowed_media_domains: str | None = setting(
+        None, "hosts from which images are fetched, with commas between them; * for any public one (default: none, images come "
+        "inside requests)", NAME, Scope.SERVER, section="images", flag="",
+    )  # fmt: skip
+    allowed_local_media_path: str | None = setting(
+        None, "folder of which file:// URLs may name images (default: none)",
+        FOLDER, Scope.SERVER, section="images", flag="",
+    )  # fmt: skip
+
     # -- adapters --------------------------------------------------------------------------------------------------------
 
     enable_lora: bool = setting(

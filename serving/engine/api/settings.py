@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-SECTIONS = ("model", "engine", "adapters", "devices")
+SECTIONS = ("model", "engine", "images", "adapters", "devices")
 """Headings that settings stand under where they are listed."""
 
 

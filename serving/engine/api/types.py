@@ -8,6 +8,7 @@ import enum
 import numpy as np
 
 from serving.engine.api.constraint import TokenConstraint
+from serving.engine.api.media import Media
 from serving.engine.api.peers.stats import TransferStats
 from serving.engine.api.sampling_params import SamplingParams
 
@@ -68,6 +69,8 @@ class EngineRequest:
         turn_ends: prompt positions behind which a turn of a conversation ends: where other sequences may part from this one.
         pooling: "last" or "mean": no completion, but the pooled hidden states of the prompt (after the final norm).
         transfer: which part of it another engine does; None for none.
+        media: images whose embeddings stand in some of the prompt's places. In-process only, for engines whose
+            `EngineInfo.modalities` say so.
     """
 
     request_id: str
@@ -86,6 +89,7 @@ class EngineRequest:
     pooling: str | None = None
     turn_ends: tuple[int, ...] = ()
     transfer: TransferParams | None = None
+    media: Media | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,13 +170,14 @@ class EngineInfo:
     """Facts about a running engine that front ends and clients may show or check against.
 
     Attributes:
-        tasks: what it can do: "generate", "embed" (see EmbeddingClient), "score" (see ScoringClient), "classify" (see
+        tasks: what it can do: "transcribe", "generate", "embed" (see EmbeddingClient), "score" (see ScoringClient), "classify" (see
             ClassifyingClient).
         pooling: how its embeddings are made where a request does not say.
         prompts: (name, text) of what its authors put in front of texts to embed.
         default_prompt: the text that goes in front where a request does not name one; "" for none.
         labels: names of what a classifier tells apart.
         role: "prefill", "decode" or "both", where it exchanges pages with other engines; "" where it does not.
+        modalities: what it reads besides text: "image", or "sound" instead of it.
     """
 
     model_id: str
@@ -195,6 +200,7 @@ class EngineInfo:
     default_prompt: str = ""
     labels: tuple[str, ...] = ()
     role: str = ""
+    modalities: tuple[str, ...] = ()
 
 
 STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -230,6 +236,8 @@ class EngineStats:
     num_preemptions: int = 0
     prefix_queries: int = 0  # prompt tokens looked up
     prefix_hits: int = 0  # of them, found
+    media_queries: int = 0  # images that pieces of prompts needed
+    media_hits: int = 0  # of them, those whose embeddings were there
     prompt_tokens: int = 0
     generation_tokens: int = 0
     num_steps: int = 0

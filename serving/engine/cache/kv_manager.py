@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from serving.engine.cache.host_tier import HostTier
 from serving.engine.cache.kv_windows import first_page, pages_of, window_pages
+from serving.engine.cache.media import MediaCache
 from serving.engine.cache.page_pool import PagePool
 from serving.engine.cache.prefixes import Prefixes
 from serving.engine.cache.snapshots import Snapshots
@@ -43,6 +44,7 @@ class KVManager:
         num_leaving: pages of requests that are gone, but that a step in flight may still write.
         prefixes: which part of a sequence need not be computed.
         snapshots: of the recurrent group's states, where there is one.
+        media: embeddings of images, where the engine reads some.
         teller: tells of pages that are indexed; None where nobody wants to know.
     """
 
@@ -56,6 +58,7 @@ class KVManager:
         restore_page_s: float = 0.0,
         snapshots: Snapshots | None = None,
         replica: int = 0,
+        media: MediaCache | None = None,
     ) -> None:
         self.pool = pool
         self.windows = tuple(windows)
@@ -63,6 +66,7 @@ class KVManager:
         self.num_leaving = 0
         self.replica = replica
         self.snapshots = snapshots
+        self.media = media
         self.prefixes = Prefixes(pool, self.windows, self.host_tier, snapshots, restore_page_s)
         self.teller: Teller | None = None
         self._slots = slots
@@ -92,6 +96,7 @@ class KVManager:
             config.restore_page_s,
             snapshots,
             replica,
+            MediaCache(config.media_rows, config.max_num_batched_tokens, replica) if config.media_rows else None,
         )
 
     # ---- pages for requests ----
@@ -201,6 +206,8 @@ class KVManager:
         """Takes pages, and a snapshot's row, for what others have computed of a request's first `tokens`: whole pages, and
         never the last token. None where there is no room, or nothing to put there."""
         pool, size = self.pool, self.pool.page_size
+        if request.spec.media is not None:  # others have computed the tokens, not the images in their places
+            return None
         count = min(tokens, len(request.tokens) - 1) // size
         digests = self.prefixes.reusable(request)[:count]
         if count <= 0 or not digests:
@@ -259,6 +266,8 @@ class KVManager:
         self._touch(request)
         if self.snapshots is not None:
             self.snapshots.leave(request)
+        if self.media is not None:
+            self.media.leave(request)
         request.pages, request.behind, request.points = [], [], []
         request.reach = request.indexed_pages = 0
         self._filling.pop(request.request_id, None)
@@ -285,10 +294,12 @@ class KVManager:
         self.pool.reset_cache()
         if self.snapshots is not None:
             self.snapshots.reset()
+        if self.media is not None:
+            self.media.forget()
 
     def take_step(self) -> Moves:
         """What is to be copied with the next step, since the last one."""
-        if self.host_tier is None and self.snapshots is None:
+        if self.host_tier is None and self.snapshots is None and self.media is None:
             return NO_MOVES
         replica, spilled, dropped = self.replica, [], []
         restored, self._restored = self._restored, []
@@ -297,7 +308,8 @@ class KVManager:
         cleared, loaded, saved = [], [], []
         if self.snapshots is not None:
             cleared, loaded, saved = self.snapshots.take_step()
-        if not (spilled or restored or dropped or cleared or loaded or saved):
+        encodings = () if self.media is None else self.media.take_step()
+        if not (spilled or restored or dropped or cleared or loaded or saved or encodings):
             return NO_MOVES
         own = self._slots.per_replica
         return Moves(
@@ -307,6 +319,7 @@ class KVManager:
             tuple(StateMove(replica, slot % own) for slot in cleared),
             tuple(StateMove(replica, slot % own, row) for row, slot in loaded),
             tuple(StateMove(replica, slot % own, row) for slot, row in saved),
+            encodings,
         )
 
     # ---- tables ----

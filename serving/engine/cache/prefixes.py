@@ -62,9 +62,9 @@ class Prefixes:
         return digest if len(self._windows) == 1 else digest + bytes((group,))
 
     def page_tokens(self, request: Request, page: int) -> bytes:
-        """The tokens of one full page of the sequence as int32 bytes."""
+        """The content of one full page of the sequence as int32 bytes: its tokens, mostly."""
         size = self._pool.page_size
-        return self.tokens_of(request.tokens[page * size : (page + 1) * size])
+        return request.content(page * size, (page + 1) * size).tobytes()
 
     @staticmethod
     def tokens_of(tokens: Sequence[int]) -> bytes:
@@ -78,8 +78,10 @@ class Prefixes:
             return
         spec = request.spec
         parent = digests[-1] if digests else self.root(spec.adapter, spec.cache_salt)
+        size, media = self._pool.page_size, spec.media
         for i in range(len(digests), full):
-            parent = chain_digest(parent, self.page_tokens(request, i))
+            images = b"" if media is None else media.digests(i * size, (i + 1) * size)
+            parent = chain_digest(parent, self.page_tokens(request, i) + images)
             digests.append(parent)
 
     def root(self, adapter: str | None, salt: str | None) -> bytes:
@@ -96,6 +98,8 @@ class Prefixes:
 
     def reusable(self, request: Request) -> list[bytes]:
         """Digests of the pages that may come from a cache: never the last token's, which must be computed to sample."""
+        if request.spec.media is not None and request.spec.media.lasting:
+            return []  # a prompt's first piece, which every one has then, is where it gets hold of what its tokens attend to
         every_position = request.spec.params.prompt_logprobs is not None or request.spec.pooling == "mean"
         if not self._pool.enable_prefix_caching or every_position:
             return []
@@ -179,7 +183,7 @@ class Prefixes:
     def _verified(self, request: Request, prefix: int) -> int:
         """The prefix if all of it holds the request's tokens; 0 if a digest is that of others."""
         width = 4 * self._pool.page_size
-        raw = np.array(request.tokens[: prefix * self._pool.page_size], np.int32).tobytes()
+        raw = request.content(0, prefix * self._pool.page_size).tobytes()
         for i, key in self._needed(request.digests, prefix):
             content = raw[i * width : (i + 1) * width]
             if not self._pool.holds(key, content) and not (self._tier and self._tier.holds(key, content)):

@@ -93,6 +93,16 @@ class Replicas:
     # ---- KVManager ----
 
     @property
+    def media_queries(self) -> int:
+        """Images that pieces of prompts needed so far."""
+        return sum(m.media.hits + m.media.misses for m in self.managers if m.media is not None)
+
+    @property
+    def media_hits(self) -> int:
+        """Of them, those whose embeddings were there."""
+        return sum(m.media.hits for m in self.managers if m.media is not None)
+
+    @property
     def num_leaving(self) -> int:
         return sum(manager.num_leaving for manager in self.managers)
 
@@ -140,17 +150,23 @@ class Replicas:
         for manager in self.managers:
             manager.forget(step)
 
-    def next_cut(self, request: Request) -> int | None:
-        """The next position at which a piece of the request's prompt is to end; None where it does not matter."""
-        snapshots = self._of(request).snapshots
-        return None if snapshots is None else snapshots.next_cut(request)
+    def piece(self, request: Request, length: int) -> int:
+        """How long the next piece of the request's prompt may be, of at most `length` tokens, before there are pages: it ends where
+        a state is to be copied, and where an image's embeddings are not there yet."""
+        manager = self._of(request)
+        cut = None if manager.snapshots is None else manager.snapshots.next_cut(request)
+        if cut is not None:
+            length = min(length, cut - request.num_computed)
+        return length if manager.media is None else manager.media.reach(request, length)
 
     def reached(self, request: Request, decoding: bool) -> None:
         """The step that is being put together leaves the request behind `num_computed` positions. Before `register`, with
         the request's slot."""
-        snapshots = self._of(request).snapshots
-        if snapshots is not None:
-            snapshots.reached(request, decoding)
+        manager = self._of(request)
+        if manager.snapshots is not None:
+            manager.snapshots.reached(request, decoding)
+        if manager.media is not None:
+            manager.media.reached(request)
 
     def rests(self, request: Request) -> None:
         """The step that is being put together leaves the request's state as it is, behind `num_computed` positions, until it is

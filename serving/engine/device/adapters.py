@@ -75,10 +75,9 @@ class Adapters:
         packed, slot = jax.ShapeDtypeStruct((self.room.size,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
         load = make_load_adapter(self.room, self._places)
         programs = [Program(ProgramKey("load_adapter"), load, (stacks, slot, packed), (0,))]
-        for bucket, layout in shapes.forward_layouts.items():
+        for bucket in shapes.forward_layouts:
             fn = shapes.make_forward(self._split, bucket)
-            flat = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-            args = (self._decoder.abstract_leaves + stacks, cache, state.ends, flat)
+            args = (self._decoder.abstract_leaves + stacks, cache, state.ends, *shapes.forward_args(bucket))
             programs.append(Program(ProgramKey("forward", bucket, VARIANT), fn, args, (1,), (0,), True))
         return [*programs, *self._logits(self._decoder.abstract_leaves + stacks, cache, state, shapes)]
 

@@ -6,8 +6,8 @@ Every process of an engine has one, and all are given the same commands in the s
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -23,9 +23,9 @@ from serving.engine.device.components import Component
 from serving.engine.device.draft import FORWARD, SAMPLE, DraftModel
 from serving.engine.device.followers import Followers, Meet
 from serving.engine.device.head import HeadModel
+from serving.engine.device.media import VisionTower
 from serving.engine.device.programs.compiling import CompileGuard, Program, ProgramCache, compile_all, starting
-from serving.engine.device.programs.keys import DECODER, DRAFT, ProgramKey
-from serving.engine.device.programs.packing import pack_forward, pack_sample
+from serving.engine.device.programs.keys import DECODER, DRAFT, VISION, ProgramKey
 from serving.engine.device.programs.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, place, placed
 from serving.engine.device.programs.program_list import StepShapes, list_programs
 from serving.engine.device.programs.state import DeviceState, slot_rows
@@ -34,6 +34,7 @@ from serving.engine.device.stores.at_rest import delete
 from serving.engine.device.stores.page_store import Lent, PageStore
 from serving.engine.device.stores.parts import unpacked
 from serving.engine.device.stores.state_store import StateStore
+from serving.engine.device.timing import empty_step, time_steps
 from serving.engine.requests.buckets import Bucket
 from serving.engine.requests.cache_specs import recurrent_of
 from serving.engine.requests.commands import (
@@ -42,6 +43,7 @@ from serving.engine.requests.commands import (
     Command,
     DecodeLoop,
     Draft,
+    Encode,
     Forward,
     LoadAdapter,
     LoadSlot,
@@ -53,15 +55,11 @@ from serving.engine.requests.commands import (
     PromptLogprobs,
     Sample,
     SaveStates,
-)
+)  # fmt: skip
 from serving.engine.requests.moves import PageMove, StateMove
-from serving.engine.requests.plan import StepPlan
 from serving.engine.requests.request import Request
 from serving.engine.requests.sizes import Sizes
 from serving.engine.requests.slots import SlotTable
-
-TIMED_STEPS = 3
-"""Steps of each bucket that are timed at start; the fastest counts."""
 
 
 class Executor:
@@ -77,6 +75,7 @@ class Executor:
         travel: also what moves pages and snapshots to other engines and from them.
         adapter_slots, max_lora_rank: adapters at once, and their rank at most; none where 0.
         draft: a model that guesses what this one says, as `model`; or a head of this one, models.heads.Head.
+        tower: what reads images, or sound.
 
     Attributes:
         decoder: the first of `components`, whose pages and device state the executor keeps.
@@ -103,10 +102,13 @@ class Executor:
         adapter_slots: int = 0,
         max_lora_rank: int = 16,
         draft: Any = None,
+        tower: VisionTower | None = None,
     ) -> None:
         self.sizes = sizes
         self.vocab_size = model.vocab_size
-        self._shapes = StepShapes.of(sizes, model, adapter_slots > 0, getattr(draft, "taps", None))
+        self.tower = tower
+        taps, media = getattr(draft, "taps", None), None if tower is None else tower.shape
+        self._shapes = StepShapes.of(sizes, model, adapter_slots > 0, taps, media)
         self.groups = self._shapes.groups
         self.buckets = self._shapes.buckets
         self.mask_width = self._shapes.mask_width
@@ -134,6 +136,8 @@ class Executor:
             )
             self.components[DRAFT] = self.draft.component
         self.adapters = Adapters(self.decoder, model, adapter_slots, max_lora_rank, mesh) if adapter_slots else None
+        if tower is not None:
+            self.components[VISION] = tower.component
         self._kv: Any = None
         self._state: Any = None
         self.reset_cache()
@@ -166,8 +170,9 @@ class Executor:
             self.store.bind(self.programs)
         if self.states is not None:
             self.states.bind(self.programs)
-        if self.draft is not None:
-            self.draft.bind(self.programs)
+        for part in (self.draft, self.tower):
+            if part is not None:
+                part.bind(self.programs)
         if meet is not None:
             meet("programs compiled", 1)  # the first collective must not wait for a process that compiles
         self._warm_up()
@@ -182,6 +187,7 @@ class Executor:
         cache, state = self._one((self._cached, self._state))
         more = [] if self.store is None else self.store.programs(self._one(self._pages))
         more += [] if self.draft is None else self.draft.programs(state.ends)
+        more += [] if self.tower is None else self.tower.programs()
         more += [] if self.states is None else self.states.programs(self._travel)
         more += [] if self.adapters is None else self.adapters.programs(cache, state, self._shapes)
         weights = self.decoder.abstract_leaves
@@ -199,7 +205,7 @@ class Executor:
         rows = np.zeros(self.replicas * PROMPT_LOGPROB_ROWS, np.int32)
         late = self.adapters is not None and bool(self.adapters.room.late)
         for bucket in self.buckets.buckets:
-            draft, forward, sample = self._empty_step(bucket, slots)
+            draft, forward, sample = empty_step(self._shapes, self.replicas, self.draft, bucket, slots)
             if self.adapters is not None:
                 self.execute(dataclasses.replace(forward, adapted=True))
             if draft is not None:
@@ -229,41 +235,17 @@ class Executor:
                 self.states.write(0, 0, self.states.lend(0, 0)())
         if self.adapters is not None:
             self.execute(LoadAdapter(0, np.zeros(self.adapters.room.size, np.float32)))
+        for encode in () if self.tower is None else self.tower.empty():
+            self.execute(encode)
         if self.sizes.draft_tokens:
-            self.step_seconds = tuple(self._time_steps(slots))
+            empty = functools.partial(empty_step, self._shapes, self.replicas, self.draft, slots=slots)
+            shapes = [bucket for bucket in self.buckets.buckets if not bucket.chunk]
+            self.step_seconds = tuple(
+                time_steps(shapes, empty, self.execute, lambda: jax.block_until_ready(self._state))
+            )
         neutral = slot_rows(Request(EngineRequest("", (0,), SamplingParams()), 0), self.vocab_size)
         self.execute(LoadSlot(0, self.sizes.max_num_seqs, *neutral))
         jax.block_until_ready(self._state)
-
-    def _empty_step(self, bucket: Bucket, slots: SlotTable) -> tuple[Draft | None, Forward, Sample]:
-        """The commands of a step with nothing in it; in a step with drafts, a draft model guesses first."""
-        empty, count = StepPlan(0, (), (), (), (), ()), self.replicas
-        forward = pack_forward(empty, bucket, self.forward_layouts[bucket], slots, self.sizes.page_size)
-        sample = pack_sample(empty, bucket.samples, self.sample_layouts[bucket.samples], slots, False)
-        draft = None
-        if self.draft is not None and bucket.queries > 1:
-            draft = self.draft.command([empty] * count, bucket, slots)
-        return (
-            draft,
-            Forward(bucket, np.tile(forward, count), drafted=draft is not None),
-            Sample(bucket.samples, np.tile(sample, count), drafted=None if draft is None else bucket),
-        )
-
-    def _time_steps(self, slots: SlotTable) -> Iterator[tuple[Bucket, float]]:
-        """What a step of each bucket without chunks takes, in seconds."""
-        for bucket in self.buckets.buckets:
-            if bucket.chunk:
-                continue
-            commands = [command for command in self._empty_step(bucket, slots) if command is not None]
-            found: list[float] = []
-            for _ in range(TIMED_STEPS):
-                jax.block_until_ready(self._state)
-                began = time.perf_counter()
-                for command in commands:
-                    self.execute(command)
-                jax.block_until_ready(self._state)
-                found.append(time.perf_counter() - began)
-            yield bucket, min(found)
 
     # ---- commands ----
 
@@ -285,7 +267,8 @@ class Executor:
                 if adapted:
                     assert self.adapters is not None, "no request can have an adapter"
                     key, leaves = ProgramKey("forward", bucket, VARIANT), self.adapters.leaves
-                self._cached, out = self.programs[key](leaves, self._cached, self._state.ends, packed)
+                store = (self.tower.store_MD,) if self.tower is not None and self.tower.shape.read_in(bucket) else ()
+                self._cached, out = self.programs[key](leaves, self._cached, self._state.ends, packed, *store)
                 self._hidden_SD, self._hidden_TD = out.hidden_SD, out.hidden_TD
                 if self.draft is not None:
                     heard = out.hidden_TD if out.tapped_TH is None else out.tapped_TH
@@ -293,6 +276,9 @@ class Executor:
                 if out.trial is not None and self.states is not None:
                     self.states.hold(bucket, packed, out.trial)
                 return out.loads[0] if out.loads else None
+            case Encode():
+                assert self.tower is not None, "images are taken where something reads them"
+                return self.tower.encode(command)
             case Draft():
                 return self._draft.draft(command)
             case CatchUp():
@@ -431,6 +417,8 @@ class Executor:
             if self.draft is not None:
                 delete(self.draft.kv)
                 self.draft.reset()
+            if self.tower is not None:
+                self.tower.reset()
             self._kv = tuple(
                 paged_attention.allocate(spec, sizes.num_pages, sizes.page_size, jnp.dtype(sizes.kv_dtype), self._mesh)
                 for spec in self.groups.arrays
@@ -467,6 +455,8 @@ class Executor:
         self.decoder.sleep(keep_weights)
         if self.draft is not None:  # its weights are nobody's to replace, so they are kept
             delete(self.draft.sleep(True))
+        if self.tower is not None:
+            freed += self.tower.sleep()
         if self.adapters is not None:
             self.adapters.sleep()
         delete((self._kv, self._state, states))
@@ -482,6 +472,8 @@ class Executor:
         self.decoder.wake(leaves)
         if self.draft is not None:
             self.draft.component.wake()
+        if self.tower is not None:
+            self.tower.component.wake()
         if self.adapters is not None:
             self.adapters.wake()
         self.reset_cache()

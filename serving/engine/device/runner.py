@@ -106,6 +106,10 @@ class StepRunner:
             executor.execute(ClearStates.of(moves.states_cleared))
         if moves.states_loaded:
             executor.execute(LoadStates.of(moves.states_loaded))
+        if moves.encodings:
+            assert executor.tower is not None, "images are taken where something reads them"
+            for command in executor.tower.commands(moves.encodings):
+                executor.execute(command)
         for slot, digest in plan.adapters:
             executor.execute(LoadAdapter(slot, self.adapters.packed(digest)))
         stops = executor.max_steps > 1

@@ -63,6 +63,21 @@ class Draft:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Encode:
+    """Puts the embeddings of images, one of each replica, into the store.
+
+    Attributes:
+        bucket: P, of the program.
+        patches: float32 [P, X].
+        packed: int32, `packing.MediaShape.layout(P)`.
+    """
+
+    bucket: int
+    patches: np.ndarray
+    packed: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class CatchUp:
     """Has the draft model compute pieces of sequences that were computed without it. `packed`: as in Forward."""
 
@@ -199,6 +214,7 @@ Command = (
     | Sample
     | Draft
     | CatchUp
+    | Encode
     | DecodeLoop
     | LoadSlot
     | LoadAdapter

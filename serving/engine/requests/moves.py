@@ -1,7 +1,7 @@
 """What a step copies besides computing: pages to host memory and back, states of recurrent layers to snapshots and back.
 
 Decided by the scheduler, carried out by the device in this order: pages out, pages in, pages dropped, states cleared, states
-loaded, the step's forward pass, states saved.
+loaded, images encoded, the step's forward pass, states saved.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
+
+import numpy as np
+
+from serving.engine.api.media import MediaItem
 
 
 class PageMove(NamedTuple):
@@ -25,6 +29,14 @@ class StateMove(NamedTuple):
     replica: int
     slot: int
     row: int = -1
+
+
+class Encoding(NamedTuple):
+    """An image to encode: into which rows of a replica's store its embeddings go."""
+
+    replica: int
+    item: MediaItem
+    rows: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,6 +69,7 @@ class Moves:
         states_cleared: slots whose state is to be that before the first token.
         states_loaded: slots whose state is to be a snapshot's. Row by row, before anything is saved.
         states_saved: slots whose state behind this step is to be copied to a snapshot.
+        encodings: images whose embeddings this step reads first.
     """
 
     pages_out: tuple[PageMove, ...] = ()
@@ -65,6 +78,7 @@ class Moves:
     states_cleared: tuple[StateMove, ...] = ()
     states_loaded: tuple[StateMove, ...] = ()
     states_saved: tuple[StateMove, ...] = ()
+    encodings: tuple[Encoding, ...] = ()
 
     @classmethod
     def joined(cls, parts: Iterable[Moves]) -> Moves:

@@ -24,6 +24,8 @@ import enum
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from serving.engine.api.types import EngineRequest, FinishReason
 
 
@@ -58,6 +60,8 @@ class Request:
         "first_token_time",
         "indexed_pages",
         "inflight",
+        "media_held",
+        "media_rows",
         "num_cached_tokens",
         "num_computed",
         "num_pending",
@@ -105,6 +109,8 @@ class Request:
         self.passed_over = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
+        self.media_held: dict[int, bytes] = {}  # of its images, those whose embeddings it needs; see cache.media
+        self.media_rows: dict[int, np.ndarray] = {}  # of those that it has needed, where their embeddings are
         self.pooled: Any = None  # sum so far, for requests that pool
         self.acceptance: list[tuple[int, int]] | None = (
             None  # of each step with drafts: how many, and how many accepted
@@ -144,6 +150,15 @@ class Request:
     def sort_key(self) -> tuple[int, int]:
         """Priority, then arrival."""
         return (self.spec.priority, self.arrival_order)
+
+    def content(self, first: int, end: int) -> np.ndarray:
+        """int32: what stands at its positions from `first` on, for comparing prefixes: tokens, and in an image's places the
+        image's content."""
+        tokens = np.array(self.tokens[first:end], np.int32)
+        if self.spec.media is not None:
+            marks = self.spec.media.marks[first:end]
+            tokens[: len(marks)] = np.where(marks, marks, tokens[: len(marks)])
+        return tokens
 
     def take_back(self, tokens: int) -> None:
         """A step gave so many tokens less than it was planned to give at most: their positions are computed again."""

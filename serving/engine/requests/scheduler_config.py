@@ -38,6 +38,7 @@ class SchedulerConfig:
         adapter_slots: adapters that may be on the devices at once.
         speculative_config: how drafts are made; None for none.
         has_head: whether a head guesses, or may besides what is looked up.
+        media_rows: embeddings of images that there is room for; 0 where none are read.
         step_seconds: what steps without chunks were measured to take, by bucket; for choosing how many drafts to verify.
     """
 
@@ -66,6 +67,7 @@ class SchedulerConfig:
     speculative_config: SpeculativeConfig | None = None
     has_head: bool = False
     step_seconds: tuple[tuple[Bucket, float], ...] = ()
+    media_rows: int = 0
 
     @classmethod
     def of(cls, *sources: object, **given: Any) -> Self:

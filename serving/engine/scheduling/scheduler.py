@@ -324,10 +324,7 @@ class Scheduler:
     def _add_piece(self, builders: list[ChunkBuilder], request: Request, background: bool) -> None:
         """Gives a prompt as long a piece as the step has room for, and there are pages."""
         builder = builders[request.replica]
-        length = builder.room_for(request, background)
-        cut = self.kv.next_cut(request)
-        if cut is not None:
-            length = min(length, cut - request.num_computed)
+        length = self.kv.piece(request, builder.room_for(request, background))
         if length:
             covered = self.kv.cover(request, request.num_computed + length, self._step_id)
             builder.add(request, min(length, covered - request.num_computed))

@@ -172,6 +172,10 @@ def _chat(chat: pb.Chat, limits: Limits) -> dict[str, Any]:
 
 def _message(message: pb.ChatMessage) -> dict[str, Any]:
     fields: dict[str, Any] = {"role": message.role, "content": message.content if message.HasField("content") else None}
+    if message.parts:
+        if message.HasField("content"):
+            raise invalid("A message has content or parts, not both.", "chat.messages")
+        fields["content"] = [_part(part) for part in message.parts]
     for name in ("name", "tool_call_id"):
         if message.HasField(name):
             fields[name] = getattr(message, name)
@@ -181,6 +185,16 @@ def _message(message: pb.ChatMessage) -> dict[str, Any]:
             for c in message.tool_calls
         ]
     return fields
+
+
+def _part(part: pb.ContentPart) -> dict[str, Any]:
+    match part.WhichOneof("part"):
+        case "image":
+            return {"type": "image", "image": part.image}
+        case "image_url":
+            return {"type": "image_url", "image_url": {"url": part.image_url}}
+        case _:
+            return {"type": "text", "text": part.text}
 
 
 def _tool(tool: pb.Tool, index: int, limits: Limits) -> dict[str, Any]:

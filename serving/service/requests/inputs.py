@@ -8,6 +8,7 @@ from typing import Any
 
 from serving.engine.api.types import TransferParams
 from serving.errors import invalid
+from serving.media.parts import IMAGE
 from serving.service.requests.json_bounds import check_nesting
 from serving.service.requests.limits import Limits, check_text
 
@@ -26,6 +27,7 @@ class GenerateInput:
         text: the prompt as text. Control tokens written in it are control tokens: its author writes the whole prompt.
         token_ids: the prompt as token ids, taken as they are.
         messages: a chat in OpenAI's shape, rendered with the model's chat template.
+        images: how many parts of the messages stand for images that were taken out; see `serving.service.images`.
         tools: tools in OpenAI's shape, handed to the template; only with `messages`.
         documents: what the model may quote from, for chat templates that take it; only with `messages`.
         chat_template_kwargs: extra variables for the template; scalars only.
@@ -68,6 +70,7 @@ class GenerateInput:
     cache_salt: str | None = None
     tenant: str | None = None
     transfer: TransferParams | None = None
+    images: int = 0
 
     @property
     def place(self) -> str:
@@ -126,7 +129,7 @@ class GenerateInput:
             limits.check_count("token ids", len(self.token_ids), limits.max_prompt_chars, "prompt")
         else:
             limits.check_count("messages", len(self.messages or ()), limits.max_messages, "messages")
-            check_messages(self.messages or (), limits)
+            check_messages(self.messages or (), limits, images=self.images > 0)
         for name, most in (("tools", limits.max_tools), ("documents", limits.max_batch)):
             given_too = getattr(self, name)
             if given_too:
@@ -179,11 +182,12 @@ def check_prompt_text(text: str, limits: Limits, param: str = "prompt") -> None:
     check_text(text, param)
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]], limits: Limits) -> None:
+def check_messages(messages: Sequence[Mapping[str, Any]], limits: Limits, images: bool = False) -> None:
     """Checks the shape and size of a chat; what its texts become is the template's affair.
 
     Args:
         messages: OpenAI's messages; a content is text, None (with tool calls), or a list of text parts.
+        images: whether parts may stand for images.
     Raises:
         RequestError: INVALID_ARGUMENT naming the message.
     """
@@ -205,7 +209,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]], limits: Limits) -> Non
             if isinstance(message.get(name), Sequence) and not isinstance(message[name], str):
                 parts += len(message[name])
         limits.check_count("parts and tool calls in its messages", parts, limits.max_content_parts, "messages")
-        for text in _texts(content, where):
+        for text in _texts(content, where, images):
             check_text(text, f"{where}.content")
             chars += len(text)
         if chars > limits.max_prompt_chars:
@@ -222,7 +226,7 @@ def _brief(value: Any) -> str:
     return shown if len(shown) <= 64 else shown[:64] + "..."
 
 
-def _texts(content: Any, where: str) -> list[str]:
+def _texts(content: Any, where: str, images: bool) -> list[str]:
     """The texts of one message's content."""
     if content is None:
         return []
@@ -241,8 +245,11 @@ def _texts(content: Any, where: str) -> list[str]:
         kind = part.get("type", "text") if isinstance(part, Mapping) else None
         if not isinstance(part, Mapping) or not isinstance(kind, str):
             raise invalid(f'{place} must be {{"type": "text", "text": ...}}.', place)
+        if images and kind == IMAGE:
+            continue
         if kind not in TEXT_PARTS:
-            raise invalid(f"{place} is of type {kind!r}; this model takes text only.", place)
+            takes = "text and images" if images else "text only"
+            raise invalid(f"{place} is of type {kind!r}; this model takes {takes}.", place)
         text = part.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
             raise invalid(f"{place} of type {kind!r} has no text.", place)

@@ -35,6 +35,10 @@ DRAFT = "draft"
 """The component that guesses what the decoder will say, where there is one; see draft.py."""
 
 
+VISION = "vision"
+"""The component that reads images, where there is one; see media.py."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ProgramKey:
     """Names one program of an engine. Whoever lists programs, compiles them, calls them or plans for them makes the same key.

@@ -11,14 +11,61 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.api import Step
+from models.api import Cross, Embeddings, Step
 from ops.paged_attention.batch import Q_BLOCK, AttentionBatch
 from ops.recurrent import RecurrentBatch
 from serving.engine.requests.buckets import Bucket
-from serving.engine.requests.plan import CHUNK_ALIGN, StepPlan, align
+from serving.engine.requests.moves import Encoding
+from serving.engine.requests.plan import CHUNK_ALIGN, Chunk, StepPlan, align
+from serving.engine.requests.request import Request
 from serving.engine.requests.slots import COLUMNS, SlotTable
 
 assert CHUNK_ALIGN == Q_BLOCK, "the scheduler and the kernels must agree on where pieces start"
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaShape:
+    """How an engine reads images.
+
+    Attributes:
+        rows: embeddings that its store has room for, of each replica.
+        width, dtype: numbers of one, and their type.
+        axes: whether positions are three numbers.
+        patches: P of the programs that encode, ascending.
+        patch_dim: X, numbers of a patch.
+        merge: side of the square of patches that become one embedding.
+        lasting: a row of the store is no embedding but what all tokens of a sequence attend to, and all of a thing is one.
+    """
+
+    rows: int
+    width: int
+    dtype: str
+    axes: bool
+    patches: tuple[int, ...]
+    patch_dim: int
+    merge: int
+    lasting: bool = False
+
+    def read_in(self, bucket: Bucket) -> bool:
+        """Whether steps of a bucket read the store."""
+        return self.lasting or bucket.chunk > 0
+
+    def bucket(self, patches: int) -> int:
+        """P of the program for an image of so many patches."""
+        return next(size for size in self.patches if size >= patches)
+
+    @property
+    def store(self) -> jax.ShapeDtypeStruct:
+        """The store of one replica."""
+        return jax.ShapeDtypeStruct((self.rows, self.width), jnp.dtype(self.dtype))
+
+    def layout(self, patches: int) -> Layout:
+        """What an image is, besides its patches: where they lie, how many there are, and where the embeddings go; a row of `rows`
+        is nowhere."""
+        embeddings = 1 if self.lasting else patches // self.merge**2
+        return Layout(
+            (("place_P2", (patches, 2), "int32"), ("count", (1,), "int32"), ("rows_N", (embeddings,), "int32"))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +112,7 @@ def forward_layout(
     adapters: bool = False,
     recurrent: bool = False,
     heads: bool = False,
+    media: MediaShape | None = None,
 ) -> Layout:
     """What a step is made of on the device, by `decode_rows` and `make_step`, and which rows sample.
 
@@ -75,12 +123,19 @@ def forward_layout(
         adapters: whether requests may have adapters.
         recurrent: whether layers keep states.
         heads: whether a head follows. `next_R` is the token behind each piece, -1 where the step samples it in `next_slot_R`.
+        media: of engines that read images. `media_index_C` says which of the store's rows stands in a chunk token's place, -1 for
+            none; `axes_3C` and `decode_delta_B` rotate where positions are three numbers. Where all tokens of a sequence attend
+            to one of the store's rows, `cross_B` and `cross_R` say to which.
     """
     t, b, c, r = bucket.tokens, bucket.decode, bucket.chunk, bucket.rows
     each = () if groups == 1 else (groups,)
     own = (("adapter_B", (b,), "int32"), ("adapter_R", (r,), "int32")) if adapters else ()
     own += (("chunk_slot_R", (r,), "int32"),) if recurrent else ()
     own += (("next_R", (r,), "int32"), ("next_slot_R", (r,), "int32")) if heads else ()
+    lasting = media is not None and media.lasting
+    own += (("cross_B", (b,), "int32"), ("cross_R", (r,), "int32")) if lasting else ()
+    own += (("media_index_C", (c,), "int32"),) if media is not None and not lasting and c else ()
+    own += (("axes_3C", (3, c), "int32"), ("decode_delta_B", (b,), "int32")) if media is not None and media.axes else ()
     return Layout(
         (
             ("tokens_T", (t,), "int32"),
@@ -179,7 +234,24 @@ def make_step(
             tentative=Q > 1,
         )
     positions_T = jnp.concatenate([position_BQ.reshape(-1), f["chunk_positions_C"]])
+    if "axes_3C" in f:
+        turned_BQ = position_BQ + f["decode_delta_B"][:, None]
+        positions_T = jnp.concatenate([jnp.tile(turned_BQ.reshape(-1), (3, 1)), f["axes_3C"]], axis=1)
     return Step(tokens_T, positions_T, attention, recurrent=recurrent)
+
+
+def cross_of(f: dict[str, jax.Array], store_MW: jax.Array) -> Cross:
+    """`Step.cross` of a step."""
+    of_row = jnp.concatenate([f["cross_R"], jnp.zeros(1, jnp.int32)])  # padding blocks are of row R
+    return Cross(store_MW, f["cross_B"], of_row[f["chunk_row_N"]])
+
+
+def embeddings_of(f: dict[str, jax.Array], store_MD: jax.Array | None) -> Embeddings | None:
+    """`Step.embeddings` of a step whose chunk tokens may stand for images; None where none can."""
+    if store_MD is None:
+        return None
+    decoding = f["tokens_T"].shape[0] - f["media_index_C"].shape[0]
+    return Embeddings(store_MD, jnp.pad(f["media_index_C"], (decoding, 0), constant_values=-1))
 
 
 def adapters_of(f: dict[str, jax.Array]) -> jax.Array:
@@ -204,6 +276,8 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
     f["chunk_row_N"][:] = bucket.rows
     for name in {"chunk_slot_R", "next_slot_R"} & f.keys():
         f[name][:] = slots.per_replica
+    if "media_index_C" in f:
+        f["media_index_C"][:] = -1
     groups, Q, first = len(slots.pages), bucket.queries, bucket.decode_tokens
     index_GC, decode_pages_GBP, chunk_pages_GRP = (
         f[name].reshape(groups, *f[name].shape[-dims:])
@@ -227,6 +301,12 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
             np.take(table, slot, axis=0, out=pages[:n], mode="clip")
         if "adapter_B" in f:
             f["adapter_B"][:n] = np.fromiter((r.adapter_slot for r in plan.decode), np.int32, n)
+        if "cross_B" in f:
+            f["cross_B"][:n] = np.fromiter((_lasting_row(r) for r in plan.decode), np.int32, n)
+        if "decode_delta_B" in f:
+            f["decode_delta_B"][:n] = np.fromiter(
+                (r.spec.media.delta if r.spec.media else 0 for r in plan.decode), np.int32, n
+            )
     samples = f["sample_row_S"]
     samples[: n * Q] = np.arange(n * Q)
     row_of_sample = n * Q
@@ -248,11 +328,48 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
         if "next_R" in f:
             f["next_R"][i] = request.tokens[chunk.end] if chunk.end < len(request.tokens) else -1
             f["next_slot_R"][i] = request.slot % slots.per_replica
+        if "cross_R" in f:
+            f["cross_R"][i] = _lasting_row(request)
+        if "media_index_C" in f:
+            _pack_media(f, chunk, position)
         f["chunk_row_N"][at // Q_BLOCK : (at + align(length)) // Q_BLOCK] = i
         if chunk.samples:
             samples[row_of_sample] = first + at + length - 1
             row_of_sample += 1
     return flat
+
+
+def _lasting_row(request: Request) -> int:
+    """The store's row that a request's tokens attend to; any, for one without."""
+    rows = request.media_rows.get(0)
+    return 0 if rows is None else int(rows[0])
+
+
+def _pack_media(f: dict[str, np.ndarray], chunk: Chunk, position: np.ndarray) -> None:
+    """What a piece of a prompt has of images: rows of the store, and positions of three numbers."""
+    media, at, end = chunk.request.spec.media, chunk.offset, chunk.offset + chunk.length
+    if "axes_3C" in f:
+        f["axes_3C"][:, at:end] = position if media is None else media.positions(chunk.start, chunk.end)
+    if media is None:
+        return
+    for index, item in media.overlapping(chunk.start, chunk.end):
+        here = (item.places_N >= chunk.start) & (item.places_N < chunk.end)
+        f["media_index_C"][at - chunk.start + item.places_N[here]] = chunk.request.media_rows[index][here]
+
+
+def pack_image(encoding: Encoding | None, patches: int, shape: MediaShape) -> tuple[np.ndarray, np.ndarray]:
+    """(patches_PX, flat) of an image, or of none, for the program of so many patches; see `MediaShape.layout`."""
+    layout = shape.layout(patches)
+    flat, padded_PX = np.zeros(layout.size, np.int32), np.zeros((patches, shape.patch_dim), np.float32)
+    f = layout.views(flat)
+    f["rows_N"][:] = shape.rows
+    if encoding is not None:
+        item, rows = encoding.item, encoding.rows
+        f["place_P2"][: len(item.place_P2)] = item.place_P2
+        f["count"][:] = len(item.patches_PX)
+        f["rows_N"][: len(rows)] = rows
+        padded_PX[: len(item.patches_PX)] = item.patches_PX
+    return padded_PX, flat
 
 
 def pack_sample(

@@ -18,7 +18,7 @@ from ops.paged_attention.groups import KVGroups
 from ops.recurrent import States
 from serving.engine.device.programs.compiling import Program
 from serving.engine.device.programs.keys import ProgramKey
-from serving.engine.device.programs.packing import Layout, forward_layout, sample_layout
+from serving.engine.device.programs.packing import Layout, MediaShape, forward_layout, sample_layout
 from serving.engine.device.programs.steps import (
     PROMPT_LOGPROB_ROWS,
     SplitModel,
@@ -46,6 +46,7 @@ class StepShapes:
         groups: which layers share pages.
         forward_layouts, sample_layouts: how a step's packed arguments lie, by bucket and by number of sampled rows.
         taps: of a head that hears the model, `models.heads.Head.taps`; None where there is none.
+        media: how images are read; None where none are.
     """
 
     sizes: Sizes
@@ -57,12 +58,18 @@ class StepShapes:
     forward_layouts: dict[Bucket, Layout]
     sample_layouts: dict[int, Layout]
     taps: tuple[int, ...] | None = None
+    media: MediaShape | None = None
 
     @classmethod
     def of(
-        cls, sizes: Sizes, model: CausalLM, adapters: bool = False, taps: tuple[int, ...] | None = None
+        cls,
+        sizes: Sizes,
+        model: CausalLM,
+        adapters: bool = False,
+        taps: tuple[int, ...] | None = None,
+        media: MediaShape | None = None,
     ) -> StepShapes:
-        """The shapes for a model and these sizes; with adapters where requests may have some, with a head's taps."""
+        """The shapes for a model and these sizes; with adapters, and images, where requests may have some, with a head's taps."""
         vocab_size, groups = model.vocab_size, KVGroups.of(model.kv_specs(), sizes.layers_per_page)
         recurrent = recurrent_of(model) is not None
         buckets = BucketTable.make(
@@ -80,11 +87,12 @@ class StepShapes:
             -(-vocab_size // 32),
             groups,
             {
-                b: forward_layout(b, pages_per_slot, len(groups.windows), adapters, recurrent, taps is not None)
+                b: forward_layout(b, pages_per_slot, len(groups.windows), adapters, recurrent, taps is not None, media)
                 for b in buckets.buckets
             },
             {s: sample_layout(s, sizes.draft_tokens > 0, adapters) for s in buckets.sample_sizes},
             taps,
+            media,
         )
 
     def make_forward(self, split: SplitModel, bucket: Bucket) -> Callable[..., Any]:
@@ -93,6 +101,13 @@ class StepShapes:
         return make_forward(
             split, self.groups, self.forward_layouts[bucket], self.sizes.page_size, keep, self.taps or ()
         )
+
+    def forward_args(self, bucket: Bucket) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What a forward program is given behind weights, cache and ends: the packed step, and embeddings of images."""
+        flat = jax.ShapeDtypeStruct((self.forward_layouts[bucket].size,), jnp.int32)
+        if self.media is None or not self.media.read_in(bucket):
+            return (flat,)
+        return flat, self.media.store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,16 +150,16 @@ def list_programs(
     programs = list(more)
     for bucket, layout in shapes.forward_layouts.items():
         fn = shapes.make_forward(split, bucket)
-        flat = ints(layout.size)
-        programs.append(Program(ProgramKey("forward", bucket), fn, (leaves, kv, state.ends, flat), (1,), (0,), True))
+        given = shapes.forward_args(bucket)
+        programs.append(Program(ProgramKey("forward", bucket), fn, (leaves, kv, state.ends, *given), (1,), (0,), True))
         if bucket.queries > 1 and isinstance(kv[-1], States):
-            trial = jax.eval_shape(fn, leaves, kv, state.ends, flat)[1].trial
-            args = (kv[-1], state.ends, flat, trial)
+            trial = jax.eval_shape(fn, leaves, kv, state.ends, *given)[1].trial
+            args = (kv[-1], state.ends, given[0], trial)
             programs.append(Program(ProgramKey("commit_states", bucket), make_commit(layout), args, (0,), (), True))
         if max_steps > 1 and not bucket.chunk and bucket.queries == 1:
             sample = shapes.sample_layouts[bucket.samples]
             fn = make_decode_loop(split, shapes.groups, layout, sample, shapes.sizes.page_size, max_steps)
-            args = (leaves, kv, state, flat, ints(sample.size), ints())
+            args = (leaves, kv, state, ints(layout.size), ints(sample.size), ints())
             programs.append(Program(ProgramKey("decode_loop", bucket), fn, args, (1, 2), (0, 5)))
     head = used_leaves(lambda leaves, h: split.merge(leaves).logits(h), leaves, hidden(PROMPT_LOGPROB_ROWS))
     head_leaves = tuple(leaves[i] for i in head)
@@ -170,7 +185,7 @@ def list_programs(
 
 
 def _size(program: Program) -> int:
-    return sum(math.prod(a.shape) for a in jax.tree.leaves(program.args[-1]))
+    return sum(math.prod(a.shape) for a in jax.tree.leaves(program.args[3:4] or program.args[-1:]))
 
 
 def with_leaves(head: list[int], num_leaves: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -24,7 +24,7 @@ from ops import sampling
 from ops.lora import LoraStack
 from ops.paged_attention.groups import KVGroups
 from serving.engine.api.sampling_params import MAX_LOGPROBS
-from serving.engine.device.programs.packing import Layout, adapters_of, decode_rows, make_step
+from serving.engine.device.programs.packing import Layout, adapters_of, cross_of, decode_rows, embeddings_of, make_step
 from serving.engine.device.programs.state import DeviceState
 from serving.engine.device.programs.trial import Trial, take_apart
 from serving.engine.device.programs.verify import accept, drafts_before
@@ -137,9 +137,10 @@ def make_forward(
     keep_hidden: bool,
     taps: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
-    """forward(leaves, kv, ends, flat) -> (kv, ForwardOutput).
+    """forward(leaves, kv, ends, flat, *store_MD) -> (kv, ForwardOutput).
 
-    `ends` is DeviceState.ends.
+    `ends` is DeviceState.ends. `store_MD` has embeddings of images, where the engine reads some and the step has a chunk part; or
+    what all tokens attend to (`MediaShape.lasting`).
 
     Args:
         keep_hidden: for `ForwardOutput.hidden_TD`.
@@ -147,13 +148,20 @@ def make_forward(
     """
 
     def forward(
-        leaves: tuple[jax.Array, ...], kv: KVCache, ends: tuple[jax.Array, jax.Array], flat: jax.Array
+        leaves: tuple[jax.Array, ...],
+        kv: KVCache,
+        ends: tuple[jax.Array, jax.Array],
+        flat: jax.Array,
+        store_MD: jax.Array | None = None,
     ) -> tuple[KVCache, ForwardOutput]:
         f = layout.unpack(flat)
         tokens_BQ, start_B = decode_rows(f, ends)
         step = make_step(f, tokens_BQ, start_B, groups.places, page_size)
         if model.stacks is not None:
             step = dataclasses.replace(step, adapter_T=adapters_of(f))
+        if store_MD is not None:
+            reads = {"cross": cross_of(f, store_MD)} if "cross_B" in f else {"embeddings": embeddings_of(f, store_MD)}
+            step = dataclasses.replace(step, **reads)
         if taps:
             step = dataclasses.replace(step, taps=taps)
         merged = model.merge(leaves)
@@ -213,6 +221,8 @@ def sample_rows(
     With `draft_tokens`, rows are places (`verify`), and the tokens of those that come to nothing are -1.
     """
     logits_SV = model.logits(hidden_SD) if adapter_S is None else model.logits(hidden_SD, adapter_S)
+    if mask_SW is not None and (times := getattr(model, "first_time", None)) is not None:
+        logits_SV = sampling.prefer_times(logits_SV, jnp.where(f["masked"][0] > 0, mask_SW, -1), times)
     slot_S, length_S = f["slot_S"], f["length_S"]
     place_S = f["place_S"] if draft_tokens else 0
     length_S = jnp.where(length_S < 0, state.length[slot_S] + 1 + place_S, length_S)

@@ -1,0 +1,219 @@
+"""What vision transformers share: attention among an image's patches, and the pre-norm block around it
+(Dosovitskiy et al. 2020, arXiv:2010.11929)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.layers import Build, GatedMLP, LayerNorm, Linear, RMSNorm, child_recipes
+from models.recipes import Recipes, deal, one, pieces, split, under
+from ops.activation import activation
+from ops.rope import rope
+
+MASKED = -1e30
+SCORES = 1 << 22
+"""Query times key positions whose scores are in memory at once: of 16 heads in float32, 268 MB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VitConfig:
+    """A vision transformer. Sizes in elements, lengths in patches. Hashable and static.
+
+    Attributes:
+        num_layers, embed_dim, ffw_dim, num_heads: L, D, F, H.
+        patch_dim: X, numbers of a patch as it comes.
+        out_dim: width of the embeddings it makes, the decoder's.
+        max_patches: of one image, at most; exactly, where it is `fixed`.
+        merge: side of the square of patches that become one embedding.
+        norm: "layer" or "rms".
+        norm_eps: added to the variance before the root.
+        activation: of the feed-forward block, by the names of `ops.activation`.
+        gated: whether that has a gate.
+        rope_theta: base of the frequencies by which a head's channels turn with row and column; None where they do not.
+        windows: of each layer, the side of the squares of the grid within which patches see each other; None for all.
+        taps: layers behind which embeddings are made besides, which are added to what enters the decoder's second layer, third, ...
+        extra: what only one family needs; hashable values.
+    """
+
+    num_layers: int
+    embed_dim: int
+    ffw_dim: int
+    num_heads: int
+    patch_dim: int
+    out_dim: int
+    max_patches: int
+    fixed: bool = False
+    merge: int = 1
+    norm: str = "layer"
+    norm_eps: float = 1e-6
+    activation: str = "gelu"
+    gated: bool = False
+    mlp_bias: bool = True
+    rope_theta: float | None = None
+    windows: tuple[int | None, ...] = ()
+    taps: tuple[int, ...] = ()
+    extra: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "embed_dim", "ffw_dim", "num_heads", "patch_dim", "out_dim", "max_patches", "merge"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"the vision configuration has {name} = {value!r}; it must be a whole number from 1.")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"the vision configuration has {self.num_heads} heads, which do not divide its width {self.embed_dim}."
+            )
+        activation(self.activation)
+        if not self.windows:
+            object.__setattr__(self, "windows", (None,) * self.num_layers)
+
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding, with those that later layers are given."""
+        return self.out_dim * (1 + len(self.taps))
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A value of `extra`."""
+        return dict(self.extra).get(name, default)
+
+
+def make_norm(config: VitConfig, width: int | None = None) -> RMSNorm | LayerNorm:
+    """The tower's kind of norm."""
+    kind = RMSNorm if config.norm == "rms" else LayerNorm
+    return kind(width or config.embed_dim, config.norm_eps)
+
+
+def attend_patches(
+    q_PHh: jax.Array, k_PHh: jax.Array, v_PHh: jax.Array, real_P: jax.Array, window_P: jax.Array | None = None
+) -> jax.Array:
+    """Every patch attends to all real ones, or to those of its window: out_PHh. Rows that are not real are arbitrary.
+
+    Args:
+        real_P: bool; the others are padding.
+        window_P: int32, the window of each.
+    """
+    P, H, h = q_PHh.shape
+    window_P = jnp.zeros(P, jnp.int32) if window_P is None else window_P
+
+    def attend(q_QHh: jax.Array, window_Q: jax.Array) -> jax.Array:
+        scores = jnp.einsum("qhd,shd->hqs", q_QHh, k_PHh, preferred_element_type=jnp.float32) * h**-0.5
+        seen_QP = real_P & (window_Q[:, None] == window_P)
+        weights = jax.nn.softmax(jnp.where(seen_QP, scores, MASKED), axis=-1)
+        return jnp.einsum("hqs,shd->qhd", weights.astype(v_PHh.dtype), v_PHh)
+
+    block = max(16, SCORES // P)
+    if block >= P or P % block:
+        return attend(q_PHh, window_P)
+    blocks = (q_PHh.reshape(P // block, block, H, h), window_P.reshape(-1, block))
+    return jax.lax.map(lambda one: attend(*one), blocks).reshape(P, H, h)
+
+
+def axial_frequencies(theta: float, head_dim: int) -> np.ndarray:
+    """float32 [2, h / 2] for `ops.rope.rope`: the first half of the pairs turns with the row, the second with the column."""
+    half = head_dim // 2
+    exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
+    inv_freq = (np.float32(1.0) / np.power(np.float32(theta), exponents)).astype(np.float32)
+    still = np.zeros_like(inv_freq)
+    return np.stack([np.concatenate([inv_freq, still]), np.concatenate([still, inv_freq])])
+
+
+class PatchAttention(nnx.Module):
+    """Attention among patches; q, k and v are one projection, laid out [H, 3, h].
+
+    Args:
+        names: of the projections in checkpoints: of q, k and v (one name where they are one tensor), and of what comes out.
+    """
+
+    def __init__(
+        self, config: VitConfig, layer: int, build: Build, names: tuple[tuple[str, ...], str] = (("qkv",), "proj")
+    ):
+        H, h, D = config.num_heads, config.head_dim, config.embed_dim
+        axis = build.axis("heads", H)
+        self.heads, self.names = (H, h), names
+        self.window, self.theta = config.windows[layer], config.rope_theta
+        self.qkv = Linear(D, 3 * D, build, (axis, "embed"), bias=True)
+        self.out = Linear(D, D, build, ("embed", axis), bias=True)
+
+    def __call__(self, x_PD: jax.Array, place_P2: jax.Array, real_P: jax.Array) -> jax.Array:
+        (P, D), (H, h) = x_PD.shape, self.heads
+        q_PHh, k_PHh, v_PHh = jnp.moveaxis(self.qkv(x_PD).reshape(P, H, 3, h), 2, 0)
+        if self.theta is not None:
+            turns = axial_frequencies(self.theta, h)
+            q_PHh, k_PHh = (rope(x, place_P2.T, turns) for x in (q_PHh, k_PHh))
+        window_P = None
+        if self.window is not None:
+            row_P, column_P = (place_P2 // self.window).T
+            window_P = row_P * 65536 + column_P
+        return self.out(attend_patches(q_PHh, k_PHh, v_PHh, real_P, window_P).reshape(P, D))
+
+    def recipes(self, name: str) -> Recipes:
+        H, h = self.heads
+        D, (parts, out) = H * h, self.names
+        if len(parts) == 1:
+            weights = split(one(f"{name}.{parts[0]}.weight", 3 * D, D), D, D, D)
+            biases = split(one(f"{name}.{parts[0]}.bias", 3 * D), D, D, D)
+        else:
+            weights = pieces([f"{name}.{part}.weight" for part in parts], *((D, D),) * 3)
+            biases = pieces([f"{name}.{part}.bias" for part in parts], *((D,),) * 3)
+        recipes: Recipes = {"qkv.weight": deal(H, *weights), "qkv.bias": deal(H, *biases)}
+        return recipes | under("out", self.out.recipes(f"{name}.{out}"))
+
+
+class PatchMLP(nnx.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, config: VitConfig, build: Build, names: tuple[str, str] = ("fc1", "fc2")):
+        axis = build.axis("ffw", config.ffw_dim)
+        self.names, self.activation = names, config.activation
+        self.up = Linear(config.embed_dim, config.ffw_dim, build, (axis, "embed"), bias=True)
+        self.down = Linear(config.ffw_dim, config.embed_dim, build, ("embed", axis), bias=True)
+
+    def __call__(self, x_PD: jax.Array) -> jax.Array:
+        return self.down(activation(self.activation)(self.up(x_PD)))
+
+    def recipes(self, name: str) -> Recipes:
+        return child_recipes(self, {"up": self.names[0], "down": self.names[1]}, name)
+
+
+class VitBlock(nnx.Module):
+    """x + attn(norm(x)), then x + mlp(norm(x))."""
+
+    names: ClassVar[dict[str, str]] = {"attn_norm": "norm1", "attn": "attn", "mlp_norm": "norm2", "mlp": "mlp"}
+    attention_names: ClassVar[tuple[tuple[str, ...], str]] = (("qkv",), "proj")
+    mlp_names: ClassVar[tuple[str, str]] = ("fc1", "fc2")
+
+    def __init__(self, config: VitConfig, layer: int, build: Build):
+        self.attn_norm, self.mlp_norm = make_norm(config), make_norm(config)
+        self.attn = PatchAttention(config, layer, build, self.attention_names)
+        gated: Any = config  # it has the fields of a ModelConfig that this block reads
+        self.mlp = GatedMLP(gated, build) if config.gated else PatchMLP(config, build, self.mlp_names)
+
+    def __call__(self, x_PD: jax.Array, place_P2: jax.Array, real_P: jax.Array) -> jax.Array:
+        x_PD = x_PD + self.attn(self.attn_norm(x_PD), place_P2, real_P)
+        normed_PD = self.mlp_norm(x_PD)
+        y_PD = self.mlp(normed_PD, None)[0] if isinstance(self.mlp, GatedMLP) else self.mlp(normed_PD)
+        return x_PD + y_PD
+
+    def recipes(self, name: str) -> Recipes:
+        return child_recipes(self, self.names, name)
+
+
+def run_block(block: VitBlock, x_PD: jax.Array, place_P2: jax.Array, real_P: jax.Array) -> jax.Array:
+    """One block as a function of its own: equal blocks are traced once."""
+    return _run(*nnx.split(block), x_PD, place_P2, real_P)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graphdef: Any, state: Any, *inputs: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, state)(*inputs)

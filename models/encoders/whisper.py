@@ -1,0 +1,116 @@
+"""Whisper's encoder (Radford et al. 2022, arXiv:2212.04356): 30 seconds of sound to what the decoder's layers attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.encoders.vit import VitBlock, VitConfig, run_block
+from models.layers import Build, LayerNorm, Linear, weight
+from models.recipes import Computed, Recipe, Recipes, deal, one, pieces, under
+from ops.activation import activation
+
+TAPS = 3
+"""Frames that a convolution sees."""
+
+
+def whisper_encoder(hf: Mapping[str, Any]) -> VitConfig:
+    D, positions = hf["d_model"], hf.get("max_source_positions", 1500)
+    heads, layers = hf["decoder_attention_heads"], hf["decoder_layers"]
+    return VitConfig(
+        num_layers=hf["encoder_layers"],
+        embed_dim=D,
+        ffw_dim=hf["encoder_ffn_dim"],
+        num_heads=hf["encoder_attention_heads"],
+        patch_dim=hf.get("num_mel_bins", 80),
+        out_dim=layers * 2 * D * positions,
+        max_patches=2 * positions,
+        norm_eps=1e-5,
+        activation=hf.get("activation_function", "gelu"),
+        extra=(("layers", layers), ("heads", heads), ("positions", positions)),
+    )
+
+
+def without_k(q: Recipe, v: Recipe) -> tuple[Recipe, Recipe, Recipe]:
+    """Biases of q, k and v where k has none."""
+    return q, Computed((q,), np.zeros_like), v
+
+
+class WhisperBlock(VitBlock):
+    attention_names: ClassVar[tuple[tuple[str, ...], str]] = (("q_proj", "k_proj", "v_proj"), "out_proj")
+
+    def recipes(self, name: str) -> Recipes:
+        recipes: Recipes = {}
+        for part, own in (
+            ("attn_norm", "self_attn_layer_norm"),
+            ("attn", "self_attn"),
+            ("mlp_norm", "final_layer_norm"),
+        ):
+            recipes |= under(part, getattr(self, part).recipes(f"{name}.{own}"))
+        H, h = self.attn.heads
+        biases = pieces([f"{name}.self_attn.{part}_proj.bias" for part in "qv"], *((H * h,),) * 2)
+        recipes["attn.qkv.bias"] = deal(H, *without_k(*biases))
+        return recipes | under("mlp", self.mlp.recipes(name))
+
+
+class WhisperEncoder(nnx.Module):
+    """`models.api.ImageEncoder` whose patches are the frames of a log-mel spectrogram, all of them real. It makes one row of
+    numbers, [L, K and V, H, positions, h] of the decoder's layers: they attend to nothing else of the sound."""
+
+    def __init__(self, config: VitConfig, build: Build):
+        self.config, self.compute_dtype = config, build.compute_dtype
+        D, mels = config.embed_dim, config.patch_dim
+        self.patch = Linear(TAPS * mels, D, build, (None, "embed"), bias=True)
+        self.halve = Linear(TAPS * D, D, build, (None, "embed"), bias=True)
+        self.positions = weight((config.get("positions"), D), jnp.float32, (None, "embed"))
+        self.blocks: Any = nnx.List([WhisperBlock(config, layer, build) for layer in range(config.num_layers)])
+        self.norm = LayerNorm(D, config.norm_eps)
+        axis = build.axis("heads", config.get("heads"))
+        self.cross: Any = nnx.List(
+            [Linear(D, 2 * D, build, (axis, "embed"), bias=True) for _ in range(config.get("layers"))]
+        )
+
+    def encode(self, patches_PX: jax.Array, place_P2: jax.Array, count: jax.Array) -> jax.Array:
+        act = activation(self.config.activation)
+        x_PD = act(self.patch(_seen(patches_PX.astype(self.compute_dtype), 1)))
+        x_SD = act(self.halve(_seen(x_PD, 2)))
+        x_SD = x_SD + self.positions[...].astype(x_SD.dtype)
+        real_S, place_S2 = jnp.ones(len(x_SD), bool), place_P2[: len(x_SD)]
+        for block in self.blocks:
+            x_SD = run_block(block, x_SD, place_S2, real_S)
+        x_SD, H = self.norm(x_SD), self.config.get("heads")
+        kept = [linear(x_SD).reshape(len(x_SD), H, 2, -1).transpose(2, 1, 0, 3).reshape(-1) for linear in self.cross]
+        return jnp.concatenate(kept)[None]
+
+    def recipes(self) -> Recipes:
+        D, mels, H = self.config.embed_dim, self.config.patch_dim, self.config.get("heads")
+        name = "model.encoder"
+        recipes: Recipes = {
+            "patch.weight": one(f"{name}.conv1.weight", D, mels, TAPS),
+            "patch.bias": one(f"{name}.conv1.bias", D),
+            "halve.weight": one(f"{name}.conv2.weight", D, D, TAPS),
+            "halve.bias": one(f"{name}.conv2.bias", D),
+            "positions": one(f"{name}.embed_positions.weight", *self.positions.shape),
+        }
+        for index, block in enumerate(self.blocks):
+            recipes |= under(f"blocks.{index}", block.recipes(f"{name}.layers.{index}"))
+        for index in range(len(self.cross)):
+            other = f"model.decoder.layers.{index}.encoder_attn"
+            k, v = pieces([f"{other}.{part}_proj.weight" for part in "kv"], (D, D), (D, D))
+            bias = one(f"{other}.v_proj.bias", D)
+            recipes[f"cross.{index}.weight"] = deal(H, k, v)
+            recipes[f"cross.{index}.bias"] = deal(H, Computed((bias,), np.zeros_like), bias)
+        return recipes | under("norm", self.norm.recipes(f"{name}.layer_norm"))
+
+
+def _seen(x_TD: jax.Array, step: int) -> jax.Array:
+    """[T / step, D * TAPS]: of every `step`-th frame what a convolution sees: the one before, itself, the one behind."""
+    padded = jnp.pad(x_TD, ((1, 1), (0, 0)))
+    count = len(x_TD) // step
+    taps = [padded[tap : tap + step * (count - 1) + 1 : step] for tap in range(TAPS)]
+    return jnp.stack(taps, axis=-1).reshape(count, -1)

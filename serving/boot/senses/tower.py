@@ -1,0 +1,175 @@
+"""A checkpoint's tower through the start: whether there is one to serve, how large its store is, and its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from models.family import Tower
+from models.loading.load import Built, fill
+from models.loading.opening import Opened
+from serving.engine.device.media import VisionTower, patch_sizes
+from serving.engine.device.programs.packing import MediaShape
+from serving.engine.device.programs.placement import num_replicas
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from serving.engine.api.config import EngineConfig
+
+GIB = 2**30
+ALONE = ("coordinator", "compiled")
+"""Settings with which images are not read."""
+
+LEAST_WINDOWS = 8
+"""Windows of sound that there is room for, whatever the memory for embeddings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedTower:
+    """A tower's headers, found good.
+
+    Attributes:
+        built: the network as shapes; loading fills it.
+        shape: how the engine reads images with it.
+    """
+
+    built: Built
+    shape: MediaShape
+    family: Tower
+
+
+def check_tower(
+    config: EngineConfig, opened: Opened, built: Built, mesh: Mesh, positions: int, drafts: bool
+) -> CheckedTower | None:
+    """Reads what a checkpoint says of its tower. None where there is nothing to read images with: no tower, no processor's
+    configuration, no Pillow, or `language_model_only`.
+
+    Args:
+        built: the decoder.
+        positions: tokens that a sequence may have.
+        drafts: whether a model or head drafts.
+    Raises:
+        ValueError: a tower that cannot be served with these settings, in a sentence.
+    """
+    tower = opened.family.tower
+    if tower is None:
+        return None
+    if tower.reads == "sound":
+        return _check_sound(config, opened, built, tower)
+    if config.language_model_only or why_not(opened) is not None:
+        return None
+    for name in ALONE:
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name}: images are not read with it yet. Add language_model_only to serve text alone.")
+    how = config.speculative_config
+    if how is not None and how.model is not None:
+        raise ValueError(
+            "speculative_config: a draft model reads no images. Add language_model_only to serve text alone."
+        )
+    numbers = tower.config(opened.hf_config)
+    if numbers.out_dim != built.config.embed_dim:
+        raise ValueError(
+            f"{opened.model_id}: its tower makes embeddings of {numbers.out_dim} numbers, its layers take "
+            f"{built.config.embed_dim}."
+        )
+    module = tower.build(numbers, built.build)
+    square = numbers.merge**2
+    most = numbers.max_patches
+    sizes = (most,) if numbers.fixed else patch_sizes(min(most, positions * square), numbers.merge)
+    dtype, width = built.build.compute_dtype, numbers.width
+    wanted = int(config.mm_encoder_cache_gb * GIB) // (width * jnp.dtype(dtype).itemsize) // num_replicas(mesh)
+    axes = built.config.rope is not None and len(built.config.rope.sections) == 3
+    shape = MediaShape(
+        rows=max(wanted, sizes[-1] // square),
+        width=width,
+        dtype=jnp.dtype(dtype).name,
+        axes=axes,
+        patches=sizes,
+        patch_dim=numbers.patch_dim,
+        merge=numbers.merge,
+    )
+    return CheckedTower(Built(module, numbers, built.build), shape, tower)
+
+
+def _check_sound(config: EngineConfig, opened: Opened, built: Built, tower: Tower) -> CheckedTower:
+    """As `check_tower`, of a model that does nothing without its encoder."""
+    for name in (*ALONE, "speculative_config"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name} does not go with a model for speech yet; leave it out.")
+    if config.num_scheduler_steps > 1 or config.enable_lora or config.language_model_only:
+        raise ValueError("num_scheduler_steps, enable_lora and language_model_only do not go with a model for speech.")
+    if (reason := why_not(opened)) is not None:
+        raise ValueError(f"{opened.model_id} cannot be served: {reason}.")
+    numbers = tower.config(opened.hf_config)
+    first = opened.generation_config.get("no_timestamps_token_id")
+    built.model.first_time = None if first is None else int(first) + 1
+    dtype, replicas = built.build.compute_dtype, num_replicas(built.build.mesh)
+    wanted = int(config.mm_encoder_cache_gb * GIB) // (numbers.width * jnp.dtype(dtype).itemsize) // replicas
+    shape = MediaShape(
+        rows=max(wanted, min(config.max_num_seqs or LEAST_WINDOWS, LEAST_WINDOWS)),
+        width=numbers.width,
+        dtype=jnp.dtype(dtype).name,
+        axes=False,
+        patches=(numbers.max_patches,),
+        patch_dim=numbers.patch_dim,
+        merge=1,
+        lasting=True,
+    )
+    return CheckedTower(Built(tower.build(numbers, built.build), numbers, built.build), shape, tower)
+
+
+def why_not(opened: Opened) -> str | None:
+    """Why a checkpoint whose family has a tower reads no images here, in a sentence; None where it does."""
+    if opened.checkpoint is None or opened.source.kind != "hf":
+        return "images and sound are read from Hugging Face directories"
+    sound = opened.family.tower is not None and opened.family.tower.reads == "sound"
+    if not sound and not opened.hf_config.get("vision_config"):
+        return "its config.json has no vision_config"
+    if not opened.hf_config.get("preprocessor"):
+        return "it has no preprocessor_config.json"
+    if importlib.util.find_spec("soundfile" if sound else "PIL") is None:
+        return f"{'soundfile' if sound else 'Pillow'} is not installed (extra multimodal)"
+    return None
+
+
+def load_tower(
+    tower: CheckedTower | None,
+    opened: Opened,
+    mesh: Mesh | None,
+    quantization: str | None,
+    progress: bool,
+    say: Callable[[str], None],
+) -> VisionTower | None:
+    """The tower with its weights; None where there is none.
+
+    Args:
+        mesh: that programs are placed on.
+    Raises:
+        ValueError: as `load_model`.
+    """
+    if tower is None:
+        if opened.family.tower is not None:
+            say(f"{opened.model_id} is served for text alone: {why_not(opened) or 'as it was asked for'}")
+        return None
+    assert opened.checkpoint is not None
+    beside = rf"^(?!{tower.family.tensors.removeprefix('^')})"
+    module: Any = tower.built.model
+    fill(module, opened.checkpoint, tower.built.build, ignore=(beside,), quantization=quantization, progress=progress)
+    shape = tower.shape
+    if shape.lasting:
+        say(f"sound: room for {shape.rows} windows of 30 s ({shape.rows * _row_bytes(shape) / 2**20:.0f} MiB)")
+        return VisionTower(module, shape, mesh)
+    say(
+        f"images: up to {shape.patches[-1]} patches each, {len(shape.patches)} program sizes; room for {shape.rows} embeddings "
+        f"({shape.rows * _row_bytes(shape) / 2**20:.0f} MiB)"
+    )
+    return VisionTower(module, shape, mesh)
+
+
+def _row_bytes(shape: MediaShape) -> int:
+    return shape.width * jnp.dtype(shape.dtype).itemsize

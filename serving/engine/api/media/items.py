@@ -1,0 +1,98 @@
+"""Images of a prompt, as an engine takes them: patches of pixels, and which of the prompt's positions their embeddings stand in."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MediaItem:
+    """One image, or one window of sound.
+
+    Attributes:
+        digest: of everything that decides its embeddings, and of who may share them; 32 bytes.
+        places_N: int32, the prompt positions that its N embeddings take, ascending.
+        patches_PX: float32, as the model's processor lays them out.
+        place_P2: int32, row and column of each patch.
+        lasting: it is no embedding of places but what every token of the sequence attends to: needed as long as the request runs.
+            Its one place is the first.
+    """
+
+    digest: bytes
+    places_N: np.ndarray
+    patches_PX: np.ndarray
+    place_P2: np.ndarray
+    lasting: bool = False
+
+    @property
+    def size(self) -> int:
+        """Embeddings."""
+        return len(self.places_N)
+
+    @property
+    def first(self) -> int:
+        """Where its places begin."""
+        return int(self.places_N[0])
+
+    @property
+    def end(self) -> int:
+        """The position behind the last that needs it."""
+        return sys.maxsize if self.lasting else int(self.places_N[-1]) + 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Media:
+    """All images of one prompt.
+
+    Attributes:
+        items: in the order of their places.
+        length: tokens of the prompt.
+        positions_3L: int32, time, row and column of each of the prompt's tokens, for models whose positions are three numbers.
+    """
+
+    items: tuple[MediaItem, ...]
+    length: int
+    positions_3L: np.ndarray | None = None
+
+    @property
+    def lasting(self) -> bool:
+        """Whether some of it is needed by every token."""
+        return any(item.lasting for item in self.items)
+
+    @functools.cached_property
+    def delta(self) -> int:
+        """What a later token's position, which is one number three times, is more than its place in the sequence."""
+        return 0 if self.positions_3L is None else int(self.positions_3L.max()) + 1 - self.length
+
+    def positions(self, first: int, end: int) -> np.ndarray:
+        """int32 [3, end - first]: the positions of the sequence's tokens from `first` on, completion included."""
+        behind = np.arange(max(first, self.length), max(end, self.length), dtype=np.int32) + np.int32(self.delta)
+        if self.positions_3L is None:
+            return np.tile(np.arange(first, end, dtype=np.int32), (3, 1))
+        return np.concatenate([self.positions_3L[:, first:end], np.tile(behind, (3, 1))], axis=1)
+
+    def overlapping(self, first: int, end: int) -> Iterator[tuple[int, MediaItem]]:
+        """(index, item) of those with places in [first, end)."""
+        for index, item in enumerate(self.items):
+            if item.first < end and item.end > first:
+                yield index, item
+
+    @functools.cached_property
+    def marks(self) -> np.ndarray:
+        """int32: of each place of the prompt, what stands there when prefixes are compared: a negative number of the item's content
+        and of how far inside it the place is; 0 where a token stands for itself."""
+        marks = np.zeros(self.length, np.int32)
+        for item in self.items:
+            stream = hashlib.shake_128(item.digest).digest(4 * item.size)
+            marks[item.places_N] = np.frombuffer(stream, np.int32) | np.int32(-(2**31))
+        return marks
+
+    def digests(self, first: int, end: int) -> bytes:
+        """Of the items with places in [first, end), one behind the other."""
+        return b"".join(item.digest for _, item in self.overlapping(first, end))

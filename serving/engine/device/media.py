@@ -1,0 +1,117 @@
+"""What reads images beside the decoder: its weights, the programs that encode, and the store of embeddings that steps read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from serving.engine.device.components import Component
+from serving.engine.device.programs.compiling import Program
+from serving.engine.device.programs.keys import VISION, ProgramKey
+from serving.engine.device.programs.packing import MediaShape, pack_image
+from serving.engine.device.programs.placement import BY_REPLICA, EVERYWHERE, num_replicas, place
+from serving.engine.device.programs.steps import SplitModel
+from serving.engine.device.stores.at_rest import delete
+from serving.engine.requests.commands import Encode
+from serving.engine.requests.moves import Encoding
+
+LEAST_PATCHES = 64
+
+
+def patch_sizes(most: int, merge: int) -> tuple[int, ...]:
+    """P of the programs that encode: doubling, up to the largest image's."""
+    square, sizes = merge**2, [LEAST_PATCHES * merge**2 // 4 if merge > 1 else LEAST_PATCHES]
+    while sizes[-1] < most:
+        sizes.append(2 * sizes[-1])
+    return tuple(-(-size // square) * square for size in sizes)
+
+
+class VisionTower:
+    """A tower on the decoder's mesh.
+
+    Args:
+        model: an nnx.Module implementing models.api.ImageEncoder, weights on their devices.
+
+    Attributes:
+        component: its weights.
+        store_MD: embeddings of images, of all replicas end to end; taken over by each of its programs.
+    """
+
+    def __init__(self, model: Any, shape: MediaShape, mesh: Mesh | None) -> None:
+        self.component = Component(VISION, model)
+        self.shape = shape
+        self.store_MD: Any = None
+        self._mesh, self._replicas = mesh, num_replicas(mesh)
+        self._programs: dict[ProgramKey, Any] = {}
+
+    def reset(self) -> None:
+        """An empty store."""
+        rows = jnp.zeros((self._replicas * self.shape.rows, self.shape.width), self.shape.dtype)
+        self.store_MD = place(self._mesh, rows, BY_REPLICA if self._replicas > 1 else EVERYWHERE)
+
+    def programs(self) -> list[Program]:
+        """One for each number of patches, for one replica."""
+        shape, found = self.shape, []
+        for patches in shape.patches:
+            flat = jax.ShapeDtypeStruct((shape.layout(patches).size,), jnp.int32)
+            pixels = jax.ShapeDtypeStruct((patches, shape.patch_dim), jnp.float32)
+            args = (self.component.abstract_leaves, shape.store, pixels, flat)
+            fn = make_encode(self.component.split, shape, patches)
+            found.append(Program(_key(patches), fn, args, (1,), (0,), True))
+        return found
+
+    def bind(self, programs: dict[ProgramKey, Any]) -> None:
+        """Takes the compiled programs."""
+        self._programs = programs
+
+    def commands(self, encodings: Sequence[Encoding]) -> list[Encode]:
+        """What encodes images: one of each replica at a time."""
+        waiting = [[e for e in encodings if e.replica == replica] for replica in range(self._replicas)]
+        found: list[Encode] = []
+        for turn in range(max(map(len, waiting))):
+            now = [images[turn] if turn < len(images) else None for images in waiting]
+            patches = self.shape.bucket(max(len(one.item.patches_PX) for one in now if one is not None))
+            packed = [pack_image(one, patches, self.shape) for one in now]
+            pixels, flat = (np.concatenate(parts) for parts in zip(*packed, strict=True))
+            found.append(Encode(patches, pixels, flat))
+        return found
+
+    def empty(self) -> Iterator[Encode]:
+        """Commands that encode nothing, one for each program."""
+        for patches in self.shape.patches:
+            pixels, flat = pack_image(None, patches, self.shape)
+            yield Encode(patches, np.tile(pixels, (self._replicas, 1)), np.tile(flat, self._replicas))
+
+    def encode(self, command: Encode) -> None:
+        """Puts images' embeddings into the store, for all steps that follow."""
+        program = self._programs[_key(command.bucket)]
+        self.store_MD = program(self.component.leaves, self.store_MD, command.patches, command.packed)
+
+    def sleep(self) -> int:
+        """Gives its memory back; the weights are kept in host memory. Returns the bytes of the store."""
+        freed = self.store_MD.nbytes
+        self.component.sleep(True)
+        delete(self.store_MD)
+        self.store_MD = None
+        return freed
+
+
+def make_encode(tower: SplitModel, shape: MediaShape, patches: int) -> Callable[..., jax.Array]:
+    """encode(leaves, store_MD, patches_PX, flat) -> store_MD with the image's embeddings in their rows."""
+    layout = shape.layout(patches)
+
+    def encode(leaves: tuple[jax.Array, ...], store_MD: jax.Array, patches_PX: jax.Array, flat: jax.Array) -> jax.Array:
+        f = layout.unpack(flat)
+        rows_NM = tower.merge(leaves).encode(patches_PX, f["place_P2"], f["count"][0])
+        return store_MD.at[f["rows_N"]].set(rows_NM.astype(store_MD.dtype), mode="drop")
+
+    return encode
+
+
+def _key(patches: int) -> ProgramKey:
+    return ProgramKey("encode", patches, component=VISION)

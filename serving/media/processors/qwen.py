@@ -1,0 +1,96 @@
+"""Qwen2-VL and all of Qwen's since: any size, rounded to whole squares of patches, within bounds of the area."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from serving.media.processors.base import CLIP_MEAN, CLIP_STD, Patched, levels, normalized
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_ASPECT = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVLProcessor:
+    """Attributes as in `Processor`, and:
+
+    Attributes:
+        patch, merge, frames: sides of a patch in pixels and of an embedding's square in patches; frames of a patch, all of which
+            hold the same image.
+        min_pixels, max_pixels: what an image is scaled to at least and at most.
+        resample: Pillow's number of the filter.
+        scale, mean, std: of levels.
+    """
+
+    placeholder: int
+    patch: int
+    merge: int
+    frames: int
+    min_pixels: int
+    max_pixels: int
+    resample: int
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    three_numbers: bool = True
+
+    @classmethod
+    def of(cls, hf: Mapping[str, Any]) -> QwenVLProcessor:
+        said = hf.get("preprocessor") or {}
+        default = 248056 if hf.get("architectures", ("",))[0].startswith("Qwen3_5") else 151655
+        size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280} | dict(said.get("size") or {})
+        return cls(
+            placeholder=int(hf.get("image_token_id", default)),
+            patch=int(said.get("patch_size", 14)),
+            merge=int(said.get("merge_size", 2)),
+            frames=int(said.get("temporal_patch_size", 2)),
+            min_pixels=int(said.get("min_pixels") or size["shortest_edge"]),
+            max_pixels=int(said.get("max_pixels") or size["longest_edge"]),
+            resample=int(said.get("resample", 3)),
+            scale=float(said.get("rescale_factor", 1 / 255)),
+            mean=tuple(said.get("image_mean") or CLIP_MEAN),
+            std=tuple(said.get("image_std") or CLIP_STD),
+        )
+
+    def identity(self) -> str:
+        return repr(self)
+
+    def patched(self, image: Image) -> Patched:
+        height, width = self.size(image.height, image.width)
+        scaled = image.resize((width, height), resample=self.resample)  # type: ignore[arg-type]
+        pixels = normalized(np.asarray(scaled), levels(self.scale, self.mean, self.std))
+        rows, columns, m, p = height // self.patch, width // self.patch, self.merge, self.patch
+        # Square by square, and inside a patch: channel, frame, row, column.
+        cut = pixels.reshape(3, rows // m, m, p, columns // m, m, p).transpose(1, 4, 2, 5, 0, 3, 6)
+        cut = np.broadcast_to(cut[:, :, :, :, :, None], (*cut.shape[:5], self.frames, p, p))
+        row, column = np.indices((rows, columns), np.int32)
+        place = np.stack([row, column], -1).reshape(rows // m, m, columns // m, m, 2).transpose(0, 2, 1, 3, 4)
+        return Patched(
+            np.ascontiguousarray(cut).reshape(rows * columns, -1), place.reshape(-1, 2).copy(), rows // m, columns // m
+        )
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that an image is scaled to. ValueError for one that is too long."""
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            raise ValueError(f"one side of the image is more than {MAX_ASPECT} times the other.")
+        step = self.patch * self.merge
+        h, w = round(height / step) * step, round(width / step) * step
+        if h * w > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            h = max(step, math.floor(height / shrink / step) * step)
+            w = max(step, math.floor(width / shrink / step) * step)
+        elif h * w < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            h, w = math.ceil(height * grow / step) * step, math.ceil(width * grow / step) * step
+        return h, w
+
+    def tokens(self, image: Patched) -> tuple[Sequence[int], np.ndarray]:
+        count = image.rows * image.columns
+        return [self.placeholder] * count, np.arange(count)

@@ -1,0 +1,1 @@
+"""Speech to text with Whisper: rules of its tokens, windows of a sound file, segments and subtitles."""

@@ -1,0 +1,102 @@
+"""The routes for speech over the mock engine: what is asked of it, and every form of the reply."""
+
+import pytest
+
+from serving.service.speech.rules import SpeechTokens
+from serving.service.speech.transcribe import FRAMES, Speech
+from tests.mock_engine import BOS, EOS, MockEngine, mock_service
+from tests.models.tiny_whisper import sound, wav
+
+TOKENS = SpeechTokens(
+    end=EOS, start=BOS, previous=258, transcribe=259, translate=260, no_timestamps=261, languages={"en": 263},
+    suppressed=(), suppressed_first=(), latest_first=None,
+)  # fmt: skip
+SOUND = wav(sound(1.0))
+
+
+class Speaking(MockEngine):
+    """Says its reply whatever the rules allow."""
+
+    def _next(self, request, reply, position):
+        return reply[position]
+
+
+@pytest.fixture
+async def running(start):
+    engine = Speaking(reply=lambda request: [*b"hi there"])
+    return await start(engine, service=mock_service(engine, speech=Speech(TOKENS, 80)))
+
+
+async def sent(running, path="transcriptions", data=SOUND, **fields):
+    return await running.http.post(
+        f"/v1/audio/{path}", data={"model": "default", **fields}, files={"file": ("a.wav", data)}
+    )
+
+
+async def test_json_and_what_the_engine_is_asked(running):
+    reply = await sent(running, language="en")
+    assert reply.status_code == 200 and reply.json() == {
+        "text": "hi there",
+        "usage": {"type": "duration", "seconds": 1},
+    }
+    (request,) = running.engine.requests
+    assert request.prompt_token_ids == (BOS, 263, 259, 261) and request.eos_token_ids == (EOS,)
+    assert request.media.lasting and request.media.items[0].patches_PX.shape == (FRAMES, 80)
+
+
+async def test_translations_name_their_task(running):
+    assert (await sent(running, "translations", language="en")).status_code == 200
+    assert running.engine.requests[0].prompt_token_ids == (BOS, 263, 260, 261)
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("text", "hi there\n"),
+        ("srt", "1\n00:00:00,000 --> 00:00:01,000\nhi there\n\n"),
+        ("vtt", "WEBVTT\n\n00:00:00.000 --> 00:00:01.000\nhi there\n\n"),
+    ],
+)
+async def test_texts(running, form, text):
+    reply = await sent(running, language="en", response_format=form)
+    assert reply.text == text and reply.headers["content-type"].startswith("text/plain")
+
+
+async def test_verbose_json(running):
+    reply = (await sent(running, language="en", response_format="verbose_json")).json()
+    assert (reply["task"], reply["language"], reply["duration"], reply["text"]) == ("transcribe", "en", 1.0, "hi there")
+    assert reply["segments"][0]["tokens"] == [*b"hi there"] and reply["segments"][0]["end"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"response_format": "xml"}, "response_format"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"language": "tlh"}, "language"),
+        ({"timestamp_granularities[]": "word"}, "words"),
+        ({"model": "other"}, "does not exist"),
+        ({"data": b"no sound"}, "cannot be read as sound"),
+    ],
+)
+async def test_what_is_wrong_is_said(running, fields, words):
+    reply = await sent(running, **fields)
+    assert reply.status_code in (400, 404) and words in reply.json()["error"]["message"]
+
+
+async def test_bodies_that_are_no_forms(running):
+    reply = await running.http.post("/v1/audio/transcriptions", json={"file": "a"})
+    assert reply.status_code == 400 and "multipart/form-data" in reply.json()["error"]["message"]
+    reply = await running.http.post("/v1/audio/transcriptions", data={"model": "default"}, files={"other": b"x"})
+    assert reply.status_code == 400
+
+
+async def test_the_official_client(running):
+    found = await running.client.audio.transcriptions.create(model="default", file=("a.wav", SOUND), language="en")
+    assert found.text == "hi there"
+
+
+async def test_other_models_transcribe_nothing(start):
+    running = await start(MockEngine())
+    reply = await sent(running)
+    assert reply.status_code == 501 and "transcribes no speech" in reply.json()["error"]["message"]

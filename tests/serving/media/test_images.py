@@ -1,0 +1,111 @@
+"""Images through a whole engine, against transformers: 32 greedy tokens, whatever else is in the batch."""
+
+import contextlib
+
+import pytest
+
+from serving.engine.api.sampling_params import SamplingParams
+from serving.errors import RequestError
+from serving.llm import LLM
+from tests.models import tiny_vision
+from tests.models.tiny_vision import END, IMAGE, START, VISION_END, VISION_START, picture
+from tests.serving.media.images import part, uri
+
+GREEDY = SamplingParams(max_tokens=tiny_vision.STEPS, min_tokens=tiny_vision.STEPS, temperature=0.0)
+TAIL = [END, START, 6]
+SMALL, LARGE = picture(140, 84, 1), picture(333, 217, 2)
+
+
+def turn(*parts) -> tuple[list[dict], list[int], list]:
+    """(messages, ids of the prompt before it is expanded, its images) of words' numbers and images."""
+    content, ids, images = [], [START], []
+    for one in parts:
+        if isinstance(one, int):
+            content.append({"type": "text", "text": f"w{one} "})
+            ids.append(one)
+        else:
+            content.append({"type": "image", "image": one})
+            ids += [VISION_START, IMAGE, VISION_END]
+            images.append(one)
+    return [{"role": "user", "content": content}], ids + TAIL, images
+
+
+class Served:
+    """A model in a small engine: pages for one long request and a half, room for the embeddings of one large image, and steps of
+    32 tokens, so that prompts are cut inside images."""
+
+    def __init__(self, name: str, folder) -> None:
+        self.name = name
+        self.model = tiny_vision.save(name, folder)
+        page = 4096 * self.model.config.get_text_config().num_hidden_layers
+        self.llm = LLM(
+            str(folder), dtype="float32", quantization="none", max_model_len=160, max_num_seqs=4, max_num_batched_tokens=32,
+            kv_cache_memory=16 * page, mm_encoder_cache_gb=0.0, progress=False,
+        )  # fmt: skip
+        self.engine = self.llm._started.engine
+
+    def chat(self, *turns) -> list:
+        return self.llm.chat([messages for messages, _, _ in turns], GREEDY, use_tqdm=False)
+
+    def check(self, *turns) -> list:
+        """All at once; each one's prompt and tokens are transformers'."""
+        outputs = self.chat(*turns)
+        for output, (_, ids, images) in zip(outputs, turns, strict=True):
+            prompt, tokens = tiny_vision.expected(self.name, self.model, ids, images)
+            assert list(output.prompt_token_ids) == prompt
+            assert list(output.outputs[0].token_ids) == tokens
+        return outputs
+
+    @property
+    def media(self):
+        return self.engine.scheduler.kv.managers[0].media
+
+
+FAMILIES = [
+    pytest.param(name, marks=() if name == "Qwen2.5-VL" else pytest.mark.slow) for name in sorted(tiny_vision.TINY)
+]
+"""The engine is the same for all: one family's tokens are compared in every run, the others' towers are (tests/models)."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def served(request, tmp_path_factory):
+    made = Served(request.param, tmp_path_factory.mktemp("images") / "model")
+    yield made
+    with contextlib.closing(made.engine.runner.guard):
+        made.engine.runner.guard.check()  # nothing was compiled for any size
+    made.llm.shutdown()
+
+
+def test_images_and_texts_in_one_batch_cut_and_preempted(served):
+    before = served.llm.stats().num_preemptions
+    served.check(turn(10, SMALL, 11), turn(LARGE, 20, 21, SMALL, 22), turn(30, 31), turn(40, LARGE, 41, 42))
+    assert served.llm.stats().num_preemptions > before, "pages were short"
+    served.media.check()
+
+
+def test_a_prefix_is_found_up_to_inside_an_image_and_never_anothers(served):
+    (first,) = served.check(turn(50, 51, LARGE, 52))
+    (again,) = served.check(turn(50, 51, LARGE, 53))
+    if served.name == "Qwen3.5":
+        return  # so short a prompt is worth no snapshot of its layers' state
+    end = list(first.prompt_token_ids).index(VISION_END)
+    assert 16 <= again.num_cached_tokens < end and again.num_cached_tokens % 16 == 0, "ends inside the image"
+    (other,) = served.check(turn(50, 51, picture(333, 217, 9), 52))
+    assert other.num_cached_tokens == 0, "the first page has places of the image"
+
+
+def test_one_image_of_many_requests_is_encoded_once(served):
+    image, before = picture(140, 84, 17), served.media.misses
+    served.check(*[turn(60 + i, image, 70) for i in range(6)])
+    assert served.media.misses == before + 1
+
+
+def test_a_bad_image_ends_its_own_request_alone(served):
+    with pytest.raises(RequestError, match="cannot be read"):
+        served.llm.chat([{"role": "user", "content": [part(uri(b"nonsense"))]}], GREEDY, use_tqdm=False)
+    served.check(turn(80, SMALL, 81))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 300), (640, 480)])
+def test_any_size(served, size):
+    served.check(turn(90, picture(*size, 3), 91))

@@ -1,0 +1,163 @@
+"""Images through every entry that takes them, down to what the engine is asked; and those that are refused."""
+
+import numpy as np
+import pytest
+
+from serving.errors import ErrorKind, RequestError
+from serving.frontends.app import create_app
+from serving.frontends.openai.batches.runner import call_app
+from serving.media import MediaPolicy
+from serving.service import GenerateInput
+from tests.mock_engine import MockEngine, mock_service
+from tests.models.tiny_vision import picture
+from tests.serving.media.images import PLACE, asked, encoded, image_service, part, reader, uri
+
+PNG = encoded()
+BASE64 = uri(PNG).partition(",")[2]
+IMAGE_PARTS = {
+    "openai": part(uri(PNG)),
+    "as text": {"type": "image_url", "image_url": uri(PNG)},
+    "responses": {"type": "input_image", "image_url": uri(PNG)},
+    "hugging face": {"type": "image", "url": uri(PNG)},
+    "pillow": {"type": "image", "image": picture(40, 30)},
+    "vllm": {"type": "image_pil", "image_pil": picture(40, 30)},
+    "array": {"type": "image", "image": np.asarray(picture(40, 30))},
+    "bytes": {"type": "image", "image": PNG},
+}
+
+
+async def prepared(service, *parts, **more):
+    given = GenerateInput(messages=asked(*parts), **more)
+    return await service.prepare(given, service.make_params({"max_tokens": 2}))
+
+
+@pytest.mark.parametrize("kind", IMAGE_PARTS)
+async def test_an_image_becomes_its_places(kind):
+    service = image_service(MockEngine())
+    made = await prepared(service, "a", IMAGE_PARTS[kind], "b")
+    (request,) = made.children
+    (item,) = request.media.items
+    at = made.prompt_token_ids.index(PLACE)
+    assert made.prompt_token_ids.count(PLACE) == item.size == 6  # 40 x 30 pixels are scaled up to 2 x 3 squares
+    assert item.places_N.tolist() == list(range(at, at + 6))
+    assert request.media.length == len(made.prompt_token_ids)
+    assert item.patches_PX.shape == (24, 3 * 2 * 14 * 14) and len(item.place_P2) == 24
+
+
+async def test_several_images_keep_their_order_and_n_shares_them():
+    service = image_service(MockEngine())
+    given = GenerateInput(messages=asked(part(uri(encoded(seed=1))), "then", part(uri(encoded(60, 60, seed=2)))))
+    made = await service.prepare(given, service.make_params({"max_tokens": 2, "n": 2}))
+    first, second = made.children
+    assert [one.size for one in first.media.items] == [6, 4] and first.media is second.media
+
+
+async def test_texts_alone_have_no_media():
+    service = image_service(MockEngine())
+    assert (await prepared(service, "a")).children[0].media is None
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": asked("a", part(uri(PNG))), "max_tokens": 2}),
+        (
+            "/v1/responses",
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": uri(PNG)}]}], "max_output_tokens": 2},
+        ),
+        (
+            "/v1/messages",
+            {
+                "model": "default", "max_tokens": 2,
+                "messages": [{"role": "user", "content": [
+                    {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": BASE64}}]}],
+            },
+        ),
+        ("/api/chat", {"model": "default", "stream": False, "messages": [{"role": "user", "content": "a", "images": [BASE64]}]}),
+        ("/api/generate", {"model": "default", "stream": False, "prompt": "a", "images": [BASE64]}),
+    ],
+    ids=["chat", "responses", "anthropic", "ollama chat", "ollama generate"],
+)  # fmt: skip
+async def test_over_http(path, body):
+    engine = MockEngine(reply="ok")
+    status, reply = await call_app(create_app(image_service(engine), page=False), path, body, "a")
+    assert status == 200, reply
+    assert engine.requests[0].media.items[0].size == 6
+    other = MockEngine(reply="ok")
+    status, reply = await call_app(create_app(mock_service(other), page=False), path, body, "a")
+    assert status == 400 and not other.requests, "a model without a tower refuses"
+    assert "text only" in str(reply)
+
+
+BROKEN = {
+    "not base64": "data:image/png;base64,%%%",
+    "no comma": "data:image/png;base64",
+    "not in base64": "data:image/png,hello",
+    "no image": uri(b"hello"),
+    "cut": uri(PNG[: len(PNG) // 2]),
+    "svg": uri(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"),
+    "bmp": uri(encoded(kind="BMP"), "image/bmp"),
+    "tiff": uri(encoded(kind="TIFF"), "image/tiff"),
+    "web": "https://example.com/a.png",
+    "file": "file:///etc/passwd",
+    "other": "ftp://example.com/a.png",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+async def test_what_is_no_image_is_that_requests_400(what):
+    service = image_service(MockEngine())
+    with pytest.raises(RequestError) as refused:
+        await prepared(service, "a", part(BROKEN[what]))
+    assert refused.value.kind is ErrorKind.INVALID_ARGUMENT
+    assert "messages[0].content[1]" in refused.value.message
+    for told in ("0x", "/tmp", "site-packages", "PIL", "object at", "Traceback"):
+        assert told not in refused.value.message
+    assert (await prepared(service, "a", part(uri(PNG)))).children[0].media, "others go on"
+
+
+async def test_too_many_and_too_large():
+    service = image_service(MockEngine(), MediaPolicy(max_images=2))
+    with pytest.raises(RequestError, match="3 images; at most 2"):
+        await prepared(service, *[part(uri(PNG))] * 3)
+    small = image_service(MockEngine(max_model_len=24))
+    with pytest.raises(RequestError, match="more embeddings"):
+        await prepared(small, *[part(uri(encoded(112, 112, seed=i))) for i in range(3)])
+    with pytest.raises(RequestError, match="maximum context"):
+        await prepared(small, "a" * 10, part(uri(encoded(112, 112))))
+    with pytest.raises(RequestError, match="truncate_prompt_tokens"):
+        await prepared(service, part(uri(PNG)), truncate_prompt_tokens=4)
+
+
+async def test_text_that_looks_like_a_place_is_none():
+    """The mock tokenizer takes control tokens out of texts, as no real one does: then places and images do not match."""
+    service = image_service(MockEngine())
+    with pytest.raises(RequestError, match="1 images, and the model's chat template has made 2 places"):
+        await prepared(service, "<|tool|>", part(uri(PNG)))
+
+
+async def test_digests_tell_images_processings_and_tenants_apart_and_nothing_else():
+    one = reader()
+    source = IMAGE_PARTS["openai"]
+
+    async def digest(service, image, salt=None):
+        made = await prepared(service, "a", image, cache_salt=salt)
+        return made.children[0].media.items[0].digest
+
+    service = image_service(MockEngine())
+    same = await digest(service, source)
+    assert same == await digest(image_service(MockEngine()), source) and len(same) == 32
+    others = {
+        await digest(service, part(uri(encoded(seed=5)))), await digest(service, source, "x"),
+        await digest(service, source, "y"), await digest(service, source, ""),
+    }  # fmt: skip
+    assert len(others | {same}) == 5
+    assert one.processor.identity() != type(one.processor).of({"image_token_id": PLACE}).identity()
+
+
+async def test_what_was_cut_is_kept():
+    service = image_service(MockEngine())
+    first = (await prepared(service, part(uri(PNG)))).children[0].media.items[0]
+    again = (await prepared(service, "b", part(uri(PNG)))).children[0].media.items[0]
+    assert again.patches_PX is first.patches_PX
