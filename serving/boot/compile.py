@@ -25,7 +25,7 @@ from serving.engine.device.programs.compiling import ProgramCache
 from serving.engine.device.programs.fingerprint import fingerprint
 from serving.engine.device.programs.placement import num_replicas
 from serving.engine.device.runner import StepRunner
-from serving.engine.device.sizing import GIB, default_kv_memory, in_words
+from serving.engine.device.sizing import GIB, Bounds, default_kv_memory, in_words
 from serving.engine.encoder.runner import EncoderBuckets, EncoderRunner
 from serving.engine.requests.buckets import ACCELERATOR_RIDGE, CPU_RIDGE
 from serving.engine.requests.cache_specs import paged, recurrent_of
@@ -137,9 +137,25 @@ def info_before(checked: Checked) -> EngineInfo:
     if checked.bounds is None:
         labels = LabelHead.of(checked.built.config) if "classify" in checked.opened.family.tasks else None
         return _encoder_info(checked, labels, num_parameters)
+    return _decoder_info(checked, _sizes_before(checked, checked.bounds), num_parameters)
+
+
+def cache_bytes_before(checked: Checked) -> int:
+    """What pages, states and snapshots of a model will take of the devices, whose weights are not loaded; 0 for an encoder.
+
+    Raises:
+        ValueError: as `info_before`.
+    """
+    if checked.bounds is None:
+        return 0
+    sizes, spec = _sizes_before(checked, checked.bounds), checked.bounds.recurrent
+    states = 0 if spec is None else (sizes.max_num_seqs + 1 + sizes.num_snapshots) * spec.state_bytes
+    return (sizes.num_pages * sizes.page_bytes + states) * checked.bounds.replicas
+
+
+def _sizes_before(checked: Checked, bounds: Bounds) -> Sizes:
     config = checked.config
-    memory = config.kv_cache_memory or default_kv_memory(checked.mesh.size, config.gpu_memory_utilization)
-    return _decoder_info(checked, checked.bounds.within(memory), num_parameters)
+    return bounds.within(config.kv_cache_memory or default_kv_memory(checked.mesh.size, config.gpu_memory_utilization))
 
 
 def _cache(checked: Checked, loaded: LoadedModel, sizes: Sizes) -> ProgramCache:

@@ -210,12 +210,11 @@ def start_fleet(entries: Sequence[ModelEntry], options: FleetOptions, *, say: Pr
 
 
 def _member(entry: ModelEntry, described: Described, turns: Turns) -> Member:
-    from serving.boot.compile import info_before
+    from serving.boot.compile import cache_bytes_before, info_before
     from serving.boot.load import weight_bytes
 
     checked = described.checked
-    need = weight_bytes(checked) + (0 if checked.bounds is None else checked.config.kv_cache_memory or 0)
-    return Member(entry, described, info_before(checked), need, turns)
+    return Member(entry, described, info_before(checked), weight_bytes(checked) + cache_bytes_before(checked), turns)
 
 
 def _load_at_start(member: Member, members: Sequence[Member], limit: int, say: Progress) -> None:
