@@ -32,6 +32,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(), object_hook=_number)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply.") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object.")
     return value
@@ -56,6 +58,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     hf = read_json(path)
     if not hf.get("architectures"):
         raise ValueError(f"{path} names no architecture (its `architectures` is empty).")
+    if not isinstance(hf["architectures"], list) or not isinstance(hf["architectures"][0], str):
+        raise ValueError(
+            f"{path} has `architectures` that are no list of names: {json.dumps(hf['architectures'])[:60]}."
+        )
     text = hf.get("text_config")
     if isinstance(text, Mapping) and "num_hidden_layers" not in hf:
         hf = {**hf, **text, "architectures": hf["architectures"]}
@@ -79,8 +85,11 @@ def processor_config(directory: Path) -> dict[str, Any] | None:
 def _packing(directory: Path, hf: Mapping[str, Any]) -> dict[str, Any] | None:
     """How the weights are packed: under the name that a tool gives it, or in modelopt's own file; None of dense ones."""
     for name in ("quantization_config", "compression_config", "quantization"):
-        if isinstance(hf.get(name), Mapping) and hf[name]:
-            return dict(hf[name])
+        given = hf.get(name)
+        if given and isinstance(given, Mapping):
+            return dict(given)
+        if given and name == "quantization_config":
+            raise ValueError(f"config.json has a {name} that is no object: {json.dumps(given)[:60]}.")
     own = directory / "hf_quant_config.json"
     if not own.exists():
         return None

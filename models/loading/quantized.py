@@ -91,6 +91,9 @@ def method_of(config: Mapping[str, Any]) -> str | None:
 
 def _refuse_layouts(method: str, config: Mapping[str, Any]) -> None:
     """Refuses what a method's configuration says and is not read."""
+    for name in ("transform_config", "sparsity_config", "config_groups"):
+        if not isinstance(config.get(name) or {}, Mapping):
+            raise ValueError(f"the checkpoint's quantization has a {name} that is no object.")
     if method in ("awq", "gptq"):
         bits = config.get("bits", config.get("w_bit", 4))
         supported = {"awq": (4,), "gptq": (2, 3, 4, 8)}[method]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.families.bert import attend_texts
 from models.label_head import LabelHead
 from models.loading.load import load_model, resolve
 from models.loading.opening import open_checkpoint
@@ -189,17 +190,15 @@ def test_labels_that_cannot_be_told_are_refused(tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {"0": "a"}}))
 
 
-@pytest.mark.parametrize("architecture", ["BertModel", "ModernBertModel"])
-def test_long_texts_in_blocks(architecture, tmp_path, monkeypatch):
-    """Blocks of queries give what all queries at once give."""
-    reference_model(architecture, ENCODERS[architecture], tmp_path)
-    model = load_model(resolve(str(tmp_path)), progress=False).model
-    tokens, length = padded([[*range(5, 37)], [7, 8]], more=0)
-    whole = np.asarray(model.encode(tokens, length))
+@pytest.mark.parametrize("reach", [None, 5])
+def test_long_texts_in_blocks(reach, monkeypatch):
+    """Blocks of queries give what all queries at once give, whatever a token sees of its text."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, 32, 4, 8)).astype(np.float32)
+    valid, bias = np.arange(32) < np.array([[32], [2]]), rng.standard_normal((4, 63)).astype(np.float32)
+    whole = np.asarray(attend_texts(q, k, v, valid, reach, bias))
     monkeypatch.setattr("models.families.bert._QUERY_BLOCK", 8)
-    jax.clear_caches()
-    blocks = np.asarray(model.encode(tokens, length))
-    jax.clear_caches()
+    blocks = np.asarray(attend_texts(q, k, v, valid, reach, bias))
     np.testing.assert_allclose(blocks[0], whole[0], atol=1e-5)
     np.testing.assert_allclose(blocks[1, :2], whole[1, :2], atol=1e-5)
 

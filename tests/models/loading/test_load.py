@@ -199,6 +199,35 @@ def test_incomplete_config(directory):
         load(directory)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architectures": "LlamaForCausalLM"}, "no list of names"),
+        ({"architectures": [5]}, "no list of names"),
+        ({"quantization_config": "awq"}, "quantization_config that is no object"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "transform_config": [1]}},
+            "transform_config that is",
+        ),
+        (
+            {"quantization_config": {"quant_method": "gptq", "sparsity_config": "dense"}},
+            "sparsity_config that is no object",
+        ),
+    ],
+)
+def test_fields_of_another_kind_are_told(directory, change, said):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=said):
+        open_checkpoint(resolve(str(directory)))
+
+
+def test_a_configuration_without_bottom_is_told(directory):
+    (directory / "config.json").write_text('{"a":' * 50_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        open_checkpoint(resolve(str(directory)))
+
+
 def test_more_layers_than_any_model_has(directory):
     llama4 = HF | {"architectures": ["Llama4ForCausalLM"], "num_hidden_layers": 10**18}  # its reader lists them
     (directory / "config.json").write_text(json.dumps(llama4))
