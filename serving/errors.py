@@ -119,3 +119,19 @@ def beyond_context(context: int, what: str, param: str, prompt: str = "prompt") 
         param,
         CONTEXT_LENGTH_EXCEEDED,
     )
+
+
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (type(None), "null"),
+    (bool, "true or false"),
+    (int, "a whole number"),
+    (float, "a number"),
+    (str, "text"),
+    ((list, tuple), "a list"),
+    (dict, "an object"),
+)
+
+
+def kind_of(value: object) -> str:
+    """What a value is, in the words of JSON: no client knows Python's names."""
+    return next((name for kind, name in _KINDS if isinstance(value, kind)), "something else")

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from serving.errors import invalid
+from serving.errors import invalid, kind_of
 from serving.text.control_tokens import unmark
 from serving.text.template_process import POOL, TemplateCrashError, TemplateTimeoutError
 
@@ -260,7 +260,7 @@ class _Source:
         if isinstance(content, str):
             return content if self._takes_text else [{"type": "text", "text": content}]
         if not isinstance(content, Sequence):
-            raise invalid(f"{where} must be text or a list of parts, got {type(content).__name__}.", where)
+            raise invalid(f"{where} must be text or a list of parts, got {kind_of(content)}.", where)
         parts = [_part(part, where) for part in content]
         if self._takes_parts:
             return parts
@@ -274,7 +274,7 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, Mapping):
-        raise invalid(f"a part of {where} must be an object with a type, got {type(part).__name__}.", where)
+        raise invalid(f"a part of {where} must be an object with a type, got {kind_of(part)}.", where)
     kind = part.get("type", "text" if "text" in part else None)
     text = part.get("refusal") if kind == "refusal" else part.get("text")
     if kind in ("text", "input_text", "output_text", "refusal"):

@@ -105,6 +105,8 @@ class GrammarCompiler:
             raise invalid(error.message, "tools") from None
 
     def _from_source(self, kind: str, text: str) -> ConstraintFactory:
+        if not text.isascii() and text.encode(errors="replace").decode() != text:
+            raise invalid(f"The {kind} holds half of a character (a lone surrogate), which is no text.", PARAM)
         if len(text) > MAX_CHARS:
             raise invalid(f"The {kind} has {len(text)} characters; at most {MAX_CHARS} are compiled.", PARAM)
         key = hashlib.sha256(f"{kind}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -175,12 +176,19 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
+_DIGITS = re.compile(r"-?[0-9]{1,64}")
+
+
 def _clean_logit_bias(bias: Mapping[Any, float]) -> dict[int, float]:
     if len(bias) > MAX_LOGIT_BIAS:
         raise invalid(f"logit_bias has {len(bias)} entries; at most {MAX_LOGIT_BIAS} are taken.", "logit_bias")
     clean: dict[int, float] = {}
     for key, value in bias.items():
         try:
+            if isinstance(key, str) and not _DIGITS.fullmatch(
+                key
+            ):  # int() reads "5_0", " 5" and other alphabets' digits too
+                raise ValueError(key)
             token = int(key)
             number = float(value)
         except (TypeError, ValueError):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serving.errors import RequestError, invalid
+from serving.errors import RequestError, invalid, kind_of
 
 FAILED = "The tool failed."
 """The result of a tool that failed without a word."""
@@ -210,4 +210,4 @@ def _unknown(kind: Any, place: str) -> RequestError:
 
 
 def _brief(value: Any) -> str:
-    return repr(value[:64]) if isinstance(value, str) else "null" if value is None else f"a {type(value).__name__}"
+    return repr(value[:64]) if isinstance(value, str) else kind_of(value)

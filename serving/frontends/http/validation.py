@@ -6,21 +6,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from serving.errors import ErrorKind, RequestError
+from serving.errors import ErrorKind, RequestError, kind_of
 
 _KINDS = {
     "string_type": "text", "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
     "bool_type": "true or false", "list_type": "a list", "dict_type": "an object", "model_type": "an object",
     "model_attributes_type": "an object", "tuple_type": "a list", "none_required": "null",
 }  # fmt: skip
-_GOT = (
-    (bool, "true or false"),
-    (int, "a whole number"),
-    (float, "a number"),
-    (str, "text"),
-    (list, "a list"),
-    (dict, "an object"),
-)
 _BUILTIN = ("str", "int", "float", "bool", "none", "nullable", "lax-or-strict")
 
 
@@ -38,7 +30,7 @@ def error_of(error: ValidationError) -> RequestError:
     takes = list(dict.fromkeys(kind for one in same if (kind := _KINDS.get(one["type"])) is not None))
     if not takes and not literals and any(one["type"] == "missing" for one in same) and first["type"] != "missing":
         first = next(one for one in same if one["type"] == "missing")
-    got = _got(first["input"])
+    got = kind_of(first["input"])
     if first["type"] == "missing":
         if _crosses_union(first):
             return _invalid(f"Invalid type for {name}: it has none of the forms it may have.", param, "invalid_type")
@@ -90,14 +82,8 @@ def _spelled(path: list[Any]) -> str:
     return out[:256]
 
 
-def _got(value: Any) -> str:
-    if value is None:
-        return "null"
-    return next((name for kind, name in _GOT if isinstance(value, kind)), "something else")
-
-
 def _shown(value: Any) -> str:
-    return repr(value[:64]) if isinstance(value, str) else _got(value)
+    return repr(value[:64]) if isinstance(value, str) else kind_of(value)
 
 
 def _either(names: list[str]) -> str:

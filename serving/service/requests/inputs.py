@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serving.engine.api.types import TransferParams
-from serving.errors import invalid
+from serving.errors import invalid, kind_of
 from serving.media.parts import IMAGE
 from serving.service.requests.json_bounds import check_nesting
 from serving.service.requests.limits import Limits, check_text
@@ -121,7 +121,7 @@ class GenerateInput:
             )
         if self.text is not None:
             if not isinstance(self.text, str):
-                raise invalid(f"The prompt must be text, got {type(self.text).__name__}.", "prompt")
+                raise invalid(f"The prompt must be text, got {kind_of(self.text)}.", "prompt")
             check_prompt_text(self.text, limits)
         elif self.token_ids is not None:
             if not self.token_ids:
@@ -161,7 +161,7 @@ class GenerateInput:
                 raise invalid(f"chat_template_kwargs cannot set {name!r}.", "chat_template_kwargs")
             if value is not None and not isinstance(value, str | int | float | bool):
                 raise invalid(
-                    f"chat_template_kwargs takes scalars; {name} is a {type(value).__name__}.", "chat_template_kwargs"
+                    f"chat_template_kwargs takes scalars; {name} is {kind_of(value)}.", "chat_template_kwargs"
                 )
 
 
@@ -197,7 +197,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]], limits: Limits, images
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, Mapping):
-            raise invalid(f"{where} must be an object with role and content, got {type(message).__name__}.", where)
+            raise invalid(f"{where} must be an object with role and content, got {kind_of(message)}.", where)
         role = message.get("role")
         if not isinstance(role, str) or not role:
             raise invalid(f"{where}.role must be text, such as 'user'; got {_brief(role)}.", f"{where}.role")
@@ -222,7 +222,7 @@ _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "refusal", "reasoning", "r
 
 
 def _brief(value: Any) -> str:
-    shown = repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
+    shown = repr(value) if isinstance(value, str | int | float | bool | None) else kind_of(value)
     return shown if len(shown) <= 64 else shown[:64] + "..."
 
 
@@ -233,9 +233,7 @@ def _texts(content: Any, where: str, images: bool) -> list[str]:
     if isinstance(content, str):
         return [content]
     if not isinstance(content, Sequence):
-        raise invalid(
-            f"{where}.content must be text or a list of parts, got {type(content).__name__}.", f"{where}.content"
-        )
+        raise invalid(f"{where}.content must be text or a list of parts, got {kind_of(content)}.", f"{where}.content")
     texts = []
     for j, part in enumerate(content):
         place = f"{where}.content[{j}]"

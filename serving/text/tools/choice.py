@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from serving.errors import invalid
+from serving.errors import invalid, kind_of
 from serving.text.constraints.schema import prepare
 from serving.text.constraints.sources import lark_string
 from serving.text.grammar import JSON_OPTIONS
@@ -131,7 +131,7 @@ def _read_tool(tool: Any, where: str) -> tuple[str, Mapping[str, Any], bool]:
     if schema is None:
         return name, _NO_ARGUMENTS, bool(function.get("strict"))
     if not isinstance(schema, Mapping):
-        raise invalid(f"{where}.function.parameters must be a JSON schema, got {type(schema).__name__}.", "tools")
+        raise invalid(f"{where}.function.parameters must be a JSON schema, got {kind_of(schema)}.", "tools")
     if schema.get("type", "object") != "object":
         raise invalid(f'{where}.function.parameters must be of type "object", got {schema["type"]!r}.', "tools")
     return name, {"type": "object", **schema}, bool(function.get("strict"))
