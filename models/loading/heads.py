@@ -116,6 +116,14 @@ def open_eagle3(source: ModelSource, model: ModelConfig, build: Build) -> Opened
     return OpenedHead(name, made, checkpoint, head, build)
 
 
+def is_head(source: ModelSource) -> bool:
+    """Whether a directory has a head and no model."""
+    if source.kind != "hf" or not (source.path / "config.json").exists():
+        return False
+    hf = read_json(source.path / "config.json")
+    return SPECULATORS in hf or _is_eagle3(hf)
+
+
 def _is_eagle3(hf: Mapping[str, Any]) -> bool:
     return any("eagle3" in str(name).lower() for name in hf.get("architectures") or ())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from models.loading.heads import OpenedHead, has_mtp, open_eagle3, open_mtp
+from models.loading.heads import OpenedHead, has_mtp, is_head, open_eagle3, open_mtp
 from models.loading.load import Built, build_model
 from models.loading.opening import Opened, open_checkpoint
 from models.loading.source import resolve
@@ -79,7 +79,10 @@ def check_draft(config: EngineConfig, mesh: Mesh, dtype: str, positions: int, ta
     if how.hears:
         return _check_head(config, how, target)
     assert how.model is not None
-    opened = open_checkpoint(resolve(how.model, progress=config.progress))
+    source = resolve(how.model, progress=config.progress)
+    if is_head(source):
+        raise ValueError(f'{NAMED}: {how.model} is a head and no model of its own; say "method": "eagle3".')
+    opened = open_checkpoint(source)
     if "generate" not in opened.family.tasks:
         raise ValueError(f"{NAMED}: {opened.model_id} is an encoder; a draft must generate.")
     draft = opened.family.config(opened.hf_config)

@@ -29,6 +29,8 @@ SAME_HERE: dict[str, Any] = {
     "draft_sample_method": "greedy",
     "rejection_sample_method": "standard",
     "disable_padded_drafter_batch": False,
+    "parallel_drafting": False,
+    "use_heterogeneous_vocab": False,
 }
 """Fields of vLLM's of which only one value is served."""
 

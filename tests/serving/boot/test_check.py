@@ -135,6 +135,8 @@ def test_a_head_that_is_not_there_or_is_anothers(checkpoint, tmp_path):
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | changed))
         assert sentence in headed(), changed
+    as_model = refused(checkpoint, speculative_config={"model": str(tmp_path)})
+    assert 'is a head and no model of its own; say "method": "eagle3"' in as_model
 
 
 def _read(start) -> str:
