@@ -27,6 +27,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from serving.simulator.trace import TraceRequest, write_trace
+
 WORDS = [
     f"{a}{b}"
     for a in ("time", "hand", "water", "story", "work", "sun", "book")
@@ -79,6 +83,8 @@ class Talk:
         self.prompt = self.cached = 0
         self.targets: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.trace: list[TraceRequest] = []
+        self._began = 0.0
 
     async def run(self) -> dict[str, object]:
         """All conversations, `--concurrency` at a time."""
@@ -88,14 +94,14 @@ class Talk:
         systems = [text(rng, self.args.system_words) for _ in range(self.args.systems)]
         seeds = [(rng.choice(systems), rng.randrange(2**31)) for _ in range(self.args.conversations)]
         gate = asyncio.Semaphore(self.args.concurrency)
-        began = time.monotonic()
+        began = self._began = time.monotonic()
         async with httpx.AsyncClient(base_url=self.url, timeout=300) as web:
 
-            async def hold(system: str, seed: int) -> None:
+            async def hold(number: int, system: str, seed: int) -> None:
                 async with gate:
-                    await self._conversation(web, system, random.Random(seed))
+                    await self._conversation(web, number, systems.index(system), system, random.Random(seed))
 
-            await asyncio.gather(*(hold(*one) for one in seeds))
+            await asyncio.gather(*(hold(i, *one) for i, one in enumerate(seeds)))
         seconds = time.monotonic() - began
         counts = [self.targets[name] for name in sorted(self.targets)]
         return {
@@ -109,9 +115,12 @@ class Talk:
             "reasons": dict(self.reasons),
         }
 
-    async def _conversation(self, web, system: str, rng: random.Random) -> None:
+    async def _conversation(self, web, number: int, kind: int, system: str, rng: random.Random) -> None:
         messages = [{"role": "system", "content": system}]
-        for _ in range(self.args.turns):
+        body = {"messages": messages, "add_generation_prompt": False}
+        shared = (await web.post("/tokenize", json=body)).json()["count"]
+        prefix: tuple[tuple[int, int], ...] = ((kind, shared),)
+        for turn in range(self.args.turns):
             messages.append({"role": "user", "content": text(rng, self.args.message_words)})
             body = {
                 "messages": messages, "max_tokens": self.args.max_tokens, "temperature": 0, "ignore_eos": True, "stream": True,
@@ -132,6 +141,11 @@ class Talk:
                             first = first or time.monotonic()
                             answer += choice["delta"]["content"]
                     if usage := chunk.get("usage"):
+                        prompt, output = usage["prompt_tokens"], usage["completion_tokens"]
+                        segment = 1_000 * (number + 1) + 2 * turn
+                        prefix = (*prefix, (segment, max(1, prompt - sum(n for _, n in prefix))))
+                        self.trace.append(TraceRequest(began - self._began, prompt, output, 0, prefix, segment + 1))
+                        prefix = (*prefix, (segment + 1, output))
                         self.prompt += usage["prompt_tokens"]
                         self.cached += (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
             self.ttft.append((first or time.monotonic()) - began)
@@ -159,6 +173,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=8)
     parser.add_argument("--think", type=float, default=0.3, help="mean seconds between an answer and the next message")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--record", metavar="FILE", help="write the last policy's requests as a trace for scripts/simulate.py"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     engine = [
@@ -179,7 +196,10 @@ def main() -> None:
             gateway += [*(["--model", args.model] if args.model else []), *args.gateway_flags]
             with running(gateway) as process:
                 url = ready(process, r"ready at (http://[\d.]+:\d+)")
-                result = asyncio.run(Talk(args, url, f"run {i} of {policy}").run())
+                talk = Talk(args, url, f"run {i} of {policy}")
+                result = asyncio.run(talk.run())
+                if args.record:
+                    write_trace(args.record, sorted(talk.trace, key=lambda one: one.arrival))
             print(json.dumps({"policy": policy, **result}) if args.json else f"{policy}: {result}", flush=True)
 
 
