@@ -26,11 +26,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from serving.simulator.trace import TraceRequest, write_trace
 
+ROOT = Path(__file__).resolve().parents[1]
 WORDS = [
     f"{a}{b}"
     for a in ("time", "hand", "water", "story", "work", "sun", "book")
