@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Protocol
 
+from serving.engine.api.adapters import AdapterClient
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, TransferParams
 from serving.errors import RequestError
@@ -46,6 +47,9 @@ class PrefillEngine(Protocol):
     @property
     def healthy(self) -> bool: ...
 
+    @property
+    def adapters(self) -> AdapterClient | None: ...
+
 
 @dataclasses.dataclass(eq=False)
 class Helper:
@@ -60,6 +64,13 @@ class Helper:
     client: PrefillEngine
     queued: int = 0
     served: int = 0
+
+    def has(self, adapter: str | None) -> bool:
+        """Whether it can compute with this adapter; without one, always."""
+        if adapter is None:
+            return True
+        known = self.client.adapters
+        return known is not None and any(one.digest == adapter for one in known.infos())
 
 
 def place_of(name: str) -> tuple[str, int]:
@@ -126,7 +137,7 @@ class Prefills:
     Attributes:
         helpers: by name.
         decisions: what was decided, and why: apart, short, alone (nobody is held up), busy (they have more to do), unfit (it needs
-            every position computed where it runs, or the engine takes no pages), none (no helper answers), peer (another target
+            every position computed where it runs, or the engine takes no pages), none (no helper answers that has the adapter), peer (another target
             has a longer part of it, to be fetched from there).
         failures: prompts that a helper refused or lost.
     """
@@ -175,7 +186,7 @@ class Prefills:
         self, request: EngineRequest, info: EngineInfo, matched: int, running: int
     ) -> tuple[Helper | None, str]:
         suffix = len(request.prompt_token_ids) - matched
-        healthy = [one for one in self.helpers.values() if one.client.healthy]
+        healthy = [one for one in self.helpers.values() if one.client.healthy and one.has(request.adapter)]
         if not healthy:
             return None, "none"
         if request.pooling or request.params.prompt_logprobs is not None or info.role not in TAKES or request.transfer:
@@ -197,6 +208,7 @@ class Prefills:
         says that its first token has come."""
         key = (target, request.prompt_token_ids, request.adapter, request.cache_salt)
         shared = self._shared.get(key)
+        joins = shared is not None
         if shared is None:
             helper = self.decide(request, info, matched, running)
             if helper is None:
@@ -208,7 +220,7 @@ class Prefills:
         host, port = place_of(shared.helper.name)
         told = TransferParams(remote_prefill=True, host=host, port=port, ticket=shared.ticket)
         try:
-            yield dataclasses.replace(request, transfer=told), Note(shared, self.costs)
+            yield dataclasses.replace(request, transfer=told), Note(shared, self.costs, joins)
         finally:
             shared.users -= 1
             if not shared.users:
@@ -273,6 +285,7 @@ class Note:
 
     _shared: _Shared | None
     _costs: Costs
+    _joins: bool = False  # it came to a prompt that was on its way, or done, already: it shows no lag
 
     @property
     def helper(self) -> str | None:
@@ -281,5 +294,5 @@ class Note:
 
     def begun(self) -> None:
         """Its first token has come."""
-        if self._shared is not None and self._shared.done_at:
+        if self._shared is not None and self._shared.done_at and not self._joins:
             self._costs.learn("lag_s", time.monotonic() - self._shared.done_at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,8 @@ DECODES = dataclasses.replace(MockEngine().info(), role="decode")
 
 class Helper:
     """Computes prompts, as long as it may."""
+
+    adapters = None
 
     def __init__(self, role="prefill"):
         self.healthy, self.requests, self.released = True, [], []
@@ -68,6 +71,14 @@ async def test_decisions(given, matched, running, info, reason):
     found = prefills(Helper())
     chosen = found.decide(given, info, matched, running)
     assert found.decisions == {reason: 1} and (chosen is not None) == (reason == "apart")
+
+
+async def test_a_helper_without_the_adapter_is_not_asked():
+    helper = Helper()
+    found = prefills(helper)
+    assert found.decide(request(adapter="digest"), DECODES, 0, 3) is None and found.decisions == {"none": 1}
+    helper.adapters = SimpleNamespace(infos=lambda: [SimpleNamespace(digest="digest")])
+    assert found.decide(request(adapter="digest"), DECODES, 0, 3) is not None
 
 
 async def test_a_busy_helper_is_not_worth_the_wait():
