@@ -137,8 +137,8 @@ class Prefills:
     Attributes:
         helpers: by name.
         decisions: what was decided, and why: apart, short, alone (nobody is held up), busy (they have more to do), unfit (it needs
-            every position computed where it runs, or the engine takes no pages), none (no helper answers that has the adapter), peer (another target
-            has a longer part of it, to be fetched from there).
+            every position computed where it runs, or the engine takes no pages), none (no helper answers that has the adapter),
+            peer (another target has a longer part of it, to be fetched from there).
         failures: prompts that a helper refused or lost.
     """
 
