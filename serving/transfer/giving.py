@@ -60,12 +60,14 @@ class _Ticket:
     Attributes:
         done: it is computed; its pages are under a lease.
         held: the pages that are referenced for it.
+        state: (digest of the prefix, the recurrent state behind it): a copy, because nobody holds snapshots.
         deadline: of the lease; time.monotonic() seconds.
     """
 
     request: EngineRequest
     done: bool = False
     held: Pages = dataclasses.field(default_factory=list)
+    state: tuple[bytes, Callable[[], list[Any]]] | None = None
     deadline: float = 0.0
 
 
@@ -157,6 +159,9 @@ class Giving:
             if pages and len(pages) <= room:
                 manager.pool.share(pages)
                 ticket.held.append((manager, pages))
+            if manager.snapshots is not None and digests and (row := manager.snapshots.find(digests[-1])) is not None:
+                ticket.state = digests[-1], self._engine.runner.executor.states.lend(manager.replica, row)
+            if ticket.held or ticket.state:
                 return
 
     def _end(self, name: str) -> None:
@@ -219,10 +224,14 @@ class Giving:
     def _read_state(
         self, wanted: Wanted, count: int, known: dict[bytes, list[bytes]]
     ) -> Callable[[], list[Any]] | None:
+        ticket = self._tickets.get(wanted.ticket)
         for manager in self._kv.managers:
             if manager.snapshots is None or self.identity != wanted.identity:
                 continue
-            row = manager.snapshots.find(self._digests(manager, wanted, count, known)[-1])
+            digest = self._digests(manager, wanted, count, known)[-1]
+            if ticket is not None and ticket.state is not None and ticket.state[0] == digest:
+                return ticket.state[1]
+            row = manager.snapshots.find(digest)
             if row is not None:
                 return self._engine.runner.executor.states.lend(manager.replica, row)
         return None

@@ -46,6 +46,23 @@ async def test_states_travel(pair):
         await settle(engine)
 
 
+async def test_a_state_is_kept_with_its_lease(pair):
+    """Whatever the prefill engine computes before the decode engine comes."""
+    first, second, _ = pair
+    whole = request("a", prompt(90, 70), max_tokens=10)
+    expected = await run(second, dataclasses.replace(whole, request_id="x"))
+    for engine in pair[:2]:
+        engine.call(engine.scheduler.kv.forget)
+    one, other = halves(whole, "t")
+    await run(first, one)
+    for i in range(5):  # more snapshots than there are rows
+        await run(first, request(f"f{i}", prompt(100, 80 + i)))
+    found = await run(second, other)
+    assert found.token_ids == expected.token_ids and found.num_cached_tokens == 88
+    for engine in pair[:2]:
+        await settle(engine)
+
+
 @pytest.mark.parametrize("what", ["spoilt", "lost"])
 async def test_a_state_that_does_not_come_whole(pair, what):
     first, second, transport = pair
