@@ -7,6 +7,7 @@ what they were and a step in which nobody has an adapter runs the program that i
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,13 +24,18 @@ from models.layers.embedding import Embedding
 from models.layers.linear import AdapterStack, Linear
 from models.layers.moe import Experts
 from models.loading.files.experts import expert_of
-from models.parameters import quantizable
-from models.recipes import Piece
-from ops.lora import LoraStack
+from models.parameters import parameters_of, quantizable
+from models.recipes import Piece, Recipe, row_map
+from ops import native
+from ops.linear import StoredWeight
+from ops.lora import LoraStack, Stretches
 from sharding.rules import DEFAULT_RULES, ShardingRules, to_sharding
 
 TIED_HEAD = "lm_head.weight"
 """What adapters call the output projection of a model whose checkpoint has none of its own."""
+
+
+AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Room:
         max_rank: of an adapter.
         spreads: by place, how rows or columns are repeated and padded where heads do not divide the mesh.
         shapes: by place, (O, I) as they lie on the devices.
+        stretches: by place, where B has only the numbers of each column's own tensor: `LoraStack.stretches`.
         late: places whose change is made behind the forward pass, where logits are.
         base: what readers of adapters have to know.
         hint: what to do where an adapter changes weights that take none; "" for nothing.
@@ -52,6 +59,7 @@ class Room:
     max_rank: int
     spreads: Mapping[str, Callable[[np.ndarray], np.ndarray]]
     shapes: Mapping[str, tuple[int, int]]
+    stretches: Mapping[str, Stretches]
     late: frozenset[str]
     base: Base
     hint: str = ""
@@ -70,9 +78,9 @@ class Room:
         fitted = fit(adapter, self.sites, self.max_rank, self.hint)
         parts = []
         for site in self.sites:
-            R, (outputs, inputs) = site.rank(self.max_rank), self.shapes[site.place]
+            (R, r), (outputs, inputs) = self._ranks(site), self.shapes[site.place]
             if site.place not in fitted:
-                parts.append(np.zeros(R * (outputs + inputs), np.float32))
+                parts.append(np.zeros(R * inputs + r * outputs, np.float32))
                 continue
             a_RI, b_OR = fitted[site.place].a_RI, fitted[site.place].b_OR
             spread = self.spreads.get(site.place)
@@ -83,33 +91,70 @@ class Room:
                     b_OR = spread(b_OR)
                 if a_RI.shape[1] != inputs:
                     a_RI = spread(a_RI)
+            if r < R:
+                b_OR = _own_columns(b_OR, self.stretches[site.place], r)
             parts += [a_RI.reshape(-1), np.ascontiguousarray(b_OR.T).reshape(-1)]
         return np.concatenate(parts)
 
+    def _ranks(self, site: Site) -> tuple[int, int]:
+        """Rows of A and of B as they lie on the devices."""
+        R = site.rank(self.max_rank)
+        return R, self.max_rank if site.place in self.stretches else R
+
     def unpack(self, packed: jax.Array) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """Of each site (A [R, I], B [R, O]), inside a program."""
+        """Of each site (A [R, I], B [R, O] or its own columns' alone), inside a program."""
         at = 0
         for site in self.sites:
-            R, (outputs, inputs) = site.rank(self.max_rank), self.shapes[site.place]
+            (R, r), (outputs, inputs) = self._ranks(site), self.shapes[site.place]
             a = jax.lax.slice(packed, (at,), (at + R * inputs,)).reshape(R, inputs)
             at += R * inputs
-            b = jax.lax.slice(packed, (at,), (at + R * outputs,)).reshape(R, outputs)
-            at += R * outputs
+            b = jax.lax.slice(packed, (at,), (at + r * outputs,)).reshape(r, outputs)
+            at += r * outputs
             yield a, b
 
     @property
     def size(self) -> int:
         """Numbers of a packed adapter."""
-        return sum(site.rank(self.max_rank) * sum(self.shapes[site.place]) for site in self.sites)
+        total = 0
+        for site in self.sites:
+            (R, r), (outputs, inputs) = self._ranks(site), self.shapes[site.place]
+            total += R * inputs + r * outputs
+        return total
 
 
-def attach(model: Any, slots: int, max_rank: int, mesh: Mesh | None, rules: ShardingRules = DEFAULT_RULES) -> Room:
+def attach(
+    model: Any, slots: int, max_rank: int, mesh: Mesh | None, rules: ShardingRules = DEFAULT_RULES, dtype: str = AUTO
+) -> Room:
     """Gives a loaded network room for `slots` adapters of rank `max_rank` at most, on its devices.
 
     Every `Linear` whose weight moves rows of the checkpoint's tensors and nothing else gets a stack, the experts of mixtures and
     the token table too, and a tied table another one for the logits.
+
+    Args:
+        dtype: of the matrices; `AUTO`: float32 beside dense weights in float32, else bfloat16.
     """
-    making = _Making(model, slots, max_rank, mesh, rules)
+    making = _found(model, slots, max_rank, mesh, rules, dtype)
+    for module, attribute, stack in making.stacks:
+        zeros = jax.tree.map(making.zeros, stack)
+        setattr(module, attribute, nnx.data(AdapterStack(zeros)))
+    return making.room()
+
+
+def bytes_of_stacks(
+    model: Any, slots: int, max_rank: int, mesh: Mesh | None, rules: ShardingRules = DEFAULT_RULES, dtype: str = AUTO
+) -> int:
+    """Bytes that `attach` would take on each device. The network's parameters may be shapes."""
+    making = _found(model, slots, max_rank, mesh, rules, dtype)
+    leaves = jax.tree.leaves([stack for _, _, stack in making.stacks])
+    return sum(
+        math.prod(leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in leaves
+    )
+
+
+def _found(model: Any, slots: int, max_rank: int, mesh: Mesh | None, rules: ShardingRules, dtype: str) -> _Making:
+    """Where a network takes adapters."""
+    making = _Making(model, slots, max_rank, mesh, rules, dtype)
     quantized = {path.removesuffix(".weight") for path in quantizable(model)}
     for path, module in sorted((".".join(map(str, path)), module) for path, module in nnx.iter_modules(model)):
         if isinstance(module, Linear) and path in quantized:
@@ -118,18 +163,30 @@ def attach(model: Any, slots: int, max_rank: int, mesh: Mesh | None, rules: Shar
             making.table(path, module)
         elif isinstance(module, Experts):
             making.experts(path, module)
-    return making.room()
+    return making
 
 
 class _Making:
-    """A room as its sites are found."""
+    """A room as its sites are found.
 
-    def __init__(self, model: Any, slots: int, max_rank: int, mesh: Mesh | None, rules: ShardingRules) -> None:
+    Attributes:
+        stacks: (module, attribute, the stack that it is to have, as shapes and places).
+    """
+
+    def __init__(
+        self, model: Any, slots: int, max_rank: int, mesh: Mesh | None, rules: ShardingRules, dtype: str
+    ) -> None:
         self._model, self._slots, self._max_rank = model, slots, max_rank
         self._mesh, self._rules = mesh, rules
         self._recipes = model.recipes()
-        self._native = (mesh is None or mesh.size == 1) and jax.default_backend() == "cpu"
-        self._dtype = jnp.float32 if model.compute_dtype == jnp.float32 else jnp.bfloat16
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        self._native = (mesh is None or mesh.size == 1) and platform == "cpu" and native.available()
+        exact = model.compute_dtype == jnp.float32 and not any(
+            isinstance(parameter.get_value(), StoredWeight) for _, parameter in parameters_of(model)
+        )
+        self._dtype = jnp.dtype(("float32" if exact else "bfloat16") if dtype == AUTO else dtype)
+        self.stacks: list[tuple[Any, str, LoraStack]] = []
+        self._stretches: dict[str, Stretches] = {}
         self._tied = getattr(model, "head", None) is None
         self._sites: list[Site] = []
         self._spreads: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
@@ -146,9 +203,11 @@ class _Making:
         spread = weight.get_metadata().get("spread")
         if spread is not None:
             self._spreads[site.place] = spread.apply
+        elif self._native and len(site.tensors) > 1:
+            self._stretches[site.place] = _stretches(recipe)
         outputs, inputs = weight.get_value().shape
         out_axis, in_axis = weight.get_metadata()["logical_axes"]
-        module.lora = self._stack(site, outputs, inputs, (None, in_axis), (None, out_axis))
+        self._add(module, site, outputs, inputs, (None, in_axis), (None, out_axis))
 
     def table(self, path: str, module: Embedding) -> None:
         """Room for the rows of a token table, and beside the logits that a tied one makes."""
@@ -157,12 +216,12 @@ class _Making:
             return
         rows, width = module.weight.get_value().shape
         table = Site(path, recipe, (recipe.name,), width, rows, rows=True)
-        module.lora = self._stack(table, width, rows, (None, None), (None, None), native=False)
+        self._add(module, table, width, rows, (None, None), (None, None), native=False)
         if self._tied and path == "embed":
             # An adapter of a tied head changes logits alone: the table that tokens are looked up in stays what it is.
             tied = Site(path, recipe, (TIED_HEAD,), rows, width, attribute="head_lora")
             axis, _ = module.weight.get_metadata()["logical_axes"]
-            module.head_lora = self._stack(tied, rows, width, (None, None), (None, axis))
+            self._add(module, tied, rows, width, (None, None), (None, axis))
 
     def experts(self, path: str, module: Experts) -> None:
         """Room in the experts of a layer."""
@@ -182,31 +241,38 @@ class _Making:
             )  # fmt: skip
             expert_axis, out_axis, in_axis = weight.get_metadata()["logical_axes"]
             axes = (expert_axis, in_axis), (expert_axis, out_axis)
-            setattr(module, site.attribute, self._stack(site, outputs, inputs, *axes, native=False))
+            self._add(module, site, outputs, inputs, *axes, native=False)
 
-    def _stack(
+    def _add(
         self,
+        module: Any,
         site: Site,
         outputs: int,
         inputs: int,
         a_axes: tuple[str | None, str | None],
         b_axes: tuple[str | None, str | None],
         native: bool = True,
-    ) -> Any:
-        """A stack of zeros for a site. The axes are those of a slot's [R, I] and [R, O]."""
+    ) -> None:
+        """A stack for a site. The axes are those of a slot's [R, I] and [R, O]."""
         self._sites.append(site)
         self._shapes[site.place] = (outputs, inputs)
-        R = site.rank(self._max_rank)
+        R, stretches = site.rank(self._max_rank), self._stretches.get(site.place, ())
         a, b = (
-            self._zeros((self._slots + 1, R, width), (None, *axes))
-            for width, axes in ((inputs, a_axes), (outputs, b_axes))
+            self._abstract((self._slots + 1, rows, width), (None, *axes))
+            for rows, width, axes in ((R, inputs, a_axes), (self._max_rank if stretches else R, outputs, b_axes))
         )
-        return nnx.data(AdapterStack(LoraStack(a, b, native and self._native)))
+        self.stacks.append((module, site.attribute, LoraStack(a, b, native and self._native, stretches)))  # type: ignore[arg-type]
 
-    def _zeros(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
-        if self._mesh is None:
-            return jnp.zeros(shape, self._dtype)
-        return jax.device_put(np.zeros(shape, self._dtype), to_sharding(self._mesh, axes, self._rules))
+    def _abstract(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        place = None if self._mesh is None else to_sharding(self._mesh, axes, self._rules)
+        return jax.ShapeDtypeStruct(shape, self._dtype, sharding=place)
+
+    @staticmethod
+    def zeros(abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        """What there is before an adapter comes."""
+        if abstract.sharding is None:
+            return jnp.zeros(abstract.shape, abstract.dtype)
+        return jax.device_put(np.zeros(abstract.shape, abstract.dtype), abstract.sharding)
 
     def room(self) -> Room:
         """What was found."""
@@ -216,5 +282,25 @@ class _Making:
         base = Base(tensors, config.num_layers, (config.num_heads, config.num_kv_heads), moe)
         late = frozenset({"head.lora", "embed.head_lora"} & self._shapes.keys())
         return Room(
-            tuple(self._sites), self._slots, self._max_rank, self._spreads, self._shapes, late, base, self._hint
-        )
+            tuple(self._sites), self._slots, self._max_rank, self._spreads, self._shapes, self._stretches, late, base,
+            self._hint,
+        )  # fmt: skip
+
+
+def _stretches(recipe: Recipe) -> Stretches:
+    """Which of a recipe's tensors each row is of, in stretches."""
+    mapped = row_map(recipe)
+    assert mapped is not None, "sites move rows"
+    piece_O, _ = mapped
+    ends = [*(np.flatnonzero(np.diff(piece_O)) + 1).tolist(), len(piece_O)]
+    return tuple((end, int(piece_O[end - 1])) for end in ends)
+
+
+def _own_columns(b_OR: np.ndarray, stretches: Stretches, rank: int) -> np.ndarray:
+    """Of each row of B [O, R] the numbers of its own tensor: [O, rank]."""
+    own_Or = np.empty((len(b_OR), rank), b_OR.dtype)
+    begin = 0
+    for end, piece in stretches:
+        own_Or[begin:end] = b_OR[begin:end, piece * rank : (piece + 1) * rank]
+        begin = end
+    return own_Or

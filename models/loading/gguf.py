@@ -54,6 +54,14 @@ class TensorInfo:
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
+_BESIDE = re.compile(r"(?:^|[-._])(?:mmproj|imatrix)(?:$|[-._])", re.IGNORECASE)
+
+
+def is_beside_a_model(name: str) -> bool:
+    """Whether a GGUF file of such a name holds no language model but what goes with one: what sees for it, or statistics of it."""
+    return _BESIDE.search(Path(name).name.removesuffix(".gguf")) is not None
+
+
 def split_paths(path: Path) -> list[Path]:
     """All files of the split that `path` is named as a part of, in order; only itself where it is not named so."""
     match = _PART.search(path.name)

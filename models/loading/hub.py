@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from models.loading.gguf import split_paths
+from models.loading.gguf import is_beside_a_model, split_paths
 
 T = TypeVar("T")
 
@@ -24,7 +24,6 @@ _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+?)(?:[:/](?P<part>[\w.
 _SMALL = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.py.txt")
 _OF_ADAPTERS = (*_SMALL, "adapter_model.safetensors")
 _NOT_WEIGHTS = ("adapter_", "optimizer", "training_", "consolidated")
-_BESIDE = ("mmproj", "imatrix")  # GGUF files that hold no language model
 
 
 def looks_like_hub_id(text: str) -> bool:
@@ -119,7 +118,7 @@ def _wanted(hub_id: str, names: Mapping[str, int], part: str | None, download: C
         part: a quantization or file that was asked for.
         download: gives one file, whose content decides what else is needed.
     """
-    ggufs = [name for name in names if name.endswith(".gguf") and not Path(name).name.lower().startswith(_BESIDE)]
+    ggufs = [name for name in names if name.endswith(".gguf") and not is_beside_a_model(name)]
     weights = [name for name in names if "/" not in name and name.endswith(".safetensors")]
     if part is not None or (ggufs and not weights):
         return _gguf(hub_id, ggufs, names, part)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from models.loading import hub
 from models.loading.default_model import MODEL_ID, default_model
-from models.loading.gguf import split_paths
+from models.loading.gguf import is_beside_a_model, split_paths
 
 Kind = Literal["gguf", "hf", "orbax"]
 MANIFEST = "jaxserve.json"
@@ -67,7 +67,7 @@ def _directory(model: str, path: Path) -> ModelSource:
         return ModelSource("orbax", path)
     if (path / "config.json").exists() or (path / "params.json").exists():
         return ModelSource("hf", path)
-    files = sorted(path.glob("*.gguf"))
+    files = sorted(file for file in path.glob("*.gguf") if not is_beside_a_model(file.name))
     if len(files) == 1 or (files and set(files) <= set(split_paths(files[0]))):
         return ModelSource("gguf", files[0])
     if files:

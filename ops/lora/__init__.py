@@ -12,13 +12,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ops import native
 
 __all__ = ["LoraStack", "add_lora", "add_lora_rows"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["a_NRI", "b_NRO"], meta_fields=["native"])
+Stretches = tuple[tuple[int, int], ...]
+"""(the column where it ends, the number of the tensor that it is of), one behind the other."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["a_NRI", "b_NRO"], meta_fields=["native", "stretches"]
+)
 @dataclasses.dataclass(frozen=True)
 class LoraStack:
     """The matrices of all adapters for one weight, by slot. Slot 0 is nobody's: whatever it holds counts as zeros.
@@ -26,11 +33,17 @@ class LoraStack:
     Attributes:
         a_NRI, b_NRO: A and, transposed, B with its scale; rows beyond an adapter's rank are zeros.
         native: static: they lie on one CPU device, so the native kernel may read them.
+        stretches: static: the weight is P tensors in one, each column's numbers are of one of them, and B has only those: it is
+            [N, R / P, O], and A's R / P rows of tensor p belong to the columns that are of it. () where B has all R rows.
     """
 
     a_NRI: jax.Array
     b_NRO: jax.Array
     native: bool = False
+    stretches: Stretches = ()
+
+
+_HANDLERS = {"float32": "jaxserve_lora", "bfloat16": "jaxserve_lora_bf16"}
 
 
 def add_lora(y_TO: jax.Array, x_TI: jax.Array, stack: LoraStack, slot_T: jax.Array) -> jax.Array:
@@ -41,16 +54,15 @@ def add_lora(y_TO: jax.Array, x_TI: jax.Array, stack: LoraStack, slot_T: jax.Arr
         x_TI: what it was given: behind the norm, and never rotated or rounded.
         slot_T: int32, 0 for no adapter.
     Returns:
-        [T, O] in y's dtype; the change is computed in float32.
+        [T, O] in y's dtype; the change is added up in float32. Of matrices in bfloat16 a body may round x and x A^T to that.
     """
-    if stack.native and native.available() and stack.a_NRI.dtype == jnp.float32:
+    handler = _HANDLERS.get(str(stack.a_NRI.dtype))
+    if stack.native and handler is not None and native.available():
         call = jax.ffi.ffi_call(
-            native.target("jaxserve_lora"),
-            jax.ShapeDtypeStruct(y_TO.shape, jnp.float32),
-            input_output_aliases={4: 0},
+            native.target(handler), jax.ShapeDtypeStruct(y_TO.shape, jnp.float32), input_output_aliases={4: 0}
         )
         operands = (x_TI.astype(jnp.float32), slot_T, stack.a_NRI, stack.b_NRO, y_TO.astype(jnp.float32))
-        return call(*operands).astype(y_TO.dtype)
+        return call(*operands, ends=np.array(stack.stretches, np.int64).reshape(-1)).astype(y_TO.dtype)
     return (y_TO.astype(jnp.float32) + _xla(x_TI, stack, slot_T)).astype(y_TO.dtype)
 
 
@@ -59,6 +71,11 @@ def _xla(x_TI: jax.Array, stack: LoraStack, slot_T: jax.Array) -> jax.Array:
     dtype = stack.a_NRI.dtype
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     a_NRI, b_NRO = stack.a_NRI[1:], stack.b_NRO[1:]
+    if stack.stretches:  # B with all its rows again, zeros where they are of other tensors' columns
+        ends, pieces = zip(*stack.stretches, strict=True)
+        piece_O = np.repeat(pieces, np.diff([0, *ends]))
+        own_P1O = np.arange(a_NRI.shape[1] // b_NRO.shape[1])[:, None, None] == piece_O
+        b_NRO = jnp.where(own_P1O, b_NRO[:, None], 0).reshape(len(b_NRO), -1, len(piece_O))
     own_TN = jax.nn.one_hot(slot_T - 1, a_NRI.shape[0], dtype=jnp.float32)
     options: dict[str, Any] = {"precision": precision, "preferred_element_type": jnp.float32}
     hidden_TNR = jnp.einsum("ti,nri->tnr", x_TI.astype(dtype), a_NRI, **options) * own_TN[..., None]

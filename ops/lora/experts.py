@@ -78,9 +78,10 @@ class SortedAdapters:
         def block(given: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             x, slot, expert = given
             precision = lax.Precision.HIGHEST
-            hidden = jnp.einsum("mi,mri->mr", x.astype(a.dtype), a[slot, expert], precision=precision)
-            change = jnp.einsum("mr,mro->mo", hidden, b[slot, expert], precision=precision)
-            return jnp.where((slot > 0)[:, None], change.astype(jnp.float32), 0.0)
+            a_mri, b_mro = a[slot, expert].astype(jnp.float32), b[slot, expert].astype(jnp.float32)
+            hidden = jnp.einsum("mi,mri->mr", x.astype(jnp.float32), a_mri, precision=precision)
+            change = jnp.einsum("mr,mro->mo", hidden, b_mro, precision=precision)
+            return jnp.where((slot > 0)[:, None], change, 0.0)
 
         parts = (
             jnp.pad(x_MI, ((0, missing), (0, 0))).reshape(-1, rows, inputs),

@@ -10,6 +10,13 @@
 #include "lora_kernels.h"
 
 namespace jaxserve::lora {
-Kernels avx2_kernels() { return kernels(); }
+template <>
+Kernels<float> avx2_kernels<float>() {
+  return kernels<float>();
+}
+template <>
+Kernels<Bits> avx2_kernels<Bits>() {
+  return kernels<Bits>();
+}
 }  // namespace jaxserve::lora
 #endif

@@ -10,6 +10,13 @@
 #include "lora_kernels.h"
 
 namespace jaxserve::lora {
-Kernels avx512_kernels() { return kernels(); }
+template <>
+Kernels<float> avx512_kernels<float>() {
+  return kernels<float>();
+}
+template <>
+Kernels<Bits> avx512_kernels<Bits>() {
+  return kernels<Bits>();
+}
 }  // namespace jaxserve::lora
 #endif

@@ -9,5 +9,12 @@
 #include "lora_kernels.h"
 
 namespace jaxserve::lora {
-Kernels generic_kernels() { return kernels(); }
+template <>
+Kernels<float> generic_kernels<float>() {
+  return kernels<float>();
+}
+template <>
+Kernels<Bits> generic_kernels<Bits>() {
+  return kernels<Bits>();
+}
 }  // namespace jaxserve::lora

@@ -1,4 +1,5 @@
 // Low-rank adapters for one instruction set, included once per set with AT and W (see vectors.h), TOKENS and COLS.
+// Matrices of bfloat16 are widened as they are read: their products with float32 are exact.
 
 #include "lora.h"
 
@@ -9,8 +10,26 @@ namespace {
 
 constexpr int RANKS = 4;  // rows of A at once
 
-template <int N, int M>
-AT void dots(const float* const* x, const float* a, int64_t inputs, float* h, int ranks) {
+INLINE float one(const float* p) { return *p; }
+INLINE float one(const Bits* p) {
+  const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+INLINE vf load(const Bits* p) {
+#if W == 16
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#elif W == 8
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
+#else
+  return vf{one(p), one(p + 1), one(p + 2), one(p + 3)};
+#endif
+}
+
+template <int N, int M, typename E>
+AT void dots(const float* const* x, const E* a, int64_t inputs, float* h, int ranks) {
   vf sum[N][M];
   UNROLL for (int t = 0; t < N; ++t) {
     UNROLL for (int r = 0; r < M; ++r) sum[t][r] = splat(0.0f);
@@ -27,21 +46,21 @@ AT void dots(const float* const* x, const float* a, int64_t inputs, float* h, in
   for (int t = 0; t < N; ++t) {
     for (int r = 0; r < M; ++r) {
       float total = sum_lanes(sum[t][r]);
-      for (int64_t j = i; j < inputs; ++j) total += x[t][j] * a[r * inputs + j];
+      for (int64_t j = i; j < inputs; ++j) total += x[t][j] * one(a + r * inputs + j);
       h[t * ranks + r] = total;
     }
   }
 }
 
-template <int N>
-AT void shrink_rows(const float* const* x, const float* a, int ranks, int64_t inputs, float* h) {
+template <int N, typename E>
+AT void shrink_rows(const float* const* x, const E* a, int ranks, int64_t inputs, float* h) {
   int r = 0;
   for (; r + RANKS <= ranks; r += RANKS) dots<N, RANKS>(x, a + r * inputs, inputs, h + r, ranks);
   for (; r < ranks; ++r) dots<N, 1>(x, a + r * inputs, inputs, h + r, ranks);
 }
 
-template <int N, int M>
-AT void add(const float* h, const float* b, int ranks, int64_t outputs, int64_t at, float* const* y) {
+template <int N, int M, typename E>
+AT void add(const float* h, int stride, const E* b, int ranks, int64_t outputs, int64_t at, float* const* y) {
   vf sum[N][M];
   UNROLL for (int t = 0; t < N; ++t) {
     UNROLL for (int j = 0; j < M; ++j) sum[t][j] = load(y[t] + at + j * W);
@@ -50,7 +69,7 @@ AT void add(const float* h, const float* b, int ranks, int64_t outputs, int64_t 
     vf row[M];
     UNROLL for (int j = 0; j < M; ++j) row[j] = load(b + r * outputs + at + j * W);
     UNROLL for (int t = 0; t < N; ++t) {
-      const vf by = splat(h[t * ranks + r]);
+      const vf by = splat(h[t * stride + r]);
       UNROLL for (int j = 0; j < M; ++j) sum[t][j] = fma(by, row[j], sum[t][j]);
     }
   }
@@ -59,36 +78,41 @@ AT void add(const float* h, const float* b, int ranks, int64_t outputs, int64_t 
   }
 }
 
-template <int N>
-AT void expand_rows(const float* h, const float* b, int ranks, int64_t outputs, int64_t begin, int64_t end,
+template <int N, typename E>
+AT void expand_rows(const float* h, int stride, const E* b, int ranks, int64_t outputs, int64_t begin, int64_t end,
                     float* const* y) {
   int64_t at = begin;
-  for (; at + COLS * W <= end; at += COLS * W) add<N, COLS>(h, b, ranks, outputs, at, y);
-  for (; at + W <= end; at += W) add<N, 1>(h, b, ranks, outputs, at, y);
+  for (; at + COLS * W <= end; at += COLS * W) add<N, COLS>(h, stride, b, ranks, outputs, at, y);
+  for (; at + W <= end; at += W) add<N, 1>(h, stride, b, ranks, outputs, at, y);
   for (; at < end; ++at) {
     for (int t = 0; t < N; ++t) {
       float total = y[t][at];
-      for (int r = 0; r < ranks; ++r) total += h[t * ranks + r] * b[r * outputs + at];
+      for (int r = 0; r < ranks; ++r) total += h[t * stride + r] * one(b + r * outputs + at);
       y[t][at] = total;
     }
   }
 }
 
-AT void shrink(const float* const* x, int count, const float* a, int ranks, int64_t inputs, float* h) {
+template <typename E>
+AT void shrink(const float* const* x, int count, const E* a, int ranks, int64_t inputs, float* h) {
   int t = 0;
   for (; t + TOKENS <= count; t += TOKENS) shrink_rows<TOKENS>(x + t, a, ranks, inputs, h + t * ranks);
   for (; t < count; ++t) shrink_rows<1>(x + t, a, ranks, inputs, h + t * ranks);
 }
 
-AT void expand(const float* h, int count, const float* b, int ranks, int64_t outputs, int64_t begin, int64_t end,
-               float* const* y) {
+template <typename E>
+AT void expand(const float* h, int stride, int count, const E* b, int ranks, int64_t outputs, int64_t begin,
+               int64_t end, float* const* y) {
   int t = 0;
   for (; t + TOKENS <= count; t += TOKENS)
-    expand_rows<TOKENS>(h + t * ranks, b, ranks, outputs, begin, end, y + t);
-  for (; t < count; ++t) expand_rows<1>(h + t * ranks, b, ranks, outputs, begin, end, y + t);
+    expand_rows<TOKENS>(h + t * stride, stride, b, ranks, outputs, begin, end, y + t);
+  for (; t < count; ++t) expand_rows<1>(h + t * stride, stride, b, ranks, outputs, begin, end, y + t);
 }
 
-Kernels kernels() { return {TOKENS, shrink, expand}; }
+template <typename E>
+Kernels<E> kernels() {
+  return {shrink<E>, expand<E>};
+}
 
 #undef INLINE
 

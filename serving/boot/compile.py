@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from models.adapters.attach import bytes_of_stacks
 from models.label_head import LabelHead
 from models.loading.load import LoadedModel
 from models.parameters import parameters_of
@@ -78,7 +79,8 @@ def compile_decoder(
     """
     config, replicas = checked.config, num_replicas(checked.mesh)
     assert checked.bounds is not None
-    memory = config.kv_cache_memory or default_kv_memory(checked.mesh.size, config.gpu_memory_utilization)
+    stacks = _bytes_of_adapters(checked, loaded)
+    memory = config.kv_cache_memory or default_kv_memory(checked.mesh.size, config.gpu_memory_utilization, less=stacks)
     sizes = checked.bounds.within(memory if meet is None else meet("KV cache memory", memory))
     say(_pages_in_words(checked, loaded, sizes, replicas))
     role = TransferConfig.of(config.role, config.kv_transfer_config).role
@@ -94,6 +96,7 @@ def compile_decoder(
         num_scheduler_steps=config.num_scheduler_steps,
         adapter_slots=config.adapter_slots,
         max_lora_rank=config.max_lora_rank,
+        lora_dtype=config.lora_dtype,
         draft=draft,
         tower=tower,
     )
@@ -102,7 +105,10 @@ def compile_decoder(
     runner = StepRunner(executor, config.max_cpu_loras or 4 * config.max_loras)
     if executor.adapters is not None:
         weights = len(executor.adapters.room.sites)
-        say(f"adapters: {config.max_loras} at once, of rank {config.max_lora_rank} at most, for {weights} weights")
+        say(
+            f"adapters: {config.max_loras} at once, of rank {config.max_lora_rank} at most, for {weights} weights; "
+            f"{in_words(stacks)} on each device"
+        )
     if sizes.draft_tokens and config.speculative_config is not None:
         say(f"drafts: {config.speculative_config.method}, up to {sizes.draft_tokens} of a request in a step")
     say(f"compiled {len(runner.buckets.buckets)} step shapes in {time.monotonic() - began:.1f} s")
@@ -156,6 +162,16 @@ def cache_bytes_before(checked: Checked) -> int:
 def _sizes_before(checked: Checked, bounds: Bounds) -> Sizes:
     config = checked.config
     return bounds.within(config.kv_cache_memory or default_kv_memory(checked.mesh.size, config.gpu_memory_utilization))
+
+
+def _bytes_of_adapters(checked: Checked, loaded: LoadedModel) -> int:
+    """What room for adapters takes of each device: memory that pages cannot have."""
+    config = checked.config
+    if not config.adapter_slots:
+        return 0
+    return bytes_of_stacks(
+        loaded.model, config.adapter_slots, config.max_lora_rank, checked.server_mesh, dtype=config.lora_dtype
+    )
 
 
 def _cache(checked: Checked, loaded: LoadedModel, sizes: Sizes) -> ProgramCache:

@@ -55,6 +55,7 @@ from serving.frontends.operations.adapters import LoadAdapterRequest, UnloadAdap
 from serving.frontends.operations.control import UpdateWeightsRequest, control_router
 from serving.frontends.operations.residence import ModelRequest, residence_router
 from serving.frontends.operations.status import status_router
+from serving.frontends.page.documents import documents_router
 from serving.frontends.page.page import page_paths, page_router
 from serving.metrics import Metrics
 from serving.service import Served
@@ -105,7 +106,7 @@ def create_app(
     kept = _Kept(store, served)
     routers = _routers(served, metrics, access or Access(), lora_folder, kept)
     if page:
-        routers.append(page_router())
+        routers += [page_router(), documents_router()]
     for router in routers:
         app.include_router(router)
     app.add_middleware(BodyLimit, limits=served.limits)

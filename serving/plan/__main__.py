@@ -17,6 +17,7 @@ from serving.plan import chips, facts, topology
 SETTINGS = (
     "mesh", "dtype", "quantization", "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size",
     "speculative_config",
+    "enable_lora", "max_loras", "max_lora_rank", "lora_dtype",
 )  # fmt: skip
 """Of the server's settings, those that a plan has too."""
 
@@ -150,6 +151,9 @@ def _request(args: argparse.Namespace, target: chips.Target, mesh: str) -> Any:
         every_bucket=args.every_bucket,
         full_depth=args.full_depth,
         decode_only=args.decode_only,
+        adapter_slots=args.max_loras if args.enable_lora else 0,
+        max_lora_rank=args.max_lora_rank,
+        lora_dtype=args.lora_dtype,
     )
 
 
@@ -157,6 +161,8 @@ def _single(args: argparse.Namespace, target: chips.Target) -> int:
     from serving.plan.planner import make_plan
     from serving.plan.report import to_json, to_text
 
+    if args.save is not None and args.enable_lora:
+        raise ValueError("--save keeps no programs for adapters: leave --enable-lora out.")
     plan = make_plan(_request(args, target, args.mesh), _say)
     print(json.dumps(to_json(plan), indent=1) if args.json else to_text(plan))
     if args.save is not None:

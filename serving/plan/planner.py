@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from models.adapters.attach import AUTO, bytes_of_stacks
 from models.parameters import parameters_of
 from ops.paged_attention import least_page_size
 from ops.paged_attention.groups import layers_per_page
@@ -53,6 +54,7 @@ class Request:
         decode_only: compile the decode step alone; then there is no time to first token.
         draft_tokens: drafts that a step verifies for a request at most; 0 for none.
         draft_hf: the configuration of a draft model, whose weights and pages lie beside the model's.
+        adapter_slots, max_lora_rank, lora_dtype: room for adapters, as the server's flags; none where 0.
     """
 
     hf: dict[str, Any]
@@ -72,6 +74,9 @@ class Request:
     decode_only: bool = False
     draft_tokens: int = 0
     draft_hf: dict[str, Any] | None = None
+    adapter_slots: int = 0
+    max_lora_rank: int = 16
+    lora_dtype: str = AUTO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +130,7 @@ class Plan:
     num_parameters: int
     num_layers: int
     weights: int
+    adapters: int
     kv_page: int
     state: int
     temporaries: int
@@ -209,8 +215,9 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     usable = int(request.target.chip.memory * ACCELERATOR_FRACTION)
     weights, state = whole.weight_bytes_on_device, whole.state_bytes
     draft_weights = 0 if draft is None else draft.weight_bytes_on_device
+    adapters = _adapter_bytes(whole, request)
     page = whole.kv_bytes_a_page + (0 if draft is None else draft.kv_bytes_a_page)
-    free = usable - weights - draft_weights - state - int(temporaries) - int(code)
+    free = usable - weights - draft_weights - adapters - state - int(temporaries) - int(code)
     num_pages = max(0, free // page)
     windows = whole.shapes.groups.windows
     num_pages = min(num_pages, seqs * pages_of(request.max_model_len, windows, page_size, budget) + 1)
@@ -229,6 +236,7 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
         num_parameters=sum(math.prod(parameter.stored_shape) for _, parameter in parameters_of(whole.model)),
         num_layers=config.num_layers,
         weights=weights,
+        adapters=adapters,
         kv_page=page,
         state=state,
         temporaries=int(temporaries),
@@ -256,6 +264,15 @@ def _sizes(request: Request, seqs: int, budget: int, cpu: bool) -> Sizes:
         seqs, budget, request.max_model_len, PROBE_PAGES, request.page_size, 0, request.kv_dtype,
         draft_tokens=request.draft_tokens, draft_places=draft_places(budget, cpu) if request.draft_tokens else 0,
     )  # fmt: skip
+
+
+def _adapter_bytes(runner: AbstractEngine, request: Request) -> int:
+    """What room for adapters takes of a device."""
+    if not request.adapter_slots:
+        return 0
+    return bytes_of_stacks(
+        runner.model, request.adapter_slots, request.max_lora_rank, runner.mesh, dtype=request.lora_dtype
+    )
 
 
 def _prompt_bucket(runner: AbstractEngine, request: Request) -> Bucket:

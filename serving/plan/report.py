@@ -33,6 +33,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "chip": request.target.chip.memory,
             "usable": plan.usable,
             "weights": plan.weights,
+            "adapters": plan.adapters,
             "state": plan.state,
             "temporaries": plan.temporaries,
             "code": plan.code,
@@ -88,6 +89,7 @@ def to_text(plan: Plan) -> str:
             for label, value in (
                 ("weights", plan.weights),
                 *((("weights of the draft model", plan.draft_weights),) if plan.draft_weights else ()),
+                *_adapters(plan),
                 ("temporaries (largest program)", plan.temporaries),
                 ("programs", plan.code),
                 ("sampling state", plan.state),
@@ -131,14 +133,23 @@ def to_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _adapters(plan: Plan) -> list[tuple[str, int]]:
+    """The line about room for adapters; none where there is no room."""
+    request = plan.request
+    if not request.adapter_slots:
+        return []
+    return [(f"{request.adapter_slots} adapters of rank {request.max_lora_rank}", plan.adapters)]
+
+
 def _does_not_fit(plan: Plan) -> str:
     request = plan.request
     need = (
-        plan.weights + plan.draft_weights + plan.temporaries + plan.code + plan.state
+        plan.weights + plan.draft_weights + plan.adapters + plan.temporaries + plan.code + plan.state
         + (plan.pages_of(request.max_model_len) + 1) * plan.kv_page
     )  # fmt: skip
+    what = "weights, adapters, temporaries" if plan.adapters else "weights, temporaries"
     return (
-        f"DOES NOT FIT: weights, temporaries and one request of {request.max_model_len} tokens take {need / GIB:.2f} GiB a "
+        f"DOES NOT FIT: {what} and one request of {request.max_model_len} tokens take {need / GIB:.2f} GiB a "
         f"device, {plan.usable / GIB:.2f} are usable. Use more devices on the model axis, --quantization int8, or a "
         "shorter --max-model-len."
     )

@@ -29,6 +29,7 @@ from serving.engine.api.speculative import SpeculativeConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
+LORA_DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZATIONS = ("auto", "none", "int8", "int4")
 POLICIES = ("fcfs", "priority")
 
@@ -220,6 +221,10 @@ class EngineConfig:
         4, "adapters on the devices at once, and so in one batch", COUNT, Scope.PROGRAM, section="adapters", flag=""
     )
     max_lora_rank: int = setting(16, "rank of an adapter at most", COUNT, Scope.PROGRAM, section="adapters", flag="")
+    lora_dtype: str = setting(
+        "auto", "what adapters' matrices are kept as; auto is float32 beside dense weights in float32, else bfloat16",
+        one_of(*LORA_DTYPES), Scope.PROGRAM, section="adapters", flag="",
+    )  # fmt: skip
     max_cpu_loras: int | None = setting(
         None, "adapters kept in host memory; others are read again when they are asked for (default: 4 times --max-loras)",
         COUNT, Scope.SERVER, section="adapters", flag="",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.adapters.attach import attach
+from models.adapters.attach import AUTO, attach
 from serving.engine.device.components import Component
 from serving.engine.device.programs.compiling import Program
 from serving.engine.device.programs.keys import ProgramKey
@@ -34,6 +34,7 @@ class Adapters:
         decoder: the component, split before: its own leaves stay what they are.
         model: its module, which gets the stacks.
         slots, max_rank: adapters at once, and their rank at most.
+        dtype: of their matrices, as `attach`'s.
 
     Attributes:
         room: which weights adapters may change, and how their matrices are packed.
@@ -41,10 +42,16 @@ class Adapters:
     """
 
     def __init__(
-        self, decoder: Component, model: Any, slots: int, max_rank: int, mesh: jax.sharding.Mesh | None
+        self,
+        decoder: Component,
+        model: Any,
+        slots: int,
+        max_rank: int,
+        mesh: jax.sharding.Mesh | None,
+        dtype: str = AUTO,
     ) -> None:
         self._decoder = decoder
-        self.room = attach(model, slots, max_rank, mesh)
+        self.room = attach(model, slots, max_rank, mesh, dtype=dtype)
         self._split, self.stacks, self._places = decoder.split.with_adapters(model)
         self._cut = tuple(stack.sharding for stack in self.stacks)
         self._head: list[int] = []

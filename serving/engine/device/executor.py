@@ -73,7 +73,7 @@ class Executor:
         num_scheduler_steps: compile decode loops of up to this many steps, when more than 1.
         host_tier: compile what moves pages to host memory and back.
         travel: also what moves pages and snapshots to other engines and from them.
-        adapter_slots, max_lora_rank: adapters at once, and their rank at most; none where 0.
+        adapter_slots, max_lora_rank, lora_dtype: adapters at once, their rank at most, what they are kept as; none where 0.
         draft: a model that guesses what this one says, as `model`; or a head of this one, models.heads.Head.
         tower: what reads images, or sound.
 
@@ -100,6 +100,7 @@ class Executor:
         travel: bool = False,
         num_scheduler_steps: int = 1,
         adapter_slots: int = 0,
+        lora_dtype: str = "auto",
         max_lora_rank: int = 16,
         draft: Any = None,
         tower: VisionTower | None = None,
@@ -135,7 +136,9 @@ class Executor:
                 HeadModel(draft, self._shapes, mesh, self.decoder) if hears else DraftModel(draft, self._shapes, mesh)
             )
             self.components[DRAFT] = self.draft.component
-        self.adapters = Adapters(self.decoder, model, adapter_slots, max_lora_rank, mesh) if adapter_slots else None
+        self.adapters = None
+        if adapter_slots:
+            self.adapters = Adapters(self.decoder, model, adapter_slots, max_lora_rank, mesh, lora_dtype)
         if tower is not None:
             self.components[VISION] = tower.component
         self._kv: Any = None

@@ -283,23 +283,24 @@ def bytes_of_page(
         )
 
 
-def default_kv_memory(devices: int, share: float | None = None) -> int:
+def default_kv_memory(devices: int, share: float | None = None, less: int = 0) -> int:
     """Bytes for the page pool: on CPU a quarter of the free memory, at most 2 GiB; on accelerators what is left.
 
     Args:
+        less: bytes of each device that something else will take: adapters.
         share: of the free memory on CPU instead (all of that), and of an accelerator's memory, weights included, as vLLM has it.
 
     A power of two on CPU and whole 256 MiB elsewhere, because the pool's size is in every compiled program: were it to
     follow the free memory of the moment, no start would find the programs of the one before.
     """
     if jax.default_backend() == "cpu":
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = max(0, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - less * devices)
         wanted = min(available // 4, 2 * GIB) if share is None else int(available * share)
         quarter = max(wanted, GIB // 4)
         return 1 << (quarter.bit_length() - 1)
     stats = [d.memory_stats() or {} for d in jax.local_devices()[:devices]]
     free = min(
-        s.get("bytes_limit", 8 * GIB) * (share or ACCELERATOR_FRACTION) - s.get("bytes_in_use", 0) for s in stats
+        s.get("bytes_limit", 8 * GIB) * (share or ACCELERATOR_FRACTION) - s.get("bytes_in_use", 0) - less for s in stats
     )
     step = GIB // 4
     return max(int((free - GIB) * devices) // step * step, step)

@@ -68,9 +68,10 @@ def tokens_router(served: Served) -> APIRouter:
 
     @router.get("/tokenizer_info", response_model=TokenizerInfo)
     async def tokenizer_info(model: str | None = None) -> Response:
-        """What evaluation harnesses ask before they send token ids."""
+        """What evaluation harnesses ask before they send token ids; of an adapter, its own, where `model` is one."""
         service = served.of(model)
-        tokenizer, template = service.tokenizer, service.chat_template
+        voice = service.voice(model)
+        tokenizer, template = voice.tokenizer, voice.chat_template
 
         def text(token: int | None) -> str | None:
             return None if token is None else tokenizer.token_bytes(token).decode("utf-8", errors="replace")

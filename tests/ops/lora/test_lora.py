@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -44,18 +46,58 @@ def test_every_token_has_its_own_adapter(shape, native):
     np.testing.assert_array_equal(np.asarray(out)[slots == 0], y[slots == 0])
 
 
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
-def test_every_instruction_set_computes_the_same(level):
+LEVELS = ["generic", "avx2", "avx512", "bf16"]
+
+
+@contextlib.contextmanager
+def instruction_set(level):
     if not native_kernels.available():
         pytest.skip(native_kernels.status())
-    (y, x, stack, slots), want = arguments("odd_sizes")
     try:
         if native_kernels.set_isa(level) != level:
             pytest.skip(f"this CPU has no {level}")
-        out = jax.jit(add_lora)(y, x, dataclasses.replace(stack, native=True), slots)
-        np.testing.assert_allclose(np.asarray(out), want, rtol=1e-4, atol=1e-3)
+        yield
     finally:
         native_kernels.set_isa(None)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set_computes_the_same(level):
+    (y, x, stack, slots), want = arguments("odd_sizes")
+    with instruction_set(level):
+        out = jax.jit(add_lora)(y, x, dataclasses.replace(stack, native=True), slots)
+        np.testing.assert_allclose(np.asarray(out), want, rtol=1e-4, atol=1e-3)
+
+
+STRETCHES = ((5, 1), (70, 0), (71, 2), (600, 1), (1100, 0))
+"""Columns of three tensors in one weight, tensor 0 in two places."""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("level", [None, *LEVELS])
+def test_columns_of_several_tensors(level, dtype):
+    """B has each column's own ranks alone, five of fifteen; None is the plain body."""
+    T, I, r = 37, 45, 5  # odd: the last pair of ranks and the last pair of inputs have one number
+    rng = np.random.default_rng(3)
+    y, x = rng.standard_normal((T, 1100), np.float32), rng.standard_normal((T, I), np.float32)
+    a, b = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((4, 3 * r, I), (4, r, 1100)))
+    slots = np.sort(rng.integers(0, 4, T)).astype(np.int32)[rng.permutation(T)]
+    want, begin = y.astype(np.float64), 0
+    hidden = np.einsum("ti,tri->tr", x.astype(np.float64), np.asarray(a, np.float64)[slots])
+    for end, piece in STRETCHES:
+        own, of_b = hidden[:, piece * r : (piece + 1) * r], np.asarray(b, np.float64)[slots][:, :, begin:end]
+        want[:, begin:end] += np.einsum("tr,tro->to", own, of_b) * (slots > 0)[:, None]
+        begin = end
+    stack = LoraStack(a, b, level is not None, STRETCHES)
+    exact = {"rtol": 1e-4, "atol": 1e-3}
+    rounds = dtype == "bfloat16" and level in (None, "bf16")  # x and x A^T too, to three digits
+    with contextlib.nullcontext() if level is None else instruction_set(level):
+        out = np.asarray(jax.jit(add_lora)(y, x, stack, slots))
+        np.testing.assert_allclose(out, want, **({"rtol": 0.02, "atol": 0.3} if rounds else exact))
+        np.testing.assert_array_equal(out[slots == 0], y[slots == 0])
+        if level is not None:  # a row is the same to the last bit, alone and among others
+            alone = jax.jit(add_lora)(y[7:8], x[7:8], stack, slots[7:8])
+            np.testing.assert_array_equal(np.asarray(alone)[0], out[7])
 
 
 def test_a_table_of_tokens():

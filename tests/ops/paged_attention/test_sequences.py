@@ -55,25 +55,29 @@ def test_values_and_gradients(name, length, kept, monkeypatch):
     positions = np.tile(np.arange(length, dtype=np.int32), (B, 1))
     positions[0, cut:] -= cut
     sinks = jnp.asarray(rng.standard_normal((K, G)), jnp.float32) if options.pop("sinks", False) else None
-    options |= {"scale": h**-0.5, "sinks_KG": sinks}
+    options |= {"scale": h**-0.5}
     batch = Sequences(jnp.asarray(segments), jnp.asarray(positions))
     weight = jnp.asarray(rng.standard_normal((B * length, K, G, h)), jnp.float32)
 
-    def ours(q, k, v):
-        out, kv = attend(q, k, v, None, batch, **options)
-        again, _ = attend(q, None, None, kv, batch, **options)  # another layer that reads them
+    def ours(q, k, v, sinks):
+        out, kv = attend(q, k, v, None, batch, sinks_KG=sinks, **options)
+        again, _ = attend(q, None, None, kv, batch, sinks_KG=sinks, **options)  # another layer that reads them
         assert again.shape == out.shape
         return (out * weight).sum(), out
 
-    def theirs(q, k, v):
+    def theirs(q, k, v, sinks):
         rows = [
-            plainly(*(x.reshape(B, length, *x.shape[1:])[b] for x in (q, k, v)), segments[b], positions[b], **options)
+            plainly(
+                *(x.reshape(B, length, *x.shape[1:])[b] for x in (q, k, v)), segments[b], positions[b], sinks_KG=sinks,
+                **options,
+            )
             for b in range(B)
-        ]
+        ]  # fmt: skip
         out = jnp.concatenate(rows)
         return (out * weight).sum(), out
 
-    grad = [jax.jit(jax.grad(f, argnums=(0, 1, 2), has_aux=True))(q, k, v) for f in (ours, theirs)]
+    learned = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
+    grad = [jax.jit(jax.grad(f, argnums=learned, has_aux=True))(q, k, v, sinks) for f in (ours, theirs)]
     np.testing.assert_allclose(grad[0][1], grad[1][1], atol=2e-5)
     for found, expected in zip(grad[0][0], grad[1][0], strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -22,7 +22,7 @@ OTHER = {  # another value than the default, of every setting that decides progr
     "dtype": "bfloat16", "quantization": "int8", "kv_cache_dtype": "int8", "max_model_len": 32, "max_num_seqs": 2,
     "max_num_batched_tokens": 64, "page_size": 32, "kv_cache_memory": "1MiB", "mesh": "model=2", "num_scheduler_steps": 4,
     "kv_offload_gb": 1.0, "attention_backend": "xla", "enable_lora": True, "max_loras": 3, "max_lora_rank": 8,
-    "speculative_config": {"method": "ngram"}, "role": "both",
+    "speculative_config": {"method": "ngram"}, "role": "both", "lora_dtype": "bfloat16",
 }  # fmt: skip
 
 

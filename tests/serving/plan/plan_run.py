@@ -24,9 +24,11 @@ def main() -> None:
         hf=HF, target=TARGET, mesh="model=2", dtype="float32", max_num_seqs=4, max_num_batched_tokens=64,
         page_size=16, max_model_len=256, context=100, prompt=40,
     )  # fmt: skip
-    plans = [make_plan(few), make_plan(dataclasses.replace(few, full_depth=True))]
+    adapters = dataclasses.replace(few, full_depth=True, adapter_slots=3, max_lora_rank=8)
+    plans = [make_plan(few), make_plan(adapters)]
     quick = dataclasses.replace(plans[0], ttft_seconds=None, request=dataclasses.replace(few, decode_only=True))
     texts = [to_text(plans[0]), sweep_text([(p, "") for p in plans]), to_text(quick), sweep_text([(quick, "")])]
+    texts.append(to_text(plans[1]))
     kinds = ["sliding_attention"] * 2 + ["full_attention"] + ["sliding_attention"] * 2
     windows = HF | {"architectures": ["MistralForCausalLM"], "sliding_window": 32, "layer_types": kinds}
     mixed = make_plan(dataclasses.replace(few, hf=windows, full_depth=True, decode_only=True))

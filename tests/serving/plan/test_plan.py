@@ -43,9 +43,21 @@ def test_memory_is_weights_and_pages_by_hand(plans):
     assert plan["num_parameters"] == matrices + norms
     assert plan["memory"]["weights"] == 4 * (matrices // 2 + norms)
     assert plan["memory"]["page"] == L * 16 * 2 * h * 4  # one of two KV heads: 16 positions of K and V in float32
-    free = plan["memory"]["usable"] - sum(plan["memory"][part] for part in ("weights", "state", "temporaries", "code"))
+    taken = ("weights", "adapters", "state", "temporaries", "code")
+    free = plan["memory"]["usable"] - sum(plan["memory"][part] for part in taken)
     assert plan["num_pages"] == min(free // plan["memory"]["page"], 4 * 16 + 1)
     assert plan["fits"] and plan["max_concurrent_requests"] == 4
+
+
+def test_room_for_adapters_is_memory_that_pages_do_not_have(plans):
+    """Three adapters of rank 8 and nobody's; q, k and v (gate and up) have 24 (16) columns of B. Cut is what the weight's cut axis
+    is: rows of B, or columns of A."""
+    D, F, V, L, heads, kv = 64, 96, 256, 5, 64, 32
+    layer = 24 * (D + (heads + 2 * kv) // 2) + 8 * (heads // 2 + D) + 16 * (D + F) + 8 * (F // 2 + D)
+    outside = 8 * (V + D) + 8 * (D + V // 2)  # the table's rows, whole; the head
+    assert plans[1]["memory"]["adapters"] == 4 * 4 * (L * layer + outside)
+    assert plans[0]["memory"]["adapters"] == 0
+    assert "3 adapters of rank 8" in plans[6] and "adapters" not in plans[2]
 
 
 def test_windows_take_and_read_less(plans):
@@ -181,6 +193,10 @@ def test_candidates_cover_every_power_of_two():
         (["--model", "nothing", "--topology", "cpu"], "No configuration for the model 'nothing'"),
         (["--model", "Llama-3.1-8B", "--topology", "h100:8"], "need the compiler in JAX's CUDA plugin"),
         (["--model", "Llama-3.1-8B", "--topology", "cpu", "cpu:2"], "--sweep"),
+        (
+            ["--model", "Llama-3.1-8B", "--topology", "cpu", "--save", "none", "--enable-lora"],
+            "leave --enable-lora out",
+        ),
     ],
 )
 def test_wrong_arguments_are_explained(arguments, said, capsys):

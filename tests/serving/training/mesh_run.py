@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
 
 import numpy as np  # noqa: E402
 

@@ -43,6 +43,22 @@ export async function models() {
   return (await (await send("/v1/models")).json()).data;
 }
 
+/** How many tokens a text is. */
+export async function countTokens(model, prompt) {
+  const body = JSON.stringify({ model, prompt, add_special_tokens: false });
+  return (await (await send("/tokenize", { method: "POST", headers: { "Content-Type": "application/json" }, body })).json()).count;
+}
+
+/** A model's special tokens and chat template. */
+export async function tokenizerInfo(model) {
+  return (await send(`/tokenizer_info?model=${encodeURIComponent(model)}`)).json();
+}
+
+/** The text of a PDF. */
+export async function pdfText(file) {
+  return (await send("/page/pdf", { method: "POST", headers: { "Content-Type": "application/pdf" }, body: file })).json();
+}
+
 /** Requests that run and wait, and the part of the KV cache in use; null where the server does not tell. */
 export async function health() {
   try {

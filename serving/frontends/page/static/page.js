@@ -1,21 +1,23 @@
 // The playground: one or two panes driven by one message box, the conversations beside them, the key, the theme.
 import { $, say } from "/static/dom.js";
 import { hasKey, models, setKey } from "/static/api.js";
+import { Attachments } from "/static/attachments.js";
 import { blank, titleOf } from "/static/conversation/conversation.js";
 import { diff } from "/static/diff.js";
 import { watch } from "/static/health.js";
 import { Pane } from "/static/pane.js";
 import { Sidebar } from "/static/sidebar.js";
+import { showTemplate } from "/static/template.js";
 import * as store from "/static/conversation/store.js";
 
 const SAVE_AFTER_MS = 300;
-const LARGEST_FILE = 256 * 1024; // bytes of an attached text
 const panes = [];
 let cards = [];
 let running = null; // the AbortController of the answers that are being written
 let current = blank();
 let saving = 0;
 let sidebar;
+let attachments;
 
 const host = {
   busy: () => running !== null,
@@ -35,6 +37,7 @@ const host = {
     open({ ...blank(), panes: [{ settings: pane.state.settings, messages }] });
     keep();
   },
+  template: (model) => showTemplate(model, fail),
   needsKey: () => askKey("The server asks for an API key."),
 };
 
@@ -117,8 +120,9 @@ function showDiff(on) {
 
 async function send() {
   const box = $("#prompt");
-  const text = box.value.trim();
-  if (!text || running || !panes.length || !panes.every((pane) => pane.settings.check())) return;
+  if (running || !panes.length || !panes.every((pane) => pane.settings.check())) return;
+  const text = attachments.take(box.value.trim());
+  if (!text) return;
   box.value = "";
   grow();
   await host.run((signal) => Promise.all(panes.map((pane) => pane.ask(text, signal))));
@@ -129,16 +133,6 @@ function grow() {
   const box = $("#prompt");
   box.style.height = "auto";
   box.style.height = `${box.scrollHeight + 2}px`;
-}
-
-async function attach(file) {
-  if (file.size > LARGEST_FILE) { fail(`${file.name} is larger than 256 KiB.`); return; }
-  const text = await file.text();
-  if (text.includes("\0")) { fail(`${file.name} is not a text.`); return; }
-  const box = $("#prompt");
-  box.value += `${box.value ? "\n\n" : ""}${file.name}:\n\`\`\`\n${text.trimEnd()}\n\`\`\`\n`;
-  grow();
-  box.focus();
 }
 
 function fail(text) {
@@ -182,8 +176,8 @@ async function connect() {
   $("#status").textContent = "connecting…";
   try {
     const list = await models();
-    // Aliases of one model have one root; "default" and the like would only be clutter here.
-    cards = [...new Map(list.map((card) => [card.root ?? card.id, card]).reverse()).values()].reverse();
+    // Aliases of one model have one root; "default" and the like would only be clutter here. Adapters have a base as their parent.
+    cards = [...new Map(list.map((card) => [card.parent ? card.id : card.root ?? card.id, card]).reverse()).values()].reverse();
     $("#status").textContent = `${cards[0].id} · context ${cards[0].max_model_len} tokens`;
     fail("");
     if (!panes.length) resize(1);
@@ -212,11 +206,14 @@ function listen() {
   on("#stop", "click", () => running?.abort());
   on("#key", "click", async () => { if (await askKey("A key for this server. It is kept in this page's memory alone.") && !cards.length) await connect(); });
   on("#key-form", "submit", (event) => { event.preventDefault(); $("#key-dialog").close("use"); });
+  on("#template-close", "click", () => $("#template-dialog").close());
   on("#key-cancel", "click", () => $("#key-dialog").close(""));
   on("#attach", "click", () => $("#attach-file").click());
   on("#attach-file", "change", async (event) => {
-    for (const file of event.target.files) await attach(file);
+    fail("");
+    for (const file of event.target.files) await attachments.add(file);
     event.target.value = "";
+    $("#prompt").focus();
   });
   on("#composer", "submit", (event) => { event.preventDefault(); send(); });
   on("#prompt", "input", grow);
@@ -225,7 +222,7 @@ function listen() {
     else if (event.key === "ArrowUp" && !event.target.value && !running) { event.preventDefault(); editLast(); }
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !$("#key-dialog").open) running?.abort();
+    if (event.key === "Escape" && !document.querySelector("dialog[open]")) running?.abort();
     else if (event.key === "." && (event.ctrlKey || event.metaKey)) { event.preventDefault(); compare(); }
   });
 }
@@ -236,6 +233,7 @@ function editLast() {
 }
 
 setTheme(firstTheme());
+attachments = new Attachments(() => panes[0]?.model.value, fail);
 sidebar = new Sidebar({ get current() { return current; }, open, fresh, fail });
 listen();
 connect();

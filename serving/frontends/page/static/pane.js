@@ -11,7 +11,7 @@ const SLOW_DRAW = 8; // drawing takes at most one part in so many of the time, h
 export class Pane {
   /**
    * `host` is the page: run(work) runs work(signal) with Stop shown unless something runs already, changed() keeps the
-   * conversation, branch(pane, messages) opens another, needsKey() asks for a key and says whether it got one.
+   * conversation, branch(pane, messages) opens another, template(model) shows one, needsKey() asks for a key and says whether it got one.
    */
   constructor(cards, host) {
     this.host = host;
@@ -20,10 +20,11 @@ export class Pane {
     this.stats = $(".stats", this.root);
     this.model = $(".model", this.root);
     this.cards = cards;
-    for (const card of cards) this.model.add(new Option(card.id));
+    for (const card of cards) this.model.add(new Option(card.parent ? `${card.id} (adapter)` : card.id, card.id));
     this.model.closest("label").hidden = cards.length < 2;
     this.settings = new Settings($(".settings", this.root), () => host.changed());
     this.model.addEventListener("change", () => { this.suggest(); host.changed(); });
+    $(".template", this.root).addEventListener("click", () => host.template(this.model.value));
     const toggle = $(".toggle", this.root);
     toggle.addEventListener("click", () => {
       this.settings.root.hidden = !this.settings.root.hidden;

@@ -9,7 +9,15 @@ import pytest
 from ops import native
 from ops.paged_attention import KVGroups, KVSpec
 from serving.engine.api.config import EngineConfig
-from serving.engine.device.sizing import Bounds, batch_sizes, bytes_of_page, resolve_kv_dtype, resolve_sizes
+from serving.engine.device import sizing
+from serving.engine.device.sizing import (
+    Bounds,
+    batch_sizes,
+    bytes_of_page,
+    default_kv_memory,
+    resolve_kv_dtype,
+    resolve_sizes,
+)
 from serving.engine.requests.cache_specs import RecurrentSpec, StateArray
 
 
@@ -141,3 +149,17 @@ def test_states_and_snapshots_share_the_memory_with_pages():
     alone = dataclasses.replace(bounds, windows=(), page_bytes=0).within(memory)
     assert (alone.num_pages, alone.max_model_len) == (2, 4096), "the null page, and one that nobody asks for"
     assert (9 + alone.num_snapshots) * spec.state_bytes <= memory // 2 < (10 + alone.num_snapshots) * spec.state_bytes
+
+
+@pytest.mark.parametrize("platform, free", [("gpu", 40), ("cpu", 4)])
+def test_what_adapters_take_is_not_the_pages(monkeypatch, platform, free):
+    """A GPU of 48 GiB with 3 in use, 90 % of which may be taken; a machine with 4 GiB free, all of which may."""
+    stats = {"bytes_limit": 48 << 30, "bytes_in_use": 3 << 30}
+    device = type("Device", (), {"memory_stats": lambda self: stats})()
+    monkeypatch.setattr(sizing.jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(sizing.jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(sizing.os, "sysconf", {"SC_AVPHYS_PAGES": free << 18, "SC_PAGE_SIZE": 1 << 12}.__getitem__)
+    share = 1.0 if platform == "cpu" else None
+    plain, beside = default_kv_memory(1, share), default_kv_memory(1, share, less=5 << 29)
+    assert plain == (4 << 30 if platform == "cpu" else 39 << 30)  # 43.2 - 3 - 1 of reserve, in whole quarters
+    assert beside == (1 << 30 if platform == "cpu" else 73 << 29)

@@ -12,10 +12,12 @@ import httpx
 import pytest
 
 from serving.access import Access, KeyRing
+from serving.engine.api.adapters import AdapterInfo
 from serving.frontends.page.page import STATIC, page_paths
 from tests.mock_engine import MockEngine, until
 from tests.serving.frontends.conftest import Running, Start
 from tests.serving.frontends.page import browser
+from tests.serving.frontends.page.test_documents import pdf
 
 REPLY = "Here is **bold**, `code` and <b>no markup</b>:\n```python\nprint('hi')\n```\nDone."
 CONTROL, ESCAPE, UP = "\ue009", "\ue00c", "\ue013"  # WebDriver's names for keys
@@ -295,6 +297,62 @@ async def test_tools_probabilities_schemas_and_the_difference(start: Start, page
     await act(page, ".call", "Send result")
     await page.wait(f"{TEXTS}.at(-1) === 'Sunny.'")
     assert prompt_of(engine).endswith("20 degrees")
+    assert await page.console() == []
+
+
+class Loaded:
+    """As much of an `AdapterClient` as requests and lists ask for: one adapter."""
+
+    info = AdapterInfo("pirate", "adapters/pirate", "ab" * 16, 8, 14)
+
+    def find(self, name):
+        return self.info if name == self.info.name else None
+
+    def infos(self):
+        return [self.info]
+
+    def load_now(self):
+        return None
+
+
+@needs_browser
+async def test_the_base_beside_an_adapter_with_files_and_the_template(start: Start, page: browser.Browser, tmp_path):
+    engine = MockEngine(reply="Aye.", max_model_len=4096)
+    engine.adapters = Loaded()
+    running = await start(engine)
+    await opened(page, running)
+    await page.press(CONTROL, ".")
+    chosen = "[...document.querySelectorAll('.pane .model')].map((box) => box.selectedOptions[0].textContent)"
+    assert await page.run(chosen) == ["mock", "pirate (adapter)"]
+    code, document, other = tmp_path / "a.py", tmp_path / "b.pdf", tmp_path / "c.bin"
+    code.write_text("x = '```'\n")
+    document.write_bytes(pdf("A line."))
+    other.write_bytes(b"ab\0cd")
+    for file in (code, document, other):
+        await page.type("#attach-file", str(file))
+        await page.wait("document.querySelector('#attach-file').value === ''")
+    assert "c.bin: it is neither a text nor a PDF." in await page.run("document.querySelector('#notice').textContent")
+    listed = "[...document.querySelectorAll('#files li')].map((one) => one.innerText.replace(/\\s+/g, ' '))"
+    await page.wait(f"{listed}.join().includes('tokens') && !{listed}.join().includes('counting')")
+    wanted = ["a.py:\n````\nx = '```'\n````", "b.pdf:\n```\nA line.\n```"]
+    assert await page.run(listed) == [
+        f"{text.split(':')[0]} {len(text)} tokens ✕" for text in wanted
+    ]  # a byte is a token
+    await page.type("#prompt", "What is it?\n")
+    await page.wait(
+        "!document.body.classList.contains('running') && document.querySelectorAll('.assistant').length === 2"
+    )
+    asked = {
+        request.adapter: bytes(i for i in request.prompt_token_ids if i < 256).decode() for request in engine.requests
+    }
+    assert asked == dict.fromkeys((None, Loaded.info.digest), "\n\n".join([*wanted, "What is it?"]))
+    assert await page.run("document.querySelector('#files').hidden")
+    stats = await page.run("[...document.querySelectorAll('.stats')].map((one) => one.textContent)")
+    assert len(stats) == 2 and all("ms TTFT" in one and "tokens/s" in one for one in stats)
+    await page.click(".toggle")
+    await page.click(".pane .template")
+    await page.wait("document.querySelector('#template-dialog').open")
+    assert "messages" in await page.run("document.querySelector('#template-text').textContent")
     assert await page.console() == []
 
 
