@@ -59,13 +59,13 @@ def _branches(node: Schema, condition: Any, then: Any, other: Any, resolve: Reso
         or types_of(node) != {"object"}
     ):
         return None
-    known, wanted = _listed(node.get("properties", {}).get(name), resolve), _listed(wanted, resolve)
+    known, wanted = _listed(node.get("properties", {}).get(name), resolve), _only_listed(wanted)
     if known is None or wanted is None:
         return None
-    keys = {json.dumps(value, sort_keys=True) for value in wanted}
-    sides = {True: [], False: []}
+    keys = set(map(_key, wanted))
+    sides: dict[bool, list[Any]] = {True: [], False: []}
     for value in known:
-        sides[json.dumps(value, sort_keys=True) in keys].append(value)
+        sides[_key(value) in keys].append(value)
     return [
         {"allOf": [{"properties": {name: {"enum": values}}}, *(() if vacuous(rule) else (rule,))]}
         for values, rule in ((sides[True], then), (sides[False], other))
@@ -89,6 +89,37 @@ def _listed(schema: Any, resolve: Resolve) -> list[Any] | None:
     return None
 
 
+def _only_listed(schema: Any) -> list[Any] | None:
+    """The values of a schema that is nothing but a list of them; of those that it lists beside a type, the ones of that type."""
+    rules = schema.keys() - ANNOTATIONS if isinstance(schema, dict) else set()
+    if not rules & {"const", "enum"} or rules - {"const", "enum", "type"} or rules >= {"const", "enum"}:
+        return None
+    values = [schema["const"]] if "const" in rules else schema["enum"]
+    if not isinstance(values, list):
+        return None
+    return [value for value in values if _type_of(value) in types_of(schema)]
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, float) and not value.is_integer():
+        return "number"
+    kinds = ((bool, "boolean"), (int | float, "integer"), (str, "string"), (list, "array"), (dict, "object"))
+    return next((name for kind, name in kinds if isinstance(value, kind)), "null")
+
+
+def _key(value: Any) -> str:
+    """The same for values that JSON Schema calls equal: 1 and 1.0, objects in any order."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(one) for name, one in value.items()}
+        if isinstance(value, list):
+            return list(map(plain, value))
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    return json.dumps(plain(value), sort_keys=True)
+
+
 def negations(node: Schema, where: str, resolve: Resolve) -> None:
     """`not` takes values or types away from those that are listed, or single texts from all; `not` nothing restricts nothing."""
     if "not" not in node:
@@ -110,9 +141,9 @@ def negations(node: Schema, where: str, resolve: Resolve) -> None:
     away = _listed(rules, resolve) if rules.keys() in ({"const"}, {"enum"}) else None
     mine = _listed(node, resolve)
     if away is not None and mine is not None:
-        keys = {json.dumps(value, sort_keys=True) for value in away}
+        keys = set(map(_key, away))
         node.pop("const", None)
-        node["enum"] = [value for value in mine if json.dumps(value, sort_keys=True) not in keys]
+        node["enum"] = [value for value in mine if _key(value) not in keys]
         if not node["enum"]:
             raise Refused(f"has a not{f' at {where}' if where else ''} that leaves no value.")
         return

@@ -65,6 +65,17 @@ def taken():
         ({"enum": ["a", "b", 1, True], "not": {"enum": ["b", 1]}}, ["a", True, "b", 1]),
         ({"type": "string", "not": {"enum": ["", "N/A"]}}, ["a", "N", "N/A x", "N/A", ""]),
         ({"type": "boolean", "not": {"const": False}}, [True, False]),
+        ({"enum": [1, 2, {"a": 1}], "not": {"enum": [1.0, {"a": 1.0}]}}, [2, 1, {"a": 1}]),
+        (
+            {
+                "type": "object",
+                "properties": {"k": {"enum": [1, "1"]}, "v": {}},
+                "required": ["k"],
+                "if": {"properties": {"k": {"type": "string", "enum": [1, "1"]}}},
+                "then": {"required": ["v"]},
+            },
+            [{"k": 1}, {"k": "1", "v": 0}, {"k": "1"}],
+        ),
         ({"$id": "https://x.y/z", "$ref": "https://x.y/z#/$defs/A", "$defs": {"A": {"type": "integer"}}}, [1, "x"]),
         (
             {"items": {"$ref": "item"}, "type": "array", "$defs": {"i": {"$id": "item", "type": "integer"}}},
@@ -107,6 +118,16 @@ def test_a_property_that_is_required_by_itself(taken):
         ({"type": "object", "properties": KIND, **when("a", "v")}, "uses if, then"),  # k may be missing
         ({"type": "object", "properties": {"k": {"type": "string"}}, "required": ["k"], **when("a", "v")}, "uses if"),
         ({"properties": KIND, "required": ["k"], **when("a", "v")}, "uses if"),  # may be no object
+        (
+            {
+                "type": "object",
+                "properties": KIND,
+                "required": ["k"],
+                "if": {"properties": {"k": {"enum": ["a"], "minLength": 2}}},
+                "then": {"required": ["v"]},
+            },
+            "uses if",
+        ),
         ({"type": "string", "pattern": r"^(?!.*abc)a"}, "look-around"),
         (json.loads('{"type": "string", "minLength": 1e400}'), "minLength Infinity; at most"),
         (json.loads('{"contains": {}, "minContains": 1e400}'), "minContains Infinity"),
