@@ -1,18 +1,22 @@
 """Builds a wheel for this platform, with the native library inside: python scripts/build_wheel.py [DIR] (default: dist).
 
 Installed, it needs no compiler. The sources are copied first: nothing is left in the checkout but the wheel. `--check` installs
-it into a bare virtual environment and asks it for its version and its doctor's word.
+it into a bare virtual environment, asks it for its version and its doctor's word, and has it serve: it says how long the
+installation took, and how long `jaxserve serve` did to its first answer.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 FOLDERS = ("serving", "models", "ops", "sharding", "proto")
@@ -35,7 +39,8 @@ def build_wheel(target: pathlib.Path) -> pathlib.Path:
             shutil.copytree(REPO / name, copy / name, ignore=LEFT_OUT)
         for name in FILES:
             shutil.copy(REPO / name, copy / name)
-        library = "from ops.native.build import SOURCES, build; print(build(SOURCES))"
+        # The one in the user's cache, where this machine has built it before: minutes otherwise.
+        library = "import shutil; from ops.native import build; shutil.copy(build.build(), build.SOURCES / build._carried_name())"
         environment = {**os.environ, "PYTHONPATH": str(copy), "JAX_PLATFORMS": "cpu"}
         subprocess.run([sys.executable, "-c", library], check=True, cwd=copy, env=environment)
         wheels = pathlib.Path(folder) / "wheels"
@@ -54,9 +59,51 @@ def check_wheel(wheel: pathlib.Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         bin_folder = pathlib.Path(folder) / "bin"
+        began = time.monotonic()
         subprocess.run([str(bin_folder / "python"), "-m", "pip", "install", "--quiet", str(wheel)], check=True)
+        print(f"installed after {time.monotonic() - began:.1f} s", flush=True)
         for words in (["--version"], ["doctor"], ["serve", "--help"]):
             subprocess.run([str(bin_folder / "jaxserve"), *words], check=True, cwd=folder, stdout=subprocess.DEVNULL)
+        answer, seconds = first_answer(bin_folder / "jaxserve", pathlib.Path(folder))
+        print(f"first answer {seconds:.1f} s after `jaxserve serve`: {answer!r}", flush=True)
+
+
+def first_answer(command: pathlib.Path, folder: pathlib.Path) -> tuple[str, float]:
+    """Starts the installed server on the default model, from a folder that holds none of our sources.
+
+    Returns:
+        what it answers to a question, and seconds from the start of the process to the answer.
+    Raises:
+        subprocess.CalledProcessError: it did not start.
+    """
+    words = [str(command), "serve", "--port", "0", "--grpc-port", "0", "--no-progress"]
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    began = time.monotonic()
+    with subprocess.Popen(words, cwd=folder, env=outside, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            told = []
+            for line in process.stderr:
+                told.append(line)
+                if "clients of OpenAI's API use" in line:
+                    break
+            else:
+                raise subprocess.CalledProcessError(process.wait(), words, stderr="".join(told))
+            body = {
+                "messages": [{"role": "user", "content": "The capital of France?"}],
+                "temperature": 0,
+                "max_tokens": 16,
+            }
+            request = urllib.request.Request(
+                f"{told[-1].split()[-1]}/chat/completions",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                answer = json.load(reply)["choices"][0]["message"]["content"]
+            return answer, time.monotonic() - began
+        finally:
+            process.terminate()
 
 
 def main() -> int:
