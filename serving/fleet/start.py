@@ -108,7 +108,9 @@ class StartedFleet:
         self.engine = FleetEngine(members)
         self._options = options
         self._say = say
-        self._texts = [(one.text, one.default_params(lambda line: None), one.grammars()) for one in described]
+        self._texts = [
+            (one.text, one.default_params(lambda line: None), one.grammars(), one.reads()) for one in described
+        ]
 
     def watch(self, watch: Callable[[AnyEngine], None]) -> None:
         """Has each engine watched, those to come as well. On the server's event loop."""
@@ -156,7 +158,7 @@ class StartedFleet:
         keeper = Keeper(self.members, self.memory, wait_s=options.wait_s, turn_s=options.turn_s, say=self._say)
         rates = RateMeter(limit_changes.get("requests_per_minute"))
         services = []
-        for member, (text, params, grammars) in zip(self.members, self._texts, strict=True):
+        for member, (text, params, grammars, reads) in zip(self.members, self._texts, strict=True):
             entry = member.entry
             metered = MeteredClient(MemberClient(member, keeper), member.name, tracing)
             metered.metrics.set_startup(phases.recorded() if not services else {})
@@ -165,7 +167,7 @@ class StartedFleet:
                     metered, text.tokenizer, text.chat_template, model_id=member.name, aliases=entry.aliases,
                     limits=Limits.for_model(member.info.max_model_len, **limit_changes), default_params=params,
                     grammar_compiler=grammars, tool_parser=entry.tool_call_parser or tool_parser,
-                    reasoning_parser=entry.reasoning_parser or reasoning_parser, rates=rates, is_default=not services,
+                    reasoning_parser=entry.reasoning_parser or reasoning_parser, rates=rates, is_default=not services, **reads,
                 )
             )  # fmt: skip
         services[0].client.metrics.add(FleetMetrics(keeper))

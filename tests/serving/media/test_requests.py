@@ -161,3 +161,21 @@ async def test_what_was_cut_is_kept():
     first = (await prepared(service, part(uri(PNG)))).children[0].media.items[0]
     again = (await prepared(service, "b", part(uri(PNG)))).children[0].media.items[0]
     assert again.patches_PX is first.patches_PX
+
+
+async def test_over_grpc_a_part_is_a_file_or_a_url():
+    from proto.jaxserve.v1 import inference_pb2 as pb
+    from serving.frontends.grpc.convert import input_from
+
+    parts = [pb.ContentPart(text="a"), pb.ContentPart(image=PNG), pb.ContentPart(image_url=uri(PNG))]
+    asked_for = pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="user", parts=parts)]))
+    service = image_service(MockEngine())
+    made = await service.prepare(input_from(asked_for, service.limits), service.make_params({"max_tokens": 2}))
+    first, second = made.children[0].media.items
+    assert first.digest == second.digest and first.size == 6
+    other = mock_service(MockEngine())
+    with pytest.raises(RequestError, match="text only"):
+        await other.prepare(input_from(asked_for, other.limits), other.make_params({"max_tokens": 2}))
+    both = pb.ChatMessage(role="user", content="a", parts=parts)
+    with pytest.raises(RequestError, match="not both"):
+        input_from(pb.GenerateRequest(chat=pb.Chat(messages=[both])), service.limits)
