@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -194,8 +195,8 @@ def test_labels_that_cannot_be_told_are_refused(tmp_path):
 def test_long_texts_in_blocks(reach, monkeypatch):
     """Blocks of queries give what all queries at once give, whatever a token sees of its text."""
     rng = np.random.default_rng(0)
-    q, k, v = rng.standard_normal((3, 2, 32, 4, 8)).astype(np.float32)
-    valid, bias = np.arange(32) < np.array([[32], [2]]), rng.standard_normal((4, 63)).astype(np.float32)
+    q, k, v = jnp.asarray(rng.standard_normal((3, 2, 32, 4, 8)), jnp.float32)
+    valid, bias = jnp.arange(32) < jnp.array([[32], [2]]), jnp.asarray(rng.standard_normal((4, 63)), jnp.float32)
     whole = np.asarray(attend_texts(q, k, v, valid, reach, bias))
     monkeypatch.setattr("models.families.bert._QUERY_BLOCK", 8)
     blocks = np.asarray(attend_texts(q, k, v, valid, reach, bias))
