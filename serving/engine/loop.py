@@ -209,7 +209,9 @@ class EngineLoop:
             if pause:
                 time.sleep(pause)
             if self.peers is not None:
-                self._look_again = self.peers.look()
+                before, self._look_again = self._look_again, self.peers.look()
+                if before is not None and self._look_again is None:  # nobody may ask for anything for long
+                    self._publish(self.stats.last_step_s)
             self._take_messages(block=idle)
             if self._stopping:
                 return

@@ -127,7 +127,7 @@ async def test_tokens_are_those_of_one_engine(pair, first_done):
         own, others = one.logprobs or (), expected[one.request_id].logprobs or ()
         assert [e.logprob for e in own] == pytest.approx([e.logprob for e in others], abs=1e-4)
     after = told(second)
-    assert after.tokens_in - before.tokens_in > sum(len(r.prompt_token_ids) for r in requests) / 2
+    assert after.tokens_in - before.tokens_in > sum(len(r.prompt_token_ids) for r in requests) / 3, "pools are small"
     assert after.bytes_in > before.bytes_in and told(first).bytes_out > 0 and after.seconds_in > 0
     await nothing_left(pair)
 
@@ -239,6 +239,8 @@ async def test_a_lease_that_is_over(pair):
             if first.loop.stats.transfers.leases_expired > expired:
                 break
             await asyncio.sleep(0.05)
+        else:
+            raise AssertionError("the lease is not given up")
     finally:
         giving._config = config
     assert told(first).leases_expired == expired + 1 and told(first).leases == 0
