@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from serving.engine.device.stores.page_store import READ, PageStore, read_pages
-from serving.engine.device.stores.parts import packed, row_bytes, unpacked
+from serving.engine.device.stores.parts import packed, row_bytes, slices, unpacked, whole
 from serving.engine.requests.commands import PagesDropped, PagesIn, PagesOut
 from serving.engine.requests.moves import PageMove
 
@@ -51,6 +51,16 @@ def test_pages_travel_and_touch_no_other(dtype):
         np.testing.assert_array_equal(after[goal], before[which])
         rest = [page for page in range(PAGES) if page not in goal]
         assert not after[rest].any()
+
+
+def test_heads_cut_over_devices_make_a_whole_page_and_are_cut_again():
+    """Between engines a page travels whole, whatever the meshes are."""
+    page = np.arange(4 * 8, dtype=np.float32).reshape(4, 8)
+    halves = {((0, 2), (None, None)): page[:2], ((2, 4), (None, None)): page[2:]}
+    np.testing.assert_array_equal(whole(halves, (4, 8)), page)
+    assert whole({((None, None), (None, None)): page}, (4, 8)) is page
+    for part, content in halves.items():
+        np.testing.assert_array_equal(page[slices(part)], content)
 
 
 def test_what_is_forgotten_is_told():
