@@ -70,6 +70,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--step-tokens", type=int, default=256, help="max_num_batched_tokens; more are more programs")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(arguments)
     settings: dict[str, Any] = {
@@ -77,6 +78,7 @@ def main(arguments: list[str]) -> None:
         "kv_cache_memory": "512MiB",
         "max_model_len": 1024,
         "max_num_seqs": 64,
+        "max_num_batched_tokens": args.step_tokens,
     }
     plain = LLM(args.model, **settings)
     lora = LLM(
