@@ -70,7 +70,7 @@ class Eagle3Config:
         options = {**(hf.get("eagle_config") or {}), **hf}
         network = dict(hf.get("transformer_layer_config") or hf)
         network.setdefault("architectures", hf.get("architectures") or ["LlamaForCausalLMEagle3"])
-        layers = network.get("num_hidden_layers", 1)
+        layers = network.setdefault("num_hidden_layers", 1)
         if layers != 1:
             raise ValueError(f"the head has {layers} layers; heads of one layer are served.")
         if options.get("use_aux_hidden_state", True) is False:
