@@ -59,13 +59,18 @@ def reader(checked: Checked) -> Callable[[str | None], LoadedModel]:
 
 
 def weight_bytes(checked: Checked) -> int:
-    """About what the weights will take of the devices, before they are read: shapes by the width they are kept in."""
-    narrow = set(quantizable(checked.built.model)) if checked.quantization else set()
+    """About what the weights will take of the devices, before they are read: shapes by the width they are kept in. A draft's and a
+    tower's are among them."""
     width = {"int8": 1.05, "int4": 0.6}.get(checked.quantization or "", 0.0)
+    models = [checked.built.model]
+    models += [] if checked.draft is None else [checked.draft.model]
+    models += [] if checked.tower is None else [checked.tower.built.model]
     total = 0.0
-    for path, weight in parameters_of(checked.built.model):
-        value = weight.get_value()
-        total += value.size * (width if path in narrow else value.dtype.itemsize)
+    for model in models:
+        narrow = set(quantizable(model)) if checked.quantization else set()
+        for path, weight in parameters_of(model):
+            value = weight.get_value()
+            total += value.size * (width if path in narrow else value.dtype.itemsize)
     return int(total)
 
 
