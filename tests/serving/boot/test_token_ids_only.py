@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from serving import LLM, RequestError, SamplingParams
+from serving.boot.text_side import load_text_side
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 PROMPT = [5, 6, 7, 8]
@@ -50,3 +53,12 @@ def test_ids_in_ids_out(bare):
 def test_what_needs_text_is_refused(bare, ask, words):
     with pytest.raises(RequestError, match=words):
         ask(bare[0])
+
+
+@pytest.mark.parametrize("kind", [None, "none", "no_vocab"])
+def test_a_gguf_file_that_says_it_has_no_vocabulary(kind, monkeypatch):
+    """As llama.cpp's converter writes models that are given ids."""
+    metadata = {"tokenizer.ggml.eos_token_id": 7} | ({} if kind is None else {"tokenizer.ggml.model": kind})
+    monkeypatch.setattr("models.loading.gguf.GGUFFile", lambda path: SimpleNamespace(metadata=metadata))
+    side = load_text_side(SimpleNamespace(kind="gguf", path=None))  # type: ignore[arg-type]
+    assert not side.tokenizer.reads_text and side.tokenizer.eos_token_ids == (7,) and side.chat_template is None
