@@ -14,7 +14,7 @@ import pytest
 from serving.access import Access, KeyRing
 from serving.engine.api.adapters import AdapterInfo
 from serving.frontends.page.page import STATIC, page_paths
-from tests.mock_engine import MockEngine, until
+from tests.mock_engine import MockEngine, MockTemplate, until
 from tests.serving.frontends.conftest import Running, Start
 from tests.serving.frontends.page import browser
 from tests.serving.frontends.page.test_documents import pdf
@@ -319,7 +319,9 @@ class Loaded:
 async def test_the_base_beside_an_adapter_with_files_and_the_template(start: Start, page: browser.Browser, tmp_path):
     engine = MockEngine(reply="Aye.", max_model_len=4096)
     engine.adapters = Loaded()
-    running = await start(engine)
+    template: Any = MockTemplate()
+    template.source = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    running = await start(engine, template=template)
     await opened(page, running)
     await page.press(CONTROL, ".")
     chosen = "[...document.querySelectorAll('.pane .model')].map((box) => box.selectedOptions[0].textContent)"
@@ -352,7 +354,7 @@ async def test_the_base_beside_an_adapter_with_files_and_the_template(start: Sta
     await page.click(".toggle")
     await page.click(".pane .template")
     await page.wait("document.querySelector('#template-dialog').open")
-    assert "messages" in await page.run("document.querySelector('#template-text').textContent")
+    assert await page.run("document.querySelector('#template-text').textContent") == template.source
     assert await page.console() == []
 
 
