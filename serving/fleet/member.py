@@ -125,7 +125,7 @@ class Member:
         """
 
         def told(line: str) -> None:
-            self._said = line
+            self._said = " ".join(line.split())  # it goes into headers and comments
             say(f"{self.name}: {line}")
 
         self.drop()

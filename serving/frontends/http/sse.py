@@ -161,7 +161,7 @@ async def open_stream(
         watch.cancel()
     stream = EventStream(_continue(first, events, on_error, ping, waits_for if ping else None), media_type)
     if waiting is not None and not first.done():
-        stream.raw_headers.append((b"x-model-status", waiting.encode()))
+        stream.raw_headers.append((b"x-model-status", waiting.encode("ascii", "replace")))
     return stream
 
 
