@@ -31,10 +31,8 @@ def started(tmp_path_factory):
     models = [f"{name}={write_tiny_checkpoint(folder / name, seed)}" for seed, name in enumerate(NAMES)]
     given = [word for model in models for word in ("--model", model)]
     args, _ = parse([*given, *SMALL, "--compile-cache", str(folder / "programs")])
-    need = start_fleet(args.entries[:1], FleetOptions(memory=1 << 30), say=lambda line: None)
-    size = need.members[0].need
-    need.shutdown()
-    started = start_fleet(args.entries, FleetOptions(memory=int(2.5 * size), turn_s=0.05), say=lambda line: None)
+    started = start_fleet(args.entries, FleetOptions(memory=1 << 30, turn_s=0.05), say=lambda line: None)
+    started.memory = int(2.5 * started.members[0].need)  # known now
     yield started
     started.shutdown()
 
