@@ -129,7 +129,6 @@ def loop_ollama(url: str) -> None:
     import ollama
 
     client = ollama.Client(host=url.removesuffix("/v1"))
-    tools: list[Any] = [{"type": "function", "function": {"name": NAME, "description": ABOUT, "parameters": CITY}}]
     messages: list[Any] = [{"role": "user", "content": QUESTION}]
     asked = client.chat("default", messages=messages, format=CITY).message.content
     arguments = json.loads(asked or "")
@@ -137,7 +136,7 @@ def loop_ollama(url: str) -> None:
         {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": NAME, "arguments": arguments}}]},
         {"role": "tool", "tool_name": NAME, "content": weather(arguments)},
     ]
-    parts = list(client.chat("default", messages=messages, tools=tools, format=VERDICT, stream=True))
+    parts = list(client.chat("default", messages=messages, format=VERDICT, stream=True))
     right("".join(part.message.content or "" for part in parts))
 
 

@@ -28,10 +28,12 @@ _executor = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-body")
 M = TypeVar("M", bound=BaseModel)
 
 
-def body_of(model: type[M]) -> Callable[[Request], Coroutine[Any, Any, M]]:
+def body_of(model: type[M], untyped: bool = False) -> Callable[[Request], Coroutine[Any, Any, M]]:
     """A dependency that gives the request's body as `model`. FastAPI's own way does everything on the event loop, every element
     of every list before the list's length, and every error before the first is told.
 
+    Args:
+        untyped: a client that is no browser need not say that its body is JSON, as some of the dialect's do not.
     Raises (the dependency):
         RequestError: INVALID_ARGUMENT naming the field.
         ClientGoneError: the client went while its body came.
@@ -43,7 +45,8 @@ def body_of(model: type[M]) -> Callable[[Request], Coroutine[Any, Any, M]]:
             raw = b"".join([piece async for piece in request.stream()])
         except ClientDisconnect:
             raise ClientGoneError from None
-        _check_type(request, raw)
+        if not untyped or any(name in request.headers for name in _BROWSERS):
+            _check_type(request, raw)
         if len(raw) <= LARGE_BYTES:
             body = parse(model, raw, limits)
         else:
@@ -92,6 +95,10 @@ def schemas_of(models: Sequence[type[BaseModel]]) -> dict[str, Any]:
     """The schemas of request models and of all they refer to, for the API document's components."""
     _, found = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
     return found.get("$defs", {})
+
+
+_BROWSERS = frozenset({"origin", "sec-fetch-site"})
+"""Every browser says one of these of what a page posts."""
 
 
 def _check_type(request: Request, raw: bytes) -> None:

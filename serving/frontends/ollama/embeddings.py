@@ -38,7 +38,9 @@ def embeddings_router(served: Served) -> APIRouter:
         return await unless_gone(request, together([service.embed(one) for one in given]))
 
     @router.post("/api/embed", response_model=EmbedReply, openapi_extra=takes(EmbedBody))
-    async def embed(body: Annotated[EmbedBody, Depends(body_of(EmbedBody))], request: Request) -> Response:
+    async def embed(
+        body: Annotated[EmbedBody, Depends(body_of(EmbedBody, untyped=True))], request: Request
+    ) -> Response:
         """Embeds one or more texts, in order."""
         begun = time.monotonic()
         texts = [body.input] if isinstance(body.input, str) else body.input
@@ -52,7 +54,7 @@ def embeddings_router(served: Served) -> APIRouter:
 
     @router.post("/api/embeddings", response_model=EmbeddingsReply, openapi_extra=takes(EmbeddingsBody))
     async def embeddings(
-        body: Annotated[EmbeddingsBody, Depends(body_of(EmbeddingsBody))], request: Request
+        body: Annotated[EmbeddingsBody, Depends(body_of(EmbeddingsBody, untyped=True))], request: Request
     ) -> Response:
         """Embeds one text."""
         (found,) = await run([body.prompt], body.model, True, request)

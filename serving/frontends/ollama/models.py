@@ -43,13 +43,13 @@ def models_router(served: Served) -> APIRouter:
         return JSONResponse({"models": [card for one in served.visible() for card in _Facts(one).running()]})
 
     @router.post("/api/show", response_model=ModelReply, openapi_extra=takes(NamedModel))
-    async def show(body: Annotated[NamedModel, Depends(body_of(NamedModel))]) -> Response:
+    async def show(body: Annotated[NamedModel, Depends(body_of(NamedModel, untyped=True))]) -> Response:
         """What a model is and can do."""
         service, name = _resolved(served, body)
         return JSONResponse(_Facts(service).whole(name))
 
     @router.post("/api/pull", openapi_extra=takes(NamedModel))
-    async def pull(body: Annotated[NamedModel, Depends(body_of(NamedModel))]) -> Response:
+    async def pull(body: Annotated[NamedModel, Depends(body_of(NamedModel, untyped=True))]) -> Response:
         """Front ends ask for a model before they use it: one that is served is there. Others are not fetched."""
         _resolved(served, body)
         return JSONResponse({"status": "success"})

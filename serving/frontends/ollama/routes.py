@@ -33,7 +33,7 @@ def generation_router(served: Served) -> APIRouter:
     router = APIRouter(tags=["ollama"], responses=RESPONSES)
 
     @router.post("/api/chat", response_model=OllamaChatReply, responses={**STREAM}, openapi_extra=takes(ChatBody))
-    async def chat(body: Annotated[ChatBody, Depends(body_of(ChatBody))], request: Request) -> Response:
+    async def chat(body: Annotated[ChatBody, Depends(body_of(ChatBody, untyped=True))], request: Request) -> Response:
         """Goes on with a conversation. Without messages it answers at once: the model is there."""
         service = served.of(model_name(body.model))
         keep(service, body.keep_alive)
@@ -45,7 +45,9 @@ def generation_router(served: Served) -> APIRouter:
         return await _reply(service, body, prepared, request, chat=True)
 
     @router.post("/api/generate", response_model=GenerateReply, responses={**STREAM}, openapi_extra=takes(GenerateBody))
-    async def generate(body: Annotated[GenerateBody, Depends(body_of(GenerateBody))], request: Request) -> Response:
+    async def generate(
+        body: Annotated[GenerateBody, Depends(body_of(GenerateBody, untyped=True))], request: Request
+    ) -> Response:
         """Answers one prompt, or goes on with it where `raw` is true. Without a prompt it answers at once."""
         service = served.of(model_name(body.model))
         keep(service, body.keep_alive)

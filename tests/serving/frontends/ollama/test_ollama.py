@@ -90,6 +90,17 @@ async def test_thinking_can_be_left_out(start: Start):
     assert reply.message.content == "Yes." and not reply.message.thinking
 
 
+async def test_clients_that_do_not_say_json_are_taken_and_pages_are_not(start: Start):
+    running = await start()
+    body = json.dumps({"model": "mock", "messages": HI, "stream": False})
+    for kind in ({}, {"Content-Type": "application/x-www-form-urlencoded"}):  # litellm, and curl -d
+        assert (await running.http.post("/api/chat", content=body, headers=kind)).status_code == 200, kind
+        for says in ({"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+            reply = await running.http.post("/api/chat", content=body, headers={**kind, **says})
+            assert reply.status_code in (400, 403), reply.text
+    assert (await running.http.post("/v1/chat/completions", content=body)).status_code == 400
+
+
 def test_fields_become_the_services():
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     options = {"num_predict": -1, "repeat_penalty": 1.1, "stop": ["x"], "num_ctx": 4096, "top_k": 4}
