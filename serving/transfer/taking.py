@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 
 LEAST_PAGES = 4
 """Fewer pages are not worth the wait for a thread."""
-MEASURED_TOKENS = 1_000
-"""After so many it is believed what they took."""
+MEASURED_TOKENS, DOUBT = 1_000, 0.9
+"""After so many it is believed what they took; and what is left of that each time that it kept somebody from fetching: what was
+slow once is tried again."""
 WRITE_S = 0.05
 """How long verified pages wait for others to be written with."""
 
@@ -98,7 +99,7 @@ class Taking:
         self._ledger = ledger
         self._jobs: dict[str, _Job] = {}
         self._waiting: deque[tuple[EngineRequest, float]] = deque()  # for room, each until so long
-        self._fetched = 0, 0.0  # tokens and seconds, of pages that were there and not computed meanwhile
+        self._fetched = 0.0, 0.0  # tokens and seconds, of pages that were there and not computed meanwhile
         self._threads = ThreadPoolExecutor(config.max_parallel, thread_name_prefix="jaxserve-transfer")
         self._closed = threading.Event()
 
@@ -123,7 +124,8 @@ class Taking:
             return self._ledger.fell_back("not_needed")
         if not self._begin(request):
             why = self._why_not(request, tokens)
-            if why == "no_room" and scheduler.hold(request.request_id):
+            others = scheduler.running or self._jobs  # whose pages come free
+            if why == "no_room" and others and scheduler.hold(request.request_id):
                 self._waiting.append((request, time.monotonic() + self._config.timeout_s))
                 return None
             self._ledger.fell_back(why)
@@ -216,8 +218,14 @@ class Taking:
 
     def _cheaper(self) -> bool:
         """Whether pages that are there already are sooner fetched than computed, as far as is known."""
-        compute_token_s, known = self._engine.scheduler.kv.managers[0].prefixes.compute_token_s, self._fetched
-        return not compute_token_s or known[0] < MEASURED_TOKENS or known[1] < known[0] * compute_token_s
+        compute_token_s, (tokens, seconds) = (
+            self._engine.scheduler.kv.managers[0].prefixes.compute_token_s,
+            self._fetched,
+        )
+        if not compute_token_s or tokens < MEASURED_TOKENS or seconds < tokens * compute_token_s:
+            return True
+        self._fetched = DOUBT * tokens, DOUBT * seconds
+        return False
 
     def ended(self, request_id: str) -> None:
         """A request is over, whatever came of its transfer."""
@@ -270,7 +278,8 @@ class Taking:
         scheduler = self._engine.scheduler
         found = scheduler.requests.get(request.request_id)
         size = scheduler.config.page_size
-        if found is None or request.pooling or request.params.prompt_logprobs is not None or tokens < size:
+        every_position = bool(request.pooling) or request.params.prompt_logprobs is not None
+        if found is None or every_position or request.media is not None or tokens < size:
             return "not_needed"
         return "not_needed" if scheduler.kv.cached_pages(found) >= tokens // size else "no_room"
 
