@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from serving.gateway.pool import Pool
+from serving.gateway.prefills import WHY
 from serving.metrics.catalog import PREFIX, Spec
 
 
@@ -81,7 +82,7 @@ class GatewayMetrics(Collector):
         yield _family(ROUTED, {(name, n): one.target.routed for name, n, one in each})
         yield _family(BLOCKS, {(name, n): len(router.prefixes(name)) for name, n, _ in each})
         prefills = self._pool.prefills
-        yield _family(PREFILLS, {(decision,): count for decision, count in prefills.decisions.items()})
+        yield _family(PREFILLS, {(decision,): prefills.decisions[decision] for decision in WHY})
         yield _family(PREFILL_FAILURES, {(): prefills.failures})
         yield _family(PREFILL_QUEUED, {(one.name,): one.queued for one in prefills.helpers.values()})
 

@@ -32,6 +32,8 @@ LEARN = 0.2
 DOUBT = 0.9
 """What is left of a measured lag each time that it alone kept a prompt here."""
 POLICIES = ("auto", "always")
+WHY = ("apart", "short", "alone", "busy", "unfit", "none", "peer")
+"""The decisions."""
 GIVES, TAKES = ("prefill", "both"), ("decode", "both")
 
 

@@ -20,7 +20,7 @@ from serving.engine.api.types import EngineRequest
 from serving.engine.device.stores.page_store import PARCEL
 from serving.engine.device.stores.parts import unpacked
 from serving.engine.engine import Engine
-from serving.engine.requests.commands import PagesIn
+from serving.engine.requests.commands import PagesIn, PagesOut
 from serving.engine.requests.moves import Landing, PageMove
 from serving.engine.requests.request import RequestState
 from serving.transfer.config import TransferConfig
@@ -136,7 +136,7 @@ class Taking:
         """Begins a transfer for a request that waits, if there is room for what is to come."""
         told = request.transfer
         assert told is not None
-        landing = self._engine.scheduler.receive(request.request_id, len(request.prompt_token_ids) - 1)
+        landing = self._room(request, len(request.prompt_token_ids) - 1)
         if landing is None:
             return False
         now = time.monotonic()
@@ -149,6 +149,15 @@ class Taking:
         )  # fmt: skip
         self._start(_Job(request, told.address, wanted, landing, deadline))
         return True
+
+    def _room(self, request: EngineRequest, tokens: int) -> Landing | None:
+        """Pages to receive into. What they held goes to host memory first, where that keeps evicted pages: they are written before
+        the next step, which would do it."""
+        scheduler = self._engine.scheduler
+        landing = scheduler.receive(request.request_id, tokens)
+        if landing is not None and (spilled := scheduler.kv.take_spilled()):
+            self._engine.runner.executor.execute(PagesOut.of(spilled))
+        return landing
 
     def _look_for_room(self) -> None:
         """Begins transfers of requests that found none when they came, in their order. Those that could never have it, or have
@@ -197,7 +206,7 @@ class Taking:
         count, in_files = manager.prefixes.reach(digests, known, disk.__contains__)
         if count - known < LEAST_PAGES or not in_files or not self._cheaper():
             return
-        landing = scheduler.receive(request.request_id, count * size)
+        landing = self._room(request, count * size)
         if landing is None:
             return
         pages: list[tuple[int, list[bytes]]] = []

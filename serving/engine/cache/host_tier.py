@@ -38,6 +38,11 @@ class HostTier:
         self._pages.move_to_end(digest)
         self.num_restored += 1
 
+    def take_spilled(self) -> list[tuple[int, bytes]]:
+        """What of that the device is to keep now, because somebody is about to write those pages between two steps."""
+        spilled, self._spilled = self._spilled, []
+        return spilled
+
     def take_step(self) -> tuple[list[tuple[int, bytes]], list[bytes]]:
         """What the device is to keep, and then what it may forget, since the last call. A page may be in both, when the
         tier is smaller than a step's evictions: a request of the same step may still restore it in between."""

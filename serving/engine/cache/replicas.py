@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from serving.engine.api.page_events import PageEvent
 from serving.engine.cache.kv_manager import KVManager
 from serving.engine.cache.telling import Teller
-from serving.engine.requests.moves import Landing, Moves
+from serving.engine.requests.moves import Landing, Moves, PageMove
 from serving.engine.requests.request import Request
 from serving.engine.requests.scheduler_config import SchedulerConfig
 from serving.engine.requests.slots import SlotTable
@@ -181,6 +181,15 @@ class Replicas:
         snapshots = self._of(request).snapshots
         if snapshots is not None:
             snapshots.take_back(request)
+
+    def take_spilled(self) -> list[PageMove]:
+        """Pages that were evicted since the last step and are to be copied to host memory before others write them."""
+        return [
+            PageMove(manager.replica, page, key)
+            for manager in self.managers
+            if manager.host_tier is not None
+            for page, key in manager.host_tier.take_spilled()
+        ]
 
     def take_step(self) -> Moves:
         if len(self.managers) == 1:

@@ -125,6 +125,27 @@ def test_one_may_wait_for_what_comes_to_another():
     assert hit(d, "b") == 56 and d.scheduler.receiving.count == 0
 
 
+def test_what_gives_way_to_a_transfer_goes_to_the_host_first():
+    """Pages are written between two steps; what was evicted for them is copied out with the next step otherwise, and would be what
+    came instead."""
+    d = Driver(dataclasses.replace(CONFIG, caches=KINDS["pages"], num_pages=16, host_pages=40))
+    d.add(request("before", prompt(80)))
+    d.drain()
+    d.add(request("a", prompt(80, first=50)))
+    landing = d.scheduler.receive("a", 80)
+    spilled = d.scheduler.kv.take_spilled()
+    assert spilled and not d.scheduler.kv.take_spilled()
+    for replica, page, key in spilled:
+        d.device.host[replica, key] = d.device.kv[replica, page].copy()
+    deliver(d, landing, prompt(80, first=50))
+    d.scheduler.arrived("a", landing.tokens)
+    d.drain()
+    d.add(request("again", prompt(80)))
+    d.drain()
+    d.verify()
+    assert hit(d, "a") == 72 and hit(d, "again") == 72
+
+
 def test_pages_that_are_lost_meanwhile_are_computed():
     d = driver("hybrid")
     d.add(request("a", prompt(60)))
