@@ -46,6 +46,7 @@ def clip_vision(hf: Mapping[str, Any]) -> VitConfig:
             ("patch_shape", (vision["num_channels"], patch, patch)),
             ("projector_act", hf.get("projector_hidden_act", "gelu")),
             ("projector_bias", bool(hf.get("multimodal_projector_bias", True))),
+            ("layers", layers),
         ),
     )
 
@@ -76,6 +77,12 @@ class Clip(nnx.Module):
         axis, bias = build.axis("ffw", O), config.get("projector_bias")
         self.up = Linear(D, O, build, (axis, "embed"), bias=bias)
         self.down = Linear(O, O, build, ("embed", axis), bias=bias)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Regular expressions for tensors of what lies behind the layer that is read."""
+        behind = "|".join(map(str, range(self.config.num_layers, self.config.get("layers"))))
+        return (r"^vision_tower\.post_layernorm\.", rf"^vision_tower\.encoder\.layers\.({behind or 'none'})\.")
 
     def encode(self, patches_PX: jax.Array, place_P2: jax.Array, count: jax.Array) -> jax.Array:
         x_PD = self.patch(patches_PX.astype(self.compute_dtype))

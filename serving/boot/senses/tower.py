@@ -159,7 +159,8 @@ def load_tower(
     assert opened.checkpoint is not None
     beside = rf"^(?!{tower.family.tensors.removeprefix('^')})"
     module: Any = tower.built.model
-    fill(module, opened.checkpoint, tower.built.build, ignore=(beside,), quantization=quantization, progress=progress)
+    ignore = (beside, *getattr(module, "unused", ()))
+    fill(module, opened.checkpoint, tower.built.build, ignore=ignore, quantization=quantization, progress=progress)
     shape = tower.shape
     if shape.lasting:
         say(f"sound: room for {shape.rows} windows of 30 s ({shape.rows * _row_bytes(shape) / 2**20:.0f} MiB)")
