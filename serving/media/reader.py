@@ -98,23 +98,22 @@ class MediaReader:
         from PIL import ImageOps
 
         content, place = source.content, source.place
-        image = None
-        if isinstance(content, str):
-            content = fetch(content, self.policy, place)
-        if isinstance(content, bytes):
-            if len(content) > self.policy.max_bytes:
+        data, image = b"", None
+        if isinstance(content, str | bytes):
+            data = fetch(content, self.policy, place) if isinstance(content, str) else content
+            if len(data) > self.policy.max_bytes:
                 raise invalid(f"{place} is too large: at most {self.policy.max_bytes} bytes are taken.", place)
-            digest = self._digest(b"file", content, salt)
+            digest = self._digest(b"file", data, salt)
         else:
-            content = _picture(content, place)
-            check_size(content.size, self.policy, place)
-            image = ImageOps.exif_transpose(content).convert("RGB")
+            picture = _picture(content, place)
+            check_size(picture.size, self.policy, place)
+            image = ImageOps.exif_transpose(picture).convert("RGB")
             digest = self._digest(repr(image.size).encode(), image.tobytes(), salt)
         with self._lock:
             if (kept := self._kept.get(digest)) is not None:
                 self._kept.move_to_end(digest)
                 return digest, kept
-        image = decode(content, self.policy, place) if image is None else image
+        image = decode(data, self.policy, place) if image is None else image
         try:
             patched = self.processor.patched(image)
         except ValueError as error:

@@ -73,7 +73,7 @@ class ClipProcessor:
         pixels = normalized(middle, levels(self.scale, self.mean, self.std))
         rows, columns, p = self.height // self.patch, self.width // self.patch, self.patch
         cut = pixels[:, : rows * p, : columns * p].reshape(3, rows, p, columns, p).transpose(1, 3, 0, 2, 4)
-        place = np.stack(np.indices((rows, columns), np.int32), -1).reshape(-1, 2)
+        place = np.moveaxis(np.indices((rows, columns), np.int32), 0, -1).reshape(-1, 2)
         return Patched(np.ascontiguousarray(cut).reshape(rows * columns, -1), place, rows, columns)
 
     def tokens(self, image: Patched) -> tuple[Sequence[int], np.ndarray]:
