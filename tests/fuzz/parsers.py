@@ -191,10 +191,14 @@ def _grammar(folder: pathlib.Path, make: Any) -> Case:
 
 
 SCHEMA = {
-    "type": "object", "required": ["name", "n"], "additionalProperties": False, "$defs": {"x": {"enum": ["a", 1, None]}},
+    "type": "object", "required": ["name", "n", "kind"], "additionalProperties": False, "$defs": {"x": {"enum": ["a", 1, None]}},
     "properties": {"name": {"type": "string", "pattern": "^[a-z]{1,8}$", "maxLength": 10}, "n": {"type": "integer", "minimum": 0},
                    "list": {"type": "array", "items": {"$ref": "#/$defs/x"}, "minItems": 1, "maxItems": 3},
-                   "any": {"anyOf": [{"type": "null"}, {"type": "number", "multipleOf": 0.5}]}, "at": {"format": "date-time"}},
+                   "any": {"anyOf": [{"type": "null"}, {"type": "number", "multipleOf": 0.5}]}, "at": {"format": "date-time"},
+                   "kind": {"enum": ["a", "b"]}, "not": {"$id": "urn:n", "enum": ["a", "b", 1], "not": {"const": "b"}},
+                   "way": {"type": "string", "pattern": "^(?!^[-+.]*$)[+-]?0*\\d*\\.?\\d*$"}},
+    "if": {"properties": {"kind": {"const": "a"}}, "required": ["kind"]},
+    "then": {"required": ["list"]}, "else": {"required": ["at"]},
 }  # fmt: skip
 REGEXES = (
     r"[a-z]{2,5}\d+(foo|bar)?",
@@ -216,6 +220,9 @@ REPEATS = (
     r"\p{L}",
     ".*",
     r"(\w{1,40} ?){1,60}",
+    "(?=a)",
+    "(?!.*b)",
+    "(?<=",
 )
 LARK = 'start: greeting " " name\ngreeting: "hello" | "hi"\nname: /[a-z]+/\n%ignore / /\n'
 GBNF = 'root ::= greeting " " name\ngreeting ::= "hello" | "hi"\nname ::= [a-z]+ | "(" root ")"\n'
