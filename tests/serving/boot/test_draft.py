@@ -8,7 +8,7 @@ from tests.tiny_checkpoint import write_tiny_checkpoint
 
 
 def test_a_checkpoint_guesses_for_another(tmp_path):
-    """The same weights twice: nearly every guess is right, and no token is another's. Of one request the host masks what is drawn."""
+    """The same weights twice: nearly every guess is right, and no token is another's, of a request with a mask neither."""
     model = str(write_tiny_checkpoint(tmp_path / "model"))
     sizes = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "max_model_len": 96, "kv_cache_memory": "1MiB"}
     settings = {**sizes, "dtype": "float32", "compile_cache": "", "progress": False}

@@ -113,7 +113,7 @@ def test_drafts_are_priced(plans):
     forward = {p["name"]: p for p in plan["programs"]}
     plain, verified = forward["forward decode 1"], forward["forward decode 1x4"]
     assert verified["weight_bytes"] == plain["weight_bytes"] and verified["context_bytes"] == plain["context_bytes"]
-    assert verified["flops"] > 3 * plain["flops"]
+    assert verified["matmul_seconds"] > plain["matmul_seconds"]
     assert all(step["tokens_needed"] >= 1 for step in plan["verified"])
     assert "weights of the draft model" in text and "verifying 3 drafts of 4 requests" in text
 
