@@ -526,7 +526,7 @@ def test_auto_and_none():
         ([{"type": "web_search"}], "auto", r"tools\[0\]", "tools"),
         ([tool("a b")], "auto", "'a b'", "tools"),
         ([tool("a", {"type": "array"})], "auto", "array", "tools"),
-        ([{"type": "function", "function": {"name": "a", "parameters": 3}}], "auto", "int", "tools"),
+        ([{"type": "function", "function": {"name": "a", "parameters": 3}}], "auto", "a whole number", "tools"),
     ],
 )
 def test_wrong_tools_are_explained(tools, choice, words, param):
