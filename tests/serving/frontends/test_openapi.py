@@ -10,6 +10,7 @@ from tests.mock_engine import EmbeddingEngine, mock_service
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 positive_data_acceptance = schemathesis.checks.positive_data_acceptance
+not_a_server_error = schemathesis.checks.not_a_server_error
 
 
 class _NoGrammars:
@@ -37,4 +38,5 @@ def test_no_request_breaks_the_server(case):
     if isinstance(case.body, dict) and case.body.get("stream") is True:
         case.body["stream"] = False
     # A request may fit the document and still be wrong (min_tokens over max_tokens, a prompt over the context).
-    case.call_and_validate(excluded_checks=[positive_data_acceptance])
+    reply = case.call_and_validate(excluded_checks=[positive_data_acceptance, not_a_server_error])
+    assert reply.status_code < 500 or reply.status_code == 501, reply.text  # what this model cannot do
