@@ -21,7 +21,7 @@ from site_python import grpc_page, python_page  # noqa: E402
 
 def flags_page() -> str:
     """Every flag of `jaxserve serve`, by group."""
-    from serving.boot.flags import _plain, build_parser
+    from serving.boot.flags.launch import _plain, build_parser
 
     lines = ["# Every flag", "", "Of `jaxserve serve`, which is `python -m serving.launch`.", ""]
     for group in build_parser()._action_groups:

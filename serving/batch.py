@@ -39,7 +39,7 @@ def _check_writable(path: pathlib.Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a batch file. Returns 0 when every line succeeded, 1 when some failed, 2 for wrong flags or files."""
     from serving.boot.engine_flags import add_engine_flags, engine_config, in_flags
-    from serving.boot.flags import Parser
+    from serving.boot.flags.launch import Parser
 
     parser = Parser(prog="python -m serving.batch", description=__doc__, allow_abbrev=False)
     parser.add_argument("-i", "--input", required=True, type=pathlib.Path, help="batch file, one JSON object a line")

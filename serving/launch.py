@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from serving import event_loop, memory
 from serving.boot.engine_flags import in_flags
-from serving.boot.flags import describe, parse
+from serving.boot.flags.launch import describe, parse
 from serving.engine.api.config import EngineConfig
 from serving.metrics.logs import setup_logging
 from serving.metrics.tracing import Tracing

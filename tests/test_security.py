@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from serving.access.flags import access_of, is_loopback, tls_of, warnings_for
-from serving.boot import flags
+from serving.boot.flags import launch as flags
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
 from serving.engine.cache import kv_manager, prefixes
@@ -45,7 +45,7 @@ ALLOWED = {
     ("serving/metrics/logs.py", "subprocess"),  # the script beside us that makes JSON of others' log lines
     ("serving/plan/__main__.py", "subprocess"),  # this very command again, which a compiler may end
     ("models/registry.py", "import_module"),  # our own families, and plug-ins that are installed
-    ("serving/boot/entries/file.py", "yaml"),  # safe_load, of a file that the operator names with --models
+    ("serving/boot/flags/file.py", "yaml"),  # safe_load, of a file that the operator names with --models
     ("serving/command/__main__.py", "import_module"),  # its own files, by a table of words
     ("serving/__init__.py", "import_module"),  # our own modules, by name
 }

@@ -13,7 +13,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 def words_and_flags() -> dict[str, list[str]]:
     """Word -> its flags, from the parsers themselves; those whose parser is made when they run have none."""
-    from serving.boot.flags import build_parser
+    from serving.boot.flags.launch import build_parser
     from serving.command.__main__ import _ORDER, is_there
 
     flags: dict[str, list[str]] = {word: [] for word in _ORDER if is_there(word)}

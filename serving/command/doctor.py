@@ -116,7 +116,7 @@ def devices() -> Iterator[Finding]:
 
 def ports() -> Iterator[Finding]:
     """Whether the default ports are free."""
-    from serving.boot.flags import GRPC_PORT, HTTP_PORT
+    from serving.boot.flags.launch import GRPC_PORT, HTTP_PORT
 
     for name, port, flag in (("HTTP", HTTP_PORT, "--port"), ("gRPC", GRPC_PORT, "--grpc-port")):
         with socket.socket() as probe:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from serving import memory
-from serving.boot.entries import ModelEntry
+from serving.boot.flags import ModelEntry
 from serving.boot.startup import Described, describe
 from serving.engine.api.client import EngineClient, Where
 from serving.engine.api.types import EngineInfo, EngineStats

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from serving import memory
-from serving.boot.entries import ModelEntry
+from serving.boot.flags import ModelEntry
 from serving.boot.startup import Described, describe
 from serving.engine.api import phases
 from serving.engine.api.client import Where

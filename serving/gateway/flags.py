@@ -27,7 +27,7 @@ TARGET_KEY_VARIABLE = "JAXSERVE_TARGET_API_KEY"
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Flags; wrong ones end the process with status 2 and a sentence."""
     from serving.boot.engine_flags import in_flags
-    from serving.boot.flags import HTTP_PORT, Parser, check_parsers
+    from serving.boot.flags.launch import HTTP_PORT, Parser, check_parsers
 
     parser = Parser(prog="python -m serving.gateway", description=gateway.__doc__, allow_abbrev=False)
     parser.add_argument(
@@ -126,7 +126,7 @@ def router_of(args: argparse.Namespace) -> Router:
 
 
 def _add_target_flags(parser: argparse.ArgumentParser) -> None:
-    from serving.boot.flags import HTTP_PORT
+    from serving.boot.flags.launch import HTTP_PORT
 
     targets = parser.add_argument_group("targets")
     targets.add_argument(

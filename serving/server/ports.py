@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from serving.boot.flags import HTTP_PORT
+from serving.boot.flags.launch import HTTP_PORT
 from serving.boot.lora_modules import lora_folder
 from serving.engine.api.config import EngineConfig
 from serving.frontends.sockets.listening import bind

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from serving import memory
 from serving.access.flags import access_of, http_options, limit_changes, tls_of, warnings_for
 from serving.boot.engine_flags import in_flags
-from serving.boot.entries import read_models_file
+from serving.boot.flags import read_models_file
 from serving.boot.lora_modules import lora_folder, resolvers_of
 from serving.engine.api.config import EngineConfig
 from serving.errors import RequestError

@@ -7,7 +7,7 @@ import json
 import kubernetes_validate
 import yaml
 
-from serving.boot.flags import build_parser, engine_config
+from serving.boot.flags.launch import build_parser, engine_config
 from serving.gateway.flags import parse, prefill_discovery_of
 from serving.transfer.config import TransferConfig
 from tests.deploy.test_gateways import objects as gateway_objects

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from scripts.deploy.ray_serve import RAYS_OWN, flags
-from serving.boot.flags import build_parser, engine_config
+from serving.boot.flags.launch import build_parser, engine_config
 from serving.plan import __main__ as plan
 from serving.plan import chips, facts
 from sharding.mesh import parse_mesh

@@ -5,7 +5,7 @@ from __future__ import annotations
 import kubernetes_validate
 import pytest
 
-from serving.boot.flags import GRPC_PORT, HTTP_PORT
+from serving.boot.flags.launch import GRPC_PORT, HTTP_PORT
 from serving.gateway.flags import discovery_of, parse
 from tests.deploy.test_manifests import KUBERNETES, base, container, documents
 

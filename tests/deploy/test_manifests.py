@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import yaml
 
-from serving.boot.flags import GRPC_PORT, HTTP_PORT, build_parser, engine_config
+from serving.boot.flags.launch import GRPC_PORT, HTTP_PORT, build_parser, engine_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "scripts" / "deploy"

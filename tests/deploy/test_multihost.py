@@ -11,7 +11,7 @@ import yaml
 
 from serving.access.__main__ import main as make_key
 from serving.access.keys import read_file
-from serving.boot.flags import GRPC_PORT, HTTP_PORT, build_parser, engine_config
+from serving.boot.flags.launch import GRPC_PORT, HTTP_PORT, build_parser, engine_config
 from serving.plan import chips
 from sharding.mesh import parse_mesh
 

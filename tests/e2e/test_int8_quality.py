@@ -18,7 +18,7 @@ from serving.text.tokenizer import Tokenizer
 pytestmark = pytest.mark.real_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TEXTS = ("LICENSE", "docs/design.md", "serving/boot/flags.py")
+TEXTS = ("LICENSE", "docs/design.md", "serving/boot/flags/launch.py")
 TOKENS, CONTEXT = 4096, 1024
 
 

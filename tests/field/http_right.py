@@ -9,7 +9,7 @@ import json
 import pytest
 
 from serving.access.keys import KeyRing
-from serving.boot import flags
+from serving.boot.flags import launch as flags
 from serving.frontends.app import create_app, serve_http
 from serving.frontends.http.direct import post
 from serving.service import TextService

@@ -14,7 +14,7 @@ from proto.jaxserve.v1 import control_pb2, inference_pb2
 from scripts.site_errors import codes, errors_page
 from scripts.site_python import grpc_page, python_page
 from scripts.site_reference import flags_page, http_page
-from serving.boot.flags import build_parser
+from serving.boot.flags.launch import build_parser
 from serving.frontends.app import create_app
 from tests.mock_engine import mock_service
 

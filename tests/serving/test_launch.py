@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from proto.jaxserve.v1 import inference_pb2 as pb
 from proto.jaxserve.v1 import inference_pb2_grpc
-from serving.boot import flags
+from serving.boot.flags import launch as flags
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "mock_launch.py"
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from serving.boot.flags import parse
+from serving.boot.flags.launch import parse
 
 YAML = """
 memory: 4GiB

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from serving.boot.engine_flags import SETTINGS, in_flags
-from serving.boot.flags import build_parser, describe, engine_config
+from serving.boot.flags.launch import build_parser, describe, engine_config
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.settings import SECTIONS, Scope
 from serving.engine.api.speculative import SpeculativeConfig

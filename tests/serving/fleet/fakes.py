@@ -8,7 +8,7 @@ import time
 import types
 from typing import Any
 
-from serving.boot.entries import ModelEntry
+from serving.boot.flags import ModelEntry
 from serving.engine.api.client import Where
 from serving.engine.api.config import EngineConfig
 from serving.errors import ErrorKind, RequestError

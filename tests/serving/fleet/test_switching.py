@@ -10,7 +10,7 @@ import threading
 import jax
 import pytest
 
-from serving.boot.flags import parse
+from serving.boot.flags.launch import parse
 from serving.engine.api.client import Where
 from serving.engine.api.sampling_params import SamplingParams
 from serving.fleet.start import FleetOptions, start_fleet

@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from serving.boot.flags import build_parser, engine_config
+from serving.boot.flags.launch import build_parser, engine_config
 from serving.engine.api.config import EngineConfig
 from serving.engine.device.programs.bundle import FIXED, Bundle, digest
 from serving.engine.device.programs.compiling import DeviceSet, ProgramCache

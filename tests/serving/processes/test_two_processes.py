@@ -241,7 +241,7 @@ def test_other_flags_are_refused_before_anything_is_loaded(files):
     ],
 )
 def test_flags_that_do_not_fit(flags, said):
-    from serving.boot.flags import parse
+    from serving.boot.flags.launch import parse
     from serving.processes.start import place_of
     from sharding.processes import find  # the server says the same, but takes seconds to start
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from serving.boot.flags import build_parser
+from serving.boot.flags.launch import build_parser
 from serving.errors import RequestError
 from serving.storage import Entry, Store, StoreSettings
 from serving.storage.flags import store_of

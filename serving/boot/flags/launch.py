@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from serving.access.flags import SECRET_FLAGS, access_of, add_access_flags, tls_of
 from serving.boot.engine_flags import SETTINGS, add_engine_flags, engine_config, in_flags, shown
-from serving.boot.entries import add_models_flags, entries_of, named_model
+from serving.boot.flags import add_models_flags, entries_of, named_model
 from serving.boot.lora_modules import check_lora, lora_module
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.settings import flag_of

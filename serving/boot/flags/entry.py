@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serving.boot.engine_flags import SETTINGS
-from serving.boot.entries.file import read_models_file
+from serving.boot.flags.file import read_models_file
 from serving.engine.api.config import EngineConfig
 
 MAX_NAME_CHARS = 256
