@@ -46,6 +46,7 @@ class Family:
         ignore: regular expressions for tensor names that checkpoints of this family carry without need.
         mtp: of the same dictionary, the head for further tokens that checkpoints may bring along.
         tower: what reads images for it, or None.
+        traced: it was recorded of transformers' code (models/bridge), and a checkpoint is compared with that before it is served.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Family:
     tasks: tuple[str, ...] = ("generate", "embed")
     mtp: Callable[[Mapping[str, Any]], MTP] | None = None
     tower: Tower | None = None
+    traced: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", _told(self.config))

@@ -68,6 +68,34 @@ class Mamba2:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mamba1:
+    """Mamba (Gu & Dao 2023, arXiv:2312.00752).
+
+    Attributes:
+        inner: channels [inner, state_dim].
+        state_dim: of B and of C.
+        rank: of the step sizes' projection.
+        conv_width: taps of the convolution [conv_width - 1 of the channels].
+        conv_bias, bias: whether the convolution, and both projections, have one.
+        norms: of step sizes, B and C: "" for none, "plain" without scales (Falcon Mamba), "scaled" (Jamba).
+        norm_eps: theirs.
+    """
+
+    inner: int
+    state_dim: int
+    rank: int
+    conv_width: int = 4
+    conv_bias: bool = True
+    bias: bool = False
+    norms: str = ""
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("inner", "state_dim", "rank", "conv_width"):
+            _positive_number(self, name)
+
+
+@dataclasses.dataclass(frozen=True)
 class ShortConv:
     """A gated short convolution (Liquid AI 2025, LFM2) [width - 1 of the embedding].
 
@@ -100,7 +128,7 @@ class KDA:
         _positive(self)
 
 
-Mixer = DeltaNet | Mamba2 | ShortConv | KDA
+Mixer = DeltaNet | Mamba1 | Mamba2 | ShortConv | KDA
 
 
 def _positive(mixer: Mixer) -> None:

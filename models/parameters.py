@@ -37,7 +37,7 @@ def quantizable(model: nnx.Module) -> Iterator[str]:
         if isinstance(module, Experts):
             yield from (".".join(map(str, (*path, part))) for part in ("gate_up", "down"))
         elif isinstance(module, Linear):
-            if path[-1] not in EXACT:
+            if path[-1] not in EXACT and not getattr(module, "exact", False):
                 yield ".".join(map(str, (*path, "weight")))
         elif isinstance(module, Embedding) and getattr(model, "head", None) is None:
             yield ".".join(map(str, (*path, "weight")))

@@ -12,46 +12,43 @@ _INDEXER = "its attention chooses positions with a learned indexer, which needs 
 _BIAS = "its attention adds a bias by distance to the scores"
 _OWN_MASK = "its attention looks at other positions than those before a token, or all within a window"
 _STATES = "its layers keep states that no layer here computes"
-_NOT_WRITTEN = "no family has been written for it"
+_NOT_WRITTEN = "no family has been written for it, and transformers' own code of it is not known to go over pages"
 
 _NAMES = {
     _WITH_ENCODER: """
         BartForCausalLM BigBirdPegasusForCausalLM BlenderbotForCausalLM BlenderbotSmallForCausalLM MBartForCausalLM
-        MarianForCausalLM MusicgenForCausalLM MusicgenMelodyForCausalLM MvpForCausalLM PLBartForCausalLM PegasusForCausalLM
-        ProphetNetForCausalLM TrOCRForCausalLM WhisperForCausalLM""",
+        MarianForCausalLM MusicgenForCausalLM MusicgenMelodyForCausalLM MvpForCausalLM PLBartForCausalLM
+        PegasusForCausalLM ProphetNetForCausalLM TrOCRForCausalLM WhisperForCausalLM""",
     _ENCODER: """
         BertGenerationDecoder BertLMHeadModel BigBirdForCausalLM CamembertForCausalLM Data2VecTextForCausalLM
-        ElectraForCausalLM ErnieForCausalLM MegatronBertForCausalLM RemBertForCausalLM RoCBertForCausalLM RoFormerForCausalLM
-        RobertaForCausalLM RobertaPreLayerNormForCausalLM XLMRobertaForCausalLM XLMRobertaXLForCausalLM XLMWithLMHeadModel
-        XmodForCausalLM""",
+        ElectraForCausalLM ErnieForCausalLM MegatronBertForCausalLM RemBertForCausalLM RoCBertForCausalLM
+        RoFormerForCausalLM RobertaForCausalLM RobertaPreLayerNormForCausalLM XLMRobertaForCausalLM
+        XLMRobertaXLForCausalLM XLMWithLMHeadModel XmodForCausalLM""",
     _OTHER_SENSES: """
-        AriaTextForCausalLM Emu3ForCausalLM FuyuForCausalLM Gemma4UnifiedForCausalLM Gemma4UnifiedForConditionalGeneration
-        GitForCausalLM GotOcr2ForConditionalGeneration MiniMaxM3VLForCausalLM MllamaForCausalLM MoshiForCausalLM
-        MossTranscribeDiarizeForConditionalGeneration Phi4MultimodalForCausalLM""",
+        AriaTextForCausalLM Emu3ForCausalLM FuyuForCausalLM Gemma4UnifiedForCausalLM
+        Gemma4UnifiedForConditionalGeneration GitForCausalLM GotOcr2ForConditionalGeneration MiniMaxM3VLForCausalLM
+        MllamaForCausalLM MoshiForCausalLM MossTranscribeDiarizeForConditionalGeneration Phi4MultimodalForCausalLM""",
     _DRAFT: "Gemma4AssistantForCausalLM Gemma4UnifiedAssistantForCausalLM",
     _INDEXER: """
         DeepseekV32ForCausalLM DeepseekV4ForCausalLM DogeForCausalLM Dots3NoteForCausalLM GlmMoeDsaForCausalLM
         Qwen4ExpForCausalLM""",
-    _BIAS: "BloomForCausalLM Inkling2ForCausalLM InklingForCausalLM MptForCausalLM",
+    _BIAS: """
+        BloomForCausalLM Inkling2ForCausalLM InklingForCausalLM MptForCausalLM""",
     _OWN_MASK: """
         BltForCausalLM CpmAntForCausalLM HrmTextForCausalLM ReformerModelWithLMHead XLNetLMHeadModel""",
     _STATES: """
-        BailingHybridForCausalLM FalconMambaForCausalLM JambaForCausalLM Lfm3ForCausalLM MambaForCausalLM
-        MiniMaxForCausalLM RecurrentGemmaForCausalLM RwkvForCausalLM ZambaForCausalLM ZayaForCausalLM xLSTMForCausalLM""",
+        BailingHybridForCausalLM Lfm3ForCausalLM MiniMaxForCausalLM RecurrentGemmaForCausalLM RwkvForCausalLM
+        ZambaForCausalLM ZayaForCausalLM xLSTMForCausalLM""",
     _NOT_WRITTEN: """
-        AXK1ForCausalLM AXK2ForCausalLM AfmoeForCausalLM ApertusForCausalLM ArceeForCausalLM BambaForCausalLM BeamForCausalLM
-        BioGptForCausalLM BitNetForCausalLM CTRLLMHeadModel CodeGenForCausalLM Cohere2MoeForCausalLM CohereCompassForCausalLM
-        CohereForCausalLM CwmForCausalLM DbrxForCausalLM DiffLlamaForCausalLM Dots1ForCausalLM Ernie4_5ForCausalLM
-        Ernie4_5_MoeForCausalLM ExaoneMoeForCausalLM FalconForCausalLM FalconH1ForCausalLM FlexOlmoForCausalLM FlintForCausalLM
-        GPTBigCodeForCausalLM GPTJForCausalLM GPTNeoForCausalLM GPTNeoXForCausalLM GPTNeoXJapaneseForCausalLM Glm4ForCausalLM
-        GlmForCausalLM GraniteMoeSWAForCausalLM GraniteMoeSharedForCausalLM GraniteSWAForCausalLM
-        HYV3ForCausalLM HYV4ForCausalLM HeliumForCausalLM HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM
-        HyperCLOVAXForCausalLM Jais2ForCausalLM JetMoeForCausalLM Kolibri1ForCausalLM LagunaForCausalLM
-        LongcatFlashForCausalLM Mamba2ForCausalLM MellumForCausalLM MiMoV2FlashForCausalLM MiniCPM3ForCausalLM
-        ModernBertDecoderForCausalLM NanoChatForCausalLM NemotronForCausalLM OPTForCausalLM OlmoForCausalLM
-        OlmoHybridForCausalLM OpenAIGPTLMHeadModel PersimmonForCausalLM PhiForCausalLM PhimoeForCausalLM SolarOpenForCausalLM
-        StableLmForCausalLM VaultGemmaForCausalLM XGLMForCausalLM YoutuForCausalLM Zamba2ForCausalLM""",
+        AXK1ForCausalLM AXK2ForCausalLM BeamForCausalLM CTRLLMHeadModel CodeGenForCausalLM CohereCompassForCausalLM
+        DbrxForCausalLM DiffLlamaForCausalLM Dots1ForCausalLM FalconForCausalLM GPTJForCausalLM GPTNeoForCausalLM
+        GPTNeoXJapaneseForCausalLM HYV4ForCausalLM HunYuanDenseV1ForCausalLM HyperCLOVAXForCausalLM JetMoeForCausalLM
+        LagunaForCausalLM LongcatFlashForCausalLM ModernBertDecoderForCausalLM OlmoHybridForCausalLM
+        OpenAIGPTLMHeadModel PhiForCausalLM VaultGemmaForCausalLM XGLMForCausalLM YoutuForCausalLM Zamba2ForCausalLM""",
 }
 
 REFUSED: dict[str, str] = {name: reason for reason, names in _NAMES.items() for name in names.split()}
 """Architecture -> why it is not served."""
+
+UNWRITTEN = frozenset(_NAMES[_NOT_WRITTEN].split())
+"""Those for which nobody knows a reason but that: transformers' own code of one may do all the same, and is asked."""

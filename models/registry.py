@@ -14,10 +14,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from models import families as ours
+from models.bridge import family as bridge
+from models.bridge.known import EQUAL
 from models.family import Family
-from models.refused import REFUSED
+from models.refused import REFUSED, UNWRITTEN
 
 ENTRY_POINTS = "jaxserve.models"
+_NEEDS_EXTRA = f"transformers' own code of it may do, which needs torch and transformers: the extra {bridge.EXTRA!r}"
+_NOT_TRIED = (
+    "no family has been written for it; whether transformers' own code of it will do is found out when it is loaded"
+)
 
 
 @functools.cache
@@ -33,15 +39,18 @@ def families() -> tuple[Family, ...]:
 
 
 def find(architecture: str) -> Family:
-    """The family of an `architectures` entry of config.json.
+    """The family of an `architectures` entry of config.json. For one that has none and for which no reason is known the bridge
+    is asked, once there is a configuration.
 
     Raises:
         ValueError: it is not supported; the message lists what is.
     """
     table = {name: family for family in families() for name in family.architectures}
-    if architecture not in table:
-        raise ValueError(_unsupported(architecture, table))
-    return table[architecture]
+    if architecture in table:
+        return table[architecture]
+    if bridge.has(architecture) and (architecture not in REFUSED or architecture in UNWRITTEN):
+        return bridge.bridged(architecture)
+    raise ValueError(_unsupported(architecture, table))
 
 
 def find_gguf(architecture: str) -> Family:
@@ -57,14 +66,22 @@ def find_gguf(architecture: str) -> Family:
 
 
 def status(architecture: str) -> str:
-    """ "native", or why the architecture is refused, in a sentence."""
+    """ "native", "bridged", or why the architecture is refused, in a sentence."""
     if any(architecture in family.architectures for family in families()):
         return "native"
-    return f"refused: {REFUSED.get(architecture, 'it is not known here')}"
+    if architecture in REFUSED:
+        return f"refused: {REFUSED[architecture]}"
+    if not bridge.installed():
+        return f"refused: {_NEEDS_EXTRA}"
+    if architecture in EQUAL:
+        return "bridged"
+    return f"refused: {_NOT_TRIED if bridge.has(architecture) else 'it is not known here'}"
 
 
 def _unsupported(architecture: str, table: Mapping[str, Any]) -> str:
     reason = f": {REFUSED[architecture]}" if architecture in REFUSED else ""
+    if not reason and not bridge.installed():
+        reason = f"; {_NEEDS_EXTRA}"
     return (
         f"the architecture {architecture!r} is not supported{reason}. Supported: {', '.join(sorted(table))}. "
         f"A package can add others through the entry-point group {ENTRY_POINTS!r}."

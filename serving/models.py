@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from models.bridge.known import EQUAL
 from models.refused import REFUSED
 from models.registry import families, status
 
@@ -21,6 +22,11 @@ def rows() -> list[dict[str, object]]:
         }
         for f in families()
     ]
+
+
+def bridged() -> list[dict[str, object]]:
+    """One entry an architecture that is known to be served by transformers' own code."""
+    return [{"architecture": name, "status": status(name)} for name in sorted(EQUAL)]
 
 
 def refused() -> list[dict[str, object]]:
@@ -43,7 +49,7 @@ def main() -> None:
             )
         return
     if args.json:
-        for row in [*rows(), *refused()]:
+        for row in [*rows(), *bridged(), *refused()]:
             print(json.dumps(row))
         return
     table = [("family", "architectures (config.json)", "GGUF", "does")]
@@ -51,6 +57,9 @@ def main() -> None:
     widths = [max(len(row[column]) for row in table) for column in range(4)]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\nBy transformers' own code (the extra `transformers`):")
+    for entry in bridged():
+        print(f"{entry['architecture']}: {entry['status']}")
     print("\nNot served:")
     for entry in refused():
         print(f"{entry['architecture']}: {entry['status']}")

@@ -69,6 +69,7 @@ class Mamba2Mixer(nnx.Module):
         of_group = H // G * P
         zxBC_TGc = self.inputs(x_TD, norm=norm, adapter_T=step.adapter_T).reshape(T, G, -1)
         dt_TH = self.gates(x_TD, norm=norm, out_dtype=jnp.float32, adapter_T=step.adapter_T)
+        zxBC_TGc, dt_TH = self.scaled(zxBC_TGc, dt_TH)
         dt_TH = jnp.clip(jax.nn.softplus(dt_TH + self.dt_bias[...]), *m.dt_limits)
         bias_C = None if self.kernel_bias is None else self.kernel_bias[...]
         mixed_TC, conv = short_conv(
@@ -96,6 +97,10 @@ class Mamba2Mixer(nnx.Module):
         out_TI = (out_THP + self.skip[...][:, None] * x_THP).reshape(T, H * P)
         out_TI = self.gated(out_TI, zxBC_TGc[:, :, :of_group].reshape(T, H * P).astype(jnp.float32)).astype(x_TD.dtype)
         return self.out(out_TI, residual_TO=residual_TD, adapter_T=step.adapter_T), {"conv": conv, "matrix": matrix}
+
+    def scaled(self, zxBC_TGc: jax.Array, dt_TH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What was projected, as the rest is to see it."""
+        return zxBC_TGc, dt_TH
 
     def gated(self, out_TI: jax.Array, z_TI: jax.Array) -> jax.Array:
         """The result behind its gate and, where there is one, its norm; or before the gate."""

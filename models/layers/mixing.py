@@ -8,9 +8,10 @@ from models.config import ModelConfig
 from models.layers.attention import attention_of
 from models.layers.build import Build
 from models.layers.delta_net import GatedDeltaNet
+from models.layers.mamba1 import Mamba1Mixer
 from models.layers.mamba2 import Mamba2Mixer
 from models.layers.short_conv import GatedShortConv
-from models.mixers import DeltaNet, Mamba2, ShortConv
+from models.mixers import DeltaNet, Mamba1, Mamba2, ShortConv
 
 
 def mixer_of(config: ModelConfig, layer: int, build: Build, **options: Any) -> Any:
@@ -22,6 +23,8 @@ def mixer_of(config: ModelConfig, layer: int, build: Build, **options: Any) -> A
     mixer = config.mixers[layer]
     if isinstance(mixer, DeltaNet):
         return GatedDeltaNet(config, mixer, build, **options)
+    if isinstance(mixer, Mamba1):
+        return Mamba1Mixer(config, mixer, build, **options)
     if isinstance(mixer, Mamba2):
         return Mamba2Mixer(config, mixer, build, **options)
     if isinstance(mixer, ShortConv):

@@ -23,6 +23,7 @@ from models.loading.files.checkpoint import Checkpoint
 from models.loading.gguf_checkpoint import GGUFCheckpoint
 from models.loading.opening import Opened, open_checkpoint
 from models.loading.source import ModelSource, resolve
+from models.loading.traced import compare
 from models.parameters import parameters_of, quantizable, tables
 from models.recipes import Recipes
 from ops import buffers
@@ -128,6 +129,8 @@ def load_model(
     opened = opened or open_checkpoint(source)
     built = built or build_model(opened, dtype=dtype, mesh=mesh, max_model_len=max_model_len)
     model, config, build = built.model, built.config, built.build
+    if opened.family.traced:
+        compare(opened, in_float32)
     if opened.checkpoint is None:
         arrays = orbax.restore(source.path, dict(parameters_of(model)), build)
         set_values(model, arrays.items(), quantization=quantization, progress=progress)
@@ -138,6 +141,14 @@ def load_model(
         ignore += getattr(model, "unused", ())
         fill(model, opened.checkpoint, build, ignore=ignore, quantization=quantization, progress=progress)
     return LoadedModel(model, config, opened.model_id, opened.generation_config, source, opened.embedding)
+
+
+def in_float32(opened: Opened, max_model_len: int) -> Any:
+    """A model as its checkpoint has it, on one device."""
+    built = build_model(opened, max_model_len=max_model_len)
+    assert opened.checkpoint is not None
+    fill(built.model, opened.checkpoint, built.build, ignore=opened.family.ignore, progress=False)
+    return built.model
 
 
 def fill(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from models import registry
+from models.bridge import family as bridge
 from tests.models.tiny import Tiny, compare, make_reference
 
 PLUGIN = Path(__file__).parents[2] / "examples" / "model_plugin"
@@ -33,9 +34,14 @@ def installed(tmp_path, monkeypatch):
     sys.modules.pop("jaxserve_neox", None)
 
 
-def test_without_it_the_error_says_how_to_add_it():
+def test_without_it_the_error_says_how_to_add_it(monkeypatch):
+    monkeypatch.setattr(bridge, "installed", lambda: False)
     with pytest.raises(ValueError, match=r"'GPTNeoXForCausalLM' is not supported.*jaxserve\.models"):
         registry.find("GPTNeoXForCausalLM")
+
+
+def test_it_wins_over_transformers_own_code(installed):
+    assert not registry.find("GPTNeoXForCausalLM").traced
 
 
 @pytest.mark.parametrize("parallel", [True, False])

@@ -23,7 +23,9 @@ TRAINING = frozenset(
     output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type reference_compile
     repad_logits_with_grad resid_pdrop residual_dropout return_dict router_aux_loss_coef router_jitter_noise
     sep_token_id seq_aux sparse_pred_ignore_index sparse_prediction summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj tokenizer_class transformers_version use_cache
+    mamba_chunk_size num_logits_to_keep rescale_prenorm_residual summary_proj_to_labels summary_type summary_use_proj
+    time_step_floor time_step_init_scheme time_step_scale tokenizer_class transformers_version use_associative_scan use_cache
+    use_mamba_kernels use_mambapy z_loss_coefficient
     xla_flash_attention
     """,
     )
@@ -110,7 +112,7 @@ def _items(values: Mapping[str, Any], indent: str) -> str:
     """As many of a dictionary's entries a line as fit."""
     entries = ", ".join(f"{_shown(name)}:~{_shown(value)}" for name, value in sorted(values.items())) + ","
     lines = textwrap.wrap(
-        entries, 120, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        entries, 131, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
     return "\n".join(lines).replace("~", " ")
 

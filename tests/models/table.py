@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from models.bridge.known import EQUAL
 from models.loading.quantized import METHODS
+from models.refused import REFUSED
 from models.registry import families, status
 from tests.models.test_families import GGUF, MESHES
 from tests.models.tiny import PROMPTS, TINY
@@ -26,8 +28,8 @@ one request decodes while the other's prompt still runs. A cell counts the varia
 - *through GGUF*: 4 tokens through a GGUF file written from the same weights; numbers for which GGUF's metadata has no place
   cannot be tried.
 
-Of the AUTO architectures that transformers lists for text generation, NATIVE are native here. `python -m serving.models` says of
-each of the others why it is refused; a test walks the list.
+Of the AUTO architectures that transformers lists for text generation, NATIVE are native here, and BRIDGED more are served by
+transformers' own code (below). `python -m serving.models` says of each of the others why it is refused; a test walks the list.
 
 Encoders and classifiers have tests of their own, of hidden states, labels and scores (`tests/models/test_bert.py`,
 `tests/models/test_decoder_classifier.py`). Architectures whose names end in `Model` are those of embedding models without a head.
@@ -42,6 +44,28 @@ exactly as its format says (`tests/models/loading`), and what cannot be read is 
 
 FORMATS
 An installed package can add families: see `examples/model_plugin`.
+"""
+
+
+BRIDGE = """## By transformers' own code
+
+With the extra `transformers` (torch and transformers beside us) an architecture that has no family here is asked of transformers.
+Its code runs once, in a process of its own, on tensors without values; what it computes is recorded, becomes
+programs over our pages, weights and products, and is kept in the cache folder under the configuration and the versions. A start
+that finds it imports neither torch nor transformers. Before a checkpoint is served for the first time its logits are compared
+with transformers' on 48 tokens, a prompt in pieces and single steps, in float32 (for a while there are two float32 copies of the
+weights); where they differ by more than a thousandth it is refused, in a sentence. That is kept too.
+
+A traced model takes prefix sharing, preemption, int8, grammars, adapters on its products (LoRA), drafts without heads, `data=N`,
+and `model=N` where transformers says how its weights are cut. It takes no packed checkpoints, no media, no draft heads, and is
+not trained. Positions that choose their own scaling by the length (dynamic NTK, longrope) depend on values, and are refused.
+
+`python -m tests.models.bridge.sweep` tries every decoder on transformers' list, tiny and random, in float32: prompts of 45 and 7
+tokens in pieces, 8 greedy tokens. With these the comparison passes and tokens are transformers':
+
+EQUAL.
+
+Refused, and why:
 """
 
 
@@ -130,11 +154,23 @@ def document() -> str:
     formats += [(f"`{method}`", text) for method, text in METHODS.items()]
     lines = [HEAD, ("---",) * len(HEAD), *rows()]
     names = text_generation()
-    counts = {"AUTO": str(len(names)), "NATIVE": str(sum(status(name) == "native" for name in names))}
+    counts = {"AUTO": len(names), "NATIVE": sum(status(name) == "native" for name in names), "BRIDGED": len(EQUAL)}
     text = INTRODUCTION.replace("FORMATS\n", _table(formats) + "\n")
     for word, count in counts.items():
-        text = text.replace(word, count)
-    return text + "\n" + _table(lines) + VISION_INTRODUCTION + _table(vision_rows())
+        text = text.replace(word, str(count))
+    return text + "\n" + _table(lines) + VISION_INTRODUCTION + _table(vision_rows()) + "\n" + bridged()
+
+
+def bridged() -> str:
+    """What is served by transformers' code, and what is not at all."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in sorted(REFUSED.items()):
+        if status(name) != "native":
+            reasons.setdefault(reason, []).append(f"`{name}`")
+    refused = [("why", "architectures"), ("---", "---")]
+    refused += [(reason, ", ".join(names)) for reason, names in sorted(reasons.items())]
+    equal = ", ".join(f"`{name}`" for name in sorted(EQUAL))
+    return BRIDGE.replace("EQUAL", equal) + "\n" + _table(refused)
 
 
 def _table(lines: Sequence[tuple[str, ...]]) -> str:

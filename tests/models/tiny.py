@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -424,14 +425,19 @@ def make_reference(name: str, directory: Path) -> None:
     vocab = config.get_text_config().vocab_size
     rng = np.random.default_rng(len(name))
     arrays: dict[str, np.ndarray] = {}
+    kept = "past_key_values" if "past_key_values" in inspect.signature(model.forward).parameters else "cache_params"
     for index, length in enumerate(PROMPTS):
         tokens = rng.integers(3, vocab, length).tolist()
         with torch.no_grad():
             cache: Any = None
             pending = tokens
             for _ in range(STEPS):
-                out = model(torch.tensor([pending]), past_key_values=cache, use_cache=True)
-                cache, pending = out.past_key_values, [int(out.logits[0, -1].argmax())]
+                if tiny.cached:
+                    out = model(torch.tensor([pending]), use_cache=True, **{kept: cache})
+                    cache = getattr(out, kept)
+                else:
+                    out = model(torch.tensor([tokens]), use_cache=False)
+                pending = [int(out.logits[0, -1].argmax())]
                 tokens = tokens + pending
             arrays[f"logits{index}"] = model(torch.tensor([tokens[:-1]]), use_cache=False).logits[0].float().numpy()
         arrays[f"tokens{index}"] = np.array(tokens)

@@ -34,9 +34,11 @@ class Tiny:
         model: class name in transformers.
         fields: over BASE.
         expert_mesh: whether it is also tried on a mesh with an expert axis.
+        cached: whether transformers' cache gives what it computes of a whole text; where it does not, the text counts.
     """
 
     config: str
     model: str
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     expert_mesh: bool = False
+    cached: bool = True

@@ -41,7 +41,57 @@ GEMMA4 = {
     "tie_word_embeddings": True,
 }
 
+FALCON_H1 = MAMBA | {
+    "num_hidden_layers": 2,
+    "mamba_d_ssm": 64,
+    "mamba_d_head": 8,
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "key_multiplier": 0.7,
+    "attention_in_multiplier": 1.2,
+    "attention_out_multiplier": 0.8,
+    "ssm_in_multiplier": 0.9,
+    "ssm_out_multiplier": 1.1,
+    "ssm_multipliers": [0.8, 1.1, 0.9, 1.2, 0.7],
+    "mlp_multipliers": [0.9, 1.3],
+    "embedding_multiplier": 3.0,
+    "lm_head_multiplier": 0.4,
+}
+NO_ATTENTION = dict.fromkeys(
+    ("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+)
+
 HYBRID: dict[str, Tiny] = {
+    "falcon h1": Tiny("FalconH1Config", "FalconH1ForCausalLM", FALCON_H1),
+    "falcon h1, norms": Tiny(
+        "FalconH1Config", "FalconH1ForCausalLM", FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}
+    ),
+    "bamba": Tiny(
+        "BambaConfig", "BambaForCausalLM", MAMBA | {"attn_layer_indices": [1, 3], "mamba_d_head": 16}, cached=False
+    ),
+    "mamba": Tiny("MambaConfig", "MambaForCausalLM", NO_ATTENTION | {"tie_word_embeddings": True, "time_step_rank": 8}),
+    "falcon mamba": Tiny(
+        "FalconMambaConfig", "FalconMambaForCausalLM", NO_ATTENTION | {"use_bias": True, "time_step_rank": 8}
+    ),
+    "mamba 2": Tiny(
+        "Mamba2Config",
+        "Mamba2ForCausalLM",
+        NO_ATTENTION | {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2},
+    ),
+    "jamba": Tiny(
+        "JambaConfig",
+        "JambaForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 8,
+        },
+        expert_mesh=True,
+    ),
     "gemma 4, per-layer embeddings, shared pages": Tiny(
         "Gemma4TextConfig",
         "Gemma4ForCausalLM",

@@ -53,11 +53,12 @@ def test_every_section_is_compared() -> None:
     assert documented().keys() == declared().keys()
 
 
-def test_torch_is_for_tests_only_and_pinned() -> None:
+def test_torch_is_for_tests_and_one_extra_and_pinned() -> None:
     parts = declared()
     assert parts["To test"]["torch"] == "==2.13.0"
-    for section in ("To serve", "Extras"):
-        assert not {"torch", "transformers"} & parts[section].keys()
+    assert not {"torch", "transformers"} & parts["To serve"].keys()
+    extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert [name for name, items in extras.items() if any("torch" in item for item in items)] == ["transformers"]
 
 
 INSTALLS = re.compile(r"pip install [^\n]*jaxserve(?:-engine)?(?=[\['\"\s.,;)]|$)")

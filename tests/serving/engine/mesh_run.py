@@ -30,6 +30,7 @@ from models.dummy import random_model  # noqa: E402
 from models.embedding_head import EmbeddingHead  # noqa: E402
 from models.layers import Build  # noqa: E402
 from models.loading import orbax  # noqa: E402
+from models.mixers import DeltaNet  # noqa: E402
 from models.parameters import parameters_of  # noqa: E402
 from ops.paged_attention.groups import layers_per_page  # noqa: E402
 from serving.engine.api.config import EngineConfig  # noqa: E402
@@ -41,7 +42,7 @@ from serving.engine.device.programs.compiling import ProgramCache  # noqa: E402
 from serving.engine.device.runner import StepRunner  # noqa: E402
 from serving.engine.device.sizing import Sizes  # noqa: E402
 from serving.engine.engine import Engine  # noqa: E402
-from serving.engine.requests.cache_specs import paged  # noqa: E402
+from serving.engine.requests.cache_specs import RecurrentSpec, paged  # noqa: E402
 from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig  # noqa: E402
 from sharding.mesh import make_mesh  # noqa: E402
 
@@ -67,11 +68,28 @@ MODELS = {
     "windows": ModelConfig(
         "MistralForCausalLM", 256, LAYERS, 48, 96, 4, 2, 16, 256, 1e-5, rope=ROPE, windows=(12, None)
     ),
+    "hybrid": ModelConfig(
+        "Qwen3_5ForCausalLM",
+        256,
+        LAYERS,
+        48,
+        96,
+        4,
+        2,
+        16,
+        256,
+        1e-5,
+        rope=RopeConfig(1e4, 4),
+        qk_norm="head",
+        attn_gate=True,
+        mixers=(DeltaNet(2, 8, 4, 8), None),
+    ),
 }
 MESHES = {
     "dense": ("model=1", "model=2", "model=4", "data=2,model=2", "data=4"),
     "moe": ("model=1", "expert=2,model=2"),
     "windows": ("model=1", "data=2,model=2"),
+    "hybrid": ("model=1", "data=2,model=2"),
 }
 HOST_TIER = ("windows", "data=2,model=2")
 """Model and mesh (its KV heads are cut) whose pages are too few, with a host tier behind them."""
@@ -102,6 +120,8 @@ def make_engine(
     mesh = make_mesh(text)
     model = model_on(folder, config, mesh)
     sizes = dataclasses.replace(SIZES, layers_per_page=layers_per_page(model.kv_specs(), SIZES.max_model_len))
+    if model.state_specs():
+        sizes = dataclasses.replace(sizes, num_snapshots=6)
     how = None
     if drafts:
         sizes = dataclasses.replace(sizes, draft_tokens=3, draft_places=32)
@@ -122,7 +142,8 @@ def make_engine(
             8,
             36 if host_tier else 60,
             replicas=executor.replicas,
-            caches=paged(*executor.groups.windows),
+            caches=(*paged(*executor.groups.windows), *_states(executor)),
+            num_snapshots=sizes.num_snapshots,
             host_pages=400 if host_tier else 0,
             speculative_config=how,
             buckets=runner.buckets if drafts else None,
@@ -140,6 +161,13 @@ def make_engine(
     )
     engine.loop.start()
     return engine
+
+
+def _states(executor: Executor) -> tuple[RecurrentSpec, ...]:
+    """What recurrent layers keep, with snapshots close enough for short prompts."""
+    if executor.recurrent is None:
+        return ()
+    return (dataclasses.replace(executor.recurrent, interval=16, tail=8, worth=8),)
 
 
 async def answers(engine: Engine) -> tuple[list[list[int]], list[list[float]]]:

@@ -14,6 +14,7 @@ CASES = [
     ("dense", "data=4"),
     ("moe", "expert=2,model=2"),
     ("windows", "data=2,model=2"),
+    ("hybrid", "data=2,model=2"),
 ]
 
 
