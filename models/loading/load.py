@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from models.loading import orbax
 from models.loading.coded import coded
 from models.loading.files.checkpoint import Checkpoint
 from models.loading.gguf_checkpoint import GGUFCheckpoint
+from models.loading.kept.cache import WeightCache
 from models.loading.opening import Opened, open_checkpoint
 from models.loading.source import ModelSource, resolve
 from models.loading.traced import compare
@@ -111,6 +112,7 @@ def load_model(
     progress: bool = True,
     opened: Opened | None = None,
     built: Built | None = None,
+    kept: WeightCache | None = None,
 ) -> LoadedModel:
     """Loads a checkpoint tensor by tensor; the host never holds more than a few of them.
 
@@ -123,6 +125,7 @@ def load_model(
         progress: show a bar.
         opened: what `open_checkpoint` gave, where that was called before.
         built: what `build_model` gave with the same arguments, where that was called before; it becomes the loaded model.
+        kept: where converted weights are looked for, and kept for the next time: of one CPU device alone.
     Raises:
         ValueError: an unsupported architecture, a damaged file, or a missing, extra or wrongly shaped tensor, by name.
     """
@@ -135,12 +138,55 @@ def load_model(
         arrays = orbax.restore(source.path, dict(parameters_of(model)), build)
         set_values(model, arrays.items(), quantization=quantization, progress=progress)
     else:
+        key = None if kept is None else _key(kept, opened, built, quantization)
+        found = None if kept is None or key is None else kept.read(key)
+        if found is not None and found.keys() == dict(parameters_of(model)).keys():
+            set_values(model, _placed(found, model, build), quantization=quantization, progress=progress)
+            return _loaded(opened, built)
         # Layers behind the last one predict further tokens (DeepSeek-V3's MTP); they are drafts, not the model.
         behind = range(config.num_layers, config.num_layers + (opened.hf_config.get("num_nextn_predict_layers") or 0))
         ignore = (*opened.family.ignore, *(rf"^(?:model\.layers|blk)\.{layer}\." for layer in behind))
         ignore += getattr(model, "unused", ())
         fill(model, opened.checkpoint, build, ignore=ignore, quantization=quantization, progress=progress)
-    return LoadedModel(model, config, opened.model_id, opened.generation_config, source, opened.embedding)
+        if kept is not None and key is not None:
+            kept.keep(key, {path: parameter.get_value() for path, parameter in parameters_of(model)})
+    return _loaded(opened, built)
+
+
+def _loaded(opened: Opened, built: Built) -> LoadedModel:
+    head = opened.embedding
+    return LoadedModel(built.model, built.config, opened.model_id, opened.generation_config, opened.source, head)
+
+
+def _on_one_cpu(build: Build) -> bool:
+    devices = [jax.devices()[0]] if build.mesh is None else list(build.mesh.devices.flat)
+    return len(devices) == 1 and devices[0].platform == "cpu"
+
+
+def _key(kept: WeightCache, opened: Opened, built: Built, quantization: str | None) -> str | None:
+    """What the model's weights are kept under; None where that saves nothing: they go to other devices, or are in the file as
+    they are in memory."""
+    converted = quantization is not None or opened.source.kind == "gguf" or "quantization_config" in opened.hf_config
+    if not converted or not _on_one_cpu(built.build):
+        return None
+    shapes = {
+        path: [list(parameter.get_value().shape), str(parameter.get_value().dtype)]
+        for path, parameter in parameters_of(built.model)
+    }
+    return kept.key(opened.source, {"quantization": quantization, "parameters": shapes})
+
+
+def _placed(
+    found: Mapping[str, np.ndarray | StoredWeight], model: Any, build: Build
+) -> Iterator[tuple[str, jax.Array | StoredWeight]]:
+    """Host arrays of one CPU's weights on it, without a copy."""
+    parameters = dict(parameters_of(model))
+    sharding = None if build.mesh is None else NamedSharding(build.mesh, PartitionSpec())
+    for path, host in found.items():
+        if isinstance(host, StoredWeight):
+            yield path, jax.device_put(host, sharding)
+        else:
+            yield path, place(host, host.dtype, parameters[path], build)
 
 
 def in_float32(opened: Opened, max_model_len: int) -> Any:
@@ -172,8 +218,7 @@ def fill(
         ignore = (*ignore, r"^(lm_head|output)\.weight$")
     check_tensors(recipes, checkpoint, ignore)
 
-    devices = [jax.devices()[0]] if build.mesh is None else list(build.mesh.devices.flat)
-    on_cpu = len(devices) == 1 and devices[0].platform == "cpu"
+    on_cpu = _on_one_cpu(build)
     narrow = set(quantizable(model)) if quantization else set()
     packs = on_cpu and quantization in SCHEMES and host_pack.available()
     in_blocks: set[str] = set(tables(model)) if packs else set()

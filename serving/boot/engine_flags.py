@@ -51,6 +51,9 @@ def add_settings(
             options |= {"type": reader(known.kind), "metavar": known.kind.metavar}
         if name in repeated:
             options["action"] = "append"
+        if known.refusable and known.flag:
+            twin: dict[str, Any] = {"dest": name, "action": "store_const", "const": "", "default": argparse.SUPPRESS}
+            group.add_argument(f"--no-{known.flag[2:]}", **twin, help=f'the same as {known.flag} ""')
         group.add_argument(known.flag, **options)
 
 

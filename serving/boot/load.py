@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from models.loading.heads import OpenedHead
+from models.loading.kept.cache import WeightCache
 from models.loading.load import LoadedModel, load_model
 from models.loading.source import resolve
 from models.parameters import parameters_of, quantizable
@@ -15,9 +16,11 @@ from serving.boot.check import Checked
 from serving.engine.api import phases
 
 
-def load(checked: Checked, say: Callable[[str], None]) -> LoadedModel:
+def load(checked: Checked, say: Callable[[str], None], kept: WeightCache | None = None) -> LoadedModel:
     """Reads every weight; says how long it took.
 
+    Args:
+        kept: where converted weights are looked for and kept.
     Raises:
         ValueError: a damaged file, or a missing, extra or wrongly shaped tensor, by name.
     """
@@ -32,6 +35,7 @@ def load(checked: Checked, say: Callable[[str], None]) -> LoadedModel:
         progress=checked.config.progress,
         opened=checked.opened,
         built=checked.built,
+        kept=kept,
     )
     stored = f", {checked.quantization}" if checked.quantization else ""
     say(
@@ -74,7 +78,7 @@ def weight_bytes(checked: Checked) -> int:
     return int(total)
 
 
-def load_draft(checked: Checked, model: Any, say: Callable[[str], None]) -> Any:
+def load_draft(checked: Checked, model: Any, say: Callable[[str], None], kept: WeightCache | None = None) -> Any:
     """The draft with its weights, of the same dtype and quantization as the model's; None where there is none.
 
     Args:
@@ -96,6 +100,7 @@ def load_draft(checked: Checked, model: Any, say: Callable[[str], None]) -> Any:
         progress=checked.config.progress,
         opened=checked.draft.opened,
         built=checked.draft.built,
+        kept=kept,
     )
     say(f"loaded the draft {loaded.model_id} ({loaded.config.architecture})")
     return loaded.model

@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from serving.engine.api.config import EngineConfig
 from serving.installation import cache_folder
+
+if TYPE_CHECKING:
+    from models.loading.kept.cache import WeightCache
+
+GIB = 1 << 30
 
 
 def prepare_platform(config: EngineConfig, programs: pathlib.Path | None) -> None:
@@ -56,3 +62,13 @@ def programs_folder(config: EngineConfig, say: Callable[[str], None]) -> pathlib
         + "Name a folder with --compile-cache, or for all that is kept with JAXSERVE_CACHE in the environment"
     )
     return folder if readable else None
+
+
+def weight_cache(config: EngineConfig, say: Callable[[str], None]) -> WeightCache | None:
+    """Where converted weights are kept between starts; None where none are."""
+    if config.weight_cache == "" or not config.weight_cache_gb:
+        return None
+    from models.loading.kept.cache import WeightCache
+
+    folder = pathlib.Path(config.weight_cache or cache_folder() / "weights").expanduser()
+    return WeightCache(folder, int(config.weight_cache_gb * GIB), say)

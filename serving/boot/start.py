@@ -44,26 +44,31 @@ def start_checked(checked: Checked, say: Progress, followers: Followers | None =
     """
     from serving.boot.compile import compile_decoder, compile_encoder
     from serving.boot.load import load, load_draft
+    from serving.boot.platform import weight_cache
     from serving.boot.senses.tower import load_tower
     from serving.boot.wire import wire_decoder, wire_encoder
     from serving.engine.device.out_of_memory import explain
     from serving.engine.device.programs.compiling import starting
     from serving.engine.scheduling.recovery import is_out_of_memory
 
+    kept = weight_cache(checked.config, say)
     with starting():
         try:
-            loaded = load(checked, say)
+            loaded = load(checked, say, kept)
             if not checked.generates:
                 return wire_encoder(checked, loaded, compile_encoder(checked, loaded, say))
             meet = None if followers is None else followers.least
             tower = load_tower(
                 checked.tower, checked.opened, checked.server_mesh, checked.quantization, checked.config.progress, say
             )
-            compiled = compile_decoder(checked, loaded, say, meet, load_draft(checked, loaded.model, say), tower)
+            compiled = compile_decoder(checked, loaded, say, meet, load_draft(checked, loaded.model, say, kept), tower)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             import jax
 
             raise ValueError(explain(error, checked.config, jax.local_devices())) from error
+        finally:
+            if kept is not None:
+                kept.finish()
     return wire_decoder(checked, loaded, compiled, followers)

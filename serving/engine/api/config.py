@@ -180,6 +180,15 @@ class EngineConfig:
         None, 'folder of compiled programs; "" for none (default: the user\'s cache folder)',
         FOLDER, Scope.PROCESS, flag="",
     )  # fmt: skip
+    weight_cache: str | None = setting(
+        None, 'folder of weights in the form in which this CPU computes with them, which a start maps instead of converting '
+        'the checkpoint again; "" for none (default: the user\'s cache folder)',
+        FOLDER, Scope.PROCESS, flag="", refusable=True,
+    )  # fmt: skip
+    weight_cache_gb: float = setting(
+        32.0, "what that folder may hold; weights that were not used for longest go first",
+        GIBIBYTES, Scope.PROCESS, flag="", unit="GiB",
+    )  # fmt: skip
     compiled: str | None = setting(
         None, "run the programs that python -m serving.plan --save compiled, and compile nothing",
         FOLDER, Scope.PROCESS, flag="",

@@ -55,6 +55,7 @@ class Setting:
         section: of SECTIONS.
         flag: its name on command lines; None for none.
         unit: of its number, to be shown behind it.
+        refusable: whether the flag has a twin, --no-..., which gives "".
         bundled: whether a bundle of compiled programs decides it; see serving/engine/device/programs/bundle.py.
     """
 
@@ -65,6 +66,7 @@ class Setting:
     flag: str | None = None
     unit: str = ""
     bundled: bool = False
+    refusable: bool = False
 
 
 def setting(default: Any, help: str, kind: Kind, scope: Scope, **more: Any) -> Any:

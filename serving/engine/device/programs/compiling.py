@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
+from ops.sources import digest
 from serving.engine.device.programs.keys import ProgramKey
 
 log = logging.getLogger(__name__)
@@ -103,15 +104,7 @@ class CompileGuard:
 
 def source_digest() -> str:
     """Digest of the code that programs are made from: a change there must miss the cache."""
-    root = pathlib.Path(__file__).resolve().parents[4]
-    h = hashlib.sha256()
-    for folder in _SOURCES:
-        assert (root / folder).is_dir(), f"{root} is not where the code lies"
-        for path in sorted((root / folder).rglob("*")):
-            if path.suffix in {".py", ".cc", ".h"}:
-                h.update(path.relative_to(root).as_posix().encode())
-                h.update(path.read_bytes())
-    return h.hexdigest()
+    return digest(*_SOURCES)
 
 
 @dataclasses.dataclass(frozen=True)

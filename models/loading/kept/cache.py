@@ -1,0 +1,158 @@
+"""The folder of kept weights: what they are kept under, how much of the disk they may take, and what goes first."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.loading.gguf import split_paths
+from models.loading.kept.file import DamagedError, Parameter, read, write
+from models.loading.source import ModelSource
+from ops import native, sources
+from ops.linear import StoredWeight
+
+log = logging.getLogger(__name__)
+
+GIB = 1 << 30
+SUFFIX = ".weights"
+LEAST = 32 << 20  # bytes of weights below which keeping them saves nothing
+SPARED = 0.1  # of the disk, which is left free
+ABANDONED_S = 3600.0  # a file that nobody has finished by then never will be
+CODE = ("models", "ops", "sharding")
+FILES = {".json", ".safetensors"}
+
+
+class WeightCache:
+    """Weights of models in their final form, as files of one folder, the least recently used of which go when there is no room.
+
+    Args:
+        folder: only this user may write to it.
+        limit: bytes of all files together, at most.
+        say: told what was kept or thrown away, and why, as lines.
+        least: bytes of weights below which a model is not kept.
+    """
+
+    def __init__(
+        self, folder: Path, limit: int = 32 * GIB, say: Callable[[str], None] = log.info, least: int = LEAST
+    ) -> None:
+        self.folder = folder
+        self.limit = limit
+        self._say = say
+        self._least = least
+        self._writing: list[threading.Thread] = []
+
+    def key(self, source: ModelSource, settings: Mapping[str, Any]) -> str | None:
+        """What a model's weights are kept under; None for a source that holds them in their final form already.
+
+        Args:
+            source: whose files count by path, size and time of change.
+            settings: everything else that decides the weights, besides this code and this CPU; as JSON takes it.
+        """
+        if source.kind == "orbax":
+            return None
+        if source.kind == "gguf":
+            files = split_paths(source.path)
+        else:
+            files = sorted(path for path in source.path.iterdir() if path.suffix in FILES)
+        stamps = [(str(path), found.st_size, found.st_mtime_ns) for path in files for found in (path.stat(),)]
+        kernels = native.isa() if native.available() else "none"
+        everything = [stamps, sources.digest(*CODE), kernels, dict(settings)]
+        return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:40]
+
+    def read(self, key: str) -> dict[str, Parameter] | None:
+        """The weights kept under a key; None where there are none that can be used. A damaged file is thrown away."""
+        path = self._path(key)
+        try:
+            if path.stat().st_uid != os.getuid():
+                return None
+            found = read(path, key)
+            os.utime(path)
+            return found
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._say(f"kept weights {path} cannot be read ({error.strerror or error})")
+            return None
+        except (DamagedError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            self._say(f"kept weights {path} are damaged ({error}): they are made anew")
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+
+    def keep(self, key: str, parameters: Mapping[str, Any]) -> None:
+        """Keeps weights from now on, written by a thread of its own; see `finish`.
+
+        Args:
+            parameters: of arrays that numpy can see and nobody changes.
+        """
+        size = sum(_num_bytes(value) for value in parameters.values())
+        if size < self._least or not self._make_room(size):
+            return
+        thread = threading.Thread(target=self._write, args=(key, dict(parameters), size), name="weights", daemon=True)
+        self._writing.append(thread)
+        thread.start()
+
+    def finish(self) -> None:
+        """Waits until all is written."""
+        while self._writing:
+            self._writing.pop().join()
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}{SUFFIX}"
+
+    def _write(self, key: str, parameters: dict[str, Any], size: int) -> None:
+        try:
+            write(self._path(key), key, parameters)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            self._say(f"weights are not kept in {self.folder} ({reason}): the next start converts them again")
+            return
+        self._say(f"weights kept in {self.folder} for the next start ({size / GIB:.2f} GiB)")
+
+    def _make_room(self, size: int) -> bool:
+        """Whether there is room for `size` bytes more, after what has not been used for longest has gone."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            files = sorted(self._files())
+            disk = shutil.disk_usage(self.folder)
+            taken, free = sum(found for _, found, _ in files), disk.free - SPARED * disk.total
+            while taken + size > self.limit or size > free:
+                if not files:
+                    self._say(
+                        f"weights of {size / GIB:.2f} GiB are not kept in {self.folder}: all together may take "
+                        f"{self.limit / GIB:.2f} GiB (--weight-cache-gb) and leave a tenth of the disk free"
+                    )
+                    return False
+                _, gone, path = files.pop(0)
+                path.unlink(missing_ok=True)  # who has it mapped keeps it
+                taken, free = taken - gone, free + gone
+        except OSError as error:
+            self._say(f"weights are not kept in {self.folder} ({error.strerror or error})")
+            return False
+        return True
+
+    def _files(self) -> Iterator[tuple[float, int, Path]]:
+        """(last used, bytes, path) of what is kept; what nobody finished goes."""
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found = path.stat()
+                if path.suffix == SUFFIX:
+                    yield found.st_mtime, found.st_size, path
+                elif path.suffix == ".part" and time.time() - found.st_mtime > ABANDONED_S:
+                    path.unlink()
+
+
+def _num_bytes(value: Any) -> int:
+    arrays = [value] if not isinstance(value, StoredWeight) else vars(value).values()
+    return sum(int(np.prod(array.shape)) * array.dtype.itemsize for array in arrays if hasattr(array, "nbytes"))
