@@ -7,12 +7,15 @@ avx512, vnni, bf16), for tests and for finding faults.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
+from collections.abc import Generator
 from typing import Any
 
 import jax
+import numpy as np
 
 from ops.native import build
 
@@ -61,6 +64,32 @@ def set_isa(name: str | None) -> str:
     return isa()
 
 
+@contextlib.contextmanager
+def rehearsal(on: bool = True) -> Generator[None]:
+    """Inside, products compute a little of each phase on every thread and give zeros: what a program's first run costs, without
+    what its products do. Nothing changes where there are no kernels.
+
+    Args:
+        on: False for a stretch of a rehearsal that counts.
+    """
+    global _rehearsing
+    before, _rehearsing = _rehearsing, on
+    _tell(on)
+    try:
+        yield
+    finally:
+        _rehearsing = before
+        _tell(before)
+
+
+def _tell(rehearsing: bool) -> None:
+    if available():
+        library().jaxserve_rehearse(int(rehearsing))
+
+
+_rehearsing = False
+
+
 def target(name: str) -> str:
     """The name under which handler `name` is registered with XLA, for `jax.ffi.ffi_call`.
 
@@ -68,6 +97,16 @@ def target(name: str) -> str:
     operands than those it was compiled for.
     """
     return f"jaxserve.{name}.{build.source_hash()}"
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros on the CPU, where the kernels are there: a large array takes memory when it is written to, not before."""
+    return _zeros(shape, np.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    return jax.ffi.ffi_call(target("jaxserve_zeros"), jax.ShapeDtypeStruct(shape, dtype))()
 
 
 _level = 0

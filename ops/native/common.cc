@@ -31,6 +31,7 @@ Isa detect() {
 }
 
 const Isa kDetected = detect();
+std::atomic<bool> rehearsal{false};
 std::atomic<int> level{static_cast<int>(kDetected)};
 
 inline void relax() {
@@ -42,6 +43,8 @@ inline void relax() {
 }  // namespace
 
 Isa isa() { return static_cast<Isa>(level.load(std::memory_order_relaxed)); }
+
+bool rehearsing() { return rehearsal.load(std::memory_order_relaxed); }
 
 void Phases::work(Shared& shared, int worker) {
   size_t phase = 0;
@@ -96,6 +99,9 @@ void* scratch(int slot, size_t bytes) {
 }
 
 }  // namespace jaxserve
+
+// Begins or ends a rehearsal; see `rehearsing`.
+JAXSERVE_EXPORT void jaxserve_rehearse(int on) { jaxserve::rehearsal.store(on != 0, std::memory_order_relaxed); }
 
 // Takes the given level or, where the CPU has less, the highest it has; a negative one takes the highest. Returns the
 // level in use.

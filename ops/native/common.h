@@ -119,6 +119,12 @@ void parallel_for(ffi::ThreadPool& pool, int64_t chunks, F fn) {
 // again with the same slot; slots 0..7.
 void* scratch(int slot, size_t bytes);
 
+// Whether a start runs its programs once for what only a first run pays: products then do a little of each phase and give zeros.
+bool rehearsing();
+
+// How many of a product's chunks are done: all of them, or in a rehearsal enough for every thread to have met the code.
+inline int64_t in_rehearsal(int64_t chunks) { return rehearsing() && chunks > 4 ? 4 : chunks; }
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace jaxserve

@@ -72,7 +72,7 @@ void add_rounding(Phases& phases, const float* x, int64_t rows, int64_t width, b
                   const Quantized& q) {
   const Rounding r{x, width, width, nullptr, 0.0f, q.data, q.groups, q.scale, rotated};
   const int64_t step = std::max<int64_t>(1, std::min<int64_t>(16, 16384 / width));
-  phases.add(ceil_div(rows, step), [=, &k = kernels()](int64_t chunk, int) {
+  phases.add(in_rehearsal(ceil_div(rows, step)), [=, &k = kernels()](int64_t chunk, int) {
     const int64_t end = std::min(rows, (chunk + 1) * step);
     for (int64_t row = chunk * step; row < end; ++row) k.round_row(r, row);
   });
@@ -134,7 +134,7 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, S8 up_pack
   });
   // hidden = act(gate) * up: the first half of an expert's panels are gates.
   const int64_t half = up.panels / 2, pairs = kPanels / 2, up_columns = ceil_div(half, pairs);
-  phases.add(static_cast<int64_t>(tasks.size()) * up_columns, [=, &tasks, &kernel = kernels()](int64_t chunk, int) {
+  phases.add(in_rehearsal(static_cast<int64_t>(tasks.size()) * up_columns), [=, &tasks, &kernel = kernels()](int64_t chunk, int) {
     const Task& task = tasks[chunk / up_columns];
     const int64_t panel = chunk % up_columns * pairs;
     const int count = static_cast<int>(std::min(pairs, half - panel));
@@ -153,7 +153,7 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, S8 up_pack
   });
   add_rounding(phases, hidden, M, F, down_rotated, narrow);
   const int64_t down_columns = ceil_div(down.panels, kPanels);
-  phases.add(static_cast<int64_t>(tasks.size()) * down_columns, [=, &tasks, &kernel = kernels()](int64_t chunk, int) {
+  phases.add(in_rehearsal(static_cast<int64_t>(tasks.size()) * down_columns), [=, &tasks, &kernel = kernels()](int64_t chunk, int) {
     const Task& task = tasks[chunk / down_columns];
     const int64_t panel = chunk % down_columns * kPanels;
     Block b{};
@@ -181,6 +181,7 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, S8 up_pack
     }
   });
   phases.run(pool);
+  if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());
   return ffi::Error::Success();
 }
 

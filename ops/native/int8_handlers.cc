@@ -1,6 +1,7 @@
 // The int8 products as XLA calls them: rounding of the activations, product, and everything around it in one call.
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "int8.h"
@@ -60,7 +61,7 @@ Rows rows_from(const Rounding& r, int64_t row) {
 
 void add_rounding(Phases& phases, const Rounding& r, int64_t begin, int64_t rows) {
   const int64_t step = std::max<int64_t>(1, std::min<int64_t>(16, 16384 / r.width));
-  phases.add(ceil_div(rows, step), [=, &k = kernels()](int64_t chunk, int) {
+  phases.add(in_rehearsal(ceil_div(rows, step)), [=, &k = kernels()](int64_t chunk, int) {
     const int64_t end = begin + std::min(rows, (chunk + 1) * step);
     for (int64_t row = begin + chunk * step; row < end; ++row) k.round_row(r, row);
   });
@@ -88,7 +89,7 @@ void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t beg
                  const float* residual) {
   const Columns columns(w.panels, kPanels);
   const int64_t row_blocks = ceil_div(rows, kRowBlock);
-  phases.add(row_blocks * columns.count(), [=, &k = kernels()](int64_t chunk, int) {
+  phases.add(in_rehearsal(row_blocks * columns.count()), [=, &k = kernels()](int64_t chunk, int) {
     const int64_t first = begin + chunk / columns.count() * kRowBlock;
     const int64_t panel = columns.begin(chunk % columns.count());
     Block b{};
@@ -118,7 +119,7 @@ void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin
   const int64_t half = w.panels / 2, width = half * kPanel;
   const Columns columns(half, kPanels / 2);
   const int64_t row_blocks = ceil_div(rows, kRowBlock);
-  phases.add(row_blocks * columns.count(), [=, &k = kernels()](int64_t chunk, int) {
+  phases.add(in_rehearsal(row_blocks * columns.count()), [=, &k = kernels()](int64_t chunk, int) {
     const int64_t first = chunk / columns.count() * kRowBlock;
     const int64_t panel = columns.begin(chunk % columns.count());
     const int pairs = static_cast<int>(columns.begin(chunk % columns.count() + 1) - panel);
@@ -158,6 +159,7 @@ ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, S8 packed, F32 scale, S
   add_rounding(phases, a, 0, rows);
   add_product(phases, a, *weight, 0, rows, out->typed_data(), optional(residual));
   phases.run(pool);
+  if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());
   return ffi::Error::Success();
 }
 
@@ -192,6 +194,7 @@ ffi::Error gated_mlp(ffi::ThreadPool pool, F32 x, F32 gain, S8 up_packed, F32 up
                 rest == nullptr ? nullptr : rest + begin * outputs);
   }
   phases.run(pool);
+  if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());
   return ffi::Error::Success();
 }
 

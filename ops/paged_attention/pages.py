@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ops import native
 from ops.paged_attention.batch import KVSpec
 
 Layout = Literal["rows", "panels", "lanes"]
@@ -178,8 +179,11 @@ def allocate(
     if mesh is not None:
         sharding = jax.sharding.NamedSharding(mesh, _placement(spec, mesh))
     total = num_pages * (1 if mesh is None else mesh.shape.get(DATA_AXIS, 1))
+    # Native kernels read these pages, and so there are native zeros, which take memory when a page is first used.
+    lazy = layout == "panels" and mesh is None
+    zeros = native.zeros if lazy else functools.partial(jnp.zeros, device=sharding)
     arrays: dict[str, Any] = {
-        name: None if shape is None else jnp.zeros(shape[0], shape[1], device=sharding)
+        name: None if shape is None else zeros(shape[0], shape[1])
         for name, shape in _shapes(spec, total, page_size, dtype, layout).items()
     }
     platform = platform_of(mesh)

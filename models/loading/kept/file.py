@@ -92,7 +92,7 @@ def _append(file: Any, array: np.ndarray) -> list[Any]:
     array = np.ascontiguousarray(array)
     offset = file.tell()
     data = array.reshape(-1).view(np.uint8)
-    file.write(memoryview(data))
+    file.write(data.data)
     file.write(bytes(-data.size % ALIGNMENT))
     whole = data.size // 8 * 8
     total = _total(data[:whole]) + int.from_bytes(data[whole:].tobytes(), "little")

@@ -112,6 +112,7 @@ struct Tile {
   int64_t first_row, rows, inputs;
   int panels;                      // 1..4; even with an activation
   const uint8_t* record[kPanels];
+  const uint8_t* next[kPanels];    // the records that will be read after these, or null
   const Form* form[kPanels];
   const float* bias[kPanels];      // [valid] or null
   int valid[kPanels];              // channels of the panel that exist
@@ -127,6 +128,7 @@ struct Chunk {
   const Form* form;
   const uint8_t* packed[kPanels];  // values as stored
   const uint8_t* values[kPanels];  // unpacked, or null
+  const uint8_t* ahead[kPanels];   // what is read after these values, which prefetches may touch
   const float* scale[kPanels];
   const float* offset[kPanels];    // or null
 };

@@ -1,6 +1,7 @@
 // The products as XLA calls them: rounding of the activations, product, and everything around it in one call.
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "blocks/weight.h"
@@ -23,18 +24,36 @@ Rounding rounding(const float* x, int64_t rows, int64_t width, const float* gain
 
 void add_rounding(Phases& phases, const Rounding& r, int64_t begin, int64_t rows) {
   const int64_t step = std::max<int64_t>(1, std::min<int64_t>(16, 16384 / r.width));
-  phases.add(ceil_div(rows, step), [=, &k = kernels()](int64_t chunk, int) {
+  phases.add(in_rehearsal(ceil_div(rows, step)), [=, &k = kernels()](int64_t chunk, int) {
     const int64_t end = begin + std::min(rows, (chunk + 1) * step);
     for (int64_t row = begin + chunk * step; row < end; ++row) k.round_row(r, row);
   });
 }
 
+// How a product's tiles are dealt out: a block of rows, and tiles of neighbouring channels one behind the other, so that what is
+// read next is known. Few rows wait for memory, and take several tiles at once.
+struct Deal {
+  int64_t columns, row_blocks, together;  // tiles of one block of rows; blocks; tiles that a chunk has at most
+  Deal(int64_t tiles, int64_t rows) : columns(tiles), row_blocks(ceil_div(rows, kRowBlock)) {
+    together = rows > 2 ? 1 : std::clamp<int64_t>(tiles / 16, 1, 8);
+  }
+  int64_t runs() const { return ceil_div(columns, together); }
+  int64_t chunks() const { return row_blocks * runs(); }
+  // fn(first row of the block, tile) for all tiles of a chunk.
+  template <typename F>
+  void each(int64_t chunk, F fn) const {
+    const int64_t begin = chunk % runs() * together;
+    for (int64_t tile = begin; tile < std::min(begin + together, columns); ++tile) fn(chunk / runs() * kRowBlock, tile);
+  }
+};
+
 // out[rows, outputs] = a W^T + bias + residual. Row 0 of out is row `begin` of a.
 void add_product(Phases& phases, const Rows& a, const Weight& w, const float* bias, int64_t begin, int64_t rows, float* out,
                  const float* residual) {
-  const int64_t columns = ceil_div(w.panels(), kPanels), row_blocks = ceil_div(rows, kRowBlock);
-  phases.add(row_blocks * columns, [=, &w, &k = kernels()](int64_t chunk, int) {
-    const int64_t first = chunk / columns * kRowBlock, panel = chunk % columns * kPanels;
+  const Deal deal(ceil_div(w.panels(), kPanels), rows);
+  phases.add(in_rehearsal(deal.chunks()), [=, &w, &k = kernels()](int64_t chunk, int) {
+    deal.each(chunk, [&](int64_t first, int64_t tile) {
+    const int64_t panel = tile * kPanels;
     Tile t{};
     t.a = a;
     t.first_row = begin + first;
@@ -45,10 +64,12 @@ void add_product(Phases& phases, const Rows& a, const Weight& w, const float* bi
     for (int p = 0; p < t.panels; ++p) {
       const int64_t column = (panel + p) * kPanel;
       w.place(t, p, panel + p, bias);
+      t.next[p] = w.record_of(panel + kPanels + p);
       t.out[p] = out + first * w.outputs + column;
       t.residual[p] = residual == nullptr ? nullptr : residual + first * w.outputs + column;
     }
     k.tile(t);
+    });
   });
 }
 
@@ -57,9 +78,10 @@ void add_product(Phases& phases, const Rows& a, const Weight& w, const float* bi
 void add_gated(Phases& phases, const Rows& a, const Weight& w, const float* bias, int64_t begin, int64_t rows, float* hidden,
                Activation activation) {
   const int64_t half = w.panels() / 2, width = half * kPanel, pairs = kPanels / 2;
-  const int64_t columns = ceil_div(half, pairs), row_blocks = ceil_div(rows, kRowBlock);
-  phases.add(row_blocks * columns, [=, &w, &k = kernels()](int64_t chunk, int) {
-    const int64_t first = chunk / columns * kRowBlock, panel = chunk % columns * pairs;
+  const Deal deal(ceil_div(half, pairs), rows);
+  phases.add(in_rehearsal(deal.chunks()), [=, &w, &k = kernels()](int64_t chunk, int) {
+    deal.each(chunk, [&](int64_t first, int64_t tile) {
+    const int64_t panel = tile * pairs;
     const int count = static_cast<int>(std::min(pairs, half - panel));
     Tile t{};
     t.a = a;
@@ -72,9 +94,11 @@ void add_gated(Phases& phases, const Rows& a, const Weight& w, const float* bias
     for (int p = 0; p < t.panels; ++p) {
       const int64_t at = p < count ? panel + p : half + panel + p - count;
       w.place(t, p, at, bias);
+      t.next[p] = w.record_of(at + pairs);
       t.out[p] = p < count ? hidden + first * width + at * kPanel : nullptr;
     }
     k.tile(t);
+    });
   });
 }
 
@@ -98,6 +122,7 @@ ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, U8 bytes, S32 form, F32
   add_rounding(phases, a, 0, rows);
   add_product(phases, a.to, weight, optional(bias), 0, rows, out->typed_data(), optional(residual));
   phases.run(pool);
+  if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());
   return ffi::Error::Success();
 }
 
@@ -126,6 +151,7 @@ ffi::Error gated_mlp(ffi::ThreadPool pool, F32 x, F32 gain, U8 up_bytes, S32 up_
                 rest == nullptr ? nullptr : rest + begin * outputs);
   }
   phases.run(pool);
+  if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());
   return ffi::Error::Success();
 }
 

@@ -200,8 +200,9 @@ AT static void panels(const Tile& t, int first, int together, float* sums) {
     c.form = &form;
     for (int j = 0; j < together; ++j) {
       const uint8_t* chunk = t.record[first + j] + chunk_at(form, input);
-      // The next chunk's scales, or the next record's, are a chunk further on.
-      for (int64_t line = parts.scales; line < parts.bytes; line += 64) __builtin_prefetch(chunk + parts.bytes + line);
+      const bool last = input + kChunk >= all;
+      c.ahead[j] = !last ? chunk + parts.bytes : t.next[first + j] != nullptr ? t.next[first + j] : chunk;
+      for (int64_t line = parts.scales; line < parts.bytes; line += 64) __builtin_prefetch(c.ahead[j] + line);
       decode_scales(chunk, form, count, scale[j], offset[j]);
       c.packed[j] = chunk;
       c.scale[j] = scale[j];

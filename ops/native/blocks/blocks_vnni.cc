@@ -130,10 +130,12 @@ AT void rows(const Tile& t, const Chunk& chunk, int64_t row, float* sums) {
     table = four_times(entries);
   }
   const uint8_t* w[NP];
+  const uint8_t* ahead[NP];
   __m512 total[MR][NP];
   UNROLL
   for (int j = 0; j < NP; ++j) {
     w[j] = BITS == 8 && chunk.values[j] != nullptr ? chunk.values[j] : chunk.packed[j];
+    ahead[j] = chunk.ahead[j];
     UNROLL
     for (int i = 0; i < MR; ++i) total[i][j] = _mm512_loadu_ps(sums + (i * t.panels + j) * kPanel);
   }
@@ -155,6 +157,12 @@ AT void rows(const Tile& t, const Chunk& chunk, int64_t row, float* sums) {
         __m512i value[NP][Read::kQuads];
         UNROLL
         for (int j = 0; j < NP; ++j) {
+          if (MR <= kFour) {
+            // Into the second cache, a chunk ahead: few rows wait for memory, and the hardware alone is not far enough ahead.
+            UNROLL
+            for (int line = 0; line < Read::kBytes; line += 64) __builtin_prefetch(ahead[j] + line, 0, 2);
+            ahead[j] += Read::kBytes;
+          }
           Read::load(w[j], table, value[j]);
           w[j] += Read::kBytes;
         }

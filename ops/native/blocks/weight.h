@@ -61,10 +61,14 @@ struct Weight {
     return {bytes + int64_t{s.at} * 64 + (index - s.first) * record[s.form], &forms[s.form]};
   }
 
+  // The same, or null behind the last.
+  const uint8_t* record_of(int64_t index) const { return index < panels() ? panel(index).first : nullptr; }
+
   // Panel `index` as the p-th of a tile.
   void place(Tile& t, int p, int64_t index, const float* bias) const {
     const auto [from, form] = panel(index);
     t.record[p] = from;
+    t.next[p] = nullptr;
     t.form[p] = form;
     t.bias[p] = bias == nullptr ? nullptr : bias + index * kPanel;
     t.valid[p] = static_cast<int>(std::min<int64_t>(kPanel, outputs - index * kPanel));

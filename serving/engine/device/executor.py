@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.api import KVCache
-from ops import paged_attention
+from ops import native, paged_attention
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
 from serving.engine.device.adapters import VARIANT, Adapters
@@ -178,7 +178,8 @@ class Executor:
                 part.bind(self.programs)
         if meet is not None:
             meet("programs compiled", 1)  # the first collective must not wait for a process that compiles
-        self._warm_up()
+        with native.rehearsal():
+            self._warm_up()
         self.guard.arm()
         self.num_sampled = 0
 
@@ -203,7 +204,10 @@ class Executor:
         return jax.tree.map(lambda array: of_one(self._mesh, array), tree)
 
     def _warm_up(self) -> None:
-        """Runs every program once, so that the first request is as fast as the tenth (first calls allocate and page in)."""
+        """Runs every program once, so that the first request is as fast as the tenth (first calls allocate and page in).
+
+        In a rehearsal of the native kernels, whose products would be nearly all of it.
+        """
         slots = SlotTable(self.sizes.max_num_seqs, self._shapes.pages_per_slot, groups=len(self.groups.windows))
         rows = np.zeros(self.replicas * PROMPT_LOGPROB_ROWS, np.int32)
         late = self.adapters is not None and bool(self.adapters.room.late)
@@ -243,9 +247,10 @@ class Executor:
         if self.sizes.draft_tokens:
             empty = functools.partial(empty_step, self._shapes, self.replicas, self.draft, slots=slots)
             shapes = [bucket for bucket in self.buckets.buckets if not bucket.chunk]
-            self.step_seconds = tuple(
-                time_steps(shapes, empty, self.execute, lambda: jax.block_until_ready(self._state))
-            )
+            with native.rehearsal(False):
+                self.step_seconds = tuple(
+                    time_steps(shapes, empty, self.execute, lambda: jax.block_until_ready(self._state))
+                )
         neutral = slot_rows(Request(EngineRequest("", (0,), SamplingParams()), 0), self.vocab_size)
         self.execute(LoadSlot(0, self.sizes.max_num_seqs, *neutral))
         jax.block_until_ready(self._state)
