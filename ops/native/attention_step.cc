@@ -15,7 +15,9 @@ namespace jaxserve::attention {
 namespace {
 
 constexpr int TILE_ROWS = 96;             // queries of a tile, about
-constexpr int64_t kSplitTokens = 1024;    // longest stretch of keys that one decode item reads
+// Keys that one decode item reads: a context is cut at the multiples of it, whatever else is in the step. So a row's sums are
+// added up in the same order alone and among others, and threads have pieces to share where contexts are long.
+constexpr int64_t kSplitTokens = 256;
 constexpr int64_t kWorthAHelper = 32768;  // multiply-adds below which waking another thread costs more than it saves
 
 Kernels best_kernels() {
@@ -110,8 +112,8 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
   const int64_t limit = decode.count == 0 && chunk.count == 0 ? 0 : pool.page_size;
   const int64_t cores = std::max<int64_t>(threads.num_threads(), 1);
 
-  // Decode: one item a row and KV head, more where contexts are long beside the number of items. Where a row has several
-  // tokens, its item has the queries of them all.
+  // Decode: one item a row, KV head and stretch of kSplitTokens keys. Where a row has several tokens, its items have the queries of
+  // them all.
   const int64_t Q = decode.count == 0 ? 1 : decode.places, first_chunk = decode.count * Q, C = num_tokens - first_chunk;
   auto qlen_of = [&](int64_t b) -> int64_t { return decode.qlen == nullptr ? decode.len[b] > 0 : decode.qlen[b]; };
   auto begin_of = [&](int64_t b) {
@@ -130,7 +132,6 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     for (int64_t j = 0; Q > 1 && j < qlen; ++j) writes.push_back(b * Q + j);
   }
   const int64_t share = context * K / (cores * 4);
-  const int64_t stretch = std::min(std::max<int64_t>(share / DECODE_KEYS * DECODE_KEYS, DECODE_KEYS), kSplitTokens);
   std::vector<DecodePiece> pieces;
   std::vector<int32_t> groups{0};  // a thread takes pieces [groups[i], groups[i + 1]) together
   int64_t partials = 0, grouped = 0;
@@ -138,11 +139,9 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     const int64_t len = decode.len[b], from = begin_of(b), qlen = qlen_of(b);
     std::memset(step.out + (b * Q + qlen) * token_floats, 0, sizeof(float) * token_floats * (Q - qlen));
     if (qlen == 0) continue;
-    const int64_t splits = std::max<int64_t>(1, (len - from + stretch / 2) / stretch);
-    const int64_t each = ceil_div(ceil_div(len - from, splits), PANEL) * PANEL;
     for (int head = 0; head < K; ++head) {
-      for (int64_t begin = from; begin < len; begin += each) {
-        const int64_t end = std::min(begin + each, len);
+      for (int64_t begin = from, end; begin < len; begin = end) {
+        end = std::min((begin / kSplitTokens + 1) * kSplitTokens, len);
         const bool whole = begin == from && end == len;
         pieces.push_back({{decode.pages + b * decode.width, head, static_cast<int>(begin), static_cast<int>(end)},
                           static_cast<int32_t>(b),

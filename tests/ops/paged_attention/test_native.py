@@ -59,3 +59,17 @@ def test_writes_begin_and_end_anywhere(first):
     arguments = make_arguments(case)
     out, kv = run("native", arguments, fill(case, arguments, "bfloat16", "panels"))
     np.testing.assert_allclose(out, expected(arguments, kv), atol=ATOL["bfloat16"])
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_a_row_is_the_same_alone_and_among_others(window, isa):
+    """To the last bit: how a context is cut between threads depends on nothing else in the step."""
+    lengths = (600, 40, 900, 257, 256, 17)
+    case = Case(num_kv_heads=2, group=3, decode=lengths, window=window)
+    arguments = make_arguments(case)
+    together, _ = run("native", arguments, fill(case, arguments, "bfloat16", "panels"))
+    for row in range(len(lengths)):
+        alone = np.where(np.arange(len(lengths)) == row, lengths, 0).astype(np.int32)
+        batch = dataclasses.replace(arguments.batch, decode_len_B=alone)
+        out, _ = run("native", dataclasses.replace(arguments, batch=batch), fill(case, arguments, "bfloat16", "panels"))
+        np.testing.assert_array_equal(out[row], together[row])
