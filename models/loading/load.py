@@ -20,6 +20,7 @@ from models.layers import Build, Weight
 from models.loading import orbax
 from models.loading.coded import coded
 from models.loading.files.checkpoint import Checkpoint
+from models.loading.gguf import split_paths
 from models.loading.gguf_checkpoint import GGUFCheckpoint
 from models.loading.kept.cache import WeightCache
 from models.loading.opening import Opened, open_checkpoint
@@ -173,7 +174,12 @@ def _key(kept: WeightCache, opened: Opened, built: Built, quantization: str | No
         path: [list(parameter.get_value().shape), str(parameter.get_value().dtype)]
         for path, parameter in parameters_of(built.model)
     }
-    return kept.key(opened.source, {"quantization": quantization, "parameters": shapes})
+    path = opened.source.path
+    if opened.source.kind == "gguf":
+        files = split_paths(path)
+    else:
+        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors"))
+    return kept.key(files, {"quantization": quantization, "parameters": shapes})
 
 
 def _placed(

@@ -10,15 +10,13 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from models.loading.gguf import split_paths
 from models.loading.kept.file import DamagedError, Parameter, read, write
-from models.loading.source import ModelSource
 from ops import native, sources
 from ops.linear import StoredWeight
 
@@ -30,7 +28,6 @@ LEAST = 32 << 20  # bytes of weights below which keeping them saves nothing
 SPARED = 0.1  # of the disk, which is left free
 ABANDONED_S = 3600.0  # a file that nobody has finished by then never will be
 CODE = ("models", "ops", "sharding")
-FILES = {".json", ".safetensors"}
 
 
 class WeightCache:
@@ -52,19 +49,13 @@ class WeightCache:
         self._least = least
         self._writing: list[threading.Thread] = []
 
-    def key(self, source: ModelSource, settings: Mapping[str, Any]) -> str | None:
-        """What a model's weights are kept under; None for a source that holds them in their final form already.
+    def key(self, files: Iterable[Path], settings: Mapping[str, Any]) -> str:
+        """What a model's weights are kept under.
 
         Args:
-            source: whose files count by path, size and time of change.
+            files: of the checkpoint, which count by path, size and time of change.
             settings: everything else that decides the weights, besides this code and this CPU; as JSON takes it.
         """
-        if source.kind == "orbax":
-            return None
-        if source.kind == "gguf":
-            files = split_paths(source.path)
-        else:
-            files = sorted(path for path in source.path.iterdir() if path.suffix in FILES)
         stamps = [(str(path), found.st_size, found.st_mtime_ns) for path in files for found in (path.stat(),)]
         kernels = native.isa() if native.available() else "none"
         everything = [stamps, sources.digest(*CODE), kernels, dict(settings)]
