@@ -71,7 +71,13 @@ class Turns:
             self._changed.notify_all()
 
     def now(self) -> float:
+        """Seconds, of the clock that accounts go by."""
         return self._clock()
+
+    def is_ahead(self, turn: Turn) -> bool:
+        """Whether an engine would wait now."""
+        with self._changed:
+            return self._is_ahead(turn, self._clock())
 
     def _others(self, turn: Turn, now: float) -> list[Turn]:
         return [other for other in self._turns if other is not turn and other.steps(now)]

@@ -3,51 +3,58 @@
 from __future__ import annotations
 
 import threading
-import time
 
 from serving.fleet.turns import Turns, TurnTaking
 
 
-class Lane:
-    """A device that does one step after another. A runner's step takes its `seconds`."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-
-
 class Runner:
-    def __init__(self, lane: Lane, seconds: float) -> None:
-        self.lane, self.seconds, self.done = lane, seconds, 0
+    """A device whose step takes `seconds` of a clock."""
+
+    name = "a runner's"
+
+    def __init__(self, clock, seconds) -> None:
+        self.clock, self.seconds, self.done = clock, seconds, 0
 
     def dispatch_forward(self, plan, slots):
         return object()
 
     def collect(self, step):
-        with self.lane.lock:
-            time.sleep(self.seconds)
+        self.clock[0] += self.seconds
         self.done += 1
         return step
 
-    name = "a runner's"
-
-
-def drive(runner, until):
-    while time.monotonic() < until:
-        runner.collect(runner.dispatch_forward(None, None))
-
 
 def test_large_and_small_steps_get_the_same_share_of_the_device():
-    turns, lane = Turns(), Lane()
-    large, small = Runner(lane, 0.03), Runner(lane, 0.003)
-    until = time.monotonic() + 1.2
-    threads = [threading.Thread(target=drive, args=(TurnTaking(one, turns.join()), until)) for one in (large, small)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    used = [one.done * one.seconds for one in (large, small)]
+    clock = [0.0]
+    turns = Turns(lambda: clock[0])
+    runners = [Runner(clock, 0.02), Runner(clock, 0.002)]
+    taking = [TurnTaking(runner, turns.join()) for runner in runners]
+    for _ in range(1000):
+        for one in taking:
+            if not turns.is_ahead(one._turn):  # else its thread would wait
+                one.collect(one.dispatch_forward(None, None))
+    used = [one.done * one.seconds for one in runners]
     # Without turns the small one gets a step for each large one: a tenth of the time.
-    assert min(used) > 0.5 * max(used), used
+    assert min(used) > 0.9 * max(used), used
+
+
+def test_whoever_is_ahead_waits_until_the_other_has_caught_up():
+    clock = [0.0]
+    turns = Turns(lambda: clock[0])
+    ahead, behind = turns.join(), turns.join()
+    turns.take(behind)  # in flight
+    turns.take(ahead)
+    clock[0] += 1.0
+    turns.done(ahead, 0.0)
+    assert turns.is_ahead(ahead) and not turns.is_ahead(behind)
+    went = threading.Event()
+    thread = threading.Thread(target=lambda: (turns.take(ahead), went.set()))
+    thread.start()
+    assert not went.wait(0.1)
+    clock[0] += 0.99
+    turns.done(behind, clock[0] - 0.99)
+    assert went.wait(10)
+    thread.join()
 
 
 def test_alone_it_never_waits_and_what_it_used_meanwhile_is_not_held_against_it():
@@ -86,5 +93,5 @@ def test_a_step_that_failed_is_not_waited_for():
 
 def test_everything_else_is_the_runners():
     turns = Turns()
-    runner = TurnTaking(Runner(Lane(), 0.0), turns.join())
+    runner = TurnTaking(Runner([0.0], 0.0), turns.join())
     assert runner.name == "a runner's"
