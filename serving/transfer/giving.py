@@ -281,7 +281,8 @@ class Giving:
                 lambda at=at: (self._read(wanted, at, count, known), self._more_to_come(wanted.ticket))
             )
             if found is not None:
-                for parcel in self._packed(*found, links):
+                which, groups, lent = found
+                for parcel in self._packed(which, groups, lent, links):
                     at = parcel.page + 1
                     yield parcel
                 told = time.monotonic()

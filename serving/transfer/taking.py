@@ -334,7 +334,12 @@ class Taking:
         if not landing.pages:  # layers keep states alone
             at, came.tokens = count, landing.tokens
         job.heard = time.monotonic()
-        job.fetching = job.begin() if job.begin is not None else self._transport.fetch(job.address, wanted)
+        begin = job.begin
+        if begin is None:
+            assert self._transport is not None, "what comes from files says itself how it begins"
+            transport = self._transport
+            begin = lambda: transport.fetch(job.address, wanted)  # noqa: E731
+        job.fetching = begin()
         verified = getattr(job.fetching, "verified", False)
         if job.why:
             job.fetching.cancel()

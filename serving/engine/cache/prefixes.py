@@ -145,7 +145,10 @@ class Prefixes:
             known: pages of a prefix that the device and the host tier make good.
         """
         tier = self._tier
-        here = lambda key: key in self._pool or (tier is not None and key in tier)  # noqa: E731
+
+        def here(key: bytes) -> bool:
+            return key in self._pool or (tier is not None and key in tier)
+
         count = self._longest(digests, lambda key: here(key) or elsewhere(key))
         if count <= known:
             return count, 0

@@ -45,7 +45,7 @@ def write_pages(kv: KVCache, ids: jax.Array, content: Any) -> KVCache:
 def _memory(shard: jax.Array) -> np.ndarray:
     """A CPU device's part of an array as memory that can be written. Nobody may be computing with it."""
     pointer: int = shard.unsafe_buffer_pointer()
-    raw = (ctypes.c_uint8 * shard.nbytes).from_address(pointer)
+    raw = memoryview((ctypes.c_uint8 * shard.nbytes).from_address(pointer)).cast("B")
     return np.frombuffer(raw, np.uint8).view(shard.dtype).reshape(shard.shape)
 
 
@@ -108,7 +108,7 @@ class PageStore:
         self._pending: list[_Parcel] = []
         self._programs: dict[ProgramKey, Any] = {}
         self._in_memory = jax.default_backend() == "cpu"
-        self._reads: list[jax.Array] = []  # one array of what each program gave that may still be reading pages
+        self._reads: list[Any] = []  # one array of what each program gave that may still be reading pages
 
     def __len__(self) -> int:
         return len(self._pages)

@@ -5,6 +5,7 @@ Row `slots` of the states is the dummy that padding rows use. Both kinds of arra
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,11 @@ def abstract_states(spec: RecurrentSpec, rows: int, mesh: Mesh | None, replicas:
     lead = DATA_AXIS if replicas > 1 else None
     arrays = {a.name: jax.ShapeDtypeStruct((replicas * rows, *a.shape), jnp.dtype(a.dtype)) for a in spec.arrays}
     return States(arrays, () if mesh is None else tuple((a.name, PartitionSpec(lead, *a.axes)) for a in spec.arrays))
+
+
+def _cut(row: np.ndarray, index: Any) -> np.ndarray:
+    """One device's part of a row, as the only one of its replica: [1, ...]."""
+    return np.ascontiguousarray(row[slices(part_of(index))])[None]
 
 
 class StateStore:
@@ -189,7 +195,7 @@ class StateStore:
             jax.make_array_from_callback(
                 (self._replicas, *like.shape[1:]),
                 like.sharding,
-                lambda index, whole=whole_row: np.ascontiguousarray(whole[slices(part_of(index))])[None],
+                functools.partial(_cut, whole_row),
             )
             for like, whole_row in zip(arrays, rows, strict=True)
         ]
