@@ -113,6 +113,11 @@ def _check_head(config: EngineConfig, how: SpeculativeConfig, target: Target) ->
             f"{NAMED} with method {how.method!r} hears every step; set num_scheduler_steps, {config.num_scheduler_steps} here, "
             "to 1."
         )
+    if target.opened.family.traced:
+        raise ValueError(
+            f"{NAMED} with method {how.method!r} hears layers of the model, and {target.opened.model_id} runs transformers' own "
+            "code, whose layers nothing hears. Use ngram, suffix or a draft model."
+        )
     try:
         if how.method == "mtp":
             return CheckedDraft(open_mtp(target.opened, target.built.build), None)
