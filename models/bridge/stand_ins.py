@@ -242,7 +242,10 @@ def configuration(hf: Mapping[str, Any]) -> Any:
     kind = told.pop("model_type", None)
     if kind not in transformers.CONFIG_MAPPING:
         raise Refused(f"it has no configuration of the type {kind!r}")
-    return transformers.CONFIG_MAPPING[kind].from_dict(told)
+    try:
+        return transformers.CONFIG_MAPPING[kind].from_dict(told)
+    except Exception as e:  # its configurations check themselves, each in its own way
+        raise Refused(f"its configuration says {type(e).__name__}: {e}") from e
 
 
 def model_class(hf: Mapping[str, Any]) -> Any:

@@ -53,7 +53,8 @@ def configuration(kind: str, **fields: Any) -> Any:
     made = transformers.CONFIG_MAPPING[kind]
     default = made()
     told = {name: value for name, value in SMALL.items() if _has(default, name)} | OTHER.get(kind, {}) | fields
-    if isinstance(getattr(default, "layer_types", None), list | tuple):
+    given = not isinstance(getattr(type(default), "layer_types", None), property)
+    if given and isinstance(getattr(default, "layer_types", None), list | tuple):
         told["num_hidden_layers"] = 4  # so that kinds of layers take turns
         kinds = list(dict.fromkeys(default.layer_types))
         told["layer_types"] = [kinds[index % len(kinds)] for index in range(4)]
