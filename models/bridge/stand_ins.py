@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from models.bridge.graph import Refused
+from models.bridge.known import BESIDE
 from models.bridge.record import options
 
 NAME = "jaxserve"
@@ -255,11 +256,10 @@ def model_class(hf: Mapping[str, Any]) -> Any:
         Refused: there is none, or it does not write texts.
     """
     architecture = hf["architectures"][0]
-    listed = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if architecture not in {
-        name for names in listed.values() for name in ([names] if isinstance(names, str) else names)
-    }:
-        raise Refused("it is not on its list of models for text generation")
+    listed = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    known = {name for names in listed for name in ([names] if isinstance(names, str) else names)} | BESIDE
+    if architecture not in known or not hasattr(transformers, architecture):
+        raise Refused("it has no model for text generation of that name")
     return getattr(transformers, architecture)
 
 
