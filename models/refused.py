@@ -41,10 +41,9 @@ _NAMES = {
         ZambaForCausalLM ZayaForCausalLM xLSTMForCausalLM""",
     _NOT_WRITTEN: """
         AXK1ForCausalLM AXK2ForCausalLM BeamForCausalLM CTRLLMHeadModel CodeGenForCausalLM CohereCompassForCausalLM
-        DbrxForCausalLM DiffLlamaForCausalLM Dots1ForCausalLM FalconForCausalLM GPTJForCausalLM GPTNeoForCausalLM
-        GPTNeoXJapaneseForCausalLM HYV4ForCausalLM HunYuanDenseV1ForCausalLM HyperCLOVAXForCausalLM JetMoeForCausalLM
-        LagunaForCausalLM LongcatFlashForCausalLM ModernBertDecoderForCausalLM OlmoHybridForCausalLM
-        OpenAIGPTLMHeadModel PhiForCausalLM VaultGemmaForCausalLM XGLMForCausalLM YoutuForCausalLM Zamba2ForCausalLM""",
+        DbrxForCausalLM DiffLlamaForCausalLM Dots1ForCausalLM GPTNeoForCausalLM GPTNeoXJapaneseForCausalLM
+        HYV4ForCausalLM JetMoeForCausalLM LongcatFlashForCausalLM ModernBertDecoderForCausalLM OlmoHybridForCausalLM
+        OpenAIGPTLMHeadModel XGLMForCausalLM YoutuForCausalLM Zamba2ForCausalLM""",
 }
 
 REFUSED: dict[str, str] = {name: reason for reason, names in _NAMES.items() for name in names.split()}

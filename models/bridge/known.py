@@ -8,11 +8,12 @@ from __future__ import annotations
 _EQUAL = """
     AfmoeForCausalLM ApertusForCausalLM ArceeForCausalLM BioGptForCausalLM BitNetForCausalLM Cohere2MoeForCausalLM
     CohereForCausalLM CwmForCausalLM Ernie4_5ForCausalLM Ernie4_5_MoeForCausalLM ExaoneMoeForCausalLM
-    FlexOlmoForCausalLM FlintForCausalLM GPTBigCodeForCausalLM GPTNeoXForCausalLM Glm4ForCausalLM GlmForCausalLM
-    GraniteMoeSWAForCausalLM GraniteMoeSharedForCausalLM GraniteSWAForCausalLM HYV3ForCausalLM HeliumForCausalLM
-    HunYuanMoEV1ForCausalLM Jais2ForCausalLM Kolibri1ForCausalLM MellumForCausalLM MiMoV2FlashForCausalLM
+    FalconForCausalLM FlexOlmoForCausalLM FlintForCausalLM GPTBigCodeForCausalLM GPTJForCausalLM GPTNeoXForCausalLM
+    Glm4ForCausalLM GlmForCausalLM GraniteMoeSWAForCausalLM GraniteMoeSharedForCausalLM GraniteSWAForCausalLM
+    HYV3ForCausalLM HeliumForCausalLM HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM HyperCLOVAXForCausalLM
+    Jais2ForCausalLM Kolibri1ForCausalLM LagunaForCausalLM MellumForCausalLM MiMoV2FlashForCausalLM
     MiniCPM3ForCausalLM NanoChatForCausalLM NemotronForCausalLM OPTForCausalLM OlmoForCausalLM PersimmonForCausalLM
-    PhimoeForCausalLM SolarOpenForCausalLM StableLmForCausalLM
+    PhiForCausalLM PhimoeForCausalLM SolarOpenForCausalLM StableLmForCausalLM VaultGemmaForCausalLM
 """
 
 EQUAL = frozenset(_EQUAL.split())
