@@ -68,5 +68,6 @@ def _step(tokens: list[int], at: int, count: int, pages: int, chunk: bool) -> St
         np.array([at + count] * rows, np.int32),
         np.zeros(rows, np.int32),
     )
-    batch = AttentionBatch(*map(jnp.asarray, fields))
+    arrays: list[Any] = [jnp.asarray(field) for field in fields]
+    batch = AttentionBatch(*arrays)
     return Step(jnp.asarray(given), jnp.asarray(positions), batch)

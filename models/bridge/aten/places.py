@@ -94,7 +94,7 @@ def _index(x: jax.Array, places: Sequence[Any]) -> jax.Array:
 
 @op("index_put", "_unsafe_index_put")
 def _index_put(x: jax.Array, places: Sequence[Any], values: jax.Array, accumulate: bool = False) -> jax.Array:
-    chosen = tuple(slice(None) if place is None else place for place in places)
+    chosen: tuple[Any, ...] = tuple(slice(None) if place is None else place for place in places)
     if len(chosen) == 1 and getattr(chosen[0], "dtype", None) == jnp.bool_ and values.ndim == 0:
         mask = chosen[0].reshape(chosen[0].shape + (1,) * (x.ndim - chosen[0].ndim))
         return jnp.where(mask, values.astype(x.dtype), x)

@@ -185,8 +185,8 @@ def test_tables_that_are_computed_are_ignored(directory):
 
 
 def test_unknown_architecture_is_named_with_what_is_supported(directory):
-    (directory / "config.json").write_text(json.dumps(HF | {"architectures": ["MambaForCausalLM"]}))
-    with pytest.raises(ValueError, match=r"'MambaForCausalLM' is not supported.*LlamaForCausalLM"):
+    (directory / "config.json").write_text(json.dumps(HF | {"architectures": ["NobodysForCausalLM"]}))
+    with pytest.raises(ValueError, match=r"'NobodysForCausalLM' is not supported.*LlamaForCausalLM"):
         load(directory)
 
 
