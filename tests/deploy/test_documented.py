@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from scripts.deploy.ray_serve import RAYS_OWN, flags
-from serving.boot.flags.launch import build_parser, engine_config
+from serving.boot.flags.launch import parse
 from serving.plan import __main__ as plan
 from serving.plan import chips, facts
 from sharding.mesh import parse_mesh
@@ -53,7 +53,6 @@ def test_shown_commands_are_taken(kind, arguments):
             given = dict(argument.split("=", 1) for argument in arguments)
             assert set(given) & set(RAYS_OWN)
             arguments = flags(given)
-        args = build_parser().parse_args(arguments)
-        engine_config(args)
+        args, _ = parse(arguments)
     if args.mesh != "auto":
         parse_mesh(args.mesh)

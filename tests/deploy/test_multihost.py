@@ -11,7 +11,7 @@ import yaml
 
 from serving.access.__main__ import main as make_key
 from serving.access.keys import read_file
-from serving.boot.flags.launch import GRPC_PORT, HTTP_PORT, build_parser, engine_config
+from serving.boot.flags.launch import GRPC_PORT, HTTP_PORT, build_parser, parse
 from serving.plan import chips
 from sharding.mesh import parse_mesh
 
@@ -161,8 +161,8 @@ def test_leader_and_workers_run_the_same_program(overlay):
 def test_meshes_use_every_accelerator_of_the_group(overlay):
     group = built(overlay)["LeaderWorkerSet", "jaxserve"]
     leader, _ = templates(group)
-    args = build_parser().parse_args(only_container(leader)["args"])
-    assert engine_config(args).coordinator == "auto", "the processes have to find each other"
+    args, config = parse(only_container(leader)["args"])
+    assert config.coordinator == "auto", "the processes have to find each other"
     assert args.drain_timeout < leader["spec"]["terminationGracePeriodSeconds"]
     wanted = 1
     for size in parse_mesh(args.mesh).values():
