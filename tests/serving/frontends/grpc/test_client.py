@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 
+from serving.engine.api.peers.stats import REASONS, TransferStats
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
 from serving.engine.api.types import EngineStats
 from serving.errors import ErrorKind, RequestError
@@ -125,7 +126,9 @@ async def test_a_servers_counters_arrive_whole(serve):
     }
     names = [field.name for field in dataclasses.fields(EngineStats) if field.name not in absent]
     stats = EngineStats(**{name: i + 1 for i, name in enumerate(names)})
-    stats = dataclasses.replace(stats, accepted_per_pos=(3, 1))
+    names = [field.name for field in dataclasses.fields(TransferStats) if field.name != "fallbacks"]
+    transfers = TransferStats(**{name: i + 1 for i, name in enumerate(names)}, fallbacks=tuple(range(len(REASONS))))
+    stats = dataclasses.replace(stats, accepted_per_pos=(3, 1), transfers=transfers)
     engine = MockEngine()
     engine.stats = lambda: stats
     async with gateway(serve, engine) as (_, service):
