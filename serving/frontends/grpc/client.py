@@ -310,6 +310,8 @@ class RemoteEngineClient(EngineClient):
             num_draft_tokens=server.num_draft_tokens,
             num_accepted_tokens=server.num_accepted_tokens,
             accepted_per_pos=tuple(server.accepted_per_pos) or None,
+            media_queries=server.media_queries,
+            media_hits=server.media_hits,
             transfers=figures.stats_from(server.transfers) if server.HasField("transfers") else None,
         )
         if self._on_stats is not None:

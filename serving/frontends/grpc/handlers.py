@@ -172,6 +172,8 @@ class Control(ControlCalls):
             num_draft_tokens=stats.num_draft_tokens,
             num_accepted_tokens=stats.num_accepted_tokens,
             accepted_per_pos=stats.accepted_per_pos or (),
+            media_queries=stats.media_queries,
+            media_hits=stats.media_hits,
             takes_adapters=any(service.adapters.open for service in served.visible()),
             adapters=loaded_adapters(served),
             transfers=None if stats.transfers is None else figures.stats_to(stats.transfers),
