@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import yaml
 
-from serving.boot.flags.launch import GRPC_PORT, HTTP_PORT, build_parser, engine_config
+from serving.boot.flags.launch import GRPC_PORT, HTTP_PORT, build_parser, parse
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "scripts" / "deploy"
@@ -51,8 +51,7 @@ def container(deployment: dict) -> dict:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_arguments_are_flags_of_the_server(overlay):
-    args = build_parser().parse_args(container(patched(overlay))["args"])
-    engine_config(args)
+    args, _ = parse(container(patched(overlay))["args"])
     grace = patched(overlay)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert args.drain_timeout < grace, "the kubelet would kill before requests are drained"
 
