@@ -27,9 +27,11 @@ def end_start() -> None:
 def let_go() -> None:
     """Looks through all that is there for what nobody holds any more, what `end_start` has set aside included: behind an engine
     that ends while the process goes on."""
+    set_aside = gc.get_freeze_count() > 0  # not in a process that is somebody else's
     gc.unfreeze()
     gc.collect()
-    gc.freeze()
+    if set_aside:
+        gc.freeze()
     give_back()
 
 
