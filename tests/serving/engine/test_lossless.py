@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
     "max_num_seqs": 8, "max_num_batched_tokens": 48, "max_model_len": 192, "kv_cache_memory": "512KiB", "page_size": 16,
     "dtype": "float32", "progress": False,
 }  # fmt: skip
-MEMORY = {"ngram": "256KiB", "suffix": "256KiB", "deepseek v3: mtp": "112KiB"}
+MEMORY = {"ngram": "256KiB", "suffix": "256KiB", "draft_model": "320KiB", "deepseek v3: mtp": "112KiB"}
 """Where that would be pages enough for all."""
 WORDS = 256
 """Token i below is the word w<i>, in every model here."""
