@@ -213,10 +213,10 @@ class Executor:
         late = self.adapters is not None and bool(self.adapters.room.late)
         for bucket in self.buckets.buckets:
             draft, forward, sample = empty_step(self._shapes, self.replicas, self.draft, bucket, slots)
-            if self.adapters is not None:
-                self.execute(dataclasses.replace(forward, adapted=True))
             if draft is not None:
                 self.execute(draft)
+            if self.adapters is not None:
+                self.execute(dataclasses.replace(forward, adapted=True))
             self.execute(forward)
             if bucket.chunk:
                 self.execute(PromptLogprobs(bucket.tokens, rows, rows))
