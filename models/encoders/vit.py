@@ -30,7 +30,10 @@ class VitConfig:
         num_layers, embed_dim, ffw_dim, num_heads: L, D, F, H.
         patch_dim: X, numbers of a patch as it comes.
         out_dim: width of the embeddings it makes, the decoder's.
-        max_patches: of one image, at most; exactly, where it is `fixed`.
+        max_patches: of one image, at most.
+        tile: patches of a tile, where an image is one or several of them, none of which sees another; 0 where it is one grid of
+            any size.
+        first: tokens in front of a tile's patches.
         merge: side of the square of patches that become one embedding.
         norm: "layer" or "rms".
         norm_eps: added to the variance before the root.
@@ -38,7 +41,10 @@ class VitConfig:
         gated: whether that has a gate.
         rope_theta: base of the frequencies by which a head's channels turn with row and column; None where they do not.
         windows: of each layer, the side of the squares of the grid within which patches see each other; None for all.
+        attn_bias: whether q, k, v and what comes out of attention have biases, in that order.
         taps: layers behind which embeddings are made besides, which are added to what enters the decoder's second layer, third, ...
+        picked, lines: as in `MediaShape`, of towers whose embeddings are not simply their rows.
+        together: whether an image's tokens in the decoder attend to each other, also to those behind them.
         extra: what only one family needs; hashable values.
     """
 
@@ -49,16 +55,21 @@ class VitConfig:
     patch_dim: int
     out_dim: int
     max_patches: int
-    fixed: bool = False
+    tile: int = 0
+    first: int = 0
     merge: int = 1
     norm: str = "layer"
     norm_eps: float = 1e-6
     activation: str = "gelu"
     gated: bool = False
     mlp_bias: bool = True
+    attn_bias: tuple[bool, bool] = (True, True)
     rope_theta: float | None = None
     windows: tuple[int | None, ...] = ()
     taps: tuple[int, ...] = ()
+    picked: int = 0
+    lines: int = 0
+    together: bool = False
     extra: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -69,6 +80,10 @@ class VitConfig:
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"the vision configuration has {self.num_heads} heads, which do not divide its width {self.embed_dim}."
+            )
+        if self.tile < 0 or (self.tile and self.max_patches % self.tile):
+            raise ValueError(
+                f"the vision configuration has tiles of {self.tile} patches, not a part of {self.max_patches}."
             )
         activation(self.activation)
         if not self.windows:
@@ -119,13 +134,20 @@ def attend_patches(
     return jax.lax.map(lambda one: attend(*one), blocks).reshape(P, H, h)
 
 
-def axial_frequencies(theta: float, head_dim: int) -> np.ndarray:
-    """float32 [2, h / 2] for `ops.rope.rope`: the first half of the pairs turns with the row, the second with the column."""
+def axial_frequencies(theta: float, head_dim: int, alternating: bool = False) -> np.ndarray:
+    """float32 [2, h / 2] for `ops.rope.rope`: the first half of the pairs turns with the row, the second with the column.
+
+    Args:
+        alternating: the two share one series of frequencies, each taking every other one (Pixtral); else both have the same.
+    """
     half = head_dim // 2
     exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
-    inv_freq = (np.float32(1.0) / np.power(np.float32(theta), exponents)).astype(np.float32)
-    still = np.zeros_like(inv_freq)
-    return np.stack([np.concatenate([inv_freq, still]), np.concatenate([still, inv_freq])])
+    row, column = (
+        (np.float32(1.0) / np.power(np.float32(theta), exponents + np.float32(shift))).astype(np.float32)
+        for shift in (0.0, 1 / half if alternating else 0.0)
+    )
+    still = np.zeros_like(row)
+    return np.stack([np.concatenate([row, still]), np.concatenate([still, column])])
 
 
 class PatchAttention(nnx.Module):
@@ -142,15 +164,21 @@ class PatchAttention(nnx.Module):
         axis = build.axis("heads", H)
         self.heads, self.names = (H, h), names
         self.window, self.theta = config.windows[layer], config.rope_theta
-        self.qkv = Linear(D, 3 * D, build, (axis, "embed"), bias=True)
-        self.out = Linear(D, D, build, ("embed", axis), bias=True)
+        self.alternating = bool(config.get("alternating"))
+        self.tile = config.tile and config.first + config.tile
+        self.qkv = Linear(D, 3 * D, build, (axis, "embed"), bias=config.attn_bias[0])
+        self.out = Linear(D, D, build, ("embed", axis), bias=config.attn_bias[1])
 
     def __call__(self, x_PD: jax.Array, place_P2: jax.Array, real_P: jax.Array) -> jax.Array:
         (P, D), (H, h) = x_PD.shape, self.heads
         q_PHh, k_PHh, v_PHh = jnp.moveaxis(self.qkv(x_PD).reshape(P, H, 3, h), 2, 0)
         if self.theta is not None:
-            turns = axial_frequencies(self.theta, h)
+            turns = axial_frequencies(self.theta, h, self.alternating)
             q_PHh, k_PHh = (rope(x, place_P2.T, turns) for x in (q_PHh, k_PHh))
+        if self.tile and self.tile < P:
+            tiles = tuple(x.reshape(-1, self.tile, H, h) for x in (q_PHh, k_PHh, v_PHh))
+            out_NSHh = jax.lax.map(lambda qkv: attend_patches(qkv[0], qkv[1], qkv[2], jnp.ones(self.tile, bool)), tiles)
+            return self.out(out_NSHh.reshape(P, D))
         window_P = None
         if self.window is not None:
             row_P, column_P = (place_P2 // self.window).T
@@ -166,7 +194,9 @@ class PatchAttention(nnx.Module):
         else:
             weights = pieces([f"{name}.{part}.weight" for part in parts], *((D, D),) * 3)
             biases = pieces([f"{name}.{part}.bias" for part in parts], *((D,),) * 3)
-        recipes: Recipes = {"qkv.weight": deal(H, *weights), "qkv.bias": deal(H, *biases)}
+        recipes: Recipes = {"qkv.weight": deal(H, *weights)}
+        if self.qkv.bias is not None:
+            recipes["qkv.bias"] = deal(H, *biases)
         return recipes | under("out", self.out.recipes(f"{name}.{out}"))
 
 
@@ -212,6 +242,15 @@ class VitBlock(nnx.Module):
 def run_block(block: VitBlock, x_PD: jax.Array, place_P2: jax.Array, real_P: jax.Array) -> jax.Array:
     """One block as a function of its own: equal blocks are traced once."""
     return _run(*nnx.split(block), x_PD, place_P2, real_P)
+
+
+def squares(x_PD: jax.Array, side: int, merge: int) -> jax.Array:
+    """[N, merge^2 D] of tiles of side x side patches, row by row: those of each square side by side, row by row."""
+    if merge == 1:
+        return x_PD
+    D, m = x_PD.shape[-1], merge
+    x = x_PD.reshape(-1, side // m, m, side // m, m, D).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, m * m * D)
 
 
 @functools.partial(jax.jit, static_argnums=0)

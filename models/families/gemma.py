@@ -1,4 +1,4 @@
-"""Gemma (arXiv:2403.08295): Llama with scaled embeddings. Gemma 2 (arXiv:2408.00118) and 3 (arXiv:2503.19786), text: a norm
+"""Gemma (arXiv:2403.08295): Llama with scaled embeddings. Gemma 2 (arXiv:2408.00118) and 3 (arXiv:2503.19786): a norm
 before and after each block, local and global layers in turn, soft-capped scores and logits (2) or a norm over each head's q
 and k (3)."""
 
@@ -12,7 +12,8 @@ import jax
 from models.api import Step
 from models.config import ModelConfig, from_hf, rope_from_hf
 from models.decoder import Decoder
-from models.family import Family
+from models.encoders.gemma import Gemma3, gemma3_vision
+from models.family import Family, Tower
 from models.layers import Build, Layer
 
 VISION = (r"^(model\.)?(vision_tower|multi_modal_projector|vision_model)\.",)
@@ -116,10 +117,18 @@ FAMILIES = (
     Family("Gemma 2", ("Gemma2ForCausalLM",), gemma2_config, build, gguf=("gemma2",)),
     Family(
         "Gemma 3 (text)",
-        ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+        ("Gemma3ForCausalLM",),
         gemma3_config,
         build,
         gguf=("gemma3",),
         ignore=VISION,
+    ),
+    Family(
+        "Gemma 3",
+        ("Gemma3ForConditionalGeneration",),
+        gemma3_config,
+        build,
+        ignore=VISION,
+        tower=Tower(gemma3_vision, Gemma3, VISION[0]),
     ),
 )

@@ -1,5 +1,5 @@
 """Mistral 7B with its sliding window (Jiang et al. 2023, arXiv:2310.06825), Ministral, whose layers have windows in turn, and
-Mistral Small 3 and Ministral 3 (Mistral AI 2025), text."""
+Mistral Small 3 and Ministral 3 (Mistral AI 2025), with or without a tower for images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from models.api import Step
 from models.config import ModelConfig, from_hf, windows_from_hf
 from models.decoder import Decoder
+from models.encoders.pixtral import Pixtral, pixtral_vision
 from models.families.gemma import VISION
-from models.family import Family
+from models.family import Family, Tower
 from models.layers import Attention, Build, Layer
 
 
@@ -63,12 +64,19 @@ FAMILIES = (
             "MistralForCausalLM",
             "MinistralForCausalLM",
             "Ministral3ForCausalLM",
-            "Mistral3ForConditionalGeneration",
             "MistralModel",
         ),
         mistral_config,
         build,
         gguf=("llama with windows", "mistral3"),
         ignore=VISION,
+    ),
+    Family(
+        "Mistral Small 3.1, Ministral 3",
+        ("Mistral3ForConditionalGeneration",),
+        mistral_config,
+        build,
+        ignore=VISION,
+        tower=Tower(pixtral_vision, Pixtral, VISION[0]),
     ),
 )

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -146,6 +148,11 @@ def attend(
         kept: Any = kv if k_TKh is None else (k_TKh, v_TKh)
         out_TKGh = sequences.attend(q_TKGh, kept[0], kept[1], batch, sinks_KG=sinks_KG, chunk=chunk, **options)
         return out_TKGh, kept
+    if batch.chunk_ahead_C is not None:
+        plain = dataclasses.replace(batch, chunk_ahead_C=None)
+        how: dict[str, Any] = options | {"chunk": chunk, "sinks_KG": sinks_KG}
+        out_TKGh, kv = attend(q_TKGh, k_TKh, v_TKh, kv, plain, **how)
+        return _look_ahead(lambda: q_TKGh, out_TKGh, kv, batch, **how), kv
     if chunk is not None:
         body = functools.partial(xla.attend, **options, chunk=chunk)
         return _per_device(body, (q_TKGh, k_TKh, v_TKh), (), kv, batch, sinks_KG)
@@ -184,6 +191,15 @@ def attend_rope(
     Returns:
         As `attend`.
     """
+    if isinstance(batch, AttentionBatch) and batch.chunk_ahead_C is not None:
+        plain = dataclasses.replace(batch, chunk_ahead_C=None)
+        how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks_KG": sinks_KG}
+        out_TKGh, kv = attend_rope(qkv_TKgh, positions_T, rotary, kv, plain, **how)
+
+        def queries() -> jax.Array:
+            return qkv_TKgh[:, :, :-2] if rotary is None else rope(qkv_TKgh[:, :, :-2], positions_T, *rotary)
+
+        return _look_ahead(queries, out_TKGh, kv, batch, **how), kv
     if _forced.get() in (None, "native") and isinstance(batch, AttentionBatch):
         run = functools.partial(native.attend_rope, scale=scale, window=window, softcap=softcap)
         angles = () if rotary is None else cos_sin(positions_T, *rotary)
@@ -193,6 +209,35 @@ def attend_rope(
     if rotary is not None:
         q_TKGh, k_TKh = (rope(x, positions_T, *rotary) for x in (q_TKGh, k_TKh))
     return attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=scale, window=window, softcap=softcap, sinks_KG=sinks_KG)
+
+
+def _look_ahead(
+    queries: Callable[[], jax.Array],
+    out_TKGh: jax.Array,
+    kv: KVPages,
+    batch: AttentionBatch,
+    *,
+    sinks_KG: jax.Array | None,
+    **options: Any,
+) -> jax.Array:
+    """What causal attention gave, with chunk tokens that attend to later ones made anew. Only the plain XLA body does that, and it
+    runs in steps that have such tokens: prompts without images cost what they cost any model."""
+    first = batch.num_decode_tokens
+    chunk = dataclasses.replace(
+        batch,
+        kv_index_T=batch.kv_index_T[first:],
+        decode_pages_BP=batch.decode_pages_BP[:0],
+        decode_len_B=batch.decode_len_B[:0],
+        decode_qlen_B=None,
+    )
+
+    def anew() -> jax.Array:
+        body = functools.partial(xla.attend, **({"chunk": None} | options))
+        out_CKGh, _ = _per_device(body, (queries()[first:], None, None), (), kv, chunk, sinks_KG)
+        return out_TKGh.at[first:].set(out_CKGh.astype(out_TKGh.dtype))
+
+    assert batch.chunk_ahead_C is not None
+    return jax.lax.cond(jnp.any(batch.chunk_ahead_C > 0), anew, lambda: out_TKGh)
 
 
 def _per_device(

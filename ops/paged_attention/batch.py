@@ -24,6 +24,7 @@ Q_BLOCK = 16
     data_fields=[
         "kv_index_T", "decode_pages_BP", "decode_len_B",
         "chunk_pages_RP", "chunk_start_R", "chunk_qlen_R", "chunk_len_R", "chunk_row_N", "decode_qlen_B",
+        "chunk_ahead_C",
     ],
     meta_fields=["places"],
 )  # fmt: skip
@@ -50,6 +51,9 @@ class AttentionBatch:
     chunk_row_N: jax.Array  # [C / Q_BLOCK] which row a block of chunk tokens belongs to; R for padding blocks
     decode_qlen_B: jax.Array | None = (
         None  # tokens of each decode row, the last one at decode_len - 1; None where Q is 1
+    )
+    chunk_ahead_C: jax.Array | None = (
+        None  # how many positions behind its own each chunk token attends to; None for none
     )
     places: tuple[tuple[int, int], ...] | None = None  # static: KVGroups.places
 

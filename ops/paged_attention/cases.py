@@ -23,6 +23,7 @@ class Case:
         chunks: (tokens before this step, tokens in it) of each chunk row; a second number of 0 is a padded row.
         pad_blocks: padded blocks behind the chunk part.
         window, softcap, sinks: as in attend.
+        ahead: (first, end) of each chunk row's tokens that attend to each other, whichever comes first.
     """
 
     num_kv_heads: int = 2
@@ -37,6 +38,7 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    ahead: tuple[tuple[int, int], ...] | None = None
 
     @property
     def spec(self) -> KVSpec:
@@ -87,6 +89,7 @@ TEST_CASES: dict[str, Case] = {
     "window_beyond": Case(decode=(9, 20), chunks=((3, 20),), window=4096),
     "softcap": Case(decode=(20, 50), chunks=((10, 20),), softcap=5.0),
     "sinks": Case(decode=(20, 0, 50), chunks=((10, 20),), sinks=True),
+    "ahead": Case(decode=(40, 7), chunks=((30, 40), (0, 20)), ahead=((3, 37), (0, 0)), window=9),
     "everything": Case(decode=(40, 0, 200), chunks=((100, 20),), window=33, softcap=20.0, sinks=True),
     "multi_head": Case(decode=(30, 31), chunks=((5, 20),), num_kv_heads=4, group=1),
     "multi_query": Case(decode=(30, 31), chunks=((5, 20),), num_kv_heads=1, group=8),
@@ -157,6 +160,10 @@ def make_arguments(case: Case, seed: int = 0, leftovers: float = np.nan) -> Argu
         index[first : first + new] = tables[row, position // size] * size + position % size
         if row >= B:
             chunk_row_N[(first - before) // Q_BLOCK : -(-(first - before + new) // Q_BLOCK)] = row - B
+    ahead_C = None if case.ahead is None else np.zeros(C, np.int32)
+    for (first, end), start in zip(case.ahead or (), starts, strict=False):
+        assert ahead_C is not None
+        ahead_C[start + first : start + end] = np.arange(end - first)[::-1]
     batch = AttentionBatch(
         kv_index_T=index,  # pyright: ignore[reportArgumentType]
         decode_pages_BP=tables[:B],  # pyright: ignore[reportArgumentType]
@@ -167,6 +174,7 @@ def make_arguments(case: Case, seed: int = 0, leftovers: float = np.nan) -> Argu
         chunk_len_R=np.asarray(totals[B:], np.int32),  # pyright: ignore[reportArgumentType]
         chunk_row_N=chunk_row_N,  # pyright: ignore[reportArgumentType]
         decode_qlen_B=None if case.queries is None else np.asarray(qlens, np.int32),  # pyright: ignore[reportArgumentType]
+        chunk_ahead_C=ahead_C,  # pyright: ignore[reportArgumentType]
     )
     T = before + C
     return Arguments(

@@ -41,7 +41,7 @@ def attend(
         first = 0 if window is None else max(0, position - window + 1)
         if chunk is not None:
             first = max(first, position // chunk * chunk)
-        seen = np.arange(first, position + 1)
+        seen = np.arange(first, position + 1 + _ahead(batch, token))
         k_SKh = k_NsKh[pages_P[seen // page_size], seen % page_size]
         v_SKh = values_NsKh[pages_P[seen // page_size], seen % page_size]
         score_KGS = np.einsum("kgh,skh->kgs", q_TKGh[token].astype(np.float64), k_SKh) * scale
@@ -56,6 +56,12 @@ def attend(
             total_KG = total_KG + np.exp(sinks_KG - best_KG)
         out_TKGh[token] = np.einsum("kgs,skh->kgh", weight_KGS / total_KG[..., None], v_SKh)
     return out_TKGh, k_NsKh, v_NsKh
+
+
+def _ahead(batch: AttentionBatch, token: int) -> int:
+    """How many positions behind its own a token attends to."""
+    place = token - batch.num_decode_tokens
+    return 0 if batch.chunk_ahead_C is None or place < 0 else int(batch.chunk_ahead_C[place])
 
 
 def _queries(batch: AttentionBatch):

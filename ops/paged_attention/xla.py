@@ -64,6 +64,9 @@ def attend(
         pages_NP, position_NQ = chunk_blocks(batch)
         q_NKMh = q_TKGh[first:].reshape(N, Q_BLOCK, K, G, h).swapaxes(1, 2).reshape(N, K, Q_BLOCK * G, h)
         sinks_KM = None if sinks_KG is None else jnp.tile(sinks_KG, (1, Q_BLOCK))
+        if batch.chunk_ahead_C is not None:
+            ahead_NQ = jnp.where(position_NQ < 0, 0, batch.chunk_ahead_C.reshape(position_NQ.shape))
+            options["ahead_XM"] = jnp.repeat(ahead_NQ, G, axis=1)
         out = _attend_rows(q_NKMh, jnp.repeat(position_NQ, G, axis=1), pages_NP, kv, sinks_KM, **options)
         parts.append(out.reshape(N, K, Q_BLOCK, G, -1).swapaxes(1, 2).reshape(C, K, G, -1))
     out_TKGh = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
@@ -85,6 +88,9 @@ def _attend_visits(
     q_XKMh = q_XtKGh.swapaxes(1, 2).reshape(X, K, VISIT_TOKENS * G, h)
     sinks_KM = None if sinks_KG is None else jnp.tile(sinks_KG, (1, VISIT_TOKENS))
     token_t = jnp.arange(VISIT_TOKENS, dtype=jnp.int32)
+    ahead_Xt = None
+    if batch.chunk_ahead_C is not None:
+        ahead_Xt = jnp.pad(batch.chunk_ahead_C, (0, X * VISIT_TOKENS - C)).reshape(X, VISIT_TOKENS)
 
     def visit(v: jax.Array, out_XKMh: jax.Array) -> jax.Array:
         block = visits.block_V[v]
@@ -97,6 +103,7 @@ def _attend_visits(
             kv,
             sinks_KM,
             span_tokens=VISIT_KEYS,
+            ahead_XM=None if ahead_Xt is None else jnp.repeat(jnp.where(mine_t, ahead_Xt[block], 0), G)[None],
             **options,
         )[0]
         return out_XKMh.at[block].add(part_KMh)  # other visits' tokens are zeros
@@ -118,6 +125,15 @@ def chunk_blocks(batch: AttentionBatch) -> tuple[jax.Array, jax.Array]:
     return batch.chunk_pages_RP[row_N], jnp.where(real_NQ, len_N - qlen_N + piece_NQ, -1)
 
 
+def _first_seen(position_XM: jax.Array, window: int | None, chunk: int | None) -> jax.Array | None:
+    """The first position that each query sees; None where it sees all before it."""
+    first_XM = None if window is None else position_XM - (window - 1)
+    if chunk is None:
+        return first_XM
+    start_XM = position_XM // chunk * chunk
+    return start_XM if first_XM is None else jnp.maximum(first_XM, start_XM)
+
+
 def _attend_rows(
     q_XKMh: jax.Array,
     position_XM: jax.Array,
@@ -130,8 +146,13 @@ def _attend_rows(
     softcap: float | None,
     chunk: int | None,
     span_tokens: int = SPAN_TOKENS,
+    ahead_XM: jax.Array | None = None,
 ) -> jax.Array:
-    """M queries against each of X page tables. A query at position -1 sees nothing and yields zeros. float32."""
+    """M queries against each of X page tables. A query at position -1 sees nothing and yields zeros. float32.
+
+    Args:
+        ahead_XM: how many positions behind its own each query sees.
+    """
     X, K, M, _ = q_XKMh.shape
     page_size = kv.page_size
     per_span = max(1, span_tokens // page_size)
@@ -141,14 +162,9 @@ def _attend_rows(
     dtype = kv.k.dtype if narrow else jnp.float32
     pages_XP = jnp.pad(pages_XP, ((0, 0), (0, -pages_XP.shape[1] % per_span)))
     q_XKMh = (q_XKMh.astype(jnp.float32) * scale).astype(dtype)
-    last_X = position_XM.max(axis=1)
-    # The first position that each query sees.
-    first_XM = None
-    if window is not None:
-        first_XM = position_XM - (window - 1)
-    if chunk is not None:
-        start_XM = position_XM // chunk * chunk
-        first_XM = start_XM if first_XM is None else jnp.maximum(first_XM, start_XM)
+    end_XM = position_XM if ahead_XM is None else position_XM + ahead_XM
+    last_X = end_XM.max(axis=1)
+    first_XM = _first_seen(position_XM, window, chunk)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
     def fold(span: jax.Array, carry: Any):
@@ -165,7 +181,7 @@ def _attend_rows(
         ).reshape(X, K, M, S)
         if softcap is not None:
             score_XKMS = softcap * jnp.tanh(score_XKMS / softcap)
-        seen_XMS = position_S <= position_XM[..., None]
+        seen_XMS = position_S <= end_XM[..., None]
         if first_XM is not None:
             seen_XMS &= position_S >= first_XM[..., None]
         seen_XKMS = seen_XMS[:, None]

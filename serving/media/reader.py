@@ -20,7 +20,7 @@ from serving.media.fetching import MediaPolicy, fetch
 from serving.media.parts import Source
 from serving.media.processors import PROCESSORS, Processor
 from serving.media.processors.base import Patched
-from serving.media.prompt import with_images
+from serving.media.prompt import with_images, written
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,7 +73,7 @@ class MediaReader:
                     digest, image = await loop.run_in_executor(self._threads, self._read, source, salt)
                     found.digests.append(digest)
                     found.images.append(image)
-                    if sum(one.rows * one.columns for one in found.images) > max_tokens:
+                    if sum(one.size for one in found.images) > max_tokens:
                         raise invalid(
                             f"The request's images have more embeddings than this model's maximum context length of "
                             f"{max_tokens} tokens. Send fewer, or smaller ones.", "messages",
@@ -89,6 +89,10 @@ class MediaReader:
                 ErrorKind.INTERNAL, "The server failed to read this request's images; its log says why."
             ) from error
         return found
+
+    def write(self, text: str, found: Images) -> str:
+        """See `prompt.written`."""
+        return written(text, found.images, self.processor)
 
     def expand(self, ids: Sequence[int], found: Images) -> tuple[list[int], Media]:
         """See `prompt.with_images`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -50,9 +51,11 @@ async def read_prompt(
     Raises:
         RequestError: INVALID_ARGUMENT.
     """
-    prompt, ids = await threads.run(prep.render_and_encode, given, voice.tokenizer, voice.chat_template, limits)
+    asked = (given, voice.tokenizer, voice.chat_template, limits)
     if not sources or reader is None:
-        return prompt, ids, None
+        return *(await threads.run(prep.render_and_encode, *asked)), None
     images = await reader.read(sources, salt, limits.context or limits.max_prompt_chars)
+    rewrite = functools.partial(reader.write, found=images) if reader.processor.mark else None
+    prompt, ids = await threads.run(prep.render_and_encode, *asked, rewrite)
     ids, media = await threads.run(reader.expand, ids, images)
     return prompt, ids, media

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from serving.errors import invalid, kind_of
@@ -119,6 +119,7 @@ class ChatTemplate:
         self,
         tokenizer: Tokenizer,
         messages: Sequence[Mapping[str, Any]],
+        rewrite: Callable[[str], str] | None = None,
         /,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
@@ -130,6 +131,8 @@ class ChatTemplate:
 
         For messages without control tokens the ids are those of transformers.
 
+        Args:
+            rewrite: changes the text before it becomes ids; control tokens that a user typed are broken there.
         Raises:
             RequestError: as `render`.
         """
@@ -137,6 +140,7 @@ class ChatTemplate:
         if self._guard is None:
             self._guard = guard
         text = self._render(messages, tools, documents, add_generation_prompt, continue_final_message, kwargs, True)
+        text = text if rewrite is None else rewrite(text)
         return unmark(text), guard.encode(text)
 
     def _render(

@@ -132,7 +132,8 @@ VISION_INTRODUCTION = """
 Against transformers on tiny random checkpoints: pixels bit for bit for images from 1 x 1 to 999 x 5 in four modes, the tower's
 embeddings within 1e-4 of the largest, positions equal (`tests/models/test_vision.py`); prompt ids and 32 greedy tokens through the
 whole engine with texts and images in one batch, prompts cut inside images, prefixes that end inside one, and preemption
-(`tests/serving/media/test_images.py`; the engine runs with Qwen2.5-VL each time, with the others where slow tests run).
+(`tests/serving/media/test_images.py`; the engine runs with Qwen2.5-VL and Gemma 3 each time, with the others where slow tests run).
+Llama 4, Gemma 4 and Gemma 3n are served for text alone. Gemma 3's pan-and-scan is off, as it is in transformers.
 
 Whisper hears: its tokens with and without times, alone and in company, and of sound longer than a window, are transformers' in
 float32 (`tests/serving/service/speech/test_transcribe.py`). How both are served: [media.md](media.md).

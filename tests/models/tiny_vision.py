@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,89 +13,16 @@ import tokenizers
 from PIL import Image
 from tokenizers import models, pre_tokenizers
 
-VOCAB = 384
-START, END, VISION_START, VISION_END, IMAGE, VIDEO = range(370, 376)
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+from tests.models.tiny_towers import END, IMAGE, START, TEXT, TINY, VISION_END, VISION_START
+
+__all__ = ["END", "IMAGE", "START", "TINY", "VISION_END", "VISION_START"]
+
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
-    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif c.type == 'text' %}{{ c.text }}"
+    "{% if c.type == 'image' %}MARK{% elif c.type == 'text' %}{{ c.text }}"
     "{% endif %}{% endfor %}{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>w6{% endif %}"
 )
-TEXT = {
-    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-}  # fmt: skip
-IDS = {
-    "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START,
-    "vision_end_token_id": VISION_END, "tie_word_embeddings": False,
-}  # fmt: skip
 STEPS = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class TinyVision:
-    """transformers' classes of a family, and its tower.
-
-    Attributes:
-        processor: what its image processor is made with.
-    """
-
-    config: str
-    model: str
-    image_processor: str
-    vision: Mapping[str, Any]
-    processor: Mapping[str, Any]
-    text: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-SMALL = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 64}
-TINY: dict[str, TinyVision] = {
-    "Qwen2-VL": TinyVision(
-        "Qwen2VLConfig", "Qwen2VLForConditionalGeneration", "Qwen2VLImageProcessorPil",
-        {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2}, SMALL,
-    ),
-    "Qwen2.5-VL": TinyVision(
-        "Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration", "Qwen2VLImageProcessorPil",
-        {"depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64,
-         "fullatt_block_indexes": [1]}, SMALL,
-    ),
-}  # fmt: skip
-
-
-QWEN3 = {
-    "depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64, "num_position_embeddings": 64,
-    "patch_size": 16,
-}  # fmt: skip
-HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "patch_size": 16}
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
-QWEN3_TEXT = {"head_dim": 16, "rope_parameters": MROPE}
-HYBRID = QWEN3_TEXT | {
-    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_key_head_dim": 16,
-    "linear_num_value_heads": 4, "linear_value_head_dim": 16, "rope_parameters": MROPE | {"partial_rotary_factor": 1.0},
-}  # fmt: skip
-SMALL3 = HALF | {"size": {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 64}}
-TINY |= {
-    "Qwen3-VL": TinyVision(
-        "Qwen3VLConfig", "Qwen3VLForConditionalGeneration", "Qwen2VLImageProcessorPil",
-        QWEN3 | {"deepstack_visual_indexes": [0, 2]}, SMALL3, QWEN3_TEXT | {"num_hidden_layers": 3},
-    ),
-    "Qwen3-VL MoE": TinyVision(
-        "Qwen3VLMoeConfig", "Qwen3VLMoeForConditionalGeneration", "Qwen2VLImageProcessorPil",
-        QWEN3 | {"deepstack_visual_indexes": [1]}, SMALL3,
-        QWEN3_TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    ),
-    "Qwen3.5": TinyVision(
-        "Qwen3_5Config", "Qwen3_5ForConditionalGeneration", "Qwen2VLImageProcessorPil", QWEN3, SMALL3, HYBRID,
-    ),
-}  # fmt: skip
-PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-TINY["LLaVA 1.5"] = TinyVision(
-    "LlavaConfig", "LlavaForConditionalGeneration", "CLIPImageProcessorPil",
-    {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-     "num_attention_heads": 2, "patch_size": 14, "image_size": 84, "projection_dim": 32},
-    {"size": {"shortest_edge": 84}, "crop_size": {"height": 84, "width": 84}}, PLAIN | {"model_type": "llama"},
-)  # fmt: skip
 
 
 def picture(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image.Image:
@@ -119,15 +46,23 @@ def oracle_processor(name: str) -> Any:
     return getattr(transformers, tiny.image_processor)(**tiny.processor)
 
 
+def tokenizer_of(name: str) -> tokenizers.Tokenizer:
+    """Words, and the tokens that stand around a family's images."""
+    words = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(START)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = ("<|im_start|>", "<|im_end|>", *TINY[name].tokens)
+    words.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in special])
+    return words
+
+
 def save(name: str, folder: Path) -> Any:
     """Writes the checkpoint; returns transformers' model."""
     import torch
     import transformers
 
     tiny = TINY[name]
-    ids = {"image_token_index": IMAGE, "tie_word_embeddings": False} if tiny.config == "LlavaConfig" else IDS
     config = getattr(transformers, tiny.config)(
-        text_config={**TEXT, **tiny.text}, vision_config=dict(tiny.vision), **ids
+        text_config={**TEXT, **tiny.text}, vision_config=dict(tiny.vision), **tiny.ids
     )
     torch.manual_seed(sum(name.encode()))
     model = getattr(transformers, tiny.model)(config).eval().float()
@@ -141,28 +76,66 @@ def save(name: str, folder: Path) -> Any:
                 parameter.normal_(0.0, 0.3)
     model.save_pretrained(folder)
     oracle_processor(name).save_pretrained(folder)
-    words = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(START)}, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in SPECIAL])
-    words.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "w2", "chat_template": TEMPLATE}))
+    tokenizer_of(name).save(str(folder / "tokenizer.json"))
+    template = TEMPLATE.replace("MARK", tiny.mark)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "w2", "chat_template": template}))
     return model
+
+
+def read(name: str, images: Sequence[Image.Image]) -> dict[str, Any]:
+    """What transformers' processor gives a model."""
+    if not images:
+        return {}
+    given: Any = [list(images)] if TINY[name].mark == "<image>" and "scale_factor" in TINY[name].ids else list(images)
+    more = {"return_row_col_info": True} if given != list(images) else {}
+    return dict(oracle_processor(name)(images=given, return_tensors="pt", **more))
+
+
+ASIDE = ("rows", "cols", "num_patches", "num_crops")
+"""What processors say of images that models are not given."""
+
+
+def written(name: str, model: Any, images: Sequence[Image.Image]) -> list[str]:
+    """Of each image, what transformers' processors write in its place."""
+    import transformers
+
+    if not images:
+        return []
+    tiny, found = TINY[name], read(name, images)
+    mark = tiny.tokens[2]
+    own = types.SimpleNamespace(
+        image_token=mark, fake_image_token=tiny.tokens[0],
+        global_image_tag=tiny.tokens[1], start_image_token=tiny.tokens[0], end_image_token=tiny.tokens[1], image_seq_length=4,
+        image_seq_len=(4 // int(tiny.ids.get("scale_factor", 2))) ** 2,
+    )  # fmt: skip
+    if mark == "[IMG]":
+        side = tiny.vision["patch_size"] * (2 if name.startswith("Mistral") else 1)  # their processor needs torchvision
+        sizes = [(height // side, width // side) for height, width in found["image_sizes"].tolist()]
+        return ["[IMG_BREAK]".join([mark * columns] * rows) + "[IMG_END]" for rows, columns in sizes]
+    if "scale_factor" in tiny.ids:
+        return [transformers.Idefics3Processor.replace_image_token(own, found, i) for i in range(len(images))]
+    if name == "InternVL":
+        return [transformers.InternVLProcessor.replace_image_token(own, found, i) for i in range(len(images))]
+    counts = [len(features(name, model, image)) for image in images]
+    around = ("", "") if tiny.tokens[0].startswith("<unused") else tiny.tokens[:2]
+    return [around[0] + mark * count + around[1] for count in counts]
 
 
 def expected(name: str, model: Any, ids: Sequence[int], images: Sequence[Image.Image]) -> tuple[list[int], list[int]]:
     """(prompt ids, greedy tokens) as transformers has them, of a prompt with one placeholder an image."""
     import torch
 
+    words = tokenizer_of(name)
+    texts = iter(written(name, model, images))
     whole: list[int] = []
-    given: dict[str, Any] = {}
-    if images:
-        given = dict(oracle_processor(name)(images=list(images), return_tensors="pt"))
-    counts = iter(_counts(name, given))
     for token in ids:
-        whole += [token] * (next(counts) if token == IMAGE else 1)
+        whole += words.encode(next(texts)).ids if token == IMAGE else [token]
     tokens = torch.tensor([whole])
-    if TINY[name].config != "LlavaConfig":
+    given = {key: value for key, value in read(name, images).items() if key not in ASIDE}
+    if name.startswith("Qwen"):
         given["mm_token_type_ids"] = (tokens == IMAGE).int()
+    if name == "Gemma 3":
+        given["token_type_ids"] = (tokens == IMAGE).int()
     with torch.no_grad():
         out = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=STEPS, min_new_tokens=STEPS, **given
@@ -170,23 +143,13 @@ def expected(name: str, model: Any, ids: Sequence[int], images: Sequence[Image.I
     return whole, out[0, len(whole) :].tolist()
 
 
-def _counts(name: str, read: Mapping[str, Any]) -> list[int]:
-    """How many embeddings each image has."""
-    if not read:
-        return []
-    if "image_grid_thw" in read:
-        return [int(np.prod(grid)) // 4 for grid in read["image_grid_thw"].tolist()]
-    vision = TINY[name].vision
-    return [(vision["image_size"] // vision["patch_size"]) ** 2] * len(read.get("pixel_values", ()))
-
-
 def features(name: str, model: Any, image: Image.Image) -> np.ndarray:
     """float32 [N, D]: the embeddings that transformers puts in an image's places."""
     import torch
 
-    read = oracle_processor(name)(images=[image], return_tensors="pt")
+    given = {key: value for key, value in read(name, [image]).items() if key not in ASIDE}
     with torch.no_grad():
-        found = model.model.get_image_features(**read)
+        found = model.model.get_image_features(**given)
     parts = [found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
     return torch.cat([torch.cat(list(part)) for part in parts], -1).float().numpy()
 
@@ -195,7 +158,7 @@ def positions(name: str, model: Any, ids: Sequence[int], images: Sequence[Image.
     """(int [3, L], what later positions are more than their places) as transformers has them."""
     import torch
 
-    read = oracle_processor(name)(images=list(images), return_tensors="pt")
+    given = read(name, images)
     tokens = torch.tensor([list(ids)])
-    found, delta = model.model.get_rope_index(tokens, (tokens == IMAGE).int(), image_grid_thw=read["image_grid_thw"])
+    found, delta = model.model.get_rope_index(tokens, (tokens == IMAGE).int(), image_grid_thw=given["image_grid_thw"])
     return found[:, 0].numpy(), int(delta)

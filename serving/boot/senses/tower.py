@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from models.family import Tower
 from models.loading.load import Built, fill
 from models.loading.opening import Opened
-from serving.engine.device.media import VisionTower, patch_sizes
+from serving.engine.device.media import VisionTower, patch_sizes, tile_sizes
 from serving.engine.device.programs.packing import MediaShape
 from serving.engine.device.programs.placement import num_replicas
 
@@ -80,20 +80,39 @@ def check_tower(
     module = tower.build(numbers, built.build)
     square = numbers.merge**2
     most = numbers.max_patches
-    sizes = (most,) if numbers.fixed else patch_sizes(min(most, positions * square), numbers.merge)
+    if numbers.tile:
+        sizes = tile_sizes(most, numbers.tile)
+    else:
+        sizes = patch_sizes(min(most, positions * square), numbers.merge)
     dtype, width = built.build.compute_dtype, numbers.width
     wanted = int(config.mm_encoder_cache_gb * GIB) // (width * jnp.dtype(dtype).itemsize) // num_replicas(mesh)
     axes = built.config.rope is not None and len(built.config.rope.sections) == 3
     shape = MediaShape(
-        rows=max(wanted, sizes[-1] // square),
+        rows=wanted,
         width=width,
         dtype=jnp.dtype(dtype).name,
         axes=axes,
         patches=sizes,
         patch_dim=numbers.patch_dim,
         merge=numbers.merge,
+        together=numbers.together,
+        tile=numbers.tile,
+        picked=numbers.picked,
+        lines=numbers.lines,
     )
+    shape = dataclasses.replace(shape, rows=max(wanted, shape.embeddings(sizes[-1])))
+    _check_together(config, shape)
     return CheckedTower(Built(module, numbers, built.build), shape, tower)
+
+
+def _check_together(config: EngineConfig, shape: MediaShape) -> None:
+    """Raises ValueError where an image whose tokens attend to each other might not fit a step beside the running requests."""
+    largest, budget, seqs = shape.embeddings(shape.patches[-1]), config.max_num_batched_tokens, config.max_num_seqs
+    if shape.together and budget is not None and budget < largest + (seqs or 0):
+        raise ValueError(
+            f"max_num_batched_tokens is {budget}: an image of this model is {largest} tokens that one step must hold, beside one "
+            f"of each running request. Give at least {largest + (seqs or 0)}, or add language_model_only to serve text alone."
+        )
 
 
 def _check_sound(config: EngineConfig, opened: Opened, built: Built, tower: Tower) -> CheckedTower:

@@ -16,6 +16,17 @@ from serving.engine.requests.moves import Encoding
 from serving.engine.requests.request import Request
 
 
+def whole(request: Request, length: int) -> int:
+    """How long a piece of the request's prompt may be, of at most `length` tokens, that ends inside no image whose tokens attend to
+    each other."""
+    media, first = request.spec.media, request.num_computed
+    if media is not None and media.together:
+        for _, item in media.overlapping(first, first + length):
+            if item.together and first + length < item.end:
+                return max(0, item.first - first)
+    return length
+
+
 class _Entry:
     """Where an item's embeddings are, and how many requests need them."""
 
@@ -53,6 +64,7 @@ class MediaCache:
         media, first = request.spec.media, request.num_computed
         if media is None:
             return length
+        length = whole(request, length)
         for index, item in media.overlapping(first, first + length):
             if index not in request.media_held and not self._take(request, index, item):
                 return max(0, item.first - first)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from serving.engine.api.page_events import PageEvent
 from serving.engine.cache.kv_manager import KVManager
+from serving.engine.cache.media import whole
 from serving.engine.cache.telling import Teller
 from serving.engine.requests.moves import Landing, Moves, PageMove
 from serving.engine.requests.request import Request
@@ -158,6 +159,10 @@ class Replicas:
         if cut is not None:
             length = min(length, cut - request.num_computed)
         return length if manager.media is None else manager.media.reach(request, length)
+
+    def uncut(self, request: Request, length: int) -> int:
+        """See `cache.media.whole`."""
+        return whole(request, length)
 
     def reached(self, request: Request, decoding: bool) -> None:
         """The step that is being put together leaves the request behind `num_computed` positions. Before `register`, with

@@ -23,6 +23,14 @@ from serving.engine.requests.moves import Encoding
 LEAST_PATCHES = 64
 
 
+def tile_sizes(most: int, tile: int) -> tuple[int, ...]:
+    """P of the programs that encode images in tiles of so many patches: 1, 2, 4, ... of them, up to the largest image's."""
+    counts = [1]
+    while counts[-1] * tile < most:
+        counts.append(min(2 * counts[-1], -(-most // tile)))
+    return tuple(count * tile for count in counts)
+
+
 def patch_sizes(most: int, merge: int) -> tuple[int, ...]:
     """P of the programs that encode: doubling, up to the largest image's."""
     square, sizes = merge**2, [LEAST_PATCHES * merge**2 // 4 if merge > 1 else LEAST_PATCHES]
@@ -108,6 +116,8 @@ def make_encode(tower: SplitModel, shape: MediaShape, patches: int) -> Callable[
     def encode(leaves: tuple[jax.Array, ...], store_MD: jax.Array, patches_PX: jax.Array, flat: jax.Array) -> jax.Array:
         f = layout.unpack(flat)
         rows_NM = tower.merge(leaves).encode(patches_PX, f["place_P2"], f["count"][0])
+        if "pick_NK" in f:
+            rows_NM = jnp.einsum("nkm,nk->nm", rows_NM[f["pick_NK"]], f["share_NK"].astype(rows_NM.dtype))
         return store_MD.at[f["rows_N"]].set(rows_NM.astype(store_MD.dtype), mode="drop")
 
     return encode

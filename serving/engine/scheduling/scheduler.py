@@ -327,7 +327,7 @@ class Scheduler:
         length = self.kv.piece(request, builder.room_for(request, background))
         if length:
             covered = self.kv.cover(request, request.num_computed + length, self._step_id)
-            builder.add(request, min(length, covered - request.num_computed))
+            builder.add(request, self.kv.uncut(request, min(length, covered - request.num_computed)))
 
     def _admit(self, builders: list[ChunkBuilder], now: float) -> list[Request]:
         """Moves waiting requests into the batch: in policy order, passing over those that do not fit, within the ageing bound."""

@@ -8,15 +8,34 @@ from typing import Any
 
 from serving.media.processors.base import Processor
 from serving.media.processors.clip import ClipProcessor
+from serving.media.processors.gemma import Gemma3Processor
+from serving.media.processors.idefics import IdeficsProcessor
+from serving.media.processors.internvl import InternVLProcessor
+from serving.media.processors.next import NextProcessor
+from serving.media.processors.pixtral import PixtralProcessor
 from serving.media.processors.qwen import QwenVLProcessor
 
+
+def _llava(hf: Mapping[str, Any]) -> Processor:
+    """LLaVA 1.5's, or Pixtral's, whose checkpoints are of the same architecture with another tower."""
+    pixtral = hf["vision_config"].get("model_type") == "pixtral"
+    return PixtralProcessor.of(hf) if pixtral else ClipProcessor.of(hf)
+
+
 PROCESSORS: dict[str, Callable[[Mapping[str, Any]], Processor]] = {
-    "LlavaForConditionalGeneration": ClipProcessor.of,
+    "Gemma3ForConditionalGeneration": Gemma3Processor.of,
+    "Idefics3ForConditionalGeneration": IdeficsProcessor.of,
+    "InternVLForConditionalGeneration": InternVLProcessor.of,
+    "LlavaForConditionalGeneration": _llava,
+    "LlavaNextForConditionalGeneration": NextProcessor.of,
+    "LlavaOnevisionForConditionalGeneration": NextProcessor.of,
+    "Mistral3ForConditionalGeneration": PixtralProcessor.of,
     "Qwen2VLForConditionalGeneration": QwenVLProcessor.of,
     "Qwen2_5_VLForConditionalGeneration": QwenVLProcessor.of,
     "Qwen3VLForConditionalGeneration": QwenVLProcessor.of,
     "Qwen3VLMoeForConditionalGeneration": QwenVLProcessor.of,
     "Qwen3_5ForConditionalGeneration": QwenVLProcessor.of,
     "Qwen3_5MoeForConditionalGeneration": QwenVLProcessor.of,
+    "SmolVLMForConditionalGeneration": IdeficsProcessor.of,
 }
 """Of each architecture with a tower, what makes its processor of config.json (with the processor's under "preprocessor")."""

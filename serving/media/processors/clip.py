@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.media.processors.base import CLIP_MEAN, CLIP_STD, Patched, levels, normalized
+from serving.media.processors.base import Patched, Scaling, row_by_row
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,7 +22,6 @@ class ClipProcessor:
         patch: side of a patch in pixels.
         short: pixels that the shorter side is scaled to.
         height, width: of what is cut out.
-        resample, scale, mean, std: as in `QwenVLProcessor`.
     """
 
     placeholder: int
@@ -30,11 +29,10 @@ class ClipProcessor:
     short: int
     height: int
     width: int
-    resample: int
-    scale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    scaling: Scaling
+    mark: str = ""
     three_numbers: bool = False
+    together: bool = False
 
     @classmethod
     def of(cls, hf: Mapping[str, Any]) -> ClipProcessor:
@@ -48,10 +46,7 @@ class ClipProcessor:
             short=int(size.get("shortest_edge") or 0),
             height=int(crop["height"]),
             width=int(crop["width"]),
-            resample=int(said.get("resample", 3)),
-            scale=float(said.get("rescale_factor", 1 / 255)),
-            mean=tuple(said.get("image_mean") or CLIP_MEAN),
-            std=tuple(said.get("image_std") or CLIP_STD),
+            scaling=Scaling.of(said),
         )
         if made.short < max(made.height, made.width):
             raise ValueError(
@@ -67,15 +62,9 @@ class ClipProcessor:
         width, height = image.size
         longer = int(self.short * max(image.size) / min(image.size))
         size = (self.short, longer) if width <= height else (longer, self.short)
-        scaled = np.asarray(image.resize(size, resample=self.resample))  # type: ignore[arg-type]
+        scaled = np.asarray(self.scaling.resized(image, *size))
         top, left = (size[1] - self.height) // 2, (size[0] - self.width) // 2
         middle = scaled[top : top + self.height, left : left + self.width]
-        pixels = normalized(middle, levels(self.scale, self.mean, self.std))
-        rows, columns, p = self.height // self.patch, self.width // self.patch, self.patch
-        cut = pixels[:, : rows * p, : columns * p].reshape(3, rows, p, columns, p).transpose(1, 3, 0, 2, 4)
-        place = np.moveaxis(np.indices((rows, columns), np.int32), 0, -1).reshape(-1, 2)
-        return Patched(np.ascontiguousarray(cut).reshape(rows * columns, -1), place, rows, columns)
-
-    def tokens(self, image: Patched) -> tuple[Sequence[int], np.ndarray]:
-        count = image.rows * image.columns
-        return [self.placeholder] * count, np.arange(count)
+        patches, place = row_by_row(self.scaling.normalized(middle), self.patch)
+        rows, columns = self.height // self.patch, self.width // self.patch
+        return Patched(patches, place, rows, columns, (rows * columns,))

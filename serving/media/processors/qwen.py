@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.media.processors.base import CLIP_MEAN, CLIP_STD, Patched, levels, normalized
+from serving.media.processors.base import Patched, Scaling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,8 +25,6 @@ class QwenVLProcessor:
         patch, merge, frames: sides of a patch in pixels and of an embedding's square in patches; frames of a patch, all of which
             hold the same image.
         min_pixels, max_pixels: what an image is scaled to at least and at most.
-        resample: Pillow's number of the filter.
-        scale, mean, std: of levels.
     """
 
     placeholder: int
@@ -35,11 +33,10 @@ class QwenVLProcessor:
     frames: int
     min_pixels: int
     max_pixels: int
-    resample: int
-    scale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    scaling: Scaling
+    mark: str = ""
     three_numbers: bool = True
+    together: bool = False
 
     @classmethod
     def of(cls, hf: Mapping[str, Any]) -> QwenVLProcessor:
@@ -53,10 +50,7 @@ class QwenVLProcessor:
             frames=int(said.get("temporal_patch_size", 2)),
             min_pixels=int(said.get("min_pixels") or size["shortest_edge"]),
             max_pixels=int(said.get("max_pixels") or size["longest_edge"]),
-            resample=int(said.get("resample", 3)),
-            scale=float(said.get("rescale_factor", 1 / 255)),
-            mean=tuple(said.get("image_mean") or CLIP_MEAN),
-            std=tuple(said.get("image_std") or CLIP_STD),
+            scaling=Scaling.of(said),
         )
 
     def identity(self) -> str:
@@ -64,17 +58,16 @@ class QwenVLProcessor:
 
     def patched(self, image: Image) -> Patched:
         height, width = self.size(image.height, image.width)
-        scaled = image.resize((width, height), resample=self.resample)  # type: ignore[arg-type]
-        pixels = normalized(np.asarray(scaled), levels(self.scale, self.mean, self.std))
+        pixels = self.scaling.normalized(np.asarray(self.scaling.resized(image, width, height)))
         rows, columns, m, p = height // self.patch, width // self.patch, self.merge, self.patch
         # Square by square, and inside a patch: channel, frame, row, column.
         cut = pixels.reshape(3, rows // m, m, p, columns // m, m, p).transpose(1, 4, 2, 5, 0, 3, 6)
         cut = np.broadcast_to(cut[:, :, :, :, :, None], (*cut.shape[:5], self.frames, p, p))
         row, column = np.indices((rows, columns), np.int32)
         place = np.stack([row, column], -1).reshape(rows // m, m, columns // m, m, 2).transpose(0, 2, 1, 3, 4)
-        return Patched(
-            np.ascontiguousarray(cut).reshape(rows * columns, -1), place.reshape(-1, 2).copy(), rows // m, columns // m
-        )
+        patches = np.ascontiguousarray(cut).reshape(rows * columns, -1)
+        rows, columns = rows // m, columns // m
+        return Patched(patches, place.reshape(-1, 2).copy(), rows, columns, (rows * columns,))
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) that an image is scaled to. ValueError for one that is too long."""
@@ -90,7 +83,3 @@ class QwenVLProcessor:
             grow = math.sqrt(self.min_pixels / (height * width))
             h, w = math.ceil(height * grow / step) * step, math.ceil(width * grow / step) * step
         return h, w
-
-    def tokens(self, image: Patched) -> tuple[Sequence[int], np.ndarray]:
-        count = image.rows * image.columns
-        return [self.placeholder] * count, np.arange(count)

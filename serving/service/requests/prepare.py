@@ -60,10 +60,16 @@ class PreparedRequest:
 
 
 def render_and_encode(
-    given: GenerateInput, tokenizer: Tokenizer, template: ChatTemplate | None, limits: Limits
+    given: GenerateInput,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    limits: Limits,
+    rewrite: Callable[[str], str] | None = None,
 ) -> tuple[str | None, list[int]]:
     """The prompt as text (None for token ids) and as token ids. Runs off the event loop.
 
+    Args:
+        rewrite: see `ChatTemplate.encode`.
     Raises:
         RequestError: INVALID_ARGUMENT.
     """
@@ -87,6 +93,7 @@ def render_and_encode(
     prompt, ids = template.encode(
         tokenizer,
         as_templates_know_it(given.messages or (), limits),
+        *(() if rewrite is None else (rewrite,)),
         tools=given.tools or None,
         add_generation_prompt=given.add_generation_prompt,
         continue_final_message=given.continue_final_message,

@@ -8,7 +8,7 @@ from serving.engine.api.sampling_params import SamplingParams
 from serving.errors import RequestError
 from serving.llm import LLM
 from tests.models import tiny_vision
-from tests.models.tiny_vision import END, IMAGE, START, VISION_END, VISION_START, picture
+from tests.models.tiny_vision import END, IMAGE, START, picture
 from tests.serving.media.images import part, uri
 
 GREEDY = SamplingParams(max_tokens=tiny_vision.STEPS, min_tokens=tiny_vision.STEPS, temperature=0.0)
@@ -25,7 +25,7 @@ def turn(*parts) -> tuple[list[dict], list[int], list]:
             ids.append(one)
         else:
             content.append({"type": "image", "image": one})
-            ids += [VISION_START, IMAGE, VISION_END]
+            ids.append(IMAGE)
             images.append(one)
     return [{"role": "user", "content": content}], ids + TAIL, images
 
@@ -38,9 +38,10 @@ class Served:
         self.name = name
         self.model = tiny_vision.save(name, folder)
         page = 4096 * self.model.config.get_text_config().num_hidden_layers
+        pages = 10 if name == "Gemma 3" else 16  # half of its layers keep windows alone
         self.llm = LLM(
             str(folder), dtype="float32", quantization="none", max_model_len=160, max_num_seqs=4, max_num_batched_tokens=32,
-            kv_cache_memory=16 * page, mm_encoder_cache_gb=0.0, progress=False,
+            kv_cache_memory=pages * page, mm_encoder_cache_gb=0.0, progress=False,
         )  # fmt: skip
         self.engine = self.llm._started.engine
 
@@ -61,10 +62,10 @@ class Served:
         return self.engine.scheduler.kv.managers[0].media
 
 
-FAMILIES = [
-    pytest.param(name, marks=() if name == "Qwen2.5-VL" else pytest.mark.slow) for name in sorted(tiny_vision.TINY)
-]
-"""The engine is the same for all: one family's tokens are compared in every run, the others' towers are (tests/models)."""
+ALWAYS = ("Gemma 3", "Qwen2.5-VL")
+"""The engine is the same for all: these two families' tokens are compared in every run (positions of three numbers, images of any
+size; tokens that attend to later ones, tiles, text around them), the others' towers are (tests/models)."""
+FAMILIES = [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in sorted(tiny_vision.TINY)]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -88,7 +89,7 @@ def test_a_prefix_is_found_up_to_inside_an_image_and_never_anothers(served):
     (again,) = served.check(turn(50, 51, LARGE, 53))
     if served.name == "Qwen3.5":
         return  # so short a prompt is worth no snapshot of its layers' state
-    end = list(first.prompt_token_ids).index(VISION_END)
+    end = len(first.prompt_token_ids) - len(TAIL) - 1
     assert 16 <= again.num_cached_tokens < end and again.num_cached_tokens % 16 == 0, "ends inside the image"
     (other,) = served.check(turn(50, 51, picture(333, 217, 9), 52))
     assert other.num_cached_tokens == 0, "the first page has places of the image"
@@ -106,6 +107,8 @@ def test_a_bad_image_ends_its_own_request_alone(served):
     served.check(turn(80, SMALL, 81))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 300), (640, 480)])
-def test_any_size(served, size):
-    served.check(turn(90, picture(*size, 3), 91))
+def test_any_size(served):
+    # transformers fails for an image of one embedding in Mistral 3.
+    smallest = (40, 1) if served.name == "Mistral Small 3.1" else (1, 1)
+    for size in (smallest, (5, 300), (640, 480)):
+        served.check(turn(90, picture(*size, 3), 91))

@@ -22,6 +22,9 @@ class MediaItem:
         place_P2: int32, row and column of each patch.
         lasting: it is no embedding of places but what every token of the sequence attends to: needed as long as the request runs.
             Its one place is the first.
+        together: its tokens attend to each other, whichever comes first: no piece of the prompt ends inside it.
+        pick_NK, share_NK: int32 and float32: each embedding is the sum of so many rows of what the tower says, each times its
+            share; row -1 is the last. None: they are the rows, one after the other.
     """
 
     digest: bytes
@@ -29,6 +32,9 @@ class MediaItem:
     patches_PX: np.ndarray
     place_P2: np.ndarray
     lasting: bool = False
+    together: bool = False
+    pick_NK: np.ndarray | None = None
+    share_NK: np.ndarray | None = None
 
     @property
     def size(self) -> int:
@@ -64,6 +70,24 @@ class Media:
     def lasting(self) -> bool:
         """Whether some of it is needed by every token."""
         return any(item.lasting for item in self.items)
+
+    @property
+    def together(self) -> bool:
+        """Whether some of its tokens attend to later ones."""
+        return any(item.together for item in self.items)
+
+    def reaches(self, first: int, end: int) -> np.ndarray:
+        """int32 [end - first]: the last position that each token in [first, end) attends to: itself, or the end of the run of an
+        image's tokens that it is one of."""
+        found = np.arange(first, end, dtype=np.int32)
+        for _, item in self.overlapping(first, end):
+            if item.together:
+                places = item.places_N
+                ends = np.flatnonzero(np.diff(places, append=places[-1] + 2) != 1)
+                last = places[ends[np.searchsorted(ends, np.arange(len(places)))]]
+                here = (places >= first) & (places < end)
+                found[places[here] - first] = last[here]
+        return found
 
     @functools.cached_property
     def delta(self) -> int:

@@ -35,6 +35,10 @@ class MediaShape:
         patch_dim: X, numbers of a patch.
         merge: side of the square of patches that become one embedding.
         lasting: a row of the store is no embedding but what all tokens of a sequence attend to, and all of a thing is one.
+        together: whether an image's tokens attend to each other, also to those behind them.
+        tile: patches of a tile, where an image has several; 0 where it is one grid.
+        picked: K, rows of what the tower says that an embedding is the sum of; 0 where it is one of them.
+        lines: embeddings that a tile may have beside those of its patches.
     """
 
     rows: int
@@ -45,6 +49,16 @@ class MediaShape:
     patch_dim: int
     merge: int
     lasting: bool = False
+    together: bool = False
+    tile: int = 0
+    picked: int = 0
+    lines: int = 0
+
+    def embeddings(self, patches: int) -> int:
+        """That an image of so many patches has at most."""
+        if self.lasting:
+            return 1
+        return patches // self.merge**2 + (self.lines * (patches // self.tile) if self.tile else 0)
 
     def read_in(self, bucket: Bucket) -> bool:
         """Whether steps of a bucket read the store."""
@@ -61,11 +75,10 @@ class MediaShape:
 
     def layout(self, patches: int) -> Layout:
         """What an image is, besides its patches: where they lie, how many there are, and where the embeddings go; a row of `rows`
-        is nowhere."""
-        embeddings = 1 if self.lasting else patches // self.merge**2
-        return Layout(
-            (("place_P2", (patches, 2), "int32"), ("count", (1,), "int32"), ("rows_N", (embeddings,), "int32"))
-        )
+        is nowhere. `pick_NK` and `share_NK` as in MediaItem."""
+        N, K = self.embeddings(patches), self.picked
+        fields = (("place_P2", (patches, 2), "int32"), ("count", (1,), "int32"), ("rows_N", (N,), "int32"))
+        return Layout((*fields, ("pick_NK", (N, K), "int32"), ("share_NK", (N, K), "float32")) if K else fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +137,9 @@ def forward_layout(
         recurrent: whether layers keep states.
         heads: whether a head follows. `next_R` is the token behind each piece, -1 where the step samples it in `next_slot_R`.
         media: of engines that read images. `media_index_C` says which of the store's rows stands in a chunk token's place, -1 for
-            none; `axes_3C` and `decode_delta_B` rotate where positions are three numbers. Where all tokens of a sequence attend
-            to one of the store's rows, `cross_B` and `cross_R` say to which.
+            none; `chunk_ahead_C` how many later positions a token attends to, where images' tokens do; `axes_3C` and
+            `decode_delta_B` rotate where positions are three numbers. Where all tokens of a sequence attend to one of the store's
+            rows, `cross_B` and `cross_R` say to which.
     """
     t, b, c, r = bucket.tokens, bucket.decode, bucket.chunk, bucket.rows
     each = () if groups == 1 else (groups,)
@@ -135,6 +149,7 @@ def forward_layout(
     lasting = media is not None and media.lasting
     own += (("cross_B", (b,), "int32"), ("cross_R", (r,), "int32")) if lasting else ()
     own += (("media_index_C", (c,), "int32"),) if media is not None and not lasting and c else ()
+    own += (("chunk_ahead_C", (c,), "int32"),) if media is not None and media.together and c else ()
     own += (("axes_3C", (3, c), "int32"), ("decode_delta_B", (b,), "int32")) if media is not None and media.axes else ()
     return Layout(
         (
@@ -215,6 +230,7 @@ def make_step(
         kv_index_T=jnp.concatenate([index_D, f["chunk_index_C"]], axis=-1),
         decode_len_B=jnp.where(qlen_B > 0, start_B + qlen_B, 0),
         decode_qlen_B=qlen_B if Q > 1 else None,
+        chunk_ahead_C=f.get("chunk_ahead_C"),
         places=places,
         **{name: f[name] for name in _AS_PACKED},
     )
@@ -352,6 +368,8 @@ def _pack_media(f: dict[str, np.ndarray], chunk: Chunk, position: np.ndarray) ->
         f["axes_3C"][:, at:end] = position if media is None else media.positions(chunk.start, chunk.end)
     if media is None:
         return
+    if "chunk_ahead_C" in f and media.together:
+        f["chunk_ahead_C"][at:end] = media.reaches(chunk.start, chunk.end) - position
     for index, item in media.overlapping(chunk.start, chunk.end):
         here = (item.places_N >= chunk.start) & (item.places_N < chunk.end)
         f["media_index_C"][at - chunk.start + item.places_N[here]] = chunk.request.media_rows[index][here]
@@ -369,6 +387,8 @@ def pack_image(encoding: Encoding | None, patches: int, shape: MediaShape) -> tu
         f["count"][:] = len(item.patches_PX)
         f["rows_N"][: len(rows)] = rows
         padded_PX[: len(item.patches_PX)] = item.patches_PX
+        if item.pick_NK is not None and item.share_NK is not None:
+            f["pick_NK"][: len(rows)], f["share_NK"][: len(rows)] = item.pick_NK, item.share_NK
     return padded_PX, flat
 
 

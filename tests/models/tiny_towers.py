@@ -1,0 +1,156 @@
+"""The tiny models that read images: transformers' classes of each family, its tower, and what stands in a prompt for an image."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+VOCAB = 384
+START, END, VISION_START, VISION_END, IMAGE, VIDEO = range(370, 376)
+ROWS = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
+QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+TEXT = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+}  # fmt: skip
+IDS = {
+    "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END, "tie_word_embeddings": False,
+}  # fmt: skip
+INDEX = {"image_token_index": IMAGE, "tie_word_embeddings": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyVision:
+    """transformers' classes of a family, and its tower.
+
+    Attributes:
+        config, model: the beginnings of their names.
+        processor: what its image processor is made with.
+        text: fields of the decoder's configuration.
+        ids: of the whole's.
+        tokens: of the tokenizer from `VISION_START` on; the third is what embeddings are put in.
+        mark: what the chat template writes where an image is.
+        side: of the square that a tower's patch is, in pixels.
+    """
+
+    model: str
+    image_processor: str
+    vision: Mapping[str, Any]
+    processor: Mapping[str, Any]
+    text: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ids: Mapping[str, Any] = dataclasses.field(default_factory=lambda: IDS)
+    tokens: tuple[str, ...] = QWEN_TOKENS
+    mark: str = QWEN_MARK
+
+    @property
+    def config(self) -> str:
+        return self.model.removesuffix("ForConditionalGeneration") + "Config"
+
+
+SMALL = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 64}
+TINY: dict[str, TinyVision] = {
+    "Qwen2-VL": TinyVision(
+        "Qwen2VLForConditionalGeneration", "Qwen2VLImageProcessorPil",
+        {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2}, SMALL,
+    ),
+    "Qwen2.5-VL": TinyVision(
+        "Qwen2_5_VLForConditionalGeneration", "Qwen2VLImageProcessorPil",
+        {"depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64,
+         "fullatt_block_indexes": [1]}, SMALL,
+    ),
+}  # fmt: skip
+QWEN3 = {
+    "depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64, "num_position_embeddings": 64,
+    "patch_size": 16,
+}  # fmt: skip
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+QWEN3_TEXT = {"head_dim": 16, "rope_parameters": MROPE}
+HYBRID = QWEN3_TEXT | {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+    "linear_num_value_heads": 4, "linear_value_head_dim": 16, "rope_parameters": MROPE | {"partial_rotary_factor": 1.0},
+}  # fmt: skip
+SMALL3 = HALF | {"patch_size": 16, "size": {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 64}}
+TINY |= {
+    "Qwen3-VL": TinyVision(
+        "Qwen3VLForConditionalGeneration", "Qwen2VLImageProcessorPil",
+        QWEN3 | {"deepstack_visual_indexes": [0, 2]}, SMALL3, QWEN3_TEXT | {"num_hidden_layers": 3},
+    ),
+    "Qwen3-VL MoE": TinyVision(
+        "Qwen3VLMoeForConditionalGeneration", "Qwen2VLImageProcessorPil",
+        QWEN3 | {"deepstack_visual_indexes": [1]}, SMALL3,
+        QWEN3_TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "Qwen3.5": TinyVision("Qwen3_5ForConditionalGeneration", "Qwen2VLImageProcessorPil", QWEN3, SMALL3, HYBRID),
+}  # fmt: skip
+PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+LLAMA = PLAIN | {"model_type": "llama"}
+MISTRAL = PLAIN | {"model_type": "mistral", "head_dim": 16, "sliding_window": None}
+CLIP = {
+    "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "patch_size": 14, "image_size": 84, "projection_dim": 32,
+}  # fmt: skip
+SIGLIP = CLIP | {"model_type": "siglip_vision_model", "image_size": 56, "num_hidden_layers": 2}
+PIXTRAL = {
+    "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "head_dim": 16, "patch_size": 16, "image_size": 96,
+}  # fmt: skip
+IMAGE_TOKENS = ("<unused_1>", "<unused_2>", "<image>", "<unused_3>")
+IMG = ("[IMG_BREAK]", "[IMG_END]", "[IMG]")
+SPLIT = ("<fake_token_around_image>", "<global-img>", "<image>", *ROWS)
+TILES = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
+PINPOINTS = [[56, 112], [112, 56]]
+MANY = [[56, 56], [56, 112], [112, 56], [112, 112], [112, 168], [168, 112]]
+TINY |= {
+    "LLaVA 1.5": TinyVision(
+        "LlavaForConditionalGeneration", "CLIPImageProcessorPil", CLIP,
+        {"size": {"shortest_edge": 84}, "crop_size": {"height": 84, "width": 84}}, LLAMA, INDEX,
+    ),
+    "Pixtral": TinyVision(
+        "LlavaForConditionalGeneration", "PixtralImageProcessorPil", PIXTRAL,
+        {"size": {"longest_edge": 96}, "patch_size": {"height": 16, "width": 16}}, MISTRAL,
+        INDEX | {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}, IMG, "[IMG]",
+    ),
+    "Mistral Small 3.1": TinyVision(
+        "Mistral3ForConditionalGeneration", "PixtralImageProcessorPil", PIXTRAL | {"patch_size": 14, "image_size": 168},
+        {"size": {"longest_edge": 168}, "patch_size": {"height": 28, "width": 28}}, MISTRAL, INDEX, IMG, "[IMG]",
+    ),
+    "LLaVA-NeXT": TinyVision(
+        "LlavaNextForConditionalGeneration", "LlavaNextImageProcessorPil", CLIP | {"image_size": 56},
+        {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}, "image_grid_pinpoints": PINPOINTS}, LLAMA,
+        INDEX | {"image_grid_pinpoints": PINPOINTS}, IMAGE_TOKENS, "<image>",
+    ),
+    "LLaVA-OneVision": TinyVision(
+        "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionImageProcessorPil", SIGLIP,
+        {"size": {"height": 56, "width": 56}, "image_grid_pinpoints": MANY}, PLAIN | {"model_type": "qwen2"},
+        INDEX | {"image_grid_pinpoints": MANY, "vision_aspect_ratio": "anyres_max_1"}, IMAGE_TOKENS, "<image>",
+    ),
+    "Idefics3": TinyVision(
+        "Idefics3ForConditionalGeneration", "Idefics3ImageProcessorPil", SIGLIP | {"model_type": "idefics3_vision"}, TILES, LLAMA,
+        {"image_token_id": IMAGE, "scale_factor": 2, "tie_word_embeddings": False}, SPLIT, "<image>",
+    ),
+    "SmolVLM": TinyVision(
+        "SmolVLMForConditionalGeneration", "SmolVLMImageProcessorPil", SIGLIP | {"model_type": "smolvlm_vision"}, TILES, LLAMA,
+        {"image_token_id": IMAGE, "scale_factor": 4, "tie_word_embeddings": False}, SPLIT, "<image>",
+    ),
+    "InternVL": TinyVision(
+        "InternVLForConditionalGeneration", "GotOcr2ImageProcessorPil",
+        {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": [56, 56],
+         "patch_size": [14, 14]},
+        {"size": {"height": 56, "width": 56}, "crop_to_patches": True, "max_patches": 4}, PLAIN | {"model_type": "qwen2"},
+        {"image_token_id": IMAGE, "tie_word_embeddings": False}, ("<img>", "</img>", "<IMG_CONTEXT>"), "<IMG_CONTEXT>",
+    ),
+    "Gemma 3": TinyVision(
+        "Gemma3ForConditionalGeneration", "Gemma3ImageProcessorPil", SIGLIP | {"image_size": 112},
+        {"size": {"height": 112, "width": 112}},
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"],
+         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+        INDEX | {"boi_token_index": VISION_START, "eoi_token_index": VISION_END, "mm_tokens_per_image": 16},
+        ("<start_of_image>", "<end_of_image>", "<image_soft_token>"), "<start_of_image>",
+    ),
+}  # fmt: skip
