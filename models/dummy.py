@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,6 +24,14 @@ def random_model(config: ModelConfig, build: Build | None = None, seed: int = 0)
     """
     build = build or Build(max_model_len=config.max_positions)
     model = registry.find(config.architecture).build(config, build)
+    parameters = dict(parameters_of(model))
+    for path, value in random_values(model, build, seed):
+        parameters[path].set_value(value)
+    return model
+
+
+def random_values(model: Any, build: Build, seed: int = 0) -> Iterator[tuple[str, jax.Array]]:
+    """(path, array) of every parameter of a model, as `random_model` has them."""
     for index, (path, parameter) in enumerate(parameters_of(model)):
         target = parameter.get_value()
         if path.endswith("scale"):
@@ -39,5 +48,4 @@ def random_model(config: ModelConfig, build: Build | None = None, seed: int = 0)
             value = jax.device_put(
                 value, to_sharding(build.mesh, parameter.get_metadata()["logical_axes"], build.rules)
             )
-        parameter.set_value(value)
-    return model
+        yield path, value

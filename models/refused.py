@@ -9,7 +9,7 @@ _ENCODER = (
 _OTHER_SENSES = "it is made for images or sound beside text, and its text part has no family of its own"
 _DRAFT = "it drafts for another model, whose keys and values it reads"
 _INDEXER = "its attention chooses positions with a learned indexer, which needs keys of its own in the cache"
-_BIAS = "its attention adds a bias by distance to the scores"
+_BIAS = "its attention adds to the scores what it computes of tokens"
 _OWN_MASK = "its attention looks at other positions than those before a token, or all within a window"
 _STATES = "its layers keep states that no layer here computes"
 _NOT_WRITTEN = "no family has been written for it, and transformers' own code of it is not known to go over pages"
@@ -17,33 +17,26 @@ _NOT_WRITTEN = "no family has been written for it, and transformers' own code of
 _NAMES = {
     _WITH_ENCODER: """
         BartForCausalLM BigBirdPegasusForCausalLM BlenderbotForCausalLM BlenderbotSmallForCausalLM MBartForCausalLM
-        MarianForCausalLM MusicgenForCausalLM MusicgenMelodyForCausalLM MvpForCausalLM PLBartForCausalLM
-        PegasusForCausalLM ProphetNetForCausalLM TrOCRForCausalLM WhisperForCausalLM""",
+        MarianForCausalLM MusicgenForCausalLM MusicgenMelodyForCausalLM MvpForCausalLM PLBartForCausalLM PegasusForCausalLM
+        ProphetNetForCausalLM TrOCRForCausalLM WhisperForCausalLM""",
     _ENCODER: """
-        BertGenerationDecoder BertLMHeadModel BigBirdForCausalLM CamembertForCausalLM Data2VecTextForCausalLM
-        ElectraForCausalLM ErnieForCausalLM MegatronBertForCausalLM RemBertForCausalLM RoCBertForCausalLM
-        RoFormerForCausalLM RobertaForCausalLM RobertaPreLayerNormForCausalLM XLMRobertaForCausalLM
-        XLMRobertaXLForCausalLM XLMWithLMHeadModel XmodForCausalLM""",
+        BigBirdForCausalLM MegatronBertForCausalLM RemBertForCausalLM RoFormerForCausalLM XLMWithLMHeadModel XmodForCausalLM""",
     _OTHER_SENSES: """
-        AriaTextForCausalLM Emu3ForCausalLM FuyuForCausalLM Gemma4UnifiedForCausalLM
-        Gemma4UnifiedForConditionalGeneration GitForCausalLM GotOcr2ForConditionalGeneration MiniMaxM3VLForCausalLM
-        MllamaForCausalLM MoshiForCausalLM MossTranscribeDiarizeForConditionalGeneration Phi4MultimodalForCausalLM""",
+        AriaTextForCausalLM Emu3ForCausalLM FuyuForCausalLM Gemma4UnifiedForCausalLM Gemma4UnifiedForConditionalGeneration
+        GitForCausalLM GotOcr2ForConditionalGeneration MiniMaxM3VLForCausalLM MllamaForCausalLM MoshiForCausalLM
+        MossTranscribeDiarizeForConditionalGeneration Phi4MultimodalForCausalLM""",
     _DRAFT: "Gemma4AssistantForCausalLM Gemma4UnifiedAssistantForCausalLM",
     _INDEXER: """
-        DeepseekV32ForCausalLM DeepseekV4ForCausalLM DogeForCausalLM Dots3NoteForCausalLM GlmMoeDsaForCausalLM
-        Qwen4ExpForCausalLM""",
-    _BIAS: """
-        BloomForCausalLM Inkling2ForCausalLM InklingForCausalLM MptForCausalLM""",
-    _OWN_MASK: """
-        BltForCausalLM CpmAntForCausalLM HrmTextForCausalLM ReformerModelWithLMHead XLNetLMHeadModel""",
+        AXK2ForCausalLM DeepseekV32ForCausalLM DeepseekV4ForCausalLM DogeForCausalLM Dots3NoteForCausalLM
+        GlmMoeDsaForCausalLM HYV4ForCausalLM Qwen4ExpForCausalLM""",
+    _BIAS: "Inkling2ForCausalLM InklingForCausalLM",
+    _OWN_MASK: "BltForCausalLM CpmAntForCausalLM HrmTextForCausalLM ReformerModelWithLMHead XLNetLMHeadModel",
     _STATES: """
-        BailingHybridForCausalLM Lfm3ForCausalLM MiniMaxForCausalLM RecurrentGemmaForCausalLM RwkvForCausalLM
-        ZambaForCausalLM ZayaForCausalLM xLSTMForCausalLM""",
+        BailingHybridForCausalLM Lfm3ForCausalLM MiniMaxForCausalLM RecurrentGemmaForCausalLM RwkvForCausalLM ZambaForCausalLM
+        ZayaForCausalLM xLSTMForCausalLM""",
     _NOT_WRITTEN: """
-        AXK1ForCausalLM AXK2ForCausalLM BeamForCausalLM CTRLLMHeadModel CodeGenForCausalLM CohereCompassForCausalLM
-        DbrxForCausalLM DiffLlamaForCausalLM Dots1ForCausalLM GPTNeoForCausalLM GPTNeoXJapaneseForCausalLM
-        HYV4ForCausalLM JetMoeForCausalLM LongcatFlashForCausalLM ModernBertDecoderForCausalLM OlmoHybridForCausalLM
-        OpenAIGPTLMHeadModel XGLMForCausalLM YoutuForCausalLM Zamba2ForCausalLM""",
+        CohereCompassForCausalLM DbrxForCausalLM JetMoeForCausalLM LongcatFlashForCausalLM OlmoHybridForCausalLM
+        Zamba2ForCausalLM""",
 }
 
 REFUSED: dict[str, str] = {name: reason for reason, names in _NAMES.items() for name in names.split()}

@@ -25,12 +25,19 @@ from models.api import Step
 from models.loading.load import load_model, resolve
 from ops import paged_attention, sampling
 from ops.paged_attention import Q_BLOCK, AttentionBatch
+from ops.recurrent import RecurrentBatch
+from serving.engine.device.stores.state_store import StateStore
+from serving.engine.requests.cache_specs import recurrent_of
 
 PAGE = 16
 
 
-def make_step(decode: tuple[int, ...], chunk: int, vocab_size: int) -> tuple[Step, int]:
-    """A step of decode rows with these context lengths, or of one chunk; and the number of pages. Pages are scattered."""
+def make_step(decode: tuple[int, ...], chunk: int, vocab_size: int, recurrent: bool = False) -> tuple[Step, int]:
+    """A step of decode rows with these context lengths, or of one chunk; and the number of pages. Pages are scattered.
+
+    Args:
+        recurrent: row r's state is in slot r, a chunk's in slot 0.
+    """
     lengths = np.asarray([*decode, *([chunk] if chunk else [])], np.int32)
     width = -(-int(lengths.max()) // PAGE)
     table = 1 + np.random.default_rng(0).permutation(len(lengths) * width).reshape(len(lengths), width).astype(np.int32)
@@ -50,16 +57,25 @@ def make_step(decode: tuple[int, ...], chunk: int, vocab_size: int) -> tuple[Ste
         chunk_row_N=np.zeros(padded // Q_BLOCK, np.int32),  # pyright: ignore[reportArgumentType]
     )
     tokens_T = np.random.default_rng(1).integers(0, vocab_size, len(at)).astype(np.int32)
-    return jax.device_put(Step(tokens_T, at, batch)), table.size + 1  # pyright: ignore[reportArgumentType]
+    states = None
+    if recurrent:
+        slots = np.arange(rows, dtype=np.int32)
+        fields = (slots, lengths[:rows] - 1, np.ones(rows, np.int32), chunks, chunks, chunks, chunks + chunk)
+        states = RecurrentBatch(*fields, num_tokens=len(at))  # pyright: ignore[reportArgumentType]
+    step = Step(tokens_T, at, batch, recurrent=states)  # pyright: ignore[reportArgumentType]
+    return jax.device_put(step), table.size + 1
 
 
 def prepare(model: Any, decode: tuple[int, ...], chunk: int, kv_dtype: str) -> tuple[dict[str, Callable], int]:
     """Functions that run the layers, the logits and the draw of one step and wait; and the bytes of K and V to be read."""
-    step, num_pages = make_step(decode, chunk, model.vocab_size)
+    recurrent = recurrent_of(model)
+    step, num_pages = make_step(decode, chunk, model.vocab_size, recurrent is not None)
     graphdef, state = nnx.split(model)
     specs = model.kv_specs()
     kv = tuple(paged_attention.allocate(spec, num_pages, PAGE, jnp.dtype(kv_dtype)) for spec in specs)
     rows = len(decode) or 1
+    if recurrent is not None:
+        kv += (StateStore(recurrent, rows, 0, None).states,)
 
     @jax.jit
     def logits(state, hidden_RD):

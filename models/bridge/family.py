@@ -30,7 +30,9 @@ from models.layers import Build
 EXTRA = "transformers"
 """The extra that the bridge needs."""
 _NEEDS = ("torch", "transformers")
-_SOURCES = ("graph.py", "record.py", "stand_ins.py", "tensors.py", "tracing.py")
+_SOURCES = (
+    "graph.py", "masks.py", "record.py", "scores.py", "stand_ins.py", "tensors.py", "tracing.py", "written_out.py",
+)  # fmt: skip
 _traces: dict[str, tuple[str, Trace]] = {}
 """Digest of a trace -> (the config.json that it was made of, the trace)."""
 

@@ -83,6 +83,8 @@ class Attends:
         kv_heads, head_dim, v_head_dim: of what pages keep.
         window: how far back it sees, itself included; None for all.
         chunk: positions see those of their own piece alone; None for no such limit.
+        slopes: what a head adds to a score for every position of the key (one, or one a head); None for nothing. Pages then keep
+            two numbers more of each key, which are its position.
     """
 
     kv_heads: int
@@ -92,6 +94,11 @@ class Attends:
     window: int | None = None
     softcap: float | None = None
     chunk: int | None = None
+    slopes: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.slopes is not None:
+            object.__setattr__(self, "slopes", tuple(self.slopes))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from models.api import KVCache, Result, StateSpec, Step
 from models.bridge import parts
 from models.bridge.aten import operation
-from models.bridge.graph import Function, Length, Node, Ref, Trace, mapped
+from models.bridge.graph import Attends, Function, Length, Node, Ref, Trace, mapped
 from models.bridge.graph import run as run_nodes
 from models.config import ModelConfig
 from models.layers import Build, Embedding, Linear
@@ -27,7 +28,7 @@ class BridgedDecoder(nnx.Module):
     """`models.api.CausalLM` over a trace.
 
     `embed` and `head` are what other decoders have under these names; `held` has every other parameter's module, in the order in
-    which they are used.
+    which they are used. `exact_pages`: pages keep positions beside keys, which eight bits do not hold.
     """
 
     def __init__(self, config: ModelConfig, build: Build, trace: Trace):
@@ -47,8 +48,9 @@ class BridgedDecoder(nnx.Module):
         self.embed, self.head = own["embed"], own["head"]
         self.held: Any = nnx.List(made)
         self.paths = tuple(paths.items())
+        self.exact_pages = any(one.slopes is not None for f in trace.functions for one in f.attends)
         self.specs = tuple(
-            KVSpec(one.kv_heads, one.head_dim, one.v_head_dim, one.window)
+            KVSpec(one.kv_heads, one.head_dim + (0 if one.slopes is None else 2), one.v_head_dim, one.window)
             for call in trace.hidden.calls
             for one in trace.functions[call.function].attends
         )
@@ -229,9 +231,14 @@ class _Work:
         y = y.reshape(*x.shape[:-1], -1)
         return y if bias is None or isinstance(bias, str) else y + self._array(bias)
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, place: int) -> jax.Array:
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, place: int, positions: jax.Array | None = None
+    ) -> jax.Array:
         """Attention over pages: [1, H, T, h] -> [1, T, H, h]."""
         said, T = self._function.attends[place], q.shape[2]
+        if said.slopes is not None:
+            assert positions is not None
+            q, k = _with_positions(q, k, positions[0], said)
         G = q.shape[1] // said.kv_heads
         q_TKGh = jnp.moveaxis(q[0], 1, 0).reshape(T, said.kv_heads, G, q.shape[3])
         k_TKh, v_TKh = (jnp.moveaxis(one[0], 1, 0) for one in (k, v))
@@ -240,7 +247,7 @@ class _Work:
             q_TKGh, k_TKh, v_TKh, self.pages[place], self._batches[place], scale=said.scale, window=said.window,
             softcap=said.softcap, sinks_KG=sinks_KG, chunk=said.chunk,
         )  # fmt: skip
-        return out_TKGh.reshape(1, T, said.kv_heads * G, -1)
+        return out_TKGh.reshape(1, T, said.kv_heads * G, -1).astype(v.dtype)
 
     def experts(self, x: jax.Array, ids: jax.Array, weights: jax.Array, module: Experts, *_: Any) -> jax.Array:
         """A mixture's experts."""
@@ -248,6 +255,17 @@ class _Work:
         ids_Tk = ids.reshape(-1, k).astype(jnp.int32)
         self.visited.append(ids_Tk)
         return module(x.reshape(-1, x.shape[-1]), ids_Tk, weights.reshape(-1, k), self._adapter_T).reshape(x.shape)
+
+
+def _with_positions(q: jax.Array, k: jax.Array, positions_T: jax.Array, said: Attends) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys with two numbers more, whose product is what a head adds for a key's position. Of the position one number
+    counts 256s and one what is left: bfloat16 has both exactly."""
+    assert said.slopes is not None
+    slopes_H = np.broadcast_to(np.asarray(said.slopes, np.float32) / said.scale, (q.shape[1],))
+    more_H2 = jnp.asarray(np.stack([256 * slopes_H, slopes_H], -1), q.dtype)
+    more_T2 = jnp.stack([positions_T // 256, positions_T % 256], -1).astype(k.dtype)
+    q = jnp.concatenate([q, jnp.broadcast_to(more_H2[None, :, None], (*q.shape[:3], 2))], -1)
+    return q, jnp.concatenate([k, jnp.broadcast_to(more_T2[None, None], (*k.shape[:3], 2))], -1)
 
 
 _OWN: dict[str, Any] = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ MAX_CONSTANT_BYTES = 16 << 20
 
 _ours = torch.library.Library("jaxserve", "DEF")
 _ours.define("linear(Tensor x, Tensor w, Tensor? b) -> Tensor")
-_ours.define("attend(Tensor q, Tensor k, Tensor v, Tensor? sinks, str options) -> Tensor")
+_ours.define("attend(Tensor q, Tensor k, Tensor v, Tensor? sinks, str options, Tensor? mask) -> Tensor")
+_ours.define("mask(Tensor like, str options) -> Tensor")
 _ours.define("experts(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, str options) -> Tensor")
 
 
@@ -31,10 +33,20 @@ def _linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.T
 
 @torch.library.register_fake("jaxserve::attend", lib=_ours)
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, options: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    options: str,
+    mask: torch.Tensor | None,
 ) -> torch.Tensor:
     batch, heads, tokens, _ = q.shape
     return q.new_empty((batch, tokens, heads, v.shape[-1]))
+
+
+@torch.library.register_fake("jaxserve::mask", lib=_ours)
+def _mask(like: torch.Tensor, options: str) -> torch.Tensor:
+    return like.new_empty((1, 1, like.shape[1], like.shape[1]))
 
 
 @torch.library.register_fake("jaxserve::experts", lib=_ours)
@@ -91,6 +103,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, weights: dict[int, str]) -> None:
         super().__init__()
         self._names = weights
+        self._positions: tuple[int, int] | None = None  # the value, and how many tokens there are
         self._numbers: dict[int, int] = {}
         self._alive: list[torch.Tensor] = []  # so that no other tensor gets its id
         self.weights: dict[int, str] = {}
@@ -104,6 +117,22 @@ class _Recorder(TorchDispatchMode):
         self._alive.append(tensor)
         self.shapes[number] = tuple(tensor.shape)
         return number
+
+    def counts(self, positions: int, tokens: int) -> None:
+        """From now on, whoever counts all tokens gets their positions."""
+        self._positions = (positions, tokens)
+
+    def _counted(self, out: Any) -> bool:
+        """Whether an operation counted the tokens from 0: then the positions are recorded in its place."""
+        if self._positions is None or tuple(out.shape) != (self._positions[1],):
+            return False
+        value, tokens = self._positions
+        flat = torch.empty((tokens,), dtype=torch.int64, device="meta")
+        places = self.add(flat)
+        self.nodes.append(RawNode("aten.squeeze.dims", (Value(value), (0,)), (), (places,)))
+        named = (("dtype", str(out.dtype)),)
+        self.nodes.append(RawNode("aten._to_copy", (Value(places),), named, (self.add(out),)))
+        return True
 
     def number(self, tensor: torch.Tensor) -> int:
         found = self._numbers.get(id(tensor))
@@ -138,6 +167,9 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.name().replace("::", ".")
+        space, base, *overload = name.split(".")
+        if base.endswith("_") and not base.startswith("_") and args and isinstance(args[0], torch.Tensor):
+            name = ".".join((space, base[:-1], *overload))  # what is changed in place is another value from here on
         if func is torch.ops.aten.squeeze.default:  # the sizes of this length say which; another length's may be 1 too
             func, name = torch.ops.aten.squeeze.dims, "aten.squeeze.dims"
             args = (args[0], [axis for axis, size in enumerate(args[0].shape) if size == 1])
@@ -146,6 +178,8 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if name.startswith("prim.device") or out is None:
             return out
+        if _from_zero(func, args) and self._counted(out):
+            return out
         outs = out if isinstance(out, list | tuple) else (out,)
         if not all(isinstance(one, torch.Tensor) for one in outs):
             if any(isinstance(one, torch.Tensor) for one in outs):
@@ -153,6 +187,14 @@ class _Recorder(TorchDispatchMode):
             return out  # a size or a dtype
         self.nodes.append(RawNode(name, told, named, tuple(self.add(one) for one in outs)))
         return out
+
+
+def _from_zero(func: Any, args: Any) -> bool:
+    """Whether it is an `arange` that begins at 0 and goes up by one: (end), (start, end) or (start, end, step)."""
+    if func.overloadpacket is not torch.ops.aten.arange:
+        return False
+    start, step = (args[0] if len(args) > 1 else 0), (args[2] if len(args) > 2 else 1)
+    return start == 0 and step == 1
 
 
 class _Products(TorchFunctionMode):
@@ -171,6 +213,24 @@ class _Products(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@contextmanager
+def _plain_functions() -> Generator[None]:
+    """Within it, functions that bring their own gradient are called without one."""
+    base: Any = torch.autograd.Function
+    original, own = base.__dict__.get("apply"), base.setup_context
+
+    def apply(kind: Any, *args: Any) -> Any:
+        if kind.setup_context is not own:
+            return kind.forward(*args)
+        return kind.forward(SimpleNamespace(save_for_backward=lambda *_: None), *args)
+
+    base.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        base.apply = original
+
+
 def _product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return torch.ops.jaxserve.linear(input, weight, bias)
 
@@ -182,6 +242,7 @@ def record(
     fake: FakeTensorMode,
     watched: Iterable[tuple[str, torch.nn.Module]],
     attend: Callable[..., torch.Tensor],
+    counted: bool = False,
 ) -> Recording:
     """Records `function(*inputs)`.
 
@@ -190,6 +251,7 @@ def record(
         weights: id of each parameter -> its name.
         watched: modules of which it is told which operations are theirs.
         attend: what torch's scaled_dot_product_attention is.
+        counted: the function counts tokens itself; the second input are the positions that this stands for.
     Raises:
         Refused: what it does depends on values.
     """
@@ -197,6 +259,8 @@ def record(
     marks: list[tuple[str, int, int]] = []
 
     given = tuple(recorder.add(tensor) for tensor in inputs)
+    if counted:
+        recorder.counts(given[1], inputs[1].shape[1])
     with ExitStack() as stack:
         for name, module in watched:
             begun: list[int] = []
@@ -209,6 +273,7 @@ def record(
             for hook in hooks:
                 stack.callback(hook.remove)
         stack.enter_context(torch.no_grad())
+        stack.enter_context(_plain_functions())
         stack.enter_context(fake)
         stack.enter_context(recorder)
         stack.enter_context(_Products(attend))

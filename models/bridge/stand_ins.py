@@ -1,9 +1,10 @@
-"""What transformers' models call of ours while they are recorded, in place of attention, masks and experts; and the models
+"""What transformers' models call of ours while they are recorded, in place of attention and experts; and the models
 themselves, on parameters without values."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 from transformers.integrations import moe
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from models.bridge import masks
 from models.bridge.graph import Refused
 from models.bridge.known import BESIDE
 from models.bridge.record import options
@@ -30,22 +33,6 @@ UNHEEDED = {
     "num_key_value_groups", "enable_gqa", "deterministic", "is_decoder",
 }  # fmt: skip
 """What attention may be told and need not know."""
-
-
-class Mask:
-    """Stands where a model's attention mask would, and says which it is. Whoever looks into it is refused."""
-
-    def __init__(self, window: int | None = None, chunk: int | None = None) -> None:
-        self.__dict__.update(_window=window, _chunk=chunk)
-
-    def __getattr__(self, name: str) -> Any:
-        raise Refused("its layers change the mask of attention themselves")
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.__getattr__("")
-
-    def __iter__(self) -> Any:
-        return self.__getattr__("")
 
 
 def attention(
@@ -65,20 +52,20 @@ def attention(
         raise Refused(f"its attention is told of {', '.join(unknown)}")
     if (getattr(module, "is_causal", True) if causal is None else causal) is False:
         raise Refused("its attention looks at later positions too")
-    chunk = None
-    if isinstance(attention_mask, Mask):
-        if window is not None and attention_mask._window != window:
-            raise Refused(f"its mask has a window of {attention_mask._window}, its attention one of {window}")
-        window, chunk = attention_mask._window, attention_mask._chunk
+    chunk = mask = None
+    if isinstance(attention_mask, masks.Mask):
+        if window is not None and attention_mask.window != window:
+            raise Refused(f"its mask has a window of {attention_mask.window}, its attention one of {window}")
+        window, chunk = attention_mask.window, attention_mask.chunk
     elif attention_mask is not None:
-        raise Refused("it makes masks of attention of its own")
+        mask = attention_mask
     (_, heads, tokens, size), (_, kv_heads, keys, _) = query.shape, key.shape
     if keys != tokens or tuple(value.shape[:3]) != (1, kv_heads, keys) or heads % kv_heads or query.shape[0] != 1:
         raise Refused("its attention reads other keys than those of its tokens")
     scale = scaling if scaling is not None else getattr(module, "scaling", None)
     scale = float(scale) if isinstance(scale, int | float) else size**-0.5
     said = options(scale=scale, window=window, softcap=softcap, chunk=chunk)
-    return torch.ops.jaxserve.attend(query, key, value, sinks, said), None
+    return torch.ops.jaxserve.attend(query, key, value, sinks, said, mask), None
 
 
 def torch_attention(
@@ -116,13 +103,29 @@ def experts(module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch
     Raises:
         Refused: they are not stacked gated blocks without biases.
     """
-    plain = type(module)._apply_gate is moe._default_apply_gate
-    if not (module.has_gate and module.is_concatenated and plain) or module.is_transposed or module.has_bias:
+    if (
+        not (module.has_gate and module.is_concatenated and _gated_plainly(module))
+        or module.is_transposed
+        or module.has_bias
+    ):
         raise Refused("its experts are of a kind that is not known here")
     if module.has_post_expert_norm:
         raise Refused("its experts are normalized one by one")
     said = options(activation=_activation(module))
     return torch.ops.jaxserve.experts(hidden, ids, weights, module.gate_up_proj, module.down_proj, said)
+
+
+def _gated_plainly(module: Any) -> bool:
+    """Whether what is done between an expert's products is `activation(gate) * up`."""
+    if type(module)._apply_gate is moe._default_apply_gate:
+        return True
+    with _disable_current_modes(), torch.no_grad():
+        both = torch.linspace(-8.0, 8.0, 64).reshape(2, 32)
+        gate, up = both.chunk(2, dim=-1)
+        try:
+            return torch.allclose(module._apply_gate(both), module.act_fn(gate) * up, atol=1e-6)
+        except Exception:  # it may want anything
+            return False
 
 
 def _activation(module: Any) -> str:
@@ -134,49 +137,21 @@ def _activation(module: Any) -> str:
     raise Refused("the activation of its experts has no name in its configuration")
 
 
-def _causal(config: Any, *args: Any, **told: Any) -> Mask:
-    _no_more(told)
-    return Mask()
-
-
-def _windowed(config: Any, *args: Any, **told: Any) -> Mask:
-    _no_more(told)
-    window = told.get("sliding_window") or getattr(config, "sliding_window", None)
-    if not isinstance(window, int):
-        raise Refused("its masks have a window of no known size")
-    return Mask(window)
-
-
-def _chunked(config: Any, *args: Any, **told: Any) -> Mask:
-    _no_more(told)
-    return Mask(chunk=config.attention_chunk_size)
-
-
-def _no_more(told: Mapping[str, Any]) -> None:
-    for name in ("or_mask_function", "and_mask_function", "block_sequence_ids", "allow_is_bidirectional_skip"):
-        if told.get(name) is not None and told.get(name) is not False:
-            raise Refused("it adds to the mask of attention")
-
-
-def _other(*_: Any, **__: Any) -> Any:
-    raise Refused("its attention looks at later positions too")
-
-
 FLASH = "_flash_attention_forward"
 
 _OURS = {
-    "create_causal_mask": _causal,
-    "create_sliding_window_causal_mask": _windowed,
-    "create_chunked_causal_mask": _chunked,
-    "create_bidirectional_mask": _other,
-    "create_bidirectional_sliding_window_mask": _other,
+    "create_causal_mask": masks.causal,
+    "create_sliding_window_causal_mask": masks.windowed,
+    "create_chunked_causal_mask": masks.chunked,
+    "create_bidirectional_mask": masks.both_ways,
+    "create_bidirectional_sliding_window_mask": masks.both_ways,
     FLASH: flash_attention,
 }
 """What is ours in the namespaces of transformers' models while they are recorded."""
 
 
 @contextlib.contextmanager
-def installed(model: torch.nn.Module) -> Generator[None]:
+def installed(model: Any) -> Generator[None]:
     """Within it, a model makes our masks, and what calls flash attention calls ours. Attention and experts of ours are in the
     registries for good: under our name."""
     modules = {sys.modules[kind.__module__] for part in model.modules() for kind in type(part).__mro__[:-1]}
@@ -184,6 +159,7 @@ def installed(model: torch.nn.Module) -> Generator[None]:
     # Where flash attention is not installed its function is not there, and its classes still are.
     names = [(module, name) for module in theirs for name in _OURS if hasattr(module, name) or name == FLASH]
     kept = [(module, name, vars(module).get(name)) for module, name in names]
+    model.warn_if_padding_and_no_attention_mask = lambda *_, **__: None  # looks at the tokens' values
     try:
         for module, name in names:
             setattr(module, name, _OURS[name])
@@ -265,13 +241,16 @@ def model_class(hf: Mapping[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _tables(kind: Any) -> Generator[None]:
-    """Older models choose a class for attention by its name: within it, ours is the one for flash attention."""
+    """Older models choose a class for attention by its name: within it, ours is the one for flash attention, or the plainest one
+    where layers see differently far."""
     module = sys.modules[kind.__module__]
     tables = [
         one for name, one in vars(module).items() if name.endswith("_ATTENTION_CLASSES") and "flash_attention_2" in one
     ]
     for table in tables:
-        table[NAME] = table["flash_attention_2"]
+        eager = table.get("eager")
+        windows = eager is not None and "attention_type" in inspect.signature(eager.__init__).parameters
+        table[NAME] = eager if windows else table["flash_attention_2"]  # which has not always the windows
     try:
         yield
     finally:
@@ -309,9 +288,12 @@ def _default_dtype(dtype: torch.dtype) -> Generator[None]:
 
 
 def parameters(model: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    """(name, tensor) of what a checkpoint gives: parameters, and buffers that are saved. A tied one comes once."""
+    """(name, tensor) of what a checkpoint gives: parameters, and buffers that are saved. A tied one comes once, under the name that
+    others are tied to."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    told = model.state_dict(keep_vars=True).items()
+    for name, tensor in sorted(told, key=lambda one: one[0] in tied):
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor

@@ -11,12 +11,17 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.bridge import stand_ins, tensors
+from models.bridge import stand_ins, tensors, written_out
 from models.bridge.graph import Attends, Call, Function, Held, Length, Node, Program, Ref, Refused, Trace
 from models.bridge.record import RawNode, Recording, Value, record
 
 LENGTHS = (19, 23, 4099)
-"""Tokens of the recordings. Two say how a number depends on the length; the third, longer than most windows, says that it does."""
+"""Tokens of the recordings. Two say how a number depends on the length; the third, longer than most windows, says that it does. It
+is shorter where positions end before, and never all of them: slices of tables would not be seen."""
+
+WRITTEN_OUT = (1031, 2051)
+"""The most tokens of the third where a model computes scores of all tokens with all tokens itself: with our mask, which says how
+far it sees, and with its own."""
 
 
 def trace(hf: Mapping[str, Any], dtype: str = "float32") -> Trace:
@@ -32,37 +37,64 @@ def trace(hf: Mapping[str, Any], dtype: str = "float32") -> Trace:
     model = stand_ins.make(hf, fake, getattr(torch, dtype))
     names = {id(tensor): name for name, tensor in stand_ins.parameters(model)}
     path, decoder = _decoder(model)
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
-        raise Refused("it takes no positions")
     parameters, facts = tensors.published(model, fake), _facts(model.config)
-    layers = _layers(decoder)
+    layers, hidden, counted = _layers(decoder), *_hidden(decoder)
+    lengths = (*LENGTHS[:2], min(LENGTHS[2], facts["max_positions"] - 1))
 
-    def hidden(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        out = decoder(input_ids=tokens, position_ids=positions, use_cache=False)
-        return out[0] if isinstance(out, tuple) else out.last_hidden_state
+    def recorded(length: int) -> Recording:
+        return record(hidden, _tokens(length, fake), names, fake, layers, stand_ins.torch_attention, counted)
 
     with stand_ins.installed(model):
-        first = [
-            record(hidden, _tokens(length, fake), names, fake, layers, stand_ins.torch_attention) for length in LENGTHS
-        ]
+        first = [recorded(length) for length in lengths]
+        if written_out.written_out(first[-1]):
+            most = WRITTEN_OUT[0 if written_out.masked_by_us(first[-1]) else 1]
+            lengths = (*LENGTHS[:2], min(most, facts["max_positions"] - 1))
+            first[-1] = recorded(lengths[-1])
+        first = written_out.replaced(first)
         width = first[0].shapes[first[0].output][-1]
         stub = _Stub()
         model.set_submodule(path, stub)
 
         def logits(states: torch.Tensor) -> torch.Tensor:
             stub.states = states
-            return model(input_ids=torch.zeros(states.shape[:2], dtype=torch.int64), use_cache=False).logits
+            return model(
+                input_ids=torch.zeros(states.shape[:2], dtype=torch.int64), **_taken(model, use_cache=False)
+            ).logits
 
         second = [
             record(
                 logits, _states(length, width, fake, getattr(torch, dtype)), names, fake, (), stand_ins.torch_attention
             )
-            for length in LENGTHS
+            for length in lengths
         ]
-    maker = _Maker(parameters, facts["vocab_size"])
+    maker = _Maker(parameters, facts["vocab_size"], lengths)
     program, head = maker.program(first, len(layers)), maker.program(second, 0)
     facts |= {"embed_dim": width, **maker.found()}
     return Trace(facts, tuple(maker.functions), program, head, parameters, tensors.cuts(model))
+
+
+def _hidden(decoder: Any) -> tuple[Any, bool]:
+    """(hidden states of tokens and positions, whether the network counts positions itself)."""
+    counted = "position_ids" not in inspect.signature(decoder.forward).parameters
+    first = next((part.padding_idx + 1 for part in decoder.modules() if hasattr(part, _PADDED)), 0)
+
+    def hidden(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        told = {} if counted else {"position_ids": positions + first if first else positions}
+        out = decoder(input_ids=tokens, **told, **_taken(decoder, use_cache=False))
+        return out[0] if isinstance(out, tuple) else out.last_hidden_state
+
+    return hidden, counted
+
+
+_PADDED = "create_position_ids_from_input_ids"
+"""Of what counts positions from behind its padding token's id."""
+
+
+def _taken(module: Any, **told: Any) -> dict[str, Any]:
+    """Those that its forward takes."""
+    parameters = inspect.signature(module.forward).parameters
+    any_name = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    return {name: value for name, value in told.items() if any_name or name in parameters}
 
 
 class _Stub(torch.nn.Module):
@@ -98,7 +130,9 @@ def _states(length: int, width: int, fake: FakeTensorMode, dtype: torch.dtype) -
 def _facts(config: Any) -> dict[str, Any]:
     """Numbers of a configuration under the names that most families have."""
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:
+        raise Refused("it has no heads of attention")
     heads = max(heads) if isinstance(heads, list | tuple) else heads
     return {
         "vocab_size": int(text.vocab_size),
@@ -114,7 +148,7 @@ def _decoder(model: Any) -> tuple[str, Any]:
     found: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
     for candidate in (found, model.base_model):
         path = next((name for name, module in model.named_modules() if module is candidate), "")
-        if path:
+        if path and "input_ids" in inspect.signature(candidate.forward).parameters:
             return path, candidate
     raise Refused("it has no network apart from its head")
 
@@ -130,9 +164,10 @@ def _layers(decoder: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 class _Maker:
     """Functions as they are found, equal ones once."""
 
-    def __init__(self, parameters: Mapping[str, Any], vocab: int) -> None:
+    def __init__(self, parameters: Mapping[str, Any], vocab: int, lengths: Sequence[int]) -> None:
         self.functions: list[Function] = []
-        self._parameters, self._vocab = parameters, vocab
+        self._parameters, self._vocab, self._lengths = parameters, vocab, lengths
+        self._tables: set[str] = set()  # weights that rows are taken from
         self._place: dict[str, int] = {}
         self._attends: list[Attends] = []
         self._mixtures: list[tuple[int, int, int] | None] = []  # of each layer: experts, those of a token, their width
@@ -157,8 +192,10 @@ class _Maker:
     def program(self, recordings: Sequence[Recording], layers: int) -> Program:
         """The calls of what was recorded at several lengths."""
         first = recordings[0]
-        nodes = _needed(_agreed(recordings), first.output)
+        nodes = _needed(_agreed(recordings, self._lengths), first.output)
         kept = {node.outs[0] for node in nodes}
+        looked_up = {value for node in nodes if node.op == "aten.embedding" for value in _values(node.args[0])}
+        self._tables |= {first.weights[value] for value in looked_up if value in first.weights}
         bounds = _bounds(first, layers)
         pieces: list[tuple[str, list[Node]]] = []
         for prefix, begin, end in bounds:
@@ -191,7 +228,8 @@ class _Maker:
         mixture = self._mixture(nodes, recording)
         if prefix or mixture is not None:
             self._mixtures.append(mixture)
-        held = tuple(self._held(recording.weights[value], number[value], prefix, renamed) for value in weights)
+        tables = {number[value] for value in weights if recording.weights[value] in self._tables}
+        held = tuple(self._held(recording.weights[value], number[value], prefix, renamed, tables) for value in weights)
         function = Function(
             len(inputs), held, tuple(recording.constants[value] for value in constants), renamed,
             tuple(number[value] for value in outputs), tuple(attends),
@@ -210,11 +248,13 @@ class _Maker:
                 return gate_up[0], ids[-1], gate_up[1] // 2
         return None
 
-    def _held(self, name: str, number: int, prefix: str, nodes: Sequence[Node]) -> Held:
-        """How a function uses a weight."""
+    def _held(self, name: str, number: int, prefix: str, nodes: Sequence[Node], tables: set[int]) -> Held:
+        """How a function uses a weight. `tables`: those that are looked up, too; their products have no biases of their own."""
         shape, uses = self._parameters[name].shape, set()
         for node in nodes:
             uses |= {(node.op, place) for place, one in enumerate(node.args) if one == Ref(number)}
+            if node.op == "jaxserve.linear" and node.args[2] == Ref(number) and _values(node.args[1]) & tables:
+                uses.add((node.op, -1))
             if any(number in _values(one) for one in node.args if isinstance(one, tuple)):
                 uses.add((node.op, -1))
         kinds = {
@@ -267,7 +307,7 @@ def _numbered(node: Node, number: Mapping[int, int], attends: list[Attends], rec
     if node.op == "jaxserve.attend":
         shapes = [recording.shapes[argument.value] for argument in node.args[:3]]
         attends.append(Attends(shapes[1][1], shapes[1][3], shapes[2][3], **json.loads(node.args[4])))
-        args = (*args[:4], len(attends) - 1)
+        args = (*args[:4], len(attends) - 1, *args[5:])
     return Node(node.op, args, own(node.kwargs), tuple(number[out] for out in node.outs))
 
 
@@ -303,7 +343,7 @@ def _needed(nodes: Sequence[Node], output: int) -> list[Node]:
     return kept[::-1]
 
 
-def _agreed(recordings: Sequence[Recording]) -> list[Node]:
+def _agreed(recordings: Sequence[Recording], lengths: Sequence[int]) -> list[Node]:
     """One list of nodes for all lengths.
 
     Raises:
@@ -319,10 +359,10 @@ def _agreed(recordings: Sequence[Recording]) -> list[Node]:
         )
         if not same or other.output != first.output:
             raise different
-    return [_agreed_node(nodes, different) for nodes in zip(*(r.nodes for r in recordings), strict=True)]
+    return [_agreed_node(nodes, lengths, different) for nodes in zip(*(r.nodes for r in recordings), strict=True)]
 
 
-def _agreed_node(nodes: tuple[RawNode, ...], different: Refused) -> Node:
+def _agreed_node(nodes: tuple[RawNode, ...], lengths: Sequence[int], different: Refused) -> Node:
     def agree(parts: tuple[Any, ...]) -> Any:
         one = parts[0]
         if any(type(part) is not type(one) for part in parts):
@@ -336,7 +376,7 @@ def _agreed_node(nodes: tuple[RawNode, ...], different: Refused) -> Node:
                 raise different
             return tuple(agree(group) for group in zip(*parts, strict=True))
         if isinstance(one, int) and not isinstance(one, bool):
-            return _number(parts, different)
+            return _number(parts, lengths, different)
         if any(part != one and not (part != part and one != one) for part in parts):
             raise different
         return one
@@ -351,9 +391,9 @@ def _agreed_node(nodes: tuple[RawNode, ...], different: Refused) -> Node:
     )
 
 
-def _number(parts: tuple[int, ...], different: Refused) -> int | Length:
-    slope, rest = divmod(parts[1] - parts[0], LENGTHS[1] - LENGTHS[0])
-    offset = parts[0] - slope * LENGTHS[0]
-    if rest or any(slope * length + offset != part for length, part in zip(LENGTHS, parts, strict=True)):
+def _number(parts: tuple[int, ...], lengths: Sequence[int], different: Refused) -> int | Length:
+    slope, rest = divmod(parts[1] - parts[0], lengths[1] - lengths[0])
+    offset = parts[0] - slope * lengths[0]
+    if rest or any(slope * length + offset != part for length, part in zip(lengths, parts, strict=True)):
         raise different
     return Length(slope, offset) if slope else offset

@@ -1,5 +1,6 @@
 """Decoders with a head that tells labels in place of the one that tells tokens, as transformers' `…ForSequenceClassification` and
-TRL's reward models have it: the last token, which has read all others, through a row of weights a label.
+TRL's reward models have it: the last token, which has read all others, through a row of weights a label. Of rerankers that answer
+(`models/loading/answers.py`) that row is the difference of two of the tokens'.
 
 They generate nothing, so they run as encoders do: whole texts in one batch, and no pages.
 """
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from models.api import CausalLM, Step
@@ -38,7 +40,7 @@ from models.family import Family
 from models.label_head import with_labels
 from models.layers import Build, Linear
 from models.pooling import pool
-from models.recipes import Recipes, under
+from models.recipes import Computed, Piece, Recipe, Recipes, Rows, under
 from ops.paged_attention import Sequences
 
 _MODULES = (
@@ -85,7 +87,15 @@ class DecoderClassifier(nnx.Module):
         return self.head(pool(hidden_BSD, length_B, "last", normalize=False), out_dtype=jnp.float32)
 
     def recipes(self) -> Recipes:
-        return under("decoder", self.decoder.recipes()) | under("head", self.head.recipes("score"))
+        answers = self.config.get("answers")
+        head = self.head.recipes("score") if answers is None else {"weight": _answered(*answers)}
+        return under("decoder", self.decoder.recipes()) | under("head", head)
+
+
+def _answered(tensor: str, rows: int, width: int, against: int, inside: int) -> Recipe:
+    """The row [1, width] whose product is the logit of one token less that of another."""
+    table = Piece(tensor, (rows, width))
+    return Computed((Rows(table, inside, inside + 1), Rows(table, against, against + 1)), np.subtract)
 
 
 def classifier_of(family: Family) -> Family | None:
@@ -102,7 +112,12 @@ def classifier_of(family: Family) -> Family | None:
     def config(hf: Mapping[str, Any]) -> ModelConfig:
         name = hf["architectures"][0]
         plain = family.config({**hf, "architectures": [bases[name]], "tie_word_embeddings": True})
-        return with_labels(dataclasses.replace(plain, architecture=name, tie_embeddings=True), hf)
+        config = with_labels(dataclasses.replace(plain, architecture=name, tie_embeddings=True), hf)
+        if "answers" not in hf:
+            return config
+        table = "model.embed_tokens.weight" if hf.get("tie_word_embeddings") else "lm_head.weight"
+        answers = (table, config.vocab_size, config.embed_dim, *hf["answers"])
+        return dataclasses.replace(config, extra=(*config.extra, ("answers", answers)))
 
     def build(config: ModelConfig, build: Build) -> DecoderClassifier:
         return DecoderClassifier(family.build, config, build)

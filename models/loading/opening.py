@@ -9,6 +9,7 @@ from models import registry
 from models.embedding_head import EmbeddingHead, embedding_head
 from models.family import Family
 from models.loading import gguf_config, hf_config, orbax
+from models.loading.answers import as_classifier
 from models.loading.default_model import MODEL_ID, RECORDED_NAME
 from models.loading.files.checkpoint import Checkpoint
 from models.loading.files.experts import ExpertLayouts
@@ -69,7 +70,7 @@ def _open_gguf(source: ModelSource) -> Opened:
 
 
 def _open_hf(source: ModelSource) -> Opened:
-    hf = hf_config.read_config(source.path)
+    hf = as_classifier(hf_config.read_config(source.path), source.path, source.name or source.path.name)
     family = registry.find(hf["architectures"][0])
     stored = SafetensorsCheckpoint(source.path, hf)
     checkpoint: Checkpoint = stored

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from models.loading.source import ModelSource
     from serving.text.chat_template import ChatTemplate
+    from serving.text.question import Question
     from serving.text.tokenizer import Tokenizer
 
 TOKENIZER_FILES = (
@@ -50,9 +51,20 @@ def load_text_side(source: ModelSource, chat_template: str | None = None) -> Tex
     elif not any((source.path / name).exists() for name in TOKENIZER_FILES):
         return TextSide(TokenIdsOnly(_recorded_ends(source.path)), None)
     else:
-        tokenizer = Tokenizer.from_directory(source.path)
+        tokenizer = Tokenizer.from_directory(source.path, question=_question(source))
     template = read_template(chat_template) if chat_template is not None else None
     return TextSide(tokenizer, ChatTemplate.from_tokenizer(tokenizer, template))
+
+
+def _question(source: ModelSource) -> Question | None:
+    """How a reranker that answers is asked; None for any other model."""
+    from models.loading.answers import words_of
+    from models.loading.hf_config import read_json
+    from serving.text.question import QWEN3
+
+    if not (source.path / "config.json").is_file():
+        return None
+    return None if words_of(read_json(source.path / "config.json"), source.name or source.path.name) is None else QWEN3
 
 
 def _recorded_ends(folder: Path) -> tuple[int, ...]:

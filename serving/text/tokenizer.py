@@ -17,6 +17,7 @@ import tokenizers
 from serving.text import tokenizer_files
 from serving.text.control_tokens import ControlTokenGuard, clean_unicode, sibling
 from serving.text.formats import gguf_vocab
+from serving.text.question import Question
 
 SPACE_BYTES = gguf_vocab.SPACE.encode()
 
@@ -55,6 +56,7 @@ class Tokenizer:
         unk_token: str | None = None,
         pad_token: str | None = None,
         chat_templates: Mapping[str, str] | None = None,
+        question: Question | None = None,
     ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -72,16 +74,20 @@ class Tokenizer:
         self.unk_token = unk_token
         self.pad_token = pad_token
         self.chat_templates = dict(chat_templates or {})
+        self._question = question
         self._form, self.strips_leading_space = _decoder_form(json.loads(_decoder_json(tokenizer)))
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
-    def from_directory(cls, folder: str | Path, eos_token_ids: Iterable[int] | None = None) -> Tokenizer:
+    def from_directory(
+        cls, folder: str | Path, eos_token_ids: Iterable[int] | None = None, question: Question | None = None
+    ) -> Tokenizer:
         """Reads a Hugging Face model folder: tokenizer.json, and beside it tokenizer_config.json,
         special_tokens_map.json, generation_config.json, config.json and chat templates where present.
 
         Args:
             eos_token_ids: instead of those that the files name.
+            question: in which pairs of texts are put.
         Raises:
             ValueError: a file is missing or damaged; the sentence names it.
         """
@@ -93,6 +99,7 @@ class Tokenizer:
             unk_token=files.unk_token,
             pad_token=files.pad_token,
             chat_templates=files.chat_templates,
+            question=question,
         )
 
     @classmethod
@@ -162,6 +169,8 @@ class Tokenizer:
         Raises:
             ValueError: `max_tokens` leaves no room for the special tokens and one token of each text.
         """
+        if self._question is not None and second is not None:
+            return self._asked(self._question, first, second, max_tokens)
         tokenizer = self._plain
         texts = [first] if second is None else [first, second]
         parts = tokenizer.encode_batch([clean_unicode(text) for text in texts], add_special_tokens=False)
@@ -176,6 +185,22 @@ class Tokenizer:
                 part.truncate(length)
         encoding = tokenizer.post_process(parts[0], parts[1] if second is not None else None)
         return encoding.ids, encoding.type_ids
+
+    def _asked(
+        self, question: Question, first: str, second: str, max_tokens: int | None
+    ) -> tuple[list[int], list[int]]:
+        """A pair as the question of a model that answers. What is cut is the end of the document."""
+        before, behind = (self.encode(text, False, parse_special=True) for text in (question.before, question.behind))
+        ids = self.encode(question.form.format(query=first, document=second), add_special_tokens=False)
+        if max_tokens is not None:
+            room = max_tokens - len(before) - len(behind)
+            if room < 1:
+                raise ValueError(
+                    f"At most {max_tokens} tokens were asked for; the question around the texts alone is {max_tokens - room}."
+                )
+            ids = ids[:room]
+        ids = [*before, *ids, *behind]
+        return ids, [0] * len(ids)
 
     def chat_guard(self, template_source: str = "") -> ControlTokenGuard:
         """What keeps users' text from becoming control tokens in chats rendered with this template."""

@@ -101,6 +101,11 @@ def prepare(settings: Settings) -> Run:
     task = settings.task or ("generate" if "generate" in opened.family.tasks else "embed")
     if task not in opened.family.tasks:
         raise ValueError(f"--task {task}: {opened.family.name} is for {', '.join(opened.family.tasks)}.")
+    if opened.family.traced:
+        raise ValueError(
+            f"{opened.model_id} runs transformers' own code, recorded for serving: it has no backward pass here. Train it with "
+            "transformers and peft; adapters made there are served."
+        )
     template = read_template(settings.chat_template) if settings.chat_template is not None else None
     text = load_text_side(source, template)
     if not text.tokenizer.reads_text:

@@ -10,7 +10,9 @@ import pytest
 
 from models import registry
 from models.bridge import family as bridge
-from tests.models.tiny import Tiny, compare, make_reference
+from tests.models.tiny import TINY
+from tests.models.tiny_base import Tiny
+from tests.models.tiny_reference import compare, make_reference
 
 PLUGIN = Path(__file__).parents[2] / "examples" / "model_plugin"
 
@@ -49,7 +51,7 @@ def test_computes_what_transformers_does(installed, tmp_path, monkeypatch, paral
     assert registry.find("GPTNeoXForCausalLM").name == "GPT-NeoX, Pythia"
     fields = {"use_parallel_residual": parallel, "num_key_value_heads": None}
     tiny = Tiny("GPTNeoXConfig", "GPTNeoXForCausalLM", fields)
-    monkeypatch.setitem(sys.modules["tests.models.tiny"].TINY, "neox", tiny)
+    monkeypatch.setitem(TINY, "neox", tiny)
     make_reference("neox", tmp_path / "neox")
     result = compare(tmp_path / "neox", steps=8)
     assert result["error"] < 1e-4

@@ -10,7 +10,8 @@ from models.loading.quantized import METHODS
 from models.refused import REFUSED
 from models.registry import families, status
 from tests.models.test_families import GGUF, MESHES
-from tests.models.tiny import PROMPTS, TINY
+from tests.models.tiny import TINY
+from tests.models.tiny_base import PROMPTS
 from tests.models.tiny_vision import TINY as VISION
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
@@ -55,6 +56,11 @@ programs over our pages, weights and products, and is kept in the cache folder u
 that finds it imports neither torch nor transformers. Before a checkpoint is served for the first time its logits are compared
 with transformers' on 48 tokens, a prompt in pieces and single steps, in float32 (for a while there are two float32 copies of the
 weights); where they differ by more than a thousandth it is refused, in a sentence. That is kept too.
+
+Attention that a model writes out itself is found in the recording, and what it does to its scores is read off numbers in their
+place: scaled, masked (causal, or a window, of the model's own tables too), or with a slope by the distance (ALiBi: pages then keep
+the position beside each key). Anything else is refused. Models that count positions themselves get the request's. A decoder of the
+BERT kind is served where its configuration says `is_decoder`.
 
 A traced model takes prefix sharing, preemption, int8, grammars, adapters on its products (LoRA), drafts without heads, `data=N`,
 and `model=N` where transformers says how its weights are cut. It takes no packed checkpoints, no media, no draft heads, and is

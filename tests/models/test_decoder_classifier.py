@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from models.label_head import LabelHead
+from models.loading.answers import words_of
 from models.loading.load import load_model, resolve
 from models.registry import families, find
 from serving.engine.device.programs.compiling import ProgramCache, starting
@@ -94,6 +95,43 @@ def test_batches_of_an_engine(tmp_path):
     wanted = np.stack([logits_of(reference, text) for text in TEXTS])
     np.testing.assert_allclose(runner.run([Text(text) for text in TEXTS]), wanted, atol=1e-4)
     np.testing.assert_allclose(runner.run([Text(TEXTS[1])])[0], wanted[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decoder_that_answers_is_a_reranker(tied, tmp_path):
+    """Its score is the logit of "yes" less that of "no" behind the last token."""
+    import torch
+    import transformers
+
+    folder = tmp_path / "Qwen3-Reranker-0.6B"
+    torch.manual_seed(0)
+    reference = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TINY | {"tie_word_embeddings": tied})).eval()
+    reference.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"answers with the tokens 'no' and 'yes', and tokenizer.json has no 'no'"):
+        load_model(resolve(str(folder)), progress=False)
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"no": 40, "yes": 41}}}))
+    loaded = load_model(resolve(str(folder)), progress=False)
+    head = LabelHead.of(loaded.config)
+    assert head.scores and head.labels == ("yes",) and head.activation == "sigmoid"
+    length = np.array([len(text) for text in TEXTS], np.int32)
+    tokens = np.zeros((len(length), 14), np.int32)
+    for row, text in enumerate(TEXTS):
+        tokens[row, : len(text)] = text
+    logits = np.asarray(loaded.model.classify(loaded.model.encode(tokens, length), length))
+    for row, text in enumerate(TEXTS):
+        wanted = logits_of(reference, text)[-1]
+        np.testing.assert_allclose(logits[row], [wanted[41] - wanted[40]], atol=1e-4)
+
+
+def test_which_decoders_answer():
+    plain = {"architectures": ["Qwen3ForCausalLM"]}
+    assert words_of(plain, "Qwen/Qwen3-Reranker-8B") == ("no", "yes")
+    assert words_of(plain, "Qwen/Qwen3-8B") is None
+    assert words_of({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3-Reranker-0.6B-seq-cls") is None
+    told = {"architectures": ["LlamaForCausalLM"], "classifier_from_token": ["false", "true"]}
+    assert words_of(told, "mine") == ("false", "true")
+    with pytest.raises(ValueError, match="classifier_from_token is 'yes'; give two tokens"):
+        words_of(plain | {"classifier_from_token": "yes"}, "mine")
 
 
 def test_every_one_is_transformers_own_name():

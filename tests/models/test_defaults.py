@@ -10,7 +10,8 @@ from models import defaults
 from models.loading.hf_config import read_config
 from models.registry import families, find
 from tests.models.defaults import FILE, text, text_class
-from tests.models.tiny import BASE, TINY
+from tests.models.tiny import TINY
+from tests.models.tiny_base import BASE
 
 ARCHITECTURES = sorted({name for family in families() for name in family.architectures if text_class(name)})
 

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.models.tiny import TINY, compare, make_reference, slug
+from tests.models.tiny import TINY
 from tests.models.tiny_gguf import ARCHITECTURES, to_gguf
+from tests.models.tiny_reference import compare, make_reference, slug
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,15 +75,23 @@ MESHES = {
 
 
 A_PROCESS = 8  # variants that one process runs: it takes seconds to start, and several can run beside each other
-PIECES = [(mesh, names[i : i + A_PROCESS]) for mesh, names in MESHES.items() for i in range(0, len(names), A_PROCESS)]
 
 
-@pytest.mark.parametrize(
-    ("mesh", "names"), PIECES, ids=[f"{mesh}: {names[0]} to {names[-1]}" for mesh, names in PIECES]
-)
+def pieces() -> Iterator[Any]:
+    """(mesh, names): the first variant of each architecture, and, where slow tests run, the others."""
+    for mesh, names in MESHES.items():
+        first = set({TINY[name].model: name for name in reversed(names)}.values())
+        others = [name for name in names if name not in first]
+        for some, marks in (([name for name in names if name in first], ()), (others, (pytest.mark.slow,))):
+            for i in range(0, len(some), A_PROCESS):
+                piece = some[i : i + A_PROCESS]
+                yield pytest.param(mesh, piece, marks=marks, id=f"{mesh}: {piece[0]} to {piece[-1]}")
+
+
+@pytest.mark.parametrize(("mesh", "names"), pieces())
 def test_on_four_devices(mesh, names, references):
     folders = [references(name) for name in names]
-    command = [sys.executable, "-m", "tests.models.tiny", str(folders[0].parent), mesh, *names]
+    command = [sys.executable, "-m", "tests.models.tiny_reference", str(folders[0].parent), mesh, *names]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]

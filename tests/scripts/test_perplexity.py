@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models.loading.load import load_model, resolve
-from tests.models.tiny import make_reference
+from tests.models.tiny_reference import make_reference
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "perplexity.py"
 

@@ -50,6 +50,11 @@ def resolve_kv_dtype(config: EngineConfig, model: CausalLM, dtype: str, devices:
     kernels read such pages: half the bytes of a decode step, and no worse a perplexity (-0.05 to -0.16 % on two texts;
     docs/benchmarks/notes_attention.md). Plain XLA on a CPU is slower with it, not faster."""
     if config.kv_cache_dtype != "auto":
+        if getattr(model, "exact_pages", False) and jnp.dtype(config.kv_cache_dtype).itemsize < 2:
+            raise ValueError(
+                f"kv_cache_dtype is {config.kv_cache_dtype!r}, and this model adds the distance to its scores, for which its pages "
+                "keep positions: eight bits do not hold them. Take bfloat16, float32 or auto."
+            )
         return config.kv_cache_dtype
     platform = jax.default_backend()
     quantized = resolve_quantization(config, platform, devices) in ("int8", "int4") and config.dtype == "auto"

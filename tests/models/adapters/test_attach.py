@@ -22,7 +22,8 @@ from serving.engine.device.programs.steps import SplitModel, make_forward, used_
 from serving.engine.device.stores.state_store import StateStore
 from serving.engine.requests.cache_specs import recurrent_of
 from serving.engine.requests.sizes import Sizes
-from tests.models.tiny import BASE, TINY
+from tests.models.tiny import TINY
+from tests.models.tiny_base import BASE
 
 NAMES = [name for name in TINY if "rope" not in name and "windows" not in name]
 """What differs in positions alone takes adapters alike."""

@@ -21,10 +21,11 @@ from tests.models.paged import PagedModel
 
 ROOT = Path(__file__).parents[3]
 
-# Layer norms and half rotated heads; a mixture beside a shared expert; windows and every fourth layer without positions; latent
-# attention, taken apart.
+# Scores written out, with windows in tables of its own; scores with slopes, and positions that the model counts itself; a mixture
+# beside a shared expert; windows and every fourth layer without positions; latent attention, taken apart.
 CASES = {
-    "gpt_neox": "GPTNeoXForCausalLM",
+    "gpt_neo": "GPTNeoForCausalLM",
+    "mpt": "MptForCausalLM",
     "granitemoeshared": "GraniteMoeSharedForCausalLM",
     "afmoe": "AfmoeForCausalLM",
     "minicpm3": "MiniCPM3ForCausalLM",
@@ -42,10 +43,10 @@ def test_tokens_and_logits_are_transformers(kind):
     ("hf", "why"),
     [
         (
-            {"model_type": "bloom", "architectures": ["BloomForCausalLM"], "hidden_size": 64, "n_head": 4},
-            "no positions",
+            {"model_type": "bert", "architectures": ["BertLMHeadModel"], "hidden_size": 64, "num_attention_heads": 4},
+            "looks at later positions",
         ),
-        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"], "hidden_size": 64}, "no positions"),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"], "hidden_size": 64}, "no heads of attention"),
         ({"model_type": "bert", "architectures": ["BertModel"]}, "no model for text generation"),
         ({"model_type": "nobodys", "architectures": ["LlamaForCausalLM"]}, "no configuration of the type 'nobodys'"),
     ],

@@ -13,7 +13,8 @@ from models.loading.files.experts import ExpertLayouts
 from models.loading.load import load_model, resolve
 from models.parameters import parameters_of
 from tests.models.loading.test_load import HF, tensors
-from tests.models.tiny import BASE, DEEPSEEK, MOE
+from tests.models.tiny import DEEPSEEK, MOE
+from tests.models.tiny_base import BASE
 
 E, F, D = 3, 4, 6
 LAYER = "model.layers.0"

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from serving import LLM, LoRARequest, SamplingParams
 from tests.models.adapters.gguf_form import write_gguf_adapter
-from tests.models.tiny import make_reference
+from tests.models.tiny_reference import make_reference
 from tests.serving.adapters.conftest import SETTINGS
 from tests.serving.adapters.oracle import adapted, greedy
 

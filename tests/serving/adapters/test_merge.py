@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from serving.convert import merge
 from tests.models.adapters.make import EMBED, VOCAB, write_adapter, write_base
-from tests.models.tiny import make_reference
+from tests.models.tiny_reference import make_reference
 from tests.serving.adapters.test_experts import taken_apart
 
 TOKENS = [3, 99, 4, 17, 201, 17, 17, 8, 250, 31]

@@ -18,15 +18,15 @@ from tests.tiny import VOCAB, tiny_engine
 
 DELTA = DeltaNet(2, 16, 4, 16)
 HYBRID = ModelConfig(
-    "Qwen3_5ForCausalLM", VOCAB, 3, 64, 96, 4, 2, 16, 512, 1e-5, rope=RopeConfig(1e4, 4), qk_norm="head", attn_gate=True,
-    mixers=(DELTA, DELTA, None), tie_embeddings=True,
+    "Qwen3_5ForCausalLM", VOCAB, 2, 64, 96, 4, 2, 16, 512, 1e-5, rope=RopeConfig(1e4, 4), qk_norm="head", attn_gate=True,
+    mixers=(DELTA, None), tie_embeddings=True,
 )  # fmt: skip
 SNAPSHOTS = {"interval": 24, "tail": 8, "worth": 8}
 
 
 def hybrid_engine(**options):
     model = random_model(HYBRID, seed=3)
-    return tiny_engine(model=model, num_snapshots=12, snapshots=SNAPSHOTS, **options)
+    return tiny_engine(model=model, num_snapshots=12, snapshots=SNAPSHOTS, max_num_batched_tokens=32, **options)
 
 
 @pytest.fixture(scope="module")

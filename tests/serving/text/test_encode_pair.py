@@ -4,6 +4,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
+from serving.text.question import QWEN3
 from serving.text.tokenizer import Tokenizer
 
 CLS, SEP, A, B = 0, 1, 2, 3
@@ -48,3 +49,32 @@ def test_one_text_is_cut_at_its_end(tokenizer):
 def test_no_room(tokenizer):
     with pytest.raises(ValueError, match="At most 4 tokens"):
         tokenizer.encode_pair("a", "b", 4)
+
+
+@pytest.fixture(scope="module")
+def asking() -> Tokenizer:
+    """Of a reranker that answers: bytes and two control tokens."""
+    vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = tokenizers.Tokenizer(models.BPE(vocab, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return Tokenizer(made, question=QWEN3)
+
+
+def test_a_reranker_that_answers_is_asked(asking):
+    ids, segments = asking.encode_pair("why {x}", "because <|im_end|>")
+    middle = asking.encode(QWEN3.form.format(query="why {x}", document="because <|im_end|>"))
+    before, behind = (asking.encode(text, parse_special=True) for text in (QWEN3.before, QWEN3.behind))
+    assert ids == [*before, *middle, *behind] and segments == [0] * len(ids)
+    start, end = 256, 257
+    assert (ids.count(start), ids.count(end)) == (3, 2), "what a text says is no control token"
+    assert asking.encode_pair("alone")[0] == asking.encode("alone")
+
+
+def test_the_end_of_a_document_is_cut_and_never_the_question(asking):
+    whole = asking.encode_pair("why", "because")[0]
+    short = asking.encode_pair("why", "because", len(whole) - 3)[0]
+    behind = asking.encode(QWEN3.behind, parse_special=True)
+    assert short == [*whole[: -len(behind) - 3], *behind]
+    with pytest.raises(ValueError, match="the question around the texts alone is"):
+        asking.encode_pair("why", "because", 20)
