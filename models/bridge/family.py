@@ -31,7 +31,7 @@ EXTRA = "transformers"
 """The extra that the bridge needs."""
 _NEEDS = ("torch", "transformers")
 _SOURCES = (
-    "graph.py", "masks.py", "record.py", "scores.py", "stand_ins.py", "tensors.py", "tracing.py", "written_out.py",
+    "cuts.py", "graph.py", "masks.py", "record.py", "scores.py", "stand_ins.py", "tensors.py", "tracing.py", "written_out.py",
 )  # fmt: skip
 _traces: dict[str, tuple[str, Trace]] = {}
 """Digest of a trace -> (the config.json that it was made of, the trace)."""
@@ -84,11 +84,6 @@ def _config(architecture: str, hf: Mapping[str, Any]) -> ModelConfig:
 
 def _build(config: ModelConfig, build: Build) -> BridgedDecoder:
     said, trace = _traces[config.get("trace")]
-    if build.mesh is not None and not trace.cuts and build.mesh.shape.get("model", 1) > 1:
-        raise ValueError(
-            f"transformers does not say how weights of {config.architecture} are cut over devices, so it takes no mesh with "
-            f"model={build.mesh.shape['model']}; use data=N."
-        )
     if (dtype := str(jnp.dtype(build.compute_dtype))) != "float32":
         trace = trace_of(json.loads(said), dtype)
     return BridgedDecoder(config, build, trace)

@@ -212,7 +212,6 @@ class Trace:
         hidden: from tokens and positions to hidden states.
         logits: from hidden states to logits.
         parameters: by their names in transformers' module.
-        cuts: whether transformers says how its weights are cut over devices.
     """
 
     facts: Mapping[str, Any]
@@ -220,7 +219,6 @@ class Trace:
     hidden: Program
     logits: Program
     parameters: Mapping[str, Parameter]
-    cuts: bool
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Trace) and other.digest == self.digest
@@ -248,7 +246,6 @@ class Trace:
             "hidden": _plain(self.hidden),
             "logits": _plain(self.logits),
             "parameters": _plain(self.parameters),
-            "cuts": self.cuts,
         }
         arrays["said"] = np.frombuffer(json.dumps(said).encode(), np.uint8)
         out = io.BytesIO()
@@ -283,7 +280,6 @@ class Trace:
             _program(said["hidden"]),
             _program(said["logits"]),
             parameters,
-            said["cuts"],
         )
 
 

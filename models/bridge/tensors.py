@@ -135,10 +135,5 @@ def _plan(model: Any) -> dict[str, str]:
     return {name: cut[how] for name, how in plan.items() if how in cut}
 
 
-def cuts(model: Any) -> bool:
-    """Whether transformers says how weights are cut over devices."""
-    return bool(_plan(model))
-
-
 def _starred(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.bridge import stand_ins, tensors, written_out
+from models.bridge import cuts, stand_ins, tensors, written_out
 from models.bridge.graph import Attends, Call, Function, Held, Length, Node, Program, Ref, Refused, Trace
 from models.bridge.record import RawNode, Recording, Value, record
 
@@ -70,7 +70,8 @@ def trace(hf: Mapping[str, Any], dtype: str = "float32") -> Trace:
     maker = _Maker(parameters, facts["vocab_size"], lengths)
     program, head = maker.program(first, len(layers)), maker.program(second, 0)
     facts |= {"embed_dim": width, **maker.found()}
-    return Trace(facts, tuple(maker.functions), program, head, parameters, tensors.cuts(model))
+    parameters = cuts.planned(parameters, maker.functions, program.calls)
+    return Trace(facts, tuple(maker.functions), program, head, parameters)
 
 
 def _hidden(decoder: Any) -> tuple[Any, bool]:

@@ -62,9 +62,10 @@ place: scaled, masked (causal, or a window, of the model's own tables too), or w
 the position beside each key). Anything else is refused. Models that count positions themselves get the request's. A decoder of the
 BERT kind is served where its configuration says `is_decoder`.
 
-A traced model takes prefix sharing, preemption, int8, grammars, adapters on its products (LoRA), drafts without heads, `data=N`,
-and `model=N` where transformers says how its weights are cut. It takes no packed checkpoints, no media, no draft heads, and is
-not trained. Positions that choose their own scaling by the length (dynamic NTK, longrope) depend on values, and are refused.
+A traced model takes prefix sharing, preemption, int8, grammars, adapters on its products (LoRA), drafts without heads,
+`data=N`, `expert=N` and `model=N`: products are cut as transformers says, or else in pairs by rows and by columns. It takes no
+packed checkpoints, no media, no draft heads, and is not trained. Positions that choose their own scaling by the length (dynamic
+NTK, longrope) depend on values, and are refused.
 
 `python -m tests.models.bridge.sweep` tries every decoder on transformers' list, tiny and random, in float32: prompts of 45 and 7
 tokens in pieces, 8 greedy tokens. With these the comparison passes and tokens are transformers':
