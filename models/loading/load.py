@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -139,18 +140,33 @@ def load_model(
         arrays = orbax.restore(source.path, dict(parameters_of(model)), build)
         set_values(model, arrays.items(), quantization=quantization, progress=progress)
     else:
-        key = None if kept is None else _key(kept, opened, built, quantization)
-        found = None if kept is None or key is None else kept.read(key)
-        if found is not None and found.keys() == dict(parameters_of(model)).keys():
-            set_values(model, _placed(found, model, build), quantization=quantization, progress=progress)
-            return _loaded(opened, built)
+        if kept is not None and (found := load_kept(opened, built, quantization, kept)) is not None:
+            return found
         # Layers behind the last one predict further tokens (DeepSeek-V3's MTP); they are drafts, not the model.
         behind = range(config.num_layers, config.num_layers + (opened.hf_config.get("num_nextn_predict_layers") or 0))
         ignore = (*opened.family.ignore, *(rf"^(?:model\.layers|blk)\.{layer}\." for layer in behind))
         ignore += getattr(model, "unused", ())
+        shapes = {} if kept is None else _shapes(dict(parameters_of(model)))  # which filling changes
         fill(model, opened.checkpoint, build, ignore=ignore, quantization=quantization, progress=progress)
-        if kept is not None and key is not None:
+        if kept is not None and (key := _key(kept, opened, build, quantization, shapes)) is not None:
             kept.keep(key, {path: parameter.get_value() for path, parameter in parameters_of(model)})
+    return _loaded(opened, built)
+
+
+def load_kept(opened: Opened, built: Built, quantization: str | None, kept: WeightCache) -> LoadedModel | None:
+    """A checkpoint whose weights were converted before: only its files' sizes and times are looked at, and what is kept of them
+    is mapped. None where nothing is kept of it as it is now.
+
+    Args:
+        opened, built, quantization: as for `load_model`.
+    """
+    parameters = dict(parameters_of(built.model))
+    key = _key(kept, opened, built.build, quantization, _shapes(parameters))
+    found = None if key is None else kept.read(key)
+    if found is None or found.keys() != parameters.keys():
+        return None
+    for path, value in _placed(found, parameters, built.build):
+        parameters[path].set_value(value)
     return _loaded(opened, built)
 
 
@@ -164,16 +180,21 @@ def _on_one_cpu(build: Build) -> bool:
     return len(devices) == 1 and devices[0].platform == "cpu"
 
 
-def _key(kept: WeightCache, opened: Opened, built: Built, quantization: str | None) -> str | None:
+def _shapes(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        path: [list(parameter.get_value().shape), str(parameter.get_value().dtype)]
+        for path, parameter in parameters.items()
+    }
+
+
+def _key(
+    kept: WeightCache, opened: Opened, build: Build, quantization: str | None, shapes: Mapping[str, Any]
+) -> str | None:
     """What the model's weights are kept under; None where that saves nothing: they go to other devices, or are in the file as
     they are in memory."""
     converted = quantization is not None or opened.source.kind == "gguf" or "quantization_config" in opened.hf_config
-    if not converted or not _on_one_cpu(built.build):
+    if not converted or opened.checkpoint is None or not _on_one_cpu(build):
         return None
-    shapes = {
-        path: [list(parameter.get_value().shape), str(parameter.get_value().dtype)]
-        for path, parameter in parameters_of(built.model)
-    }
     path = opened.source.path
     if opened.source.kind == "gguf":
         files = split_paths(path)
@@ -183,10 +204,9 @@ def _key(kept: WeightCache, opened: Opened, built: Built, quantization: str | No
 
 
 def _placed(
-    found: Mapping[str, np.ndarray | StoredWeight], model: Any, build: Build
+    found: Mapping[str, np.ndarray | StoredWeight], parameters: Mapping[str, Any], build: Build
 ) -> Iterator[tuple[str, jax.Array | StoredWeight]]:
     """Host arrays of one CPU's weights on it, without a copy."""
-    parameters = dict(parameters_of(model))
     sharding = None if build.mesh is None else NamedSharding(build.mesh, PartitionSpec())
     for path, host in found.items():
         if isinstance(host, StoredWeight):
@@ -338,16 +358,27 @@ def check_tensors(recipes: Recipes, checkpoint: Checkpoint, ignore: tuple[str, .
         )
 
 
+@functools.cache
+def _readers() -> ThreadPoolExecutor:
+    """Two threads for all loads of this process. glibc gives new threads one heap after the other, and each keeps up to 64 MiB of
+    what its thread has freed: with threads of their own, loads of one model over and over grew a process to 16 times that."""
+    return ThreadPoolExecutor(2, thread_name_prefix="load")
+
+
 def _read_ahead(paths: Iterable[str], make: Callable[[str], T]) -> Iterator[tuple[str, T]]:
     """(path, its array), in the order in which they are done; two in the making at any time: as many as keep the memory busy."""
-    with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
-        pending: dict[Future[T], str] = {}
+    pool, pending = _readers(), dict[Future[T], str]()
+    try:
         for path in paths:
             pending[pool.submit(make, path)] = path
             while len(pending) > 3:
                 yield from _finished(pending)
         while pending:
             yield from _finished(pending)
+    finally:
+        for future in pending:
+            future.cancel()
+        wait(pending)
 
 
 def _finished(pending: dict[Future[T], str]) -> Iterator[tuple[str, T]]:

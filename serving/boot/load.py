@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
 from models.loading.heads import OpenedHead
 from models.loading.kept.cache import WeightCache
-from models.loading.load import LoadedModel, load_model
+from models.loading.load import LoadedModel, build_model, load_kept, load_model
 from models.loading.source import resolve
 from models.parameters import parameters_of, quantizable
 from ops import native
 from serving.boot.check import Checked
+from serving.boot.platform import weight_cache
 from serving.engine.api import phases
+
+log = logging.getLogger(__name__)
 
 
 def load(checked: Checked, say: Callable[[str], None], kept: WeightCache | None = None) -> LoadedModel:
@@ -47,17 +51,29 @@ def load(checked: Checked, say: Callable[[str], None], kept: WeightCache | None 
 
 
 def reader(checked: Checked) -> Callable[[str | None], LoadedModel]:
-    """How a running engine reads a checkpoint (None: its own again): same dtype, quantization and placement as at start."""
+    """How a running engine reads a checkpoint (None: its own again): same dtype, quantization and placement as at start. Its own
+    weights come from where the start has kept them, others are not kept: each may be one of many."""
 
     def read(name: str | None) -> LoadedModel:
-        return load_model(
-            checked.opened.source if name is None else resolve(name),
-            dtype=checked.dtype,
-            mesh=checked.mesh,
-            quantization=checked.quantization,
-            max_model_len=checked.config.max_model_len,
-            progress=False,
-        )
+        kept = weight_cache(checked.config, log.info) if name is None else None
+        if kept is not None:
+            options = {"dtype": checked.dtype, "mesh": checked.mesh, "max_model_len": checked.config.max_model_len}
+            built = build_model(checked.opened, **options)
+            if (found := load_kept(checked.opened, built, checked.quantization, kept)) is not None:
+                return found
+        try:
+            return load_model(
+                checked.opened.source if name is None else resolve(name),
+                dtype=checked.dtype,
+                mesh=checked.mesh,
+                quantization=checked.quantization,
+                max_model_len=checked.config.max_model_len,
+                progress=False,
+                kept=kept,
+            )
+        finally:
+            if kept is not None:
+                kept.finish()
 
     return read
 

@@ -10,6 +10,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from serving.engine.api.client import Where
 from serving.engine.device.sizing import in_words
@@ -19,6 +21,7 @@ from serving.fleet.room import NoRoomError, next_turn_end, who_leaves
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 RETRY_AFTER_S = 5.0
 
 
@@ -62,7 +65,12 @@ class Keeper:
         self._changed = asyncio.Event()
         self._change = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
+        # One thread for all changes: each that allocates much keeps some of it.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="fleet")
         self.seconds: list[tuple[str, str, float]] = []
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
 
     def start(self) -> None:
         """Begins, on the running event loop."""
@@ -146,7 +154,7 @@ class Keeper:
                     f"{member.in_use} requests run with {member.name!r} or wait for it: wait until they end, or have it sleep.",
                 )
             member.where = Where.UNLOADED
-            await asyncio.to_thread(member.drop)
+            await self._in_thread(member.drop)
         self._changed.set()
 
     # -- what happens --------------------------------------------------------------------------------------------------
@@ -209,12 +217,12 @@ class Keeper:
         member.where = Where.WAKING if wakes else Where.LOADING
         began = time.monotonic()
         try:
-            await asyncio.to_thread(member.wake if wakes else lambda: member.load(self._say))
+            await self._in_thread(member.wake if wakes else lambda: member.load(self._say))
         except Exception as error:
             if not isinstance(error, ValueError | OSError | RequestError):
                 log.exception("the model %s could not be loaded", member.name)
             member.where, member.error = Where.FAILED, "it could not be loaded; the server's log says why."
-            await asyncio.to_thread(member.drop)
+            await self._in_thread(member.drop)
             self._say(f"{member.name} could not be {'woken' if wakes else 'loaded'}: {error}")
             return RequestError(
                 ErrorKind.UNAVAILABLE, f"The model {member.name!r} could not be loaded; the server's log says why.",
@@ -232,11 +240,11 @@ class Keeper:
         """Requests that run with it wait, and have it woken again in their turn."""
         member.where = Where.SLEEPING
         try:
-            await asyncio.to_thread(member.sleep)
+            await self._in_thread(member.sleep)
         except RequestError as error:  # it cannot sleep (several processes, no weights to read again): then it goes
             log.warning("%s cannot sleep (%s): its engine is ended", member.name, error)
             member.where = Where.UNLOADED
-            await asyncio.to_thread(member.drop)
+            await self._in_thread(member.drop)
         self._say(f"{member.name} is {member.where.value}")
         if member.in_use:
             self._want(member)

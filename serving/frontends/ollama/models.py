@@ -113,12 +113,15 @@ class _Facts:
         }
 
     def _capabilities(self) -> list[str]:
-        tasks = self._service.info.tasks
-        if "generate" not in tasks:
+        info = self._service.info
+        if "transcribe" in info.tasks:
+            return ["audio"]
+        if "generate" not in info.tasks:
             return ["embedding"]
+        sees = ["vision"] if "image" in info.modalities else []
         thinks = ["thinking"] if self._service.voice().style.reasoning is not None else []
         tools = ["tools"] if self._service.chat_template is not None else []
-        return ["completion", *tools, *thinks]
+        return ["completion", *tools, *thinks, *sees]
 
     def _details(self, name: str) -> dict[str, Any]:
         info = self._service.info

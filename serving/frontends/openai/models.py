@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
+from serving.engine.api.types import EngineInfo
 from serving.frontends.http.status import status_of
 from serving.frontends.openai.errors import RESPONSES
 from serving.frontends.openai.protocol.models import ModelCard, ModelList
@@ -23,6 +24,8 @@ def models_router(served: Served) -> APIRouter:
             root=service.model_id if adapter is None else adapter.path,
             parent=None if adapter is None else service.model_id,
             max_model_len=service.info.max_model_len,
+            tasks=list(service.info.tasks),
+            input_modalities=_reads(service.info),
             default_sampling_params=service.default_params,
         )
         return card if service.client.residence is None else card.model_copy(update={"status": status_of(service)})
@@ -40,3 +43,9 @@ def models_router(served: Served) -> APIRouter:
         return JSONResponse(card(service, service.resolve_model(model)).model_dump())
 
     return router
+
+
+def _reads(info: EngineInfo) -> list[str]:
+    """What a model reads, in the words of OpenAI's `modalities`."""
+    text = [] if "transcribe" in info.tasks else ["text"]
+    return text + ["audio" if sense == "sound" else sense for sense in info.modalities]

@@ -12,11 +12,12 @@ from starlette.exceptions import HTTPException
 STATIC = pathlib.Path(__file__).parent / "static"
 
 POLICY = "; ".join((
-    "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self'", "connect-src 'self'",
-    "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'",
+    "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' data:", "media-src data:",
+    "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'",
 ))  # fmt: skip
 """The page loads nothing from elsewhere, talks to nobody else, and runs no script and no style but its own files'. With
-trusted types a browser refuses to turn any text into markup: a model cannot say anything that becomes one."""
+trusted types a browser refuses to turn any text into markup: a model cannot say anything that becomes one. Images and sound
+of `data:` are those that a reader has attached; pictures in what a model says are links."""
 
 HEADERS = {
     "Content-Security-Policy": POLICY,

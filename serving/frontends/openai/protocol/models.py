@@ -17,6 +17,8 @@ class ModelCard(ApiReply):
     root: str | None = None
     parent: str | None = None
     max_model_len: int | None = None
+    tasks: list[str] = Field(default=[], description="What it can do: generate, embed, score, classify, transcribe.")
+    input_modalities: list[str] = Field(default=[], description="What it reads: text, image, audio.")
     default_sampling_params: dict[str, Any] | None = Field(
         default=None, description="What is in force where a request names nothing, beside the API's own defaults."
     )

@@ -59,6 +59,21 @@ export async function pdfText(file) {
   return (await send("/page/pdf", { method: "POST", headers: { "Content-Type": "application/pdf" }, body: file })).json();
 }
 
+/** What is said in a sound (a Blob), by a model that turns speech into text. */
+export async function transcribe(model, sound, prompt, signal) {
+  const body = new FormData();
+  body.append("model", model);
+  body.append("file", sound, sound.type === "audio/mpeg" ? "sound.mp3" : "sound.wav");
+  if (prompt) body.append("prompt", prompt);
+  return (await (await send("/v1/audio/transcriptions", { method: "POST", body, signal })).json()).text;
+}
+
+/** Whether a model of the server's list reads "image" or "audio". One that does not say is asked. */
+export const reads = (card, kind) => !card?.input_modalities || card.input_modalities.includes(kind);
+
+/** Whether a model turns speech into text, and does nothing else. */
+export const transcribes = (card) => Boolean(card?.tasks?.includes("transcribe"));
+
 /** Requests that run and wait, and the part of the KV cache in use; null where the server does not tell. */
 export async function health() {
   try {

@@ -1,7 +1,8 @@
 // The playground: one or two panes driven by one message box, the conversations beside them, the key, the theme.
 import { $, say } from "/static/dom.js";
-import { hasKey, models, setKey } from "/static/api.js";
-import { Attachments } from "/static/attachments.js";
+import { hasKey, models, reads, setKey, transcribes } from "/static/api.js";
+import { Attachments } from "/static/attachments/attachments.js";
+import { Microphone } from "/static/attachments/microphone.js";
 import { blank, titleOf } from "/static/conversation/conversation.js";
 import { diff } from "/static/diff.js";
 import { watch } from "/static/health.js";
@@ -18,6 +19,7 @@ let current = blank();
 let saving = 0;
 let sidebar;
 let attachments;
+let microphone;
 
 const host = {
   busy: () => running !== null,
@@ -37,6 +39,7 @@ const host = {
     open({ ...blank(), panes: [{ settings: pane.state.settings, messages }] });
     keep();
   },
+  chosen: () => microphone.show(),
   template: (model) => showTemplate(model, fail),
   needsKey: () => askKey("The server asks for an API key."),
 };
@@ -90,6 +93,7 @@ function resize(count) {
     panes.push(pane);
     $("#panes").append(pane.root);
   }
+  microphone.show();
   $("#panes").classList.toggle("two", count === 2);
   $("#compare").setAttribute("aria-pressed", String(count === 2));
   $("#diff").hidden = count !== 2;
@@ -121,11 +125,11 @@ function showDiff(on) {
 async function send() {
   const box = $("#prompt");
   if (running || !panes.length || !panes.every((pane) => pane.settings.check())) return;
-  const text = attachments.take(box.value.trim());
-  if (!text) return;
+  const message = attachments.take(box.value.trim());
+  if (!message.content && !message.media.length) return;
   box.value = "";
   grow();
-  await host.run((signal) => Promise.all(panes.map((pane) => pane.ask(text, signal))));
+  await host.run((signal) => Promise.all(panes.map((pane) => pane.ask(message, signal))));
   box.focus();
 }
 
@@ -178,6 +182,8 @@ async function connect() {
     const list = await models();
     // Aliases of one model have one root; "default" and the like would only be clutter here. Adapters have a base as their parent.
     cards = [...new Map(list.map((card) => [card.parent ? card.id : card.root ?? card.id, card]).reverse()).values()].reverse();
+    const talking = cards.filter((card) => !card.tasks || card.tasks.includes("generate") || transcribes(card));
+    cards = talking.length ? talking : cards; // embedding models answer no messages
     $("#status").textContent = `${cards[0].id} · context ${cards[0].max_model_len} tokens`;
     fail("");
     if (!panes.length) resize(1);
@@ -210,10 +216,25 @@ function listen() {
   on("#key-cancel", "click", () => $("#key-dialog").close(""));
   on("#attach", "click", () => $("#attach-file").click());
   on("#attach-file", "change", async (event) => {
-    fail("");
-    for (const file of event.target.files) await attachments.add(file);
+    await attach(event.target.files);
     event.target.value = "";
-    $("#prompt").focus();
+  });
+  on("#prompt", "paste", (event) => {
+    if (!event.clipboardData.files.length) return;
+    event.preventDefault();
+    attach([...event.clipboardData.files]);
+  });
+  on("#chat", "dragover", (event) => {
+    if (!event.dataTransfer.types.includes("Files")) return;
+    event.preventDefault();
+    $("#chat").classList.add("dropping");
+  });
+  on("#chat", "dragleave", (event) => { if (!$("#chat").contains(event.relatedTarget)) $("#chat").classList.remove("dropping"); });
+  on("#chat", "drop", (event) => {
+    $("#chat").classList.remove("dropping");
+    if (!event.dataTransfer.files.length) return;
+    event.preventDefault();
+    attach([...event.dataTransfer.files]);
   });
   on("#composer", "submit", (event) => { event.preventDefault(); send(); });
   on("#prompt", "input", grow);
@@ -227,13 +248,44 @@ function listen() {
   });
 }
 
+async function attach(files) {
+  fail("");
+  for (const file of files) await attachments.add(file);
+  $("#prompt").focus();
+}
+
+/** Why none of the chosen models is sent an "image" or "audio"; "" where one is. */
+function refuses(kind) {
+  const chosen = panes.map((pane) => pane.card);
+  if (!chosen.length || chosen.some((card) => reads(card, kind))) return "";
+  const what = { image: "images", audio: "sound" }[kind];
+  const others = cards.filter((card) => reads(card, kind)).map((card) => card.id);
+  const way = others.length ? `${others.slice(0, 3).join(", ")} can.` : "this server has no model that can.";
+  return `${[...new Set(chosen.map((card) => card.id))].join(" and ")} cannot read ${what}; ${way}`;
+}
+
+/** Puts words at the end of what is being written. */
+function dictate(words) {
+  const box = $("#prompt");
+  box.value = [box.value.trimEnd(), words].filter(Boolean).join(" ");
+  grow();
+  box.focus();
+}
+
 function editLast() {
   const view = panes[0]?.views.findLast((one) => one.message.role === "user");
   view?.edit();
 }
 
 setTheme(firstTheme());
-attachments = new Attachments(() => panes[0]?.model.value, fail);
+attachments = new Attachments(() => panes[0]?.model.value, refuses, fail);
+microphone = new Microphone({
+  hears: () => panes.some((pane) => reads(pane.card, "audio")),
+  writer: () => cards.find(transcribes)?.id,
+  attach: (file) => attach([file]),
+  dictate,
+  fail,
+});
 sidebar = new Sidebar({ get current() { return current; }, open, fresh, fail });
 listen();
 connect();

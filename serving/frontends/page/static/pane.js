@@ -1,6 +1,7 @@
 // A pane: a conversation with its settings, and how an answer is asked for.
 import { $, el, say } from "/static/dom.js";
-import { chat } from "/static/api.js";
+import { chat, transcribe, transcribes } from "/static/api.js";
+import { blobOf } from "/static/attachments/urls.js";
 import { begin, isEmpty, kept, measure, take } from "/static/conversation/answer.js";
 import { wire } from "/static/conversation/conversation.js";
 import { MessageView } from "/static/messages/message.js";
@@ -11,7 +12,7 @@ const SLOW_DRAW = 8; // drawing takes at most one part in so many of the time, h
 export class Pane {
   /**
    * `host` is the page: run(work) runs work(signal) with Stop shown unless something runs already, changed() keeps the
-   * conversation, branch(pane, messages) opens another, template(model) shows one, needsKey() asks for a key and says whether it got one.
+   * conversation, branch(pane, messages) opens another, chosen() is told of another model, template(model) shows one, needsKey() asks for a key and says whether it got one.
    */
   constructor(cards, host) {
     this.host = host;
@@ -33,7 +34,13 @@ export class Pane {
     this.load({ settings: {}, messages: [] });
   }
 
-  suggest() { this.settings.suggest(this.cards.find((card) => card.id === this.model.value)); }
+  /** What the server says of the pane's model. */
+  get card() { return this.cards.find((card) => card.id === this.model.value); }
+
+  suggest() {
+    this.settings.suggest(this.card);
+    this.host.chosen();
+  }
 
   /** What is kept of it. */
   get state() { return { settings: { ...this.settings.values, model: this.model.value }, messages: this.messages }; }
@@ -52,8 +59,8 @@ export class Pane {
   redraw() {
     const hint = el("p", { class: "empty", text: "Ask something. Conversations stay in this browser." });
     const does = {
-      edit: (message, text) => this.host.run((signal) => { this.cut(message); return this.ask(text, signal); }),
-      resend: (message) => this.host.run((signal) => { this.cut(message); return this.ask(message.content, signal); }),
+      edit: (message, text) => this.host.run((signal) => { this.cut(message); return this.ask({ content: text, media: message.media }, signal); }),
+      resend: (message) => this.host.run((signal) => { this.cut(message); return this.ask(message, signal); }),
       regenerate: (message) => this.host.run((signal) => { this.cut(message); return this.answer(signal); }),
       branch: (message) => this.host.branch(this, this.messages.slice(0, this.messages.indexOf(message) + 1)),
       remove: (message) => { if (!this.host.busy()) { this.messages.splice(this.messages.indexOf(message), 1); this.redraw(); this.host.changed(); } },
@@ -82,8 +89,8 @@ export class Pane {
   }
 
   /** Says something and has it answered. Never rejects. */
-  async ask(text, signal) {
-    this.add({ role: "user", content: text });
+  async ask({ content, media }, signal) {
+    this.add({ role: "user", content, ...(media?.length ? { media } : {}) });
     await this.answer(signal);
   }
 
@@ -99,6 +106,7 @@ export class Pane {
   /** Asks for an answer to what was said so far, and writes it as it comes. Never rejects. */
   async answer(signal) {
     const epoch = this.epoch;
+    if (transcribes(this.card)) { await this.transcribe(signal, epoch); return; }
     let body;
     try {
       body = { model: this.model.value, messages: wire(this.messages), ...this.settings.body() };
@@ -117,6 +125,24 @@ export class Pane {
       this.host.changed();
       return;
     }
+  }
+
+  /** What is said in the last message's sound, in the place of an answer. */
+  async transcribe(signal, epoch) {
+    const { media = [], content } = this.messages.at(-1) ?? {};
+    const sounds = media.filter((one) => one.kind === "audio");
+    if (!sounds.length) { this.unanswered(`${this.model.value} turns speech into text: attach or record some.`); return; }
+    const answer = begin();
+    let failure = null;
+    try {
+      const texts = [];
+      for (const one of sounds) texts.push(await transcribe(this.model.value, blobOf(one.url), content, signal));
+      answer.content = texts.map((text) => text.trim()).join("\n\n") || "(nothing is said)";
+    } catch (error) { failure = error; }
+    if (this.epoch !== epoch) return;
+    if (failure?.status === 401 && await this.host.needsKey()) { await this.transcribe(signal, epoch); return; }
+    this.finish(answer, failure);
+    this.host.changed();
   }
 
   /** Streams into a new message. Returns what went wrong, or null. */

@@ -1,6 +1,7 @@
 // The conversations kept in this browser: a list to go back to them, in and out as files.
 import { $, button, download, el } from "/static/dom.js";
-import { fromJson, titleOf, toJson, toMarkdown } from "/static/conversation/conversation.js";
+import { fromJson, titleOf, toJson } from "/static/conversation/conversation.js";
+import { fromMarkdown, toMarkdown } from "/static/conversation/markdown_file.js";
 import * as store from "/static/conversation/store.js";
 
 const LARGEST = 50 * 2 ** 20; // bytes of a file that is imported
@@ -35,7 +36,7 @@ export class Sidebar {
   async take(file) {
     try {
       if (file.size > LARGEST) throw new Error("The file is larger than 50 MiB.");
-      const found = fromJson(await file.text());
+      const found = /\.(md|markdown)$/i.test(file.name) ? [fromMarkdown(await file.text())] : fromJson(await file.text());
       for (const one of found) await store.save(one);
       await this.draw();
       if (found.length) this.page.open(found[0]);

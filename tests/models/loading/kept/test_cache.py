@@ -15,7 +15,8 @@ import pytest
 from models.loading.kept import cache as kept_cache
 from models.loading.kept import file as kept_file
 from models.loading.kept.cache import WeightCache
-from models.loading.load import load_model, resolve
+from models.loading.load import build_model, load_kept, load_model, resolve
+from models.loading.opening import open_checkpoint
 from models.parameters import parameters_of
 from ops import native
 from tests.tiny_checkpoint import write_tiny_checkpoint
@@ -66,6 +67,23 @@ def test_the_second_load_maps_what_the_first_one_made(checkpoint, tmp_path, monk
     ]
     for leaf in jax.tree.leaves(mapped):
         assert any(int(a, 16) <= leaf.unsafe_buffer_pointer() < int(b, 16) for a, b in places) or leaf.size == 0
+
+
+def test_a_wake_maps_what_the_start_has_kept(checkpoint, tmp_path):
+    kept, opened = Folder(tmp_path / "kept"), open_checkpoint(resolve(str(checkpoint)))
+
+    def woken() -> dict | None:
+        found = load_kept(opened, build_model(opened), "int8", kept)
+        return None if found is None else {path: one.get_value() for path, one in parameters_of(found.model)}
+
+    assert woken() is None
+    first = weights(checkpoint, kept)
+    for _ in range(2):
+        found = woken()
+        assert found is not None
+        assert_same(found, first)
+    os.utime(next(checkpoint.glob("*.safetensors")), (1, 1))
+    assert woken() is None, "the headers are of another file by now"
 
 
 def test_dense_values(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -17,12 +16,12 @@ from serving.frontends.page.page import STATIC, page_paths
 from tests.mock_engine import MockEngine, MockTemplate, until
 from tests.serving.frontends.conftest import Running, Start
 from tests.serving.frontends.page import browser
+from tests.serving.frontends.page.driving import TEXTS, act, needs_browser, opened, said
 from tests.serving.frontends.page.test_documents import pdf
 
 REPLY = "Here is **bold**, `code` and <b>no markup</b>:\n```python\nprint('hi')\n```\nDone."
 CONTROL, ESCAPE, UP = "\ue009", "\ue00c", "\ue013"  # WebDriver's names for keys
 KEY = "sk-0123456789abcdef"
-needs_browser = pytest.mark.skipif(browser.missing() is not None, reason=f"{browser.missing()} is not installed")
 
 
 async def test_the_page_loads_nothing_from_elsewhere(running: Running):
@@ -54,37 +53,8 @@ async def test_the_page_loads_nothing_from_elsewhere(running: Running):
             assert (await client.get(running.server.url + path)).status_code == 404
 
 
-@pytest.fixture
-async def page(tmp_path) -> AsyncIterator[browser.Browser]:
-    async with browser.Browser(str(tmp_path)) as one:
-        yield one
-
-
-async def opened(page: browser.Browser, running: Running) -> None:
-    await page.open(running.server.url + "/")
-    await page.wait("document.querySelector('.pane')")
-
-
-async def said(page: browser.Browser, text: str, count: int = 1) -> None:
-    """Sends a message and waits for as many answers as there are to be, in all."""
-    await page.type("#prompt", text + "\n")
-    await page.wait(
-        f"!document.body.classList.contains('running') && document.querySelectorAll('.assistant').length === {count}"
-    )
-
-
-async def act(page: browser.Browser, selector: str, name: str) -> None:
-    """Presses one of a message's buttons."""
-    await page.run(
-        f"[...document.querySelectorAll('{selector} button')].find((b) => b.textContent === '{name}').click()"
-    )
-
-
 def prompt_of(engine: Any, which: int = -1) -> str:
     return bytes(i for i in engine.requests[which].prompt_token_ids if i < 256).decode()
-
-
-TEXTS = "[...document.querySelectorAll('.message .body')].map((node) => node.textContent)"
 
 
 @needs_browser
@@ -333,7 +303,9 @@ async def test_the_base_beside_an_adapter_with_files_and_the_template(start: Sta
     for file in (code, document, other):
         await page.type("#attach-file", str(file))
         await page.wait("document.querySelector('#attach-file').value === ''")
-    assert "c.bin: it is neither a text nor a PDF." in await page.run("document.querySelector('#notice').textContent")
+    assert "c.bin: it is neither a text, a PDF, an image nor sound." in await page.run(
+        "document.querySelector('#notice').textContent"
+    )
     listed = "[...document.querySelectorAll('#files li')].map((one) => one.innerText.replace(/\\s+/g, ' '))"
     await page.wait(f"{listed}.join().includes('tokens') && !{listed}.join().includes('counting')")
     wanted = ["a.py:\n````\nx = '```'\n````", "b.pdf:\n```\nA line.\n```"]
@@ -424,13 +396,14 @@ async def test_conversations_go_out_and_come_back(start: Start, page: browser.Br
     await said(page, "one")
     script = """
         const store = await import("/static/conversation/store.js"), form = await import("/static/conversation/conversation.js");
+        const file = await import("/static/conversation/markdown_file.js");
         let all = [];
         while (!all.length) { all = await store.all(); await new Promise((wait) => setTimeout(wait, 50)); }
         const back = form.fromJson(form.toJson(all));
         const wrong = ["nope", "{}", '{"format": "jaxserve-conversations", "conversations": [{}]}', '[]'].map((text) => {
           try { form.fromJson(text); return ""; } catch (error) { return error.message; }
         });
-        return [all, back, form.toMarkdown(all[0]), wrong];
+        return [all, back, file.toMarkdown(all[0]), wrong];
     """
     [[one], [back], text, wrong] = await page.run_async(script)
     assert one["title"] == "one" and [m["content"] for m in one["panes"][0]["messages"]] == ["one", "ok"]

@@ -1,9 +1,13 @@
 // What a conversation is, and its forms outside of the page.
 //
 // {id, title, created, updated, panes: [{settings: {name: text}, messages: [message]}]}
-// message: {role: "user" | "assistant" | "tool", content, and of an answer: reasoning, calls [{id, name, arguments}], finish, stats
+// message: {role: "user" | "assistant" | "tool", content, of a user's also media [{kind: "image" | "audio", name, url: "data:..."}],
+// and of an answer: reasoning, calls [{id, name, arguments}], finish, stats
 // {ttft, rate, tokens}, tokens [{text, p, top: [[text, p]]}], error}; a user's message that nobody answered has `unanswered`, and
 // is not sent again.
+
+import { split } from "/static/attachments/urls.js";
+import { isMedium } from "/static/messages/media.js";
 
 const FORMAT = "jaxserve-conversations";
 const ROLES = new Set(["user", "assistant", "tool"]);
@@ -16,8 +20,8 @@ export function blank() {
 
 /** The beginning of the first question. */
 export function titleOf(conversation) {
-  const first = conversation.panes[0]?.messages.find((message) => message.role === "user")?.content ?? "";
-  const line = first.trim().split("\n")[0];
+  const first = conversation.panes[0]?.messages.find((message) => message.role === "user");
+  const line = (first?.content || first?.media?.[0]?.name || "").trim().split("\n")[0];
   return line.length > TITLE ? `${line.slice(0, TITLE)}…` : line || "New conversation";
 }
 
@@ -26,10 +30,18 @@ export function wire(messages) {
   const said = (message) => !message.unanswered && (message.role !== "assistant" || message.content || message.calls?.length);
   return messages.filter(said).map((message) => {
     if (message.role === "tool") return { role: "tool", tool_call_id: message.id, content: message.content };
+    if (message.media?.length) return { role: message.role, content: [...message.media.map(part), ...(message.content ? [{ type: "text", text: message.content }] : [])] };
     if (!message.calls?.length) return { role: message.role, content: message.content };
     const calls = message.calls.map(({ id, name, arguments: text }) => ({ id, type: "function", function: { name, arguments: text } }));
     return { role: "assistant", content: message.content || null, tool_calls: calls };
   });
+}
+
+/** A part of a message's content, as OpenAI has it. */
+function part({ kind, url }) {
+  if (kind === "image") return { type: "image_url", image_url: { url } };
+  const { type, data } = split(url);
+  return { type: "input_audio", input_audio: { data, format: type === "audio/mpeg" ? "mp3" : "wav" } };
 }
 
 export function toJson(conversations) {
@@ -45,24 +57,16 @@ export function fromJson(text) {
     const panes = Array.isArray(one?.panes) ? one.panes : [];
     const copies = panes.slice(0, 2).map((pane) => ({
       settings: Object.fromEntries(Object.entries(pane?.settings ?? {}).filter(([, value]) => typeof value === "string")),
-      messages: (Array.isArray(pane?.messages) ? pane.messages : []).filter((m) => ROLES.has(m?.role) && typeof m.content === "string"),
+      messages: (Array.isArray(pane?.messages) ? pane.messages : []).filter((m) => ROLES.has(m?.role) && typeof m.content === "string").map(sound),
     }));
     if (!copies.length) throw new Error("A conversation in the file has no messages.");
     return { ...blank(), title: String(one.title ?? ""), panes: copies };
   });
 }
 
-/** For people to read. */
-export function toMarkdown(conversation) {
-  const out = [`# ${conversation.title || titleOf(conversation)}`, ""];
-  conversation.panes.forEach((pane, i) => {
-    if (conversation.panes.length > 1) out.push(`## ${i ? "Right" : "Left"}: ${pane.settings.model ?? ""}`, "");
-    if (pane.settings.system) out.push("**System**", "", pane.settings.system, "");
-    for (const message of pane.messages) {
-      out.push(`**${{ user: "You", assistant: "Assistant", tool: "Tool" }[message.role]}**`, "");
-      if (message.content) out.push(message.content, "");
-      for (const call of message.calls ?? []) out.push("```json", `${call.name}(${call.arguments})`, "```", "");
-    }
-  });
-  return out.join("\n");
+/** A message without media that the page cannot show. */
+function sound(message) {
+  const { media, ...rest } = message;
+  const shown = (Array.isArray(media) ? media : []).filter(isMedium);
+  return shown.length ? { ...rest, media: shown } : rest;
 }

@@ -1,6 +1,7 @@
 // One message as it is seen: its text, its thinking folded away, its tool calls, the probabilities of its tokens, and what can be
 // done with it.
 import { button, copy, el } from "/static/dom.js";
+import { gallery } from "/static/messages/media.js";
 import { code, markdown } from "/static/messages/markdown.js";
 
 const NAMES = { user: "You", assistant: "Assistant", tool: "Tool result" };
@@ -32,7 +33,7 @@ export class MessageView {
     this.thinking.hidden = !message.reasoning;
     if (this.thought.textContent !== message.reasoning) this.thought.textContent = message.reasoning ?? "";
     const text = message.role === "assistant" ? markdown(message.content) : plain(message.content);
-    this.body.replaceChildren(text, ...(message.calls ?? []).filter(Boolean).map((call) => this.call(call, busy)));
+    this.body.replaceChildren(...[gallery(message.media), text].filter(Boolean), ...(message.calls ?? []).filter(Boolean).map((call) => this.call(call, busy)));
     if (!busy) this.foot.replaceChildren(...this.notes(), this.actions());
   }
 
@@ -75,7 +76,7 @@ export class MessageView {
     const box = el("textarea", { rows: Math.min(12, this.message.content.split("\n").length + 1), "aria-label": "Edit your message" });
     box.value = this.message.content;
     const done = () => { this.draw(); };
-    const send = () => { if (box.value.trim()) this.does.edit(this.message, box.value.trim()); };
+    const send = () => { if (box.value.trim() || this.message.media?.length) this.does.edit(this.message, box.value.trim()); };
     box.addEventListener("keydown", (event) => {
       if (event.key === "Escape") { event.stopPropagation(); done(); }
       else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
