@@ -74,6 +74,19 @@ def ready(process: subprocess.Popen[str], line: str) -> str:
     raise RuntimeError(f"it did not become ready:\n{''.join(lines[-10:])}")
 
 
+AT = r"ready at gRPC ([\d.]+:\d+)"
+"""How an engine says where it listens."""
+
+
+def engine_command(args: argparse.Namespace, *more: str) -> list[str]:
+    """What starts a small engine: few slots and pages."""
+    return [
+        "serving.launch", "--grpc-port", "0", "--no-http", "--no-progress", "--kv-cache-memory", args.kv_cache_memory,
+        "--max-model-len", str(args.max_model_len), "--max-num-seqs", "4", "--max-num-batched-tokens", "256",
+        *(["--model", args.model] if args.model else []), *more,
+    ]  # fmt: skip
+
+
 class Talk:
     """Holds the conversations of one run, and counts."""
 
@@ -178,19 +191,14 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    engine = [
-        "serving.launch", "--grpc-port", "0", "--no-http", "--no-progress", "--kv-cache-memory", args.kv_cache_memory,
-        "--max-model-len", str(args.max_model_len), "--max-num-seqs", "4", "--max-num-batched-tokens", "256",
-        *(["--model", args.model] if args.model else []),
-        *(["--kv-events-config", '{"enable_kv_cache_events": true, "publisher": "null"}'] if args.kv_events else []),
-    ]  # fmt: skip
+    events = ["--kv-events-config", '{"enable_kv_cache_events": true, "publisher": "null"}'] if args.kv_events else []
+    engine = engine_command(args, *events)
     with contextlib.ExitStack() as stack:
-        at = r"ready at gRPC ([\d.]+:\d+)"
         targets = [
-            ready(stack.enter_context(running(engine)), at)
+            ready(stack.enter_context(running(engine)), AT)
         ]  # which compiles what the others then find in the cache
         others = [stack.enter_context(running(engine)) for _ in range(args.engines - 1)]
-        targets += [ready(one, at) for one in others]
+        targets += [ready(one, AT) for one in others]
         for i, policy in enumerate(args.policy):
             gateway = ["serving.gateway", "--port", "0", "--policy", policy, "--target", *targets]
             gateway += [*(["--model", args.model] if args.model else []), *args.gateway_flags]

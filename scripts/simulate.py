@@ -62,6 +62,7 @@ class Run:
     routing: str = "cache"
     balance: Balance = dataclasses.field(default_factory=Balance)
     acceptance: float = 0.0
+    slowdown: tuple[float, ...] = ()
 
 
 def requests_of(trace: str, rate: float, seed: int, count: int | None) -> Iterator[TraceRequest]:
@@ -99,6 +100,7 @@ def simulate_cluster(run: Run) -> tuple[dict[str, object], dict[str | None, np.n
         asynchronous=run.asynchronous,
         max_num_queued_reqs=run.max_num_queued_reqs,
         acceptance=run.acceptance,
+        slowdown=run.slowdown,
     )
     report = Report()
     for outcome in cluster.run(requests_of(run.trace, run.rate, run.seed, run.requests)):
@@ -230,6 +232,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--routing", nargs="+", default=["cache"], choices=tuple(POLICIES), metavar="P",
         help=f"with several engines, one run each: {', '.join(POLICIES)}",
     )  # fmt: skip
+    parser.add_argument(
+        "--slowdown", type=float, nargs="+", default=[], metavar="X",
+        help="the engines share one machine: how many times longer a step takes while 1, 2, ... of them are at work, as "
+        "scripts/bench_sharing.py measures it (default: each has a machine of its own)",
+    )  # fmt: skip
     usual = Balance()
     parser.add_argument(
         "--balance-abs-threshold", type=int, default=usual.abs_threshold, metavar="N", help="as the gateway's"
@@ -268,6 +275,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--rate must be above 0, got {args.rate}.")
     if args.engines < 1:
         parser.error(f"--engines must be at least 1, got {args.engines}.")
+    if any(one < 1 for one in args.slowdown):
+        parser.error(f"--slowdown takes factors of at least 1, got {min(args.slowdown)}.")
     if not 0 <= args.draft_tokens <= MAX_DRAFT_TOKENS:
         parser.error(f"--draft-tokens must be from 0 to {MAX_DRAFT_TOKENS}, got {args.draft_tokens}.")
     if not 0 <= args.acceptance <= 1:
@@ -306,6 +315,7 @@ def main(argv: list[str] | None = None) -> None:
             routing,
             balance,
             args.acceptance,
+            tuple(args.slowdown),
         )
         for policy in args.policy
         for routing in routings

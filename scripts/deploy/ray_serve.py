@@ -1,171 +1,253 @@
-"""Replicas under Ray Serve: each runs one server process, and hands HTTP requests to it.
+"""Engines and gateways under Ray Serve.
 
     pip install 'ray[serve]'
     serve run scripts.deploy.ray_serve:app model=Qwen/Qwen3-8B num_replicas=2 num_gpus=1
+    serve run scripts.deploy.ray_serve:app model=Qwen/Qwen3-8B num_replicas=4 prefill_replicas=1 gateways=2 num_gpus=1
 
-Arguments that are not Ray's become flags of the server: `max_model_len=8192` is `--max-model-len 8192`. Ray decides where
-replicas run, restarts those that fail their health check, and spreads requests; the server does everything else. A
-process of its own, because an engine that dies must not take Ray's worker along, and a worker that Ray kills must free
-the accelerator.
+Arguments that are not named here become flags of the engines: `max_model_len=8192` is `--max-model-len 8192`;
+`gateway_policy=cache` is the gateways' `--policy cache`. With gateways, HTTP requests go to those, and each engine gets what the
+router gives it; with `prefill_replicas` these compute prompts for the others. Without, Ray spreads requests over the engines. Each
+replica is a server process of its own; Ray decides where replicas run, restarts those that fail their health check, and with
+`max_replicas` has as many engines as waiting requests and KV pages call for.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
-import signal
-import socket
-import subprocess
+import pathlib
+import re
 import sys
-import urllib.parse
-from collections.abc import AsyncIterator, Mapping, Sequence
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import httpx
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from scripts.deploy.server_process import ServerProcess
 
-RAYS_OWN = ("num_replicas", "num_gpus", "num_cpus", "max_ongoing_requests", "resources")
-HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "content-length"}
-"""Headers that belong to one connection (RFC 9110, section 7.6.1) and are not passed on; the length is counted anew."""
-
-
-def flags(arguments: Mapping[str, Any]) -> list[str]:
-    """Flags of `serving.launch` from name=value arguments; true and false are switches that are there or not."""
-    found: list[str] = []
-    for name, value in arguments.items():
-        if name in RAYS_OWN or str(value).lower() == "false":
-            continue
-        found.append(f"--{name.replace('_', '-')}")
-        if str(value).lower() != "true":
-            found.append(str(value))
-    return found
+RAYS_OWN = (
+    "num_replicas", "prefill_replicas", "gateways", "max_replicas", "waiting", "kv_usage", "num_gpus", "num_cpus",
+    "max_ongoing_requests", "resources", "start_timeout_s",
+)  # fmt: skip
+"""Arguments that are not flags of a server."""
+GATEWAYS = "gateway_"
+"""What begins an argument that is a flag of the gateways."""
+SHARED = ("model", "chat_template")
+"""Flags of both: gateways read the model's tokenizer."""
+DIRECTORY = "jaxserve-directory"
+TELL_S, SILENT_S = 1.0, 10.0
+"""How often an engine says that it is there, and after what silence it is not."""
+GONE_S = 2.5
+"""How long an engine that is to end goes on taking requests: gateways look every second who is there."""
 
 
-class Replica:
-    """One server process and the way to it.
+class Directory:
+    """Which engines there are: an actor that engines tell of themselves and gateways ask. Holds nothing that is not said again."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[str, float]] = {}
+
+    def here(self, address: str, role: str) -> None:
+        """An engine is ready."""
+        self._seen[address] = role, time.monotonic()
+
+    def gone(self, address: str) -> None:
+        """It takes no more requests."""
+        self._seen.pop(address, None)
+
+    def engines(self) -> dict[str, str]:
+        """Address of each, and its role."""
+        now = time.monotonic()
+        self._seen = {address: one for address, one in self._seen.items() if now - one[1] < SILENT_S}
+        return {address: role for address, (role, _) in self._seen.items()}
+
+
+def directory() -> Any:
+    """A handle to the directory of the application that this replica is of, which whoever comes first starts."""
+    import ray
+    from ray import serve
+
+    name = serve.get_replica_context().app_name
+    options: dict[str, Any] = {"get_if_exists": True, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1}
+    return ray.remote(Directory).options(name=f"{DIRECTORY}-{name}", namespace="serve", **options).remote()
+
+
+class Engine(ServerProcess):
+    """One engine; ready when its constructor returns, so that an update takes the next one away only then.
 
     Args:
-        arguments: see `flags`.
-        command: what starts the server; flags are added.
-        start_timeout_s: how long weights and compilation may take.
+        arguments: flags of the engine.
+        role: prefill, decode or both; "" where it exchanges no pages.
+        found: whether gateways are to find it.
+        start_timeout_s, command: as in ServerProcess.
     """
 
     def __init__(
         self,
         arguments: Mapping[str, Any],
-        command: Sequence[str] = (sys.executable, "-m", "serving.launch"),
+        role: str = "",
+        found: bool = False,
         start_timeout_s: float = 3600.0,
+        command: Sequence[str] = (sys.executable, "-m", "serving.launch"),
     ) -> None:
-        http, grpc = _free_port(), _free_port()
-        where = ["--host", "127.0.0.1", "--port", str(http), "--grpc-port", str(grpc), "--no-progress"]
-        self._process = subprocess.Popen([*command, *flags(arguments), *where])
-        self._start_timeout_s = start_timeout_s
-        self._client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{http}", timeout=None)
-        self._ready = False
+        given = dict(arguments) | {"no_progress": True}
+        if role:
+            given |= {"role": role}
+            if role != "prefill":
+                given.setdefault("kv_transfer_config", '{"peers": ["*"]}')  # the cluster's network is its operator's
+        super().__init__(given, command, start_timeout_s, _own_address() if found else "127.0.0.1")
+        self.wait_here()
+        self._over = threading.Event()
+        self._directory = directory() if found else None
+        if self._directory is not None:
+            self._tell(role)
+            threading.Thread(target=self._keep_telling, args=(role,), daemon=True).start()
 
-    async def check_health(self) -> None:
-        """Ray's health check: raises when the server is gone or unwell."""
-        self._check_alive()
-        if self._ready:
-            (await self._client.get("/health", timeout=10.0)).raise_for_status()
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What its policy goes by: requests that wait, and the share of KV pages in use."""
+        text = (await self._client.get("/metrics", timeout=5.0)).text
+        found = {}
+        for name, metric in (("waiting", "num_requests_waiting"), ("kv_usage", "kv_cache_usage_perc")):
+            values = [float(value) for value in re.findall(rf"^jaxserve:{metric}(?:{{[^}}]*}})? (\S+)$", text, re.M)]
+            found[name] = sum(values)
+        return found
 
-    async def __call__(self, request: Request) -> Response:
-        """Hands a request over and streams the answer back; a caller that hangs up ends the request there too."""
-        await self._wait_until_ready()
-        headers = _end_to_end(request.headers.items())
-        has_body = "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
-        if has_body and "content-length" in request.headers:
-            headers["content-length"] = request.headers["content-length"]  # so that what is too long is refused unread
-        outgoing = self._client.build_request(
-            request.method,
-            self._client.base_url.copy_with(raw_path=_target(request)),
-            headers=headers,
-            content=request.stream() if has_body else None,
-        )
-        try:
-            answer = await self._client.send(outgoing, stream=True)
-        except httpx.TransportError as error:
-            # Its own words would tell of addresses inside, and the health check tells Ray of a server that is gone.
-            text = "The server behind this replica does not answer. Try again."
-            error_body = {"message": text, "type": "server_error", "param": None, "code": "unavailable"}
-            print(f"the server does not answer: {error!r}", file=sys.stderr, flush=True)
-            return JSONResponse({"error": error_body}, 503, headers={"Retry-After": "2"})
+    def _tell(self, role: str) -> None:
+        import ray
 
-        async def body() -> AsyncIterator[bytes]:
-            try:
-                async for piece in answer.aiter_raw():
-                    yield piece
-            finally:
-                await answer.aclose()
+        assert self._directory is not None
+        ray.get(self._directory.here.remote(self.grpc_address, role))
 
-        return StreamingResponse(body(), answer.status_code, _end_to_end(answer.headers.items()))
-
-    async def _wait_until_ready(self) -> None:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._start_timeout_s
-        while not self._ready:
-            self._check_alive()
-            with contextlib.suppress(httpx.TransportError):  # not listening yet
-                self._ready = (await self._client.get("/ready", timeout=5.0)).status_code == 200
-            if not self._ready:
-                if loop.time() > deadline:
-                    raise TimeoutError(f"the server was not ready after {self._start_timeout_s:.0f} s.")
-                await asyncio.sleep(0.2)
-
-    def _check_alive(self) -> None:
-        if self._process.poll() is not None:
-            raise RuntimeError(f"the server ended with status {self._process.returncode}.")
+    def _keep_telling(self, role: str) -> None:
+        while not self._over.wait(TELL_S):
+            if self._process.poll() is None:
+                with contextlib.suppress(Exception):  # Ray starts the directory again; so do we, in the next round
+                    self._tell(role)
 
     def __del__(self) -> None:
-        process = getattr(self, "_process", None)
-        if process is not None and process.poll() is None:
-            os.kill(process.pid, signal.SIGTERM)  # it drains, as it does anywhere
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        """Ray's word for "end": nobody is sent here any more, then the server drains."""
+        if getattr(self, "_directory", None) is not None and not self._over.is_set():
+            import ray
+
+            self._over.set()
+            with contextlib.suppress(Exception):
+                ray.get(self._directory.gone.remote(self.grpc_address))  # pyright: ignore[reportOptionalMemberAccess]
+            time.sleep(GONE_S)
+        self.end()
 
 
-def _target(request: Request) -> bytes:
-    """The path and query as they came. Not from `request.url`, which is put together with the Host header, whose sender chooses
-    it; nor as a URL to be joined, of which `//elsewhere/` names another host."""
-    scope = request.scope
-    path: bytes = scope.get("raw_path") or urllib.parse.quote(scope["path"], safe="/:@!$&'()*+,;=~").encode()
-    prefix = scope.get("root_path", "").encode()
-    if prefix and path.startswith(prefix + b"/"):
-        path = path[len(prefix) :]
-    query = scope.get("query_string", b"")
-    return path + b"?" + query if query else path
+class Gateway(ServerProcess):
+    """One gateway over the engines of its application.
+
+    Args:
+        arguments: its flags.
+        pools: the engines' deployments, which Ray deploys with it.
+        start_timeout_s: how long to wait for the first engine.
+        command: what starts a gateway.
+    """
+
+    def __init__(
+        self,
+        arguments: Mapping[str, Any],
+        pools: Sequence[Any] = (),
+        start_timeout_s: float = 3600.0,
+        command: Sequence[str] = (sys.executable, "-m", "serving.gateway"),
+    ) -> None:
+        self._directory = directory()
+        self._folder = pathlib.Path(tempfile.mkdtemp(prefix="jaxserve-gateway-"))
+        self._over = threading.Event()
+        self._look()
+        files = {"target_file": self._folder / "engines", "prefill_target_file": self._folder / "prefill"}
+        given = dict(arguments) | files | {"target_refresh": 1, "connect_timeout": 0}
+        super().__init__(given, command, start_timeout_s)
+        threading.Thread(target=self._keep_looking, daemon=True).start()
+        self.wait_here()
+
+    def _look(self) -> None:
+        """Writes who is there now, where that has changed. What is written last is moved into place: it is never read in part."""
+        import ray
+
+        found = ray.get(self._directory.engines.remote())
+        for name, roles in (("engines", ("", "decode", "both")), ("prefill", ("prefill",))):
+            text = "".join(f"{address}\n" for address, role in sorted(found.items()) if role in roles)
+            path = self._folder / name
+            if not path.exists() or path.read_text() != text:
+                new = self._folder / f"{name}.new"
+                new.write_text(text)
+                new.replace(path)
+
+    def _keep_looking(self) -> None:
+        while not self._over.wait(TELL_S):
+            with contextlib.suppress(Exception):
+                self._look()
+
+    def __del__(self) -> None:
+        self.end()
+        self._over.set()
 
 
-def _end_to_end(headers: Any) -> dict[str, str]:
-    return {name: value for name, value in headers if name.lower() not in HOP_BY_HOP}
+class Enough:
+    """Ray's autoscaling policy of engines: as many as bring waiting requests and used pages to their targets, in the mean.
+
+    Args:
+        targets: of each of what `Engine.record_autoscaling_stats` tells.
+    """
+
+    def __init__(self, **targets: float) -> None:
+        self._targets = targets
+
+    def __call__(self, context: Any) -> tuple[float, dict[str, Any]]:
+        metrics = context.aggregated_metrics or {}
+        wanted = [
+            context.current_num_replicas * (sum(of.values()) / len(of)) / target
+            for name, target in self._targets.items()
+            if (of := metrics.get(name))
+        ]
+        return (max(wanted) if wanted else context.target_num_replicas), {}
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def _own_address() -> str:
+    """This machine's, as the cluster knows it."""
+    import ray
+
+    return ray.util.get_node_ip_address()
 
 
 def app(arguments: dict[str, Any]) -> Any:
     """The application that `serve run` builds from its name=value arguments."""
     from ray import serve
 
-    options = {
-        "num_gpus": float(arguments.get("num_gpus", 0)),
-        "num_cpus": float(arguments.get("num_cpus", 4)),
-    }
+    given = {name: value for name, value in arguments.items() if name not in RAYS_OWN}
+    ours = {name: value for name, value in given.items() if not name.startswith(GATEWAYS)}
+    theirs = {name.removeprefix(GATEWAYS): value for name, value in given.items() if name.startswith(GATEWAYS)}
+    theirs |= {name: given[name] for name in SHARED if name in given}
+    start, gateways = float(arguments.get("start_timeout_s", 3600)), int(arguments.get("gateways", 0))
+    helpers = int(arguments.get("prefill_replicas", 0))
+    if helpers and not gateways:
+        raise ValueError("prefill_replicas needs gateways: they decide which prompts these compute.")
+    options = {"num_gpus": float(arguments.get("num_gpus", 0)), "num_cpus": float(arguments.get("num_cpus", 4))}
     if "resources" in arguments:  # e.g. {"TPU": 4}
         options["resources"] = arguments["resources"]
+    common = {
+        "max_ongoing_requests": int(arguments.get("max_ongoing_requests", 1024)), "graceful_shutdown_timeout_s": 90,
+    }  # fmt: skip
+
+    def engines(name: str, role: str, count: int) -> Any:
+        size: dict[str, Any] = {"num_replicas": count}
+        if "max_replicas" in arguments:
+            targets = {"waiting": float(arguments.get("waiting", 4)), "kv_usage": float(arguments.get("kv_usage", 0.8))}
+            policy = {"policy_function": f"{__name__}:Enough", "policy_kwargs": targets}
+            most = int(arguments["max_replicas"])
+            size = {"autoscaling_config": {"min_replicas": count, "max_replicas": most, "policy": policy}}
+        deployment = serve.deployment(Engine, name=name, ray_actor_options=options, **size, **common)
+        return deployment.bind(ours, role, gateways > 0, start)
+
+    if not gateways:
+        return engines("jaxserve", "", int(arguments.get("num_replicas", 1)))
+    pools = [engines("jaxserve", "decode" if helpers else "", int(arguments.get("num_replicas", 1)))]
+    if helpers:
+        pools.append(engines("jaxserve-prefill", "prefill", helpers))
     deployment = serve.deployment(
-        Replica,
-        name="jaxserve",
-        num_replicas=int(arguments.get("num_replicas", 1)),
-        max_ongoing_requests=int(arguments.get("max_ongoing_requests", 1024)),
-        ray_actor_options=options,
-        graceful_shutdown_timeout_s=90,
+        Gateway, name="jaxserve-gateway", num_replicas=gateways, ray_actor_options={"num_cpus": 1}, **common
     )
-    return deployment.bind(dict(arguments))
+    return deployment.bind(theirs, pools, start)

@@ -10,6 +10,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 from serving.engine.api.peers.stats import TransferStats
@@ -157,26 +158,35 @@ class EngineLoop:
         Raises:
             TimeoutError: it had no turn within so many seconds; or what the function raises.
         """
-        box: list[Any] = []
-        done = threading.Event()
+        asked, end = self.ask(function), time.monotonic() + timeout
+        while True:
+            try:
+                return asked.result(min(ALIVE_LOOK_S, max(0.0, end - time.monotonic())))
+            except TimeoutError:
+                if asked.done():
+                    raise  # the function's own
+                if not self.answers or time.monotonic() >= end:
+                    raise TimeoutError("the engine thread did not answer") from None
+
+    def ask(self, function: Callable[[], Any]) -> Future[Any]:
+        """Has a function run on the engine thread between two steps. Its result never comes where `answers` is False."""
+        asked: Future[Any] = Future()
 
         def run() -> None:
             try:
-                box.append((True, function()))
+                result = function()
             except Exception as e:
-                box.append((False, e))
-            done.set()
+                asked.set_exception(e)
+            else:
+                asked.set_result(result)
 
         self.inbox.put(Call(run))
-        end = time.monotonic() + timeout
-        while not done.wait(min(ALIVE_LOOK_S, max(0.0, end - time.monotonic()))):
-            over = self._thread.ident is not None and not self._thread.is_alive()
-            if over or time.monotonic() >= end:
-                raise TimeoutError("the engine thread did not answer")
-        ok, value = box[0]
-        if not ok:
-            raise value
-        return value
+        return asked
+
+    @property
+    def answers(self) -> bool:
+        """Whether the engine's thread is alive, or was not started yet."""
+        return self._thread.ident is None or self._thread.is_alive()
 
     def _run(self) -> None:
         try:

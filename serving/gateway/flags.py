@@ -112,7 +112,7 @@ def prefill_discovery_of(args: argparse.Namespace) -> Discovery:
         raise ValueError(f"prefill_target names {sorted(both)[0]}, and so does target: one engine is on one side.")
     if args.prefill_min_tokens < 1:
         raise ValueError(f"prefill_min_tokens must be at least 1, got {args.prefill_min_tokens}.")
-    return Discovery(names)
+    return Discovery(names, args.prefill_target_file)
 
 
 def router_of(args: argparse.Namespace) -> Router:
@@ -138,6 +138,9 @@ def _add_target_flags(parser: argparse.ArgumentParser) -> None:
         help="engines of --role prefill that compute prompts for the targets, which have --role decode then; as for --target. "
         "Their addresses must mean the same to the targets (default: each target computes its own)",
     )  # fmt: skip
+    targets.add_argument(
+        "--prefill-target-file", type=pathlib.Path, metavar="FILE", help="further ones in a file, as --target-file"
+    )
     targets.add_argument(
         "--prefill-policy", choices=PREFILL_POLICIES, default="auto",
         help="auto asks them where it pays, by the prompt's length that is not cached, by who runs and waits where, and by what "

@@ -1,6 +1,8 @@
 """Several engines behind a router: the real schedulers and the real router, on one virtual clock.
 
-Engines do not depend on each other, so each is stepped up to the next arrival, and then the router decides with what it would know.
+Engines with machines of their own do not depend on each other, so each is stepped up to the next arrival, and then the router
+decides with what it would know. Those that share the cores of one machine are stepped in the order of their clocks, and a step
+takes longer the more of them are at work when it begins.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import dataclasses
 import heapq
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from serving.engine.api.types import EngineStats
 from serving.engine.requests.scheduler_config import SchedulerConfig
@@ -42,6 +44,8 @@ class Cluster:
         config, cost, asynchronous, max_num_queued_reqs, acceptance: of each engine, as in Simulation.
         router: decides; its targets are made here.
         sessions: whether requests of one tenant are one session.
+        slowdown: of engines on the same cores: how many times longer a step takes while 1, 2, ... of them are at work; beyond the
+            last it grows in proportion. Empty: each has a machine of its own.
     """
 
     def __init__(
@@ -55,8 +59,10 @@ class Cluster:
         max_num_queued_reqs: int | None = None,
         sessions: bool = False,
         acceptance: float = 0.0,
+        slowdown: Sequence[float] = (),
     ) -> None:
         self.router = router
+        self._slowdown = tuple(slowdown)
         self.engines = [
             Simulation(
                 config,
@@ -74,6 +80,8 @@ class Cluster:
         self._pages = config.replicas * (config.num_pages - 1)
         for engine in self.engines:
             engine.on_end = self._on_end
+            if slowdown:
+                engine.device.stretch = self._stretch
 
     def run(self, trace: Iterable[TraceRequest]) -> Iterator[Outcome]:
         """Yields an outcome as each request ends; those of one engine in order."""
@@ -84,11 +92,7 @@ class Cluster:
                 start = request.arrival
                 for engine in self.engines:
                     engine.device.now = start
-            while busy and busy[0][0] < request.arrival:
-                number = heapq.heappop(busy)[1]
-                yield from self._advance(number, request.arrival)
-                if self.engines[number].num_live:
-                    heapq.heappush(busy, (self.engines[number].now, number))
+            yield from self._until(request.arrival, busy)
             number = self._place(index, request)
             if number is not None:
                 engine = self.engines[number]
@@ -96,10 +100,26 @@ class Cluster:
                     engine.device.now = max(engine.device.now, request.arrival)
                     heapq.heappush(busy, (engine.now, number))
             last = request.arrival
-        for number, engine in enumerate(self.engines):
-            yield from self._advance(number, math.inf)
-            last = max(last, engine.now)
+        yield from self._until(math.inf, busy)
+        last = max(last, *(engine.now for engine in self.engines))
         self._sum(last - (start or 0.0), time.perf_counter() - began)
+
+    def _until(self, end: float, busy: list[tuple[float, int]]) -> Iterator[Outcome]:
+        """Steps all that have something to do up to a time; those on one machine in turn: each knows who else is at work."""
+        while busy and busy[0][0] < end:
+            number = heapq.heappop(busy)[1]
+            engine, until = self.engines[number], end
+            if self._slowdown and busy:
+                until = min(end, math.nextafter(max(busy[0][0], engine.now), math.inf))
+            yield from self._advance(number, until)
+            if engine.num_live:
+                heapq.heappush(busy, (engine.now, number))
+
+    def _stretch(self) -> float:
+        """How many times longer a step takes that begins now."""
+        working = sum(engine.num_live > 0 for engine in self.engines)
+        known = self._slowdown[min(working, len(self._slowdown)) - 1]
+        return known * max(1.0, working / len(self._slowdown))
 
     def _advance(self, number: int, until: float) -> list[Outcome]:
         engine = self.engines[number]

@@ -34,6 +34,7 @@ class VirtualDevice:
 
     Attributes:
         now: the clock, in seconds. Dispatching moves it on by the host's work, reading to the end of the step.
+        stretch: how many times longer a step takes that begins now, where others use the same cores; None where nobody does.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class VirtualDevice:
         replicas: int = 1,
     ) -> None:
         self.now = 0.0
+        self.stretch: Callable[[], float] | None = None
         self._cost = cost
         self._answer = answer
         self._on_dispatch = on_dispatch
@@ -52,8 +54,10 @@ class VirtualDevice:
         self._finite = np.ones((cost.max_num_seqs, 1), bool)
 
     def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> VirtualStep:
-        self.now += self._cost.host_s
+        stretch = 1.0 if self.stretch is None else self.stretch()
+        self.now += self._cost.host_s * stretch
         bucket, seconds = self._cost.price(StepShape.of(plan, self._replicas))
+        seconds *= stretch
         self._free = max(self.now, self._free) + seconds
         step = VirtualStep(plan, bucket, seconds, self._free)
         if self._on_dispatch is not None:

@@ -17,7 +17,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 from serving.engine.api.peers.transfers import ALIVE, STATE, Parcel, TransferError, Wanted
@@ -269,7 +269,7 @@ class Giving:
             if wanted.ticket and not self._closed:
                 self.release(wanted.ticket)
 
-    def _parcels(self, wanted: Wanted, began: float) -> Iterator[Parcel]:
+    def _parcels(self, wanted: Wanted, began: float) -> Generator[Parcel, None, None]:
         size = self._kv.managers[0].pool.page_size
         count = min(wanted.tokens, len(wanted.token_ids)) // size
         at = wanted.first // size if self._kv.managers[0].windows else count
@@ -277,7 +277,7 @@ class Giving:
         links = chain(wanted.identity, wanted.token_ids[: count * size], size, wanted.adapter, wanted.salt)
         told, coming = began, began + min(COMING_S, wanted.timeout_s)
         while at < count:
-            found, more = self._call(
+            found, more = yield from self._ask(
                 lambda at=at: (self._read(wanted, at, count, known), self._more_to_come(wanted.ticket))
             )
             if found is not None:
@@ -301,10 +301,10 @@ class Giving:
 
     def _state(
         self, wanted: Wanted, link: bytes, count: int, known: dict[bytes, list[bytes]], began: float
-    ) -> Iterator[Parcel]:
+    ) -> Generator[Parcel, None, None]:
         """The recurrent state behind all of it, once it is there."""
         while True:
-            taken, more = self._call(
+            taken, more = yield from self._ask(
                 lambda: (self._read_state(wanted, count, known), self._more_to_come(wanted.ticket))
             )
             if taken is not None:
@@ -322,6 +322,17 @@ class Giving:
         for i, count in zip(which, groups, strict=True):
             content = b"".join(packed(next(pages)) for _ in range(count))
             yield Parcel(i, content, content_digest(links[i], i, content))
+
+    def _ask(self, function: Callable[[], Any]) -> Generator[Parcel, None, Any]:
+        """What the engine's thread says, and signs of life while it is in a step: one may take longer than a peer is patient."""
+        asked, end = self._engine.loop.ask(function), time.monotonic() + CALL_S
+        while True:
+            try:
+                return asked.result(ALIVE_S)
+            except TimeoutError:
+                if asked.done() or not self._engine.loop.answers or time.monotonic() > end:
+                    raise
+            yield Parcel(ALIVE)
 
     def _call(self, function: Callable[[], Any]) -> Any:
         return self._engine.call(function, CALL_S)

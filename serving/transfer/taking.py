@@ -49,6 +49,7 @@ class _Job:
     Attributes:
         followers: ids of requests that wait for the same pages.
         heard: when something last came; time.monotonic() seconds. 0.0 before it was begun.
+        ours: what came waits to be written here: it is not the peer that is silent.
         why: the reason for which it was ended from outside.
         begin: opens it; None: the transport does.
     """
@@ -60,6 +61,7 @@ class _Job:
     deadline: float
     followers: list[str] = dataclasses.field(default_factory=list)
     heard: float = 0.0
+    ours: bool = False
     fetching: Fetching | None = None
     why: str = ""
     begin: Callable[[], Fetching] | None = None
@@ -102,6 +104,7 @@ class Taking:
         self._fetched = 0.0, 0.0  # tokens and seconds, of pages that were there and not computed meanwhile
         self._threads = ThreadPoolExecutor(config.max_parallel, thread_name_prefix="jaxserve-transfer")
         self._closed = threading.Event()
+        self._turn = threading.Lock()
 
     @property
     def receiving(self) -> int:
@@ -247,7 +250,8 @@ class Taking:
         self._look_for_room()
         now = time.monotonic()
         for job in list(self._jobs.values()):
-            if now > job.deadline or (job.heard and now - job.heard > self._config.stall_s):
+            silent = job.heard and not job.ours and now - job.heard > self._config.stall_s
+            if now > job.deadline or silent:
                 job.end("too_slow")
                 if not job.heard:  # no thread has come to it
                     self._arrive(job, 0)
@@ -345,7 +349,7 @@ class Taking:
             job.fetching.cancel()
 
         def write() -> None:
-            if waiting and not self._call(lambda: self._write(job, waiting)):
+            if waiting and not self._write_in_turn(job, lambda: self._write(job, waiting)):
                 raise TransferError("aborted")
             came.tokens += page_size * len(waiting)
             waiting.clear()
@@ -362,7 +366,9 @@ class Taking:
                     raise TransferError("wrong_digest", f"page {parcel.page} is not what was asked for")
                 if parcel.page == STATE:
                     write()
-                    came.state = at == count and self._call(lambda parcel=parcel: self._write_state(job, parcel))
+                    came.state = at == count and self._write_in_turn(
+                        job, lambda parcel=parcel: self._write_state(job, parcel)
+                    )
                     break
                 waiting.append(parcel)
                 at += 1
@@ -387,6 +393,15 @@ class Taking:
                     raise TransferError(job.why)
         finally:
             fetching.cancel()
+
+    def _write_in_turn(self, job: _Job, function: Callable[[], bool]) -> bool:
+        """Writes between two steps, one parcel of one transfer at a time: however many there are, running streams wait for one."""
+        job.ours = True
+        try:
+            with self._turn:
+                return self._call(function)
+        finally:
+            job.heard, job.ours = time.monotonic(), False
 
     def _call(self, function: Callable[[], Any]) -> Any:
         return self._engine.call(function, CALL_S)

@@ -6,7 +6,8 @@ import shlex
 
 import pytest
 
-from scripts.deploy.ray_serve import RAYS_OWN, flags
+from scripts.deploy.ray_serve import GATEWAYS, RAYS_OWN
+from scripts.deploy.server_process import flags
 from serving.boot.flags.launch import parse
 from serving.plan import __main__ as plan
 from serving.plan import chips, facts
@@ -52,7 +53,7 @@ def test_shown_commands_are_taken(kind, arguments):
         if kind == "ray":
             given = dict(argument.split("=", 1) for argument in arguments)
             assert set(given) & set(RAYS_OWN)
-            arguments = flags(given)
+            arguments = flags({k: v for k, v in given.items() if k not in RAYS_OWN and not k.startswith(GATEWAYS)})
         args, _ = parse(arguments)
     if args.mesh != "auto":
         parse_mesh(args.mesh)

@@ -32,10 +32,12 @@ FLAGS = (
 class Process:
     """A server process whose standard error is read as it comes."""
 
+    module = "serving.launch"
+
     def __init__(self, *args):
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "serving.launch", *args], stderr=subprocess.PIPE, text=True, env=env
+            [sys.executable, "-m", self.module, *args], stderr=subprocess.PIPE, text=True, env=env
         )
         self.text = ""
         self._lines = queue.SimpleQueue()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import random
+import time
 
 import httpx
 import pytest
@@ -198,6 +199,29 @@ async def test_a_bad_way(pair, way, reason, cached):
     found = await _falls_back(pair, request("a", prompt(100)), reason)
     if cached is not None:
         assert found.num_cached_tokens == cached, "what was verified by then is used"
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+async def test_a_long_step_is_no_silence(pair, side):
+    """A step may take longer than a peer may be silent: whoever gives says that it lives, whoever takes does not blame the peer."""
+    first, second, _ = pair
+    taking = second.loop.peers.taking
+    config, taking._config = taking._config, dataclasses.replace(WAYS, role="decode", stall_s=0.8)
+    busy = (first if side == "prefill" else second).loop
+    try:
+        one, other = halves(request("a", prompt(150)), "t")
+        await run(first, one)
+        if side == "prefill":
+            busy.ask(lambda: time.sleep(1.6))
+        else:
+            pair[2].before = lambda parcel: (
+                busy.ask(lambda: time.sleep(1.6)) and parcel if parcel and not parcel.page else parcel
+            )
+        found = await run(second, other)
+        assert found.num_cached_tokens == 144, told(second)
+    finally:
+        taking._config = config
+    await nothing_left(pair)
 
 
 async def test_a_peer_that_is_not_there(pair):
