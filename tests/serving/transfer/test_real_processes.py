@@ -18,9 +18,9 @@ from tests.tiny_checkpoint import VOCAB, write_tiny_checkpoint
 
 pytestmark = pytest.mark.slow
 
-FLAGS = (
-    "--dtype", "float32", "--quantization", "none", "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--max-model-len", "256",
-    "--page-size", "8", "--kv-cache-memory", "3MB", "--no-progress", "--max-logprobs", "5",
+FLAGS = (  # without a word "auto" quantizes on one device alone, and other weights make other pages
+    "--dtype", "float32", "--quantization", "none", "--max-num-seqs", "8", "--max-num-batched-tokens", "64",
+    "--max-model-len", "256", "--page-size", "8", "--kv-cache-memory", "3MB", "--no-progress", "--max-logprobs", "5",
 )  # fmt: skip
 GIVES = '{"lease_s": 2.0}'
 TAKES = '{"stall_s": 1.5, "timeout_s": 8.0}'
