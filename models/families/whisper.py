@@ -19,6 +19,7 @@ from models.layers import MLP, Attention, Build, Layer, LayerNorm, Linear, weigh
 from models.layers.norms import Norm
 from models.recipes import Recipes, deal, one, pieces, under
 from ops.linear import embed
+from ops.paged_attention import Sequences
 from ops.paged_attention.batch import Q_BLOCK
 
 SOUND = r"^(model\.)?(encoder\.|decoder\.layers\.\d+\.encoder_attn\.[kv]_proj\.)"
@@ -69,6 +70,14 @@ class CrossAttention(nnx.Module):
             parts.append(one.reshape(-1, H * h))
         return self.out(jnp.concatenate(parts).astype(x_TD.dtype), residual_TO=residual_TD)
 
+    def weights(self, x_SD: jax.Array, row_1W: jax.Array) -> jax.Array:
+        """float32 [H, S, T]: what each head of each token attends to of one sound."""
+        H, h = self.heads
+        q_SHh = self.q(x_SD).reshape(-1, H, h)
+        k_HTh = row_1W.reshape(self.layers, 2, H, -1, h)[self.layer, 0]
+        scores = jnp.einsum("shd,htd->hst", q_SHh, k_HTh, preferred_element_type=jnp.float32) * h**-0.5
+        return jax.nn.softmax(scores, axis=-1)
+
     def recipes(self, name: str) -> Recipes:
         return under("q", self.q.recipes(f"{name}.q_proj")) | under("out", self.out.recipes(f"{name}.out_proj"))
 
@@ -118,6 +127,26 @@ class Whisper(Decoder):
 
     def embed_tokens(self, step: Step) -> jax.Array:
         return super().embed_tokens(step) + embed(self.positions[...], step.positions_T, self.compute_dtype)
+
+    def attended(self, tokens_S: jax.Array, row_1W: jax.Array, heads: tuple[tuple[int, int], ...]) -> jax.Array:
+        """float32 [A, S, T]: of each of A (layer, head), what each of one sequence's tokens attends to of a sound.
+
+        Args:
+            row_1W: what the encoder made of the sound.
+        """
+        positions_S = jnp.arange(len(tokens_S), dtype=jnp.int32)
+        attention: Any = Sequences(jnp.ones_like(tokens_S)[None], positions_S[None], single=True)
+        rows = jnp.zeros(len(tokens_S), jnp.int32)
+        step = Step(tokens_S, positions_S, attention, cross=Cross(row_1W, rows, rows[:0]))
+        x_SD, seen = self.embed_tokens(step), {}
+        for index, layer in enumerate(self.layers):
+            x_SD, _ = layer.attn(x_SD, step, None, norm=layer.attn_norm, residual_TD=x_SD)
+            chosen = [head for at, head in heads if at == index]
+            if chosen:
+                seen[index] = layer.cross.weights(layer.cross_norm(x_SD), row_1W)[jnp.array(sorted(set(chosen)))]
+            x_SD = layer.cross(x_SD, step.cross, layer.cross_norm, x_SD)
+            x_SD, _ = layer.mlp(x_SD, step, norm=layer.mlp_norm, residual_TD=x_SD)
+        return jnp.concatenate([seen[index] for index in sorted(seen)])
 
     def recipes(self) -> Recipes:
         return super().recipes() | {"positions": one("model.decoder.embed_positions.weight", *self.positions.shape)}

@@ -109,9 +109,11 @@ class Described:
         tasks = self.checked.opened.family.tasks
         return "generate" in tasks and "transcribe" not in tasks
 
-    def reads(self) -> dict[str, Any]:
+    def reads(self, engine: Any = None) -> dict[str, Any]:
         """What a `TextService` over it is given for images and sound, by name.
 
+        Args:
+            engine: that runs it, where it is in this process.
         Raises:
             ValueError: settings about them that cannot be followed.
         """
@@ -121,7 +123,7 @@ class Described:
 
         opened, shape = self.checked.opened, self.checked.tower.shape
         if shape.lasting:
-            return {"speech": speech_of(opened, self.text.tokenizer)}
+            return {"speech": speech_of(opened, self.text.tokenizer, engine)}
         return {"media": media_reader(self.checked.config, opened.hf_config, shape.patches[-1])}
 
     def default_params(self, say: Progress) -> dict[str, Any]:
@@ -217,7 +219,7 @@ def start(
     defaults = described.default_params(say)
     memory.give_back()
     phases.record("total", time.monotonic() - began)
-    reads = described.reads()
+    reads = described.reads(engine)
     return Started(engine, described.text, defaults, described.grammars(), described.leader, reads)
 
 

@@ -32,7 +32,7 @@ class MediaPolicy:
     Attributes:
         domains: hosts from which http and https URLs are fetched: names, exactly; "*" for any. () fetches nothing.
         folder: below which files may be read; None for none.
-        max_images: of one request.
+        max_images, max_files: of one request.
         max_bytes: of one file or data URI, decoded.
         max_pixels: of one image as it is stored.
         max_aspect: how many times longer than wide, or the other way round.
@@ -43,6 +43,7 @@ class MediaPolicy:
     domains: tuple[str, ...] = ()
     folder: Path | None = None
     max_images: int = 64
+    max_files: int = 8
     max_bytes: int = 64 * 2**20
     max_pixels: int = 2**26
     max_aspect: int = 200

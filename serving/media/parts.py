@@ -1,4 +1,4 @@
-"""Images in messages: found and taken out, whichever client's way of writing them it is."""
+"""Images and files in messages: found and taken out, whichever client's way of writing them it is."""
 
 from __future__ import annotations
 
@@ -12,47 +12,70 @@ IMAGE = "image"
 """The type of the part that a chat template is given in an image's place."""
 
 _KINDS = ("image_url", "input_image", "image", "image_pil")
+_FILES = ("file", "input_file")
+MAX_UUID = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One image of a request, not looked at yet.
+    """One image or file of a request, not looked at yet.
 
     Attributes:
-        content: a URL, the file's bytes, or (from Python) a `PIL.Image.Image` or an array of pixels.
+        content: a URL, the file's bytes, or (from Python) a `PIL.Image.Image` or an array of pixels; None where `uuid` alone names
+            an image that was sent before.
         place: of its part in the request, for errors.
+        at: its message, and its place among the message's parts.
+        uuid: the client's name for it.
+        file: whether it is a file whose text is wanted; `name` is what the client calls it.
     """
 
     content: Any
     place: str
+    at: tuple[int, int] = (0, 0)
+    uuid: str | None = None
+    file: bool = False
+    name: str = ""
 
 
-def has_media(messages: Sequence[Any] | None) -> bool:
-    """Whether some message has a part that is an image."""
-    return any(_is_image(part) for message in messages or () for part in _content(message))
+def has_media(messages: Sequence[Any] | None, images: bool = True) -> bool:
+    """Whether some message has a part that is a file or, where `images`, an image."""
+    return any(_is_taken(part, images) for message in messages or () for part in _content(message))
 
 
-def take_out(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Source]]:
-    """The messages with `{"type": "image"}` where their images were, and the images, in their order.
+def take_out(messages: Sequence[Mapping[str, Any]], images: bool = True) -> tuple[list[dict[str, Any]], list[Source]]:
+    """The messages with `{"type": "image"}` where their images were and empty texts where files were, and those, in their order.
 
+    Args:
+        images: whether images are taken out.
     Raises:
-        RequestError: INVALID_ARGUMENT for a part of an image's type without one.
+        RequestError: INVALID_ARGUMENT for a part of an image's or file's type without one.
     """
     shaped: list[dict[str, Any]] = []
     sources: list[Source] = []
     for i, message in enumerate(messages):
         parts = _content(message)
-        if not any(map(_is_image, parts)):
+        if not any(_is_taken(part, images) for part in parts):
             shaped.append(dict(message) if isinstance(message, Mapping) else message)
             continue
         content: list[Any] = []
         for j, part in enumerate(parts):
-            if _is_image(part):
-                sources.append(_source(part, f"messages[{i}].content[{j}]"))
-                part = {"type": IMAGE}
+            if _is_taken(part, images):
+                source = (_file if part["type"] in _FILES else _image)(part, f"messages[{i}].content[{j}]")
+                sources.append(dataclasses.replace(source, at=(i, j)))
+                part = {"type": "text", "text": ""} if source.file else {"type": IMAGE}
             content.append(part)
         shaped.append({**message, "content": content})
     return shaped, sources
+
+
+def with_texts(messages: Sequence[Mapping[str, Any]], texts: Mapping[tuple[int, int], str]) -> list[dict[str, Any]]:
+    """The messages of `take_out` with texts in their files' places."""
+    shaped = [dict(message) for message in messages]
+    for (i, j), text in texts.items():
+        content = list(shaped[i]["content"])
+        content[j] = {"type": "text", "text": text}
+        shaped[i]["content"] = content
+    return shaped
 
 
 def _content(message: Any) -> Sequence[Any]:
@@ -60,17 +83,20 @@ def _content(message: Any) -> Sequence[Any]:
     return content if isinstance(content, Sequence) and not isinstance(content, str) else ()
 
 
-def _is_image(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in _KINDS
+def _is_taken(part: Any, images: bool) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in (*_FILES, *(_KINDS if images else ()))
 
 
-def _source(part: Mapping[str, Any], place: str) -> Source:
+def _image(part: Mapping[str, Any], place: str) -> Source:
     kind = part["type"]
     found = part.get("image_url") if kind in ("image_url", "input_image") else part.get(kind)
     if kind == IMAGE and found is None:
         found = part.get("url")
+    uuid = _uuid(part, place)
     if isinstance(found, Mapping):
         found = found.get("url")
+    if found is None and uuid is not None:
+        return Source(None, place, uuid=uuid)
     if found is None or (isinstance(found, str) and not found):
         raise invalid(f"{place} of type {kind!r} has no image.", place)
     if (
@@ -81,4 +107,26 @@ def _source(part: Mapping[str, Any], place: str) -> Source:
         raise invalid(
             f"{place} of type {kind!r} has a {type(found).__name__}; give a URL, or data: with its content.", place
         )
-    return Source(found, place)
+    return Source(found, place, uuid=uuid)
+
+
+def _uuid(part: Mapping[str, Any], place: str) -> str | None:
+    found = part.get("uuid")
+    if found is not None and (not isinstance(found, str) or not 0 < len(found) <= MAX_UUID):
+        raise invalid(f"{place}: uuid must be a text of 1 to {MAX_UUID} characters.", place)
+    return found
+
+
+def _file(part: Mapping[str, Any], place: str) -> Source:
+    """OpenAI's two ways: {"type": "file", "file": {...}}, and in responses its fields beside the type."""
+    said = part.get("file") if part["type"] == "file" else part
+    if not isinstance(said, Mapping):
+        raise invalid(f"{place} of type 'file' has no file.", place)
+    if said.get("file_id") is not None:
+        raise invalid(f"{place}: file_id is not taken here; give the content as file_data.", place)
+    found, name = said.get("file_data") or said.get("file_url"), said.get("filename") or ""
+    if not isinstance(found, str | bytes) or not found or not isinstance(name, str):
+        raise invalid(f"{place} has no file_data: give data:application/pdf;base64,... .", place)
+    if isinstance(found, str) and said.get("file_data") and not found.startswith("data:"):
+        found = f"data:application/octet-stream;base64,{found}"  # as some clients send it
+    return Source(found, place, file=True, name=name[:256])

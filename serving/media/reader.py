@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serving.access.keys import caller_of_task
 from serving.engine.api.media import Media
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.media.decoding import check_size, decode
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 KEPT_BYTES = 256 * 2**20
 THREADS = 2
+MAX_NAMED = 4096
+"""Names that clients have given images, the last ones."""
 
 
 def reader_of(hf: Mapping[str, Any], architecture: str, policy: MediaPolicy, max_patches: int) -> MediaReader:
@@ -51,6 +54,7 @@ class MediaReader:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="jaxserve-media")
         self._kept: OrderedDict[bytes, Patched] = OrderedDict()
         self._kept_bytes = 0
+        self._named: OrderedDict[tuple[str | None, str | None, str], bytes] = OrderedDict()
         self._lock = Lock()
 
     async def read(self, sources: Sequence[Source], salt: str | None, max_tokens: int) -> Images:
@@ -67,10 +71,12 @@ class MediaReader:
                 f"The request has {len(sources)} images; at most {self.policy.max_images} are taken.", "messages"
             )
         loop, found = asyncio.get_running_loop(), Images([], [])
+        caller = caller_of_task.get()
+        owner = (salt, None if caller is None else caller.name)
         try:
             async with asyncio.timeout(self.policy.read_s):
                 for source in sources:
-                    digest, image = await loop.run_in_executor(self._threads, self._read, source, salt)
+                    digest, image = await loop.run_in_executor(self._threads, self._read, source, *owner)
                     found.digests.append(digest)
                     found.images.append(image)
                     if sum(one.size for one in found.images) > max_tokens:
@@ -98,7 +104,31 @@ class MediaReader:
         """See `prompt.with_images`."""
         return with_images(ids, found.images, found.digests, self.processor)
 
-    def _read(self, source: Source, salt: str | None) -> tuple[bytes, Patched]:
+    def _read(self, source: Source, salt: str | None, caller: str | None) -> tuple[bytes, Patched]:
+        """(digest, image). What a client calls an image (`uuid`) finds it again for the same caller, and decides nothing else:
+        images are told apart by their content."""
+        if source.content is None:
+            return self._found(source, (salt, caller, source.uuid or ""))
+        digest, patched = self._read_content(source, salt)
+        if source.uuid is not None:
+            with self._lock:
+                self._named[salt, caller, source.uuid] = digest
+                self._named.move_to_end((salt, caller, source.uuid))
+                while len(self._named) > MAX_NAMED:
+                    self._named.popitem(last=False)
+        return digest, patched
+
+    def _found(self, source: Source, name: tuple[str | None, str | None, str]) -> tuple[bytes, Patched]:
+        with self._lock:
+            digest = self._named.get(name)
+            kept = None if digest is None else self._kept.get(digest)
+            if digest is None or kept is None:
+                raise invalid(f"{source.place}: no image of this uuid is kept: send its content.", source.place)
+            self._named.move_to_end(name)
+            self._kept.move_to_end(digest)
+            return digest, kept
+
+    def _read_content(self, source: Source, salt: str | None) -> tuple[bytes, Patched]:
         from PIL import ImageOps
 
         content, place = source.content, source.place

@@ -1,14 +1,17 @@
-"""Images of a request on their way into its prompt, where the model reads some."""
+"""Images and files of a request on their way into its prompt: images where the model reads some, files as their texts."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from serving.errors import invalid
-from serving.media.parts import Source, has_media, take_out
+from serving.media.documents import text_of_file
+from serving.media.fetching import MediaPolicy, fetch
+from serving.media.parts import Source, has_media, take_out, with_texts
 from serving.service.requests import prepare as prep
 from serving.service.requests.inputs import GenerateInput
 from serving.service.requests.limits import Limits
@@ -21,17 +24,42 @@ if TYPE_CHECKING:
 
 
 def take_images(given: GenerateInput, reader: MediaReader | None) -> tuple[GenerateInput, Sequence[Source]]:
-    """The request without its images, and those. As it is where the model reads none: whoever checks it refuses them.
+    """The request without its images and files, and those. Images stay where the model reads none: whoever checks it refuses them.
 
     Raises:
         RequestError: INVALID_ARGUMENT naming the part, for one that is no image; or what does not go with images.
     """
-    if reader is None or isinstance(given.messages, str) or not has_media(given.messages):
+    images = reader is not None
+    if isinstance(given.messages, str) or not has_media(given.messages, images):
         return given, ()
     if given.truncate_prompt_tokens is not None:
         raise invalid("truncate_prompt_tokens does not go with images: it might cut one.", "truncate_prompt_tokens")
-    messages, sources = take_out(given.messages or ())
-    return dataclasses.replace(given, messages=messages, images=len(sources)), sources
+    messages, sources = take_out(given.messages or (), images)
+    return dataclasses.replace(given, messages=messages, images=sum(not one.file for one in sources)), sources
+
+
+async def _with_files(
+    given: GenerateInput, sources: Sequence[Source], limits: Limits, policy: MediaPolicy
+) -> GenerateInput:
+    """The request with its files' texts in their places.
+
+    Raises:
+        RequestError: INVALID_ARGUMENT: a file that cannot be read, or too much text.
+    """
+    files = [source for source in sources if source.file]
+    if not files:
+        return given
+    if len(files) > policy.max_files:
+        raise invalid(f"The request has {len(files)} files; at most {policy.max_files} are taken.", "messages")
+    texts: dict[tuple[int, int], str] = {}
+    for source in files:
+        content = source.content
+        data = await asyncio.to_thread(fetch, content, policy, source.place) if isinstance(content, str) else content
+        text = await text_of_file(data, source.place)
+        texts[source.at] = f"{source.name}:\n{text}\n" if source.name else f"{text}\n"
+    given = dataclasses.replace(given, messages=with_texts(given.messages or (), texts))
+    given.check(limits)
+    return given
 
 
 async def read_prompt(
@@ -51,10 +79,12 @@ async def read_prompt(
     Raises:
         RequestError: INVALID_ARGUMENT.
     """
+    given = await _with_files(given, sources, limits, MediaPolicy() if reader is None else reader.policy)
     asked = (given, voice.tokenizer, voice.chat_template, limits)
-    if not sources or reader is None:
+    pictures = [source for source in sources if not source.file]
+    if not pictures or reader is None:
         return *(await threads.run(prep.render_and_encode, *asked)), None
-    images = await reader.read(sources, salt, limits.context or limits.max_prompt_chars)
+    images = await reader.read(pictures, salt, limits.context or limits.max_prompt_chars)
     rewrite = functools.partial(reader.write, found=images) if reader.processor.mark else None
     prompt, ids = await threads.run(prep.render_and_encode, *asked, rewrite)
     ids, media = await threads.run(reader.expand, ids, images)

@@ -27,6 +27,7 @@ GENERATION = {
     "bos_token_id": END, "eos_token_id": END, "pad_token_id": END, "decoder_start_token_id": START, "max_length": LENGTH,
     "no_timestamps_token_id": NO_TIMES, "max_initial_timestamp_index": 50, "suppress_tokens": [1, 2, PREVIOUS, NO_TIMES - 1],
     "begin_suppress_tokens": [3, END], "is_multilingual": True, "prev_sot_token_id": PREVIOUS,
+    "alignment_heads": [[0, 1], [1, 0], [1, 1]],
     "lang_to_id": {"<|en|>": EN, "<|de|>": DE}, "task_to_id": {"translate": TRANSLATE, "transcribe": TRANSCRIBE},
 }  # fmt: skip
 

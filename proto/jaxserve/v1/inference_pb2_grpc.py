@@ -63,6 +63,11 @@ class InferenceStub:
                 request_serializer=jaxserve_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
                 _registered_method=True)
+        self.Transcribe = channel.unary_stream(
+                '/jaxserve.v1.Inference/Transcribe',
+                request_serializer=jaxserve_dot_v1_dot_inference__pb2.TranscribeRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_inference__pb2.TranscribeResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/jaxserve.v1.Inference/Tokenize',
                 request_serializer=jaxserve_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -115,6 +120,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Transcribe(self, request, context):
+        """What is said in a sound file. UNIMPLEMENTED when the model transcribes no speech.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """The token ids that Generate would run for a prompt.
         """
@@ -151,6 +163,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Classify,
                     request_deserializer=jaxserve_dot_v1_dot_inference__pb2.ClassifyRequest.FromString,
                     response_serializer=jaxserve_dot_v1_dot_inference__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'Transcribe': grpc.unary_stream_rpc_method_handler(
+                    servicer.Transcribe,
+                    request_deserializer=jaxserve_dot_v1_dot_inference__pb2.TranscribeRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_inference__pb2.TranscribeResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -280,6 +297,33 @@ class Inference:
             '/jaxserve.v1.Inference/Classify',
             jaxserve_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
             jaxserve_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Transcribe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/jaxserve.v1.Inference/Transcribe',
+            jaxserve_dot_v1_dot_inference__pb2.TranscribeRequest.SerializeToString,
+            jaxserve_dot_v1_dot_inference__pb2.TranscribeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.media import MediaPolicy, MediaReader, reader_of
 from serving.service.speech.rules import SpeechTokens
-from serving.service.speech.transcribe import Speech
+from serving.service.speech.transcribe import Align, Speech
+from serving.service.speech.words import token_ends
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from models.loading.opening import Opened
     from serving.engine.api.config import EngineConfig
     from serving.text.tokenizer import Tokenizer
@@ -24,8 +27,10 @@ def media_policy(config: EngineConfig) -> MediaPolicy:
         ValueError: a limit that is none, or a folder that is not there, in a sentence.
     """
     limits = {} if config.limit_mm_per_prompt is None else json.loads(config.limit_mm_per_prompt)
-    if unknown := sorted(limits.keys() - {"image"}):
+    if unknown := sorted(limits.keys() - {"image", "video", "audio"}):
         raise ValueError(f"limit_mm_per_prompt: {unknown[0]!r} is not read here; there is image.")
+    if refused := [name for name in ("video", "audio") if limits.get(name)]:
+        raise ValueError(f"limit_mm_per_prompt: {refused[0]} is not read here; it may be 0.")
     images = limits.get("image", MediaPolicy.max_images)
     if isinstance(images, bool) or not isinstance(images, int) or images < 0:
         raise ValueError(f"limit_mm_per_prompt: image must be a whole number from 0, got {images!r}.")
@@ -36,14 +41,31 @@ def media_policy(config: EngineConfig) -> MediaPolicy:
     return MediaPolicy(domains=tuple(name.lower() for name in domains), folder=folder, max_images=images)
 
 
-def speech_of(opened: Opened, tokenizer: Tokenizer) -> Speech:
+def speech_of(opened: Opened, tokenizer: Tokenizer, engine: Any = None) -> Speech:
     """What transcribes with a Whisper checkpoint.
 
+    Args:
+        engine: that runs it; times of words are told where the checkpoint says which heads follow the sound.
     Raises:
         ValueError: its tokens are not known.
     """
     mels = int(opened.hf_config.get("num_mel_bins", 80))
-    return Speech(SpeechTokens.of(opened.generation_config, tokenizer.added_tokens), mels)
+    heads = opened.generation_config.get("alignment_heads")
+    align = None if engine is None or not heads else _aligning(engine.runner.executor, heads)
+    return Speech(SpeechTokens.of(opened.generation_config, tokenizer.added_tokens), mels, align)
+
+
+def _aligning(executor: Any, heads: Sequence[tuple[int, int]]) -> Align:
+    """See `Speech`."""
+    from serving.engine.device.aligning import Aligner
+
+    aligner = Aligner(executor.decoder, executor.tower, heads, executor.sizes.max_model_len)
+
+    def ends(frames_PX: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], sound: int) -> Sequence[float]:
+        weights_AST = aligner.weights(frames_PX, prompt, tokens)[..., : max(1, sound // 2)]
+        return token_ends(weights_AST)
+
+    return ends
 
 
 def media_reader(config: EngineConfig, hf: Mapping[str, Any], max_patches: int) -> MediaReader:

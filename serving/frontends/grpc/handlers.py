@@ -20,7 +20,7 @@ from serving import memory
 from serving.access import caller_of_task
 from serving.engine.api.types import EngineStats
 from serving.errors import ErrorKind, RequestError, invalid, named
-from serving.frontends.grpc import convert, figures
+from serving.frontends.grpc import convert, figures, speech
 from serving.frontends.grpc.bounds import LARGE_BYTES, check_counts, check_wire
 from serving.frontends.grpc.context import begin_call, end_call, id_metadata
 from serving.frontends.grpc.control import ControlCalls, loaded_adapters
@@ -28,6 +28,7 @@ from serving.frontends.grpc.errors import status_of
 from serving.frontends.grpc.transfer import Transfer
 from serving.frontends.sockets.stalled import ReaderStalledError, StallWatch
 from serving.service import Limits, Served, prepare_chat, stats_of
+from serving.service.speech.transcribe import transcribe
 from serving.service.vectors import shortened, together
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ CONTROL: ServiceDescriptor = control_pb2.DESCRIPTOR.services_by_name["Control"]
 
 
 class Inference:
-    """Generate, Embed, Score, Classify, Tokenize, Detokenize.
+    """Generate, Embed, Score, Classify, Transcribe, Tokenize, Detokenize.
 
     Args:
         service: gives what is served, or raises UNAVAILABLE while there is nothing yet.
@@ -117,6 +118,22 @@ class Inference:
                 for one in found
             ],
         )
+
+    async def Transcribe(  # noqa: N802
+        self, request: inference_pb2.TranscribeRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.TranscribeResponse]:
+        service = self._service().of(request.model)
+        told: asyncio.Queue[str | None] = asyncio.Queue()
+        tell = told.put_nowait if request.stream else None
+        run = transcribe(service, speech.input_from(request), request.model or None, tell)
+        task = asyncio.ensure_future(run)
+        task.add_done_callback(lambda _: told.put_nowait(None))
+        try:
+            while (delta := await told.get()) is not None:
+                yield inference_pb2.TranscribeResponse(delta=delta)
+            yield inference_pb2.TranscribeResponse(transcript=speech.transcript_to(await task))
+        finally:
+            task.cancel()
 
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: Context

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.datastructures import FormData, UploadFile
 
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.frontends.openai.errors import RESPONSES
-from serving.service import Served
+from serving.service import Served, TextService
+from serving.service.speech.doubts import Doubts
 from serving.service.speech.segments import FORMS, Segment
 from serving.service.speech.transcribe import TranscribeInput, Transcript, transcribe
+from serving.service.speech.words import Word
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
-FIELDS = ("model", "language", "prompt", "response_format", "temperature")
+THRESHOLDS = {
+    "compression_ratio_threshold": "compression", "logprob_threshold": "logprob", "no_speech_threshold": "no_speech",
+}  # fmt: skip
+"""Fields with which a client moves the bounds of what is doubtful, as transformers calls them."""
+FIELDS = ("model", "language", "prompt", "response_format", "temperature", "stream", *THRESHOLDS)
 MAX_FIELDS = 32
 FORM = {"multipart/form-data": {"schema": {
     "type": "object", "required": ["file", "model"],
@@ -24,7 +33,9 @@ FORM = {"multipart/form-data": {"schema": {
         "file": {"type": "string", "format": "binary"}, "model": {"type": "string"}, "language": {"type": "string"},
         "prompt": {"type": "string"}, "response_format": {"type": "string", "enum": list(FORMATS)},
         "temperature": {"type": "number", "minimum": 0, "maximum": 1},
-        "timestamp_granularities[]": {"type": "array", "items": {"type": "string", "enum": ["segment"]}},
+        "timestamp_granularities[]": {"type": "array", "items": {"type": "string", "enum": ["word", "segment"]}},
+        "stream": {"type": "boolean"}, "compression_ratio_threshold": {"type": "number"}, "logprob_threshold": {"type": "number"},
+        "no_speech_threshold": {"type": "number"},
     },
 }}}  # fmt: skip
 
@@ -41,8 +52,11 @@ def audio_router(served: Served) -> APIRouter:
             raise invalid("Sound comes as multipart/form-data, with the fields file and model.", "file")
         async with request.form(max_files=1, max_fields=MAX_FIELDS) as sent:
             form, given = await _read(sent, task)
-        transcript = await transcribe(served.of(form.get("model")), given, form.get("model"))
-        return _reply(transcript, form.get("response_format", "json"))
+        service = served.of(form.get("model"))
+        if form.get("stream", "false").lower() in ("true", "1"):
+            return await _streamed(service, given, form)
+        transcript = await transcribe(service, given, form.get("model"))
+        return _reply(transcript, form.get("response_format", "json"), given.words)
 
     @router.post("/v1/audio/transcriptions", openapi_extra=form)
     async def transcriptions(request: Request) -> Response:
@@ -66,21 +80,72 @@ async def _read(sent: FormData, task: str) -> tuple[dict[str, str], TranscribeIn
     shape = form.get("response_format", "json")
     if shape not in FORMATS:
         raise invalid(f"Invalid value for 'response_format': it takes {', '.join(FORMATS)}.", "response_format")
-    kinds = [*sent.getlist("timestamp_granularities[]"), *sent.getlist("timestamp_granularities")]
-    if any(kind != "segment" for kind in kinds):
-        raise invalid(
-            "timestamp_granularities takes segment; times of words are not told here.", "timestamp_granularities"
-        )
-    try:
-        temperature = float(form.get("temperature", "0"))
-    except ValueError:
-        raise invalid("temperature must be a number between 0 and 1.", "temperature") from None
+    kinds = {*sent.getlist("timestamp_granularities[]"), *sent.getlist("timestamp_granularities")}
+    if kinds - {"segment", "word"}:
+        raise invalid("timestamp_granularities takes word and segment.", "timestamp_granularities")
+    words = "word" in kinds
+    if words and shape != "verbose_json":
+        raise invalid("timestamp_granularities go with response_format verbose_json.", "timestamp_granularities")
+    temperature = _number(form, "temperature") or 0.0
+    bounds: dict[str, Any] = {field: _number(form, name) for name, field in THRESHOLDS.items() if name in form}
     segments = shape in ("srt", "vtt", "verbose_json")
     data = await content.read()
-    return form, TranscribeInput(data, task, form.get("language"), form.get("prompt"), temperature, segments)
+    return form, TranscribeInput(
+        data, task, form.get("language"), form.get("prompt"), temperature, segments, words, Doubts(**bounds)
+    )
 
 
-def _reply(transcript: Transcript, shape: str) -> Response:
+def _number(form: Mapping[str, str], name: str) -> float | None:
+    try:
+        found = float(form.get(name, "0"))
+    except ValueError:
+        found = math.nan
+    if math.isnan(found):
+        raise invalid(f"{name} must be a number.", name)
+    return found
+
+
+async def _streamed(service: TextService, given: TranscribeInput, form: Mapping[str, str]) -> Response:
+    """The text as server-sent events: `transcript.text.delta` as it becomes certain, then `transcript.text.done` with the whole."""
+    if form.get("response_format", "json") not in ("json", "text"):
+        raise invalid("stream goes with response_format json or text.", "stream")
+    told: asyncio.Queue[str | Transcript | BaseException] = asyncio.Queue()
+
+    async def run() -> None:
+        try:
+            told.put_nowait(await transcribe(service, given, form.get("model"), told.put_nowait))
+        except BaseException as error:  # whoever reads the stream is told
+            told.put_nowait(error)
+
+    task = asyncio.create_task(run())
+    first = await told.get()
+    if isinstance(first, BaseException):
+        raise first  # nothing was sent yet: it has a status of its own
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        item: str | Transcript | BaseException = first
+        try:
+            while isinstance(item, str):
+                yield _event({"type": "transcript.text.delta", "delta": item})
+                item = await told.get()
+            if isinstance(item, Transcript):
+                usage = {"type": "duration", "seconds": math.ceil(item.duration)}
+                yield _event({"type": "transcript.text.done", "text": item.text, "usage": usage})
+            elif isinstance(item, RequestError):
+                yield _event({"type": "error", "error": {"message": item.message, "param": item.param}})
+            else:
+                raise item
+        finally:
+            task.cancel()
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+def _event(content: Mapping[str, Any]) -> bytes:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
+
+
+def _reply(transcript: Transcript, shape: str, words: bool) -> Response:
     if shape == "text":
         return PlainTextResponse(transcript.text + "\n")
     if shape in FORMS:
@@ -95,9 +160,14 @@ def _reply(transcript: Transcript, shape: str) -> Response:
             "duration": round(transcript.duration, 3),
             "text": transcript.text,
             "segments": [_segment(index, segment) for index, segment in enumerate(transcript.segments)],
+            **({"words": [_word(word) for word in transcript.words]} if words else {}),
             "usage": usage,
         }
     )
+
+
+def _word(word: Word) -> dict[str, Any]:
+    return {"word": word.text, "start": round(word.start, 2), "end": round(word.end, 2)}
 
 
 def _segment(index: int, segment: Segment) -> dict[str, Any]:
@@ -111,5 +181,5 @@ def _segment(index: int, segment: Segment) -> dict[str, Any]:
         "temperature": segment.temperature,
         "avg_logprob": segment.avg_logprob,
         "compression_ratio": segment.compression_ratio,
-        "no_speech_prob": None,
+        "no_speech_prob": segment.no_speech,
     }

@@ -20,6 +20,7 @@ class SpeechTokens:
         languages: code -> token, "en" -> <|en|>. Empty in models of one language.
         suppressed, suppressed_first: tokens that never come, and such that no transcript begins with.
         latest_first: the latest time that a window may begin with, in steps of 20 ms; None for any.
+        no_speech: says that nobody speaks.
     """
 
     end: int
@@ -32,6 +33,7 @@ class SpeechTokens:
     suppressed: tuple[int, ...]
     suppressed_first: tuple[int, ...]
     latest_first: int | None
+    no_speech: int | None = None
 
     @property
     def times(self) -> int:
@@ -61,6 +63,9 @@ class SpeechTokens:
             suppressed=tuple(generation.get("suppress_tokens") or ()),
             suppressed_first=tuple(generation.get("begin_suppress_tokens") or ()),
             latest_first=generation.get("max_initial_timestamp_index"),
+            no_speech=next(
+                (tokens[text] for text in ("<|nospeech|>", "<|nocaptions|>") if text in tokens), int(none) - 1
+            ),
         )
 
 

@@ -6,6 +6,8 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 
+from serving.service.speech.words import Word
+
 STEP_S = 0.02
 """Between two of Whisper's times."""
 FRAMES_A_STEP = 2
@@ -21,6 +23,8 @@ class Segment:
         tokens: with its times.
         text: without.
         temperature, avg_logprob: as it was drawn, and the mean of its window's tokens' log probabilities; None where unknown.
+        no_speech: the probability that nobody speaks in its window; None where unknown.
+        words: when each was said, where that was asked for.
     """
 
     seek: int
@@ -30,12 +34,19 @@ class Segment:
     text: str
     temperature: float
     avg_logprob: float | None
+    no_speech: float | None = None
+    words: tuple[Word, ...] = ()
 
     @property
     def compression_ratio(self) -> float:
-        """How much smaller its text can be written: more than 2.4 mostly says that it repeats itself."""
-        raw = self.text.encode()
-        return len(raw) / len(zlib.compress(raw)) if raw else 0.0
+        """Of its text."""
+        return compression_ratio(self.text)
+
+
+def compression_ratio(text: str) -> float:
+    """How much smaller a text can be written: more than 2.4 mostly says that it repeats itself."""
+    raw = text.encode()
+    return len(raw) / len(zlib.compress(raw)) if raw else 0.0
 
 
 def cut(

@@ -10,6 +10,7 @@ from serving.media import MediaPolicy
 from serving.service import GenerateInput
 from tests.mock_engine import MockEngine, mock_service
 from tests.models.tiny_vision import picture
+from tests.serving.frontends.page.test_documents import pdf
 from tests.serving.media.images import PLACE, asked, encoded, image_service, part, reader, uri
 
 PNG = encoded()
@@ -179,3 +180,56 @@ async def test_over_grpc_a_part_is_a_file_or_a_url():
     both = pb.ChatMessage(role="user", content="a", parts=parts)
     with pytest.raises(RequestError, match="not both"):
         input_from(pb.GenerateRequest(chat=pb.Chat(messages=[both])), service.limits)
+
+
+def a_file(data, name="notes.pdf", **more):
+    return {"type": "file", "file": {"file_data": uri(data, "application/pdf"), "filename": name, **more}}
+
+
+@pytest.mark.parametrize("service", [mock_service, image_service])
+async def test_a_file_is_read_as_its_text(service):
+    service = service(MockEngine())
+    inside = {"type": "input_file", "file_data": uri(b"plain words"), "filename": "a.txt"}
+    made = await prepared(service, "Sum up", a_file(pdf("The first page.", "The second.")), inside)
+    assert "notes.pdf:\nThe first page.\n\nThe second.\n" in made.prompt and "a.txt:\nplain words\n" in made.prompt
+    assert made.children[0].media is None
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "file", "file": {"file_id": "file-1"}}, "file_id"),
+        ({"type": "file", "file": {}}, "file_data"),
+        ({"type": "file"}, "has no file"),
+        (a_file(b"\x00\x01\x02"), "neither a PDF nor text"),
+        (a_file(b"%PDF-1.4 broken"), "damaged"),
+        ({"type": "input_file", "file_url": "file:///etc/passwd"}, "reads no files"),
+        ({"type": "input_file", "file_url": "http://127.0.0.1/x"}, "fetches nothing"),
+    ],
+)
+async def test_files_that_are_refused(part, words):
+    with pytest.raises(RequestError, match=words) as caught:
+        await prepared(mock_service(MockEngine()), "a", part)
+    assert caught.value.kind == ErrorKind.INVALID_ARGUMENT
+
+
+async def test_too_many_files():
+    with pytest.raises(RequestError, match="9 files; at most 8"):
+        await prepared(mock_service(MockEngine()), *[a_file(b"x", "a.txt")] * 9)
+
+
+async def test_a_uuid_names_an_image_for_its_sender_alone():
+    service = image_service(MockEngine())
+    named = {**part(uri(PNG)), "uuid": "mine"}
+    alone = {"type": "image_url", "image_url": None, "uuid": "mine"}
+    (first,) = (await prepared(service, "a", named, "b")).children[0].media.items
+    (again,) = (await prepared(service, "a", alone, "b")).children[0].media.items
+    assert again.digest == first.digest and again.patches_PX is first.patches_PX
+    with pytest.raises(RequestError, match="no image of this uuid"):
+        await prepared(service, "a", alone, "b", cache_salt="another")
+    # Another image under a known name is another image: the name decides nothing.
+    (other,) = (await prepared(service, {**part(uri(encoded(seed=5))), "uuid": "mine"}, "b")).children[0].media.items
+    assert other.digest != first.digest
+    for wrong in ("", 7, "x" * 129):
+        with pytest.raises(RequestError, match="uuid"):
+            await prepared(service, {**part(uri(PNG)), "uuid": wrong}, "b")

@@ -1,5 +1,7 @@
 """The routes for speech over the mock engine: what is asked of it, and every form of the reply."""
 
+import json
+
 import pytest
 
 from serving.service.speech.rules import SpeechTokens
@@ -74,7 +76,10 @@ async def test_verbose_json(running):
         ({"response_format": "xml"}, "response_format"),
         ({"temperature": "hot"}, "temperature"),
         ({"language": "tlh"}, "language"),
-        ({"timestamp_granularities[]": "word"}, "words"),
+        ({"timestamp_granularities[]": "word"}, "verbose_json"),
+        ({"timestamp_granularities[]": "line"}, "word and segment"),
+        ({"stream": "true", "response_format": "srt"}, "stream"),
+        ({"no_speech_threshold": "nan"}, "no_speech_threshold"),
         ({"model": "other"}, "does not exist"),
         ({"data": b"no sound"}, "cannot be read as sound"),
     ],
@@ -89,6 +94,55 @@ async def test_bodies_that_are_no_forms(running):
     assert reply.status_code == 400 and "multipart/form-data" in reply.json()["error"]["message"]
     reply = await running.http.post("/v1/audio/transcriptions", data={"model": "default"}, files={"other": b"x"})
     assert reply.status_code == 400
+
+
+def align(frames, prompt, tokens, sound):
+    """Each token takes a tenth of a second."""
+    return [0.1 * (i + 1) for i in range(len(tokens))]
+
+
+async def test_words_have_times(start):
+    engine = Speaking(reply=lambda request: [*b"hi there, you"])
+    running = await start(engine, service=mock_service(engine, speech=Speech(TOKENS, 80, align)))
+    asked = {"response_format": "verbose_json", "timestamp_granularities[]": "word"}
+    reply = (await sent(running, language="en", **asked)).json()
+    assert reply["words"] == [
+        {"word": "hi", "start": 0.0, "end": 0.2},
+        {"word": "there,", "start": 0.2, "end": 0.9},
+        {"word": "you", "start": 0.9, "end": 1.3},
+    ]
+
+
+async def test_without_heads_that_follow_the_sound_words_have_none(running):
+    asked = {"response_format": "verbose_json", "timestamp_granularities[]": "word"}
+    assert (await sent(running, language="en", **asked)).status_code == 501
+
+
+async def test_a_stream(running):
+    reply = await sent(running, language="en", stream="true")
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    events = [json.loads(line[6:]) for line in reply.text.splitlines() if line]
+    assert "".join(event["delta"] for event in events[:-1]) == "hi there" and len(events) > 1
+    assert {event["type"] for event in events[:-1]} == {"transcript.text.delta"}
+    assert events[-1] == {
+        "type": "transcript.text.done", "text": "hi there", "usage": {"type": "duration", "seconds": 1},
+    }  # fmt: skip
+
+
+async def test_what_is_wrong_with_a_stream_has_a_status(running):
+    assert (await sent(running, data=b"no sound", stream="true")).status_code == 400
+
+
+async def test_text_that_repeats_itself_is_drawn_again(start):
+    def reply(request):
+        return [*(b"again " * 30 if request.params.temperature < 0.3 else b"something else")]
+
+    engine = Speaking(reply=reply)
+    running = await start(engine, service=mock_service(engine, speech=Speech(TOKENS, 80)))
+    assert (await sent(running, language="en")).json()["text"] == "something else"
+    assert [request.params.temperature for request in engine.requests] == [0.0, 0.2, 0.4]
+    kept = await sent(running, language="en", compression_ratio_threshold="100")
+    assert kept.json()["text"].startswith("again again")
 
 
 async def test_the_official_client(running):

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from serving.access import Access, KeyRing
-from serving.frontends.page import documents, pdf_worker
+from serving.media import documents, pdf_worker
 from tests.mock_engine import MockEngine
 from tests.serving.frontends.conftest import Running, Start
 

@@ -2,15 +2,20 @@
 
 import asyncio
 
+import numpy as np
 import pytest
 
 from serving.boot.startup import start
 from serving.engine.api.config import EngineConfig
 from serving.errors import RequestError
+from serving.media.sound import log_mel
 from serving.service import GenerateInput
+from serving.service.speech.doubts import Doubts
 from serving.service.speech.transcribe import TranscribeInput, transcribe
 from tests.models import tiny_whisper
 from tests.models.tiny_whisper import wav
+
+NONE = Doubts(None, None, None)
 
 
 class Speaking:
@@ -66,6 +71,34 @@ def test_a_long_sound_goes_on_where_its_last_segment_ended(speaking):
     (transcript,) = speaking.ask(TranscribeInput(wav(sound), language="en"))
     assert tokens(transcript) == tiny_whisper.expected(speaking.model, sound, True, language="en")
     assert len({segment.seek for segment in transcript.segments}) > 2
+
+
+def test_words_have_the_times_of_transformers(speaking):
+    import torch
+    from transformers.models.whisper.generation_whisper import _dynamic_time_warping, _median_filter
+
+    sound = tiny_whisper.sound(9.0, 4)
+    (transcript,) = speaking.ask(TranscribeInput(wav(sound), language="en", words=True, segments=True, doubts=NONE))
+    assert transcript.words and all(word.start <= word.end <= 60.0 for word in transcript.words)
+    said = [token for segment in transcript.segments if segment.seek == 0 for token in segment.tokens]
+    prompt = [tiny_whisper.START, tiny_whisper.EN, tiny_whisper.TRANSCRIBE]
+    read = tiny_whisper.extractor()(sound, sampling_rate=16_000, return_tensors="pt")
+    model = speaking.model
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = model(
+            read["input_features"], decoder_input_ids=torch.tensor([prompt + said]), output_attentions=True, use_cache=False
+        )  # fmt: skip
+    heads = torch.stack(
+        [found.cross_attentions[layer][0, head] for layer, head in tiny_whisper.GENERATION["alignment_heads"]]
+    )
+    weights = heads[:, len(prompt) :, :450]
+    scaled = (weights - weights.mean(-2, keepdim=True)) / weights.std(-2, keepdim=True, unbiased=False)
+    texts, times = _dynamic_time_warping(-_median_filter(scaled, 7).mean(0).double().numpy())
+    wanted = times[np.pad(np.diff(texts), (1, 0), constant_values=1).astype(bool)] * 0.02
+    padded = np.pad(sound, (0, 480_000 - len(sound)))
+    ends = speaking.started.service().speech.align(log_mel(padded), prompt, said, 900)
+    np.testing.assert_allclose(ends, wanted, atol=1e-6)
 
 
 def test_the_language_is_found_out(speaking):
