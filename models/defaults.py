@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.default_values import ALIASES, DEFAULTS, MODEL_TYPES
+from models.default_names import ALIASES, MODEL_TYPES
+from models.default_values import DEFAULTS
 
 
 def complete(hf: Mapping[str, Any]) -> dict[str, Any]:
