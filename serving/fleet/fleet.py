@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from serving.access.keys import caller_of_task
+from serving.engine.api.adapters import LoRARequest
 from serving.errors import ErrorKind, RequestError
 from serving.fleet.keeper import Keeper
 from serving.service import Limits, TextService
@@ -34,6 +35,7 @@ class Fleet:
         for service in services:
             for name in service.model_names:
                 self._by_name.setdefault(name, service)
+        self._by_adapter: dict[str, tuple[TextService, LoRARequest]] = {}
         self.limits: Limits = services[0].limits
         self.created = int(time.time())
         self.started = time.monotonic()
@@ -52,11 +54,20 @@ class Fleet:
         service = self._by_name.get(model)
         if service is not None and self._may_use(service, tenant):
             return service
+        if service is None and model in self._by_adapter:
+            service, given = self._by_adapter[model]
+            if self._may_use(service, tenant) and for_caller(given.tenants, caller_of_task.get(), tenant):
+                return service
         if service is None:
             for one in self.services:
                 if self._may_use(one, tenant) and one.adapters.find(model, tenant) is not None:
                     return one
         return self._unknown(model, tenant)
+
+    def declare(self, service: TextService, given: Sequence[LoRARequest]) -> None:
+        """Adapters of one of the models, which a request may name before they, or it, are loaded."""
+        self._by_adapter |= {one.lora_name: (service, one) for one in given}
+        service.adapters.resolvers = (*service.adapters.resolvers, _Declared(service, given))
 
     def visible(self) -> Sequence[TextService]:
         return [service for service in self.services if self._may_use(service, None)]
@@ -114,3 +125,18 @@ class Fleet:
 
     async def rehearse(self) -> None:
         await asyncio.gather(*(service.rehearse() for service in self.services))
+
+
+class _Declared:
+    """The `Resolver` of a model's own adapters: it has the model loaded first."""
+
+    def __init__(self, service: TextService, given: Sequence[LoRARequest]) -> None:
+        self._service = service
+        self._given = {one.lora_name: one for one in given}
+
+    async def resolve(self, base_model: str, name: str) -> LoRARequest | None:
+        """See Resolver.resolve."""
+        found, residence = self._given.get(name), self._service.client.residence
+        if found is not None and residence is not None:
+            await residence.load()
+        return found

@@ -173,7 +173,11 @@ class StartedFleet:
         services[0].client.metrics.add(FleetMetrics(keeper))
         keeper.start()
         tenants = {one.name: one.entry.tenants for one in self.members if one.entry.tenants is not None}
-        return Fleet(services, tenants, keeper)
+        fleet = Fleet(services, tenants, keeper)
+        for member, service in zip(self.members, services, strict=True):
+            if member.entry.lora_modules:
+                fleet.declare(service, member.entry.lora_modules)
+        return fleet
 
 
 def start_fleet(entries: Sequence[ModelEntry], options: FleetOptions, *, say: Progress) -> StartedFleet:

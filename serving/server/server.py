@@ -19,6 +19,7 @@ from serving.access.flags import access_of, http_options, limit_changes, tls_of,
 from serving.boot.engine_flags import in_flags
 from serving.boot.flags import read_models_file
 from serving.boot.lora_modules import lora_folder, resolvers_of
+from serving.engine.api.client import Where
 from serving.engine.api.config import EngineConfig
 from serving.errors import RequestError
 from serving.metrics.tracing import Tracing
@@ -139,15 +140,21 @@ class Server:
         return lambda *, say, on_loss: start_fleet(args.entries, options, say=say)
 
     async def _load_adapters(self, service: Served) -> bool:
-        """Loads what `--lora-modules` names; one that cannot be served ends the start."""
-        for given in self._args.lora_modules:
+        """Loads what `--lora-modules` names, and a file of models for those that are loaded; one that cannot be served ends the
+        start."""
+        wanted = [(service.first, given) for given in self._args.lora_modules]
+        for entry in self._args.entries:
+            one = next(found for found in service.services if found.model_id == entry.name)
+            if one.client.residence is not None and one.client.residence.where is Where.LOADED:
+                wanted += [(one, given) for given in entry.lora_modules]
+        for one, given in wanted:
             try:
-                check_name(given.lora_name, service.first)
+                check_name(given.lora_name, one)
                 info = await asyncio.to_thread(
-                    service.first.adapters.load, given.lora_name, given.lora_path, tenants=given.tenants
+                    one.adapters.load, given.lora_name, given.lora_path, tenants=given.tenants
                 )
             except (ValueError, OSError, RequestError) as error:
-                print(f"error: --lora-modules: {error}", file=sys.stderr)
+                print(f"error: lora_modules: {error}", file=sys.stderr)
                 return False
             self._say(f"adapter {info.name}: {info.num_matrices} matrices of rank {info.rank} at most")
         return True
@@ -155,7 +162,7 @@ class Server:
     async def _serve(self, grpc_server: GrpcServer, service: Served) -> bool:
         if not await self._load_adapters(service):
             return False
-        service.first.adapters.resolvers = self._resolvers
+        service.first.adapters.resolvers = (*self._resolvers, *service.first.adapters.resolvers)
         service.first.kv_address = kv_address(self._config, self._args.host, grpc_server.port)
         await service.rehearse()
         if not await self._serve_http(service):

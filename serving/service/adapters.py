@@ -161,15 +161,22 @@ class Adapters:
         self._voices.pop(name, None)
         return info
 
+    def _known(self, name: str) -> bool:
+        return self._engine.adapters is not None and self._engine.adapters.find(name) is not None
+
     async def resolve(self, name: str | None) -> None:
         """Has the resolvers look for a model that is not known, and loads what one of them finds. What hinders that is logged:
-        the model is then unknown."""
+        the model is then unknown.
+
+        Raises:
+            RequestError: UNAVAILABLE, RESOURCE_EXHAUSTED: a resolver says that it cannot be had now.
+        """
         if not self.resolvers or not name or name in self._base_names or not is_name(name):
             return
-        if self.client.find(name) is not None:
+        if self._known(name):
             return
         async with self._resolving:  # several requests for one adapter read it once
-            if self.client.find(name) is not None:
+            if self._known(name):
                 return
             for resolver in self.resolvers:
                 try:
@@ -181,10 +188,15 @@ class Adapters:
                         self.load, name, found.lora_path, within=within, tenants=found.tenants
                     )
                 except Exception as error:
+                    if isinstance(error, RequestError) and error.kind in _NOT_NOW:
+                        raise
                     log.warning("adapter %s could not be loaded: %s", name, error)
                     continue
                 log.info("adapter %s: %d matrices of rank %d at most", name, info.num_matrices, info.rank)
                 return
+
+
+_NOT_NOW = (ErrorKind.UNAVAILABLE, ErrorKind.RESOURCE_EXHAUSTED)
 
 
 def _check_links(folder: Path, within: Path | None) -> None:

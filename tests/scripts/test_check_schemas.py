@@ -19,6 +19,6 @@ def test_a_problem_is_told_and_formats_count():
 @pytest.mark.real_model
 def test_what_the_default_model_writes_under_a_schema_is_valid():
     with LLM(dtype="float32", max_model_len=512, max_num_seqs=4, max_num_batched_tokens=64, progress=False) as llm:
-        tally = llm._loop.run(check(llm.service, schemas(24), each=1, max_tokens=48))
+        tally = llm._loop.run(check(llm.service, schemas(10), each=1, max_tokens=40))
     assert tally.wrong == []
-    assert tally.valid + tally.cut == 24 and tally.valid >= 8
+    assert tally.valid + tally.cut == 10 and tally.valid >= 3

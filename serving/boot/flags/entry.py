@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 from serving.boot.engine_flags import SETTINGS
 from serving.boot.flags.file import read_models_file
+from serving.boot.lora_modules import lora_module
+from serving.engine.api.adapters import LoRARequest
 from serving.engine.api.config import EngineConfig
 
 MAX_NAME_CHARS = 256
@@ -26,6 +29,7 @@ _OWN = (
     "tenants",
     "tool_call_parser",
     "reasoning_parser",
+    "lora_modules",
 )
 _WHOLE_SERVER = (
     "served_model_name", "mesh", "cpu_devices", "coordinator", "num_processes", "process_id", "step_timeout", "progress",
@@ -48,6 +52,7 @@ class ModelEntry:
         sleep_level: 1 keeps its weights in host memory, 2 reads them again on waking; None is what the platform calls for.
         tenants: names of the API keys that may use it; None: all may.
         tool_call_parser, reasoning_parser: as the flags.
+        lora_modules: its adapters, which are read once it is loaded and a request names them.
     """
 
     name: str
@@ -60,6 +65,7 @@ class ModelEntry:
     tenants: tuple[str, ...] | None = None
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
+    lora_modules: tuple[LoRARequest, ...] = ()
 
     def level(self, platform: str) -> int:
         """How it sleeps: on a CPU weights that are kept give nothing back."""
@@ -102,7 +108,10 @@ def entries_of(args: argparse.Namespace, config: EngineConfig) -> tuple[ModelEnt
     if config.coordinator is not None:
         raise ValueError("coordinator is for one model: several in one server run in a single process.")
     if args.lora_modules or args.lora_resolver:
-        raise ValueError("lora_modules and lora_resolver are for one model: load adapters while the server runs.")
+        raise ValueError(
+            "lora_modules and lora_resolver are for one model as flags: of several, each has its lora_modules in the file of "
+            "models (--models FILE), or load adapters while the server runs."
+        )
     if args.served_model_name:
         raise ValueError("served_model_name is for one model: of several, each has its name and aliases.")
     entries = tuple(_entry(one, config, folder) for one, folder in given)
@@ -132,9 +141,37 @@ def _entry(given: Mapping[str, Any], config: EngineConfig, folder: pathlib.Path 
     own = {key: found.pop(key) for key in _OWN if key in found}
     try:
         engine = dataclasses.replace(config, **{"model": None, **found, "served_model_name": name})
-        return ModelEntry(**{**own, "name": name, "config": engine, **_checked(own)})
+        adapters = _adapters(own.get("lora_modules"), folder)
+        if adapters and not engine.enable_lora:
+            raise ValueError("lora_modules are for a model that takes adapters: it needs enable_lora too.")
+        return ModelEntry(**{**own, "name": name, "config": engine, **_checked(own), "lora_modules": adapters})
     except ValueError as error:
         raise ValueError(f"models: {name}: {error}") from None
+
+
+def _adapters(given: Any, folder: pathlib.Path | None) -> tuple[LoRARequest, ...]:
+    """An entry's adapters: a list of what `--lora-modules` takes, or of objects, or an object of paths by their names.
+
+    Raises:
+        ValueError: one that cannot be, in words.
+    """
+    if isinstance(given, Mapping):
+        given = [{"name": name, "path": path} for name, path in given.items()]
+    if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
+        raise ValueError(f"lora_modules must be a list of name=path, or of objects with name and path; got {given!r}.")
+    found = []
+    for one in given or ():
+        if isinstance(one, str):
+            name, separator, path = one.partition("=")
+            one = {"name": name, "path": path} if separator else {}
+        path = one.get("path") if isinstance(one, Mapping) else None
+        if folder is not None and isinstance(path, str) and path and (folder / path).exists():
+            one = {**one, "path": str(folder / path)}
+        try:
+            found.append(lora_module(json.dumps(one)))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"lora_modules: each {error}") from None
+    return tuple(found)
 
 
 def _checked(own: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,7 +222,7 @@ def _check_names(entries: Sequence[ModelEntry]) -> None:
     """Raises ValueError where two would answer to one name."""
     owner: dict[str, str] = {}
     for entry in entries:
-        for name in (entry.name, *entry.aliases):
+        for name in (entry.name, *entry.aliases, *(one.lora_name for one in entry.lora_modules)):
             if name in owner or name == "default":
                 whose = f"{owner[name]!r} answers to it already" if name in owner else "it means the first one"
                 raise ValueError(

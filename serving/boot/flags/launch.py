@@ -268,7 +268,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, EngineConf
         check_lora(args, bool(access.keys))
         config = engine_config(args)
         args.entries = entries_of(args, config)
-        if not access.keys and any(entry.tenants is not None for entry in args.entries):
+        if not access.keys and any(
+            told.tenants is not None for entry in args.entries for told in (entry, *entry.lora_modules)
+        ):
             raise ValueError("models has tenants, and without API keys nobody is told from others: give some.")
         return args, config
     except ValueError as error:

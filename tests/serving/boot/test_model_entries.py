@@ -92,6 +92,17 @@ def test_a_file_of_each_kind(tmp_path, ending, text):
         assert chat.level("cpu") == 2 and chat.level("gpu") == 1
 
 
+def test_adapters_of_a_model_lie_beside_the_file(tmp_path):
+    (tmp_path / "pirate").mkdir()
+    both = [{"name": "pirate", "path": "pirate"}, "org=owner/adapter"], {"pirate": "pirate", "org": "owner/adapter"}
+    for given in both:
+        file = tmp_path / "models.json"
+        file.write_text(json.dumps({"models": [{"name": "a", "enable_lora": True, "lora_modules": given}]}))
+        (entry,) = parse(["--models", str(file)])[0].entries
+        found = [(one.lora_name, one.lora_path) for one in entry.lora_modules]
+        assert found == [("pirate", str(tmp_path / "pirate")), ("org", "owner/adapter")]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -107,6 +118,15 @@ def test_a_file_of_each_kind(tmp_path, ending, text):
         ("models: [{name: a}]\nmemory: lots", "memory must be a size"),
         ("models: [{name: a}]\nport: 80", "there is no 'port'"),
         ("models: [", "while parsing"),
+        ("models: [{name: a, enable_lora: true, lora_modules: b}]", "a: --lora-modules must be a list"),
+        ("models: [{name: a, enable_lora: true, lora_modules: [b]}]", "--lora-modules: each must be name=path"),
+        ("models: [{name: a, enable_lora: true, lora_modules: [b=/nowhere/at all]}]", "no directory, no file"),
+        ("models: [{name: a, lora_modules: [b=.]}]", "it needs --enable-lora too"),
+        ("models: [{name: a, enable_lora: true, lora_modules: [a=.]}]", "cannot be called 'a'"),
+        (
+            "models: [{name: a, enable_lora: true, lora_modules: [{name: b, path: ., tenants: [alice]}]}]",
+            "told from others",
+        ),
     ],
 )
 def test_wrong_files_are_told_in_a_sentence(tmp_path, capsys, text, said):

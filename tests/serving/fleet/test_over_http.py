@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import pathlib
 import threading
 
 import grpc
@@ -15,6 +16,7 @@ import pytest
 from proto.jaxserve.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from serving.access import Access
 from serving.access.keys import KeyRing
+from serving.engine.api.adapters import AdapterInfo, LoRARequest
 from serving.frontends.app import serve_http
 from serving.frontends.grpc.server import GrpcServer
 from tests.mock_engine import until
@@ -133,6 +135,55 @@ async def test_a_tenants_model_is_nobody_elses():
             reply = await http.post("/v1/chat/completions", json={"messages": HI, "model": "b"}, headers=headers)
             assert reply.status_code == status
             assert status == 200 or "'b'," not in reply.text.replace("'b' does", "")
+
+
+class Shelf:
+    """As much of an `AdapterClient` as loading, lists and requests ask for."""
+
+    def __init__(self):
+        self.loaded = {}
+
+    def locate(self, path):
+        return pathlib.Path(path)
+
+    def load(self, name, path, replace=False, *, within=None, tenants=None):
+        if not pathlib.Path(path).is_dir():
+            raise ValueError("there is no such adapter.")
+        self.loaded[name] = AdapterInfo(name, path, name[:1] * 32, 8, 14, tenants=tenants)
+        return self.loaded[name]
+
+    def find(self, name):
+        return self.loaded.get(name)
+
+    def infos(self):
+        return list(self.loaded.values())
+
+
+async def test_a_request_for_an_adapter_loads_its_model_and_then_the_adapter(tmp_path):
+    keys = KeyRing.of(["sk-first-0123456789", "sk-second-0123456789"], [ADMIN])
+    mine = (keys.find("sk-first-0123456789").name,)
+    a, b = FakeMember("a"), FakeMember("b")
+    a.mock.adapters = Shelf()
+    given = [("pirate", tmp_path, None), ("lawyer", tmp_path, mine), ("gone", tmp_path / "nowhere", None)]
+    async with served(a, b, access=Access(keys)) as (fleet, http):
+        fleet.declare(fleet.services[0], [LoRARequest(name, 0, str(path), whose) for name, path, whose in given])
+
+        async def ask(model, key):
+            headers = {"Authorization": f"Bearer {key}"}
+            return await http.post("/v1/chat/completions", json={"messages": HI, "model": model}, headers=headers)
+
+        assert (await ask("lawyer", "sk-second-0123456789")).status_code == 404 and a.engine is None
+        for turn in range(2):
+            reply = await ask("pirate", "sk-second-0123456789")
+            assert reply.status_code == 200 and reply.json()["model"] == "pirate", reply.text
+            assert a.mock.requests[-1].adapter == "p" * 32 and list(a.mock.adapters.loaded) == ["pirate"]
+            if not turn:
+                await http.post("/models/unload", json={"model": "a"})
+                a.mock.adapters.loaded.clear()  # they go with the engine
+        assert (await ask("lawyer", "sk-first-0123456789")).json()["model"] == "lawyer"
+        assert (await ask("gone", "sk-first-0123456789")).status_code == 404
+        listed = await http.get("/v1/models", headers={"Authorization": "Bearer sk-second-0123456789"})
+        assert [one["id"] for one in listed.json()["data"]] == ["a", "pirate", "b"]
 
 
 async def test_metrics_tell_the_models_apart():

@@ -94,6 +94,7 @@ function resize(count) {
     $("#panes").append(pane.root);
   }
   microphone.show();
+  panes.forEach((pane, i) => pane.root.setAttribute("aria-label", count === 1 ? "Pane" : ["Left pane", "Right pane"][i]));
   $("#panes").classList.toggle("two", count === 2);
   $("#compare").setAttribute("aria-pressed", String(count === 2));
   $("#diff").hidden = count !== 2;
