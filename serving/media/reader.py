@@ -57,11 +57,14 @@ class MediaReader:
         self._named: OrderedDict[tuple[str | None, str | None, str], bytes] = OrderedDict()
         self._lock = Lock()
 
-    async def read(self, sources: Sequence[Source], salt: str | None, max_tokens: int) -> Images:
+    async def read(
+        self, sources: Sequence[Source], salt: str | None, max_tokens: int, said: Mapping[str, Any] | None = None
+    ) -> Images:
         """All images of a request.
 
         Args:
             salt: requests share what is made of images only with requests of the same one.
+            said: how the request wants images cut, see `Processor.asked`.
             max_tokens: of a prompt: more embeddings than this are not made.
         Raises:
             RequestError: INVALID_ARGUMENT naming the part; the words are the same whatever is wrong inside.
@@ -74,9 +77,13 @@ class MediaReader:
         caller = caller_of_task.get()
         owner = (salt, None if caller is None else caller.name)
         try:
+            processor = self.processor.asked(said or {})
+        except ValueError as error:
+            raise invalid(f"mm_processor_kwargs: {error}", "mm_processor_kwargs") from None
+        try:
             async with asyncio.timeout(self.policy.read_s):
                 for source in sources:
-                    digest, image = await loop.run_in_executor(self._threads, self._read, source, *owner)
+                    digest, image = await loop.run_in_executor(self._threads, self._read, source, processor, *owner)
                     found.digests.append(digest)
                     found.images.append(image)
                     if sum(one.size for one in found.images) > max_tokens:
@@ -104,12 +111,14 @@ class MediaReader:
         """See `prompt.with_images`."""
         return with_images(ids, found.images, found.digests, self.processor)
 
-    def _read(self, source: Source, salt: str | None, caller: str | None) -> tuple[bytes, Patched]:
+    def _read(
+        self, source: Source, processor: Processor, salt: str | None, caller: str | None
+    ) -> tuple[bytes, Patched]:
         """(digest, image). What a client calls an image (`uuid`) finds it again for the same caller, and decides nothing else:
         images are told apart by their content."""
         if source.content is None:
             return self._found(source, (salt, caller, source.uuid or ""))
-        digest, patched = self._read_content(source, salt)
+        digest, patched = self._read_content(source, processor, salt)
         if source.uuid is not None:
             with self._lock:
                 self._named[salt, caller, source.uuid] = digest
@@ -128,7 +137,7 @@ class MediaReader:
             self._kept.move_to_end(digest)
             return digest, kept
 
-    def _read_content(self, source: Source, salt: str | None) -> tuple[bytes, Patched]:
+    def _read_content(self, source: Source, processor: Processor, salt: str | None) -> tuple[bytes, Patched]:
         from PIL import ImageOps
 
         content, place = source.content, source.place
@@ -137,19 +146,19 @@ class MediaReader:
             data = fetch(content, self.policy, place) if isinstance(content, str) else content
             if len(data) > self.policy.max_bytes:
                 raise invalid(f"{place} is too large: at most {self.policy.max_bytes} bytes are taken.", place)
-            digest = self._digest(b"file", data, salt)
+            digest = self._digest(processor, b"file", data, salt)
         else:
             picture = _picture(content, place)
             check_size(picture.size, self.policy, place)
             image = ImageOps.exif_transpose(picture).convert("RGB")
-            digest = self._digest(repr(image.size).encode(), image.tobytes(), salt)
+            digest = self._digest(processor, repr(image.size).encode(), image.tobytes(), salt)
         with self._lock:
             if (kept := self._kept.get(digest)) is not None:
                 self._kept.move_to_end(digest)
                 return digest, kept
         image = decode(data, self.policy, place) if image is None else image
         try:
-            patched = self.processor.patched(image)
+            patched = processor.patched(image)
         except ValueError as error:
             raise invalid(f"{place}: {error}", place) from None
         if len(patched.patches_PX) > self._max_patches:
@@ -159,10 +168,11 @@ class MediaReader:
         self._keep(digest, patched)
         return digest, patched
 
-    def _digest(self, kind: bytes, content: bytes, salt: str | None) -> bytes:
+    @staticmethod
+    def _digest(processor: Processor, kind: bytes, content: bytes, salt: str | None) -> bytes:
         """Of everything that decides an image's embeddings, and of who may share them; each part behind its length."""
         h = hashlib.blake2b(digest_size=32)
-        for part in (self.processor.identity().encode(), b"" if salt is None else b"\0" + salt.encode(), kind, content):
+        for part in (processor.identity().encode(), b"" if salt is None else b"\0" + salt.encode(), kind, content):
             h.update(len(part).to_bytes(8, "little"))
             h.update(part)
         return h.digest()

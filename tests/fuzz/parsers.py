@@ -16,7 +16,7 @@ import numpy as np
 from serving.engine.api.constraint import TooComplexError
 from serving.engine.api.sampling_params import StructuredOutputs
 from serving.errors import ErrorKind, RequestError
-from tests.fuzz import vocabularies
+from tests.fuzz import media, vocabularies
 from tests.fuzz.mutate import WORDS, mutate_bytes, mutate_json, mutate_text, random_json
 from tests.fuzz.run import Case
 
@@ -304,6 +304,7 @@ def templates(folder: pathlib.Path) -> Case:
 
 
 TARGETS = {
+    **media.TARGETS,
     **vocabularies.TARGETS,
     "gguf": gguf_files, "safetensors": safetensors_files, "config": configs, "tokenizer": tokenizer_files, "schema": schemas,
     "regex": regexes, "grammar": grammars, "template": templates,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
@@ -73,9 +73,23 @@ class Processor(Protocol):
         """Everything that decides what it makes of an image, as text."""
         ...
 
+    def asked(self, said: Mapping[str, Any]) -> Processor:
+        """The same one as a request wants it (`mm_processor_kwargs`). ValueError, in a sentence, for what cannot be changed."""
+        ...
+
     def patched(self, image: Image) -> Patched:
         """An RGB image, scaled and cut. ValueError, in a sentence, for one that cannot be."""
         ...
+
+
+class Fixed:
+    """A processor of which requests can change nothing."""
+
+    def asked(self, said: Mapping[str, Any]) -> Self:
+        """See `Processor`."""
+        if said:
+            raise ValueError(f"{min(map(str, said))[:40]!r} cannot be changed for this model's images.")
+        return self
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.media.processors.base import Patched, Scaling, row_by_row
+from serving.media.processors.base import Fixed, Patched, Scaling, row_by_row
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipProcessor:
+class ClipProcessor(Fixed):
     """Attributes as in `Processor`, and:
 
     Attributes:

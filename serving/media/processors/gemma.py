@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from serving.media.processors.base import HALF, Patched, Scaling, side_of, tiles_of
+from serving.media.processors.base import HALF, Fixed, Patched, Scaling, side_of, tiles_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -15,7 +15,7 @@ SOFT, END = "<image_soft_token>", "<end_of_image>"
 
 
 @dataclasses.dataclass(frozen=True)
-class Gemma3Processor:
+class Gemma3Processor(Fixed):
     """Attributes as in `Processor`, and:
 
     Attributes:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from serving.media.processors.base import HALF, Patched, Scaling, side_of, tiles_of
+from serving.media.processors.base import HALF, Fixed, Patched, Scaling, side_of, tiles_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,7 +18,7 @@ AROUND, GLOBAL = "<fake_token_around_image>", "<global-img>"
 
 
 @dataclasses.dataclass(frozen=True)
-class IdeficsProcessor:
+class IdeficsProcessor(Fixed):
     """Attributes as in `Processor`, and:
 
     Attributes:

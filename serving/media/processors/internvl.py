@@ -7,14 +7,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from serving.media.processors.base import CLIP_MEAN, CLIP_STD, Patched, Scaling, side_of, tiles_of
+from serving.media.processors.base import CLIP_MEAN, CLIP_STD, Fixed, Patched, Scaling, side_of, tiles_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 @dataclasses.dataclass(frozen=True)
-class InternVLProcessor:
+class InternVLProcessor(Fixed):
     """Attributes as in `Processor`, and:
 
     Attributes:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.media.processors.base import HALF, Patched, Scaling, side_of, tiles_of
+from serving.media.processors.base import HALF, Fixed, Patched, Scaling, side_of, tiles_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +23,7 @@ MAX_SHRINK = 1.1
 
 
 @dataclasses.dataclass(frozen=True)
-class NextProcessor:
+class NextProcessor(Fixed):
     """Attributes as in `Processor`, and:
 
     Attributes:

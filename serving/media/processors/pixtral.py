@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.media.processors.base import Patched, Scaling, row_by_row, side_of
+from serving.media.processors.base import Fixed, Patched, Scaling, row_by_row, side_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,7 +19,7 @@ BREAK, END = "[IMG_BREAK]", "[IMG_END]"
 
 
 @dataclasses.dataclass(frozen=True)
-class PixtralProcessor:
+class PixtralProcessor(Fixed):
     """Attributes as in `Processor`, and:
 
     Attributes:

@@ -56,6 +56,28 @@ class QwenVLProcessor:
     def identity(self) -> str:
         return repr(self)
 
+    def asked(self, said: Mapping[str, Any]) -> QwenVLProcessor:
+        """As `Processor.asked`: `min_pixels` and `max_pixels`, or `size` with `shortest_edge` and `longest_edge`, within the
+        checkpoint's own bounds."""
+        wanted: dict[str, Any] = dict(said)
+        size = wanted.pop("size", None)
+        if isinstance(size, Mapping):
+            names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+            wanted |= {names.get(name, f"size.{name}"): value for name, value in size.items()}
+        elif size is not None:
+            raise ValueError("size must be an object with shortest_edge and longest_edge.")
+        for name, value in wanted.items():
+            if name not in ("min_pixels", "max_pixels"):
+                raise ValueError(
+                    f"{name[:40]!r} cannot be changed for this model's images; min_pixels and max_pixels can."
+                )
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= self.max_pixels:
+                raise ValueError(f"{name} must be a whole number from 1 to {self.max_pixels}.")
+        made = dataclasses.replace(self, **wanted)
+        if made.min_pixels > made.max_pixels:
+            raise ValueError(f"min_pixels is {made.min_pixels}, more than max_pixels, which is {made.max_pixels}.")
+        return made
+
     def patched(self, image: Image) -> Patched:
         height, width = self.size(image.height, image.width)
         pixels = self.scaling.normalized(np.asarray(self.scaling.resized(image, width, height)))

@@ -27,6 +27,7 @@ class GenerateInput:
         text: the prompt as text. Control tokens written in it are control tokens: its author writes the whole prompt.
         token_ids: the prompt as token ids, taken as they are.
         messages: a chat in OpenAI's shape, rendered with the model's chat template.
+        mm_processor_kwargs: how images are to be cut, see `serving.media.processors.base.Processor.asked`.
         images: how many parts of the messages stand for images that were taken out; see `serving.service.images`.
         tools: tools in OpenAI's shape, handed to the template; only with `messages`.
         documents: what the model may quote from, for chat templates that take it; only with `messages`.
@@ -71,6 +72,7 @@ class GenerateInput:
     tenant: str | None = None
     transfer: TransferParams | None = None
     images: int = 0
+    mm_processor_kwargs: Mapping[str, Any] | None = None
 
     @property
     def place(self) -> str:

@@ -233,3 +233,18 @@ async def test_a_uuid_names_an_image_for_its_sender_alone():
     for wrong in ("", 7, "x" * 129):
         with pytest.raises(RequestError, match="uuid"):
             await prepared(service, {**part(uri(PNG)), "uuid": wrong}, "b")
+
+
+async def test_images_are_cut_as_a_request_wants(monkeypatch):
+    service = image_service(MockEngine())
+
+    async def item(**said):
+        made = await prepared(service, part(uri(encoded(200, 200))), "a", mm_processor_kwargs=said or None)
+        return made.children[0].media.items[0]
+
+    usual, small = await item(), await item(max_pixels=28 * 28 * 4)
+    assert (usual.size, small.size) == (16, 4) and usual.digest != small.digest
+    assert (await item(size={"longest_edge": 28 * 28 * 4})).digest == small.digest
+    for wrong in ({"max_pixels": 10**9}, {"max_pixels": "1"}, {"patch_size": 1}, {"size": 3}, {"min_pixels": 0}):
+        with pytest.raises(RequestError, match="mm_processor_kwargs"):
+            await item(**wrong)

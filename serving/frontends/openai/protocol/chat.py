@@ -80,6 +80,9 @@ class ChatRequest(SamplingFields):
     )
     documents: Many[dict[str, Any]] | None = Field(default=None, description="For chat templates that quote from them.")
     chat_template_kwargs: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = Field(
+        default=None, description="How images are cut: min_pixels and max_pixels, where a model's can be of any size."
+    )
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -116,6 +119,7 @@ class ChatRequest(SamplingFields):
             timeout_s=self.timeout,
             ttft_timeout_s=self.ttft_timeout,
             cache_salt=self.cache_salt,
+            mm_processor_kwargs=self.mm_processor_kwargs,
             transfer=self.kv_transfer_params and self.kv_transfer_params.to_service(),
         )
 

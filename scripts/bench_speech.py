@@ -1,0 +1,186 @@
+"""Speech to text beside faster-whisper and transformers, on sentences that espeak-ng speaks.
+
+python scripts/bench_speech.py make FOLDER                    30 sentences as small FLACs, and what is said in them
+python scripts/bench_speech.py check FOLDER MODEL             tokens against transformers' in float32, word error rate
+python scripts/bench_speech.py time FOLDER MODEL --streams 8  seconds of sound a second, this engine
+python scripts/bench_speech.py peer FOLDER SIZE --streams 8   the same of faster-whisper (int8), from an environment that has it
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+STARTS = (
+    "The old captain",
+    "My neighbour's daughter",
+    "A group of students",
+    "The new director",
+    "Every morning the baker",
+)
+MIDDLES = ("walked slowly to", "wrote a long letter about", "wanted to know more about", "took several photographs of",
+           "told us a story about", "had never heard of")  # fmt: skip
+ENDS = ("the harbour before the storm arrived.", "the small museum behind the station.", "the bridge across the river.")
+
+
+def sentences() -> list[str]:
+    """30 of them."""
+    return [
+        f"{start} {middle} {ENDS[(i + j) % 3]}" for i, start in enumerate(STARTS) for j, middle in enumerate(MIDDLES)
+    ]
+
+
+def make(folder: pathlib.Path) -> None:
+    """Speaks the sentences, 16 kHz and one channel."""
+    import soundfile
+
+    from serving.media.sound import RATE, read_sound
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, text in enumerate(sentences()):
+        spoken = subprocess.run(
+            ["espeak-ng", "-v", "en-us", "-s", "150", "--stdout", text], capture_output=True, check=True
+        )
+        samples = read_sound(spoken.stdout, 60.0, "espeak-ng")
+        soundfile.write(folder / f"{i:02}.flac", samples, RATE, format="FLAC", subtype="PCM_16")
+    (folder / "said.json").write_text(json.dumps(sentences()))
+
+
+def words(text: str) -> list[str]:
+    """Without marks and capitals."""
+    return "".join(c.lower() if c.isalnum() or c in " '" else " " for c in text).split()
+
+
+def wrong(said: list[str], heard: list[str]) -> int:
+    """Words that are missing, added or others (Levenshtein)."""
+    row = list(range(len(heard) + 1))
+    for i, word in enumerate(said, 1):
+        last, row[0] = row[0], i
+        for j, other in enumerate(heard, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (word != other))
+    return row[-1]
+
+
+def started(model: str, streams: int, exact: bool) -> Any:
+    """The engine."""
+    from serving.boot.startup import start
+    from serving.engine.api.config import EngineConfig
+
+    kind: dict[str, Any] = {"dtype": "float32", "quantization": "none"} if exact else {}
+    return start(EngineConfig(model=model, max_num_seqs=max(4, streams), progress=False, **kind))
+
+
+async def heard(service: Any, files: list[bytes], streams: int, **how: Any) -> list[Any]:
+    """Transcripts, so many at once."""
+    from serving.service.speech.transcribe import TranscribeInput, transcribe
+
+    room = asyncio.Semaphore(streams)
+
+    async def one(data: bytes) -> Any:
+        async with room:
+            return await transcribe(service, TranscribeInput(data, language="en", **how))
+
+    return await asyncio.gather(*map(one, files))
+
+
+def check(folder: pathlib.Path, model: str) -> None:
+    """Prints how many files have transformers' tokens, with and without times, and the word error rate."""
+    import torch
+    import transformers
+
+    from serving.media.sound import RATE, read_sound
+
+    files = [path.read_bytes() for path in sorted(folder.glob("*.flac"))]
+    said = json.loads((folder / "said.json").read_text())
+    engine = started(model, 4, True)
+    oracle = transformers.WhisperForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+    read = transformers.WhisperFeatureExtractor.from_pretrained(model)
+    end = oracle.generation_config.eos_token_id
+    times = oracle.generation_config.no_timestamps_token_id + 1
+    for timed in (False, True):
+        found = asyncio.run(heard(engine.service(), files, 4, segments=timed))
+        same = 0
+        for data, transcript in zip(files, found, strict=True):
+            features = read(
+                read_sound(data, 60.0, "file"), sampling_rate=RATE, return_tensors="pt", return_attention_mask=True
+            )
+            with torch.no_grad():
+                out = oracle.generate(
+                    features["input_features"], attention_mask=features["attention_mask"], language="en", task="transcribe",
+                    return_timestamps=timed,
+                )  # fmt: skip
+            wanted = [t for t in out[0].tolist() if t < end or t >= times]
+            same += wanted == [t for s in transcript.segments for t in s.tokens if t < end or t >= times]
+        errors = sum(wrong(words(text), words(one.text)) for text, one in zip(said, found, strict=True))
+        total = sum(len(words(text)) for text in said)
+        print(
+            f"times {timed}: {same} of {len(files)} as transformers; word error rate {errors / total:.3f}", flush=True
+        )
+    engine.shutdown()
+
+
+def seconds_of(folder: pathlib.Path) -> float:
+    import soundfile
+
+    return sum(soundfile.info(path).duration for path in sorted(folder.glob("*.flac")))
+
+
+def timed(folder: pathlib.Path, model: str, streams: int) -> None:
+    """Prints the real-time factor of this engine."""
+    files = [path.read_bytes() for path in sorted(folder.glob("*.flac"))]
+    engine = started(model, streams, False)
+    asyncio.run(heard(engine.service(), files[:2], streams))
+    began = time.monotonic()
+    asyncio.run(heard(engine.service(), files, streams))
+    print(f"{streams} streams: {seconds_of(folder) / (time.monotonic() - began):.2f} s of sound a second")
+    engine.shutdown()
+
+
+def peer(folder: pathlib.Path, size: str, streams: int) -> None:
+    """Prints the real-time factor of faster-whisper, int8. Needs it and no more of this project than this file."""
+    from faster_whisper import WhisperModel  # type: ignore[import-not-found]
+
+    model = WhisperModel(size, device="cpu", compute_type="int8", num_workers=streams)
+
+    def one(path: pathlib.Path) -> str:
+        return "".join(segment.text for segment in model.transcribe(str(path), language="en", beam_size=1)[0])
+
+    files = sorted(folder.glob("*.flac"))
+    one(files[0])
+    began = time.monotonic()
+    with ThreadPoolExecutor(streams) as pool:
+        list(pool.map(one, files))
+    print(
+        f"faster-whisper, {streams} streams: {seconds_of(folder) / (time.monotonic() - began):.2f} s of sound a second"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("make", "check", "time", "peer"))
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("model", nargs="?", default="")
+    parser.add_argument("--streams", type=int, default=1)
+    args = parser.parse_args()
+    match args.what:
+        case "make":
+            make(args.folder)
+        case "check":
+            check(args.folder, args.model)
+        case "time":
+            timed(args.folder, args.model, args.streams)
+        case "peer":
+            peer(args.folder, args.model, args.streams)
+
+
+if __name__ == "__main__":
+    main()
