@@ -32,13 +32,15 @@ chat = gradio.load_chat(sys.argv[1], model="default", token="none", file_types=N
 chat.launch(server_name="127.0.0.1", server_port=int(sys.argv[2]), quiet=True)
 """
 QUESTION = "The capital of France?"
+ENOUGH = 300
 ANSWERS = (
     "[...document.querySelectorAll('.message.bot, .bot.message, [data-testid=bot]')].map((one) => one.innerText.trim())"
 )
 
 
 async def drive(address: str) -> tuple[str, bytes]:
-    """Asks in the page. Returns the whole answer, once it grows no more, and a picture of it."""
+    """Asks in the page. Returns the answer, once it grows no more or has `ENOUGH` characters (small models may go on to the
+    context's end, and the front end sets no bound), and a picture of it."""
     with tempfile.TemporaryDirectory() as profile:
         async with Browser(profile) as page:
             await page.open(address)
@@ -48,7 +50,7 @@ async def drive(address: str) -> tuple[str, bytes]:
             while True:
                 await page.wait(f"{ANSWERS}.some((text) => text)")
                 now = (await page.run(ANSWERS))[-1]
-                if now and now == answer:
+                if now and (now == answer or len(now) > ENOUGH):
                     break
                 answer = now
                 await asyncio.sleep(2)
