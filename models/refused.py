@@ -34,7 +34,7 @@ _NAMES = {
     _STATES: """
         BailingHybridForCausalLM Lfm3ForCausalLM MiniMaxForCausalLM RecurrentGemmaForCausalLM RwkvForCausalLM ZambaForCausalLM
         ZayaForCausalLM xLSTMForCausalLM""",
-    _NOT_WRITTEN: "DbrxForCausalLM JetMoeForCausalLM LongcatFlashForCausalLM OlmoHybridForCausalLM Zamba2ForCausalLM",
+    _NOT_WRITTEN: "DbrxForCausalLM JetMoeForCausalLM LongcatFlashForCausalLM Zamba2ForCausalLM",
 }
 
 REFUSED: dict[str, str] = {name: reason for reason, names in _NAMES.items() for name in names.split()}

@@ -30,7 +30,12 @@ class GatedDeltaNet(nnx.Module):
     Args:
         fused: the checkpoint has q, k, v and z in one tensor, laid out so (Qwen3-Next); else q, k and v one behind the other,
             and z, b and a each in one of its own (Qwen3.5).
+
+    Attributes:
+        reach: how far v may replace what k reads: 1, or 2, where it may turn it over (Grazzi et al. 2024, arXiv:2411.12537).
     """
+
+    reach = 1.0
 
     def __init__(self, config: ModelConfig, mixer: DeltaNet, build: Build, fused: bool = False):
         self.mixer, self.fused = mixer, fused
@@ -88,7 +93,7 @@ class GatedDeltaNet(nnx.Module):
             unit(k_TKn),
             v_TKc.reshape(T, H, p),
             decay_TH,
-            jax.nn.sigmoid(gates_TK2G[:, :, 0].reshape(T, H)),
+            self.reach * jax.nn.sigmoid(gates_TK2G[:, :, 0].reshape(T, H)),
             kept["matrix"],
             step.recurrent,
             mesh=mesh,

@@ -14,7 +14,7 @@ import pytest
 
 from tests.models.tiny import TINY
 from tests.models.tiny_gguf import ARCHITECTURES, to_gguf
-from tests.models.tiny_reference import compare, make_reference, slug
+from tests.models.tiny_reference import QUICK, compare, make_reference, slug
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,11 +88,11 @@ def pieces() -> Iterator[Any]:
                 yield pytest.param(mesh, piece, marks=marks, id=f"{mesh}: {piece[0]} to {piece[-1]}")
 
 
-@pytest.mark.parametrize(("mesh", "names"), pieces())
+@pytest.mark.parametrize(("mesh", "names"), list(pieces()))
 def test_on_four_devices(mesh, names, references):
     folders = [references(name) for name in names]
     command = [sys.executable, "-m", "tests.models.tiny_reference", str(folders[0].parent), mesh, *names]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]

@@ -61,7 +61,23 @@ NO_ATTENTION = dict.fromkeys(
     ("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 )
 
+# transformers writes three equal parts of q's, k's and v's taps: only where they are as wide does it write what it reads.
+OLMO_HYBRID = {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+
 HYBRID: dict[str, Tiny] = {
+    "olmo hybrid": Tiny("OlmoHybridConfig", "OlmoHybridForCausalLM", OLMO_HYBRID),
+    "olmo hybrid, no positions": Tiny(
+        "OlmoHybridConfig",
+        "OlmoHybridForCausalLM",
+        OLMO_HYBRID
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": None}, "linear_allow_neg_eigval": False},
+    ),
     "falcon h1": Tiny("FalconH1Config", "FalconH1ForCausalLM", FALCON_H1),
     "falcon h1, norms": Tiny(
         "FalconH1Config", "FalconH1ForCausalLM", FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}

@@ -23,6 +23,9 @@ _WRAPPERS = (
     (re.compile(r"^(?:language_model|text_model)\.(?=(?:embed_tokens|layers|norm)\.)"), "model."),
     (re.compile(r"^model\.model\.(?=(?:embed_tokens|layers|norm)\.)"), "model."),
     (re.compile(r"^model\.lm_head\."), "lm_head."),
+    # OLMo Hybrid's authors', whose layers with attention transformers writes so, too.
+    (re.compile(r"(?<=\.)attention_layer_norm\."), "input_layernorm."),
+    (re.compile(r"(?<=\.)feedforward_layer_norm\."), "post_attention_layernorm."),
 )
 
 

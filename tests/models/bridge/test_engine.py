@@ -14,6 +14,8 @@ import pytest
 from flax import nnx
 
 from models.adapters.attach import attach
+from models.bridge import check, eager, family
+from models.bridge.tracing import trace
 from models.layers import Build, Linear
 from models.loading import opening
 from models.loading.load import fill
@@ -22,15 +24,19 @@ from models.parameters import quantizable
 from ops.paged_attention.groups import layers_per_page
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.speculative import SpeculativeConfig
 from serving.engine.api.types import EngineRequest
 from tests.models.bridge import tiny
 from tests.models.bridge.sweep import traced
+from tests.models.tiny_reference import QUICK
+from tests.serving.engine.test_hybrid import Foreseen
 from tests.tiny import tiny_engine
 
 ROOT = Path(__file__).parents[3]
 KIND, ARCHITECTURE = "afmoe", "AfmoeForCausalLM"
 LAYERS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}  # the second has a mixture
 STEM, NEW = 33, 5
+NGRAM = SpeculativeConfig("ngram", num_speculative_tokens=2, enable_adaptive_verification=False)
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +59,25 @@ def filled(opened, **options):
     return model
 
 
-def test_shared_prefixes_and_preemption_change_no_token(made, opened):
-    """Prompts that begin alike, more than run at once, with fewer pages than they need together."""
+def test_shared_prefixes_preemption_and_drafts_change_no_token(made, opened):
+    """Prompts that begin alike, more than run at once, with fewer pages than they need together; guesses of which every fifth is
+    wrong."""
     model = filled(opened)
     expected = [tokens for tokens, _ in tiny.expected(made, prompts=(STEM + 8, STEM + 3, 50, 7, 21), new=NEW)]
     per_page = layers_per_page(model.kv_specs(), 64)
+    how = EngineConfig(page_size=8, progress=False, speculative_config=NGRAM)
     engine = tiny_engine(
-        EngineConfig(page_size=8, progress=False), model=model, num_pages=40, max_num_seqs=3, layers_per_page=per_page,
-        max_num_batched_tokens=32, max_model_len=64,
-    )  # fmt: skip
+        how,
+        model=model,
+        num_pages=40,
+        max_num_seqs=3,
+        layers_per_page=per_page,
+        max_num_batched_tokens=32,
+        max_model_len=64,
+    )
+
+    known = {tuple(one[:-NEW]): one[-NEW:] for one in expected}
+    engine.scheduler.drafts._guesses = lambda request: Foreseen(known, request)
 
     async def answer(name, prompt):
         params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
@@ -77,8 +93,10 @@ def test_shared_prefixes_and_preemption_change_no_token(made, opened):
         return first, again
 
     first, again = asyncio.run(all_of_them())
+    counters = engine.scheduler.counters
     engine.shutdown()
     engine.runner.guard.check()
+    assert 0 < counters.accepted_tokens < counters.draft_tokens and counters.preemptions > 0
     assert [tokens for tokens, _ in first] == [one[-NEW:] for one in expected]
     assert [tokens for tokens, _ in again] == [one[-NEW:] for one in expected]
     assert sum(cached for _, cached in again) > 0
@@ -103,13 +121,23 @@ def test_products_take_adapters_by_the_checkpoints_names(opened):
     assert "model.layers.0.mlp.gate_proj.weight" in names and "lm_head.weight" in names
 
 
+def test_bfloat16_is_recorded_by_itself(made, opened, monkeypatch):
+    """Where activations are narrower transformers rounds in other places, and the trace is another one."""
+    monkeypatch.setattr(family, "trace_of", lambda hf, dtype: trace(dict(hf), dtype))
+    config = opened.family.config(opened.hf_config)
+    model = opened.family.build(config, Build(jnp.bfloat16, jnp.bfloat16, None, max_model_len=64))
+    fill(model, opened.checkpoint, Build(jnp.bfloat16, jnp.bfloat16, None, max_model_len=64), progress=False)
+    tokens = check.some_tokens(made.config.vocab_size)[:40]
+    assert 1e-4 < check.difference(model, tokens, eager.eager_logits(made, tokens)) < 0.05
+
+
 def test_weights_are_cut_over_a_mesh(made, opened):
     """Products by transformers' plan, experts by ours; in a process of its own, which has four devices."""
     expected = [tokens for tokens, _ in tiny.expected(made, prompts=(21, 7), new=NEW)]
     told = {"architecture": ARCHITECTURE, "prompts": [one[:-NEW] for one in expected], "new": NEW}
     command = [sys.executable, "-m", "tests.models.bridge.mesh_run", str(opened.source.path), "expert=2,model=2"]
     run = subprocess.run(
-        command, input=json.dumps(told), cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        command, input=json.dumps(told), cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
