@@ -21,7 +21,7 @@ from models.loading import opening
 from models.loading.load import fill
 from models.loading.source import resolve
 from models.parameters import quantizable
-from ops.paged_attention.groups import layers_per_page
+from ops.paged_attention.groups import KVGroups, layers_per_page
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.speculative import SpeculativeConfig
@@ -35,7 +35,7 @@ from tests.tiny import tiny_engine
 ROOT = Path(__file__).parents[3]
 KIND, ARCHITECTURE = "afmoe", "AfmoeForCausalLM"
 LAYERS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}  # the second has a mixture
-STEM, NEW = 33, 5
+STEM, NEW = 33, 16
 NGRAM = SpeculativeConfig("ngram", num_speculative_tokens=2, enable_adaptive_verification=False)
 
 
@@ -63,8 +63,10 @@ def test_shared_prefixes_preemption_and_drafts_change_no_token(made, opened):
     """Prompts that begin alike, more than run at once, with fewer pages than they need together; guesses of which every fifth is
     wrong."""
     model = filled(opened)
-    expected = [tokens for tokens, _ in tiny.expected(made, prompts=(STEM + 8, STEM + 3, 50, 7, 21), new=NEW)]
+    expected = [tokens for tokens, _ in tiny.expected(made, prompts=(STEM + 8, STEM + 3, 40, 7, 21), new=NEW)]
     per_page = layers_per_page(model.kv_specs(), 64)
+    groups = len(KVGroups.of(model.kv_specs(), per_page).windows)
+    pages = 1 + 8 + 4 * (groups - 1) + 1  # the longest request's, and one
     how = EngineConfig(page_size=8, progress=False, speculative_config=NGRAM)
     engine = tiny_engine(
         how,
@@ -133,8 +135,8 @@ def test_bfloat16_is_recorded_by_itself(made, opened, monkeypatch):
 
 def test_weights_are_cut_over_a_mesh(made, opened):
     """Products by transformers' plan, experts by ours; in a process of its own, which has four devices."""
-    expected = [tokens for tokens, _ in tiny.expected(made, prompts=(21, 7), new=NEW)]
-    told = {"architecture": ARCHITECTURE, "prompts": [one[:-NEW] for one in expected], "new": NEW}
+    expected = [tokens for tokens, _ in tiny.expected(made, prompts=(21, 7), new=5)]
+    told = {"architecture": ARCHITECTURE, "prompts": [one[:-5] for one in expected], "new": 5}
     command = [sys.executable, "-m", "tests.models.bridge.mesh_run", str(opened.source.path), "expert=2,model=2"]
     run = subprocess.run(
         command, input=json.dumps(told), cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK},
