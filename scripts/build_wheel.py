@@ -90,7 +90,7 @@ def first_answer(command: pathlib.Path, folder: pathlib.Path) -> tuple[str, floa
             else:
                 raise subprocess.CalledProcessError(process.wait(), words, stderr="".join(told))
             body = {
-                "messages": [{"role": "user", "content": "The capital of France?"}],
+                "messages": [{"role": "user", "content": "What is the capital of France?"}],
                 "temperature": 0,
                 "max_tokens": 16,
             }

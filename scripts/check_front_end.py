@@ -31,7 +31,7 @@ import sys, gradio
 chat = gradio.load_chat(sys.argv[1], model="default", token="none", file_types=None)
 chat.launch(server_name="127.0.0.1", server_port=int(sys.argv[2]), quiet=True)
 """
-QUESTION = "The capital of France?"
+QUESTION = "What is the capital of France?"
 ENOUGH = 300
 ANSWERS = (
     "[...document.querySelectorAll('.message.bot, .bot.message, [data-testid=bot]')].map((one) => one.innerText.trim())"

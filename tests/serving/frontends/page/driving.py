@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 
 from tests.serving.frontends.conftest import Running
@@ -10,6 +12,16 @@ from tests.serving.frontends.page import browser
 needs_browser = pytest.mark.skipif(browser.missing() is not None, reason=f"{browser.missing()} is not installed")
 
 TEXTS = "[...document.querySelectorAll('.message .body')].map((node) => node.textContent)"
+GIVE = """
+    const bytes = Uint8Array.from(atob(arguments[1]), (one) => one.charCodeAt(0));
+    const data = new DataTransfer();
+    data.items.add(new File([bytes], arguments[2], { type: arguments[3] }));
+    const target = document.querySelector(arguments[4]);
+    const how = { bubbles: true, cancelable: true };
+    target.dispatchEvent(arguments[0] === "paste"
+      ? new ClipboardEvent("paste", { ...how, clipboardData: data }) : new DragEvent(arguments[0], { ...how, dataTransfer: data }));
+"""
+"""Pastes or drops a file: (event, its bytes in base64, name, type, where)."""
 
 
 async def opened(page: browser.Browser, running: Running) -> None:
@@ -36,3 +48,8 @@ async def act(page: browser.Browser, selector: str, name: str) -> None:
     await page.run(
         f"[...document.querySelectorAll('{selector} button')].find((b) => b.textContent === '{name}').click()"
     )
+
+
+async def give(page: browser.Browser, event: str, data: bytes, name: str, kind: str, where: str = "#chat") -> None:
+    """Pastes or drops a file."""
+    await page.run_async(GIVE, event, base64.b64encode(data).decode(), name, kind, where)

@@ -19,20 +19,10 @@ from serving.service.speech.transcribe import Transcript
 from tests.mock_engine import MockEngine
 from tests.serving.frontends.conftest import Start
 from tests.serving.frontends.page import browser
-from tests.serving.frontends.page.driving import TEXTS, act, answered, needs_browser, opened, said
+from tests.serving.frontends.page.driving import TEXTS, act, answered, give, needs_browser, opened, said
 from tests.serving.media.images import encoded, image_service
 
 LISTED = "[...document.querySelectorAll('#files li')].map((one) => one.querySelector('.name').textContent)"
-GIVE = """
-    const bytes = Uint8Array.from(atob(arguments[1]), (one) => one.charCodeAt(0));
-    const data = new DataTransfer();
-    data.items.add(new File([bytes], arguments[2], { type: arguments[3] }));
-    const target = document.querySelector(arguments[4]);
-    const how = { bubbles: true, cancelable: true };
-    target.dispatchEvent(arguments[0] === "paste"
-      ? new ClipboardEvent("paste", { ...how, clipboardData: data }) : new DragEvent(arguments[0], { ...how, dataTransfer: data }));
-"""
-"""Pastes or drops a file: (event, its bytes in base64, name, type, where)."""
 
 
 def engine_that(reply: str = "ok", **facts: Any) -> MockEngine:
@@ -41,10 +31,6 @@ def engine_that(reply: str = "ok", **facts: Any) -> MockEngine:
     own = engine.info
     engine.info = lambda: dataclasses.replace(own(), **facts)  # type: ignore[method-assign]
     return engine
-
-
-async def give(page: browser.Browser, event: str, data: bytes, name: str, kind: str, where: str = "#chat") -> None:
-    await page.run_async(GIVE, event, base64.b64encode(data).decode(), name, kind, where)
 
 
 def sizes(engine: MockEngine, which: int = -1) -> list[int]:

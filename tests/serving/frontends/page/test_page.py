@@ -3,6 +3,7 @@ and axe's rules for those who use a keyboard or a screen reader."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from typing import Any
@@ -16,8 +17,9 @@ from serving.frontends.page.page import STATIC, page_paths
 from tests.mock_engine import MockEngine, MockTemplate, until
 from tests.serving.frontends.conftest import Running, Start
 from tests.serving.frontends.page import browser
-from tests.serving.frontends.page.driving import TEXTS, act, needs_browser, opened, said
+from tests.serving.frontends.page.driving import TEXTS, act, give, needs_browser, opened, said
 from tests.serving.frontends.page.test_documents import pdf
+from tests.serving.media.images import encoded, image_service
 
 REPLY = "Here is **bold**, `code` and <b>no markup</b>:\n```python\nprint('hi')\n```\nDone."
 CONTROL, ESCAPE, UP = "\ue009", "\ue00c", "\ue013"  # WebDriver's names for keys
@@ -418,12 +420,19 @@ async def test_axe_finds_nothing_serious(start: Start, page: browser.Browser):
     axe = browser.axe()
     if axe is None:
         pytest.skip("axe-core is not in the cache: run scripts/fetch_axe.py")
-    running = await start(MockEngine(reply=REPLY + "\n\n| a |\n|---|\n| 1 |\n\n- [x] done", max_model_len=4096))
+    engine = MockEngine(reply=REPLY + "\n\n| a |\n|---|\n| 1 |\n\n- [x] done", max_model_len=4096)
+    told = dataclasses.replace(engine.info(), modalities=("image", "sound"))
+    engine.info = lambda: told  # type: ignore[method-assign]
+    running = await start(engine, service=image_service(engine))
     await opened(page, running)
+    await give(page, "drop", encoded(), "a.png", "image/png")
+    await page.wait("document.querySelector('#files li')")
     await page.click(".toggle")
     await page.click("[name=logprobs]")
     await said(page, "Hello")
     await act(page, ".assistant", "Tokens")
+    await give(page, "drop", encoded(), "b.png", "image/png")
+    await page.press(CONTROL, ".")
     running.engine._max_live = 0
     await page.type("#prompt", "No\n")
     await page.wait("document.querySelector('.failed')")
