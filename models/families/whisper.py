@@ -136,8 +136,8 @@ class Whisper(Decoder):
         """
         positions_S = jnp.arange(len(tokens_S), dtype=jnp.int32)
         attention: Any = Sequences(jnp.ones_like(tokens_S)[None], positions_S[None], single=True)
-        rows = jnp.zeros(len(tokens_S), jnp.int32)
-        step = Step(tokens_S, positions_S, attention, cross=Cross(row_1W, rows, rows[:0]))
+        one = jnp.zeros(1, jnp.int32)  # all tokens in one row: its keys and values would be copied for each
+        step = Step(tokens_S, positions_S, attention, cross=Cross(row_1W, one, one[:0]))
         x_SD, seen = self.embed_tokens(step), {}
         for index, layer in enumerate(self.layers):
             x_SD, _ = layer.attn(x_SD, step, None, norm=layer.attn_norm, residual_TD=x_SD)

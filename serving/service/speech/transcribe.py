@@ -85,12 +85,12 @@ class Speech:
         duration = len(samples) / RATE
         if len(samples) < HOP:
             raise invalid("file has no sound in it.", "file")
-        short = duration <= WINDOW_S
+        length, short = -(-len(samples) // HOP), duration <= WINDOW_S
         if short:
             samples = np.pad(samples, (0, WINDOW_S * RATE - len(samples)))
         frames = await self._run(log_mel, samples, self.mels)
         timed = given.segments or given.words or not short
-        language, segments = await Windows(self, service, given, frames, prompt, timed, tell).all()
+        language, segments = await Windows(self, service, given, frames, prompt, length, timed, tell).all()
         ended = (dataclasses.replace(segment, end=min(segment.end, duration)) for segment in segments)
         return Transcript(given.task, language, duration, tuple(ended))
 

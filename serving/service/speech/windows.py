@@ -38,6 +38,7 @@ class Windows:
         speech: a `serving.service.speech.transcribe.Speech`.
         frames: its spectrogram, [T, mels].
         prompt: tokens that stand before the first window's.
+        length: frames that are sound, without padding behind it.
         timed: whether segments have times.
         tell: is given text as it becomes certain; None where nobody waits for it.
     """
@@ -49,11 +50,13 @@ class Windows:
         given: TranscribeInput,
         frames: np.ndarray,
         prompt: list[int],
+        length: int,
         timed: bool,
         tell: Callable[[str], None] | None = None,
     ) -> None:
         self._speech, self._service, self._given = speech, service, given
-        self._frames, self._prompt, self._timed, self._tell = frames, prompt, timed, tell
+        self._frames, self._prompt, self._length = frames, prompt, length
+        self._timed, self._tell = timed, tell
         caller = caller_of_task.get()
         self._salt = caller.cache_salt(None) if caller else None
         self._tenant = caller.tenant(None) if caller else None
@@ -77,7 +80,7 @@ class Windows:
                 found, on = [], frames
             else:
                 found, on = cut(said.tokens, t.times, seek * HOP / RATE, frames)
-                segments += await self._segments(found, said, seek, head, window, frames)
+                segments += await self._segments(found, said, seek, head, window)
             seek, prompt = seek + max(1, on), []
         return language or "en", segments
 
@@ -88,12 +91,12 @@ class Windows:
         seek: int,
         head: list[int],
         window: MediaItem,
-        frames: int,
     ) -> list[Segment]:
         """A window's segments, with their texts, and where asked for when their words were said."""
         t, decode, words = self._speech.tokens, self._service.tokenizer.decode, ()
         if self._given.words:
-            words = await self._speech.words(self._service, head, said.tokens, window, frames)
+            sound = max(1, min(FRAMES, self._length - seek))
+            words = await self._speech.words(self._service, head, said.tokens, window, sound)
         made, at = [], 0
         for start, end, part in found:
             text = decode([token for token in part if token < t.end])
