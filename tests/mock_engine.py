@@ -154,6 +154,7 @@ class MockEngine:
         self.embedder: Any = None
         self.scorer: Any = None
         self.classifier: Any = None
+        self.page_events: Any = None
         self.refusal: str | None = None
         self.requests: list[EngineRequest] = []
         self.live: dict[str, EngineRequest] = {}

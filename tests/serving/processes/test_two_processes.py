@@ -138,7 +138,11 @@ def expected(files):
     [
         ("model=4", ()),  # weights cut across both processes
         # A replica in each; they share sizes out between them.
-        ("data=2,model=2", ("--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--kv-cache-memory", "4MB")),
+        pytest.param(
+            "data=2,model=2",
+            ("--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--kv-cache-memory", "4MB"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_same_tokens_as_one_process(files, expected, mesh, flags):
@@ -215,6 +219,7 @@ def test_the_follower_is_frozen_under_load(files):
         assert "error: process 1 has been silent for" in leader.text
 
 
+@pytest.mark.slow  # test_link.py has a leader that is silent
 def test_the_leader_is_frozen_under_load(files):
     with pair(files) as (leader, follower), stub(leader) as inference:
         outcomes = load(inference)

@@ -112,3 +112,22 @@ def test_agents_share_system_prompts(seed):
     firsts = {request.prefix[0] for request in trace}
     assert firsts <= {(i, 600) for i in range(1, 9)} and len(firsts) > 1
     assert all(later.arrival >= one.arrival for one, later in itertools.pairwise(trace))
+
+
+def test_engines_on_the_same_cores_hold_each_other_up():
+    """Two requests at once, each at an engine of its own: a factor of 2 doubles what either takes, and one alone is as ever."""
+    pair = [TraceRequest(0.0, 600, 20), TraceRequest(0.0, 600, 20)]
+
+    def took(trace, *slowdown):
+        report, _ = run("round-robin", trace, 2, slowdown=slowdown)
+        return max(report.values("e2e"))
+
+    alone = took(pair)
+    assert took(pair, 1.0, 2.0) == pytest.approx(2 * alone, rel=0.02)
+    assert took(pair, 1.0, 1.0) == pytest.approx(alone) and took(pair[:1], 1.0, 2.0) == pytest.approx(alone)
+    # One that comes when the other is half done: neither is held up all the time.
+    late = [pair[0], TraceRequest(alone / 2, 600, 20)]
+    assert 1.05 * alone < took(late, 1.0, 2.0) < 1.95 * alone
+    trace = conversations(80)
+    apart, together = run("cache", trace)[0], run("cache", trace, slowdown=(1.0, 1.0, 1.0, 1.0))[0]
+    assert sorted(apart.values("ttft")) == pytest.approx(sorted(together.values("ttft")), rel=0.3)

@@ -100,10 +100,11 @@ class Fleet:
             found[":".join([metric, *own])] = float(value)
         return found
 
-    async def why(self) -> dict[str, float]:
+    async def why(self) -> str:
         """What became of transfers, for whoever reads a failure."""
         found = {**await self.figures("decode"), **await self.figures("gateway")}
-        return {k: v for k, v in found.items() if v and ("kv_transfer" in k or "prefill" in k)}
+        told = {k: v for k, v in found.items() if v and k.startswith(("kv_transfer", "gateway_prefill"))}
+        return f"{told}\n{self.processes['decode'].text[-2000:]}"
 
     async def ask(self, name, prompt, within=DEADLINE_S, **more):
         """An answer: (status, JSON)."""
@@ -151,11 +152,11 @@ def prompt(length, seed):
 
 
 def shapes():
-    """64 requests: long ones that are computed in pieces, shared beginnings, grammars, log probabilities, several completions."""
+    """64 requests: long ones that are computed in pieces, shared beginnings, masks, log probabilities, several completions."""
     options = (
-        {}, {"logprobs": 3}, {"structured_outputs": {"regex": "(w[0-9]+)+"}}, {"n": 2, "temperature": 0.9, "seed": 3},
+        {}, {"logprobs": 3}, {"allowed_token_ids": [*range(20, 60)]}, {"n": 2, "temperature": 0.9, "seed": 3},
         {"max_tokens": 24}, {"repetition_penalty": 1.3}, {"logprobs": 0, "n": 2, "temperature": 0.5, "seed": 9},
-        {"structured_outputs": {"choice": ["w17w3", "w5w6w7"]}},
+        {"logit_bias": {"7": 3, "9": -100}},
     )  # fmt: skip
     rng = random.Random(1)
     stems = [prompt(60, 100 + i) for i in range(5)]
