@@ -12,6 +12,7 @@ from serving.engine.api.types import EngineOutput, EngineRequest
 from serving.engine.engine import Engine
 from serving.transfer.config import TransferConfig
 from serving.transfer.disk import DiskTier
+from serving.transfer.forms import forms_of
 from serving.transfer.giving import Giving
 from serving.transfer.identity import identity_of
 from serving.transfer.ledger import Ledger
@@ -106,7 +107,7 @@ def exchange_pages(
 
     Args:
         weights: digest of the checkpoint.
-        facts: see `identity_of`.
+        facts: see `identity_of`; the model's configuration is the first.
         transport: how pages come; None where it takes none. Closed with the engine.
         disk: where pages go that leave host memory, and how many bytes of them at most; None: nowhere.
     Raises:
@@ -114,15 +115,17 @@ def exchange_pages(
     """
     executor, ledger = engine.runner.executor, Ledger()
     states = () if executor.states is None else executor.states.arrays
-    identity = identity_of(weights, facts, executor.page_arrays, states)
-    giving = Giving(engine, config, identity, ledger) if config.gives else None
+    forms = forms_of(executor.page_arrays, facts[0], executor.mesh)
+    identity = identity_of(weights, facts, [(one.shape, one.dtype) for one in forms], states)
+    giving = Giving(engine, config, identity, ledger, forms) if config.gives else None
     taking = None
     if config.takes:
         assert transport is not None, "an engine that takes pages needs a way for them"
-        taking = Taking(engine, config, identity, transport, ledger)
+        taking = Taking(engine, config, identity, transport, ledger, forms)
     kept = None
     if disk is not None:
         shapes = [a.shape[1:] for a in executor.page_arrays]
+        identity = identity_of(weights, facts, [(a.shape[1:], a.dtype) for a in executor.page_arrays], states)
         tier = DiskTier(disk[0], identity, disk[1], shapes)
         executor.store.on_drop = lambda replica, key, page: tier.keep(key, page)
         kept = tier, Taking(engine, config, identity, None, ledger)

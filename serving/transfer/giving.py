@@ -17,7 +17,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from serving.engine.api.peers.transfers import ALIVE, STATE, Parcel, TransferError, Wanted
@@ -32,6 +32,7 @@ from serving.engine.requests.moves import PageMove
 from serving.engine.requests.request import RequestState
 from serving.transfer.config import TransferConfig
 from serving.transfer.digests import chain, content_digest
+from serving.transfer.forms import Form
 from serving.transfer.ledger import Ledger
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,11 @@ class _Ticket:
 class Giving:
     """Gives pages of one engine. `submitted` to `look` are called on its thread, the others on any."""
 
-    def __init__(self, engine: Engine, config: TransferConfig, identity: bytes, ledger: Ledger) -> None:
+    def __init__(
+        self, engine: Engine, config: TransferConfig, identity: bytes, ledger: Ledger, forms: Sequence[Form]
+    ) -> None:
         self.identity = identity
+        self._forms = forms
         self._engine = engine
         self._kv = engine.scheduler.kv
         self._config = config
@@ -320,8 +324,12 @@ class Giving:
     def _packed(self, which: list[int], groups: list[int], lent: Lent, links: list[bytes]) -> Iterable[Parcel]:
         pages = iter(lent)
         for i, count in zip(which, groups, strict=True):
-            content = b"".join(packed(next(pages)) for _ in range(count))
+            content = b"".join(self._row(next(pages)) for _ in range(count))
             yield Parcel(i, content, content_digest(links[i], i, content))
+
+    def _row(self, rows: list[Any]) -> bytes:
+        """A page of one group as it travels."""
+        return packed([form.out(row) for form, row in zip(self._forms, rows, strict=True)])
 
     def _ask(self, function: Callable[[], Any]) -> Generator[Parcel, None, Any]:
         """What the engine's thread says, and signs of life while it is in a step: one may take longer than a peer is patient."""

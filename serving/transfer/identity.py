@@ -12,17 +12,19 @@ SAMPLES, SAMPLE_BYTES = 512, 4096
 bytes are taken for one with a probability below 1 %, those that differ in a tenth with 1e-23."""
 
 
-def identity_of(weights: bytes, facts: Sequence[Any], page_arrays: Sequence[Any], state_arrays: Sequence[Any]) -> bytes:
+def identity_of(weights: bytes, facts: Sequence[Any], rows: Sequence[Any], state_arrays: Sequence[Any]) -> bytes:
     """16 bytes.
 
     Args:
         weights: of the checkpoint, see `weights_digest`.
         facts: whatever else decides what is in a page: model configuration, dtypes, quantization, page size, windows.
-        page_arrays, state_arrays: arrays with a row a page, and with a row a snapshot.
+        rows: of a page, one of each array: (shape, dtype).
+        state_arrays: arrays with a row a snapshot.
     """
     h = hashlib.blake2b(weights, digest_size=16)
-    shapes = [(tuple(a.shape[1:]), str(a.dtype)) for a in (*page_arrays, *state_arrays)]
-    h.update(repr((list(map(str, facts)), len(page_arrays), shapes)).encode())
+    shapes = [(tuple(shape), str(dtype)) for shape, dtype in rows]
+    shapes += [(tuple(a.shape[1:]), str(a.dtype)) for a in state_arrays]
+    h.update(repr((list(map(str, facts)), len(rows), shapes)).encode())
     return h.digest()
 
 

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,6 +26,7 @@ from serving.engine.requests.request import RequestState
 from serving.transfer.config import TransferConfig
 from serving.transfer.digests import chain, content_digest
 from serving.transfer.disk import DiskFetching, DiskTier
+from serving.transfer.forms import Form, forms_of, row_of
 from serving.transfer.ledger import Ledger
 
 log = logging.getLogger(__name__)
@@ -92,9 +93,11 @@ class Taking:
     """Takes pages into one engine. Its thread calls everything but `close`."""
 
     def __init__(
-        self, engine: Engine, config: TransferConfig, identity: bytes, transport: Transport | None, ledger: Ledger
-    ) -> None:
+        self, engine: Engine, config: TransferConfig, identity: bytes, transport: Transport | None, ledger: Ledger,
+        forms: Sequence[Form] | None = None,
+    ) -> None:  # fmt: skip
         self.identity = identity
+        self._forms = forms or forms_of(engine.runner.executor.page_arrays, None, None)  # how pages come
         self._engine = engine
         self._config = config
         self._transport = transport
@@ -430,7 +433,7 @@ class Taking:
             for group, page in enumerate(pages):
                 moves.append(PageMove(landing.replica, page, b"in:%d:%d" % (parcel.page, group)))
                 contents.append(memoryview(parcel.content)[group * size : (group + 1) * size])
-        self._engine.runner.executor.take_pages(PagesIn.of(moves), contents)
+        self._engine.runner.executor.take_pages(PagesIn.of(moves), [row_of(one, self._forms) for one in contents])
         return True
 
     def _write_state(self, job: _Job, parcel: Parcel) -> bool:

@@ -32,7 +32,6 @@ from serving.engine.device.programs.state import DeviceState, slot_rows
 from serving.engine.device.programs.steps import PROMPT_LOGPROB_ROWS
 from serving.engine.device.stores.at_rest import delete
 from serving.engine.device.stores.page_store import Lent, PageStore
-from serving.engine.device.stores.parts import unpacked
 from serving.engine.device.stores.state_store import StateStore
 from serving.engine.device.timing import empty_step, time_steps
 from serving.engine.requests.buckets import Bucket
@@ -125,7 +124,7 @@ class Executor:
             self.states = StateStore(self.recurrent, sizes.max_num_seqs, sizes.num_snapshots, mesh, self.replicas)
         self._followers: Followers | None = None
         self._cache = cache
-        self._mesh = mesh
+        self._mesh = self.mesh = mesh
         self._backend = attention_backend
         self.decoder = Component(DECODER, model)
         self.components = {DECODER: self.decoder}
@@ -365,16 +364,10 @@ class Executor:
         assert self.store is not None and self.alone, "pages travel from an engine of one process"
         return self.store.lend(self._pages, moves)
 
-    def take_pages(self, moves: PagesIn, pages: Sequence[bytes]) -> None:
-        """Writes pages that another engine sent, each as `lend_pages` gave it there, packed.
-
-        Raises:
-            ValueError: a page of another size.
-        """
+    def take_pages(self, moves: PagesIn, pages: Sequence[list[np.ndarray]]) -> None:
+        """Writes pages that another engine sent: of each, every array's row."""
         assert self.store is not None and self.alone, "pages travel to an engine of one process"
-        arrays = jax.tree.leaves(self._pages)
-        rows = [unpacked(content, arrays) for content in pages]
-        for replica, key, row in zip(moves.replicas.tolist(), moves.keys, rows, strict=True):
+        for replica, key, row in zip(moves.replicas.tolist(), moves.keys, pages, strict=True):
             self.store.accept(self._pages, replica, key, row)
         self.execute(moves)
         self.store.discard(moves)
