@@ -271,6 +271,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048, "num_attention_heads": 32, "num_hidden_layers": 32, "rms_norm_eps": 1e-05,
         "sliding_window": 4096, "tie_word_embeddings": False, "vocab_size": 50304,
     },
+    "olmo_hybrid": {
+        "attention_bias": False, "hidden_act": "silu", "hidden_size": 3840, "intermediate_size": 11008, "linear_a_log_max": 16.0,
+        "linear_a_log_min": 0.0, "linear_allow_neg_eigval": True, "linear_conv_kernel_dim": 4, "linear_dt_init_floor": 0.0001,
+        "linear_dt_max": 0.1, "linear_dt_min": 0.001, "max_position_embeddings": 65536, "num_attention_heads": 30,
+        "num_hidden_layers": 32, "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "tie_word_embeddings": False, "vocab_size": 100352,
+    },
     "olmoe": {
         "attention_bias": False, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 2048,
         "max_position_embeddings": 4096, "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 64,
