@@ -19,8 +19,6 @@ export class Attachments {
     this.list = $("#files");
   }
 
-  get names() { return this.files.map((file) => file.name); }
-
   async add(file) {
     let one;
     try { one = await this.read(file); } catch (error) { this.fail(`${file.name}: ${error.message}`); return; }
