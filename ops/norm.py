@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -43,3 +45,19 @@ def layer_norm(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, ep
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)
+
+
+class RmsNorm(NamedTuple):
+    """A `rms_norm` of its input that a product may take along.
+
+    Attributes:
+        scale_I: float32.
+        eps: added to the mean square; static.
+    """
+
+    scale_I: jax.Array
+    eps: float
+
+    def __call__(self, x_TI: jax.Array) -> jax.Array:
+        """The normed x, in x's dtype."""
+        return rms_norm(x_TI, self.scale_I, self.eps)

@@ -12,7 +12,7 @@ from models.layers.build import Build, weight
 from models.layers.linear import AdapterStack
 from models.recipes import Recipes, one
 from ops.linear import embed, linear
-from ops.lora import add_lora, add_lora_rows
+from ops.lora import Adapters, add_lora, add_lora_rows
 
 
 class Embedding(nnx.Module):
@@ -34,7 +34,7 @@ class Embedding(nnx.Module):
         logits_RV = linear(hidden_RD, self.weight.get_value(), out_dtype=jnp.float32)
         if adapter_R is None or self.head_lora is None:
             return logits_RV
-        return add_lora(logits_RV, hidden_RD, self.head_lora.get_value(), adapter_R)
+        return add_lora(logits_RV, hidden_RD, Adapters(self.head_lora.get_value(), adapter_R))
 
     def recipes(self, name: str) -> Recipes:
         return {"weight": one(f"{name}.weight", *self.weight.shape)}

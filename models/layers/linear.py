@@ -12,7 +12,7 @@ from models.layers.build import Build, weight
 from models.layers.norms import Norm, taken_along
 from models.recipes import Recipes, one
 from ops.linear import linear
-from ops.lora import add_lora
+from ops.lora import Adapters
 
 
 class AdapterStack(nnx.Variable):
@@ -51,12 +51,19 @@ class Linear(nnx.Module):
             adapter_T: `Step.adapter_T`, whose adapters change the product.
         """
         x_TI, rms = taken_along(x_TI, norm)
-        y_TO = linear(
-            x_TI, self.weight.get_value(), self.bias_value(), norm=rms, residual_TO=residual_TO, out_dtype=out_dtype
+        return linear(
+            x_TI,
+            self.weight.get_value(),
+            self.bias_value(),
+            norm=rms,
+            residual_TO=residual_TO,
+            out_dtype=out_dtype,
+            adapters=self.adapters(adapter_T),
         )
-        if adapter_T is None or self.lora is None:
-            return y_TO
-        return add_lora(y_TO, x_TI if rms is None else rms(x_TI), self.lora.get_value(), adapter_T)
+
+    def adapters(self, adapter_T: jax.Array | None) -> Adapters | None:
+        """What changes its product for tokens with these adapters; None where nobody has one or there is no room for any."""
+        return None if adapter_T is None or self.lora is None else Adapters(self.lora.get_value(), adapter_T)
 
     def bias_value(self) -> jax.Array | None:
         return None if self.bias is None else self.bias[...]

@@ -11,7 +11,7 @@ from models.layers.build import Build, child_recipes
 from models.layers.linear import Linear
 from models.layers.norms import Norm, taken_along
 from models.recipes import Recipes, deal, pieces, under
-from ops.activation import activation, gated
+from ops.activation import activation
 from ops.linear import gated_mlp
 
 
@@ -61,9 +61,6 @@ class GatedMLP(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """mlp(norm(x)) + residual, and the experts visited: none. Encoders have no step."""
         adapter_T = None if step is None else step.adapter_T
-        if adapter_T is not None:  # what adapters add to gate and up goes through the activation
-            hidden_TF = gated(self.gate_up(x_TD, norm=norm, adapter_T=adapter_T), self.activation, self.shards)
-            return self.down(hidden_TF, residual_TO=residual_TD, adapter_T=adapter_T), ()
         x_TD, rms = taken_along(x_TD, norm)
         y_TD = gated_mlp(
             x_TD,
@@ -75,6 +72,7 @@ class GatedMLP(nnx.Module):
             norm=rms,
             residual_TD=residual_TD,
             shards=self.shards,
+            adapters=(self.gate_up.adapters(adapter_T), self.down.adapters(adapter_T)),
         )
         return y_TD, ()
 

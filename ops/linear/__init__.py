@@ -7,6 +7,8 @@ with it: a kernel that can takes it along, otherwise it is computed around the p
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -22,7 +24,8 @@ from ops.linear.weights import (
     quantize,
     stored,
 )
-from ops.linear.weights.norm import RmsNorm
+from ops.lora import Adapters, add_lora
+from ops.norm import RmsNorm
 
 __all__ = [
     "SCHEMES",
@@ -47,6 +50,7 @@ def linear(
     norm: RmsNorm | None = None,
     residual_TO: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
+    adapters: Adapters | None = None,
 ) -> jax.Array:
     """y_TO = norm(x_TI) W_OI^T + bias_O + residual_TO, accumulated in float32.
 
@@ -59,6 +63,7 @@ def linear(
         norm: applied to x first.
         residual_TO: added to the result, in the result's dtype.
         out_dtype: dtype of the result; x's when None.
+        adapters: change the product, each row's own; see `ops.lora.add_lora`.
     Raises:
         ValueError: x's last axis is not the weight's I.
     """
@@ -68,7 +73,14 @@ def linear(
     lead, dtype = x_TI.shape[:-1], x_TI.dtype if out_dtype is None else out_dtype
     flat_TI = x_TI.reshape(-1, I)
     around = Around(bias_O, norm, None if residual_TO is None else residual_TO.reshape(-1, O))
-    return stored(weight).linear(flat_TI, around, dtype).reshape(*lead, O)
+    kept = stored(weight)
+    if adapters is None:
+        y_TO = kept.linear(flat_TI, around, dtype)
+    elif kept.takes(adapters.stack):
+        y_TO = kept.linear(flat_TI, dataclasses.replace(around, adapters=adapters), dtype)
+    else:
+        y_TO = add_lora(kept.linear(flat_TI, around, dtype), flat_TI, adapters, norm)
+    return y_TO.reshape(*lead, O)
 
 
 def gated_mlp(
@@ -82,6 +94,7 @@ def gated_mlp(
     norm: RmsNorm | None = None,
     residual_TD: jax.Array | None = None,
     shards: int = 1,
+    adapters: tuple[Adapters | None, Adapters | None] = (None, None),
 ) -> jax.Array:
     """down(act(gate(norm(x))) * up(norm(x))) + residual (Shazeer 2020, arXiv:2002.05202), in x's dtype.
 
@@ -93,16 +106,17 @@ def gated_mlp(
         gate_up_bias, down_bias_D: [2 F] in the rows' order, and [D].
         norm: applied to x first.
         residual_TD: added to the result.
+        adapters: of gate_up and of down; what they add to gate and up goes through the activation.
     Raises:
         ValueError: the activation is not known.
     """
     if shards == 1:
-        around = Around(gate_up_bias, norm, residual_TD)
-        y_TD = stored(gate_up).gated_mlp(x_TD, stored(down), activation, around, down_bias_D)
+        around = Around(gate_up_bias, norm, residual_TD, adapters[0])
+        y_TD = stored(gate_up).gated_mlp(x_TD, stored(down), activation, around, down_bias_D, adapters[1])
         if y_TD is not None:
             return y_TD.astype(x_TD.dtype)
-    hidden_TF = gated(linear(x_TD, gate_up, gate_up_bias, norm=norm), activation, shards)
-    return linear(hidden_TF, down, down_bias_D, residual_TO=residual_TD)
+    hidden_TF = gated(linear(x_TD, gate_up, gate_up_bias, norm=norm, adapters=adapters[0]), activation, shards)
+    return linear(hidden_TF, down, down_bias_D, residual_TO=residual_TD, adapters=adapters[1])
 
 
 def embed(weight: Weight, tokens_T: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ops import native
+from ops.norm import RmsNorm
 
-__all__ = ["LoraStack", "add_lora", "add_lora_rows"]
+__all__ = ["Adapters", "LoraStack", "add_lora", "add_lora_rows"]
 
 
 Stretches = tuple[tuple[int, int], ...]
@@ -42,28 +43,51 @@ class LoraStack:
     native: bool = False
     stretches: Stretches = ()
 
+    @property
+    def matrices(self) -> tuple[jax.Array, jax.Array]:
+        """As native kernels take them."""
+        return self.a_NRI, self.b_NRO
 
-_HANDLERS = {"float32": "jaxserve_lora", "bfloat16": "jaxserve_lora_bf16"}
+    @property
+    def ends(self) -> np.ndarray:
+        """The stretches as native kernels take them."""
+        return np.array(self.stretches, np.int64).reshape(-1)
+
+    def on_native(self) -> bool:
+        """Whether native kernels read it here."""
+        return self.native and str(self.a_NRI.dtype) in ("float32", "bfloat16") and native.available()
 
 
-def add_lora(y_TO: jax.Array, x_TI: jax.Array, stack: LoraStack, slot_T: jax.Array) -> jax.Array:
+class Adapters(NamedTuple):
+    """The adapters of a product's rows.
+
+    Attributes:
+        slot_T: int32, 0 for no adapter.
+    """
+
+    stack: LoraStack
+    slot_T: jax.Array
+
+
+def add_lora(y_TO: jax.Array, x_TI: jax.Array, adapters: Adapters, norm: RmsNorm | None = None) -> jax.Array:
     """y + (x A^T) B^T with each token's own A and B; y itself at tokens without an adapter.
 
     Args:
         y_TO: what the base's product gave, any float dtype.
-        x_TI: what it was given: behind the norm, and never rotated or rounded.
-        slot_T: int32, 0 for no adapter.
+        x_TI: what it was given, never rotated or rounded.
+        norm: applied to x first.
     Returns:
         [T, O] in y's dtype; the change is added up in float32. Of matrices in bfloat16 a body may round x and x A^T to that.
     """
-    handler = _HANDLERS.get(str(stack.a_NRI.dtype))
-    if stack.native and handler is not None and native.available():
-        call = jax.ffi.ffi_call(
-            native.target(handler), jax.ShapeDtypeStruct(y_TO.shape, jnp.float32), input_output_aliases={4: 0}
-        )
-        operands = (x_TI.astype(jnp.float32), slot_T, stack.a_NRI, stack.b_NRO, y_TO.astype(jnp.float32))
-        return call(*operands, ends=np.array(stack.stretches, np.int64).reshape(-1)).astype(y_TO.dtype)
-    return (y_TO.astype(jnp.float32) + _xla(x_TI, stack, slot_T)).astype(y_TO.dtype)
+    stack, slot_T = adapters
+    if not stack.on_native():
+        x_TI = x_TI if norm is None else norm(x_TI)
+        return (y_TO.astype(jnp.float32) + _xla(x_TI, stack, slot_T)).astype(y_TO.dtype)
+    out = jax.ShapeDtypeStruct(y_TO.shape, jnp.float32)
+    call = jax.ffi.ffi_call(native.target("jaxserve_lora"), out, input_output_aliases={5: 0})
+    gain_I = jnp.zeros((0,), jnp.float32) if norm is None else norm.scale_I.astype(jnp.float32)
+    operands = (x_TI.astype(jnp.float32), gain_I, slot_T, *stack.matrices, y_TO.astype(jnp.float32))
+    return call(*operands, ends=stack.ends, eps=np.float32(0.0 if norm is None else norm.eps)).astype(y_TO.dtype)
 
 
 def _xla(x_TI: jax.Array, stack: LoraStack, slot_T: jax.Array) -> jax.Array:

@@ -43,6 +43,7 @@ struct Block {
   int valid[kPanels];               // channels of the panel that exist
   float* out[kPanels];              // first row's
   const float* residual[kPanels];   // first row's, added to the result, or null
+  const float* change;              // [rows][kPanels * 16], added to the sums before an activation, or null
   int64_t out_stride;               // floats; also the residual's
   Activation activation;
 };

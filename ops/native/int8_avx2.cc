@@ -54,9 +54,11 @@ TARGET_AVX2 void tile(const Block& b, int64_t row, int panel, float* result) {
 TARGET_AVX2 void finish(const Block& b, int64_t row, float* result) {
   const int half = b.activation == Activation::kNone ? b.panels : b.panels / 2;
   for (int p = 0; p < b.panels; ++p) {
-    for (int c = 0; c < kPanel; ++c) result[p * kPanel + c] *= b.scale[p][c];
-    if (b.bias[p] == nullptr) continue;
-    for (int c = 0; c < b.valid[p]; ++c) result[p * kPanel + c] += b.bias[p][c];
+    float* values = result + p * kPanel;
+    for (int c = 0; c < kPanel; ++c) values[c] *= b.scale[p][c];
+    for (int c = 0; b.bias[p] != nullptr && c < b.valid[p]; ++c) values[c] += b.bias[p][c];
+    const float* change = b.change == nullptr ? nullptr : b.change + (row * kPanels + p) * kPanel;
+    for (int c = 0; change != nullptr && c < kPanel; ++c) values[c] += change[c];
   }
   for (int p = 0; p < half; ++p) {
     float* values = result + p * kPanel;

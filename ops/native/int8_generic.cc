@@ -44,6 +44,7 @@ void block(const Block& b) {
       for (int c = 0; c < kPanel; ++c) {
         const float bias = b.bias[p] != nullptr && c < b.valid[p] ? b.bias[p][c] : 0.0f;
         result[p][c] = total[c] * b.scale[p][c] + bias;
+        if (b.change != nullptr) result[p][c] += b.change[(row * kPanels + p) * kPanel + c];
       }
     }
     for (int p = 0; p < half; ++p) {

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "int8.h"
+#include "lora.h"
 
 namespace jaxserve::int8 {
 namespace {
@@ -15,6 +16,7 @@ using S16 = ffi::Buffer<ffi::S16>;
 
 // Rows a block of a large product: 48 rows of 1,536 bytes stay in L1 and L2 beside a block's weights.
 constexpr int64_t kRowBlock = 48;
+static_assert(kRowBlock == lora::kRows);
 
 struct Weight {
   const int8_t* packed;   // [panels][quads][16][4]
@@ -59,11 +61,34 @@ Rows rows_from(const Rounding& r, int64_t row) {
   return {r.data + row * r.groups * kGroup, r.scale + row * r.groups, r.groups * kGroup};
 }
 
-void add_rounding(Phases& phases, const Rounding& r, int64_t begin, int64_t rows) {
+// What adapters add to a product of some rows: row 0 of what is given to it is row `origin` of the batch.
+struct Change {
+  lora::Beside* beside = nullptr;  // or null, where nobody has one
+  int64_t origin = 0;
+
+  // The change of some columns of a block of rows, which lie from panel `panel` of the block on.
+  void expand(float* change, int64_t row, int64_t begin, int64_t end, int panel) const {
+    beside->expand(origin + row, begin, end, change + panel * kPanel, kPanels * kPanel);
+  }
+};
+
+// Room for a block's change; the worker's thread owns it.
+float* cleared_change(int64_t rows) {
+  const size_t bytes = rows * kPanels * kPanel * sizeof(float);
+  return static_cast<float*>(std::memset(scratch(5, bytes), 0, bytes));
+}
+
+// Rounds rows; adapters take the same rows as they were.
+void add_rounding(Phases& phases, const Rounding& r, int64_t rows, const Change& change) {
   const int64_t step = std::max<int64_t>(1, std::min<int64_t>(16, 16384 / r.width));
-  phases.add(in_rehearsal(ceil_div(rows, step)), [=, &k = kernels()](int64_t chunk, int) {
-    const int64_t end = begin + std::min(rows, (chunk + 1) * step);
-    for (int64_t row = begin + chunk * step; row < end; ++row) k.round_row(r, row);
+  const auto [first, last] =
+      change.beside == nullptr ? std::pair<int64_t, int64_t>{0, 0} : change.beside->blocks(change.origin, rows);
+  phases.add(in_rehearsal(last - first + ceil_div(rows, step)), [=, &k = kernels()](int64_t chunk, int) {
+    if (chunk < last - first) {
+      return change.beside->shrink(first + chunk, r.x, change.origin, r.gain, r.eps);
+    }
+    chunk -= last - first;
+    for (int64_t row = chunk * step; row < std::min(rows, (chunk + 1) * step); ++row) k.round_row(r, row);
   });
 }
 
@@ -84,17 +109,17 @@ struct Columns {
   int64_t step;
 };
 
-// out[rows, outputs] = a W^T * scales + bias + residual
-void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t begin, int64_t rows, float* out,
-                 const float* residual) {
+// out[rows, outputs] = a W^T * scales + bias + change + residual
+void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t rows, float* out, const float* residual,
+                 const Change& change) {
   const Columns columns(w.panels, kPanels);
   const int64_t row_blocks = ceil_div(rows, kRowBlock);
   phases.add(in_rehearsal(row_blocks * columns.count()), [=, &k = kernels()](int64_t chunk, int) {
-    const int64_t first = begin + chunk / columns.count() * kRowBlock;
+    const int64_t first = chunk / columns.count() * kRowBlock;
     const int64_t panel = columns.begin(chunk % columns.count());
     Block b{};
     b.a = rows_from(a, first);
-    b.rows = std::min(begin + rows - first, kRowBlock);
+    b.rows = std::min(rows - first, kRowBlock);
     b.quads = w.quads;
     b.panels = static_cast<int>(columns.begin(chunk % columns.count() + 1) - panel);
     b.out_stride = w.outputs;
@@ -108,6 +133,11 @@ void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t beg
       b.out[p] = out + first * w.outputs + column;
       b.residual[p] = residual == nullptr ? nullptr : residual + first * w.outputs + column;
     }
+    if (change.beside != nullptr) {
+      float* const sums = cleared_change(b.rows);
+      change.expand(sums, first, panel * kPanel, std::min(w.outputs, (panel + b.panels) * kPanel), 0);
+      b.change = sums;
+    }
     k.block(b);
   });
 }
@@ -115,7 +145,7 @@ void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t beg
 // hidden[rows, F] = act(gate) * up; gate and up are the two halves of w's outputs, F a multiple of 16. Row 0 of hidden
 // is row `begin` of a.
 void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin, int64_t rows, float* hidden,
-               Activation activation) {
+               Activation activation, const Change& change) {
   const int64_t half = w.panels / 2, width = half * kPanel;
   const Columns columns(half, kPanels / 2);
   const int64_t row_blocks = ceil_div(rows, kRowBlock);
@@ -140,12 +170,37 @@ void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin
       b.out[p] = p < pairs ? hidden + first * width + at * kPanel : nullptr;
       b.residual[p] = nullptr;
     }
+    if (change.beside != nullptr) {
+      float* const sums = cleared_change(b.rows);
+      const int64_t gate = panel * kPanel, up = (half + panel) * kPanel;
+      change.expand(sums, begin + first, gate, gate + pairs * kPanel, 0);
+      change.expand(sums, begin + first, up, up + pairs * kPanel, pairs);
+      b.change = sums;
+    }
     k.block(b);
   });
 }
 
-ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, S8 packed, F32 scale, S16 sums, F32 bias, F32 residual,
-                  ffi::ResultBuffer<ffi::F32> out, float eps, int64_t rotated) {
+using lora::Beside;
+
+// What adapters are given as: slot, a, b, and where B's stretches end.
+struct Adapters {
+  ffi::Buffer<ffi::S32> slot;
+  ffi::AnyBuffer a, b;
+  ffi::Span<const int64_t> ends;
+};
+
+// Reads a product's adapters, where it has some; `change` is left as it is where nobody has one. Null, or what is wrong.
+const char* read(const Adapters* adapters, int64_t rows, int64_t inputs, int64_t outputs, Beside& beside, Change& change) {
+  if (adapters == nullptr) return nullptr;
+  const auto& [slot, a, b, ends] = *adapters;
+  if (const char* wrong = beside.read(slot, a, b, ends, rows, inputs, outputs)) return wrong;
+  if (!beside.idle()) change.beside = &beside;
+  return nullptr;
+}
+
+ffi::Error product(ffi::ThreadPool& pool, F32 x, F32 gain, S8 packed, F32 scale, S16 sums, F32 bias, F32 residual,
+                   const Adapters* adapters, ffi::ResultBuffer<ffi::F32>& out, float eps, int64_t rotated) {
   const auto dims = x.dimensions();
   const int64_t rows = dims[0], inputs = dims[1], outputs = out->dimensions()[1];
   auto weight = weight_of(packed, scale, sums, bias, outputs, inputs);
@@ -154,48 +209,101 @@ ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, S8 packed, F32 scale, S
     return ffi::Error::InvalidArgument("the residual does not fit the result");
   }
   if (rotated && inputs % kGroup != 0) return ffi::Error::InvalidArgument(kRagged);
+  Beside beside;
+  Change change;
+  if (const char* wrong = read(adapters, rows, inputs, outputs, beside, change)) {
+    return ffi::Error::InvalidArgument(wrong);
+  }
   const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, rotated, 0);
   Phases phases;
-  add_rounding(phases, a, 0, rows);
-  add_product(phases, a, *weight, 0, rows, out->typed_data(), optional(residual));
+  add_rounding(phases, a, rows, change);
+  add_product(phases, a, *weight, rows, out->typed_data(), optional(residual), change);
   phases.run(pool);
   if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());
   return ffi::Error::Success();
+}
+
+// One weight's operands of a gated block.
+struct Packed {
+  const S8& values;
+  const F32& scale;
+  const S16& sums;
+  const F32& bias;
+  bool rotated;
+  const Adapters* adapters;
+};
+
+ffi::Error gated_block(ffi::ThreadPool& pool, F32 x, F32 gain, const Packed& first, const Packed& second, F32 residual,
+                       ffi::ResultBuffer<ffi::F32>& out, float eps, int64_t activation) {
+  const auto dims = x.dimensions();
+  const int64_t rows = dims[0], inputs = dims[1], outputs = out->dimensions()[1];
+  const int64_t width = first.values.dimensions()[0] * kPanel / 2;
+  auto up = weight_of(first.values, first.scale, first.sums, first.bias, 2 * width, inputs);
+  if (up.has_error()) return up.error();
+  auto down = weight_of(second.values, second.scale, second.sums, second.bias, outputs, width);
+  if (down.has_error()) return down.error();
+  if (width % kPanel != 0) return ffi::Error::InvalidArgument("the hidden width is not a multiple of 16");
+  if ((first.rotated && inputs % kGroup != 0) || (second.rotated && width % kGroup != 0)) {
+    return ffi::Error::InvalidArgument(kRagged);
+  }
+  Beside beside[2];
+  Change of_up, of_down;
+  const char* wrong = read(first.adapters, rows, inputs, 2 * width, beside[0], of_up);
+  if (wrong == nullptr) wrong = read(second.adapters, rows, width, outputs, beside[1], of_down);
+  if (wrong != nullptr) return ffi::Error::InvalidArgument(wrong);
+  // A group of rows goes through the whole block before the next: its hidden values stay in the cache.
+  static_assert(lora::kSpan == 4 * kRowBlock);
+  const int64_t group = std::min<int64_t>(rows, lora::kSpan);
+  const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, first.rotated, 0);
+  float* hidden = static_cast<float*>(scratch(1, group * width * sizeof(float)));
+  const Rounding h = rounding(hidden, group, width, nullptr, 0.0f, second.rotated, 2);
+  const float* rest = optional(residual);
+  Phases phases;
+  add_rounding(phases, a, rows, of_up);
+  for (int64_t begin = 0; begin < rows; begin += group) {
+    const int64_t count = std::min(group, rows - begin);
+    of_down.origin = begin;
+    add_gated(phases, a, *up, begin, count, hidden, static_cast<Activation>(activation), of_up);
+    add_rounding(phases, h, count, of_down);
+    add_product(phases, h, *down, count, out->typed_data() + begin * outputs,
+                rest == nullptr ? nullptr : rest + begin * outputs, of_down);
+  }
+  phases.run(pool);
+  if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());
+  return ffi::Error::Success();
+}
+
+ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, S8 packed, F32 scale, S16 sums, F32 bias, F32 residual,
+                  ffi::ResultBuffer<ffi::F32> out, float eps, int64_t rotated) {
+  return product(pool, x, gain, packed, scale, sums, bias, residual, nullptr, out, eps, rotated);
+}
+
+ffi::Error linear_lora(ffi::ThreadPool pool, F32 x, F32 gain, S8 packed, F32 scale, S16 sums, F32 bias, F32 residual,
+                       ffi::Buffer<ffi::S32> slot, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::ResultBuffer<ffi::F32> out,
+                       float eps, int64_t rotated, ffi::Span<const int64_t> ends) {
+  const Adapters adapters{slot, a, b, ends};
+  return product(pool, x, gain, packed, scale, sums, bias, residual, &adapters, out, eps, rotated);
 }
 
 ffi::Error gated_mlp(ffi::ThreadPool pool, F32 x, F32 gain, S8 up_packed, F32 up_scale, S16 up_sums, F32 up_bias,
                      S8 down_packed, F32 down_scale, S16 down_sums, F32 down_bias, F32 residual,
                      ffi::ResultBuffer<ffi::F32> out, float eps, int64_t activation, int64_t up_rotated,
                      int64_t down_rotated) {
-  const auto dims = x.dimensions();
-  const int64_t rows = dims[0], inputs = dims[1], outputs = out->dimensions()[1];
-  const int64_t width = up_packed.dimensions()[0] * kPanel / 2;
-  auto up = weight_of(up_packed, up_scale, up_sums, up_bias, 2 * width, inputs);
-  if (up.has_error()) return up.error();
-  auto down = weight_of(down_packed, down_scale, down_sums, down_bias, outputs, width);
-  if (down.has_error()) return down.error();
-  if (width % kPanel != 0) return ffi::Error::InvalidArgument("the hidden width is not a multiple of 16");
-  if ((up_rotated && inputs % kGroup != 0) || (down_rotated && width % kGroup != 0)) {
-    return ffi::Error::InvalidArgument(kRagged);
-  }
-  // A group of rows goes through the whole block before the next: its hidden values stay in the cache.
-  const int64_t group = std::min<int64_t>(rows, 4 * kRowBlock);
-  const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, up_rotated, 0);
-  float* hidden = static_cast<float*>(scratch(1, group * width * sizeof(float)));
-  const Rounding h = rounding(hidden, group, width, nullptr, 0.0f, down_rotated, 2);
-  Phases phases;
-  add_rounding(phases, a, 0, rows);
-  for (int64_t begin = 0; begin < rows; begin += group) {
-    const int64_t count = std::min(group, rows - begin);
-    add_gated(phases, a, *up, begin, count, hidden, static_cast<Activation>(activation));
-    add_rounding(phases, h, 0, count);
-    const float* rest = optional(residual);
-    add_product(phases, h, *down, 0, count, out->typed_data() + begin * outputs,
-                rest == nullptr ? nullptr : rest + begin * outputs);
-  }
-  phases.run(pool);
-  if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());
-  return ffi::Error::Success();
+  const Packed up{up_packed, up_scale, up_sums, up_bias, up_rotated != 0, nullptr};
+  const Packed down{down_packed, down_scale, down_sums, down_bias, down_rotated != 0, nullptr};
+  return gated_block(pool, x, gain, up, down, residual, out, eps, activation);
+}
+
+ffi::Error gated_mlp_lora(ffi::ThreadPool pool, F32 x, F32 gain, S8 up_packed, F32 up_scale, S16 up_sums, F32 up_bias,
+                          S8 down_packed, F32 down_scale, S16 down_sums, F32 down_bias, F32 residual,
+                          ffi::Buffer<ffi::S32> slot, ffi::AnyBuffer up_a, ffi::AnyBuffer up_b, ffi::AnyBuffer down_a,
+                          ffi::AnyBuffer down_b, ffi::ResultBuffer<ffi::F32> out, float eps, int64_t activation,
+                          int64_t up_rotated, int64_t down_rotated, ffi::Span<const int64_t> up_ends,
+                          ffi::Span<const int64_t> down_ends) {
+  const Adapters of_up{slot, up_a, up_b, up_ends}, of_down{slot, down_a, down_b, down_ends};
+  const Packed up{up_packed, up_scale, up_sums, up_bias, up_rotated != 0, &of_up};
+  const Packed down{down_packed, down_scale, down_sums, down_bias, down_rotated != 0, &of_down};
+  return gated_block(pool, x, gain, up, down, residual, out, eps, activation);
 }
 
 }  // namespace
@@ -214,6 +322,24 @@ JAXSERVE_HANDLER(jaxserve_int8_linear, jaxserve::int8::linear,
                      .Ret<jaxserve::int8::F32>()  // [T, O]
                      .Attr<float>("eps")
                      .Attr<int64_t>("rotated"));
+
+JAXSERVE_HANDLER(jaxserve_int8_linear_lora, jaxserve::int8::linear_lora,
+                 xla::ffi::Ffi::Bind()
+                     .Ctx<xla::ffi::ThreadPool>()
+                     .Arg<jaxserve::int8::F32>()  // x [T, I]
+                     .Arg<jaxserve::int8::F32>()  // gain [I] or [0]
+                     .Arg<jaxserve::int8::S8>()   // packed
+                     .Arg<jaxserve::int8::F32>()  // scale
+                     .Arg<jaxserve::int8::S16>()  // sums
+                     .Arg<jaxserve::int8::F32>()  // bias [O] or [0]
+                     .Arg<jaxserve::int8::F32>()  // residual [T, O] or [0]
+                     .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // slot [T]
+                     .Arg<xla::ffi::AnyBuffer>()  // a
+                     .Arg<xla::ffi::AnyBuffer>()  // b
+                     .Ret<jaxserve::int8::F32>()  // [T, O]
+                     .Attr<float>("eps")
+                     .Attr<int64_t>("rotated")
+                     .Attr<xla::ffi::Span<const int64_t>>("ends"));
 
 JAXSERVE_HANDLER(jaxserve_int8_gated_mlp, jaxserve::int8::gated_mlp,
                  xla::ffi::Ffi::Bind()
@@ -234,3 +360,30 @@ JAXSERVE_HANDLER(jaxserve_int8_gated_mlp, jaxserve::int8::gated_mlp,
                      .Attr<int64_t>("activation")
                      .Attr<int64_t>("up_rotated")
                      .Attr<int64_t>("down_rotated"));
+
+JAXSERVE_HANDLER(jaxserve_int8_gated_mlp_lora, jaxserve::int8::gated_mlp_lora,
+                 xla::ffi::Ffi::Bind()
+                     .Ctx<xla::ffi::ThreadPool>()
+                     .Arg<jaxserve::int8::F32>()  // x [T, D]
+                     .Arg<jaxserve::int8::F32>()  // gain [D] or [0]
+                     .Arg<jaxserve::int8::S8>()   // gate and up: packed, scale, sums, bias
+                     .Arg<jaxserve::int8::F32>()
+                     .Arg<jaxserve::int8::S16>()
+                     .Arg<jaxserve::int8::F32>()
+                     .Arg<jaxserve::int8::S8>()   // down: packed, scale, sums, bias
+                     .Arg<jaxserve::int8::F32>()
+                     .Arg<jaxserve::int8::S16>()
+                     .Arg<jaxserve::int8::F32>()
+                     .Arg<jaxserve::int8::F32>()  // residual [T, D] or [0]
+                     .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // slot [T]
+                     .Arg<xla::ffi::AnyBuffer>()  // gate and up's a
+                     .Arg<xla::ffi::AnyBuffer>()  // b
+                     .Arg<xla::ffi::AnyBuffer>()  // down's a
+                     .Arg<xla::ffi::AnyBuffer>()  // b
+                     .Ret<jaxserve::int8::F32>()  // [T, D]
+                     .Attr<float>("eps")
+                     .Attr<int64_t>("activation")
+                     .Attr<int64_t>("up_rotated")
+                     .Attr<int64_t>("down_rotated")
+                     .Attr<xla::ffi::Span<const int64_t>>("up_ends")
+                     .Attr<xla::ffi::Span<const int64_t>>("down_ends"));

@@ -18,12 +18,14 @@ struct Chosen {
   int panel[NP];
 };
 
-TARGET_VNNI FORCE_INLINE __m512 scaled(const Block& b, int panel, __mmask16 mask, const float* sums) {
+TARGET_VNNI FORCE_INLINE __m512 scaled(const Block& b, int64_t row, int panel, __mmask16 mask, const float* sums) {
   const __m512 bias = b.bias[panel] == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, b.bias[panel]);
-  return _mm512_fmadd_ps(_mm512_load_ps(sums), _mm512_loadu_ps(b.scale[panel]), bias);
+  const __m512 value = _mm512_fmadd_ps(_mm512_load_ps(sums), _mm512_loadu_ps(b.scale[panel]), bias);
+  if (b.change == nullptr) return value;
+  return _mm512_add_ps(value, _mm512_loadu_ps(b.change + (row * kPanels + panel) * kPanel));
 }
 
-// Channel scales, bias, activation, residual. It reads sums from memory: passed in registers, the compiler would keep a
+// Channel scales, bias, change, activation, residual. It reads sums from memory: passed in registers, the compiler would keep a
 // copy of them on the stack up to date in the innermost loop, which halves its speed.
 TARGET_VNNI void finish(const Block& b, int64_t row, int rows, int count, const int* panels, const float* sums) {
   const int half = b.activation == Activation::kNone ? count : count / 2;
@@ -31,10 +33,10 @@ TARGET_VNNI void finish(const Block& b, int64_t row, int rows, int count, const 
     for (int j = 0; j < half; ++j) {
       const int panel = panels[j];
       const __mmask16 mask = static_cast<__mmask16>((1u << b.valid[panel]) - 1);
-      __m512 value = scaled(b, panel, mask, sums + j * kPanel);
+      __m512 value = scaled(b, row + i, panel, mask, sums + j * kPanel);
       if (half != count) {
         value = gate512(value, static_cast<int>(b.activation));
-        value = _mm512_mul_ps(value, scaled(b, panels[j + half], mask, sums + (j + half) * kPanel));
+        value = _mm512_mul_ps(value, scaled(b, row + i, panels[j + half], mask, sums + (j + half) * kPanel));
       }
       const int64_t at = (row + i) * b.out_stride;
       if (b.residual[panel] != nullptr) {

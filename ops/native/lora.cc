@@ -1,105 +1,140 @@
-// Low-rank adapters on the CPU: every token's product with the two matrices of its own adapter, added to what the base gave.
+// Low-rank adapters beside a product: which rows share what, and the product of both matrices added to what the base gave.
 
 #include "lora.h"
 
 #include <algorithm>
-#include <type_traits>
-#include <vector>
 
 namespace jaxserve::lora {
 namespace {
 
-constexpr int64_t kColumns = 512;  // of an item: its part of B stays in the first cache for all tokens of a block
+constexpr int64_t kTile = 512;        // columns of an item: its part of B stays in the first cache for all its rows
 constexpr int64_t kSerial = 1 << 18;  // multiplications below which another thread costs more than it takes over
 
 template <typename E>
-Kernels<E> best_kernels() {
+Kernels best() {
 #if JAXSERVE_X86
-  if constexpr (std::is_same_v<E, Bits>) {
-    if (isa() >= Isa::kBf16) return bf16_kernels();
-  }
   if (isa() >= Isa::kAvx512) return avx512_kernels<E>();
   if (isa() >= Isa::kAvx2) return avx2_kernels<E>();
 #endif
   return generic_kernels<E>();
 }
 
-struct Block {  // tokens of one adapter
-  int32_t slot;
-  int32_t first, count;  // in the order by slots
-};
-
-// What an item adds: [begin, end) cut where another matrix begins, so that each cut is of one.
-std::vector<std::vector<Columns>> cut(ffi::Span<const int64_t> ends, int64_t O, int64_t R) {
-  std::vector<std::vector<Columns>> items(ceil_div(O, kColumns));
-  int64_t begin = 0;
-  const auto add = [&](int64_t end, int rank) {
-    for (; begin < end; begin = std::min(end, (begin / kColumns + 1) * kColumns))
-      items[begin / kColumns].push_back({begin, std::min(end, (begin / kColumns + 1) * kColumns), rank});
-  };
-  for (size_t i = 0; i + 1 < ends.size(); i += 2) add(ends[i], static_cast<int>(ends[i + 1] * R));
-  if (ends.size() == 0) add(O, 0);
-  return items;
+Kernels best_kernels(bool half) {
+#if JAXSERVE_X86
+  if (half && isa() >= Isa::kBf16) return bf16_kernels();
+#endif
+  return half ? best<Bits>() : best<float>();
 }
 
-// Operands: x [T, I], slot [T] (0: none), a [N, P R, I], b [N, R, O], y [T, O]. Result: y, aliased. `ends` are pairs of
-// the column where a stretch of B ends and the number of the matrix that it is of, below P; none where P is 1.
-template <ffi::DataType type, typename E>
-ffi::Error lora(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> slot, ffi::Buffer<type> a_buffer,
-                ffi::Buffer<type> b_buffer, ffi::Buffer<ffi::F32> old, ffi::Result<ffi::Buffer<ffi::F32>> y,
-                ffi::Span<const int64_t> ends) {
-  if (old.typed_data() != y->typed_data()) return ffi::Error::Internal("the base's product is not updated in place");
-  const int64_t T = x.dimensions()[0], I = x.dimensions()[1], N = a_buffer.dimensions()[0];
-  const int64_t all = a_buffer.dimensions()[1], R = b_buffer.dimensions()[1], O = y->dimensions()[1];
-  for (size_t i = 0; i + 1 < ends.size(); i += 2) {
-    if (ends[i] > O || (ends[i + 1] + 1) * R > all) return ffi::Error::InvalidArgument("columns that are not there");
-  }
-  const E* a = reinterpret_cast<const E*>(a_buffer.untyped_data());
-  const E* b = reinterpret_cast<const E*>(b_buffer.untyped_data());
-  const Kernels<E> use = best_kernels<E>();
+}  // namespace
 
-  std::vector<int32_t> order;
-  for (int64_t t = 0; t < T; ++t) {
-    const int32_t s = slot.typed_data()[t];
-    if (s < 0 || s >= N) return ffi::Error::InvalidArgument("an adapter's slot that is not there");
-    if (s > 0) order.push_back(static_cast<int32_t>(t));
+const char* Beside::read(const ffi::Buffer<ffi::S32>& slot, const ffi::AnyBuffer& a, const ffi::AnyBuffer& b,
+                         ffi::Span<const int64_t> ends, int64_t rows, int64_t inputs, int64_t outputs) {
+  const auto of_a = a.dimensions(), of_b = b.dimensions();
+  const bool half = a.element_type() == ffi::BF16;
+  if (a.element_type() != b.element_type() || (!half && a.element_type() != ffi::F32)) {
+    return "adapters are float32 or bfloat16";
   }
-  if (order.empty()) return ffi::Error::Success();
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int32_t p, int32_t q) { return slot.typed_data()[p] < slot.typed_data()[q]; });
-  std::vector<const float*> in(order.size());
-  std::vector<float*> out(order.size());
-  std::vector<Block> blocks;
-  for (size_t i = 0; i < order.size(); ++i) {
-    const int32_t s = slot.typed_data()[order[i]];
-    in[i] = x.typed_data() + order[i] * I;
-    out[i] = y->typed_data() + order[i] * O;
-    if (blocks.empty() || blocks.back().slot != s || blocks.back().count == kBlock)
-      blocks.push_back({s, static_cast<int32_t>(i), 0});
-    ++blocks.back().count;
+  if (of_a.size() != 3 || of_b.size() != 3 || of_a[0] != of_b[0] || of_a[2] != inputs || of_b[2] != outputs ||
+      static_cast<int64_t>(slot.element_count()) != rows) {
+    return "adapters of another shape than their weight";
   }
-  std::vector<float> hidden(order.size() * all);
-  const auto columns = cut(ends, O, R);
-  const int64_t tiles = static_cast<int64_t>(columns.size());
-  auto shrink = [&](int64_t item, int) {
-    const Block& k = blocks[item];
-    use.shrink(&in[k.first], k.count, a + k.slot * all * I, static_cast<int>(all), I, &hidden[k.first * all]);
-  };
+  kernels_ = best_kernels(half);
+  a_ = static_cast<const char*>(a.untyped_data());
+  b_ = static_cast<const char*>(b.untyped_data());
+  element_ = half ? sizeof(Bits) : sizeof(float);
+  inputs_ = inputs, outputs_ = outputs, all_ = of_a[1], ranks_ = of_b[1];
+  int64_t begin = 0;
+  for (size_t i = 0; i + 1 < ends.size(); i += 2) {
+    if (ends[i] > outputs || (ends[i + 1] + 1) * ranks_ > all_) return "columns that are not there";
+    columns_.push_back({begin, ends[i], ends[i + 1] * ranks_});
+    begin = ends[i];
+  }
+  if (ends.size() == 0) columns_.push_back({0, outputs, 0});
+  const int32_t* of = slot.typed_data();
+  for (int64_t t = 0; t < rows; ++t) {
+    if (of[t] < 0 || of[t] >= of_a[0]) return "an adapter's slot that is not there";
+  }
+  groups_.resize(ceil_div(rows, kRows));
+  for (int64_t t = 0; t < rows; t += kSpan) deal(of, t, std::min(rows, t + kSpan));
+  spans_.push_back(static_cast<int64_t>(blocks_.size()));
+  hidden_.reset(new char[order_.size() * all_ * kernels_.hidden_bytes]);
+  return nullptr;
+}
+
+void Beside::deal(const int32_t* slot, int64_t begin, int64_t end) {
+  spans_.push_back(static_cast<int64_t>(blocks_.size()));
+  const size_t before = order_.size();
+  for (int64_t t = begin; t < end; ++t) {
+    if (slot[t] > 0) order_.push_back(static_cast<int32_t>(t));
+  }
+  std::stable_sort(order_.begin() + before, order_.end(), [=](int32_t p, int32_t q) { return slot[p] < slot[q]; });
+  // A slot's rows are in the batch's order: those of a block of rows are neighbours.
+  for (size_t i = before; i < order_.size(); ++i) {
+    const int32_t s = slot[order_[i]], at = static_cast<int32_t>(i);
+    const bool first = i == before;
+    if (first || blocks_.back().slot != s || blocks_.back().count == kBlock) blocks_.push_back({s, at, 0});
+    ++blocks_.back().count;
+    auto& group = groups_[order_[i] / kRows];
+    if (group.empty() || group.back().slot != s) group.push_back({s, at, 0});
+    ++group.back().count;
+  }
+}
+
+std::pair<int64_t, int64_t> Beside::blocks(int64_t begin, int64_t rows) const {
+  return {spans_[begin / kSpan], spans_[ceil_div(begin + rows, kSpan)]};
+}
+
+void Beside::shrink(int64_t block, const float* x, int64_t origin, const float* gain, float eps) {
+  const Rows& k = blocks_[block];
+  const float* in[kBlock];
+  for (int i = 0; i < k.count; ++i) in[i] = x + (order_[k.first + i] - origin) * inputs_;
+  kernels_.shrink(in, k.count, gain, eps, a_ + k.slot * all_ * inputs_ * element_, static_cast<int>(all_), inputs_,
+                  hidden_.get() + k.first * all_ * kernels_.hidden_bytes);
+}
+
+void Beside::expand(int64_t row, int64_t begin, int64_t end, float* y, int64_t stride) const {
+  for (const Rows& k : groups_[row / kRows]) {
+    for (const Columns& c : columns_) {
+      const int64_t from = std::max(begin, c.begin), to = std::min(end, c.end);
+      if (from >= to) continue;
+      float* out[kRows];
+      for (int i = 0; i < k.count; ++i) out[i] = y + (order_[k.first + i] - row) * stride + from - begin;
+      kernels_.expand(hidden_.get() + (k.first * all_ + c.rank) * kernels_.hidden_bytes, all_, k.count,
+                      b_ + k.slot * ranks_ * outputs_ * element_, static_cast<int>(ranks_), outputs_, from, to, out);
+    }
+  }
+}
+
+namespace {
+
+// Operands: x [T, I], gain [I] or [0], then those of `Beside`, y [T, O]. Result: y, aliased.
+ffi::Error lora(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> gain, ffi::Buffer<ffi::S32> slot,
+                ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Buffer<ffi::F32> old, ffi::Result<ffi::Buffer<ffi::F32>> y,
+                ffi::Span<const int64_t> ends, float eps) {
+  if (old.typed_data() != y->typed_data()) return ffi::Error::Internal("the base's product is not updated in place");
+  const int64_t T = x.dimensions()[0], I = x.dimensions()[1], O = y->dimensions()[1];
+  Beside beside;
+  if (const char* wrong = beside.read(slot, a, b, ends, T, I, O)) return ffi::Error::InvalidArgument(wrong);
+  if (beside.idle()) return ffi::Error::Success();
+  const float* scale = gain.element_count() == 0 ? nullptr : gain.typed_data();
+  const float* in = x.typed_data();
+  float* out = y->typed_data();
+  const int64_t tiles = ceil_div(O, kTile), blocks = beside.blocks(0, T).second;
+  auto shrink = [&](int64_t block, int) { beside.shrink(block, in, 0, scale, eps); };
   auto expand = [&](int64_t item, int) {
-    const Block& k = blocks[item / tiles];
-    for (const Columns& c : columns[item % tiles])
-      use.expand(&hidden[k.first * all + c.rank], static_cast<int>(all), k.count, b + k.slot * R * O,
-                 static_cast<int>(R), O, c.begin, c.end, &out[k.first]);
+    const int64_t row = item / tiles * kRows, begin = item % tiles * kTile;
+    beside.expand(row, begin, std::min(O, begin + kTile), out + row * O + begin, O);
   };
-  const int64_t items = static_cast<int64_t>(blocks.size());
-  if (static_cast<int64_t>(order.size()) * (all * I + R * O) < kSerial || threads.num_threads() <= 1) {
-    for (int64_t i = 0; i < items; ++i) shrink(i, 0);
-    for (int64_t i = 0; i < items * tiles; ++i) expand(i, 0);
+  const int64_t items = ceil_div(T, kRows) * tiles;
+  if (beside.multiplications() < kSerial || threads.num_threads() <= 1) {
+    for (int64_t i = 0; i < blocks; ++i) shrink(i, 0);
+    for (int64_t i = 0; i < items; ++i) expand(i, 0);
     return ffi::Error::Success();
   }
   Phases phases;
-  phases.add(items, shrink);
-  phases.add(items * tiles, expand);
+  phases.add(blocks, shrink);
+  phases.add(items, expand);
   phases.run(threads);
   return ffi::Error::Success();
 }
@@ -107,24 +142,15 @@ ffi::Error lora(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
 }  // namespace
 }  // namespace jaxserve::lora
 
-JAXSERVE_HANDLER(jaxserve_lora, (jaxserve::lora::lora<xla::ffi::F32, float>),
+JAXSERVE_HANDLER(jaxserve_lora, jaxserve::lora::lora,
                  xla::ffi::Ffi::Bind()
                      .Ctx<xla::ffi::ThreadPool>()
                      .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // x
+                     .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // gain
                      .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // slot
-                     .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // a
-                     .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // b
+                     .Arg<xla::ffi::AnyBuffer>()              // a
+                     .Arg<xla::ffi::AnyBuffer>()              // b
                      .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // y
                      .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                     .Attr<xla::ffi::Span<const int64_t>>("ends"));
-
-JAXSERVE_HANDLER(jaxserve_lora_bf16, (jaxserve::lora::lora<xla::ffi::BF16, jaxserve::lora::Bits>),
-                 xla::ffi::Ffi::Bind()
-                     .Ctx<xla::ffi::ThreadPool>()
-                     .Arg<xla::ffi::Buffer<xla::ffi::F32>>()   // x
-                     .Arg<xla::ffi::Buffer<xla::ffi::S32>>()   // slot
-                     .Arg<xla::ffi::Buffer<xla::ffi::BF16>>()  // a
-                     .Arg<xla::ffi::Buffer<xla::ffi::BF16>>()  // b
-                     .Arg<xla::ffi::Buffer<xla::ffi::F32>>()   // y
-                     .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                     .Attr<xla::ffi::Span<const int64_t>>("ends"));
+                     .Attr<xla::ffi::Span<const int64_t>>("ends")
+                     .Attr<float>("eps"));

@@ -11,11 +11,11 @@
 
 namespace jaxserve::lora {
 template <>
-Kernels<float> avx2_kernels<float>() {
+Kernels avx2_kernels<float>() {
   return kernels<float>();
 }
 template <>
-Kernels<Bits> avx2_kernels<Bits>() {
+Kernels avx2_kernels<Bits>() {
   return kernels<Bits>();
 }
 }  // namespace jaxserve::lora

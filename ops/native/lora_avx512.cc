@@ -11,11 +11,11 @@
 
 namespace jaxserve::lora {
 template <>
-Kernels<float> avx512_kernels<float>() {
+Kernels avx512_kernels<float>() {
   return kernels<float>();
 }
 template <>
-Kernels<Bits> avx512_kernels<Bits>() {
+Kernels avx512_kernels<Bits>() {
   return kernels<Bits>();
 }
 }  // namespace jaxserve::lora

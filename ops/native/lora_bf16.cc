@@ -11,8 +11,9 @@ namespace {
 
 #include "vectors.h"
 
-constexpr int TOKENS = 4;  // at once
+constexpr int TOKENS = 4;  // rows of x at once
 constexpr int RANKS = 4;   // rows of A at once
+constexpr int ROWS = 6;    // of y at once
 constexpr int PAIRS = 2;   // pairs of vectors of B at once: 64 columns
 
 INLINE __m512i load_bits(const Bits* p) { return _mm512_loadu_si512(p); }
@@ -20,40 +21,70 @@ INLINE vf dot(vf sum, __m512i a, __m512i b) {
   return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
 INLINE __mmask32 first(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
+INLINE __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-// x in bfloat16, zeros up to whole vectors of 32.
-AT void round_row(const float* x, int64_t inputs, Bits* to) {
+// x, or x * gain, in bfloat16, zeros up to whole vectors of 32; what the norm multiplies it with.
+AT float round_row(const float* x, const float* gain, float eps, int64_t inputs, Bits* to) {
+  __m512 squares = _mm512_setzero_ps();
   for (int64_t i = 0; i < inputs; i += 32) {
     const __mmask32 there = first(inputs - i);
-    const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), x + i);
-    const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), x + i + 16);
-    _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    const __mmask16 below = static_cast<__mmask16>(there), above = static_cast<__mmask16>(there >> 16);
+    __m512 low = _mm512_maskz_loadu_ps(below, x + i), high = _mm512_maskz_loadu_ps(above, x + i + 16);
+    if (gain != nullptr) {
+      squares = _mm512_fmadd_ps(high, high, _mm512_fmadd_ps(low, low, squares));
+      low = _mm512_mul_ps(low, _mm512_maskz_loadu_ps(below, gain + i));
+      high = _mm512_mul_ps(high, _mm512_maskz_loadu_ps(above, gain + i + 16));
+    }
+    _mm512_storeu_si512(to + i, rounded(low, high));
   }
+  if (gain == nullptr) return 1.0f;
+  return 1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / static_cast<float>(inputs) + eps);
 }
 
+// The sums of 16 vectors, vector i's in lane i.
+INLINE __m512 sums_of(const vf (&v)[16]) {
+  __m512 quad[4];
+  UNROLL for (int i = 0; i < 4; ++i) {
+    __m512 two[2];
+    UNROLL for (int j = 0; j < 2; ++j) {
+      const __m512 a = (__m512)v[4 * i + 2 * j], b = (__m512)v[4 * i + 2 * j + 1];
+      two[j] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    const __m512d a = _mm512_castps_pd(two[0]), b = _mm512_castps_pd(two[1]);
+    quad[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  __m512 half[2];
+  UNROLL for (int i = 0; i < 2; ++i) {
+    half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quad[2 * i], quad[2 * i + 1], 0x88),
+                            _mm512_shuffle_f32x4(quad[2 * i], quad[2 * i + 1], 0xdd));
+  }
+  return _mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
+}
+
+// h[t][r] of N rows of x and M of A. Whoever is among them, a row's sums are added up in the same order.
 template <int N, int M>
 AT void dots(const Bits* x, int64_t width, const Bits* a, int64_t inputs, float* h, int ranks) {
-  vf sum[N][M];
-  UNROLL for (int t = 0; t < N; ++t) {
-    UNROLL for (int r = 0; r < M; ++r) sum[t][r] = splat(0.0f);
-  }
+  vf sum[16];
+  UNROLL for (int i = 0; i < 16; ++i) sum[i] = splat(0.0f);
   int64_t i = 0;
   for (; i + 32 <= inputs; i += 32) {
     __m512i in[N];
     UNROLL for (int t = 0; t < N; ++t) in[t] = load_bits(x + t * width + i);
     UNROLL for (int r = 0; r < M; ++r) {
       const __m512i row = load_bits(a + r * inputs + i);
-      UNROLL for (int t = 0; t < N; ++t) sum[t][r] = dot(sum[t][r], in[t], row);
+      UNROLL for (int t = 0; t < N; ++t) sum[t * 4 + r] = dot(sum[t * 4 + r], in[t], row);
     }
   }
   if (i < inputs) {
     UNROLL for (int r = 0; r < M; ++r) {
       const __m512i row = _mm512_maskz_loadu_epi16(first(inputs - i), a + r * inputs + i);
-      UNROLL for (int t = 0; t < N; ++t) sum[t][r] = dot(sum[t][r], load_bits(x + t * width + i), row);
+      UNROLL for (int t = 0; t < N; ++t) sum[t * 4 + r] = dot(sum[t * 4 + r], load_bits(x + t * width + i), row);
     }
   }
-  for (int t = 0; t < N; ++t) {
-    for (int r = 0; r < M; ++r) h[t * ranks + r] = sum_lanes(sum[t][r]);
+  alignas(64) float found[16];
+  _mm512_store_ps(found, sums_of(sum));
+  UNROLL for (int t = 0; t < N; ++t) {
+    UNROLL for (int r = 0; r < M; ++r) h[t * ranks + r] = found[t * 4 + r];
   }
 }
 
@@ -64,14 +95,34 @@ AT void shrink_rows(const Bits* x, int64_t width, const Bits* a, int ranks, int6
   for (; r < ranks; ++r) dots<N, 1>(x, width, a + r * inputs, inputs, h + r, ranks);
 }
 
-AT void shrink(const float* const* x, int count, const Bits* a, int ranks, int64_t inputs, float* h) {
+AT void shrink(const float* const* x, int count, const float* gain, float eps, const void* a, int ranks, int64_t inputs,
+               void* hidden) {
   const int64_t width = ceil_div(inputs, 32) * 32;
-  Bits* rounded = static_cast<Bits*>(scratch(0, count * width * sizeof(Bits)));
-  for (int t = 0; t < count; ++t) round_row(x[t], inputs, rounded + t * width);
+  Bits* in = static_cast<Bits*>(scratch(7, count * width * sizeof(Bits) + count * ranks * sizeof(float)));
+  float* h = reinterpret_cast<float*>(in + count * width);
+  float norm[kBlock];
+  for (int t = 0; t < count; ++t) norm[t] = round_row(x[t], gain, eps, inputs, in + t * width);
+  const Bits* rows = static_cast<const Bits*>(a);
   int t = 0;
   for (; t + TOKENS <= count; t += TOKENS)
-    shrink_rows<TOKENS>(rounded + t * width, width, a, ranks, inputs, h + t * ranks);
-  for (; t < count; ++t) shrink_rows<1>(rounded + t * width, width, a, ranks, inputs, h + t * ranks);
+    shrink_rows<TOKENS>(in + t * width, width, rows, ranks, inputs, h + t * ranks);
+  switch (count - t) {
+    case 3: shrink_rows<3>(in + t * width, width, rows, ranks, inputs, h + t * ranks); break;
+    case 2: shrink_rows<2>(in + t * width, width, rows, ranks, inputs, h + t * ranks); break;
+    case 1: shrink_rows<1>(in + t * width, width, rows, ranks, inputs, h + t * ranks); break;
+    default: break;
+  }
+  Bits* to = static_cast<Bits*>(hidden);
+  for (t = 0; t < count; ++t) {
+    const __m512 by = _mm512_set1_ps(norm[t]);
+    for (int r = 0; r < ranks; r += 32) {
+      const __mmask32 there = first(ranks - r);
+      const float* from = h + t * ranks + r;
+      const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), from);
+      const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), from + 16);
+      _mm512_mask_storeu_epi16(to + t * ranks + r, there, rounded(_mm512_mul_ps(low, by), _mm512_mul_ps(high, by)));
+    }
+  }
 }
 
 // Columns [at, at + 32) of two rows of B as pairs: those of columns at.. in `low`, of at + 16.. in `high`.
@@ -82,81 +133,74 @@ INLINE void pair_up(__m512i even, __m512i odd, __m512i* low, __m512i* high) {
   *high = _mm512_permutex2var_epi16(even, _mm512_add_epi16(columns, _mm512_set1_epi16(16)), odd);
 }
 
-// `pairs` [N][half] are two neighbours of a row of h in bfloat16 each, the lower one first. Of the last pair the
-// second row of B may not be there: it is then the first again, and its number in `pairs` is zero.
+// Two neighbours of a row of h, or the last one and a zero.
+INLINE __m512i both(const Bits* h, bool two) {
+  uint32_t pair = *h;
+  if (two) __builtin_memcpy(&pair, h, sizeof(pair));
+  return _mm512_set1_epi32(static_cast<int>(pair));
+}
+
 template <int N, int M>
-AT void add(const uint32_t* pairs, int half, const Bits* b, int ranks, int64_t outputs, int64_t at, int64_t end,
+AT void add(const Bits* h, int64_t stride, const Bits* b, int ranks, int64_t outputs, int64_t at, int64_t columns,
             float* const* y) {
   vf sum[N][2 * M];
-  __mmask16 low_there[M], high_there[M];
-  UNROLL for (int j = 0; j < M; ++j) {
-    const __mmask32 there = first(end - at - 32 * j);
-    low_there[j] = static_cast<__mmask16>(there);
-    high_there[j] = static_cast<__mmask16>(there >> 16);
-  }
+  __mmask32 there[M];
+  UNROLL for (int j = 0; j < M; ++j) there[j] = first(columns - at - 32 * j);
   UNROLL for (int t = 0; t < N; ++t) {
     UNROLL for (int j = 0; j < M; ++j) {
-      sum[t][2 * j] = (vf)_mm512_maskz_loadu_ps(low_there[j], y[t] + at + 32 * j);
-      sum[t][2 * j + 1] = (vf)_mm512_maskz_loadu_ps(high_there[j], y[t] + at + 32 * j + 16);
+      sum[t][2 * j] = (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>(there[j]), y[t] + at + 32 * j);
+      sum[t][2 * j + 1] = (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>(there[j] >> 16), y[t] + at + 32 * j + 16);
     }
   }
-  for (int r = 0; r < half; ++r) {
-    const Bits* even = b + 2 * r * outputs + at;
-    const Bits* odd = 2 * r + 1 < ranks ? even + outputs : even;
+  for (int r = 0; r < ranks; r += 2) {
+    const bool two = r + 1 < ranks;
+    const Bits* even = b + r * outputs + at;
+    const Bits* odd = two ? even + outputs : even;  // times zero where it is not there
+    __m512i low[M], high[M];
     UNROLL for (int j = 0; j < M; ++j) {
-      const __mmask32 there = low_there[j] | static_cast<__mmask32>(high_there[j]) << 16;
-      __m512i low, high;
-      pair_up(_mm512_maskz_loadu_epi16(there, even + 32 * j), _mm512_maskz_loadu_epi16(there, odd + 32 * j), &low,
-              &high);
-      UNROLL for (int t = 0; t < N; ++t) {
-        const __m512i by = _mm512_set1_epi32(static_cast<int>(pairs[t * half + r]));
-        sum[t][2 * j] = dot(sum[t][2 * j], by, low);
-        sum[t][2 * j + 1] = dot(sum[t][2 * j + 1], by, high);
+      pair_up(_mm512_maskz_loadu_epi16(there[j], even + 32 * j), _mm512_maskz_loadu_epi16(there[j], odd + 32 * j),
+              &low[j], &high[j]);
+    }
+    UNROLL for (int t = 0; t < N; ++t) {
+      const __m512i by = both(h + t * stride + r, two);
+      UNROLL for (int j = 0; j < M; ++j) {
+        sum[t][2 * j] = dot(sum[t][2 * j], by, low[j]);
+        sum[t][2 * j + 1] = dot(sum[t][2 * j + 1], by, high[j]);
       }
     }
   }
   UNROLL for (int t = 0; t < N; ++t) {
     UNROLL for (int j = 0; j < M; ++j) {
-      _mm512_mask_storeu_ps(y[t] + at + 32 * j, low_there[j], (__m512)sum[t][2 * j]);
-      _mm512_mask_storeu_ps(y[t] + at + 32 * j + 16, high_there[j], (__m512)sum[t][2 * j + 1]);
+      _mm512_mask_storeu_ps(y[t] + at + 32 * j, static_cast<__mmask16>(there[j]), (__m512)sum[t][2 * j]);
+      _mm512_mask_storeu_ps(y[t] + at + 32 * j + 16, static_cast<__mmask16>(there[j] >> 16), (__m512)sum[t][2 * j + 1]);
     }
   }
 }
 
 template <int N>
-AT void expand_rows(const uint32_t* pairs, int half, const Bits* b, int ranks, int64_t outputs, int64_t begin,
-                    int64_t end, float* const* y) {
-  int64_t at = begin;
-  for (; at + 32 * PAIRS <= end; at += 32 * PAIRS) add<N, PAIRS>(pairs, half, b, ranks, outputs, at, end, y);
-  for (; at < end; at += 32) add<N, 1>(pairs, half, b, ranks, outputs, at, end, y);
+AT void expand_rows(const Bits* h, int64_t stride, const Bits* b, int ranks, int64_t outputs, int64_t columns,
+                    float* const* y) {
+  int64_t at = 0;
+  for (; at + 32 * PAIRS <= columns; at += 32 * PAIRS) add<N, PAIRS>(h, stride, b, ranks, outputs, at, columns, y);
+  for (; at < columns; at += 32) add<N, 1>(h, stride, b, ranks, outputs, at, columns, y);
 }
 
-AT void expand(const float* h, int stride, int count, const Bits* b, int ranks, int64_t outputs, int64_t begin,
-               int64_t end, float* const* y) {
-  const int half = (ranks + 1) / 2;
-  uint32_t* pairs = static_cast<uint32_t*>(scratch(0, count * half * sizeof(uint32_t) + 64));
-  for (int t = 0; t < count; ++t) {
-    for (int r = 0; r < half; r += 16) {
-      const int left = ranks - 2 * r;
-      const __mmask32 there = first(left);
-      const float* from = h + t * stride + 2 * r;
-      const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), from);
-      const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), from + 16);
-      const __mmask16 kept = half - r >= 16 ? 0xffff : (1u << (half - r)) - 1;
-      _mm512_mask_storeu_epi32(pairs + t * half + r, kept, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-  }
+AT void expand(const void* hidden, int64_t stride, int count, const void* matrix, int ranks, int64_t outputs,
+               int64_t begin, int64_t end, float* const* y) {
+  const Bits* h = static_cast<const Bits*>(hidden);
+  const Bits* b = static_cast<const Bits*>(matrix) + begin;
+  const int64_t columns = end - begin;
   int t = 0;
-  for (; t + TOKENS <= count; t += TOKENS)
-    expand_rows<TOKENS>(pairs + t * half, half, b, ranks, outputs, begin, end, y + t);
-  for (; t < count; ++t) expand_rows<1>(pairs + t * half, half, b, ranks, outputs, begin, end, y + t);
+  for (; t + ROWS <= count; t += ROWS) expand_rows<ROWS>(h + t * stride, stride, b, ranks, outputs, columns, y + t);
+  for (; t + 2 <= count; t += 2) expand_rows<2>(h + t * stride, stride, b, ranks, outputs, columns, y + t);
+  if (t < count) expand_rows<1>(h + t * stride, stride, b, ranks, outputs, columns, y + t);
 }
 
 #undef INLINE
 
 }  // namespace
 
-Kernels<Bits> bf16_kernels() { return {shrink, expand}; }
+Kernels bf16_kernels() { return {sizeof(Bits), shrink, expand}; }
 
 }  // namespace jaxserve::lora
 #endif

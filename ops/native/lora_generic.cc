@@ -10,11 +10,11 @@
 
 namespace jaxserve::lora {
 template <>
-Kernels<float> generic_kernels<float>() {
+Kernels generic_kernels<float>() {
   return kernels<float>();
 }
 template <>
-Kernels<Bits> generic_kernels<Bits>() {
+Kernels generic_kernels<Bits>() {
   return kernels<Bits>();
 }
 }  // namespace jaxserve::lora

@@ -60,7 +60,7 @@ AT void shrink_rows(const float* const* x, const E* a, int ranks, int64_t inputs
 }
 
 template <int N, int M, typename E>
-AT void add(const float* h, int stride, const E* b, int ranks, int64_t outputs, int64_t at, float* const* y) {
+AT void add(const float* h, int64_t stride, const E* b, int ranks, int64_t outputs, int64_t at, float* const* y) {
   vf sum[N][M];
   UNROLL for (int t = 0; t < N; ++t) {
     UNROLL for (int j = 0; j < M; ++j) sum[t][j] = load(y[t] + at + j * W);
@@ -79,12 +79,12 @@ AT void add(const float* h, int stride, const E* b, int ranks, int64_t outputs, 
 }
 
 template <int N, typename E>
-AT void expand_rows(const float* h, int stride, const E* b, int ranks, int64_t outputs, int64_t begin, int64_t end,
+AT void expand_rows(const float* h, int64_t stride, const E* b, int ranks, int64_t outputs, int64_t columns,
                     float* const* y) {
-  int64_t at = begin;
-  for (; at + COLS * W <= end; at += COLS * W) add<N, COLS>(h, stride, b, ranks, outputs, at, y);
-  for (; at + W <= end; at += W) add<N, 1>(h, stride, b, ranks, outputs, at, y);
-  for (; at < end; ++at) {
+  int64_t at = 0;
+  for (; at + COLS * W <= columns; at += COLS * W) add<N, COLS>(h, stride, b, ranks, outputs, at, y);
+  for (; at + W <= columns; at += W) add<N, 1>(h, stride, b, ranks, outputs, at, y);
+  for (; at < columns; ++at) {
     for (int t = 0; t < N; ++t) {
       float total = y[t][at];
       for (int r = 0; r < ranks; ++r) total += h[t * stride + r] * one(b + r * outputs + at);
@@ -93,25 +93,67 @@ AT void expand_rows(const float* h, int stride, const E* b, int ranks, int64_t o
   }
 }
 
-template <typename E>
-AT void shrink(const float* const* x, int count, const E* a, int ranks, int64_t inputs, float* h) {
-  int t = 0;
-  for (; t + TOKENS <= count; t += TOKENS) shrink_rows<TOKENS>(x + t, a, ranks, inputs, h + t * ranks);
-  for (; t < count; ++t) shrink_rows<1>(x + t, a, ranks, inputs, h + t * ranks);
+// x * gain of some rows, and each one's norm; of none x itself and 1.
+struct Scaled {
+  const float* x[kBlock];
+  float norm[kBlock];
+};
+
+AT Scaled scaled(const float* const* x, int count, const float* gain, float eps, int64_t inputs) {
+  Scaled out;
+  float* copy = gain == nullptr ? nullptr : static_cast<float*>(scratch(7, count * inputs * sizeof(float)));
+  for (int t = 0; t < count; ++t) {
+    out.x[t] = x[t];
+    out.norm[t] = 1.0f;
+    if (gain == nullptr) continue;
+    float* to = copy + t * inputs;
+    vf squares = splat(0.0f);
+    int64_t i = 0;
+    for (; i + W <= inputs; i += W) {
+      const vf in = load(x[t] + i);
+      squares = fma(in, in, squares);
+      store(to + i, in * load(gain + i));
+    }
+    float total = sum_lanes(squares);
+    for (; i < inputs; ++i) {
+      total += x[t][i] * x[t][i];
+      to[i] = x[t][i] * gain[i];
+    }
+    out.x[t] = to;
+    out.norm[t] = 1.0f / __builtin_sqrtf(total / static_cast<float>(inputs) + eps);
+  }
+  return out;
 }
 
 template <typename E>
-AT void expand(const float* h, int stride, int count, const E* b, int ranks, int64_t outputs, int64_t begin,
+AT void shrink(const float* const* x, int count, const float* gain, float eps, const void* a, int ranks, int64_t inputs,
+               void* hidden) {
+  const Scaled in = scaled(x, count, gain, eps, inputs);
+  const E* rows = static_cast<const E*>(a);
+  float* h = static_cast<float*>(hidden);
+  int t = 0;
+  for (; t + TOKENS <= count; t += TOKENS) shrink_rows<TOKENS>(in.x + t, rows, ranks, inputs, h + t * ranks);
+  for (; t < count; ++t) shrink_rows<1>(in.x + t, rows, ranks, inputs, h + t * ranks);
+  if (gain == nullptr) return;
+  for (t = 0; t < count; ++t) {
+    for (int r = 0; r < ranks; ++r) h[t * ranks + r] *= in.norm[t];
+  }
+}
+
+template <typename E>
+AT void expand(const void* hidden, int64_t stride, int count, const void* b, int ranks, int64_t outputs, int64_t begin,
                int64_t end, float* const* y) {
+  const float* h = static_cast<const float*>(hidden);
+  const E* rows = static_cast<const E*>(b) + begin;
   int t = 0;
   for (; t + TOKENS <= count; t += TOKENS)
-    expand_rows<TOKENS>(h + t * stride, stride, b, ranks, outputs, begin, end, y + t);
-  for (; t < count; ++t) expand_rows<1>(h + t * stride, stride, b, ranks, outputs, begin, end, y + t);
+    expand_rows<TOKENS>(h + t * stride, stride, rows, ranks, outputs, end - begin, y + t);
+  for (; t < count; ++t) expand_rows<1>(h + t * stride, stride, rows, ranks, outputs, end - begin, y + t);
 }
 
 template <typename E>
-Kernels<E> kernels() {
-  return {shrink<E>, expand<E>};
+Kernels kernels() {
+  return {sizeof(float), shrink<E>, expand<E>};
 }
 
 #undef INLINE

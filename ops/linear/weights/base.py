@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
-from ops.linear.weights.norm import RmsNorm
+from ops.lora import Adapters, LoraStack
+from ops.norm import RmsNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Around:
         bias_O: added in float32.
         norm: applied to x first.
         residual_TO: added to the result, in the result's dtype.
+        adapters: change the product; only given to a weight that `takes` them.
     """
 
     bias_O: jax.Array | None = None
     norm: RmsNorm | None = None
     residual_TO: jax.Array | None = None
+    adapters: Adapters | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +79,21 @@ class StoredWeight(abc.ABC):
         y_TO = y_TO.astype(dtype)
         return y_TO if around.residual_TO is None else around.residual_TO.astype(dtype) + y_TO
 
+    def takes(self, stack: LoraStack) -> bool:
+        """Whether `linear` takes adapters along; they are added to what it gives where it does not."""
+        return False
+
     def gated_mlp(
-        self, x_TD: jax.Array, down: StoredWeight, activation: str, around: Around, down_bias_D: jax.Array | None
+        self,
+        x_TD: jax.Array,
+        down: StoredWeight,
+        activation: str,
+        around: Around,
+        down_bias_D: jax.Array | None,
+        down_adapters: Adapters | None = None,
     ) -> jax.Array | None:
-        """A whole gated block in one call, float32; its rows are gate, then up. `around` holds this product's bias and norm and
-        the block's residual."""
+        """A whole gated block in one call, float32; its rows are gate, then up. `around` holds this product's bias, norm and
+        adapters and the block's residual."""
         return None
 
     def experts(self, down: StoredWeight, given: Experts) -> jax.Array | None:

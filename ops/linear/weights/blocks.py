@@ -24,6 +24,7 @@ from ops.linear.weights import xla
 from ops.linear.weights.base import Around, StoredWeight
 from ops.linear.weights.native import ACTIVATIONS, eps, f32
 from ops.linear.weights.rotation import rotate
+from ops.lora import Adapters
 
 PANEL = 16  # output channels a panel, as in ops/native/blocks/blocks.h
 STEP = 32  # inputs that share an activation scale
@@ -177,12 +178,18 @@ class BlockWeight(StoredWeight):
         )
 
     def gated_mlp(
-        self, x_TD: jax.Array, down: StoredWeight, activation: str, around: Around, down_bias_D: jax.Array | None
+        self,
+        x_TD: jax.Array,
+        down: StoredWeight,
+        activation: str,
+        around: Around,
+        down_bias_D: jax.Array | None,
+        down_adapters: Adapters | None = None,
     ) -> jax.Array | None:
         # Gate and up must be whole panels each; the hidden values never leave the cache.
         if not isinstance(down, BlockWeight) or activation not in ACTIVATIONS or self.shape[0] % (2 * PANEL):
             return None
-        if not on_native():
+        if not on_native() or around.adapters is not None or down_adapters is not None:
             return None
         out = jax.ShapeDtypeStruct((x_TD.shape[0], down.shape[0]), jnp.float32)
         return jax.ffi.ffi_call(native.target("jaxserve_blocks_gated_mlp"), out)(

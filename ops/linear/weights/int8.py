@@ -19,6 +19,7 @@ from ops.linear.weights.base import Around, Experts, StoredWeight, single_cpu
 from ops.linear.weights.dense import one_expert, ragged_dot
 from ops.linear.weights.native import ACTIVATIONS, eps, f32
 from ops.linear.weights.rotation import BLOCK, rotate
+from ops.lora import Adapters, LoraStack
 
 INT8_MAX = 127.0
 PANEL = 16  # output channels a panel of a packed weight, as in ops/native/int8.h
@@ -123,36 +124,59 @@ class PackedInt8Weight(StoredWeight):
 
     def linear(self, x_TI: jax.Array, around: Around, dtype: jax.typing.DTypeLike) -> jax.Array:
         out = jax.ShapeDtypeStruct((x_TI.shape[0], self.shape[0]), jnp.float32)
-        call = jax.ffi.ffi_call(native.target("jaxserve_int8_linear"), out)
-        y_TO = call(
+        operands = (
             f32(x_TI),
             f32(None if around.norm is None else around.norm.scale_I),
             *self._operands(around.bias_O),
             f32(around.residual_TO),
-            eps=eps(around.norm),
-            rotated=np.int64(self.rotated),
         )
+        attributes = {"eps": eps(around.norm), "rotated": np.int64(self.rotated)}
+        if (own := around.adapters) is None:
+            y_TO = jax.ffi.ffi_call(native.target("jaxserve_int8_linear"), out)(*operands, **attributes)
+        else:
+            call = jax.ffi.ffi_call(native.target("jaxserve_int8_linear_lora"), out)
+            y_TO = call(*operands, own.slot_T, *own.stack.matrices, **attributes, ends=own.stack.ends)
         return y_TO.astype(dtype)
 
+    def takes(self, stack: LoraStack) -> bool:
+        return stack.on_native()
+
     def gated_mlp(
-        self, x_TD: jax.Array, down: StoredWeight, activation: str, around: Around, down_bias_D: jax.Array | None
+        self,
+        x_TD: jax.Array,
+        down: StoredWeight,
+        activation: str,
+        around: Around,
+        down_bias_D: jax.Array | None,
+        down_adapters: Adapters | None = None,
     ) -> jax.Array | None:
         # Gate and up must be whole panels each; the hidden values never leave the cache.
         if not isinstance(down, PackedInt8Weight) or activation not in ACTIVATIONS or self.shape[0] % (2 * PANEL):
             return None
         out = jax.ShapeDtypeStruct((x_TD.shape[0], down.shape[0]), jnp.float32)
-        call = jax.ffi.ffi_call(native.target("jaxserve_int8_gated_mlp"), out)
-        return call(
+        operands = (
             f32(x_TD),
             f32(None if around.norm is None else around.norm.scale_I),
             *self._operands(around.bias_O),
             *down._operands(down_bias_D),
             f32(around.residual_TO),
-            activation=np.int64(ACTIVATIONS[activation]),
-            eps=eps(around.norm),
-            up_rotated=np.int64(self.rotated),
-            down_rotated=np.int64(down.rotated),
         )
+        attributes = {
+            "activation": np.int64(ACTIVATIONS[activation]),
+            "eps": eps(around.norm),
+            "up_rotated": np.int64(self.rotated),
+            "down_rotated": np.int64(down.rotated),
+        }
+        if around.adapters is None and down_adapters is None:
+            return jax.ffi.ffi_call(native.target("jaxserve_int8_gated_mlp"), out)(*operands, **attributes)
+        if around.adapters is None or down_adapters is None:
+            return None
+        slot_T, up, last = around.adapters.slot_T, around.adapters.stack, down_adapters.stack
+        if not (up.on_native() and last.on_native()):
+            return None
+        call = jax.ffi.ffi_call(native.target("jaxserve_int8_gated_mlp_lora"), out)
+        given = (*operands, slot_T, *up.matrices, *last.matrices)
+        return call(*given, **attributes, up_ends=up.ends, down_ends=last.ends)
 
     def experts(self, down: StoredWeight, given: Experts) -> jax.Array | None:
         if not isinstance(down, PackedInt8Weight):

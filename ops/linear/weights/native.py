@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops.linear.weights.norm import RmsNorm
+from ops.norm import RmsNorm
 
 # The numbers of `Activation` in int8.h, by the names of ops.activation.
 ACTIVATIONS = {"silu": 1, "swish": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
