@@ -28,7 +28,7 @@ from models.parameters import parameters_of, quantizable
 from models.recipes import Piece, Recipe, row_map
 from ops import native
 from ops.linear import StoredWeight
-from ops.lora import LoraStack, Stretches
+from ops.lora import LoraStack, Stretches, paired, paired_shape
 from sharding.rules import DEFAULT_RULES, ShardingRules, to_sharding
 
 TIED_HEAD = "lm_head.weight"
@@ -49,6 +49,7 @@ class Room:
         spreads: by place, how rows or columns are repeated and padded where heads do not divide the mesh.
         shapes: by place, (O, I) as they lie on the devices.
         stretches: by place, where B has only the numbers of each column's own tensor: `LoraStack.stretches`.
+        paired: places whose B lies as `ops.lora.paired` has it.
         late: places whose change is made behind the forward pass, where logits are.
         base: what readers of adapters have to know.
         hint: what to do where an adapter changes weights that take none; "" for nothing.
@@ -60,6 +61,7 @@ class Room:
     spreads: Mapping[str, Callable[[np.ndarray], np.ndarray]]
     shapes: Mapping[str, tuple[int, int]]
     stretches: Mapping[str, Stretches]
+    paired: frozenset[str]
     late: frozenset[str]
     base: Base
     hint: str = ""
@@ -70,7 +72,7 @@ class Room:
         return any(site.take(given) is not None for site in self.sites if site.place in self.late)
 
     def pack(self, adapter: Adapter) -> np.ndarray:
-        """All matrices in one float32 array: of each site A [R, I], then B turned [R, O]; zeros where there are none.
+        """All matrices in one float32 array: of each site A [R, I], then B turned as it is stored; zeros where there are none.
 
         Raises:
             ValueError: it does not fit this model, in a sentence.
@@ -80,7 +82,7 @@ class Room:
         for site in self.sites:
             (R, r), (outputs, inputs) = self._ranks(site), self.shapes[site.place]
             if site.place not in fitted:
-                parts.append(np.zeros(R * inputs + r * outputs, np.float32))
+                parts.append(np.zeros(R * inputs + math.prod(self._shape_of_b(site)), np.float32))
                 continue
             a_RI, b_OR = fitted[site.place].a_RI, fitted[site.place].b_OR
             spread = self.spreads.get(site.place)
@@ -93,7 +95,8 @@ class Room:
                     a_RI = spread(a_RI)
             if r < R:
                 b_OR = _own_columns(b_OR, self.stretches[site.place], r)
-            parts += [a_RI.reshape(-1), np.ascontiguousarray(b_OR.T).reshape(-1)]
+            stored = paired(b_OR.T) if site.place in self.paired else b_OR.T
+            parts += [a_RI.reshape(-1), np.ascontiguousarray(stored).reshape(-1)]
         return np.concatenate(parts)
 
     def _ranks(self, site: Site) -> tuple[int, int]:
@@ -101,25 +104,28 @@ class Room:
         R = site.rank(self.max_rank)
         return R, self.max_rank if site.place in self.stretches else R
 
+    def _shape_of_b(self, site: Site) -> tuple[int, ...]:
+        """Of a slot, as it is stored."""
+        (_, r), (outputs, _) = self._ranks(site), self.shapes[site.place]
+        return paired_shape(r, outputs) if site.place in self.paired else (r, outputs)
+
     def unpack(self, packed: jax.Array) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """Of each site (A [R, I], B [R, O] or its own columns' alone), inside a program."""
+        """Of each site (A [R, I], B as it is stored), inside a program."""
         at = 0
         for site in self.sites:
-            (R, r), (outputs, inputs) = self._ranks(site), self.shapes[site.place]
-            a = jax.lax.slice(packed, (at,), (at + R * inputs,)).reshape(R, inputs)
-            at += R * inputs
-            b = jax.lax.slice(packed, (at,), (at + r * outputs,)).reshape(r, outputs)
-            at += r * outputs
-            yield a, b
+            shape_of_a, shape_of_b = (self._ranks(site)[0], self.shapes[site.place][1]), self._shape_of_b(site)
+            middle = at + math.prod(shape_of_a)
+            end = middle + math.prod(shape_of_b)
+            a, b = jax.lax.slice(packed, (at,), (middle,)), jax.lax.slice(packed, (middle,), (end,))
+            at = end
+            yield a.reshape(shape_of_a), b.reshape(shape_of_b)
 
     @property
     def size(self) -> int:
         """Numbers of a packed adapter."""
-        total = 0
-        for site in self.sites:
-            (R, r), (outputs, inputs) = self._ranks(site), self.shapes[site.place]
-            total += R * inputs + r * outputs
-        return total
+        return sum(
+            self._ranks(site)[0] * self.shapes[site.place][1] + math.prod(self._shape_of_b(site)) for site in self.sites
+        )
 
 
 def attach(
@@ -187,6 +193,7 @@ class _Making:
         self._dtype = jnp.dtype(("float32" if exact else "bfloat16") if dtype == AUTO else dtype)
         self.stacks: list[tuple[Any, str, LoraStack]] = []
         self._stretches: dict[str, Stretches] = {}
+        self._paired: set[str] = set()
         self._tied = getattr(model, "head", None) is None
         self._sites: list[Site] = []
         self._spreads: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
@@ -250,18 +257,21 @@ class _Making:
         outputs: int,
         inputs: int,
         a_axes: tuple[str | None, str | None],
-        b_axes: tuple[str | None, str | None],
+        b_axes: tuple[str | None, ...],
         native: bool = True,
     ) -> None:
-        """A stack for a site. The axes are those of a slot's [R, I] and [R, O]."""
+        """A stack for a site. The axes are those of a slot's [R, I] and [R, O]; on a native stack nothing is cut."""
         self._sites.append(site)
         self._shapes[site.place] = (outputs, inputs)
         R, stretches = site.rank(self._max_rank), self._stretches.get(site.place, ())
-        a, b = (
-            self._abstract((self._slots + 1, rows, width), (None, *axes))
-            for rows, width, axes in ((R, inputs, a_axes), (self._max_rank if stretches else R, outputs, b_axes))
-        )
-        self.stacks.append((module, site.attribute, LoraStack(a, b, native and self._native, stretches)))  # type: ignore[arg-type]
+        native, r = native and self._native, self._max_rank if stretches else R
+        of_b: tuple[int, ...] = (r, outputs)
+        if native and self._dtype == jnp.bfloat16:
+            self._paired.add(site.place)
+            of_b, b_axes = paired_shape(r, outputs), (None,) * 4
+        a = self._abstract((self._slots + 1, R, inputs), (None, *a_axes))
+        b = self._abstract((self._slots + 1, *of_b), (None, *b_axes))
+        self.stacks.append((module, site.attribute, LoraStack(a, b, native, stretches)))  # type: ignore[arg-type]
 
     def _abstract(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
         place = None if self._mesh is None else to_sharding(self._mesh, axes, self._rules)
@@ -282,8 +292,8 @@ class _Making:
         base = Base(tensors, config.num_layers, (config.num_heads, config.num_kv_heads), moe)
         late = frozenset({"head.lora", "embed.head_lora"} & self._shapes.keys())
         return Room(
-            tuple(self._sites), self._slots, self._max_rank, self._spreads, self._shapes, self._stretches, late, base,
-            self._hint,
+            tuple(self._sites), self._slots, self._max_rank, self._spreads, self._shapes, self._stretches,
+            frozenset(self._paired), late, base, self._hint,
         )  # fmt: skip
 
 

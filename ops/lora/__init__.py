@@ -33,7 +33,7 @@ class LoraStack:
 
     Attributes:
         a_NRI, b_NRO: A and, transposed, B with its scale; rows beyond an adapter's rank are zeros.
-        native: static: they lie on one CPU device, so the native kernel may read them.
+        native: static: they lie on one CPU device, so the native kernel may read them; B of bfloat16 is then `paired`.
         stretches: static: the weight is P tensors in one, each column's numbers are of one of them, and B has only those: it is
             [N, R / P, O], and A's R / P rows of tensor p belong to the columns that are of it. () where B has all R rows.
     """
@@ -69,6 +69,24 @@ class Adapters(NamedTuple):
     slot_T: jax.Array
 
 
+PANEL = 32
+"""Columns of B that lie together, as ops/native/lora.h has them."""
+
+
+def paired(b_RO: np.ndarray) -> np.ndarray:
+    """A slot's B as native kernels of bfloat16 read it: [ceil(O / 32), ceil(R / 2), 32, 2], neighbours of a column in pairs, zeros
+    beyond R and O. A panel's numbers are read one behind the other."""
+    R, O = b_RO.shape
+    whole = np.zeros((R + R % 2, O + -O % PANEL), b_RO.dtype)
+    whole[:R, :O] = b_RO
+    return whole.reshape(-1, 2, whole.shape[1] // PANEL, PANEL).transpose(2, 0, 3, 1)
+
+
+def paired_shape(ranks: int, outputs: int) -> tuple[int, ...]:
+    """The shape of what `paired` gives."""
+    return (-(-outputs // PANEL), -(-ranks // 2), PANEL, 2)
+
+
 def add_lora(y_TO: jax.Array, x_TI: jax.Array, adapters: Adapters, norm: RmsNorm | None = None) -> jax.Array:
     """y + (x A^T) B^T with each token's own A and B; y itself at tokens without an adapter.
 
@@ -81,6 +99,7 @@ def add_lora(y_TO: jax.Array, x_TI: jax.Array, adapters: Adapters, norm: RmsNorm
     """
     stack, slot_T = adapters
     if not stack.on_native():
+        assert stack.b_NRO.ndim == 3, "only native kernels read pairs"
         x_TI = x_TI if norm is None else norm(x_TI)
         return (y_TO.astype(jnp.float32) + _xla(x_TI, stack, slot_T)).astype(y_TO.dtype)
     out = jax.ShapeDtypeStruct(y_TO.shape, jnp.float32)

@@ -119,12 +119,41 @@ void parallel_for(ffi::ThreadPool& pool, int64_t chunks, F fn) {
 // again with the same slot; slots 0..7.
 void* scratch(int slot, size_t bytes);
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What will be read soon, asked for a few lines at a time between other work: all at once they would be waited for.
+class Fetch {
+ public:
+  void add(const void* from, int64_t bytes) {
+    if (ranges_ == kRanges) return;
+    list_[ranges_++] = {static_cast<const char*>(from), bytes};
+    lines_ += ceil_div(bytes, kLine);
+  }
+  int64_t lines() const { return lines_; }
+  void some(int64_t lines) {
+    for (; lines > 0 && next_ < ranges_; --lines) {
+      __builtin_prefetch(list_[next_].from + at_, 0, 2);
+      if ((at_ += kLine) < list_[next_].bytes) continue;
+      ++next_, at_ = 0;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  static constexpr int kRanges = 32;
+  struct Range {
+    const char* from;
+    int64_t bytes;
+  };
+  Range list_[kRanges];
+  int ranges_ = 0, next_ = 0;
+  int64_t lines_ = 0, at_ = 0;
+};
+
 // Whether a start runs its programs once for what only a first run pays: products then do a little of each phase and give zeros.
 bool rehearsing();
 
 // How many of a product's chunks are done: all of them, or in a rehearsal enough for every thread to have met the code.
 inline int64_t in_rehearsal(int64_t chunks) { return rehearsing() && chunks > 4 ? 4 : chunks; }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace jaxserve

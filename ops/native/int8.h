@@ -46,6 +46,7 @@ struct Block {
   const float* change;              // [rows][kPanels * 16], added to the sums before an activation, or null
   int64_t out_stride;               // floats; also the residual's
   Activation activation;
+  Fetch* fetch;                     // what the thread's next block reads besides weights, or null
 };
 
 // Rounds rows of x (float32, `width` wide) to int8: x, or x / rms(x) * gain when gain is given, times the Hadamard matrix

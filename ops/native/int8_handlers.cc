@@ -70,6 +70,9 @@ struct Change {
   void expand(float* change, int64_t row, int64_t begin, int64_t end, int panel) const {
     beside->expand(origin + row, begin, end, change + panel * kPanel, kPanels * kPanel);
   }
+  void ahead(Fetch& fetch, int64_t row, int64_t begin, int64_t end) const {
+    beside->ahead(origin + row, begin, end, fetch);
+  }
 };
 
 // Room for a block's change; the worker's thread owns it.
@@ -109,9 +112,12 @@ struct Columns {
   int64_t step;
 };
 
+// How far on the next block of the same thread is: they take turns.
+int64_t turn(const ffi::ThreadPool& pool) { return Phases::max_workers(pool); }
+
 // out[rows, outputs] = a W^T * scales + bias + change + residual
 void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t rows, float* out, const float* residual,
-                 const Change& change) {
+                 const Change& change, int64_t turn) {
   const Columns columns(w.panels, kPanels);
   const int64_t row_blocks = ceil_div(rows, kRowBlock);
   phases.add(in_rehearsal(row_blocks * columns.count()), [=, &k = kernels()](int64_t chunk, int) {
@@ -133,10 +139,16 @@ void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t row
       b.out[p] = out + first * w.outputs + column;
       b.residual[p] = residual == nullptr ? nullptr : residual + first * w.outputs + column;
     }
+    Fetch fetch;
     if (change.beside != nullptr) {
       float* const sums = cleared_change(b.rows);
       change.expand(sums, first, panel * kPanel, std::min(w.outputs, (panel + b.panels) * kPanel), 0);
       b.change = sums;
+      const int64_t next = chunk + turn, at = next % columns.count();
+      const int64_t end = std::min(w.outputs, columns.begin(at + 1) * kPanel);
+      if (next < row_blocks * columns.count())
+        change.ahead(fetch, next / columns.count() * kRowBlock, columns.begin(at) * kPanel, end);
+      b.fetch = &fetch;
     }
     k.block(b);
   });
@@ -145,7 +157,7 @@ void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t row
 // hidden[rows, F] = act(gate) * up; gate and up are the two halves of w's outputs, F a multiple of 16. Row 0 of hidden
 // is row `begin` of a.
 void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin, int64_t rows, float* hidden,
-               Activation activation, const Change& change) {
+               Activation activation, const Change& change, int64_t turn) {
   const int64_t half = w.panels / 2, width = half * kPanel;
   const Columns columns(half, kPanels / 2);
   const int64_t row_blocks = ceil_div(rows, kRowBlock);
@@ -170,12 +182,20 @@ void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin
       b.out[p] = p < pairs ? hidden + first * width + at * kPanel : nullptr;
       b.residual[p] = nullptr;
     }
+    Fetch fetch;
     if (change.beside != nullptr) {
       float* const sums = cleared_change(b.rows);
       const int64_t gate = panel * kPanel, up = (half + panel) * kPanel;
       change.expand(sums, begin + first, gate, gate + pairs * kPanel, 0);
       change.expand(sums, begin + first, up, up + pairs * kPanel, pairs);
       b.change = sums;
+      const int64_t next = chunk + turn, at = next % columns.count(), row = begin + next / columns.count() * kRowBlock;
+      const int64_t from = columns.begin(at) * kPanel, to = columns.begin(at + 1) * kPanel;
+      if (next < row_blocks * columns.count()) {
+        change.ahead(fetch, row, from, to);
+        change.ahead(fetch, row, width + from, width + to);
+      }
+      b.fetch = &fetch;
     }
     k.block(b);
   });
@@ -217,7 +237,7 @@ ffi::Error product(ffi::ThreadPool& pool, F32 x, F32 gain, S8 packed, F32 scale,
   const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, rotated, 0);
   Phases phases;
   add_rounding(phases, a, rows, change);
-  add_product(phases, a, *weight, rows, out->typed_data(), optional(residual), change);
+  add_product(phases, a, *weight, rows, out->typed_data(), optional(residual), change, turn(pool));
   phases.run(pool);
   if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());
   return ffi::Error::Success();
@@ -263,10 +283,10 @@ ffi::Error gated_block(ffi::ThreadPool& pool, F32 x, F32 gain, const Packed& fir
   for (int64_t begin = 0; begin < rows; begin += group) {
     const int64_t count = std::min(group, rows - begin);
     of_down.origin = begin;
-    add_gated(phases, a, *up, begin, count, hidden, static_cast<Activation>(activation), of_up);
+    add_gated(phases, a, *up, begin, count, hidden, static_cast<Activation>(activation), of_up, turn(pool));
     add_rounding(phases, h, count, of_down);
     add_product(phases, h, *down, count, out->typed_data() + begin * outputs,
-                rest == nullptr ? nullptr : rest + begin * outputs, of_down);
+                rest == nullptr ? nullptr : rest + begin * outputs, of_down, turn(pool));
   }
   phases.run(pool);
   if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());

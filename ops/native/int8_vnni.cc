@@ -109,7 +109,10 @@ TARGET_VNNI void tile(const Block& b, int64_t row, Chosen<NP> chosen) {
 template <int NP>
 void rows(const Block& b, Chosen<NP> chosen) {
   int64_t row = 0;
-  for (; row + kRows <= b.rows; row += kRows) tile<kRows, NP>(b, row, chosen);
+  for (; row + kRows <= b.rows; row += kRows) {
+    tile<kRows, NP>(b, row, chosen);
+    if (b.fetch != nullptr) b.fetch->some(b.fetch->lines() * kRows / (b.rows * (b.panels / 2 + b.panels % 2)) + 1);
+  }
   switch (b.rows - row) {
     case 1: return tile<1, NP>(b, row, chosen);
     case 2: return tile<2, NP>(b, row, chosen);

@@ -8,6 +8,7 @@ namespace jaxserve::lora {
 namespace {
 
 constexpr int64_t kTile = 512;        // columns of an item: its part of B stays in the first cache for all its rows
+constexpr char kShape[] = "adapters of another shape than their weight";
 constexpr int64_t kSerial = 1 << 18;  // multiplications below which another thread costs more than it takes over
 
 template <typename E>
@@ -35,18 +36,21 @@ const char* Beside::read(const ffi::Buffer<ffi::S32>& slot, const ffi::AnyBuffer
   if (a.element_type() != b.element_type() || (!half && a.element_type() != ffi::F32)) {
     return "adapters are float32 or bfloat16";
   }
-  if (of_a.size() != 3 || of_b.size() != 3 || of_a[0] != of_b[0] || of_a[2] != inputs || of_b[2] != outputs ||
-      static_cast<int64_t>(slot.element_count()) != rows) {
-    return "adapters of another shape than their weight";
-  }
+  int64_t parts = 1, begin = 0;
+  for (size_t i = 0; i + 1 < ends.size(); i += 2) parts = std::max(parts, ends[i + 1] + 1);
+  if (of_a.size() != 3 || of_a[1] % parts != 0) return kShape;
+  all_ = of_a[1], ranks_ = all_ / parts, half_ = half;
+  const bool fits = half ? of_b.size() == 5 && of_b[1] == ceil_div(outputs, kPanel) && of_b[2] == ceil_div(ranks_, 2) &&
+                               of_b[3] == kPanel && of_b[4] == 2
+                         : of_b.size() == 3 && of_b[1] == ranks_ && of_b[2] == outputs;
+  if (!fits || of_a[0] != of_b[0] || of_a[2] != inputs || static_cast<int64_t>(slot.element_count()) != rows) return kShape;
   kernels_ = best_kernels(half);
   a_ = static_cast<const char*>(a.untyped_data());
   b_ = static_cast<const char*>(b.untyped_data());
-  element_ = half ? sizeof(Bits) : sizeof(float);
-  inputs_ = inputs, outputs_ = outputs, all_ = of_a[1], ranks_ = of_b[1];
-  int64_t begin = 0;
+  inputs_ = inputs, outputs_ = outputs, stride_ = all_ + all_ % 2;
+  bytes_of_a_ = a.size_bytes() / of_a[0], bytes_of_b_ = b.size_bytes() / of_a[0];
   for (size_t i = 0; i + 1 < ends.size(); i += 2) {
-    if (ends[i] > outputs || (ends[i + 1] + 1) * ranks_ > all_) return "columns that are not there";
+    if (ends[i] < begin || ends[i] > outputs || ends[i + 1] < 0) return "columns that are not there";
     columns_.push_back({begin, ends[i], ends[i + 1] * ranks_});
     begin = ends[i];
   }
@@ -58,7 +62,7 @@ const char* Beside::read(const ffi::Buffer<ffi::S32>& slot, const ffi::AnyBuffer
   groups_.resize(ceil_div(rows, kRows));
   for (int64_t t = 0; t < rows; t += kSpan) deal(of, t, std::min(rows, t + kSpan));
   spans_.push_back(static_cast<int64_t>(blocks_.size()));
-  hidden_.reset(new char[order_.size() * all_ * kernels_.hidden_bytes]);
+  hidden_.reset(new char[order_.size() * stride_ * kernels_.hidden_bytes]);
   return nullptr;
 }
 
@@ -89,8 +93,16 @@ void Beside::shrink(int64_t block, const float* x, int64_t origin, const float* 
   const Rows& k = blocks_[block];
   const float* in[kBlock];
   for (int i = 0; i < k.count; ++i) in[i] = x + (order_[k.first + i] - origin) * inputs_;
-  kernels_.shrink(in, k.count, gain, eps, a_ + k.slot * all_ * inputs_ * element_, static_cast<int>(all_), inputs_,
-                  hidden_.get() + k.first * all_ * kernels_.hidden_bytes);
+  kernels_.shrink(in, k.count, gain, eps, a_ + k.slot * bytes_of_a_, static_cast<int>(all_), inputs_,
+                  hidden_.get() + k.first * stride_ * kernels_.hidden_bytes, stride_);
+}
+
+void Beside::ahead(int64_t row, int64_t begin, int64_t end, Fetch& fetch) const {
+  if (!half_ || row >= static_cast<int64_t>(groups_.size()) * kRows) return;
+  const int64_t panel = ceil_div(ranks_, 2) * kPanel * 2 * static_cast<int64_t>(sizeof(Bits));
+  for (const Rows& k : groups_[row / kRows]) {
+    fetch.add(b_ + k.slot * bytes_of_b_ + begin / kPanel * panel, (ceil_div(end, kPanel) - begin / kPanel) * panel);
+  }
 }
 
 void Beside::expand(int64_t row, int64_t begin, int64_t end, float* y, int64_t stride) const {
@@ -99,9 +111,9 @@ void Beside::expand(int64_t row, int64_t begin, int64_t end, float* y, int64_t s
       const int64_t from = std::max(begin, c.begin), to = std::min(end, c.end);
       if (from >= to) continue;
       float* out[kRows];
-      for (int i = 0; i < k.count; ++i) out[i] = y + (order_[k.first + i] - row) * stride + from - begin;
-      kernels_.expand(hidden_.get() + (k.first * all_ + c.rank) * kernels_.hidden_bytes, all_, k.count,
-                      b_ + k.slot * ranks_ * outputs_ * element_, static_cast<int>(ranks_), outputs_, from, to, out);
+      for (int t = 0; t < k.count; ++t) out[t] = y + (order_[k.first + t] - row) * stride + from - begin;
+      kernels_.expand(hidden_.get() + (k.first * stride_ + c.rank) * kernels_.hidden_bytes, stride_, k.count,
+                      b_ + k.slot * bytes_of_b_, static_cast<int>(ranks_), outputs_, from, to, out);
     }
   }
 }

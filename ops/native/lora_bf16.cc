@@ -14,7 +14,7 @@ namespace {
 constexpr int TOKENS = 4;  // rows of x at once
 constexpr int RANKS = 4;   // rows of A at once
 constexpr int ROWS = 6;    // of y at once
-constexpr int PAIRS = 2;   // pairs of vectors of B at once: 64 columns
+constexpr int PANELS = 2;  // of B at once: 64 columns
 
 INLINE __m512i load_bits(const Bits* p) { return _mm512_loadu_si512(p); }
 INLINE vf dot(vf sum, __m512i a, __m512i b) {
@@ -61,8 +61,9 @@ INLINE __m512 sums_of(const vf (&v)[16]) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
 }
 
-// h[t][r] of N rows of x and M of A. Whoever is among them, a row's sums are added up in the same order.
-template <int N, int M>
+// h[t][r] of N rows of x and M of A. Whoever is among them, a row's sums are added up in the same order. With AHEAD the next M
+// rows of A are asked for, line by line.
+template <int N, int M, bool AHEAD>
 AT void dots(const Bits* x, int64_t width, const Bits* a, int64_t inputs, float* h, int ranks) {
   vf sum[16];
   UNROLL for (int i = 0; i < 16; ++i) sum[i] = splat(0.0f);
@@ -72,6 +73,7 @@ AT void dots(const Bits* x, int64_t width, const Bits* a, int64_t inputs, float*
     UNROLL for (int t = 0; t < N; ++t) in[t] = load_bits(x + t * width + i);
     UNROLL for (int r = 0; r < M; ++r) {
       const __m512i row = load_bits(a + r * inputs + i);
+      if (AHEAD) __builtin_prefetch(a + (M + r) * inputs + i, 0, 3);
       UNROLL for (int t = 0; t < N; ++t) sum[t * 4 + r] = dot(sum[t * 4 + r], in[t], row);
     }
   }
@@ -88,112 +90,111 @@ AT void dots(const Bits* x, int64_t width, const Bits* a, int64_t inputs, float*
   }
 }
 
-template <int N>
-AT void shrink_rows(const Bits* x, int64_t width, const Bits* a, int ranks, int64_t inputs, float* h) {
-  int r = 0;
-  for (; r + RANKS <= ranks; r += RANKS) dots<N, RANKS>(x, width, a + r * inputs, inputs, h + r, ranks);
-  for (; r < ranks; ++r) dots<N, 1>(x, width, a + r * inputs, inputs, h + r, ranks);
+// A few rows of A: they stay in the first cache for all rows of x.
+template <int M>
+AT void shrink_ranks(const Bits* x, int count, int64_t width, const Bits* a, int64_t inputs, float* h, int ranks) {
+  int t = 0;
+  if (count >= TOKENS) dots<TOKENS, M, true>(x, width, a, inputs, h, ranks), t = TOKENS;
+  for (; t + TOKENS <= count; t += TOKENS) dots<TOKENS, M, false>(x + t * width, width, a, inputs, h + t * ranks, ranks);
+  switch (count - t) {
+    case 3: return dots<3, M, true>(x + t * width, width, a, inputs, h + t * ranks, ranks);
+    case 2: return dots<2, M, true>(x + t * width, width, a, inputs, h + t * ranks, ranks);
+    case 1: return dots<1, M, true>(x + t * width, width, a, inputs, h + t * ranks, ranks);
+    default: return;
+  }
 }
 
 AT void shrink(const float* const* x, int count, const float* gain, float eps, const void* a, int ranks, int64_t inputs,
-               void* hidden) {
+               void* hidden, int64_t stride) {
   const int64_t width = ceil_div(inputs, 32) * 32;
   Bits* in = static_cast<Bits*>(scratch(7, count * width * sizeof(Bits) + count * ranks * sizeof(float)));
   float* h = reinterpret_cast<float*>(in + count * width);
   float norm[kBlock];
   for (int t = 0; t < count; ++t) norm[t] = round_row(x[t], gain, eps, inputs, in + t * width);
   const Bits* rows = static_cast<const Bits*>(a);
-  int t = 0;
-  for (; t + TOKENS <= count; t += TOKENS)
-    shrink_rows<TOKENS>(in + t * width, width, rows, ranks, inputs, h + t * ranks);
-  switch (count - t) {
-    case 3: shrink_rows<3>(in + t * width, width, rows, ranks, inputs, h + t * ranks); break;
-    case 2: shrink_rows<2>(in + t * width, width, rows, ranks, inputs, h + t * ranks); break;
-    case 1: shrink_rows<1>(in + t * width, width, rows, ranks, inputs, h + t * ranks); break;
-    default: break;
-  }
+  int r = 0;
+  for (; r + RANKS <= ranks; r += RANKS)
+    shrink_ranks<RANKS>(in, count, width, rows + r * inputs, inputs, h + r, ranks);
+  for (; r < ranks; ++r) shrink_ranks<1>(in, count, width, rows + r * inputs, inputs, h + r, ranks);
   Bits* to = static_cast<Bits*>(hidden);
-  for (t = 0; t < count; ++t) {
+  for (int t = 0; t < count; ++t) {
     const __m512 by = _mm512_set1_ps(norm[t]);
-    for (int r = 0; r < ranks; r += 32) {
-      const __mmask32 there = first(ranks - r);
+    for (r = 0; r < stride; r += 32) {
+      const __mmask32 there = first(ranks - r);  // and a zero where the row is one longer
       const float* from = h + t * ranks + r;
       const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), from);
       const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), from + 16);
-      _mm512_mask_storeu_epi16(to + t * ranks + r, there, rounded(_mm512_mul_ps(low, by), _mm512_mul_ps(high, by)));
+      _mm512_mask_storeu_epi16(to + t * stride + r, first(stride - r),
+                               rounded(_mm512_mul_ps(low, by), _mm512_mul_ps(high, by)));
     }
   }
 }
 
-// Columns [at, at + 32) of two rows of B as pairs: those of columns at.. in `low`, of at + 16.. in `high`.
-INLINE void pair_up(__m512i even, __m512i odd, __m512i* low, __m512i* high) {
-  const __m512i columns = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  *low = _mm512_permutex2var_epi16(even, columns, odd);
-  *high = _mm512_permutex2var_epi16(even, _mm512_add_epi16(columns, _mm512_set1_epi16(16)), odd);
+INLINE __m512i both(const Bits* h) {  // two neighbours of a row of h
+  int32_t pair;
+  __builtin_memcpy(&pair, h, sizeof(pair));
+  return _mm512_set1_epi32(pair);
 }
 
-// Two neighbours of a row of h, or the last one and a zero.
-INLINE __m512i both(const Bits* h, bool two) {
-  uint32_t pair = *h;
-  if (two) __builtin_memcpy(&pair, h, sizeof(pair));
-  return _mm512_set1_epi32(static_cast<int>(pair));
-}
-
+// M panels of B. Where the ranks are odd their last one's partner in B is zero.
 template <int N, int M>
-AT void add(const Bits* h, int64_t stride, const Bits* b, int ranks, int64_t outputs, int64_t at, int64_t columns,
-            float* const* y) {
+AT void add(const Bits* h, int64_t stride, const Bits* panel, int half, float* const* y, int64_t at) {
   vf sum[N][2 * M];
-  __mmask32 there[M];
-  UNROLL for (int j = 0; j < M; ++j) there[j] = first(columns - at - 32 * j);
   UNROLL for (int t = 0; t < N; ++t) {
-    UNROLL for (int j = 0; j < M; ++j) {
-      sum[t][2 * j] = (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>(there[j]), y[t] + at + 32 * j);
-      sum[t][2 * j + 1] = (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>(there[j] >> 16), y[t] + at + 32 * j + 16);
-    }
+    UNROLL for (int j = 0; j < 2 * M; ++j) sum[t][j] = load(y[t] + at + 16 * j);
   }
-  for (int r = 0; r < ranks; r += 2) {
-    const bool two = r + 1 < ranks;
-    const Bits* even = b + r * outputs + at;
-    const Bits* odd = two ? even + outputs : even;  // times zero where it is not there
-    __m512i low[M], high[M];
-    UNROLL for (int j = 0; j < M; ++j) {
-      pair_up(_mm512_maskz_loadu_epi16(there[j], even + 32 * j), _mm512_maskz_loadu_epi16(there[j], odd + 32 * j),
-              &low[j], &high[j]);
-    }
+  for (int r = 0; r < half; ++r) {
+    __m512i b[2 * M];
+    UNROLL for (int j = 0; j < 2 * M; ++j) b[j] = load_bits(panel + (j / 2 * half + r) * kPanel * 2 + j % 2 * 32);
     UNROLL for (int t = 0; t < N; ++t) {
-      const __m512i by = both(h + t * stride + r, two);
-      UNROLL for (int j = 0; j < M; ++j) {
-        sum[t][2 * j] = dot(sum[t][2 * j], by, low[j]);
-        sum[t][2 * j + 1] = dot(sum[t][2 * j + 1], by, high[j]);
-      }
+      const __m512i by = both(h + t * stride + 2 * r);
+      UNROLL for (int j = 0; j < 2 * M; ++j) sum[t][j] = dot(sum[t][j], by, b[j]);
     }
   }
   UNROLL for (int t = 0; t < N; ++t) {
-    UNROLL for (int j = 0; j < M; ++j) {
-      _mm512_mask_storeu_ps(y[t] + at + 32 * j, static_cast<__mmask16>(there[j]), (__m512)sum[t][2 * j]);
-      _mm512_mask_storeu_ps(y[t] + at + 32 * j + 16, static_cast<__mmask16>(there[j] >> 16), (__m512)sum[t][2 * j + 1]);
-    }
+    UNROLL for (int j = 0; j < 2 * M; ++j) store(y[t] + at + 16 * j, sum[t][j]);
+  }
+}
+
+// Some columns of one panel, of which column `from` is y's first.
+AT void add_some(const Bits* h, const Bits* panel, int half, int64_t from, int64_t to, float* y) {
+  UNROLL for (int j = 0; j < 2; ++j) {
+    const int64_t begin = from - 16 * j, end = to - 16 * j;
+    const uint32_t below = end >= 16 ? 0xffffu : end <= 0 ? 0u : (1u << end) - 1;
+    const __mmask16 there = static_cast<__mmask16>(begin >= 16 ? 0u : begin <= 0 ? below : below & ~((1u << begin) - 1));
+    vf sum = (vf)_mm512_maskz_loadu_ps(there, y + 16 * j - from);
+    for (int r = 0; r < half; ++r) sum = dot(sum, both(h + 2 * r), load_bits(panel + r * kPanel * 2 + j * 32));
+    _mm512_mask_storeu_ps(y + 16 * j - from, there, (__m512)sum);
   }
 }
 
 template <int N>
-AT void expand_rows(const Bits* h, int64_t stride, const Bits* b, int ranks, int64_t outputs, int64_t columns,
-                    float* const* y) {
-  int64_t at = 0;
-  for (; at + 32 * PAIRS <= columns; at += 32 * PAIRS) add<N, PAIRS>(h, stride, b, ranks, outputs, at, columns, y);
-  for (; at < columns; at += 32) add<N, 1>(h, stride, b, ranks, outputs, at, columns, y);
+AT void expand_rows(const Bits* h, int64_t stride, const Bits* b, int half, int64_t begin, int64_t end, float* const* y) {
+  for (int64_t column = begin, next; column < end; column = next) {
+    const int64_t in = column % kPanel;
+    const Bits* panel = b + (column - in) * 2 * half;
+    if (in == 0 && column + PANELS * kPanel <= end) {
+      next = column + PANELS * kPanel;
+      add<N, PANELS>(h, stride, panel, half, y, column - begin);
+    } else if (in == 0 && column + kPanel <= end) {
+      next = column + kPanel;
+      add<N, 1>(h, stride, panel, half, y, column - begin);
+    } else {
+      next = column - in + kPanel < end ? column - in + kPanel : end;
+      for (int t = 0; t < N; ++t) add_some(h + t * stride, panel, half, in, in + next - column, y[t] + column - begin);
+    }
+  }
 }
 
-AT void expand(const void* hidden, int64_t stride, int count, const void* matrix, int ranks, int64_t outputs,
-               int64_t begin, int64_t end, float* const* y) {
+AT void expand(const void* hidden, int64_t stride, int count, const void* matrix, int ranks, int64_t, int64_t begin,
+               int64_t end, float* const* y) {
   const Bits* h = static_cast<const Bits*>(hidden);
-  const Bits* b = static_cast<const Bits*>(matrix) + begin;
-  const int64_t columns = end - begin;
+  const Bits* b = static_cast<const Bits*>(matrix);
+  const int half = (ranks + 1) / 2;
   int t = 0;
-  for (; t + ROWS <= count; t += ROWS) expand_rows<ROWS>(h + t * stride, stride, b, ranks, outputs, columns, y + t);
-  for (; t + 2 <= count; t += 2) expand_rows<2>(h + t * stride, stride, b, ranks, outputs, columns, y + t);
-  if (t < count) expand_rows<1>(h + t * stride, stride, b, ranks, outputs, columns, y + t);
+  for (; t + ROWS <= count; t += ROWS) expand_rows<ROWS>(h + t * stride, stride, b, half, begin, end, y + t);
+  for (; t + 2 <= count; t += 2) expand_rows<2>(h + t * stride, stride, b, half, begin, end, y + t);
+  if (t < count) expand_rows<1>(h + t * stride, stride, b, half, begin, end, y + t);
 }
 
 #undef INLINE

@@ -25,7 +25,7 @@ from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.requests import buckets
 from serving.service import GenerateInput, collect
 
-MESHES = ("model=1", "model=2", "data=2")
+MESHES = ("model=2", "data=2")  # one device: test_llm_adapters.py
 NAMES = ("a", "b", "c", "d")
 STEPS = 16
 

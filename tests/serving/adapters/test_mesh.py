@@ -62,7 +62,7 @@ def test_the_tokens_of_peft_in_one_batch_while_a_fifth_comes_and_goes(results, e
 
 def test_two_processes_load_the_same(folder, expected, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of the time
-    flags = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--max-num-seqs", "4")
+    flags = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--max-num-seqs", "2")
     flags += ("--max-num-batched-tokens", "64", "--kv-cache-memory", "4MB")
     modules = ("--lora-modules", f"a={folder / 'a'}", f"d={folder / 'd'}", f"e={folder / 'e'}")
     files = folder / "base", tmp_path / "programs"

@@ -20,7 +20,6 @@ from tests.serving.training.tiny import Bench, examples, make_model, pack  # noq
 
 MESHES = ("data=2", "model=2")
 MODELS = {
-    "lora": ("llama", LORA),
     "lora, heads spread": ("llama, biases, 9 heads", LORA),
     "full": ("llama", None),
     "experts": ("mixtral", None),

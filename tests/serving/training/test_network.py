@@ -29,7 +29,7 @@ def with_b(bench):
     return bench
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt-oss"])  # windows, sinks
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])  # windows, sinks
 def test_packed_rows_accumulated_calls_and_recomputed_layers(name, tmp_path):
     make_model(name, tmp_path)
     texts = examples(6)
@@ -87,6 +87,6 @@ def meshes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mesh", ["data=2", "model=2"])
-@pytest.mark.parametrize("what", ["lora", "lora, heads spread", "full", "experts"])
+@pytest.mark.parametrize("what", ["lora, heads spread", "full", "experts"])
 def test_meshes_give_the_gradients_of_one_device(meshes, what, mesh):
     assert meshes[what][mesh] < 2e-5
