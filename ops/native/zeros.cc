@@ -12,7 +12,7 @@
 namespace jaxserve {
 namespace {
 
-constexpr size_t kLeast = size_t{32} << 20;  // below this the allocator hands out memory that it keeps
+constexpr size_t kLeast = size_t{1} << 20;  // below this a page fault for each page costs more than the zeros
 constexpr uintptr_t kPage = 4096;
 
 ffi::Error zeros(ffi::Result<ffi::AnyBuffer> out) {
