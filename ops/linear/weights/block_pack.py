@@ -86,13 +86,17 @@ def pack(
     form_R = np.array([forms.index(tensor.form) for tensor in tensors])[tensor_R]
     if not can_pack(form_R):
         raise ValueError("16 neighbouring rows are stored in different forms, which no panel can be.")
-    starts = np.flatnonzero(np.concatenate([[True], form_R[1:] != form_R[:-1]]))
+    is_start = np.concatenate([[True], form_R[1:] != form_R[:-1]])
+    half, odd = divmod(len(form_R), 2)
+    if not odd and half % PANEL == 0:
+        is_start[half] = True  # gate and up, if that is what they are, then fall into the same groups
+    starts = np.flatnonzero(is_start)
     ends = np.append(starts[1:], len(form_R))
     stretches, offset = [], 0
     for start, end in zip(starts, ends, strict=True):
         form, panels = forms[form_R[start]], -(-(end - start) // PANEL)
         stretches.append(Stretch(form, int(panels), offset))
-        offset += panels * form.record_bytes(inputs)
+        offset += panels * form.panel_bytes(inputs)
     bytes_N = empty((int(offset),), np.uint8)
     for stretch, start, end in zip(stretches, starts, ends, strict=True):
         _fill(bytes_N[stretch.offset :], stretch.form, tensors, tensor_R[start:end], row_R[start:end])

@@ -27,6 +27,8 @@ from ops.linear.weights.rotation import rotate
 from ops.lora import Adapters
 
 PANEL = 16  # output channels a panel, as in ops/native/blocks/blocks.h
+PANELS = 4  # panels a group, whose lines take turns
+LINE = 64  # bytes that a panel's values come in
 STEP = 32  # inputs that share an activation scale
 NEST = 256  # inputs that share what nested scales are multiplied with
 CHUNK = 512  # inputs that lie together
@@ -84,18 +86,18 @@ class Form:
         return np.array(fields, np.int32)
 
     def chunk_parts(self, inputs: int) -> tuple[int, int, int, int, int]:
-        """Where a chunk's scales, offsets, nested scales and nested offsets begin, and its bytes."""
+        """Where in a panel's head of a chunk offsets, nested scales and nested offsets begin, its bytes, and lines of values."""
         blocks, nests = -(-inputs // self.block), -(-inputs // NEST)
-        scales = inputs * PANEL * self.bits // 8
-        offsets = scales + blocks * PANEL * SCALES[self.scale]
+        offsets = blocks * PANEL * SCALES[self.scale]
         nested = offsets + blocks * PANEL * SCALES[self.offset]
         more = nested + (nests * PANEL * 2 if self.scale.startswith("nested") else 0)
         end = more + (nests * PANEL * 2 if self.offset.startswith("nested") else 0)
-        return scales, offsets, nested, more, -(-end // 64) * 64
+        return offsets, nested, more, -(-end // LINE) * LINE, inputs * self.bits // 32
 
-    def record_bytes(self, inputs: int) -> int:
+    def panel_bytes(self, inputs: int) -> int:
         """Bytes of a panel."""
-        return sum(self.chunk_parts(count)[-1] for _, count in chunks(inputs))
+        parts = (self.chunk_parts(count) for _, count in chunks(inputs))
+        return sum(head + lines * LINE for *_, head, lines in parts)
 
 
 def chunks(inputs: int) -> Iterator[tuple[int, int]]:
@@ -106,7 +108,7 @@ def chunks(inputs: int) -> Iterator[tuple[int, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """Neighbouring panels of one form; `offset` is where their records begin in the weight's bytes, a multiple of 64."""
+    """Neighbouring panels of one form; `offset` is where their groups begin in the weight's bytes, a multiple of 64."""
 
     form: Form
     panels: int
@@ -121,7 +123,7 @@ class BlockWeight(StoredWeight):
     """A weight matrix [O, I] in blocks.
 
     Attributes:
-        bytes_N: uint8, the records of all panels.
+        bytes_N: uint8, the groups of all panels.
         shape: (O, I), as of the dense weight.
         stretches: in the channels' order, covering all panels.
         rotated: the values stand for `rotate` of the weight, so a product needs `rotate(x)`.
@@ -222,9 +224,14 @@ class BlockWeight(StoredWeight):
         O, I = self.shape
         parts = []
         for stretch in self.stretches:
-            size = stretch.form.record_bytes(I)
-            records = lax.slice(self.bytes_N, (stretch.offset,), (stretch.offset + stretch.panels * size,))
-            parts.append(_dense_records(records.reshape(stretch.panels, size), stretch.form, I))
+            size, begin = stretch.form.panel_bytes(I), stretch.offset
+            whole, rest = stretch.panels // PANELS, stretch.panels % PANELS
+            for groups, of in ((whole, PANELS), (1, rest)):
+                if groups * of:
+                    end = begin + groups * of * size
+                    bytes_GN = lax.slice(self.bytes_N, (begin,), (end,)).reshape(groups, of * size)
+                    parts.append(_dense_groups(bytes_GN, of, stretch.form, I))
+                    begin = end
         dense_OI = jnp.concatenate(parts)[:O] if len(parts) > 1 else parts[0][:O]
         return (rotate(dense_OI) if self.rotated else dense_OI).astype(dtype)
 
@@ -237,38 +244,38 @@ def on_native() -> bool:
     return jax.default_backend() == "cpu" and native.available()
 
 
-def _dense_records(records_PN: jax.Array, form: Form, inputs: int) -> jax.Array:
-    """Float32 [P * 16, inputs] of records [P, bytes]."""
-    P, begin, parts = records_PN.shape[0], 0, []
+def _dense_groups(bytes_GN: jax.Array, of: int, form: Form, inputs: int) -> jax.Array:
+    """Float32 [G * of * 16, inputs] of groups of `of` panels each."""
+    G, begin, parts = bytes_GN.shape[0], 0, []
     for _, count in chunks(inputs):
-        scales, offsets, nested, more, size = form.chunk_parts(count)
-        chunk = records_PN[:, begin : begin + size]
-        begin += size
-        values_PcI = _values(chunk[:, :scales], form, count)
-        scale_PcI = _scales(form.scale, chunk[:, scales:offsets], chunk[:, nested:more], form.block, count)
+        offsets, nested, more, head, lines = form.chunk_parts(count)
+        head_PN = bytes_GN[:, begin : begin + of * head].reshape(G * of, head)
+        begin += of * head
+        lines_GLp = bytes_GN[:, begin : begin + of * lines * LINE].reshape(G, lines, of, PANEL, 4)
+        begin += of * lines * LINE
+        values_PcI = _values(lines_GLp.swapaxes(1, 2).reshape(G * of, lines, PANEL, 4), form, count)
+        scale_PcI = _scales(form.scale, head_PN[:, :offsets], head_PN[:, nested:more], form.block, count)
         scale_PcI = scale_PcI * jnp.float32(2.0**form.power)
         dense_PcI = (values_PcI - form.zero) * scale_PcI
         if form.offset != "none":
-            offset_PcI = _scales(form.offset, chunk[:, offsets:nested], chunk[:, more:], form.block, count)
+            offset_PcI = _scales(form.offset, head_PN[:, offsets:nested], head_PN[:, more:], form.block, count)
             offset_PcI = offset_PcI * (scale_PcI if form.offset == "zero_point" else 1.0)
             dense_PcI = dense_PcI + (-offset_PcI if form.offset in ("zero_point", "nested_u8") else offset_PcI)
         parts.append(dense_PcI)
-    return jnp.concatenate(parts, axis=-1).reshape(P * PANEL, -1)[:, :inputs]
+    return jnp.concatenate(parts, axis=-1).reshape(G * of * PANEL, -1)[:, :inputs]
 
 
-def _values(bytes_PN: jax.Array, form: Form, inputs: int) -> jax.Array:
+def _values(lines_PLc4: jax.Array, form: Form, inputs: int) -> jax.Array:
     """Float32 [P, 16, inputs], after the table."""
-    P = bytes_PN.shape[0]
+    P = lines_PLc4.shape[0]
     if form.bits == 8:
-        quads = bytes_PN.reshape(P, inputs // 4, PANEL, 4)
+        quads = lines_PLc4
     elif form.bits == 4:
-        both = bytes_PN.reshape(P, inputs // 8, 1, PANEL, 4)
-        quads = jnp.concatenate([both & 15, both >> 4], axis=2).reshape(P, inputs // 4, PANEL, 4)
+        quads = jnp.stack([lines_PLc4 & 15, lines_PLc4 >> 4], axis=2).reshape(P, inputs // 4, PANEL, 4)
     else:
-        three = bytes_PN.reshape(P, inputs // 16, 3, PANEL, 4)
-        low = jnp.stack([three[:, :, 0] & 15, three[:, :, 0] >> 4, three[:, :, 1] & 15, three[:, :, 1] >> 4], axis=2)
-        top = jnp.stack([three[:, :, 2] >> 2 * i & 3 for i in range(4)], axis=2)
-        quads = (low | top << 4).reshape(P, inputs // 4, PANEL, 4)
+        three = lines_PLc4.reshape(P, inputs // 16, 3, PANEL, 4)
+        fourth = sum((three[:, :, j] >> 6) << 2 * j for j in range(3))
+        quads = jnp.concatenate([three & 63, fourth[:, :, None]], axis=2).reshape(P, inputs // 4, PANEL, 4)
     values_PcI = quads.swapaxes(1, 2).reshape(P, PANEL, inputs)
     entries = TABLES[form.table]
     if entries is None:

@@ -3,9 +3,10 @@
 // values stay integers and scales keep the bits that the file gives them. Activations are rounded to int8 with one scale for
 // every 32 inputs of a row.
 //
-// A weight is one array of bytes. 16 output channels make a panel, a panel is one record, and records lie one behind the other, as
-// do the chunks of 512 inputs that a record is made of, so that products read memory from front to back. A chunk has
-//   values   for each step of inputs the 16 channels' values, see `value_bytes`
+// A weight is one array of bytes. 16 output channels make a panel, four panels (fewer at the end of a stretch of one form) a group,
+// and groups lie one behind the other, as do the chunks of 512 inputs that a group is made of. A chunk has the heads of its panels
+// and behind them their values, a line of 64 bytes of each panel in turn: few rows read memory from front to back in a single
+// stream, which the hardware then fetches ahead by itself. A head has
 //   scales   [inputs / block][16], in the form's type; one where blocks are longer than a chunk
 //   offsets  the same
 //   nested   float16 [inputs / 256][16], what nested scales are multiplied with; then the same of nested offsets
@@ -20,7 +21,8 @@
 namespace jaxserve::blocks {
 
 constexpr int kPanel = 16;     // output channels a panel
-constexpr int kPanels = 4;     // panels that one tile covers at most
+constexpr int kPanels = 4;     // panels of a group
+constexpr int kLine = 64;      // bytes that a panel's values come in
 constexpr int kStep = 32;      // inputs that share an activation scale
 constexpr int kNest = 256;     // inputs that share what nested scales are multiplied with
 constexpr int64_t kChunk = 512;  // inputs that lie together and are unpacked at once: they stay in the first caches
@@ -43,10 +45,10 @@ struct Form {
 
 inline int64_t padded(int64_t inputs) { return ceil_div(inputs, kStep) * kStep; }
 
-// Values of a panel. 4 bits: 64 bytes hold 8 inputs, byte 4 c + i inputs i (low) and 4 + i (high) of channel c. 6 bits: 192 bytes
-// hold 16 inputs, the low halves of two such, then 64 bytes of which 4 c + i has the upper two bits of inputs i, 4 + i, 8 + i
-// and 12 + i, lowest first. 8 bits: 64 bytes hold 4 inputs.
-inline int64_t value_bytes(const Form& form, int64_t inputs) { return inputs * kPanel * form.bits / 8; }
+// Lines of a panel's values. 4 bits: a line holds 8 inputs, byte 4 c + i inputs i (low) and 4 + i (high) of channel c. 6 bits: three
+// lines hold 16 inputs, byte 4 c + i of line j input 4 j + i in its low six bits, and of input 12 + i two bits in its upper ones,
+// the lowest in the first line. 8 bits: a line holds 4 inputs.
+inline int64_t value_lines(const Form& form, int64_t inputs) { return inputs * form.bits / 32; }
 
 inline int64_t scale_bytes(Scale kind) {
   switch (kind) {
@@ -60,24 +62,25 @@ inline int64_t scale_bytes(Scale kind) {
 
 inline bool nested(Scale kind) { return kind == Scale::kNestedU8 || kind == Scale::kNestedS8; }
 
-// Where the parts of a chunk of `inputs` (whole steps, at most kChunk) begin.
+// Where the parts of a panel's head begin in a chunk of `inputs` (whole steps, at most kChunk), and how long head and values are.
 struct Parts {
-  int64_t scales, offsets, nested_scales, nested_offsets, bytes;
+  int64_t offsets, nested_scales, nested_offsets, head, lines;
   Parts(const Form& form, int64_t inputs) {
     const int64_t blocks = ceil_div(inputs, form.block), nests = ceil_div(inputs, kNest);
-    scales = value_bytes(form, inputs);
-    offsets = scales + blocks * kPanel * scale_bytes(form.scale);
+    offsets = blocks * kPanel * scale_bytes(form.scale);
     nested_scales = offsets + blocks * kPanel * scale_bytes(form.offset);
     nested_offsets = nested_scales + (nested(form.scale) ? nests * kPanel * 2 : 0);
-    bytes = ceil_div(nested_offsets + (nested(form.offset) ? nests * kPanel * 2 : 0), 64) * 64;
+    head = ceil_div(nested_offsets + (nested(form.offset) ? nests * kPanel * 2 : 0), kLine) * kLine;
+    lines = value_lines(form, inputs);
   }
+  int64_t bytes() const { return head + lines * kLine; }  // of one panel
 };
 
-// Bytes in front of the chunk that begins with an input, and of a whole record.
-inline int64_t chunk_at(const Form& form, int64_t input) { return input / kChunk * Parts(form, kChunk).bytes; }
-inline int64_t record_bytes(const Form& form, int64_t inputs) {
+// Bytes of a panel in front of the chunk that begins with an input, and of all of it. A group's are as many times that as it has panels.
+inline int64_t chunk_at(const Form& form, int64_t input) { return input / kChunk * Parts(form, kChunk).bytes(); }
+inline int64_t panel_bytes(const Form& form, int64_t inputs) {
   const int64_t all = padded(inputs), rest = all % kChunk;
-  return chunk_at(form, all) + (rest == 0 ? 0 : Parts(form, rest).bytes);
+  return chunk_at(form, all) + (rest == 0 ? 0 : Parts(form, rest).bytes());
 }
 
 // Rounded rows. Everything about a row lies in one stretch of `stride` bytes: int8 [inputs], then float scale [steps], float
@@ -105,30 +108,36 @@ struct Rounding {
   Rows to;
 };
 
-// `rows` x (up to 4 panels) of a product and what happens to it. With an activation the first half of the panels are gates and
-// the second half the matching ups: out = act(gate) * up, for half the panels.
+// Neighbouring panels of one group.
+struct Run {
+  const uint8_t* group;
+  const Form* form;
+  int of;             // panels that the group has
+  int first, panels;  // the run's own
+};
+
+// `rows` x (up to two runs) of a product and what happens to it. With an activation the first run is gates and the second, of as
+// many panels, the matching ups: out = act(gate) * up, for half the panels.
 struct Tile {
   Rows a;
   int64_t first_row, rows, inputs;
-  int panels;                      // 1..4; even with an activation
-  const uint8_t* record[kPanels];
-  const uint8_t* next[kPanels];    // the records that will be read after these, or null
-  const Form* form[kPanels];
-  const float* bias[kPanels];      // [valid] or null
-  int valid[kPanels];              // channels of the panel that exist
-  float* out[kPanels];             // first row's
-  const float* residual[kPanels];  // first row's, added to the result, or null
-  int64_t out_stride;              // floats; also the residual's
+  Run run[2];
+  int runs, panels;                    // of all runs
+  const float* bias[2 * kPanels];      // [valid] or null
+  int valid[2 * kPanels];              // channels of the panel that exist
+  float* out[2 * kPanels];             // first row's
+  const float* residual[2 * kPanels];  // first row's, added to the result, or null
+  int64_t out_stride;                  // floats; also the residual's
   Activation activation;
 };
 
-// A chunk of inputs of up to four panels of one form.
+// A chunk of inputs of up to four neighbouring panels.
 struct Chunk {
   int64_t first_step, steps;
   const Form* form;
-  const uint8_t* packed[kPanels];  // values as stored
-  const uint8_t* values[kPanels];  // unpacked, or null
-  const uint8_t* ahead[kPanels];   // what is read after these values, which prefetches may touch
+  const uint8_t* values[kPanels];  // a panel's first line: as stored, or unpacked to a byte a value
+  int64_t line;                    // bytes from a line of a panel to its next
+  int64_t ahead;                   // bytes from a line to the same one of the next chunk
   const float* scale[kPanels];
   const float* offset[kPanels];    // or null
 };
@@ -138,8 +147,8 @@ constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it to a float round
 struct Kernels {
   void (*tile)(const Tile&);
   void (*round_row)(const Rounding&, int64_t row);
-  // One channel of a panel as float32 [padded inputs]: for embeddings.
-  void (*channel)(const uint8_t* record, const Form& form, int64_t inputs, int channel, float* out);
+  // One channel of a run of one panel as float32 [padded inputs]: for embeddings.
+  void (*channel)(const Run& run, int64_t inputs, int channel, float* out);
 };
 
 // The kernels of the instruction set in use.

@@ -76,9 +76,9 @@ AT void look_up(const uint8_t* table, uint8_t* values, int64_t count) {
   }
 }
 
-constexpr int64_t kFour = 0;  // rows that take four panels at once
+int most(int64_t) { return 2; }
 
-bool direct(const Form&, int64_t) { return false; }
+constexpr bool kStored = false;
 
 // The sums of four inputs' products in each of eight channels.
 template <bool WIDE>

@@ -65,9 +65,9 @@ void look_up(const uint8_t* table, uint8_t* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] = table[values[i]];
 }
 
-constexpr int64_t kFour = 0;  // rows that take four panels at once
+int most(int64_t) { return 2; }
 
-bool direct(const Form&, int64_t) { return false; }
+constexpr bool kStored = false;
 
 void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
   const int period = chunk.form->block < kStep ? 16 : kStep, parts = kStep / period;

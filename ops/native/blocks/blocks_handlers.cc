@@ -30,8 +30,8 @@ void add_rounding(Phases& phases, const Rounding& r, int64_t begin, int64_t rows
   });
 }
 
-// How a product's tiles are dealt out: a block of rows, and tiles of neighbouring channels one behind the other, so that what is
-// read next is known. Few rows wait for memory, and take several tiles at once.
+// How a product's tiles are dealt out: a block of rows, and tiles of neighbouring channels one behind the other, so that memory is
+// read from front to back. Few rows wait for it, and take several tiles at once.
 struct Deal {
   int64_t columns, row_blocks, together;  // tiles of one block of rows; blocks; tiles that a chunk has at most
   Deal(int64_t tiles, int64_t rows) : columns(tiles), row_blocks(ceil_div(rows, kRowBlock)) {
@@ -50,25 +50,23 @@ struct Deal {
 // out[rows, outputs] = a W^T + bias + residual. Row 0 of out is row `begin` of a.
 void add_product(Phases& phases, const Rows& a, const Weight& w, const float* bias, int64_t begin, int64_t rows, float* out,
                  const float* residual) {
-  const Deal deal(ceil_div(w.panels(), kPanels), rows);
+  const Deal deal(static_cast<int64_t>(w.groups.size()), rows);
   phases.add(in_rehearsal(deal.chunks()), [=, &w, &k = kernels()](int64_t chunk, int) {
     deal.each(chunk, [&](int64_t first, int64_t tile) {
-    const int64_t panel = tile * kPanels;
-    Tile t{};
-    t.a = a;
-    t.first_row = begin + first;
-    t.rows = std::min(rows - first, kRowBlock);
-    t.inputs = w.inputs;
-    t.panels = static_cast<int>(std::min<int64_t>(kPanels, w.panels() - panel));
-    t.out_stride = w.outputs;
-    for (int p = 0; p < t.panels; ++p) {
-      const int64_t column = (panel + p) * kPanel;
-      w.place(t, p, panel + p, bias);
-      t.next[p] = w.record_of(panel + kPanels + p);
-      t.out[p] = out + first * w.outputs + column;
-      t.residual[p] = residual == nullptr ? nullptr : residual + first * w.outputs + column;
-    }
-    k.tile(t);
+      const int64_t panel = w.groups[tile];
+      Tile t{};
+      t.a = a;
+      t.first_row = begin + first;
+      t.rows = std::min(rows - first, kRowBlock);
+      t.inputs = w.inputs;
+      t.out_stride = w.outputs;
+      w.place(t, panel, kPanels, bias);
+      for (int p = 0; p < t.panels; ++p) {
+        const int64_t at = first * w.outputs + (panel + p) * kPanel;
+        t.out[p] = out + at;
+        t.residual[p] = residual == nullptr ? nullptr : residual + at;
+      }
+      k.tile(t);
     });
   });
 }
@@ -77,27 +75,31 @@ void add_product(Phases& phases, const Rows& a, const Weight& w, const float* bi
 // `begin` of a.
 void add_gated(Phases& phases, const Rows& a, const Weight& w, const float* bias, int64_t begin, int64_t rows, float* hidden,
                Activation activation) {
-  const int64_t half = w.panels() / 2, width = half * kPanel, pairs = kPanels / 2;
-  const Deal deal(ceil_div(half, pairs), rows);
+  const int64_t half = w.panels() / 2, width = half * kPanel;
+  // Panels of one group whose ups lie in one group too, which is the rule.
+  struct Stretch {
+    int64_t first, panels;
+  };
+  std::vector<Stretch> pairs;
+  for (int64_t at = 0, count; at < half; at += count) {
+    count = std::min<int64_t>({half - at, w.run(at).panels, w.run(half + at).panels});
+    pairs.push_back({at, count});
+  }
+  const Deal deal(static_cast<int64_t>(pairs.size()), rows);
   phases.add(in_rehearsal(deal.chunks()), [=, &w, &k = kernels()](int64_t chunk, int) {
     deal.each(chunk, [&](int64_t first, int64_t tile) {
-    const int64_t panel = tile * pairs;
-    const int count = static_cast<int>(std::min(pairs, half - panel));
-    Tile t{};
-    t.a = a;
-    t.first_row = begin + first;
-    t.rows = std::min(rows - first, kRowBlock);
-    t.inputs = w.inputs;
-    t.panels = 2 * count;
-    t.out_stride = width;
-    t.activation = activation;
-    for (int p = 0; p < t.panels; ++p) {
-      const int64_t at = p < count ? panel + p : half + panel + p - count;
-      w.place(t, p, at, bias);
-      t.next[p] = w.record_of(at + pairs);
-      t.out[p] = p < count ? hidden + first * width + at * kPanel : nullptr;
-    }
-    k.tile(t);
+      const auto [panel, count] = pairs[tile];
+      Tile t{};
+      t.a = a;
+      t.first_row = begin + first;
+      t.rows = std::min(rows - first, kRowBlock);
+      t.inputs = w.inputs;
+      t.out_stride = width;
+      t.activation = activation;
+      w.place(t, panel, count, bias);
+      w.place(t, half + panel, count, bias);
+      for (int64_t p = 0; p < count; ++p) t.out[p] = hidden + first * width + (panel + p) * kPanel;
+      k.tile(t);
     });
   });
 }
@@ -168,8 +170,7 @@ ffi::Error rows_of(ffi::ThreadPool pool, S32 ids, U8 bytes, S32 form, ffi::Resul
       return;
     }
     float* whole = static_cast<float*>(scratch(5, padded(inputs) * sizeof(float)));
-    const auto [record, own] = weight.panel(id / kPanel);
-    k.channel(record, *own, inputs, static_cast<int>(id % kPanel), whole);
+    k.channel(weight.run(id / kPanel, 1), inputs, static_cast<int>(id % kPanel), whole);
     if (weight.rotated) {
       for (int64_t at = 0; at < inputs; at += int8::kGroup) int8::rotate_group(whole + at);
       for (int64_t at = 0; at < inputs; ++at) whole[at] *= int8::kRotation;

@@ -1,10 +1,11 @@
 // What the instruction sets share, inside the namespace of a file that includes this once with AT, the function attribute that
 // enables the set. Loops over 16 channels become vectors of whatever set the function is compiled for. The file gives before it:
 //   activate(float[16], Activation)      in place
-//   direct(form, rows)                   whether `multiply` takes the values of a form as they are stored
+//   kStored                              whether `multiply` takes values as they are stored
+//   most(rows)                           panels that it takes at once: 4, or 1 and 2
 //   Sixteen                              16 floats, and `same`, `times`, `put`, and what reads 16 scales of each type
 //   look_up(table[16], values, count)    each value replaced by its entry
-//   multiply(tile, chunk, panels, sums)  adds a chunk's products of one panel or two to sums [rows][tile.panels][16]
+//   multiply(tile, chunk, panels, sums)  adds a chunk's products of some panels to sums [rows][tile.panels][16]
 
 // The scales of a chunk of `inputs`, one for every `period` of them, as float32 [inputs / period][16], times `unit`.
 template <Scale KIND>
@@ -43,39 +44,39 @@ AT static void widen_scales(Scale kind, const uint8_t* part, const uint8_t* nest
 }
 
 // A chunk's scales and offsets: scale [inputs / period][16], where `period` is 16 or 32, offset [inputs / 32][16].
-AT static void decode_scales(const uint8_t* chunk, const Form& form, int64_t inputs, float* scale, float* offset) {
+AT static void decode_scales(const uint8_t* head, const Form& form, int64_t inputs, float* scale, float* offset) {
   const Parts at(form, inputs);
   const int64_t period = form.block < kStep ? form.block : kStep;
   const float unit = form.power == 0 ? 1.0f : std::ldexp(1.0f, form.power);
-  widen_scales(form.scale, chunk + at.scales, chunk + at.nested_scales, form.block, inputs, period, unit, scale);
+  widen_scales(form.scale, head, head + at.nested_scales, form.block, inputs, period, unit, scale);
   if (form.offset == Scale::kNone) return;
   const float sign = form.offset == Scale::kNestedU8 || form.offset == Scale::kZeroPoint ? -1.0f : 1.0f;
-  widen_scales(form.offset, chunk + at.offsets, chunk + at.nested_offsets, form.block, inputs, kStep, sign, offset);
+  widen_scales(form.offset, head + at.offsets, head + at.nested_offsets, form.block, inputs, kStep, sign, offset);
   if (form.offset != Scale::kZeroPoint) return;
   for (int64_t i = 0; i < inputs / kStep; ++i) {
     for (int c = 0; c < kPanel; ++c) offset[i * kPanel + c] *= scale[i * (kStep / period) * kPanel + c];
   }
 }
 
-// A chunk's values, a byte each, through the table: [inputs / 4][16][4].
-AT static void unpack_values(const uint8_t* from, const Form& form, int64_t inputs, uint8_t* out) {
+// A panel's values of a chunk, a byte each, through the table: [inputs / 4][16][4]. `line` bytes lie between its lines.
+AT static void unpack_values(const uint8_t* from, int64_t line, const Form& form, int64_t inputs, uint8_t* out) {
   if (form.bits == 8) {
-    std::memcpy(out, from, inputs * kPanel);
+    for (int64_t i = 0; i < inputs / 4; ++i, from += line) std::memcpy(out + i * kLine, from, kLine);
     return;
   }
   if (form.bits == 6) {
-    for (int64_t i = 0; i < inputs / 16; ++i, from += 192, out += 256) {
-      const uint8_t* top = from + 128;
-      for (int j = 0; j < 64; ++j) out[j] = (from[j] & 15) | (top[j] & 3) << 4;
-      for (int j = 0; j < 64; ++j) out[64 + j] = from[j] >> 4 | (top[j] & 12) << 2;
-      for (int j = 0; j < 64; ++j) out[128 + j] = (from[64 + j] & 15) | (top[j] & 48);
-      for (int j = 0; j < 64; ++j) out[192 + j] = from[64 + j] >> 4 | (top[j] & 192) >> 2;
+    for (int64_t i = 0; i < inputs / 16; ++i, from += 3 * line, out += 4 * kLine) {
+      const uint8_t *a = from, *b = from + line, *c = from + 2 * line;
+      for (int j = 0; j < kLine; ++j) out[j] = a[j] & 63;
+      for (int j = 0; j < kLine; ++j) out[kLine + j] = b[j] & 63;
+      for (int j = 0; j < kLine; ++j) out[2 * kLine + j] = c[j] & 63;
+      for (int j = 0; j < kLine; ++j) out[3 * kLine + j] = a[j] >> 6 | (b[j] >> 6) << 2 | (c[j] >> 6) << 4;
     }
     return;
   }
-  for (int64_t i = 0; i < inputs / 8; ++i) {
-    for (int j = 0; j < 64; ++j) out[i * 128 + j] = from[i * 64 + j] & 15;
-    for (int j = 0; j < 64; ++j) out[i * 128 + 64 + j] = from[i * 64 + j] >> 4;
+  for (int64_t i = 0; i < inputs / 8; ++i, from += line) {
+    for (int j = 0; j < kLine; ++j) out[2 * i * kLine + j] = from[j] & 15;
+    for (int j = 0; j < kLine; ++j) out[(2 * i + 1) * kLine + j] = from[j] >> 4;
   }
   if (form.table == Table::kNone) return;
   alignas(16) uint8_t table[16];
@@ -83,15 +84,17 @@ AT static void unpack_values(const uint8_t* from, const Form& form, int64_t inpu
   look_up(table, out, inputs * kPanel);
 }
 
-AT static void channel(const uint8_t* record, const Form& form, int64_t inputs, int which, float* out) {
+AT static void channel(const Run& run, int64_t inputs, int which, float* out) {
   uint8_t values[kChunk * kPanel];
   float scale[kChunk], offset[kChunk / 2];
+  const Form& form = *run.form;
   const int64_t all = padded(inputs), period = form.block < kStep ? form.block : kStep;
   for (int64_t first = 0; first < all; first += kChunk) {
     const int64_t count = std::min(kChunk, all - first);
-    const uint8_t* chunk = record + chunk_at(form, first);
-    decode_scales(chunk, form, count, scale, offset);
-    unpack_values(chunk, form, count, values);
+    const Parts parts(form, count);
+    const uint8_t* chunk = run.group + run.of * chunk_at(form, first);
+    decode_scales(chunk + run.first * parts.head, form, count, scale, offset);
+    unpack_values(chunk + run.of * parts.head + run.first * kLine, run.of * kLine, form, count, values);
     for (int64_t i = 0; i < count; ++i) {
       const int value = values[(i / 4 * kPanel + which) * 4 + i % 4] - form.zero;
       const float whole = static_cast<float>(value) * scale[i / period * kPanel + which];
@@ -184,49 +187,52 @@ AT static void finish(const Tile& t, float* sums) {
   }
 }
 
-// Up to four panels of one form: chunk by chunk, scales first.
-AT static void panels(const Tile& t, int first, int together, float* sums) {
-  alignas(64) uint8_t values[2 * kChunk * kPanel];
+// Up to four panels of a run: chunk by chunk, scales first.
+AT static void panels(const Tile& t, const Run& run, int first, int together, float* sums) {
+  alignas(64) uint8_t values[kStored ? 64 : 2 * kChunk * kPanel];
   alignas(64) float scale[kPanels][kChunk], offset[kPanels][kChunk / 2];
-  const Form& form = *t.form[first];
+  const Form& form = *run.form;
   const int64_t all = padded(t.inputs);
-  const bool as_stored = direct(form, t.rows);
+  Chunk c{};
+  c.form = &form;
+  c.line = kStored ? run.of * kLine : kLine;
   for (int64_t input = 0; input < all; input += kChunk) {
     const int64_t count = std::min(kChunk, all - input);
     const Parts parts(form, count);
-    Chunk c{};
+    const uint8_t* chunk = run.group + run.of * chunk_at(form, input);
+    const uint8_t* head = chunk + (run.first + first) * parts.head;
+    const uint8_t* lines = chunk + run.of * parts.head + (run.first + first) * kLine;
+    // All of the heads at once: a miss at a time would stop the products, and jumps back upset the hardware's own fetching.
+    for (int64_t at = 0; at < together * parts.head; at += kLine) __builtin_prefetch(head + at);
     c.first_step = input / kStep;
     c.steps = count / kStep;
-    c.form = &form;
+    c.ahead = run.of * parts.bytes();
+    for (int64_t at = 0; most(t.rows) < kPanels && at < together * parts.head; at += kLine) {
+      __builtin_prefetch(head + c.ahead + at, 0, 2);
+    }
     for (int j = 0; j < together; ++j) {
-      const uint8_t* chunk = t.record[first + j] + chunk_at(form, input);
-      const bool last = input + kChunk >= all;
-      c.ahead[j] = !last ? chunk + parts.bytes : t.next[first + j] != nullptr ? t.next[first + j] : chunk;
-      for (int64_t line = parts.scales; line < parts.bytes; line += 64) __builtin_prefetch(c.ahead[j] + line);
-      decode_scales(chunk, form, count, scale[j], offset[j]);
-      c.packed[j] = chunk;
+      decode_scales(head + j * parts.head, form, count, scale[j], offset[j]);
       c.scale[j] = scale[j];
       c.offset[j] = form.offset == Scale::kNone ? nullptr : offset[j];
-      if (as_stored) continue;
-      unpack_values(chunk, form, count, values + j * kChunk * kPanel);
-      c.values[j] = values + j * kChunk * kPanel;
+      c.values[j] = kStored ? lines + j * kLine : values + j * kChunk * kPanel;
+      if (!kStored) unpack_values(lines + j * kLine, run.of * kLine, form, count, values + j * kChunk * kPanel);
     }
-    multiply(t, c, together, sums + first * kPanel);
+    multiply(t, c, together, sums);
   }
 }
 
 AT static void tile(const Tile& t) {
   float* sums = static_cast<float*>(scratch(6, t.rows * t.panels * kPanel * sizeof(float)));
   std::memset(sums, 0, t.rows * t.panels * kPanel * sizeof(float));
-  for (int p = 0; p < t.panels;) {
-    // Few rows: four streams of weights at once hide the memory's latency.
-    const int most = t.rows <= kFour && direct(*t.form[p], t.rows) ? kPanels : 2;
-    int together = 1;
-    while (together < most && p + together < t.panels &&
-           std::memcmp(t.form[p + together], t.form[p], sizeof(Form)) == 0) ++together;
-    if (together == 3) together = 2;
-    panels(t, p, together, sums);
-    p += together;
+  float* to = sums;
+  for (int r = 0; r < t.runs; ++r) {
+    const Run& run = t.run[r];
+    for (int p = 0; p < run.panels;) {
+      const int left = run.panels - p, together = left >= kPanels && most(t.rows) == kPanels ? kPanels : std::min(left, 2);
+      panels(t, run, p, together, to);
+      p += together;
+      to += together * kPanel;
+    }
   }
   finish(t, sums);
 }

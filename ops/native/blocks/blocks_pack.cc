@@ -1,4 +1,4 @@
-// From the rows of a checkpoint to records, for the loader: called from its threads, without XLA. Values keep their integers and
+// From the rows of a checkpoint to panels, for the loader: called from its threads, without XLA. Values keep their integers and
 // scales their bits; only their places change.
 
 #include <algorithm>
@@ -148,18 +148,18 @@ int64_t block_inputs(Source source) {
   }
 }
 
-// One channel's values of a chunk into the chunk, whose bytes are zero.
-void put_values(const Form& form, const uint8_t* value, int64_t inputs, int channel, uint8_t* chunk) {
+// One channel's values of a chunk into its panel's lines, `line` bytes from one to the next, whose bytes are zero.
+void put_values(const Form& form, const uint8_t* value, int64_t inputs, int channel, uint8_t* lines, int64_t line) {
   for (int64_t i = 0; i < inputs; ++i) {
     const int64_t quad = i / 4, place = channel * 4 + i % 4;
     if (form.bits == 8) {
-      chunk[quad * 64 + place] = value[i];
+      lines[quad * line + place] = value[i];
     } else if (form.bits == 4) {
-      chunk[quad / 2 * 64 + place] |= value[i] << (quad % 2 == 0 ? 0 : 4);
+      lines[quad / 2 * line + place] |= value[i] << (quad % 2 == 0 ? 0 : 4);
+    } else if (quad % 4 < 3) {
+      lines[(quad / 4 * 3 + quad % 4) * line + place] |= value[i];
     } else {
-      uint8_t* group = chunk + quad / 4 * 192;
-      group[quad % 4 / 2 * 64 + place] |= (value[i] & 15) << (quad % 2 == 0 ? 0 : 4);
-      group[128 + place] |= (value[i] >> 4) << (quad % 4 * 2);
+      for (int j = 0; j < 3; ++j) lines[(quad / 4 * 3 + j) * line + place] |= (value[i] >> 2 * j & 3) << 6;
     }
   }
 }
@@ -175,16 +175,16 @@ void put_scales(const uint8_t* from, int64_t available, int64_t first, int64_t c
 }  // namespace
 }  // namespace jaxserve::blocks
 
-// Bytes of a panel's record.
-JAXSERVE_EXPORT int64_t jaxserve_blocks_record(const int32_t* form, int64_t inputs) {
+// Bytes of a panel.
+JAXSERVE_EXPORT int64_t jaxserve_blocks_panel(const int32_t* form, int64_t inputs) {
   jaxserve::blocks::Form f;
   std::memcpy(&f, form, sizeof f);
-  return jaxserve::blocks::record_bytes(f, inputs);
+  return jaxserve::blocks::panel_bytes(f, inputs);
 }
 
 // Packs `outputs` rows of `inputs` values. `source`: a GGUF block type, then `rows` points at each row's blocks; or -1, then it
 // points at a byte a value, and `scales` and `offsets` at a row's scales in the form's types (null: the form has none).
-// `to` holds whole records and is overwritten. Returns 0, or 1 where a scale is not finite.
+// `to` holds whole panels, the first four a group and so on, and is overwritten. Returns 0, or 1 where a scale is not finite.
 JAXSERVE_EXPORT int64_t jaxserve_blocks_pack(int64_t source, const int32_t* form, const uint8_t* const* rows,
                                              const uint8_t* const* scales, const uint8_t* const* offsets, int64_t outputs,
                                              int64_t inputs, uint8_t* to) {
@@ -192,14 +192,16 @@ JAXSERVE_EXPORT int64_t jaxserve_blocks_pack(int64_t source, const int32_t* form
   Form f;
   std::memcpy(&f, form, sizeof f);
   const Source kind = static_cast<Source>(source);
-  const int64_t bytes = record_bytes(f, inputs), all = padded(inputs), blocks = jaxserve::ceil_div(inputs, f.block);
+  const int64_t bytes = panel_bytes(f, inputs), all = padded(inputs), blocks = jaxserve::ceil_div(inputs, f.block);
   const int64_t scale_size = scale_bytes(f.scale), offset_size = scale_bytes(f.offset);
   Apart apart;
   std::vector<uint8_t> value(all);
   for (int64_t row = 0; row < outputs; ++row) {
-    uint8_t* record = to + row / kPanel * bytes;
+    const int64_t panel = row / kPanel, begin = panel / kPanels * kPanels;
+    const int64_t of = std::min<int64_t>(kPanels, jaxserve::ceil_div(outputs, kPanel) - begin);
+    uint8_t* group = to + begin * bytes;
     const int channel = static_cast<int>(row % kPanel);
-    if (channel == 0) std::memset(record, 0, bytes);
+    if (row == begin * kPanel) std::memset(group, 0, of * bytes);
     const uint8_t *scale, *offset = nullptr, *nested_scale = nullptr, *nested_offset = nullptr;
     if (kind == Source::kPlain) {
       std::copy(rows[row], rows[row] + inputs, value.begin());
@@ -220,16 +222,17 @@ JAXSERVE_EXPORT int64_t jaxserve_blocks_pack(int64_t source, const int32_t* form
     const int64_t nests = jaxserve::ceil_div(inputs, kNest);
     for (int64_t first = 0; first < all; first += kChunk) {
       const int64_t count = std::min(kChunk, all - first), own = jaxserve::ceil_div(count, f.block);
-      uint8_t* chunk = record + chunk_at(f, first);
+      uint8_t* chunk = group + of * chunk_at(f, first);
       const Parts parts(f, count);
-      put_values(f, value.data() + first, count, channel, chunk);
-      put_scales(scale, blocks, first / f.block, own, scale_size, channel, chunk + parts.scales);
+      uint8_t* head = chunk + (panel - begin) * parts.head;
+      put_values(f, value.data() + first, count, channel, chunk + of * parts.head + (panel - begin) * kLine, of * kLine);
+      put_scales(scale, blocks, first / f.block, own, scale_size, channel, head);
       if (f.offset != Scale::kNone) {
-        put_scales(offset, blocks, first / f.block, own, offset_size, channel, chunk + parts.offsets);
+        put_scales(offset, blocks, first / f.block, own, offset_size, channel, head + parts.offsets);
       }
       const int64_t own_nests = jaxserve::ceil_div(count, kNest);
-      if (nested(f.scale)) put_scales(nested_scale, nests, first / kNest, own_nests, 2, channel, chunk + parts.nested_scales);
-      if (nested(f.offset)) put_scales(nested_offset, nests, first / kNest, own_nests, 2, channel, chunk + parts.nested_offsets);
+      if (nested(f.scale)) put_scales(nested_scale, nests, first / kNest, own_nests, 2, channel, head + parts.nested_scales);
+      if (nested(f.offset)) put_scales(nested_offset, nests, first / kNest, own_nests, 2, channel, head + parts.nested_offsets);
     }
   }
   return 0;

@@ -1,6 +1,6 @@
-// AVX-512 with VNNI: unsigned values times signed activations, which are broadcast from memory. Up to four rows multiply values
-// as they are stored, two dot products from one load of four bits; more rows multiply unpacked ones, six rows x two panels of
-// integer and of float sums in registers.
+// AVX-512 with VNNI: unsigned values times signed activations, which are broadcast from memory. Values are multiplied as they are
+// stored, two dot products from one load of four bits: taking bits apart fills ports that dot products leave free. One or two rows,
+// which wait for memory, take four panels at once; more of them six rows x two panels of integer and of float sums in registers.
 
 #include <algorithm>
 #include <cmath>
@@ -21,8 +21,6 @@ namespace jaxserve::blocks {
 namespace {
 
 #define AT TARGET_VNNI
-constexpr int64_t kDirect = 4;  // rows that multiply stored values: more of them pay for unpacking
-
 AT void activate(float* x, Activation activation) {
   _mm512_storeu_ps(x, gate512(_mm512_loadu_ps(x), static_cast<int>(activation)));
 }
@@ -62,29 +60,30 @@ AT void look_up(const uint8_t* table, uint8_t* values, int64_t count) {
   }
 }
 
-constexpr int64_t kFour = 2;  // rows that take four panels at once
+int most(int64_t rows) { return rows <= 2 ? 4 : 2; }
 
-bool direct(const Form& form, int64_t rows) { return form.bits == 8 || rows <= kDirect; }
+constexpr bool kStored = true;
 
-// How values are read: BITS as stored, with a table or without.
-template <int BITS, bool TABLE>
+// How values are read: BITS as stored, with a table or without, `line` bytes from one line to the next. Upper halves of four bits
+// may stay where they are, as 16 times the values, where somebody divides by that later.
+template <int BITS, bool TABLE, bool UPPER>
 struct Reader;
 
-template <>
-struct Reader<8, false> {
-  static constexpr int kQuads = 1, kBytes = 64;  // inputs in fours that one `load` gives, and what it reads
-  AT FORCE_INLINE static void load(const uint8_t* from, __m512i, __m512i (&out)[kQuads]) {
+template <bool UPPER>
+struct Reader<8, false, UPPER> {
+  static constexpr int kQuads = 1, kLines = 1;  // inputs in fours that one `load` gives, and the lines it reads
+  AT FORCE_INLINE static void load(const uint8_t* from, int64_t, __m512i, __m512i (&out)[kQuads]) {
     out[0] = _mm512_loadu_si512(from);
   }
 };
 
-template <bool TABLE>
-struct Reader<4, TABLE> {
-  static constexpr int kQuads = 2, kBytes = 64;
-  AT FORCE_INLINE static void load(const uint8_t* from, __m512i table, __m512i (&out)[kQuads]) {
+template <bool TABLE, bool UPPER>
+struct Reader<4, TABLE, UPPER> {
+  static constexpr int kQuads = 2, kLines = 1;
+  AT FORCE_INLINE static void load(const uint8_t* from, int64_t, __m512i table, __m512i (&out)[kQuads]) {
     const __m512i both = _mm512_loadu_si512(from), low = _mm512_set1_epi8(15);
     out[0] = _mm512_and_si512(both, low);
-    out[1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+    out[1] = UPPER ? _mm512_andnot_si512(low, both) : _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
     if (TABLE) {
       out[0] = _mm512_shuffle_epi8(table, out[0]);
       out[1] = _mm512_shuffle_epi8(table, out[1]);
@@ -92,28 +91,31 @@ struct Reader<4, TABLE> {
   }
 };
 
-template <>
-struct Reader<6, false> {
-  static constexpr int kQuads = 4, kBytes = 192;
-  AT FORCE_INLINE static void load(const uint8_t* from, __m512i, __m512i (&out)[kQuads]) {
-    const __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + 64);
-    const __m512i top = _mm512_loadu_si512(from + 128), low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(48);
-    const auto join = [&](__m512i a, __m512i b) AT {
-      return _mm512_or_si512(_mm512_and_si512(a, low), _mm512_and_si512(b, high));
-    };
-    out[0] = join(first, _mm512_slli_epi16(top, 4));
-    out[1] = join(_mm512_srli_epi16(first, 4), _mm512_slli_epi16(top, 2));
-    out[2] = join(second, top);
-    out[3] = join(_mm512_srli_epi16(second, 4), _mm512_srli_epi16(top, 2));
+template <bool UPPER>
+struct Reader<6, false, UPPER> {
+  static constexpr int kQuads = 4, kLines = 3;
+  AT FORCE_INLINE static void load(const uint8_t* from, int64_t line, __m512i, __m512i (&out)[kQuads]) {
+    const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + line), c = _mm512_loadu_si512(from + 2 * line);
+    const __m512i six = _mm512_set1_epi8(63);
+    out[0] = _mm512_and_si512(a, six);
+    out[1] = _mm512_and_si512(b, six);
+    out[2] = _mm512_and_si512(c, six);
+    // The upper bits of all three: 0xca takes of two operands the bits that the first one names.
+    const __m512i two = _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), _mm512_srli_epi16(a, 6), _mm512_srli_epi16(b, 4), 0xca);
+    const __m512i all = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), two, _mm512_srli_epi16(c, 2), 0xca);
+    out[3] = _mm512_and_si512(all, six);
   }
 };
 
-// MR rows x NP panels of one chunk. PARTS: scales of 16 inputs (2) or 32 (1) a step.
+// MR rows x NP panels of one chunk. PARTS: scales of 16 inputs (2) or 32 (1) a step. The first rows of many ask for the next chunk's
+// lines, into the second cache: their stream stands still for longer than the hardware looks ahead. Four panels are a stream that
+// the hardware fetches as fast as memory gives it, and prefetches would be in its way.
 template <int BITS, bool TABLE, int PARTS, int MR, int NP>
 AT void rows(const Tile& t, const Chunk& chunk, int64_t row, float* sums) {
-  using Read = Reader<BITS, TABLE>;
+  constexpr bool kUpper = BITS == 4 && !TABLE && MR == 1;  // upper halves have sums of their own, 16 times too large
+  using Read = Reader<BITS, TABLE, kUpper>;
   constexpr int kLoads = kStep / 4 / Read::kQuads / PARTS;
-  const int64_t at = t.first_row + row, stride = t.a.stride;
+  const int64_t at = t.first_row + row, stride = t.a.stride, line = chunk.line;
   const int8_t* a = t.a.values(at) + chunk.first_step * kStep;
   const float* row_scale = t.a.scale(at) + chunk.first_step;
   const float* row_sum = t.a.scaled_sum(at) + chunk.first_step;
@@ -123,6 +125,7 @@ AT void rows(const Tile& t, const Chunk& chunk, int64_t row, float* sums) {
   };
   const int zero = chunk.form->zero;
   const bool offsets = chunk.offset[0] != nullptr;
+  const int64_t ahead = row == 0 ? chunk.ahead : 0;
   __m512i table = _mm512_setzero_si512();
   if (TABLE) {
     alignas(16) uint8_t entries[16];
@@ -130,12 +133,10 @@ AT void rows(const Tile& t, const Chunk& chunk, int64_t row, float* sums) {
     table = four_times(entries);
   }
   const uint8_t* w[NP];
-  const uint8_t* ahead[NP];
   __m512 total[MR][NP];
   UNROLL
   for (int j = 0; j < NP; ++j) {
-    w[j] = BITS == 8 && chunk.values[j] != nullptr ? chunk.values[j] : chunk.packed[j];
-    ahead[j] = chunk.ahead[j];
+    w[j] = chunk.values[j];
     UNROLL
     for (int i = 0; i < MR; ++i) total[i][j] = _mm512_loadu_ps(sums + (i * t.panels + j) * kPanel);
   }
@@ -143,7 +144,7 @@ AT void rows(const Tile& t, const Chunk& chunk, int64_t row, float* sums) {
     __m512 scaled[MR][NP];
     UNROLL
     for (int part = 0; part < PARTS; ++part) {
-      __m512i product[MR][NP];
+      __m512i product[MR][NP], upper[NP];
       UNROLL
       for (int i = 0; i < MR; ++i) {
         int32_t added = of_row(part_sum, i)[2 * step + part];
@@ -153,18 +154,16 @@ AT void rows(const Tile& t, const Chunk& chunk, int64_t row, float* sums) {
         for (int j = 0; j < NP; ++j) product[i][j] = start;
       }
       UNROLL
+      for (int j = 0; j < NP; ++j) upper[j] = _mm512_setzero_si512();
+      UNROLL
       for (int load = 0; load < kLoads; ++load) {
         __m512i value[NP][Read::kQuads];
         UNROLL
         for (int j = 0; j < NP; ++j) {
-          if (MR <= kFour) {
-            // Into the second cache, a chunk ahead: few rows wait for memory, and the hardware alone is not far enough ahead.
-            UNROLL
-            for (int line = 0; line < Read::kBytes; line += 64) __builtin_prefetch(ahead[j] + line, 0, 2);
-            ahead[j] += Read::kBytes;
-          }
-          Read::load(w[j], table, value[j]);
-          w[j] += Read::kBytes;
+          UNROLL
+          for (int l = 0; NP < kPanels && l < Read::kLines; ++l) __builtin_prefetch(w[j] + l * line + ahead, 0, 2);
+          Read::load(w[j], line, table, value[j]);
+          w[j] += Read::kLines * line;
         }
         UNROLL
         for (int quad = 0; quad < Read::kQuads; ++quad) {
@@ -174,12 +173,16 @@ AT void rows(const Tile& t, const Chunk& chunk, int64_t row, float* sums) {
             std::memcpy(&four, of_row(a, i) + step * kStep + part * 16 + (load * Read::kQuads + quad) * 4, 4);
             const __m512i activation = _mm512_set1_epi32(four);
             UNROLL
-            for (int j = 0; j < NP; ++j) product[i][j] = _mm512_dpbusd_epi32(product[i][j], value[j][quad], activation);
+            for (int j = 0; j < NP; ++j) {
+              __m512i& sum = kUpper && quad == 1 ? upper[j] : product[i][j];
+              sum = _mm512_dpbusd_epi32(sum, value[j][quad], activation);
+            }
           }
         }
       }
       UNROLL
       for (int j = 0; j < NP; ++j) {
+        if (kUpper) product[0][j] = _mm512_add_epi32(product[0][j], _mm512_srai_epi32(upper[j], 4));
         const __m512 scale = _mm512_load_ps(chunk.scale[j] + (step * PARTS + part) * kPanel);
         UNROLL
         for (int i = 0; i < MR; ++i) {
@@ -211,20 +214,23 @@ AT void rows(const Tile& t, const Chunk& chunk, int64_t row, float* sums) {
   }
 }
 
+// All rows, up to six at a time; the first of them ask for the next chunk.
 template <int BITS, bool TABLE, int PARTS, int NP>
 void all_rows(const Tile& t, const Chunk& chunk, float* sums) {
-  int64_t row = 0;
-  const auto at = [&](int64_t r) { return sums + r * t.panels * kPanel; };
-  if constexpr (BITS == 8) {
-    for (; row + 6 <= t.rows; row += 6) rows<BITS, TABLE, PARTS, 6, NP>(t, chunk, row, at(row));
-    if (t.rows - row == 5) return rows<BITS, TABLE, PARTS, 5, NP>(t, chunk, row, at(row));
-  }
-  switch (t.rows - row) {
-    case 4: return rows<BITS, TABLE, PARTS, 4, NP>(t, chunk, row, at(row));
-    case 3: return rows<BITS, TABLE, PARTS, 3, NP>(t, chunk, row, at(row));
-    case 2: return rows<BITS, TABLE, PARTS, 2, NP>(t, chunk, row, at(row));
-    case 1: return rows<BITS, TABLE, PARTS, 1, NP>(t, chunk, row, at(row));
-    default: return;
+  for (int64_t row = 0; row < t.rows;) {
+    const int64_t left = t.rows - row;
+    // 7 are 4 and 3, 8 are 4 and 4: with few rows in registers dot products wait for each other.
+    const int64_t now = left == 7 || left == 8 ? 4 : std::min<int64_t>(left, 6);
+    float* to = sums + row * t.panels * kPanel;
+    switch (now) {
+      case 6: rows<BITS, TABLE, PARTS, 6, NP>(t, chunk, row, to); break;
+      case 5: rows<BITS, TABLE, PARTS, 5, NP>(t, chunk, row, to); break;
+      case 4: rows<BITS, TABLE, PARTS, 4, NP>(t, chunk, row, to); break;
+      case 3: rows<BITS, TABLE, PARTS, 3, NP>(t, chunk, row, to); break;
+      case 2: rows<BITS, TABLE, PARTS, 2, NP>(t, chunk, row, to); break;
+      default: rows<BITS, TABLE, PARTS, 1, NP>(t, chunk, row, to); break;
+    }
+    row += now;
   }
 }
 
@@ -244,7 +250,7 @@ void multiply_as(const Tile& t, const Chunk& chunk, int panels, float* sums) {
 }
 
 void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
-  if (chunk.values[0] != nullptr || chunk.form->bits == 8) return multiply_as<8, false>(t, chunk, panels, sums);
+  if (chunk.form->bits == 8) return multiply_as<8, false>(t, chunk, panels, sums);
   if (chunk.form->bits == 6) return multiply_as<6, false>(t, chunk, panels, sums);
   if (chunk.form->table != Table::kNone) return multiply_as<4, true>(t, chunk, panels, sums);
   multiply_as<4, false>(t, chunk, panels, sums);

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <utility>
 #include <vector>
 
 #include "blocks/blocks.h"
@@ -13,17 +12,18 @@
 namespace jaxserve::blocks {
 
 struct Weight {
-  // Neighbouring panels of one form, their records one behind the other.
+  // Neighbouring panels of one form, in groups one behind the other.
   struct Stretch {
-    int32_t form, first, panels, at;  // `at`: where the first record begins, in 64 bytes
+    int32_t form, first, panels, at;  // `at`: where the first group begins, in 64 bytes
   };
 
   const uint8_t* bytes = nullptr;
   int64_t outputs = 0, inputs = 0;
   bool rotated = false;
   std::vector<Form> forms;
-  std::vector<int64_t> record;  // bytes, of each form
+  std::vector<int64_t> size;  // of a panel in bytes, of each form
   std::vector<Stretch> stretches;
+  std::vector<int32_t> groups;  // each one's first panel
 
   int64_t panels() const { return ceil_div(outputs, kPanel); }
 
@@ -43,36 +43,36 @@ struct Weight {
     std::memcpy(forms.data(), from + 3, forms.size() * sizeof(Form));
     stretches.resize(from[2]);
     std::memcpy(stretches.data(), from + 3 + from[1] * kForm, stretches.size() * sizeof(Stretch));
-    for (const Form& form : forms) record.push_back(record_bytes(form, I));
+    for (const Form& form : forms) size.push_back(panel_bytes(form, I));
     int64_t next = 0;
     for (const Stretch& s : stretches) {
       if (s.form < 0 || s.form >= from[1] || s.first != next || s.panels <= 0) return "a weight's stretches do not follow";
-      const int64_t end = int64_t{s.at} * 64 + s.panels * record[s.form];
+      const int64_t end = int64_t{s.at} * 64 + s.panels * size[s.form];
       if (s.at < 0 || end > static_cast<int64_t>(data.element_count())) return "a weight's bytes are packed for another shape";
+      for (int32_t first = 0; first < s.panels; first += kPanels) groups.push_back(s.first + first);
       next += s.panels;
     }
     return next == panels() ? nullptr : "a weight's bytes are packed for another shape";
   }
 
-  // Where a panel's record is, and its form.
-  std::pair<const uint8_t*, const Form*> panel(int64_t index) const {
+  // The panels from `index` on that lie in one group, at most `most` of them.
+  Run run(int64_t index, int64_t most = kPanels) const {
     const auto after = [](int64_t i, const Stretch& s) { return i < s.first; };
     const Stretch& s = *(std::upper_bound(stretches.begin(), stretches.end(), index, after) - 1);
-    return {bytes + int64_t{s.at} * 64 + (index - s.first) * record[s.form], &forms[s.form]};
+    const int64_t first = (index - s.first) / kPanels * kPanels, of = std::min<int64_t>(kPanels, s.panels - first);
+    const int64_t begin = index - s.first - first;
+    return {bytes + int64_t{s.at} * 64 + first * size[s.form], &forms[s.form], static_cast<int>(of),
+            static_cast<int>(begin), static_cast<int>(std::min(of - begin, most))};
   }
 
-  // The same, or null behind the last.
-  const uint8_t* record_of(int64_t index) const { return index < panels() ? panel(index).first : nullptr; }
-
-  // Panel `index` as the p-th of a tile.
-  void place(Tile& t, int p, int64_t index, const float* bias) const {
-    const auto [from, form] = panel(index);
-    t.record[p] = from;
-    t.next[p] = nullptr;
-    t.form[p] = form;
-    t.bias[p] = bias == nullptr ? nullptr : bias + index * kPanel;
-    t.valid[p] = static_cast<int>(std::min<int64_t>(kPanel, outputs - index * kPanel));
-    t.residual[p] = nullptr;
+  // Adds panels from `index` on to a tile, as many as `run` gives.
+  void place(Tile& t, int64_t index, int64_t most, const float* bias) const {
+    const Run own = t.run[t.runs++] = run(index, most);
+    for (int p = 0; p < own.panels; ++p, ++index) {
+      t.bias[t.panels] = bias == nullptr ? nullptr : bias + index * kPanel;
+      t.valid[t.panels] = static_cast<int>(std::min<int64_t>(kPanel, outputs - index * kPanel));
+      t.residual[t.panels++] = nullptr;
+    }
   }
 };
 
