@@ -274,7 +274,7 @@ def _values(lines_PLc4: jax.Array, form: Form, inputs: int) -> jax.Array:
         quads = jnp.stack([lines_PLc4 & 15, lines_PLc4 >> 4], axis=2).reshape(P, inputs // 4, PANEL, 4)
     else:
         three = lines_PLc4.reshape(P, inputs // 16, 3, PANEL, 4)
-        fourth = sum((three[:, :, j] >> 6) << 2 * j for j in range(3))
+        fourth = (three[:, :, 0] >> 6) | (three[:, :, 1] >> 6) << 2 | (three[:, :, 2] >> 6) << 4
         quads = jnp.concatenate([three & 63, fourth[:, :, None]], axis=2).reshape(P, inputs // 4, PANEL, 4)
     values_PcI = quads.swapaxes(1, 2).reshape(P, PANEL, inputs)
     entries = TABLES[form.table]
