@@ -236,8 +236,10 @@ def from_hf(hf: Mapping[str, Any], **overrides: Any) -> ModelConfig:
     Raises:
         ValueError: a missing field, or a value that is not supported, by name.
     """
-    heads = need(hf, "num_attention_heads")
-    embed = need(hf, "hidden_size")
+    heads, embed = need(hf, "num_attention_heads"), need(hf, "hidden_size")
+    for name, value in (("num_attention_heads", heads), ("hidden_size", embed)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"the model's configuration has {name} = {value!r}; it must be a whole number from 1.")
     architecture = (hf.get("architectures") or ["?"])[0]
     head_dim = hf.get("head_dim") or embed // heads
     values: dict[str, Any] = {

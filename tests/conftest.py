@@ -1,5 +1,31 @@
 """Every test runs on the CPU backend, whatever else is installed."""
 
 import os
+import pathlib
+import sys
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+HERE = pathlib.Path(__file__).parent
+QUICK = ("serving/boot", "serving/engine", "serving/processes", "serving/training")
+"""Folders whose programs are compiled quickly: tiny ones that run a few times, of which compiling is nearly all. What is computed
+is the same: XLA's own passes run, LLVM's do not. Real models are compiled as a server compiles them."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_quickly(request):
+    """In this process, and in those that the module's tests start."""
+    folder = request.path.parent.relative_to(HERE).as_posix()
+    real = any(item.get_closest_marker("real_model") for item in request.session.items if item.path == request.path)
+    if real or not any(f"{folder}/".startswith(f"{quick}/") for quick in QUICK):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        if "jax" in sys.modules:  # else it reads the environment
+            sys.modules["jax"].config.update("jax_disable_most_optimizations", True)
+        yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_disable_most_optimizations", False)

@@ -36,6 +36,7 @@ class Reference:
         hears: tokens [n] -> hidden states [n, H] that the head hears.
         step: (embeddings [n, D], hidden states [n, ...] or [n, D], True where they are the head's own) -> (hidden states for the
             logits, hidden states for the next position).
+        model: tokens [n] -> the model's own logits behind the last one.
     """
 
     embed: Callable[[torch.Tensor], torch.Tensor]
@@ -43,6 +44,15 @@ class Reference:
     combine: Callable[[torch.Tensor], torch.Tensor]
     step: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     logits: Callable[[torch.Tensor], torch.Tensor]
+    model: Callable[[torch.Tensor], torch.Tensor]
+
+    @torch.no_grad()
+    def greedy(self, tokens: list[int], count: int) -> list[int]:
+        """The likeliest tokens of the model itself."""
+        found = list(tokens)
+        for _ in range(count):
+            found.append(int(self.model(torch.tensor(found)).argmax()))
+        return found[len(tokens) :]
 
     @torch.no_grad()
     def said(self, tokens: list[int]) -> torch.Tensor:
@@ -115,24 +125,26 @@ def write_mtp(folder: pathlib.Path, name: str, seed: int = 0) -> Reference:
         combine=lambda heard: heard,
         step=step,
         logits=whole.lm_head,
+        model=lambda ids: whole.lm_head(base.model(ids[None], use_cache=False).last_hidden_state[0, -1]),
     )
 
 
-EAGLE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+EAGLE = {"intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
 
 
 def write_eagle3(
     folder: pathlib.Path, model: Any, speculators: bool = False, seed: int = 3, **options: Any
 ) -> Reference:
-    """A head for a transformers model of width 64, in EAGLE's own format or in speculators'.
+    """A head for a transformers model, in EAGLE's own format or in speculators'.
 
     Args:
         options: "rows" of logits, "own_table", and switches of the config.json.
     """
     torch.manual_seed(seed)
     rows, own_table = options.pop("rows", 100), options.pop("own_table", False)
-    vocab, D = model.config.vocab_size, EAGLE["hidden_size"]
-    config = transformers.LlamaConfig(**EAGLE, vocab_size=vocab, num_hidden_layers=1, max_position_embeddings=64)
+    vocab, D = model.config.vocab_size, model.config.hidden_size
+    sizes = EAGLE | {"hidden_size": D}
+    config = transformers.LlamaConfig(**sizes, vocab_size=vocab, num_hidden_layers=1, max_position_embeddings=64)
     config._attn_implementation = "eager"
     llama = transformers.LlamaForCausalLM(config).eval().float()
     _randomize(llama, seed)
@@ -167,7 +179,7 @@ def write_eagle3(
     save_file(
         {key: value.detach().clone().contiguous() for key, value in tensors.items()}, folder / "model.safetensors"
     )
-    layer_config = {**EAGLE, "vocab_size": vocab, "num_hidden_layers": 1, "rms_norm_eps": config.rms_norm_eps}
+    layer_config = {**sizes, "vocab_size": vocab, "num_hidden_layers": 1, "rms_norm_eps": config.rms_norm_eps}
     layer_config |= {"max_position_embeddings": 64, "model_type": "llama", "rope_theta": 10000.0}
     said: dict[str, Any] = {**layer_config, "architectures": ["LlamaForCausalLMEagle3"]}
     if speculators:
@@ -203,7 +215,12 @@ def write_eagle3(
         return found
 
     return Reference(
-        embed=lambda ids: table[ids], hears=hears, combine=lambda heard: heard @ fc.T, step=step, logits=logits
+        embed=lambda ids: table[ids],
+        hears=hears,
+        combine=lambda heard: heard @ fc.T,
+        step=step,
+        logits=logits,
+        model=lambda ids: model(ids[None], use_cache=False).logits[0, -1],
     )
 
 

@@ -67,8 +67,8 @@ class Eagle3Config:
         Raises:
             ValueError: a head for another model, or one that is made otherwise; naming what differs.
         """
-        options = {**(hf.get("eagle_config") or {}), **hf}
-        network = dict(hf.get("transformer_layer_config") or hf)
+        options = {**_object(hf, "eagle_config"), **hf}
+        network = dict(_object(hf, "transformer_layer_config") or hf)
         network.setdefault("architectures", hf.get("architectures") or ["LlamaForCausalLMEagle3"])
         layers = network.setdefault("num_hidden_layers", 1)
         if layers != 1:
@@ -76,9 +76,9 @@ class Eagle3Config:
         if options.get("use_aux_hidden_state", True) is False:
             raise ValueError("the head hears the last layer alone (use_aux_hidden_state is false): it is no EAGLE-3.")
         # Its own limit of positions is that of its training texts; beyond it a head goes on as well as it can.
-        network["max_position_embeddings"] = max(model.max_positions, network.get("max_position_embeddings") or 0)
+        network["max_position_embeddings"] = max(model.max_positions, _whole(network, "max_position_embeddings") or 0)
         decoder = from_hf(network, qkv_bias=bool(network.get("attention_bias", False)))
-        width = options.get("target_hidden_size") or decoder.embed_dim
+        width = _whole(options, "target_hidden_size") or decoder.embed_dim
         if width != model.embed_dim:
             raise ValueError(f"the head is for hidden states of {width}, the model's are {model.embed_dim} wide.")
         if decoder.vocab_size != model.vocab_size:
@@ -92,9 +92,13 @@ class Eagle3Config:
             )
         n = model.num_layers
         taps = options.get("eagle_aux_hidden_state_layer_ids") or (2, n // 2, n - 3)
-        if any(isinstance(tap, bool) or not isinstance(tap, int) or not 0 <= tap <= n for tap in taps):
-            raise ValueError(f"the head hears the layers {list(taps)} of a model of {n}.")
-        rows = options.get("draft_vocab_size") or decoder.vocab_size
+        if not isinstance(taps, list | tuple) or any(
+            isinstance(tap, bool) or not isinstance(tap, int) or not 0 <= tap <= n for tap in taps
+        ):
+            raise ValueError(f"the head hears the layers {taps!r} of a model of {n}.")
+        rows = _whole(options, "draft_vocab_size") or decoder.vocab_size
+        if rows > decoder.vocab_size:
+            raise ValueError(f"the head has {rows} rows of logits for a vocabulary of {decoder.vocab_size} tokens.")
         if rows != decoder.vocab_size and not has["d2t"]:
             raise ValueError(f"the head has {rows} rows of logits and no d2t that says of which tokens.")
         return cls(
@@ -109,6 +113,22 @@ class Eagle3Config:
             bool(options.get("norm_output", False)),
             "midlayer" if has["midlayer"] else "layers.0",
         )
+
+
+def _object(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of a configuration; empty where it is left out."""
+    value = given.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"the head's configuration has {name} = {value!r}; it must be an object.")
+    return value  # pyright: ignore[reportUnknownVariableType] - an object of JSON has names for keys
+
+
+def _whole(given: Mapping[str, Any], name: str) -> int | None:
+    """A number of a configuration; None where it is left out."""
+    value = given.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"the head's configuration has {name} = {value!r}; it must be a whole number from 1.")
+    return value
 
 
 class PairAttention(Attention):

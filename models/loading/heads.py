@@ -125,7 +125,8 @@ def is_head(source: ModelSource) -> bool:
 
 
 def _is_eagle3(hf: Mapping[str, Any]) -> bool:
-    return any("eagle3" in str(name).lower() for name in hf.get("architectures") or ())
+    names = hf.get("architectures")
+    return isinstance(names, list) and any("eagle3" in str(name).lower() for name in names)
 
 
 def _differs(checkpoint: Checkpoint, name: str | None) -> bool:

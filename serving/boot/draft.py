@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from models.loading.heads import OpenedHead, has_mtp, is_head, open_eagle3, open_mtp
 from models.loading.load import Built, build_model
 from models.loading.opening import Opened, open_checkpoint
-from models.loading.source import resolve
 from ops.paged_attention import KVGroups
+from serving.boot.draft_source import NAMED, draft_source
 from serving.boot.text_side import load_text_side
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from serving.engine.api.config import EngineConfig
     from serving.engine.api.speculative import SpeculativeConfig
     from serving.text.tokenizer import Tokenizer
-
-NAMED = "speculative_config"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +70,13 @@ def check_draft(config: EngineConfig, mesh: Mesh, dtype: str, positions: int, ta
         return None
     if how.looks_up:
         return _head_of_its_own(config, target) if how.method == "auto" else None
-    what = "a head" if how.hears else "a draft model"
-    for name in ("coordinator", "compiled"):
-        if getattr(config, name) is not None:
-            raise ValueError(f"{NAMED} with {what} does not go with {name} yet; leave one of them out.")
+    if config.coordinator is not None:
+        what = "a head" if how.hears else "a draft model"
+        raise ValueError(f"{NAMED} with {what} does not go with coordinator yet; leave one of them out.")
     if how.hears:
         return _check_head(config, how, target)
-    assert how.model is not None
-    source = resolve(how.model, progress=config.progress)
+    source = draft_source(config)
+    assert source is not None, "a draft model is named"
     if is_head(source):
         raise ValueError(f'{NAMED}: {how.model} is a head and no model of its own; say "method": "eagle3".')
     opened = open_checkpoint(source)
@@ -101,8 +98,9 @@ def check_draft(config: EngineConfig, mesh: Mesh, dtype: str, positions: int, ta
 
 def _head_of_its_own(config: EngineConfig, target: Target) -> CheckedDraft | None:
     """What `auto` takes besides what is looked up: the head in the model's checkpoint, where nothing speaks against it."""
-    plain = config.coordinator is None and config.compiled is None and config.num_scheduler_steps == 1
-    if not plain or not has_mtp(target.opened) or set(KVGroups.of(target.built.model.kv_specs()).windows) != {None}:
+    windows = set(KVGroups.of(target.built.model.kv_specs()).windows)
+    several = config.coordinator is not None or config.num_scheduler_steps > 1
+    if several or not has_mtp(target.opened) or windows != {None}:
         return None
     return CheckedDraft(open_mtp(target.opened, target.built.build), None)
 
@@ -121,10 +119,12 @@ def _check_head(config: EngineConfig, how: SpeculativeConfig, target: Target) ->
     try:
         if how.method == "mtp":
             return CheckedDraft(open_mtp(target.opened, target.built.build), None)
-        source = resolve(how.model or "", progress=config.progress)
+        source = draft_source(config)
+        assert source is not None, "a head of its own is named"
         return CheckedDraft(open_eagle3(source, target.built.config, target.built.build), None)
     except ValueError as error:
-        raise ValueError(f"{NAMED}: {error}") from None
+        said = str(error)
+        raise ValueError(said if said.startswith(NAMED) else f"{NAMED}: {said}") from None
 
 
 def check_vocabulary(draft: CheckedDraft | None, opened: Opened, vocab_size: int, tokenizer: Tokenizer) -> None:

@@ -14,6 +14,10 @@ SECTIONS = ("model", "engine", "images", "adapters", "devices")
 """Headings that settings stand under where they are listed."""
 
 
+SHOWN_CHARS = 200
+"""Of a value that is refused, at most so much is told."""
+
+
 class RefusedError(ValueError):
     """A value that a kind explains itself: its text is the whole reason."""
 
@@ -107,9 +111,19 @@ def read_all(config: Any) -> None:
             read = found.kind.read(value)
         except RefusedError as error:
             raise ValueError(f"{field.name}: {error}") from None
-        except (ValueError, TypeError):
-            raise ValueError(f"{field.name} must be {found.kind.what}; got {value!r}.") from None
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            raise ValueError(f"{field.name} must be {found.kind.what}; got {shown(value)}.") from None
         object.__setattr__(config, field.name, read)
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence about it has it: not all of a long one, and of one that Python does not write (a number of thousands
+    of digits, lists without end) its type."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "..."
 
 
 # -- kinds -----------------------------------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any, cast
 
-from serving.engine.api.settings import RefusedError
+from serving.engine.api.settings import RefusedError, shown
 
 METHODS = ("ngram", "suffix", "draft_model", "mtp", "eagle3", "auto")
 """`auto` looks drafts up in everything that `suffix` does, and verifies none where that does not pay."""
@@ -98,23 +99,26 @@ class SpeculativeConfig:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"; did you mean {near[0]}" if near else ""
                 raise RefusedError(f"there is no field {name!r}{hint}. Its fields are {', '.join(names)}.")
+        given = {name: value for name, value in given.items() if value is not None}  # null is as good as left out
         for name, only in SAME_HERE.items():
             if given.get(name, only) != only:
-                raise RefusedError(f"{name} can only be {only!r} here; got {given[name]!r}.")
-        return cls._checked({name: value for name, value in given.items() if name in names and value is not None})
+                raise RefusedError(f"{name} can only be {only!r} here; got {shown(given[name])}.")
+        return cls._checked({name: value for name, value in given.items() if name in names})
 
     @classmethod
     def _checked(cls, given: dict[str, Any]) -> SpeculativeConfig:
-        method = given.get("method", "draft_model" if given.get("model") else None)
+        if "model" in given:
+            given["model"] = _name(given["model"])
+        method = given.get("method", "draft_model" if "model" in given else None)
         if isinstance(method, str) and method.endswith("_mtp"):
             method = "mtp"  # vLLM's older names, one a family: deepseek_mtp, qwen3_next_mtp, ...
         if method in ELSEWHERE:
             raise RefusedError(f"method {method!r} is not served here yet; there are {', '.join(METHODS)}.")
         if method not in METHODS:
-            raise RefusedError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
+            raise RefusedError(f"method must be one of {', '.join(METHODS)}; got {shown(method)}.")
         given["method"] = method
         needed = {"draft_model": "the draft's checkpoint", "eagle3": "the head's checkpoint"}.get(method)
-        if (needed is not None) != bool(given.get("model")):
+        if (needed is not None) != ("model" in given):
             what = "takes no model" if needed is None else f"needs a model: {needed}"
             raise RefusedError(f"method {method!r} {what}.")
         _whole(given, "num_speculative_tokens", 1, MAX_DRAFT_TOKENS)
@@ -126,7 +130,7 @@ class SpeculativeConfig:
         _number(given, "suffix_decoding_min_token_prob", 0.0, 1.0)
         if not isinstance(given.get("enable_adaptive_verification", True), bool):
             raise RefusedError(
-                f"enable_adaptive_verification must be true or false; got {given['enable_adaptive_verification']!r}."
+                f"enable_adaptive_verification must be true or false; got {shown(given['enable_adaptive_verification'])}."
             )
         # As vLLM: one bound alone is both.
         if "prompt_lookup_max" in given:
@@ -147,18 +151,27 @@ def _mapping(value: Any) -> dict[str, Any]:
             value = json.loads(value)
         except ValueError as error:
             raise RefusedError(f"it is no JSON: {error}.") from None
+        except RecursionError:
+            raise RefusedError("it is nested too deeply.") from None
     if not isinstance(value, Mapping):
-        raise RefusedError(f'it must be an object such as {{"method": "ngram"}}; got {value!r}.')
+        raise RefusedError(f'it must be an object such as {{"method": "ngram"}}; got {shown(value)}.')
     return {str(name): item for name, item in cast(Mapping[Any, Any], value).items()}
+
+
+def _name(value: Any) -> str:
+    """A checkpoint's, as `--model` takes it."""
+    if not isinstance(value, str | os.PathLike) or not str(value).strip():  # pyright: ignore[reportUnknownArgumentType]
+        raise RefusedError(f"model must be a file, a folder or a hub id; got {shown(value)}.")
+    return str(value)  # pyright: ignore[reportUnknownArgumentType] - what a path is a path of is open
 
 
 def _whole(given: Mapping[str, Any], name: str, least: int, most: int) -> None:
     value = given.get(name, least)
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise RefusedError(f"{name} must be a whole number from {least} to {most}; got {value!r}.")
+        raise RefusedError(f"{name} must be a whole number from {least} to {most}; got {shown(value)}.")
 
 
 def _number(given: Mapping[str, Any], name: str, least: float, most: float) -> None:
     value = given.get(name, least)
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise RefusedError(f"{name} must be a number from {least:g} to {most:g}; got {value!r}.")
+        raise RefusedError(f"{name} must be a number from {least:g} to {most:g}; got {shown(value)}.")

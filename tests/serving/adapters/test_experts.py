@@ -20,7 +20,7 @@ STEPS = 12
 PROMPTS = [[3, 99, 4, 17, 201, 17, 17, 8, 250, 31], [9, 9, 44], list(range(40, 90))]
 
 
-@pytest.fixture(scope="module", params=["qwen3moe", "mixtral"])
+@pytest.fixture(scope="module", params=[pytest.param("qwen3moe", marks=pytest.mark.slow), "mixtral"])
 def folder(request, tmp_path_factory):
     """A mixture; an adapter that peft made, of all experts in one; the same with a module an expert."""
     import peft

@@ -106,7 +106,22 @@ def test_a_draft_that_cannot_guess(checkpoint, copied):
         (copied / name).unlink()
     (copied / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
     assert "has a vocabulary of 300 tokens, model one of 256." in drafted()
-    assert "nowhere" in refused(checkpoint, speculative_config={"model": "nowhere"})
+    for name, sentence in (
+        ("nowhere", "there is no such file or directory"),
+        ("n" * 5000, "no file has so long a name"),
+        ("no\0where", "there is no such file or directory"),
+        (str(copied / "config.json"), "the file is not a GGUF file"),
+        (str(copied.parent), "the directory has neither config.json nor a GGUF file"),
+    ):
+        for method in ("draft_model", "eagle3"):
+            said = refused(checkpoint, speculative_config={"method": method, "model": name})
+            assert said.startswith(f"speculative_config: model {name[:40]}") and sentence in said
+
+
+def test_more_drafts_than_a_step_verifies(checkpoint):
+    sizes = {"max_num_seqs": 1, "max_num_batched_tokens": 32}
+    said = refused(checkpoint, speculative_config={"method": "ngram", "num_speculative_tokens": 32}, **sizes)
+    assert said == "num_speculative_tokens is 32; a step of 32 tokens verifies 31 at most."
 
 
 def test_a_head_that_is_not_there_or_is_anothers(checkpoint, tmp_path):
@@ -131,6 +146,17 @@ def test_a_head_that_is_not_there_or_is_anothers(checkpoint, tmp_path):
         ({"num_hidden_layers": 2}, "the head has 2 layers"),
         ({"draft_vocab_size": 32}, "no d2t"),
         ({"eagle_aux_hidden_state_layer_ids": [0, 1, 7]}, "hears the layers [0, 1, 7] of a model of 2"),
+        ({"eagle_aux_hidden_state_layer_ids": 5}, "hears the layers 5 of a model of 2"),
+        ({"eagle_aux_hidden_state_layer_ids": [[0], 1, 2]}, "hears the layers [[0], 1, 2] of a model of 2"),
+        ({"target_hidden_size": "48"}, "target_hidden_size = '48'; it must be a whole number from 1"),
+        ({"draft_vocab_size": [256]}, "draft_vocab_size = [256]; it must be a whole number from 1"),
+        ({"draft_vocab_size": 1 << 40}, "rows of logits for a vocabulary of 256"),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings = 'many'"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": "48"}, "hidden_size"),
+        ({"eagle_config": [1]}, "eagle_config = [1]; it must be an object"),
+        ({"transformer_layer_config": "x"}, "transformer_layer_config = 'x'; it must be an object"),
+        ({"architectures": 5}, "is no EAGLE-3 head"),
         ({}, "the checkpoint has no tensor"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | changed))

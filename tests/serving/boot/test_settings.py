@@ -100,6 +100,27 @@ def test_values_and_their_texts_are_read_alike(given, read):
         ({"speculative_config": {"method": "suffix", "suffix_decoding_min_token_prob": 2}}, "a number from 0 to 1; got 2."),
         ({"speculative_config": {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 3}}, "more than prompt_lookup"),
         ({"speculative_config": {"method": "auto", "rejection_sample_method": "block"}}, "can only be 'standard' here"),
+        ({"speculative_config": "[" * 100_000}, "speculative_config: it is nested too deeply."),
+        ({"speculative_config": "null"}, "it must be an object such as"),
+        ({"speculative_config": {"method": None}}, "method must be one of"),
+        ({"speculative_config": {"method": ["ngram"]}}, "auto; got ['ngram']."),
+        ({"speculative_config": {"method": {"ngram": [[[1]]]}}}, "method must be one of"),
+        ({"speculative_config": {"model": ""}}, "model must be a file, a folder or a hub id; got ''."),
+        ({"speculative_config": {"model": [["a/b"]]}}, "model must be a file, a folder or a hub id; got [['a/b']]."),
+        ({"speculative_config": {"method": "eagle3", "model": 7}}, "model must be a file, a folder or a hub id; got 7."),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": "4"}}, "from 1 to 32; got '4'."),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 0}}, "from 1 to 32; got 0."),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": [4]}}, "from 1 to 32; got [4]."),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 1e300}}, "from 1 to 32; got 1e+300."),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 10**5000}}, "from 1 to 32; got a int too large"),
+        ({"speculative_config": {"method": "ngram", "prompt_lookup_min": -1}}, "prompt_lookup_min must be a whole number"),
+        ({"speculative_config": {"method": "suffix", "suffix_decoding_min_token_prob": float("nan")}}, "from 0 to 1; got nan."),
+        ({"speculative_config": {"method": "suffix", "suffix_decoding_max_spec_factor": 10**400}}, "a number from 0 to 64"),
+        ({"speculative_config": {"method": "auto", "enable_adaptive_verification": 1}}, "must be true or false; got 1."),
+        ({"speculative_config": {"method": "auto", "parallel_drafting": [[True]]}}, "can only be False here; got [[True]]."),
+        ({"max_num_seqs": float("inf")}, "max_num_seqs must be a whole number of at least 1; got inf."),
+        ({"max_num_seqs": 10**5000}, "max_num_seqs must be a whole number of at least 1; got a int too large to show."),
+        ({"kv_transfer_config": '{"peers":' * 100_000}, "kv_transfer_config must be a JSON object"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_a_sentence(given, sentence):
@@ -113,7 +134,8 @@ def test_a_speculative_config_is_read_as_vllm_reads_it(capsys):
     how = read.speculative_config
     assert how == SpeculativeConfig("ngram", None, 3, 4, 4) and how.draft_tokens == 3
     assert EngineConfig(speculative_config=how) == read
-    assert EngineConfig(speculative_config={"method": "suffix", "model": None}).speculative_config.draft_tokens == 8
+    nothing = {"model": None, "num_speculative_tokens": None, "parallel_drafting": None}
+    assert EngineConfig(speculative_config={"method": "suffix", **nothing}).speculative_config.draft_tokens == 8
     assert EngineConfig(speculative_config={"model": "a/b"}).speculative_config.method == "draft_model"
     assert EngineConfig(speculative_config={"method": "deepseek_mtp"}).speculative_config.method == "mtp"
     assert SpeculativeConfig("ngram").prompt_lookup_min == 5

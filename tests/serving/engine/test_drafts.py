@@ -13,6 +13,7 @@ from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.speculative import SpeculativeConfig
 from serving.engine.api.types import EngineRequest, FinishReason
+from tests.serving.engine import grammars
 from tests.serving.engine.test_engine import Alternating, alone, make_requests, run, settle, together
 from tests.tiny import VOCAB, tiny_engine
 
@@ -36,12 +37,24 @@ class Ahead(Alternating):
 
 
 def every_option() -> list[EngineRequest]:
-    """Those of `make_requests`, and what the host masks. A constraint is one completion's: requests are made anew each time."""
+    """Those of `make_requests`, and what the host masks: a constraint of our own, real grammars and tool calls, bad words. A
+    constraint is one completion's: requests are made anew each time."""
     more = [
         EngineRequest(
             f"g{i}", (5 + i, 6, 7), SamplingParams(temperature=i % 2, seed=i, max_tokens=30), constraint=Ahead(20 + i)
         )
         for i in range(4)
+    ]
+    written = tuple(grammars.tokenizer().encode('{"kind": "red", "n": 12, "tags": ["ab", "ab"]} abcabcab-1212'))
+    more += [
+        EngineRequest(
+            f"text{i}",
+            written[i:],
+            SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=40),
+            constraint=constraint,
+            eos_token_ids=(grammars.END,),
+        )
+        for i, constraint in enumerate(grammars.constraints())
     ]
     words = EngineRequest(
         "words",
@@ -130,11 +143,11 @@ async def test_a_method_changes_no_token(engine, expected, how):
     ("more", "sizes"),
     [
         ({}, {}),
-        ({"async_scheduling": False}, {"max_num_batched_tokens": 32}),
-        ({"enable_prefix_caching": False}, {"steps": 4}),
-        ({}, {"num_pages": 18, "max_num_seqs": 8, "host_pages": 60}),
+        ({"async_scheduling": False}, {}),
+        ({"enable_prefix_caching": False}, {"steps": 4, "max_num_batched_tokens": 32}),
+        ({}, {"num_pages": 18, "host_pages": 60}),
     ],
-    ids=["plain", "synchronous-small-budget", "several-steps-no-sharing", "preemption-host-tier"],
+    ids=["plain", "synchronous", "several-steps-no-sharing-small-budget", "preemption-host-tier"],
 )
 async def test_right_and_wrong_drafts_change_no_token(expected, more, sizes):
     e = tiny_engine(config(**more), **sizes)

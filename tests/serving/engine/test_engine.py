@@ -106,10 +106,9 @@ async def test_batching_changes_no_token(engine):
         (EngineConfig(enable_prefix_caching=False, progress=False), {}),
         (EngineConfig(progress=False), {"num_pages": 18, "max_num_seqs": 8}),
         (EngineConfig(progress=False), {"num_pages": 18, "max_num_seqs": 8, "host_pages": 60}),
-        (EngineConfig(policy="priority", progress=False), {"max_num_batched_tokens": 32}),
-        (EngineConfig(progress=False), {"steps": 4}),
+        (EngineConfig(policy="priority", progress=False), {"max_num_batched_tokens": 32, "steps": 4}),
     ],
-    ids=["synchronous", "no-sharing", "preemption", "host-tier", "small-budget", "several-steps"],
+    ids=["synchronous", "no-sharing", "preemption", "host-tier", "small-budget-several-steps"],
 )
 async def test_how_it_is_scheduled_changes_no_token(engine, config, sizes):
     requests = make_requests(24, seed=3)

@@ -21,6 +21,7 @@ HYBRID = ModelConfig(
     "Qwen3_5ForCausalLM", VOCAB, 2, 64, 96, 4, 2, 16, 512, 1e-5, rope=RopeConfig(1e4, 4), qk_norm="head", attn_gate=True,
     mixers=(DELTA, None), tie_embeddings=True,
 )  # fmt: skip
+PAGES = 40
 SNAPSHOTS = {"interval": 24, "tail": 8, "worth": 8}
 
 
@@ -32,7 +33,8 @@ def hybrid_engine(**options):
 @pytest.fixture(scope="module")
 def alone():
     """tokens(prompt, count) of an engine that shares nothing and runs one request at a time."""
-    engine = hybrid_engine(config=EngineConfig(page_size=8, progress=False, enable_prefix_caching=False))
+    without = EngineConfig(page_size=8, progress=False, enable_prefix_caching=False)
+    engine = hybrid_engine(config=without, num_pages=PAGES)
     known: dict[tuple[tuple[int, ...], int], list[int]] = {}
 
     def tokens(prompt, count):
@@ -166,7 +168,7 @@ def walk(engine, alone, requests, seed):
 
 
 def test_a_short_walk(alone):
-    engine = hybrid_engine(num_pages=40)
+    engine = hybrid_engine(num_pages=PAGES)
     assert walk(engine, alone, 40, 5) > 2
     check(engine)
 
@@ -175,7 +177,7 @@ def test_a_short_walk(alone):
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_long_walk(alone, steps):
     """2,000 steps and more, on the real programs."""
-    engine = hybrid_engine(num_pages=40, steps=steps)
+    engine = hybrid_engine(num_pages=PAGES, steps=steps)
     seed = 0
     while engine.scheduler.counters.steps < 2000:
         seed += 1

@@ -72,6 +72,7 @@ def options(i: int, rng: random.Random) -> SamplingParams:
         {"temperature": 0, "allowed_token_ids": some},
         {"temperature": 0, "logit_bias": dict.fromkeys(some[:5], 5.0)},
         {"temperature": 1.0, "seed": i, "bad_words": [f"w{token}" for token in some]},
+        {"temperature": 0.9, "seed": i, "n": 3},
     ]
     return SamplingParams(max_tokens=rng.choice([5, 24, 40]), ignore_eos=bool(i % 3), **kinds[i % len(kinds)])
 
@@ -88,7 +89,7 @@ def requests() -> tuple[list[dict[str, Any]], list[SamplingParams]]:
 
 
 def said(outputs: list[Any]) -> list[Any]:
-    return [(list(o.outputs[0].token_ids), o.outputs[0].finish_reason, o.outputs[0].text) for o in outputs]
+    return [[(list(one.token_ids), one.finish_reason, one.text) for one in o.outputs] for o in outputs]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import json
 import threading
 
 import jax
@@ -26,11 +27,19 @@ SMALL = [
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory):
+DRAFTS = [None, pytest.param("ngram", marks=pytest.mark.slow), pytest.param("draft_model", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=DRAFTS)
+def started(request, tmp_path_factory):
+    """With drafts, the first model guesses for all of them: its weights go and come with each."""
     folder = tmp_path_factory.mktemp("models")
     models = [f"{name}={write_tiny_checkpoint(folder / name, seed)}" for seed, name in enumerate(NAMES)]
     given = [word for model in models for word in ("--model", model)]
+    if request.param is not None:
+        how = {"method": request.param, "num_speculative_tokens": 2, "enable_adaptive_verification": False}
+        how |= {"model": str(folder / "a")} if request.param == "draft_model" else {"prompt_lookup_max": 1}
+        given += ["--speculative-config", json.dumps(how)]
     args, _ = parse([*given, *SMALL, "--compile-cache", str(folder / "programs")])
     started = start_fleet(args.entries, FleetOptions(memory=1 << 30, turn_s=0.05), say=lambda line: None)
     started.memory = int(2.5 * started.members[0].need)  # known now

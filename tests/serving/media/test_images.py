@@ -34,14 +34,14 @@ class Served:
     """A model in a small engine: pages for one long request and a half, room for the embeddings of one large image, and steps of
     32 tokens, so that prompts are cut inside images."""
 
-    def __init__(self, name: str, folder) -> None:
+    def __init__(self, name: str, folder, **settings) -> None:
         self.name = name
         self.model = tiny_vision.save(name, folder)
         page = 4096 * self.model.config.get_text_config().num_hidden_layers
         pages = 10 if name == "Gemma 3" else 16  # half of its layers keep windows alone
         self.llm = LLM(
             str(folder), dtype="float32", quantization="none", max_model_len=160, max_num_seqs=4, max_num_batched_tokens=32,
-            kv_cache_memory=pages * page, mm_encoder_cache_gb=0.0, progress=False,
+            kv_cache_memory=pages * page, mm_encoder_cache_gb=0.0, progress=False, **settings,
         )  # fmt: skip
         self.engine = self.llm._started.engine
 
@@ -112,3 +112,16 @@ def test_any_size(served):
     smallest = (40, 1) if served.name == "Mistral Small 3.1" else (1, 1)
     for size in (smallest, (5, 300), (640, 480)):
         served.check(turn(90, picture(*size, 3), 91))
+
+
+@pytest.mark.slow
+def test_drafts_change_no_token(tmp_path):
+    """Guesses that are looked up, in texts with images in them."""
+    how = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    made = Served("Qwen2.5-VL", tmp_path / "model", speculative_config=how | {"enable_adaptive_verification": False})
+    try:
+        made.check(turn(10, SMALL, 11), turn(LARGE, 20, 21, SMALL, 22), turn(30, 31), turn(40, LARGE, 41, 42))
+        assert made.llm.stats().num_draft_tokens > 20
+        made.engine.runner.guard.check()
+    finally:
+        made.llm.shutdown()

@@ -142,6 +142,8 @@ class ProgramCache:
             str(target.number),
             f"{jax.process_index()} of {jax.process_count()}",
         )
+        if jax.config.values.get("jax_disable_most_optimizations"):
+            parts = (*parts, "compiled quickly")
         features = _cpu_features() if target.platform == "cpu" else ""
         self._key = hashlib.sha256("\0".join((*parts, features)).encode()).hexdigest()[:32]
         if folder is not None:

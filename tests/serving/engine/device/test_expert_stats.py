@@ -24,7 +24,7 @@ def test_every_token_counts_once_in_every_layer_with_experts(steps):
     config = ModelConfig(
         "Qwen3MoeForCausalLM", VOCAB, LAYERS, 64, 96, 4, 2, 16, 512, 1e-5, rope=rope, moe=moe, qk_norm="head"
     )
-    engine = tiny_engine(model=random_model(config), steps=steps)
+    engine = tiny_engine(model=random_model(config), steps=steps, max_num_seqs=1, max_num_batched_tokens=32)
     metrics = Metrics(engine.client)
 
     async def run() -> None:
