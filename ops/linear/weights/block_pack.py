@@ -94,10 +94,10 @@ def pack(
     ends = np.append(starts[1:], len(form_R))
     stretches, offset = [], 0
     for start, end in zip(starts, ends, strict=True):
-        form, panels = forms[form_R[start]], -(-(end - start) // PANEL)
-        stretches.append(Stretch(form, int(panels), offset))
+        form, panels = forms[form_R[start]], -(-int(end - start) // PANEL)  # plain numbers: kept files are JSON
+        stretches.append(Stretch(form, panels, offset))
         offset += panels * form.panel_bytes(inputs)
-    bytes_N = empty((int(offset),), np.uint8)
+    bytes_N = empty((offset,), np.uint8)
     for stretch, start, end in zip(stretches, starts, ends, strict=True):
         _fill(bytes_N[stretch.offset :], stretch.form, tensors, tensor_R[start:end], row_R[start:end])
     shape = (len(form_R), inputs)
