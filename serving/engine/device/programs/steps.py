@@ -404,7 +404,8 @@ def make_load_adapter(room: Room, places: Mapping[str, LoraStack]) -> Callable[.
         for site, matrices in zip(room.sites, room.unpack(packed), strict=True):
             own: Any = places[site.place]
             for place, matrix in zip((own.a_NRI, own.b_NRO), matrices, strict=True):
-                new[place] = stacks[place].at[slot].set(matrix.astype(stacks[place].dtype))
+                stack = stacks[place]
+                new[place] = jax.lax.dynamic_update_index_in_dim(stack, matrix.astype(stack.dtype), slot, 0)
         return tuple(new)
 
     return load_adapter
