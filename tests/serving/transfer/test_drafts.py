@@ -44,7 +44,9 @@ async def test_pages_of_a_draft_travel(method):
             found = await apart((first, second, transport), whole)
             assert found.token_ids == (await run(plain, whole)).token_ids
         counters = second.scheduler.counters
-        assert counters.draft_tokens > 30
+        assert counters.draft_tokens > (
+            30 if method == "draft_model" else 10
+        )  # lookups find little in prompts of this size
         if method == "draft_model":  # what it has not computed here came with the pages
             assert counters.accepted_tokens >= 0.9 * counters.draft_tokens
         await settle(second)
