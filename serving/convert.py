@@ -64,10 +64,11 @@ def merge(model: str | None, adapter: str, out: Path, *, dtype: str = "bfloat16"
     Raises:
         ValueError: the base or the adapter cannot be read, they do not fit each other, or `out` exists.
     """
-    from models.adapters.adapter import Base
+    from models.adapters.adapter import TIED_HEAD, Base
     from models.adapters.merge import Merging, config_of
     from models.adapters.peft import read_peft
     from models.adapters.read import locate
+    from models.loading.files.canonical import canonical_name
     from models.loading.load import build_model, resolve
     from models.loading.opening import open_checkpoint
     from models.loading.orbax import TOKENIZER_FILES
@@ -85,8 +86,15 @@ def merge(model: str | None, adapter: str, out: Path, *, dtype: str = "bfloat16"
     built = build_model(opened)
     config = built.config
     moe = None if config.moe is None else (config.moe.num_experts, config.embed_dim, config.moe.ffw_dim)
-    base = Base((), config.num_layers, (config.num_heads, config.num_kv_heads), moe)
-    merging = Merging(opened.checkpoint, built.model.recipes(), read_peft(folder, base=base, merging=True))
+    recipes = built.model.recipes()
+    tables = [piece.name for piece in (recipes["embed.weight"].pieces if "embed.weight" in recipes else ())]
+    names = tuple(piece.name for recipe in recipes.values() for piece in recipe.pieces)
+    tied = "" if TIED_HEAD in names or not tables else tables[0]
+    base = Base(
+        names, config.num_layers, (config.num_heads, config.num_kv_heads), moe, frozenset(map(canonical_name, tables)), tied,
+        read=opened.checkpoint.read,
+    )  # fmt: skip
+    merging = Merging(opened.checkpoint, recipes, read_peft(folder, base=base, merging=True))
     opened = dataclasses.replace(opened, hf_config=config_of(opened.hf_config, merging))
     try:
         write_model(out, merging.tensors(), opened, dtype)

@@ -174,13 +174,19 @@ class LLM:
         )
 
     def embed(
-        self, prompts: Prompt | Sequence[Prompt], *, pooling: str | None = None, use_tqdm: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str | None = None,
+        use_tqdm: bool = True,
+        lora_request: Lora = None,
     ) -> list[EmbeddingRequestOutput]:
         """Turns prompts into vectors of length 1.
 
         Args:
             prompts: as `generate`.
             pooling: "last" or "mean" over the final hidden states; None is the model's own.
+            lora_request: as `generate`.
         Returns:
             one result a prompt, in their order; the vector is `.outputs.embedding`.
         Raises:
@@ -193,7 +199,7 @@ class LLM:
                 found.request_id, EmbeddingOutput(found.vector.tolist()), list(found.prompt_token_ids)
             )
 
-        return self._read_each(prompts, one, use_tqdm, "Embeddings")
+        return self._read_each(prompts, one, use_tqdm, "Embeddings", lora_request)
 
     def classify(
         self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True
@@ -217,7 +223,12 @@ class LLM:
         return self._read_each(prompts, one, use_tqdm, "Classifications")
 
     def score(
-        self, first: str | Sequence[str], second: str | Sequence[str], *, truncate_prompt_tokens: int | None = None
+        self,
+        first: str | Sequence[str],
+        second: str | Sequence[str],
+        *,
+        truncate_prompt_tokens: int | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> list[float]:
         """How relevant the second texts are to the first: a cross-encoder's own scores, else cosines of embeddings.
 
@@ -225,6 +236,7 @@ class LLM:
             first: one text for all of `second`, or one each.
             second: one or more texts.
             truncate_prompt_tokens: keep so many tokens of a pair (of a text, where the model reads texts one by one).
+            lora_request: the adapter to embed texts with.
         Returns:
             one score a pair, in their order.
         Raises:
@@ -234,7 +246,8 @@ class LLM:
         seconds = [second] if isinstance(second, str) else list(second)
         firsts = [first] * len(seconds) if isinstance(first, str) else list(first)
         _same_length("first", firsts, seconds)
-        given = ScoreInput(list(zip(firsts, seconds, strict=True)), truncate_prompt_tokens)
+        (model,) = self._service.adapters.asked_for(lora_request, 1)
+        given = ScoreInput(list(zip(firsts, seconds, strict=True)), truncate_prompt_tokens, model)
         return list(self._loop.run(self._service.score(given)).values)
 
     # -- facts -------------------------------------------------------------------------------------------------------
@@ -273,20 +286,9 @@ class LLM:
 
     def _adapted(self, inputs: list[GenerateInput], lora: Lora) -> list[GenerateInput]:
         """The inputs, each for its adapter, which is loaded where its name or its path is new."""
-        if lora is None:
-            return inputs
-        requests = [lora] * len(inputs) if isinstance(lora, LoRARequest) else list(lora)
-        _same_length("lora_request", requests, inputs)
-        adapters = self._service.adapters
-        if not adapters.open:
-            raise ValueError("This LLM takes no adapters: make it with enable_lora=True.")
-        for request in {r.lora_name: r for r in requests if r is not None}.values():
-            known = adapters.find(request.lora_name)
-            if known is None or (request.lora_path and known.path != request.lora_path):
-                adapters.load(request.lora_name, request.lora_path, replace=known is not None)
+        names = self._service.adapters.asked_for(lora, len(inputs))
         return [
-            given if r is None else dataclasses.replace(given, model=r.lora_name)
-            for given, r in zip(inputs, requests, strict=True)
+            given if n is None else dataclasses.replace(given, model=n) for given, n in zip(inputs, names, strict=True)
         ]
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -309,9 +311,10 @@ class LLM:
         one: Callable[[GenerateInput], Awaitable[Any]],
         use_tqdm: bool,
         what: str,
+        lora: Lora = None,
     ) -> list[Any]:
         """What `one` makes of each prompt, in their order."""
-        inputs = [_input_of(prompt) for prompt in _listed(prompts)]
+        inputs = self._adapted([_input_of(prompt) for prompt in _listed(prompts)], lora)
         self._check_alive()
 
         async def told(given: GenerateInput, bar: _Bar) -> Any:

@@ -75,6 +75,7 @@ def tiny_engine(
     transfers: TransferConfig | None = None,
     transport: Any = None,
     disk: tuple[pathlib.Path, int] | None = None,
+    adapter_slots: int = 0,
 ) -> Engine:
     """A started engine; shut it down. Programs are cached over the test session.
 
@@ -88,6 +89,7 @@ def tiny_engine(
         transfers: with whom it exchanges pages; None: with nobody. All tiny engines have the same weights.
         transport: how pages come to it.
         disk: folder and bytes for pages that leave host memory.
+        adapter_slots: room for so many adapters, which changes the model: give one of its own.
     """
     model = model or tiny_model()
     config = config or EngineConfig(page_size=page_size, progress=False)
@@ -103,8 +105,9 @@ def tiny_engine(
     cache = ProgramCache(_cache_folder(), repr(made_for))
     with starting():
         executor = Executor(
-            model, sizes, cache, host_tier=host_pages > 0, travel=travel, num_scheduler_steps=steps, draft=draft
-        )
+            model, sizes, cache, host_tier=host_pages > 0, travel=travel, num_scheduler_steps=steps, draft=draft,
+            adapter_slots=adapter_slots,
+        )  # fmt: skip
         executor.compile()
     runner = StepRunner(executor)
     recurrent = () if executor.recurrent is None else (dataclasses.replace(executor.recurrent, **(snapshots or {})),)
@@ -126,6 +129,7 @@ def tiny_engine(
             speculative_config=how,
             buckets=None if how is None else runner.buckets,
             step_seconds=executor.step_seconds,
+            adapter_slots=adapter_slots,
         )
     )
     info = EngineInfo(

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
+
+from models.loading.files.canonical import canonical_name
+
+TIED_HEAD = "lm_head.weight"
+"""What adapters call the output projection of a model whose checkpoint has none of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +40,27 @@ class Base:
         num_layers: its layers.
         heads: query heads and key heads.
         experts: how many a mixture has, and inputs and hidden width of one; None for other models.
+        tables: plain names of those whose rows are looked up.
+        tied: the one of `tables` that makes logits too; "" where the head is a tensor of its own.
+        max_rank: that a slot has room for.
+        read: values of one of `tensors`, as the checkpoint has them; None where they cannot be had.
     """
 
     tensors: tuple[str, ...]
     num_layers: int
     heads: tuple[int, int]
     experts: tuple[int, int, int] | None = None
+    tables: frozenset[str] = frozenset()
+    tied: str = ""
+    max_rank: int = 0
+    read: Callable[[str], np.ndarray] | None = None
+
+    def find(self, name: str) -> str | None:
+        """Which of `tensors` has the values of a name, whatever was wrapped around it; None for none of them."""
+        plain = canonical_name(name)
+        if plain == TIED_HEAD and self.tied:
+            return self.tied
+        return next((own for own in self.tensors if canonical_name(own) == plain), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,12 +17,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from models.adapters.adapter import Adapter, Base
+from models.adapters.adapter import TIED_HEAD, Adapter, Base
 from models.adapters.fit import Given, Site, fit
 from models.adapters.fit_experts import ExpertSite
 from models.layers.embedding import Embedding
 from models.layers.linear import AdapterStack, Linear
 from models.layers.moe import Experts
+from models.loading.files.canonical import canonical_name
 from models.loading.files.experts import expert_of
 from models.parameters import parameters_of, quantizable
 from models.recipes import Piece, Recipe, row_map
@@ -30,10 +31,6 @@ from ops import native
 from ops.linear import StoredWeight
 from ops.lora import LoraStack, Stretches, paired, paired_shape
 from sharding.rules import DEFAULT_RULES, ShardingRules, to_sharding
-
-TIED_HEAD = "lm_head.weight"
-"""What adapters call the output projection of a model whose checkpoint has none of its own."""
-
 
 AUTO = "auto"
 
@@ -289,7 +286,12 @@ class _Making:
         config = self._model.config
         tensors = tuple(dict.fromkeys(name for site in self._sites for name in site.tensors))
         moe = None if config.moe is None else (config.moe.num_experts, config.embed_dim, config.moe.ffw_dim)
-        base = Base(tensors, config.num_layers, (config.num_heads, config.num_kv_heads), moe)
+        tables = [site for site in self._sites if site.rows]
+        tied = next((site.tensors[0] for site in tables if self._tied and site.path == "embed"), "")
+        base = Base(
+            tensors, config.num_layers, (config.num_heads, config.num_kv_heads), moe,
+            frozenset(canonical_name(site.tensors[0]) for site in tables), tied, self._max_rank,
+        )  # fmt: skip
         late = frozenset({"head.lora", "embed.head_lora"} & self._shapes.keys())
         return Room(
             tuple(self._sites), self._slots, self._max_rank, self._spreads, self._shapes, self._stretches,

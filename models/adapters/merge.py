@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from models.adapters.adapter import Adapter, Pair
-from models.adapters.attach import TIED_HEAD
+from models.adapters.adapter import TIED_HEAD, Adapter, Pair
 from models.adapters.fit import Given, check_shape
 from models.loading.files.canonical import canonical_name
 from models.loading.files.checkpoint import Checkpoint

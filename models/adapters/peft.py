@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from models.adapters.adapter import Adapter, Base, Pair
+from models.adapters.whole import TOKENS, with_tokens, without_whole
 from models.loading.files.safetensors import SafetensorsFile
 
 WEIGHTS = "adapter_model.safetensors"
@@ -32,7 +33,6 @@ _REFUSED: Mapping[str, str] = {
     "use_bdlora": "block-diagonal LoRA is not supported.",
     "use_qalora": "QALoRA is not supported.",
     "megatron_config": "Megatron's layout is not supported.",
-    "trainable_token_indices": "retrained tokens are not supported; train the embedding by LoRA instead.",
 }
 _TENSOR = re.compile(r"^(?P<module>.+?)\.lora_(?P<part>A|B|embedding_A|embedding_B)(?:\.weight)?$")
 _MAGNITUDE = re.compile(r"^(.+)\.lora_magnitude_vector(?:\.weight)?$")
@@ -67,8 +67,12 @@ def read_peft(directory: Path, within: Path | None = None, base: Base | None = N
     halves: dict[str, dict[str, np.ndarray]] = {}
     left: list[str] = []
     magnitudes: dict[str, np.ndarray] = {}
+    tokens: dict[str, np.ndarray] = {}
     for name in file.tensors:
         match = _TENSOR.match(name)
+        if (rows := TOKENS.match(name)) is not None:
+            tokens[_module(rows["module"])] = _values(file, name, directory)
+            continue
         if merging and (magnitude := _MAGNITUDE.match(name)) is not None:
             magnitudes[f"{_module(magnitude[1])}.weight"] = _finite(file, name, directory)
             continue
@@ -77,13 +81,7 @@ def read_peft(directory: Path, within: Path | None = None, base: Base | None = N
             continue
         part = match["part"].removeprefix("embedding_")
         halves.setdefault(_module(match["module"]), {})[part] = _values(file, name, directory)
-    if left and not merging:
-        raise ValueError(
-            f"{directory}: {len(left)} tensors are no LoRA matrices ({', '.join(sorted(left)[:3])}"
-            f"{', ...' if len(left) > 3 else ''}): whole weights, biases and magnitudes cannot be served beside a base. "
-            "Merge the adapter into its base (`python -m serving.convert --adapter`)."
-        )
-    if not halves and not (merging and left):
+    if not halves and not left and not tokens:
         raise ValueError(f"{directory / WEIGHTS} holds no tensors.")
     pairs = {}
     for module, parts in halves.items():
@@ -92,8 +90,13 @@ def read_peft(directory: Path, within: Path | None = None, base: Base | None = N
             pairs[f"{module}.weight"] = _pair(module, parts, config, directory)
         else:
             pairs |= _expert_pairs(experts[1], _halves(module, parts, directory), config, directory, base)
-    whole = {_WRAPPED.sub("", _module(name)): _finite(file, name, directory) for name in left}
-    return Adapter(pairs, str(config.get("base_model_name_or_path") or ""), str(directory), magnitudes, whole)
+    whole = {name: _WRAPPED.sub("", _module(name)) for name in left}
+    values = {own: _finite(file, name, directory, kept=not merging) for name, own in whole.items()}
+    adapter = Adapter(pairs, str(config.get("base_model_name_or_path") or ""), str(directory), magnitudes, values)
+    if tokens:
+        adapter = with_tokens(adapter, tokens, config.get("trainable_token_indices"), base)
+    copies = frozenset(own for name, own in whole.items() if ".base_layer." in name)
+    return adapter if merging or not whole else without_whole(adapter, copies, base)
 
 
 def check_within(path: Path, within: Path | None) -> None:
@@ -169,11 +172,13 @@ def _values(file: SafetensorsFile, name: str, directory: Path) -> np.ndarray:
     return values
 
 
-def _finite(file: SafetensorsFile, name: str, directory: Path) -> np.ndarray:
-    values = np.asarray(file.read(name)).astype(np.float32)
+def _finite(file: SafetensorsFile, name: str, directory: Path, kept: bool = False) -> np.ndarray:
+    """A tensor in float32, or as it is stored."""
+    stored = np.asarray(file.read(name))
+    values = stored.astype(np.float32)
     if not np.isfinite(values).all():
         raise ValueError(f"{directory}: {name} holds values that are not finite.")
-    return values
+    return stored if kept else values
 
 
 def _halves(module: str, parts: Mapping[str, np.ndarray], directory: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -127,6 +127,7 @@ def _check_encoder(
         "role",
         "kv_transfer_config",
         "kv_disk",
+        "enable_lora",
     ):
         if getattr(config, name):
             raise ValueError(f"{name} is for models that generate; {opened.model_id} is an encoder.")

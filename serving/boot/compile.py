@@ -104,6 +104,8 @@ def compile_decoder(
         executor.compile(on_done, meet)
     runner = StepRunner(executor, config.max_cpu_loras or 4 * config.max_loras)
     if executor.adapters is not None:
+        if checked.opened.checkpoint is not None:
+            runner.adapters.read_base = checked.opened.checkpoint.read
         weights = len(executor.adapters.room.sites)
         say(
             f"adapters: {config.max_loras} at once, of rank {config.max_lora_rank} at most, for {weights} weights; "

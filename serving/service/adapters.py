@@ -64,6 +64,7 @@ class Adapters:
         self._base = base
         self._base_names = tuple(base_names)
         self._voices: dict[str, tuple[AdapterInfo, Voice]] = {}  # by name
+        self._given: dict[str, tuple[AdapterInfo, str]] = {}  # by name: the path or hub id that it was asked for by
         self._resolving = asyncio.Lock()
         self.resolvers: Sequence[Resolver] = ()
 
@@ -145,11 +146,35 @@ class Adapters:
         info = self.client.load(name, str(folder), replace, within=within, tenants=tenants)
         if info.base and plain_model(info.base) not in map(plain_model, self._base_names):
             log.info("adapter %s was trained on %s; here it is beside %s", name, info.base, self._base_names[0])
+        self._given[name] = info, path
         if voice is None:
             self._voices.pop(name, None)
         else:
             self._voices[name] = info, voice
         return info
+
+    def asked_for(self, given: LoRARequest | Sequence[LoRARequest | None] | None, count: int) -> list[str | None]:
+        """Which adapter each of so many requests is for, by its name; None for the base. What is not known by its name, or from
+        another path, is loaded. Blocks.
+
+        Args:
+            given: one for all, or one each.
+        Raises:
+            ValueError: another number of them, no room for adapters, or one that cannot be served.
+        """
+        asked = [given] * count if given is None or isinstance(given, LoRARequest) else list(given)
+        if len(asked) != count:
+            raise ValueError(
+                f"lora_request has {len(asked)} entries for {count} prompts; give one each, or one for all."
+            )
+        wanted = {one.lora_name: one for one in asked if one is not None}
+        if wanted and not self.open:
+            raise ValueError("This LLM takes no adapters: make it with enable_lora=True.")
+        for one in wanted.values():
+            known = self.find(one.lora_name)
+            if known is None or (one.lora_path and (known, one.lora_path) != self._given.get(one.lora_name)):
+                self.load(one.lora_name, one.lora_path, replace=known is not None)
+        return [None if one is None else one.lora_name for one in asked]
 
     def unload(self, name: str) -> AdapterInfo:
         """Forgets an adapter. What runs with it ends with it. Blocks.
@@ -159,6 +184,7 @@ class Adapters:
         """
         info = self.client.unload(name)
         self._voices.pop(name, None)
+        self._given.pop(name, None)
         return info
 
     def _known(self, name: str) -> bool:

@@ -69,7 +69,6 @@ def test_the_digest_is_of_the_content_not_of_the_name(tmp_path):
         ({"layer_replication": [[0, 1]]}, "replicated"),
         ({"lora_alpha": "much"}, "lora_alpha"),
         ({"lora_alpha": float("inf")}, "lora_alpha"),
-        ({"trainable_token_indices": [3]}, "retrained tokens"),
     ],
 )
 def test_what_would_be_served_wrongly_is_refused(tmp_path, config, says):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -26,6 +28,7 @@ from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.speculative import SpeculativeConfig
 from serving.engine.api.types import EngineRequest
+from tests.models.adapters.beside import Beside
 from tests.models.bridge import tiny
 from tests.models.bridge.sweep import traced
 from tests.models.tiny_reference import QUICK
@@ -121,6 +124,26 @@ def test_products_take_adapters_by_the_checkpoints_names(opened):
     names = {name for site in room.sites for name in site.tensors}
     assert {f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkvo"} <= names
     assert "model.layers.0.mlp.gate_proj.weight" in names and "lm_head.weight" in names
+
+
+def test_an_adapter_changes_logits_as_pefts_does(made, opened, tmp_path):
+    import peft
+    import torch
+
+    targets = [*(f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")), "lm_head", "embed_tokens"]
+    config = peft.LoraConfig(r=3, lora_alpha=9, target_modules=targets, rank_pattern={"layers.0.*_proj": 2})
+    wrapped = peft.get_peft_model(copy.deepcopy(made), config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name or "lora_embedding" in name:
+                parameter.normal_(0.0, 0.15)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    tokens = check.some_tokens(made.config.vocab_size)
+    wanted = eager.eager_logits(wrapped, tokens)
+    assert np.abs(wanted - eager.eager_logits(made, tokens)).max() > 0.1
+    adapted = Beside(filled(opened), tmp_path / "adapter", opened.checkpoint)
+    assert check.difference(adapted, tokens, wanted) < 1e-4
 
 
 def test_bfloat16_is_recorded_by_itself(made, opened, monkeypatch):

@@ -117,28 +117,97 @@ def test_all_mixed_with_the_base_and_no_page_shared(llm, made, prompts, expected
     assert outputs[0].num_cached_tokens > 0 and outputs[1].num_cached_tokens > 0
 
 
-def test_more_adapters_than_slots_and_no_compilation(made, prompts, expected):
-    engine = start(made[0], max_loras=2, max_num_seqs=4)
-    try:
-        guard = engine._started.engine.runner.guard
-        order = [*ADAPTERS, None, *reversed(ADAPTERS)] * 2
-        outputs = engine.generate(
-            ids([prompts[0]] * len(order)), GREEDY, use_tqdm=False, lora_request=[request(made, name) for name in order]
-        )
-        for name, out in zip(order, outputs, strict=True):
-            assert out.outputs[0].token_ids == expected[name, 0], name
-        guard.check()
-        scheduler = engine._started.engine.scheduler
-        assert scheduler.adapters.running == frozenset()
-        loaded = scheduler.adapters.num_loaded
-        assert loaded >= len(ADAPTERS)
-        for name in ADAPTERS:  # two at least were given up for the others
-            (out,) = engine.generate(ids(prompts[:1]), GREEDY, use_tqdm=False, lora_request=request(made, name))
-            assert out.outputs[0].token_ids == expected[name, 0], name
-        assert scheduler.adapters.num_loaded > loaded
-        guard.check()
-    finally:
-        engine.shutdown()
+@pytest.fixture(scope="module")
+def narrow(made):
+    """Fewer slots than adapters, fewer pages than requests, and host memory behind them."""
+    engine = start(made[0], max_loras=2, max_num_seqs=4, kv_cache_memory="192KiB", kv_offload_gb=0.002)
+    yield engine
+    engine.shutdown()
+    gc.collect()
+
+
+def test_more_adapters_than_slots_and_no_compilation(narrow, made, prompts, expected):
+    guard = narrow._started.engine.runner.guard
+    order = [*ADAPTERS, None, *reversed(ADAPTERS)] * 2
+    outputs = narrow.generate(
+        ids([prompts[0]] * len(order)), GREEDY, use_tqdm=False, lora_request=[request(made, name) for name in order]
+    )
+    for name, out in zip(order, outputs, strict=True):
+        assert out.outputs[0].token_ids == expected[name, 0], name
+    guard.check()
+    scheduler = narrow._started.engine.scheduler
+    assert scheduler.adapters.running == frozenset()
+    loaded = scheduler.adapters.num_loaded
+    assert loaded >= len(ADAPTERS)
+    for name in ADAPTERS:  # two at least were given up for the others
+        (out,) = narrow.generate(ids(prompts[:1]), GREEDY, use_tqdm=False, lora_request=request(made, name))
+        assert out.outputs[0].token_ids == expected[name, 0], name
+    assert scheduler.adapters.num_loaded > loaded
+    guard.check()
+
+
+def test_preempted_pages_and_those_in_host_memory_are_each_adapters_own(narrow, made, prompts, expected):
+    tier = narrow._started.engine.scheduler.kv.managers[0].host_tier
+    before, restored = narrow.stats().num_preemptions, tier.num_restored
+    names = [None, *ADAPTERS] * 2
+    for _ in range(2):
+        for i in range(len(prompts)):
+            outputs = narrow.generate(
+                ids([prompts[i]] * 10), GREEDY, use_tqdm=False, lora_request=[request(made, name) for name in names]
+            )
+            for name, out in zip(names, outputs, strict=True):
+                assert out.outputs[0].token_ids == expected[name, i], (name, i)
+    assert narrow.stats().num_preemptions > before and tier.num_restored > restored
+    narrow._started.engine.runner.guard.check()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_after_a_sleep_adapters_are_loaded_anew(narrow, made, prompts, expected, level):
+    lifecycle = narrow._started.engine.lifecycle
+    lifecycle.sleep(level)
+    lifecycle.wake()
+    for name in (None, "wide", "all"):
+        (out,) = narrow.generate(ids(prompts[:1]), GREEDY, use_tqdm=False, lora_request=request(made, name))
+        assert out.outputs[0].token_ids == expected[name, 0], name
+
+
+def test_vectors_and_scores_are_those_of_the_adapter(llm, made, prompts):
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base, adapters = made
+    wanted = {}
+    for name in (None, "all"):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        model = model if name is None else peft.PeftModel.from_pretrained(model, adapters[name]).eval()
+        with torch.no_grad():
+            hidden = [model(torch.tensor([p]), output_hidden_states=True).hidden_states[-1][0].mean(0) for p in prompts]
+        wanted[name] = [(one / one.norm()).numpy() for one in hidden]
+    who = [None, "all", "all"]
+    for output, name, i in zip(
+        llm.embed(ids(prompts), pooling="mean", use_tqdm=False, lora_request=[request(made, n) for n in who]),
+        who, range(3), strict=True,
+    ):  # fmt: skip
+        np.testing.assert_allclose(output.outputs.embedding, wanted[name][i], atol=1e-5)
+    texts = ["w3 w4", "w5 w6 w7"]
+    own = np.array(
+        [one.outputs.embedding for one in llm.embed(texts, use_tqdm=False, lora_request=request(made, "all"))]
+    )
+    (score,) = llm.score(*texts, lora_request=request(made, "all"))
+    assert score == pytest.approx(own[0] @ own[1], abs=1e-5) and score != pytest.approx(llm.score(*texts)[0], abs=1e-4)
+
+
+def test_a_path_is_read_once_whatever_it_is_written_like(llm, made, monkeypatch):
+    path, store = str(made[1]["all"]), llm._started.engine.runner.adapters
+    loads, load = [], store.load
+    monkeypatch.setattr(store, "load", lambda *args, **more: (loads.append(args), load(*args, **more))[1])
+    monkeypatch.setattr(store, "locate", lambda given: made[1]["all"])  # as a hub id leads to files in a cache
+    for _ in range(2):
+        llm.generate(["w3"], GREEDY, use_tqdm=False, lora_request=LoRARequest("odd", 1, "owner/odd"))
+    assert len(loads) == 1
+    llm.generate(["w3"], GREEDY, use_tqdm=False, lora_request=LoRARequest("odd", 1, path))
+    assert len(loads) == 2, "another path is another adapter"
 
 
 def test_the_same_name_with_other_content_shares_nothing(llm, made, prompts, expected):

@@ -124,6 +124,25 @@ def test_beside_packed_weights_the_change_is_the_same(llm, folder, quantization)
         gc.collect()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{"num_scheduler_steps": 3}, {"quantization": "int8"}], ids=["several steps", "kept"])
+def test_several_steps_at_once_and_weights_that_were_kept_say_the_same(folder, tmp_path, more):
+    kept = {"weight_cache": str(tmp_path / "kept")} if "quantization" in more else {}
+    params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True)
+    names, said = [None, *ADAPTERS], []
+    for _ in range(2 if kept else 1):  # the second starts from what the first one kept
+        with start(folder, **more, **kept) as engine:
+            said.append(
+                [output.outputs[0].token_ids for output in ask(engine, folder, names, [PROMPTS[0]] * 5, params)]
+            )
+            engine._started.engine.runner.guard.check()
+    assert len(set(map(tuple, said[0]))) == 5
+    if kept:
+        assert said[0] == said[1] and any((tmp_path / "kept").rglob("*"))
+    else:
+        assert said[0] == [greedy(folder, name, PROMPTS[:1], STEPS)[0] for name in names]
+
+
 def test_an_adapters_own_template_and_tokens_are_used_for_it(llm, folder, tmp_path):
     """Also its own end of a turn."""
     speaks = write_adapter(tmp_path / "speaks", seed=9)

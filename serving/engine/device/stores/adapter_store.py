@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +27,14 @@ class AdapterStore:
     Args:
         room: where the model takes adapters; None: nowhere.
         max_cpu_loras: adapters whose matrices stay in host memory; those of others are read again when they are asked for.
+    Attributes:
+        read_base: values of a tensor of the base's checkpoint; None where they cannot be had.
     """
 
     def __init__(self, room: Room | None, max_cpu_loras: int = 16) -> None:
         self._room = room
         self.max_cpu_loras = max_cpu_loras
+        self.read_base: Callable[[str], np.ndarray] | None = None
         self._lock = threading.Lock()
         self._infos: dict[str, AdapterInfo] = {}
         self._within: dict[str, Path | None] = {}  # name -> the folder that its files may not lead out of
@@ -145,7 +150,8 @@ class AdapterStore:
         """An adapter and its matrices as they lie in a slot. Takes its time: not under the lock."""
         if self._room is None:
             raise ValueError("This server takes no adapters: start it with --enable-lora.")
-        adapter = read_adapter(Path(path), self._room.base, within)
+        base = dataclasses.replace(self._room.base, read=self.read_base)
+        adapter = read_adapter(Path(path), base, within)
         kept = _Kept(self._room.pack(adapter), self._room.is_late(adapter))
         digest, count = adapter.digest().hex(), len(adapter.pairs)
         return AdapterInfo(name, path, digest, adapter.rank, count, tenants, base=adapter.base), kept
