@@ -62,5 +62,7 @@ def gated(hidden_T2F: jax.Array, name: str, shards: int = 1) -> jax.Array:
         ValueError: the activation is not known.
     """
     T, F = hidden_T2F.shape[0], hidden_T2F.shape[1] // 2
-    parts = hidden_T2F.reshape(T, shards, 2, -1)
-    return (activation(name)(parts[:, :, 0]) * parts[:, :, 1]).reshape(T, F)
+    gate, up = jnp.split(
+        hidden_T2F.reshape(T, shards, 2, -1), 2, axis=2
+    )  # whose gradient is laid side by side, not added up
+    return (activation(name)(gate) * up).reshape(T, F)

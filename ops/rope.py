@@ -51,7 +51,7 @@ def rope(
         first, second = pairs[..., 0], pairs[..., 1]
         out = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(rotated.shape)
     else:
-        first, second = rotated[..., :half], rotated[..., half:]
+        first, second = jnp.split(rotated, 2, axis=-1)
         out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     out = out.astype(x.dtype)
     return jnp.concatenate([out, passed], axis=-1) if passed.shape[-1] else out

@@ -201,4 +201,5 @@ def attention_of(config: ModelConfig, layer: int, build: Build) -> Attention:
 
 def heads_of(qkv_TKgh: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q_TKGh, k_TKh and v_TKh of a fused projection."""
-    return qkv_TKgh[:, :, :-2], qkv_TKgh[:, :, -2], qkv_TKgh[:, :, -1]
+    q_TKGh, k_TK1h, v_TK1h = jax.lax.split(qkv_TKgh, (qkv_TKgh.shape[2] - 2, 1, 1), axis=2)
+    return q_TKGh, k_TK1h[:, :, 0], v_TK1h[:, :, 0]

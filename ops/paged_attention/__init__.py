@@ -200,7 +200,10 @@ def attend_rope(
             return qkv_TKgh[:, :, :-2] if rotary is None else rope(qkv_TKgh[:, :, :-2], positions_T, *rotary)
 
         return _look_ahead(queries, out_TKGh, kv, batch, **how), kv
-    if _forced.get() in (None, "native") and isinstance(batch, AttentionBatch):
+    if isinstance(batch, Sequences):
+        q_TKGh, k_TKh, v_TKh = sequences.split_rotated(qkv_TKgh, positions_T, rotary)
+        return attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=scale, window=window, softcap=softcap, sinks_KG=sinks_KG)
+    if _forced.get() in (None, "native"):
         run = functools.partial(native.attend_rope, scale=scale, window=window, softcap=softcap)
         angles = () if rotary is None else cos_sin(positions_T, *rotary)
         with contextlib.suppress(NotImplementedError):

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+
+from ops.rope import cos_sin
 
 MAX_BLOCKS = 8
 """Blocks of queries of a sequence at most: each is traced and compiled."""
@@ -77,19 +81,92 @@ def attend(
     v_BKSh = k_BKSh if v_TKh is None else v_TKh.reshape(B, S, K, -1).swapaxes(1, 2)
     size = max(MIN_BLOCK, -(-math.ceil(S / MAX_BLOCKS) // 16) * 16)
     keeps = B * K * G * S * S <= KEPT_SCORES
-    parts = []
-    for first in range(0, S, size):
-        last = min(S, first + size)
-        begin = 0 if window is None else max(0, first - window + 1)
-        queries, keys = slice(first, last), slice(begin, last)
-        seen = _seen(batch, queries, keys, window, chunk)
-        parts.append(
-            _block(
-                q_BKGSh[:, :, :, queries], k_BKSh[:, :, keys], v_BKSh[:, :, keys], sinks_KG, seen, scale, softcap, keeps
-            )
+    queries = tuple((first, min(S, first + size)) for first in range(0, S, size))
+    keys = tuple((0 if window is None else max(0, first - window + 1), last) for first, last in queries)
+    parts: list[Any] = [
+        _block(q, k, v, sinks_KG, _seen(batch, slice(*mine), slice(*theirs), window, chunk), scale, softcap, keeps)
+        for q, k, v, mine, theirs in zip(
+            lax.split(q_BKGSh, [last - first for first, last in queries], axis=3), _stretches(k_BKSh, keys),
+            _stretches(v_BKSh, keys), queries, keys, strict=True,
         )
+    ]  # fmt: skip
     out_BKGSh = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
     return out_BKGSh.transpose(0, 3, 1, 2, 4).reshape(T, K, G, -1).astype(q_TKGh.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _stretches(x_BKSh: jax.Array, ranges: tuple[tuple[int, int], ...]) -> tuple[jax.Array, ...]:
+    """The keys of each block. Their gradients are added up stretch by stretch: as slices each would be padded to S first."""
+    return tuple(x_BKSh[:, :, begin:end] for begin, end in ranges)
+
+
+def _stretches_forward(x_BKSh: jax.Array, ranges: Any) -> tuple[tuple[jax.Array, ...], None]:
+    return tuple(x_BKSh[:, :, begin:end] for begin, end in ranges), None
+
+
+def _stretches_backward(ranges: Any, _: None, given: tuple[jax.Array, ...]) -> tuple[jax.Array]:
+    cuts, parts = sorted({cut for both in ranges for cut in both}), []
+    for first, last in itertools.pairwise(cuts):
+        own = [
+            part[:, :, first - begin : last - begin]
+            for part, (begin, end) in zip(given, ranges, strict=True)
+            if begin <= first and last <= end
+        ]
+        parts.append(sum(own[1:], own[0]))
+    return (jnp.concatenate(parts, axis=2),)
+
+
+_stretches.defvjp(_stretches_forward, _stretches_backward)
+
+
+def split_rotated(
+    qkv_TKgh: jax.Array, positions_T: jax.Array, rotary: tuple[np.ndarray, float] | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q_TKGh, k_TKh and v_TKh of a fused projection, q and k rotated; see `ops.paged_attention.attend_rope`.
+
+    Cosines and sines are there before they are used: XLA:CPU would compute them for every head and channel anew, and the gradient
+    of halves and heads as a sum of padded arrays.
+    """
+    if rotary is None:
+        q_TKGh, k_TK1h, v_TK1h = lax.split(qkv_TKgh, (qkv_TKgh.shape[2] - 2, 1, 1), axis=2)
+        return q_TKGh, k_TK1h[:, :, 0], v_TK1h[:, :, 0]
+    return _split_rotated(qkv_TKgh, *lax.optimization_barrier(cos_sin(positions_T, *rotary)))
+
+
+@jax.custom_vjp
+def _split_rotated(
+    qkv_TKgh: jax.Array, cos_Th2: jax.Array, sin_Th2: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q_TKGh, k_TKh = (_turned(x, cos_Th2, sin_Th2) for x in (qkv_TKgh[:, :, :-2], qkv_TKgh[:, :, -2]))
+    return q_TKGh, k_TKh, qkv_TKgh[:, :, -1]
+
+
+def _split_rotated_forward(
+    qkv_TKgh: jax.Array, cos_Th2: jax.Array, sin_Th2: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    return _split_rotated(qkv_TKgh, cos_Th2, sin_Th2), (cos_Th2, sin_Th2)
+
+
+def _split_rotated_backward(
+    kept: tuple[jax.Array, jax.Array], given: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[jax.Array, None, None]:
+    cos_Th2, sin_Th2 = kept
+    dq_TKGh, dk_TKh, dv_TKh = lax.optimization_barrier(given)
+    dq_TKGh, dk_TKh = (_turned(x, cos_Th2, -sin_Th2) for x in (dq_TKGh, dk_TKh))
+    return jnp.concatenate([dq_TKGh, dk_TKh[:, :, None], dv_TKh[:, :, None]], axis=2), None, None
+
+
+_split_rotated.defvjp(_split_rotated_forward, _split_rotated_backward)
+
+
+def _turned(x: jax.Array, cos_Th2: jax.Array, sin_Th2: jax.Array) -> jax.Array:
+    """As `ops.rope.rope`, of channels that are paired in halves."""
+    half = cos_Th2.shape[-1]
+    cos, sin = (y.reshape(y.shape[0], *(1,) * (x.ndim - 2), half) for y in (cos_Th2, sin_Th2))
+    first, second, rest = lax.split(x, (half, half, x.shape[-1] - 2 * half), axis=x.ndim - 1)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([part.astype(x.dtype) for part in turned] + [rest], axis=-1)
 
 
 def _seen(batch: Sequences, queries: slice, keys: slice, window: int | None, chunk: int | None) -> jax.Array:
