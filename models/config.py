@@ -227,11 +227,13 @@ class ModelConfig:
         return dict(self.extra).get(name, default)
 
 
-def from_hf(hf: Mapping[str, Any], **overrides: Any) -> ModelConfig:
+def from_hf(hf: Mapping[str, Any], partial: bool = False, **overrides: Any) -> ModelConfig:
     """Reads the fields that most decoders share from a `config.json` dictionary.
 
     Args:
         hf: the (text part of the) dictionary.
+        partial: the family rotates the part of a head that `partial_rotary_factor` says. In the others the field has no meaning,
+            as in transformers, and some files have it all the same.
         overrides: fields of `ModelConfig` that the family reads in its own way; they win.
     Raises:
         ValueError: a missing field, or a value that is not supported, by name.
@@ -257,7 +259,7 @@ def from_hf(hf: Mapping[str, Any], **overrides: Any) -> ModelConfig:
         "tie_embeddings": bool(hf.get("tie_word_embeddings", False)) or is_bare(architecture),
     }
     if "rope" not in overrides:
-        values["rope"] = rope_from_hf(hf, int(head_dim * partial_rotary(hf)))
+        values["rope"] = rope_from_hf(hf, int(head_dim * partial_rotary(hf)) if partial else head_dim)
         values["max_positions"] = stretched(values["rope"], values["max_positions"])
     values.update(overrides)
     return ModelConfig(**values)

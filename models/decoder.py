@@ -57,11 +57,11 @@ class Decoder(nnx.Module):
         steps, parts = step.by_group(), Cache(self.kept, step.attention, cache)
         x_TD = self.embed_tokens(step)
         beside = self.beside(step, x_TD)
-        entered, visited = [], ()
+        entered, visited, handed = [], (), []
         for index, layer in enumerate(self.layers):
             entered.append(x_TD)
             group, kept = parts.of(index)
-            x_TD, kept, ids = run_layer(*nnx.split(layer), x_TD, steps[group], kept, *beside[index])
+            x_TD, kept, ids, *handed = run_layer(*nnx.split(layer), x_TD, steps[group], kept, *beside[index], *handed)
             parts.put(index, kept)
             visited += ids
             if step.embeddings is not None:
@@ -106,7 +106,8 @@ class Decoder(nnx.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def run_layer(
-    graphdef: Any, state: Any, x_TD: jax.Array, step: Step, kv: Any, *beside: jax.Array
-) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
-    """One layer as a function of its own: equal layers are traced once (30 layers: 1.0 s of lowering becomes 0.1)."""
+    graphdef: Any, state: Any, x_TD: jax.Array, step: Step, kv: Any, *beside: jax.Array | None
+) -> tuple[Any, ...]:
+    """One layer as a function of its own: equal layers are traced once (30 layers: 1.0 s of lowering becomes 0.1).
+    What a layer returns behind what all layers do is handed to the next one."""
     return nnx.merge(graphdef, state)(x_TD, step, kv, *beside)

@@ -16,6 +16,9 @@ ALIASES: dict[str, dict[str, str]] = {
     "deepseek_v3": {
         "num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers",
     },
+    "deepseek_v32": {
+        "num_local_experts": "n_routed_experts",
+    },
     "distilbert": {
         "hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers",
     },
@@ -27,6 +30,9 @@ ALIASES: dict[str, dict[str, str]] = {
     },
     "glm4_moe_lite": {
         "head_dim": "qk_rope_head_dim", "num_local_experts": "n_routed_experts",
+    },
+    "glm_moe_dsa": {
+        "num_local_experts": "n_routed_experts",
     },
     "gpt2": {
         "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
@@ -74,17 +80,18 @@ MODEL_TYPES: dict[str, str] = {
     "BambaForCausalLM": "bamba", "BertForMaskedLM": "bert", "BertForSequenceClassification": "bert", "BertModel": "bert",
     "CamembertForSequenceClassification": "camembert", "CamembertModel": "camembert", "Cohere2ForCausalLM": "cohere2",
     "DeepseekV2ForCausalLM": "deepseek_v2", "DeepseekV2ForSequenceClassification": "deepseek_v2",
-    "DeepseekV3ForCausalLM": "deepseek_v3", "DeepseekV3ForSequenceClassification": "deepseek_v3",
-    "DistilBertForMaskedLM": "distilbert", "DistilBertForSequenceClassification": "distilbert", "DistilBertModel": "distilbert",
-    "Exaone4ForCausalLM": "exaone4", "Exaone4ForSequenceClassification": "exaone4", "FalconH1ForCausalLM": "falcon_h1",
-    "FalconMambaForCausalLM": "falcon_mamba", "GPT2ForSequenceClassification": "gpt2", "GPT2LMHeadModel": "gpt2",
-    "Gemma2ForCausalLM": "gemma2", "Gemma2ForSequenceClassification": "gemma2", "Gemma3ForCausalLM": "gemma3_text",
+    "DeepseekV32ForCausalLM": "deepseek_v32", "DeepseekV3ForCausalLM": "deepseek_v3",
+    "DeepseekV3ForSequenceClassification": "deepseek_v3", "DistilBertForMaskedLM": "distilbert",
+    "DistilBertForSequenceClassification": "distilbert", "DistilBertModel": "distilbert", "Exaone4ForCausalLM": "exaone4",
+    "Exaone4ForSequenceClassification": "exaone4", "FalconH1ForCausalLM": "falcon_h1", "FalconMambaForCausalLM": "falcon_mamba",
+    "GPT2ForSequenceClassification": "gpt2", "GPT2LMHeadModel": "gpt2", "Gemma2ForCausalLM": "gemma2",
+    "Gemma2ForSequenceClassification": "gemma2", "Gemma3ForCausalLM": "gemma3_text",
     "Gemma3ForConditionalGeneration": "gemma3_text", "Gemma3TextForSequenceClassification": "gemma3_text",
     "Gemma3TextModel": "gemma3_text", "Gemma3nForCausalLM": "gemma3n_text", "Gemma3nForConditionalGeneration": "gemma3n_text",
     "Gemma4ForCausalLM": "gemma4_text", "Gemma4ForConditionalGeneration": "gemma4_text", "GemmaForCausalLM": "gemma",
     "GemmaForSequenceClassification": "gemma", "Glm4MoeForCausalLM": "glm4_moe", "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
-    "GptOssForCausalLM": "gpt_oss", "GptOssForSequenceClassification": "gpt_oss", "GraniteForCausalLM": "granite",
-    "GraniteMoeForCausalLM": "granitemoe", "GraniteMoeHybridForCausalLM": "granitemoehybrid",
+    "GlmMoeDsaForCausalLM": "glm_moe_dsa", "GptOssForCausalLM": "gpt_oss", "GptOssForSequenceClassification": "gpt_oss",
+    "GraniteForCausalLM": "granite", "GraniteMoeForCausalLM": "granitemoe", "GraniteMoeHybridForCausalLM": "granitemoehybrid",
     "Idefics3ForConditionalGeneration": "llama", "InternVLForConditionalGeneration": "qwen2", "JambaForCausalLM": "jamba",
     "KimiLinearForCausalLM": "kimi_linear", "Lfm2ForCausalLM": "lfm2", "Lfm2MoeForCausalLM": "lfm2_moe",
     "Llama4ForCausalLM": "llama4_text", "Llama4ForConditionalGeneration": "llama4_text", "LlamaForCausalLM": "llama",

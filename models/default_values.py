@@ -47,6 +47,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_interleave": True, "rope_theta": 10000.0,
         "routed_scaling_factor": 2.5, "tie_word_embeddings": False, "topk_group": 4, "v_head_dim": 128, "vocab_size": 129280,
     },
+    "deepseek_v32": {
+        "attention_bias": False, "first_k_dense_replace": 3, "head_dim": 64, "hidden_act": "silu", "hidden_size": 7168,
+        "index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048, "intermediate_size": 18432, "kv_lora_rank": 512,
+        "max_position_embeddings": 163840, "mlp_bias": False, "moe_intermediate_size": 2048, "n_group": 8, "n_routed_experts": 256,
+        "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 61, "num_key_value_heads": 128, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "routed_scaling_factor": 2.5, "tie_word_embeddings": False, "topk_group": 4,
+        "v_head_dim": 128, "vocab_size": 129280,
+    },
     "distilbert": {
         "activation": "gelu", "dim": 768, "dropout": 0.1, "hidden_dim": 3072, "max_position_embeddings": 512, "n_heads": 12,
         "n_layers": 6, "qa_dropout": 0.1, "seq_classif_dropout": 0.2, "sinusoidal_pos_embds": False, "tie_word_embeddings": True,
@@ -120,6 +129,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 47, "num_key_value_heads": 20, "q_lora_rank": 768, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64,
         "rms_norm_eps": 1e-05, "rope_interleave": True, "rope_theta": 10000.0, "routed_scaling_factor": 1.8,
         "tie_word_embeddings": False, "topk_group": 1, "v_head_dim": 256, "vocab_size": 154880,
+    },
+    "glm_moe_dsa": {
+        "attention_bias": False, "first_k_dense_replace": 3, "head_dim": 64, "hidden_act": "silu", "hidden_size": 6144,
+        "index_head_dim": 128, "index_n_heads": 32, "index_topk": 2048, "intermediate_size": 12288, "kv_lora_rank": 512,
+        "max_position_embeddings": 202752, "mlp_bias": False, "moe_intermediate_size": 2048, "n_group": 1, "n_routed_experts": 256,
+        "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 64, "num_experts_per_tok": 8,
+        "num_hidden_layers": 78, "num_key_value_heads": 64, "q_lora_rank": 2048, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "routed_scaling_factor": 2.5, "tie_word_embeddings": False, "topk_group": 1,
+        "v_head_dim": 256, "vocab_size": 154880,
     },
     "gpt2": {
         "activation_function": "gelu_new", "attn_pdrop": 0.1, "layer_norm_epsilon": 1e-05, "n_embd": 768, "n_head": 12,

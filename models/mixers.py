@@ -13,6 +13,7 @@ class DeltaNet:
         key_heads, key_dim: of q and of k, normalized [value_heads, key_dim, value_dim].
         value_heads, value_dim: neighbouring ones read the same key head.
         conv_width: taps of the convolution over q, k and v [conv_width - 1 of their channels].
+        activation: behind the convolution, by the names of `ops.activation`.
     """
 
     key_heads: int
@@ -20,6 +21,7 @@ class DeltaNet:
     value_heads: int
     value_dim: int
     conv_width: int = 4
+    activation: str = "silu"
 
     def __post_init__(self) -> None:
         _positive(self)
@@ -44,6 +46,7 @@ class Mamba2:
         norm_before_gate: the other order.
         norm_groups: channels are normalized in so many groups.
         dt_limits: steps are clipped to these.
+        activation: behind the convolution, by the names of `ops.activation`.
     """
 
     heads: int
@@ -57,6 +60,7 @@ class Mamba2:
     norm_before_gate: bool = False
     norm_groups: int = 1
     dt_limits: tuple[float, float] = (0.0, float("inf"))
+    activation: str = "silu"
 
     def __post_init__(self) -> None:
         for name in ("heads", "head_dim", "state_dim", "groups", "conv_width", "norm_groups"):
@@ -79,6 +83,7 @@ class Mamba1:
         conv_bias, bias: whether the convolution, and both projections, have one.
         norms: of step sizes, B and C: "" for none, "plain" without scales (Falcon Mamba), "scaled" (Jamba).
         norm_eps: theirs.
+        activation: behind the convolution, by the names of `ops.activation`.
     """
 
     inner: int
@@ -89,6 +94,7 @@ class Mamba1:
     bias: bool = False
     norms: str = ""
     norm_eps: float = 1e-6
+    activation: str = "silu"
 
     def __post_init__(self) -> None:
         for name in ("inner", "state_dim", "rank", "conv_width"):
@@ -118,11 +124,13 @@ class KDA:
     Attributes:
         heads, head_dim: of q, k and v [heads, head_dim, head_dim].
         conv_width: taps of the convolution over them [conv_width - 1 of their channels].
+        activation: behind the convolution, by the names of `ops.activation`.
     """
 
     heads: int
     head_dim: int
     conv_width: int = 4
+    activation: str = "silu"
 
     def __post_init__(self) -> None:
         _positive(self)
@@ -133,7 +141,8 @@ Mixer = DeltaNet | Mamba1 | Mamba2 | ShortConv | KDA
 
 def _positive(mixer: Mixer) -> None:
     for field in dataclasses.fields(mixer):
-        _positive_number(mixer, field.name)
+        if field.name != "activation":
+            _positive_number(mixer, field.name)
 
 
 def _positive_number(mixer: Mixer, name: str) -> None:

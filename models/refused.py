@@ -27,8 +27,8 @@ _NAMES = {
         MossTranscribeDiarizeForConditionalGeneration Phi4MultimodalForCausalLM""",
     _DRAFT: "Gemma4AssistantForCausalLM Gemma4UnifiedAssistantForCausalLM",
     _INDEXER: """
-        AXK2ForCausalLM DeepseekV32ForCausalLM DeepseekV4ForCausalLM DogeForCausalLM Dots3NoteForCausalLM
-        GlmMoeDsaForCausalLM HYV4ForCausalLM Qwen4ExpForCausalLM""",
+        AXK2ForCausalLM DeepseekV4ForCausalLM DogeForCausalLM Dots3NoteForCausalLM
+        HYV4ForCausalLM Qwen4ExpForCausalLM""",
     _BIAS: "Inkling2ForCausalLM InklingForCausalLM",
     _OWN_MASK: "BltForCausalLM CpmAntForCausalLM HrmTextForCausalLM ReformerModelWithLMHead XLNetLMHeadModel",
     _STATES: """

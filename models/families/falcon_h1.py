@@ -136,6 +136,7 @@ def _mamba(hf: Mapping[str, Any], inner: int, **norm: Any) -> Mamba2:
         conv_bias=bool(hf.get("mamba_conv_bias", True)),
         bias=bool(hf.get("mamba_proj_bias", False)),
         dt_limits=(float(low), float(high)),
+        activation=hf.get("hidden_act", "silu"),
         **norm,
     )
 
@@ -183,6 +184,7 @@ def bamba_config(hf: Mapping[str, Any]) -> ModelConfig:
     bias = bool(hf.get("attention_bias", False))
     return from_hf(
         {"partial_rotary_factor": 0.5, **hf},
+        partial=True,
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=bool(hf.get("mlp_bias", False)),

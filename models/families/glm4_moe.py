@@ -43,7 +43,8 @@ def glm4_moe_config(hf: Mapping[str, Any]) -> ModelConfig:
         shared_ffw_dim=(hf.get("n_shared_experts") or 0) * hf["moe_intermediate_size"],
     )
     norms = "head" if hf.get("use_qk_norm", False) else "none"
-    return from_hf(hf, moe=moe, qk_norm=norms, qkv_bias=bool(hf.get("attention_bias", False)))
+    bias = bool(hf.get("attention_bias", False))
+    return from_hf(hf, partial=True, moe=moe, qk_norm=norms, qkv_bias=bias)
 
 
 def glm4_moe_mtp(hf: Mapping[str, Any]) -> MTP:

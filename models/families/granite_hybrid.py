@@ -85,6 +85,7 @@ def granite_hybrid_config(hf: Mapping[str, Any]) -> ModelConfig:
         bias=bool(hf.get("mamba_proj_bias", False)),
         norm_groups=groups,
         dt_limits=(float(low), float(high)),
+        activation=hf.get("hidden_act", "silu"),
     )
     moe = None
     if hf.get("num_local_experts"):

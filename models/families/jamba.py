@@ -70,6 +70,7 @@ def jamba_config(hf: Mapping[str, Any]) -> ModelConfig:
         bias=bool(hf.get("mamba_proj_bias", False)),
         norms="scaled",
         norm_eps=hf.get("rms_norm_eps", 1e-6),
+        activation=hf.get("hidden_act", "silu"),
     )
     period, offset = hf.get("attn_layer_period", 8), hf.get("attn_layer_offset", 4)
     experts, every, first = (

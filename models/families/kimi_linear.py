@@ -66,6 +66,7 @@ def kimi_linear_config(hf: Mapping[str, Any]) -> ModelConfig:
         linear.get("num_heads", hf["linear_num_heads"]),
         linear.get("head_dim", hf["linear_head_dim"]),
         linear.get("short_conv_kernel_size", hf["linear_conv_kernel_dim"]),
+        hf.get("hidden_act", "silu"),
     )
     moe = MoEConfig(
         hf["num_experts"],

@@ -74,6 +74,7 @@ def mamba_config(hf: Mapping[str, Any]) -> ModelConfig:
         bias=bool(hf.get("use_bias", False)),
         norms="plain" if hf["architectures"][0].startswith("FalconMamba") else "",
         norm_eps=hf.get("mixer_rms_eps", 1e-6),
+        activation=hf.get("hidden_act", "silu"),
     )
     return _config({"tie_word_embeddings": True, **hf}, mixer)
 
@@ -90,6 +91,7 @@ def mamba2_config(hf: Mapping[str, Any]) -> ModelConfig:
         bias=bool(hf.get("use_bias", False)),
         norm_groups=groups,
         dt_limits=(float(low), float(high)),
+        activation=hf.get("hidden_act", "silu"),
     )
     return _config(hf, mixer)
 

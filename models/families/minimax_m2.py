@@ -47,7 +47,7 @@ def minimax_m2_config(hf: Mapping[str, Any]) -> ModelConfig:
         normalize=True,
         bias=True,
     )
-    return from_hf(hf, moe=moe, qk_norm="full")
+    return from_hf(hf, partial=True, moe=moe, qk_norm="full")
 
 
 FAMILIES = (Family("MiniMax-M2", ("MiniMaxM2ForCausalLM",), minimax_m2_config, build),)

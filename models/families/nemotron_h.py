@@ -150,6 +150,7 @@ def nemotron_h_config(hf: Mapping[str, Any]) -> ModelConfig:
         conv_bias=bool(hf.get("mamba_conv_bias", hf.get("use_conv_bias", True))),
         bias=bool(hf.get("use_bias", False)),
         norm_groups=groups,
+        activation=hf.get("mamba_hidden_act", "silu"),
         # Steps are not clipped: of NVIDIA's own code and transformers neither does so while decoding, and a prompt's state must
         # not depend on how it was computed.
     )

@@ -74,6 +74,7 @@ def olmo_hybrid_config(hf: Mapping[str, Any]) -> ModelConfig:
         hf.get("linear_num_value_heads") or heads,
         hf.get("linear_value_head_dim") or 2 * key_dim,
         hf.get("linear_conv_kernel_dim", 4),
+        hf.get("hidden_act", "silu"),
     )
     bias = bool(hf.get("attention_bias", False))
     theta = (hf.get("rope_parameters") or hf).get("rope_theta")

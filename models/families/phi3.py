@@ -53,7 +53,7 @@ def phi3_config(hf: Mapping[str, Any]) -> ModelConfig:
         scaling = hf.get(field) or {}
         if (scaling.get("rope_type") or scaling.get("type")) == "yarn":
             hf[field] = dict(scaling) | {"rope_type": "longrope", "type": "longrope"}
-    return from_hf(hf, windows=windows_from_hf(hf, hf["num_hidden_layers"]))
+    return from_hf(hf, partial=True, windows=windows_from_hf(hf, hf["num_hidden_layers"]))
 
 
 FAMILIES = (Family("Phi-3, Phi-4", ("Phi3ForCausalLM",), phi3_config, build, gguf=("phi3",)),)

@@ -51,18 +51,18 @@ def _hybrid(hf: Mapping[str, Any], **more: Any) -> ModelConfig:
         raise ValueError(
             f"config.json: layer_types has {unknown}; this family has linear_attention and full_attention."
         )
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json: hidden_act is {hf['hidden_act']!r}; linear attention here is made for 'silu'.")
     delta = DeltaNet(
         hf["linear_num_key_heads"],
         hf["linear_key_head_dim"],
         hf["linear_num_value_heads"],
         hf["linear_value_head_dim"],
         hf.get("linear_conv_kernel_dim", 4),
+        hf.get("hidden_act", "silu"),
     )
     bias = bool(hf.get("attention_bias", False))
     return from_hf(
         hf,
+        partial=True,
         qkv_bias=bias,
         out_bias=bias,
         qk_norm="head",

@@ -121,7 +121,7 @@ class MTPHead(nnx.Module):
         x_TD = self.join(jnp.concatenate([embed_TD, self.hidden_norm(hidden_TD).astype(embed_TD.dtype)], axis=-1))
         steps, parts = step.by_group(), Cache(self.kept, step.attention, cache)
         group, kept = parts.of(0)
-        x_TD, kept, _ = self.layers[0](x_TD, steps[group], kept)
+        x_TD, kept, *_ = self.layers[0](x_TD, steps[group], kept)
         parts.put(0, kept)
         normed_TD = self.norm(x_TD)
         return Said(normed_TD, normed_TD if self.names.normed_again else x_TD, parts.whole())

@@ -83,6 +83,7 @@ class GatedDeltaNet(nnx.Module):
             None,
             kept["conv"],
             step.recurrent,
+            activation=self.mixer.activation,
             mesh=mesh,
             axis=axis,
         )

@@ -68,6 +68,7 @@ class KimiDeltaAttention(nnx.Module):
             None,
             kept["conv"],
             step.recurrent,
+            activation=self.mixer.activation,
             mesh=mesh,
             axis=axis,
         )

@@ -68,8 +68,15 @@ class Mamba1Mixer(nnx.Module):
         x_TI, z_TI = (xz[:, :, part].reshape(T, -1) for part in range(2))
         bias_I = None if self.kernel_bias is None else self.kernel_bias[...]
         x_TI, conv = short_conv(
-            x_TI, self.kernel[...], bias_I, kept["conv"], step.recurrent, mesh=mesh, axis=axis
-        )  # fmt: skip
+            x_TI,
+            self.kernel[...],
+            bias_I,
+            kept["conv"],
+            step.recurrent,
+            activation=m.activation,
+            mesh=mesh,
+            axis=axis,
+        )
         chosen = self.choices(x_TI, out_dtype=jnp.float32, adapter_T=step.adapter_T)
         parts = self.normed(jnp.split(chosen, [m.rank, m.rank + m.state_dim], axis=-1))
         dt_TI = jax.nn.softplus(self.gates(parts[0], out_dtype=jnp.float32, adapter_T=step.adapter_T))

@@ -78,6 +78,7 @@ class Mamba2Mixer(nnx.Module):
             bias_C,
             kept["conv"],
             step.recurrent,
+            activation=self.mixer.activation,
             mesh=mesh,
             axis=axis,
         )

@@ -56,25 +56,40 @@ class LatentAttention(nnx.Module):
     def __call__(
         self, x_TD: jax.Array, step: Step, kv: Any, norm: Any = None, residual_TD: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        T, mla = x_TD.shape[0], self.mla
         x_TD = x_TD if norm is None else norm(x_TD)
-        own = step.adapter_T
-        compressed = x_TD if self.q_a is None or self.q_a_norm is None else self.q_a_norm(self.q_a(x_TD, adapter_T=own))
-        q_THh = self.q(compressed, adapter_T=own).reshape(T, self.num_heads, -1)
-        latent_TR, k_rope_Th = jnp.split(self.kv_a(x_TD, adapter_T=own), [mla.kv_rank], axis=-1)
-        latent_TR = self.kv_a_norm(latent_TR)
-        q_rope = q_THh[..., mla.nope_dim :]
-        if self.rope is not None:
-            angles = (step.positions_T, *layer_frequencies(*self.rope))
-            q_rope = rope(q_rope, *angles, interleaved=self.interleaved)
-            k_rope_Th = rope(k_rope_Th[:, None], *angles, interleaved=self.interleaved)[:, 0]
-        q_latent = self._product("thn,hnr->thr", q_THh[..., : mla.nope_dim], self.k_up[...])
-        q_T1Hh = jnp.concatenate([q_latent, q_rope], axis=-1)[:, None]
-        k_T1h = jnp.concatenate([latent_TR, k_rope_Th], axis=-1)[:, None]
-        out_T1Hh, kv = attend(q_T1Hh, k_T1h, None, kv, step.attention, scale=self.scale)
-        out_THv = self._product("thr,hvr->thv", out_T1Hh[:, 0, :, : mla.kv_rank], self.v_up[...])
-        y_TD = self.out(out_THv.reshape(T, -1), adapter_T=own)
-        return (y_TD if residual_TD is None else y_TD + residual_TD), kv
+        q_THh, latent_Th = self.query(self.compressed(x_TD, step), step), self.latent(x_TD, step)
+        out_T1Hh, kv = attend(q_THh[:, None], latent_Th[:, None], None, kv, step.attention, scale=self.scale)
+        return self.result(out_T1Hh[:, 0], step, residual_TD), kv
+
+    def compressed(self, x_TD: jax.Array, step: Step) -> jax.Array:
+        """What queries are made of."""
+        if self.q_a is None or self.q_a_norm is None:
+            return x_TD
+        return self.q_a_norm(self.q_a(x_TD, adapter_T=step.adapter_T))
+
+    def query(self, compressed_TC: jax.Array, step: Step) -> jax.Array:
+        """Queries in the latent's space, q_THh."""
+        q_THh = self.q(compressed_TC, adapter_T=step.adapter_T).reshape(len(compressed_TC), self.num_heads, -1)
+        q_rope = self.rotated(q_THh[..., self.mla.nope_dim :], step)
+        q_latent = self._product("thn,hnr->thr", q_THh[..., : self.mla.nope_dim], self.k_up[...])
+        return jnp.concatenate([q_latent, q_rope], axis=-1)
+
+    def latent(self, x_TD: jax.Array, step: Step) -> jax.Array:
+        """What pages keep of each position: the compressed K and V, and the rotated key of all heads."""
+        latent_TR, k_rope_Th = jnp.split(self.kv_a(x_TD, adapter_T=step.adapter_T), [self.mla.kv_rank], axis=-1)
+        k_rope_Th = self.rotated(k_rope_Th[:, None], step)[:, 0]
+        return jnp.concatenate([self.kv_a_norm(latent_TR), k_rope_Th], axis=-1)
+
+    def rotated(self, x_THh: jax.Array, step: Step) -> jax.Array:
+        if self.rope is None:
+            return x_THh
+        return rope(x_THh, step.positions_T, *layer_frequencies(*self.rope), interleaved=self.interleaved)
+
+    def result(self, out_THh: jax.Array, step: Step, residual_TD: jax.Array | None) -> jax.Array:
+        """From attended latents to the residual stream."""
+        out_THv = self._product("thr,hvr->thv", out_THh[..., : self.mla.kv_rank], self.v_up[...])
+        y_TD = self.out(out_THv.reshape(len(out_THh), -1), adapter_T=step.adapter_T)
+        return y_TD if residual_TD is None else y_TD + residual_TD
 
     @property
     def kv_spec(self) -> KVSpec:

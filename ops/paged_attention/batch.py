@@ -121,9 +121,11 @@ class KVSpec:
         num_kv_heads, head_dim: K heads and their size.
         v_head_dim: size of V heads; 0 when the layer stores one latent for both (MLA).
         window: how many positions back it attends at most, itself included; None for all.
+        indexed: K is one latent for both, and in V's place stand the keys by which positions are chosen (see indexed.py).
     """
 
     num_kv_heads: int
     head_dim: int
     v_head_dim: int
     window: int | None = None
+    indexed: bool = False

@@ -23,6 +23,7 @@ _PANEL = 16  # tokens; as in attention.h
 def supports(spec: KVSpec, page_size: int, dtype: np.dtype, platform: str) -> bool:
     """Whether this machine has a kernel for such pages. Builds the library when first asked."""
     fits = page_size % _PANEL == 0 and spec.head_dim % 2 == 0 and spec.v_head_dim > 0 and spec.v_head_dim % _PANEL == 0
+    fits = fits and not spec.indexed  # those are read by plain XLA
     return fits and platform == "cpu" and dtype.name in ("float32", "bfloat16", "int8") and native.available()
 
 

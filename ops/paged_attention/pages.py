@@ -306,6 +306,21 @@ def read(kv: KVPages, pages: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[ja
     return k, v
 
 
+def read_tokens(kv: KVPages, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Gathers K of single tokens, [..., K, h] as `dtype`; not of pages in panels.
+
+    Args:
+        index: [...] int32, page * page_size + offset, all in range.
+    """
+    assert kv.layout != "panels", "a page in panels has a token's numbers apart"
+    page, slot = index // kv.page_size, index % kv.page_size
+    k = kv.k[page, :, slot].astype(dtype)[..., : kv.spec.head_dim]
+    if kv.k_scale is None:
+        return k
+    scale = kv.k_scale[page, :, 0, slot] if kv.layout == "lanes" else kv.k_scale[page, :, slot]
+    return k * scale[..., None].astype(dtype)
+
+
 def _read_lanes(kv: KVPages, pages: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
     lanes = lane_layout(kv.spec)
     rows = kv.k[pages].astype(dtype)

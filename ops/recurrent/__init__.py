@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from ops.activation import activation as activation_function
 from ops.per_device import per_device
 from ops.recurrent import native, xla
 from ops.recurrent.batch import RecurrentBatch
@@ -55,14 +56,16 @@ def short_conv(
         kernel_WD: W taps, the newest token's last.
         bias_D: or None.
         state_SwD: of each slot its last w = W - 1 inputs, oldest first.
-        activation: "silu" or None.
+        activation: of `ops.activation`, or None.
         mesh, axis: which devices there are, and the mesh axis that splits the D channels.
     Returns:
         y_TD float32 (arbitrary at padded tokens), and the states behind this step.
     """
 
-    op = Op("short_conv", (1, 1, 0, 2, None), (1, 2), mesh, axis, (activation,))
-    return op((x_TD, kernel_WD, bias_D), state_SwD, batch)
+    own = {"silu": "silu", "swish": "silu"}.get(activation or "")  # the bodies' one; all others come behind them
+    op = Op("short_conv", (1, 1, 0, 2, None), (1, 2), mesh, axis, (own,))
+    y_TD, state_SwD = op((x_TD, kernel_WD, bias_D), state_SwD, batch)
+    return (y_TD if own or activation is None else activation_function(activation)(y_TD)), state_SwD
 
 
 def matrix_recurrence(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.models.tiny_base import BASE, Tiny
 from tests.models.tiny_hybrid import HYBRID
+from tests.models.tiny_sparse import SPARSE
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -389,4 +390,4 @@ TINY: dict[str, Tiny] = {
     ),
 }
 
-TINY |= HYBRID
+TINY |= HYBRID | SPARSE
