@@ -17,6 +17,7 @@ let cards = [];
 let running = null; // the AbortController of the answers that are being written
 let current = blank();
 let saving = 0;
+let latest = 0; // when a conversation was last kept
 let sidebar;
 let attachments;
 let microphone;
@@ -29,9 +30,10 @@ const host = {
     setRunning(mine);
     try { await work(mine.signal); } finally { if (running === mine) setRunning(null); }
   },
-  changed() {
+  /** What was said is kept at once: a page that goes may keep nothing any more. What is typed into settings, when that pauses. */
+  changed(said = false) {
     clearTimeout(saving);
-    saving = setTimeout(keep, SAVE_AFTER_MS);
+    if (said) keep(); else saving = setTimeout(keep, SAVE_AFTER_MS);
     showDiff(false);
   },
   branch(pane, messages) {
@@ -52,7 +54,8 @@ async function keep() {
   saving = 0;
   const states = panes.map((pane) => pane.state);
   if (!states.some((state) => state.messages.length)) return;
-  Object.assign(current, { panes: states, updated: Date.now() });
+  latest = Math.max(Date.now(), latest + 1); // two in one millisecond have an order, too
+  Object.assign(current, { panes: states, updated: latest });
   current.title = titleOf(current);
   await store.save(current); // a copy of it as it is now
   await sidebar.draw();
@@ -125,7 +128,12 @@ function showDiff(on) {
 
 async function send() {
   const box = $("#prompt");
-  if (running || !panes.length || !panes.every((pane) => pane.settings.check())) return;
+  const ready = () => !running && panes.length && panes.every((pane) => pane.settings.check());
+  if (!ready()) return;
+  if (attachments.reading) {
+    const read = await attachments.reading;
+    if (!read.every(Boolean) || !ready()) return; // something would be missing, or it was sent meanwhile
+  }
   const message = attachments.take(box.value.trim());
   if (!message.content && !message.media.length) return;
   box.value = "";
@@ -204,6 +212,7 @@ async function connect() {
 
 function listen() {
   addEventListener("pagehide", flush);
+  document.addEventListener("visibilitychange", () => { if (document.hidden) flush(); }); // phones end pages without a word
   const on = (id, event, listener) => $(id).addEventListener(event, listener);
   on("#theme", "click", () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
   on("#compare", "click", compare);
@@ -251,7 +260,7 @@ function listen() {
 
 async function attach(files) {
   fail("");
-  for (const file of files) await attachments.add(file);
+  await Promise.all([...files].map((file) => attachments.add(file)));
   $("#prompt").focus();
 }
 

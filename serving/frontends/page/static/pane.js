@@ -11,7 +11,7 @@ const SLOW_DRAW = 8; // drawing takes at most one part in so many of the time, h
 
 export class Pane {
   /**
-   * `host` is the page: run(work) runs work(signal) with Stop shown unless something runs already, changed() keeps the
+   * `host` is the page: run(work) runs work(signal) with Stop shown unless something runs already, changed(said) keeps the
    * conversation, branch(pane, messages) opens another, chosen() is told of another model, template(model) shows one, needsKey() asks for a key and says whether it got one.
    */
   constructor(cards, host) {
@@ -63,7 +63,7 @@ export class Pane {
       resend: (message) => this.host.run((signal) => { this.cut(message); return this.ask(message, signal); }),
       regenerate: (message) => this.host.run((signal) => { this.cut(message); return this.answer(signal); }),
       branch: (message) => this.host.branch(this, this.messages.slice(0, this.messages.indexOf(message) + 1)),
-      remove: (message) => { if (!this.host.busy()) { this.messages.splice(this.messages.indexOf(message), 1); this.redraw(); this.host.changed(); } },
+      remove: (message) => { if (!this.host.busy()) { this.messages.splice(this.messages.indexOf(message), 1); this.redraw(); this.host.changed(true); } },
       result: (message, call, text) => this.host.run((signal) => this.giveResult(message, call, text, signal)),
     };
     this.does = does;
@@ -99,7 +99,7 @@ export class Pane {
     call.answered = true;
     this.views[this.messages.indexOf(message)]?.draw();
     this.add({ role: "tool", id: call.id, content: text });
-    this.host.changed();
+    this.host.changed(true);
     if (message.calls.every((one) => one.answered)) await this.answer(signal);
   }
 
@@ -122,7 +122,7 @@ export class Pane {
       if (this.epoch !== epoch) return; // another conversation is shown by now
       if (failure?.status === 401 && await this.host.needsKey()) continue;
       this.finish(answer, failure);
-      this.host.changed();
+      this.host.changed(true);
       return;
     }
   }
@@ -142,7 +142,7 @@ export class Pane {
     if (this.epoch !== epoch) return;
     if (failure?.status === 401 && await this.host.needsKey()) { await this.transcribe(signal, epoch); return; }
     this.finish(answer, failure);
-    this.host.changed();
+    this.host.changed(true);
   }
 
   /** Streams into a new message. Returns what went wrong, or null. */

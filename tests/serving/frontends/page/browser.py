@@ -95,19 +95,32 @@ class Browser:
 
     async def wait(self, script: str) -> Any:
         """The value of an expression once it is true."""
-        async with asyncio.timeout(TIMEOUT_S):
-            while not (value := await self.run(script)):  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
-            return value
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                while not (value := await self.run(script)):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+                return value
+        except TimeoutError:
+            seen = await self.run("document.body.innerText")
+            raise AssertionError(f"not so within {TIMEOUT_S:.0f} s: {script}\nThe page says:\n{seen}") from None
 
     async def _find(self, selector: str) -> str:
         return (await self._call("/element", using="css selector", value=selector))[ELEMENT]
 
     async def click(self, selector: str) -> None:
-        await self._call(f"/element/{await self._find(selector)}/click")
+        await self._on(selector, "click")
 
     async def type(self, selector: str, text: str) -> None:
-        await self._call(f"/element/{await self._find(selector)}/value", text=text)
+        await self._on(selector, "value", text=text)
+
+    async def _on(self, selector: str, what: str, **body: Any) -> None:
+        while True:  # a page may draw an element anew between its being found and used
+            try:
+                await self._call(f"/element/{await self._find(selector)}/{what}", **body)
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("stale element reference"):
+                    raise
 
     async def press(self, *keys: str) -> None:
         """Presses keys together, wherever the focus is."""

@@ -17,7 +17,7 @@ from serving.frontends.page.page import STATIC, page_paths
 from tests.mock_engine import MockEngine, MockTemplate, until
 from tests.serving.frontends.conftest import Running, Start
 from tests.serving.frontends.page import browser
-from tests.serving.frontends.page.driving import TEXTS, act, give, needs_browser, opened, said
+from tests.serving.frontends.page.driving import TEXTS, act, answered, give, needs_browser, opened, said
 from tests.serving.frontends.page.test_documents import pdf
 from tests.serving.media.images import encoded, image_service
 
@@ -89,7 +89,7 @@ async def test_a_conversation_in_a_browser(start: Start, page: browser.Browser):
     engine.drafts = 0, 0
     assert prompt_of(engine) == f"Be kind.Hello{REPLY}Again" and engine.requests[-1].params.temperature == 0.3
 
-    engine.step_s = 0.02
+    engine.step_s, engine._reply = 0.02, "word " * 400  # not over before it is stopped, however slow the machine is
     for stop in (lambda: page.click("#stop"), lambda: page.press(ESCAPE)):
         await page.type("#prompt", "Long\n")
         await page.wait("document.querySelector('.busy .body')?.textContent.length > 3")
@@ -99,7 +99,7 @@ async def test_a_conversation_in_a_browser(start: Start, page: browser.Browser):
     # The page is done when it hangs up; the server learns of that a moment later.
     await until(lambda: len(engine.aborted) == 2 and not engine.live, "both were aborted")
 
-    engine.step_s = 0.001
+    engine.step_s, engine._reply = 0.001, REPLY
     await page.click("#clear")
     await said(page, "First")
     await page.press(CONTROL, ".")
@@ -124,7 +124,8 @@ async def test_what_was_said_can_be_changed(start: Start, page: browser.Browser)
 
     engine._reply = "new"
     await act(page, ".message:nth-child(4)", "Again")
-    await page.wait(f"{TEXTS}[3] === 'new'")
+    await answered(page, 2)
+    assert await page.run(TEXTS) == ["one", "ok", "two", "new"]
     assert prompt_of(engine) == "oneoktwo"
     await act(page, ".message:nth-child(2)", "Branch")
     assert await page.run(TEXTS) == ["one", "ok"]
@@ -135,7 +136,8 @@ async def test_what_was_said_can_be_changed(start: Start, page: browser.Browser)
     await act(page, ".message:nth-child(1)", "Edit")
     await page.run("document.querySelector('.message textarea').value = 'uno'")
     await act(page, ".message:nth-child(1)", "Send")
-    await page.wait(f"JSON.stringify({TEXTS}) === JSON.stringify(['uno', 'new'])")
+    await answered(page, 1)
+    assert await page.run(TEXTS) == ["uno", "new"]
     assert prompt_of(engine) == "uno"
     await act(page, ".message:nth-child(2)", "Delete")
     assert await page.run(TEXTS) == ["uno"]
@@ -164,7 +166,7 @@ async def test_an_answer_that_is_cut_off_leaves_no_trace_of_itself(start: Start,
     await until(lambda: engine.aborted and not engine.live, "a new conversation ends the old one's answer")
     assert await page.run("document.querySelectorAll('.message').length") == 0
 
-    engine.step_s = 3.0  # nothing comes before it is stopped
+    engine.step_s = 60.0  # nothing comes before it is stopped
     await page.type("#prompt", "Silent\n")
     await page.wait("document.querySelector('.busy')")
     await page.click("#stop")
@@ -173,7 +175,8 @@ async def test_an_answer_that_is_cut_off_leaves_no_trace_of_itself(start: Start,
     await said(page, "Next")
     assert prompt_of(engine) == "Next", "one user's turn, not two"
     await act(page, ".unanswered", "Try again")
-    await page.wait(f"JSON.stringify({TEXTS}) === JSON.stringify(['Silent', 'ok'])")
+    await answered(page, 1)
+    assert await page.run(TEXTS) == ["Silent", "ok"]
 
 
 @needs_browser
@@ -187,7 +190,8 @@ async def test_errors_are_told_with_a_way_on(start: Start, page: browser.Browser
     assert await page.run("document.querySelector('#send').hidden") is False
     engine._max_live = 9
     await act(page, ".user", "Try again")
-    await page.wait(f"JSON.stringify({TEXTS}) === JSON.stringify(['Hello', 'fine'])")
+    await answered(page, 1)
+    assert await page.run(TEXTS) == ["Hello", "fine"]
     engine._reply, engine.step_s = "word " * 400, 0.01
     await page.type("#prompt", "Long\n")
     await page.wait("document.querySelector('.busy .body')?.textContent.length > 3")
@@ -267,7 +271,8 @@ async def test_tools_probabilities_schemas_and_the_difference(start: Start, page
     engine._reply = "Sunny."
     await page.type(".call textarea", "20 degrees")
     await act(page, ".call", "Send result")
-    await page.wait(f"{TEXTS}.at(-1) === 'Sunny.'")
+    await answered(page, 4)
+    assert (await page.run(TEXTS))[-1] == "Sunny."
     assert prompt_of(engine).endswith("20 degrees")
     assert await page.console() == []
 
@@ -315,9 +320,7 @@ async def test_the_base_beside_an_adapter_with_files_and_the_template(start: Sta
         f"{text.split(':')[0]} {len(text)} tokens ✕" for text in wanted
     ]  # a byte is a token
     await page.type("#prompt", "What is it?\n")
-    await page.wait(
-        "!document.body.classList.contains('running') && document.querySelectorAll('.assistant').length === 2"
-    )
+    await answered(page, 2)
     asked = {
         request.adapter: bytes(i for i in request.prompt_token_ids if i < 256).decode() for request in engine.requests
     }

@@ -15,17 +15,48 @@ export class Attachments {
     this.model = model;
     this.refuses = refuses;
     this.fail = fail;
-    this.files = []; // {name, text, tokens} or {name, kind, url}
+    this.files = []; // {name, reading}, and once that is done {name, text, tokens} or {name, kind, url}
     this.list = $("#files");
   }
 
+  /** Takes its place at once, so files stand in the order in which they were given, however long each takes to read. */
   async add(file) {
-    let one;
-    try { one = await this.read(file); } catch (error) { this.fail(`${file.name}: ${error.message}`); return; }
+    const one = { name: file.name };
+    one.reading = this.fill(one, file);
     this.files.push(one);
     this.draw();
-    if (one.kind) return;
+    await one.reading;
+  }
+
+  /** Whether it could be read. */
+  async fill(one, file) {
+    try {
+      Object.assign(one, await this.read(file));
+    } catch (error) {
+      this.leave(one);
+      this.fail(`${file.name}: ${error.message}`);
+      return false;
+    } finally {
+      one.reading = null;
+    }
+    this.draw();
+    if (!one.kind) this.count(one); // which nobody waits for
+    return true;
+  }
+
+  async count(one) {
     try { one.tokens = await countTokens(this.model(), wrapped(one)); } catch { one.tokens = NaN; }
+    this.draw();
+  }
+
+  /** A promise of whether each file that is being read could be; null where none is. */
+  get reading() {
+    const waiting = this.files.map((file) => file.reading).filter(Boolean);
+    return waiting.length ? Promise.all(waiting) : null;
+  }
+
+  leave(one) {
+    this.files = this.files.filter((other) => other !== one);
     this.draw();
   }
 
@@ -47,10 +78,10 @@ export class Attachments {
       file.kind && shown(file),
       el("span", { class: "name", text: file.name }),
       el("span", { class: "soft", text: tokens(file) }),
-      button("✕", `Leave ${file.name} out`, () => { this.files.splice(this.files.indexOf(file), 1); this.draw(); $("#prompt").focus(); }))));
+      button("✕", `Leave ${file.name} out`, () => { this.leave(file); $("#prompt").focus(); }))));
   }
 
-  /** A message with the texts in front of it, and its images and sound; there are none afterwards. */
+  /** A message with the texts in front of it, and its images and sound; there are none afterwards. Nothing is being read. */
   take(text) {
     const content = [...this.files.filter((file) => !file.kind).map(wrapped), text].filter(Boolean).join("\n\n");
     const media = this.files.filter((file) => file.kind);
@@ -61,6 +92,7 @@ export class Attachments {
 }
 
 function tokens(file) {
+  if (file.reading) return "reading…";
   if (file.kind || Number.isNaN(file.tokens)) return "";
   return file.tokens === null ? "counting…" : `${file.tokens.toLocaleString("en")} tokens`;
 }

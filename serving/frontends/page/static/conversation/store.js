@@ -18,7 +18,9 @@ async function act(mode, work, without) {
   const db = await database();
   if (!db) return without();
   return new Promise((resolve, reject) => {
-    const request = work(db.transaction("conversations", mode).objectStore("conversations"));
+    const transaction = db.transaction("conversations", mode);
+    const request = work(transaction.objectStore("conversations"));
+    if (mode === "readwrite") transaction.commit(); // else it is undone where the page goes before it heard of the end
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
   });
