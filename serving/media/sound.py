@@ -1,21 +1,26 @@
-"""Sound files to samples at Whisper's rate, and those to log-mel spectrograms: numpy alone, equal to transformers' features."""
+"""Sound files to samples at the rate that models hear. Files are read, and their rate changed, piece by piece: what is small as a
+file may be hours of silence."""
 
 from __future__ import annotations
 
-import functools
 import io
 import math
+import time
+from collections.abc import Iterator
 
 import numpy as np
 
 from serving.errors import RequestError, invalid
 
 RATE = 16_000
-HOP, FFT = 160, 400
 FORMATS = ("WAV", "FLAC", "OGG", "MP3", "WAVEX", "AIFF")
 MAX_CHANNELS = 8
 ZEROS = 24
 """Zero crossings of the resampling filter on each side."""
+PIECE = 1 << 20
+"""Samples of all channels that are read at once."""
+READ_S = 120.0
+"""Seconds that reading one file may take."""
 
 
 def read_sound(data: bytes, max_seconds: float, place: str) -> np.ndarray:
@@ -26,80 +31,93 @@ def read_sound(data: bytes, max_seconds: float, place: str) -> np.ndarray:
     Raises:
         RequestError: INVALID_ARGUMENT, in the same words whatever is wrong inside; longer than `max_seconds`.
     """
+    pieces = list(sound_pieces(data, max_seconds, place))
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+
+
+def sound_pieces(data: bytes, max_seconds: float, place: str) -> Iterator[np.ndarray]:
+    """The same as it is read."""
     import soundfile
 
+    deadline = time.monotonic() + READ_S
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, channels = file.samplerate, file.channels
             if file.format not in FORMATS or not 1 <= channels <= MAX_CHANNELS or not 1000 <= rate <= 384_000:
                 raise _unreadable(place)
-            most = int(max_seconds * rate)  # of what is there, whatever the header says
-            pieces, total = [], 0
-            while len(piece := file.read(1 << 18, dtype="float32", always_2d=True)):
+            most, total = int(max_seconds * rate), 0  # of what is there, whatever the header says
+            resampler = Resampler(rate)
+            while len(piece := file.read(PIECE // channels, dtype="float32", always_2d=True)):
                 total += len(piece)
                 if total > most:
                     raise invalid(f"{place} is longer than {max_seconds:g} seconds.", place)
-                pieces.append(piece.mean(axis=1))
+                if time.monotonic() > deadline:
+                    raise invalid(f"{place} took more than {READ_S:g} seconds to read.", place)
+                if not np.isfinite(mono := piece.mean(axis=1)).all():
+                    raise _unreadable(place)
+                yield resampler.push(mono)
+            yield resampler.finish()
     except RequestError:
         raise
     except Exception:  # whatever a damaged file makes the library raise
         raise _unreadable(place) from None
-    samples = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
-    if not np.isfinite(samples).all():
-        raise _unreadable(place)
-    return resampled(samples, rate)
 
 
 def _unreadable(place: str) -> RequestError:
     return invalid(f"{place} cannot be read as sound. WAV, FLAC, Ogg and MP3 are.", place)
 
 
+class Resampler:
+    """From some rate to `RATE`: a windowed sinc, one filter for each of the places between samples that are asked for."""
+
+    def __init__(self, rate: int) -> None:
+        common = math.gcd(rate, RATE)
+        self._up, self._down = RATE // common, rate // common
+        self._cutoff = min(1.0, self._up / self._down) * 0.95
+        self._half = math.ceil(ZEROS / self._cutoff)
+        self._plain = rate == RATE
+        self._rest = np.zeros(self._half)  # input from `_first` on
+        self._first, self._next = -self._half, 0  # `_next` is the output that comes next
+
+    def push(self, samples: np.ndarray) -> np.ndarray:
+        """float32 outputs for which enough input is there by now."""
+        if self._plain:
+            return samples.astype(np.float32)
+        self._rest = np.concatenate([self._rest, samples.astype(np.float64)])
+        there = self._first + len(self._rest) - self._half - 1  # inputs at which a filter may be centred
+        return self._until(max(self._next, -(-there * self._up // self._down)))
+
+    def finish(self) -> np.ndarray:
+        """The last ones: behind the sound is silence."""
+        if self._plain:
+            return np.zeros(0, np.float32)
+        count = -(-(self._first + len(self._rest)) * self._up // self._down)
+        self._rest = np.concatenate([self._rest, np.zeros(self._half + 1)])
+        return self._until(count)
+
+    def _until(self, end: int) -> np.ndarray:
+        """Outputs up to `end`; lets go of input that later ones do not need."""
+        up, down, half, begin = self._up, self._down, self._half, self._next
+        out = np.empty(end - begin)
+        if len(out):
+            windows = np.lib.stride_tricks.sliding_window_view(self._rest, 2 * half + 1)
+            offsets = np.arange(-half, half + 1)
+            for phase in range(min(up, len(out))):
+                at = (begin + phase) * down
+                first, part = at // up - half - self._first, (at % up) / up
+                x = offsets - part
+                taps = (
+                    self._cutoff * np.sinc(self._cutoff * x) * np.cos(np.pi * np.clip(x / (half + 1), -1, 1) / 2) ** 2
+                )
+                here = len(range(phase, len(out), up))
+                out[phase::up] = windows[first : first + here * down : down][:here] @ (taps / taps.sum())
+        self._next = end
+        keep = end * down // up - half - self._first
+        self._rest, self._first = self._rest[keep:], self._first + keep
+        return out.astype(np.float32)
+
+
 def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
-    """float32 at `RATE`: a windowed sinc, one filter for each of the places between samples that are asked for."""
-    if rate == RATE or not len(samples):
-        return samples.astype(np.float32)
-    common = math.gcd(rate, RATE)
-    up, down = RATE // common, rate // common
-    cutoff = min(1.0, up / down) * 0.95
-    half = math.ceil(ZEROS / cutoff)
-    count = -(-len(samples) * up // down)
-    padded = np.pad(samples.astype(np.float64), (half, half + 1))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
-    out = np.empty(count)
-    offsets = np.arange(-half, half + 1)
-    for phase in range(min(up, count)):
-        at = phase * down
-        first, part = at // up, (at % up) / up
-        x = offsets - part
-        taps = cutoff * np.sinc(cutoff * x) * np.cos(np.pi * np.clip(x / (half + 1), -1, 1) / 2) ** 2
-        here = len(range(phase, count, up))
-        out[phase::up] = windows[first : first + here * down : down][:here] @ (taps / taps.sum())
-    return out.astype(np.float32)
-
-
-@functools.lru_cache(maxsize=4)
-def mel_filters(mels: int) -> np.ndarray:
-    """float64 [201, mels]: triangles, evenly spaced on Slaney's scale from 0 to 8000 Hz, each of the same area."""
-
-    def to_hertz(mel: np.ndarray) -> np.ndarray:
-        linear = mel * 200.0 / 3
-        return np.where(mel >= 15, 1000.0 * np.exp(np.log(6.4) / 27.0 * (mel - 15.0)), linear)
-
-    top = 15.0 + np.log(8000.0 / 1000.0) * 27.0 / np.log(6.4)
-    edges = to_hertz(np.linspace(0.0, top, mels + 2))
-    bins = np.linspace(0, RATE // 2, FFT // 2 + 1)
-    rising = (bins[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - bins[:, None]) / (edges[2:] - edges[1:-1])
-    return np.maximum(0, np.minimum(rising, falling)) * (2.0 / (edges[2:] - edges[:-2]))
-
-
-def log_mel(samples: np.ndarray, mels: int = 80) -> np.ndarray:
-    """float32 [len(samples) / HOP, mels]: the spectrogram that Whisper reads (arXiv:2212.04356), a frame each 10 ms."""
-    frames = len(samples) // HOP
-    padded = np.pad(samples.astype(np.float64), FFT // 2, mode="reflect" if len(samples) > FFT // 2 else "constant")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, FFT)[::HOP][:frames]
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FFT) / FFT)
-    power = np.abs(np.fft.rfft(windows * window, axis=1)) ** 2
-    logs = np.log10(np.maximum(power @ mel_filters(mels), 1e-10))
-    logs = np.maximum(logs, logs.max(initial=-10.0) - 8.0)
-    return ((logs + 4.0) / 4.0).astype(np.float32)
+    """A whole sound at `RATE`."""
+    resampler = Resampler(rate)
+    return np.concatenate([resampler.push(samples), resampler.finish()])

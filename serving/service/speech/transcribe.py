@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import itertools
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from serving.engine.api.media import MediaItem
 from serving.errors import ErrorKind, RequestError, invalid
-from serving.media.sound import HOP, RATE, log_mel, read_sound
+from serving.media.sound import RATE
+from serving.media.spectrum import HOP
 from serving.service.requests.limits import check_text
+from serving.service.speech.listening import Listener
 from serving.service.speech.rules import SpeechTokens
 from serving.service.speech.transcripts import TranscribeInput, Transcript
 from serving.service.speech.windows import FRAMES, WINDOW_S, Windows
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["FRAMES", "Speech", "TranscribeInput", "Transcript", "transcribe"]
 
 Align = Callable[[np.ndarray, Sequence[int], Sequence[int], int], Sequence[float]]
-MAX_SECONDS = 4 * 3600.0
 MAX_PROMPT_TOKENS = 223
 
 
@@ -65,8 +64,8 @@ class Speech:
     """
 
     def __init__(self, tokens: SpeechTokens, mels: int, align: Align | None = None) -> None:
-        self.tokens, self.mels, self.align = tokens, mels, align
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="jaxserve-sound")
+        self.tokens, self.align = tokens, align
+        self._listener = Listener(mels, WINDOW_S * RATE)
         self._serial = itertools.count()
 
     async def transcribe(
@@ -81,14 +80,9 @@ class Speech:
         """
         self._check(given)
         prompt = self._prompt(service, given)
-        samples = await self._run(read_sound, given.data, MAX_SECONDS, "file")
-        duration = len(samples) / RATE
-        if len(samples) < HOP:
-            raise invalid("file has no sound in it.", "file")
-        length, short = -(-len(samples) // HOP), duration <= WINDOW_S
-        if short:
-            samples = np.pad(samples, (0, WINDOW_S * RATE - len(samples)))
-        frames = await self._run(log_mel, samples, self.mels)
+        frames, samples = await self._listener.spectrogram(given.data)
+        duration = samples / RATE
+        length, short = -(-samples // HOP), duration <= WINDOW_S
         timed = given.segments or given.words or not short
         language, segments = await Windows(self, service, given, frames, prompt, length, timed, tell).all()
         ended = (dataclasses.replace(segment, end=min(segment.end, duration)) for segment in segments)
@@ -100,7 +94,7 @@ class Speech:
         """When each word of a window was said, in its seconds."""
         if self.align is None or not tokens:
             return ()
-        ends = await self._run(self.align, window.patches_PX, prompt, tokens, frames)
+        ends = await self._listener.run(self.align, window.patches_PX, prompt, tokens, frames)
         return words_of(tokens, ends, self.tokens.end, service.tokenizer.decode)
 
     @staticmethod
@@ -133,9 +127,6 @@ class Speech:
         )
         ids = service.tokenizer.encode(" " + given.prompt.strip(), add_special_tokens=False)
         return [self.tokens.previous, *ids[-MAX_PROMPT_TOKENS:]]
-
-    async def _run(self, function: Any, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     def next_id(self, given: TranscribeInput) -> str:
         """An id that no other request has."""

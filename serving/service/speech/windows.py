@@ -16,7 +16,8 @@ from serving.engine.api.media import Media, MediaItem
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason
 from serving.errors import ErrorKind, RequestError
-from serving.media.sound import HOP, RATE
+from serving.media.sound import RATE
+from serving.media.spectrum import HOP
 from serving.service.speech.doubts import Attempt, Doubts
 from serving.service.speech.rules import SpeechRules
 from serving.service.speech.segments import Segment, cut

@@ -5,7 +5,8 @@ import pytest
 
 from serving.errors import RequestError
 from serving.media import sound
-from serving.media.sound import log_mel, read_sound, resampled
+from serving.media.sound import Resampler, read_sound, resampled
+from serving.media.spectrum import Spectrogram, log_mel
 from tests.models import tiny_whisper
 from tests.models.tiny_whisper import wav
 
@@ -32,6 +33,32 @@ def test_another_rate_is_the_same_sound(rate):
     wanted = np.sin(2 * np.pi * 440 * np.arange(len(found)) / 16_000)
     assert abs(len(found) - 16_000) <= 1
     np.testing.assert_allclose(found[200:-200], wanted[200:-200], atol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 44_100, 48_000])
+def test_piece_by_piece_is_the_same(rate):
+    random = np.random.default_rng(rate)
+    samples = random.standard_normal(30_001).astype(np.float32)
+    samples[9_000:20_000] = 0
+    resampler, spectrogram, pieces = Resampler(rate), Spectrogram(), []
+    for piece in np.split(samples, np.sort(random.integers(0, len(samples), 20))):
+        pieces.append(resampler.push(piece))
+        spectrogram.push(piece)
+    found = np.concatenate([*pieces, resampler.finish()])
+    np.testing.assert_allclose(found, resampled(samples, rate), atol=1e-6)
+    assert np.array_equal(spectrogram.finish(), log_mel(samples))
+
+
+@pytest.mark.parametrize("count", [0, 1, 160, 200, 201, 400, 561])
+def test_short_sounds(count):
+    import transformers
+
+    samples = tiny_whisper.sound(1.0)[:count]
+    found = log_mel(samples)
+    assert found.shape == (count // 160, 80) and np.isfinite(found).all()
+    if count > 200:  # shorter ones cannot be mirrored, and transformers fails
+        exact = transformers.WhisperFeatureExtractor()._np_extract_fbank_features(samples[None], "cpu")[0].T
+        np.testing.assert_allclose(found, exact, atol=1e-5)
 
 
 def test_what_lies_beyond_the_rate_is_no_sound():
@@ -67,6 +94,6 @@ def test_length_is_what_is_there_and_bounded(monkeypatch):
     whole = bytearray(wav(tiny_whisper.sound(2.0), subtype="PCM_16"))
     whole[40:44] = (2**31 - 1).to_bytes(4, "little")  # the header says that there is more
     assert len(read_sound(bytes(whole), 3, "file")) == 32_000
-    monkeypatch.setattr(sound, "resampled", lambda *a: pytest.fail("went on"))
+    monkeypatch.setattr(sound.Resampler, "push", lambda *a: pytest.fail("went on"))
     with pytest.raises(RequestError, match="longer than 1 seconds"):
         read_sound(wav(tiny_whisper.sound(2.0)), 1, "file")

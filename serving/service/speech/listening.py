@@ -1,0 +1,87 @@
+"""From a sound file to its spectrogram, in threads of its own and within a bound of memory that all requests share."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from serving.errors import ErrorKind, RequestError, invalid
+from serving.media.sound import RATE, sound_pieces
+from serving.media.spectrum import HOP, Spectrogram
+
+MAX_SECONDS = 4 * 3600.0
+HELD_BYTES = 2**30
+"""Of all spectrograms that requests have at a time: nine hours of sound for 80 bins."""
+
+
+class Listener:
+    """Reads sound files.
+
+    Args:
+        mels: bins of its spectrograms.
+        window: samples that a shorter sound is filled up to with silence.
+    """
+
+    def __init__(self, mels: int, window: int) -> None:
+        self._mels, self._window = mels, window
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="jaxserve-sound")
+        self._held, self._lock = 0, threading.Lock()
+
+    async def spectrogram(self, data: bytes) -> tuple[np.ndarray, int]:
+        """(float32 [T, mels], samples of sound at `RATE`, without what it was filled up with) of a file.
+
+        Raises:
+            RequestError: INVALID_ARGUMENT for what is no sound, has none, or too much; RESOURCE_EXHAUSTED.
+        """
+        gone = threading.Event()
+        try:
+            return await self.run(self._read, data, gone)
+        finally:
+            gone.set()
+
+    async def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """A function's result, from one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+    def _read(self, data: bytes, gone: threading.Event) -> tuple[np.ndarray, int]:
+        spectrogram, taken = Spectrogram(self._mels), 0
+        try:
+            for piece in sound_pieces(data, MAX_SECONDS, "file"):
+                if gone.is_set():
+                    break
+                spectrogram.push(piece)
+                self._take(spectrogram.nbytes - taken)
+                taken = spectrogram.nbytes
+            heard = spectrogram.samples
+            if heard < HOP:
+                raise invalid("file has no sound in it.", "file")
+            if heard < self._window:
+                spectrogram.push(np.zeros(self._window - heard, np.float32))
+            frames = spectrogram.finish()
+            self._take(frames.nbytes - taken)
+            taken = frames.nbytes
+        except BaseException:
+            self._give_back(taken)
+            raise
+        weakref.finalize(frames, self._give_back, taken)  # whoever still waits for it or not
+        return frames, heard
+
+    def _take(self, size: int) -> None:
+        with self._lock:
+            if self._held + size > HELD_BYTES:
+                hours = HELD_BYTES / (4 * self._mels * RATE // HOP) / 3600
+                raise RequestError(
+                    ErrorKind.RESOURCE_EXHAUSTED, f"The sound that requests have sent is more than {hours:.0f} hours together. "
+                    "Try again later.", param="file",
+                )  # fmt: skip
+            self._held += size
+
+    def _give_back(self, size: int) -> None:
+        with self._lock:
+            self._held -= size
