@@ -3,7 +3,9 @@
 python scripts/bench_speech.py make FOLDER                    30 sentences as small FLACs, and what is said in them
 python scripts/bench_speech.py check FOLDER MODEL             tokens against transformers' in float32, word error rate
 python scripts/bench_speech.py time FOLDER MODEL --streams 8  seconds of sound a second, this engine
-python scripts/bench_speech.py peer FOLDER SIZE --streams 8   the same of faster-whisper (int8), from an environment that has it
+python scripts/bench_speech.py peer FOLDER MODEL --streams 8  the same of faster-whisper (int8), from an environment that has it
+
+With --timed, `time` and `peer` ask for the times of segments, too.
 """
 
 from __future__ import annotations
@@ -15,10 +17,15 @@ import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+RATE = 16_000
 
 STARTS = (
     "The old captain",
@@ -43,15 +50,15 @@ def make(folder: pathlib.Path) -> None:
     """Speaks the sentences, 16 kHz and one channel."""
     import soundfile
 
-    from serving.media.sound import RATE, read_sound
+    from serving.media.sound import read_sound
 
     folder.mkdir(parents=True, exist_ok=True)
     for i, text in enumerate(sentences()):
         spoken = subprocess.run(
             ["espeak-ng", "-v", "en-us", "-s", "150", "--stdout", text], capture_output=True, check=True
         )
-        samples = read_sound(spoken.stdout, 60.0, "espeak-ng")
-        soundfile.write(folder / f"{i:02}.flac", samples, RATE, format="FLAC", subtype="PCM_16")
+        samples = np.round(read_sound(spoken.stdout, 60.0, "espeak-ng") * 512) / 512  # 10 bits: half the file's size
+        soundfile.write(folder / f"{i:02}.flac", samples, RATE, format="FLAC", subtype="PCM_16", compression_level=1.0)
     (folder / "said.json").write_text(json.dumps(sentences()))
 
 
@@ -70,6 +77,12 @@ def wrong(said: list[str], heard: list[str]) -> int:
     return row[-1]
 
 
+def error_rate(said: Sequence[str], heard: Sequence[str]) -> float:
+    """Wrong words of all that were said."""
+    errors = sum(wrong(words(one), words(other)) for one, other in zip(said, heard, strict=True))
+    return errors / sum(len(words(one)) for one in said)
+
+
 def started(model: str, streams: int, exact: bool) -> Any:
     """The engine."""
     from serving.boot.startup import start
@@ -77,6 +90,48 @@ def started(model: str, streams: int, exact: bool) -> Any:
 
     kind: dict[str, Any] = {"dtype": "float32", "quantization": "none"} if exact else {}
     return start(EngineConfig(model=model, max_num_seqs=max(4, streams), progress=False, **kind))
+
+
+def joined(sounds: Sequence[np.ndarray], seconds: float, pause: float = 0.4) -> np.ndarray:
+    """Sentences with pauses between them, until they are so long."""
+    pieces: list[np.ndarray] = []
+    for sound in sounds:
+        pieces += [sound, np.zeros(int(pause * RATE), np.float32)]
+        if sum(map(len, pieces)) >= seconds * RATE:
+            break
+    return np.concatenate(pieces)
+
+
+class Oracle:
+    """transformers' Whisper in float32."""
+
+    def __init__(self, model: str) -> None:
+        import torch
+        import transformers
+
+        self._model = transformers.WhisperForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+        self._read = transformers.WhisperFeatureExtractor.from_pretrained(model)
+        self.end = self._model.generation_config.eos_token_id
+        self.times = self._model.generation_config.no_timestamps_token_id + 1
+
+    def said(self, tokens: Iterable[int]) -> list[int]:
+        """Words and times."""
+        return [token for token in tokens if token < self.end or token >= self.times]
+
+    def tokens(self, sound: np.ndarray, timed: bool) -> list[int]:
+        """What it hears in English speech."""
+        import torch
+
+        long = len(sound) > 30 * RATE
+        how: dict[str, Any] = {"truncation": False, "padding": "longest"} if long else {}
+        read = self._read(sound, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True, **how)
+        with torch.no_grad():
+            out = self._model.generate(
+                read["input_features"], attention_mask=read["attention_mask"], language="en", task="transcribe",
+                return_timestamps=timed, return_segments=long,
+            )  # fmt: skip
+        found = [token for one in out["segments"][0] for token in one["tokens"]] if long else out[0]
+        return self.said(map(int, found))
 
 
 async def heard(service: Any, files: list[bytes], streams: int, **how: Any) -> list[Any]:
@@ -94,37 +149,19 @@ async def heard(service: Any, files: list[bytes], streams: int, **how: Any) -> l
 
 def check(folder: pathlib.Path, model: str) -> None:
     """Prints how many files have transformers' tokens, with and without times, and the word error rate."""
-    import torch
-    import transformers
-
-    from serving.media.sound import RATE, read_sound
+    from serving.media.sound import read_sound
 
     files = [path.read_bytes() for path in sorted(folder.glob("*.flac"))]
     said = json.loads((folder / "said.json").read_text())
-    engine = started(model, 4, True)
-    oracle = transformers.WhisperForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
-    read = transformers.WhisperFeatureExtractor.from_pretrained(model)
-    end = oracle.generation_config.eos_token_id
-    times = oracle.generation_config.no_timestamps_token_id + 1
+    engine, oracle = started(model, 4, True), Oracle(model)
     for timed in (False, True):
         found = asyncio.run(heard(engine.service(), files, 4, segments=timed))
         same = 0
         for data, transcript in zip(files, found, strict=True):
-            features = read(
-                read_sound(data, 60.0, "file"), sampling_rate=RATE, return_tensors="pt", return_attention_mask=True
-            )
-            with torch.no_grad():
-                out = oracle.generate(
-                    features["input_features"], attention_mask=features["attention_mask"], language="en", task="transcribe",
-                    return_timestamps=timed,
-                )  # fmt: skip
-            wanted = [t for t in out[0].tolist() if t < end or t >= times]
-            same += wanted == [t for s in transcript.segments for t in s.tokens if t < end or t >= times]
-        errors = sum(wrong(words(text), words(one.text)) for text, one in zip(said, found, strict=True))
-        total = sum(len(words(text)) for text in said)
-        print(
-            f"times {timed}: {same} of {len(files)} as transformers; word error rate {errors / total:.3f}", flush=True
-        )
+            tokens = oracle.said(token for segment in transcript.segments for token in segment.tokens)
+            same += tokens == oracle.tokens(read_sound(data, 60.0, "file"), timed)
+        rate = error_rate(said, [one.text for one in found])
+        print(f"times {timed}: {same} of {len(files)} as transformers; word error rate {rate:.3f}", flush=True)
     engine.shutdown()
 
 
@@ -134,25 +171,26 @@ def seconds_of(folder: pathlib.Path) -> float:
     return sum(soundfile.info(path).duration for path in sorted(folder.glob("*.flac")))
 
 
-def timed(folder: pathlib.Path, model: str, streams: int) -> None:
+def timed(folder: pathlib.Path, model: str, streams: int, times: bool) -> None:
     """Prints the real-time factor of this engine."""
     files = [path.read_bytes() for path in sorted(folder.glob("*.flac"))]
     engine = started(model, streams, False)
-    asyncio.run(heard(engine.service(), files[:2], streams))
+    asyncio.run(heard(engine.service(), files[:2], streams, segments=times))
     began = time.monotonic()
-    asyncio.run(heard(engine.service(), files, streams))
+    asyncio.run(heard(engine.service(), files, streams, segments=times))
     print(f"{streams} streams: {seconds_of(folder) / (time.monotonic() - began):.2f} s of sound a second")
     engine.shutdown()
 
 
-def peer(folder: pathlib.Path, size: str, streams: int) -> None:
+def peer(folder: pathlib.Path, size: str, streams: int, times: bool) -> None:
     """Prints the real-time factor of faster-whisper, int8. Needs it and no more of this project than this file."""
     from faster_whisper import WhisperModel  # type: ignore[import-not-found]
 
     model = WhisperModel(size, device="cpu", compute_type="int8", num_workers=streams)
 
     def one(path: pathlib.Path) -> str:
-        return "".join(segment.text for segment in model.transcribe(str(path), language="en", beam_size=1)[0])
+        found = model.transcribe(str(path), language="en", beam_size=1, without_timestamps=not times)[0]
+        return "".join(segment.text for segment in found)
 
     files = sorted(folder.glob("*.flac"))
     one(files[0])
@@ -170,6 +208,7 @@ def main() -> None:
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("model", nargs="?", default="")
     parser.add_argument("--streams", type=int, default=1)
+    parser.add_argument("--timed", action="store_true")
     args = parser.parse_args()
     match args.what:
         case "make":
@@ -177,9 +216,9 @@ def main() -> None:
         case "check":
             check(args.folder, args.model)
         case "time":
-            timed(args.folder, args.model, args.streams)
+            timed(args.folder, args.model, args.streams, args.timed)
         case "peer":
-            peer(args.folder, args.model, args.streams)
+            peer(args.folder, args.model, args.streams, args.timed)
 
 
 if __name__ == "__main__":
