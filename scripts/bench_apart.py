@@ -5,7 +5,8 @@
 
 `both` is one engine on all of `--cores`; `apart` is an engine that prefills on half of them and one that decodes on the other half.
 A gateway is in front either way. Streams of short prompts run all the time; meanwhile prompts of `--prompt-tokens` arrive one after
-the other, each with a few tokens to answer. Tells the gaps between the streams' chunks and the long prompts' time to first token.
+the other, each with a few tokens to answer. Tells the gaps between the streams' chunks and the long prompts' time to first token,
+and of `apart` what came from the engine that prefills: a run of it is one only if `fetched_tokens` is the long prompts' tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import statistics
 import sys
 import time
@@ -82,9 +84,6 @@ async def measure(args: argparse.Namespace, url: str, salt: str) -> dict[str, ob
         over.set()
         await asyncio.gather(*streams)
         figures = (await web.get("/metrics")).text
-    decided = [
-        line.split("{")[1] for line in figures.splitlines() if line.startswith("jaxserve:gateway_prefills_total{")
-    ]
     ordered = sorted(gaps)
     return {
         "chunks": len(gaps),
@@ -92,7 +91,28 @@ async def measure(args: argparse.Namespace, url: str, salt: str) -> dict[str, ob
         "gap_p99_ms": round(1000 * ordered[int(0.99 * len(ordered))], 1),
         "gap_max_ms": round(1000 * ordered[-1], 1),
         "ttft_of_long_prompts_s": [round(one, 2) for one in firsts],
-        "prefills": decided,
+        **transferred(figures),
+    }
+
+
+def transferred(figures: str) -> dict[str, object]:
+    """What a gateway's metrics say of pages that came to its targets, and why others did not."""
+    values = {
+        (name, labels): float(value)
+        for name, labels, value in re.findall(r"^jaxserve:(\w+)_total\{?(.*?)\}? (\S+)$", figures, re.M)
+    }
+
+    def of(name: str, label: str = "") -> dict[str, int]:
+        found = {
+            labels: int(value) for (of, labels), value in values.items() if of == name and label in labels and value
+        }
+        return {labels.partition('="')[2].rstrip('"'): value for labels, value in found.items()}
+
+    return {
+        "prefills": of("gateway_prefills"),
+        "fetched_tokens": sum(of("kv_transfer_tokens").values()),
+        "fetched_mb": round(sum(of("kv_transfer_bytes", '"in"').values()) / 1e6, 1),
+        "not_fetched": of("kv_transfer_fallbacks"),
     }
 
 
@@ -108,11 +128,14 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between two long prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--engine-flags", nargs=argparse.REMAINDER, default=[], help="further flags of the engines; comes last"
+    )
     args = parser.parse_args()
     model = ["--model", args.model] if args.model else []
     engine = [
         "serving.launch", "--grpc-port", "0", "--no-http", "--no-progress", "--kv-cache-memory", args.kv_cache_memory,
-        "--max-model-len", "8192", "--max-num-seqs", "8", *model,
+        "--max-model-len", "8192", "--max-num-seqs", "8", *model, *args.engine_flags,
     ]  # fmt: skip
     half = len(args.cores) // 2
     for mode in args.mode:

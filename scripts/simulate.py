@@ -5,6 +5,7 @@
     python scripts/simulate.py --trace overload --rate 12 --policy fcfs priority --plot ttft.png
     python scripts/simulate.py --trace trace.jsonl --cost cost.json
     python scripts/simulate.py --trace agents --rate 1 --engines 4 --routing round-robin cache
+    python scripts/simulate.py --trace rag --rate 4 --engines 8 --prefill-engines 0 2 4 --plot apart.svg
     python scripts/simulate.py --fit steps.jsonl --out cost.json      # steps recorded by scripts/bench.py --record
     python scripts/simulate.py --trace rag --requests 500 --write-trace rag.jsonl
 
@@ -22,7 +23,7 @@ import multiprocessing
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -35,8 +36,10 @@ from serving.engine.api.speculative import MAX_DRAFT_TOKENS, SpeculativeConfig
 from serving.engine.scheduling.policy import KEYS
 from serving.engine.scheduling.scheduler import SchedulerConfig
 from serving.installation import extra
+from serving.routing.apart import POLICIES as PREFILL_POLICIES
 from serving.routing.policies import POLICIES, Balance
 from serving.routing.router import Router
+from serving.simulator.apart import Link
 from serving.simulator.cluster import Cluster
 from serving.simulator.cost import CostModel, fit, read_records
 from serving.simulator.report import Report
@@ -63,6 +66,19 @@ class Run:
     balance: Balance = dataclasses.field(default_factory=Balance)
     acceptance: float = 0.0
     slowdown: tuple[float, ...] = ()
+    helpers: int = 0
+    link: Link | None = None
+    helper_policy: str = "auto"
+
+
+Values = dict[str | None, dict[str, np.ndarray]]
+"""Of each priority and tenant (None: of all), what PLOTTED names, seconds."""
+PLOTTED = {"ttft": "time to first token, s", "worst_gap": "longest gap between two tokens of a request, s"}
+
+
+def values_of(report: Report, groups: Sequence[str | None]) -> Values:
+    """What is plotted of a run."""
+    return {group: {metric: report.values(metric, group) for metric in PLOTTED} for group in groups}
 
 
 def requests_of(trace: str, rate: float, seed: int, count: int | None) -> Iterator[TraceRequest]:
@@ -71,8 +87,8 @@ def requests_of(trace: str, rate: float, seed: int, count: int | None) -> Iterat
     return itertools.islice(source, count)
 
 
-def simulate(run: Run) -> tuple[dict[str, object], dict[str | None, np.ndarray]]:
-    """The run's summary, and its TTFTs by priority and tenant for the plot."""
+def simulate(run: Run) -> tuple[dict[str, object], Values]:
+    """The run's summary, and what is plotted of it."""
     if run.engines > 1:
         return simulate_cluster(run)
     simulation = Simulation(
@@ -86,21 +102,24 @@ def simulate(run: Run) -> tuple[dict[str, object], dict[str | None, np.ndarray]]
     for outcome in simulation.run(requests_of(run.trace, run.rate, run.seed, run.requests)):
         report.add(outcome)
     groups: list[str | None] = list(report.groups) if len(report.groups) > 1 else [None]
-    return report.summary(simulation.totals), {g: report.values("ttft", g) for g in groups}
+    return report.summary(simulation.totals), values_of(report, groups)
 
 
-def simulate_cluster(run: Run) -> tuple[dict[str, object], dict[str | None, np.ndarray]]:
+def simulate_cluster(run: Run) -> tuple[dict[str, object], Values]:
     """The same of several engines behind a router."""
     router = Router(run.routing, run.balance)
     cluster = Cluster(
         run.config,
         run.cost,
-        run.engines,
+        run.engines - run.helpers,
         router,
         asynchronous=run.asynchronous,
         max_num_queued_reqs=run.max_num_queued_reqs,
         acceptance=run.acceptance,
         slowdown=run.slowdown,
+        helpers=run.helpers,
+        link=run.link,
+        helper_policy=run.helper_policy,
     )
     report = Report()
     for outcome in cluster.run(requests_of(run.trace, run.rate, run.seed, run.requests)):
@@ -113,11 +132,13 @@ def simulate_cluster(run: Run) -> tuple[dict[str, object], dict[str | None, np.n
         "requests_an_engine": [min(t.routed for t in cluster.targets), max(t.routed for t in cluster.targets)],
         "decisions": {reason: count for (_, reason), count in sorted(router.decisions.items())},
     }
-    return summary, {None: report.values("ttft")}
+    if cluster.helpers is not None:
+        summary["prefills"] = dict(cluster.helpers.decisions)
+    return summary, values_of(report, [None])
 
 
-def plot(path: str, results: dict[str, tuple[dict[str, object], dict[str | None, np.ndarray]]]) -> None:
-    """The share of requests whose first token came within a time, a line a policy and group."""
+def plot(path: str, results: dict[str, tuple[dict[str, object], Values]]) -> None:
+    """The share of requests whose first token came, and whose longest gap was, within a time: a line a policy and group."""
     try:
         import matplotlib
     except ImportError:
@@ -125,15 +146,18 @@ def plot(path: str, results: dict[str, tuple[dict[str, object], dict[str | None,
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=110)
-    for policy, (_, ttfts) in results.items():
-        for group, values in ttfts.items():
-            values = np.sort(values)[:: max(1, len(values) // 5000)]
-            label = policy if group is None else f"{policy}: {group}"
-            axes.plot(values, np.linspace(0, 1, len(values)), label=label)
-    axes.set(xlabel="time to first token, s", ylabel="share of requests", ylim=(0, 1), xscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, each = plt.subplots(1, len(PLOTTED), figsize=(11, 4.2), dpi=110, sharey=True)
+    for (metric, label), axes in zip(PLOTTED.items(), each, strict=True):
+        for policy, (_, groups) in results.items():
+            for group, of in groups.items():
+                values = np.sort(of[metric])
+                values = values[:: max(1, len(values) // 500)]
+                name = policy if group is None else f"{policy}: {group}"
+                axes.plot(values, np.linspace(0, 1, len(values)), label=name)
+        axes.set(xlabel=label, ylim=(0, 1), xscale="log")
+        axes.grid(alpha=0.3)
+    each[0].set(ylabel="share of requests")
+    each[0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path)
 
@@ -237,6 +261,20 @@ def make_parser() -> argparse.ArgumentParser:
         help="the engines share one machine: how many times longer a step takes while 1, 2, ... of them are at work, as "
         "scripts/bench_sharing.py measures it (default: each has a machine of its own)",
     )  # fmt: skip
+    parser.add_argument(
+        "--prefill-engines", type=int, nargs="+", default=[0], metavar="N",
+        help="so many of the engines compute prompts for the others (one run each), where the gateway's rule says that it pays",
+    )  # fmt: skip
+    parser.add_argument("--prefill-policy", choices=PREFILL_POLICIES, default="auto", help="as the gateway's")
+    usual_link = Link()
+    parser.add_argument(
+        "--transfer-token-s", type=float, default=usual_link.token_s, metavar="S",
+        help="seconds that the pages of a token take from engine to engine (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--transfer-lag-s", type=float, default=usual_link.lag_s, metavar="S",
+        help="and from a prompt's end until its last page can be there (default: %(default)s)",
+    )  # fmt: skip
     usual = Balance()
     parser.add_argument(
         "--balance-abs-threshold", type=int, default=usual.abs_threshold, metavar="N", help="as the gateway's"
@@ -245,11 +283,21 @@ def make_parser() -> argparse.ArgumentParser:
         "--balance-rel-threshold", type=float, default=usual.rel_threshold, metavar="X", help="as the gateway's"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a policy")
-    parser.add_argument("--plot", metavar="PNG", help="distribution of the time to first token (needs matplotlib)")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="distributions of the time to first token and of the longest gap, PNG or SVG (needs matplotlib)",
+    )
     parser.add_argument("--write-trace", metavar="FILE", help="write the trace and stop")
     parser.add_argument("--fit", metavar="STEPS", help="fit a cost model to recorded steps and stop")
     parser.add_argument("--out", metavar="FILE", help="where --fit writes the model")
     return parser
+
+
+def run_name(args: argparse.Namespace, policy: str, routing: str, helpers: int) -> str:
+    """What tells a run from the others."""
+    several = f"{policy}, {routing}" if args.engines > 1 else policy
+    return f"{several}, {helpers} prefill" if any(args.prefill_engines) else several
 
 
 def fit_cost(args: argparse.Namespace) -> None:
@@ -266,9 +314,8 @@ def fit_cost(args: argparse.Namespace) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_args(argv)
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program where arguments make no sense."""
     if args.trace not in GENERATORS and not pathlib.Path(args.trace).is_file():
         parser.error(f"--trace {args.trace}: neither a file nor one of {', '.join(GENERATORS)}.")
     if args.rate <= 0:
@@ -277,10 +324,24 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--engines must be at least 1, got {args.engines}.")
     if any(one < 1 for one in args.slowdown):
         parser.error(f"--slowdown takes factors of at least 1, got {min(args.slowdown)}.")
+    if any(not 0 <= one < args.engines for one in args.prefill_engines):
+        parser.error(
+            f"--prefill-engines must leave engines that decode: below --engines, {args.engines}, got {max(args.prefill_engines)}."
+        )
+    if any(args.prefill_engines) and args.slowdown:
+        parser.error("--prefill-engines are on machines of their own: leave --slowdown out.")
+    if min(args.transfer_token_s, args.transfer_lag_s) < 0:
+        parser.error("--transfer-token-s and --transfer-lag-s must be at least 0.")
     if not 0 <= args.draft_tokens <= MAX_DRAFT_TOKENS:
         parser.error(f"--draft-tokens must be from 0 to {MAX_DRAFT_TOKENS}, got {args.draft_tokens}.")
     if not 0 <= args.acceptance <= 1:
         parser.error(f"--acceptance must be from 0 to 1, got {args.acceptance}.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    check(parser, args)
     if args.fit:
         return fit_cost(args)
     count = args.requests or (10_000 if args.trace in GENERATORS else None)
@@ -295,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
     balance = Balance(abs_threshold=args.balance_abs_threshold, rel_threshold=args.balance_rel_threshold)
     routings = args.routing if args.engines > 1 else args.routing[:1]
     runs = {
-        policy if args.engines == 1 else f"{policy}, {routing}": Run(
+        run_name(args, policy, routing, helpers): Run(
             args.trace,
             args.rate,
             count,
@@ -316,9 +377,13 @@ def main(argv: list[str] | None = None) -> None:
             balance,
             args.acceptance,
             tuple(args.slowdown),
+            helpers,
+            Link(args.transfer_token_s, args.transfer_lag_s, tokens),
+            args.prefill_policy,
         )
         for policy in args.policy
         for routing in routings
+        for helpers in args.prefill_engines
     }
     if len(runs) == 1:
         results = {policy: simulate(run) for policy, run in runs.items()}

@@ -13,8 +13,8 @@ from serving.access.flags import access_of, add_access_flags, tls_of
 from serving.access.shared import connect
 from serving.gateway.asking import SESSION
 from serving.gateway.discovery import Discovery
-from serving.gateway.prefills import LEAST_TOKENS
-from serving.gateway.prefills import POLICIES as PREFILL_POLICIES
+from serving.routing.apart import LEAST_TOKENS
+from serving.routing.apart import POLICIES as PREFILL_POLICIES
 from serving.routing.policies import POLICIES, Balance
 from serving.routing.prefixes import MAX_BLOCKS
 from serving.routing.router import Router

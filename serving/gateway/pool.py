@@ -189,7 +189,7 @@ class Pool(EngineClient):
             request = asked.concerned(request, self.objectives)
         route = self.route(request, asked.wish if asked is not None else NO_WISH)
         failure = _nobody()
-        for attempt, target in enumerate(route.order):
+        for attempt, target in enumerate(route.tries()):
             member = self.members.get(target.name)
             if member is None or member.target is not target:
                 continue  # gone meanwhile

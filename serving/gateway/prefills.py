@@ -1,8 +1,6 @@
 """Engines that compute prompts for others: whether one is asked for a request, which one, and what becomes of it.
 
-A prompt that is computed where streams run holds each of them up for as long as it takes. Elsewhere it costs a transfer, and a wait
-where others are being computed. Both are learned from what was done: seconds a token of a prompt, and how much later than its last
-piece the first token came. Whatever goes wrong, the engine that decodes computes what did not come.
+Where that pays, serving/routing/apart.py says. Whatever goes wrong, the engine that decodes computes what did not come.
 """
 
 from __future__ import annotations
@@ -21,17 +19,11 @@ from serving.engine.api.adapters import AdapterClient
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, TransferParams
 from serving.errors import RequestError
+from serving.routing.apart import LEAST_TOKENS, Costs, Weighing
 from serving.routing.targets import Target
 
 log = logging.getLogger("serving.gateway")
 
-LEAST_TOKENS = 256
-"""Prompts with fewer tokens to compute stay where they are: a step of that many is hardly longer than one of decode rows."""
-LEARN = 0.2
-"""Weight of what was measured last."""
-DOUBT = 0.9
-"""What is left of a measured lag each time that it alone kept a prompt here."""
-POLICIES = ("auto", "always")
 WHY = ("apart", "short", "alone", "busy", "unfit", "none", "peer")
 """The decisions."""
 GIVES, TAKES = ("prefill", "both"), ("decode", "both")
@@ -81,43 +73,6 @@ def place_of(name: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-@dataclasses.dataclass
-class Costs:
-    """What was measured; None until then.
-
-    Attributes:
-        token_s: seconds that a prompt's token takes.
-        lag_s: seconds from the end of a prompt at its helper to the first token at the engine that goes on.
-    """
-
-    token_s: float | None = None
-    lag_s: float | None = None
-
-    def learn(self, name: str, value: float) -> None:
-        """Takes in one measurement."""
-        known = getattr(self, name)
-        setattr(self, name, value if known is None else known + LEARN * (value - known))
-
-    def doubt(self) -> None:
-        """Nobody was asked because of what was once measured: after some times it is measured again."""
-        if self.lag_s is not None:
-            self.lag_s *= DOUBT
-
-    def pays(self, suffix: int, running: int, queued: int) -> bool:
-        """Whether a prompt is better computed elsewhere: the streams that it would hold up lose more time together than it loses.
-
-        Args:
-            suffix: its tokens to compute.
-            running: requests at the engine that would do it itself.
-            queued: tokens before it at the other one.
-        """
-        if not running:
-            return False
-        if self.token_s is None or self.lag_s is None:
-            return True  # to learn it
-        return queued * self.token_s + self.lag_s < running * suffix * self.token_s
-
-
 @dataclasses.dataclass(eq=False)
 class _Shared:
     """A prompt on its way, for all completions of it."""
@@ -148,10 +103,13 @@ class Prefills:
         self.helpers: dict[str, Helper] = {}
         self.decisions: Counter[str] = Counter()
         self.failures = 0
-        self.costs = Costs()
-        self._policy = policy
-        self._least = least_tokens
+        self._weighing = Weighing(policy, least_tokens)
         self._shared: dict[tuple[object, ...], _Shared] = {}
+
+    @property
+    def costs(self) -> Costs:
+        """What was measured."""
+        return self._weighing.costs
 
     def add(self, name: str, client: PrefillEngine, model_id: str | None = None) -> None:
         """Takes one more.
@@ -193,14 +151,7 @@ class Prefills:
             return None, "none"
         if request.pooling or request.params.prompt_logprobs is not None or info.role not in TAKES or request.transfer:
             return None, "unfit"
-        if suffix < max(self._least, info.page_size + 1):
-            return None, "short"
-        helper = min(healthy, key=lambda one: (one.queued, one.served))
-        if self._policy == "always" or self.costs.pays(suffix, running, helper.queued):
-            return helper, "apart"
-        if running and not helper.queued:
-            self.costs.doubt()
-        return None, "busy" if running else "alone"
+        return self._weighing.choose(healthy, suffix, running, info.page_size)
 
     @contextlib.asynccontextmanager
     async def helped(
@@ -241,7 +192,8 @@ class Prefills:
             info: of the engine that runs it; `others`: of the one that has `tokens` of its prompt.
         """
         able = others.role in GIVES and info.role in TAKES and request.transfer is None and ":" in holder.name
-        if not able or request.pooling or request.params.prompt_logprobs is not None or tokens - matched < self._least:
+        every_position = request.pooling or request.params.prompt_logprobs is not None
+        if not able or every_position or tokens - matched < self._weighing.least_tokens:
             return request
         host, port = place_of(holder.name)
         self.decisions["peer"] += 1

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from serving.routing.targets import Target
+from serving.routing.targets import Target, load_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Balance:
 
     def overload(self, target: Target, able: Sequence[Target]) -> str | None:
         """Why a target should be spared beside the others: "imbalance", "kv"; None where it need not."""
-        least = min(one.load for one in able)
+        least = min(map(load_of, able))
         if target.load - least > self.abs_threshold and target.load > self.rel_threshold * least:
             return "imbalance"
         if target.kv_usage >= self.kv_threshold and any(one.kv_usage < self.kv_threshold for one in able):
@@ -55,8 +55,16 @@ class Pick:
     reason: str
 
 
-Match = Callable[[Target], tuple[int, int]]
-"""How many tokens of the request's prompt a target has, and how many blocks of whatever it has in all."""
+class Match(Protocol):
+    """What the targets have of a request's prompt."""
+
+    def longest(self, able: Sequence[Target]) -> tuple[int, list[Target]]:
+        """The most tokens of it that any of them has, and who has so many; 0 and nobody where none has any."""
+        ...
+
+    def remembered(self, target: Target) -> int:
+        """How many blocks of whatever a target has in all."""
+        ...
 
 
 class Policy(Protocol):
@@ -101,7 +109,7 @@ class PowerOfTwo(Policy):
 
     def pick(self, able: Sequence[Target], prompt_tokens: int, match: Match) -> Pick:
         drawn = self._random.sample(list(able), min(2, len(able)))
-        return Pick(min(drawn, key=lambda one: one.load), "load")
+        return Pick(min(drawn, key=load_of), "load")
 
 
 class LeastLoaded(Policy):
@@ -113,7 +121,7 @@ class LeastLoaded(Policy):
         pass
 
     def pick(self, able: Sequence[Target], prompt_tokens: int, match: Match) -> Pick:
-        return Pick(_least(able, lambda one: (one.load,)), "load")
+        return Pick(_least(able), "load")
 
 
 class Cache(Policy):
@@ -126,23 +134,25 @@ class Cache(Policy):
         self._balance = balance
 
     def pick(self, able: Sequence[Target], prompt_tokens: int, match: Match) -> Pick:
-        matches = {one.name: match(one) for one in able}
-        longest = max(tokens for tokens, _ in matches.values())
+        tokens, having = match.longest(able)
         reason = "load"
-        if longest and longest >= self._balance.cache_threshold * prompt_tokens:
-            best = _least([one for one in able if matches[one.name][0] == longest], lambda one: (one.load,))
+        if tokens and tokens >= self._balance.cache_threshold * prompt_tokens:
+            best = _least(having)
             overload = self._balance.overload(best, able)
             if overload is None:
                 return Pick(best, "prefix")
             reason = overload
             if overload == "kv":
                 able = [one for one in able if one.kv_usage < self._balance.kv_threshold]
-        return Pick(_least(able, lambda one: (one.load, matches[one.name][1])), reason)
+        return Pick(_least(able, match.remembered), reason)
 
 
-def _least(able: Sequence[Target], key: Callable[[Target], tuple[int, ...]]) -> Target:
-    """The target with the smallest key; of equal ones the one that was given the fewest requests so far."""
-    return min(able, key=lambda one: (*key(one), one.routed))
+def _least(able: Sequence[Target], more: Callable[[Target], int] = lambda one: 0) -> Target:
+    """The least loaded target; of equal ones that with the least of `more`, and of these the one that was given the fewest
+    requests so far."""
+    least = min(map(load_of, able))
+    equal = [one for one in able if one.load == least]
+    return equal[0] if len(equal) == 1 else min(equal, key=lambda one: (more(one), one.routed))
 
 
 POLICIES: dict[str, Callable[[Balance, int], Policy]] = {

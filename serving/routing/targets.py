@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
-import dataclasses
+from operator import attrgetter
 
 from serving.engine.api.types import EngineStats
 
 
-@dataclasses.dataclass(slots=True, eq=False)
 class Target:
     """One engine, as a router sees it.
 
     Attributes:
         name: its address; unique among a router's targets.
-        live: requests that this router has there now, exact.
-        foreign: requests of others there (other gateways, direct clients), when it last told.
+        bit: the router's number of it, as a bit: sets of targets are sums of these.
+        load: requests that run or wait there, as far as is known: a thousand targets are compared by it for each request, so it is
+            kept and not added up then.
         kv_usage: fraction of its pages in use by live requests, 0..1, when it last told.
         adapters: digests of the adapters it has; None where it does not say.
         routed: requests that it was given since the start.
     """
 
-    name: str
-    live: int = 0
-    foreign: int = 0
-    kv_usage: float = 0.0
-    adapters: frozenset[str] | None = None
-    routed: int = 0
+    __slots__ = ("_foreign", "_live", "adapters", "bit", "kv_usage", "load", "name", "routed")
+
+    def __init__(self, name: str, bit: int = 1) -> None:
+        self.name = name
+        self.bit = bit
+        self._live = self._foreign = self.load = self.routed = 0
+        self.kv_usage = 0.0
+        self.adapters: frozenset[str] | None = None
 
     @property
-    def load(self) -> int:
-        """Requests that run or wait there, as far as is known."""
-        return self.live + self.foreign
+    def live(self) -> int:
+        """Requests that this router has there now, exact."""
+        return self._live
+
+    @live.setter
+    def live(self, count: int) -> None:
+        self._live = count
+        self.load = count + self._foreign
+
+    @property
+    def foreign(self) -> int:
+        """Requests of others there (other gateways, direct clients), when it last told."""
+        return self._foreign
 
     def told(self, stats: EngineStats) -> None:
         """Takes in what the engine says of itself. Call it when that arrives: `live` is compared with it."""
-        self.foreign = max(0, stats.num_running + stats.num_waiting - self.live)
+        self._foreign = max(0, stats.num_running + stats.num_waiting - self._live)
+        self.load = self._live + self._foreign
         self.kv_usage = stats.kv_usage
 
     def has(self, adapter: str | None) -> bool:
         """Whether it can run a request with this adapter; without one, always."""
         return adapter is None or self.adapters is None or adapter in self.adapters
+
+
+load_of = attrgetter("load")
+"""For `min`, `map` and `sort`: what a property costs a thousand times."""

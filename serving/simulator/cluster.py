@@ -2,20 +2,22 @@
 
 Engines with machines of their own do not depend on each other, so each is stepped up to the next arrival, and then the router
 decides with what it would know. Those that share the cores of one machine are stepped in the order of their clocks, and a step
-takes longer the more of them are at work when it begins.
+takes longer the more of them are at work when it begins. Some may compute prompts for the others (apart.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from serving.engine.api.types import EngineStats
+from serving.engine.api.types import EngineOutput, EngineStats
 from serving.engine.requests.scheduler_config import SchedulerConfig
 from serving.routing.router import Router, Visit, Wish
+from serving.simulator.apart import Helpers, Link
 from serving.simulator.cost import CostModel
 from serving.simulator.simulate import OWN_TOKEN, Outcome, RunTotals, Simulation, answer_of, engine_request
 from serving.simulator.trace import TraceRequest
@@ -46,6 +48,7 @@ class Cluster:
         sessions: whether requests of one tenant are one session.
         slowdown: of engines on the same cores: how many times longer a step takes while 1, 2, ... of them are at work; beyond the
             last it grows in proportion. Empty: each has a machine of its own.
+        helpers: further engines, that compute prompts for these; `link`, `helper_policy`: see apart.Helpers.
     """
 
     def __init__(
@@ -60,19 +63,23 @@ class Cluster:
         sessions: bool = False,
         acceptance: float = 0.0,
         slowdown: Sequence[float] = (),
+        helpers: int = 0,
+        link: Link | None = None,
+        helper_policy: str = "auto",
     ) -> None:
         self.router = router
         self._slowdown = tuple(slowdown)
-        self.engines = [
-            Simulation(
-                config,
-                cost,
-                asynchronous=asynchronous,
-                max_num_queued_reqs=max_num_queued_reqs,
-                acceptance=acceptance,
-            )
-            for _ in range(count)
-        ]
+
+        def make(queued: int | None) -> Simulation:
+            return Simulation(
+                config, cost, asynchronous=asynchronous, max_num_queued_reqs=queued, acceptance=acceptance
+            )  # fmt: skip
+
+        self.engines = [make(max_num_queued_reqs) for _ in range(count)]
+        self.helpers = None
+        if helpers:
+            link = link or Link(piece=config.max_num_batched_tokens)
+            self.helpers = Helpers([make(None) for _ in range(helpers)], link, helper_policy)
         self.targets = [router.add(str(i), config.page_size, config.num_pages - 1) for i in range(count)]
         self.totals = ClusterTotals()
         self._sessions = sessions
@@ -80,6 +87,8 @@ class Cluster:
         self._pages = config.replicas * (config.num_pages - 1)
         for engine in self.engines:
             engine.on_end = self._on_end
+            if self.helpers is not None:
+                engine.on_first = self.helpers.begun
             if slowdown:
                 engine.device.stretch = self._stretch
 
@@ -90,9 +99,9 @@ class Cluster:
         for index, request in enumerate(trace):
             if start is None:
                 start = request.arrival
-                for engine in self.engines:
+                for engine in self._all:
                     engine.device.now = start
-            yield from self._until(request.arrival, busy)
+            yield from self._reach(request.arrival, busy)
             number = self._place(index, request)
             if number is not None:
                 engine = self.engines[number]
@@ -100,9 +109,21 @@ class Cluster:
                     engine.device.now = max(engine.device.now, request.arrival)
                     heapq.heappush(busy, (engine.now, number))
             last = request.arrival
-        yield from self._until(math.inf, busy)
+        yield from self._reach(math.inf, busy)
         last = max(last, *(engine.now for engine in self.engines))
         self._sum(last - (start or 0.0), time.perf_counter() - began)
+
+    @property
+    def _all(self) -> list[Simulation]:
+        return self.engines if self.helpers is None else [*self.engines, *self.helpers.engines]
+
+    def _reach(self, end: float, busy: list[tuple[float, int]]) -> Iterator[Outcome]:
+        """Up to a time, with what helpers send until then. They depend on nobody, so they go first."""
+        if self.helpers is not None:
+            for at, number, name, tokens in self.helpers.until(end):
+                yield from self._until(at, busy)
+                self.engines[number].scheduler.arrived(name, tokens)
+        yield from self._until(end, busy)
 
     def _until(self, end: float, busy: list[tuple[float, int]]) -> Iterator[Outcome]:
         """Steps all that have something to do up to a time; those on one machine in turn: each knows who else is at work."""
@@ -140,26 +161,30 @@ class Cluster:
         route = self.router.route(spec, self.targets, wish)
         assert route is not None, "all are well"
         self.totals.worst_imbalance = max(self.totals.worst_imbalance, self.router.imbalance)
-        for attempt, target in enumerate(route.order[:MAX_TRIES]):
+        for attempt, target in enumerate(itertools.islice(route.tries(), MAX_TRIES)):
             number = int(target.name)
+            running, matched = target.load, route.matched_tokens if not attempt else 0
             visit = self.router.begin(route, target)
-            if self.engines[number].submit(index, request, spec):
+            engine = self.engines[number]
+            if engine.submit(index, request, spec):
                 self._visits[spec.request_id] = (visit, request)
+                if self.helpers is not None:
+                    self.helpers.help(index, request, spec, number, engine, matched, running)
                 return number
             self.router.end(visit, None)
-            if attempt + 1 < min(MAX_TRIES, len(route.order)):
+            if attempt + 1 < min(MAX_TRIES, len(self.engines)):
                 self.engines[number].forget_refusal()
                 self.totals.retries += 1
         return None
 
-    def _on_end(self, name: str) -> None:
-        visit, request = self._visits.pop(name)
+    def _on_end(self, output: EngineOutput) -> None:
+        visit, request = self._visits.pop(output.request_id)
         answer = answer_of(request)
         self.router.end(visit, (OWN_TOKEN,) * request.output_tokens if answer is None else answer)
 
     def _sum(self, seconds: float, wall: float) -> None:
         totals = self.totals
         for field in dataclasses.fields(RunTotals):
-            setattr(totals, field.name, sum(getattr(engine.totals, field.name) for engine in self.engines))
+            setattr(totals, field.name, sum(getattr(engine.totals, field.name) for engine in self._all))
         totals.seconds, totals.wall = seconds, wall
-        totals.preemptions = sum(engine.scheduler.counters.preemptions for engine in self.engines)
+        totals.preemptions = sum(engine.scheduler.counters.preemptions for engine in self._all)

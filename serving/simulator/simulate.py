@@ -116,7 +116,10 @@ class Simulation:
         self._max_queued = max_num_queued_reqs
         self._sample_every = sample_every
         self._live: dict[str, Progress] = {}
-        self.on_end: Callable[[str], None] | None = None  # told the name of each request that was served to its end
+        self.on_end: Callable[[EngineOutput], None] | None = (
+            None  # told the last output of each request that was served
+        )
+        self.on_first: Callable[[str, float], None] | None = None  # told whose first token came, and when
         self._ended: list[Outcome] = []
         self._paused = False
         self._same = np.full((config.replicas * (config.max_num_seqs + config.max_chunk_rows), 1), OWN_TOKEN, np.int32)
@@ -237,17 +240,20 @@ class Simulation:
                     live.worst_gap = max(live.worst_gap, seen - live.last)
                 else:
                     live.first = seen
+                    if self.on_first is not None:
+                        self.on_first(output.request_id, seen)
                 live.last = seen
                 live.tokens += len(output.token_ids)
             if output.finish_reason is not None:
                 del self._live[output.request_id]
                 if self.on_end is not None:
-                    self.on_end(output.request_id)
+                    self.on_end(output)
                 self._ended.append(_outcome(live, seen, output.num_cached_tokens, output.finish_reason.value))
 
 
 @functools.lru_cache(maxsize=8192)
-def _params(output_tokens: int) -> SamplingParams:
+def params_of(output_tokens: int) -> SamplingParams:
+    """Greedy, so many tokens, whatever they are."""
     return SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
 
 
@@ -261,7 +267,7 @@ def engine_request(index: int, request: TraceRequest) -> EngineRequest:
     return EngineRequest(
         str(index),
         prompt_token_ids(request, index),
-        _params(request.output_tokens),
+        params_of(request.output_tokens),
         priority=request.priority,
         tenant=request.tenant,
         arrival_time=request.arrival,

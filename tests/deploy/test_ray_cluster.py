@@ -23,6 +23,12 @@ POOLS = {
     "dtype": "float32", "kv_cache_memory": "3MB", "max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 32,
     "page_size": 8, "num_cpus": 0.5, "num_replicas": 2, "drain_timeout": 45, "gateway_drain_timeout": 45,
 }  # fmt: skip
+PATIENT = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_worker_register_timeout_seconds": "240", "RAY_memory_monitor_refresh_ms": "0", "RAY_USAGE_STATS_ENABLED": "0",
+}  # fmt: skip
+"""Ray kills a proxy that has not begun to answer after a few checks of 5 s, and this machine may have other things to do; it also
+counts all of the machine's memory, whoever has it, against its own processes."""
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +43,18 @@ def url():
     from ray import serve
 
     port = free_port()
-    env = {"env_vars": {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}}
-    ray.init(num_cpus=8, include_dashboard=False, runtime_env=env, log_to_driver=bool(os.environ.get("RAY_LOGS")))
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
-    ray.shutdown()
+    env = {"env_vars": {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **PATIENT}}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in PATIENT.items():  # the processes that Ray starts before there is a runtime environment
+            patch.setenv(name, value)
+        ray.init(
+            num_cpus=4, include_dashboard=False, runtime_env=env, object_store_memory=100 * 2**20,
+            log_to_driver=bool(os.environ.get("RAY_LOGS")),
+        )  # fmt: skip
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        yield f"http://127.0.0.1:{port}"
+        serve.shutdown()
+        ray.shutdown()
 
 
 def deploy(arguments):

@@ -11,7 +11,7 @@ import pytest
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason
 from serving.errors import ErrorKind, RequestError
-from serving.gateway.prefills import Costs, Prefills
+from serving.gateway.prefills import Prefills
 from tests.mock_engine import MockEngine
 
 DECODES = dataclasses.replace(MockEngine().info(), role="decode")
@@ -83,7 +83,7 @@ async def test_a_helper_without_the_adapter_is_not_asked():
 
 async def test_a_busy_helper_is_not_worth_the_wait():
     found = prefills(Helper())
-    found.costs = Costs(token_s=0.001, lag_s=0.1)
+    found.costs.token_s, found.costs.lag_s = 0.001, 0.1
     (helper,) = found.helpers.values()
     assert found.decide(request(), DECODES, 0, 2) is helper  # 1.2 s of streams against 0.1
     helper.queued = 2_000
@@ -96,7 +96,7 @@ async def test_a_busy_helper_is_not_worth_the_wait():
 
 async def test_one_bad_measurement_is_not_believed_for_ever():
     found = prefills(Helper())
-    found.costs = Costs(token_s=0.001, lag_s=60.0)
+    found.costs.token_s, found.costs.lag_s = 0.001, 60.0
     tries = next(n for n in range(100) if found.decide(request(), DECODES, 0, 2) is not None)
     assert 20 < tries < 50
 

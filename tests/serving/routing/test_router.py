@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections import Counter
 
 import pytest
@@ -197,3 +199,50 @@ def test_thresholds_that_make_no_sense_are_refused(wrong):
         Balance(**wrong)
     with pytest.raises(ValueError, match="policy must be one of"):
         Router("magic")
+
+
+def test_the_longest_prefix_is_what_each_target_would_say():
+    """Targets come and go, remember and tell, forget and evict: who has the longest prefix is found without asking each."""
+    rng = random.Random(5)
+    router, told = Router("cache"), {}
+    names = itertools.count()
+    for step in range(600):
+        what = rng.random()
+        if len(router.targets) < 3 or (what < 0.08 and len(router.targets) < 8):
+            name = f"t{next(names)}"
+            router.add(name, rng.choice((2, 2, 4)), rng.choice((4, 40)))
+            if rng.random() < 0.4:
+                told[name] = ToldPrefixes(2)
+                told[name].stored([b"early"], None, [0, 0], (None, None))
+                router.use(name, told[name])
+        elif what < 0.12:
+            router.remove(rng.choice(list(router.targets)))
+        elif what < 0.15:
+            router.forget(rng.choice(list(router.targets)))
+        elif what < 0.25 and (telling := [name for name in told if name in router.targets]):
+            known = told[rng.choice(telling)]
+            if rng.random() < 0.5:
+                known.stored([step], None, [rng.randrange(2), rng.randrange(2)], (None, None))
+            elif rng.random() < 0.8:
+                known.removed(rng.sample(range(step + 1), min(step, 50)))
+            else:
+                known.clear()
+        else:
+            targets = [one for one in router.targets.values() if rng.random() < 0.9] or list(router.targets.values())
+            asked = request([rng.randrange(2) for _ in range(rng.randrange(1, 14))])
+            route = router.route(asked, targets)
+            assert route is not None
+            each = {
+                one.name: known.match(route.chains.of(known.block_tokens)) * known.block_tokens
+                for one in targets
+                for known in [router.prefixes(one.name)]
+            }
+            tokens, having = router._longest(targets, route.chains)
+            assert tokens == max(each.values())
+            assert {one.name for one in having} == {name for name, n in each.items() if n == tokens > 0}
+            assert route.matched_tokens == each[route.chosen.name]
+            completion = rng.choice((None, (), (1, 0, 1)))
+            router.end(router.begin(route, rng.choice(route.order)), completion)
+    for name in list(router.targets):
+        router.remove(name)
+    assert not any(len(holders) for holders in router._holders.values()), "nobody is left, and nothing of them"
