@@ -93,6 +93,7 @@ class Talk:
     def __init__(self, args: argparse.Namespace, url: str, salt: str) -> None:
         self.args, self.url, self.salt = args, url, salt
         self.ttft: list[float] = []
+        self.begins: list[float] = []
         self.prompt = self.cached = 0
         self.targets: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
@@ -126,6 +127,11 @@ class Talk:
             "ttft_p90_ms": round(1000 * statistics.quantiles(self.ttft, n=10)[-1], 1),
             "requests_by_engine": counts,
             "reasons": dict(self.reasons),
+            **(
+                {"ttft_ms": [round(1000 * t) for _, t in sorted(zip(self.begins, self.ttft, strict=True))]}
+                if self.args.record
+                else {}
+            ),
         }
 
     async def _conversation(self, web, number: int, kind: int, system: str, rng: random.Random) -> None:
@@ -162,6 +168,7 @@ class Talk:
                         self.prompt += usage["prompt_tokens"]
                         self.cached += (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
             self.ttft.append((first or time.monotonic()) - began)
+            self.begins.append(began - self._began)
             messages.append({"role": "assistant", "content": answer})
             await asyncio.sleep(self.args.think * rng.random() * 2)
 
@@ -187,7 +194,9 @@ def main() -> None:
     parser.add_argument("--think", type=float, default=0.3, help="mean seconds between an answer and the next message")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--record", metavar="FILE", help="write the last policy's requests as a trace for scripts/simulate.py"
+        "--record",
+        metavar="FILE",
+        help="write the last policy's requests as a trace for scripts/simulate.py, and tell the time to each first token",
     )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

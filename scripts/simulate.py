@@ -66,6 +66,7 @@ class Run:
     balance: Balance = dataclasses.field(default_factory=Balance)
     acceptance: float = 0.0
     slowdown: tuple[float, ...] = ()
+    way: tuple[float, ...] = ()
     helpers: int = 0
     link: Link | None = None
     helper_policy: str = "auto"
@@ -117,6 +118,7 @@ def simulate_cluster(run: Run) -> tuple[dict[str, object], Values]:
         max_num_queued_reqs=run.max_num_queued_reqs,
         acceptance=run.acceptance,
         slowdown=run.slowdown,
+        way=run.way,
         helpers=run.helpers,
         link=run.link,
         helper_policy=run.helper_policy,
@@ -262,6 +264,10 @@ def make_parser() -> argparse.ArgumentParser:
         "scripts/bench_sharing.py measures it (default: each has a machine of its own)",
     )  # fmt: skip
     parser.add_argument(
+        "--way", type=float, nargs="+", default=[], metavar="S",
+        help="and seconds until a token that was computed is seen by whoever asked, while 1, 2, ... are at work",
+    )  # fmt: skip
+    parser.add_argument(
         "--prefill-engines", type=int, nargs="+", default=[0], metavar="N",
         help="so many of the engines compute prompts for the others (one run each), where the gateway's rule says that it pays",
     )  # fmt: skip
@@ -328,6 +334,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(
             f"--prefill-engines must leave engines that decode: below --engines, {args.engines}, got {max(args.prefill_engines)}."
         )
+    if min(args.way, default=0.0) < 0:
+        parser.error(f"--way takes seconds, got {min(args.way)}.")
     if any(args.prefill_engines) and args.slowdown:
         parser.error("--prefill-engines are on machines of their own: leave --slowdown out.")
     if min(args.transfer_token_s, args.transfer_lag_s) < 0:
@@ -377,6 +385,7 @@ def main(argv: list[str] | None = None) -> None:
             balance,
             args.acceptance,
             tuple(args.slowdown),
+            tuple(args.way),
             helpers,
             Link(args.transfer_token_s, args.transfer_lag_s, tokens),
             args.prefill_policy,

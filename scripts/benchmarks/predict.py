@@ -15,6 +15,10 @@ from serving.simulator.cost import CostModel, fit, write_records
 from serving.simulator.simulate import Outcome, Simulation
 from serving.simulator.trace import TraceRequest, write_trace
 
+LONELY, LONGEST = 32, 1024
+"""Prompts of all lengths that are computed one after the other: steps of one prompt alone, and pieces far behind its beginning, are
+seldom in a mixed load."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=80, help="of the calibration, and of each replayed trace")
@@ -35,6 +39,9 @@ def run(args: argparse.Namespace) -> None:
             burst = local.run(at_once(mixed(args.requests, 1.0, args.seed)), private=True)
             capacity = len(burst) / span(burst)
             local.run(mixed(args.requests // 2, 0.5 * capacity, args.seed + 1), private=True)
+            longest = min(local.info.max_model_len - 8, LONGEST)
+            for i in range(LONELY):
+                local.run([TraceRequest(0.0, 16 + (longest - 16) * i // (LONELY - 1), 2)], private=True)
         after = local.engine.client.stats()
         host_s = (after.host_time_s_total - before.host_time_s_total) / (after.num_steps - before.num_steps)
         cost = fit(recorder.records, local.info.max_num_seqs, local.info.max_num_batched_tokens, host_s=host_s)
@@ -43,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         if args.save_cost:
             cost.save(args.save_cost)
         for i, load in enumerate(args.load):
-            trace = mixed(args.requests, load * capacity, args.seed + 2 + i)
+            trace = mixed(args.requests, load * capacity, args.seed + 3 + i)
             measured = local.run(trace, private=True)
             sent = [dataclasses.replace(r, arrival=o.arrival) for r, o in zip(trace, measured, strict=True)]
             sent.sort(key=lambda r: r.arrival)

@@ -9,6 +9,7 @@ from models.loading.gguf import split_paths
 from models.loading.load import LoadedModel
 from serving.boot.check import Checked
 from serving.boot.compile import CompiledDecoder, CompiledEncoder
+from serving.boot.draft_source import draft_source
 from serving.boot.load import reader
 from serving.engine.device.followers import Followers
 from serving.engine.encoder.engine import EncoderEngine
@@ -61,10 +62,13 @@ def exchange(checked: Checked, loaded: LoadedModel, engine: Engine) -> None:
     from serving.transfer.grpc_transport import GrpcTransport
     from serving.transfer.identity import weights_digest
 
-    path = checked.opened.source.path
-    files = split_paths(path) if path.is_file() else [path]
+    sources = [checked.opened.source, None if checked.draft is None else draft_source(checked.config)]
+    paths = [source.path for source in sources if source is not None]
+    files = [file for path in paths for file in (split_paths(path) if path.is_file() else [path])]
     facts = (checked.built.config, checked.dtype, checked.quantization, engine.scheduler.config.page_size,
              engine.scheduler.config.windows)  # fmt: skip
+    if checked.draft is not None:  # whose pages travel with the model's
+        facts = (*facts, checked.draft.facts)
     transport = GrpcTransport(os.environ.get(PEER_KEY_VARIABLE), told.client_tls) if told.takes else None
     disk = None if folder is None else (pathlib.Path(folder).expanduser(), checked.config.kv_disk_size)
     exchange_pages(engine, told, b"".join(map(weights_digest, files)), facts, transport, disk)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from serving.engine.api.types import EngineOutput, EngineStats
 from serving.engine.requests.scheduler_config import SchedulerConfig
 from serving.routing.router import Router, Visit, Wish
+from serving.routing.targets import Target
 from serving.simulator.apart import Helpers, Link
 from serving.simulator.cost import CostModel
 from serving.simulator.simulate import OWN_TOKEN, Outcome, RunTotals, Simulation, answer_of, engine_request
@@ -24,6 +25,8 @@ from serving.simulator.trace import TraceRequest
 
 MAX_TRIES = 4
 """Engines that are asked to take a request before it counts as refused."""
+LOOK = 64
+"""Up to so many engines are compared at every decision."""
 
 
 @dataclasses.dataclass
@@ -48,6 +51,7 @@ class Cluster:
         sessions: whether requests of one tenant are one session.
         slowdown: of engines on the same cores: how many times longer a step takes while 1, 2, ... of them are at work; beyond the
             last it grows in proportion. Empty: each has a machine of its own.
+        way: of the same: seconds from a step's end until its tokens are seen, while 1, 2, ... are at work. Empty: the cost model's.
         helpers: further engines, that compute prompts for these; `link`, `helper_policy`: see apart.Helpers.
     """
 
@@ -63,12 +67,13 @@ class Cluster:
         sessions: bool = False,
         acceptance: float = 0.0,
         slowdown: Sequence[float] = (),
+        way: Sequence[float] = (),
         helpers: int = 0,
         link: Link | None = None,
         helper_policy: str = "auto",
     ) -> None:
         self.router = router
-        self._slowdown = tuple(slowdown)
+        self._slowdown, self._way = tuple(slowdown), tuple(way)
 
         def make(queued: int | None) -> Simulation:
             return Simulation(
@@ -83,6 +88,8 @@ class Cluster:
         self.targets = [router.add(str(i), config.page_size, config.num_pages - 1) for i in range(count)]
         self.totals = ClusterTotals()
         self._sessions = sessions
+        self._busy: list[tuple[float, int]] = []  # (when, engine) of those that have something to do
+        self._when = [math.nan] * count  # of each the entry that counts
         self._visits: dict[str, tuple[Visit, TraceRequest]] = {}
         self._pages = config.replicas * (config.num_pages - 1)
         for engine in self.engines:
@@ -90,26 +97,27 @@ class Cluster:
             if self.helpers is not None:
                 engine.on_first = self.helpers.begun
             if slowdown:
-                engine.device.stretch = self._stretch
+                engine.device.stretch, engine.coalesce = self._stretch, False
+            if way:
+                engine.delivery = lambda: self._way[min(self._working, len(self._way)) - 1]
 
     def run(self, trace: Iterable[TraceRequest]) -> Iterator[Outcome]:
         """Yields an outcome as each request ends; those of one engine in order."""
         began, start, last = time.perf_counter(), None, 0.0
-        busy: list[tuple[float, int]] = []  # (clock, engine) of those that have something to do
         for index, request in enumerate(trace):
             if start is None:
                 start = request.arrival
                 for engine in self._all:
                     engine.device.now = start
-            yield from self._reach(request.arrival, busy)
+            yield from self._reach(request.arrival)
             number = self._place(index, request)
             if number is not None:
                 engine = self.engines[number]
                 if engine.num_live == 1:
                     engine.device.now = max(engine.device.now, request.arrival)
-                    heapq.heappush(busy, (engine.now, number))
+                self._look_again(number, engine.now)
             last = request.arrival
-        yield from self._reach(math.inf, busy)
+        yield from self._reach(math.inf)
         last = max(last, *(engine.now for engine in self.engines))
         self._sum(last - (start or 0.0), time.perf_counter() - began)
 
@@ -117,28 +125,43 @@ class Cluster:
     def _all(self) -> list[Simulation]:
         return self.engines if self.helpers is None else [*self.engines, *self.helpers.engines]
 
-    def _reach(self, end: float, busy: list[tuple[float, int]]) -> Iterator[Outcome]:
+    def _reach(self, end: float) -> Iterator[Outcome]:
         """Up to a time, with what helpers send until then. They depend on nobody, so they go first."""
         if self.helpers is not None:
             for at, number, name, tokens in self.helpers.until(end):
-                yield from self._until(at, busy)
+                yield from self._until(at)
+                yield from self._advance(number, at)
                 self.engines[number].scheduler.arrived(name, tokens)
-        yield from self._until(end, busy)
+                self._look_again(number, self.engines[number].now)
+        yield from self._until(end)
 
-    def _until(self, end: float, busy: list[tuple[float, int]]) -> Iterator[Outcome]:
-        """Steps all that have something to do up to a time; those on one machine in turn: each knows who else is at work."""
+    def _until(self, end: float) -> Iterator[Outcome]:
+        """Steps all at which something may happen up to a time; those on one machine in turn: each knows who else is at work."""
+        busy = self._busy
         while busy and busy[0][0] < end:
-            number = heapq.heappop(busy)[1]
+            when, number = heapq.heappop(busy)
+            if when != self._when[number]:
+                continue  # it was looked at since
             engine, until = self.engines[number], end
             if self._slowdown and busy:
                 until = min(end, math.nextafter(max(busy[0][0], engine.now), math.inf))
             yield from self._advance(number, until)
+            self._when[number] = math.nan
             if engine.num_live:
-                heapq.heappush(busy, (engine.now, number))
+                self._look_again(number, max(engine.now, engine.ends_nothing_before))
+
+    def _look_again(self, number: int, when: float) -> None:
+        """Something may happen at an engine at this time, and nothing before."""
+        self._when[number] = when
+        heapq.heappush(self._busy, (when, number))
+
+    @property
+    def _working(self) -> int:
+        return sum(engine.num_live > 0 for engine in self.engines)
 
     def _stretch(self) -> float:
         """How many times longer a step takes that begins now."""
-        working = sum(engine.num_live > 0 for engine in self.engines)
+        working = self._working
         known = self._slowdown[min(working, len(self._slowdown)) - 1]
         return known * max(1.0, working / len(self._slowdown))
 
@@ -160,12 +183,13 @@ class Cluster:
         wish = Wish(session=request.tenant if self._sessions else None)
         route = self.router.route(spec, self.targets, wish)
         assert route is not None, "all are well"
-        self.totals.worst_imbalance = max(self.totals.worst_imbalance, self.router.imbalance)
+        self._look_at_loads(route.chosen)
         for attempt, target in enumerate(itertools.islice(route.tries(), MAX_TRIES)):
             number = int(target.name)
             running, matched = target.load, route.matched_tokens if not attempt else 0
             visit = self.router.begin(route, target)
             engine = self.engines[number]
+            engine.advance(request.arrival)
             if engine.submit(index, request, spec):
                 self._visits[spec.request_id] = (visit, request)
                 if self.helpers is not None:
@@ -176,6 +200,12 @@ class Cluster:
                 self.engines[number].forget_refusal()
                 self.totals.retries += 1
         return None
+
+    def _look_at_loads(self, chosen: Target) -> None:
+        """Of many engines only now and then, and when one has more than ever: each look is at all of them."""
+        totals = self.totals
+        if len(self.engines) <= LOOK or chosen.load > totals.worst_imbalance or chosen.routed % LOOK == 0:
+            totals.worst_imbalance = max(totals.worst_imbalance, self.router.imbalance)
 
     def _on_end(self, output: EngineOutput) -> None:
         visit, request = self._visits.pop(output.request_id)

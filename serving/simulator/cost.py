@@ -126,6 +126,11 @@ class CostModel:
         bucket, constant, factor = self._lookup(shape)
         return bucket, factor * (constant + self.weights[-2] * shape.context + self.weights[-1] * shape.chunk_work)
 
+    def growth(self, shape: StepShape) -> float:
+        """How many seconds longer than this step of decode rows alone the next one takes, in the same bucket: each row has one
+        position more to attend to."""
+        return self._lookup(shape)[2] * self.weights[-2] * shape.decode
+
     def seconds(self, shape: StepShape) -> float:
         return self.price(shape)[1]
 

@@ -15,12 +15,20 @@ from serving.simulator.cost import CostModel, StepShape
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class VirtualStep:
-    """A step on its way. `end`: of the virtual clock, in seconds."""
+    """A step on its way, or several decode steps that were dispatched as one.
+
+    Attributes:
+        seconds: that it takes, all of them together.
+        end: of the virtual clock, in seconds.
+        first, last: seconds of the first and of the last of them.
+    """
 
     plan: StepPlan
     bucket: Bucket
     seconds: float
     end: float
+    first: float
+    last: float
     constrained: tuple[()] = ()
 
 
@@ -34,6 +42,8 @@ class VirtualDevice:
 
     Attributes:
         now: the clock, in seconds. Dispatching moves it on by the host's work, reading to the end of the step.
+        free: when what it was given is done.
+        reading: the step that was collected last.
         stretch: how many times longer a step takes that begins now, where others use the same cores; None where nobody does.
     """
 
@@ -50,16 +60,22 @@ class VirtualDevice:
         self._answer = answer
         self._on_dispatch = on_dispatch
         self._replicas = replicas
-        self._free = 0.0
+        self.free = 0.0
+        self.reading: VirtualStep | None = None
         self._finite = np.ones((cost.max_num_seqs, 1), bool)
 
     def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> VirtualStep:
         stretch = 1.0 if self.stretch is None else self.stretch()
         self.now += self._cost.host_s * stretch
-        bucket, seconds = self._cost.price(StepShape.of(plan, self._replicas))
-        seconds *= stretch
-        self._free = max(self.now, self._free) + seconds
-        step = VirtualStep(plan, bucket, seconds, self._free)
+        shape = StepShape.of(plan, self._replicas)
+        bucket, first = self._cost.price(shape)
+        seconds = last = first = first * stretch
+        if plan.num_steps > 1:
+            growth = self._cost.growth(shape) * stretch
+            last = first + growth * (plan.num_steps - 1)
+            seconds = plan.num_steps * (first + last) / 2
+        self.free = max(self.now, self.free) + seconds
+        step = VirtualStep(plan, bucket, seconds, self.free, first, last)
         if self._on_dispatch is not None:
             self._on_dispatch(step)
         return step
@@ -75,6 +91,7 @@ class VirtualDevice:
 
     def collect(self, step: VirtualStep) -> StepResult:
         self.now = max(self.now, step.end)
+        self.reading = step
         tokens = self._answer(step.plan)
         if tokens.shape[1] > 1:
             return StepResult(tokens, np.ones(tokens.shape, bool))

@@ -18,7 +18,7 @@ from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason
 from serving.engine.requests.plan import StepPlan
 from serving.engine.scheduling.pipeline import StepPipeline
 from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
-from serving.simulator.cost import CostModel
+from serving.simulator.cost import CostModel, StepShape
 from serving.simulator.device import VirtualDevice, VirtualStep
 from serving.simulator.drafts import AssumedDrafts, tokens_of_rows
 from serving.simulator.trace import TraceRequest, prompt_token_ids, segment_tokens
@@ -84,13 +84,16 @@ class Simulation:
     """One run of one trace under one configuration.
 
     Args:
-        config: as the engine's; the pool, policy and limits are those of the real scheduler. Always one decode step a
-            dispatch, whatever num_scheduler_steps says.
+        config: as the engine's; the pool, policy and limits are those of the real scheduler. An engine with one decode step a
+            dispatch is simulated, whatever num_scheduler_steps says.
         cost: how long each step takes.
         asynchronous: dispatch a step before the one before it has been read.
         max_num_queued_reqs: requests that may wait; more are refused on arrival. None: no bound.
         sample_every: steps between two looks at how full the pages are.
         acceptance: how likely a draft is to be right where those before it are, if the configuration asks for drafts.
+        coalesce: decode steps between which nothing happens are scheduled as one, which the scheduler can: the same times for a
+            fraction of the work. Where something may happen between any two (deadlines, drafts, urgent requests, shared cores),
+            they are not.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Simulation:
         max_num_queued_reqs: int | None = None,
         sample_every: int = 16,
         acceptance: float = 0.0,
+        coalesce: bool = True,
     ) -> None:
         self.scheduler = Scheduler(dataclasses.replace(config, num_scheduler_steps=1))
         if self.scheduler.drafts is not None:
@@ -119,9 +123,17 @@ class Simulation:
         self.on_end: Callable[[EngineOutput], None] | None = (
             None  # told the last output of each request that was served
         )
+        self.delivery: Callable[[], float] | None = (
+            None  # in place of the cost model's, where that is not always the same
+        )
         self.on_first: Callable[[str, float], None] | None = None  # told whose first token came, and when
         self._ended: list[Outcome] = []
         self._paused = False
+        self._unseen: list[float] = []  # seconds of each step since somebody looked at how full the pages are
+        self.coalesce = (
+            coalesce and asynchronous and self.pipeline.pacer is None and self.scheduler.drafts is None
+            and config.replicas == 1 and config.max_waiting_time is None and config.max_running_time is None
+        )  # fmt: skip
         self._same = np.full((config.replicas * (config.max_num_seqs + config.max_chunk_rows), 1), OWN_TOKEN, np.int32)
 
     @property
@@ -159,10 +171,62 @@ class Simulation:
             if device.now >= until:
                 return
             was_busy, self._paused = pipeline.in_flight is not None, False
-            if pipeline.step() is None and not was_busy:
+            if self.coalesce:
+                self.scheduler.max_steps = self._steps(until)
+            plan = pipeline.step()
+            if plan is None and not was_busy:
                 if until < math.inf:
                     device.now = max(device.now, until)
                 return
+            if plan is not None and plan.num_steps > 1 and pipeline.in_flight is not None:
+                step = pipeline.in_flight.step
+                device.now = max(device.now, step.end - step.last)  # when the step behind these would be scheduled
+
+    def _rows(self) -> tuple[int, int, int]:
+        """Of the running requests: (decode rows, positions that they attend to, tokens until the first of them is done); no rows
+        where anything else is to be done."""
+        rows = context = 0
+        least, longest = math.inf, self.scheduler.config.max_model_len
+        if len(self.scheduler.waiting):
+            return 0, 0, 0
+        for request in self.scheduler.running:
+            if len(request.tokens) + request.num_pending - request.num_computed > 1:
+                return 0, 0, 0
+            left = request.tokens_left(longest)
+            if left <= 0:
+                continue
+            rows += 1
+            context += request.num_computed + 1
+            least = min(least, left)
+        return (rows, context, int(least)) if rows else (0, 0, 0)
+
+    def _steps(self, until: float) -> int:
+        """How many decode steps can be one plan so that at `until` all is as if each had been its own: they end before that, and
+        the last two before it are by themselves, because one of them is read by then and the other is not."""
+        rows, context, most = self._rows()
+        room = until - max(self.device.free, self.device.now + self.cost.host_s)
+        if most < 2 or room <= 0:
+            return 1
+        if until == math.inf:
+            return most
+        shape = StepShape(rows, 0, 0, context, 0.0)
+        first, half = self.cost.seconds(shape), self.cost.growth(shape) / 2  # n steps: n first + n (n - 1) half seconds
+        linear = first - half
+        whole = room / first if not half else (math.sqrt(linear * linear + 4 * half * room) - linear) / (2 * half)
+        return max(1, min(most, math.ceil(whole) - 1))
+
+    @property
+    def ends_nothing_before(self) -> float:
+        """A time before which no request ends here, if none comes."""
+        flight, device = self.pipeline.in_flight, self.device
+        if not self.coalesce or flight is None or len(self.scheduler.waiting):
+            return device.now
+        if any(request.tokens_left(self.scheduler.config.max_model_len) <= 0 for request in self.scheduler.running):
+            return device.now
+        rows, context, most = self._rows()
+        if not rows:
+            return device.now
+        return device.free + (most - 1) * self.cost.seconds(StepShape(rows, 0, 0, context, 0.0))
 
     def take_ended(self) -> list[Outcome]:
         """What became of the requests that have ended since the last call."""
@@ -188,31 +252,39 @@ class Simulation:
             self._ended.append(_outcome(Progress(request, None), self.now, 0, "refused"))
             return False
         spec = spec or engine_request(index, request)
+        if request.deadline is not None or request.ttft_deadline is not None:
+            self.coalesce, self.scheduler.max_steps = False, 1
         self.scheduler.add(spec)
         self._live[spec.request_id] = Progress(request, answer_of(request))
         return True
 
     def _note(self, step: VirtualStep) -> None:
-        totals = self.totals
-        totals.steps += 1
+        totals, plan = self.totals, step.plan
+        totals.steps += plan.num_steps
         totals.busy += step.seconds
-        totals.computed_tokens += step.plan.num_tokens
-        if totals.steps % self._sample_every == 0:
-            self._look_at_pages(step.seconds * self._sample_every)
+        totals.computed_tokens += plan.num_tokens
+        if plan.num_steps > 1:  # which are counted as computed already: half of them are, in the mean
+            return self._look_at_pages(step.seconds, len(plan.decode) * (plan.num_steps - 1) / 2)
+        self._unseen.append(step.seconds)
+        if len(self._unseen) >= self._sample_every:
+            self._look_at_pages(sum(self._unseen))
+            self._unseen.clear()
 
-    def _look_at_pages(self, weight: float) -> None:
+    def _look_at_pages(self, weight: float, early: float = 0.0) -> None:
+        """How full they are, for so many seconds; `early`: positions without KV yet in the mean."""
         running = self.scheduler.running
-        size = self.scheduler.config.page_size
-        self.totals.kv_used += weight * sum(r.num_computed for r in running)
-        self.totals.kv_allocated += (
-            weight * size * sum(r.num_held for r in running) / len(self.scheduler.config.windows)
-        )
-        self.totals.kv_contiguous += weight * self.scheduler.config.max_model_len * len(running)
+        size, totals = self.scheduler.config.page_size, self.totals
+        held = size * sum(r.num_held for r in running) / len(self.scheduler.config.windows)
+        totals.kv_used += weight * (sum(r.num_computed for r in running) - early)
+        totals.kv_allocated += weight * (held - early)
+        totals.kv_contiguous += weight * self.scheduler.config.max_model_len * len(running)
 
     def _answer(self, plan: StepPlan) -> np.ndarray:
         rows = len(plan.sampled)
         if plan.drafts:
             return self._answer_with_drafts(plan)
+        if plan.num_steps > 1:
+            return self._answer_of_several(plan)
         tokens = self._same[:rows]
         for row, request in enumerate(plan.sampled):
             live = self._live.get(request.request_id)
@@ -220,6 +292,15 @@ class Simulation:
                 if tokens.base is self._same:
                     tokens = tokens.copy()
                 tokens[row] = live.answer[request.num_output]
+        return tokens
+
+    def _answer_of_several(self, plan: StepPlan) -> np.ndarray:
+        tokens = np.full((len(plan.sampled), plan.num_steps), OWN_TOKEN, np.int32)
+        for row, request in enumerate(plan.sampled):
+            live, at = self._live.get(request.request_id), request.num_output
+            if live is not None and live.answer is not None:
+                known = live.answer[at : at + plan.num_steps]
+                tokens[row, : len(known)] = known
         return tokens
 
     def _answer_with_drafts(self, plan: StepPlan) -> np.ndarray:
@@ -232,16 +313,23 @@ class Simulation:
         return tokens
 
     def _take(self, outputs: list[EngineOutput]) -> None:
-        seen = self.now + self.cost.delivery_s
+        seen = self.now + (self.cost.delivery_s if self.delivery is None else self.delivery())
+        step = self.device.reading
+        several = step is not None and step.plan.num_steps > 1
         for output in outputs:
             live = self._live[output.request_id]
             if output.token_ids:
+                at = seen
+                if several and live.last < seen:  # the first of them: it was seen while the others were computed
+                    assert step is not None
+                    at = seen - step.seconds + step.first
+                    live.worst_gap = max(live.worst_gap, step.last)
                 if live.tokens:
-                    live.worst_gap = max(live.worst_gap, seen - live.last)
+                    live.worst_gap = max(live.worst_gap, at - live.last)
                 else:
-                    live.first = seen
+                    live.first = at
                     if self.on_first is not None:
-                        self.on_first(output.request_id, seen)
+                        self.on_first(output.request_id, at)
                 live.last = seen
                 live.tokens += len(output.token_ids)
             if output.finish_reason is not None:

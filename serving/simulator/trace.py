@@ -81,7 +81,7 @@ def read_trace(path: str | pathlib.Path) -> Iterator[TraceRequest]:
             yield request
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=65_536)
 def segment_tokens(segment: int, length: int) -> tuple[int, ...]:
     """The tokens of a segment; a longer length extends a shorter one."""
     return _draw(segment, length)

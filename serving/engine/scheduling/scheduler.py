@@ -72,6 +72,7 @@ class Scheduler:
         self._step_id = 0
         self.only: frozenset[str] | None = None  # ids that may be admitted, while one of them is under suspicion
         self.max_tokens = config.max_num_batched_tokens
+        self.max_steps = config.num_scheduler_steps
         self._short_of_pages: Request | None = None
         self.num_deferred = 0  # waiting requests that the last pass could not take whatever there was room for
         self._outputs = Outputs()
@@ -266,7 +267,7 @@ class Scheduler:
     def _lengthen(self, decode: list[Request]) -> int:
         """How many decode steps to dispatch at once: several only while nothing waits for the next one, and while every row
         has the tokens and the pages for them."""
-        most = self.config.num_scheduler_steps
+        most = self.max_steps
         if most == 1 or len(self.waiting) or any(needs_host(r) or r.adapter_slot for r in decode):
             return 1
         steps = min(most, *(r.tokens_left(self.config.max_model_len) for r in decode))

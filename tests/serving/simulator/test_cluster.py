@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import pathlib
 
@@ -12,6 +13,7 @@ from serving.engine.scheduling.scheduler import SchedulerConfig
 from serving.routing.policies import Balance
 from serving.routing.router import Router
 from serving.simulator import cost as cost_model
+from serving.simulator.apart import Link
 from serving.simulator.cluster import Cluster
 from serving.simulator.cost import CostModel
 from serving.simulator.report import Report
@@ -83,6 +85,54 @@ def test_the_cache_policy_halves_what_is_computed_and_stays_balanced():
     assert worst["cache"] <= max(4 + 1, 1.5 * 8), worst
 
 
+def by_arrival(outcomes) -> list[tuple]:
+    """What became of each request, rounded to a nanosecond."""
+    rows = [dataclasses.astuple(one) for one in sorted(outcomes, key=lambda o: (o.arrival, o.prompt_tokens))]
+    return [tuple(round(v, 9) if isinstance(v, float) else v for v in row) for row in rows]
+
+
+def test_steps_that_are_scheduled_as_one_change_nothing():
+    """Behind a router too, whose decisions hang on what the engines have done by then."""
+    trace = conversations(150, rate=0.9)
+    each = [Simulation(config_of(4000), COST, coalesce=coalesce) for coalesce in (False, True)]
+    assert by_arrival(each[0].run(iter(trace))) == by_arrival(each[1].run(iter(trace)))
+    assert each[0].totals.steps == each[1].totals.steps
+    assert each[0].totals.kv_used == pytest.approx(each[1].totals.kv_used, rel=0.05)
+    clusters = [Cluster(config_of(4000), COST, 3, Router("cache")) for _ in range(2)]
+    for engine in clusters[0].engines:
+        engine.coalesce = False
+    assert by_arrival(clusters[0].run(trace)) == by_arrival(clusters[1].run(trace))
+    assert clusters[0].router.decisions == clusters[1].router.decisions
+    assert clusters[0].totals.worst_imbalance == clusters[1].totals.worst_imbalance
+
+
+def test_prompts_computed_elsewhere_hold_no_stream_up():
+    """Streams all the time, and a long prompt now and then: of three engines one that computes prompts for the others, or none."""
+    streams = [TraceRequest(0.5 * i, 40, 200) for i in range(100)]
+    prompts = [TraceRequest(3.0 + 5.0 * i, 1500, 4, priority=1) for i in range(9)]
+    trace = sorted([*streams, *prompts], key=lambda one: one.arrival)
+    gaps, ttft = {}, {}
+    for helpers in (0, 1):
+        report, cluster = run("least-loaded", trace, 3 - helpers, helpers=helpers)
+        assert report.requests == len(trace) and set(report.reasons) == {"length"}
+        gaps[helpers] = report.percentiles("worst_gap", "priority 0")["p99"]
+        ttft[helpers] = report.percentiles("ttft", "priority 1")["p50"]
+        for engine in [*cluster.engines, *(cluster.helpers.engines if cluster.helpers else [])]:
+            assert not engine.num_live and not engine.scheduler.requests
+            engine.scheduler.pool.check()
+        if cluster.helpers is not None:
+            assert cluster.helpers.decisions == {"apart": 9, "short": 100}
+    assert gaps[1] < gaps[0] / 3, gaps
+    assert ttft[1] < 2 * ttft[0], ttft
+
+
+def test_pages_travel_while_their_prompt_is_computed():
+    link = Link(token_s=0.001, lag_s=0.02, piece=256)
+    assert link.seconds(1000, 5.0) == pytest.approx(0.02 + 0.256)  # all but the last piece were there
+    assert link.seconds(1000, 0.1) == pytest.approx(0.02 + 0.9)  # the link is the slower part
+    assert link.seconds(100, 5.0) == pytest.approx(0.02 + 0.1)
+
+
 def test_runs_repeat():
     trace = conversations(80)
     first, second = run("cache", trace), run("cache", trace)
@@ -128,6 +178,8 @@ def test_engines_on_the_same_cores_hold_each_other_up():
     # One that comes when the other is half done: neither is held up all the time.
     late = [pair[0], TraceRequest(alone / 2, 600, 20)]
     assert 1.05 * alone < took(late, 1.0, 2.0) < 1.95 * alone
+    first, late = (max(run("cache", pair[:1], 2, **more)[0].values("ttft")) for more in ({}, {"way": (0.5, 9.0)}))
+    assert late == pytest.approx(first + 0.5), "one is at work: the first way"
     trace = conversations(80)
     apart, together = run("cache", trace)[0], run("cache", trace, slowdown=(1.0, 1.0, 1.0, 1.0))[0]
     assert sorted(apart.values("ttft")) == pytest.approx(sorted(together.values("ttft")), rel=0.3)
