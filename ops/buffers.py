@@ -7,6 +7,10 @@ the interpreter's lock, which numpy holds on to while it copies or casts bfloat1
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import threading
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -18,6 +22,9 @@ ALIGNMENT = 64
 _BLOCK = 1 << 18  # elements cast at once: their temporaries stay in cache
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_HUGE = 2 << 20  # bytes of a huge page
+_ROOM = 32 << 20  # bytes that small lasting arrays share
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -27,6 +34,53 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     raw = np.empty(num_bytes + ALIGNMENT, np.uint8)
     first = -raw.ctypes.data % ALIGNMENT
     return raw[first : first + num_bytes].view(dtype).reshape(shape)
+
+
+def huge_pages() -> bool:
+    """Whether this system has huge pages for who asks for them."""
+    try:
+        return hasattr(mmap, "MADV_HUGEPAGE") and "[never]" not in _HUGE_PAGES.read_text()
+    except OSError:
+        return False
+
+
+class Lasting:
+    """Memory for arrays that stay as long as a model does, in huge pages where the system has them: weights are read from front to
+    back in every step, and memory gives them twice as fast then (28 and 54 GB/s, two cores). Small ones lie side by side, as a huge
+    page holds many. Memory is given back when all arrays of a room are gone, so what is short-lived does not belong here."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._room = np.empty(0, np.uint8)
+        self._taken = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array of anything, as the function `empty` makes it."""
+        dtype = np.dtype(dtype)
+        num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        with self._lock:
+            if num_bytes > _ROOM // 4:
+                room, first = self._make(num_bytes), 0
+            else:
+                if self._taken + num_bytes > self._room.size:
+                    self._room, self._taken = self._make(_ROOM), 0
+                room, first = self._room, self._taken
+                self._taken += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        return room[first : first + num_bytes].view(dtype).reshape(shape)
+
+    @staticmethod
+    def _make(num_bytes: int) -> np.ndarray:
+        if not huge_pages():
+            return empty((num_bytes,), np.uint8)
+        mapped = mmap.mmap(-1, num_bytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+        room = np.frombuffer(mapped, np.uint8)
+        first = -room.ctypes.data % _HUGE
+        return room[first : first + num_bytes]
+
+
+lasting = Lasting()
 
 
 def copy(out: np.ndarray, source: np.ndarray) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from models.layers import Weight
-from models.recipes import Recipe, row_map
+from models.parameters import parameters_of, quantizable
+from models.recipes import Recipe, Recipes, row_map
 from ops import buffers
 from ops.linear.weights import block_pack
 from ops.linear.weights.block_pack import CodedRows
@@ -24,6 +25,28 @@ class CodedCheckpoint(Protocol):
         None where the tensor has no exact form, or is none of rows of its own.
         """
         ...
+
+    def is_coded(self, name: str) -> bool:
+        """Whether `coded` would give a tensor's rows; of its header alone."""
+        ...
+
+
+def count_coded(model: Any, checkpoint: object) -> int:
+    """How many of a model's weights a checkpoint stores in an exact form, of headers alone; 0 where some that a scheme applies to
+    are stored otherwise. Stacks of experts, which never stay as they are stored, do not count."""
+    if not isinstance(checkpoint, CodedCheckpoint):
+        return 0
+    recipes: Recipes = model.recipes()
+    parameters, count = dict(parameters_of(model)), 0
+    for path in quantizable(model):
+        shape = parameters[path].shape
+        if len(shape) != 2:
+            continue
+        pieces = recipes[path].pieces
+        if not recipes[path].by_rows or any(piece.turned or not checkpoint.is_coded(piece.name) for piece in pieces):
+            return 0
+        count += shape[0] * shape[1]
+    return count
 
 
 def coded(recipe: Recipe, parameter: Weight, checkpoint: object) -> BlockWeight | None:
@@ -48,9 +71,11 @@ def coded(recipe: Recipe, parameter: Weight, checkpoint: object) -> BlockWeight 
             row_R = np.where(tensor_R == index, order[np.where(tensor_R == index, row_R, 0)], row_R)
     codes = [code for code, _ in tensors]
     forms = list(dict.fromkeys(code.form for code in codes))
-    if not block_pack.can_pack(np.array([forms.index(code.form) for code in codes])[tensor_R]):
+    if not block_pack.same_order(codes) or not block_pack.can_pack(
+        np.array([forms.index(code.form) for code in codes])[tensor_R]
+    ):
         return None
     try:
-        return block_pack.pack(codes, tensor_R, row_R, buffers.empty)
+        return block_pack.pack(codes, tensor_R, row_R, buffers.lasting.empty)
     except ValueError as error:
         raise ValueError(f"{' and '.join(piece.name for piece in recipe.pieces)}: {error}") from None

@@ -74,13 +74,11 @@ class GGUFCheckpoint:
 
     def coded(self, name: str) -> tuple[CodedRows, np.ndarray | None] | None:
         """As `models.loading.coded.CodedCheckpoint`: rows of blocks, where their type has an exact form."""
+        if not self.is_coded(name):
+            return None
         own = self.locate(name)
-        made = layout(self.file, self._architecture, name)
-        if own is None or (made is not None and made.rows is None) or EXPERT.search(name):
-            return None
-        info = self.file.tensors[own]
-        if info.kind.value not in GGUF or len(info.shape) != 2:
-            return None
+        assert own is not None
+        made, info = layout(self.file, self._architecture, name), self.file.tensors[own]
         rows_RB = self.file.raw(own).reshape(info.shape[0], -1)
         code = CodedRows(GGUF[info.kind.value][1], info.shape[1], rows_RB, info.kind.value)
         if made is not None:
@@ -91,6 +89,15 @@ class GGUFCheckpoint:
                 self._rotated_pairs[0] if ".q_proj." in name else self._rotated_pairs[1] if ".k_proj." in name else 0
             )
         return code, half_split_rows(np.arange(info.shape[0]), heads) if heads else None
+
+    def is_coded(self, name: str) -> bool:
+        """As `models.loading.coded.CodedCheckpoint`."""
+        own = self.locate(name)
+        made = layout(self.file, self._architecture, name)
+        if own is None or (made is not None and made.rows is None) or EXPERT.search(name):
+            return False
+        info = self.file.tensors[own]
+        return info.kind.value in GGUF and len(info.shape) == 2
 
     def read(self, name: str) -> np.ndarray:
         made = layout(self.file, self._architecture, name)

@@ -121,8 +121,8 @@ def load_model(
     Args:
         dtype: of the weights. Activations have it too, except on CPU, where they are float32.
         mesh: where the weights go; None for the default device.
-        quantization: a scheme of `ops.linear.quantize` for every Linear (with "int4" what the checkpoint stores in blocks
-            stays so, bit for bit, where native kernels run); None keeps `dtype`.
+        quantization: a scheme of `ops.linear.quantize` for every Linear (with "int4" and "stored" what the checkpoint stores in
+            blocks stays so, bit for bit, where native kernels run); None keeps `dtype`.
         max_model_len: the longest context to serve; None for what the checkpoint claims.
         progress: show a bar.
         opened: what `open_checkpoint` gave, where that was called before.
@@ -249,7 +249,7 @@ def fill(
     packs = on_cpu and quantization in SCHEMES and host_pack.available()
     in_blocks: set[str] = set(tables(model)) if packs else set()
     # A table that is only looked up stays as it is stored under every scheme: exact, and a seventh of its float32.
-    in_blocks = in_blocks | narrow if quantization == "int4" else in_blocks - narrow
+    in_blocks = in_blocks - narrow if quantization == "int8" else in_blocks | narrow
 
     def make(path: str) -> np.ndarray | StoredWeight:
         recipe, parameter = recipes[path], parameters[path]
@@ -262,10 +262,10 @@ def fill(
         if packs and path in narrow and (host.ndim == 2 or parameter.get_metadata().get("packed")):
             if host.dtype not in host_pack.SOURCES or not host.flags.c_contiguous:
                 host = owned(host, np.float32)
-            if path in in_blocks and host.ndim == 2:
-                packed = four_bits(host, buffers.empty)
+            if quantization == "int4" and host.ndim == 2:
+                packed = four_bits(host, buffers.lasting.empty)
             else:
-                packed = host_pack.pack(host.reshape(-1, host.shape[-1]), buffers.empty)
+                packed = host_pack.pack(host.reshape(-1, host.shape[-1]), buffers.lasting.empty)
             for piece in recipe.pieces:
                 checkpoint.release(piece.name)
             return packed

@@ -14,7 +14,7 @@ from models.loading.default_model import MODEL_ID, RECORDED_NAME
 from models.loading.files.checkpoint import Checkpoint
 from models.loading.files.experts import ExpertLayouts
 from models.loading.files.safetensors import SafetensorsCheckpoint
-from models.loading.gguf import GGUFFile
+from models.loading.gguf import open_gguf
 from models.loading.gguf_checkpoint import GGUFCheckpoint
 from models.loading.hf_config import read_json
 from models.loading.quantized import open_quantized, refuse_packed
@@ -54,7 +54,7 @@ def _pooling(family: Family) -> str:
 
 
 def _open_gguf(source: ModelSource) -> Opened:
-    file = GGUFFile(source.path)
+    file = open_gguf(source.path)
     arch = file.metadata.get("general.architecture")
     if not isinstance(arch, str):
         raise ValueError(f"{source.path}: the metadata has no general.architecture.")

@@ -7,8 +7,8 @@ layouts of the same names it is, and sizes of groups. So layers may differ, and 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from models.loading.packed.scaled import ExpertBlocks, FourBitFloats, FourBitRow
 from models.loading.packed.scheme import Scheme
 from models.loading.packed.torchao import TorchAo
 from models.loading.packed.words import Awq, CompressedTensors, Gptq, QuarkIntegers
+from ops.linear.weights.block_pack import CodedRows
 
 METHODS = {
     "compressed-tensors": "compressed-tensors (llm-compressor): integers of up to eight bits, float8, NVFP4, MXFP4, MXFP6, MXFP8",
@@ -184,11 +185,40 @@ class DequantizingCheckpoint:
 
     def read(self, name: str) -> np.ndarray:
         found = self._find(name)
-        return self._inner.read(name) if found is None else found[0].read(found[1])
+        return self._inner.read(name) if found is None else _taken(found, lambda scheme, own: scheme.read(own))
+
+    def coded(self, name: str) -> tuple[CodedRows, np.ndarray | None] | None:
+        """As `models.loading.coded.CodedCheckpoint`: values with their scales and zero points, where they have an exact form."""
+        found = self._find(name)
+        if found is None or not found[0].is_coded(found[1]):
+            return None
+        coded = _taken(found, lambda scheme, own: scheme.coded(own))
+        return None if coded is None else (coded, None)
+
+    def is_coded(self, name: str) -> bool:
+        """As `models.loading.coded.CodedCheckpoint`."""
+        found = self._find(name)
+        return found is not None and found[0].is_coded(found[1])
 
     def release(self, name: str) -> None:
         found = self._find(name)
         self._inner.release(name if found is None else found[1])
+
+
+T = TypeVar("T")
+
+
+def _taken(found: tuple[Scheme, str], take: Callable[[Scheme, str], T]) -> T:
+    """What a scheme makes of a tensor.
+
+    Raises:
+        ValueError: its parts do not fit each other, by name.
+    """
+    scheme, own = found
+    try:
+        return take(scheme, own)
+    except (ValueError, IndexError, OverflowError, ZeroDivisionError) as error:
+        raise ValueError(f"the tensor {own!r} is not as {scheme.method} stores it: {error}.") from None
 
 
 def _refuse_integers(inner: SafetensorsCheckpoint, own: str, method: str | None) -> None:

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from models.embedding_head import max_sequence
+from models.loading.coded import count_coded
 from models.loading.load import Built, build_model
 from models.loading.opening import Opened, open_checkpoint
 from models.loading.source import ModelSource
@@ -107,7 +108,8 @@ def check(config: EngineConfig, source: ModelSource, programs: pathlib.Path | No
             else f"mesh is {config.mesh}"
         )
         raise ValueError(f"kv_disk is for models whose layers all attend, on a mesh without replicas; {why}.")
-    quantization = resolve_quantization(config, platform, mesh.size)
+    in_blocks = count_coded(built.model, opened.checkpoint) if config.quantization == "auto" else 0
+    quantization = resolve_quantization(config, platform, mesh.size, in_blocks)
     more = {"draft": draft, "tower": tower}
     return Checked(config, opened, built, platform, mesh, dtype, quantization, programs, bundle, bounds, **more)
 

@@ -81,7 +81,7 @@ def reader(checked: Checked) -> Callable[[str | None], LoadedModel]:
 def weight_bytes(checked: Checked) -> int:
     """About what the weights will take of the devices, before they are read: shapes by the width they are kept in. A draft's and a
     tower's are among them."""
-    width = {"int8": 1.05, "int4": 0.6}.get(checked.quantization or "", 0.0)
+    width = {"int8": 1.05, "int4": 0.6, "stored": 0.75}.get(checked.quantization or "", 0.0)
     models = [checked.built.model]
     models += [] if checked.draft is None else [checked.draft.model]
     models += [] if checked.tower is None else [checked.tower.built.model]

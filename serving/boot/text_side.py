@@ -42,9 +42,9 @@ def load_text_side(source: ModelSource, chat_template: str | None = None) -> Tex
     from serving.text.tokenizer import Tokenizer
 
     if source.kind == "gguf":
-        from models.loading.gguf import GGUFFile
+        from models.loading.gguf import open_gguf
 
-        metadata = GGUFFile(source.path).metadata
+        metadata = open_gguf(source.path).metadata
         if metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
             return TextSide(TokenIdsOnly(_ends(metadata.get("tokenizer.ggml.eos_token_id"))), None)
         tokenizer = Tokenizer.from_gguf(metadata)

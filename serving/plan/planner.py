@@ -33,6 +33,8 @@ from serving.plan.programs import (
 from serving.plan.topology import devices
 from sharding.mesh import make_mesh
 
+INT8_SHARES = {"int8": 1.0, "int4": 0.75}
+"""Of a CPU's int8 rate that schemes reach: a scale for every 32 inputs costs what it costs (docs/benchmarks/notes_matmul.md)."""
 PROBE_PAGES = 64
 """Pages that programs are compiled with: the pool is an argument, so nothing else of a program depends on its size."""
 
@@ -363,7 +365,9 @@ def _step(key: ProgramKey, measured: Measured, runner: AbstractEngine, request: 
     """Roofline times of one program; attention's part is arithmetic, because kernels hide it from the compiler."""
     chip = request.target.chip
     weights = context_bytes = attention = products = 0.0
-    rate = chip.int8_ops if request.quantization == "int8" and request.target.platform == "cpu" else chip.flops
+    on_cpu = request.target.platform == "cpu"
+    rate = chip.int8_ops * INT8_SHARES.get(request.quantization or "", 0.0) if on_cpu else 0.0
+    rate = rate or chip.flops
     if key.kind == "forward":
         bucket = key.shape
         weights = _weights_read(runner, bucket.tokens, head=False)

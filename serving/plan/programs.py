@@ -17,6 +17,7 @@ from models.layers import Build
 from models.parameters import parameters_of, quantizable
 from ops import native, paged_attention
 from ops.linear import quantize
+from ops.linear.weights.block_pack import four_bits_like
 from ops.linear.weights.int8 import pack_int8
 from ops.linear.weights.rotation import BLOCK
 from ops.paged_attention import KVGroups, pages
@@ -88,7 +89,9 @@ def abstract_model(config: ModelConfig, mesh: Mesh, dtype: Any, quantization: st
     for path, parameter in parameters_of(model):
         value = parameter.get_value()
         axes = parameter.get_metadata()["logical_axes"]
-        if path in quantized:
+        if path in quantized and packs and quantization == "int4" and len(value.shape) == 2:
+            value = four_bits_like(value.shape)
+        elif path in quantized:
             inputs = to_sharding(mesh, axes, build.rules).shard_shape(value.shape)[-1]
             value = jax.eval_shape(lambda w: quantize(w, quantization), value)
             # Traced, `quantize` does not know how the weight is cut.

@@ -26,6 +26,21 @@ def test_empty_is_aligned(shape):
         assert not made.size or made.ctypes.data % buffers.ALIGNMENT == 0
 
 
+def test_lasting_arrays_are_apart(monkeypatch):
+    """Small ones beside each other, a large one in memory of its own; with huge pages and without."""
+    for huge in (True, False):
+        monkeypatch.setattr(buffers, "huge_pages", lambda huge=huge: huge)
+        memory = buffers.Lasting()
+        made = [
+            memory.empty(shape, np.int16) for shape in ((3, 5), (), (0,), (1 << 20,), (8 << 20,), (7,), (15 << 20,))
+        ]
+        for number, array in enumerate(made):
+            array[...] = number
+        for number, array in enumerate(made):
+            assert (array == number).all() and array.ctypes.data % buffers.ALIGNMENT == 0
+            assert array.flags.writeable and array.flags.c_contiguous
+
+
 @pytest.mark.parametrize("source", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.float64])
 @pytest.mark.parametrize("target", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.usefixtures("library")

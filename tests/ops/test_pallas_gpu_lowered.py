@@ -88,6 +88,13 @@ def test_gpu_gets_the_kernels_without_being_asked(name):
     assert write.count("output_operand_alias<") == held  # pages, and scales where there are any, are written in place
 
 
+@needs_lowering
+def test_the_same_kernels_are_lowered_for_amd():
+    shape = SHAPES["llama"]
+    text = step_of(shape).trace(*arguments(shape)).lower(lowering_platforms=("rocm",)).as_text()
+    assert all(f'name = "{kernel}' in text for kernel in KERNELS)
+
+
 def test_xla_can_be_asked_for():
     shape = SHAPES["llama"]
     with paged_attention.use_backend("xla"):

@@ -13,7 +13,7 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 
 def split(requirement: str) -> tuple[str, str]:
     """'name[extra]>=1,<2; marker' -> ('name[extra]', '>=1,<2; marker')."""
-    match = re.match(r"([\w.-]+(?:\[[\w,]+\])?)\s*(.*)$", requirement)
+    match = re.match(r"([\w.-]+(?:\[[\w,-]+\])?)\s*(.*)$", requirement)
     assert match, f"cannot read the requirement {requirement!r}"
     return match[1], match[2]
 

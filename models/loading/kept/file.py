@@ -11,6 +11,7 @@ it was written is reported as such, whatever is wrong with it. Nothing in it is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -26,10 +27,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ops import buffers
 from ops.buffers import ALIGNMENT
 from ops.linear import StoredWeight
 from ops.linear.weights.plain import from_plain, to_plain
 
+SMAPS = Path("/proc/self/smaps")
+LEAST_COPIED = 64 << 20  # bytes of a file below which caches hold much of it
+HUGE_SHARE = 0.9  # of a mapping: with less in huge pages it is worth a copy
 MAGIC = b"jaxserve weights"
 HEAD = 64
 
@@ -106,6 +111,7 @@ def _total(data: np.ndarray) -> int:
 
 def read(path: Path, key: str) -> dict[str, Parameter]:
     """The parameters, of arrays that are the file's memory: private to this process where it writes to them, which nobody does.
+    Where the system maps the file in small pages and has huge ones, they are a copy in those, which steps read twice as fast.
 
     Raises:
         DamagedError: the file is not what was written, or has another key.
@@ -117,6 +123,10 @@ def read(path: Path, key: str) -> dict[str, Parameter]:
             raise DamagedError("it is too short")
         # Copied where written to: jax takes only writable memory over, and nobody writes.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    for advice in ("MADV_HUGEPAGE", "MADV_WILLNEED"):
+        if hasattr(mmap, advice):
+            with contextlib.suppress(OSError):
+                mapped.madvise(getattr(mmap, advice))
     data = np.frombuffer(mapped, np.uint8)
     offset, length = (int.from_bytes(data[at : at + 8].tobytes(), "little") for at in (16, 24))
     text = data[offset : offset + length].tobytes()
@@ -125,21 +135,48 @@ def read(path: Path, key: str) -> dict[str, Parameter]:
     described = json.loads(text)
     if described["key"] != key:
         raise DamagedError("it holds other weights")
-    if hasattr(mmap, "MADV_WILLNEED"):
-        mapped.madvise(mmap.MADV_WILLNEED)
     checks: list[tuple[str, _Array]] = []
-    found: dict[str, Parameter] = {}
+    views: dict[str, dict[str, np.ndarray]] = {}
     for name, entry in described["parameters"].items():
-        arrays: dict[str, np.ndarray] = {}
+        arrays = views[name] = {}
         for part, (dtype, shape, begin, total) in entry["arrays"].items():
             array = _Array(dtype, tuple(shape), begin, total)
             if begin % ALIGNMENT or not HEAD <= begin <= begin + array.num_bytes <= offset:
                 raise DamagedError(f"{name} lies outside of it")
             checks.append((name, array))
             arrays[part] = data[begin : begin + array.num_bytes].view(jnp.dtype(dtype)).reshape(array.shape)
-        found[name] = from_plain(entry["kind"], arrays, entry["meta"])
     _check(data, checks)
-    return found
+    if size >= LEAST_COPIED and buffers.huge_pages() and _in_small_pages(data):
+        views = _copied(views)
+    return {
+        name: from_plain(entry["kind"], views[name], entry["meta"]) for name, entry in described["parameters"].items()
+    }
+
+
+def _in_small_pages(data: np.ndarray) -> bool:
+    """Whether much of a mapping that was read just now is not in huge pages; False where the system does not say."""
+    begin, wanted = f"{data.ctypes.data:x}-", {"Rss:": 0, "FilePmdMapped:": 0, "AnonHugePages:": 0}
+    try:
+        lines = SMAPS.read_text().splitlines()
+    except OSError:
+        return False
+    first = next((i for i, line in enumerate(lines) if line.startswith(begin)), len(lines))
+    for line in lines[first + 1 : first + 30]:
+        name, *rest = line.split()
+        if name in wanted:
+            wanted[name] = int(rest[0])
+    return wanted["FilePmdMapped:"] + wanted["AnonHugePages:"] < HUGE_SHARE * wanted["Rss:"]
+
+
+def _copied(views: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+    def copied(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        own = {part: buffers.lasting.empty(array.shape, array.dtype) for part, array in arrays.items()}
+        for part, array in arrays.items():
+            buffers.copy(own[part], array)
+        return own
+
+    with ThreadPoolExecutor(2, thread_name_prefix="weights") as pool:
+        return dict(zip(views, pool.map(copied, views.values()), strict=True))
 
 
 def _check(data: np.ndarray, arrays: list[tuple[str, _Array]]) -> None:

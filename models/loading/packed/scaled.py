@@ -8,7 +8,9 @@ import ml_dtypes
 import numpy as np
 
 from models.loading.packed.arrays import FP4, as_matrix, block_of, dequantize, scale_values, scaled, signed, unpack
+from models.loading.packed.exact import four_bit_floats, is_block
 from models.loading.packed.scheme import Scheme, weights_config, with_columns
+from ops.linear.weights.block_pack import CodedRows
 
 _FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
@@ -92,12 +94,19 @@ class FourBitFloats(Scheme):
         rows, columns = self.tensors.shape(own)
         return (rows, 2 * columns)
 
+    def is_coded(self, own: str) -> bool:
+        scales, smoothed = self.tensors.shape(f"{own}_scale"), self.has(own.removesuffix("weight") + "pre_quant_scale")
+        return not smoothed and len(scales) == 2 and is_block(self.shape(own)[1], scales[1])
+
+    def coded(self, own: str) -> CodedRows | None:
+        return four_bit_floats(unpack(self.need(own), 4), self._scales(own))
+
+    def _scales(self, own: str) -> np.ndarray:
+        scale, overall = self.need(f"{own}_scale"), self.optional(f"{own}_scale_2")
+        return scale if overall is None else scale_values(scale) * overall.astype(np.float32)
+
     def read(self, own: str) -> np.ndarray:
-        scale = scale_values(self.need(f"{own}_scale"))
-        overall = self.optional(f"{own}_scale_2")
-        if overall is not None:
-            scale = scale * overall.astype(np.float32)
-        values = FP4[unpack(self.need(own), 4)]
+        scale, values = scale_values(self._scales(own)), FP4[unpack(self.need(own), 4)]
         dense = dequantize(values, scale, None, values.shape[1] // scale.shape[1])
         return with_columns(dense, self.optional(own.removesuffix("weight") + "pre_quant_scale"))
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from models.loading.files.safetensors import SafetensorsCheckpoint
+from models.loading.packed.exact import block_of
+from ops.linear.weights.block_pack import CodedRows
 
 
 class Scheme:
@@ -37,6 +39,18 @@ class Scheme:
     def read(self, own: str) -> np.ndarray:
         """The dense tensor as float32."""
         raise NotImplementedError
+
+    def coded(self, own: str) -> CodedRows | None:
+        """The tensor as it is stored, in blocks; None where it has no exact form there. Only of what `is_coded`."""
+        return None
+
+    def is_coded(self, own: str) -> bool:
+        """Whether it has an exact form in blocks, as far as headers say it."""
+        return False
+
+    def _is_coded(self, columns: int, groups: int) -> bool:
+        group = self.group_of(columns, groups)
+        return isinstance(group, int) and block_of(group, columns) is not None
 
     def check(self, own: str) -> None:
         """Raises ValueError, from headers alone, where `own` cannot be read."""

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from models.loading.packed.arrays import FP4, FP6, as_matrix, dequantize, scale_values, signed, unpack
+from models.loading.packed.exact import Integers, four_bit_floats, is_block
 from models.loading.packed.scheme import Scheme, weights_config
+from ops.linear.weights.block_pack import CodedRows
 
 _AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where output column i of eight is in its int32
 
@@ -45,30 +47,49 @@ class CompressedTensors(Scheme):
         return 6 if weights_config(self.config).get("num_bits") == 6 else 4
 
     def read(self, own: str) -> np.ndarray:
-        base, words = own.removesuffix("_packed"), self.need(own)
         if self._is_float(own):
-            return self._floats(base, words)
+            return self._floats(own.removesuffix("_packed"), self.need(own))
+        return self.integers(own).dense()
+
+    def is_coded(self, own: str) -> bool:
+        columns, scales = self.shape(own)[1], self.tensors.shape(own.removesuffix("_packed") + "_scale")
+        if self._is_float(own):
+            return self._float_bits == 4 and len(scales) == 2 and is_block(columns, scales[1])
+        return self._is_coded(columns, scales[1] if len(scales) == 2 else 1)
+
+    def coded(self, own: str) -> CodedRows | None:
+        if not self._is_float(own):
+            return self.integers(own).coded()
+        scale, overall = self._float_scales(own.removesuffix("_packed"))
+        return four_bit_floats(unpack(self.need(own), 4), scale if overall is None else scale_values(scale) / overall)
+
+    def integers(self, own: str) -> Integers:
+        base, words = own.removesuffix("_packed"), self.need(own)
         rows, columns = self.shape(own)
-        bits, scale = _bits_of(words.shape[-1], columns), as_matrix(self.need(f"{base}_scale"))
+        bits, scale = _bits_of(words.shape[-1], columns), self.need(f"{base}_scale")
+        scale = scale.reshape(scale.shape[0] if scale.ndim else 1, -1)
         values = unpack(words, bits)[:rows, :columns]
         offset = 1 << (bits - 1)
         zero = self.optional(f"{base}_zero_point")
         if zero is None:
-            zero = np.full(scale.shape, offset, np.float32)
+            zero = offset
         elif zero.dtype == np.int32 and zero.shape != scale.shape:  # packed along the rows
             zero = unpack(zero.T, bits).T[:rows]
         else:
-            zero = as_matrix(zero.astype(np.float32)) + offset
-        return dequantize(values, scale, zero, self.group_of(columns, scale.shape[1], self.optional(f"{base}_g_idx")))
+            zero = zero.reshape(scale.shape).astype(np.int16) + offset
+        group = self.group_of(columns, scale.shape[1], self.optional(f"{base}_g_idx"))
+        return Integers(values, scale, zero, group, bits)
 
     def _floats(self, base: str, bytes_OI: np.ndarray) -> np.ndarray:
         """Scales are float8 and all times one more (NVFP4), or powers of two."""
-        scale = scale_values(self.need(f"{base}_scale"))
-        overall = self.optional(f"{base}_global_scale")
-        if overall is not None:
-            scale = scale / overall.astype(np.float32)
+        scale, overall = self._float_scales(base)
+        scale = scale_values(scale) if overall is None else scale_values(scale) / overall
         values = (FP4 if self._float_bits == 4 else FP6)[unpack(bytes_OI, self._float_bits)]
         return dequantize(values, scale, None, values.shape[1] // scale.shape[1])
+
+    def _float_scales(self, base: str) -> tuple[np.ndarray, np.ndarray | None]:
+        overall = self.optional(f"{base}_global_scale")
+        return self.need(f"{base}_scale"), None if overall is None else overall.astype(np.float32)
 
 
 class Gptq(Scheme):
@@ -99,17 +120,25 @@ class Gptq(Scheme):
         return self.config.get("checkpoint_format") != "gptq_v2" and not own_format
 
     def read(self, own: str) -> np.ndarray:
+        return self.integers(own).dense()
+
+    def is_coded(self, own: str) -> bool:
+        return self._is_coded(self.shape(own)[1], self.tensors.shape(own.removesuffix("qweight") + "scales")[0])
+
+    def coded(self, own: str) -> CodedRows | None:
+        return self.integers(own).coded()
+
+    def integers(self, own: str) -> Integers:
         base, bits = own.removesuffix("qweight"), self._bits(own)
         weight_OI = unpack(self.need(own).T, bits)
         scale_GO, zeros = self.need(base + "scales"), self.optional(base + "qzeros")
         if zeros is None:  # symmetric
-            zero_GO = np.full(scale_GO.shape, 1 << (bits - 1), np.uint8)
+            zero = 1 << (bits - 1)
         else:
             zero_GO = unpack(zeros, bits)[:, : scale_GO.shape[1]]
-            if self._zeros_less_one:
-                zero_GO = (zero_GO + np.uint8(1)) & np.uint8((1 << bits) - 1)
+            zero = ((zero_GO + np.uint8(1)) & np.uint8((1 << bits) - 1) if self._zeros_less_one else zero_GO).T
         group = self.group_of(weight_OI.shape[1], scale_GO.shape[0], self.optional(base + "g_idx"))
-        return dequantize(weight_OI, scale_GO.T, zero_GO.T, group)
+        return Integers(weight_OI, scale_GO.T, zero, group, bits)
 
 
 class Awq(Scheme):
@@ -127,10 +156,20 @@ class Awq(Scheme):
         return (words * 8, inputs)
 
     def read(self, own: str) -> np.ndarray:
+        return self.integers(own).dense()
+
+    def is_coded(self, own: str) -> bool:
+        return self._is_coded(self.shape(own)[1], self.tensors.shape(own.removesuffix("qweight") + "scales")[0])
+
+    def coded(self, own: str) -> CodedRows | None:
+        return self.integers(own).coded()
+
+    def integers(self, own: str) -> Integers:
         base = own.removesuffix("qweight")
         weight_OI, zero_OG = (awq_rows(self.need(base + part)) for part in ("qweight", "qzeros"))
         scale_GO = self.need(base + "scales")
-        return dequantize(weight_OI, scale_GO.T, zero_OG, self.group_of(weight_OI.shape[1], scale_GO.shape[0]))
+        group = self.group_of(weight_OI.shape[1], scale_GO.shape[0])
+        return Integers(weight_OI, scale_GO.T, zero_OG, group, 4)
 
 
 class QuarkIntegers(Scheme):

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 Weight = jax.Array | StoredWeight
-SCHEMES = ("int8", "int4")
+SCHEMES = ("int8", "int4", "stored")
 
 
 def stored(weight: Weight) -> StoredWeight:
@@ -44,7 +44,7 @@ def quantize(weight_OI: jax.Array, scheme: str | None) -> Weight:
         weight_OI: float array; leading axes before O are allowed.
         scheme: None keeps it dense; "int8" is symmetric int8 with one scale an output channel, rotated where every
             device's part of I is whole blocks; "int4" is four bits in blocks of 32 on one CPU device with native kernels,
-            and int8 elsewhere.
+            and int8 elsewhere; "stored" keeps what a checkpoint has in blocks, and of dense weights makes int8.
     Raises:
         ValueError: the scheme is not known.
     """

@@ -33,7 +33,7 @@ GGUF = {
     14: ("Q6_K", Form(6, zero=32, block=16, scale="nested_s8")),
     20: ("IQ4_NL", Form(4, zero=128, table="iq4_nl")),
     23: ("IQ4_XS", Form(4, zero=128, scale="nested_s8", table="iq4_nl")),
-    39: ("MXFP4", Form(4, zero=12, scale="power", table="e2m1", power=-1)),
+    39: ("MXFP4", Form(4, zero=16, scale="power", table="e2m1", power=-1)),
 }
 """GGUF's block types that have an exact form, by their numbers."""
 
@@ -48,6 +48,7 @@ class CodedRows:
         rows_RB: uint8 [rows, bytes]: a GGUF tensor's blocks, or a byte a value.
         kind: GGUF's number of the block type, or PLAIN.
         scale_RG, offset_RG: of plain rows [rows, ceil(inputs / block)], in the form's types.
+        order_I: the input that each value belongs to, where a checkpoint's inputs were sorted; None for the same one.
     """
 
     form: Form
@@ -56,6 +57,7 @@ class CodedRows:
     kind: int = PLAIN
     scale_RG: np.ndarray | None = None
     offset_RG: np.ndarray | None = None
+    order_I: np.ndarray | None = None
 
 
 def can_pack(form_R: np.ndarray) -> bool:
@@ -63,6 +65,17 @@ def can_pack(form_R: np.ndarray) -> bool:
     whole = form_R[: len(form_R) // PANEL * PANEL].reshape(-1, PANEL)
     rest = form_R[len(whole) * PANEL :]
     return bool((whole == whole[:, :1]).all() and (rest == rest[:1]).all())
+
+
+def same_order(tensors: Sequence[CodedRows]) -> bool:
+    """Whether all have their inputs in one order, as rows of one weight must."""
+    first = tensors[0].order_I
+    return all(
+        tensor.order_I is None
+        if first is None
+        else tensor.order_I is not None and np.array_equal(tensor.order_I, first)
+        for tensor in tensors
+    )
 
 
 def pack(
@@ -82,26 +95,35 @@ def pack(
     inputs = tensors[0].inputs
     if any(tensor.inputs != inputs for tensor in tensors):
         raise ValueError(f"rows of {sorted({tensor.inputs for tensor in tensors})} inputs cannot be one weight.")
+    order_I = tensors[0].order_I
+    if not same_order(tensors):
+        raise ValueError("rows whose inputs are sorted differently cannot be one weight.")
     forms = list(dict.fromkeys(tensor.form for tensor in tensors))
     form_R = np.array([forms.index(tensor.form) for tensor in tensors])[tensor_R]
     if not can_pack(form_R):
         raise ValueError("16 neighbouring rows are stored in different forms, which no panel can be.")
+    stretches, starts, size = _stretches(forms, form_R, inputs)
+    bytes_N = empty((size,), np.uint8)
+    for stretch, start, end in zip(stretches, starts, [*starts[1:], len(form_R)], strict=True):
+        _fill(bytes_N[stretch.offset :], stretch.form, tensors, tensor_R[start:end], row_R[start:end])
+    shape = (len(form_R), inputs)
+    order_I = None if order_I is None else order_I.astype(np.int32)
+    return BlockWeight(bytes_N, shape, tuple(stretches), rotated, order_I)  # pyright: ignore[reportArgumentType]
+
+
+def _stretches(forms: Sequence[Form], form_R: np.ndarray, inputs: int) -> tuple[list[Stretch], list[int], int]:
+    """Stretches of rows of one form each, each one's first row, and bytes in all."""
     is_start = np.concatenate([[True], form_R[1:] != form_R[:-1]])
     half, odd = divmod(len(form_R), 2)
     if not odd and half % PANEL == 0:
         is_start[half] = True  # gate and up, if that is what they are, then fall into the same groups
-    starts = np.flatnonzero(is_start)
-    ends = np.append(starts[1:], len(form_R))
+    starts = np.flatnonzero(is_start).tolist()  # plain numbers: kept files are JSON
     stretches, offset = [], 0
-    for start, end in zip(starts, ends, strict=True):
-        form, panels = forms[form_R[start]], -(-int(end - start) // PANEL)  # plain numbers: kept files are JSON
+    for start, end in zip(starts, [*starts[1:], len(form_R)], strict=True):
+        form, panels = forms[form_R[start]], -(-(end - start) // PANEL)
         stretches.append(Stretch(form, panels, offset))
         offset += panels * form.panel_bytes(inputs)
-    bytes_N = empty((offset,), np.uint8)
-    for stretch, start, end in zip(stretches, starts, ends, strict=True):
-        _fill(bytes_N[stretch.offset :], stretch.form, tensors, tensor_R[start:end], row_R[start:end])
-    shape = (len(form_R), inputs)
-    return BlockWeight(bytes_N, shape, tuple(stretches), rotated)  # pyright: ignore[reportArgumentType]
+    return stretches, starts, offset
 
 
 def _fill(out_N: np.ndarray, form: Form, tensors: Sequence[CodedRows], tensor_R: np.ndarray, row_R: np.ndarray) -> None:
@@ -161,6 +183,13 @@ def four_bits(weight_OI: np.ndarray, empty: Callable[[tuple[int, ...], Any], np.
         values_OI[rows], scale_OG[rows] = _rounded_to_four(part, rotated)
     coded = CodedRows(FOUR_BITS, I, values_OI, scale_RG=scale_OG)
     return pack([coded], np.zeros(O, np.int64), np.arange(O), empty, rotated)
+
+
+def four_bits_like(shape: tuple[int, int]) -> BlockWeight:
+    """What `four_bits` makes of a weight [O, I], of an array without values."""
+    stretches, _, size = _stretches([FOUR_BITS], np.zeros(shape[0], np.int64), shape[1])
+    bytes_N: Any = jax.ShapeDtypeStruct((size,), np.uint8)
+    return BlockWeight(bytes_N, shape, tuple(stretches), shape[1] % BLOCK == 0)
 
 
 ROWS = 4096  # rounded at once

@@ -54,7 +54,7 @@ class Form:
     Attributes:
         bits: room of a value: 4, 6 or 8.
         table: of TABLES; for four bits.
-        zero: taken off each value, after the table.
+        zero: taken off each value, after the table: 0 or a power of two, which kernels shift by.
         block: inputs a scale: 16 to 512 and a power of two, or a multiple of 512.
         scale, offset: of SCALES.
         power: all scales times 2^power.
@@ -71,6 +71,8 @@ class Form:
     def __post_init__(self) -> None:
         if not (self.block in (16, 32, 64, 128, 256, 512) or self.block % CHUNK == 0):
             raise ValueError(f"a scale for every {self.block} inputs has no packed form.")
+        if self.zero & (self.zero - 1):
+            raise ValueError(f"{self.zero} taken off each value has no packed form: it is no power of two.")
 
     @property
     def largest(self) -> int:
@@ -116,7 +118,7 @@ class Stretch:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["bytes_N"], meta_fields=["shape", "stretches", "rotated"]
+    jax.tree_util.register_dataclass, data_fields=["bytes_N", "order_I"], meta_fields=["shape", "stretches", "rotated"]
 )
 @dataclasses.dataclass(frozen=True)
 class BlockWeight(StoredWeight):
@@ -127,12 +129,14 @@ class BlockWeight(StoredWeight):
         shape: (O, I), as of the dense weight.
         stretches: in the channels' order, covering all panels.
         rotated: the values stand for `rotate` of the weight, so a product needs `rotate(x)`.
+        order_I: int32, which input each value of a row belongs to, where a checkpoint sorted them; None for the same one.
     """
 
     bytes_N: jax.Array
     shape: tuple[int, int]
     stretches: tuple[Stretch, ...]
     rotated: bool = False
+    order_I: jax.Array | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -172,12 +176,18 @@ class BlockWeight(StoredWeight):
     def _native(self, x_TI: jax.Array, around: Around) -> jax.Array:
         out = jax.ShapeDtypeStruct((x_TI.shape[0], self.shape[0]), jnp.float32)
         return jax.ffi.ffi_call(native.target("jaxserve_blocks_linear"), out)(
-            f32(x_TI),
-            f32(None if around.norm is None else around.norm.scale_I),
+            *self._inputs(x_TI, around),
             *self._operands(around.bias_O),
             f32(around.residual_TO),
             eps=eps(around.norm),
         )
+
+    def _inputs(self, x_TI: jax.Array, around: Around) -> tuple[jax.Array, jax.Array]:
+        """Activations and the norm's gain in the order of the stored inputs."""
+        x_TI, gain_I = f32(x_TI), f32(None if around.norm is None else around.norm.scale_I)
+        if self.order_I is None:
+            return x_TI, gain_I
+        return x_TI[:, self.order_I], gain_I[self.order_I] if gain_I.size else gain_I
 
     def gated_mlp(
         self,
@@ -191,12 +201,13 @@ class BlockWeight(StoredWeight):
         # Gate and up must be whole panels each; the hidden values never leave the cache.
         if not isinstance(down, BlockWeight) or activation not in ACTIVATIONS or self.shape[0] % (2 * PANEL):
             return None
+        if down.order_I is not None:  # hidden values are written where the gates are
+            return None
         if not on_native() or around.adapters is not None or down_adapters is not None:
             return None
         out = jax.ShapeDtypeStruct((x_TD.shape[0], down.shape[0]), jnp.float32)
         return jax.ffi.ffi_call(native.target("jaxserve_blocks_gated_mlp"), out)(
-            f32(x_TD),
-            f32(None if around.norm is None else around.norm.scale_I),
+            *self._inputs(x_TD, around),
             *self._operands(around.bias_O),
             *down._operands(down_bias_D),
             f32(around.residual_TO),
@@ -215,7 +226,11 @@ class BlockWeight(StoredWeight):
         out = jax.ShapeDtypeStruct((ids_T.size, self.shape[1]), jnp.float32)
         call = jax.ffi.ffi_call(native.target("jaxserve_blocks_rows"), out)
         rows_TI = call(ids_T.astype(jnp.int32).reshape(-1), *self._operands(None)[:2], outputs=np.int64(self.shape[0]))
-        return rows_TI.reshape(*ids_T.shape, -1)
+        return self._in_place(rows_TI).reshape(*ids_T.shape, -1)
+
+    def _in_place(self, array_RI: jax.Array) -> jax.Array:
+        """Rows of values in the inputs' own order."""
+        return array_RI if self.order_I is None else array_RI[:, jnp.argsort(self.order_I)]
 
     def _plain_rows(self, ids_T: jax.Array) -> jax.Array:
         return jnp.take(self.dequantize(), ids_T, axis=0, mode="fill", fill_value=0)
@@ -232,7 +247,7 @@ class BlockWeight(StoredWeight):
                     bytes_GN = lax.slice(self.bytes_N, (begin,), (end,)).reshape(groups, of * size)
                     parts.append(_dense_groups(bytes_GN, of, stretch.form, I))
                     begin = end
-        dense_OI = jnp.concatenate(parts)[:O] if len(parts) > 1 else parts[0][:O]
+        dense_OI = self._in_place(jnp.concatenate(parts)[:O] if len(parts) > 1 else parts[0][:O])
         return (rotate(dense_OI) if self.rotated else dense_OI).astype(dtype)
 
     def _operands(self, bias_O: jax.Array | None) -> tuple[jax.Array, ...]:

@@ -11,7 +11,7 @@ from ops.linear.weights.blocks import BlockWeight, Form, Stretch
 from ops.linear.weights.int8 import Int8Weight, PackedInt8Weight
 
 DENSE = "dense"
-_KINDS: dict[str, type[Any]] = {"int8": Int8Weight, "packed int8": PackedInt8Weight, "blocks": BlockWeight}
+KINDS: dict[str, type[Any]] = {"int8": Int8Weight, "packed int8": PackedInt8Weight, "blocks": BlockWeight}
 
 
 def to_plain(weight: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -22,7 +22,7 @@ def to_plain(weight: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """
     if not isinstance(weight, StoredWeight):
         return DENSE, {"values": weight}, {}
-    for kind, known in _KINDS.items():
+    for kind, known in KINDS.items():
         if type(weight) is known:
             fields: dict[str, Any] = {field.name: getattr(weight, field.name) for field in dataclasses.fields(known)}
             arrays = {name: value for name, value in fields.items() if hasattr(value, "nbytes")}
@@ -48,4 +48,4 @@ def from_plain(kind: str, arrays: Mapping[str, Any], meta: Mapping[str, Any]) ->
         fields["stretches"] = tuple(
             Stretch(Form(**stretch["form"]), stretch["panels"], stretch["offset"]) for stretch in fields["stretches"]
         )
-    return _KINDS[kind](**arrays, **fields)
+    return KINDS[kind](**arrays, **fields)

@@ -35,7 +35,7 @@ enum class Activation : int64_t { kNone = 0, kSilu = 1, kGeluTanh = 2, kRelu = 3
 struct Form {
   int32_t bits;    // 4, 6 or 8: room of a value, which is unsigned
   Table table;     // what 4-bit values are entries of
-  int32_t zero;    // taken off each value (after the table)
+  int32_t zero;    // taken off each value (after the table); 0 or a power of two
   int32_t block;   // inputs a scale: 16 to 512, a power of two, or a multiple of 512
   Scale scale;
   Scale offset;    // kNestedU8 is subtracted; kZeroPoint (a byte) means -scale * byte
@@ -62,11 +62,16 @@ inline int64_t scale_bytes(Scale kind) {
 
 inline bool nested(Scale kind) { return kind == Scale::kNestedU8 || kind == Scale::kNestedS8; }
 
+// Which of a chunk's blocks an input is in, as a shift.
+inline int block_shift(const Form& form) { return form.block >= kChunk ? 9 : __builtin_ctz(static_cast<uint32_t>(form.block)); }
+static_assert(int64_t{1} << 9 == kChunk);
+
 // Where the parts of a panel's head begin in a chunk of `inputs` (whole steps, at most kChunk), and how long head and values are.
 struct Parts {
   int64_t offsets, nested_scales, nested_offsets, head, lines;
   Parts(const Form& form, int64_t inputs) {
-    const int64_t blocks = ceil_div(inputs, form.block), nests = ceil_div(inputs, kNest);
+    // A block is a power of two or holds the whole chunk: divisions would be asked for more often than they are fast.
+    const int64_t blocks = ((inputs - 1) >> block_shift(form)) + 1, nests = ceil_div(inputs, kNest);
     offsets = blocks * kPanel * scale_bytes(form.scale);
     nested_scales = offsets + blocks * kPanel * scale_bytes(form.offset);
     nested_offsets = nested_scales + (nested(form.scale) ? nests * kPanel * 2 : 0);
@@ -83,18 +88,24 @@ inline int64_t panel_bytes(const Form& form, int64_t inputs) {
   return chunk_at(form, all) + (rest == 0 ? 0 : Parts(form, rest).bytes());
 }
 
-// Rounded rows. Everything about a row lies in one stretch of `stride` bytes: int8 [inputs], then float scale [steps], float
-// scale * sum [steps], int32 sums of 16 inputs [2 steps].
+// 32 inputs of a rounded row and all that is known of them, side by side: kernels then need one pointer a row.
+struct Step {
+  int8_t value[kStep];
+  float scale, scaled_sum;  // the latter: scale * the sum of all values
+  int32_t minus_sum[2];     // of 16 values each
+};
+static_assert(sizeof(Step) == 48);
+
+// Rounded rows, `stride` bytes each.
 struct Rows {
   uint8_t* data;
   int64_t steps, stride;
   Rows() : data(nullptr), steps(0), stride(0) {}
   Rows(uint8_t* to, int64_t inputs) : data(to), steps(ceil_div(inputs, kStep)), stride(row_bytes(inputs)) {}
-  static int64_t row_bytes(int64_t inputs) { return ceil_div(ceil_div(inputs, kStep) * (kStep + 16), 64) * 64; }
-  int8_t* values(int64_t row) const { return reinterpret_cast<int8_t*>(data + row * stride); }
-  float* scale(int64_t row) const { return reinterpret_cast<float*>(data + row * stride + steps * kStep); }
-  float* scaled_sum(int64_t row) const { return scale(row) + steps; }
-  int32_t* sum(int64_t row) const { return reinterpret_cast<int32_t*>(scale(row) + 2 * steps); }
+  static int64_t row_bytes(int64_t inputs) {
+    return ceil_div(ceil_div(inputs, kStep) * static_cast<int64_t>(sizeof(Step)), 64) * 64;
+  }
+  Step* row(int64_t index) const { return reinterpret_cast<Step*>(data + index * stride); }
 };
 
 // Rounds rows of x (float32, `width` wide): x, or x / rms(x) * gain where gain is given; times a Hadamard matrix of 64 first
@@ -129,6 +140,7 @@ struct Tile {
   const float* residual[2 * kPanels];  // first row's, added to the result, or null
   int64_t out_stride;                  // floats; also the residual's
   Activation activation;
+  bool last;                           // what lies behind its runs is another thread's
 };
 
 // A chunk of inputs of up to four neighbouring panels.
@@ -140,6 +152,7 @@ struct Chunk {
   int64_t ahead;                   // bytes from a line to the same one of the next chunk
   const float* scale[kPanels];
   const float* offset[kPanels];    // or null
+  const uint8_t* head[kPanels];    // where scales are stored, and not widened: for kernels that do so themselves
 };
 
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it to a float rounds it to an integer

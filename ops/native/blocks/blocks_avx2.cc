@@ -80,6 +80,8 @@ int most(int64_t) { return 2; }
 
 constexpr bool kStored = false;
 
+bool widens(const Form&) { return false; }
+
 // The sums of four inputs' products in each of eight channels.
 template <bool WIDE>
 AT FORCE_INLINE __m256i four(__m256i value, int32_t activations) {
@@ -105,8 +107,8 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
       __m256i product[MR][2];
       UNROLL
       for (int i = 0; i < MR; ++i) {
-        const int32_t* sum = t.a.sum(t.first_row + row + i) + 2 * (chunk.first_step + step);
-        const __m256i start = _mm256_set1_epi32(-zero * (PARTS == 1 ? sum[0] + sum[1] : sum[part]));
+        const int32_t* sum = t.a.row(t.first_row + row + i)[chunk.first_step + step].minus_sum;
+        const __m256i start = _mm256_set1_epi32(zero * (PARTS == 1 ? sum[0] + sum[1] : sum[part]));
         product[i][0] = product[i][1] = start;
       }
       for (int quad = 0; quad < 8 / PARTS; ++quad, w += 64) {
@@ -115,8 +117,8 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
         UNROLL
         for (int i = 0; i < MR; ++i) {
           int32_t activations;
-          const int8_t* a = t.a.values(t.first_row + row + i) + (chunk.first_step + step) * kStep + part * 16 + quad * 4;
-          std::memcpy(&activations, a, 4);
+          const Step& a = t.a.row(t.first_row + row + i)[chunk.first_step + step];
+          std::memcpy(&activations, a.value + part * 16 + quad * 4, 4);
           product[i][0] = _mm256_add_epi32(product[i][0], four<WIDE>(low, activations));
           product[i][1] = _mm256_add_epi32(product[i][1], four<WIDE>(high, activations));
         }
@@ -133,15 +135,15 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
     }
     UNROLL
     for (int i = 0; i < MR; ++i) {
-      const int64_t at = t.first_row + row + i;
-      const __m256 scale = _mm256_set1_ps(t.a.scale(at)[chunk.first_step + step]);
+      const Step& a = t.a.row(t.first_row + row + i)[chunk.first_step + step];
+      const __m256 scale = _mm256_set1_ps(a.scale);
       UNROLL
       for (int h = 0; h < 2; ++h) {
         float* total = sums + i * t.panels * kPanel + 8 * h;
         __m256 value = _mm256_fmadd_ps(scaled[i][h], scale, _mm256_loadu_ps(total));
         if (chunk.offset[panel] != nullptr) {
           const __m256 offset = _mm256_loadu_ps(chunk.offset[panel] + step * kPanel + 8 * h);
-          value = _mm256_fmadd_ps(offset, _mm256_set1_ps(t.a.scaled_sum(at)[chunk.first_step + step]), value);
+          value = _mm256_fmadd_ps(offset, _mm256_set1_ps(a.scaled_sum), value);
         }
         _mm256_storeu_ps(total, value);
       }

@@ -69,12 +69,12 @@ int most(int64_t) { return 2; }
 
 constexpr bool kStored = false;
 
+bool widens(const Form&) { return false; }
+
 void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
   const int period = chunk.form->block < kStep ? 16 : kStep, parts = kStep / period;
   for (int64_t row = 0; row < t.rows; ++row) {
-    const int64_t at = t.first_row + row;
-    const int8_t* a = t.a.values(at) + chunk.first_step * kStep;
-    const int32_t* sum = t.a.sum(at) + 2 * chunk.first_step;
+    const Step* a = t.a.row(t.first_row + row) + chunk.first_step;
     for (int p = 0; p < panels; ++p) {
       float* total = sums + (row * t.panels + p) * kPanel;
       for (int64_t step = 0; step < chunk.steps; ++step) {
@@ -82,17 +82,17 @@ void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
           float scaled = 0.0f;
           for (int part = 0; part < parts; ++part) {
             int32_t product = 0;
-            for (int64_t i = step * kStep + part * period; i < step * kStep + (part + 1) * period; ++i) {
-              product += int32_t{chunk.values[p][(i / 4 * kPanel + c) * 4 + i % 4]} * a[i];
+            for (int64_t i = part * period; i < (part + 1) * period; ++i) {
+              product += int32_t{chunk.values[p][((step * kStep + i) / 4 * kPanel + c) * 4 + i % 4]} * a[step].value[i];
             }
-            int32_t added = sum[2 * step + part];
-            if (parts == 1) added += sum[2 * step + 1];
-            product -= chunk.form->zero * added;
+            int32_t added = a[step].minus_sum[part];
+            if (parts == 1) added += a[step].minus_sum[1];
+            product += chunk.form->zero * added;
             scaled += static_cast<float>(product) * chunk.scale[p][(step * parts + part) * kPanel + c];
           }
-          total[c] += scaled * t.a.scale(at)[chunk.first_step + step];
+          total[c] += scaled * a[step].scale;
           if (chunk.offset[p] != nullptr) {
-            total[c] += chunk.offset[p][step * kPanel + c] * t.a.scaled_sum(at)[chunk.first_step + step];
+            total[c] += chunk.offset[p][step * kPanel + c] * a[step].scaled_sum;
           }
         }
       }

@@ -31,19 +31,19 @@ void add_rounding(Phases& phases, const Rounding& r, int64_t begin, int64_t rows
 }
 
 // How a product's tiles are dealt out: a block of rows, and tiles of neighbouring channels one behind the other, so that memory is
-// read from front to back. Few rows wait for it, and take several tiles at once.
+// read from front to back. Several are taken at once, as what is fetched ahead is of use to the thread that fetches it.
 struct Deal {
   int64_t columns, row_blocks, together;  // tiles of one block of rows; blocks; tiles that a chunk has at most
   Deal(int64_t tiles, int64_t rows) : columns(tiles), row_blocks(ceil_div(rows, kRowBlock)) {
-    together = rows > 2 ? 1 : std::clamp<int64_t>(tiles / 16, 1, 8);
+    together = rows > kRowBlock ? 1 : std::clamp<int64_t>(tiles / (rows > 2 ? 32 : 16), 1, 8);
   }
   int64_t runs() const { return ceil_div(columns, together); }
   int64_t chunks() const { return row_blocks * runs(); }
-  // fn(first row of the block, tile) for all tiles of a chunk.
+  // fn(first row of the block, tile, whether it is the last) for all tiles of a chunk.
   template <typename F>
   void each(int64_t chunk, F fn) const {
-    const int64_t begin = chunk % runs() * together;
-    for (int64_t tile = begin; tile < std::min(begin + together, columns); ++tile) fn(chunk / runs() * kRowBlock, tile);
+    const int64_t begin = chunk % runs() * together, end = std::min(begin + together, columns);
+    for (int64_t tile = begin; tile < end; ++tile) fn(chunk / runs() * kRowBlock, tile, tile + 1 == end);
   }
 };
 
@@ -52,7 +52,7 @@ void add_product(Phases& phases, const Rows& a, const Weight& w, const float* bi
                  const float* residual) {
   const Deal deal(static_cast<int64_t>(w.groups.size()), rows);
   phases.add(in_rehearsal(deal.chunks()), [=, &w, &k = kernels()](int64_t chunk, int) {
-    deal.each(chunk, [&](int64_t first, int64_t tile) {
+    deal.each(chunk, [&](int64_t first, int64_t tile, bool last) {
       const int64_t panel = w.groups[tile];
       Tile t{};
       t.a = a;
@@ -60,6 +60,7 @@ void add_product(Phases& phases, const Rows& a, const Weight& w, const float* bi
       t.rows = std::min(rows - first, kRowBlock);
       t.inputs = w.inputs;
       t.out_stride = w.outputs;
+      t.last = last;
       w.place(t, panel, kPanels, bias);
       for (int p = 0; p < t.panels; ++p) {
         const int64_t at = first * w.outputs + (panel + p) * kPanel;
@@ -87,7 +88,7 @@ void add_gated(Phases& phases, const Rows& a, const Weight& w, const float* bias
   }
   const Deal deal(static_cast<int64_t>(pairs.size()), rows);
   phases.add(in_rehearsal(deal.chunks()), [=, &w, &k = kernels()](int64_t chunk, int) {
-    deal.each(chunk, [&](int64_t first, int64_t tile) {
+    deal.each(chunk, [&](int64_t first, int64_t tile, bool last) {
       const auto [panel, count] = pairs[tile];
       Tile t{};
       t.a = a;
@@ -95,6 +96,7 @@ void add_gated(Phases& phases, const Rows& a, const Weight& w, const float* bias
       t.rows = std::min(rows - first, kRowBlock);
       t.inputs = w.inputs;
       t.out_stride = width;
+      t.last = last;
       t.activation = activation;
       w.place(t, panel, count, bias);
       w.place(t, half + panel, count, bias);

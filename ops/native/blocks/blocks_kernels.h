@@ -5,16 +5,17 @@
 //   most(rows)                           panels that it takes at once: 4, or 1 and 2
 //   Sixteen                              16 floats, and `same`, `times`, `put`, and what reads 16 scales of each type
 //   look_up(table[16], values, count)    each value replaced by its entry
+//   widens(form)                         whether `multiply` widens scales itself
 //   multiply(tile, chunk, panels, sums)  adds a chunk's products of some panels to sums [rows][tile.panels][16]
 
 // The scales of a chunk of `inputs`, one for every `period` of them, as float32 [inputs / period][16], times `unit`.
 template <Scale KIND>
-AT static void widen_scales(const uint8_t* part, const uint8_t* nest, int64_t block, int64_t inputs, int64_t period,
+AT static void widen_scales(const uint8_t* part, const uint8_t* nest, int shift, int64_t inputs, int64_t period,
                             float unit, float* out) {
   const Sixteen one = same(unit);
   Sixteen factor = one;
   for (int64_t input = 0; input < inputs; input += period, out += kPanel) {
-    const int64_t index = input / block * kPanel;
+    const int64_t index = (input >> shift) * kPanel;
     Sixteen value;
     if constexpr (KIND == Scale::kFloat32) value = floats(part + index * 4);
     else if constexpr (KIND == Scale::kFloat16) value = halves(part + index * 2);
@@ -29,29 +30,30 @@ AT static void widen_scales(const uint8_t* part, const uint8_t* nest, int64_t bl
   }
 }
 
-AT static void widen_scales(Scale kind, const uint8_t* part, const uint8_t* nest, int64_t block, int64_t inputs,
+AT static void widen_scales(Scale kind, const uint8_t* part, const uint8_t* nest, int shift, int64_t inputs,
                             int64_t period, float unit, float* out) {
   switch (kind) {
-    case Scale::kFloat32: return widen_scales<Scale::kFloat32>(part, nest, block, inputs, period, unit, out);
-    case Scale::kFloat16: return widen_scales<Scale::kFloat16>(part, nest, block, inputs, period, unit, out);
-    case Scale::kBfloat16: return widen_scales<Scale::kBfloat16>(part, nest, block, inputs, period, unit, out);
-    case Scale::kPower: return widen_scales<Scale::kPower>(part, nest, block, inputs, period, unit, out);
-    case Scale::kNestedU8: return widen_scales<Scale::kNestedU8>(part, nest, block, inputs, period, unit, out);
-    case Scale::kNestedS8: return widen_scales<Scale::kNestedS8>(part, nest, block, inputs, period, unit, out);
-    case Scale::kZeroPoint: return widen_scales<Scale::kZeroPoint>(part, nest, block, inputs, period, unit, out);
+    case Scale::kFloat32: return widen_scales<Scale::kFloat32>(part, nest, shift, inputs, period, unit, out);
+    case Scale::kFloat16: return widen_scales<Scale::kFloat16>(part, nest, shift, inputs, period, unit, out);
+    case Scale::kBfloat16: return widen_scales<Scale::kBfloat16>(part, nest, shift, inputs, period, unit, out);
+    case Scale::kPower: return widen_scales<Scale::kPower>(part, nest, shift, inputs, period, unit, out);
+    case Scale::kNestedU8: return widen_scales<Scale::kNestedU8>(part, nest, shift, inputs, period, unit, out);
+    case Scale::kNestedS8: return widen_scales<Scale::kNestedS8>(part, nest, shift, inputs, period, unit, out);
+    case Scale::kZeroPoint: return widen_scales<Scale::kZeroPoint>(part, nest, shift, inputs, period, unit, out);
     case Scale::kNone: return;
   }
 }
 
 // A chunk's scales and offsets: scale [inputs / period][16], where `period` is 16 or 32, offset [inputs / 32][16].
-AT static void decode_scales(const uint8_t* head, const Form& form, int64_t inputs, float* scale, float* offset) {
-  const Parts at(form, inputs);
+AT static void decode_scales(const uint8_t* head, const Form& form, const Parts& at, int64_t inputs, float* scale,
+                             float* offset) {
+  const int shift = block_shift(form);
   const int64_t period = form.block < kStep ? form.block : kStep;
   const float unit = form.power == 0 ? 1.0f : std::ldexp(1.0f, form.power);
-  widen_scales(form.scale, head, head + at.nested_scales, form.block, inputs, period, unit, scale);
+  widen_scales(form.scale, head, head + at.nested_scales, shift, inputs, period, unit, scale);
   if (form.offset == Scale::kNone) return;
   const float sign = form.offset == Scale::kNestedU8 || form.offset == Scale::kZeroPoint ? -1.0f : 1.0f;
-  widen_scales(form.offset, head + at.offsets, head + at.nested_offsets, form.block, inputs, kStep, sign, offset);
+  widen_scales(form.offset, head + at.offsets, head + at.nested_offsets, shift, inputs, kStep, sign, offset);
   if (form.offset != Scale::kZeroPoint) return;
   for (int64_t i = 0; i < inputs / kStep; ++i) {
     for (int c = 0; c < kPanel; ++c) offset[i * kPanel + c] *= scale[i * (kStep / period) * kPanel + c];
@@ -93,7 +95,7 @@ AT static void channel(const Run& run, int64_t inputs, int which, float* out) {
     const int64_t count = std::min(kChunk, all - first);
     const Parts parts(form, count);
     const uint8_t* chunk = run.group + run.of * chunk_at(form, first);
-    decode_scales(chunk + run.first * parts.head, form, count, scale, offset);
+    decode_scales(chunk + run.first * parts.head, form, parts, count, scale, offset);
     unpack_values(chunk + run.of * parts.head + run.first * kLine, run.of * kLine, form, count, values);
     for (int64_t i = 0; i < count; ++i) {
       const int value = values[(i / 4 * kPanel + which) * 4 + i % 4] - form.zero;
@@ -103,12 +105,9 @@ AT static void channel(const Run& run, int64_t inputs, int which, float* out) {
   }
 }
 
-AT static void round_row(const Rounding& r, int64_t row) {
+AT [[maybe_unused]] static void round_row(const Rounding& r, int64_t row) {
   const float* x = r.x + row * r.width;
-  int8_t* data = r.to.values(row);
-  float* scale = r.to.scale(row);
-  float* scaled_sum = r.to.scaled_sum(row);
-  int32_t* sum = r.to.sum(row);
+  Step* to = r.to.row(row);
   float squares[kPanel] = {};
   const int64_t steps = r.to.steps;
   for (int64_t begin = 0; begin < steps; begin += 2) {
@@ -132,7 +131,7 @@ AT static void round_row(const Rounding& r, int64_t row) {
       float peak = 0.0f;
       for (int j = 0; j < kPanel; ++j) peak = std::max(peak, peaks[j]);
       const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
-      const int64_t step = begin + half;
+      Step& step = to[begin + half];
       int32_t total = 0;
       for (int quarter = 0; quarter < 2; ++quarter) {
         int32_t rounded[kPanel], part_sum = 0;
@@ -141,12 +140,12 @@ AT static void round_row(const Rounding& r, int64_t row) {
           rounded[j] = static_cast<int32_t>((part[quarter * kPanel + j] * inverse + kMagic) - kMagic);
         }
         for (int j = 0; j < kPanel; ++j) part_sum += rounded[j];
-        for (int j = 0; j < kPanel; ++j) data[step * kStep + quarter * kPanel + j] = static_cast<int8_t>(rounded[j]);
-        sum[2 * step + quarter] = part_sum;
+        for (int j = 0; j < kPanel; ++j) step.value[quarter * kPanel + j] = static_cast<int8_t>(rounded[j]);
+        step.minus_sum[quarter] = -part_sum;
         total += part_sum;
       }
-      scale[step] = peak / 127.0f * (r.rotated ? int8::kRotation : 1.0f);
-      scaled_sum[step] = static_cast<float>(total);
+      step.scale = peak / 127.0f * (r.rotated ? int8::kRotation : 1.0f);
+      step.scaled_sum = static_cast<float>(total);
     }
   }
   float norm = 1.0f;
@@ -156,9 +155,18 @@ AT static void round_row(const Rounding& r, int64_t row) {
     for (int j = 0; j < kPanel; ++j) all += squares[j];
     norm = 1.0f / std::sqrt(all / static_cast<float>(r.width) + r.eps);
   }
-  for (int64_t step = 0; step < steps; ++step) {
-    scale[step] *= norm;
-    scaled_sum[step] *= scale[step];
+  for (int64_t i = 0; i < steps; ++i) {
+    to[i].scale *= norm;
+    to[i].scaled_sum *= to[i].scale;
+  }
+}
+
+// to = a + b for the channels that exist: mostly all, in a loop whose length the compiler knows.
+AT static FORCE_INLINE void add(const float* a, const float* b, int count, float* to) {
+  if (count == kPanel) {
+    for (int c = 0; c < kPanel; ++c) to[c] = a[c] + b[c];
+  } else {
+    for (int c = 0; c < count; ++c) to[c] = a[c] + b[c];
   }
 }
 
@@ -167,8 +175,7 @@ AT static void finish(const Tile& t, float* sums) {
   const int half = t.activation == Activation::kNone ? t.panels : t.panels / 2;
   for (int64_t row = 0; row < t.rows; ++row, sums += t.panels * kPanel) {
     for (int p = 0; p < t.panels; ++p) {
-      if (t.bias[p] == nullptr) continue;
-      for (int c = 0; c < t.valid[p]; ++c) sums[p * kPanel + c] += t.bias[p][c];
+      if (t.bias[p] != nullptr) add(sums + p * kPanel, t.bias[p], t.valid[p], sums + p * kPanel);
     }
     for (int p = 0; p < half; ++p) {
       float* value = sums + p * kPanel;
@@ -177,22 +184,22 @@ AT static void finish(const Tile& t, float* sums) {
         for (int c = 0; c < kPanel; ++c) value[c] *= value[half * kPanel + c];
       }
       float* out = t.out[p] + row * t.out_stride;
-      if (t.residual[p] == nullptr) {
-        for (int c = 0; c < t.valid[p]; ++c) out[c] = value[c];
+      if (t.residual[p] != nullptr) {
+        add(value, t.residual[p] + row * t.out_stride, t.valid[p], out);
       } else {
-        const float* residual = t.residual[p] + row * t.out_stride;
-        for (int c = 0; c < t.valid[p]; ++c) out[c] = value[c] + residual[c];
+        std::memcpy(out, value, t.valid[p] * sizeof(float));
       }
     }
   }
 }
 
-// Up to four panels of a run: chunk by chunk, scales first.
-AT static void panels(const Tile& t, const Run& run, int first, int together, float* sums) {
+// All panels of a run: chunk by chunk, so that memory is read from front to back, and of a chunk some panels after the others.
+AT static void panels(const Tile& t, const Run& run, float* sums) {
   alignas(64) uint8_t values[kStored ? 64 : 2 * kChunk * kPanel];
   alignas(64) float scale[kPanels][kChunk], offset[kPanels][kChunk / 2];
   const Form& form = *run.form;
   const int64_t all = padded(t.inputs);
+  const bool inside = widens(form);
   Chunk c{};
   c.form = &form;
   c.line = kStored ? run.of * kLine : kLine;
@@ -200,39 +207,35 @@ AT static void panels(const Tile& t, const Run& run, int first, int together, fl
     const int64_t count = std::min(kChunk, all - input);
     const Parts parts(form, count);
     const uint8_t* chunk = run.group + run.of * chunk_at(form, input);
-    const uint8_t* head = chunk + (run.first + first) * parts.head;
-    const uint8_t* lines = chunk + run.of * parts.head + (run.first + first) * kLine;
+    const uint8_t* heads = chunk + run.first * parts.head;
     // All of the heads at once: a miss at a time would stop the products, and jumps back upset the hardware's own fetching.
-    for (int64_t at = 0; at < together * parts.head; at += kLine) __builtin_prefetch(head + at);
+    for (int64_t at = 0; at < run.panels * parts.head; at += kLine) __builtin_prefetch(heads + at);
     c.first_step = input / kStep;
     c.steps = count / kStep;
-    c.ahead = run.of * parts.bytes();
-    for (int64_t at = 0; most(t.rows) < kPanels && at < together * parts.head; at += kLine) {
-      __builtin_prefetch(head + c.ahead + at, 0, 2);
+    c.ahead = t.last && input + kChunk >= all ? 0 : run.of * parts.bytes();
+    for (int64_t at = 0; most(t.rows) < kPanels && at < run.panels * parts.head; at += kLine) {
+      __builtin_prefetch(heads + c.ahead + at, 0, 2);
     }
-    for (int j = 0; j < together; ++j) {
-      decode_scales(head + j * parts.head, form, count, scale[j], offset[j]);
-      c.scale[j] = scale[j];
-      c.offset[j] = form.offset == Scale::kNone ? nullptr : offset[j];
-      c.values[j] = kStored ? lines + j * kLine : values + j * kChunk * kPanel;
-      if (!kStored) unpack_values(lines + j * kLine, run.of * kLine, form, count, values + j * kChunk * kPanel);
+    for (int p = 0, together; p < run.panels; p += together) {
+      const int left = run.panels - p;
+      together = left >= kPanels && most(t.rows) == kPanels ? kPanels : std::min(left, 2);
+      for (int j = 0; j < together; ++j) {
+        const uint8_t* lines = chunk + run.of * parts.head + (run.first + p + j) * kLine;
+        c.head[j] = heads + (p + j) * parts.head;
+        if (!inside) decode_scales(c.head[j], form, parts, count, scale[j], offset[j]);
+        c.scale[j] = scale[j];
+        c.offset[j] = form.offset == Scale::kNone ? nullptr : offset[j];
+        c.values[j] = kStored ? lines : values + j * kChunk * kPanel;
+        if (!kStored) unpack_values(lines, run.of * kLine, form, count, values + j * kChunk * kPanel);
+      }
+      multiply(t, c, together, sums + p * kPanel);
     }
-    multiply(t, c, together, sums);
   }
 }
 
 AT static void tile(const Tile& t) {
   float* sums = static_cast<float*>(scratch(6, t.rows * t.panels * kPanel * sizeof(float)));
   std::memset(sums, 0, t.rows * t.panels * kPanel * sizeof(float));
-  float* to = sums;
-  for (int r = 0; r < t.runs; ++r) {
-    const Run& run = t.run[r];
-    for (int p = 0; p < run.panels;) {
-      const int left = run.panels - p, together = left >= kPanels && most(t.rows) == kPanels ? kPanels : std::min(left, 2);
-      panels(t, run, p, together, to);
-      p += together;
-      to += together * kPanel;
-    }
-  }
+  for (int r = 0, at = 0; r < t.runs; at += t.run[r++].panels) panels(t, t.run[r], sums + at * kPanel);
   finish(t, sums);
 }

@@ -1,6 +1,7 @@
 // AVX-512 with VNNI: unsigned values times signed activations, which are broadcast from memory. Values are multiplied as they are
 // stored, two dot products from one load of four bits: taking bits apart fills ports that dot products leave free. One or two rows,
-// which wait for memory, take four panels at once; more of them six rows x two panels of integer and of float sums in registers.
+// which wait for memory, take four panels at once;
+// more of them five or six rows x two panels, or eight x one, of integer and of float sums in registers.
 
 #include <algorithm>
 #include <cmath>
@@ -107,49 +108,100 @@ struct Reader<6, false, UPPER> {
   }
 };
 
-// MR rows x NP panels of one chunk. PARTS: scales of 16 inputs (2) or 32 (1) a step. The first rows of many ask for the next chunk's
-// lines, into the second cache: their stream stands still for longer than the hardware looks ahead. Four panels are a stream that
-// the hardware fetches as fast as memory gives it, and prefetches would be in its way.
-template <int BITS, bool TABLE, int PARTS, int MR, int NP>
-AT void rows(const Tile& t, const Chunk& chunk, int64_t row, float* sums) {
+// Scales and offsets of a chunk, widened before.
+template <int NP>
+struct Widened {
+  const float* scales[NP];
+  const float* offsets[NP];
+  Widened(const Chunk& chunk, int panel) {
+    for (int j = 0; j < NP; ++j) scales[j] = chunk.scale[panel + j], offsets[j] = chunk.offset[panel + j];
+  }
+  bool has_offsets() const { return offsets[0] != nullptr; }
+  AT FORCE_INLINE void nest(int64_t) {}
+  AT FORCE_INLINE __m512 scale(int j, int64_t index) const { return _mm512_load_ps(scales[j] + index * kPanel); }
+  AT FORCE_INLINE __m512 offset(int j, int64_t step) const { return _mm512_load_ps(offsets[j] + step * kPanel); }
+};
+
+// Nested ones as they are stored: widened beside the products, by units that dot products leave free. A pass of its own over a
+// chunk's heads takes a tenth of eight rows' time; with few rows it reads nothing meanwhile, and the hardware stops fetching ahead.
+template <Scale SCALE, bool OFFSETS, int NP>
+struct Nested {
+  const uint8_t* heads[NP];
+  int64_t offsets, nested_scales, nested_offsets;
+  __m512 factor[NP], off[NP];
+  AT Nested(const Chunk& chunk, int panel) {
+    const Parts parts(*chunk.form, chunk.steps * kStep);
+    offsets = parts.offsets, nested_scales = parts.nested_scales, nested_offsets = parts.nested_offsets;
+    for (int j = 0; j < NP; ++j) heads[j] = chunk.head[panel + j];
+  }
+  static constexpr bool has_offsets() { return OFFSETS; }
+  AT FORCE_INLINE void nest(int64_t index) {
+    UNROLL
+    for (int j = 0; j < NP; ++j) {
+      factor[j] = halves(heads[j] + nested_scales + index * kPanel * 2);
+      if (OFFSETS) off[j] = _mm512_mul_ps(halves(heads[j] + nested_offsets + index * kPanel * 2), _mm512_set1_ps(-1.0f));
+    }
+  }
+  AT FORCE_INLINE __m512 scale(int j, int64_t index) const {
+    const uint8_t* from = heads[j] + index * kPanel;
+    return _mm512_mul_ps(SCALE == Scale::kNestedS8 ? signed_bytes(from) : bytes(from), factor[j]);
+  }
+  AT FORCE_INLINE __m512 offset(int j, int64_t step) const {
+    return _mm512_mul_ps(bytes(heads[j] + offsets + step * kPanel), off[j]);
+  }
+};
+
+// Whether there is a `Nested` for it.
+bool widens(const Form& form) {
+  return form.table == Table::kNone && form.power == 0 &&
+         ((form.bits == 4 && form.block == kStep && form.scale == Scale::kNestedU8 && form.offset == Scale::kNestedU8) ||
+          (form.bits == 6 && form.block == 16 && form.scale == Scale::kNestedS8 && form.offset == Scale::kNone));
+}
+
+// MR rows x NP panels of one chunk, from a panel on. PARTS: scales of 16 inputs (2) or 32 (1) a step. The first rows of many ask for
+// the next chunk's lines, into the second cache: their stream stands still for longer than the hardware looks ahead. Four panels
+// are a stream that the hardware fetches as fast as memory gives it, and prefetches would be in its way.
+template <typename K, int MR, int NP>
+AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* sums) {
+  constexpr int BITS = K::kBits, PARTS = K::kParts;
+  constexpr bool TABLE = K::kTable;
   constexpr bool kUpper = BITS == 4 && !TABLE && MR == 1;  // upper halves have sums of their own, 16 times too large
   using Read = Reader<BITS, TABLE, kUpper>;
   constexpr int kLoads = kStep / 4 / Read::kQuads / PARTS;
-  const int64_t at = t.first_row + row, stride = t.a.stride, line = chunk.line;
-  const int8_t* a = t.a.values(at) + chunk.first_step * kStep;
-  const float* row_scale = t.a.scale(at) + chunk.first_step;
-  const float* row_sum = t.a.scaled_sum(at) + chunk.first_step;
-  const int32_t* part_sum = t.a.sum(at) + 2 * chunk.first_step;
-  const auto of_row = [stride](auto* p, int i) {
-    return reinterpret_cast<decltype(p)>(reinterpret_cast<const uint8_t*>(p) + i * stride);
-  };
+  const int64_t line = chunk.line, ahead = row == 0 ? chunk.ahead : 0;
   const int zero = chunk.form->zero;
-  const bool offsets = chunk.offset[0] != nullptr;
-  const int64_t ahead = row == 0 ? chunk.ahead : 0;
+  const __m128i times_zero = _mm_cvtsi32_si128(zero == 0 ? 0 : __builtin_ctz(static_cast<uint32_t>(zero)));
+  typename K::template Scales<NP> scales(chunk, panel);
+  const bool offsets = scales.has_offsets();
   __m512i table = _mm512_setzero_si512();
   if (TABLE) {
     alignas(16) uint8_t entries[16];
     for (int i = 0; i < 16; ++i) entries[i] = entry(*chunk.form, i);
     table = four_times(entries);
   }
-  const uint8_t* w[NP];
+  const uint8_t* w = chunk.values[panel];
+  const Step* a[MR];
   __m512 total[MR][NP];
   UNROLL
-  for (int j = 0; j < NP; ++j) {
-    w[j] = chunk.values[j];
+  for (int i = 0; i < MR; ++i) {
+    a[i] = t.a.row(t.first_row + row + i) + chunk.first_step;
     UNROLL
-    for (int i = 0; i < MR; ++i) total[i][j] = _mm512_loadu_ps(sums + (i * t.panels + j) * kPanel);
+    for (int j = 0; j < NP; ++j) total[i][j] = _mm512_loadu_ps(sums + (i * t.panels + j) * kPanel);
   }
   for (int64_t step = 0; step < chunk.steps; ++step) {
+    if (step % (kNest / kStep) == 0) scales.nest(step / (kNest / kStep));
     __m512 scaled[MR][NP];
     UNROLL
     for (int part = 0; part < PARTS; ++part) {
       __m512i product[MR][NP], upper[NP];
       UNROLL
       for (int i = 0; i < MR; ++i) {
-        int32_t added = of_row(part_sum, i)[2 * step + part];
-        if (PARTS == 1) added += of_row(part_sum, i)[2 * step + 1];
-        const __m512i start = _mm512_set1_epi32(-zero * added);
+        __m512i start = _mm512_setzero_si512();
+        if (zero != 0) {
+          start = _mm512_set1_epi32(a[i][step].minus_sum[part]);
+          if (PARTS == 1) start = _mm512_add_epi32(start, _mm512_set1_epi32(a[i][step].minus_sum[1]));
+          start = _mm512_sll_epi32(start, times_zero);
+        }
         UNROLL
         for (int j = 0; j < NP; ++j) product[i][j] = start;
       }
@@ -161,16 +213,16 @@ AT void rows(const Tile& t, const Chunk& chunk, int64_t row, float* sums) {
         UNROLL
         for (int j = 0; j < NP; ++j) {
           UNROLL
-          for (int l = 0; NP < kPanels && l < Read::kLines; ++l) __builtin_prefetch(w[j] + l * line + ahead, 0, 2);
-          Read::load(w[j], line, table, value[j]);
-          w[j] += Read::kLines * line;
+          for (int l = 0; NP < kPanels && l < Read::kLines; ++l) __builtin_prefetch(w + j * kLine + l * line + ahead, 0, 2);
+          Read::load(w + j * kLine, line, table, value[j]);
         }
+        w += Read::kLines * line;
         UNROLL
         for (int quad = 0; quad < Read::kQuads; ++quad) {
           UNROLL
           for (int i = 0; i < MR; ++i) {
             int32_t four;
-            std::memcpy(&four, of_row(a, i) + step * kStep + part * 16 + (load * Read::kQuads + quad) * 4, 4);
+            std::memcpy(&four, a[i][step].value + part * 16 + (load * Read::kQuads + quad) * 4, 4);
             const __m512i activation = _mm512_set1_epi32(four);
             UNROLL
             for (int j = 0; j < NP; ++j) {
@@ -183,7 +235,7 @@ AT void rows(const Tile& t, const Chunk& chunk, int64_t row, float* sums) {
       UNROLL
       for (int j = 0; j < NP; ++j) {
         if (kUpper) product[0][j] = _mm512_add_epi32(product[0][j], _mm512_srai_epi32(upper[j], 4));
-        const __m512 scale = _mm512_load_ps(chunk.scale[j] + (step * PARTS + part) * kPanel);
+        const __m512 scale = scales.scale(j, step * PARTS + part);
         UNROLL
         for (int i = 0; i < MR; ++i) {
           const __m512 whole = _mm512_cvtepi32_ps(product[i][j]);
@@ -193,17 +245,17 @@ AT void rows(const Tile& t, const Chunk& chunk, int64_t row, float* sums) {
     }
     UNROLL
     for (int i = 0; i < MR; ++i) {
-      const __m512 scale = _mm512_set1_ps(of_row(row_scale, i)[step]);
+      const __m512 scale = _mm512_set1_ps(a[i][step].scale);
       UNROLL
       for (int j = 0; j < NP; ++j) total[i][j] = _mm512_fmadd_ps(scaled[i][j], scale, total[i][j]);
     }
     if (!offsets) continue;
     UNROLL
     for (int j = 0; j < NP; ++j) {
-      const __m512 offset = _mm512_load_ps(chunk.offset[j] + step * kPanel);
+      const __m512 offset = scales.offset(j, step);
       UNROLL
       for (int i = 0; i < MR; ++i) {
-        total[i][j] = _mm512_fmadd_ps(offset, _mm512_set1_ps(of_row(row_sum, i)[step]), total[i][j]);
+        total[i][j] = _mm512_fmadd_ps(offset, _mm512_set1_ps(a[i][step].scaled_sum), total[i][j]);
       }
     }
   }
@@ -214,54 +266,138 @@ AT void rows(const Tile& t, const Chunk& chunk, int64_t row, float* sums) {
   }
 }
 
-// All rows, up to six at a time; the first of them ask for the next chunk.
-template <int BITS, bool TABLE, int PARTS, int NP>
+// How many of the rows that are left are taken at once. With few of them in registers dot products wait for each other, so none
+// are left alone: 9 are 5 and 4, 13 are 8 and 5.
+int64_t next_rows(int64_t left) {
+  if (left >= 13 || left == 8) return 8;
+  if (left <= 7) return left;
+  return left <= 10 ? 5 : 6;
+}
+
+// All rows of one panel or two; the first of them ask for the next chunk. Seven or eight rows fill the registers with a panel.
+template <typename K, int NP>
 void all_rows(const Tile& t, const Chunk& chunk, float* sums) {
   for (int64_t row = 0; row < t.rows;) {
-    const int64_t left = t.rows - row;
-    // 7 are 4 and 3, 8 are 4 and 4: with few rows in registers dot products wait for each other.
-    const int64_t now = left == 7 || left == 8 ? 4 : std::min<int64_t>(left, 6);
+    const int64_t now = next_rows(t.rows - row);
     float* to = sums + row * t.panels * kPanel;
     switch (now) {
-      case 6: rows<BITS, TABLE, PARTS, 6, NP>(t, chunk, row, to); break;
-      case 5: rows<BITS, TABLE, PARTS, 5, NP>(t, chunk, row, to); break;
-      case 4: rows<BITS, TABLE, PARTS, 4, NP>(t, chunk, row, to); break;
-      case 3: rows<BITS, TABLE, PARTS, 3, NP>(t, chunk, row, to); break;
-      case 2: rows<BITS, TABLE, PARTS, 2, NP>(t, chunk, row, to); break;
-      default: rows<BITS, TABLE, PARTS, 1, NP>(t, chunk, row, to); break;
+      case 8:
+        for (int j = 0; j < NP; ++j) rows<K, 8, 1>(t, chunk, j, row, to + j * kPanel);
+        break;
+      case 7:
+        for (int j = 0; j < NP; ++j) rows<K, 7, 1>(t, chunk, j, row, to + j * kPanel);
+        break;
+      case 6: rows<K, 6, NP>(t, chunk, 0, row, to); break;
+      case 5: rows<K, 5, NP>(t, chunk, 0, row, to); break;
+      case 4: rows<K, 4, NP>(t, chunk, 0, row, to); break;
+      case 3: rows<K, 3, NP>(t, chunk, 0, row, to); break;
+      case 2: rows<K, 2, NP>(t, chunk, 0, row, to); break;
+      default: rows<K, 1, NP>(t, chunk, 0, row, to); break;
     }
     row += now;
   }
 }
 
-template <int BITS, bool TABLE, int PARTS>
-void multiply_parts(const Tile& t, const Chunk& chunk, int panels, float* sums) {
+template <typename K>
+void multiply_as(const Tile& t, const Chunk& chunk, int panels, float* sums) {
   if (panels == 4) {
-    t.rows == 1 ? rows<BITS, TABLE, PARTS, 1, 4>(t, chunk, 0, sums) : rows<BITS, TABLE, PARTS, 2, 4>(t, chunk, 0, sums);
+    t.rows == 1 ? rows<K, 1, 4>(t, chunk, 0, 0, sums) : rows<K, 2, 4>(t, chunk, 0, 0, sums);
   } else {
-    panels == 2 ? all_rows<BITS, TABLE, PARTS, 2>(t, chunk, sums) : all_rows<BITS, TABLE, PARTS, 1>(t, chunk, sums);
+    panels == 2 ? all_rows<K, 2>(t, chunk, sums) : all_rows<K, 1>(t, chunk, sums);
   }
 }
 
+// What a form's products are compiled for.
+template <int BITS, bool TABLE, int PARTS>
+struct Kind {
+  static constexpr int kBits = BITS, kParts = PARTS;
+  static constexpr bool kTable = TABLE;
+  template <int NP>
+  using Scales = Widened<NP>;
+};
+struct Q4K : Kind<4, false, 1> {
+  template <int NP>
+  using Scales = Nested<Scale::kNestedU8, true, NP>;
+};
+struct Q6K : Kind<6, false, 2> {
+  template <int NP>
+  using Scales = Nested<Scale::kNestedS8, false, NP>;
+};
+
 template <int BITS, bool TABLE>
-void multiply_as(const Tile& t, const Chunk& chunk, int panels, float* sums) {
-  if (chunk.form->block < kStep) return multiply_parts<BITS, TABLE, 2>(t, chunk, panels, sums);
-  multiply_parts<BITS, TABLE, 1>(t, chunk, panels, sums);
+void multiply_parts(const Tile& t, const Chunk& chunk, int panels, float* sums) {
+  if (chunk.form->block < kStep) return multiply_as<Kind<BITS, TABLE, 2>>(t, chunk, panels, sums);
+  multiply_as<Kind<BITS, TABLE, 1>>(t, chunk, panels, sums);
 }
 
 void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
-  if (chunk.form->bits == 8) return multiply_as<8, false>(t, chunk, panels, sums);
-  if (chunk.form->bits == 6) return multiply_as<6, false>(t, chunk, panels, sums);
-  if (chunk.form->table != Table::kNone) return multiply_as<4, true>(t, chunk, panels, sums);
-  multiply_as<4, false>(t, chunk, panels, sums);
+  if (widens(*chunk.form)) {
+    return chunk.form->bits == 4 ? multiply_as<Q4K>(t, chunk, panels, sums) : multiply_as<Q6K>(t, chunk, panels, sums);
+  }
+  if (chunk.form->bits == 8) return multiply_parts<8, false>(t, chunk, panels, sums);
+  if (chunk.form->bits == 6) return multiply_parts<6, false>(t, chunk, panels, sums);
+  if (chunk.form->table != Table::kNone) return multiply_parts<4, true>(t, chunk, panels, sums);
+  multiply_parts<4, false>(t, chunk, panels, sums);
 }
 
 #include "blocks/blocks_kernels.h"
+
+// `round_row` by hand: left to the compiler it takes six times as long, a tenth of eight rows' products. The same numbers.
+AT void round_fast(const Rounding& r, int64_t row) {
+  const float* x = r.x + row * r.width;
+  Step* to = r.to.row(row);
+  __m512 squares = _mm512_setzero_ps();
+  const float unit = r.rotated ? int8::kRotation : 1.0f;
+  for (int64_t begin = 0; begin < r.to.steps; begin += 2) {
+    __m512 value[4];
+    UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int64_t at = begin * kStep + i * kPanel, left = r.width - at;
+      const __mmask16 mask = left >= kPanel ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
+      value[i] = _mm512_maskz_loadu_ps(mask, x + at);
+      if (r.gain == nullptr) continue;
+      squares = _mm512_add_ps(squares, _mm512_mul_ps(value[i], value[i]));
+      value[i] = _mm512_mul_ps(value[i], _mm512_maskz_loadu_ps(mask, r.gain + at));
+    }
+    if (r.rotated) {
+      alignas(64) float group[4 * kPanel];
+      for (int i = 0; i < 4; ++i) _mm512_store_ps(group + i * kPanel, value[i]);
+      int8::rotate_group(group);
+      for (int i = 0; i < 4; ++i) value[i] = _mm512_load_ps(group + i * kPanel);
+    }
+    for (int half = 0; half < 2 && begin + half < r.to.steps; ++half) {
+      Step& step = to[begin + half];
+      const __m512 a = value[2 * half], b = value[2 * half + 1];
+      const float peak = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+      const __m512 inverse = _mm512_set1_ps(peak > 1e-30f ? 127.0f / peak : 0.0f);
+      const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
+      const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(step.value), _mm512_cvtepi32_epi8(first));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(step.value + kPanel), _mm512_cvtepi32_epi8(second));
+      step.minus_sum[0] = -_mm512_reduce_add_epi32(first);
+      step.minus_sum[1] = -_mm512_reduce_add_epi32(second);
+      step.scale = peak / 127.0f * unit;
+      step.scaled_sum = static_cast<float>(-(step.minus_sum[0] + step.minus_sum[1]));
+    }
+  }
+  float norm = 1.0f;
+  if (r.gain != nullptr) {
+    alignas(64) float lanes[kPanel];
+    _mm512_store_ps(lanes, squares);
+    float all = 0.0f;
+    for (int j = 0; j < kPanel; ++j) all += lanes[j];
+    norm = 1.0f / std::sqrt(all / static_cast<float>(r.width) + r.eps);
+  }
+  for (int64_t i = 0; i < r.to.steps; ++i) {
+    to[i].scale *= norm;
+    to[i].scaled_sum *= to[i].scale;
+  }
+}
 #undef AT
 
 }  // namespace
 
-const Kernels kVnniKernels = {tile, round_row, channel};
+const Kernels kVnniKernels = {tile, round_fast, channel};
 
 }  // namespace jaxserve::blocks
 

@@ -73,8 +73,8 @@ class EngineConfig:
     )  # fmt: skip
     quantization: str = setting(
         "auto",
-        "of the weights; auto is int8 on a CPU with native kernels (when --dtype is auto too) and none elsewhere; int4 keeps "
-        "the blocks of a GGUF file as they are and rounds other weights to four bits",
+        "of the weights; auto is int8 on a CPU with native kernels (when --dtype is auto too), or as stored where a checkpoint has "
+        "a large model in blocks, and none elsewhere; int4 keeps blocks as they are and rounds other weights to four bits",
         one_of(*QUANTIZATIONS, none="none"), Scope.PROGRAM, section="model", flag="", bundled=True,
     )  # fmt: skip
     kv_cache_dtype: str = setting(

@@ -20,7 +20,7 @@ API_VERSION = "0.12.6"
 """The release of Ollama whose API this is: front ends look whether it is new enough for them."""
 
 _NEVER = datetime.timedelta(days=36525)
-_BITS = {"int8": 8, "int4": 4, "fp8": 8, "float8": 8}
+_BITS = {"int8": 8, "int4": 4, "stored": 5, "fp8": 8, "float8": 8}
 _DTYPE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 

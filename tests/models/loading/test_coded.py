@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import gguf
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,11 @@ import pytest
 
 from models import registry
 from models.layers import Build, weight
-from models.loading.coded import coded
+from models.loading.coded import coded, count_coded
 from models.loading.gguf import GGUFFile
 from models.loading.gguf_checkpoint import GGUFCheckpoint, half_split_rows
 from models.loading.load import fill
-from models.parameters import parameters_of
+from models.parameters import parameters_of, quantizable
 from models.recipes import Piece, Stack, deal, one
 from ops import native
 from ops.linear.weights.block_pack import GGUF, CodedRows
@@ -42,6 +44,9 @@ class Stored:
             return None
         rows = len(self.codes[name].rows_RB)
         return self.codes[name], half_split_rows(np.arange(rows), self.order[name]) if name in self.order else None
+
+    def is_coded(self, name: str) -> bool:
+        return name in self.codes
 
 
 def parameter(rows: int, **metadata: object):
@@ -111,17 +116,32 @@ CONFIG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def tiny():
+    family, build = registry.find("LlamaForCausalLM"), Build(max_model_len=64)
+    return family.build(family.config(CONFIG), build), build
+
+
+def test_what_stays_as_it_is_stored_is_counted(llama, monkeypatch):
+    """Of headers alone; where one matrix would be rounded, none counts."""
+    model, _ = tiny()
+    paths = set(quantizable(model))
+    sizes = [int(np.prod(parameter.shape)) for path, parameter in parameters_of(model) if path in paths]
+    assert count_coded(model, llama) == sum(sizes) > 0
+    assert count_coded(model, object()) == 0
+    halves = dataclasses.replace(llama.file.tensors["blk.0.ffn_down.weight"], kind=gguf.GGMLQuantizationType.F16)
+    monkeypatch.setitem(llama.file.tensors, "blk.0.ffn_down.weight", halves)
+    assert count_coded(model, llama) == 0
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "stored"])
 def test_a_whole_model(llama, scheme):
     """int4 keeps all of it, int8 the table, which is only looked up."""
-    family = registry.find("LlamaForCausalLM")
-    build = Build(max_model_len=64)
-    model = family.build(family.config(CONFIG), build)
+    model, build = tiny()
     fill(model, llama, build, quantization=scheme, progress=False)
     values = {path: parameter.get_value() for path, parameter in parameters_of(model)}
     blocks = {path for path, value in values.items() if isinstance(value, BlockWeight)}
     assert "embed.weight" in blocks
-    assert blocks == ({path for path in values if path.endswith("weight")} if scheme == "int4" else {"embed.weight"})
+    assert blocks == ({path for path in values if path.endswith("weight")} if scheme != "int8" else {"embed.weight"})
     recipes = model.recipes()
     for path in blocks:
         np.testing.assert_array_equal(values[path].dequantize(), recipes[path].make(llama.read), err_msg=path)

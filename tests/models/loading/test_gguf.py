@@ -1,10 +1,12 @@
+import os
+
 import gguf
 import numpy as np
 import pytest
 
 from models.config import from_hf
 from models.loading import gguf_config
-from models.loading.gguf import DECODED, GGUFFile
+from models.loading.gguf import DECODED, GGUFFile, open_gguf
 from models.loading.gguf_checkpoint import half_split_rows
 from models.loading.source import resolve
 
@@ -46,6 +48,19 @@ def test_metadata_and_tensors(written):
     np.testing.assert_array_equal(file.read("half"), plain.astype(np.float16))
     np.testing.assert_array_equal(file.read("packed"), stacked)
     np.testing.assert_array_equal(file.read("packed", index=1), stacked[1])
+
+
+def test_headers_are_read_once_while_somebody_has_them(written, tmp_path):
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(written[0].read_bytes())
+    first = open_gguf(copy)
+    assert open_gguf(copy) is first and first.metadata["note"] == "grüße"
+    os.utime(copy, (1, 1))
+    assert open_gguf(copy) is not first, "another file by now"
+    copy.write_bytes(b"GGUF")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="damaged"):
+            open_gguf(copy)
 
 
 def test_cut_anywhere_it_is_a_value_error(written, tmp_path):

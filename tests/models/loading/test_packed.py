@@ -106,7 +106,7 @@ def test_modelopt_four_bit_floats(tmp_path, algo):
         exponent = RNG.integers(120, 134, (O, I // size)).astype(np.uint8)
         arrays["a.weight_scale"] = exponent
         wanted = of(codes) * columns(np.ldexp(1.0, exponent.astype(int) - 127), size)
-    check(open_one(tmp_path, arrays, {"quant_method": "modelopt", "quant_algo": algo}), wanted)
+    assert check(open_one(tmp_path, arrays, {"quant_method": "modelopt", "quant_algo": algo}), wanted)
 
 
 def test_modelopt_mixed(tmp_path):

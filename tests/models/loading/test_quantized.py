@@ -14,6 +14,7 @@ from models.loading.load import load_model, resolve
 from models.loading.packed.arrays import unpack
 from models.loading.quantized import open_quantized
 from ops import native
+from ops.linear.weights.block_pack import pack as pack_blocks
 from tests.models.loading.test_load import HF, tensors
 
 O, I, GROUP = 32, 64, 32
@@ -65,6 +66,14 @@ def check(checkpoint, wanted, name="a.weight"):
     assert len(list(checkpoint.own_names)) == 1  # scales and the like are not left over
     assert checkpoint.shape(name) == wanted.shape
     np.testing.assert_allclose(checkpoint.read(name), wanted, rtol=1e-6)
+    found = checkpoint.coded(name)
+    assert (found is None) <= (not checkpoint.is_coded(name))
+    if found is not None and native.available():
+        coded, order = found
+        assert order is None
+        kept = pack_blocks([coded], np.zeros(len(wanted), int), np.arange(len(wanted)))
+        np.testing.assert_allclose(kept.dequantize(), wanted, rtol=1e-6, atol=2e-6 * np.abs(wanted).max())
+    return found
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -79,7 +88,7 @@ def test_compressed_tensors_packed(tmp_path, bits, zeros):
     if zeros:
         arrays["a.weight_zero_point"] = np.ascontiguousarray(pack((zero + offset).T, bits).T)
     wanted = (q - np.repeat(zero, GROUP, 1)) * np.repeat(scale, GROUP, 1)
-    check(open_one(tmp_path, arrays, compressed(bits)), wanted)
+    assert check(open_one(tmp_path, arrays, compressed(bits)), wanted)
 
 
 def bitstream(values: np.ndarray, bits: int) -> np.ndarray:
@@ -130,7 +139,9 @@ def test_compressed_tensors_four_bit_floats(tmp_path, kind):
         exponent = RNG.integers(120, 134, (O, I // 32))
         arrays["a.weight_scale"] = exponent.astype(np.uint8)
         wanted = dense * np.repeat(2.0 ** (exponent - 127), 32, 1)
-    check(open_one(tmp_path, arrays, compressed(4, type="float", group_size=16 if kind == "nvfp4" else 32)), wanted)
+    assert check(
+        open_one(tmp_path, arrays, compressed(4, type="float", group_size=16 if kind == "nvfp4" else 32)), wanted
+    )
 
 
 def test_compressed_tensors_float8_of_32_inputs(tmp_path):
@@ -185,7 +196,7 @@ def test_awq(tmp_path, size):
 
     arrays = {"a.qweight": shuffled(q), "a.qzeros": shuffled(zero), "a.scales": scale}
     wanted = (q - np.repeat(zero, I // groups, 0)) * np.repeat(scale.astype(np.float32), I // groups, 0)
-    check(open_one(tmp_path, arrays, {"quant_method": "awq", "bits": 4, "group_size": size}), wanted.T)
+    assert check(open_one(tmp_path, arrays, {"quant_method": "awq", "bits": 4, "group_size": size}), wanted.T)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -201,7 +212,41 @@ def test_gptq(tmp_path, bits, order, version):
     arrays["a.g_idx"] = group.astype(np.int32)
     config = {"quant_method": "gptq", "bits": bits, "checkpoint_format": version}
     wanted = (q - zero[group]) * scale.astype(np.float32)[group]
-    check(open_one(tmp_path, arrays, config), wanted.T)
+    assert check(open_one(tmp_path, arrays, config), wanted.T)
+
+
+def damaged(arrays: dict[str, np.ndarray], name: str, change) -> dict[str, np.ndarray]:
+    return {**arrays, name: np.ascontiguousarray(change(arrays[name].copy()))}
+
+
+def with_nan(array: np.ndarray) -> np.ndarray:
+    array[0, 0] = np.nan
+    return array
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("a.scales", with_nan),
+        ("a.scales", lambda a: a[:1]),
+        ("a.scales", lambda a: a[:, :5]),
+        ("a.scales", lambda a: a[:0]),
+        ("a.qzeros", lambda a: a[:1]),
+        ("a.qzeros", lambda a: a[:, :1]),
+        ("a.g_idx", lambda a: a + 1),
+        ("a.g_idx", lambda a: a[:-1]),
+        ("a.g_idx", lambda a: a * 1000),
+    ],
+)
+def test_integers_that_do_not_fit_their_scales_are_refused(tmp_path, name, change):
+    """By name, in a sentence, whether they are read as floats or kept as they are stored."""
+    q, group = RNG.integers(0, 16, (I, O)), RNG.permutation(np.arange(I) // GROUP).astype(np.int32)
+    arrays = {"a.qweight": np.ascontiguousarray(pack(q.T).T), "a.qzeros": pack(RNG.integers(0, 16, (I // GROUP, O)))}
+    arrays |= {"a.scales": RNG.random((I // GROUP, O)).astype(np.float16), "a.g_idx": group}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP}
+    for take in ("read", "coded"):
+        with pytest.raises(ValueError, match=r"'a\.qweight'"):
+            getattr(open_one(tmp_path, damaged(arrays, name, change), config), take)("a.weight")
 
 
 NF4 = np.array([-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import gguf
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from ops import native
 from ops.linear import RmsNorm, embed, gated_mlp, linear, quantize, reference
 from ops.linear.weights import block_pack
 from ops.linear.weights.block_pack import GGUF, CodedRows
-from ops.linear.weights.blocks import STEP, BlockWeight, Form
+from ops.linear.weights.blocks import STEP, BlockWeight, Form, Stretch
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.status())
 
@@ -129,7 +131,7 @@ def test_a_row_is_the_same_alone_and_among_others(kind):
     weight, _ = packed(kind, 80, 768)
     x_TI, run = normal(64, 768), jax.jit(linear)
     for level, y_TO in at_each_level(lambda: run(x_TI, weight)):
-        for count in (1, 2, 3, 4, 5, 7, 48):
+        for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 48):
             native.set_isa(level)
             np.testing.assert_array_equal(run(x_TI[:count], weight), y_TO[:count], err_msg=f"{level}, {count} rows")
 
@@ -166,6 +168,34 @@ def test_plain_values(form, dtype, I):
         assert_close(y_TO, reference.linear(rounded(x_TI), dense_OI), level)
 
 
+def test_sorted_inputs():
+    """As GPTQ with `desc_act` stores them: a value's input is said, and norms and gated blocks follow."""
+    (four, dense_OI), order = stored("Q4_0", 512, 256), np.random.default_rng(3).permutation(256)
+    (down, down_OI), inverse = packed("Q6_K", 256, 256, seed=1), np.argsort(order)
+    coded = dataclasses.replace(four, order_I=order)
+    weight = jax.device_put(block_pack.pack([coded], np.zeros(512, int), np.arange(512)))
+    wanted_OI = dense_OI[:, inverse]
+    np.testing.assert_array_equal(weight.dequantize(), wanted_OI)
+    np.testing.assert_array_equal(weight.rows(jnp.array([3, 511])), wanted_OI[[3, 511]])
+    x_TI, norm = normal(3, 256), RmsNorm(normal(256, seed=5), 1e-5)
+    normed_TI = reference.rms_norm(x_TI, norm.scale_I, norm.eps)
+    gate, up = np.split(reference.linear(normed_TI, wanted_OI), 2, axis=-1)
+    by_order = dataclasses.replace(weight, shape=(256, 256), stretches=(Stretch(weight.stretches[0].form, 16, 0),))
+    hidden_TF = reference.gate("silu", gate) * up
+    wanted = [
+        reference.linear(x, w) for x, w in ((normed_TI, wanted_OI), (hidden_TF, down_OI), (hidden_TF, wanted_OI[:256]))
+    ]
+    made = jax.jit(
+        lambda x: (
+            linear(x, weight, norm=norm),
+            *(gated_mlp(x, weight, second, "silu", norm=norm) for second in (down, by_order)),
+        )
+    )
+    for level, y in at_each_level(lambda: np.concatenate(made(x_TI), axis=1)):
+        for got, right in zip(np.split(y, (512, 768), axis=1), wanted, strict=True):
+            np.testing.assert_allclose(got, right, atol=2e-2 * np.abs(right).max(), err_msg=level)
+
+
 def test_what_cannot_be_packed_is_said():
     (four, _), (six, _) = stored("Q4_K", 16, 256), stored("Q6_K", 16, 256)
     mixed = np.arange(16) % 2
@@ -177,6 +207,11 @@ def test_what_cannot_be_packed_is_said():
         block_pack.pack([broken], np.zeros(16, int), np.arange(16))
     with pytest.raises(ValueError, match="every 48 inputs"):
         Form(4, block=48)
+    with pytest.raises(ValueError, match="no power of two"):
+        Form(4, zero=12)
+    sorted_in = [dataclasses.replace(four, order_I=np.roll(np.arange(256), shift)) for shift in (1, 2)]
+    with pytest.raises(ValueError, match="sorted differently"):
+        block_pack.pack(sorted_in, np.arange(32) // 16, np.arange(32) % 16)
 
 
 @pytest.mark.parametrize("I", [64, 50, 608])  # rotated, and no whole blocks of any kind
@@ -185,6 +220,7 @@ def test_rounding_to_four_bits(I):
     weight_OI = normal(40, I)
     weight = quantize(weight_OI, "int4")
     assert isinstance(weight, BlockWeight) and weight.rotated == (I % 64 == 0) and weight.shape == (40, I)
+    assert jax.eval_shape(lambda: weight) == block_pack.four_bits_like((40, I)), "what plans are made with"
     dense_OI = np.asarray(weight.dequantize())
     error = np.sqrt(np.mean((dense_OI - np.asarray(weight_OI)) ** 2))
     assert 0.03 < error < 0.11

@@ -69,6 +69,19 @@ def test_the_second_load_maps_what_the_first_one_made(checkpoint, tmp_path, monk
         assert any(int(a, 16) <= leaf.unsafe_buffer_pointer() < int(b, 16) for a, b in places) or leaf.size == 0
 
 
+def test_what_the_system_maps_in_small_pages_is_copied(checkpoint, tmp_path, monkeypatch):
+    """Into huge ones; which files are, and whether there are such, is the system's."""
+    kept = Folder(tmp_path / "kept")
+    first = weights(checkpoint, kept)
+    for small in (False, True):
+        monkeypatch.setattr(kept_file, "LEAST_COPIED", 0)
+        monkeypatch.setattr(kept_file, "_in_small_pages", lambda _, small=small: small)
+        monkeypatch.setattr(kept_file.buffers, "huge_pages", lambda: True)
+        assert_same(weights(checkpoint, kept), first)
+    assert kept_file.HUGE_SHARE < 1
+    assert kept_file._in_small_pages(np.zeros(1 << 16, np.uint8)) in (True, False)
+
+
 def test_a_wake_maps_what_the_start_has_kept(checkpoint, tmp_path):
     kept, opened = Folder(tmp_path / "kept"), open_checkpoint(resolve(str(checkpoint)))
 

@@ -65,6 +65,22 @@ def test_pages_follow_the_compute_dtype_otherwise(options):
     assert kv_dtype(**options) == "float32"
 
 
+def test_large_models_that_a_checkpoint_has_in_blocks_stay_as_they_are(monkeypatch):
+    """Left open, on one CPU with VNNI: elsewhere, for small ones and beside adapters they are int8 or nothing."""
+    large = sizing.LEAST_IN_BLOCKS
+
+    def chosen(isa="vnni", platform="cpu", devices=1, in_blocks=large, **options):
+        monkeypatch.setattr(sizing.native, "available", lambda: isa != "none")
+        monkeypatch.setattr(sizing.native, "isa", lambda: isa)
+        return sizing.resolve_quantization(EngineConfig(**options), platform, devices, in_blocks)
+
+    assert chosen() == chosen("bf16") == "stored"
+    assert chosen(in_blocks=large - 1) == chosen("avx2") == chosen(enable_lora=True) == "int8"
+    assert chosen("generic") is chosen("none") is chosen(devices=2) is chosen(platform="gpu") is None
+    assert chosen(dtype="float32") is chosen(quantization="none") is None
+    assert (chosen(quantization="int8"), chosen(quantization="int4")) == ("int8", "int4")
+
+
 def test_what_is_asked_for_is_taken():
     assert kv_dtype(kv_cache_dtype="int8") == "int8"
     assert kv_dtype(kv_cache_dtype="float32") == "float32"

@@ -1,0 +1,81 @@
+"""Whether a request's tokens depend on what else runs: `python scripts/invariance.py [--model ...] [--prompts 30]`.
+
+Greedy tokens of each prompt alone, and again among 7 and 63 others, behind a cached prefix, cut into pieces of 64 tokens, and
+preempted in a pool that is too small. Prints a JSON object a way of running: how many prompts gave the same tokens as alone, and of
+the others where they parted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+SMALL = 64  # tokens of a piece
+
+
+def texts(count: int) -> list[str]:
+    """Beginnings of this repository's documents, 40 to 1,200 characters long."""
+    pages = sorted((ROOT / "docs").glob("*.md"))
+    whole = [page.read_text(encoding="utf-8") for page in pages]
+    return [
+        whole[i % len(whole)][150 * (i // len(whole)) :][: 40 + 1160 * i // max(count - 1, 1)] for i in range(count)
+    ]
+
+
+def ways(model: str | None, prompts: list[str], tokens: int, pool: int) -> Iterator[tuple[str, list[list[int]]]]:
+    """(name, tokens of each prompt) of each way of running, "alone" first."""
+    from serving.engine.api.sampling_params import SamplingParams
+    from serving.llm import LLM
+
+    greedy = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+
+    def run(llm: Any, batch: list[str]) -> list[list[int]]:
+        return [list(output.outputs[0].token_ids) for output in llm.generate(batch, greedy, use_tqdm=False)]
+
+    with LLM(model, enable_prefix_caching=False, max_num_seqs=64) as llm:
+        yield "alone", [run(llm, [prompt])[0] for prompt in prompts]
+        eights = [run(llm, prompts[i : i + 8]) for i in range(0, len(prompts), 8)]
+        yield "among 7 others", [row for group in eights for row in group]
+        many = (prompts * -(-64 // len(prompts)))[: max(64, len(prompts))]
+        yield "among 63 others", run(llm, many)[: len(prompts)]
+    with LLM(model, max_num_seqs=64) as llm:
+        run(llm, prompts)
+        yield "behind a cached prefix", run(llm, prompts)
+    with LLM(model, enable_prefix_caching=False, max_num_seqs=64, max_num_batched_tokens=SMALL) as llm:
+        yield f"in pieces of {SMALL}", run(llm, prompts)
+    with LLM(model, max_num_seqs=64, kv_cache_memory=pool) as llm:
+        found = run(llm, prompts)
+        yield f"preempted ({llm.stats().num_preemptions} times)", found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="scripts/invariance.py", description=__doc__)
+    parser.add_argument("--model", help="GGUF file, directory or hub id; default: the default model")
+    parser.add_argument("--prompts", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=48, help="of each completion (default: 48)")
+    parser.add_argument("--pool", type=int, default=40 << 20, help="bytes of the pool that is too small")
+    arguments = parser.parse_args()
+    alone: list[list[int]] = []
+    for name, rows in ways(arguments.model, texts(arguments.prompts), arguments.tokens, arguments.pool):
+        alone = alone or rows
+        parted = {
+            i: next(at for at, (a, b) in enumerate(zip(row, own, strict=True)) if a != b)
+            for i, (row, own) in enumerate(zip(rows, alone, strict=True))
+            if row != own
+        }
+        print(
+            json.dumps({"way": name, "prompts": len(rows), "same": len(rows) - len(parted), "parted": parted}),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
