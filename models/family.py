@@ -20,12 +20,14 @@ class Tower:
         build: (config, Build) -> a `models.api.ImageEncoder`, its parameters still abstract.
         tensors: a regular expression for the beginnings of its tensors' names, wherever they are saved.
         reads: "image" or "sound". Of sound all tokens attend to all (`models.api.Cross`).
+        videos: whether it reads those too, frames one after the other.
     """
 
     config: Callable[[Mapping[str, Any]], Any]
     build: Callable[..., Any]
     tensors: str
     reads: str = "image"
+    videos: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", _told(self.config))

@@ -19,18 +19,28 @@ from ops.activation import activation
 
 ROPE_THETA = 10000.0
 MAX_PIXELS = 28 * 28 * 1280
+VIDEO_PIXELS = 32 * 32 * 768
+"""Of a video, where its file leaves that out; of Qwen2-VL's a little less."""
 
 
-def max_patches(hf: Mapping[str, Any], patch: int, default_pixels: int = MAX_PIXELS) -> int:
-    """Patches of the largest image that the processor lets through.
+def max_patches(hf: Mapping[str, Any], patch: int, default_pixels: int = MAX_PIXELS, frames: int = 1) -> int:
+    """Patches of the largest image, or of the largest frames that are cut together, that the processors let through.
 
     Args:
-        hf: config.json, with the content of preprocessor_config.json as "preprocessor".
+        hf: config.json, with the content of preprocessor_config.json as "preprocessor", and of the videos' as
+            "video_preprocessor", where there is one.
+        frames: of a video that share its pixels, at least.
     """
     said = hf.get("preprocessor") or {}
+    most = _pixels(said, default_pixels)
+    if hf.get("video_token_id") is not None:
+        most = max(most, _pixels(hf.get("video_preprocessor") or said, VIDEO_PIXELS) // frames)
+    return max(1, most // patch**2)
+
+
+def _pixels(said: Mapping[str, Any], default: int) -> int:
     size = said.get("size") or {}
-    pixels = said.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or default_pixels
-    return max(1, int(pixels) // patch**2)
+    return int(said.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or default)
 
 
 def qwen2_vision(hf: Mapping[str, Any]) -> VitConfig:

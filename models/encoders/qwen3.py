@@ -32,7 +32,7 @@ def qwen3_vision(hf: Mapping[str, Any]) -> VitConfig:
         num_heads=vision.get("num_heads", 16),
         patch_dim=math.prod(shape),
         out_dim=vision.get("out_hidden_size", 3584),
-        max_patches=max_patches(hf, shape[-1], MAX_PIXELS),
+        max_patches=max_patches(hf, shape[-1], MAX_PIXELS, shape[1]),
         merge=vision.get("spatial_merge_size", 2),
         activation=vision.get("hidden_act", "gelu_pytorch_tanh"),
         rope_theta=float((vision.get("rope_parameters") or {}).get("rope_theta") or ROPE_THETA),

@@ -62,6 +62,6 @@ FAMILIES = (
         llava_config,
         Decoder,
         ignore=(BESIDE,),
-        tower=Tower(onevision_vision, Llava, BESIDE),
+        tower=Tower(onevision_vision, Llava, BESIDE, videos=True),
     ),
 )

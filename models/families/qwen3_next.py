@@ -103,7 +103,7 @@ def _mtp(read: Callable[[Mapping[str, Any]], ModelConfig]) -> Callable[[Mapping[
     return made
 
 
-TOWER = Tower(qwen3_vision, Qwen3Vision, BESIDE[0])
+TOWER = Tower(qwen3_vision, Qwen3Vision, BESIDE[0], videos=True)
 
 FAMILIES = (
     Family(

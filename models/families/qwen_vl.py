@@ -22,7 +22,7 @@ FAMILIES = (
         qwen2_config,
         Decoder,
         ignore=(VISUAL,),
-        tower=Tower(qwen2_vision, QwenVision, VISUAL),
+        tower=Tower(qwen2_vision, QwenVision, VISUAL, videos=True),
     ),
     Family(
         "Qwen2.5-VL",
@@ -30,7 +30,7 @@ FAMILIES = (
         qwen2_config,
         Decoder,
         ignore=(VISUAL,),
-        tower=Tower(qwen2_5_vision, QwenVision, VISUAL),
+        tower=Tower(qwen2_5_vision, QwenVision, VISUAL, videos=True),
     ),
     Family(
         "Qwen3-VL",
@@ -38,7 +38,7 @@ FAMILIES = (
         qwen3_config,
         Decoder,
         ignore=(VISUAL,),
-        tower=Tower(qwen3_vision, Qwen3Vision, VISUAL),
+        tower=Tower(qwen3_vision, Qwen3Vision, VISUAL, videos=True),
     ),
     Family(
         "Qwen3-VL MoE",
@@ -46,6 +46,6 @@ FAMILIES = (
         qwen3_moe_config,
         build_moe,
         ignore=(VISUAL,),
-        tower=Tower(qwen3_vision, Qwen3Vision, VISUAL),
+        tower=Tower(qwen3_vision, Qwen3Vision, VISUAL, videos=True),
     ),
 )

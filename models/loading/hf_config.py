@@ -72,14 +72,23 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def processor_config(directory: Path) -> dict[str, Any] | None:
-    """How the checkpoint's images are scaled and cut: preprocessor_config.json, or the part of processor_config.json that newer
-    files have; None where there is neither."""
-    if (directory / "preprocessor_config.json").exists():
-        return read_json(directory / "preprocessor_config.json")
+    """How the checkpoint's images are scaled and cut: the part of processor_config.json that newer files have, or
+    preprocessor_config.json; None where there is neither."""
+    return _processor(directory, "image_processor", "preprocessor_config.json")
+
+
+def video_processor_config(directory: Path) -> dict[str, Any] | None:
+    """The same of its videos; None where only the images' file speaks for them."""
+    return _processor(directory, "video_processor", "video_preprocessor_config.json")
+
+
+def _processor(directory: Path, part: str, own: str) -> dict[str, Any] | None:
+    """As transformers, which prefers the part of the newer file."""
     if (directory / "processor_config.json").exists():
-        said = read_json(directory / "processor_config.json").get("image_processor")
-        return dict(said) if isinstance(said, Mapping) else None
-    return None
+        said = read_json(directory / "processor_config.json").get(part)
+        if isinstance(said, Mapping):
+            return dict(said)
+    return read_json(directory / own) if (directory / own).exists() else None
 
 
 def _packing(directory: Path, hf: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -83,6 +83,8 @@ def _open_hf(source: ModelSource) -> Opened:
     hf = hf_config.settle_head(hf, checkpoint)
     if family.tower is not None and (processor := hf_config.processor_config(source.path)):
         hf = hf | {"preprocessor": processor}
+        if video := hf_config.video_processor_config(source.path):
+            hf = hf | {"video_preprocessor": video}
     generation = {name: hf[name] for name in ("eos_token_id", "bos_token_id") if hf.get(name) is not None}
     if (source.path / "generation_config.json").exists():
         generation |= read_json(source.path / "generation_config.json")

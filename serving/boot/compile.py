@@ -272,7 +272,9 @@ def _senses(tower: CheckedTower | None) -> dict[str, Any]:
     """What `EngineInfo` says of images and sound."""
     if tower is None:
         return {}
-    return {"modalities": ("sound",), "tasks": ("transcribe",)} if tower.shape.lasting else {"modalities": ("image",)}
+    if tower.shape.lasting:
+        return {"modalities": ("sound",), "tasks": ("transcribe",)}
+    return {"modalities": ("image", "video") if tower.family.videos else ("image",)}
 
 
 def _pages_in_words(checked: Checked, loaded: LoadedModel, sizes: Sizes, replicas: int) -> str:

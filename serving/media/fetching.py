@@ -32,10 +32,13 @@ class MediaPolicy:
     Attributes:
         domains: hosts from which http and https URLs are fetched: names, exactly; "*" for any. () fetches nothing.
         folder: below which files may be read; None for none.
-        max_images, max_files: of one request.
+        max_images, max_videos, max_files: of one request.
         max_bytes: of one file or data URI, decoded.
         max_pixels: of one image as it is stored.
         max_aspect: how many times longer than wide, or the other way round.
+        max_frames: of one video that are read.
+        max_stored_frames, max_seconds: of one video file.
+        video_s: seconds for decoding one.
         fetch_s: seconds for one download, from the look-up of its name on.
         read_s: seconds for all of a request's media, downloads included.
     """
@@ -43,10 +46,15 @@ class MediaPolicy:
     domains: tuple[str, ...] = ()
     folder: Path | None = None
     max_images: int = 64
+    max_videos: int = 8
     max_files: int = 8
     max_bytes: int = 64 * 2**20
     max_pixels: int = 2**26
     max_aspect: int = 200
+    max_frames: int = 768
+    max_stored_frames: int = 108_000
+    max_seconds: float = 3600.0
+    video_s: float = 45.0
     fetch_s: float = 10.0
     read_s: float = 60.0
 
@@ -149,7 +157,9 @@ def _download(
         connection = http.client.HTTPConnection(host, port)
         connection.sock = stream
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-        connection.request("GET", path, headers={"Accept": "image/*", "Connection": "close", "User-Agent": "jaxserve"})
+        connection.request(
+            "GET", path, headers={"Accept": "image/*, video/*", "Connection": "close", "User-Agent": "jaxserve"}
+        )
         answer = connection.getresponse()
         if answer.status != 200:  # nobody is redirected
             raise refused

@@ -1,4 +1,4 @@
-"""Images and files in messages: found and taken out, whichever client's way of writing them it is."""
+"""Images, videos and files in messages: found and taken out, whichever client's way of writing them it is."""
 
 from __future__ import annotations
 
@@ -8,25 +8,34 @@ from typing import Any
 
 from serving.errors import invalid
 
-IMAGE = "image"
-"""The type of the part that a chat template is given in an image's place."""
+IMAGE, VIDEO = PLACES = ("image", "video")
+"""The types of the parts that a chat template is given in an image's and a video's place."""
 
-_KINDS = ("image_url", "input_image", "image", "image_pil")
+_KINDS = {
+    "image_url": IMAGE,
+    "input_image": IMAGE,
+    "image": IMAGE,
+    "image_pil": IMAGE,
+    "video_url": VIDEO,
+    "video": VIDEO,
+}
 _FILES = ("file", "input_file")
 MAX_UUID = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One image or file of a request, not looked at yet.
+    """One image, video or file of a request, not looked at yet.
 
     Attributes:
-        content: a URL, the file's bytes, or (from Python) a `PIL.Image.Image` or an array of pixels; None where `uuid` alone names
-            an image that was sent before.
+        content: a URL, the file's bytes, or (from Python) a `PIL.Image.Image` or an array of pixels; of a video also a list of
+            those, its frames, or a pair of an array and an object with its `fps`. None where `uuid` alone names an image that was
+            sent before.
         place: of its part in the request, for errors.
         at: its message, and its place among the message's parts.
         uuid: the client's name for it.
         file: whether it is a file whose text is wanted; `name` is what the client calls it.
+        video: whether it is a video.
     """
 
     content: Any
@@ -35,18 +44,20 @@ class Source:
     uuid: str | None = None
     file: bool = False
     name: str = ""
+    video: bool = False
 
 
 def has_media(messages: Sequence[Any] | None, images: bool = True) -> bool:
-    """Whether some message has a part that is a file or, where `images`, an image."""
+    """Whether some message has a part that is a file or, where `images`, an image or a video."""
     return any(_is_taken(part, images) for message in messages or () for part in _content(message))
 
 
 def take_out(messages: Sequence[Mapping[str, Any]], images: bool = True) -> tuple[list[dict[str, Any]], list[Source]]:
-    """The messages with `{"type": "image"}` where their images were and empty texts where files were, and those, in their order.
+    """The messages with `{"type": "image"}` where their images were, `{"type": "video"}` where videos were, and empty texts where
+    files were, and those, in their order.
 
     Args:
-        images: whether images are taken out.
+        images: whether images and videos are taken out.
     Raises:
         RequestError: INVALID_ARGUMENT for a part of an image's or file's type without one.
     """
@@ -60,9 +71,10 @@ def take_out(messages: Sequence[Mapping[str, Any]], images: bool = True) -> tupl
         content: list[Any] = []
         for j, part in enumerate(parts):
             if _is_taken(part, images):
-                source = (_file if part["type"] in _FILES else _image)(part, f"messages[{i}].content[{j}]")
+                place, kind = f"messages[{i}].content[{j}]", _KINDS.get(part["type"])
+                source = _file(part, place) if kind is None else (_image if kind == IMAGE else _video)(part, place)
                 sources.append(dataclasses.replace(source, at=(i, j)))
-                part = {"type": "text", "text": ""} if source.file else {"type": IMAGE}
+                part = {"type": "text", "text": ""} if source.file else {"type": kind}
             content.append(part)
         shaped.append({**message, "content": content})
     return shaped, sources
@@ -108,6 +120,22 @@ def _image(part: Mapping[str, Any], place: str) -> Source:
             f"{place} of type {kind!r} has a {type(found).__name__}; give a URL, or data: with its content.", place
         )
     return Source(found, place, uuid=uuid)
+
+
+def _video(part: Mapping[str, Any], place: str) -> Source:
+    kind = part["type"]
+    found = part.get(kind) if part.get(kind) is not None else part.get("url")
+    uuid = _uuid(part, place)
+    fps = part.get("fps")
+    if isinstance(found, Mapping):
+        found, fps = found.get("url"), found.get("fps", fps)
+    if found is None and uuid is not None:
+        return Source(None, place, uuid=uuid, video=True)
+    if found is None or (isinstance(found, str | bytes | list) and not found):
+        raise invalid(f"{place} of type {kind!r} has no video.", place)
+    if fps is not None and not (isinstance(found, tuple) and len(found) == 2):
+        found = (found, {"fps": fps})
+    return Source(found, place, uuid=uuid, video=True)
 
 
 def _uuid(part: Mapping[str, Any], place: str) -> str | None:

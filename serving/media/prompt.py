@@ -1,8 +1,11 @@
-"""Images in a prompt: what is written where one is; and of token ids, each placeholder becomes as many as its image has there."""
+"""Images and videos in a prompt: what is written where one is; and of token ids, each placeholder becomes as many as it has
+embeddings there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,61 +14,109 @@ from serving.errors import RequestError, invalid
 from serving.media.processors.base import Patched, Processor
 
 
-def written(text: str, images: Sequence[Patched], processor: Processor) -> str:
-    """The prompt's text with what is written for each image in its mark's place.
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """One image or video of a request, read.
+
+    Attributes:
+        pieces: an image, or a video's frames as they are read one after the other.
+        digests: one a piece.
+    """
+
+    pieces: tuple[Patched, ...]
+    digests: tuple[bytes, ...]
+    video: bool = False
+
+    @property
+    def size(self) -> int:
+        """Embeddings."""
+        return sum(piece.size for piece in self.pieces)
+
+    @property
+    def nbytes(self) -> int:
+        """Of its pixels."""
+        return sum(piece.patches_PX.nbytes for piece in self.pieces)
+
+
+def mark_of(one: Seen, processor: Processor) -> str:
+    """What stands in the chat template's text for it and is rewritten; "" where nothing is."""
+    if not one.video:
+        return processor.mark
+    return "" if processor.video is None else processor.video.mark
+
+
+def written(text: str, seen: Sequence[Seen], processor: Processor) -> str:
+    """The prompt's text with what is written for each image and video in its mark's place.
 
     Args:
         text: of the chat template; marks that users have typed are no marks there.
     Raises:
-        RequestError: INVALID_ARGUMENT: the chat template has left an image out.
+        RequestError: INVALID_ARGUMENT: the chat template has left one out.
     """
-    if not processor.mark:
+    marks = [mark for one in seen if (mark := mark_of(one, processor))]
+    if not marks:
         return text
-    parts = text.split(processor.mark)
-    if len(parts) - 1 != len(images):
-        raise _places(len(images), len(parts) - 1)
-    marks = (image.written if image.written is not None else processor.mark for image in images)
-    return parts[0] + "".join(mark + part for mark, part in zip(marks, parts[1:], strict=True))
+    parts = re.split("(" + "|".join(map(re.escape, set(marks))) + ")", text)
+    found, texts = parts[1::2], parts[::2]
+    if found != marks:
+        raise _places(len(marks), len(found))
+    own = [one.pieces[0].written for one in seen if mark_of(one, processor)]
+    replaced = (mark if said is None else said for said, mark in zip(own, found, strict=True))
+    return texts[0] + "".join(said + behind for said, behind in zip(replaced, texts[1:], strict=True))
 
 
-def with_images(
-    ids: Sequence[int], images: Sequence[Patched], digests: Sequence[bytes], processor: Processor
-) -> tuple[list[int], Media]:
-    """The prompt with its images' tokens, and where their embeddings go.
+def with_media(ids: Sequence[int], seen: Sequence[Seen], processor: Processor) -> tuple[list[int], Media]:
+    """The prompt with its images' and videos' tokens, and where their embeddings go.
 
     Args:
         ids: of the text that `written` gave.
     Raises:
-        RequestError: INVALID_ARGUMENT: the chat template has left an image out or has put it at the prompt's end.
+        RequestError: INVALID_ARGUMENT: the chat template has left one out or has put it at the prompt's end.
     """
-    places = [i for i, token in enumerate(ids) if token == processor.placeholder]
-    if len(places) != sum(len(image.runs) for image in images):
-        raise _places(len(images), len(places))
+    tokens = {False: processor.placeholder, True: None if processor.video is None else processor.video.placeholder}
+    places = [i for i, token in enumerate(ids) if token in tokens.values()]
+    wanted = [token for one in seen for token in [tokens[one.video]] * _placeholders(one)]
+    if [ids[place] for place in places] != wanted:
+        raise _places(len(wanted), len(places))
     if places and places[-1] == len(ids) - 1:
         raise invalid("The prompt ends with an image: put text behind it.", "messages")
     whole: list[int] = []
     items: list[MediaItem] = []
     begins: list[tuple[int, Patched]] = []
     done, next_place = 0, iter(places)
-    for image, digest in zip(images, digests, strict=True):
+    for piece, digest, token in _pieces(seen, tokens):
         taken: list[np.ndarray] = []
-        for count in image.runs:
-            place = next(next_place)
-            whole += ids[done:place]
+        for at, count in enumerate(piece.runs):
+            if at or not piece.joins:
+                place = next(next_place)
+                whole += ids[done:place]
+                done = place + 1
             if not taken:
-                begins.append((len(whole), image))
+                begins.append((len(whole), piece))
             taken.append(np.arange(len(whole), len(whole) + count, dtype=np.int32))
-            whole += [processor.placeholder] * count
-            done = place + 1
+            whole += [token] * count
         items.append(
             MediaItem(
-                digest, np.concatenate(taken), image.patches_PX, image.place_P2, together=processor.together,
-                pick_NK=image.pick_NK, share_NK=image.share_NK,
+                digest, np.concatenate(taken), piece.patches_PX, piece.place_P2, together=processor.together,
+                pick_NK=piece.pick_NK, share_NK=piece.share_NK,
             )
         )  # fmt: skip
     whole += ids[done:]
     positions = grid_positions(len(whole), begins) if processor.three_numbers else None
     return whole, Media(tuple(items), len(whole), positions)
+
+
+def _pieces(seen: Sequence[Seen], tokens: dict[bool, int | None]) -> Iterator[tuple[Patched, bytes, int]]:
+    for one in seen:
+        token = tokens[one.video]
+        assert token is not None  # whoever reads videos has checked
+        for piece, digest in zip(one.pieces, one.digests, strict=True):
+            yield piece, digest, token
+
+
+def _placeholders(one: Seen) -> int:
+    """How many stand in the text for it."""
+    return sum(len(piece.runs) - piece.joins for piece in one.pieces)
 
 
 def _places(images: int, places: int) -> RequestError:
@@ -77,7 +128,8 @@ def _places(images: int, places: int) -> RequestError:
 def grid_positions(length: int, runs: Sequence[tuple[int, Patched]]) -> np.ndarray:
     """int32 [3, length]: time, row and column of each token (arXiv:2409.12191). Text counts all three on together; an image's
     embeddings have the time at which it stands and their own row and column from there; text behind it goes on behind the longer
-    side.
+    side. All grids of a video have their rows and columns from the same place on, and text goes on behind those, as in
+    transformers.
 
     Args:
         runs: where each image begins, and it.
@@ -89,8 +141,12 @@ def grid_positions(length: int, runs: Sequence[tuple[int, Patched]]) -> np.ndarr
         now += begin - at
         row, column = np.indices((image.rows, image.columns)).reshape(2, -1)
         end = begin + row.size
-        positions[0, begin:end], positions[1, begin:end], positions[2, begin:end] = now, now + row, now + column
-        now += max(image.rows, image.columns)
+        positions[0, begin:end], positions[1, begin:end], positions[2, begin:end] = (
+            now + image.time,
+            now + row,
+            now + column,
+        )
+        now += 0 if image.stays else max(image.rows, image.columns)
         at = end
     positions[:, at:] = np.arange(now, now + length - at)
     return positions

@@ -1,8 +1,9 @@
-"""What a text service has where the model reads images."""
+"""What a text service has where the model reads images and videos."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import logging
 from collections import OrderedDict
@@ -20,8 +21,9 @@ from serving.media.decoding import check_size, decode
 from serving.media.fetching import MediaPolicy, fetch
 from serving.media.parts import Source
 from serving.media.processors import PROCESSORS, Processor
-from serving.media.processors.base import Patched
-from serving.media.prompt import with_images, written
+from serving.media.processors.sampling import Sampling
+from serving.media.prompt import Seen, mark_of, with_media, written
+from serving.media.video import GivenVideo, piece_digests
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 
 KEPT_BYTES = 256 * 2**20
 THREADS = 2
+VIDEO_NAMES = ("fps", "num_frames", "do_sample_frames")
+"""What `mm_processor_kwargs` says of videos."""
 MAX_NAMED = 4096
 """Names that clients have given images, the last ones."""
 
@@ -44,49 +48,51 @@ def reader_of(hf: Mapping[str, Any], architecture: str, policy: MediaPolicy, max
     return MediaReader(PROCESSORS[architecture](hf), policy, max_patches)
 
 
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """How one request's images and videos are read."""
+
+    processor: Processor
+    sampling: Sampling | None
+    max_tokens: int
+
+
 class MediaReader:
-    """Fetches, decodes and cuts images, in threads of its own; keeps the last ones, so that a conversation's are cut once."""
+    """Fetches, decodes and cuts images and videos, in threads of its own; keeps the last ones, so that a conversation's are cut
+    once."""
 
     def __init__(self, processor: Processor, policy: MediaPolicy, max_patches: int) -> None:
         self.processor = processor
         self.policy = policy
         self._max_patches = max_patches
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="jaxserve-media")
-        self._kept: OrderedDict[bytes, Patched] = OrderedDict()
+        self._kept: OrderedDict[bytes, Seen] = OrderedDict()
         self._kept_bytes = 0
         self._named: OrderedDict[tuple[str | None, str | None, str], bytes] = OrderedDict()
         self._lock = Lock()
 
     async def read(
         self, sources: Sequence[Source], salt: str | None, max_tokens: int, said: Mapping[str, Any] | None = None
-    ) -> Images:
-        """All images of a request.
+    ) -> Sequence[Seen]:
+        """All images and videos of a request, in the order of its parts.
 
         Args:
             salt: requests share what is made of images only with requests of the same one.
-            said: how the request wants images cut, see `Processor.asked`.
+            said: how the request wants images and videos cut, see `Processor.asked` and `Sampling.asked`.
             max_tokens: of a prompt: more embeddings than this are not made.
         Raises:
             RequestError: INVALID_ARGUMENT naming the part; the words are the same whatever is wrong inside.
         """
-        if len(sources) > self.policy.max_images:
-            raise invalid(
-                f"The request has {len(sources)} images; at most {self.policy.max_images} are taken.", "messages"
-            )
-        loop, found = asyncio.get_running_loop(), Images([], [])
+        self._count(sources)
+        loop, found = asyncio.get_running_loop(), []
         caller = caller_of_task.get()
+        how = self._asked(said or {}, max_tokens)
         owner = (salt, None if caller is None else caller.name)
-        try:
-            processor = self.processor.asked(said or {})
-        except ValueError as error:
-            raise invalid(f"mm_processor_kwargs: {error}", "mm_processor_kwargs") from None
         try:
             async with asyncio.timeout(self.policy.read_s):
                 for source in sources:
-                    digest, image = await loop.run_in_executor(self._threads, self._read, source, processor, *owner)
-                    found.digests.append(digest)
-                    found.images.append(image)
-                    if sum(one.size for one in found.images) > max_tokens:
+                    found.append(await loop.run_in_executor(self._threads, self._read, source, how, *owner))
+                    if sum(one.size for one in found) > max_tokens:
                         raise invalid(
                             f"The request's images have more embeddings than this model's maximum context length of "
                             f"{max_tokens} tokens. Send fewer, or smaller ones.", "messages",
@@ -103,89 +109,126 @@ class MediaReader:
             ) from error
         return found
 
-    def write(self, text: str, found: Images) -> str:
+    def _count(self, sources: Sequence[Source]) -> None:
+        """Raises RequestError where there are too many, or videos that nothing here reads."""
+        videos = [source for source in sources if source.video]
+        if videos and self.processor.video is None:
+            raise invalid(f"{videos[0].place} is a video; this model takes text and images.", videos[0].place)
+        for what, count, most in (
+            ("images", len(sources) - len(videos), self.policy.max_images),
+            ("videos", len(videos), self.policy.max_videos),
+        ):
+            if count > most:
+                raise invalid(f"The request has {count} {what}; at most {most} are taken.", "messages")
+
+    def _asked(self, said: Mapping[str, Any], max_tokens: int) -> _How:
+        video = self.processor.video
+        own = {} if video is None else {name: said[name] for name in VIDEO_NAMES if name in said}
+        try:
+            processor = self.processor.asked({name: value for name, value in said.items() if name not in own})
+            return _How(processor, None if video is None else video.sampling.asked(own), max_tokens)
+        except ValueError as error:
+            raise invalid(f"mm_processor_kwargs: {error}", "mm_processor_kwargs") from None
+
+    def writes(self, found: Sequence[Seen]) -> bool:
+        """Whether something is written in the prompt for what was read."""
+        return any(mark_of(one, self.processor) for one in found)
+
+    def write(self, text: str, found: Sequence[Seen]) -> str:
         """See `prompt.written`."""
-        return written(text, found.images, self.processor)
+        return written(text, found, self.processor)
 
-    def expand(self, ids: Sequence[int], found: Images) -> tuple[list[int], Media]:
-        """See `prompt.with_images`."""
-        return with_images(ids, found.images, found.digests, self.processor)
+    def expand(self, ids: Sequence[int], found: Sequence[Seen]) -> tuple[list[int], Media]:
+        """See `prompt.with_media`."""
+        return with_media(ids, found, self.processor)
 
-    def _read(
-        self, source: Source, processor: Processor, salt: str | None, caller: str | None
-    ) -> tuple[bytes, Patched]:
-        """(digest, image). What a client calls an image (`uuid`) finds it again for the same caller, and decides nothing else:
-        images are told apart by their content."""
+    def _read(self, source: Source, how: _How, salt: str | None, caller: str | None) -> Seen:
+        """What a client calls an image (`uuid`) finds it again for the same caller, and decides nothing else: images are told apart
+        by their content."""
         if source.content is None:
             return self._found(source, (salt, caller, source.uuid or ""))
-        digest, patched = self._read_content(source, processor, salt)
+        digest, seen = (self._read_video if source.video else self._read_image)(source, how, salt)
         if source.uuid is not None:
             with self._lock:
                 self._named[salt, caller, source.uuid] = digest
                 self._named.move_to_end((salt, caller, source.uuid))
                 while len(self._named) > MAX_NAMED:
                     self._named.popitem(last=False)
-        return digest, patched
+        return seen
 
-    def _found(self, source: Source, name: tuple[str | None, str | None, str]) -> tuple[bytes, Patched]:
+    def _found(self, source: Source, name: tuple[str | None, str | None, str]) -> Seen:
         with self._lock:
             digest = self._named.get(name)
             kept = None if digest is None else self._kept.get(digest)
-            if digest is None or kept is None:
-                raise invalid(f"{source.place}: no image of this uuid is kept: send its content.", source.place)
+            if digest is None or kept is None or kept.video != source.video:
+                what = "video" if source.video else "image"
+                raise invalid(f"{source.place}: no {what} of this uuid is kept: send its content.", source.place)
             self._named.move_to_end(name)
             self._kept.move_to_end(digest)
-            return digest, kept
+            return kept
 
-    def _read_content(self, source: Source, processor: Processor, salt: str | None) -> tuple[bytes, Patched]:
+    def _read_image(self, source: Source, how: _How, salt: str | None) -> tuple[bytes, Seen]:
         from PIL import ImageOps
 
-        content, place = source.content, source.place
+        content, place, processor = source.content, source.place, how.processor
         data, image = b"", None
         if isinstance(content, str | bytes):
             data = fetch(content, self.policy, place) if isinstance(content, str) else content
             if len(data) > self.policy.max_bytes:
                 raise invalid(f"{place} is too large: at most {self.policy.max_bytes} bytes are taken.", place)
-            digest = self._digest(processor, b"file", data, salt)
+            digest = self._digest(processor.identity(), salt, b"file", data)
         else:
             picture = _picture(content, place)
             check_size(picture.size, self.policy, place)
             image = ImageOps.exif_transpose(picture).convert("RGB")
-            digest = self._digest(processor, repr(image.size).encode(), image.tobytes(), salt)
-        with self._lock:
-            if (kept := self._kept.get(digest)) is not None:
-                self._kept.move_to_end(digest)
-                return digest, kept
+            digest = self._digest(processor.identity(), salt, repr(image.size).encode(), image.tobytes())
+        if (kept := self._again(digest)) is not None:
+            return digest, kept
         image = decode(data, self.policy, place) if image is None else image
         try:
             patched = processor.patched(image)
         except ValueError as error:
             raise invalid(f"{place}: {error}", place) from None
-        if len(patched.patches_PX) > self._max_patches:
-            raise invalid(
-                f"{place}: the image is more than this model's context has room for. Send a smaller one.", place
-            )
-        self._keep(digest, patched)
-        return digest, patched
+        return digest, self._keep(Seen((patched,), (digest,)), digest, place)
+
+    def _read_video(self, source: Source, how: _How, salt: str | None) -> tuple[bytes, Seen]:
+        video = how.processor.video
+        assert video is not None and how.sampling is not None  # `_count` has looked
+        given = GivenVideo(source.content, self.policy, source.place)
+        digest = self._digest(f"{video!r} {how.sampling!r}", salt, b"video", *given.parts())
+        if (kept := self._again(digest)) is not None:
+            return digest, kept
+        pieces = given.patched(video, how.sampling, how.max_tokens)
+        seen = Seen(tuple(pieces), tuple(piece_digests(digest, len(pieces))), video=True)
+        return digest, self._keep(seen, digest, source.place)
 
     @staticmethod
-    def _digest(processor: Processor, kind: bytes, content: bytes, salt: str | None) -> bytes:
+    def _digest(identity: str, salt: str | None, *content: bytes) -> bytes:
         """Of everything that decides an image's embeddings, and of who may share them; each part behind its length."""
         h = hashlib.blake2b(digest_size=32)
-        for part in (processor.identity().encode(), b"" if salt is None else b"\0" + salt.encode(), kind, content):
+        for part in (identity.encode(), b"" if salt is None else b"\0" + salt.encode(), *content):
             h.update(len(part).to_bytes(8, "little"))
             h.update(part)
         return h.digest()
 
-    def _keep(self, digest: bytes, patched: Patched) -> None:
-        size = patched.patches_PX.nbytes
+    def _again(self, digest: bytes) -> Seen | None:
         with self._lock:
-            if size > KEPT_BYTES or digest in self._kept:
-                return
-            self._kept[digest] = patched
-            self._kept_bytes += size
-            while self._kept_bytes > KEPT_BYTES:
-                self._kept_bytes -= self._kept.popitem(last=False)[1].patches_PX.nbytes
+            if (kept := self._kept.get(digest)) is not None:
+                self._kept.move_to_end(digest)
+            return kept
+
+    def _keep(self, seen: Seen, digest: bytes, place: str) -> Seen:
+        if max(len(piece.patches_PX) for piece in seen.pieces) > self._max_patches:
+            raise invalid(
+                f"{place}: the image is more than this model's context has room for. Send a smaller one.", place
+            )
+        with self._lock:
+            if seen.nbytes <= KEPT_BYTES and digest not in self._kept:
+                self._kept[digest] = seen
+                self._kept_bytes += seen.nbytes
+                while self._kept_bytes > KEPT_BYTES:
+                    self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
+        return seen
 
 
 def _picture(content: Any, place: str) -> Image:
@@ -198,17 +241,3 @@ def _picture(content: Any, place: str) -> Image:
         return Pillow.fromarray(np.asarray(content))
     except (TypeError, ValueError):
         raise invalid(f"{place}: an array must be of uint8 [H, W] or [H, W, 3].", place) from None
-
-
-class Images:
-    """A request's images, read.
-
-    Attributes:
-        images, digests: one each, in the order of the request's parts.
-    """
-
-    __slots__ = ("digests", "images")
-
-    def __init__(self, images: list[Patched], digests: list[bytes]) -> None:
-        self.images = images
-        self.digests = digests

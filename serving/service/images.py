@@ -85,7 +85,7 @@ async def read_prompt(
     if not pictures or reader is None:
         return *(await threads.run(prep.render_and_encode, *asked)), None
     images = await reader.read(pictures, salt, limits.context or limits.max_prompt_chars, given.mm_processor_kwargs)
-    rewrite = functools.partial(reader.write, found=images) if reader.processor.mark else None
+    rewrite = functools.partial(reader.write, found=images) if reader.writes(images) else None
     prompt, ids = await threads.run(prep.render_and_encode, *asked, rewrite)
     ids, media = await threads.run(reader.expand, ids, images)
     return prompt, ids, media

@@ -4,14 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from models.loading.load import build_model, fill
 from models.loading.opening import open_checkpoint
 from models.loading.source import resolve
 from serving.media.processors import PROCESSORS
-from serving.media.prompt import with_images
-from tests.models import tiny_vision
-from tests.models.tiny_vision import IMAGE, SIZES, TINY, picture
+from serving.media.prompt import Seen, with_media
+from tests.models import tiny_video, tiny_vision
+from tests.models.tiny_video import clip
+from tests.models.tiny_vision import IMAGE, SIZES, TINY, VIDEO, picture
 
 
 @pytest.fixture(scope="module", params=sorted(TINY))
@@ -86,7 +88,8 @@ def test_positions_are_those_of_transformers(family):
         pytest.skip("positions are one number")
     images = [picture(140, 84), picture(64, 300), picture(1, 1)]
     ids = [5, IMAGE, 6, 7, IMAGE, 8, IMAGE, 9, 10]
-    whole, media = with_images(ids, [processor.patched(one) for one in images], [b"a", b"b", b"c"], processor)
+    seen = [Seen((processor.patched(one),), (bytes([i]),)) for i, one in enumerate(images)]
+    whole, media = with_media(ids, seen, processor)
     wanted, delta = tiny_vision.positions(name, model, whole, images)
     np.testing.assert_array_equal(media.positions_3L, wanted)
     assert media.delta == delta
@@ -94,3 +97,62 @@ def test_positions_are_those_of_transformers(family):
     assert [whole[place] for item in media.items for place in item.places_N] == [IMAGE] * sum(
         i.size for i in media.items
     )
+
+
+CLIPS = ((7, 140, 84, 3.0), (40, 60, 200, 24.0), (4, 64, 64, None), (9, 333, 217, 1.5))
+"""Frames, their width and height, and how many there are a second."""
+
+
+def test_videos_are_those_of_transformers_bit_for_bit(family):
+    name, _, _, processor = family
+    if processor.video is None:
+        pytest.skip("it reads none")
+    for frames, width, height, fps in CLIPS:
+        for said in ({}, {"fps": 1.0, "do_sample_frames": True}, {"num_frames": 4, "do_sample_frames": True}):
+            fps = 24.0 if said and fps is None else fps
+            pixels = clip(frames, width, height)
+            given, (text,) = tiny_video.read(
+                name, [(pixels, fps)], **({"fps": None} if "num_frames" in said else {}) | said
+            )
+            times = processor.video.sampling.asked(said).chosen(frames, fps, False)
+            high, wide = processor.video.size(len(times.indices), height, width)
+            scaled = [processor.video.scaling.resized(Image.fromarray(pixels[i]), wide, high) for i in times.indices]
+            pieces = processor.video.patched([np.asarray(one) for one in scaled], times)
+            wanted = given["pixel_values_videos"].numpy()
+            for piece, part in zip(
+                pieces,
+                np.split(wanted.reshape(-1, *wanted.shape[-3:]) if wanted.ndim > 3 else wanted, len(pieces)),
+                strict=True,
+            ):
+                np.testing.assert_array_equal(
+                    piece.patches_PX, patches_of(part, piece.place_P2, piece.patches_PX.shape)
+                )
+            assert sum(piece.size for piece in pieces) == processor.video.count(len(scaled), high, wide)
+            mark = TINY[name].tokens[3]
+            assert sum(piece.size for piece in pieces) == text.count(mark)
+            if processor.video.mark:
+                assert pieces[0].written == "".join(
+                    part for i, part in enumerate(text.split(mark)) if part or not i
+                ).replace("<|vision_start|><|vision_end|>", f"<|vision_start|>{mark}<|vision_end|>")
+
+
+def test_positions_of_videos_are_those_of_transformers(family):
+    name, model, _, processor = family
+    if processor.video is None or not processor.three_numbers:
+        pytest.skip("positions are one number, or it reads none")
+    image, clips = picture(140, 84), [(clip(9, 140, 84), 2.0), (clip(4, 60, 200), 24.0)]
+    pieces = []
+    for frames, fps in clips:
+        times = processor.video.sampling.chosen(len(frames), fps, False)
+        high, wide = processor.video.size(len(times.indices), *frames.shape[1:3])
+        resized = [np.asarray(Image.fromarray(frames[i]).resize((wide, high))) for i in times.indices]
+        pieces.append(tuple(processor.video.patched(resized, times)))
+    first, second = (Seen(own, (b"a",) * len(own), video=True) for own in pieces)
+    marks = [[VIDEO] * sum(1 - piece.joins for piece in own) for own in pieces]
+    if processor.video.written:  # grids with something written between them
+        marks = [[token for mark in own for token in (mark, 9)] for own in marks]
+    ids = [5, *marks[0], 6, IMAGE, 8, *marks[1], 9, 10]
+    whole, media = with_media(ids, [first, Seen((processor.patched(image),), (b"c",)), second], processor)
+    wanted, delta = tiny_vision.positions(name, model, whole, [image], tiny_video.read(name, clips)[0])
+    np.testing.assert_array_equal(media.positions_3L, wanted)
+    assert media.delta == delta

@@ -33,8 +33,8 @@ class TinyVision:
         text: fields of the decoder's configuration.
         ids: of the whole's.
         tokens: of the tokenizer from `VISION_START` on; the third is what embeddings are put in.
-        mark: what the chat template writes where an image is.
-        side: of the square that a tower's patch is, in pixels.
+        mark, video_mark: what the chat template writes where an image and a video is.
+        videos: what its video processor is made with; nothing where there is none.
     """
 
     model: str
@@ -45,6 +45,11 @@ class TinyVision:
     ids: Mapping[str, Any] = dataclasses.field(default_factory=lambda: IDS)
     tokens: tuple[str, ...] = QWEN_TOKENS
     mark: str = QWEN_MARK
+    videos: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def video_mark(self) -> str:
+        return self.mark.replace(self.tokens[2], self.tokens[3]) if len(self.tokens) > 3 else ""
 
     @property
     def config(self) -> str:
@@ -52,15 +57,16 @@ class TinyVision:
 
 
 SMALL = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 64}
+CLIPS = {"size": {"shortest_edge": 28 * 28 * 2, "longest_edge": 28 * 28 * 12}}
 TINY: dict[str, TinyVision] = {
     "Qwen2-VL": TinyVision(
         "Qwen2VLForConditionalGeneration", "Qwen2VLImageProcessorPil",
-        {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2}, SMALL,
+        {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2}, SMALL, videos=CLIPS,
     ),
     "Qwen2.5-VL": TinyVision(
         "Qwen2_5_VLForConditionalGeneration", "Qwen2VLImageProcessorPil",
         {"depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64,
-         "fullatt_block_indexes": [1]}, SMALL,
+         "fullatt_block_indexes": [1]}, SMALL, videos=CLIPS,
     ),
 }  # fmt: skip
 QWEN3 = {
@@ -75,17 +81,19 @@ HYBRID = QWEN3_TEXT | {
     "linear_num_value_heads": 4, "linear_value_head_dim": 16, "rope_parameters": MROPE | {"partial_rotary_factor": 1.0},
 }  # fmt: skip
 SMALL3 = HALF | {"patch_size": 16, "size": {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 64}}
+CLIPS3 = HALF | {"size": {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 48}}
 TINY |= {
     "Qwen3-VL": TinyVision(
         "Qwen3VLForConditionalGeneration", "Qwen2VLImageProcessorPil",
         QWEN3 | {"deepstack_visual_indexes": [0, 2]}, SMALL3, QWEN3_TEXT | {"num_hidden_layers": 3},
+        videos=CLIPS3,
     ),
     "Qwen3-VL MoE": TinyVision(
         "Qwen3VLMoeForConditionalGeneration", "Qwen2VLImageProcessorPil",
         QWEN3 | {"deepstack_visual_indexes": [1]}, SMALL3,
-        QWEN3_TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        QWEN3_TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, videos=CLIPS3,
     ),
-    "Qwen3.5": TinyVision("Qwen3_5ForConditionalGeneration", "Qwen2VLImageProcessorPil", QWEN3, SMALL3, HYBRID),
+    "Qwen3.5": TinyVision("Qwen3_5ForConditionalGeneration", "Qwen2VLImageProcessorPil", QWEN3, SMALL3, HYBRID, videos=CLIPS3),
 }  # fmt: skip
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 LLAMA = PLAIN | {"model_type": "llama"}
@@ -99,7 +107,7 @@ PIXTRAL = {
     "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
     "head_dim": 16, "patch_size": 16, "image_size": 96,
 }  # fmt: skip
-IMAGE_TOKENS = ("<unused_1>", "<unused_2>", "<image>", "<unused_3>")
+IMAGE_TOKENS = ("<unused_1>", "<unused_2>", "<image>", "<video>")
 IMG = ("[IMG_BREAK]", "[IMG_END]", "[IMG]")
 SPLIT = ("<fake_token_around_image>", "<global-img>", "<image>", *ROWS)
 TILES = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
@@ -127,7 +135,8 @@ TINY |= {
     "LLaVA-OneVision": TinyVision(
         "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionImageProcessorPil", SIGLIP,
         {"size": {"height": 56, "width": 56}, "image_grid_pinpoints": MANY}, PLAIN | {"model_type": "qwen2"},
-        INDEX | {"image_grid_pinpoints": MANY, "vision_aspect_ratio": "anyres_max_1"}, IMAGE_TOKENS, "<image>",
+        INDEX | {"image_grid_pinpoints": MANY, "vision_aspect_ratio": "anyres_max_1", "video_token_index": VIDEO}, IMAGE_TOKENS,
+        "<image>", {"size": {"height": 56, "width": 56}},
     ),
     "Idefics3": TinyVision(
         "Idefics3ForConditionalGeneration", "Idefics3ImageProcessorPil", SIGLIP | {"model_type": "idefics3_vision"}, TILES, LLAMA,

@@ -13,13 +13,13 @@ import tokenizers
 from PIL import Image
 from tokenizers import models, pre_tokenizers
 
-from tests.models.tiny_towers import END, IMAGE, START, TEXT, TINY, VISION_END, VISION_START
+from tests.models.tiny_towers import END, IMAGE, START, TEXT, TINY, VIDEO, VISION_END, VISION_START
 
-__all__ = ["END", "IMAGE", "START", "TINY", "VISION_END", "VISION_START"]
+__all__ = ["END", "IMAGE", "START", "TINY", "VIDEO", "VISION_END", "VISION_START"]
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
-    "{% if c.type == 'image' %}MARK{% elif c.type == 'text' %}{{ c.text }}"
+    "{% if c.type == 'image' %}MARK{% elif c.type == 'video' %}CLIP{% elif c.type == 'text' %}{{ c.text }}"
     "{% endif %}{% endfor %}{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>w6{% endif %}"
 )
 STEPS = 32
@@ -77,7 +77,9 @@ def save(name: str, folder: Path) -> Any:
     model.save_pretrained(folder)
     oracle_processor(name).save_pretrained(folder)
     tokenizer_of(name).save(str(folder / "tokenizer.json"))
-    template = TEMPLATE.replace("MARK", tiny.mark)
+    template = TEMPLATE.replace("MARK", tiny.mark).replace("CLIP", tiny.video_mark)
+    if tiny.videos:
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(tiny.videos))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "w2", "chat_template": template}))
     return model
 
@@ -121,19 +123,33 @@ def written(name: str, model: Any, images: Sequence[Image.Image]) -> list[str]:
     return [around[0] + mark * count + around[1] for count in counts]
 
 
-def expected(name: str, model: Any, ids: Sequence[int], images: Sequence[Image.Image]) -> tuple[list[int], list[int]]:
-    """(prompt ids, greedy tokens) as transformers has them, of a prompt with one placeholder an image."""
+def expected(
+    name: str,
+    model: Any,
+    ids: Sequence[int],
+    images: Sequence[Image.Image],
+    videos: Sequence[tuple[np.ndarray, Any]] = (),
+) -> tuple[list[int], list[int]]:
+    """(prompt ids, greedy tokens) as transformers has them, of a prompt with one placeholder an image and a video.
+
+    Args:
+        videos: frames, uint8 [T, H, W, 3], and how many there are a second, or None.
+    """
     import torch
 
+    from tests.models import tiny_video
+
     words = tokenizer_of(name)
-    texts = iter(written(name, model, images))
+    clips, said = tiny_video.read(name, videos) if videos else ({}, [])
+    said = [TINY[name].video_mark.replace(TINY[name].tokens[3], text) for text in said]  # as the chat template has it
+    texts = {IMAGE: iter(written(name, model, images)), VIDEO: iter(said)}
     whole: list[int] = []
     for token in ids:
-        whole += words.encode(next(texts)).ids if token == IMAGE else [token]
+        whole += words.encode(next(texts[token])).ids if token in texts else [token]
     tokens = torch.tensor([whole])
-    given = {key: value for key, value in read(name, images).items() if key not in ASIDE}
+    given = {key: value for key, value in read(name, images).items() if key not in ASIDE} | clips
     if name.startswith("Qwen"):
-        given["mm_token_type_ids"] = (tokens == IMAGE).int()
+        given["mm_token_type_ids"] = (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
     if name == "Gemma 3":
         given["token_type_ids"] = (tokens == IMAGE).int()
     with torch.no_grad():
@@ -154,11 +170,18 @@ def features(name: str, model: Any, image: Image.Image) -> np.ndarray:
     return torch.cat([torch.cat(list(part)) for part in parts], -1).float().numpy()
 
 
-def positions(name: str, model: Any, ids: Sequence[int], images: Sequence[Image.Image]) -> tuple[np.ndarray, int]:
-    """(int [3, L], what later positions are more than their places) as transformers has them."""
+def positions(
+    name: str, model: Any, ids: Sequence[int], images: Sequence[Image.Image], clips: dict[str, Any] | None = None
+) -> tuple[np.ndarray, int]:
+    """(int [3, L], what later positions are more than their places) as transformers has them.
+
+    Args:
+        clips: what `tiny_video.read` says of videos.
+    """
     import torch
 
-    given = read(name, images)
     tokens = torch.tensor([list(ids)])
-    found, delta = model.model.get_rope_index(tokens, (tokens == IMAGE).int(), image_grid_thw=given["image_grid_thw"])
+    kinds = (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
+    own = {key: value for key, value in (clips or {}).items() if key != "pixel_values_videos"}
+    found, delta = model.model.get_rope_index(tokens, kinds, image_grid_thw=read(name, images)["image_grid_thw"], **own)
     return found[:, 0].numpy(), int(delta)

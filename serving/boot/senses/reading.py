@@ -28,17 +28,23 @@ def media_policy(config: EngineConfig) -> MediaPolicy:
     """
     limits = {} if config.limit_mm_per_prompt is None else json.loads(config.limit_mm_per_prompt)
     if unknown := sorted(limits.keys() - {"image", "video", "audio"}):
-        raise ValueError(f"limit_mm_per_prompt: {unknown[0]!r} is not read here; there is image.")
-    if refused := [name for name in ("video", "audio") if limits.get(name)]:
-        raise ValueError(f"limit_mm_per_prompt: {refused[0]} is not read here; it may be 0.")
-    images = limits.get("image", MediaPolicy.max_images)
-    if isinstance(images, bool) or not isinstance(images, int) or images < 0:
-        raise ValueError(f"limit_mm_per_prompt: image must be a whole number from 0, got {images!r}.")
+        raise ValueError(f"limit_mm_per_prompt: {unknown[0]!r} is not read here; there are image and video.")
+    if limits.get("audio"):
+        raise ValueError("limit_mm_per_prompt: audio is not read here; it may be 0.")
+    most = {"image": MediaPolicy.max_images, "video": MediaPolicy.max_videos} | limits
+    for name in ("image", "video"):
+        if isinstance(most[name], bool) or not isinstance(most[name], int) or most[name] < 0:
+            raise ValueError(f"limit_mm_per_prompt: {name} must be a whole number from 0, got {most[name]!r}.")
     folder = None if config.allowed_local_media_path is None else Path(config.allowed_local_media_path).expanduser()
     if folder is not None and not folder.is_dir():
         raise ValueError(f"allowed_local_media_path: {folder} is not a folder.")
     domains = (config.allowed_media_domains or "").replace(",", " ").split()
-    return MediaPolicy(domains=tuple(name.lower() for name in domains), folder=folder, max_images=images)
+    return MediaPolicy(
+        domains=tuple(name.lower() for name in domains),
+        folder=folder,
+        max_images=most["image"],
+        max_videos=most["video"],
+    )
 
 
 def speech_of(opened: Opened, tokenizer: Tokenizer, engine: Any = None) -> Speech:

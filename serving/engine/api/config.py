@@ -209,7 +209,7 @@ class EngineConfig:
         GIBIBYTES, Scope.PROGRAM, section="images", flag="", unit="GiB",
     )  # fmt: skip
     limit_mm_per_prompt: str | None = setting(
-        None, 'images that a request may have: {"image": 4} (default: 64)',
+        None, 'images and videos that a request may have: {"image": 4, "video": 1} (default: 64 and 8)',
         JSON_TEXT, Scope.SERVER, section="images", flag="",
     )  # fmt: skip
     allowed_media_domains: str | None = setting(

@@ -193,6 +193,10 @@ def _part(part: pb.ContentPart) -> dict[str, Any]:
             return {"type": "image", "image": part.image}
         case "image_url":
             return {"type": "image_url", "image_url": {"url": part.image_url}}
+        case "video":
+            return {"type": "video", "video": part.video}
+        case "video_url":
+            return {"type": "video_url", "video_url": {"url": part.video_url}}
         case _:
             return {"type": "text", "text": part.text}
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
+from serving.media.processors.sampling import Frames, Sampling
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -30,6 +32,9 @@ class Patched:
         written: what is written in the prompt where the chat template has put its mark; None: that stays.
         pick_NK, share_NK: int32 and float32: each embedding is the sum of so many rows of what the tower says, each times its
             share; row -1 is the last. None: they are the rows, one after the other.
+        time: by how much later than the prompt's place before it the grid is, where positions are three numbers.
+        stays: what comes next in the prompt stands where this does, by those numbers: it is not a video's last piece.
+        joins: it stands behind the one before, in the same placeholder's place: it is not a video's first piece.
     """
 
     patches_PX: np.ndarray
@@ -40,6 +45,9 @@ class Patched:
     written: str | None = None
     pick_NK: np.ndarray | None = None
     share_NK: np.ndarray | None = None
+    time: int = 0
+    stays: bool = False
+    joins: bool = False
 
     @property
     def size(self) -> int:
@@ -55,6 +63,7 @@ class Processor(Protocol):
         mark: what chat templates write where an image is; "" where that is the placeholder and stays.
         three_numbers: whether positions are three numbers, by which the grid's embeddings are told apart.
         together: whether an image's tokens attend to each other, also to those behind them.
+        video: what reads videos; None where none are.
     """
 
     @property
@@ -69,6 +78,9 @@ class Processor(Protocol):
     @property
     def together(self) -> bool: ...
 
+    @property
+    def video(self) -> Video | None: ...
+
     def identity(self) -> str:
         """Everything that decides what it makes of an image, as text."""
         ...
@@ -82,8 +94,53 @@ class Processor(Protocol):
         ...
 
 
+class Video(Protocol):
+    """How one checkpoint's videos are cut.
+
+    Attributes:
+        placeholder: the token in whose places embeddings are put.
+        mark: what stands where the chat template wants a video; "" where that is the placeholder and stays.
+        sampling: which frames are read.
+        scaling: how pixels become numbers.
+    """
+
+    @property
+    def placeholder(self) -> int: ...
+
+    @property
+    def mark(self) -> str: ...
+
+    @property
+    def sampling(self) -> Sampling: ...
+
+    @property
+    def scaling(self) -> Scaling: ...
+
+    def size(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that each of so many frames is brought to. ValueError, in a sentence, where there is none."""
+        ...
+
+    def count(self, frames: int, height: int, width: int) -> int:
+        """Embeddings of so many frames of such a size, once they are brought to it."""
+        ...
+
+    def patched(self, frames: Sequence[np.ndarray], times: Frames) -> list[Patched]:
+        """The pieces of a video, in the order of their places; what is `written` stands with the first.
+
+        Args:
+            frames: uint8 [H, W, 3], in the size that `size` says.
+            times: when each of them is.
+        """
+        ...
+
+
 class Fixed:
-    """A processor of which requests can change nothing."""
+    """A processor of which requests can change nothing, and that reads no videos."""
+
+    @property
+    def video(self) -> Video | None:
+        """See `Processor`."""
+        return None
 
     def asked(self, said: Mapping[str, Any]) -> Self:
         """See `Processor`."""
@@ -98,13 +155,15 @@ class Scaling:
 
     Attributes:
         resample: Pillow's number of the filter.
-        scale, mean, std: of levels.
+        scale, mean, std: of levels; scale is None where they stay what they are, and mean and std where nothing is taken off.
+        resize: whether images are brought to a size at all.
     """
 
     resample: int
-    scale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    scale: float | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    resize: bool = True
 
     @classmethod
     def of(
@@ -113,18 +172,42 @@ class Scaling:
         resample: int = 3,
         mean: tuple[float, ...] = CLIP_MEAN,
         std: tuple[float, ...] = CLIP_STD,
+        normalize: bool = True,
     ) -> Scaling:
-        """As preprocessor_config.json says; the others are its class's defaults."""
+        """As preprocessor_config.json says; the others are its class's defaults.
+
+        Raises:
+            ValueError: numbers of other than three channels, or a filter that there is none of, in a sentence.
+        """
+        normal = value_of(said, "do_normalize", normalize)
+        filter_ = int(value_of(said, "resample", resample))
+        if not 0 <= filter_ <= 5:
+            raise ValueError(f"preprocessor_config.json: resample is {filter_}; Pillow's filters are 0 to 5.")
         return cls(
-            int(said.get("resample", resample)),
-            float(said.get("rescale_factor", 1 / 255)),
-            tuple(said.get("image_mean") or mean),
-            tuple(said.get("image_std") or std),
+            filter_,
+            float(value_of(said, "rescale_factor", 1 / 255)) if value_of(said, "do_rescale", True) else None,
+            _channels(value_of(said, "image_mean", mean), "image_mean") if normal else None,
+            _channels(value_of(said, "image_std", std), "image_std") if normal else None,
+            bool(value_of(said, "do_resize", True)),
         )
 
     def resized(self, image: Image, width: int, height: int) -> Image:
-        """The image in another size."""
-        return image.resize((width, height), resample=self.resample)  # type: ignore[arg-type]
+        """The image in another size, or as it is where sizes are left alone."""
+        return image.resize((width, height), resample=self.resample) if self.resize else image  # type: ignore[arg-type]
+
+    def exactly(self, image: Image, width: int, height: int) -> Image:
+        """The image in the size that a tower takes.
+
+        Raises:
+            ValueError: it has another one, and sizes are left alone.
+        """
+        image = self.resized(image, width, height)
+        if image.size != (width, height):
+            raise ValueError(
+                f"this model takes images of {width} x {height} pixels as they are (do_resize is false); this one has "
+                f"{image.width} x {image.height}."
+            )
+        return image
 
     def normalized(self, pixels_HWC: np.ndarray) -> np.ndarray:
         """float32 [3, H, W] of uint8 [H, W, 3]."""
@@ -132,12 +215,29 @@ class Scaling:
         return np.stack([table[channel][pixels_HWC[:, :, channel]] for channel in range(3)])
 
 
+def value_of(said: Mapping[str, Any], name: str, default: Any) -> Any:
+    """What a processor's file says; null is nothing said."""
+    found = said.get(name)
+    return default if found is None else found
+
+
+def _channels(said: Any, name: str) -> tuple[float, ...]:
+    found = (float(said),) * 3 if isinstance(said, int | float) else tuple(float(one) for one in said)
+    if len(found) != 3:
+        raise ValueError(
+            f"preprocessor_config.json: {name} has {len(found)} numbers; one each of three channels is read."
+        )
+    return found
+
+
 @functools.lru_cache(maxsize=8)
-def levels(scale: float, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+def levels(scale: float | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> np.ndarray:
     """float32 [3, 256]: what each channel's 256 levels become. Rescaled in float64 and rounded, then normalized in float32, as
     transformers does."""
-    scaled = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)
-    return ((scaled[:, None] - np.array(mean, np.float32)) / np.array(std, np.float32)).T.copy()
+    scaled = (np.arange(256, dtype=np.float64) * (1.0 if scale is None else scale)).astype(np.float32)[:, None]
+    if mean is not None and std is not None:
+        scaled = (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)
+    return np.broadcast_to(scaled, (256, 3)).T.copy()
 
 
 def row_by_row(pixels_3HW: np.ndarray, patch: int) -> tuple[np.ndarray, np.ndarray]:

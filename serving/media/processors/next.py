@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.media.processors.base import HALF, Fixed, Patched, Scaling, side_of, tiles_of
+from serving.media.processors.base import Fixed, Patched, Scaling, side_of, tiles_of
+from serving.media.processors.next_video import NextVideo, between
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,12 +42,13 @@ class NextProcessor(Fixed):
     mark: str = ""
     three_numbers: bool = False
     together: bool = False
+    video: NextVideo | None = None
 
     @classmethod
     def of(cls, hf: Mapping[str, Any]) -> NextProcessor:
         said = hf.get("preprocessor") or {}
         one = hf["architectures"][0] == "LlavaOnevisionForConditionalGeneration"
-        size = said.get("size") or ({"height": 384, "width": 384} if one else {"shortest_edge": 336})
+        size = said.get("size") or ({"height": 384, "width": 384} if one else {"shortest_edge": 224})
         (height, width), crop = side_of(size, "shortest_edge"), said.get("crop_size")
         if height != width or (not one and crop is not None and side_of(crop) != (height, width)):
             raise ValueError(
@@ -58,8 +60,9 @@ class NextProcessor(Fixed):
             patch=int(hf["vision_config"].get("patch_size", 14)),
             tile=height,
             sizes=pinpoints(hf),
-            scaling=Scaling.of(said, 3, HALF, HALF) if one else Scaling.of(said),
+            scaling=Scaling.of(said),
             bound=int(aspect.removeprefix("anyres_max_")) if one else None,
+            video=NextVideo.of(hf) if one else None,
         )
 
     def identity(self) -> str:
@@ -147,15 +150,7 @@ def _bounded(grid: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
         share[..., 0] = 1
         return np.repeat(grid[..., None], 4, axis=2), share
     rows, columns = int(high // ratio), int(wide // ratio)
-    (top, bottom, down), (left, right, across) = _between(high, rows), _between(wide, columns)
+    (top, bottom, down), (left, right, across) = between(high, rows), between(wide, columns)
     pick = np.stack([grid[np.ix_(y, x)] for y in (top, bottom) for x in (left, right)], axis=-1)
     share = np.stack([np.outer(y, x) for y in (1 - down, down) for x in (1 - across, across)], axis=-1)
     return pick, share.astype(np.float32)
-
-
-def _between(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each of `new` places along `old`: the one before it, the one behind, and how much of that. Middles meet middles, as in
-    torch's bilinear interpolation without aligned corners."""
-    at = np.maximum((np.arange(new, dtype=np.float32) + np.float32(0.5)) * np.float32(old / new) - np.float32(0.5), 0)
-    low = at.astype(np.int64)
-    return low, np.minimum(low + 1, old - 1), (at - low).astype(np.float32)

@@ -1,15 +1,15 @@
-"""Qwen2-VL and all of Qwen's since: any size, rounded to whole squares of patches, within bounds of the area."""
+"""Images of Qwen2-VL and all of Qwen's since: any size, rounded to whole squares of patches, within bounds of the area."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.media.processors.base import Patched, Scaling
+from serving.media.processors.base import Patched, Scaling, value_of
+from serving.media.processors.qwen_video import QwenVideo, rounded, squares_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,6 +37,7 @@ class QwenVLProcessor:
     mark: str = ""
     three_numbers: bool = True
     together: bool = False
+    video: QwenVideo | None = None
 
     @classmethod
     def of(cls, hf: Mapping[str, Any]) -> QwenVLProcessor:
@@ -45,12 +46,13 @@ class QwenVLProcessor:
         size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280} | dict(said.get("size") or {})
         return cls(
             placeholder=int(hf.get("image_token_id", default)),
-            patch=int(said.get("patch_size", 14)),
-            merge=int(said.get("merge_size", 2)),
-            frames=int(said.get("temporal_patch_size", 2)),
+            patch=int(value_of(said, "patch_size", 14)),
+            merge=int(value_of(said, "merge_size", 2)),
+            frames=int(value_of(said, "temporal_patch_size", 2)),
             min_pixels=int(said.get("min_pixels") or size["shortest_edge"]),
             max_pixels=int(said.get("max_pixels") or size["longest_edge"]),
             scaling=Scaling.of(said),
+            video=QwenVideo.of(hf),
         )
 
     def identity(self) -> str:
@@ -80,28 +82,21 @@ class QwenVLProcessor:
 
     def patched(self, image: Image) -> Patched:
         height, width = self.size(image.height, image.width)
-        pixels = self.scaling.normalized(np.asarray(self.scaling.resized(image, width, height)))
-        rows, columns, m, p = height // self.patch, width // self.patch, self.merge, self.patch
-        # Square by square, and inside a patch: channel, frame, row, column.
-        cut = pixels.reshape(3, rows // m, m, p, columns // m, m, p).transpose(1, 4, 2, 5, 0, 3, 6)
-        cut = np.broadcast_to(cut[:, :, :, :, :, None], (*cut.shape[:5], self.frames, p, p))
-        row, column = np.indices((rows, columns), np.int32)
-        place = np.stack([row, column], -1).reshape(rows // m, m, columns // m, m, 2).transpose(0, 2, 1, 3, 4)
-        patches = np.ascontiguousarray(cut).reshape(rows * columns, -1)
-        rows, columns = rows // m, columns // m
-        return Patched(patches, place.reshape(-1, 2).copy(), rows, columns, (rows * columns,))
+        scaled = np.asarray(self.scaling.resized(image, width, height))
+        patches, place = squares_of(self.scaling.normalized(scaled)[None], self.patch, self.merge, self.frames)
+        rows, columns = height // self.patch // self.merge, width // self.patch // self.merge
+        return Patched(patches, place, rows, columns, (rows * columns,))
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) that an image is scaled to. ValueError for one that is too long."""
+        """(height, width) that an image is scaled to. ValueError for one that is too long, or that cannot be left as it is."""
+        step = self.patch * self.merge
+        if not self.scaling.resize:
+            if height % step or width % step:
+                raise ValueError(
+                    f"this model takes images as they are (do_resize is false), in whole squares of {step} pixels; this one has "
+                    f"{width} x {height}."
+                )
+            return height, width
         if max(height, width) > MAX_ASPECT * min(height, width):
             raise ValueError(f"one side of the image is more than {MAX_ASPECT} times the other.")
-        step = self.patch * self.merge
-        h, w = round(height / step) * step, round(width / step) * step
-        if h * w > self.max_pixels:
-            shrink = math.sqrt(height * width / self.max_pixels)
-            h = max(step, math.floor(height / shrink / step) * step)
-            w = max(step, math.floor(width / shrink / step) * step)
-        elif h * w < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (height * width))
-            h, w = math.ceil(height * grow / step) * step, math.ceil(width * grow / step) * step
-        return h, w
+        return rounded(height, width, step, self.min_pixels, self.max_pixels)

@@ -8,7 +8,7 @@ from typing import Any
 
 from serving.engine.api.types import TransferParams
 from serving.errors import invalid, kind_of
-from serving.media.parts import IMAGE
+from serving.media.parts import PLACES
 from serving.service.requests.json_bounds import check_nesting
 from serving.service.requests.limits import Limits, check_text
 
@@ -245,7 +245,7 @@ def _texts(content: Any, where: str, images: bool) -> list[str]:
         kind = part.get("type", "text") if isinstance(part, Mapping) else None
         if not isinstance(part, Mapping) or not isinstance(kind, str):
             raise invalid(f'{place} must be {{"type": "text", "text": ...}}.', place)
-        if images and kind == IMAGE:
+        if images and kind in PLACES:
             continue
         if kind not in TEXT_PARTS:
             takes = "text and images" if images else "text only"

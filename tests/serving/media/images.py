@@ -11,14 +11,19 @@ from serving.media.processors.qwen import QwenVLProcessor
 from tests.mock_engine import SPECIAL, MockEngine, MockTemplate, mock_service
 from tests.models.tiny_vision import picture
 
-PLACE = 256 + SPECIAL.index("<|tool|>")
+PLACE, VIDEO_PLACE = (256 + SPECIAL.index(token) for token in ("<|tool|>", "<|system|>"))
 PROCESSOR = QwenVLProcessor.of(
-    {"image_token_id": PLACE, "preprocessor": {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 16}}
+    {
+        "image_token_id": PLACE,
+        "video_token_id": VIDEO_PLACE,
+        "preprocessor": {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 16},
+    }
 )
+MARKS = {"image": "<|tool|>", "video": "<|system|>"}
 
 
 class ImageTemplate(MockTemplate):
-    """The mock template, with `<|tool|>` where an image is."""
+    """The mock template, with `<|tool|>` where an image is and `<|system|>` where a video is."""
 
     def render(self, messages: Any, *args: Any, **kwargs: Any) -> str:
         return super().render([{**m, "content": _shown(m["content"])} for m in messages], *args, **kwargs)
@@ -26,7 +31,9 @@ class ImageTemplate(MockTemplate):
 
 def _shown(content: Any) -> Any:
     parts = content if isinstance(content, list) else [content]
-    return [{"text": "<|tool|>"} if isinstance(one, dict) and one.get("type") == "image" else one for one in parts]
+    return [
+        {"text": MARKS[one["type"]]} if isinstance(one, dict) and one.get("type") in MARKS else one for one in parts
+    ]
 
 
 def reader(policy: MediaPolicy | None = None, max_patches: int = 64) -> MediaReader:

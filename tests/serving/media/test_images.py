@@ -1,4 +1,4 @@
-"""Images through a whole engine, against transformers: 32 greedy tokens, whatever else is in the batch."""
+"""Images and videos through a whole engine, against transformers: 32 greedy tokens, whatever else is in the batch."""
 
 import contextlib
 
@@ -8,7 +8,8 @@ from serving.engine.api.sampling_params import SamplingParams
 from serving.errors import RequestError
 from serving.llm import LLM
 from tests.models import tiny_vision
-from tests.models.tiny_vision import END, IMAGE, START, picture
+from tests.models.tiny_video import clip
+from tests.models.tiny_vision import END, IMAGE, START, TINY, VIDEO, picture
 from tests.serving.media.images import part, uri
 
 GREEDY = SamplingParams(max_tokens=tiny_vision.STEPS, min_tokens=tiny_vision.STEPS, temperature=0.0)
@@ -16,18 +17,23 @@ TAIL = [END, START, 6]
 SMALL, LARGE = picture(140, 84, 1), picture(333, 217, 2)
 
 
-def turn(*parts) -> tuple[list[dict], list[int], list]:
-    """(messages, ids of the prompt before it is expanded, its images) of words' numbers and images."""
-    content, ids, images = [], [START], []
+def turn(*parts) -> tuple[list[dict], list[int], list, list]:
+    """(messages, ids of the prompt before it is expanded, its images, its videos) of words' numbers, images, and pairs of frames
+    with how many there are a second."""
+    content, ids, images, videos = [], [START], [], []
     for one in parts:
         if isinstance(one, int):
             content.append({"type": "text", "text": f"w{one} "})
             ids.append(one)
+        elif isinstance(one, tuple):
+            content.append({"type": "video", "video": (one[0], {"fps": one[1]})})
+            ids.append(VIDEO)
+            videos.append(one)
         else:
             content.append({"type": "image", "image": one})
             ids.append(IMAGE)
             images.append(one)
-    return [{"role": "user", "content": content}], ids + TAIL, images
+    return [{"role": "user", "content": content}], ids + TAIL, images, videos
 
 
 class Served:
@@ -46,13 +52,13 @@ class Served:
         self.engine = self.llm._started.engine
 
     def chat(self, *turns) -> list:
-        return self.llm.chat([messages for messages, _, _ in turns], GREEDY, use_tqdm=False)
+        return self.llm.chat([one[0] for one in turns], GREEDY, use_tqdm=False)
 
     def check(self, *turns) -> list:
         """All at once; each one's prompt and tokens are transformers'."""
         outputs = self.chat(*turns)
-        for output, (_, ids, images) in zip(outputs, turns, strict=True):
-            prompt, tokens = tiny_vision.expected(self.name, self.model, ids, images)
+        for output, (_, ids, images, videos) in zip(outputs, turns, strict=True):
+            prompt, tokens = tiny_vision.expected(self.name, self.model, ids, images, videos)
             assert list(output.prompt_token_ids) == prompt
             assert list(output.outputs[0].token_ids) == tokens
         return outputs
@@ -112,6 +118,19 @@ def test_any_size(served):
     smallest = (40, 1) if served.name == "Mistral Small 3.1" else (1, 1)
     for size in (smallest, (5, 300), (640, 480)):
         served.check(turn(90, picture(*size, 3), 91))
+
+
+def test_videos_beside_images_and_texts_and_a_prefix_that_ends_inside_one(served):
+    if not TINY[served.name].videos:
+        pytest.skip("it reads none")
+    short, long = (clip(4, 60, 100, 1), 2.0), (clip(8, 140, 84, 2), 4.0)
+    served.check(turn(10, short, 11), turn(long, 20, SMALL, 22), turn(30, 31))
+    (first,) = served.check(turn(50, long, 52))
+    (again,) = served.check(turn(50, long, 53))
+    assert first.num_cached_tokens < 16 or served.name == "Qwen3.5"
+    assert again.num_cached_tokens >= 16 or served.name == "Qwen3.5"
+    (other,) = served.check(turn(50, (clip(8, 140, 84, 3), 4.0), 52))
+    assert other.num_cached_tokens < 16, "the first page has places of the video"
 
 
 @pytest.mark.slow
