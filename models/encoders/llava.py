@@ -23,7 +23,7 @@ TAPS = 4
 
 
 def llava_vision(hf: Mapping[str, Any]) -> VitConfig:
-    return _config(hf, ("clip_vision_model",), -2, 1)
+    return _config(hf, ("clip_vision_model", "siglip_vision_model"), -2, 1)
 
 
 def next_vision(hf: Mapping[str, Any]) -> VitConfig:

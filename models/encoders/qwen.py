@@ -65,7 +65,8 @@ def qwen2_5_vision(hf: Mapping[str, Any]) -> VitConfig:
     vision = hf["vision_config"]
     layers, patch = vision.get("depth", 32), vision.get("patch_size", 14)
     full = vision.get("fullatt_block_indexes", (7, 15, 23, 31))
-    side = vision.get("window_size", 112) // patch
+    merge = vision.get("spatial_merge_size", 2)
+    side = vision.get("window_size", 112) // merge // patch * merge  # whole squares of those that are merged
     return VitConfig(
         num_layers=layers,
         embed_dim=vision.get("hidden_size", 3584),

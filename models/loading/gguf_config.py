@@ -13,6 +13,9 @@ from models.loading.gguf import GGUFFile
 INTERLEAVED = ("llama", "granite", "granitemoe", "granitehybrid", "smollm3", "mistral3", "arcee")
 """Architectures whose GGUF converter permutes the rows of q and k for interleaved rotary pairs."""
 
+SECTIONED = ("qwen2vl", "qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe")
+"""Architectures whose positions may be three numbers, where images are read."""
+
 
 def config_dict(file: GGUFFile, architecture: str) -> dict[str, Any]:
     """The `config.json` dictionary that says the same as the file's metadata.
@@ -67,6 +70,9 @@ def config_dict(file: GGUFFile, architecture: str) -> dict[str, Any]:
     config["num_hidden_layers"] -= drafts
     config["num_nextn_predict_layers"] = drafts or None
     config["rope_scaling"] = _rope_scaling(file, arch, get)
+    if arch in SECTIONED and (sections := metadata.get(f"{arch}.rope.dimension_sections")) is not None:
+        own = {"mrope_section": [int(n) for n in sections][:3], "mrope_interleaved": arch.startswith("qwen3")}
+        config["rope_scaling"] = (config["rope_scaling"] or {}) | own
     if arch in ("bert", "nomic-bert"):
         for field, tensor in (("type_vocab_size", "token_types"), ("max_position_embeddings", "position_embd")):
             if f"{tensor}.weight" in file.tensors:
@@ -137,15 +143,17 @@ def _of_family(arch: str, config: Mapping[str, Any], get: Any) -> dict[str, Any]
         return {"intermediate_size": get("feed_forward_length")}
     if arch == "starcoder2":
         return {"use_bias": True}
-    if arch in ("qwen2", "qwen3", "qwen2moe", "qwen3moe", "smollm3", "llama", "phi3", "olmo2", "olmoe"):
+    if arch in (
+        "qwen2", "qwen3", "qwen2vl", "qwen3vl", "qwen2moe", "qwen3moe", "qwen3vlmoe", "smollm3", "llama", "phi3", "olmo2", "olmoe"
+    ):  # fmt: skip
         more: dict[str, Any] = {}
-        if arch in ("qwen2", "qwen2moe", "olmo2", "olmoe", "phi3"):
+        if arch in ("qwen2", "qwen2vl", "qwen2moe", "olmo2", "olmoe", "phi3"):
             more["attention_bias"] = arch.startswith("qwen2")
         if get("expert_count"):
             more |= _experts(get) | {
                 "num_experts": get("expert_count"),
                 "shared_expert_intermediate_size": get("expert_shared_feed_forward_length"),
-                "norm_topk_prob": bool(get("expert_weights_norm", arch == "qwen3moe")),
+                "norm_topk_prob": bool(get("expert_weights_norm", arch in ("qwen3moe", "qwen3vlmoe"))),
             }
         return more
     return {}

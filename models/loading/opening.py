@@ -32,6 +32,7 @@ class Opened:
     model_id: str
     generation_config: dict[str, Any]
     embedding: EmbeddingHead  # how embeddings are made
+    tower: Checkpoint | None = None  # where the tower's tensors are; None: beside the others
 
 
 def open_checkpoint(source: ModelSource) -> Opened:
@@ -90,3 +91,32 @@ def _open_hf(source: ModelSource) -> Opened:
         generation |= read_json(source.path / "generation_config.json")
     head = embedding_head(source.path, _pooling(family))
     return Opened(source, family, hf, checkpoint, source.name or source.path.name, generation, head)
+
+
+def with_mmproj(opened: Opened, named: str | None) -> Opened:
+    """A GGUF model with what reads images for it, where its file was named or lies beside it (`models.loading.mmproj`).
+
+    Args:
+        named: the file; "" for none.
+    Raises:
+        ValueError: there is none of that name, it is damaged, or it is for another model, in a sentence.
+    """
+    if opened.source.kind != "gguf":
+        if named:
+            raise ValueError("mmproj: only GGUF models have such a file; what reads images is in the model's own folder.")
+        return opened
+    from models.loading.mmproj import find_mmproj, open_mmproj
+
+    path = None if named == "" else find_mmproj(opened.source.path, named)
+    if path is None:
+        return opened
+    metadata = GGUFFile(opened.source.path).metadata
+    tokens = [str(token) for token in metadata.get("tokenizer.ggml.tokens", ())]
+    try:
+        eyes = open_mmproj(path, opened.hf_config, tokens, metadata["general.architecture"])
+    except ValueError as error:
+        if named is not None:
+            raise
+        raise ValueError(f'{error} It lies beside the model: give another with mmproj, or "" for none.') from None
+    family = dataclasses.replace(opened.family, tower=registry.find(eyes.architecture).tower)
+    return dataclasses.replace(opened, family=family, hf_config={**opened.hf_config, **eyes.config}, tower=eyes.checkpoint)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from models.embedding_head import max_sequence
 from models.loading.coded import count_coded
 from models.loading.load import Built, build_model
-from models.loading.opening import Opened, open_checkpoint
+from models.loading.opening import Opened, open_checkpoint, with_mmproj
 from models.loading.source import ModelSource
 from ops import native
 from ops.paged_attention import BACKENDS
@@ -88,6 +88,8 @@ def check(config: EngineConfig, source: ModelSource, programs: pathlib.Path | No
     check_installed(KVEventsConfig.of(config.kv_events_config))
     _check_transfers(config)
     opened = open_checkpoint(source)
+    if not config.language_model_only:
+        opened = with_mmproj(opened, config.mmproj)
     dtype = resolve_dtype(config, platform)
     if "generate" not in opened.family.tasks:
         return _check_encoder(config, opened, platform, mesh, dtype, programs)

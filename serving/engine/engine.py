@@ -19,6 +19,7 @@ from serving.engine.api.admission import check_door, check_queue
 from serving.engine.api.client import EmbeddingClient, EngineClient
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.lifecycle import Lifecycle, LoadModel
+from serving.engine.api.media import Media
 from serving.engine.api.mortal import Mortal
 from serving.engine.api.page_events import PageEvents
 from serving.engine.api.peers.transfers import PageSource
@@ -226,8 +227,15 @@ class InProcessClient(EngineClient):
         pooling: str | None = None,
         priority: int = 0,
         adapter: str | None = None,
+        media: Media | None = None,
+        cache_salt: str | None = None,
     ) -> np.ndarray:
-        """See EmbeddingClient.embed; of the hidden states after the final norm."""
+        """See EmbeddingClient.embed; of the hidden states after the final norm.
+
+        Args:
+            media: images whose embeddings stand in some of its places; see `EngineRequest`.
+            cache_salt: who may share its prefix.
+        """
         pooling = pooling or self._info.pooling
         if pooling not in ("last", "mean"):
             raise invalid(f"pooling must be 'last' or 'mean', got {pooling!r}.", "pooling")
@@ -239,6 +247,8 @@ class InProcessClient(EngineClient):
             arrival_time=time.monotonic(),
             pooling=pooling,
             adapter=adapter,
+            media=media,
+            cache_salt=cache_salt,
         )
         async for output in self.generate(request):
             if output.pooled is not None:

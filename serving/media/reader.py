@@ -186,10 +186,11 @@ class MediaReader:
             return digest, kept
         image = decode(data, self.policy, place) if image is None else image
         try:
-            patched = processor.patched(image)
+            pieces = tuple(processor.pieces(image))
         except ValueError as error:
             raise invalid(f"{place}: {error}", place) from None
-        return digest, self._keep(Seen((patched,), (digest,)), digest, place)
+        digests = (digest,) if len(pieces) == 1 else tuple(piece_digests(digest, len(pieces)))
+        return digest, self._keep(Seen(pieces, digests), digest, place)
 
     def _read_video(self, source: Source, how: _How, salt: str | None) -> tuple[bytes, Seen]:
         video = how.processor.video

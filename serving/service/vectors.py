@@ -102,7 +102,7 @@ def encode(given: GenerateInput, voice: Voice, limits: Limits, info: EngineInfo)
     if most is not None:
         ids = cut(ids, most, side)
     if len(ids) > (limits.max_embed_len or 0):
-        _check_fits(len(ids), info, given.place)
+        check_fits(len(ids), info, given.place)
     return prompt, tuple(ids)
 
 
@@ -155,7 +155,7 @@ def encode_pairs(given: ScoreInput, tokenizer: Tokenizer, info: EngineInfo) -> l
         if not {0, 1}.issuperset(pair.segment_ids):
             wrong = next(one for one in pair.segment_ids if one not in (0, 1))
             raise invalid(f"A pair has the segment id {wrong}; 0 is its first text, 1 its second.", "pairs")
-        _check_fits(len(pair.token_ids), info, "pairs")
+        check_fits(len(pair.token_ids), info, "pairs")
         made.append(pair)
     return made
 
@@ -221,7 +221,7 @@ async def together(work: Sequence[Awaitable[T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _check_fits(length: int, info: EngineInfo, place: str) -> None:
+def check_fits(length: int, info: EngineInfo, place: str) -> None:
     if length > info.max_model_len:
         raise beyond_context(
             info.max_model_len,

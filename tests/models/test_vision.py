@@ -1,5 +1,7 @@
 """Towers and processors of each family that reads images, against transformers on tiny random checkpoints."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,3 +158,31 @@ def test_positions_of_videos_are_those_of_transformers(family):
     wanted, delta = tiny_vision.positions(name, model, whole, [image], tiny_video.read(name, clips)[0])
     np.testing.assert_array_equal(media.positions_3L, wanted)
     assert media.delta == delta
+
+
+def test_long_images_are_cut_for_gemma_3_as_transformers_cuts_them(tmp_path):
+    import transformers
+
+    tiny_vision.save("Gemma 3", tmp_path)
+    opened = open_checkpoint(resolve(str(tmp_path)))
+    how = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 64, "pan_and_scan_max_num_crops": 3}
+    processor = PROCESSORS["Gemma3ForConditionalGeneration"](opened.hf_config)
+    for size in ((140, 84), (333, 217), (640, 100), (90, 640), (200, 200), (127, 63)):
+        image = picture(*size)
+        pieces = processor.asked(how).pieces(image)
+        found = tiny_vision.oracle_processor("Gemma 3")(
+            images=[image], return_tensors="np", pan_and_scan_min_ratio_to_activate=1.2, **how
+        )
+        wanted = np.asarray(found["pixel_values"])
+        assert len(pieces) == len(wanted)
+        for piece, pixels in zip(pieces, wanted, strict=True):
+            np.testing.assert_array_equal(
+                piece.patches_PX, patches_of(pixels[None], piece.place_P2, piece.patches_PX.shape)
+            )
+        whole = "\n\n<start_of_image><image_soft_token><end_of_image>\n\n"
+        own = types.SimpleNamespace(full_image_sequence=whole)
+        assert pieces[0].written == transformers.Gemma3Processor.replace_image_token(own, found, 0)
+        assert len(processor.pieces(image)) == 1
+    for wrong in ({"do_pan_and_scan": 1}, {"pan_and_scan_max_num_crops": 0}, {"size": 3}):
+        with pytest.raises(ValueError, match=r"must be|cannot be changed"):
+            processor.asked(wrong)

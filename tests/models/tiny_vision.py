@@ -137,6 +137,31 @@ def expected(
     """
     import torch
 
+    whole, given = asked(name, model, ids, images, videos)
+    with torch.no_grad():
+        out = model.generate(**given, do_sample=False, max_new_tokens=STEPS, min_new_tokens=STEPS)
+    return whole, out[0, len(whole) :].tolist()
+
+
+def embedding(name: str, model: Any, ids: Sequence[int], images: Sequence[Image.Image]) -> np.ndarray:
+    """float32 [D]: the last token's hidden state behind the last norm, at length 1."""
+    import torch
+
+    with torch.no_grad():
+        found = model.model(**asked(name, model, ids, images)[1]).last_hidden_state[0, -1].float().numpy()
+    return found / np.linalg.norm(found)
+
+
+def asked(
+    name: str,
+    model: Any,
+    ids: Sequence[int],
+    images: Sequence[Image.Image],
+    videos: Sequence[tuple[np.ndarray, Any]] = (),
+) -> tuple[list[int], dict[str, Any]]:
+    """(prompt ids, what a model of transformers is given), see `expected`."""
+    import torch
+
     from tests.models import tiny_video
 
     words = tokenizer_of(name)
@@ -148,15 +173,12 @@ def expected(
         whole += words.encode(next(texts[token])).ids if token in texts else [token]
     tokens = torch.tensor([whole])
     given = {key: value for key, value in read(name, images).items() if key not in ASIDE} | clips
+    given |= {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if name.startswith("Qwen"):
         given["mm_token_type_ids"] = (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
     if name == "Gemma 3":
         given["token_type_ids"] = (tokens == IMAGE).int()
-    with torch.no_grad():
-        out = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=STEPS, min_new_tokens=STEPS, **given
-        )  # fmt: skip
-    return whole, out[0, len(whole) :].tolist()
+    return whole, given
 
 
 def features(name: str, model: Any, image: Image.Image) -> np.ndarray:

@@ -144,8 +144,8 @@ def _check_sound(config: EngineConfig, opened: Opened, built: Built, tower: Towe
 
 def why_not(opened: Opened) -> str | None:
     """Why a checkpoint whose family has a tower reads no images here, in a sentence; None where it does."""
-    if opened.checkpoint is None or opened.source.kind != "hf":
-        return "images and sound are read from Hugging Face directories"
+    if opened.checkpoint is None or (opened.source.kind != "hf" and opened.tower is None):
+        return "images and sound are read from Hugging Face directories, and images with a GGUF model's mmproj file"
     sound = opened.family.tower is not None and opened.family.tower.reads == "sound"
     if not sound and not opened.hf_config.get("vision_config"):
         return "its config.json has no vision_config"
@@ -179,7 +179,8 @@ def load_tower(
     beside = rf"^(?!{tower.family.tensors.removeprefix('^')})"
     module: Any = tower.built.model
     ignore = (beside, *getattr(module, "unused", ()))
-    fill(module, opened.checkpoint, tower.built.build, ignore=ignore, quantization=quantization, progress=progress)
+    stored = opened.tower or opened.checkpoint
+    fill(module, stored, tower.built.build, ignore=ignore, quantization=quantization, progress=progress)
     shape = tower.shape
     if shape.lasting:
         say(f"sound: room for {shape.rows} windows of 30 s ({shape.rows * _row_bytes(shape) / 2**20:.0f} MiB)")

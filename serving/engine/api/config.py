@@ -204,6 +204,10 @@ class EngineConfig:
     language_model_only: bool = setting(
         False, "load nothing that reads images, and refuse them", SWITCH, Scope.PROGRAM, section="images", flag=""
     )
+    mmproj: str | None = setting(
+        None, 'file that reads images for a GGUF model (default: mmproj-*.gguf beside it, where there is one); "" for none',
+        FILE, Scope.PROGRAM, section="images", flag="", refusable=True,
+    )  # fmt: skip
     mm_encoder_cache_gb: float = setting(
         0.25, "device memory for embeddings of images, which are made once for all that send the same one",
         GIBIBYTES, Scope.PROGRAM, section="images", flag="", unit="GiB",

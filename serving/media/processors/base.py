@@ -89,8 +89,9 @@ class Processor(Protocol):
         """The same one as a request wants it (`mm_processor_kwargs`). ValueError, in a sentence, for what cannot be changed."""
         ...
 
-    def patched(self, image: Image) -> Patched:
-        """An RGB image, scaled and cut. ValueError, in a sentence, for one that cannot be."""
+    def pieces(self, image: Image) -> list[Patched]:
+        """An RGB image, scaled and cut: mostly one piece; what is `written` stands with the first. ValueError, in a sentence, for
+        one that cannot be."""
         ...
 
 
@@ -134,7 +135,19 @@ class Video(Protocol):
         ...
 
 
-class Fixed:
+class Whole:
+    """A processor that makes one piece of an image."""
+
+    def patched(self, image: Image) -> Patched:
+        """The piece."""
+        raise NotImplementedError
+
+    def pieces(self, image: Image) -> list[Patched]:
+        """See `Processor`."""
+        return [self.patched(image)]
+
+
+class Fixed(Whole):
     """A processor of which requests can change nothing, and that reads no videos."""
 
     @property

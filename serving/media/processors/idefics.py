@@ -65,7 +65,7 @@ class IdeficsProcessor(Fixed):
                 tiles = [
                     image.crop((x * t, y * t, (x + 1) * t, (y + 1) * t)) for y in range(rows) for x in range(columns)
                 ]
-        tiles.append(self.scaling.resized(image, t, t))
+        tiles.append(self.scaling.exactly(image, t, t))
         patches, place = tiles_of(tiles, self.scaling, self.patch)
         side = t // self.patch // self.merge
         return Patched(patches, place, side, side, (side**2,) * len(tiles), self._written(rows, columns))

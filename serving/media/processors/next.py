@@ -70,7 +70,7 @@ class NextProcessor(Fixed):
 
     def patched(self, image: Image) -> Patched:
         height, width = best_size(image.height, image.width, self.sizes)
-        tiles = [self.scaling.resized(image, self.tile, self.tile), *self._filled(image, height, width)]
+        tiles = [self.scaling.exactly(image, self.tile, self.tile), *self._filled(image, height, width)]
         patches, place = tiles_of(tiles, self.scaling, self.patch)
         side = self.tile // self.patch
         grid = _grid(side, height // self.tile, width // self.tile)

@@ -55,21 +55,34 @@ class PixtralProcessor(Fixed):
         return repr(self)
 
     def patched(self, image: Image) -> Patched:
-        width, height, step = image.width, image.height, self.patch * self.merge
-        shrink = max(height / self.height, width / self.width)
-        if shrink > 1:
-            width, height = math.floor(width / shrink), math.floor(height / shrink)
-        columns, rows = (width - 1) // step + 1, (height - 1) // step + 1
-        if not columns or not rows:
-            raise ValueError("the image is too long for its width: nothing would be left of it.")
-        scaled = self.scaling.resized(image, columns * step, rows * step)
-        patches, place = row_by_row(self.scaling.normalized(np.asarray(scaled)), self.patch)
+        step = self.patch * self.merge
+        if self.scaling.resize:
+            width, height = self._size(image.width, image.height)
+            image = self.scaling.resized(image, width, height)
+        columns, rows = image.width // step, image.height // step
+        if not columns or not rows or columns * step != image.width or rows * step != image.height:
+            raise ValueError(
+                f"this model takes images in whole squares of {step} pixels; of this one nothing else is made."
+            )
+        patches, place = row_by_row(self.scaling.normalized(np.asarray(image)), self.patch)
         m = self.merge
         if m > 1:  # square by square, so that those of a square come together
             order = np.arange(len(patches)).reshape(rows, m, columns, m).transpose(0, 2, 1, 3).reshape(-1)
             patches, place = patches[order], place[order]
         lines = (f"{self.mark}{BREAK}" * (rows - 1)) + f"{self.mark}{END}"
         return Patched(patches, place, rows, columns, (columns,) * rows, lines)
+
+    def _size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) within the bounds, in whole squares of patches, whatever patch the images' file names: transformers'
+        processor overrules that too."""
+        shrink = max(height / self.height, width / self.width)
+        if shrink > 1:
+            width, height = math.floor(width / shrink), math.floor(height / shrink)
+        step = self.patch * self.merge
+        columns, rows = (width - 1) // step + 1, (height - 1) // step + 1
+        if not columns or not rows:
+            raise ValueError("the image is too long for its width: nothing would be left of it.")
+        return columns * step, rows * step
 
 
 def merge_of(hf: Mapping[str, Any]) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.media.processors.base import Patched, Scaling, value_of
+from serving.media.processors.base import Patched, Scaling, Whole, value_of
 from serving.media.processors.qwen_video import QwenVideo, rounded, squares_of
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ MAX_ASPECT = 200
 
 
 @dataclasses.dataclass(frozen=True)
-class QwenVLProcessor:
+class QwenVLProcessor(Whole):
     """Attributes as in `Processor`, and:
 
     Attributes:

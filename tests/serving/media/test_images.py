@@ -2,11 +2,13 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 
 from serving.engine.api.sampling_params import SamplingParams
 from serving.errors import RequestError
 from serving.llm import LLM
+from serving.service import GenerateInput
 from tests.models import tiny_vision
 from tests.models.tiny_video import clip
 from tests.models.tiny_vision import END, IMAGE, START, TINY, VIDEO, picture
@@ -63,6 +65,11 @@ class Served:
             assert list(output.outputs[0].token_ids) == tokens
         return outputs
 
+    def embed(self, messages) -> np.ndarray:
+        """Of the chat alone, without an answer's beginning, as over HTTP."""
+        given = GenerateInput(messages=messages, add_generation_prompt=False)
+        return self.llm._loop.run(self.llm._service.embed(given, pooling="last")).vector
+
     @property
     def media(self):
         return self.engine.scheduler.kv.managers[0].media
@@ -101,10 +108,20 @@ def test_a_prefix_is_found_up_to_inside_an_image_and_never_anothers(served):
     assert other.num_cached_tokens == 0, "the first page has places of the image"
 
 
-def test_one_image_of_many_requests_is_encoded_once(served):
+def test_one_image_of_32_requests_is_encoded_once(served):
     image, before = picture(140, 84, 17), served.media.misses
-    served.check(*[turn(60 + i, image, 70) for i in range(6)])
+    one = turn(60, image, 70)
+    (first,) = served.check(one)
+    outputs = served.chat(*[turn(61 + i, image, 70) for i in range(31)], one)
+    assert outputs[-1].outputs[0].token_ids == first.outputs[0].token_ids
     assert served.media.misses == before + 1
+
+
+def test_an_embedding_of_a_chat_with_an_image(served):
+    messages, ids, images, _ = turn(90, SMALL, 91)
+    found = served.embed(messages)
+    wanted = tiny_vision.embedding(served.name, served.model, [*ids[: -len(TAIL)], TAIL[0]], images)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 def test_a_bad_image_ends_its_own_request_alone(served):

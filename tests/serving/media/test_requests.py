@@ -8,7 +8,7 @@ from serving.frontends.app import create_app
 from serving.frontends.openai.batches.runner import call_app
 from serving.media import MediaPolicy
 from serving.service import GenerateInput
-from tests.mock_engine import MockEngine, mock_service
+from tests.mock_engine import EmbeddingEngine, MockEngine, mock_service
 from tests.models.tiny_vision import picture
 from tests.serving.frontends.page.test_documents import pdf
 from tests.serving.media.images import PLACE, asked, encoded, image_service, part, reader, uri
@@ -88,6 +88,18 @@ async def test_over_http(path, body):
     status, reply = await call_app(create_app(mock_service(other), page=False), path, body, "a")
     assert status == 400 and not other.requests, "a model without a tower refuses"
     assert "text only" in str(reply)
+
+
+async def test_an_embedding_of_a_chat_with_an_image():
+    engine = EmbeddingEngine()
+    body = {"messages": asked("a", part(uri(PNG)), "b"), "encoding_format": "float"}
+    status, reply = await call_app(create_app(image_service(engine), page=False), "/v1/embeddings", body, "a")
+    assert status == 200, reply
+    assert engine.seen[0].items[0].size == 6 == engine.embedded[0].count(PLACE)
+    assert reply["usage"]["prompt_tokens"] == len(engine.embedded[0])
+    other = EmbeddingEngine()
+    status, reply = await call_app(create_app(mock_service(other), page=False), "/v1/embeddings", body, "a")
+    assert status == 400 and "text only" in str(reply)
 
 
 BROKEN = {
