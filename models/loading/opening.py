@@ -103,7 +103,9 @@ def with_mmproj(opened: Opened, named: str | None) -> Opened:
     """
     if opened.source.kind != "gguf":
         if named:
-            raise ValueError("mmproj: only GGUF models have such a file; what reads images is in the model's own folder.")
+            raise ValueError(
+                "mmproj: only GGUF models have such a file; what reads images is in the model's own folder."
+            )
         return opened
     from models.loading.mmproj import find_mmproj, open_mmproj
 
@@ -119,4 +121,6 @@ def with_mmproj(opened: Opened, named: str | None) -> Opened:
             raise
         raise ValueError(f'{error} It lies beside the model: give another with mmproj, or "" for none.') from None
     family = dataclasses.replace(opened.family, tower=registry.find(eyes.architecture).tower)
-    return dataclasses.replace(opened, family=family, hf_config={**opened.hf_config, **eyes.config}, tower=eyes.checkpoint)
+    return dataclasses.replace(
+        opened, family=family, hf_config={**opened.hf_config, **eyes.config}, tower=eyes.checkpoint
+    )

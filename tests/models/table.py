@@ -12,8 +12,10 @@ from models.registry import families, status
 from tests.models.test_families import GGUF, MESHES
 from tests.models.tiny import TINY
 from tests.models.tiny_base import PROMPTS
+from tests.models.tiny_mmproj import KINDS as MMPROJ
 from tests.models.tiny_vision import TINY as VISION
 
+FILMS = [name for name, tiny in VISION.items() if tiny.videos]
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 INTRODUCTION = """# Models
 
@@ -124,12 +126,22 @@ def rows() -> list[tuple[str, ...]]:
 
 def vision_rows() -> list[tuple[str, ...]]:
     """One a family with a tower."""
-    out = [("family", "architectures", "pixels, tower, positions", "32 tokens through the engine"), ("---",) * 4]
+    head = (
+        "family",
+        "architectures",
+        "pixels, tower, positions",
+        "32 tokens through the engine",
+        "videos",
+        "GGUF's mmproj",
+    )
+    out = [head, ("---",) * len(head)]
     for family in families():
         if family.tower is not None and family.tower.reads == "image":
             tried = [name for name, tiny in VISION.items() if tiny.model in family.architectures]
             count = f"{len(tried)} of {len(tried)}"
-            out.append((family.name, ", ".join(f"`{name}`" for name in family.architectures), count, count))
+            films, mmproj = (", ".join(sorted(name for name in tried if name in of)) for of in (FILMS, MMPROJ))
+            names = ", ".join(f"`{name}`" for name in family.architectures)
+            out.append((family.name, names, count, count, films or "-", mmproj or "-"))
     return out
 
 
@@ -140,7 +152,9 @@ Against transformers on tiny random checkpoints: pixels bit for bit for images f
 embeddings within 1e-4 of the largest, positions equal (`tests/models/test_vision.py`); prompt ids and 32 greedy tokens through the
 whole engine with texts and images in one batch, prompts cut inside images, prefixes that end inside one, and preemption
 (`tests/serving/media/test_images.py`; the engine runs with Qwen2.5-VL and Gemma 3 each time, with the others where slow tests run).
-Llama 4, Gemma 4 and Gemma 3n are served for text alone. Gemma 3's pan-and-scan is off, as it is in transformers.
+Videos are held to transformers in the same ways, and towers in GGUF to those in safetensors
+(`tests/models/loading/test_mmproj.py`).
+Llama 4, Gemma 4 and Gemma 3n are served for text alone.
 
 Whisper hears: its tokens with and without times, alone and in company, and of sound longer than a window, are transformers' in
 float32 (`tests/serving/service/speech/test_transcribe.py`). How both are served: [media.md](media.md).

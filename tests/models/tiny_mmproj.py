@@ -135,7 +135,11 @@ PARTS = {
 def _tensors(
     name: str, own: str, array: np.ndarray, heads: int, config: dict, layers: int
 ) -> list[tuple[str, np.ndarray]]:
-    if not re.search(r"visual\.|vision_|multi_modal_projector|connector", own) or own.endswith("mask_token") or ".head." in own:
+    if (
+        not re.search(r"visual\.|vision_|multi_modal_projector|connector", own)
+        or own.endswith("mask_token")
+        or ".head." in own
+    ):
         return []
     if match := re.search(r"deepstack_merger_list\.(\d+)\.(?:linear_)?(norm|fc1|fc2)\.(\w+)$", own):
         layer = config["vision_config"]["deepstack_visual_indexes"][int(match[1])]

@@ -206,7 +206,11 @@ class Scaling:
 
     def resized(self, image: Image, width: int, height: int) -> Image:
         """The image in another size, or as it is where sizes are left alone."""
-        return image.resize((width, height), resample=self.resample) if self.resize else image  # type: ignore[arg-type]
+        return self.always(image, width, height) if self.resize else image
+
+    def always(self, image: Image, width: int, height: int) -> Image:
+        """The image in another size: what is cut into tiles is scaled for that, whatever `resize` says."""
+        return image.resize((width, height), resample=self.resample)  # type: ignore[arg-type]
 
     def exactly(self, image: Image, width: int, height: int) -> Image:
         """The image in the size that a tower takes.

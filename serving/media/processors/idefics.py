@@ -59,13 +59,13 @@ class IdeficsProcessor(Fixed):
         image = self.scaling.resized(image, *_longest(image.width, image.height, self.longest))
         t, rows, columns, tiles = self.tile, 0, 0, []
         if self.split:
-            image = self.scaling.resized(image, *_whole_tiles(image.width, image.height, t))
+            image = self.scaling.always(image, *_whole_tiles(image.width, image.height, t))
             if max(image.size) > t:
                 columns, rows = image.width // t, image.height // t
                 tiles = [
                     image.crop((x * t, y * t, (x + 1) * t, (y + 1) * t)) for y in range(rows) for x in range(columns)
                 ]
-        tiles.append(self.scaling.exactly(image, t, t))
+        tiles.append(self.scaling.always(image, t, t))
         patches, place = tiles_of(tiles, self.scaling, self.patch)
         side = t // self.patch // self.merge
         return Patched(patches, place, side, side, (side**2,) * len(tiles), self._written(rows, columns))

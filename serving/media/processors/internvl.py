@@ -58,9 +58,9 @@ class InternVLProcessor(Fixed):
         h, w, tiles = self.height, self.width, []
         columns, rows = self.grid(image.width, image.height) if self.most > 1 else (1, 1)
         if rows * columns > 1:
-            large = self.scaling.exactly(image, columns * w, rows * h)
+            large = self.scaling.always(image, columns * w, rows * h)
             tiles = [large.crop((x * w, y * h, (x + 1) * w, (y + 1) * h)) for y in range(rows) for x in range(columns)]
-        tiles.append(self.scaling.exactly(image, w, h))
+        tiles.append(self.scaling.always(image, w, h))
         patches, place = tiles_of(tiles, self.scaling, self.patch)
         step = self.patch * self.merge
         high, wide = h // step, w // step

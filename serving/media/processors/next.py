@@ -70,7 +70,7 @@ class NextProcessor(Fixed):
 
     def patched(self, image: Image) -> Patched:
         height, width = best_size(image.height, image.width, self.sizes)
-        tiles = [self.scaling.exactly(image, self.tile, self.tile), *self._filled(image, height, width)]
+        tiles = [self.scaling.always(image, self.tile, self.tile), *self._filled(image, height, width)]
         patches, place = tiles_of(tiles, self.scaling, self.patch)
         side = self.tile // self.patch
         grid = _grid(side, height // self.tile, width // self.tile)
@@ -100,7 +100,7 @@ class NextProcessor(Fixed):
         else:
             size = min(math.ceil(image.width * by_height), width), height
         whole = Pillow.new("RGB", (width, height))
-        whole.paste(self.scaling.resized(image, *size), ((width - size[0]) // 2, (height - size[1]) // 2))
+        whole.paste(self.scaling.always(image, *size), ((width - size[0]) // 2, (height - size[1]) // 2))
         t = self.tile
         return [whole.crop((x, y, x + t, y + t)) for y in range(0, height, t) for x in range(0, width, t)]
 

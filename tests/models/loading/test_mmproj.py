@@ -5,12 +5,15 @@ import json
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from models.loading.mmproj import find_mmproj, open_mmproj
-from models.loading.opening import open_checkpoint
+from models.loading.opening import open_checkpoint, with_mmproj
 from models.loading.source import resolve
+from serving.boot.senses.tower import why_not
 from serving.media.processors import PROCESSORS
 from tests.models import tiny_mmproj, tiny_vision
+from tests.models.tiny_gguf import to_gguf
 from tests.models.tiny_mmproj import KINDS, TEXT
 from tests.models.tiny_vision import TINY, picture
 
@@ -57,7 +60,9 @@ def test_a_tower_is_the_same_in_both_forms(both):
         if one.count("visual.") + one.count("vision_") + one.count("multi_modal_projector") + one.count("connector")
     }
     missing = wanted - set(eyes.checkpoint.own_names)
-    assert all("mask_token" in one or ".head." in one or (name == "LLaVA 1.5" and "layers.2." in one) for one in missing), missing
+    assert all(
+        "mask_token" in one or ".head." in one or (name == "LLaVA 1.5" and "layers.2." in one) for one in missing
+    ), missing
 
 
 def test_images_are_cut_alike(both):
@@ -138,3 +143,35 @@ def test_what_does_not_go_together_is_refused(gemma, tmp_path):
     with pytest.raises(ValueError, match=r"damaged|truncated|holds"):
         open_mmproj(tmp_path / "mmproj.gguf", text, tokens, "gemma3")
     assert TINY["Gemma 3"].tokens[2] == "<image_soft_token>"
+
+
+def test_a_gguf_model_finds_its_tower_beside_it(gemma, tmp_path):
+    folder, text = gemma
+    tensors = {
+        name.replace("model.language_model.", "model.").replace("language_model.model.", "model."): values
+        for name, values in load_file(folder / "model" / "model.safetensors").items()
+        if "vision_tower" not in name and "multi_modal_projector" not in name
+    }
+    (tmp_path / "text").mkdir()
+    save_file(tensors, tmp_path / "text" / "model.safetensors")
+    config = {**text, "architectures": ["Gemma3ForCausalLM"], "tie_word_embeddings": "lm_head.weight" not in tensors}
+    (tmp_path / "text" / "config.json").write_text(json.dumps(config))
+    to_gguf(tmp_path / "text", tmp_path / "plain.gguf")
+    words = tokens_of("Gemma 3")
+    path = rewritten(
+        tmp_path / "plain.gguf", tmp_path / "tiny.gguf", lambda f, t: f.update({"tokenizer.ggml.tokens": words})
+    )
+    opened = open_checkpoint(resolve(str(path)))
+    assert with_mmproj(opened, None) is opened, "nothing lies beside it"
+    eyes = folder / "mmproj.gguf"
+    (tmp_path / "mmproj-tiny.gguf").write_bytes(eyes.read_bytes())
+    for seen in (with_mmproj(opened, None), with_mmproj(opened, str(eyes))):
+        assert seen.hf_config["architectures"] == ["Gemma3ForConditionalGeneration"]
+        assert seen.tower is not None and seen.family.tower.config(seen.hf_config).out_dim == text["hidden_size"]
+        assert why_not(seen) is None
+    assert with_mmproj(opened, "") is opened
+    (tmp_path / "mmproj-tiny.gguf").write_bytes(eyes.read_bytes()[:500])
+    with pytest.raises(ValueError, match="It lies beside the model"):
+        with_mmproj(opened, None)
+    with pytest.raises(ValueError, match="only GGUF models"):
+        with_mmproj(open_checkpoint(resolve(str(folder / "model"))), str(eyes))

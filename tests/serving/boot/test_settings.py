@@ -23,7 +23,7 @@ OTHER = {  # another value than the default, of every setting that decides progr
     "max_num_batched_tokens": 64, "page_size": 32, "kv_cache_memory": "1MiB", "mesh": "model=2", "num_scheduler_steps": 4,
     "kv_offload_gb": 1.0, "attention_backend": "xla", "enable_lora": True, "max_loras": 3, "max_lora_rank": 8,
     "speculative_config": {"method": "ngram"}, "role": "both", "lora_dtype": "bfloat16",
-    "language_model_only": True, "mm_encoder_cache_gb": 1.0,
+    "language_model_only": True, "mm_encoder_cache_gb": 1.0, "mmproj": "eyes.gguf",
 }  # fmt: skip
 
 
