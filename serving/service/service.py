@@ -114,7 +114,7 @@ class TextService(Single):
         self.media, self.speech = media, speech
         self.created = int(time.time())
         self.started = time.monotonic()
-        self.threads = TextThreads(executor, self.limits.grammar_timeout_s)
+        self._threads = TextThreads(executor, self.limits.grammar_timeout_s)
         self._serial = itertools.count()
         self._live = LiveRequests(self.limits)
         self._draining = False
@@ -171,16 +171,16 @@ class TextService(Single):
         self._live.check_room(params.n, share)
         await self._rates.ask(caller.name if caller else "", params.n)
         salt = caller.cache_salt(given.cache_salt) if caller else given.cache_salt
-        prompt, ids, media = await read_prompt(given, sources, voice, self.limits, self.threads, self.media, salt)
+        prompt, ids, media = await read_prompt(given, sources, voice, self.limits, self._threads, self.media, salt)
         prompt_ids, params = prep.fit_prompt(ids, params, given, self.info.vocab_size, self.info.max_model_len)
-        bad_words = await self.threads.run(prep.bad_word_ids, params.bad_words, tokenizer) if params.bad_words else ()
+        bad_words = await self._threads.run(prep.bad_word_ids, params.bad_words, tokenizer) if params.bad_words else ()
         constraint = None
         if constrain is not None:
             params, constraint = await constrain(prompt or "", params)
         elif params.structured_outputs is not None:
             constraint = await self._compile(params.structured_outputs, voice)
         if constraint is not None:
-            await self.threads.run(check_reach, constraint, params, bad_words, tokenizer, self.info.vocab_size)
+            await self._threads.run(check_reach, constraint, params, bad_words, tokenizer, self.info.vocab_size)
         request_id = given.request_id or f"req-{uuid.uuid4().hex[:16]}"
         self._live.check_room(params.n, share)  # again: others may have come while the prompt was read
         each = prep.params_of_each(params)
@@ -258,7 +258,7 @@ class TextService(Single):
         given, sources = take_images(given, self.media)
         given.check(self.limits)
         with await self.counted():
-            return (await read_prompt(given, sources, voice, self.limits, self.threads, self.media))[:2]
+            return (await read_prompt(given, sources, voice, self.limits, self._threads, self.media))[:2]
 
     async def embed(
         self, given: GenerateInput, *, pooling: str | None = None, prompt_name: str | None = None
@@ -280,8 +280,11 @@ class TextService(Single):
     async def _embed(
         self, given: GenerateInput, pooling: str | None = None, sources: Sequence[Source] = ()
     ) -> Embedding:
+        adapter = self.adapters.find(given.model or "")
+        own = {} if adapter is None else {"adapter": adapter.digest}
         request_id = f"{given.request_id or 'embed'}#{next(self._serial)}"
-        return await embed_one(self, given, request_id, pooling, sources)
+        how = self.adapters.voice(adapter), self.limits, self._threads, self.media
+        return await embed_one(self.client, given, sources, request_id, *how, pooling=pooling, **own)
 
     async def classify(self, given: GenerateInput, *, raw: bool = False) -> Classification:
         """What one text is, by the labels of `info.labels`.
@@ -293,7 +296,7 @@ class TextService(Single):
         """
         self._check_reads(given, "classify", "tells no labels of texts: it is no sequence classifier")
         with await self.counted():
-            _, ids = await self.threads.run(vectors.encode, given, self.voice(), self.limits, self.info)
+            _, ids = await self._threads.run(vectors.encode, given, self.voice(), self.limits, self.info)
             request_id = f"{given.request_id or 'classify'}#{next(self._serial)}"
             assert self.client.classifier is not None
             found = await self.client.classifier.classify(request_id, ids, raw=raw, priority=given.priority)
@@ -314,7 +317,7 @@ class TextService(Single):
                 return await vectors.score_by_cosine(
                     lambda one: self._embed(vectors.prompted(one, self.info, None)), given
                 )
-            pairs = await self.threads.run(vectors.encode_pairs, given, self.tokenizer, self.info)
+            pairs = await self._threads.run(vectors.encode_pairs, given, self.tokenizer, self.info)
             request_id = f"{given.request_id or 'score'}#{next(self._serial)}"
             assert self.client.scorer is not None
             found = await self.client.scorer.score(request_id, pairs, priority=given.priority)
@@ -336,12 +339,12 @@ class TextService(Single):
                     f"Token {i} is {token!r}; this model's ids go from 0 to {self.info.vocab_size - 1}.", "token_ids"
                 )
         with await self.counted():
-            return await self.threads.run(lambda: tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+            return await self._threads.run(lambda: tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     async def offsets(self, ids: Sequence[int], text: str, model: str | None = None) -> list[int]:
         """Where the text of each of a prompt's tokens begins in `text`, the prompt's, in characters: never decreasing, none beyond
         its end. Several tokens of one character begin together; a token that `text` does not show begins where the next does."""
-        return await self.threads.run(prep.offsets, ids, text, self.voice(model).tokenizer)
+        return await self._threads.run(prep.offsets, ids, text, self.voice(model).tokenizer)
 
     async def rehearse(self) -> None:
         """Takes a prompt and a completion through the text side once, so that the first client does not wait for threads to
@@ -350,7 +353,7 @@ class TextService(Single):
         if self.chat_template is not None:
             given[0] = GenerateInput(messages=[{"role": "user", "content": "Hello"}])
         with contextlib.suppress(RequestError):  # a template may refuse anything
-            asked = (self.limits, self.threads, None)
+            asked = (self.limits, self._threads, None)
             await asyncio.gather(*(read_prompt(one, (), self.voice(), *asked) for one in given))
         stream = TextStream(0, SamplingParams(), (), self.tokenizer)
         stream.push(EngineOutput("", (0,)))
@@ -432,7 +435,7 @@ class TextService(Single):
         compiler = getattr(voice.grammar_compiler, "compile_tools", None)
         if compiler is None:
             return None
-        return await self.threads.compile(compiler, grammar, "The tools' schemas took", "tools")
+        return await self._threads.compile(compiler, grammar, "The tools' schemas took", "tools")
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -491,6 +494,6 @@ class TextService(Single):
             raise RequestError(
                 ErrorKind.UNIMPLEMENTED, "This server has no grammar compiler.", param="structured_outputs"
             )
-        return await self.threads.compile(
+        return await self._threads.compile(
             voice.grammar_compiler.compile, grammar, "The grammar took", "structured_outputs"
         )
