@@ -112,7 +112,7 @@ def with_mmproj(opened: Opened, named: str | None) -> Opened:
     path = None if named == "" else find_mmproj(opened.source.path, named)
     if path is None:
         return opened
-    metadata = GGUFFile(opened.source.path).metadata
+    metadata = open_gguf(opened.source.path).metadata
     tokens = [str(token) for token in metadata.get("tokenizer.ggml.tokens", ())]
     try:
         eyes = open_mmproj(path, opened.hf_config, tokens, metadata["general.architecture"])
