@@ -66,19 +66,22 @@ class Embeddings:
         return x_TD + jnp.where((self.index_T < 0)[:, None], 0, rows_TD.astype(x_TD.dtype))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["store_MW", "row_B", "row_N"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["store_MW", "row_B", "row_R", "row_N"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Cross:
     """What tokens attend to beside their own sequence: sound, say, that an encoder has read.
 
     Attributes:
         store_MW: of M such things the keys and values of all layers, as their encoder lays them out.
-        row_B: int32, which of them each decode row's is.
+        row_B, row_R: int32, which of them each decode row's is, and each piece's of a prompt.
         row_N: int32, and each block of Q_BLOCK chunk tokens'.
     """
 
     store_MW: jax.Array
     row_B: jax.Array
+    row_R: jax.Array
     row_N: jax.Array
 
 

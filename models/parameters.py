@@ -23,7 +23,7 @@ def _at(node: Any, path: tuple[Any, ...]) -> Any:
     return node
 
 
-EXACT = ("patch", "halve", "router", "shared_gate", "gates", "decay", "decay_narrow", "predict", "correct")
+EXACT = ("patch", "router", "shared_gate", "gates", "decay", "decay_narrow", "predict", "correct")
 """Linears that stay as they are under every scheme."""
 
 

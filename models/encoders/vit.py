@@ -15,6 +15,8 @@ from flax import nnx
 from models.layers import Build, GatedMLP, LayerNorm, Linear, RMSNorm, child_recipes
 from models.recipes import Recipes, deal, one, pieces, split, under
 from ops.activation import activation
+from ops.linear import PackedInt8Weight
+from ops.paged_attention import whole
 from ops.rope import rope
 
 MASKED = -1e30
@@ -171,6 +173,11 @@ class PatchAttention(nnx.Module):
 
     def __call__(self, x_PD: jax.Array, place_P2: jax.Array, real_P: jax.Array) -> jax.Array:
         (P, D), (H, h) = x_PD.shape, self.heads
+        if self._by_kernel():
+            size = self.tile or P
+            count_R = jnp.full(P // size, size, jnp.int32) if self.tile else jnp.sum(real_P, dtype=jnp.int32)[None]
+            out = whole.attend_all(self.qkv(x_PD).reshape(-1, size, H, 3, h), count_R, scale=h**-0.5)
+            return self.out(out.reshape(P, D).astype(x_PD.dtype))
         q_PHh, k_PHh, v_PHh = jnp.moveaxis(self.qkv(x_PD).reshape(P, H, 3, h), 2, 0)
         if self.theta is not None:
             turns = axial_frequencies(self.theta, h, self.alternating)
@@ -184,6 +191,13 @@ class PatchAttention(nnx.Module):
             row_P, column_P = (place_P2 // self.window).T
             window_P = row_P * 65536 + column_P
         return self.out(attend_patches(q_PHh, k_PHh, v_PHh, real_P, window_P).reshape(P, D))
+
+    def _by_kernel(self) -> bool:
+        """Whether the CPU's kernels attend, in bfloat16: beside products that are rounded to int8. Real patches come first."""
+        plain = self.theta is None and self.window is None
+        return (
+            plain and isinstance(self.qkv.weight.get_value(), PackedInt8Weight) and whole.supports(*self.heads, "cpu")
+        )
 
     def recipes(self, name: str) -> Recipes:
         H, h = self.heads

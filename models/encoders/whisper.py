@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from models.encoders.vit import VitBlock, VitConfig, run_block
 from models.layers import Build, LayerNorm, Linear, weight
 from models.recipes import Computed, Recipe, Recipes, deal, one, pieces, under
 from ops.activation import activation
+from ops.paged_attention import whole
 
 TAPS = 3
 """Frames that a convolution sees."""
@@ -41,6 +43,13 @@ def without_k(q: Recipe, v: Recipe) -> tuple[Recipe, Recipe, Recipe]:
     return q, Computed((q,), np.zeros_like), v
 
 
+def in_pages(config: VitConfig) -> VitConfig:
+    """The encoder that makes pages, as the CPU's kernels read them."""
+    heads, layers, positions = (config.get(name) for name in ("heads", "layers", "positions"))
+    width = layers * whole.kept_size(positions, heads, config.embed_dim // heads)
+    return dataclasses.replace(config, out_dim=width, extra=(*config.extra, ("paged", True)))
+
+
 class WhisperBlock(VitBlock):
     attention_names: ClassVar[tuple[tuple[str, ...], str]] = (("q_proj", "k_proj", "v_proj"), "out_proj")
 
@@ -60,7 +69,8 @@ class WhisperBlock(VitBlock):
 
 class WhisperEncoder(nnx.Module):
     """`models.api.ImageEncoder` whose patches are the frames of a log-mel spectrogram, all of them real. It makes one row of
-    numbers, [L, K and V, H, positions, h] of the decoder's layers: they attend to nothing else of the sound."""
+    numbers, [L, K and V, H, positions, h] of the decoder's layers (or `in_pages`, what `ops.paged_attention.whole` keeps of each):
+    they attend to nothing else of the sound."""
 
     def __init__(self, config: VitConfig, build: Build):
         self.config, self.compute_dtype = config, build.compute_dtype
@@ -84,6 +94,9 @@ class WhisperEncoder(nnx.Module):
         for block in self.blocks:
             x_SD = run_block(block, x_SD, place_S2, real_S)
         x_SD, H = self.norm(x_SD), self.config.get("heads")
+        if self.config.get("paged"):
+            parts = (linear(x_SD).reshape(len(x_SD), H, 2, -1) for linear in self.cross)
+            return jnp.concatenate([whole.keep(part[:, :, 0], part[:, :, 1]) for part in parts])[None]
         kept = [linear(x_SD).reshape(len(x_SD), H, 2, -1).transpose(2, 1, 0, 3).reshape(-1) for linear in self.cross]
         return jnp.concatenate(kept)[None]
 

@@ -19,7 +19,7 @@ from models.layers import MLP, Attention, Build, Layer, LayerNorm, Linear, weigh
 from models.layers.norms import Norm
 from models.recipes import Recipes, deal, one, pieces, under
 from ops.linear import embed
-from ops.paged_attention import Sequences
+from ops.paged_attention import Sequences, whole
 from ops.paged_attention.batch import Q_BLOCK
 
 SOUND = r"^(model\.)?(encoder\.|decoder\.layers\.\d+\.encoder_attn\.[kv]_proj\.)"
@@ -36,7 +36,13 @@ class WhisperAttention(Attention):
 
 
 class CrossAttention(nnx.Module):
-    """Attention to sound: every token sees all of it. Its keys and values were made once, see `models.api.Cross`."""
+    """Attention to sound: every token sees all of it. Its keys and values were made once, see `models.api.Cross`.
+
+    Attributes:
+        paged: how many positions a sound has where they lie in pages (`WhisperEncoder`); None for plain arrays.
+    """
+
+    paged: int | None = None
 
     def __init__(self, config: ModelConfig, layer: int, build: Build):
         H, h, D = config.num_heads, config.head_dim, config.embed_dim
@@ -45,11 +51,19 @@ class CrossAttention(nnx.Module):
         self.q = Linear(D, H * h, build, (axis, "embed"), bias=True)
         self.out = Linear(H * h, D, build, ("embed", axis), bias=True)
 
-    def __call__(self, x_TD: jax.Array, cross: Cross | None, norm: Norm, residual_TD: jax.Array) -> jax.Array:
-        if cross is None:
+    def __call__(self, x_TD: jax.Array, step: Step, norm: Norm, residual_TD: jax.Array) -> jax.Array:
+        if (cross := step.cross) is None:
             return residual_TD
         (T, _), (H, h) = x_TD.shape, self.heads
         q_TO = self.q(x_TD, norm=norm)
+        if self.paged is not None:
+            how: dict[str, Any] = {"positions": self.paged, "part": self.layer, "scale": h**-0.5}
+            q_THh = q_TO.reshape(T, H, h)
+            if isinstance(step.attention, Sequences):
+                out = whole.attend_kept_once(q_THh, cross.store_MW, **how)
+            else:
+                out = whole.attend_kept(q_THh, cross.store_MW, cross.row_B, cross.row_R, step.attention, **how)
+            return self.out(out.reshape(T, H * h).astype(x_TD.dtype), residual_TO=residual_TD)
         D = T - len(cross.row_N) * Q_BLOCK
         rows, queries = len(cross.row_B), D // max(1, len(cross.row_B))
         store = cross.store_MW.reshape(len(cross.store_MW), self.layers, 2, H, -1, h)
@@ -74,7 +88,11 @@ class CrossAttention(nnx.Module):
         """float32 [H, S, T]: what each head of each token attends to of one sound."""
         H, h = self.heads
         q_SHh = self.q(x_SD).reshape(-1, H, h)
-        k_HTh = row_1W.reshape(self.layers, 2, H, -1, h)[self.layer, 0]
+        if self.paged is not None:
+            kept = row_1W.reshape(self.layers, -1)[self.layer]
+            k_HTh = whole.kept_keys(kept, self.paged, H, h).swapaxes(0, 1).astype(q_SHh.dtype)
+        else:
+            k_HTh = row_1W.reshape(self.layers, 2, H, -1, h)[self.layer, 0]
         scores = jnp.einsum("shd,htd->hst", q_SHh, k_HTh, preferred_element_type=jnp.float32) * h**-0.5
         return jax.nn.softmax(scores, axis=-1)
 
@@ -104,7 +122,7 @@ class WhisperLayer(Layer):
 
     def __call__(self, x_TD: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
         x_TD, kv = self.attn(x_TD, step, kv, norm=self.attn_norm, residual_TD=x_TD)
-        x_TD = self.cross(x_TD, step.cross, self.cross_norm, x_TD)
+        x_TD = self.cross(x_TD, step, self.cross_norm, x_TD)
         x_TD, visited = self.mlp(x_TD, step, norm=self.mlp_norm, residual_TD=x_TD)
         return x_TD, kv, visited
 
@@ -128,6 +146,11 @@ class Whisper(Decoder):
     def embed_tokens(self, step: Step) -> jax.Array:
         return super().embed_tokens(step) + embed(self.positions[...], step.positions_T, self.compute_dtype)
 
+    def read_pages(self, positions: int) -> None:
+        """What the encoder makes lies in pages from now on."""
+        for layer in self.layers:
+            layer.cross.paged = positions
+
     def attended(self, tokens_S: jax.Array, row_1W: jax.Array, heads: tuple[tuple[int, int], ...]) -> jax.Array:
         """float32 [A, S, T]: of each of A (layer, head), what each of one sequence's tokens attends to of a sound.
 
@@ -137,14 +160,14 @@ class Whisper(Decoder):
         positions_S = jnp.arange(len(tokens_S), dtype=jnp.int32)
         attention: Any = Sequences(jnp.ones_like(tokens_S)[None], positions_S[None], single=True)
         one = jnp.zeros(1, jnp.int32)  # all tokens in one row: its keys and values would be copied for each
-        step = Step(tokens_S, positions_S, attention, cross=Cross(row_1W, one, one[:0]))
+        step = Step(tokens_S, positions_S, attention, cross=Cross(row_1W, one, one[:0], one[:0]))
         x_SD, seen = self.embed_tokens(step), {}
         for index, layer in enumerate(self.layers):
             x_SD, _ = layer.attn(x_SD, step, None, norm=layer.attn_norm, residual_TD=x_SD)
             chosen = [head for at, head in heads if at == index]
             if chosen:
                 seen[index] = layer.cross.weights(layer.cross_norm(x_SD), row_1W)[jnp.array(sorted(set(chosen)))]
-            x_SD = layer.cross(x_SD, step.cross, layer.cross_norm, x_SD)
+            x_SD = layer.cross(x_SD, step, layer.cross_norm, x_SD)
             x_SD, _ = layer.mlp(x_SD, step, norm=layer.mlp_norm, residual_TD=x_SD)
         return jnp.concatenate([seen[index] for index in sorted(seen)])
 

@@ -8,51 +8,60 @@ namespace {
 
 // Operands: q [T, K, G, h], k [T, K, h], v [T, K, hv] (or q [T, K, G + 2, h], with k and v empty: a KV head's queries,
 // then its k, then its v), cos and sin [T, r / 2] (empty: already rotated), sinks [K, G] (empty: none), the batch's
-// integers, then pages k and v and, for int8, their scales. Results: out [T, K, G, hv] and the pages, aliased.
+// integers, then pages k and v and, for int8, their scales. Results: out [T, K, G, hv] and the pages, aliased. Where pages are
+// only read they are one array and no result: a page's V lies behind its K, so both are found by the number of K's.
 ffi::Error attention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k, ffi::Buffer<ffi::F32> v,
                      ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin, ffi::Buffer<ffi::F32> sinks,
                      ffi::Buffer<ffi::S32> index, ffi::Buffer<ffi::S32> decode_pages, ffi::Buffer<ffi::S32> decode_len,
                      ffi::Buffer<ffi::S32> decode_qlen, ffi::Buffer<ffi::S32> chunk_pages,
                      ffi::Buffer<ffi::S32> chunk_start, ffi::Buffer<ffi::S32> chunk_qlen,
                      ffi::Buffer<ffi::S32> chunk_len, ffi::RemainingArgs pages, ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::RemainingRets new_pages, float scale, float softcap,
-                     int32_t window, int32_t places) {
-  if (new_pages.size() != 2 && new_pages.size() != 4) return ffi::Error::InvalidArgument("pages are 2 or 4 arrays");
-  auto k_pages = new_pages.get<ffi::AnyBuffer>(0), v_pages = new_pages.get<ffi::AnyBuffer>(1);
-  if (!k_pages || !v_pages) return ffi::Error::InvalidArgument("pages are missing");
-  for (size_t i = 0; i < pages.size(); ++i) {
+                     int32_t window, int32_t places, int32_t whole) {
+  const bool reads = pages.size() == 1 && new_pages.size() == 0;
+  if (!reads && new_pages.size() != 2 && new_pages.size() != 4)
+    return ffi::Error::InvalidArgument("pages are 2 or 4 arrays, or one that is only read");
+  if (pages.size() < 1 || (!reads && pages.size() != new_pages.size()))
+    return ffi::Error::InvalidArgument("pages are missing");
+  for (size_t i = 0; i < new_pages.size(); ++i) {
     if (pages.get<ffi::AnyBuffer>(i)->untyped_data() != new_pages.get<ffi::AnyBuffer>(i).value()->untyped_data())
       return ffi::Error::Internal("pages are not updated in place");
   }
+  const ffi::AnyBuffer k_pages = *pages.get<ffi::AnyBuffer>(0);
 
   const auto dims = out->dimensions();
   const int64_t T = dims[0], K = dims[1], G = dims[2], hv = dims[3];
   const int64_t h = q.dimensions()[3];
   const bool fused = q.dimensions()[2] == G + 2;
   Pool pool{};
-  pool.k = (*k_pages)->untyped_data();
-  pool.v = (*v_pages)->untyped_data();
-  switch ((*k_pages)->element_type()) {
+  pool.k = k_pages.untyped_data();
+  switch (k_pages.element_type()) {
     case ffi::F32:
       pool.kind = Kind::kFloat32;
       break;
     case ffi::BF16:
+    case ffi::U16:  // their bits: XLA's updates in place turn a whole array of bfloat16 into float32 and back
       pool.kind = Kind::kBfloat16;
       break;
     case ffi::S8:
       pool.kind = Kind::kInt8;
+      if (reads) return ffi::Error::InvalidArgument("pages that are only read are float32 or bfloat16");
       pool.k_scale = static_cast<float*>(new_pages.get<ffi::AnyBuffer>(2).value()->untyped_data());
       pool.v_scale = static_cast<float*>(new_pages.get<ffi::AnyBuffer>(3).value()->untyped_data());
       break;
     default:
       return ffi::Error::InvalidArgument("pages are float32, bfloat16 or int8");
   }
-  pool.pages = (*k_pages)->dimensions()[0];
+  pool.pages = k_pages.dimensions()[0];
   pool.heads = static_cast<int>(K);
   pool.h = static_cast<int>(h);
   pool.hv = static_cast<int>(hv);
-  pool.page_size = static_cast<int>((*k_pages)->dimensions()[3]);
+  pool.page_size = static_cast<int>(k_pages.dimensions()[3]);
+  pool.v = reads ? static_cast<char*>(pool.k) + K * h * pool.page_size * (pool.kind == Kind::kFloat32 ? 4 : 2)
+                 : pages.get<ffi::AnyBuffer>(1)->untyped_data();
   pool.window = window > 0 ? window : INT_MAX / 2;
   pool.softcap = softcap * kBitsANat;
+  if (reads && (h != hv || fused || k.element_count() > 0))
+    return ffi::Error::InvalidArgument("pages that are only read are given queries alone, K and V of one size");
   if (pool.page_size % PANEL != 0 || hv % PANEL != 0 || h % 2 != 0)
     return ffi::Error::InvalidArgument("pages hold a multiple of 16 tokens, heads of v of 16 channels");
 
@@ -63,8 +72,8 @@ ffi::Error attention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Buff
     step.v = step.q + (G + 1) * h;
     step.q_head = step.k_head = step.v_head = (G + 2) * h;
   } else {
-    step.k = k.typed_data();
-    step.v = v.typed_data();
+    step.k = reads ? nullptr : k.typed_data();
+    step.v = reads ? nullptr : v.typed_data();
     step.q_head = G * h;
     step.k_head = h;
     step.v_head = hv;
@@ -80,6 +89,7 @@ ffi::Error attention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Buff
   step.sinks = sinks.element_count() > 0 ? sinks.typed_data() : nullptr;
   step.index = index.typed_data();
   step.group = static_cast<int>(G);
+  step.whole = whole != 0;
   step.scale = scale * kBitsANat;
   step.out = out->typed_data();
   const int64_t B = decode_len.dimensions()[0];
@@ -118,4 +128,5 @@ JAXSERVE_HANDLER(jaxserve_attention, jaxserve::attention::attention,
                      .Attr<float>("scale")
                      .Attr<float>("softcap")
                      .Attr<int32_t>("window")
-                     .Attr<int32_t>("places"));
+                     .Attr<int32_t>("places")
+                     .Attr<int32_t>("whole"));

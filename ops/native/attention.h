@@ -32,7 +32,7 @@ struct Pool {  // the pages of a layer
 
 // A step's operands, with the strides in which q, k and v lie.
 struct Step {
-  const float *q, *k, *v;
+  const float *q, *k, *v;  // k is null where the pages have what is needed: nothing is written
   int64_t q_token, k_token, v_token;  // floats from a token to the next
   int64_t q_head, k_head, v_head;     // floats from a KV head to the next
   const float *cos, *sin;             // [T, half], or null
@@ -40,6 +40,7 @@ struct Step {
   const float* sinks;  // [K, G] in nats, or null
   const int32_t* index;
   int group;
+  bool whole;   // every token of a chunk sees its row's whole context, and not just up to itself
   float scale;  // what turns q . k into bits: weights are powers of 2
   float* out;   // [T, K, G, hv]
 };

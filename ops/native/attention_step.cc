@@ -37,16 +37,16 @@ void fetch(const float* x, int n) {
   for (int i = 0; i < n; i += 16) __builtin_prefetch(x + i);
 }
 
-// Fills a tile with `tokens` tokens' queries of one KV head, the first at `position`.
+// Fills a tile with `tokens` tokens' queries of one KV head, the first at `position`, each `apart` behind the one before.
 Tile start_tile(const Step& step, const Pool& pool, const Kernels& use, int64_t token, int tokens, int head,
-                int position, int keys, bool with_sinks) {
+                int position, int apart, int keys, bool with_sinks) {
   Tile tile;
   const int64_t rows = tile.rows = tokens * step.group;
-  const bool apart = pool.kind == Kind::kInt8 || (use.bf16_dot && pool.kind == Kind::kBfloat16);
+  const bool own_weights = pool.kind == Kind::kInt8 || (use.bf16_dot && pool.kind == Kind::kBfloat16);
   constexpr int64_t kSlack = 64;  // floats behind the queries, which are written by whole vectors
   const int64_t floats = 2 * ROWS_AT_ONCE * keys + rows * (pool.hv + pool.h + LANES + 3) + kSlack;
   tile.score = static_cast<float*>(scratch(kTile, sizeof(float) * floats));
-  tile.weight = apart ? tile.score + ROWS_AT_ONCE * keys : tile.score;  // float32 weights replace their scores
+  tile.weight = own_weights ? tile.score + ROWS_AT_ONCE * keys : tile.score;  // float32 weights replace their scores
   tile.sum = tile.score + 2 * ROWS_AT_ONCE * keys;
   float* const q = tile.sum + rows * pool.hv;
   tile.q = q;
@@ -62,7 +62,7 @@ Tile start_tile(const Step& step, const Pool& pool, const Kernels& use, int64_t 
     for (int g = 0; g < step.group; ++g) {
       const int row = j * step.group + g;
       use.query(step, pool, token + j, head, g, tile, row);
-      tile.position[row] = position + j;
+      tile.position[row] = position + j * apart;
       const bool sink = with_sinks && step.sinks != nullptr;  // a key of weight exp(sink) and no value
       tile.best[row] = sink ? step.sinks[head * step.group + g] * kBitsANat : NOTHING;
       tile.total[row * LANES] = sink ? 1.0f : 0.0f;
@@ -119,6 +119,7 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
   auto begin_of = [&](int64_t b) {
     return std::max<int64_t>(0, decode.len[b] - std::max<int64_t>(qlen_of(b), 1) + 1 - pool.window) / PANEL * PANEL;
   };
+  const bool write = step.k != nullptr;
   std::vector<int64_t> writes;
   int64_t context = 0, pairs = 0;
   for (int64_t b = 0; b < decode.count; ++b) {
@@ -129,7 +130,7 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     if (qlen == 0) continue;
     context += len - begin_of(b);
     pairs += (len - begin_of(b)) * qlen;
-    for (int64_t j = 0; Q > 1 && j < qlen; ++j) writes.push_back(b * Q + j);
+    for (int64_t j = 0; write && Q > 1 && j < qlen; ++j) writes.push_back(b * Q + j);
   }
   const int64_t share = context * K / (cores * 4);
   std::vector<DecodePiece> pieces;
@@ -162,7 +163,7 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
 
   // Chunks: tiles of queries, the longest contexts first.
   int tile_tokens = std::max(1, TILE_ROWS / G);
-  while (tile_tokens * G > 24 && C / tile_tokens * K < 4 * cores) tile_tokens /= 2;
+  while (tile_tokens > 1 && tile_tokens * G > 24 && C / tile_tokens * K < 4 * cores) tile_tokens /= 2;
   std::vector<ChunkItem> chunk_items;
   std::vector<char> real(C, 0);
   for (int64_t r = 0; r < chunk.count; ++r) {
@@ -171,7 +172,7 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     if (qlen < 0 || qlen > len || len > chunk.width * limit || start < 0 || start + qlen > C)
       return ffi::Error::InvalidArgument("a chunk outside its step or its page table");
     for (int64_t j = 0; j < qlen; ++j) {
-      writes.push_back(first_chunk + start + j);
+      if (write) writes.push_back(first_chunk + start + j);
       real[start + j] = 1;
     }
     pairs += qlen * std::min<int64_t>(len, pool.window);
@@ -198,13 +199,14 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
 
   const auto attend_chunk = [&](const ChunkItem& item) {
     const int64_t token = first_chunk + chunk.start[item.row] + item.first;
-    const int position = chunk.len[item.row] - chunk.qlen[item.row] + item.first;
-    const Tile tile = start_tile(step, pool, use, token, item.tokens, item.head, position, CHUNK_KEYS, true);
+    const int len = chunk.len[item.row];
+    const int position = step.whole ? len - 1 : len - chunk.qlen[item.row] + item.first, apart = step.whole ? 0 : 1;
+    const Tile tile = start_tile(step, pool, use, token, item.tokens, item.head, position, apart, CHUNK_KEYS, true);
     float* const out = step.out + token * token_floats + item.head * G * hv;
     for (int j = 0; j < item.tokens; ++j)  // a store that misses the cache waits, and there is time until then
       for (int i = 0; i < G * hv; i += 16) __builtin_prefetch(out + j * token_floats + i, 1, 2);
     const Piece keys{chunk.pages + item.row * chunk.width, item.head, std::max(0, position - pool.window + 1),
-                     position + item.tokens};
+                     step.whole ? len : position + item.tokens};
     use.chunk(tile, pool, keys);
     for (int row = 0; row < tile.rows; ++row)
       use.finish(tile.sum + row * hv, total_of(tile, row), hv, out + row / G * token_floats + row % G * hv);
@@ -215,9 +217,9 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
   const auto attend_decode = [&](const DecodePiece& piece, const Piece* next) {
     const int head = piece.keys.head;
     const int64_t token = piece.row * Q;
-    if (Q == 1 && piece.last) use.write(step, pool, token, head);
+    if (write && Q == 1 && piece.last) use.write(step, pool, token, head);
     const int position = decode.len[piece.row] - piece.qlen;
-    const Tile tile = start_tile(step, pool, use, token, piece.qlen, head, position, DECODE_KEYS, piece.last);
+    const Tile tile = start_tile(step, pool, use, token, piece.qlen, head, position, 1, DECODE_KEYS, piece.last);
     use.decode(tile, pool, piece.keys, next);
     for (int row = 0; row < tile.rows; ++row) {
       if (piece.partial < 0) {

@@ -114,6 +114,41 @@ def _call(
         softcap=np.float32(softcap or 0.0),
         window=np.int32(min(window or 0, 2**30)),
         places=np.int32(batch.queries),
+        whole=np.int32(0),
     )
     names = ("k", "v", "k_scale", "v_scale")
     return out.astype(q.dtype), dataclasses.replace(kv, **dict(zip(names, pages, strict=False)))
+
+
+def attend_whole(
+    q: jax.Array,
+    pages: tuple[jax.Array, ...],
+    index_T: jax.Array,
+    chunk: tuple[jax.Array, ...],
+    decode: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    scale: float,
+) -> jax.Array:
+    """Every token attends to its row's whole context: out [T, K, G, h], float32.
+
+    Args:
+        q: fused queries, keys and values [T, K, G + 2, h] and pages (k, v), into which they are written; or queries
+            [T, K, G, h] and one array of pages that is read alone, each page's V behind its K. float32, or bfloat16 or its bits.
+        index_T: where tokens are written.
+        chunk: int32 (pages [R, P], first token, tokens, context) of rows of several tokens.
+        decode: int32 (pages [B, P], context) of rows of one, in front of those.
+    """
+    reads = len(pages) == 1
+    (T, K, group, h), nothing = q.shape, jnp.zeros(0, jnp.float32)
+    none = jnp.zeros(0, jnp.int32)
+    decode_pages, decode_len = decode or (none.reshape(0, 1), none)
+    operands = [
+        q.astype(jnp.float32), nothing, nothing, *(jnp.zeros((0, 0), jnp.float32),) * 2, nothing, index_T, decode_pages, decode_len,
+        none, *chunk,
+    ]  # fmt: skip
+    results = [jax.ShapeDtypeStruct((T, K, group if reads else group - 2, h), jnp.float32)]
+    aliases = {} if reads else {len(operands) + i: 1 + i for i in range(2)}
+    results += [] if reads else [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pages]
+    call = jax.ffi.ffi_call(native.target("jaxserve_attention"), results, input_output_aliases=aliases)
+    how = {"scale": np.float32(scale), "softcap": np.float32(0), "window": np.int32(0), "places": np.int32(1)}
+    return call(*operands, *pages, **how, whole=np.int32(1))[0]

@@ -329,6 +329,7 @@ class EngineLoop:
             prefix_hits=c.prefix_hits,
             media_queries=s.kv.media_queries,
             media_hits=s.kv.media_hits,
+            media_time_s_total=self.runner.media_time_s,
             prompt_tokens=c.prompt_tokens,
             generation_tokens=c.generation_tokens,
             num_steps=c.steps,

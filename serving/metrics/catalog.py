@@ -82,8 +82,12 @@ SPECS: tuple[Spec, ...] = (
     _gauge("kv_cache_usage_perc", "Fraction of KV pages in use by live requests; 1 is full."),
     _counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     _counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
-    _counter("mm_cache_queries", "Images that prompts had when their places were computed."),
+    _counter("mm_cache_queries", "Images, and windows of sound, that prompts had when their places were computed."),
     _counter("mm_cache_hits", "Of them, those whose embeddings were there: another request had sent the same one."),
+    _counter("mm_encoder_items", "The others: those that the encoder has read."),
+    _counter(
+        "mm_encoder_seconds", "Seconds that the encoder took for them, and for what the devices did in front of it."
+    ),
     _counter("num_preemptions", "Times a running request was put back to waiting."),
     _counter("prompt_tokens", "Prompt tokens processed."),
     _counter("prompt_tokens_cached", "Prompt tokens of finished requests that came from the prefix cache."),

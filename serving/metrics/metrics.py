@@ -145,6 +145,8 @@ class Metrics(Collector):
             "prefix_cache_hits": s.prefix_hits,
             "mm_cache_queries": s.media_queries,
             "mm_cache_hits": s.media_hits,
+            "mm_encoder_items": s.media_queries - s.media_hits,
+            "mm_encoder_seconds": s.media_time_s_total,
             "num_preemptions": s.num_preemptions,
             "spec_decode_num_drafts": s.num_drafts,
             "spec_decode_num_draft_tokens": s.num_draft_tokens,

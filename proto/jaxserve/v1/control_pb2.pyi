@@ -11,7 +11,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "platform", "mesh", "uptime_s", "draining", "num_running", "num_waiting", "num_pages_free", "num_pages_total", "prompt_tokens", "generation_tokens", "num_steps", "num_preemptions", "num_recompilations", "prefix_queries", "prefix_hits", "num_scheduled_tokens", "num_bucket_tokens", "host_time_s", "device_wait_time_s", "adapters", "takes_adapters", "num_drafts", "num_draft_tokens", "num_accepted_tokens", "accepted_per_pos", "transfers", "media_queries", "media_hits")
+    __slots__ = ("version", "platform", "mesh", "uptime_s", "draining", "num_running", "num_waiting", "num_pages_free", "num_pages_total", "prompt_tokens", "generation_tokens", "num_steps", "num_preemptions", "num_recompilations", "prefix_queries", "prefix_hits", "num_scheduled_tokens", "num_bucket_tokens", "host_time_s", "device_wait_time_s", "adapters", "takes_adapters", "num_drafts", "num_draft_tokens", "num_accepted_tokens", "accepted_per_pos", "transfers", "media_queries", "media_hits", "media_time_s")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PLATFORM_FIELD_NUMBER: _ClassVar[int]
     MESH_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class GetServerInfoResponse(_message.Message):
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     MEDIA_QUERIES_FIELD_NUMBER: _ClassVar[int]
     MEDIA_HITS_FIELD_NUMBER: _ClassVar[int]
+    MEDIA_TIME_S_FIELD_NUMBER: _ClassVar[int]
     version: str
     platform: str
     mesh: str
@@ -70,7 +71,8 @@ class GetServerInfoResponse(_message.Message):
     transfers: TransferFigures
     media_queries: int
     media_hits: int
-    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., mesh: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_free: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_recompilations: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_scheduled_tokens: _Optional[int] = ..., num_bucket_tokens: _Optional[int] = ..., host_time_s: _Optional[float] = ..., device_wait_time_s: _Optional[float] = ..., adapters: _Optional[_Iterable[_Union[LoadedAdapter, _Mapping]]] = ..., takes_adapters: _Optional[bool] = ..., num_drafts: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., accepted_per_pos: _Optional[_Iterable[int]] = ..., transfers: _Optional[_Union[TransferFigures, _Mapping]] = ..., media_queries: _Optional[int] = ..., media_hits: _Optional[int] = ...) -> None: ...
+    media_time_s: float
+    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., mesh: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_free: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_recompilations: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_scheduled_tokens: _Optional[int] = ..., num_bucket_tokens: _Optional[int] = ..., host_time_s: _Optional[float] = ..., device_wait_time_s: _Optional[float] = ..., adapters: _Optional[_Iterable[_Union[LoadedAdapter, _Mapping]]] = ..., takes_adapters: _Optional[bool] = ..., num_drafts: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., accepted_per_pos: _Optional[_Iterable[int]] = ..., transfers: _Optional[_Union[TransferFigures, _Mapping]] = ..., media_queries: _Optional[int] = ..., media_hits: _Optional[int] = ..., media_time_s: _Optional[float] = ...) -> None: ...
 
 class TransferFigures(_message.Message):
     __slots__ = ("requests_in", "requests_out", "bytes_in", "bytes_out", "tokens_in", "seconds_in", "seconds_out", "fallbacks", "leases", "leased_pages", "leases_expired", "receiving")

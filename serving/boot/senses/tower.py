@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
+from models.encoders.whisper import in_pages
 from models.family import Tower
 from models.loading.load import Built, fill
 from models.loading.opening import Opened
+from ops.paged_attention import whole
 from serving.engine.device.media import VisionTower, patch_sizes, tile_sizes
 from serving.engine.device.programs.packing import MediaShape
 from serving.engine.device.programs.placement import num_replicas
+from serving.engine.device.sizing import resolve_kv_dtype
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -60,7 +63,7 @@ def check_tower(
     if tower is None:
         return None
     if tower.reads == "sound":
-        return _check_sound(config, opened, built, tower)
+        return _check_sound(config, opened, built, mesh, tower)
     if config.language_model_only or why_not(opened) is not None:
         return None
     for name in ALONE:
@@ -115,7 +118,14 @@ def _check_together(config: EngineConfig, shape: MediaShape) -> None:
         )
 
 
-def _check_sound(config: EngineConfig, opened: Opened, built: Built, tower: Tower) -> CheckedTower:
+def _by_kernels(config: EngineConfig, built: Built, mesh: Mesh) -> bool:
+    """Whether the CPU's kernels attend to sound: where they read the decoder's pages in bfloat16."""
+    decoder, platform = built.config, mesh.devices.flat[0].platform
+    dtype = resolve_kv_dtype(config, built.model, jnp.dtype(built.build.compute_dtype).name, mesh.size)
+    return mesh.size == 1 and dtype == "bfloat16" and whole.supports(decoder.num_heads, decoder.head_dim, platform)
+
+
+def _check_sound(config: EngineConfig, opened: Opened, built: Built, mesh: Mesh, tower: Tower) -> CheckedTower:
     """As `check_tower`, of a model that does nothing without its encoder."""
     for name in (*ALONE, "speculative_config"):
         if getattr(config, name) is not None:
@@ -124,15 +134,17 @@ def _check_sound(config: EngineConfig, opened: Opened, built: Built, tower: Towe
         raise ValueError("num_scheduler_steps, enable_lora and language_model_only do not go with a model for speech.")
     if (reason := why_not(opened)) is not None:
         raise ValueError(f"{opened.model_id} cannot be served: {reason}.")
-    numbers = tower.config(opened.hf_config)
+    numbers, dtype = tower.config(opened.hf_config), jnp.dtype(built.build.compute_dtype)
+    if _by_kernels(config, built, mesh):
+        numbers, dtype = in_pages(numbers), jnp.dtype(jnp.uint16)
+        built.model.read_pages(numbers.get("positions"))
     first = opened.generation_config.get("no_timestamps_token_id")
     built.model.first_time = None if first is None else int(first) + 1
-    dtype, replicas = built.build.compute_dtype, num_replicas(built.build.mesh)
-    wanted = int(config.mm_encoder_cache_gb * GIB) // (numbers.width * jnp.dtype(dtype).itemsize) // replicas
+    wanted = int(config.mm_encoder_cache_gb * GIB) // (numbers.width * dtype.itemsize) // num_replicas(mesh)
     shape = MediaShape(
         rows=max(wanted, min(config.max_num_seqs or LEAST_WINDOWS, LEAST_WINDOWS)),
         width=numbers.width,
-        dtype=jnp.dtype(dtype).name,
+        dtype=dtype.name,
         axes=False,
         patches=(numbers.max_patches,),
         patch_dim=numbers.patch_dim,

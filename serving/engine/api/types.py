@@ -236,8 +236,9 @@ class EngineStats:
     num_preemptions: int = 0
     prefix_queries: int = 0  # prompt tokens looked up
     prefix_hits: int = 0  # of them, found
-    media_queries: int = 0  # images that pieces of prompts needed
+    media_queries: int = 0  # images, and windows of sound, that pieces of prompts needed
     media_hits: int = 0  # of them, those whose embeddings were there
+    media_time_s_total: float = 0.0  # seconds that making the others' took
     prompt_tokens: int = 0
     generation_tokens: int = 0
     num_steps: int = 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -48,12 +50,14 @@ class VisionTower:
     Attributes:
         component: its weights.
         store_MD: embeddings of images, of all replicas end to end; taken over by each of its programs.
+        clock: how long they took.
     """
 
     def __init__(self, model: Any, shape: MediaShape, mesh: Mesh | None) -> None:
         self.component = Component(VISION, model)
         self.shape = shape
         self.store_MD: Any = None
+        self.clock = EncoderClock()
         self._mesh, self._replicas = mesh, num_replicas(mesh)
         self._programs: dict[ProgramKey, Any] = {}
 
@@ -97,8 +101,11 @@ class VisionTower:
 
     def encode(self, command: Encode) -> None:
         """Puts images' embeddings into the store, for all steps that follow."""
-        program = self._programs[_key(command.bucket)]
-        self.store_MD = program(self.component.leaves, self.store_MD, command.patches, command.packed)
+        program, began = self._programs[_key(command.bucket)], time.perf_counter()
+        self.store_MD, done = program(self.component.leaves, self.store_MD, command.patches, command.packed)
+        layout, parts = self.shape.layout(command.bucket), command.packed.reshape(self._replicas, -1)
+        if any(layout.views(flat)["count"][0] for flat in parts):
+            self.clock.watch(began, done)
 
     def sleep(self) -> int:
         """Gives its memory back; the weights are kept in host memory. Returns the bytes of the store."""
@@ -109,16 +116,46 @@ class VisionTower:
         return freed
 
 
-def make_encode(tower: SplitModel, shape: MediaShape, patches: int) -> Callable[..., jax.Array]:
-    """encode(leaves, store_MD, patches_PX, flat) -> store_MD with the image's embeddings in their rows."""
+class EncoderClock:
+    """Measures programs that nobody waits for, in a thread of its own.
+
+    Attributes:
+        seconds: that they took: from being started, or from the end of the one before, to their end. What else the devices did
+            in front of them is in it.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._ended = 0.0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-encoder-clock")
+
+    def watch(self, began: float, done: jax.Array) -> None:
+        """Of one program.
+
+        Args:
+            began: when it was started, by `time.perf_counter`.
+            done: a result of it that no other program takes over.
+        """
+        self._thread.submit(self._wait, began, done)
+
+    def _wait(self, began: float, done: jax.Array) -> None:
+        jax.block_until_ready(done)
+        began, self._ended = max(began, self._ended), time.perf_counter()
+        self.seconds += self._ended - began
+
+
+def make_encode(tower: SplitModel, shape: MediaShape, patches: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """encode(leaves, store_MD, patches_PX, flat) -> (store_MD with the image's embeddings in their rows, [1] of them)."""
     layout = shape.layout(patches)
 
-    def encode(leaves: tuple[jax.Array, ...], store_MD: jax.Array, patches_PX: jax.Array, flat: jax.Array) -> jax.Array:
+    def encode(
+        leaves: tuple[jax.Array, ...], store_MD: jax.Array, patches_PX: jax.Array, flat: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         f = layout.unpack(flat)
         rows_NM = tower.merge(leaves).encode(patches_PX, f["place_P2"], f["count"][0])
         if "pick_NK" in f:
             rows_NM = jnp.einsum("nkm,nk->nm", rows_NM[f["pick_NK"]], f["share_NK"].astype(rows_NM.dtype))
-        return store_MD.at[f["rows_N"]].set(rows_NM.astype(store_MD.dtype), mode="drop")
+        return store_MD.at[f["rows_N"]].set(rows_NM.astype(store_MD.dtype), mode="drop"), rows_NM[0, :1]
 
     return encode
 

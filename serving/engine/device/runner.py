@@ -304,6 +304,12 @@ class StepRunner:
             }
         return StepResult(tokens, finite > 0, logprobs, self._read_prompt_logprobs(step), pooled)
 
+    @property
+    def media_time_s(self) -> float:
+        """Seconds that images and sounds took to encode so far."""
+        tower = getattr(self.executor, "tower", None)
+        return 0.0 if tower is None else tower.clock.seconds
+
     def _count(self, found: Any) -> None:
         """Adds a step's int32 [layers, E] of each replica to `expert_loads`."""
         layers = found.shape[0] // self.executor.replicas

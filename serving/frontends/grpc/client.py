@@ -312,6 +312,7 @@ class RemoteEngineClient(EngineClient):
             accepted_per_pos=tuple(server.accepted_per_pos) or None,
             media_queries=server.media_queries,
             media_hits=server.media_hits,
+            media_time_s_total=server.media_time_s,
             transfers=figures.stats_from(server.transfers) if server.HasField("transfers") else None,
         )
         if self._on_stats is not None:

@@ -191,6 +191,7 @@ class Control(ControlCalls):
             accepted_per_pos=stats.accepted_per_pos or (),
             media_queries=stats.media_queries,
             media_hits=stats.media_hits,
+            media_time_s=stats.media_time_s_total,
             takes_adapters=any(service.adapters.open for service in served.visible()),
             adapters=loaded_adapters(served),
             transfers=None if stats.transfers is None else figures.stats_to(stats.transfers),

@@ -20,13 +20,17 @@ sees a reset instead of the reply."""
 INFLATE_BYTES = 1 << 20
 """Of an inflated body, made at once; other requests come in between."""
 
+SOUND = "/v1/audio/"
+FORM_BYTES = 2**20
+"""Of a form, beside its sound."""
+
 _WINDOWS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
 
 
 class BodyLimit:
-    """Refuses bodies over `Limits.max_body_bytes` with 413, by their declared length or as they come, inflates those that say
-    gzip or deflate within the same bound (others: 415), gives up those of which nothing comes for `body_gap_s` seconds (408),
-    and those for which there is no room beside the others (503)."""
+    """Refuses bodies over `Limits.max_body_bytes` (of sound `max_sound_bytes`) with 413, by their declared length or as they come,
+    inflates those that say gzip or deflate within the same bound (others: 415), gives up those of which nothing comes for
+    `body_gap_s` seconds (408), and those for which there is no room beside the others (503)."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self.app = app
@@ -36,7 +40,9 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        body = _Body(self, scope, receive, self._limits)
+        sound = scope["path"].startswith(SOUND)
+        most = self._limits.max_sound_bytes + FORM_BYTES if sound else self._limits.max_body_bytes
+        body = _Body(self, scope, receive, self._limits, most)
         try:
             await self.app(scope, body.receive, send)
         finally:
@@ -56,12 +62,12 @@ class BodyLimit:
 class _Body:
     """One request's body on its way in."""
 
-    def __init__(self, owner: BodyLimit, scope: Scope, receive: Receive, limits: Limits) -> None:
+    def __init__(self, owner: BodyLimit, scope: Scope, receive: Receive, limits: Limits, most: int) -> None:
         self._owner = owner
         self._receive = receive
-        self._limits = limits
+        self._limits, self._most = limits, most
         declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"")
-        self._too_large = declared.isdigit() and int(declared[:18]) > limits.max_body_bytes
+        self._too_large = declared.isdigit() and int(declared[:18]) > most
         codings = b",".join(v for k, v in scope["headers"] if k == b"content-encoding").lower().strip()
         self._coding = codings if codings not in (b"", b"identity") else None
         self._inflater: Any = zlib.decompressobj(_WINDOWS[codings]) if codings in _WINDOWS else None
@@ -95,7 +101,7 @@ class _Body:
         self._sent += len(
             body
         )  # of a compressed body, too: blocks that hold nothing could follow each other without end
-        if self._sent > self._limits.max_body_bytes:
+        if self._sent > self._most:
             if more:
                 await _discard(self._receive)
             raise self._refusal()
@@ -104,7 +110,7 @@ class _Body:
             message = {**message, "body": body}
         self._complete = not more
         self._seen += len(body)
-        if self._seen > self._limits.max_body_bytes:
+        if self._seen > self._most:
             if more:
                 await _discard(self._receive)
             raise self._refusal()
@@ -120,7 +126,7 @@ class _Body:
     async def _inflate(self, data: bytes, last: bool) -> bytes:
         pieces, total = [], self._seen
         try:
-            while data and not self._inflater.eof and total <= self._limits.max_body_bytes:
+            while data and not self._inflater.eof and total <= self._most:
                 piece = self._inflater.decompress(data, INFLATE_BYTES)
                 data = self._inflater.unconsumed_tail
                 pieces.append(piece)
@@ -131,14 +137,15 @@ class _Body:
         if self._inflater.eof and (data or self._inflater.unused_data):
             # zlib would keep all of it; and what it is nobody says.
             raise HTTPException(400, "More follows behind the compressed body's end.", headers={"Connection": "close"})
-        if last and total <= self._limits.max_body_bytes and not self._inflater.eof and self._sent:
+        if last and total <= self._most and not self._inflater.eof and self._sent:
             raise HTTPException(400, "The compressed body is cut off.")
         return b"".join(pieces)
 
     def _refusal(self) -> HTTPException:
         # Not reading on means that the connection cannot be used again.
-        most = self._limits.max_body_bytes
-        return HTTPException(413, f"The body has more than {most} bytes. Send less.", headers={"Connection": "close"})
+        return HTTPException(
+            413, f"The body has more than {self._most} bytes. Send less.", headers={"Connection": "close"}
+        )
 
 
 async def _discard(receive: Receive) -> None:

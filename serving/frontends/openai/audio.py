@@ -9,11 +9,12 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.datastructures import FormData, UploadFile
 
 from serving.errors import ErrorKind, RequestError, invalid
-from serving.frontends.openai.errors import RESPONSES
+from serving.frontends.http.sse import open_stream, unless_gone
+from serving.frontends.openai.errors import RESPONSES, error_event
 from serving.service import Served, TextService
 from serving.service.speech.doubts import Doubts
 from serving.service.speech.segments import FORMS, Segment
@@ -51,11 +52,14 @@ def audio_router(served: Served) -> APIRouter:
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise invalid("Sound comes as multipart/form-data, with the fields file and model.", "file")
         async with request.form(max_files=1, max_fields=MAX_FIELDS) as sent:
-            form, given = await _read(sent, task)
+            form, given = await _read(sent, task, served.limits.max_sound_bytes)
         service = served.of(form.get("model"))
+        model = form.get("model")
         if form.get("stream", "false").lower() in ("true", "1"):
-            return await _streamed(service, given, form)
-        transcript = await transcribe(service, given, form.get("model"))
+            if form.get("response_format", "json") not in ("json", "text"):
+                raise invalid("stream goes with response_format json or text.", "stream")
+            return await open_stream(request, _events(service, given, model), error_event, waits_for=service.waits_for)
+        transcript = await unless_gone(request, transcribe(service, given, model))
         return _reply(transcript, form.get("response_format", "json"), given.words)
 
     @router.post("/v1/audio/transcriptions", openapi_extra=form)
@@ -71,11 +75,15 @@ def audio_router(served: Served) -> APIRouter:
     return router
 
 
-async def _read(sent: FormData, task: str) -> tuple[dict[str, str], TranscribeInput]:
+async def _read(sent: FormData, task: str, most: int) -> tuple[dict[str, str], TranscribeInput]:
     """(the fields that are texts, what is asked for)."""
     content = sent.get("file")
     if not isinstance(content, UploadFile):
         raise invalid("Missing required parameter: 'file'.", "file")
+    if (content.size or 0) > most:
+        raise invalid(
+            f"file has {content.size} bytes; at most {most} are taken. Send it compressed, or in parts.", "file"
+        )
     form = {name: value for name in FIELDS if isinstance(value := sent.get(name), str) and value}
     shape = form.get("response_format", "json")
     if shape not in FORMATS:
@@ -105,40 +113,27 @@ def _number(form: Mapping[str, str], name: str) -> float | None:
     return found
 
 
-async def _streamed(service: TextService, given: TranscribeInput, form: Mapping[str, str]) -> Response:
+async def _events(service: TextService, given: TranscribeInput, model: str | None) -> AsyncGenerator[bytes, None]:
     """The text as server-sent events: `transcript.text.delta` as it becomes certain, then `transcript.text.done` with the whole."""
-    if form.get("response_format", "json") not in ("json", "text"):
-        raise invalid("stream goes with response_format json or text.", "stream")
     told: asyncio.Queue[str | Transcript | BaseException] = asyncio.Queue()
 
     async def run() -> None:
         try:
-            told.put_nowait(await transcribe(service, given, form.get("model"), told.put_nowait))
+            told.put_nowait(await transcribe(service, given, model, told.put_nowait))
         except BaseException as error:  # whoever reads the stream is told
             told.put_nowait(error)
 
     task = asyncio.create_task(run())
-    first = await told.get()
-    if isinstance(first, BaseException):
-        raise first  # nothing was sent yet: it has a status of its own
-
-    async def events() -> AsyncGenerator[bytes, None]:
-        item: str | Transcript | BaseException = first
-        try:
-            while isinstance(item, str):
-                yield _event({"type": "transcript.text.delta", "delta": item})
-                item = await told.get()
-            if isinstance(item, Transcript):
-                usage = {"type": "duration", "seconds": math.ceil(item.duration)}
-                yield _event({"type": "transcript.text.done", "text": item.text, "usage": usage})
-            elif isinstance(item, RequestError):
-                yield _event({"type": "error", "error": {"message": item.message, "param": item.param}})
-            else:
-                raise item
-        finally:
-            task.cancel()
-
-    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    try:
+        while isinstance(item := await told.get(), str):
+            yield _event({"type": "transcript.text.delta", "delta": item})
+        if isinstance(item, BaseException):
+            raise item
+        usage = {"type": "duration", "seconds": math.ceil(item.duration)}
+        yield _event({"type": "transcript.text.done", "text": item.text, "usage": usage})
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _event(content: Mapping[str, Any]) -> bytes:

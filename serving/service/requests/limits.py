@@ -24,6 +24,7 @@ class Limits:
 
     Attributes:
         max_body_bytes: one gRPC message or HTTP body.
+        max_sound_bytes: a sound file that is transcribed, over HTTP.
         max_bodies_bytes: HTTP bodies that are being read at one time, together; further ones are asked to come later.
         max_head_bytes: an HTTP request's head, or a call's metadata; its trailers, too; and a line between two chunks.
         max_headers: header lines of an HTTP request, and trailers.
@@ -59,6 +60,7 @@ class Limits:
     """
 
     max_body_bytes: int = 16 * 2**20
+    max_sound_bytes: int = 25 * 2**20
     max_bodies_bytes: int = 256 * 2**20
     max_head_bytes: int = 64 * 1024
     max_headers: int = 256

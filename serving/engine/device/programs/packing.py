@@ -259,7 +259,7 @@ def make_step(
 def cross_of(f: dict[str, jax.Array], store_MW: jax.Array) -> Cross:
     """`Step.cross` of a step."""
     of_row = jnp.concatenate([f["cross_R"], jnp.zeros(1, jnp.int32)])  # padding blocks are of row R
-    return Cross(store_MW, f["cross_B"], of_row[f["chunk_row_N"]])
+    return Cross(store_MW, f["cross_B"], f["cross_R"], of_row[f["chunk_row_N"]])
 
 
 def embeddings_of(f: dict[str, jax.Array], store_MD: jax.Array | None) -> Embeddings | None:

@@ -1,12 +1,15 @@
 """The routes for speech over the mock engine: what is asked of it, and every form of the reply."""
 
+import asyncio
 import json
 
+import numpy as np
 import pytest
 
+from serving.service import Limits
 from serving.service.speech.rules import SpeechTokens
 from serving.service.speech.transcribe import FRAMES, Speech
-from tests.mock_engine import BOS, EOS, MockEngine, mock_service
+from tests.mock_engine import BOS, EOS, MockEngine, mock_service, until
 from tests.models.tiny_whisper import sound, wav
 
 TOKENS = SpeechTokens(
@@ -154,3 +157,57 @@ async def test_other_models_transcribe_nothing(start):
     running = await start(MockEngine())
     reply = await sent(running)
     assert reply.status_code == 501 and "transcribes no speech" in reply.json()["error"]["message"]
+
+
+async def test_who_goes_away_is_worked_for_no_longer(start):
+    engine = Speaking(reply=lambda request: [*b"a" * 400], step_s=0.01, max_model_len=1024)
+    running = await start(engine, service=mock_service(engine, speech=Speech(TOKENS, 80)))
+    for stream in ("false", "true"):
+        asked = asyncio.create_task(sent(running, language="en", stream=stream))
+        await until(lambda: engine.live, "it runs")
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        await until(lambda: not engine.live, "it was aborted")
+    assert len(engine.aborted) == 2
+
+
+FILES = {
+    "stereo": (wav(np.stack([sound(1.0)] * 2, 1)), 1),
+    "48 kHz": (wav(sound(1.0), 48_000), 1),
+    "8 bits": (wav(sound(1.0), subtype="PCM_U8"), 1),
+    "24 bits": (wav(sound(1.0), subtype="PCM_24"), 1),
+    "flac": (wav(sound(1.0), kind="FLAC", subtype="PCM_16"), 1),
+    "ogg": (wav(sound(1.0), kind="OGG", subtype="VORBIS"), 1),
+    "opus": (wav(sound(1.0), kind="OGG", subtype="OPUS"), 1),
+    "mp3": (wav(sound(1.0), kind="MP3", subtype=None), 2),
+    "empty": (b"", None),
+    "a header alone": (wav(np.zeros(0, np.float32)), None),
+    "one sample": (wav(sound(1.0)[:1]), None),
+    "nan": (wav(np.full(16_000, np.nan, np.float32)), None),
+    "infinite": (wav(np.full(16_000, np.inf, np.float32)), None),
+    "webm": (b"\x1aE\xdf\xa3" + bytes(400), None),
+    "m4a": (b"\x00\x00\x00\x20ftypM4A " + bytes(400), None),
+    "too many bytes": (bytes(30_001), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FILES)
+async def test_files_of_every_kind(start, what):
+    engine = Speaking(reply=lambda request: [*b"hi there"])
+    limits = Limits(max_sound_bytes=200_000 if what != "too many bytes" else 30_000)
+    running = await start(engine, service=mock_service(engine, speech=Speech(TOKENS, 80), limits=limits))
+    data, seconds = FILES[what]
+    reply = await sent(running, data=data, language="en")
+    if seconds is None:
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == "file" and not engine.requests
+    else:
+        assert reply.json()["usage"]["seconds"] in (1, seconds), "coders pad"
+
+
+async def test_sound_may_be_larger_than_other_bodies(start):
+    engine = Speaking(reply=lambda request: [*b"hi there"])
+    limits = Limits(max_body_bytes=1000, max_sound_bytes=100_000)
+    running = await start(engine, service=mock_service(engine, speech=Speech(TOKENS, 80), limits=limits))
+    assert len(SOUND) > 10_000 and (await sent(running, language="en")).status_code == 200
+    reply = await sent(running, data=bytes(2**21))
+    assert reply.status_code == 413

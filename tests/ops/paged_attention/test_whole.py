@@ -1,0 +1,57 @@
+"""Attention to all of something, by native kernels, against sums written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops.paged_attention import whole
+from ops.paged_attention.batch import AttentionBatch
+
+H, h = 3, 32
+ROUNDED = 2e-2
+"""Keys, values and weights are bfloat16."""
+
+pytestmark = pytest.mark.skipif(not whole.supports(H, h, "cpu"), reason="this machine has no native kernels")
+
+
+def attended(q_THh, k_SHh, v_SHh):
+    scores = np.einsum("thd,shd->hts", q_THh, k_SHh) * h**-0.5
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hts,shd->thd", weights / weights.sum(-1, keepdims=True), v_SHh)
+
+
+def test_every_token_sees_all_of_its_row():
+    S, counts = 150, (150, 1, 97)
+    qkv = np.random.default_rng(0).standard_normal((len(counts), S, H, 3, h)).astype(np.float32)
+    out = jax.jit(lambda x, n: whole.attend_all(x, n, scale=h**-0.5))(qkv, jnp.array(counts))
+    for row, count in enumerate(counts):
+        q, k, v = (qkv[row, :count, :, part] for part in range(3))
+        np.testing.assert_allclose(out[row, :count], attended(q, k, v), atol=ROUNDED)
+        assert not np.asarray(out[row, count:]).any()
+
+
+def test_rows_and_pieces_see_what_is_kept_for_them():
+    """Of three things with two parts each; a padded row, a padded piece, and a gap behind a piece."""
+    S, random = 75, np.random.default_rng(1)
+    k, v = random.standard_normal((2, 3, 2, S, H, h)).astype(np.float32)
+    store = np.stack([np.concatenate([whole.keep(k[m, part], v[m, part]) for part in range(2)]) for m in range(3)])
+    assert store.shape == (3, 2 * whole.kept_size(S, H, h))
+    assert np.array_equal(whole.kept_keys(store[1].reshape(2, -1)[1], S, H, h), k[1, 1].astype(jnp.bfloat16))
+    q = random.standard_normal((3 + 48, H, h)).astype(np.float32)
+    ints = {name: jnp.array(value, jnp.int32) for name, value in {
+        "kv_index_T": [1] * 51, "decode_pages_BP": [[1], [2], [0]], "decode_len_B": [5, 9, 0], "chunk_pages_RP": [[3], [4], [0]],
+        "chunk_start_R": [0, 32, 0], "chunk_qlen_R": [20, 5, 0], "chunk_len_R": [20, 30, 0], "chunk_row_N": [0, 0, 1],
+    }.items()}  # fmt: skip
+
+    @jax.jit
+    def run(q, store, row_B, row_R):
+        how = {"positions": S, "part": 1, "scale": h**-0.5}
+        return whole.attend_kept(q, store, row_B, row_R, AttentionBatch(**ints), **how)
+
+    out = np.asarray(run(q, store, jnp.array([2, 0, 0]), jnp.array([1, 2, 0])))
+    for tokens, thing in (([0], 2), ([1], 0), (range(3, 23), 1), (range(35, 40), 2)):
+        np.testing.assert_allclose(out[list(tokens)], attended(q[list(tokens)], k[thing, 1], v[thing, 1]), atol=ROUNDED)
+    assert not out[[2, *range(23, 35), *range(40, 51)]].any()
+    once = jax.jit(lambda q, row: whole.attend_kept_once(q, row, positions=S, part=0, scale=h**-0.5))(q, store[1:2])
+    np.testing.assert_allclose(once, attended(q, k[1, 0], v[1, 0]), atol=ROUNDED)
