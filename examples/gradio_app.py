@@ -1,9 +1,13 @@
-"""A chat page in Gradio, against a running server: `pip install gradio openai`, then `python examples/gradio_app.py`.
+"""A chat page in Gradio, against a running server: `pip install gradio openai`, then `python examples/gradio_app.py`. Images may be
+attached, for models that read them.
 
 JAXSERVE_URL says where the server is, JAXSERVE_API_KEY the key it asks for.
 """
 
+import base64
+import mimetypes
 import os
+import pathlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,16 +20,31 @@ client = AsyncOpenAI(
 )
 
 
-def text_of(content: Any) -> str:
-    """A turn's text: Gradio keeps it plainly, or in parts."""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+def image(path: str) -> dict[str, Any]:
+    """A file as OpenAI's part, its content in it."""
+    kind = mimetypes.guess_type(path)[0] or "image/png"
+    content = base64.b64encode(pathlib.Path(path).read_bytes()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{content}"}}
 
 
-async def answer(message: str, history: list[dict[str, Any]]) -> AsyncIterator[str]:
+def parts_of(content: Any) -> Any:
+    """A turn as it is sent: Gradio keeps it plainly, or in parts, of which files have a path."""
+    if isinstance(content, str):
+        return content
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        path = part.get("path") or part.get("file", {}).get("path")
+        parts.append(image(path) if path else {"type": "text", "text": part.get("text", "")})
+    text_alone = all(part["type"] == "text" for part in parts)
+    return "".join(part["text"] for part in parts) if text_alone else parts
+
+
+async def answer(message: dict[str, Any], history: list[dict[str, Any]]) -> AsyncIterator[str]:
     """Streams the answer. Gradio closes this generator on Stop and when the page is closed; leaving the `async with` closes the
     connection, and with it the server ends the request."""
-    turns = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in history]
-    turns.append({"role": "user", "content": message})
+    turns = [{"role": turn["role"], "content": parts_of(turn["content"])} for turn in history]
+    new = [*({"path": path} for path in message["files"]), {"text": message["text"]}]
+    turns.append({"role": "user", "content": parts_of(new)})
     text = ""
     try:
         async with await client.chat.completions.create(model="default", messages=turns, stream=True) as stream:  # type: ignore[arg-type]
@@ -37,7 +56,8 @@ async def answer(message: str, history: list[dict[str, Any]]) -> AsyncIterator[s
         raise gr.Error(str(error)) from None
 
 
-demo = gr.ChatInterface(answer, title="jaxserve", api_name="chat")
+box = gr.MultimodalTextbox(file_types=["image"], file_count="multiple", placeholder="Write a message")
+demo = gr.ChatInterface(answer, multimodal=True, textbox=box, title="jaxserve", api_name="chat")
 
 if __name__ == "__main__":
     demo.launch()

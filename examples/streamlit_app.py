@@ -1,9 +1,10 @@
 """A chat page in Streamlit, against a running server: `pip install streamlit openai`, then
-`streamlit run examples/streamlit_app.py`.
+`streamlit run examples/streamlit_app.py`. Images may be attached, for models that read them.
 
 JAXSERVE_URL says where the server is, JAXSERVE_API_KEY the key it asks for.
 """
 
+import base64
 import os
 
 import streamlit as st
@@ -23,14 +24,34 @@ def is_open() -> bool:
     return context is None or not exists() or get_instance().is_active_session(context.session_id)
 
 
+def show(message) -> None:
+    """One message as it was sent: text, or OpenAI's parts."""
+    content = message["content"]
+    with st.chat_message(message["role"]):
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part["type"] == "text":
+                st.write(part["text"])
+            else:
+                st.image(part["image_url"]["url"], width=240)
+
+
+def image(file) -> dict:
+    """An attached file as OpenAI's part, its content in it."""
+    content = base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:{file.type};base64,{content}"}}
+
+
 st.title("jaxserve")
 messages = st.session_state.setdefault("messages", [])
 for message in messages:
-    st.chat_message(message["role"]).write(message["content"])
+    show(message)
 
-if text := st.chat_input("Write a message"):
-    messages.append({"role": "user", "content": text})
-    st.chat_message("user").write(text)
+if given := st.chat_input("Write a message", accept_file="multiple", file_type=["png", "jpg", "jpeg", "webp", "gif"]):
+    images = [image(file) for file in given.files]
+    messages.append(
+        {"role": "user", "content": [*images, {"type": "text", "text": given.text}] if images else given.text}
+    )
+    show(messages[-1])
     place = st.chat_message("assistant").empty()
     answer = {"role": "assistant", "content": ""}
     try:
