@@ -63,8 +63,9 @@ def make(folder: pathlib.Path) -> None:
 
 
 def words(text: str) -> list[str]:
-    """Without marks and capitals."""
-    return "".join(c.lower() if c.isalnum() or c in " '" else " " for c in text).split()
+    """Without marks and capitals, in one spelling."""
+    plain = "".join(c.lower() if c.isalnum() or c in " '" else " " for c in text)
+    return plain.replace("harbour", "harbor").replace("neighbour", "neighbor").split()
 
 
 def wrong(said: list[str], heard: list[str]) -> int:
