@@ -80,7 +80,8 @@ def compile_decoder(
     config, replicas = checked.config, num_replicas(checked.mesh)
     assert checked.bounds is not None
     stacks = _bytes_of_adapters(checked, loaded)
-    memory = config.kv_cache_memory or default_kv_memory(checked.mesh.size, config.gpu_memory_utilization, less=stacks)
+    less = stacks + (0 if checked.tower is None else checked.tower.store_bytes)
+    memory = config.kv_cache_memory or default_kv_memory(checked.mesh.size, config.gpu_memory_utilization, less=less)
     sizes = checked.bounds.within(memory if meet is None else meet("KV cache memory", memory))
     say(_pages_in_words(checked, loaded, sizes, replicas))
     role = TransferConfig.of(config.role, config.kv_transfer_config).role
@@ -149,7 +150,8 @@ def info_before(checked: Checked) -> EngineInfo:
 
 
 def cache_bytes_before(checked: Checked) -> int:
-    """What pages, states and snapshots of a model will take of the devices, whose weights are not loaded; 0 for an encoder.
+    """What pages, states, snapshots and embeddings of a model will take of the devices, whose weights are not loaded; 0 for an
+    encoder.
 
     Raises:
         ValueError: as `info_before`.
@@ -158,7 +160,8 @@ def cache_bytes_before(checked: Checked) -> int:
         return 0
     sizes, spec = _sizes_before(checked, checked.bounds), checked.bounds.recurrent
     states = 0 if spec is None else (sizes.max_num_seqs + 1 + sizes.num_snapshots) * spec.state_bytes
-    return (sizes.num_pages * sizes.page_bytes + states) * checked.bounds.replicas
+    embeddings = 0 if checked.tower is None else checked.tower.store_bytes
+    return (sizes.num_pages * sizes.page_bytes + states + embeddings) * checked.bounds.replicas
 
 
 def _sizes_before(checked: Checked, bounds: Bounds) -> Sizes:

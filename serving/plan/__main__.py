@@ -18,6 +18,7 @@ SETTINGS = (
     "mesh", "dtype", "quantization", "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size",
     "speculative_config",
     "enable_lora", "max_loras", "max_lora_rank", "lora_dtype",
+    "mm_encoder_cache_gb", "language_model_only",
 )  # fmt: skip
 """Of the server's settings, those that a plan has too."""
 
@@ -154,6 +155,7 @@ def _request(args: argparse.Namespace, target: chips.Target, mesh: str) -> Any:
         adapter_slots=args.max_loras if args.enable_lora else 0,
         max_lora_rank=args.max_lora_rank,
         lora_dtype=args.lora_dtype,
+        embeddings_gib=None if args.language_model_only else args.mm_encoder_cache_gb,
     )
 
 

@@ -24,6 +24,7 @@ from serving.plan.measure import Measured, extrapolate, measure
 from serving.plan.programs import (
     AbstractEngine,
     abstract_model,
+    abstract_tower,
     bytes_on_device,
     config_of,
     layer_periods,
@@ -57,6 +58,7 @@ class Request:
         draft_tokens: drafts that a step verifies for a request at most; 0 for none.
         draft_hf: the configuration of a draft model, whose weights and pages lie beside the model's.
         adapter_slots, max_lora_rank, lora_dtype: room for adapters, as the server's flags; none where 0.
+        embeddings_gib: room for what towers make, as the server's --mm-encoder-cache-gb; None serves text alone.
     """
 
     hf: dict[str, Any]
@@ -79,6 +81,7 @@ class Request:
     adapter_slots: int = 0
     max_lora_rank: int = 16
     lora_dtype: str = AUTO
+    embeddings_gib: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +136,7 @@ class Plan:
     num_layers: int
     weights: int
     adapters: int
+    tower: int  # its weights, and room for what it makes
     kv_page: int
     state: int
     temporaries: int
@@ -217,9 +221,9 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     usable = int(request.target.chip.memory * ACCELERATOR_FRACTION)
     weights, state = whole.weight_bytes_on_device, whole.state_bytes
     draft_weights = 0 if draft is None else draft.weight_bytes_on_device
-    adapters = _adapter_bytes(whole, request)
+    adapters, tower = _adapter_bytes(whole, request), tower_bytes(request, mesh)
     page = whole.kv_bytes_a_page + (0 if draft is None else draft.kv_bytes_a_page)
-    free = usable - weights - draft_weights - adapters - state - int(temporaries) - int(code)
+    free = usable - weights - draft_weights - adapters - tower - state - int(temporaries) - int(code)
     num_pages = max(0, free // page)
     windows = whole.shapes.groups.windows
     num_pages = min(num_pages, seqs * pages_of(request.max_model_len, windows, page_size, budget) + 1)
@@ -239,6 +243,7 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
         num_layers=config.num_layers,
         weights=weights,
         adapters=adapters,
+        tower=tower,
         kv_page=page,
         state=state,
         temporaries=int(temporaries),
@@ -275,6 +280,17 @@ def _adapter_bytes(runner: AbstractEngine, request: Request) -> int:
     return bytes_of_stacks(
         runner.model, request.adapter_slots, request.max_lora_rank, runner.mesh, dtype=request.lora_dtype
     )
+
+
+def tower_bytes(request: Request, mesh: Any) -> int:
+    """What reading images takes of a device: the tower's weights, and room for embeddings."""
+    if request.embeddings_gib is None:
+        return 0
+    tower = abstract_tower(request.hf, mesh, request.dtype, request.quantization)
+    if tower is None:
+        return 0
+    weights = sum(bytes_on_device(leaf) for _, _, leaf in weight_leaves(tower))
+    return weights + int(request.embeddings_gib * 2**30)
 
 
 def _prompt_bucket(runner: AbstractEngine, request: Request) -> Bucket:

@@ -83,7 +83,25 @@ def abstract_model(config: ModelConfig, mesh: Mesh, dtype: Any, quantization: st
         mesh=mesh,
         max_model_len=max_model_len,
     )
-    model = registry.find(config.architecture).build(config, build)
+    return _without_values(registry.find(config.architecture).build(config, build), build, quantization)
+
+
+def abstract_tower(hf: dict[str, Any], mesh: Mesh, dtype: Any, quantization: str | None) -> Any:
+    """What reads images or sound beside a model, the same way; None for models that have no such thing."""
+    tower = registry.find((hf.get("architectures") or ["?"])[0]).tower
+    if tower is None or (tower.reads != "sound" and not hf.get("vision_config")):
+        return None
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    compute = jnp.dtype(jnp.float32) if on_cpu else jnp.dtype(dtype)
+    build = Build(dtype=jnp.dtype(dtype), compute_dtype=compute, mesh=mesh)
+    return _without_values(tower.build(tower.config(hf), build), build, quantization)
+
+
+def _without_values(model: Any, build: Build, quantization: str | None) -> Any:
+    """The module with what will be its weights' shapes and places."""
+    mesh = build.mesh
+    assert mesh is not None
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
     quantized = set(quantizable(model)) if quantization else set()
     packs = on_cpu and mesh.size == 1 and native.available()  # as ops.linear.pack decides for arrays
     for path, parameter in parameters_of(model):

@@ -34,6 +34,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "usable": plan.usable,
             "weights": plan.weights,
             "adapters": plan.adapters,
+            "tower": plan.tower,
             "state": plan.state,
             "temporaries": plan.temporaries,
             "code": plan.code,
@@ -90,6 +91,7 @@ def to_text(plan: Plan) -> str:
                 ("weights", plan.weights),
                 *((("weights of the draft model", plan.draft_weights),) if plan.draft_weights else ()),
                 *_adapters(plan),
+                *((("tower, and room for its embeddings", plan.tower),) if plan.tower else ()),
                 ("temporaries (largest program)", plan.temporaries),
                 ("programs", plan.code),
                 ("sampling state", plan.state),
@@ -144,7 +146,7 @@ def _adapters(plan: Plan) -> list[tuple[str, int]]:
 def _does_not_fit(plan: Plan) -> str:
     request = plan.request
     need = (
-        plan.weights + plan.draft_weights + plan.adapters + plan.temporaries + plan.code + plan.state
+        plan.weights + plan.draft_weights + plan.adapters + plan.tower + plan.temporaries + plan.code + plan.state
         + (plan.pages_of(request.max_model_len) + 1) * plan.kv_page
     )  # fmt: skip
     what = "weights, adapters, temporaries" if plan.adapters else "weights, temporaries"

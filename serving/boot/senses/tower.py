@@ -45,6 +45,11 @@ class CheckedTower:
     shape: MediaShape
     family: Tower
 
+    @property
+    def store_bytes(self) -> int:
+        """What one replica's store of embeddings takes."""
+        return self.shape.rows * _row_bytes(self.shape)
+
 
 def check_tower(
     config: EngineConfig, opened: Opened, built: Built, mesh: Mesh, positions: int, drafts: bool

@@ -14,11 +14,18 @@ HF = {
     "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
 }  # fmt: skip
 
+WHISPER = {
+    "architectures": ["WhisperForConditionalGeneration"], "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+    "num_mel_bins": 80, "max_source_positions": 1500, "max_target_positions": 40, "vocab_size": 100,
+}  # fmt: skip
+
 
 def main() -> None:
     topology.prepare([TARGET])
-    from serving.plan.planner import Request, make_plan
+    from serving.plan.planner import Request, make_plan, tower_bytes
     from serving.plan.report import sweep_text, to_json, to_text
+    from sharding.mesh import make_mesh
 
     few = Request(
         hf=HF, target=TARGET, mesh="model=2", dtype="float32", max_num_seqs=4, max_num_batched_tokens=64,
@@ -34,7 +41,11 @@ def main() -> None:
     mixed = make_plan(dataclasses.replace(few, hf=windows, full_depth=True, decode_only=True))
     one = HF | {"num_hidden_layers": 1}
     drafted = make_plan(dataclasses.replace(few, hf=one, draft_hf=one, draft_tokens=3, max_num_batched_tokens=32))
-    print(json.dumps([to_json(plan) for plan in plans] + texts + [to_text(drafted), to_json(drafted), to_json(mixed)]))
+    hears = dataclasses.replace(few, hf=WHISPER, embeddings_gib=0.5)
+    mesh = make_mesh("model=2", topology.devices(TARGET))
+    tower = {"tower_alone": tower_bytes(hears, mesh), "no_tower": tower_bytes(dataclasses.replace(hears, hf=HF), mesh)}
+    last = to_json(mixed) | tower
+    print(json.dumps([to_json(plan) for plan in plans] + texts + [to_text(drafted), to_json(drafted), last]))
 
 
 if __name__ == "__main__":

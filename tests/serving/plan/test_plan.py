@@ -60,6 +60,15 @@ def test_room_for_adapters_is_memory_that_pages_do_not_have(plans):
     assert "3 adapters of rank 8" in plans[6] and "adapters" not in plans[2]
 
 
+def test_a_tower_is_its_weights_and_room_for_what_it_makes(plans):
+    """Two devices: heads and feed-forward are cut, what stands in front of them and norms are not."""
+    D, F, mels, positions = 32, 48, 80, 1500
+    whole = 3 * mels * D + D + 3 * D * D + D + positions * D + 2 * (2 * 2 * D + D + D) + 2 * D
+    cut = 2 * (3 * D * D + 3 * D + D * D + F * D + F + D * F) + 2 * (2 * D * D + 2 * D)
+    assert plans[-1]["tower_alone"] == 4 * (whole + cut // 2) + 2**29
+    assert plans[-1]["no_tower"] == 0 and plans[0]["memory"]["tower"] == 0
+
+
 def test_windows_take_and_read_less(plans):
     """Four layers with a window of 32 and one that sees all: each is a group, and a page holds one layer's."""
     plan = plans[-1]
