@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.bench_gateway import ready, running, text
 
+WORDS_A_TOKEN = 0.605
+"""Of the default model's tokenizer on such text."""
 AT = r"ready at gRPC ([\d.]+:\d+)"
 
 
@@ -79,7 +81,7 @@ async def measure(args: argparse.Namespace, url: str, salt: str) -> dict[str, ob
         await asyncio.sleep(3)
         busy.set()
         for _ in range(args.prompts):
-            firsts.append(await stream(web, args.prompt_tokens, 4, False))
+            firsts.append(await stream(web, round(WORDS_A_TOKEN * args.prompt_tokens), 4, False))
             await asyncio.sleep(args.pause)
         over.set()
         await asyncio.gather(*streams)

@@ -34,6 +34,18 @@ def test_routings_are_compared_on_several_engines(capsys: pytest.CaptureFixture[
     assert rows[0]["decisions"] == {"turn": 60} and rows[1]["decisions"]["prefix"] > 0
 
 
+def test_shares_of_engines_that_prefill_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    simulate.main(
+        ["--trace", "rag", "--rate", "1", "--requests", "40", "--json", "--engines", "3", "--num-pages", "900",
+         "--prefill-engines", "0", "1", "--prefill-policy", "always"]
+    )  # fmt: skip
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["policy"] for r in rows] == ["fcfs, cache, 0 prefill", "fcfs, cache, 1 prefill"]
+    assert all(r["requests"] == 40 and r["reasons"] == {"length": 40} for r in rows)
+    assert "prefills" not in rows[0] and rows[1]["prefills"]["apart"] > 30
+    assert rows[1]["worst_gap"]["p99"] < rows[0]["worst_gap"]["p99"]
+
+
 def test_a_written_trace_replays_the_same(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / "t.jsonl")
     simulate.main(["--trace", "rag", "--rate", "3", "--requests", "60", "--write-trace", path])
@@ -58,7 +70,16 @@ def test_fit(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--trace", "nowhere.jsonl"], ["--rate", "0"], ["--policy", "lifo"], ["--policy", "fcfs+luck"]]
+    "wrong",
+    [
+        ["--trace", "nowhere.jsonl"],
+        ["--rate", "0"],
+        ["--policy", "lifo"],
+        ["--policy", "fcfs+luck"],
+        ["--prefill-engines", "1"],
+        ["--prefill-engines", "3", "--engines", "3"],
+        ["--transfer-lag-s", "-1"],
+    ],
 )
 def test_wrong_arguments_are_explained(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

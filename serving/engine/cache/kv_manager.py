@@ -192,8 +192,8 @@ class KVManager:
         if full <= request.indexed_pages:
             return
         self.prefixes.extend_digests(request, full)
-        for i in range(request.indexed_pages, full):
-            content = self.prefixes.page_tokens(request, i)
+        contents = self.prefixes.pages_tokens(request, request.indexed_pages, full)
+        for i, content in enumerate(contents, request.indexed_pages):
             for group, pages in enumerate(request.pages):
                 self._index(request, group, i, pages[i], content)
         request.indexed_pages = full

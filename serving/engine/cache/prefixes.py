@@ -66,6 +66,12 @@ class Prefixes:
         size = self._pool.page_size
         return request.content(page * size, (page + 1) * size).tobytes()
 
+    def pages_tokens(self, request: Request, first: int, end: int) -> Iterator[bytes]:
+        """`page_tokens` of several, from one conversion: a long prompt has hundreds."""
+        size = self._pool.page_size
+        raw = request.content(first * size, end * size).tobytes()
+        return (raw[at : at + 4 * size] for at in range(0, len(raw), 4 * size))
+
     @staticmethod
     def tokens_of(tokens: Sequence[int]) -> bytes:
         """A page's tokens as the pool keeps them: int32 bytes."""
@@ -79,9 +85,9 @@ class Prefixes:
         spec = request.spec
         parent = digests[-1] if digests else self.root(spec.adapter, spec.cache_salt)
         size, media = self._pool.page_size, spec.media
-        for i in range(len(digests), full):
+        for i, content in enumerate(self.pages_tokens(request, len(digests), full), len(digests)):
             images = b"" if media is None else media.digests(i * size, (i + 1) * size)
-            parent = chain_digest(parent, self.page_tokens(request, i) + images)
+            parent = chain_digest(parent, content + images)
             digests.append(parent)
 
     def root(self, adapter: str | None, salt: str | None) -> bytes:

@@ -174,6 +174,20 @@ def test_a_lost_cache_is_forgotten_and_a_lost_target_too():
         router.add(next(iter(router.targets)))
 
 
+def test_a_router_that_is_started_anew_has_lost_its_tree_alone():
+    """Conversations go on: each finds an engine at once, and its own by prefix from its second request on."""
+    router, targets = router_of(3)
+    talks = [list(range(1000 * i, 1000 * i + 64)) for i in range(6)]
+    for talk in talks:
+        serve(router, targets, talk)
+    anew, targets = router_of(3)
+    firsts = [serve(anew, targets, [*talk, 1, 2]) for talk in talks]
+    assert {one.reason for one in firsts} == {"load"} and {one.chosen for one in firsts} == set(targets)
+    for first, talk in zip(firsts, talks, strict=True):
+        again = serve(anew, targets, [*talk, 1, 2, *range(30)])
+        assert again.reason == "prefix" and again.chosen is first.chosen and again.matched_tokens == 64
+
+
 def test_who_tells_of_its_pages_is_not_forgotten_from_outside():
     router, targets = router_of(1)
     told = ToldPrefixes(PAGE)

@@ -22,6 +22,7 @@ from serving.gateway.prefills import Prefills
 from serving.transfer.config import TransferConfig
 from serving.transfer.grpc_transport import GrpcTransport
 from tests.mock_engine import mock_service
+from tests.serving.engine.grammars import constraints
 from tests.serving.engine.test_engine import alone, make_requests, run, settle
 from tests.serving.transfer import local
 from tests.tiny import VOCAB, tiny_engine
@@ -107,28 +108,59 @@ def told(engine):
     return engine.call(lambda: engine.loop.peers.stats)
 
 
-@pytest.mark.parametrize("first_done", [False, True])
-async def test_tokens_are_those_of_one_engine(pair, first_done):
-    """Concurrent, chunked, with shared prefixes, every sampling option."""
-    first, second, _ = pair
+def mixed(count):
+    """Chunked prompts, of which some begin alike, with every sampling option, and grammars: (request, which prompt it is), where
+    several completions of one prompt (`n`) have the same. Anew each time: grammars remember where they are."""
     rng = random.Random(5)
-    requests = [
+    made = [
         dataclasses.replace(r, prompt_token_ids=prompt(rng.randrange(40), 1) + r.prompt_token_ids + prompt(rng.randrange(90), i))
-        for i, r in enumerate(make_requests(32, seed=3))
+        for i, r in enumerate(make_requests(count, seed=3))
     ]  # fmt: skip
-    expected = await alone(second, requests)
+    found = [(r, i) for i, r in enumerate(made)]
+    for i, grammar in enumerate(constraints()):
+        whole = request(
+            f"g{i}", prompt(30 + 9 * i, 70 + i), max_tokens=40, logprobs=1, temperature=float(i % 2), seed=i
+        )
+        found.append((dataclasses.replace(whole, constraint=grammar), count + i))
+    first = request("n0", prompt(75, 9), temperature=1.0, seed=1)
+    found += [
+        (dataclasses.replace(first, request_id=f"n{i}", params=dataclasses.replace(first.params, seed=i)), 2 * count)
+        for i in range(4)
+    ]
+    return found
+
+
+async def each_apart(pair, whole, first_done):
+    """All of them at once; completions of one prompt are computed from one prompt, as a gateway has it done."""
+    first, second, _ = pair
+    prompts = {number: halves(one, f"ticket {number}")[0] for one, number in reversed(whole)}
+    others = [halves(one, f"ticket {number}")[1] for one, number in whole]
+    computing = [run(first, one) for one in prompts.values()]
+    if first_done:
+        await asyncio.gather(*computing)
+        computing = []
+    done = await asyncio.gather(*(run(second, one) for one in others), *computing)
+    return done[: len(others)]
+
+
+@pytest.mark.parametrize(("first_done", "count"), [(False, 54), (True, 9)])
+async def test_tokens_are_those_of_one_engine(pair, first_done, count):
+    first, second, _ = pair
+    whole = mixed(count)
+    expected = await alone(second, [one for one, _ in mixed(count)])
     for engine in (first, second):
         engine.call(engine.scheduler.kv.forget)
     before = told(second)
-    found = await asyncio.gather(*(apart(pair, r, first_done) for r in requests))
-    assert {r.request_id: f.token_ids for r, f in zip(requests, found, strict=True)} == {
+    found = await each_apart(pair, whole, first_done)
+    assert {r.request_id: f.token_ids for (r, _), f in zip(whole, found, strict=True)} == {
         name: one.token_ids for name, one in expected.items()
     }
     for one in found:
         own, others = one.logprobs or (), expected[one.request_id].logprobs or ()
         assert [e.logprob for e in own] == pytest.approx([e.logprob for e in others], abs=1e-4)
     after = told(second)
-    assert after.tokens_in - before.tokens_in > sum(len(r.prompt_token_ids) for r in requests) / 3, "pools are small"
+    tokens = sum({number: len(r.prompt_token_ids) for r, number in whole}.values())
+    assert after.tokens_in - before.tokens_in > tokens / 10, "pools are small, and leases give way to whoever runs"
     assert after.bytes_in > before.bytes_in and told(first).bytes_out > 0 and after.seconds_in > 0
     await nothing_left(pair)
 
