@@ -61,6 +61,7 @@ class Scheme:
             )
         try:
             self.shape(own)
+            self.is_coded(own)  # looks at scales too
         except (IndexError, ZeroDivisionError, ValueError) as error:
             raise ValueError(f"the tensor {own!r} is not as {self.method} stores it: {error}.") from None
 
@@ -81,6 +82,8 @@ class Scheme:
     def group_of(self, columns: int, groups: int, order: np.ndarray | None = None) -> np.ndarray | int:
         """Which of the groups each input is in where inputs were sorted (`order`), else how many neighbours are one."""
         size = self.group_size
+        if not groups:
+            raise ValueError("it has no scales")
         if not size or -(-columns // size) != groups:
             size = -(-columns // groups)
         if order is None or (order < 0).any() or (order == np.arange(columns) // size).all():

@@ -35,7 +35,8 @@ void add_rounding(Phases& phases, const Rounding& r, int64_t begin, int64_t rows
 struct Deal {
   int64_t columns, row_blocks, together;  // tiles of one block of rows; blocks; tiles that a chunk has at most
   Deal(int64_t tiles, int64_t rows) : columns(tiles), row_blocks(ceil_div(rows, kRowBlock)) {
-    together = rows > kRowBlock ? 1 : std::clamp<int64_t>(tiles / (rows > 2 ? 32 : 16), 1, 8);
+    // With many rows a tile takes so long that the thread that comes last would be waited for.
+    together = std::clamp<int64_t>(rows > 2 ? std::min(tiles / 32, 16 / rows) : tiles / 16, 1, 8);
   }
   int64_t runs() const { return ceil_div(columns, together); }
   int64_t chunks() const { return row_blocks * runs(); }
