@@ -16,11 +16,28 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 """What is read, of several images in a file the first. Others have had holes in their decoders, or are programs."""
 
 
-def decode(data: bytes, policy: MediaPolicy, place: str) -> Image:
+class Room:
+    """How many pixels may still be unpacked for a request."""
+
+    def __init__(self, policy: MediaPolicy) -> None:
+        self._left = self._most = policy.max_request_pixels
+
+    def take(self, size: tuple[int, int]) -> None:
+        """Raises RequestError where it is too small."""
+        self._left -= size[0] * size[1]
+        if self._left < 0:
+            raise invalid(
+                f"The request's images have more than {self._most} pixels together. Send fewer, or smaller ones.",
+                "messages",
+            )
+
+
+def decode(data: bytes, policy: MediaPolicy, place: str, room: Room | None = None) -> Image:
     """An image in RGB, upright, as transformers' `load_image` gives it. Blocks; Pillow lets other threads run meanwhile.
 
     Args:
         place: of the part in the request, for errors.
+        room: that the image's pixels are taken from.
     Raises:
         RequestError: INVALID_ARGUMENT, in the same words whatever is wrong inside.
     """
@@ -31,6 +48,8 @@ def decode(data: bytes, policy: MediaPolicy, place: str) -> Image:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             check_size(image.size, policy, place)
+            if room is not None:
+                room.take(image.size)
             image.load()
             image = ImageOps.exif_transpose(image)
             return image.convert("RGB")

@@ -34,7 +34,8 @@ class MediaPolicy:
         folder: below which files may be read; None for none.
         max_images, max_videos, max_files: of one request.
         max_bytes: of one file or data URI, decoded.
-        max_pixels: of one image as it is stored.
+        max_pixels, max_request_pixels: of one image as it is stored, and of all that are unpacked for a request: a picture of one
+            colour is small as a file and a second's work.
         max_aspect: how many times longer than wide, or the other way round.
         max_frames: of one video that are read.
         max_stored_frames, max_seconds: of one video file.
@@ -50,6 +51,7 @@ class MediaPolicy:
     max_files: int = 8
     max_bytes: int = 64 * 2**20
     max_pixels: int = 2**26
+    max_request_pixels: int = 2**28
     max_aspect: int = 200
     max_frames: int = 768
     max_stored_frames: int = 108_000

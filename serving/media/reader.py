@@ -17,7 +17,7 @@ import numpy as np
 from serving.access.keys import caller_of_task
 from serving.engine.api.media import Media
 from serving.errors import ErrorKind, RequestError, invalid
-from serving.media.decoding import check_size, decode
+from serving.media.decoding import Room, check_size, decode
 from serving.media.fetching import MediaPolicy, fetch
 from serving.media.parts import Source
 from serving.media.processors import PROCESSORS, Processor
@@ -55,6 +55,7 @@ class _How:
     processor: Processor
     sampling: Sampling | None
     max_tokens: int
+    room: Room
 
 
 class MediaReader:
@@ -126,7 +127,7 @@ class MediaReader:
         own = {} if video is None else {name: said[name] for name in VIDEO_NAMES if name in said}
         try:
             processor = self.processor.asked({name: value for name, value in said.items() if name not in own})
-            return _How(processor, None if video is None else video.sampling.asked(own), max_tokens)
+            return _How(processor, None if video is None else video.sampling.asked(own), max_tokens, Room(self.policy))
         except ValueError as error:
             raise invalid(f"mm_processor_kwargs: {error}", "mm_processor_kwargs") from None
 
@@ -184,7 +185,7 @@ class MediaReader:
             digest = self._digest(processor.identity(), salt, repr(image.size).encode(), image.tobytes())
         if (kept := self._again(digest)) is not None:
             return digest, kept
-        image = decode(data, self.policy, place) if image is None else image
+        image = decode(data, self.policy, place, how.room) if image is None else image
         try:
             pieces = tuple(processor.pieces(image))
         except ValueError as error:

@@ -142,6 +142,17 @@ async def test_a_thousand_images_are_counted_before_any_is_read(monkeypatch):
         await prepared(image_service(MockEngine()), *[part(uri(encoded(1, 1)))] * 1000)
 
 
+async def test_pixels_of_a_request_are_counted_before_they_are_unpacked():
+    service = image_service(MockEngine(), MediaPolicy(max_request_pixels=5_000))
+    three = [part(uri(encoded(40, 40, seed=i))) for i in range(3)]
+    assert (await prepared(service, *three)).children[0].media
+    with pytest.raises(RequestError, match="more than 5000 pixels together"):
+        await prepared(service, *[part(uri(encoded(40, 40, seed=i))) for i in range(10, 14)])
+    assert (await prepared(service, *three, part(uri(encoded(41, 41))))).children[0].media, (
+        "what is kept is not unpacked"
+    )
+
+
 def test_hours_of_silence_are_not_held():
     data = wav(np.zeros((192_000 * 20, 2), np.float32), 192_000, "FLAC", "PCM_16")  # 30 MB, or twice that
     assert len(data) < 200_000
