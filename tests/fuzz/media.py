@@ -16,6 +16,7 @@ from serving.media.processors.idefics import IdeficsProcessor
 from serving.media.processors.next import NextProcessor
 from serving.media.processors.qwen import QwenVLProcessor
 from serving.media.sound import read_sound
+from serving.media.video import GivenVideo
 from tests.fuzz.mutate import mutate_bytes
 from tests.fuzz.run import Case
 
@@ -83,4 +84,29 @@ def sounds(folder: pathlib.Path) -> Case:
     return case
 
 
-TARGETS = {"image": images, "sound": sounds}
+def videos(folder: pathlib.Path) -> Case:
+    """Files and frames in a URL, to patches: each file in a process of its own, which is why there are few cases a second."""
+    from tests.serving.media.images import PROCESSOR
+    from tests.serving.media.test_video import FRAMES, MP4, jpegs, video_file
+
+    video = PROCESSOR.video
+    assert video is not None
+    seeds = [MP4, video_file(FRAMES, kind="matroska"), video_file(FRAMES, kind="webm", codec="libvpx")]
+    frames = jpegs(FRAMES).encode()
+
+    def case(rng: random.Random) -> list[str]:
+        content: Any = mutate_bytes(rng, rng.choice(seeds), 6)
+        if rng.random() < 0.3:
+            content = mutate_bytes(rng, frames, 3).decode("latin-1")
+        try:
+            given = GivenVideo(content, POLICY, "place")
+            b"".join(given.parts())
+            given.patched(video, video.sampling, 4096)
+        except RequestError as error:
+            return [str(error)]
+        return []
+
+    return case
+
+
+TARGETS = {"image": images, "sound": sounds, "video": videos}

@@ -20,7 +20,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", [*parsers.TARGETS, *protocols.TARGETS])
+SLOW = {"video"}
+"""Each case is a process of its own."""
+
+
+@pytest.mark.parametrize("name", [name for name in [*parsers.TARGETS, *protocols.TARGETS] if name not in SLOW])
 def test_nothing_crashes_hangs_or_tells(name):
     targets = {**parsers.TARGETS, **protocols.TARGETS}
     result = run(name, targets[name], CASES.get(name, 300), seed=1)
