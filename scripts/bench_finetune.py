@@ -3,7 +3,8 @@
     python scripts/bench_finetune.py            # needs what the tests need: torch, transformers, peft
 
 Both train the same pairs of the default model (or --model) on the same rows, each one text without padding, of which the last part
-is learned; forward, backward, clip and AdamW. Compiling and the first step of either are not counted.
+is learned; forward, backward, clip and AdamW. Compiling and the first step of either are not counted. With --data a step has the
+chats of a file that our rows are packed from, and the other side gets the same ones, each a row that is padded to the longest.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ LORA = LoraSettings(16, 32.0)
 
 def ours(folder: pathlib.Path, arguments: argparse.Namespace) -> tuple[Callable[[int], float], Any]:
     """(a step that returns its loss, the run)."""
-    (folder / "data.jsonl").write_text(json.dumps({"text": "What is measured comes from rows()."}))
+    data = arguments.data or folder / "data.jsonl"
+    if arguments.data is None:
+        data.write_text(json.dumps({"text": "What is measured comes from rows()."}))
     settings = Settings(
-        (folder / "data.jsonl",), folder / "out", arguments.model, lora=LORA, dtype=arguments.dtype, max_steps=100,
+        (data,), folder / "out", arguments.model, lora=LORA, dtype=arguments.dtype, max_steps=100,
         quantization=arguments.quantization, batch=arguments.batch, max_length=arguments.length,
         optimizer=Optimizer(1e-4, "constant", warmup=0.0),
     )  # fmt: skip
@@ -49,7 +52,7 @@ def ours(folder: pathlib.Path, arguments: argparse.Namespace) -> tuple[Callable[
 
     def step(index: int) -> float:
         nonlocal state
-        batch = rows(arguments, index)
+        batch = rows(run, arguments, index)
         found, summed = run.programs.gradients(run.trained, run.frozen, [batch], int(batch[5].sum()), jax.random.key(0))
         run.trained, state, norm = run.programs.update(run.trained, state, found)
         jax.block_until_ready((run.trained, norm))
@@ -58,13 +61,36 @@ def ours(folder: pathlib.Path, arguments: argparse.Namespace) -> tuple[Callable[
     return step, run
 
 
-def rows(arguments: argparse.Namespace, index: int) -> Any:
+def rows(run: Any, arguments: argparse.Namespace, index: int) -> Any:
     """The batch of a step."""
+    if arguments.data is not None:
+        return run.data.batches(index % run.data.steps)[0][0]
     rng = np.random.default_rng(index)
     learned = np.arange(arguments.length) >= arguments.length * (1.0 - arguments.learned)
     tokens = rng.integers(100, 30000, (arguments.batch, arguments.length)).astype(np.int32)
     packed = pack([Example(row, learned, 0) for row in tokens], arguments.length, seed=index)
     return packed.take(np.arange(arguments.batch))
+
+
+def apart(batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, labels, which of them are there) of the same texts, each a row of its own, padded to the longest."""
+    tokens_BS, segments_BS, _, place_BM, target_BM, weight_BM = batch
+    labels_BS = np.full(tokens_BS.shape, -100, np.int64)
+    row_BM = np.broadcast_to(np.arange(len(tokens_BS))[:, None], place_BM.shape)
+    there_BM = weight_BM > 0
+    labels_BS[row_BM[there_BM], place_BM[there_BM] + 1] = target_BM[there_BM]
+    texts = [
+        (tokens_BS[row, segments_BS[row] == text], labels_BS[row, segments_BS[row] == text])
+        for row in range(len(tokens_BS))
+        for text in range(1, int(segments_BS[row].max()) + 1)
+    ]
+    longest = max(len(tokens) for tokens, _ in texts)
+    found = [
+        np.stack([np.pad(part, (0, longest - len(part)), constant_values=value) for part in parts])
+        for parts, value in zip(zip(*texts, strict=True), (0, -100), strict=True)
+    ]
+    there = np.arange(longest) < np.array([len(tokens) for tokens, _ in texts])[:, None]
+    return found[0].astype(np.int64), found[1], there
 
 
 def theirs(folder: pathlib.Path, run: Any, arguments: argparse.Namespace) -> Callable[[int], float]:
@@ -83,14 +109,10 @@ def theirs(folder: pathlib.Path, run: Any, arguments: argparse.Namespace) -> Cal
     half = arguments.dtype == "bfloat16"
 
     def step(index: int) -> float:
-        tokens, _, _, place, target, weight = rows(arguments, index)
-        labels = np.full(tokens.shape, -100, np.int64)
-        for row in range(len(tokens)):
-            there = weight[row] > 0
-            labels[row, place[row][there] + 1] = target[row][there]
+        tokens, labels, there = map(torch.from_numpy, apart(rows(run, arguments, index)))
         adamw.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = model(torch.from_numpy(tokens).long(), labels=torch.from_numpy(labels), use_cache=False).loss
+            loss = model(tokens, attention_mask=None if there.all() else there, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         adamw.step()
@@ -102,6 +124,7 @@ def theirs(folder: pathlib.Path, run: Any, arguments: argparse.Namespace) -> Cal
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
+    parser.add_argument("--data", type=pathlib.Path, help="chats to train on (default: random rows without padding)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of products, for both")
     parser.add_argument("--quantization", choices=("int8", "int4"), help="of our base alone")
     parser.add_argument("--batch", type=int, default=2, help="rows (default: %(default)s)")

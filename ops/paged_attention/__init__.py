@@ -201,7 +201,7 @@ def attend_rope(
 
         return _look_ahead(queries, out_TKGh, kv, batch, **how), kv
     if isinstance(batch, Sequences):
-        q_TKGh, k_TKh, v_TKh = sequences.split_rotated(qkv_TKgh, positions_T, rotary)
+        q_TKGh, k_TKh, v_TKh = sequences.split_rotated(qkv_TKgh, positions_T, rotary, batch.segments_BS.shape[1])
         return attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=scale, window=window, softcap=softcap, sinks_KG=sinks_KG)
     if _forced.get() in (None, "native"):
         run = functools.partial(native.attend_rope, scale=scale, window=window, softcap=softcap)

@@ -120,17 +120,23 @@ _stretches.defvjp(_stretches_forward, _stretches_backward)
 
 
 def split_rotated(
-    qkv_TKgh: jax.Array, positions_T: jax.Array, rotary: tuple[np.ndarray, float] | None
+    qkv_TKgh: jax.Array, positions_T: jax.Array, rotary: tuple[np.ndarray, float] | None, longest: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q_TKGh, k_TKh and v_TKh of a fused projection, q and k rotated; see `ops.paged_attention.attend_rope`.
 
-    Cosines and sines are there before they are used: XLA:CPU would compute them for every head and channel anew, and the gradient
-    of halves and heads as a sum of padded arrays.
+    Cosines and sines come from a table: XLA:CPU would compute them for every head and channel anew. The gradient is written out, as
+    halves and heads side by side: left to itself it is a sum of padded arrays.
+
+    Args:
+        longest: positions are below it.
     """
     if rotary is None:
         q_TKGh, k_TK1h, v_TK1h = lax.split(qkv_TKgh, (qkv_TKgh.shape[2] - 2, 1, 1), axis=2)
         return q_TKGh, k_TK1h[:, :, 0], v_TK1h[:, :, 0]
-    return _split_rotated(qkv_TKgh, *lax.optimization_barrier(cos_sin(positions_T, *rotary)))
+    with jax.ensure_compile_time_eval():
+        tables = [np.asarray(table) for table in cos_sin(jnp.arange(longest), *rotary)]
+    cos_Th2, sin_Th2 = (jnp.take(jnp.asarray(table), positions_T, axis=0, mode="clip") for table in tables)
+    return _split_rotated(qkv_TKgh, cos_Th2, sin_Th2)
 
 
 @jax.custom_vjp
@@ -151,7 +157,7 @@ def _split_rotated_backward(
     kept: tuple[jax.Array, jax.Array], given: tuple[jax.Array, jax.Array, jax.Array]
 ) -> tuple[jax.Array, None, None]:
     cos_Th2, sin_Th2 = kept
-    dq_TKGh, dk_TKh, dv_TKh = lax.optimization_barrier(given)
+    dq_TKGh, dk_TKh, dv_TKh = given
     dq_TKGh, dk_TKh = (_turned(x, cos_Th2, -sin_Th2) for x in (dq_TKGh, dk_TKh))
     return jnp.concatenate([dq_TKGh, dk_TKh[:, :, None], dv_TKh[:, :, None]], axis=2), None, None
 

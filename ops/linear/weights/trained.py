@@ -82,6 +82,8 @@ class TrainedWeight(StoredWeight):
         return not isinstance(self.base, StoredWeight)
 
     def product(self, x_TI: jax.Array) -> jax.Array:
+        if self._dense and self.base.dtype != jnp.float32 and self.change is not None and not self.change.dropout:
+            return _half_changed(x_TI, self.base, self.change.a_RI, self.change.b_RO)
         y_TO = _dense(x_TI, self.base) if self._dense else _frozen(x_TI, self.base)
         return y_TO if self.change is None else y_TO + self.change(x_TI)
 
@@ -138,6 +140,43 @@ def _half_backward(kept: tuple[jax.Array, jax.Array, jax.Array], dy_TO: jax.Arra
 
 
 _half.defvjp(_half_forward, _half_backward)
+
+
+@jax.custom_vjp
+def _half_changed(x_TI: jax.Array, weight_OI: jax.Array, a_RI: jax.Array, b_RO: jax.Array) -> jax.Array:
+    """y_TO float32 of a frozen weight in half precision and of the pairs beside it, whose factors are rounded alike: what a layer
+    keeps for its backward pass, and what goes through that, is there once and in half precision. Gradients of pairs are added up
+    in float32."""
+    return _half_changed_forward(x_TI, weight_OI, a_RI, b_RO)[0]
+
+
+def _half_changed_forward(
+    x_TI: jax.Array, weight_OI: jax.Array, a_RI: jax.Array, b_RO: jax.Array
+) -> tuple[jax.Array, Any]:
+    dtype = weight_OI.dtype
+    x_half = x_TI.astype(dtype)
+    hidden_TR = xla.dense(x_half, a_RI.astype(dtype)).astype(dtype)
+    y_TO = xla.dense(x_half, weight_OI) + _half_dot(hidden_TR, b_RO.astype(dtype), 1, 0)
+    return y_TO, (x_half, hidden_TR, weight_OI, a_RI, b_RO, x_TI[:0])
+
+
+def _half_changed_backward(kept: Any, dy_TO: jax.Array) -> tuple[jax.Array, None, jax.Array, jax.Array]:
+    x_half, hidden_TR, weight_OI, a_RI, b_RO, none_TI = kept
+    dtype = weight_OI.dtype
+    dy_half = lax.optimization_barrier(dy_TO.astype(dtype))
+    dhidden_TR = _half_dot(dy_half, b_RO.astype(dtype), 1, 1).astype(dtype)
+    dx_TI = _half_dot(dy_half, weight_OI, 1, 0) + _half_dot(dhidden_TR, a_RI.astype(dtype), 1, 0)
+    da_RI, db_RO = _half_dot(dhidden_TR, x_half, 0, 0), _half_dot(hidden_TR, dy_half, 0, 0)
+    return dx_TI.astype(none_TI.dtype), None, da_RI.astype(a_RI.dtype), db_RO.astype(b_RO.dtype)
+
+
+def _half_dot(one: jax.Array, other: jax.Array, first: int, second: int) -> jax.Array:
+    """Both summed over these axes, in float32."""
+    found = lax.dot_general(one, other, (((first,), (second,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.optimization_barrier(found)
+
+
+_half_changed.defvjp(_half_changed_forward, _half_changed_backward)
 
 
 @jax.custom_vjp

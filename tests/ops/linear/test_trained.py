@@ -60,6 +60,26 @@ def test_half_precision_rounds_factors_and_adds_up_in_float32():
     assert dx.dtype == jnp.float32 and dw.dtype == jnp.bfloat16
 
 
+def test_pairs_beside_half_precision_are_rounded_alike_and_get_float32_gradients():
+    rng = np.random.default_rng(5)
+    x, y = (jnp.asarray(rng.standard_normal((T, width)), jnp.float32) for width in (I, O))
+    weight = jnp.asarray(rng.standard_normal((O, I)) * 0.1, jnp.bfloat16)
+    a, b = (jnp.asarray(rng.standard_normal(shape) * 0.1, jnp.float32) for shape in ((R, I), (O, R)))
+
+    def ours(x, a, b):
+        out = linear(x, TrainedWeight(weight, Change(a, b.T)))
+        return (out * y).sum(), out
+
+    def theirs(x, a, b):
+        out = x @ weight.astype(jnp.float32).T + (x @ a.T) @ b.T
+        return (out * y).sum(), out
+
+    (found, out), (expected, wanted) = (jax.grad(f, (0, 1, 2), has_aux=True)(x, a, b) for f in (ours, theirs))
+    for mine, other in zip((*found, out), (*expected, wanted), strict=True):
+        assert mine.dtype == jnp.float32
+        assert np.linalg.norm(mine - other) < 0.006 * np.linalg.norm(other), "roundings, of factors alone"
+
+
 def test_quantized_blocks_are_taken_apart():
     """A fused native block has no gradient: both of its products are computed by themselves."""
     rng = np.random.default_rng(1)

@@ -83,16 +83,32 @@ def test_values_and_gradients(name, length, kept, monkeypatch):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_a_fused_projection_is_rotated_and_a_latent_is_its_own_value():
+@pytest.mark.parametrize("share", [1.0, 0.5, None])
+def test_a_fused_projection_is_rotated_and_a_latent_is_its_own_value(share):
+    """Values and gradients, of heads that are rotated whole, in part and not at all."""
     rng = np.random.default_rng(5)
     length = 20
     qkv = jnp.asarray(rng.standard_normal((length, K, G + 2, h)), jnp.float32)
-    positions = jnp.arange(length, dtype=jnp.int32)
+    weight = jnp.asarray(rng.standard_normal((length, K, G, h)), jnp.float32)
+    positions, zeros = jnp.arange(length, dtype=jnp.int32), np.zeros(length, np.int32)
     batch = Sequences(jnp.zeros((1, length), jnp.int32), positions[None], single=True)
-    rotary = inverse_frequencies({"rope_theta": 100.0}, h)
-    found, _ = attend_rope(qkv, positions, rotary, None, batch, scale=0.3)
-    q, k, v = rope(qkv[:, :, :-2], positions, *rotary), rope(qkv[:, :, -2], positions, *rotary), qkv[:, :, -1]
-    zeros = np.zeros(length, np.int32)
-    np.testing.assert_allclose(found, plainly(q, k, v, zeros, zeros, scale=0.3), atol=2e-5)
+    told = {"rope_theta": 100.0, "partial_rotary_factor": share}
+    rotary = None if share is None else inverse_frequencies(told, h)
+
+    def turned(x):
+        return x if rotary is None else rope(x, positions, *rotary)
+
+    def ours(qkv):
+        out, _ = attend_rope(qkv, positions, rotary, None, batch, scale=0.3)
+        return (out * weight).sum(), out
+
+    def theirs(qkv):
+        out = plainly(turned(qkv[:, :, :-2]), turned(qkv[:, :, -2]), qkv[:, :, -1], zeros, zeros, scale=0.3)
+        return (out * weight).sum(), out
+
+    (mine, found), (other, expected) = (jax.grad(f, has_aux=True)(qkv) for f in (ours, theirs))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    np.testing.assert_allclose(mine, other, atol=1e-4)
+    q, k = turned(qkv[:, :, :-2]), turned(qkv[:, :, -2])
     latent, _ = attend(q, k, None, None, batch, scale=0.3)
     np.testing.assert_allclose(latent, plainly(q, k, k, zeros, zeros, scale=0.3), atol=2e-5)
