@@ -135,7 +135,11 @@ def _out_flags(group: Any) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="write the base with the adapter in it too",
     )
-    add("--gguf", action="store_true", help="write the adapter as adapter.gguf, too")
+    add(
+        "--gguf",
+        action="store_true",
+        help="write the adapter as adapter.gguf, too; with --merge merged.gguf of a GGUF base",
+    )
     add(
         "--serve-to",
         metavar="URL",

@@ -12,7 +12,7 @@ import numpy as np
 
 from serving.training import export
 from serving.training.checkpoints import Checkpoints, digest
-from serving.training.gguf_adapter import write_gguf
+from serving.training.gguf_files import has_gguf_base, write_gguf, write_merged_gguf
 from serving.training.prepare import Run, prepare
 from serving.training.record import Line, Record
 from serving.training.settings import Settings
@@ -21,6 +21,7 @@ from serving.training.steps import learning_rate
 CHECKPOINTS = "checkpoints"
 MERGED = "merged"
 GGUF = "adapter.gguf"
+MERGED_GGUF = "merged.gguf"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,3 +196,7 @@ def _write(run: Run, settings: Settings, merge: str | None, gguf: bool, tell: Ca
         export.write_model(out, export.merged(run.opened, run.recipes, host, settings.lora), run.opened, dtype)
         export.write_text_side(out, run.opened, run.tokenizer, run.template)
         tell(f"written: the base with the adapter in it, as {dtype}, to {out}. Serve it with --model {out}")
+        if gguf and has_gguf_base(run.opened):
+            out = settings.out / MERGED_GGUF
+            count = write_merged_gguf(out, host, settings.lora, run.opened, dtype)
+            tell(f"written: the same as GGUF, {count} tensors of it anew, to {out}")

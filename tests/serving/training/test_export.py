@@ -13,7 +13,7 @@ from models.loading.opening import open_checkpoint
 from models.loading.source import resolve
 from models.registry import families
 from serving.training import export
-from serving.training.gguf_adapter import write_gguf
+from serving.training.gguf_files import has_gguf_base, write_gguf, write_merged_gguf
 from serving.training.lora import LoraSettings
 from tests.models.adapters.make import HEADS, KV_HEADS, write_base
 from tests.models.tiny_gguf import to_gguf
@@ -56,6 +56,26 @@ def test_a_gguf_adapter_changes_the_gguf_base_as_the_pairs_change_the_tensors(fr
             changed = changed.reshape(heads, -1, 2, changed.shape[1]).swapaxes(1, 2).reshape(changed.shape)
         expected = plain[name] + settings.scale * learned[name]["b"] @ learned[name]["a"]
         np.testing.assert_allclose(changed, expected, atol=1e-4)
+
+
+def test_a_merged_gguf_is_the_base_with_the_change_in_it(base, tmp_path):
+    to_gguf(base, tmp_path / "base.gguf")
+    learned = {name: pair for name, pair in pairs(base).items() if "layers.1" in name}
+    settings, opened = LoraSettings(3, 5.0), open_checkpoint(resolve(str(tmp_path / "base.gguf")))
+    assert has_gguf_base(opened) and not has_gguf_base(open_checkpoint(resolve(str(base))))
+    for dtype, within in (("float32", 1e-5), ("float16", 1e-2), ("bfloat16", 5e-2)):
+        path = tmp_path / f"{dtype}.gguf"
+        assert write_merged_gguf(path, learned, settings, opened, dtype) == len(learned)
+        merged = open_checkpoint(resolve(str(path)))
+        assert merged.hf_config == opened.hf_config and merged.checkpoint is not None
+        for name, plain in load_file(base / "model.safetensors").items():
+            pair = learned.get(name)
+            expected = plain if pair is None else plain + settings.scale * pair["b"] @ pair["a"]
+            found = merged.checkpoint.read(name).astype(np.float32)
+            np.testing.assert_allclose(found, expected, atol=1e-5 if pair is None else within * np.abs(expected).max())
+        kept, new = (gguf.GGUFReader(one).fields for one in (tmp_path / "base.gguf", path))
+        for key in kept.keys() - {"general.file_type", "GGUF.kv_count"}:
+            assert new[key].contents() == kept[key].contents(), key
 
 
 def test_a_large_model_is_several_files(base, tmp_path, monkeypatch):
