@@ -22,7 +22,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 10_000_000
 
-_PLAIN_INITS = {True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga", "true", "false"}
+_PLAIN_INITS = {True, False, None, "gaussian", "eva", "orthogonal", "mica", "true", "false"}
 """Starts of training that leave the base as it is; the others move a part of the base into the adapter."""
 
 _REFUSED: Mapping[str, str] = {
@@ -32,6 +32,9 @@ _REFUSED: Mapping[str, str] = {
     "layer_replication": "replicated layers are not supported.",
     "use_bdlora": "block-diagonal LoRA is not supported.",
     "use_qalora": "QALoRA is not supported.",
+    "kasa_config": "KaSA truncates the base's own weights.",
+    "arrow_config": "Arrow's router over several adapters is not supported.",
+    "monteclora_config": "Monte Carlo samples beside the matrices are not supported.",
     "megatron_config": "Megatron's layout is not supported.",
 }
 _TENSOR = re.compile(r"^(?P<module>.+?)\.lora_(?P<part>A|B|embedding_A|embedding_B)(?:\.weight)?$")

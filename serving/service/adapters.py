@@ -172,7 +172,8 @@ class Adapters:
             raise ValueError("This LLM takes no adapters: make it with enable_lora=True.")
         for one in wanted.values():
             known = self.find(one.lora_name)
-            if known is None or (one.lora_path and (known, one.lora_path) != self._given.get(one.lora_name)):
+            moved = one.load_inplace or (known, one.lora_path) != self._given.get(one.lora_name)
+            if known is None or (one.lora_path and moved):
                 self.load(one.lora_name, one.lora_path, replace=known is not None)
         return [None if one is None else one.lora_name for one in asked]
 

@@ -41,12 +41,16 @@ class LoRARequest:
         lora_int_id: vLLM's number of it; nothing is found by it here.
         lora_path: a PEFT directory, a GGUF file or a hub id, read when the name is new.
         tenants: names of the API keys that may use it; None: all may.
+        base_model_name: vLLM's; taken and not looked at.
+        load_inplace: read it again, once a call, though its name and path are known.
     """
 
     lora_name: str
     lora_int_id: int = 0
     lora_path: str = ""
     tenants: tuple[str, ...] | None = None
+    base_model_name: str | None = None
+    load_inplace: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -208,6 +208,9 @@ def test_a_path_is_read_once_whatever_it_is_written_like(llm, made, monkeypatch)
     assert len(loads) == 1
     llm.generate(["w3"], GREEDY, use_tqdm=False, lora_request=LoRARequest("odd", 1, path))
     assert len(loads) == 2, "another path is another adapter"
+    again = LoRARequest(lora_name="odd", lora_int_id=1, lora_path=path, base_model_name="x", load_inplace=True)
+    llm.generate(["w3"] * 3, GREEDY, use_tqdm=False, lora_request=again)
+    assert len(loads) == 3, "once a call"
 
 
 def test_the_same_name_with_other_content_shares_nothing(llm, made, prompts, expected):

@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from models.loading.kept import cache
 from serving import LLM, LoRARequest, SamplingParams
 from serving.engine.api.sampling_params import StructuredOutputs
 from tests.models.adapters.make import write_adapter, write_base
@@ -126,7 +127,8 @@ def test_beside_packed_weights_the_change_is_the_same(llm, folder, quantization)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{"num_scheduler_steps": 3}, {"quantization": "int8"}], ids=["several steps", "kept"])
-def test_several_steps_at_once_and_weights_that_were_kept_say_the_same(folder, tmp_path, more):
+def test_several_steps_at_once_and_weights_that_were_kept_say_the_same(folder, tmp_path, monkeypatch, more):
+    monkeypatch.setattr(cache.WeightCache.__init__, "__defaults__", (1 << 40, cache.log.info, 0))  # however small
     kept = {"weight_cache": str(tmp_path / "kept")} if "quantization" in more else {}
     params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True)
     names, said = [None, *ADAPTERS], []
