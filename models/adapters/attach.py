@@ -25,7 +25,7 @@ from models.layers.linear import AdapterStack, Linear
 from models.layers.moe import Experts
 from models.loading.files.canonical import canonical_name
 from models.loading.files.experts import expert_of
-from models.parameters import parameters_of, quantizable
+from models.parameters import parameters_of
 from models.recipes import Piece, Recipe, row_map
 from ops import native
 from ops.linear import StoredWeight
@@ -49,6 +49,7 @@ class Room:
         paired: places whose B lies as `ops.lora.paired` has it.
         late: places whose change is made behind the forward pass, where logits are.
         base: what readers of adapters have to know.
+        partial: tensors of which another parameter, which takes no adapters, has a part too.
         hint: what to do where an adapter changes weights that take none; "" for nothing.
     """
 
@@ -61,6 +62,7 @@ class Room:
     paired: frozenset[str]
     late: frozenset[str]
     base: Base
+    partial: frozenset[str] = frozenset()
     hint: str = ""
 
     def is_late(self, adapter: Adapter) -> bool:
@@ -75,6 +77,12 @@ class Room:
             ValueError: it does not fit this model, in a sentence.
         """
         fitted = fit(adapter, self.sites, self.max_rank, self.hint)
+        names = {canonical_name(own) for found in fitted.values() for own in found.used}
+        if split := sorted(names & self.partial):
+            raise ValueError(
+                f"{adapter.source}: {split[0]} is several weights here, of which one takes no adapters. Merge the adapter into its "
+                "base (`python -m serving.convert --adapter`)."
+            )
         parts = []
         for site in self.sites:
             (R, r), (outputs, inputs) = self._ranks(site), self.shapes[site.place]
@@ -130,8 +138,8 @@ def attach(
 ) -> Room:
     """Gives a loaded network room for `slots` adapters of rank `max_rank` at most, on its devices.
 
-    Every `Linear` whose weight moves rows of the checkpoint's tensors and nothing else gets a stack, the experts of mixtures and
-    the token table too, and a tied table another one for the logits.
+    Every `Linear` whose weight moves rows of the checkpoint's tensors and nothing else gets a stack (routers too, as "all-linear"
+    does), the experts of mixtures and the token table too, and a tied table another one for the logits.
 
     Args:
         dtype: of the matrices; `AUTO`: float32 beside dense weights in float32, else bfloat16.
@@ -158,9 +166,8 @@ def bytes_of_stacks(
 def _found(model: Any, slots: int, max_rank: int, mesh: Mesh | None, rules: ShardingRules, dtype: str) -> _Making:
     """Where a network takes adapters."""
     making = _Making(model, slots, max_rank, mesh, rules, dtype)
-    quantized = {path.removesuffix(".weight") for path in quantizable(model)}
     for path, module in sorted((".".join(map(str, path)), module) for path, module in nnx.iter_modules(model)):
-        if isinstance(module, Linear) and path in quantized:
+        if isinstance(module, Linear):
             making.linear(path, module)
         elif isinstance(module, Embedding):
             making.table(path, module)
@@ -195,6 +202,7 @@ class _Making:
         self._sites: list[Site] = []
         self._spreads: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
+        self._taken: set[str] = set()  # paths of parameters
         self._hint = ""
 
     def linear(self, path: str, module: Linear) -> None:
@@ -202,6 +210,7 @@ class _Making:
         recipe, weight = self._recipes.get(f"{path}.weight"), module.weight
         if recipe is None or not recipe.by_rows:
             return
+        self._taken.add(f"{path}.weight")
         stored = weight.stored_shape
         site = Site(path, recipe, tuple(piece.name for piece in recipe.pieces), stored[0], stored[-1])
         spread = weight.get_metadata().get("spread")
@@ -218,6 +227,7 @@ class _Making:
         recipe = self._recipes.get(f"{path}.weight")
         if not isinstance(recipe, Piece):
             return
+        self._taken.add(f"{path}.weight")
         rows, width = module.weight.get_value().shape
         table = Site(path, recipe, (recipe.name,), width, rows, rows=True)
         self._add(module, table, width, rows, (None, None), (None, None), native=False)
@@ -238,6 +248,7 @@ class _Making:
             if len(shape) != 3:
                 self._hint = " Experts that are packed for this CPU take no adapters: start with --quantization none."
                 continue
+            self._taken.add(f"{path}.{name}")
             E, outputs, inputs = shape
             names = tuple(piece.name for piece in recipe.pieces)
             site = ExpertSite(
@@ -293,9 +304,11 @@ class _Making:
             frozenset(canonical_name(site.tensors[0]) for site in tables), tied, self._max_rank,
         )  # fmt: skip
         late = frozenset({"head.lora", "embed.head_lora"} & self._shapes.keys())
+        others = [recipe for path, recipe in self._recipes.items() if path not in self._taken]
+        partial = {canonical_name(piece.name) for recipe in others for piece in recipe.pieces}
         return Room(
             tuple(self._sites), self._slots, self._max_rank, self._spreads, self._shapes, self._stretches,
-            frozenset(self._paired), late, base, self._hint,
+            frozenset(self._paired), late, base, frozenset(partial & set(map(canonical_name, tensors))), self._hint,
         )  # fmt: skip
 
 

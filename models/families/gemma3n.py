@@ -88,16 +88,17 @@ class AltUp(nnx.Module):
         self.correct = Linear(N, N, build, (None, None))
         self.scale = weight((D,), jnp.float32, (None,))
 
-    def modalities(self, x_TD: jax.Array) -> jax.Array:
-        return jnp.tanh(self.router(self.norm(x_TD) / x_TD.shape[-1], out_dtype=jnp.float32)).astype(x_TD.dtype)
+    def modalities(self, x_TD: jax.Array, adapter_T: jax.Array | None) -> jax.Array:
+        normed_TD = self.norm(x_TD) / x_TD.shape[-1]
+        return jnp.tanh(self.router(normed_TD, out_dtype=jnp.float32, adapter_T=adapter_T)).astype(x_TD.dtype)
 
     def predicted(self, x_NTD: jax.Array, adapter_T: jax.Array | None) -> jax.Array:
         N, T = x_NTD.shape[:2]
-        mix_TNM = self.predict(self.modalities(x_NTD[self.active]), adapter_T=adapter_T).reshape(T, N, N)
+        mix_TNM = self.predict(self.modalities(x_NTD[self.active], adapter_T), adapter_T=adapter_T).reshape(T, N, N)
         return x_NTD + jnp.einsum("mtd,tnm->ntd", x_NTD, mix_TNM.astype(x_NTD.dtype))
 
     def corrected(self, x_NTD: jax.Array, activated_TD: jax.Array, adapter_T: jax.Array | None) -> jax.Array:
-        share_TN = self.correct(self.modalities(activated_TD), adapter_T=adapter_T) + 1.0
+        share_TN = self.correct(self.modalities(activated_TD, adapter_T), adapter_T=adapter_T) + 1.0
         return x_NTD + (activated_TD - x_NTD[self.active]) * share_TN.T[..., None].astype(x_NTD.dtype)
 
     def scaled_active(self, x_NTD: jax.Array) -> jax.Array:

@@ -93,7 +93,8 @@ class Gemma4Experts(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """The mixture of `normed_TD`, chosen by x, and the experts that each token visits."""
         routed_TD = rms_norm(x_TD, self.scale[...] * x_TD.shape[-1] ** -0.5, self.eps)
-        ids_Tk, weights_Tk = choose(self.router(routed_TD, out_dtype=jnp.float32), self.moe, None)
+        logits_TE = self.router(routed_TD, out_dtype=jnp.float32, adapter_T=adapter_T)
+        ids_Tk, weights_Tk = choose(logits_TE, self.moe, None)
         weights_Tk = weights_Tk * self.expert_scale[...][ids_Tk]
         return self.experts(normed_TD, ids_Tk, weights_Tk, adapter_T), ids_Tk
 

@@ -77,7 +77,8 @@ class Llama4MoE(MoE):
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         x_TD = x_TD if norm is None else norm(x_TD)
         T, k = x_TD.shape[0], self.moe.experts_per_token
-        logits_Tk, ids_Tk = jax.lax.top_k(self.router(x_TD, out_dtype=jnp.float32), k)
+        logits_TE = self.router(x_TD, out_dtype=jnp.float32, adapter_T=step.adapter_T)
+        logits_Tk, ids_Tk = jax.lax.top_k(logits_TE, k)
         scaled_TkD = (x_TD[:, None] * jax.nn.sigmoid(logits_Tk)[..., None]).astype(x_TD.dtype)
         ids = ids_Tk.astype(jnp.int32).reshape(T * k, 1)
         own = None if step.adapter_T is None else jnp.repeat(step.adapter_T, k)

@@ -73,8 +73,9 @@ class NemotronMoE(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """mixture(norm(x)) + residual, and the experts that each token visits."""
         x_TD = x_TD if norm is None else norm(x_TD)
-        ids_Tk, weights_Tk = choose(self.router(x_TD, out_dtype=jnp.float32), self.moe, self.bias[...])
         own = step.adapter_T
+        logits_TE = self.router(x_TD, out_dtype=jnp.float32, adapter_T=own)
+        ids_Tk, weights_Tk = choose(logits_TE, self.moe, self.bias[...])
         narrow_TD = x_TD if self.narrow is None else self.narrow(x_TD, adapter_T=own)
         y_TD = self.experts(narrow_TD, ids_Tk, weights_Tk)
         y_TD = y_TD if self.widen is None else self.widen(y_TD, adapter_T=own)

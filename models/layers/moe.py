@@ -136,13 +136,13 @@ class MoE(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """mixture(norm(x)) + residual, and the experts that each token visits."""
         x_TD = x_TD if norm is None else norm(x_TD)
-        logits_TE = self.router(x_TD, out_dtype=jnp.float32)
+        logits_TE = self.router(x_TD, out_dtype=jnp.float32, adapter_T=step.adapter_T)
         ids_Tk, weights_Tk = choose(logits_TE, self.moe, None if self.bias is None else self.bias[...])
         y_TD = self.experts(x_TD, ids_Tk, weights_Tk, step.adapter_T)
         if self.shared is not None:
             shared_TD, _ = self.shared(x_TD, step)
             if self.shared_gate is not None:
-                shared_TD = shared_TD * jax.nn.sigmoid(self.shared_gate(x_TD))
+                shared_TD = shared_TD * jax.nn.sigmoid(self.shared_gate(x_TD, adapter_T=step.adapter_T))
             y_TD = y_TD + shared_TD
         return (y_TD if residual_TD is None else y_TD + residual_TD), (ids_Tk,)
 

@@ -17,8 +17,8 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 """XLA_FLAGS that compile in half the time what runs once."""
 
 
-def make_reference(name: str, directory: Path) -> None:
-    """Saves the random model as safetensors, and its greedy tokens and logits as `reference.npz`."""
+def random_model(name: str) -> Any:
+    """transformers' model."""
     import torch
     import transformers
 
@@ -38,8 +38,16 @@ def make_reference(name: str, directory: Path) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:
                 parameter.normal_(0.0, 0.3)
+    return model
+
+
+def make_reference(name: str, directory: Path) -> None:
+    """Saves the random model as safetensors, and its greedy tokens and logits as `reference.npz`."""
+    import torch
+
+    tiny, model = TINY[name], random_model(name)
     model.save_pretrained(directory)
-    vocab = config.get_text_config().vocab_size
+    vocab = model.config.get_text_config().vocab_size
     rng = np.random.default_rng(len(name))
     arrays: dict[str, np.ndarray] = {}
     kept = "past_key_values" if "past_key_values" in inspect.signature(model.forward).parameters else "cache_params"
