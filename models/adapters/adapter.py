@@ -42,6 +42,7 @@ class Base:
         experts: how many a mixture has, and inputs and hidden width of one; None for other models.
         tables: plain names of those whose rows are looked up.
         tied: the one of `tables` that makes logits too; "" where the head is a tensor of its own.
+        turned: plain names of those that the checkpoint has as [in, out].
         max_rank: that a slot has room for.
         read: values of one of `tensors`, as the checkpoint has them; None where they cannot be had.
     """
@@ -52,6 +53,7 @@ class Base:
     experts: tuple[int, int, int] | None = None
     tables: frozenset[str] = frozenset()
     tied: str = ""
+    turned: frozenset[str] = frozenset()
     max_rank: int = 0
     read: Callable[[str], np.ndarray] | None = None
 

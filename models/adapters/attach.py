@@ -299,9 +299,11 @@ class _Making:
         moe = None if config.moe is None else (config.moe.num_experts, config.embed_dim, config.moe.ffw_dim)
         tables = [site for site in self._sites if site.rows]
         tied = next((site.tensors[0] for site in tables if self._tied and site.path == "embed"), "")
+        turned = {piece.name for site in self._sites for piece in site.recipe.pieces if piece.turned}
         base = Base(
             tensors, config.num_layers, (config.num_heads, config.num_kv_heads), moe,
-            frozenset(canonical_name(site.tensors[0]) for site in tables), tied, self._max_rank,
+            frozenset(canonical_name(site.tensors[0]) for site in tables), tied, frozenset(map(canonical_name, turned)),
+            self._max_rank,
         )  # fmt: skip
         late = frozenset({"head.lora", "embed.head_lora"} & self._shapes.keys())
         others = [recipe for path, recipe in self._recipes.items() if path not in self._taken]

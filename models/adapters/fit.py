@@ -35,8 +35,11 @@ class Given:
         return cls(adapter, plain | {own: own for own in adapter.pairs}, max_rank)
 
     def own_name(self, name: str) -> str | None:
-        """What the file calls the matrices of a tensor; None where it has none."""
-        return self.names.get(name, self.names.get(canonical_name(name)))
+        """What the file calls the matrices of a tensor; None where it has none. transformers calls Mixtral's mixture `mlp` where
+        its checkpoints have another name."""
+        plain = canonical_name(name)
+        names = (name, plain, plain.replace(".block_sparse_moe.", ".mlp."))
+        return next((self.names[one] for one in names if one in self.names), None)
 
 
 @dataclasses.dataclass(frozen=True)

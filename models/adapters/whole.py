@@ -51,6 +51,8 @@ def without_whole(adapter: Adapter, copies: frozenset[str], base: Base | None) -
                 f"{adapter.source}: {name} has shape {list(values.shape)}, the served model's {list(known.shape)}: tokens were "
                 f"added to the base, or it is another one. {_MERGE}"
             )
+        if canonical_name(name) in base.turned:
+            values, known = values.T, known.T
         rows = _changed(values, known, name in copies)
         if len(rows) > base.max_rank:
             raise ValueError(

@@ -18,7 +18,7 @@ from tests.tiny_checkpoint import VOCAB
 EMBED_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 _RNG = np.random.default_rng(0)
 TENSORS = {name: _RNG.standard_normal((VOCAB, EMBED)).astype(np.float32) for name in (EMBED_NAME, HEAD_NAME)}
-BASE = Base(tuple(TENSORS), 2, (6, 3), None, frozenset({EMBED_NAME}), "", 8, TENSORS.__getitem__)
+BASE = Base(tuple(TENSORS), 2, (6, 3), None, frozenset({EMBED_NAME}), max_rank=8, read=TENSORS.__getitem__)
 
 
 def with_tensors(folder, tensors, **config):
@@ -68,6 +68,16 @@ def test_a_few_retrained_rows_are_a_low_rank(tmp_path):
     head, table = adapter.pairs[HEAD_NAME], adapter.pairs[EMBED_NAME]
     np.testing.assert_allclose(TENSORS[HEAD_NAME] + head.b_Or @ head.a_rI, changed[HEAD_NAME], atol=1e-6)
     np.testing.assert_allclose(TENSORS[EMBED_NAME] + (table.b_Or @ table.a_rI).T, changed[EMBED_NAME], atol=1e-6)
+
+
+def test_rows_of_a_weight_that_the_checkpoint_has_turned_are_its_columns(tmp_path):
+    name, stored_IO = "h.0.attn.c_proj.weight", TENSORS[HEAD_NAME][:EMBED]
+    base = dataclasses.replace(BASE, tensors=(name,), turned=frozenset({name}), read=lambda _: stored_IO)
+    changed_IO = stored_IO.copy()
+    changed_IO[:, 5] += 1.0
+    folder = with_tensors(write_adapter(tmp_path / "a"), {name: changed_IO})
+    pair = read_peft(folder, base=base).pairs[name]
+    np.testing.assert_allclose((pair.b_Or @ pair.a_rI).T, changed_IO - stored_IO, atol=1e-6)
 
 
 @pytest.mark.parametrize("tied", [False, True])
