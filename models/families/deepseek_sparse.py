@@ -89,5 +89,5 @@ def glm_moe_dsa_mtp(hf: Mapping[str, Any]) -> MTP:
 
 FAMILIES = (
     Family("DeepSeek-V3.2", ("DeepseekV32ForCausalLM",), deepseek_v32_config, build, mtp=deepseek_v32_mtp),
-    Family("GLM-5 (MoE)", ("GlmMoeDsaForCausalLM",), glm_moe_dsa_config, build, mtp=glm_moe_dsa_mtp),
+    Family("GLM-5 (MoE)", ("GlmMoeDsaForCausalLM",), glm_moe_dsa_config, build, gguf=("glm-dsa",), mtp=glm_moe_dsa_mtp),
 )

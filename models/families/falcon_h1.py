@@ -193,6 +193,6 @@ def bamba_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 FAMILIES = (
-    Family("Falcon-H1", ("FalconH1ForCausalLM",), falcon_h1_config, build),
+    Family("Falcon-H1", ("FalconH1ForCausalLM",), falcon_h1_config, build, gguf=("falcon-h1",)),
     Family("Bamba", ("BambaForCausalLM",), bamba_config, build_bamba),
 )

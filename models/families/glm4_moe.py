@@ -52,4 +52,13 @@ def glm4_moe_mtp(hf: Mapping[str, Any]) -> MTP:
     return MTP(glm4_moe_config({**hf, "num_hidden_layers": layers + 1}), Glm4MoELayer, behind(layers))
 
 
-FAMILIES = (Family("GLM-4.5, 4.6, 4.7 (MoE)", ("Glm4MoeForCausalLM",), glm4_moe_config, build, mtp=glm4_moe_mtp),)
+FAMILIES = (
+    Family(
+        "GLM-4.5, 4.6, 4.7 (MoE)",
+        ("Glm4MoeForCausalLM",),
+        glm4_moe_config,
+        build,
+        gguf=("glm4moe",),
+        mtp=glm4_moe_mtp,
+    ),
+)

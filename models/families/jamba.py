@@ -60,6 +60,7 @@ def build(config: ModelConfig, build: Build) -> Jamba:
 
 
 def jamba_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Files may say of each layer what it is; else periods and offsets do."""
     layers, embed, rank = hf["num_hidden_layers"], hf["hidden_size"], hf.get("mamba_dt_rank", "auto")
     mamba = Mamba1(
         hf.get("mamba_expand", 2) * embed,
@@ -78,16 +79,18 @@ def jamba_config(hf: Mapping[str, Any]) -> ModelConfig:
         hf.get("expert_layer_period", 2),
         hf.get("expert_layer_offset", 1),
     )
-    moe = None
+    told, counts, moe = hf.get("layers_block_type"), hf.get("layers_num_experts"), None
     if experts > 1:
-        at = tuple(index % every == first for index in range(layers))
+        at = tuple(counts[index] > 1 if counts else index % every == first for index in range(layers))
         moe = MoEConfig(experts, hf.get("num_experts_per_tok", 2), hf["intermediate_size"], at)
     return from_hf(
         hf,
         rope=None,
         moe=moe,
-        mixers=tuple(None if index % period == offset else mamba for index in range(layers)),
+        mixers=tuple(
+            None if (told[index] != "mamba" if told else index % period == offset) else mamba for index in range(layers)
+        ),
     )
 
 
-FAMILIES = (Family("Jamba", ("JambaForCausalLM",), jamba_config, build),)
+FAMILIES = (Family("Jamba", ("JambaForCausalLM",), jamba_config, build, gguf=("jamba",)),)

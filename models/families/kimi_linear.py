@@ -100,4 +100,4 @@ def kimi_linear_config(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-FAMILIES = (Family("Kimi Linear", ("KimiLinearForCausalLM",), kimi_linear_config, build),)
+FAMILIES = (Family("Kimi Linear", ("KimiLinearForCausalLM",), kimi_linear_config, build, gguf=("kimi-linear",)),)

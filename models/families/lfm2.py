@@ -109,5 +109,5 @@ def lfm2_moe_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 FAMILIES = (
     Family("LFM2", ("Lfm2ForCausalLM",), lfm2_config, build, gguf=("lfm2",)),
-    Family("LFM2 MoE", ("Lfm2MoeForCausalLM",), lfm2_moe_config, build),
+    Family("LFM2 MoE", ("Lfm2MoeForCausalLM",), lfm2_moe_config, build, gguf=("lfm2moe",)),
 )

@@ -97,7 +97,7 @@ def mamba2_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 FAMILIES = (
-    Family("Mamba, Falcon Mamba", ("MambaForCausalLM", "FalconMambaForCausalLM"), mamba_config, build),
-    Family("Mamba-2", ("Mamba2ForCausalLM",), mamba2_config, build),
+    Family("Mamba, Falcon Mamba", ("MambaForCausalLM", "FalconMambaForCausalLM"), mamba_config, build, gguf=("mamba",)),
+    Family("Mamba-2", ("Mamba2ForCausalLM",), mamba2_config, build, gguf=("mamba2",)),
 )
 """Of Mistral's Codestral Mamba too, which is Mamba-2."""

@@ -50,4 +50,4 @@ def minimax_m2_config(hf: Mapping[str, Any]) -> ModelConfig:
     return from_hf(hf, partial=True, moe=moe, qk_norm="full")
 
 
-FAMILIES = (Family("MiniMax-M2", ("MiniMaxM2ForCausalLM",), minimax_m2_config, build),)
+FAMILIES = (Family("MiniMax-M2", ("MiniMaxM2ForCausalLM",), minimax_m2_config, build, gguf=("minimax-m2",)),)

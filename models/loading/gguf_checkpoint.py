@@ -19,7 +19,12 @@ EXPERT = re.compile(r"\.experts\.(\d+)\.")
 def table_names(table: gguf.TensorNameMap, name: str) -> Iterator[str]:
     """What GGUF may call a tensor. The table has Mamba's authors' name for some, and experts under one name for all."""
     plain = EXPERT.sub(".experts.", name)
-    for known in (plain, _MAMBA.sub("backbone.", plain), plain.replace(".mixer.experts.", ".mlp.experts.")):
+    for known in (
+        plain,
+        _MAMBA.sub("backbone.", plain),
+        re.sub(r"\.(mixer|feed_forward)\.experts\.", ".mlp.experts.", plain),
+        _MAMBA.sub("", plain),
+    ):
         own = table.get_name(known, try_suffixes=(".weight", ".bias"))
         if own is not None:
             yield own

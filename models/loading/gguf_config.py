@@ -56,11 +56,11 @@ def config_dict(file: GGUFFile, architecture: str) -> dict[str, Any]:
         "rope_theta": get("rope.freq_base", 10000.0),
         "sliding_window": get("attention.sliding_window"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "attention_bias": any(f"blk.0.{part}.bias" in file.tensors for part in ("attn_q", "attn_q_a", "attn_kv_a_mqa")),
         "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
     }
     rotary = get("rope.dimension_count")
-    head_dim = config["head_dim"] or config["hidden_size"] // heads
+    head_dim = config["head_dim"] or config["hidden_size"] // max(heads, 1)  # models without attention say 0
     if rotary and rotary != head_dim:
         config["partial_rotary_factor"] = rotary / head_dim
     pattern = metadata.get(f"{arch}.attention.sliding_window_pattern")
@@ -77,11 +77,11 @@ def config_dict(file: GGUFFile, architecture: str) -> dict[str, Any]:
         for field, tensor in (("type_vocab_size", "token_types"), ("max_position_embeddings", "position_embd")):
             if f"{tensor}.weight" in file.tensors:
                 config[field] = file.tensors[f"{tensor}.weight"].shape[0]
-    config |= _of_family(arch, config, get) | gguf_hybrid.of_family(arch, config, get, file)
+    config |= _of_family(arch, config, get, file) | gguf_hybrid.of_family(arch, config, get, file)
     return {name: value for name, value in config.items() if value is not None}
 
 
-def _of_family(arch: str, config: Mapping[str, Any], get: Any) -> dict[str, Any]:
+def _of_family(arch: str, config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, Any]:
     """What only some architectures have, under the names of their config.json.
 
     Where the metadata does not say a number, it is the one that llama.cpp computes with for that architecture.
@@ -107,28 +107,39 @@ def _of_family(arch: str, config: Mapping[str, Any], get: Any) -> dict[str, Any]
         }
     if arch == "gpt-oss":
         return _experts(get) | {"attention_bias": True}
-    if arch == "deepseek2":
+    if arch == "glm4moe":
+        return _sigmoid_experts(get) | {
+            "use_qk_norm": "blk.0.attn_q_norm.weight" in file.tensors,
+            "partial_rotary_factor": config.get("partial_rotary_factor", 1.0),
+        }
+    if arch == "minimax-m2":
+        return _experts(get) | {"intermediate_size": get("expert_feed_forward_length")}
+    if arch in ("deepseek2", "glm-dsa"):
         rope_dim = get("rope.dimension_count")
         kv_rank = get("attention.kv_lora_rank")
         # Files for latent attention say what a page keeps in key_length, and a head's size in key_length_mla.
         head = get("attention.key_length_mla") or get("attention.key_length")
-        return _experts(get) | {
-            "partial_rotary_factor": None,
-            "head_dim": None,
-            "n_routed_experts": get("expert_count"),
-            "n_shared_experts": get("expert_shared_count"),
-            "first_k_dense_replace": get("leading_dense_block_count", 0),
-            "routed_scaling_factor": get("expert_weights_scale", 1.0),
-            "norm_topk_prob": bool(get("expert_weights_norm", False)),
-            "n_group": get("expert_group_count", 1),
-            "topk_group": get("expert_group_used_count", 1),
-            "topk_method": "group_limited_greedy" if get("expert_group_count", 1) > 1 else "greedy",
-            "q_lora_rank": get("attention.q_lora_rank"),
-            "kv_lora_rank": kv_rank,
-            "qk_rope_head_dim": rope_dim,
-            "qk_nope_head_dim": head - rope_dim,
-            "v_head_dim": get("attention.value_length_mla") or get("attention.value_length"),
-        }
+        return (
+            _experts(get)
+            | {
+                "partial_rotary_factor": None,
+                "head_dim": None,
+                "n_routed_experts": get("expert_count"),
+                "n_shared_experts": get("expert_shared_count"),
+                "first_k_dense_replace": get("leading_dense_block_count", 0),
+                "routed_scaling_factor": get("expert_weights_scale", 1.0),
+                "norm_topk_prob": bool(get("expert_weights_norm", False)),
+                "n_group": get("expert_group_count", 1),
+                "topk_group": get("expert_group_used_count", 1),
+                "topk_method": "group_limited_greedy" if get("expert_group_count", 1) > 1 else "greedy",
+                "q_lora_rank": get("attention.q_lora_rank"),
+                "kv_lora_rank": kv_rank,
+                "qk_rope_head_dim": rope_dim,
+                "qk_nope_head_dim": head - rope_dim,
+                "v_head_dim": get("attention.value_length_mla") or get("attention.value_length"),
+            }
+            | (_indexer(config, get, file) if arch == "glm-dsa" else {})
+        )
     if arch == "llama4":
         return _experts(get) | {
             "intermediate_size": get("expert_feed_forward_length"),
@@ -167,6 +178,30 @@ def _layer_types(pattern: Any, num_layers: int) -> list[str]:
     else:
         sliding = [bool(value) for value in pattern]
     return ["sliding_attention" if slides else "full_attention" for slides in sliding]
+
+
+def _indexer(config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, Any]:
+    """Of sparse attention; which layers have an indexer is what the tensors say."""
+    has = [f"blk.{layer}.indexer.attn_k.weight" in file.tensors for layer in range(config["num_hidden_layers"])]
+    return {
+        "index_n_heads": get("attention.indexer.head_count"),
+        "index_head_dim": get("attention.indexer.key_length"),
+        "index_topk": get("attention.indexer.top_k"),
+        "indexer_types": ["full" if chooses else "shared" for chooses in has],
+    }
+
+
+def _sigmoid_experts(get: Any) -> dict[str, Any]:
+    """GLM-4.5's, in the names of DeepSeek-V3."""
+    return _experts(get) | {
+        "n_routed_experts": get("expert_count"),
+        "n_shared_experts": get("expert_shared_count"),
+        "first_k_dense_replace": get("leading_dense_block_count", 0),
+        "routed_scaling_factor": get("expert_weights_scale", 1.0),
+        "norm_topk_prob": bool(get("expert_weights_norm", True)),
+        "n_group": get("expert_group_count", 1),
+        "topk_group": get("expert_group_used_count", 1),
+    }
 
 
 def _experts(get: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -154,7 +155,104 @@ def _lfm2(config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, Any]
     }
 
 
+def _lfm2_moe(config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, Any]:
+    return _lfm2(config, get, file) | {
+        "num_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+        "num_dense_layers": get("leading_dense_block_count", 0),
+        "use_expert_bias": any(name.endswith("exp_probs_b.bias") for name in file.tensors),
+    }
+
+
+def _falcon_h1(config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, Any]:
+    """The converter has multiplied the weights by the model's factors."""
+    heads, bias = get("ssm.time_step_rank"), "blk.0.ssm_in.bias" in file.tensors
+    return {
+        "mamba_d_ssm": get("ssm.inner_size"),
+        "mamba_n_heads": heads,
+        "mamba_d_head": get("ssm.inner_size") // heads,
+        "mamba_d_state": get("ssm.state_size"),
+        "mamba_n_groups": get("ssm.group_count"),
+        "mamba_d_conv": get("ssm.conv_kernel"),
+        "mamba_conv_bias": "blk.0.ssm_conv1d.bias" in file.tensors,
+        "mamba_proj_bias": bias,
+        "projectors_bias": bias,
+        "mamba_rms_norm": "blk.0.ssm_norm.weight" in file.tensors,
+        "mamba_norm_before_gate": False,
+    }
+
+
+def _jamba(config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, Any]:
+    layers = range(config["num_hidden_layers"])
+    mamba = [f"blk.{layer}.ssm_in.weight" in file.tensors for layer in layers]
+    experts = [f"blk.{layer}.ffn_gate_inp.weight" in file.tensors for layer in layers]
+    count = get("expert_count") or 1
+    return {
+        "layers_block_type": ["mamba" if is_mamba else "attention" for is_mamba in mamba],
+        "layers_num_experts": [count if mixture else 1 for mixture in experts],
+        "num_experts": count,
+        "num_experts_per_tok": get("expert_used_count") or 1,
+        "mamba_expand": get("ssm.inner_size") // config["hidden_size"],
+        "mamba_d_state": get("ssm.state_size"),
+        "mamba_dt_rank": get("ssm.time_step_rank"),
+        "mamba_d_conv": get("ssm.conv_kernel"),
+        "mamba_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in file.tensors),
+        "mamba_proj_bias": any(name.endswith("ssm_in.bias") for name in file.tensors),
+    }
+
+
+def _kimi_linear(config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, Any]:
+    layers, rope_dim = range(config["num_hidden_layers"]), get("rope.dimension_count")
+    linear = [f"blk.{layer}.ssm_a" in file.tensors for layer in layers]
+    return {
+        "layer_types": ["linear_attention" if is_linear else "full_attention" for is_linear in linear],
+        "linear_num_heads": math.prod(file.tensors[f"blk.{linear.index(True)}.ssm_a"].shape),
+        "linear_head_dim": get("kda.head_dim"),
+        "linear_conv_kernel_dim": get("ssm.conv_kernel"),
+        "q_lora_rank": get("attention.q_lora_rank"),
+        "kv_lora_rank": get("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rope_dim,
+        "qk_nope_head_dim": get("attention.key_length_mla") - rope_dim,
+        "v_head_dim": get("attention.value_length_mla"),
+        "model_max_length": config["max_position_embeddings"],
+        "first_k_dense_replace": get("leading_dense_block_count", 1),
+        "num_experts": get("expert_count"),
+        "num_experts_per_token": get("expert_used_count"),
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+        "num_shared_experts": get("expert_shared_count", 1),
+        "routed_scaling_factor": get("expert_weights_scale", 1.0),
+        "moe_renormalize": bool(get("expert_weights_norm", True)),
+        "num_expert_group": get("expert_group_count", 1),
+        "topk_group": get("expert_group_used_count", 1),
+        "partial_rotary_factor": None,
+    }
+
+
+def _mamba(config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, Any]:
+    """Mamba, Falcon Mamba (which has norms of step sizes, B and C) and Mamba-2: one mixer a layer."""
+    found = {
+        "intermediate_size": get("ssm.inner_size"),
+        "state_size": get("ssm.state_size"),
+        "conv_kernel": get("ssm.conv_kernel"),
+        "layer_norm_epsilon": config["rms_norm_eps"],
+        "use_bias": "blk.0.ssm_in.bias" in file.tensors,
+        "use_conv_bias": "blk.0.ssm_conv1d.bias" in file.tensors,
+    }
+    rank, groups = get("ssm.time_step_rank"), get("ssm.group_count")
+    if config["architectures"] == ["Mamba2ForCausalLM"]:
+        return found | {"num_heads": rank, "head_dim": get("ssm.inner_size") // rank, "n_groups": groups}
+    normed = {"architectures": ["FalconMambaForCausalLM"]} if get("ssm.dt_b_c_rms") else {}
+    return found | {"time_step_rank": rank} | normed
+
+
 _READERS = {
+    "lfm2moe": _lfm2_moe,
+    "falcon-h1": _falcon_h1,
+    "jamba": _jamba,
+    "kimi-linear": _kimi_linear,
+    "mamba": _mamba,
+    "mamba2": _mamba,
     "qwen3next": _delta,
     "qwen35": _delta,
     "qwen35moe": _delta,

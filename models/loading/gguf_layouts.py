@@ -46,6 +46,8 @@ SECONDARY = {
     "granitemoe": re.compile(r"\.ffn_up_exps\."),
     "granitehybrid": re.compile(r"\.ffn_up(_exps|_shexp)?\."),
     "deepseek2": re.compile(r"\.attn_v_b\."),
+    "glm-dsa": re.compile(r"\.attn_v_b\."),
+    "kimi-linear": re.compile(r"\.attn_v_b\."),
 }
 """Tensors that only come in as a second source; they stand for no tensor of their own."""
 
@@ -123,11 +125,18 @@ def _granitemoe(file: GGUFFile, block: str, part: str) -> Layout | None:
     return Layout((gate, up), (E, 2 * F, D), lambda *halves: np.concatenate(halves, axis=1))
 
 
+def _choice_bias(file: GGUFFile, block: str, part: str) -> Layout | None:
+    """The bias by which experts are chosen, which the table of names does not have."""
+    source = f"{block}.exp_probs_b.bias"
+    if not part.endswith((".e_score_correction_bias", ".expert_bias")) or source not in file.tensors:
+        return None
+    return Layout.as_it_is(file, source)
+
+
 def _deepseek2(file: GGUFFile, block: str, part: str) -> Layout | None:
     """The latent's expansion is stored as one matrix a head for keys (turned) and one for values."""
-    if part == "mlp.gate.e_score_correction_bias" and f"{block}.exp_probs_b.bias" in file.tensors:
-        source = f"{block}.exp_probs_b.bias"
-        return Layout((source,), file.tensors[source].shape, lambda array: array)
+    if (bias := _choice_bias(file, block, part)) is not None:
+        return bias
     keys, values = f"{block}.attn_k_b.weight", f"{block}.attn_v_b.weight"
     if part == "self_attn.kv_b_proj.weight" and keys in file.tensors and values in file.tensors:
         (H, rank, nope), (_, v_dim, _) = file.tensors[keys].shape, file.tensors[values].shape
@@ -237,20 +246,47 @@ def _granite_hybrid(file: GGUFFile, block: str, part: str) -> Layout | None:
 
 
 def _nemotron_h(file: GGUFFile, block: str, part: str) -> Layout | None:
-    """Mamba-2's, and a bias that the table of names does not have."""
-    source = f"{block}.exp_probs_b.bias"
-    if part == "mixer.gate.e_score_correction_bias" and source in file.tensors:
-        return Layout.as_it_is(file, source)
-    return _mamba2(file, block, part)
+    """Mamba-2's, and a mixture's."""
+    return _choice_bias(file, block, part) or _mamba2(file, block, part)
 
 
 def _lfm2(file: GGUFFile, block: str, part: str) -> Layout | None:
-    """The convolution without its axis of one."""
+    """The convolution without its axis of one; a mixture's bias."""
     source = f"{block}.shortconv.conv.weight"
     if part != "conv.conv.weight" or source not in file.tensors:
-        return None
-    channels, width = file.tensors[source].shape
-    return Layout((source,), (channels, 1, width), lambda array: array[:, None])
+        return _choice_bias(file, block, part)
+    return _taps(file, source)
+
+
+def _taps(file: GGUFFile, source: str) -> Layout:
+    """A convolution's taps, whatever axes of one they have."""
+    shape = file.tensors[source].shape
+    channels, width = math.prod(shape[:-1]), shape[-1]
+    return Layout((source,), (channels, 1, width), lambda array: array.reshape(channels, 1, width))
+
+
+def _mamba1(file: GGUFFile, block: str, part: str) -> Layout | None:
+    """Decay rates instead of their logarithms; the convolution without its axis of one."""
+    a, taps = f"{block}.ssm_a", f"{block}.ssm_conv1d.weight"
+    if part in ("mamba.A_log", "mixer.A_log") and a in file.tensors:
+        return Layout((a,), file.tensors[a].shape, lambda rate: np.log(-rate.astype(np.float32)))
+    if part in ("mamba.conv1d.weight", "mixer.conv1d.weight") and taps in file.tensors:
+        return _taps(file, taps)
+    return None
+
+
+def _kimi_linear(file: GGUFFile, block: str, part: str) -> Layout | None:
+    """Latent attention as in DeepSeek's; of linear attention the rates, not their logarithms, and other axes of one."""
+    own = part.removeprefix("self_attn.")
+    a, steps, taps = f"{block}.ssm_a", f"{block}.ssm_dt.bias", f"{block}.ssm_conv1d_{own[:1]}.weight"
+    if own == "A_log" and a in file.tensors:
+        shape = (1, 1, math.prod(file.tensors[a].shape), 1)
+        return Layout((a,), shape, lambda rate: np.log(-rate.astype(np.float32)).reshape(shape))
+    if own == "dt_bias" and steps in file.tensors:
+        return Layout.as_it_is(file, steps)
+    if own.endswith("_conv1d.weight") and taps in file.tensors:
+        return _taps(file, taps)
+    return _deepseek2(file, block, part)
 
 
 _MAKERS: dict[str, Callable[[GGUFFile, str, str], Layout | None]] = {
@@ -259,6 +295,14 @@ _MAKERS: dict[str, Callable[[GGUFFile, str, str], Layout | None]] = {
     "llama4": _llama4,
     "granitemoe": _granitemoe,
     "deepseek2": _deepseek2,
+    "glm-dsa": _deepseek2,
+    "glm4moe": _choice_bias,
+    "minimax-m2": _choice_bias,
+    "kimi-linear": _kimi_linear,
+    "falcon-h1": _mamba2,
+    "mamba2": _mamba2,
+    "mamba": _mamba1,
+    "jamba": _mamba1,
     "qwen3next": _qwen_delta,
     "qwen35": _qwen_delta,
     "qwen35moe": _qwen_delta,
@@ -267,4 +311,5 @@ _MAKERS: dict[str, Callable[[GGUFFile, str, str], Layout | None]] = {
     "nemotron_h": _nemotron_h,
     "nemotron_h_moe": _nemotron_h,
     "lfm2": _lfm2,
+    "lfm2moe": _lfm2,
 }

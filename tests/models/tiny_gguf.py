@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
+from models.loading.gguf_checkpoint import table_names
 from tests.models import tiny_gguf_hybrid
 
 ARCHITECTURES = {
@@ -42,6 +43,10 @@ ARCHITECTURES = {
     "Llama4ForCausalLM": "llama4",
     "DeepseekV2ForCausalLM": "deepseek2",
     "DeepseekV3ForCausalLM": "deepseek2",
+    "Glm4MoeLiteForCausalLM": "deepseek2",
+    "GlmMoeDsaForCausalLM": "glm-dsa",
+    "Glm4MoeForCausalLM": "glm4moe",
+    "MiniMaxM2ForCausalLM": "minimax-m2",
 } | tiny_gguf_hybrid.ARCHITECTURES
 PERMUTED = ("llama", "mistral3", "granite", "granitemoe", "granitehybrid", "smollm3")
 
@@ -73,13 +78,13 @@ def to_gguf(directory: Path, path: Path) -> None:
             tensors.pop(name, None)
             writer.add_tensor(own, np.ascontiguousarray(array, np.float32))
     for name, array in tensors_of(tensors, config, arch).items():
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(("e_score_correction_bias", "expert_bias")):
             own = f"blk.{name.split('.')[2]}.exp_probs_b.bias"
         elif name.endswith(".sinks"):
             own = f"blk.{name.split('.')[2]}.attn_sinks.weight"
         else:
             known = re.sub(r"^backbone(.*)\.mixer\.experts\.", r"model\1.mlp.experts.", name)
-            own = table.get_name(known, try_suffixes=(".weight", ".bias"))
+            own = next(table_names(table, known), None)
         assert own is not None, name
         writer.add_tensor(own, np.ascontiguousarray(array, np.float32))
     for name, array in (rope_tensors(config) | tiny_gguf_hybrid.rope_tensors(config, arch)).items():
@@ -91,13 +96,13 @@ def to_gguf(directory: Path, path: Path) -> None:
 
 
 def metadata(c: dict, arch: str) -> dict:
-    heads = c.get("num_attention_heads") or c["n_head"]
+    heads = c.get("num_attention_heads") or c.get("n_head", 1)
     rope = c.get("rope_parameters") or {}
     width = c.get("hidden_size") or c["n_embd"]
     head = c.get("head_dim") or width // heads
     keys = {
         "block_count": c.get("num_hidden_layers") or c.get("n_layer"),
-        "context_length": c.get("n_positions") or c["max_position_embeddings"],
+        "context_length": c.get("n_positions") or c.get("model_max_length") or c.get("max_position_embeddings"),
         "embedding_length": width,
         "feed_forward_length": c.get("intermediate_size") or 4 * width,
         "attention.head_count": heads,
@@ -145,16 +150,18 @@ def metadata(c: dict, arch: str) -> dict:
         keys["rope.scaling.original_context_length"] = original
         stretch = c["max_position_embeddings"] / original
         keys["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(stretch) / math.log(original))
-    if arch == "deepseek2":
+    if arch == "glm4moe":
+        keys |= routing(c) | {"rope.dimension_count": int(head * rope["partial_rotary_factor"])}
+    if arch == "minimax-m2":
+        keys["expert_feed_forward_length"] = c["intermediate_size"]
+    if arch == "glm-dsa":
         keys |= {
-            "expert_count": c.get("n_routed_experts") or c.get("num_local_experts"),
-            "expert_shared_count": c["n_shared_experts"],
-            "leading_dense_block_count": c["first_k_dense_replace"],
-            "expert_weights_scale": float(c["routed_scaling_factor"]),
-            "expert_weights_norm": bool(c.get("norm_topk_prob", False)),
-            "expert_gating_func": 2 if "V3" in c["architectures"][0] else 1,
-            "expert_group_count": c["n_group"],
-            "expert_group_used_count": c["topk_group"],
+            "attention.indexer.head_count": c["index_n_heads"],
+            "attention.indexer.key_length": c["index_head_dim"],
+            "attention.indexer.top_k": c["index_topk"],
+        }
+    if arch in ("deepseek2", "glm-dsa"):
+        keys |= routing(c) | {
             "attention.q_lora_rank": c["q_lora_rank"],
             "attention.kv_lora_rank": c["kv_lora_rank"],
             "attention.head_count_kv": 1,
@@ -165,6 +172,21 @@ def metadata(c: dict, arch: str) -> dict:
             "rope.dimension_count": c["qk_rope_head_dim"],
         }
     return keys
+
+
+def routing(c: dict) -> dict:
+    """Of mixtures of DeepSeek's kind."""
+    kinds = c.get("mlp_layer_types")
+    return {
+        "expert_count": c.get("n_routed_experts") or c.get("num_local_experts"),
+        "expert_shared_count": c["n_shared_experts"],
+        "leading_dense_block_count": kinds.count("dense") if kinds else c["first_k_dense_replace"],
+        "expert_weights_scale": float(c["routed_scaling_factor"]),
+        "expert_weights_norm": bool(c.get("norm_topk_prob", False)),
+        "expert_gating_func": 1 if "V2" in c["architectures"][0] else 2,
+        "expert_group_count": c["n_group"],
+        "expert_group_used_count": c["topk_group"],
+    }
 
 
 def rope_tensors(c: dict) -> dict:

@@ -14,6 +14,13 @@ ARCHITECTURES = {
     "Gemma4ForCausalLM": "gemma4",
     "GraniteMoeHybridForCausalLM": "granitehybrid",
     "Lfm2ForCausalLM": "lfm2",
+    "Lfm2MoeForCausalLM": "lfm2moe",
+    "FalconH1ForCausalLM": "falcon-h1",
+    "JambaForCausalLM": "jamba",
+    "KimiLinearForCausalLM": "kimi-linear",
+    "MambaForCausalLM": "mamba",
+    "FalconMambaForCausalLM": "mamba",
+    "Mamba2ForCausalLM": "mamba2",
     "NemotronHForCausalLM": "nemotron_h_moe",
 }
 
@@ -72,6 +79,65 @@ def metadata(c: Mapping, arch: str) -> dict:
             "feed_forward_length": ffw,
             "attention.layer_norm_rms_epsilon": c["norm_eps"],
         }
+    if arch == "lfm2moe":
+        return {
+            "shortconv.l_cache": c["conv_L_cache"],
+            "attention.head_count_kv": [0 if kind == "conv" else c["num_key_value_heads"] for kind in c["layer_types"]],
+            "attention.layer_norm_rms_epsilon": c["norm_eps"],
+            "leading_dense_block_count": c["num_dense_layers"],
+        }
+    if arch == "falcon-h1":
+        return {
+            "ssm.conv_kernel": c["mamba_d_conv"],
+            "ssm.state_size": c["mamba_d_state"],
+            "ssm.group_count": c["mamba_n_groups"],
+            "ssm.time_step_rank": c["mamba_n_heads"],
+            "ssm.inner_size": c["mamba_d_ssm"],
+        }
+    if arch == "jamba":
+        period, offset = c["attn_layer_period"], c["attn_layer_offset"]
+        layers = range(c["num_hidden_layers"])
+        return {
+            "attention.head_count_kv": [c["num_key_value_heads"] if i % period == offset else 0 for i in layers],
+            "ssm.conv_kernel": c["mamba_d_conv"],
+            "ssm.state_size": c["mamba_d_state"],
+            "ssm.time_step_rank": c["mamba_dt_rank"],
+            "ssm.inner_size": c["mamba_expand"] * c["hidden_size"],
+        }
+    if arch == "kimi-linear":
+        return {
+            "attention.head_count_kv": [int(kind == "full_attention") for kind in c["layer_types"]],
+            "ssm.conv_kernel": c["linear_conv_kernel_dim"],
+            "kda.head_dim": c["linear_head_dim"],
+            "attention.q_lora_rank": c["q_lora_rank"],
+            "attention.kv_lora_rank": c["kv_lora_rank"],
+            "attention.key_length": c["kv_lora_rank"] + c["qk_rope_head_dim"],
+            "attention.key_length_mla": c["qk_nope_head_dim"] + c["qk_rope_head_dim"],
+            "attention.value_length_mla": c["v_head_dim"],
+            "rope.dimension_count": c["qk_rope_head_dim"],
+            "expert_count": c["num_local_experts"],
+            "expert_shared_count": c["n_shared_experts"],
+            "leading_dense_block_count": c["mlp_layer_types"].count("dense"),
+            "expert_weights_scale": float(c["routed_scaling_factor"]),
+            "expert_group_count": c["n_group"],
+            "expert_group_used_count": c["topk_group"],
+        }
+    if arch in ("mamba", "mamba2"):
+        inner = c["intermediate_size"] if arch == "mamba" else c["num_heads"] * c["head_dim"]
+        return {
+            "context_length": 1 << 20,
+            "feed_forward_length": 0,
+            "attention.head_count": 0,
+            "attention.key_length": None,
+            "attention.layer_norm_rms_epsilon": c["layer_norm_epsilon"],
+            "attention.layer_norm_epsilon": None,
+            "ssm.conv_kernel": c["conv_kernel"],
+            "ssm.state_size": c["state_size"],
+            "ssm.group_count": c.get("n_groups"),
+            "ssm.time_step_rank": c["time_step_rank"] if arch == "mamba" else c["num_heads"],
+            "ssm.inner_size": inner,
+            "ssm.dt_b_c_rms": c["architectures"] == ["FalconMambaForCausalLM"] if arch == "mamba" else None,
+        }
     if arch == "nemotron_h_moe":
         kinds = c["layers_block_type"]
         return {
@@ -110,6 +176,10 @@ def rope_tensors(c: Mapping, arch: str) -> dict:
 
 def special(name: str, array: np.ndarray, c: Mapping, arch: str) -> dict[str, np.ndarray] | None:
     """By the file's own names, what becomes of a tensor that the converter names or arranges in its own way."""
+    if arch == "falcon-h1" and name in ("model.embed_tokens.weight", "lm_head.weight"):
+        head = name.startswith("lm_head")
+        factor = c["lm_head_multiplier" if head else "embedding_multiplier"]
+        return {"output.weight" if head else "token_embd.weight": array * factor}
     layer = re.match(r"^(?:model|backbone)\.layers\.(\d+)\.(.+)$", name)
     if layer is None:
         return None
@@ -126,8 +196,16 @@ def special(name: str, array: np.ndarray, c: Mapping, arch: str) -> dict[str, np
             "experts.down_proj": "ffn_down_exps.weight",
         }.get(part)
         return None if own is None else {f"{block}.{own}": array}
+    if arch == "falcon-h1" and (factor := _falcon_factor(part, c)) is not None:
+        return {f"{block}.{FALCON[part]}": array * factor}
     if part.endswith(".A_log"):
-        return {f"{block}.ssm_a": -np.exp(array)[:, None]}
+        plain = arch in ("mamba", "jamba", "kimi-linear")
+        return {f"{block}.ssm_a": -np.exp(array if plain else array[:, None])}
+    if arch in ("mamba", "jamba") and part.endswith((".D", ".dt_bias")):
+        return None
+    if arch == "kimi-linear" and part.endswith("_conv1d.weight"):
+        own = f"{block}.ssm_conv1d_{part.split('.')[1][0]}.weight"
+        return {own: array.reshape(1, array.shape[0], 1, array.shape[-1])}
     if part in ("mamba.D", "mixer.D"):
         return {f"{block}.ssm_d": array[:, None]}
     if part.endswith(".dt_bias"):
@@ -148,6 +226,33 @@ def special(name: str, array: np.ndarray, c: Mapping, arch: str) -> dict[str, np
         gate, up = np.split(array, 2)
         return {f"{block}.ffn_gate{ending}.weight": gate, f"{block}.ffn_up{ending}.weight": up}
     return None
+
+
+FALCON = {f"self_attn.{part}_proj.weight": f"attn_{part}.weight" for part in "qkv"} | {
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "feed_forward.gate_proj.weight": "ffn_gate.weight",
+    "feed_forward.down_proj.weight": "ffn_down.weight",
+    "mamba.in_proj.weight": "ssm_in.weight",
+    "mamba.out_proj.weight": "ssm_out.weight",
+}
+
+
+def _falcon_factor(part: str, c: Mapping) -> np.ndarray | float | None:
+    """What the converter multiplies a tensor of Falcon-H1 with."""
+    of_inputs = c["attention_in_multiplier"]
+    if part == "mamba.in_proj.weight":
+        inner, states = c["mamba_d_ssm"], c["mamba_n_groups"] * c["mamba_d_state"]
+        rows = np.repeat(c["ssm_multipliers"], (inner, inner, states, states, c["mamba_n_heads"]))
+        return c["ssm_in_multiplier"] * rows[:, None]
+    return {
+        "self_attn.q_proj.weight": of_inputs,
+        "self_attn.k_proj.weight": of_inputs * c["key_multiplier"],
+        "self_attn.v_proj.weight": of_inputs,
+        "self_attn.o_proj.weight": c["attention_out_multiplier"],
+        "feed_forward.gate_proj.weight": c["mlp_multipliers"][0],
+        "feed_forward.down_proj.weight": c["mlp_multipliers"][1],
+        "mamba.out_proj.weight": c["ssm_out_multiplier"],
+    }.get(part)
 
 
 def _delta(block: str, part: str, array: np.ndarray, c: Mapping, arch: str) -> dict[str, np.ndarray]:

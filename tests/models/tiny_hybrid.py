@@ -200,6 +200,7 @@ HYBRID: dict[str, Tiny] = {
         "Lfm2MoeConfig",
         "Lfm2MoeForCausalLM",
         {
+            "tie_word_embeddings": True,
             "num_hidden_layers": 3,
             "layer_types": ["conv", "full_attention", "conv"],
             "num_dense_layers": 1,

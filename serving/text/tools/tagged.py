@@ -17,7 +17,8 @@ _TAIL = 3 * MAX_NAME  # the closing tags of a call, or the opening ones of an ar
 
 class TaggedReader:
     """Arguments are passed on one by one, as each is complete. Closing tags may be left out: a value then ends where
-    a line begins with the tag of another argument that the tool has, or with the tags that close the call."""
+    a line begins with the tag of another argument that the tool has, or with the tags that close the call. And a value may have its
+    closing tag in its own text: it ends at one behind which a call can go on, or end."""
 
     def __init__(self, family: ToolFamily, calls: Calls) -> None:
         assert family.tags is not None
@@ -26,10 +27,13 @@ class TaggedReader:
         tags = {field: text.strip() for field, text in dataclasses.asdict(family.tags).items()}
         self._tags = tags
         self._call_end = family.end.strip() or family.wrap[1].strip()
-        self._own_lines = not tags["value_open"]
+        # Whether a value stands on lines of its own: always, perhaps, or never.
+        self._own_lines = family.tags.value_open == "\n"
+        self._perhaps_own_lines = not tags["value_open"]
         self._text: list[str] = []
         self._name = self._key = ""
         self._found = ""
+        self._value_end, self._behind = 0, ""
         self._as_text = False
         self._seen: set[str] = set()
         self._stage: Callable[[str], None] = self._lead if tags["name_open"] else self._read_name
@@ -53,6 +57,8 @@ class TaggedReader:
 
     def finish(self) -> None:
         """Ends a call whose own closing tag came, though its last argument's did not."""
+        if self.open_call and self._stage == self._behind_value:
+            self._close_value()
         if not self.open_call or self._stage != self._read_value:
             return
         if (value := self._before(self._end_of_text)) is not None:
@@ -113,10 +119,10 @@ class TaggedReader:
             self._stage = self._read_value
 
     def _read_value(self, char: str) -> None:
-        text = self._until(char, self._tags["value_close"])
-        if text is not None:
-            self._value(text)
-            self._stage = self._between
+        close = self._tags["value_close"]
+        self._text.append(char)
+        if char == close[-1] and "".join(self._text[-len(close) :]) == close:
+            self._value_end, self._behind, self._stage = len(self._text) - len(close), "", self._behind_value
             return
         if char != ">":
             return
@@ -132,6 +138,26 @@ class TaggedReader:
             self._end(True)
             self.done = True
 
+    def _behind_value(self, char: str) -> None:
+        """Behind a tag that closes a value, unless what follows shows that it was in the value's text."""
+        self._behind += char
+        tags, text = self._tags, self._behind.lstrip(BLANKS)
+        known = (tags["key_open"], tags["args_close"], tags["value_close"], self._call_end)
+        wanted = [tag for tag in known if tag]
+        if text in wanted:
+            self._close_value()
+        elif any(tag.startswith(text) for tag in wanted):
+            return
+        else:
+            self._stage, text = self._read_value, self._behind
+        for one in text:
+            self._stage(one)
+
+    def _close_value(self) -> None:
+        value, self._text = "".join(self._text[: self._value_end]), []
+        self._value(value)
+        self._stage = self._between
+
     def _before(self, tag: re.Pattern[str]) -> str | None:
         """The value that was read so far without the tag at its end; None where none is there, at a line's beginning."""
         tail = "".join(self._text[-_TAIL:])
@@ -145,6 +171,8 @@ class TaggedReader:
     def _value(self, text: str) -> None:
         if self._own_lines:
             text = text.removeprefix("\n").removesuffix("\n")
+        elif self._perhaps_own_lines and len(text) > 1 and text[0] == text[-1] == "\n":
+            text = text[1:-1]
         value = text if self._as_text else self._calls.of(self._name).read(self._key, text)
         comma = ", " if self._seen else ""
         self._seen.add(self._key)

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +26,17 @@ from models.loading.source import resolve
 from models.parameters import quantizable
 from ops.paged_attention.groups import KVGroups, layers_per_page
 from serving.engine.api.config import EngineConfig
-from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
 from serving.engine.api.speculative import SpeculativeConfig
 from serving.engine.api.types import EngineRequest
+from serving.text.grammar import GrammarCompiler
+from serving.training import prepare
+from serving.training.settings import Settings
 from tests.models.adapters.beside import Beside
 from tests.models.bridge import tiny
 from tests.models.bridge.sweep import traced
 from tests.models.tiny_reference import QUICK
+from tests.serving.engine import grammars
 from tests.serving.engine.test_hybrid import Foreseen
 from tests.tiny import tiny_engine
 
@@ -84,9 +89,14 @@ def test_shared_prefixes_preemption_and_drafts_change_no_token(made, opened):
     known = {tuple(one[:-NEW]): one[-NEW:] for one in expected}
     engine.scheduler.drafts._guesses = lambda request: Foreseen(known, request)
 
-    async def answer(name, prompt):
-        params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
-        request, tokens, cached = EngineRequest(name, tuple(prompt), params), [], 0
+    compiler = GrammarCompiler(grammars.tokenizer(), made.config.vocab_size)
+    pattern = "(ab|abc){2,3}-[0-9]{2,4}"
+    constrained = compiler.compile(StructuredOutputs(regex=pattern))
+
+    async def answer(name, prompt, constraint=None):
+        stops = (grammars.END,) if constraint else ()
+        params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=constraint is None, stop_token_ids=stops)
+        request, tokens, cached = EngineRequest(name, tuple(prompt), params, constraint=constraint), [], 0
         async for output in engine.client.generate(request):
             tokens += output.token_ids
             cached = max(cached, output.num_cached_tokens)
@@ -95,9 +105,11 @@ def test_shared_prefixes_preemption_and_drafts_change_no_token(made, opened):
     async def all_of_them():
         first = await asyncio.gather(*(answer(f"a{i}", one[:-NEW]) for i, one in enumerate(expected)))
         again = await asyncio.gather(*(answer(f"b{i}", one[:-NEW]) for i, one in enumerate(expected)))
-        return first, [*again, *[await answer(f"c{i}", expected[-1][:-NEW]) for i in range(2)]]
+        last = expected[-1][:-NEW]
+        written, _ = await answer("grammar", last, constrained())
+        return first, [*again, *[await answer(f"c{i}", last) for i in range(2)]], written
 
-    first, again = asyncio.run(all_of_them())
+    first, again, written = asyncio.run(all_of_them())
     counters = engine.scheduler.counters
     engine.shutdown()
     engine.runner.guard.check()
@@ -105,6 +117,14 @@ def test_shared_prefixes_preemption_and_drafts_change_no_token(made, opened):
     assert [tokens for tokens, _ in first] == [one[-NEW:] for one in expected]
     assert [tokens for tokens, _ in again] == [one[-NEW:] for one in (*expected, *expected[-1:] * 2)]
     assert again[-1][1] >= 16, "the same prompt right before"
+    text = grammars.tokenizer().decode([token for token in written if token != grammars.END])
+    assert re.fullmatch(pattern, text), text
+
+
+def test_it_is_not_trained(opened, monkeypatch):
+    monkeypatch.setattr(prepare, "open_checkpoint", lambda source: opened)
+    with pytest.raises(ValueError, match="it has no backward pass here"):
+        prepare.prepare(Settings((Path("none.jsonl"),), Path("nowhere"), model=str(opened.source.path)))
 
 
 def test_products_are_quantized_and_routers_are_not(opened):
