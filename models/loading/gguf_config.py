@@ -115,31 +115,7 @@ def _of_family(arch: str, config: Mapping[str, Any], get: Any, file: GGUFFile) -
     if arch == "minimax-m2":
         return _experts(get) | {"intermediate_size": get("expert_feed_forward_length")}
     if arch in ("deepseek2", "glm-dsa"):
-        rope_dim = get("rope.dimension_count")
-        kv_rank = get("attention.kv_lora_rank")
-        # Files for latent attention say what a page keeps in key_length, and a head's size in key_length_mla.
-        head = get("attention.key_length_mla") or get("attention.key_length")
-        return (
-            _experts(get)
-            | {
-                "partial_rotary_factor": None,
-                "head_dim": None,
-                "n_routed_experts": get("expert_count"),
-                "n_shared_experts": get("expert_shared_count"),
-                "first_k_dense_replace": get("leading_dense_block_count", 0),
-                "routed_scaling_factor": get("expert_weights_scale", 1.0),
-                "norm_topk_prob": bool(get("expert_weights_norm", False)),
-                "n_group": get("expert_group_count", 1),
-                "topk_group": get("expert_group_used_count", 1),
-                "topk_method": "group_limited_greedy" if get("expert_group_count", 1) > 1 else "greedy",
-                "q_lora_rank": get("attention.q_lora_rank"),
-                "kv_lora_rank": kv_rank,
-                "qk_rope_head_dim": rope_dim,
-                "qk_nope_head_dim": head - rope_dim,
-                "v_head_dim": get("attention.value_length_mla") or get("attention.value_length"),
-            }
-            | (_indexer(config, get, file) if arch == "glm-dsa" else {})
-        )
+        return _latent(arch, config, get, file)
     if arch == "llama4":
         return _experts(get) | {
             "intermediate_size": get("expert_feed_forward_length"),
@@ -178,6 +154,35 @@ def _layer_types(pattern: Any, num_layers: int) -> list[str]:
     else:
         sliding = [bool(value) for value in pattern]
     return ["sliding_attention" if slides else "full_attention" for slides in sliding]
+
+
+def _latent(arch: str, config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, Any]:
+    """DeepSeek's latent attention and mixtures."""
+    rope_dim = get("rope.dimension_count")
+    kv_rank = get("attention.kv_lora_rank")
+    # Files for latent attention say what a page keeps in key_length, and a head's size in key_length_mla.
+    head = get("attention.key_length_mla") or get("attention.key_length")
+    return (
+        _experts(get)
+        | {
+            "partial_rotary_factor": None,
+            "head_dim": None,
+            "n_routed_experts": get("expert_count"),
+            "n_shared_experts": get("expert_shared_count"),
+            "first_k_dense_replace": get("leading_dense_block_count", 0),
+            "routed_scaling_factor": get("expert_weights_scale", 1.0),
+            "norm_topk_prob": bool(get("expert_weights_norm", False)),
+            "n_group": get("expert_group_count", 1),
+            "topk_group": get("expert_group_used_count", 1),
+            "topk_method": "group_limited_greedy" if get("expert_group_count", 1) > 1 else "greedy",
+            "q_lora_rank": get("attention.q_lora_rank"),
+            "kv_lora_rank": kv_rank,
+            "qk_rope_head_dim": rope_dim,
+            "qk_nope_head_dim": head - rope_dim,
+            "v_head_dim": get("attention.value_length_mla") or get("attention.value_length"),
+        }
+        | (_indexer(config, get, file) if arch == "glm-dsa" else {})
+    )
 
 
 def _indexer(config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, Any]:

@@ -79,6 +79,28 @@ def metadata(c: Mapping, arch: str) -> dict:
             "feed_forward_length": ffw,
             "attention.layer_norm_rms_epsilon": c["norm_eps"],
         }
+    if arch == "nemotron_h_moe":
+        kinds = c["layers_block_type"]
+        return {
+            "block_count": len(kinds),
+            "ssm.conv_kernel": c["conv_kernel"],
+            "ssm.state_size": c["ssm_state_size"],
+            "ssm.group_count": c["n_groups"],
+            "ssm.time_step_rank": c["mamba_num_heads"],
+            "ssm.inner_size": c["mamba_num_heads"] * c["mamba_head_dim"],
+            "attention.layer_norm_rms_epsilon": c["layer_norm_epsilon"],
+            "attention.head_count_kv": [c["num_key_value_heads"] if kind == "full_attention" else 0 for kind in kinds],
+            "expert_shared_feed_forward_length": c["moe_shared_expert_intermediate_size"],
+            "moe_latent_size": c.get("moe_latent_size"),
+            "expert_weights_scale": float(c["routed_scaling_factor"]),
+            "expert_weights_norm": c["norm_topk_prob"],
+            "expert_group_count": c["n_group"],
+            "expert_group_used_count": c["topk_group"],
+        }
+    return _recurrent_metadata(c, arch)
+
+
+def _recurrent_metadata(c: Mapping, arch: str) -> dict:
     if arch == "lfm2moe":
         return {
             "shortconv.l_cache": c["conv_L_cache"],
@@ -137,24 +159,6 @@ def metadata(c: Mapping, arch: str) -> dict:
             "ssm.time_step_rank": c["time_step_rank"] if arch == "mamba" else c["num_heads"],
             "ssm.inner_size": inner,
             "ssm.dt_b_c_rms": c["architectures"] == ["FalconMambaForCausalLM"] if arch == "mamba" else None,
-        }
-    if arch == "nemotron_h_moe":
-        kinds = c["layers_block_type"]
-        return {
-            "block_count": len(kinds),
-            "ssm.conv_kernel": c["conv_kernel"],
-            "ssm.state_size": c["ssm_state_size"],
-            "ssm.group_count": c["n_groups"],
-            "ssm.time_step_rank": c["mamba_num_heads"],
-            "ssm.inner_size": c["mamba_num_heads"] * c["mamba_head_dim"],
-            "attention.layer_norm_rms_epsilon": c["layer_norm_epsilon"],
-            "attention.head_count_kv": [c["num_key_value_heads"] if kind == "full_attention" else 0 for kind in kinds],
-            "expert_shared_feed_forward_length": c["moe_shared_expert_intermediate_size"],
-            "moe_latent_size": c.get("moe_latent_size"),
-            "expert_weights_scale": float(c["routed_scaling_factor"]),
-            "expert_weights_norm": c["norm_topk_prob"],
-            "expert_group_count": c["n_group"],
-            "expert_group_used_count": c["topk_group"],
         }
     return {}
 
