@@ -39,11 +39,15 @@ def onevision_vision(hf: Mapping[str, Any]) -> VitConfig:
 def _config(hf: Mapping[str, Any], kinds: tuple[str, ...], layer: int, tiles: int, **more: Any) -> VitConfig:
     front = (hf["vision_config"].get("model_type") or kinds[0]) == "clip_vision_model"
     wanted = "default" if front else "full"
-    if (hf.get("vision_feature_select_strategy") or wanted) != wanted:
+    said = hf.get("vision_feature_select_strategy") or wanted
+    if front and said == "full" and not more:  # one tile, whose token in front is an embedding too
+        wanted, more = "full", {"lines": 1}
+    if said != wanted:
         raise ValueError(f"config.json: vision_feature_select_strategy must be {wanted!r} with this tower.")
     extra = (
         ("projector_act", hf.get("projector_hidden_act", "gelu")),
         ("projector_bias", bool(hf.get("multimodal_projector_bias", True))),
+        ("keep", front and said == "full"),
     )
     return plain_config(hf, kinds, hf.get("vision_feature_layer", layer), tiles, extra=extra, **more)
 
@@ -71,7 +75,7 @@ class Llava(nnx.Module):
         axis, bias = build.axis("ffw", O), config.get("projector_bias")
         self.up = Linear(D, O, build, (axis, "embed"), bias=bias)
         self.down = Linear(O, O, build, ("embed", axis), bias=bias)
-        self.line = weight((1, O), jnp.float32, (None, "embed")) if config.lines else None
+        self.line = weight((1, O), jnp.float32, (None, "embed")) if config.picked else None
 
     @property
     def unused(self) -> tuple[str, ...]:

@@ -115,7 +115,7 @@ class PlainVit(nnx.Module):
         self.after = make_norm(config) if after else None
 
     def __call__(self, patches_PX: jax.Array) -> jax.Array:
-        """[P, D] of tiles, without the tokens in front."""
+        """[P, D] of tiles, without the tokens in front where those are not asked for."""
         tile, first, D = self.config.tile, self.config.first, self.config.embed_dim
         x_NSD = self.patch(patches_PX.astype(self.compute_dtype)).reshape(-1, tile, D)
         if self.first is not None:
@@ -128,7 +128,7 @@ class PlainVit(nnx.Module):
         for block in self.blocks:
             x_PD = run_block(block, x_PD, place_P2, real_P)
         x_PD = x_PD if self.after is None else self.after(x_PD)
-        return x_PD.reshape(-1, tile + first, D)[:, first:].reshape(-1, D)
+        return x_PD if self.config.get("keep") else x_PD.reshape(-1, tile + first, D)[:, first:].reshape(-1, D)
 
     @property
     def unused(self) -> tuple[str, ...]:

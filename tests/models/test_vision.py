@@ -1,5 +1,7 @@
 """Towers and processors of each family that reads images, against transformers on tiny random checkpoints."""
 
+import dataclasses
+import json
 import types
 
 import jax
@@ -186,3 +188,40 @@ def test_long_images_are_cut_for_gemma_3_as_transformers_cuts_them(tmp_path):
     for wrong in ({"do_pan_and_scan": 1}, {"pan_and_scan_max_num_crops": 0}, {"size": 3}):
         with pytest.raises(ValueError, match=r"must be|cannot be changed"):
             processor.asked(wrong)
+
+
+ODD = {
+    "no scaling of levels": ("Qwen2-VL", {"do_rescale": False}, {}),
+    "levels as they are": ("Gemma 3", {"do_rescale": False, "do_normalize": False}, {}),
+    "not normalized": ("InternVL", {"do_normalize": False}, {}),
+    "one number for all channels": ("Pixtral", {"image_mean": 0.5, "image_std": 0.25}, {}),
+    "a filter of its own": ("Idefics3", {"resample": 4}, {}),
+    "sizes left alone": ("LLaVA-NeXT", {"do_resize": False}, {}),
+    "squares of one": ("Qwen2-VL", {"merge_size": 1, "patch_size": 10}, {}),
+    "three frames": ("Qwen3-VL", {"temporal_patch_size": 3}, {}),
+    "more cut out than there is": ("LLaVA 1.5", {"size": {"shortest_edge": 60}}, {}),
+    "nothing cut out": ("LLaVA 1.5", {"size": {"height": 84, "width": 84}, "do_center_crop": False}, {}),
+    "a small image in tiles": ("Idefics3", {"size": {"longest_edge": 40}}, {}),
+    "two tiles at least": ("InternVL", {"min_patches": 2}, {}),
+    "not square": ("Pixtral", {"size": {"height": 96, "width": 64}}, {}),
+}
+"""Processors' files that no published checkpoint has."""
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_processors_are_followed_bit_for_bit(what, monkeypatch):
+    name, said, vision = ODD[what]
+    tiny = dataclasses.replace(
+        TINY[name], processor={**TINY[name].processor, **said}, vision={**TINY[name].vision, **vision}
+    )
+    monkeypatch.setitem(TINY, name, tiny)
+    made = json.loads(tiny_vision.oracle_processor(name).to_json_string())
+    hf = {"architectures": [tiny.model], "vision_config": dict(tiny.vision), "preprocessor": made, **tiny.ids}
+    processor = PROCESSORS[tiny.model](hf)
+    for seed, size in enumerate(((1, 1), (140, 84), (333, 217), (5, 300))):
+        if what == "not square" and size == (5, 300):
+            continue  # nothing would be left of it
+        image = picture(*size, seed)
+        found = processor.pieces(image)[0]
+        wanted = np.asarray(tiny_vision.read(name, [image])["pixel_values"])
+        np.testing.assert_array_equal(found.patches_PX, patches_of(wanted, found.place_P2, found.patches_PX.shape))

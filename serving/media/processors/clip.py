@@ -25,6 +25,7 @@ class ClipProcessor(Fixed):
         whole: (height, width), whatever the image's.
         crop: (height, width) of what is cut out of the middle; None where all is read.
         tower: (height, width) that the tower reads.
+        more: embeddings besides those of patches.
     """
 
     placeholder: int
@@ -34,6 +35,7 @@ class ClipProcessor(Fixed):
     crop: tuple[int, int] | None
     tower: tuple[int, int]
     scaling: Scaling
+    more: int = 0
     mark: str = ""
     three_numbers: bool = False
     together: bool = False
@@ -56,6 +58,9 @@ class ClipProcessor(Fixed):
             crop=side_of(crop) if value_of(said, "do_center_crop", not plain) else None,
             tower=(side, side),
             scaling=Scaling.of(said, 3, HALF, HALF) if plain else Scaling.of(said),
+            more=int(
+                hf.get("vision_feature_select_strategy") == "full" and vision.get("model_type") != "siglip_vision_model"
+            ),
         )
 
     def identity(self) -> str:
@@ -78,7 +83,7 @@ class ClipProcessor(Fixed):
             )
         patches, place = row_by_row(self.scaling.normalized(pixels), self.patch)
         rows, columns = self.tower[0] // self.patch, self.tower[1] // self.patch
-        return Patched(patches, place, rows, columns, (rows * columns,))
+        return Patched(patches, place, rows, columns, (rows * columns + self.more,))
 
 
 def middle(pixels_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
