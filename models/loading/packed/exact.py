@@ -39,6 +39,8 @@ class Integers:
             )
         if isinstance(self.zero, np.ndarray) and self.zero.shape != self.scale_OG.shape:
             raise ValueError(f"it has zero points {list(self.zero.shape)} and scales {[rows, groups]}")
+        if np.min(self.zero) < 0 or np.max(self.zero) > 255:
+            raise ValueError(f"it has zero points from {np.min(self.zero)} to {np.max(self.zero)}; they are bytes")
         if isinstance(self.group, np.ndarray):
             if self.group.shape != (I,) or self.group.min() < 0 or self.group.max() >= groups:
                 raise ValueError(f"its inputs' groups (g_idx) are not {I} numbers below {groups}")

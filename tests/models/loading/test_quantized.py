@@ -249,6 +249,17 @@ def test_integers_that_do_not_fit_their_scales_are_refused(tmp_path, name, chang
             getattr(open_one(tmp_path, damaged(arrays, name, change), config), take)("a.weight")
 
 
+def test_zero_points_are_bytes(tmp_path):
+    arrays = {
+        "a.weight_packed": pack(RNG.integers(0, 16, (O, I))),
+        "a.weight_scale": np.ones((O, I // GROUP), np.float32),
+    }
+    arrays |= {"a.weight_shape": np.array([O, I]), "a.weight_zero_point": np.full((O, I // GROUP), -100, np.int8)}
+    for take in ("read", "coded"):
+        with pytest.raises(ValueError, match=r"'a\.weight_packed'.*from -92 to -92"):
+            getattr(open_one(tmp_path, arrays, compressed(4)), take)("a.weight")
+
+
 NF4 = np.array([-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0,
                 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1], np.float32)  # fmt: skip
 
