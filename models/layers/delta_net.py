@@ -16,9 +16,7 @@ from models.layers.linear import Linear
 from models.layers.norms import Norm, RMSNorm
 from models.mixers import DeltaNet
 from models.recipes import Computed, Recipe, Recipes, deal, one, pieces, split, under
-from ops.recurrent import matrix_recurrence, short_conv
-
-L2_EPS = 1e-6  # under the root of q's and k's norms; no checkpoint says another
+from ops.recurrent.gated_delta import DeltaWeights, gated_delta
 
 
 class GatedDeltaNet(nnx.Module):
@@ -72,36 +70,26 @@ class GatedDeltaNet(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """mixer(norm(x)) + residual, and the layer's states behind this step."""
         assert step.recurrent is not None, "a step says which states its tokens belong to"
-        m, T, (mesh, axis) = self.mixer, x_TD.shape[0], self.placement
-        K, H, n, p = m.key_heads, m.value_heads, m.key_dim, m.value_dim
-        qkvz_TKc = self.inputs(x_TD, norm=norm, adapter_T=step.adapter_T).reshape(T, K, -1)
-        gates_TK2G = self.gates(x_TD, norm=norm, out_dtype=jnp.float32, adapter_T=step.adapter_T).reshape(T, K, 2, -1)
-        width = 2 * n + H // K * p  # of q, k and v of a key head
-        mixed_TC, conv = short_conv(
-            qkvz_TKc[:, :, :width].reshape(T, -1),
-            self.kernel[...],
-            None,
+        mesh, axis = self.placement
+        out_TO, conv, matrix = gated_delta(
+            self.inputs(x_TD, norm=norm, adapter_T=step.adapter_T),
+            self.gates(x_TD, norm=norm, out_dtype=jnp.float32, adapter_T=step.adapter_T),
+            DeltaWeights(
+                self.kernel[...],
+                self.rate[...],
+                self.dt_bias[...],
+                self.norm.scale[...],
+                self.norm.eps,
+                self.reach,
+                self.mixer.activation,
+            ),
             kept["conv"],
-            step.recurrent,
-            activation=self.mixer.activation,
-            mesh=mesh,
-            axis=axis,
-        )
-        q_TKn, k_TKn, v_TKc = jnp.split(mixed_TC.reshape(T, K, width), [n, 2 * n], axis=-1)
-        decay_TH = self.rate[...] * jax.nn.softplus(gates_TK2G[:, :, 1].reshape(T, H) + self.dt_bias[...])
-        out_THp, matrix = matrix_recurrence(
-            unit(q_TKn) * n**-0.5,
-            unit(k_TKn),
-            v_TKc.reshape(T, H, p),
-            decay_TH,
-            self.reach * jax.nn.sigmoid(gates_TK2G[:, :, 0].reshape(T, H)),
             kept["matrix"],
             step.recurrent,
+            key_heads=self.mixer.key_heads,
             mesh=mesh,
             axis=axis,
         )
-        z_THp = qkvz_TKc[:, :, width:].reshape(T, H, p).astype(jnp.float32)
-        out_TO = (self.norm(out_THp) * jax.nn.silu(z_THp)).reshape(T, H * p).astype(x_TD.dtype)
         out_TD = self.out(out_TO, residual_TO=residual_TD, adapter_T=step.adapter_T)
         return out_TD, {"conv": conv, "matrix": matrix}
 
@@ -127,10 +115,6 @@ class GatedDeltaNet(nnx.Module):
         }
         recipes |= under("norm", self.norm.recipes(f"{name}.norm"))
         return recipes | under("out", self.out.recipes(f"{name}.out_proj"))
-
-
-def unit(x_TKn: jax.Array) -> jax.Array:
-    return x_TKn * jax.lax.rsqrt(jnp.sum(x_TKn * x_TKn, axis=-1, keepdims=True) + L2_EPS)
 
 
 def taps_of(stored: np.ndarray) -> np.ndarray:

@@ -11,12 +11,13 @@ from flax import nnx
 from models.api import StateSpec, Step
 from models.config import ModelConfig
 from models.layers.build import Build, child_recipes, weight
-from models.layers.delta_net import rate_of, taps_of, unit
+from models.layers.delta_net import rate_of, taps_of
 from models.layers.linear import Linear
 from models.layers.norms import Norm, RMSNorm
 from models.mixers import KDA
 from models.recipes import Computed, Recipe, Recipes, deal, one, pieces
 from ops.recurrent import matrix_recurrence, short_conv
+from ops.recurrent.gated_delta import unit
 
 
 class KimiDeltaAttention(nnx.Module):

@@ -46,6 +46,7 @@ struct Block {
   const float* change;              // [rows][kPanels * 16], added to the sums before an activation, or null
   int64_t out_stride;               // floats; also the residual's
   Activation activation;
+  const int8_t* next[kPanels];      // weights of the thread's next block, to be fetched meanwhile, or null
   Fetch* fetch;                     // what the thread's next block reads besides weights, or null
 };
 

@@ -83,7 +83,7 @@ float* cleared_change(int64_t rows) {
 
 // Rounds rows; adapters take the same rows as they were.
 void add_rounding(Phases& phases, const Rounding& r, int64_t rows, const Change& change) {
-  const int64_t step = std::max<int64_t>(1, std::min<int64_t>(16, 16384 / r.width));
+  const int64_t step = std::max<int64_t>(1, std::min<int64_t>(16, 4096 / r.width));  // a few rows are shared, too
   const auto [first, last] =
       change.beside == nullptr ? std::pair<int64_t, int64_t>{0, 0} : change.beside->blocks(change.origin, rows);
   phases.add(in_rehearsal(last - first + ceil_div(rows, step)), [=, &k = kernels()](int64_t chunk, int) {
@@ -139,6 +139,11 @@ void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t row
       b.out[p] = out + first * w.outputs + column;
       b.residual[p] = residual == nullptr ? nullptr : residual + first * w.outputs + column;
     }
+    const int64_t later = (chunk + turn) % columns.count();  // what the thread most likely does next
+    if (chunk + turn < row_blocks * columns.count()) {
+      const int64_t at = columns.begin(later), end = columns.begin(later + 1);
+      for (int p = 0; at + p < end; ++p) b.next[p] = w.packed + (at + p) * w.quads * 4 * kPanel;
+    }
     Fetch fetch;
     if (change.beside != nullptr) {
       float* const sums = cleared_change(b.rows);
@@ -181,6 +186,15 @@ void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin
       b.valid[p] = kPanel;
       b.out[p] = p < pairs ? hidden + first * width + at * kPanel : nullptr;
       b.residual[p] = nullptr;
+    }
+    const int64_t later = (chunk + turn) % columns.count();
+    if (chunk + turn < row_blocks * columns.count()) {
+      const int64_t from = columns.begin(later);
+      const int count = static_cast<int>(std::min<int64_t>(columns.begin(later + 1) - from, pairs));
+      for (int p = 0; p < count; ++p) {
+        b.next[p] = w.packed + (from + p) * w.quads * 4 * kPanel;
+        b.next[pairs + p] = w.packed + (half + from + p) * w.quads * 4 * kPanel;
+      }
     }
     Fetch fetch;
     if (change.beside != nullptr) {

@@ -10,7 +10,7 @@ namespace jaxserve::int8 {
 namespace {
 
 constexpr int kRows = 6;
-constexpr int64_t kAhead = 4096;  // bytes of a panel's weights between a prefetch and its use
+constexpr int64_t kAhead = 4;  // groups of a panel's weights between a prefetch and its use, with few rows
 
 // The panels of a block that one tile computes; with an activation the first half are gates.
 template <int NP>
@@ -47,8 +47,14 @@ TARGET_VNNI void finish(const Block& b, int64_t row, int rows, int count, const 
   }
 }
 
+// Weights that a tile asks for while it computes, a line of each for each of its own: those of the thread's next two panels.
+// Two lines a step and all of them spread over the tiles by their rows were measured: bursts cost what the fetching saves.
+struct Ahead {
+  const int8_t* panel[2];
+};
+
 template <int MR, int NP>
-TARGET_VNNI void tile(const Block& b, int64_t row, Chosen<NP> chosen) {
+TARGET_VNNI void tile(const Block& b, int64_t row, Chosen<NP> chosen, Ahead ahead = {}) {
   const uint8_t* a = b.a.data + row * b.a.stride;
   const int64_t groups = b.a.stride / kGroup;
   const float* scale = b.a.scale + row * groups;
@@ -72,14 +78,28 @@ TARGET_VNNI void tile(const Block& b, int64_t row, Chosen<NP> chosen) {
       for (int i = 0; i < MR; ++i) sum[i][j] = _mm512_sub_epi32(_mm512_setzero_si512(), start);
     }
     const int64_t end = (group + 1) * kQuads < b.quads ? (group + 1) * kQuads : b.quads;
+    // Few rows wait for memory, and the hardware alone is not far enough ahead of four streams: these panels, and behind their
+    // ends those of the next block.
+    const int8_t* later[NP];
+    if (NP == 4) {
+      const int64_t at = group + kAhead;
+      UNROLL
+      for (int j = 0; j < NP; ++j) {
+        const int8_t* const next = b.next[j] == nullptr ? w[j] : b.next[j];
+        later[j] = at < groups ? w[j] + kAhead * kGroup * kPanel : next + (at - groups - group) * kGroup * kPanel;
+      }
+    }
     UNROLL_4
     for (int64_t quad = group * kQuads; quad < end; ++quad) {
       __m512i weight[NP];
       UNROLL
       for (int j = 0; j < NP; ++j) {
-        // Few rows wait for memory, and the hardware alone is not far enough ahead of four streams.
-        if (NP == 4) __builtin_prefetch(w[j] + quad * 64 + kAhead, 0, 2);
+        if (NP == 4) __builtin_prefetch(later[j] + quad * 64, 0, 2);
         weight[j] = _mm512_loadu_si512(w[j] + quad * 64);
+      }
+      if (NP < 4) {
+        __builtin_prefetch(ahead.panel[0] + quad * 64, 0, 2);
+        __builtin_prefetch(ahead.panel[1] + quad * 64, 0, 2);
       }
       UNROLL
       for (int i = 0; i < MR; ++i) {
@@ -106,19 +126,30 @@ TARGET_VNNI void tile(const Block& b, int64_t row, Chosen<NP> chosen) {
   finish(b, row, MR, NP, chosen.panel, sums);
 }
 
+// `next`: the two panels that follow, or null.
 template <int NP>
-void rows(const Block& b, Chosen<NP> chosen) {
+void rows(const Block& b, Chosen<NP> chosen, const int8_t* const (&next)[2]) {
+  // A tile fetches one of the two, as long as there are two tiles: what memory brings is spread over the time there is. Lines that
+  // are there already cost next to nothing.
+  const int8_t* const here = b.weight[chosen.panel[0]];
+  const int8_t* const first = next[0] == nullptr ? here : next[0];
+  const int8_t* const second = next[1] == nullptr ? here : next[1];
+  const auto share = [&](int64_t row, bool alone) -> Ahead {
+    if (row == 0) return {{first, alone ? second : here}};
+    return {{row == kRows ? second : here, here}};
+  };
   int64_t row = 0;
   for (; row + kRows <= b.rows; row += kRows) {
-    tile<kRows, NP>(b, row, chosen);
+    tile<kRows, NP>(b, row, chosen, share(row, b.rows == kRows));
     if (b.fetch != nullptr) b.fetch->some(b.fetch->lines() * kRows / (b.rows * (b.panels / 2 + b.panels % 2)) + 1);
   }
+  const Ahead ahead = share(row, true);
   switch (b.rows - row) {
-    case 1: return tile<1, NP>(b, row, chosen);
-    case 2: return tile<2, NP>(b, row, chosen);
-    case 3: return tile<3, NP>(b, row, chosen);
-    case 4: return tile<4, NP>(b, row, chosen);
-    case 5: return tile<5, NP>(b, row, chosen);
+    case 1: return tile<1, NP>(b, row, chosen, ahead);
+    case 2: return tile<2, NP>(b, row, chosen, ahead);
+    case 3: return tile<3, NP>(b, row, chosen, ahead);
+    case 4: return tile<4, NP>(b, row, chosen, ahead);
+    case 5: return tile<5, NP>(b, row, chosen, ahead);
     default: return;
   }
 }
@@ -132,12 +163,22 @@ void block(const Block& b) {
     return tile<3, 4>(b, 0, all);
   }
   if (b.activation != Activation::kNone) {
-    for (int p = 0; p < b.panels / 2; ++p) rows<2>(b, {{p, p + b.panels / 2}});
+    const int half = b.panels / 2;
+    for (int p = 0; p < half; ++p) {
+      const bool last = p + 1 == half;
+      rows<2>(b, {{p, p + half}}, {last ? b.next[0] : b.weight[p + 1], last ? b.next[half] : b.weight[p + 1 + half]});
+    }
     return;
   }
-  int p = 0;
-  for (; p + 2 <= b.panels; p += 2) rows<2>(b, {{p, p + 1}});
-  if (p < b.panels) rows<1>(b, {{p}});
+  for (int p = 0; p < b.panels; p += 2) {
+    const bool last = p + 2 >= b.panels;
+    const int8_t* const third = p + 3 < b.panels ? b.weight[p + 3] : nullptr;
+    const int8_t* const next[2] = {last ? b.next[0] : b.weight[p + 2], last ? b.next[1] : third};
+    if (p + 2 <= b.panels)
+      rows<2>(b, {{p, p + 1}}, next);
+    else
+      rows<1>(b, {{p}}, next);
+  }
 }
 
 // x of lane i plus, or minus where `upper` has the bit of i, that of the lane it changes places with in `swapped`.

@@ -8,7 +8,7 @@
 namespace jaxserve::recurrent {
 namespace {
 
-enum { kTile = 0 };  // slot of scratch memory
+enum { kTile = 0, kCopy = 1 };  // slots of scratch memory
 
 Kernels best_kernels() {
 #if JAXSERVE_X86
@@ -121,6 +121,7 @@ ffi::Error matrix(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Buffer<
       m.v_token = H * p;
       m.decay_token = H * a_decay;
       m.beta_token = H;
+      m.out_token = H * p;
       m.out = out->typed_data() + (first * H + head) * p + column;
       m.n = static_cast<int>(n);
       m.width = width;
@@ -156,7 +157,7 @@ ffi::Error conv(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
     float* const at = state->typed_data() + s.slot * rows * D + column;
     auto run = [&](float* past, int64_t first, int64_t tokens) {
       Conv c{past, x.typed_data() + first * D + column, kernel.typed_data() + column,
-             bias.element_count() > 0 ? bias.typed_data() + column : nullptr, out->typed_data() + first * D + column, D,
+             bias.element_count() > 0 ? bias.typed_data() + column : nullptr, out->typed_data() + first * D + column, D, D, D, D,
              static_cast<int>(taps), width, silu};
       use.conv(c, tokens);
     };
@@ -210,10 +211,89 @@ ffi::Error scan(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
   return ffi::Error::Success();
 }
 
+// Operands: x [T, K (2 n + 2 G p)], gates [T, K 2 G], kernel [W, K (2 n + G p)], rate, dt_bias [H], gain [p], the batch, then the
+// states [S, W - 1, K (2 n + G p)] and [S, H, n, p]. Results: out [T, H p] and the states, aliased.
+ffi::Error delta(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> gates, ffi::Buffer<ffi::F32> kernel,
+                 ffi::Buffer<ffi::F32> rate, ffi::Buffer<ffi::F32> dt_bias, ffi::Buffer<ffi::F32> gain,
+                 ffi::Buffer<ffi::S32> decode_slot, ffi::Buffer<ffi::S32> decode_start, ffi::Buffer<ffi::S32> decode_count,
+                 ffi::Buffer<ffi::S32> accepted, ffi::Buffer<ffi::S32> chunk_slot, ffi::Buffer<ffi::S32> chunk_first,
+                 ffi::Buffer<ffi::S32> chunk_start, ffi::Buffer<ffi::S32> chunk_qlen, ffi::Buffer<ffi::F32> old_past,
+                 ffi::Buffer<ffi::F32> old_state, ffi::Result<ffi::Buffer<ffi::F32>> out,
+                 ffi::Result<ffi::Buffer<ffi::F32>> past, ffi::Result<ffi::Buffer<ffi::F32>> state, int32_t queries,
+                 int32_t replayed, int64_t key_heads, float eps, float reach) {
+  if (old_past.typed_data() != past->typed_data() || old_state.typed_data() != state->typed_data())
+    return ffi::Error::Internal("states are not updated in place");
+  const auto dims = state->dimensions();
+  const int64_t T = x.dimensions()[0], K = key_heads, H = dims[1], n = dims[2], p = dims[3], G = H / K;
+  const int64_t rows = kernel.dimensions()[0] - 1, channels = 2 * n + G * p;
+  if (n > MAX_CHANNELS || n % LANES != 0 || p % LANES != 0 || H != G * K)
+    return ffi::Error::InvalidArgument("a head of a size that is not taken");
+  if (x.dimensions()[1] != K * (channels + G * p) || gates.dimensions()[1] != 2 * H || out->dimensions()[1] != H * p ||
+      kernel.dimensions()[1] != K * channels || past->dimensions()[2] != K * channels || past->dimensions()[1] != rows)
+    return ffi::Error::InvalidArgument("projections, taps and states do not fit each other");
+  const Integers in{decode_slot, decode_start, decode_count, accepted, chunk_slot, chunk_first, chunk_start, chunk_qlen,
+                    queries, replayed};
+  auto found = sequences(in, T, dims[0]);
+  if (!found) return found.error();
+  const Kernels use = best_kernels();
+  // Heads that a thread takes together, where a single token changes each: then it knows which states are next. They are read from
+  // memory and written to it once, which is all that this costs.
+  const int64_t cores = Phases::max_workers(threads);
+  const bool single = std::all_of(found->begin(), found->end(), [](const Sequence& s) { return s.kept + s.shown == 1; });
+  const int64_t share = static_cast<int64_t>(found->size()) * K / (4 * cores);
+  const int64_t together = single ? std::clamp<int64_t>(share, 1, 4) : 1, parts = ceil_div(K, together);
+  const int64_t items = static_cast<int64_t>(found->size()) * parts;
+  for_each(threads, *found, parts, [&](const Sequence& s, int64_t part) {
+    const int64_t item = (&s - found->data()) * parts + part, later = item + cores;
+    const int64_t end = std::min(K, (part + 1) * together);
+    for (int64_t head = part * together; head < end; ++head) {
+      float* const at = state->typed_data() + (s.slot * K + head) * G * n * p;
+      Delta d{};
+      if (head + 1 < end || later < items) {
+        const int64_t slot = head + 1 < end ? s.slot : (*found)[later / parts].slot;
+        const int64_t then = head + 1 < end ? head + 1 : later % parts * together;
+        d.next = state->typed_data() + (slot * K + then) * G * n * p;
+        d.next_past = past->typed_data() + (slot * rows * K + then) * channels;
+      }
+      d.kernel = kernel.typed_data() + head * channels;
+      d.rate = rate.typed_data() + head * G;
+      d.dt_bias = dt_bias.typed_data() + head * G;
+      d.gain = gain.typed_data();
+      d.past = past->typed_data() + s.slot * rows * K * channels + head * channels;
+      d.state = at;
+      d.x_token = K * (channels + G * p);
+      d.gates_token = 2 * H;
+      d.out_token = H * p;
+      d.pitch = d.past_pitch = K * channels;
+      d.n = static_cast<int>(n), d.p = static_cast<int>(p), d.heads = static_cast<int>(G), d.taps = static_cast<int>(rows + 1);
+      d.eps = eps, d.reach = reach;
+      d.room = static_cast<float*>(scratch(kTile, sizeof(float) * delta_room(d.n, d.p, d.heads)));
+      auto run = [&](int64_t first, int64_t tokens) {
+        d.x = x.typed_data() + first * d.x_token + head * (channels + G * p);
+        d.gates = gates.typed_data() + first * d.gates_token + head * 2 * G;
+        d.out = out->typed_data() + first * d.out_token + head * G * p;
+        use.delta(d, tokens);
+      };
+      if (s.begins) {
+        for (int64_t i = 0; i < rows; ++i) std::memset(d.past + i * d.pitch, 0, sizeof(float) * channels);
+        std::memset(d.state, 0, sizeof(float) * G * n * p);
+      }
+      run(s.first, s.kept);
+      if (s.shown == 0) continue;
+      float* const tile = static_cast<float*>(scratch(kCopy, sizeof(float) * (rows * channels + G * n * p)));
+      copy(d.past, d.pitch, tile, channels, static_cast<int>(rows), static_cast<int>(channels));
+      std::memcpy(tile + rows * channels, d.state, sizeof(float) * G * n * p);
+      d.past = tile, d.past_pitch = channels, d.state = tile + rows * channels;
+      run(s.first + s.kept + s.gap, s.shown);
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jaxserve::recurrent
 
-#define JAXSERVE_BATCH                            \
+#define JAXSERVE_SEQUENCES                        \
   Arg<xla::ffi::Buffer<xla::ffi::S32>>()          \
       .Arg<xla::ffi::Buffer<xla::ffi::S32>>()     \
       .Arg<xla::ffi::Buffer<xla::ffi::S32>>()     \
@@ -221,7 +301,9 @@ ffi::Error scan(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
       .Arg<xla::ffi::Buffer<xla::ffi::S32>>()     \
       .Arg<xla::ffi::Buffer<xla::ffi::S32>>()     \
       .Arg<xla::ffi::Buffer<xla::ffi::S32>>()     \
-      .Arg<xla::ffi::Buffer<xla::ffi::S32>>()     \
+      .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+#define JAXSERVE_BATCH                            \
+  JAXSERVE_SEQUENCES                              \
       .Arg<xla::ffi::Buffer<xla::ffi::F32>>()     \
       .Ret<xla::ffi::Buffer<xla::ffi::F32>>()     \
       .Ret<xla::ffi::Buffer<xla::ffi::F32>>()     \
@@ -237,6 +319,26 @@ JAXSERVE_HANDLER(jaxserve_matrix_recurrence, jaxserve::recurrent::matrix,
                      .Arg<xla::ffi::AnyBuffer>()              // log_decay
                      .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // beta
                      .JAXSERVE_BATCH);
+JAXSERVE_HANDLER(jaxserve_gated_delta, jaxserve::recurrent::delta,
+                 xla::ffi::Ffi::Bind()
+                     .Ctx<xla::ffi::ThreadPool>()
+                     .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // x
+                     .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // gates
+                     .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // kernel
+                     .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // rate
+                     .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // dt_bias
+                     .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // gain
+                     .JAXSERVE_SEQUENCES
+                     .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                     .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                     .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                     .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                     .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                     .Attr<int32_t>("queries")
+                     .Attr<int32_t>("replayed")
+                     .Attr<int64_t>("key_heads")
+                     .Attr<float>("eps")
+                     .Attr<float>("reach"));
 JAXSERVE_HANDLER(jaxserve_short_conv, jaxserve::recurrent::conv,
                  xla::ffi::Ffi::Bind()
                      .Ctx<xla::ffi::ThreadPool>()

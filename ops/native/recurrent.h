@@ -27,18 +27,42 @@ struct Matrix {
   const float *q, *k, *v, *log_decay, *beta;  // of the first token; beta may be null
   int64_t qk_token, v_token, decay_token, beta_token;  // floats from a token to the next
   float* out;       // as v
+  int64_t out_token;
   int n, width;
   bool by_channel;  // log_decay is [n] a token and head, or one number
+  const float* next = nullptr;  // where as many floats as the state has are fetched meanwhile, or null
 };
 
 struct Conv {
   float* past;                           // [taps - 1, pitch], the oldest first
   const float *x, *kernel, *bias;        // of the first token; [taps, pitch]; [pitch] or null
   float* out;
-  int64_t pitch;  // floats from a token, a tap or a row of the past to the next
+  int64_t pitch, past_pitch;    // floats from a tap to the next, and from a row of the past
+  int64_t x_token, out_token;   // from a token to the next
   int taps, width;
   bool silu;
 };
+
+// Gated DeltaNet between its projections, one key head of it with the value heads that read it; see ops/recurrent/gated_delta.py.
+struct Delta {
+  const float *x, *gates;                 // of the first token: q, k, v and z; how far v replaces, how fast the state decays
+  const float *kernel, *rate, *dt_bias, *gain;
+  float *past, *state;                    // [taps - 1, past_pitch], [heads, n, p]
+  float* out;                             // of the first token
+  int64_t x_token, gates_token, out_token, pitch, past_pitch;  // pitch: the taps'
+  int n, p, heads, taps;
+  float eps, reach;
+  float* room;                            // `delta_room` floats
+  const float *next, *next_past;          // the states that the thread changes next, or null
+};
+
+constexpr int DELTA_BLOCK = 32;  // tokens of a piece that are taken together
+constexpr float UNIT_EPS = 1e-6f;  // under the root of q's and k's norms
+
+// Of each token of a block its q, k and v, the gates and a head's result; and a tile of the state.
+inline int64_t delta_room(int n, int p, int heads) {
+  return DELTA_BLOCK * (2 * n + static_cast<int64_t>(heads) * p + 2 * heads + p) + static_cast<int64_t>(n) * p;
+}
 
 struct Scan {
   float* state;  // [n, pitch]
@@ -54,6 +78,7 @@ struct Kernels {
   void (*matrix)(const Matrix&, int64_t tokens);
   void (*conv)(const Conv&, int64_t tokens);
   void (*scan)(const Scan&, int64_t tokens);
+  void (*delta)(const Delta&, int64_t tokens);
 };
 
 Kernels generic_kernels();

@@ -3,6 +3,7 @@
 // Columns of a head's matrix do not meet: what a token does to one depends on k, q and the column alone. So a few
 // columns are taken through all tokens of a piece while they lie in the first cache.
 
+#include <cmath>
 #include <cstring>
 
 #include "recurrent.h"
@@ -13,6 +14,7 @@ namespace {
 #include "vectors.h"
 
 constexpr int VECTORS = 4;  // a row of a tile
+constexpr int WIDE = W == 16 ? 8 : 4;  // a row where one token passes over a state in memory: as many as registers hold sums of
 
 // e[i] = exp(log_decay[i]), and ke[i] = k[i] * e[i], for n channels.
 AT void decays(const Matrix& m, const float* k, const float* log_decay, float* e, float* ke) {
@@ -83,7 +85,7 @@ AT void matrix_tokens(const Matrix& m, int64_t tokens) {
         out[j] = fma(b, s, out[j]);
       }
     }
-    float* const to = m.out + t * m.v_token;
+    float* const to = m.out + t * m.out_token;
     UNROLL for (int j = 0; j < NV; ++j) store(to + j * W, out[j]);
   }
 }
@@ -108,6 +110,63 @@ INLINE vf silu(vf x) {
   return x * pick(x < zero, e, one) / (one + e);
 }
 
+// What one token does to columns of a state that comes from memory: the lines of the next state are asked for between the rows of
+// this one, half of them in each pass, so that memory never rests. `share` floats a row are fetched.
+template <int NV>
+AT void matrix_token(const Matrix& m, int share) {
+  alignas(64) float e[MAX_CHANNELS], ke[MAX_CHANNELS];
+  decays(m, m.k, m.log_decay, e, ke);
+  const char* ahead = reinterpret_cast<const char*>(m.next == nullptr ? m.state : m.next);
+  const int lines = m.next == nullptr ? 0 : share / 32;  // of 16 floats, in each of two passes
+  vf write[NV], out[NV];
+  UNROLL for (int j = 0; j < NV; ++j) write[j] = load(m.v + j * W);
+  if (m.beta != nullptr) {
+    vf seen[NV];
+    UNROLL for (int j = 0; j < NV; ++j) seen[j] = splat(0.0f);
+    for (int i = 0; i < m.n; ++i) {
+      const float* const row = m.state + i * m.pitch;
+      const vf a = splat(ke[i]);
+      UNROLL for (int j = 0; j < NV; ++j) seen[j] = fma(a, load(row + j * W), seen[j]);
+      for (int l = 0; l < lines; ++l, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    }
+    const vf beta = splat(*m.beta);
+    UNROLL for (int j = 0; j < NV; ++j) write[j] = beta * (write[j] - seen[j]);
+  }
+  UNROLL for (int j = 0; j < NV; ++j) out[j] = splat(0.0f);
+  for (int i = 0; i < m.n; ++i) {
+    float* const row = m.state + i * m.pitch;
+    const vf shrink = splat(e[i]), a = splat(m.k[i]), b = splat(m.q[i]);
+    UNROLL for (int j = 0; j < NV; ++j) {
+      const vf s = fma(a, write[j], shrink * load(row + j * W));
+      store(row + j * W, s);
+      out[j] = fma(b, s, out[j]);
+    }
+    for (int l = 0; l < lines; ++l, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+  }
+  UNROLL for (int j = 0; j < NV; ++j) store(m.out + j * W, out[j]);
+}
+
+// One token on all columns of a head's state, where it lies.
+AT void matrix_whole(Matrix m, int p) {
+  const float* const next = m.next;
+  for (int column = 0; column < p; column += m.width) {
+    m.width = p - column < WIDE * W ? p - column : WIDE * W;
+    m.next = next == nullptr ? nullptr : next + static_cast<int64_t>(m.n) * column;
+    switch (m.width / W) {
+      case 8:
+        if constexpr (WIDE == 8) matrix_token<8>(m, m.width);
+        break;
+      case 4:
+        matrix_token<4>(m, m.width);
+        break;
+      default:  // sizes that few models have
+        m.width = W;
+        matrix_token<1>(m, m.width);
+    }
+    m.state += m.width, m.v += m.width, m.out += m.width;
+  }
+}
+
 AT void conv(const Conv& c, int64_t tokens) {
   const int w = c.taps - 1;
   for (int at = 0; at < c.width; at += W) {
@@ -116,15 +175,15 @@ AT void conv(const Conv& c, int64_t tokens) {
       vf y = bias;
       for (int j = 0; j < c.taps; ++j) {
         const int64_t from = t - w + j;  // below 0: in the past
-        const float* const x = from < 0 ? c.past + (from + w) * c.pitch : c.x + from * c.pitch;
+        const float* const x = from < 0 ? c.past + (from + w) * c.past_pitch : c.x + from * c.x_token;
         y = fma(load(c.kernel + j * c.pitch + at), load(x + at), y);
       }
-      store(c.out + t * c.pitch + at, c.silu ? silu(y) : y);
+      store(c.out + t * c.out_token + at, c.silu ? silu(y) : y);
     }
     for (int j = 0; j < w; ++j) {  // the last w inputs; ascending, so that none is overwritten before it is read
       const int64_t from = tokens - w + j;
-      const float* const x = from < 0 ? c.past + (from + w) * c.pitch : c.x + from * c.pitch;
-      store(c.past + j * c.pitch + at, load(x + at));
+      const float* const x = from < 0 ? c.past + (from + w) * c.past_pitch : c.x + from * c.x_token;
+      store(c.past + j * c.past_pitch + at, load(x + at));
     }
   }
 }
@@ -146,7 +205,86 @@ AT void scan(const Scan& s, int64_t tokens) {
   }
 }
 
-Kernels kernels() { return {VECTORS * W, matrix, conv, scan}; }
+// x times `factor` over its length.
+AT void unit(float* x, int n, float factor) {
+  vf squares = splat(0.0f);
+  for (int i = 0; i < n; i += W) squares = fma(load(x + i), load(x + i), squares);
+  const vf scale = splat(factor / __builtin_sqrtf(sum_lanes(squares) + UNIT_EPS));
+  for (int i = 0; i < n; i += W) store(x + i, scale * load(x + i));
+}
+
+// out = x / rms(x) * gain * silu(gate)
+AT void norm_and_gate(const float* x, const float* gain, const float* gate, int p, float eps, float* out) {
+  vf squares = splat(0.0f);
+  for (int i = 0; i < p; i += W) squares = fma(load(x + i), load(x + i), squares);
+  const vf scale = splat(1.0f / __builtin_sqrtf(sum_lanes(squares) / static_cast<float>(p) + eps));
+  for (int i = 0; i < p; i += W) store(out + i, scale * load(x + i) * load(gain + i) * silu(load(gate + i)));
+}
+
+// Up to DELTA_BLOCK tokens.
+AT void delta_block(const Delta& d, int tokens) {
+  const int width = 2 * d.n + d.heads * d.p;
+  float* const mixed = d.room;                                  // [tokens, width]
+  float* const beta = mixed + DELTA_BLOCK * width;              // [heads, tokens]
+  float* const decay = beta + DELTA_BLOCK * d.heads;            // [heads, tokens]
+  float* const read = decay + DELTA_BLOCK * d.heads;            // [tokens, p]
+  float* const tile = read + DELTA_BLOCK * d.p;                 // [n, width of a tile]
+  conv({d.past, d.x, d.kernel, nullptr, mixed, d.pitch, d.past_pitch, d.x_token, width, d.taps, width, true}, tokens);
+  if (tokens == 1 && d.next_past != nullptr) {
+    for (int j = 0; j + 1 < d.taps; ++j)
+      for (int c = 0; c < width; c += 16) __builtin_prefetch(d.next_past + j * d.pitch + c, 1, 2);
+  }
+  for (int t = 0; t < tokens; ++t) {
+    unit(mixed + t * width, d.n, 1.0f / __builtin_sqrtf(static_cast<float>(d.n)));
+    unit(mixed + t * width + d.n, d.n, 1.0f);
+    const float* const gates = d.gates + t * d.gates_token;
+    for (int h = 0; h < d.heads; ++h) {
+      const float step = gates[d.heads + h] + d.dt_bias[h];
+      beta[h * DELTA_BLOCK + t] = d.reach / (1.0f + std::exp(-gates[h]));
+      decay[h * DELTA_BLOCK + t] = d.rate[h] * ((step > 0 ? step : 0.0f) + std::log1p(std::exp(step > 0 ? -step : step)));
+    }
+  }
+  for (int h = 0; h < d.heads; ++h) {
+    const int64_t floats = static_cast<int64_t>(d.n) * d.p;
+    Matrix m{};
+    m.state = d.state + h * floats;
+    m.pitch = d.p;
+    m.q = mixed, m.k = mixed + d.n, m.v = mixed + 2 * d.n + h * d.p;
+    m.log_decay = decay + h * DELTA_BLOCK, m.beta = beta + h * DELTA_BLOCK;
+    m.qk_token = m.v_token = width;
+    m.decay_token = m.beta_token = 1;
+    m.out = read, m.out_token = d.p;
+    m.n = d.n, m.width = d.p;
+    if (tokens == 1) {
+      m.next = h + 1 < d.heads ? m.state + floats : d.next;
+      matrix_whole(m, d.p);
+    } else {
+      for (int column = 0; column < d.p; column += VECTORS * W) {  // columns in the first cache
+        Matrix part = m;
+        part.width = d.p - column < VECTORS * W ? d.p - column : VECTORS * W;
+        part.state = tile, part.pitch = part.width, part.v += column, part.out += column;
+        const size_t bytes = sizeof(float) * part.width;
+        for (int i = 0; i < d.n; ++i) std::memcpy(tile + i * part.width, m.state + i * d.p + column, bytes);
+        matrix(part, tokens);
+        for (int i = 0; i < d.n; ++i) std::memcpy(m.state + i * d.p + column, tile + i * part.width, bytes);
+      }
+    }
+    const float* const gate = d.x + width + h * d.p;
+    for (int t = 0; t < tokens; ++t)
+      norm_and_gate(read + t * d.p, d.gain, gate + t * d.x_token, d.p, d.eps, d.out + t * d.out_token + h * d.p);
+  }
+}
+
+AT void delta(const Delta& whole, int64_t tokens) {
+  Delta d = whole;
+  for (int64_t t = 0; t < tokens; t += DELTA_BLOCK) {
+    const int count = tokens - t < DELTA_BLOCK ? static_cast<int>(tokens - t) : DELTA_BLOCK;
+    delta_block(d, count);
+    d.x += count * d.x_token, d.gates += count * d.gates_token, d.out += count * d.out_token;
+  }
+}
+
+Kernels kernels() { return {VECTORS * W, matrix, conv, scan, delta}; }
 
 #undef INLINE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ def short_conv(
     _check(state_SwD, state_SwD.shape[2])
     bias = jnp.zeros(0, jnp.float32) if bias_D is None else bias_D
     return _call(
-        "jaxserve_short_conv", (x_TD, kernel_WD, bias), x_TD.shape, state_SwD, batch, silu=activation == "silu"
+        "jaxserve_short_conv", (x_TD, kernel_WD, bias), x_TD.shape, (state_SwD,), batch, silu=activation == "silu"
     )
 
 
@@ -46,7 +47,7 @@ def matrix_recurrence(
         raise NotImplementedError
     beta = jnp.zeros((0, 0), jnp.float32) if beta_TH is None else beta_TH
     operands = (q_TKn, k_TKn, v_THp, log_decay, beta)
-    return _call("jaxserve_matrix_recurrence", operands, v_THp.shape, state_SHnp, batch)
+    return _call("jaxserve_matrix_recurrence", operands, v_THp.shape, (state_SHnp,), batch)
 
 
 def selective_scan(
@@ -60,7 +61,30 @@ def selective_scan(
 ) -> tuple[jax.Array, jax.Array]:
     """See ops.recurrent.selective_scan."""
     _check(state_SND, state_SND.shape[2])
-    return _call("jaxserve_selective_scan", (x_TD, dt_TD, A_ND, B_TN, C_TN), x_TD.shape, state_SND, batch)
+    return _call("jaxserve_selective_scan", (x_TD, dt_TD, A_ND, B_TN, C_TN), x_TD.shape, (state_SND,), batch)
+
+
+def gated_delta(
+    x_TX: jax.Array,
+    gates_TJ: jax.Array,
+    own: Sequence[jax.Array],
+    conv_SwC: jax.Array,
+    matrix_SHnp: jax.Array,
+    batch: RecurrentBatch,
+    *,
+    key_heads: int,
+    eps: float,
+    reach: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See ops.recurrent.gated_delta. Of `own`, the taps, rates, step biases and the norm's scales."""
+    _, H, n, p = matrix_SHnp.shape
+    _check(conv_SwC, n)
+    _check(matrix_SHnp, p)
+    if n > _MAX_CHANNELS:
+        raise NotImplementedError
+    shape = (x_TX.shape[0], H * p)
+    attrs = {"key_heads": np.int64(key_heads), "eps": np.float32(eps), "reach": np.float32(reach)}
+    return _call("jaxserve_gated_delta", (x_TX, gates_TJ, *own), shape, (conv_SwC, matrix_SHnp), batch, **attrs)
 
 
 def _check(state: jax.Array, lanes: int) -> None:
@@ -72,10 +96,11 @@ def _call(
     name: str,
     operands: tuple[jax.Array, ...],
     shape: tuple[int, ...],
-    state: jax.Array,
+    states: tuple[jax.Array, ...],
     batch: RecurrentBatch,
     **attrs: Any,
-) -> tuple[jax.Array, jax.Array]:
+) -> Any:
+    """(the result, the states behind the step)."""
     accepted = jnp.zeros(0, jnp.int32) if batch.accepted_B is None else batch.accepted_B
     inputs = [
         *(x.astype(jnp.float32) for x in operands),
@@ -84,8 +109,7 @@ def _call(
     ]  # fmt: skip
     call = jax.ffi.ffi_call(
         native.target(name),
-        [jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(state.shape, state.dtype)],
-        input_output_aliases={len(inputs): 1},
+        [jax.ShapeDtypeStruct(shape, jnp.float32), *(jax.ShapeDtypeStruct(s.shape, s.dtype) for s in states)],
+        input_output_aliases={len(inputs) + i: 1 + i for i in range(len(states))},
     )
-    out, state = call(*inputs, state, queries=np.int32(batch.queries), replayed=np.int32(batch.replayed), **attrs)
-    return out, state
+    return tuple(call(*inputs, *states, queries=np.int32(batch.queries), replayed=np.int32(batch.replayed), **attrs))

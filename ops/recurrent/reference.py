@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -107,6 +108,40 @@ def matrix_recurrence(
 
     _run(batch, state, step)
     return out, state
+
+
+def gated_delta(
+    x_TX: np.ndarray,
+    gates_TJ: np.ndarray,
+    weights: tuple[Any, ...],
+    conv_SwC: np.ndarray,
+    matrix_SHnp: np.ndarray,
+    batch: RecurrentBatch,
+    key_heads: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """See ops.recurrent.gated_delta; `weights` are a DeltaWeights."""
+    kernel_WC, rate_H, dt_bias_H, gain_p, eps, reach, activation = weights
+    (T, K), (_, H, n, p) = (x_TX.shape[0], key_heads), matrix_SHnp.shape
+    x_TKc = np.asarray(x_TX, np.float64).reshape(T, K, -1)
+    gates_TK2G = np.asarray(gates_TJ, np.float64).reshape(T, K, 2, -1)
+    width = kernel_WC.shape[1] // K
+    mixed_TC, conv = short_conv(x_TKc[:, :, :width].reshape(T, -1), kernel_WC, None, conv_SwC, batch, activation)
+    mixed_TKc = mixed_TC.reshape(T, K, width)
+    q_TKn, k_TKn = (mixed_TKc[:, :, i * n : (i + 1) * n] for i in range(2))
+    q_TKn, k_TKn = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q_TKn, k_TKn))
+    step_TH = gates_TK2G[:, :, 1].reshape(T, H) + dt_bias_H
+    out_THp, matrix = matrix_recurrence(
+        q_TKn / np.sqrt(n),
+        k_TKn,
+        mixed_TKc[:, :, 2 * n :].reshape(T, H, p),
+        rate_H * np.logaddexp(0.0, step_TH),
+        reach / (1.0 + np.exp(-gates_TK2G[:, :, 0].reshape(T, H))),
+        matrix_SHnp,
+        batch,
+    )
+    z_THp = x_TKc[:, :, width:].reshape(T, H, p)
+    out_THp = out_THp / np.sqrt((out_THp * out_THp).mean(-1, keepdims=True) + eps) * gain_p
+    return (out_THp * z_THp / (1.0 + np.exp(-z_THp))).reshape(T, H * p), conv, matrix
 
 
 def selective_scan(

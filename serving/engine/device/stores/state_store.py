@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from ops import native
 from ops.paged_attention.pages import DATA_AXIS
 from ops.recurrent import States
 from serving.engine.device.programs.compiling import Program
@@ -96,8 +97,11 @@ class StateStore:
         def zeros(rows: int) -> States:
             abstract = abstract_states(self._spec, rows, self._mesh, self._replicas)
             spread = dict(abstract.placements)
+            # Native zeros lie in huge pages where there are some: states are read and written whole at every step.
+            lazy = self._mesh is None and jax.default_backend() == "cpu" and native.available()
+            fresh = native.zeros if lazy else jnp.zeros
             arrays = {
-                name: place(self._mesh, jnp.zeros(a.shape, a.dtype), spread.get(name, PartitionSpec()))
+                name: place(self._mesh, fresh(a.shape, a.dtype), spread.get(name, PartitionSpec()))
                 for name, a in abstract.arrays.items()
             }
             return States(arrays, abstract.placements)
