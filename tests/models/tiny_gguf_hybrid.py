@@ -137,11 +137,12 @@ def _recurrent_metadata(c: Mapping, arch: str) -> dict:
             "attention.key_length_mla": c["qk_nope_head_dim"] + c["qk_rope_head_dim"],
             "attention.value_length_mla": c["v_head_dim"],
             "rope.dimension_count": c["qk_rope_head_dim"],
-            "expert_count": c["num_local_experts"],
-            "expert_shared_count": c["n_shared_experts"],
+            "expert_count": c["num_experts"],
+            "expert_used_count": c["num_experts_per_token"],
+            "expert_shared_count": c["num_shared_experts"],
             "leading_dense_block_count": c["mlp_layer_types"].count("dense"),
             "expert_weights_scale": float(c["routed_scaling_factor"]),
-            "expert_group_count": c["n_group"],
+            "expert_group_count": c["num_expert_group"],
             "expert_group_used_count": c["topk_group"],
         }
     if arch in ("mamba", "mamba2"):
@@ -207,6 +208,8 @@ def special(name: str, array: np.ndarray, c: Mapping, arch: str) -> dict[str, np
         return {f"{block}.ssm_a": -np.exp(array if plain else array[:, None])}
     if arch in ("mamba", "jamba") and part.endswith((".D", ".dt_bias")):
         return None
+    if arch == "kimi-linear" and (dense := re.fullmatch(r"block_sparse_moe\.(gate|up|down)_proj\.weight", part)):
+        return {f"{block}.ffn_{dense[1]}.weight": array}  # transformers saves dense blocks under the mixture's name
     if arch == "kimi-linear" and part.endswith("_conv1d.weight"):
         own = f"{block}.ssm_conv1d_{part.split('.')[1][0]}.weight"
         return {own: array.reshape(1, array.shape[0], 1, array.shape[-1])}
