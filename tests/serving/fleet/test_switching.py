@@ -90,15 +90,15 @@ async def test_mixed_load_is_answered_right_and_nothing_compiles_or_stays_behind
     before, threads, taken = arrays(), threading.active_count(), in_use()
     asked = [(name, prompt) for _ in range(4) for name in NAMES for prompt in ("w5 w6 w7", "w9")]
     assert await asyncio.gather(*(ask(fleet, *one) for one in asked)) == [right[one] for one in asked]
-    for _ in range(20):
+    for _ in range(7):
         for name in NAMES:
             assert await ask(fleet, name) == right[name, "w5 w6 w7"]
     after = arrays()
     assert after[0] <= before[0] + 8 and after[1] <= 1.2 * before[1], (before, after)
-    assert in_use() - taken < 4 << 20, "sixty answers and as many switches left something"
+    assert in_use() - taken < 4 << 20, "twenty answers and as many switches left something"
     assert threading.active_count() <= threads + 8  # a pool's
     for member in started.members:
-        assert member.switches >= 10 and member.stats.num_recompilations == 0
+        assert member.switches >= 6 and member.stats.num_recompilations == 0
     await fleet.abort_all()
 
 
