@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from models import registry
+from models.adapters.adapter import Adapter, Pair
 from models.adapters.attach import attach
 from models.layers import Build
+from models.layers.moe import Experts
 from models.loading import hf_config
 from models.parameters import parameters_of
 from ops import paged_attention
@@ -74,3 +79,28 @@ def test_every_stack_is_read(name, tmp_path):
     for place, own in places.items():
         wanted = {len(weights) + own.a_NRI, len(weights) + own.b_NRO}
         assert wanted <= (of_logits if place in room.late else found), f"{name}: {place} is loaded and changes nothing"
+
+
+def test_experts_that_are_packed_and_tensors_of_which_a_part_takes_none_are_told_of(tmp_path):
+    model = network("qwen3moe", tmp_path)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Experts):
+            for parameter in (module.gate_up, module.down):
+                parameter.set_value(jnp.zeros(4))  # in a layout of one CPU's kernels
+    room = attach(model, 1, 2, None)
+
+    def pair(name):
+        (site,) = [site for site in room.sites if name in site.tensors]
+        return Adapter(
+            {name: Pair(np.zeros((2, site.inputs)), np.zeros((site.recipe.pieces[0].num_rows, 2)))}, "", "it"
+        )
+
+    experts = Adapter(
+        {"model.layers.0.mlp.experts.0.down_proj.weight": Pair(np.zeros((2, 8)), np.zeros((8, 2)))}, "", "it"
+    )
+    with pytest.raises(ValueError, match=r"change no weight .*packed for this CPU .*--quantization none"):
+        room.pack(experts)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert not room.partial and len(room.pack(pair(name)))
+    with pytest.raises(ValueError, match=r"o_proj\.weight is several weights here"):
+        dataclasses.replace(room, partial=frozenset({name})).pack(pair(name))
