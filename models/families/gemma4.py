@@ -99,7 +99,7 @@ class Gemma4Experts(nnx.Module):
         return self.experts(normed_TD, ids_Tk, weights_Tk, adapter_T), ids_Tk
 
     def recipes(self, name: str) -> Recipes:
-        E, D, F = self.experts.down.shape
+        E, D, F = self.experts.sizes
         both = Piece(f"{name}.experts.gate_up_proj", (E, 2 * F, D))
         shards = self.experts.shards
         return under("router", self.router.recipes(f"{name}.router.proj")) | {

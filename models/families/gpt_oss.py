@@ -29,7 +29,7 @@ class GptOssExperts(Experts):
         return (up + 1.0) * gate * jax.nn.sigmoid(self.alpha * gate)
 
     def recipes(self, name: str, sources: tuple[str, str, str] = ("", "", "")) -> Recipes:
-        E, D, F = self.down.shape
+        E, D, F = self.sizes
 
         def halves(piece: Piece) -> Recipe:
             return deal(E * self.shards, *alternating(piece, 2))

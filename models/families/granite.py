@@ -53,7 +53,7 @@ class GraniteExperts(Experts):
     """Experts in one tensor each, `[E, out, in]`, the gate's rows first."""
 
     def recipes(self, name: str, sources: tuple[str, str, str] = ("", "", "")) -> Recipes:
-        E, D, F = self.down.shape
+        E, D, F = self.sizes
         base = name.removesuffix(".experts")
 
         both = Piece(f"{base}.input_linear.weight", (E, 2 * F, D))

@@ -57,7 +57,7 @@ class Llama4Experts(Experts):
     """Experts in one tensor, [E, in, gate then up]."""
 
     def recipes(self, name: str, sources: tuple[str, str, str] = ("", "", "")) -> Recipes:
-        E, D, F = self.down.shape
+        E, D, F = self.sizes
 
         both = Piece(f"{name}.gate_up_proj", (E, D, 2 * F), turned=True)
         return {

@@ -38,6 +38,7 @@ class PlainExperts(Experts):
         E, F = moe.num_experts, moe.ffw_dim
         expert, ffw = build.axis("experts", E), build.axis("ffw", F)
         self.gated = None
+        self.sizes = (E, width, F)
         self.gate_up = weight((E, F, width), build.dtype, (expert, ffw, "embed"))
         self.down = weight((E, width, F), build.dtype, (expert, "embed", ffw))
 
@@ -45,7 +46,7 @@ class PlainExperts(Experts):
         return activation(self.activation)(gate_up_MJ)
 
     def recipes(self, name: str, sources: tuple[str, str, str] = ("", "up_proj", "down_proj")) -> Recipes:
-        E, D, F = self.down.shape
+        E, D, F = self.sizes
         _, up, down = sources
         return {
             "gate_up": Stack(tuple(Piece(f"{name}.{e}.{up}.weight", (F, D)) for e in range(E))),

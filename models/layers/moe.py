@@ -29,6 +29,7 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, build: Build, bias: bool = False):
         E, D, F = moe.num_experts, config.embed_dim, moe.ffw_dim
+        self.sizes = (E, D, F)  # whatever layout the weights come to lie in
         expert, ffw = build.axis("experts", E), build.axis("ffw", F)
         self.shards, self.activation = build.shards("ffw", F), config.activation
         # What native kernels compute by themselves: act(gate) * up, the gate's rows first.
@@ -79,7 +80,7 @@ class Experts(nnx.Module):
         return activation(self.activation)(gate) * up
 
     def recipes(self, name: str, sources: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Recipes:
-        E, D, F = self.down.shape
+        E, D, F = self.sizes
         gate, up, down = sources
         pairs = [[Piece(f"{name}.{e}.{part}.weight", (F, D)) for part in (gate, up)] for e in range(E)]
         downs = [Piece(f"{name}.{e}.{down}.weight", (D, F)) for e in range(E)]
