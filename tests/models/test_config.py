@@ -1,0 +1,44 @@
+"""What configurations say that only some families heed."""
+
+from __future__ import annotations
+
+import pytest
+
+from models.defaults import complete
+from models.registry import find
+from tests.models.tiny_base import BASE
+
+
+def config_of(architecture: str, **fields):
+    return find(architecture).config(complete(BASE | {"architectures": [architecture]} | fields))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dim"),
+    [("LlamaForCausalLM", 16), ("Qwen2ForCausalLM", 16), ("Phi3ForCausalLM", 8), ("Qwen3NextForCausalLM", 8)],
+)
+def test_a_part_of_a_head_is_rotated_in_families_that_have_that(architecture, dim):
+    """transformers' other families do not look at the field, and some files have it all the same."""
+    parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    rope = config_of(architecture, hidden_size=128, head_dim=16, rope_parameters=parameters).rope
+    assert rope is not None and rope.dim == dim
+
+
+@pytest.mark.parametrize(
+    ("architecture", "field"),
+    [
+        ("MambaForCausalLM", "hidden_act"),
+        ("Mamba2ForCausalLM", "hidden_act"),
+        ("JambaForCausalLM", "hidden_act"),
+        ("BambaForCausalLM", "hidden_act"),
+        ("FalconH1ForCausalLM", "hidden_act"),
+        ("GraniteMoeHybridForCausalLM", "hidden_act"),
+        ("NemotronHForCausalLM", "mamba_hidden_act"),
+        ("KimiLinearForCausalLM", "hidden_act"),
+        ("Qwen3NextForCausalLM", "hidden_act"),
+        ("OlmoHybridForCausalLM", "hidden_act"),
+    ],
+)
+def test_convolutions_have_the_activation_that_the_file_names(architecture, field):
+    found = {mixer.activation for mixer in config_of(architecture, **{field: "relu"}).mixers if mixer is not None}
+    assert found == {"relu"}
