@@ -78,6 +78,7 @@ def olmo_hybrid_config(hf: Mapping[str, Any]) -> ModelConfig:
     )
     bias = bool(hf.get("attention_bias", False))
     theta = (hf.get("rope_parameters") or hf).get("rope_theta")
+    rotation: dict[str, Any] = {"rope": None} if theta is None else {}
     return from_hf(
         hf,
         qkv_bias=bias,
@@ -86,7 +87,7 @@ def olmo_hybrid_config(hf: Mapping[str, Any]) -> ModelConfig:
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         mixers=tuple(delta if kind == "linear_attention" else None for kind in kinds),
         extra=(("turns_over", bool(hf.get("linear_allow_neg_eigval", True))),),
-        **({"rope": None} if theta is None else {}),
+        **rotation,
     )
 
 

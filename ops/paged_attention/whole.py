@@ -113,8 +113,8 @@ def attend_kept_once(q_THh: jax.Array, row_1W: jax.Array, *, positions: int, par
     none = jnp.zeros(0, jnp.int32)
     one = jnp.full(1, len(q_THh), jnp.int32)
     batch = AttentionBatch(none, none.reshape(0, 1), none, none.reshape(1, 0), jnp.zeros(1, jnp.int32), one, one, none)
-    how = {"positions": positions, "part": part, "scale": scale}
-    return attend_kept(q_THh, row_1W, none, jnp.zeros(1, jnp.int32), batch, **how)
+    where_1 = jnp.zeros(1, jnp.int32)
+    return attend_kept(q_THh, row_1W, none, where_1, batch, positions=positions, part=part, scale=scale)
 
 
 def _rows(pages_RP: jax.Array, *more: jax.Array) -> tuple[jax.Array, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def gated_delta(
     *own, eps, reach, activation = weights
     if (mesh is None or mesh.size == 1) and not batch.tentative and activation in ("silu", "swish"):
         try:
-            how = {"key_heads": key_heads, "eps": eps, "reach": reach}
+            how: dict[str, Any] = {"key_heads": key_heads, "eps": eps, "reach": reach}
             out_TO, conv, matrix = native.gated_delta(x_TX, gates_TJ, own, conv_SwC, matrix_SHnp, batch, **how)
             return out_TO.astype(x_TX.dtype), conv, matrix
         except NotImplementedError:
