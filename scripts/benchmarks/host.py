@@ -57,6 +57,7 @@ class FakeRunner:
     def __init__(self, buckets: BucketTable, pages_per_slot: int, page_size: int, step_s: float) -> None:
         self.guard = types.SimpleNamespace(count=0, close=lambda: None)
         self.expert_loads = None
+        self.media_time_s = 0.0
         self.executor = types.SimpleNamespace(alone=True)
         self.adapters = types.SimpleNamespace(open=False)
         self.host: list[float] = []

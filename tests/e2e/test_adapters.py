@@ -14,10 +14,11 @@ pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 NEW_TOKENS, REQUESTS = 64, 32
 TOLERANCE = 1e-4
 """Of a log probability."""
+# No adapter may be called as a module is: peft leaves tensors of such modules out of what it saves.
 CONFIGS = {
     "all": {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"},
     "attention": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "use_rslora": True},
-    "mlp": {
+    "feedforward": {
         "r": 8,
         "lora_alpha": 16,
         "target_modules": ["gate_proj", "down_proj"],
@@ -65,9 +66,6 @@ def peft_model(tmp_path_factory):
     return wrapped.eval(), folder
 
 
-@pytest.mark.xfail(
-    reason="a token of the adapter without a slot of its own is 0.007 below peft's best: not understood yet"
-)
 def test_five_adapters_mixed_with_the_base_in_one_batch(peft_model):
     import torch
 

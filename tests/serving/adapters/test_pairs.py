@@ -53,6 +53,7 @@ PAIRS: dict[str, str] = {
     "test_experts_that_are_packed_and_tensors_of_which_a_part_takes_none_are_told_of",
     "every family, recurrent layers among them": "tests/models/adapters/test_attach.py::test_every_stack_is_read",
     "routers, gates of states": "tests/models/adapters/test_against_peft.py::test_all_linear_weights",
+    "the default model": "tests/e2e/test_adapters.py::test_five_adapters_mixed_with_the_base_in_one_batch",
     "models that transformers' code runs": "tests/models/bridge/test_engine.py::test_an_adapter_changes_logits_as_pefts_does",
     "mesh model=2": MESHES,
     "mesh data=2, replicas": MESHES,
