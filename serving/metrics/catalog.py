@@ -84,9 +84,11 @@ SPECS: tuple[Spec, ...] = (
     _counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
     _counter("mm_cache_queries", "Images, and windows of sound, that prompts had when their places were computed."),
     _counter("mm_cache_hits", "Of them, those whose embeddings were there: another request had sent the same one."),
-    _counter("mm_encoder_items", "The others: those that the encoder has read."),
+    _counter("mm_encoder_items", "The others: those that the encoder has read.", same=False),
     _counter(
-        "mm_encoder_seconds", "Seconds that the encoder took for them, and for what the devices did in front of it."
+        "mm_encoder_seconds",
+        "Seconds that the encoder took for them, and for what the devices did in front of it.",
+        same=False,
     ),
     _counter("num_preemptions", "Times a running request was put back to waiting."),
     _counter("prompt_tokens", "Prompt tokens processed."),
