@@ -324,7 +324,7 @@ class EmbeddingEngine(MockEngine):
         self.embedder = self
         self.embedded: list[tuple[int, ...]] = []
         self.poolings: list[str | None] = []
-        self.seen: list[Any] = []
+        self.embedded_media: list[Any] = []
 
     async def embed(
         self, request_id: str, token_ids: Sequence[int], *, pooling: str | None = None, priority: int = 0, media: Any = None,
@@ -333,7 +333,7 @@ class EmbeddingEngine(MockEngine):
         if self.fail_next:
             raise RequestError(ErrorKind.RESOURCE_EXHAUSTED, self.fail_next)
         self.embedded.append(tuple(token_ids))
-        self.seen.append(media)
+        self.embedded_media.append(media)
         self.poolings.append(pooling)
         vector = np.asarray([*token_ids, 0, 0, 0, 0][:4], np.float32)
         return vector / max(float(np.linalg.norm(vector)), 1e-9)

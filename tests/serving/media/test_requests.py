@@ -95,7 +95,7 @@ async def test_an_embedding_of_a_chat_with_an_image():
     body = {"messages": asked("a", part(uri(PNG)), "b"), "encoding_format": "float"}
     status, reply = await call_app(create_app(image_service(engine), page=False), "/v1/embeddings", body, "a")
     assert status == 200, reply
-    assert engine.seen[0].items[0].size == 6 == engine.embedded[0].count(PLACE)
+    assert engine.embedded_media[0].items[0].size == 6 == engine.embedded[0].count(PLACE)
     assert reply["usage"]["prompt_tokens"] == len(engine.embedded[0])
     other = EmbeddingEngine()
     status, reply = await call_app(create_app(mock_service(other), page=False), "/v1/embeddings", body, "a")
