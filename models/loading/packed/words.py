@@ -92,7 +92,24 @@ class CompressedTensors(Scheme):
         return self.need(f"{base}_scale"), None if overall is None else overall.astype(np.float32)
 
 
-class Gptq(Scheme):
+class _Words(Scheme):
+    """`qweight` with a row of `scales` a group, read by `integers`."""
+
+    def read(self, own: str) -> np.ndarray:
+        return self.integers(own).dense()
+
+    def is_coded(self, own: str) -> bool:
+        return self._is_coded(self.shape(own)[1], self.tensors.shape(own.removesuffix("qweight") + "scales")[0])
+
+    def coded(self, own: str) -> CodedRows | None:
+        return self.integers(own).coded()
+
+    def integers(self, own: str) -> Integers:
+        """The tensor's own integers, scales and zero points. Raises ValueError for damaged ones."""
+        raise NotImplementedError
+
+
+class Gptq(_Words):
     """`qweight` [inputs in words, outputs] (Frantar et al. 2022, arXiv:2210.17323) of AutoGPTQ, GPTQModel and AutoRound."""
 
     def dense_name(self, own: str) -> str | None:
@@ -119,15 +136,6 @@ class Gptq(Scheme):
         own_format = packing in ("auto_round", "auto_round:gptqmodel")
         return self.config.get("checkpoint_format") != "gptq_v2" and not own_format
 
-    def read(self, own: str) -> np.ndarray:
-        return self.integers(own).dense()
-
-    def is_coded(self, own: str) -> bool:
-        return self._is_coded(self.shape(own)[1], self.tensors.shape(own.removesuffix("qweight") + "scales")[0])
-
-    def coded(self, own: str) -> CodedRows | None:
-        return self.integers(own).coded()
-
     def integers(self, own: str) -> Integers:
         base, bits = own.removesuffix("qweight"), self._bits(own)
         weight_OI = unpack(self.need(own).T, bits)
@@ -141,7 +149,7 @@ class Gptq(Scheme):
         return Integers(weight_OI, scale_GO.T, zero, group, bits)
 
 
-class Awq(Scheme):
+class Awq(_Words):
     """`qweight` [inputs, outputs in words] (Lin et al. 2023, arXiv:2306.00978): four bits, the eight of a word in another order."""
 
     def dense_name(self, own: str) -> str | None:
@@ -154,15 +162,6 @@ class Awq(Scheme):
     def shape(self, own: str) -> tuple[int, ...]:
         inputs, words = self.tensors.shape(own)
         return (words * 8, inputs)
-
-    def read(self, own: str) -> np.ndarray:
-        return self.integers(own).dense()
-
-    def is_coded(self, own: str) -> bool:
-        return self._is_coded(self.shape(own)[1], self.tensors.shape(own.removesuffix("qweight") + "scales")[0])
-
-    def coded(self, own: str) -> CodedRows | None:
-        return self.integers(own).coded()
 
     def integers(self, own: str) -> Integers:
         base = own.removesuffix("qweight")

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serving.media.processors.base import Patched, Scaling, Whole, value_of
-from serving.media.processors.qwen_video import QwenVideo, rounded, squares_of
+from serving.media.processors.qwen_video import QwenVideo, rounded, squares_of, unscaled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-MAX_ASPECT = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +88,6 @@ class QwenVLProcessor(Whole):
     def size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) that an image is scaled to. ValueError for one that is too long, or that cannot be left as it is."""
         step = self.patch * self.merge
-        if not self.scaling.resize:
-            if height % step or width % step:
-                raise ValueError(
-                    f"this model takes images as they are (do_resize is false), in whole squares of {step} pixels; this one has "
-                    f"{width} x {height}."
-                )
-            return height, width
-        if max(height, width) > MAX_ASPECT * min(height, width):
-            raise ValueError(f"one side of the image is more than {MAX_ASPECT} times the other.")
+        if (own := unscaled(self.scaling, "image", height, width, step)) is not None:
+            return own
         return rounded(height, width, step, self.min_pixels, self.max_pixels)

@@ -17,6 +17,24 @@ MAX_ASPECT = 200
 MARK, START, END = "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
 
 
+def unscaled(scaling: Scaling, what: str, height: int, width: int, step: int) -> tuple[int, int] | None:
+    """(height, width) of an image or a video that is taken as it is; None for one that is scaled. `step`: pixels of a square.
+
+    Raises:
+        ValueError: one that is no whole squares and must not be scaled, or too long to be.
+    """
+    if not scaling.resize:
+        if height % step or width % step:
+            raise ValueError(
+                f"this model takes {what}s as they are (do_resize is false), in whole squares of {step} pixels; this one has "
+                f"{width} x {height}."
+            )
+        return height, width
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"one side of the {what} is more than {MAX_ASPECT} times the other.")
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class QwenVideo:
     """Attributes as in `Video`, and:
@@ -73,15 +91,8 @@ class QwenVideo:
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int]:
         step = self.patch * self.merge
-        if not self.scaling.resize:
-            if height % step or width % step:
-                raise ValueError(
-                    f"this model takes videos as they are (do_resize is false), in whole squares of {step} pixels; this one has "
-                    f"{width} x {height}."
-                )
-            return height, width
-        if max(height, width) > MAX_ASPECT * min(height, width):
-            raise ValueError(f"one side of the video is more than {MAX_ASPECT} times the other.")
+        if (own := unscaled(self.scaling, "video", height, width, step)) is not None:
+            return own
         return (self._all if self.written else self._each)(frames, height, width, step)
 
     def _each(self, frames: int, height: int, width: int, step: int) -> tuple[int, int]:
