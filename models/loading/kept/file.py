@@ -161,8 +161,10 @@ def _in_small_pages(data: np.ndarray) -> bool:
     except OSError:
         return False
     first = next((i for i, line in enumerate(lines) if line.startswith(begin)), len(lines))
-    for line in lines[first + 1 : first + 30]:
+    for line in lines[first + 1 :]:
         name, *rest = line.split()
+        if not name.endswith(":"):
+            break  # the next mapping
         if name in wanted:
             wanted[name] = int(rest[0])
     return wanted["FilePmdMapped:"] + wanted["AnonHugePages:"] < HUGE_SHARE * wanted["Rss:"]

@@ -149,7 +149,8 @@ struct Chunk {
   const Form* form;
   const uint8_t* values[kPanels];  // a panel's first line: as stored, or unpacked to a byte a value
   int64_t line;                    // bytes from a line of a panel to its next
-  int64_t ahead;                   // bytes from a line to the same one of the next chunk
+  const uint8_t* next[kPanels];    // the panel's first line in the next chunk, as stored, and bytes to what is asked for after it
+  int64_t next_line;
   const float* scale[kPanels];
   const float* offset[kPanels];    // or null
   const uint8_t* head[kPanels];    // where scales are stored, and not widened: for kernels that do so themselves

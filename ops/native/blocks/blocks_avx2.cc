@@ -78,9 +78,9 @@ AT void look_up(const uint8_t* table, uint8_t* values, int64_t count) {
 
 int most(int64_t) { return 2; }
 
-constexpr bool kStored = false;
+bool stored(int64_t) { return false; }
 
-bool widens(const Form&) { return false; }
+bool widens(const Form&, int64_t) { return false; }
 
 // The sums of four inputs' products in each of eight channels.
 template <bool WIDE>

@@ -67,9 +67,9 @@ void look_up(const uint8_t* table, uint8_t* values, int64_t count) {
 
 int most(int64_t) { return 2; }
 
-constexpr bool kStored = false;
+bool stored(int64_t) { return false; }
 
-bool widens(const Form&) { return false; }
+bool widens(const Form&, int64_t) { return false; }
 
 void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
   const int period = chunk.form->block < kStep ? 16 : kStep, parts = kStep / period;

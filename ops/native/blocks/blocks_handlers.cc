@@ -13,7 +13,7 @@ using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
 using U8 = ffi::Buffer<ffi::U8>;
 
-constexpr int64_t kRowBlock = 48;  // rows that stay in the cache beside a tile's weights
+constexpr int64_t kRowBlock = 48, kMostRows = 192;  // rows of a tile, which stay in the second cache beside its weights
 
 const float* optional(const F32& buffer) { return buffer.element_count() == 0 ? nullptr : buffer.typed_data(); }
 
@@ -30,35 +30,51 @@ void add_rounding(Phases& phases, const Rounding& r, int64_t begin, int64_t rows
   });
 }
 
-// How a product's tiles are dealt out: a block of rows, and tiles of neighbouring channels one behind the other, so that memory is
-// read from front to back. Several are taken at once, as what is fetched ahead is of use to the thread that fetches it.
-struct Deal {
-  int64_t columns, row_blocks, together;  // tiles of one block of rows; blocks; tiles that a chunk has at most
-  Deal(int64_t tiles, int64_t rows) : columns(tiles), row_blocks(ceil_div(rows, kRowBlock)) {
-    // With many rows a tile takes so long that the thread that comes last would be waited for.
-    together = std::clamp<int64_t>(rows > 2 ? std::min(tiles / 32, 16 / rows) : tiles / 16, 1, 8);
+// How a product's tiles are dealt out: blocks of rows, and of each block runs of neighbouring tiles, which lie one behind the other
+// in memory. What is fetched ahead is of use to the thread that fetches it, so runs are long at first; the last ones are single
+// tiles, as the thread that comes last is waited for.
+class Deal {
+ public:
+  Deal(int64_t tiles, int64_t rows, int threads) : rows_(rows), block_(kRowBlock) {
+    // More rows a block read weights from memory less often, where enough is left to be shared.
+    while (block_ < kMostRows && block_ < rows && tiles * ceil_div(rows, 2 * block_) >= 8 * threads) block_ *= 2;
+    for (int64_t row = 0; row < rows; row += block_) {
+      const bool last = row + block_ >= rows;
+      for (int64_t first = 0, now; first < tiles; first += now) {
+        now = rehearsing() ? 1 : std::min(tiles - first, ceil_div(last ? tiles - first : tiles, 2 * threads));
+        runs_.push_back({row, first, now});
+      }
+    }
   }
-  int64_t runs() const { return ceil_div(columns, together); }
-  int64_t chunks() const { return row_blocks * runs(); }
-  // fn(first row of the block, tile, whether it is the last) for all tiles of a chunk.
+  int64_t chunks() const { return in_rehearsal(static_cast<int64_t>(runs_.size())); }
+  // fn(first row of the block, its rows, tile, whether it is the last) for all tiles of a chunk.
   template <typename F>
   void each(int64_t chunk, F fn) const {
-    const int64_t begin = chunk % runs() * together, end = std::min(begin + together, columns);
-    for (int64_t tile = begin; tile < end; ++tile) fn(chunk / runs() * kRowBlock, tile, tile + 1 == end);
+    const Run& run = runs_[chunk];
+    for (int64_t tile = 0; tile < run.tiles; ++tile) {
+      fn(run.row, std::min(rows_ - run.row, block_), run.first + tile, tile + 1 == run.tiles);
+    }
   }
+
+ private:
+  struct Run {
+    int64_t row, first, tiles;
+  };
+  int64_t rows_, block_;
+  std::vector<Run> runs_;
 };
 
 // out[rows, outputs] = a W^T + bias + residual. Row 0 of out is row `begin` of a.
 void add_product(Phases& phases, const Rows& a, const Weight& w, const float* bias, int64_t begin, int64_t rows, float* out,
-                 const float* residual) {
-  const Deal deal(static_cast<int64_t>(w.groups.size()), rows);
-  phases.add(in_rehearsal(deal.chunks()), [=, &w, &k = kernels()](int64_t chunk, int) {
-    deal.each(chunk, [&](int64_t first, int64_t tile, bool last) {
+                 const float* residual, int threads) {
+  const Deal deal(static_cast<int64_t>(w.groups.size()), rows, threads);
+  phases.add(deal.chunks(), [=, &w, &k = kernels()](int64_t chunk, int) {
+    deal.each(chunk, [&](int64_t first, int64_t count, int64_t tile, bool last) {
       const int64_t panel = w.groups[tile];
       Tile t{};
       t.a = a;
       t.first_row = begin + first;
-      t.rows = std::min(rows - first, kRowBlock);
+      t.rows = count;
       t.inputs = w.inputs;
       t.out_stride = w.outputs;
       t.last = last;
@@ -76,7 +92,7 @@ void add_product(Phases& phases, const Rows& a, const Weight& w, const float* bi
 // hidden[rows, F] = act(gate) * up; gate and up are the two halves of w's outputs, F a multiple of 16. Row 0 of hidden is row
 // `begin` of a.
 void add_gated(Phases& phases, const Rows& a, const Weight& w, const float* bias, int64_t begin, int64_t rows, float* hidden,
-               Activation activation) {
+               Activation activation, int threads) {
   const int64_t half = w.panels() / 2, width = half * kPanel;
   // Panels of one group whose ups lie in one group too, which is the rule.
   struct Stretch {
@@ -87,21 +103,21 @@ void add_gated(Phases& phases, const Rows& a, const Weight& w, const float* bias
     count = std::min<int64_t>({half - at, w.run(at).panels, w.run(half + at).panels});
     pairs.push_back({at, count});
   }
-  const Deal deal(static_cast<int64_t>(pairs.size()), rows);
-  phases.add(in_rehearsal(deal.chunks()), [=, &w, &k = kernels()](int64_t chunk, int) {
-    deal.each(chunk, [&](int64_t first, int64_t tile, bool last) {
-      const auto [panel, count] = pairs[tile];
+  const Deal deal(static_cast<int64_t>(pairs.size()), rows, threads);
+  phases.add(deal.chunks(), [=, &w, &k = kernels()](int64_t chunk, int) {
+    deal.each(chunk, [&](int64_t first, int64_t count, int64_t tile, bool last) {
+      const auto [panel, panels] = pairs[tile];
       Tile t{};
       t.a = a;
       t.first_row = begin + first;
-      t.rows = std::min(rows - first, kRowBlock);
+      t.rows = count;
       t.inputs = w.inputs;
       t.out_stride = width;
       t.last = last;
       t.activation = activation;
-      w.place(t, panel, count, bias);
-      w.place(t, half + panel, count, bias);
-      for (int64_t p = 0; p < count; ++p) t.out[p] = hidden + first * width + (panel + p) * kPanel;
+      w.place(t, panel, panels, bias);
+      w.place(t, half + panel, panels, bias);
+      for (int64_t p = 0; p < panels; ++p) t.out[p] = hidden + first * width + (panel + p) * kPanel;
       k.tile(t);
     });
   });
@@ -125,7 +141,8 @@ ffi::Error linear(ffi::ThreadPool pool, F32 x, F32 gain, U8 bytes, S32 form, F32
   const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, weight.rotated, 0);
   Phases phases;
   add_rounding(phases, a, 0, rows);
-  add_product(phases, a.to, weight, optional(bias), 0, rows, out->typed_data(), optional(residual));
+  add_product(phases, a.to, weight, optional(bias), 0, rows, out->typed_data(), optional(residual),
+              Phases::max_workers(pool));
   phases.run(pool);
   if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());
   return ffi::Error::Success();
@@ -141,7 +158,8 @@ ffi::Error gated_mlp(ffi::ThreadPool pool, F32 x, F32 gain, U8 up_bytes, S32 up_
   if (width % kPanel != 0) return ffi::Error::InvalidArgument("the hidden width is not a multiple of 16");
   if (!fits(up_bias, 2 * width) || !fits(down_bias, outputs)) return ffi::Error::InvalidArgument(kBias);
   // A group of rows goes through the whole block before the next: its hidden values stay in the cache.
-  const int64_t group = std::min<int64_t>(rows, 4 * kRowBlock);
+  const int64_t group = std::min<int64_t>(rows, kMostRows);
+  const int threads = Phases::max_workers(pool);
   const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, up.rotated, 0);
   float* hidden = static_cast<float*>(scratch(1, group * width * sizeof(float)));
   const Rounding h = rounding(hidden, group, width, nullptr, 0.0f, down.rotated, 2);
@@ -150,10 +168,10 @@ ffi::Error gated_mlp(ffi::ThreadPool pool, F32 x, F32 gain, U8 up_bytes, S32 up_
   add_rounding(phases, a, 0, rows);
   for (int64_t begin = 0; begin < rows; begin += group) {
     const int64_t count = std::min(group, rows - begin);
-    add_gated(phases, a.to, up, optional(up_bias), begin, count, hidden, static_cast<Activation>(activation));
+    add_gated(phases, a.to, up, optional(up_bias), begin, count, hidden, static_cast<Activation>(activation), threads);
     add_rounding(phases, h, 0, count);
     add_product(phases, h.to, down, optional(down_bias), 0, count, out->typed_data() + begin * outputs,
-                rest == nullptr ? nullptr : rest + begin * outputs);
+                rest == nullptr ? nullptr : rest + begin * outputs, threads);
   }
   phases.run(pool);
   if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());

@@ -1,11 +1,11 @@
 // What the instruction sets share, inside the namespace of a file that includes this once with AT, the function attribute that
 // enables the set. Loops over 16 channels become vectors of whatever set the function is compiled for. The file gives before it:
 //   activate(float[16], Activation)      in place
-//   kStored                              whether `multiply` takes values as they are stored
+//   stored(rows)                         whether `multiply` takes values of so many rows as they are stored, or a byte each
 //   most(rows)                           panels that it takes at once: 4, or 1 and 2
 //   Sixteen                              16 floats, and `same`, `times`, `put`, and what reads 16 scales of each type
 //   look_up(table[16], values, count)    each value replaced by its entry
-//   widens(form)                         whether `multiply` widens scales itself
+//   widens(form, rows)                   whether `multiply` widens scales itself
 //   multiply(tile, chunk, panels, sums)  adds a chunk's products of some panels to sums [rows][tile.panels][16]
 
 // The scales of a chunk of `inputs`, one for every `period` of them, as float32 [inputs / period][16], times `unit`.
@@ -195,14 +195,14 @@ AT static void finish(const Tile& t, float* sums) {
 
 // All panels of a run: chunk by chunk, so that memory is read from front to back, and of a chunk some panels after the others.
 AT static void panels(const Tile& t, const Run& run, float* sums) {
-  alignas(64) uint8_t values[kStored ? 64 : 2 * kChunk * kPanel];
+  alignas(64) uint8_t values[2 * kChunk * kPanel];
   alignas(64) float scale[kPanels][kChunk], offset[kPanels][kChunk / 2];
   const Form& form = *run.form;
   const int64_t all = padded(t.inputs);
-  const bool inside = widens(form);
+  const bool inside = widens(form, t.rows), as_stored = stored(t.rows);
   Chunk c{};
   c.form = &form;
-  c.line = kStored ? run.of * kLine : kLine;
+  c.line = as_stored ? run.of * kLine : kLine;
   for (int64_t input = 0; input < all; input += kChunk) {
     const int64_t count = std::min(kChunk, all - input);
     const Parts parts(form, count);
@@ -212,10 +212,12 @@ AT static void panels(const Tile& t, const Run& run, float* sums) {
     for (int64_t at = 0; at < run.panels * parts.head; at += kLine) __builtin_prefetch(heads + at);
     c.first_step = input / kStep;
     c.steps = count / kStep;
-    c.ahead = t.last && input + kChunk >= all ? 0 : run.of * parts.bytes();
+    const int64_t ahead = t.last && input + kChunk >= all ? 0 : run.of * parts.bytes();
     for (int64_t at = 0; most(t.rows) < kPanels && at < run.panels * parts.head; at += kLine) {
-      __builtin_prefetch(heads + c.ahead + at, 0, 2);
+      __builtin_prefetch(heads + ahead + at, 0, 2);
     }
+    // What a byte a value is read from was stored in fewer: all lines are asked for at the same pace, some of them twice.
+    c.next_line = as_stored ? c.line : run.of * kLine * form.bits / 8;
     for (int p = 0, together; p < run.panels; p += together) {
       const int left = run.panels - p;
       together = left >= kPanels && most(t.rows) == kPanels ? kPanels : std::min(left, 2);
@@ -225,8 +227,9 @@ AT static void panels(const Tile& t, const Run& run, float* sums) {
         if (!inside) decode_scales(c.head[j], form, parts, count, scale[j], offset[j]);
         c.scale[j] = scale[j];
         c.offset[j] = form.offset == Scale::kNone ? nullptr : offset[j];
-        c.values[j] = kStored ? lines : values + j * kChunk * kPanel;
-        if (!kStored) unpack_values(lines, run.of * kLine, form, count, values + j * kChunk * kPanel);
+        c.next[j] = lines + ahead;
+        c.values[j] = as_stored ? lines : values + j * kChunk * kPanel;
+        if (!as_stored) unpack_values(lines, run.of * kLine, form, count, values + j * kChunk * kPanel);
       }
       multiply(t, c, together, sums + p * kPanel);
     }

@@ -63,7 +63,9 @@ AT void look_up(const uint8_t* table, uint8_t* values, int64_t count) {
 
 int most(int64_t rows) { return rows <= 2 ? 4 : 2; }
 
-constexpr bool kStored = true;
+constexpr int64_t kMany = 24;  // rows from which a chunk's values and scales are unpacked once for all of them
+
+bool stored(int64_t rows) { return rows < kMany; }
 
 // How values are read: BITS as stored, with a table or without, `line` bytes from one line to the next. Upper halves of four bits
 // may stay where they are, as 16 times the values, where somebody divides by that later.
@@ -151,9 +153,9 @@ struct Nested {
   }
 };
 
-// Whether there is a `Nested` for it.
-bool widens(const Form& form) {
-  return form.table == Table::kNone && form.power == 0 &&
+// Whether there is a `Nested` for it, and few rows.
+bool widens(const Form& form, int64_t rows) {
+  return stored(rows) && form.table == Table::kNone && form.power == 0 &&
          ((form.bits == 4 && form.block == kStep && form.scale == Scale::kNestedU8 && form.offset == Scale::kNestedU8) ||
           (form.bits == 6 && form.block == 16 && form.scale == Scale::kNestedS8 && form.offset == Scale::kNone));
 }
@@ -168,7 +170,7 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
   constexpr bool kUpper = BITS == 4 && !TABLE && MR == 1;  // upper halves have sums of their own, 16 times too large
   using Read = Reader<BITS, TABLE, kUpper>;
   constexpr int kLoads = kStep / 4 / Read::kQuads / PARTS;
-  const int64_t line = chunk.line, ahead = row == 0 ? chunk.ahead : 0;
+  const int64_t line = chunk.line, next_line = row == 0 ? chunk.next_line : 0;
   const int zero = chunk.form->zero;
   const __m128i times_zero = _mm_cvtsi32_si128(zero == 0 ? 0 : __builtin_ctz(static_cast<uint32_t>(zero)));
   typename K::template Scales<NP> scales(chunk, panel);
@@ -180,6 +182,8 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
     table = four_times(entries);
   }
   const uint8_t* w = chunk.values[panel];
+  const uint8_t* next = row == 0 ? chunk.next[panel] : w;
+  const int64_t next_panel = NP == 1 ? 0 : chunk.values[panel + 1] - w;
   const Step* a[MR];
   __m512 total[MR][NP];
   UNROLL
@@ -213,10 +217,11 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
         UNROLL
         for (int j = 0; j < NP; ++j) {
           UNROLL
-          for (int l = 0; NP < kPanels && l < Read::kLines; ++l) __builtin_prefetch(w + j * kLine + l * line + ahead, 0, 2);
-          Read::load(w + j * kLine, line, table, value[j]);
+          for (int l = 0; NP < kPanels && l < Read::kLines; ++l) __builtin_prefetch(next + j * kLine + l * next_line, 0, 2);
+          Read::load(w + j * next_panel, line, table, value[j]);
         }
         w += Read::kLines * line;
+        next += Read::kLines * next_line;
         UNROLL
         for (int quad = 0; quad < Read::kQuads; ++quad) {
           UNROLL
@@ -267,8 +272,13 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
 }
 
 // How many of the rows that are left are taken at once. With few of them in registers dot products wait for each other, so none
-// are left alone: 9 are 5 and 4, 13 are 8 and 5.
+// are left alone: 9 are 5 and 4, 13 are 8 and 5. Where a step has one scale registers hold six rows of two panels.
+template <typename K>
 int64_t next_rows(int64_t left) {
+  if (K::kParts == 1) {
+    if (left >= 12 || left <= 6) return std::min<int64_t>(left, 6);
+    return left == 11 ? 6 : left == 7 || left == 8 ? 4 : 5;
+  }
   if (left >= 13 || left == 8) return 8;
   if (left <= 7) return left;
   return left <= 10 ? 5 : 6;
@@ -278,7 +288,7 @@ int64_t next_rows(int64_t left) {
 template <typename K, int NP>
 void all_rows(const Tile& t, const Chunk& chunk, float* sums) {
   for (int64_t row = 0; row < t.rows;) {
-    const int64_t now = next_rows(t.rows - row);
+    const int64_t now = next_rows<K>(t.rows - row);
     float* to = sums + row * t.panels * kPanel;
     switch (now) {
       case 8:
@@ -331,7 +341,8 @@ void multiply_parts(const Tile& t, const Chunk& chunk, int panels, float* sums) 
 }
 
 void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
-  if (widens(*chunk.form)) {
+  if (!stored(t.rows)) return multiply_parts<8, false>(t, chunk, panels, sums);
+  if (widens(*chunk.form, t.rows)) {
     return chunk.form->bits == 4 ? multiply_as<Q4K>(t, chunk, panels, sums) : multiply_as<Q6K>(t, chunk, panels, sums);
   }
   if (chunk.form->bits == 8) return multiply_parts<8, false>(t, chunk, panels, sums);

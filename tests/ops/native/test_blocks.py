@@ -131,9 +131,19 @@ def test_a_row_is_the_same_alone_and_among_others(kind):
     weight, _ = packed(kind, 80, 768)
     x_TI, run = normal(64, 768), jax.jit(linear)
     for level, y_TO in at_each_level(lambda: run(x_TI, weight)):
-        for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 48):
+        for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 24, 29, 48):
             native.set_isa(level)
             np.testing.assert_array_equal(run(x_TI[:count], weight), y_TO[:count], err_msg=f"{level}, {count} rows")
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_NL"])
+def test_blocks_of_many_rows(kind):
+    """So many rows and channels that a tile takes 192 rows: each is what it is alone."""
+    weight, _ = packed(kind, 1040, 544 if kind == "IQ4_NL" else 768)
+    x_TI, run = normal(400, weight.shape[1]), jax.jit(linear)
+    y_TO = np.asarray(run(x_TI, weight))
+    for rows in (slice(0, 5), slice(189, 194), slice(395, 400)):
+        np.testing.assert_array_equal(run(x_TI[rows], weight), y_TO[rows])
 
 
 @pytest.mark.parametrize(

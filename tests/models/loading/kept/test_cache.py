@@ -80,6 +80,20 @@ def test_what_the_system_maps_in_small_pages_is_copied(checkpoint, tmp_path, mon
         assert_same(weights(checkpoint, kept), first)
 
 
+def test_which_mappings_are_in_small_pages(tmp_path, monkeypatch):
+    """What the system says of other mappings, behind and in front, does not count."""
+    data = np.zeros(8, np.uint8)
+    fields = "Size: {0} kB\nRss: {0} kB\nFilePmdMapped: {1} kB\nVmFlags: rd wr mr\n"
+    monkeypatch.setattr(kept_file, "SMAPS", tmp_path / "smaps")
+    for huge, small in ((1000, False), (700, True)):
+        mappings = [("10-20", 100, 100), (f"{data.ctypes.data:x}-ffff", 1000, huge), ("30-40", 4, 4)]
+        said = (f"{place} rw-p 0 fe:00 7 /a file\n{fields.format(rss, pmd)}" for place, rss, pmd in mappings)
+        kept_file.SMAPS.write_text("".join(said))
+        assert kept_file._in_small_pages(data) is small
+    kept_file.SMAPS.unlink()
+    assert not kept_file._in_small_pages(data)
+
+
 def test_a_wake_maps_what_the_start_has_kept(checkpoint, tmp_path):
     kept, opened = Folder(tmp_path / "kept"), open_checkpoint(resolve(str(checkpoint)))
 
