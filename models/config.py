@@ -259,7 +259,8 @@ def from_hf(hf: Mapping[str, Any], partial: bool = False, **overrides: Any) -> M
         "tie_embeddings": bool(hf.get("tie_word_embeddings", False)) or is_bare(architecture),
     }
     if "rope" not in overrides:
-        values["rope"] = rope_from_hf(hf, int(head_dim * partial_rotary(hf)) if partial else head_dim)
+        part = partial_rotary(hf) if partial else None
+        values["rope"] = rope_from_hf(hf, head_dim if part is None else int(head_dim * part), part=part)
         values["max_positions"] = stretched(values["rope"], values["max_positions"])
     values.update(overrides)
     return ModelConfig(**values)
@@ -291,8 +292,28 @@ def partial_rotary(hf: Mapping[str, Any]) -> float:
     return float(parameters.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0)
 
 
+def refuse_part(part: float, dim: int) -> None:
+    """Where a network rotates all dimensions it has for that, a file that asks for a part of them is no model of it.
+
+    Args:
+        part: the file's `partial_rotary_factor`.
+        dim: the dimensions that are rotated.
+    Raises:
+        ValueError: the part is not all of them.
+    """
+    if int(dim * part) != dim:
+        raise ValueError(
+            f"config.json: partial_rotary_factor is {part:g}, and this network rotates all {dim} dimensions that it has for "
+            "positions: no frequencies belong to that. Set it to 1 or leave it out."
+        )
+
+
 def rope_from_hf(
-    hf: Mapping[str, Any], dim: int, layer_type: str | None = None, theta: float | None = None
+    hf: Mapping[str, Any],
+    dim: int,
+    layer_type: str | None = None,
+    theta: float | None = None,
+    part: float | None = None,
 ) -> RopeConfig:
     """Reads `rope_parameters` (new files) or `rope_theta` and `rope_scaling` (older ones).
 
@@ -300,6 +321,10 @@ def rope_from_hf(
         dim: rotated dimensions of a head.
         layer_type: picks one of the nested dictionaries where kinds of layers differ.
         theta: the base, where the file keeps it under another name.
+        part: the part of a head that `dim` is, in families that rotate a part; None in the others. Those look past the file's
+            `partial_rotary_factor` while nothing is stretched; what stretches positions does not.
+    Raises:
+        ValueError: a scaling that is not supported, or one of a part of what is rotated.
     """
     parameters = dict(hf.get("rope_parameters") or {})
     if layer_type is not None and isinstance(parameters.get(layer_type), Mapping):
@@ -310,6 +335,8 @@ def rope_from_hf(
     supported = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
     if kind not in supported:
         raise ValueError(f"config.json: the rotary scaling {kind!r} is not supported; supported: {list(supported)}.")
+    if part is None and kind not in ("default", "proportional"):
+        refuse_part(partial_rotary({"partial_rotary_factor": hf.get("partial_rotary_factor"), "rope_parameters": scaling}), dim)
     theta = theta if theta is not None else scaling.get("rope_theta", hf.get("rope_theta", 10000.0))
     max_positions = hf.get("max_position_embeddings", 2048)
     original = hf.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from models.config import MLAConfig, ModelConfig, MoEConfig, from_hf, rope_from_hf
+from models.config import MLAConfig, ModelConfig, MoEConfig, from_hf, partial_rotary, refuse_part, rope_from_hf
 from models.decoder import Decoder
 from models.family import Family
 from models.heads.mtp import MTP, behind
@@ -84,6 +84,7 @@ def deepseek_v3_config(hf: Mapping[str, Any]) -> ModelConfig:
 def glm4_moe_lite_config(hf: Mapping[str, Any]) -> ModelConfig:
     """GLM-4.7 Flash (Z.ai 2026): DeepSeek-V3 that says of each layer whether it has experts."""
     layers = hf["num_hidden_layers"]
+    refuse_part(partial_rotary(hf), hf["qk_rope_head_dim"])
     kinds = hf.get("mlp_layer_types") or ["dense"] + ["sparse"] * (layers - 1)
     hf = {**hf, "n_group": hf.get("n_group") or 1, "topk_group": hf.get("topk_group") or 1}
     config = deepseek_v3_config(hf)

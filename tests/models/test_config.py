@@ -42,3 +42,26 @@ def test_a_part_of_a_head_is_rotated_in_families_that_have_that(architecture, di
 def test_convolutions_have_the_activation_that_the_file_names(architecture, field):
     found = {mixer.activation for mixer in config_of(architecture, **{field: "relu"}).mixers if mixer is not None}
     assert found == {"relu"}
+
+
+STRETCHED = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "parameters"),
+    [
+        ("LlamaForCausalLM", STRETCHED),
+        ("DeepseekV3ForCausalLM", STRETCHED),
+        ("GlmMoeDsaForCausalLM", STRETCHED),
+        ("Glm4MoeLiteForCausalLM", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    ],
+)
+def test_a_part_of_what_is_rotated_whole_is_refused(architecture, parameters):
+    """No frequencies belong to it: transformers' own code fails, or turns several pairs by one frequency where there is one left."""
+    with pytest.raises(ValueError, match=r"partial_rotary_factor is 0\.5, and this network rotates all \d+ dimensions"):
+        config_of(architecture, rope_parameters=parameters)
+
+
+def test_a_stretched_part_of_a_head_is_read_in_families_that_rotate_a_part():
+    rope = config_of("Phi3ForCausalLM", hidden_size=128, head_dim=16, rope_parameters=STRETCHED).rope
+    assert rope is not None and (rope.dim, rope.factor) == (8, 2.0)
