@@ -28,7 +28,7 @@ def build(config: ModelConfig, build: Build) -> Decoder:
     return Decoder(config, build, DeepseekLayer)
 
 
-def _config(hf: Mapping[str, Any], **routing: Any) -> ModelConfig:
+def _config(hf: Mapping[str, Any], mlp_bias: bool = False, **routing: Any) -> ModelConfig:
     layers = hf["num_hidden_layers"]
     first, step = hf.get("first_k_dense_replace", 0), hf.get("moe_layer_freq", 1)
     experts = hf.get("n_routed_experts") or hf.get("num_local_experts")
@@ -53,6 +53,7 @@ def _config(hf: Mapping[str, Any], **routing: Any) -> ModelConfig:
         rope=rope_from_hf(hf, rope_dim),
         qkv_bias=bias,
         out_bias=bias,
+        mlp_bias=mlp_bias,
         moe=moe,
         mla=mla,
         extra=(("rope_interleave", hf.get("rope_interleave", True)),),
@@ -60,10 +61,11 @@ def _config(hf: Mapping[str, Any], **routing: Any) -> ModelConfig:
 
 
 def deepseek_v2_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Files have V3's `norm_topk_prob` too; transformers' V2 looks past it, and all published ones say false."""
     grouped = hf.get("topk_method", "greedy") == "group_limited_greedy"
     return _config(
         hf,
-        normalize=bool(hf.get("norm_topk_prob", False)),
+        bool(hf.get("mlp_bias", False)),
         groups=(hf.get("n_group") or 1) if grouped else 1,
         groups_kept=(hf.get("topk_group") or 1) if grouped else 1,
     )

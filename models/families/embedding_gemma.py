@@ -94,7 +94,7 @@ def embedding_gemma_config(hf: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(
             "config.json: use_bidirectional_attention is not set; this architecture is supported as an encoder."
         )
-    config = gemma3_config(hf)
+    config = gemma3_config({**hf, "use_bidirectional_attention": False})
     # The file counts both directions together.
     return dataclasses.replace(config, windows=tuple(None if w is None else w // 2 for w in config.windows))
 

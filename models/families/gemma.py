@@ -47,8 +47,19 @@ def build(config: ModelConfig, build: Build) -> Decoder:
     return Decoder(config, build, GemmaLayer)
 
 
+def _refuse_both_ways(hf: Mapping[str, Any]) -> None:
+    """Attention to what comes after a token is no decoder's.
+
+    Raises:
+        ValueError: the file asks for it.
+    """
+    if hf.get("use_bidirectional_attention"):
+        raise ValueError("config.json: use_bidirectional_attention is set; this is no model that generates.")
+
+
 def gemma_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Published files say "gelu" where the tanh approximation was trained."""
+    _refuse_both_ways(hf)
     told = hf.get("hidden_activation") or hf.get("hidden_act")
     return from_hf(
         hf,
@@ -64,6 +75,7 @@ def gemma_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 def _shared(hf: Mapping[str, Any], every: int) -> dict[str, Any]:
     """What both have; one layer in `every` is global (the last of each run)."""
+    _refuse_both_ways(hf)
     layers, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096)
     kinds = hf.get("layer_types") or [
         "full_attention" if (index + 1) % every == 0 else "sliding_attention" for index in range(layers)
@@ -77,14 +89,15 @@ def _shared(hf: Mapping[str, Any], every: int) -> dict[str, Any]:
         "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
         "qkv_bias": bool(hf.get("attention_bias", False)),
         "out_bias": bool(hf.get("attention_bias", False)),
-        "attn_softcap": hf.get("attn_logit_softcapping"),
         "logits_softcap": hf.get("final_logit_softcapping"),
         "tie_embeddings": hf.get("tie_word_embeddings", True),
     }
 
 
 def gemma2_config(hf: Mapping[str, Any]) -> ModelConfig:
-    return from_hf(hf, **_shared({"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} | dict(hf), 2))
+    """Only these bound the scores: Gemma 3's files may have the field too, and its networks look past it."""
+    hf = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} | dict(hf)
+    return from_hf(hf, attn_softcap=hf["attn_logit_softcapping"], **_shared(hf, 2))
 
 
 def gemma3_config(hf: Mapping[str, Any]) -> ModelConfig:

@@ -123,9 +123,11 @@ def llama4_config(hf: Mapping[str, Any]) -> ModelConfig:
         layers=tuple(index in sparse for index in range(layers)),
         shared_ffw_dim=hf["intermediate_size"],
     )
-    tuning = hf.get("attn_temperature_tuning", True)
+    tuning, bias = hf.get("attn_temperature_tuning", True), bool(hf.get("attention_bias", False))
     return from_hf(
         hf,
+        qkv_bias=bias,
+        out_bias=bias,
         ffw_dim=hf.get("intermediate_size_mlp", 16384),
         max_positions=hf.get("max_position_embeddings", 131072),
         rope_layers=tuple(bool(rotated) for rotated in rotates),

@@ -57,7 +57,7 @@ STRETCHED = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_r
     ],
 )
 def test_a_part_of_what_is_rotated_whole_is_refused(architecture, parameters):
-    """No frequencies belong to it: transformers' own code fails, or turns several pairs by one frequency where there is one left."""
+    """No frequencies belong to it: transformers fails, or turns several pairs by one frequency where there is one left."""
     with pytest.raises(ValueError, match=r"partial_rotary_factor is 0\.5, and this network rotates all \d+ dimensions"):
         config_of(architecture, rope_parameters=parameters)
 
@@ -65,3 +65,21 @@ def test_a_part_of_what_is_rotated_whole_is_refused(architecture, parameters):
 def test_a_stretched_part_of_a_head_is_read_in_families_that_rotate_a_part():
     rope = config_of("Phi3ForCausalLM", hidden_size=128, head_dim=16, rope_parameters=STRETCHED).rope
     assert rope is not None and (rope.dim, rope.factor) == (8, 2.0)
+
+
+@pytest.mark.parametrize("architecture", ["GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"])
+def test_attention_to_what_comes_after_is_no_decoders(architecture):
+    with pytest.raises(ValueError, match="use_bidirectional_attention is set; this is no model that generates"):
+        config_of(architecture, use_bidirectional_attention=True)
+
+
+def test_fields_that_only_an_elder_or_younger_of_the_family_heeds():
+    """As transformers' code has it: a file may have them all the same."""
+    assert config_of("Gemma2ForCausalLM", attn_logit_softcapping=7.0).attn_softcap == 7.0
+    assert config_of("Gemma3ForCausalLM", attn_logit_softcapping=7.0).attn_softcap is None
+    v2, v3 = (config_of(f"DeepseekV{n}ForCausalLM", norm_topk_prob=True, num_experts_per_tok=2).moe for n in (2, 3))
+    assert v2 is not None and v3 is not None and (v2.normalize, v3.normalize) == (False, True)
+    assert config_of("DeepseekV2ForCausalLM", mlp_bias=True, num_experts_per_tok=2).mlp_bias
+    assert not config_of("DeepseekV3ForCausalLM", mlp_bias=True).mlp_bias
+    llama4 = config_of("Llama4ForCausalLM", attention_bias=True)
+    assert llama4.qkv_bias and llama4.out_bias

@@ -69,12 +69,19 @@ def make_reference(name: str, directory: Path) -> None:
     np.savez(directory / "reference.npz", **arrays)
 
 
-def compare(directory: Path, mesh: str | None = None, steps: int = STEPS, path: Path | None = None) -> dict[str, float]:
+def compare(
+    directory: Path,
+    mesh: str | None = None,
+    steps: int = STEPS,
+    path: Path | None = None,
+    quantization: str | None = None,
+) -> dict[str, float]:
     """Runs the checkpoint (or the one at `path`) through our loader and pages; how far it is from the reference.
 
     Returns:
         `error`: the largest difference of logits over the largest logit. `tokens`: the fraction of greedy tokens that
-        are the reference's.
+        are the reference's. `direction`: the cosine between logits and the reference's in the middle of all positions whose
+        context is the reference's.
     """
     import jax.numpy as jnp
 
@@ -84,12 +91,13 @@ def compare(directory: Path, mesh: str | None = None, steps: int = STEPS, path: 
 
     devices = None if mesh is None else make_mesh(mesh)
     loaded = load_model(
-        resolve(str(path or directory)), dtype=jnp.float32, mesh=devices, max_model_len=160, progress=False
-    )
+        resolve(str(path or directory)), dtype=jnp.float32, quantization=quantization, mesh=devices, max_model_len=160,
+        progress=False,
+    )  # fmt: skip
     reference = np.load(directory / "reference.npz")
     prompts = [reference[f"tokens{i}"][:length].tolist() for i, length in enumerate(PROMPTS)]
     results = PagedModel(loaded.model, mesh=devices).generate(prompts, steps)
-    error, same = 0.0, []
+    error, same, directions = 0.0, [], []
     for index, (tokens, logits) in enumerate(results):
         wanted = reference[f"logits{index}"][: len(logits)]
         # Positions whose context is the reference's: all of them, while greedy tokens agree.
@@ -97,7 +105,13 @@ def compare(directory: Path, mesh: str | None = None, steps: int = STEPS, path: 
         upto = len(wanted) if agree.all() else int(np.argmin(agree))
         error = max(error, float(np.abs(logits - wanted)[:upto].max() / np.abs(wanted).max()))
         same.append(agree[len(prompts[index]) :].mean())
-    return {"error": error, "tokens": float(np.mean(same))}
+        lengths = np.linalg.norm(logits, axis=-1) * np.linalg.norm(wanted, axis=-1)
+        directions.append((np.einsum("nv,nv->n", logits, wanted) / lengths)[:upto])
+    return {
+        "error": error,
+        "tokens": float(np.mean(same)),
+        "direction": float(np.median(np.concatenate(directions))),
+    }
 
 
 def slug(name: str) -> str:

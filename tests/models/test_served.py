@@ -1,0 +1,86 @@
+"""Every architecture in the engine: requests that share prefixes, wait for pages and lose them get transformers' tokens; and int8
+weights give its logits' directions. Most are run where slow tests are."""
+
+from __future__ import annotations
+
+import asyncio
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.loading.load import load_model
+from models.loading.source import resolve
+from ops.paged_attention.groups import KVGroups, layers_per_page
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineRequest
+from serving.engine.cache.kv_windows import pages_of
+from serving.engine.requests.cache_specs import recurrent_of
+from tests.models.tiny import TINY
+from tests.models.tiny_reference import compare
+from tests.tiny import tiny_engine
+
+NEW, PAGE, LONGEST, PIECE = 16, 8, 96, 32
+SNAPSHOTS = {"interval": 24, "tail": 8, "worth": 8}
+QUICK_ONES = ("gemma 4, per-layer embeddings, shared pages",)
+"""One with windows, two sizes of heads and layers that read others' pages; `tests/serving/engine` has a hybrid, a sparse and a
+dense one."""
+
+
+def engine_of(folder):
+    """(an engine with pages for the longest request and a few, whether requests take pages)."""
+    model = load_model(resolve(str(folder)), dtype=jnp.float32, max_model_len=LONGEST, progress=False).model
+    per_page = layers_per_page(model.kv_specs(), LONGEST)
+    windows = KVGroups.of(model.kv_specs(), per_page).windows
+    recurrent = recurrent_of(model)
+    engine = tiny_engine(
+        model=model,
+        num_pages=1 + pages_of(64, windows, PAGE, PIECE) + 3 * max(len(windows), 1),
+        page_size=PAGE,
+        max_num_seqs=2,
+        max_num_batched_tokens=PIECE,
+        max_model_len=LONGEST,
+        layers_per_page=per_page if per_page < len(model.kv_specs()) else None,
+        num_snapshots=0 if recurrent is None else 12,
+        snapshots=SNAPSHOTS,
+    )
+    return engine, bool(windows)
+
+
+async def answer(engine, name, text):
+    """(tokens, prompt tokens found computed) of a greedy completion behind all of the text but its last ones."""
+    params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
+    tokens, cached = [], 0
+    async for output in engine.client.generate(EngineRequest(name, tuple(text[:-NEW]), params)):
+        tokens += output.token_ids
+        cached = max(cached, output.num_cached_tokens)
+    return tokens, cached
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK_ONES else pytest.mark.slow) for name in TINY]
+)
+def test_shared_prefixes_and_preemption_change_no_token(name, references):
+    folder = references(name)
+    reference = np.load(folder / "reference.npz")
+    texts = [reference["tokens0"][:end].tolist() for end in (53, 58, 64)]
+    texts += [reference["tokens1"][:end].tolist() for end in (37, 45)]
+    engine, paged = engine_of(folder)
+
+    async def together():
+        first = await asyncio.gather(*(answer(engine, f"a{i}", text) for i, text in enumerate(texts)))
+        return [*first, *[await answer(engine, f"b{i}", texts[2]) for i in range(2)]]
+
+    answers = asyncio.run(together())
+    counters = engine.scheduler.counters
+    engine.shutdown()
+    engine.runner.guard.check()
+    assert [tokens for tokens, _ in answers] == [text[-NEW:] for text in (*texts, texts[2], texts[2])]
+    assert answers[-1][1] >= 32, "the same prompt right before"
+    assert counters.preemptions > 0 or not paged
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_int8_weights_give_logits_of_the_same_direction(name, references):
+    assert compare(references(name), steps=8, quantization="int8")["direction"] > 0.99
