@@ -336,7 +336,9 @@ def rope_from_hf(
     if kind not in supported:
         raise ValueError(f"config.json: the rotary scaling {kind!r} is not supported; supported: {list(supported)}.")
     if part is None and kind not in ("default", "proportional"):
-        refuse_part(partial_rotary({"partial_rotary_factor": hf.get("partial_rotary_factor"), "rope_parameters": scaling}), dim)
+        refuse_part(
+            partial_rotary({"partial_rotary_factor": hf.get("partial_rotary_factor"), "rope_parameters": scaling}), dim
+        )
     theta = theta if theta is not None else scaling.get("rope_theta", hf.get("rope_theta", 10000.0))
     max_positions = hf.get("max_position_embeddings", 2048)
     original = hf.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")

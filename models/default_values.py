@@ -247,6 +247,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
         "sliding_window": 4096, "tie_word_embeddings": False, "vocab_size": 32000,
     },
+    "mistral4": {
+        "attention_bias": False, "first_k_dense_replace": 0, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 12288,
+        "kv_lora_rank": 256, "max_position_embeddings": 1048576, "moe_intermediate_size": 2048, "n_group": 1,
+        "n_routed_experts": 128, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 32,
+        "num_experts_per_tok": 4, "num_hidden_layers": 36, "num_key_value_heads": 32, "partial_rotary_factor": 0.5,
+        "q_lora_rank": 1024, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_interleave": True,
+        "rope_parameters": {"factor": 128.0, "original_max_position_embeddings": 8192, "max_position_embeddings": 1048576,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
+        "partial_rotary_factor": 0.5, "rope_type": "yarn"}, "rope_theta": 10000.0, "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": False, "topk_group": 1, "v_head_dim": 128, "vocab_size": 131072,
+    },
     "mixtral": {
         "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 131072,
         "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8,

@@ -15,7 +15,7 @@ from typing import Any
 
 from models import families as ours
 from models.bridge import family as bridge
-from models.bridge.known import BESIDE, EQUAL
+from models.bridge.known import EQUAL
 from models.family import Family
 from models.refused import REFUSED, UNWRITTEN
 
@@ -73,7 +73,7 @@ def status(architecture: str) -> str:
         return f"refused: {REFUSED[architecture]}"
     if not bridge.installed():
         return f"refused: {_NEEDS_EXTRA}"
-    if architecture in EQUAL | BESIDE:
+    if architecture in EQUAL:
         return "bridged"
     return f"refused: {_NOT_TRIED if bridge.has(architecture) else 'it is not known here'}"
 

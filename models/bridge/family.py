@@ -21,7 +21,6 @@ import platformdirs
 
 from models.bridge import aten
 from models.bridge.graph import Trace
-from models.bridge.known import BESIDE
 from models.bridge.module import BridgedDecoder
 from models.config import ModelConfig, MoEConfig
 from models.family import Family
@@ -45,7 +44,7 @@ def installed() -> bool:
 def has(architecture: str) -> bool:
     """Whether the transformers that is installed has a model of that name for texts. Reads its list as text: importing it takes
     seconds."""
-    return installed() and (architecture in BESIDE or f'"{architecture}"' in _listed())
+    return installed() and f'"{architecture}"' in _listed()
 
 
 @functools.cache

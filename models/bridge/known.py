@@ -24,6 +24,3 @@ _EQUAL = """
 
 EQUAL = frozenset(_EQUAL.split())
 """Architectures of transformers' list for text generation that have no family here."""
-
-BESIDE = frozenset(("Mistral4ForCausalLM",))
-"""Those that transformers has and does not list; they were tried too."""

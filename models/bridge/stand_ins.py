@@ -21,7 +21,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from models.bridge import masks
 from models.bridge.graph import Refused
-from models.bridge.known import BESIDE
 from models.bridge.record import options
 
 NAME = "jaxserve"
@@ -234,7 +233,7 @@ def model_class(hf: Mapping[str, Any]) -> Any:
     """
     architecture = hf["architectures"][0]
     listed = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    known = {name for names in listed for name in ([names] if isinstance(names, str) else names)} | BESIDE
+    known = {name for names in listed for name in ([names] if isinstance(names, str) else names)}
     if architecture not in known or not hasattr(transformers, architecture):
         raise Refused("it has no model for text generation of that name")
     return getattr(transformers, architecture)

@@ -28,7 +28,16 @@ def build(config: ModelConfig, build: Build) -> Decoder:
     return Decoder(config, build, DeepseekLayer)
 
 
-def _config(hf: Mapping[str, Any], mlp_bias: bool = False, **routing: Any) -> ModelConfig:
+def latent_config(
+    hf: Mapping[str, Any], mlp_bias: bool = False, part: float | None = None, **routing: Any
+) -> ModelConfig:
+    """What all networks with latent attention and a mixture of this kind have in common.
+
+    Args:
+        mlp_bias: dense blocks and the shared expert have biases.
+        part: as in `rope_from_hf`.
+        routing: fields of `MoEConfig`.
+    """
     layers = hf["num_hidden_layers"]
     first, step = hf.get("first_k_dense_replace", 0), hf.get("moe_layer_freq", 1)
     experts = hf.get("n_routed_experts") or hf.get("num_local_experts")
@@ -50,7 +59,7 @@ def _config(hf: Mapping[str, Any], mlp_bias: bool = False, **routing: Any) -> Mo
         hf,
         head_dim=hf["qk_nope_head_dim"] + rope_dim,
         num_kv_heads=hf["num_attention_heads"],
-        rope=rope_from_hf(hf, rope_dim),
+        rope=rope_from_hf(hf, rope_dim, part=part),
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=mlp_bias,
@@ -63,7 +72,7 @@ def _config(hf: Mapping[str, Any], mlp_bias: bool = False, **routing: Any) -> Mo
 def deepseek_v2_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Files have V3's `norm_topk_prob` too; transformers' V2 looks past it, and all published ones say false."""
     grouped = hf.get("topk_method", "greedy") == "group_limited_greedy"
-    return _config(
+    return latent_config(
         hf,
         bool(hf.get("mlp_bias", False)),
         groups=(hf.get("n_group") or 1) if grouped else 1,
@@ -72,7 +81,7 @@ def deepseek_v2_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def deepseek_v3_config(hf: Mapping[str, Any]) -> ModelConfig:
-    return _config(
+    return latent_config(
         hf,
         scoring="sigmoid",
         normalize=bool(hf.get("norm_topk_prob", True)),

@@ -259,6 +259,7 @@ FAMILIES = (
         ("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"),
         gemma3n_config,
         Gemma3nDecoder,
+        gguf=("gemma3n",),
         ignore=BESIDE,
     ),
 )

@@ -14,6 +14,7 @@ from models.config import ModelConfig, from_hf, windows_from_hf
 from models.decoder import Decoder
 from models.encoders.pixtral import Pixtral, pixtral_vision
 from models.families.gemma import VISION
+from models.families.mistral4 import Mistral4Layer, mistral4_config
 from models.family import Family, Tower
 from models.layers import Attention, Build, Layer
 
@@ -57,6 +58,15 @@ def mistral_config(hf: Mapping[str, Any]) -> ModelConfig:
     return from_hf(hf, windows=config.windows, extra=extra)
 
 
+def _with_tower(hf: Mapping[str, Any]) -> ModelConfig:
+    """One architecture for every text behind the tower."""
+    return mistral4_config(hf) if hf.get("kv_lora_rank") else mistral_config(hf)
+
+
+def _build_with_tower(config: ModelConfig, build: Build) -> Decoder:
+    return Decoder(config, build, MistralLayer if config.mla is None else Mistral4Layer)
+
+
 FAMILIES = (
     Family(
         "Mistral, Mistral Small, Ministral, Ministral 3 (text)",
@@ -72,10 +82,10 @@ FAMILIES = (
         ignore=VISION,
     ),
     Family(
-        "Mistral Small 3.1, Ministral 3",
+        "Mistral Small 3.1, Ministral 3, Mistral 4",
         ("Mistral3ForConditionalGeneration",),
-        mistral_config,
-        build,
+        _with_tower,
+        _build_with_tower,
         ignore=VISION,
         tower=Tower(pixtral_vision, Pixtral, VISION[0]),
     ),

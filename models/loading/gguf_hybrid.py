@@ -1,9 +1,10 @@
-"""What GGUF's metadata says of models whose layers differ: recurrent ones between attention, and Gemma 4's."""
+"""What GGUF's metadata says of models whose layers differ: recurrent ones between attention, and Gemma 3n's and 4's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,26 @@ def _gemma4(config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, An
         "num_experts": get("expert_count"),
         "top_k_experts": get("expert_used_count"),
         "moe_intermediate_size": get("expert_feed_forward_length"),
+        "attention_bias": False,
+    }
+
+
+def _gemma3n(config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, Any]:
+    layers = config["num_hidden_layers"]
+    steepness = _by_layer(get("activation_sparsity_scale", 0.0), layers)
+    return {
+        "rope_local_base_freq": get("rope.freq_base_swa", 1e4),
+        "num_kv_shared_layers": int(get("attention.shared_kv_layers", 0)),  # published files have a float
+        "hidden_size_per_layer_input": get("embedding_length_per_layer_input"),
+        "vocab_size_per_layer_input": file.tensors["per_layer_token_embd.weight"].shape[0],
+        "intermediate_size": _by_layer(get("feed_forward_length"), layers),
+        # Of a normal distribution so much lies below so many deviations; 0 stands for a block without a threshold.
+        "activation_sparsity_pattern": [NormalDist().cdf(scale) if scale else 0.0 for scale in map(float, steepness)],
+        "altup_num_inputs": get("altup.num_inputs"),
+        "altup_active_idx": get("altup.active_idx", 0),
+        "altup_correct_scale": True,
+        "laurel_rank": file.tensors["blk.0.laurel_l.weight"].shape[0],
+        "final_logit_softcapping": get("final_logit_softcapping", 30.0),
         "attention_bias": False,
     }
 
@@ -256,6 +277,7 @@ _READERS = {
     "qwen3next": _delta,
     "qwen35": _delta,
     "qwen35moe": _delta,
+    "gemma3n": _gemma3n,
     "gemma4": _gemma4,
     "granitehybrid": _granite_hybrid,
     "nemotron_h": _nemotron_h,

@@ -51,16 +51,33 @@ SECONDARY = {
 }
 """Tensors that only come in as a second source; they stand for no tensor of their own."""
 
+_STACKED = re.compile(r"^model\.(altup(?:_unembed)?_projections)\.(\d+)\.weight$")
 _LAYER = re.compile(r"^(?:model\.layers|transformer\.h)\.(\d+)\.(.+)$")
 
 
 def layout(file: GGUFFile, architecture: str, name: str) -> Layout | None:
     """How `name` is made where the file does not have it as it is; None where it does (or does not have it at all)."""
+    if stacked := _STACKED.match(name):
+        return _of_stack(file, *stacked.groups())
     match = _LAYER.match(name)
     maker = _MAKERS.get(architecture)
     if match is None or maker is None:
         return None
     return maker(file, f"blk.{match.group(1)}", match.group(2))
+
+
+def _of_stack(file: GGUFFile, which: str, index: str) -> Layout | None:
+    """One of Gemma 3n's matrices between residual streams, which are one tensor."""
+    source = {"altup_projections": "altup_proj.weight", "altup_unembed_projections": "altup_unembd_proj.weight"}[which]
+    if source not in file.tensors:
+        return None
+    return Layout((source,), file.tensors[source].shape[1:], lambda array: array[int(index)])
+
+
+def _gemma3n(file: GGUFFile, block: str, part: str) -> Layout | None:
+    """A scale that Hugging Face has without a suffix."""
+    source = f"{block}.altup_correct_scale.weight"
+    return Layout.as_it_is(file, source) if part == "altup.correct_output_scale" and source in file.tensors else None
 
 
 def _gpt2(file: GGUFFile, block: str, part: str) -> Layout | None:
@@ -306,6 +323,7 @@ _MAKERS: dict[str, Callable[[GGUFFile, str, str], Layout | None]] = {
     "qwen3next": _qwen_delta,
     "qwen35": _qwen_delta,
     "qwen35moe": _qwen_delta,
+    "gemma3n": _gemma3n,
     "gemma4": _gemma4,
     "granitehybrid": _granite_hybrid,
     "nemotron_h": _nemotron_h,

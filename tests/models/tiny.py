@@ -43,6 +43,21 @@ DEEPSEEK = {
     "topk_group": 1,
 }
 
+MISTRAL4 = DEEPSEEK | {
+    "first_k_dense_replace": 0,
+    "qk_nope_head_dim": 8,
+    "rope_parameters": MINISTRAL3_ROPE | {"partial_rotary_factor": 0.5},
+}
+PIXTRAL = {
+    "model_type": "pixtral",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "image_size": 28,
+}
+
 TINY: dict[str, Tiny] = {
     "llama": Tiny("LlamaConfig", "LlamaForCausalLM"),
     "llama, tied, one kv head": Tiny(
@@ -312,17 +327,29 @@ TINY: dict[str, Tiny] = {
         | {
             "text_config": BASE
             | {"model_type": "ministral3", "head_dim": 16, "rope_parameters": MINISTRAL3_ROPE, "sliding_window": None},
-            "vision_config": {
-                "model_type": "pixtral",
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "head_dim": 16,
-                "image_size": 28,
-            },
+            "vision_config": PIXTRAL,
             "image_token_index": 10,
         },
+    ),
+    "mistral 4": Tiny("Mistral4Config", "Mistral4ForCausalLM", MISTRAL4, expert_mesh=True),
+    "mistral 4, groups, with vision": Tiny(
+        "Mistral3Config",
+        "Mistral3ForConditionalGeneration",
+        dict.fromkeys(BASE)
+        | {
+            "text_config": BASE
+            | MISTRAL4
+            | {
+                "model_type": "mistral4",
+                "n_group": 4,
+                "topk_group": 2,
+                "first_k_dense_replace": 1,
+                "q_lora_rank": None,
+            },
+            "vision_config": PIXTRAL,
+            "image_token_index": 10,
+        },
+        expert_mesh=True,
     ),
     "gemma": Tiny("GemmaConfig", "GemmaForCausalLM", {"head_dim": 16, "tie_word_embeddings": True}),
     "granitemoe": Tiny(

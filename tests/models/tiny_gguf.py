@@ -235,6 +235,8 @@ def tensors_of(tensors: dict, c: dict, arch: str) -> dict:
             base = name.split(".input_linear.")[0]
             gate, up = np.split(array, 2, axis=1)
             out[f"{base}.experts.w1.weight"], out[f"{base}.experts.w3.weight"] = gate, up
+        elif stacked := re.match(r"^(model\.altup\w*_projections)\.(\d+)(\.weight)$", name):
+            stacks.setdefault(stacked[1] + stacked[3], {})[int(stacked[2])] = array
         elif ".experts." in name:
             before, after = name.split(".experts.")
             index, part = after.split(".", 1)

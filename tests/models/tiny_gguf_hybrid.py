@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from statistics import NormalDist
 
 import numpy as np
 
@@ -11,6 +12,7 @@ ARCHITECTURES = {
     "Qwen3NextForCausalLM": "qwen3next",
     "Qwen3_5ForCausalLM": "qwen35",
     "Qwen3_5MoeForCausalLM": "qwen35moe",
+    "Gemma3nForCausalLM": "gemma3n",
     "Gemma4ForCausalLM": "gemma4",
     "GraniteMoeHybridForCausalLM": "granitehybrid",
     "Lfm2ForCausalLM": "lfm2",
@@ -36,6 +38,18 @@ def metadata(c: Mapping, arch: str) -> dict:
             "ssm.inner_size": c["linear_num_value_heads"] * c["linear_value_head_dim"],
             "full_attention_interval": 4,
             "rope.dimension_count": int(c["head_dim"] * c["rope_parameters"]["partial_rotary_factor"]),
+        }
+    if arch == "gemma3n":
+        return {
+            "attention.sliding_window": c["sliding_window"],
+            "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in c["layer_types"]],
+            "attention.shared_kv_layers": float(c["num_kv_shared_layers"]),
+            "embedding_length_per_layer_input": c["hidden_size_per_layer_input"],
+            "altup.num_inputs": c["altup_num_inputs"],
+            "altup.active_idx": c["altup_active_idx"],
+            "activation_sparsity_scale": [
+                NormalDist().inv_cdf(share) if share else 0.0 for share in c["activation_sparsity_pattern"]
+            ],
         }
     if arch == "gemma4":
         sliding = [kind == "sliding_attention" for kind in c["layer_types"]]
@@ -191,6 +205,8 @@ def special(name: str, array: np.ndarray, c: Mapping, arch: str) -> dict[str, np
     block, part = f"blk.{layer[1]}", layer[2]
     if arch in ("qwen3next", "qwen35", "qwen35moe") and part.startswith("linear_attn."):
         return _delta(block, part.removeprefix("linear_attn."), array, c, arch)
+    if arch == "gemma3n" and part == "altup.correct_output_scale":
+        return {f"{block}.altup_correct_scale.weight": array}
     if arch == "gemma4":
         own = {
             "layer_scalar": "layer_output_scale.weight",

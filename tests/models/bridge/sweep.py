@@ -17,16 +17,13 @@ from typing import Any
 
 import numpy as np
 
-BESIDE = {"mistral4": "Mistral4ForCausalLM"}
-"""As models.bridge.known.BESIDE, by type."""
-
 
 def listed() -> dict[str, str]:
     """Type of configuration -> architecture, of transformers' list for text generation."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
-    return {kind: name if isinstance(name, str) else name[0] for kind, name in names} | BESIDE
+    return {kind: name if isinstance(name, str) else name[0] for kind, name in names}
 
 
 def tried(kind: str, architecture: str) -> dict[str, Any]:

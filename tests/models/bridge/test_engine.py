@@ -176,16 +176,29 @@ def test_bfloat16_is_recorded_by_itself(made, opened, monkeypatch):
     assert 1e-4 < check.difference(model, tokens, eager.eager_logits(made, tokens)) < 0.05
 
 
-def test_weights_are_cut_over_a_mesh(made, opened):
-    """Products by transformers' plan, experts by ours; in a process of its own, which has four devices."""
-    expected = [tokens for tokens, _ in tiny.expected(made, prompts=(21, 7), new=5)]
-    told = {"architecture": ARCHITECTURE, "prompts": [one[:-5] for one in expected], "new": 5}
-    command = [sys.executable, "-m", "tests.models.bridge.mesh_run", str(opened.source.path), "expert=2,model=2"]
+def on_four_devices(opened, mesh, expected, new):
+    """What `mesh_run` finds of prompts, in a process of its own, which has four devices."""
+    told = {"architecture": ARCHITECTURE, "prompts": [one[:-new] for one in expected], "new": new}
+    command = [sys.executable, "-m", "tests.models.bridge.mesh_run", str(opened.source.path), mesh]
     run = subprocess.run(
         command, input=json.dumps(told), cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_weights_are_cut_over_a_mesh(made, opened):
+    """Products by transformers' plan, experts by ours."""
+    expected = [tokens for tokens, _ in tiny.expected(made, prompts=(21, 7), new=5)]
+    found = on_four_devices(opened, "expert=2,model=2", expected, 5)
     assert found["tokens"] == expected
     assert found["cut"] > 10
+
+
+@pytest.mark.slow
+def test_replicas_of_a_cut_model(made, opened):
+    expected = [tokens for tokens, _ in tiny.expected(made, prompts=(21, 7, 33, 34, 12, 25), new=8)]
+    found = on_four_devices(opened, "data=2,model=2", expected, 8)
+    assert found["tokens"] == expected
+    assert found["cut"] > 10 and min(found["placed"]) > 0 and found["hits"] > 0

@@ -30,13 +30,6 @@ OTHER: dict[str, dict[str, Any]] = {
     "modernbert-decoder": {"global_attn_every_n_layers": 2},
     "phimoe": {"sliding_window": None},
     "openai-gpt": {"n_positions": 256},
-    "mistral4": {
-        "num_key_value_heads": 4, "head_dim": 24,
-        "rope_parameters": {
-            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0,
-            "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "partial_rotary_factor": 8 / 24,
-        },
-    },
     "cohere_compass_text": {
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")

@@ -16,6 +16,7 @@ import pathlib
 import re
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 
@@ -118,7 +119,13 @@ def make_engine(
     folder: pathlib.Path, config: ModelConfig, text: str, host_tier: bool = False, drafts: bool = False
 ) -> Engine:
     mesh = make_mesh(text)
-    model = model_on(folder, config, mesh)
+    return engine_around(model_on(folder, config, mesh), mesh, text, host_tier, drafts)
+
+
+def engine_around(
+    model: Any, mesh: jax.sharding.Mesh, text: str, host_tier: bool = False, drafts: bool = False
+) -> Engine:
+    """A started engine of a model whose weights lie on a mesh, which `text` says."""
     sizes = dataclasses.replace(SIZES, layers_per_page=layers_per_page(model.kv_specs(), SIZES.max_model_len))
     if model.state_specs():
         sizes = dataclasses.replace(sizes, num_snapshots=6)
