@@ -66,12 +66,20 @@ def file() -> dict[str, Any]:
     return {"type": "file", "file": content}
 
 
+def heard() -> dict[str, Any]:
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(sound()).decode(), "format": "wav"}}
+
+
 def check_openai(url: str, reads: set[str]) -> None:
-    """Chat and responses with an image, chat with a file, a transcript and its stream."""
+    """Chat and responses with an image, chats with a file and with sounds, a transcript and its stream."""
     import openai
 
     client = openai.OpenAI(base_url=url, api_key="none")
-    if "audio" in reads:
+    if {"audio", "text"} <= reads:
+        messages: Any = turn(heard(), heard())
+        said = client.chat.completions.create(model="default", messages=messages, max_tokens=8)
+        assert said.usage and said.usage.prompt_tokens > 20 and said.usage.completion_tokens
+    elif "audio" in reads:
         how: Any = {"model": "default", "language": "en"}
         said = client.audio.transcriptions.create(file=("a.wav", sound()), **how)
         assert isinstance(said.text, str)
@@ -99,10 +107,11 @@ def check_litellm(url: str, reads: set[str]) -> None:
     import litellm
 
     how: Any = {"api_base": url, "api_key": "none", "model": "openai/default"}
-    if "audio" in reads:
+    if "audio" in reads and "text" not in reads:
         assert isinstance(litellm.transcription(file=("a.wav", sound()), language="en", **how).text, str)
         return
-    found = litellm.completion(messages=turn(image() if "image" in reads else file()), max_tokens=4, **how)
+    part = image() if "image" in reads else heard() if "audio" in reads else file()
+    found = litellm.completion(messages=turn(part), max_tokens=4, **how)
     assert found.usage.prompt_tokens > 8
 
 

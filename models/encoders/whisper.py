@@ -67,10 +67,8 @@ class WhisperBlock(VitBlock):
         return recipes | under("mlp", self.mlp.recipes(name))
 
 
-class WhisperEncoder(nnx.Module):
-    """`models.api.ImageEncoder` whose patches are the frames of a log-mel spectrogram, all of them real. It makes one row of
-    numbers, [L, K and V, H, positions, h] of the decoder's layers (or `in_pages`, what `ops.paged_attention.whole` keeps of each):
-    they attend to nothing else of the sound."""
+class SoundTrunk(nnx.Module):
+    """Frames of a log-mel spectrogram through two convolutions, of which the second halves them, and the blocks."""
 
     def __init__(self, config: VitConfig, build: Build):
         self.config, self.compute_dtype = config, build.compute_dtype
@@ -80,29 +78,33 @@ class WhisperEncoder(nnx.Module):
         self.positions = weight((config.get("positions"), D), jnp.float32, (None, "embed"))
         self.blocks: Any = nnx.List([WhisperBlock(config, layer, build) for layer in range(config.num_layers)])
         self.norm = LayerNorm(D, config.norm_eps)
-        axis = build.axis("heads", config.get("heads"))
-        self.cross: Any = nnx.List(
-            [Linear(D, 2 * D, build, (axis, "embed"), bias=True) for _ in range(config.get("layers"))]
-        )
 
-    def encode(self, patches_PX: jax.Array, place_P2: jax.Array, count: jax.Array) -> jax.Array:
+    def hear(
+        self,
+        frames_PX: jax.Array,
+        place_P2: jax.Array,
+        real_S: jax.Array | None = None,
+        there_P: jax.Array | None = None,
+    ) -> jax.Array:
+        """[S, D] before the last norm, S the lesser of half the frames and the positions that there are.
+
+        Args:
+            real_S: those that are attended to, which come first; None for all.
+            there_P: frames that are there; behind them is nothing, for both convolutions. None for all.
+        """
         act = activation(self.config.activation)
-        x_PD = act(self.patch(_seen(patches_PX.astype(self.compute_dtype), 1)))
-        x_SD = act(self.halve(_seen(x_PD, 2)))
-        x_SD = x_SD + self.positions[...].astype(x_SD.dtype)
-        real_S, place_S2 = jnp.ones(len(x_SD), bool), place_P2[: len(x_SD)]
+        x_PD = act(self.patch(_seen(frames_PX.astype(self.compute_dtype), 1)))
+        x_PD = x_PD if there_P is None else jnp.where(there_P[:, None], x_PD, 0)
+        x_SD = act(self.halve(_seen(x_PD, 2)))[: self.config.get("positions")]
+        x_SD = x_SD + self.positions[...][: len(x_SD)].astype(x_SD.dtype)
+        real_S = jnp.ones(len(x_SD), bool) if real_S is None else real_S[: len(x_SD)]
         for block in self.blocks:
-            x_SD = run_block(block, x_SD, place_S2, real_S)
-        x_SD, H = self.norm(x_SD), self.config.get("heads")
-        if self.config.get("paged"):
-            parts = (linear(x_SD).reshape(len(x_SD), H, 2, -1) for linear in self.cross)
-            return jnp.concatenate([whole.keep(part[:, :, 0], part[:, :, 1]) for part in parts])[None]
-        kept = [linear(x_SD).reshape(len(x_SD), H, 2, -1).transpose(2, 1, 0, 3).reshape(-1) for linear in self.cross]
-        return jnp.concatenate(kept)[None]
+            x_SD = run_block(block, x_SD, place_P2[: len(x_SD)], real_S)
+        return x_SD
 
-    def recipes(self) -> Recipes:
-        D, mels, H = self.config.embed_dim, self.config.patch_dim, self.config.get("heads")
-        name = "model.encoder"
+    def trunk_recipes(self, name: str) -> Recipes:
+        """Of all that is here; `name` is the encoder's."""
+        D, mels = self.config.embed_dim, self.config.patch_dim
         recipes: Recipes = {
             "patch.weight": one(f"{name}.conv1.weight", D, mels, TAPS),
             "patch.bias": one(f"{name}.conv1.bias", D),
@@ -112,13 +114,39 @@ class WhisperEncoder(nnx.Module):
         }
         for index, block in enumerate(self.blocks):
             recipes |= under(f"blocks.{index}", block.recipes(f"{name}.layers.{index}"))
+        return recipes | under("norm", self.norm.recipes(f"{name}.layer_norm"))
+
+
+class WhisperEncoder(SoundTrunk):
+    """`models.api.ImageEncoder` whose patches are the frames of a log-mel spectrogram, all of them real. It makes one row of
+    numbers, [L, K and V, H, positions, h] of the decoder's layers (or `in_pages`, what `ops.paged_attention.whole` keeps of each):
+    they attend to nothing else of the sound."""
+
+    def __init__(self, config: VitConfig, build: Build):
+        super().__init__(config, build)
+        D, axis = config.embed_dim, build.axis("heads", config.get("heads"))
+        self.cross: Any = nnx.List(
+            [Linear(D, 2 * D, build, (axis, "embed"), bias=True) for _ in range(config.get("layers"))]
+        )
+
+    def encode(self, patches_PX: jax.Array, place_P2: jax.Array, count: jax.Array) -> jax.Array:
+        x_SD, H = self.norm(self.hear(patches_PX, place_P2)), self.config.get("heads")
+        if self.config.get("paged"):
+            parts = (linear(x_SD).reshape(len(x_SD), H, 2, -1) for linear in self.cross)
+            return jnp.concatenate([whole.keep(part[:, :, 0], part[:, :, 1]) for part in parts])[None]
+        kept = [linear(x_SD).reshape(len(x_SD), H, 2, -1).transpose(2, 1, 0, 3).reshape(-1) for linear in self.cross]
+        return jnp.concatenate(kept)[None]
+
+    def recipes(self) -> Recipes:
+        D, H = self.config.embed_dim, self.config.get("heads")
+        recipes = self.trunk_recipes("model.encoder")
         for index in range(len(self.cross)):
             other = f"model.decoder.layers.{index}.encoder_attn"
             k, v = pieces([f"{other}.{part}_proj.weight" for part in "kv"], (D, D), (D, D))
             bias = one(f"{other}.v_proj.bias", D)
             recipes[f"cross.{index}.weight"] = deal(H, k, v)
             recipes[f"cross.{index}.bias"] = deal(H, Computed((bias,), np.zeros_like), bias)
-        return recipes | under("norm", self.norm.recipes(f"{name}.layer_norm"))
+        return recipes
 
 
 def _seen(x_TD: jax.Array, step: int) -> jax.Array:

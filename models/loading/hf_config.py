@@ -64,7 +64,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         )
     text = hf.get("text_config")
     if isinstance(text, Mapping) and "num_hidden_layers" not in hf:
-        hf = {**hf, **text, "architectures": hf["architectures"]}
+        said = {name: hf[name] for name in hf.keys() & text.keys()}
+        hf = {**hf, **text, "architectures": hf["architectures"], "beside_text": said}
         hf.pop("tie_word_embeddings", None)  # the two may differ
     if packed := _packing(directory, hf):
         hf["quantization_config"] = packed
@@ -80,6 +81,14 @@ def processor_config(directory: Path) -> dict[str, Any] | None:
 def video_processor_config(directory: Path) -> dict[str, Any] | None:
     """The same of its videos; None where only the images' file speaks for them."""
     return _processor(directory, "video_processor", "video_preprocessor_config.json")
+
+
+def sound_processor_config(directory: Path) -> dict[str, Any] | None:
+    """How the checkpoint's sounds become spectrograms; None where no file says."""
+    found = _processor(directory, "feature_extractor", "preprocessor_config.json")
+    if found is not None and (directory / "processor_config.json").exists():
+        found |= {k: v for k, v in read_json(directory / "processor_config.json").items() if k == "max_audio_len"}
+    return found
 
 
 def _processor(directory: Path, part: str, own: str) -> dict[str, Any] | None:

@@ -82,7 +82,9 @@ def _open_hf(source: ModelSource) -> Opened:
     if any(hf.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
         checkpoint = ExpertLayouts(checkpoint, alternating=hf.get("model_type") == "gpt_oss")
     hf = hf_config.settle_head(hf, checkpoint)
-    if family.tower is not None and (processor := hf_config.processor_config(source.path)):
+    hears = family.tower is not None and family.tower.reads != "image"
+    read = hf_config.sound_processor_config if hears else hf_config.processor_config
+    if family.tower is not None and (processor := read(source.path)):
         hf = hf | {"preprocessor": processor}
         if video := hf_config.video_processor_config(source.path):
             hf = hf | {"video_preprocessor": video}

@@ -277,6 +277,8 @@ def _senses(tower: CheckedTower | None) -> dict[str, Any]:
         return {}
     if tower.shape.lasting:
         return {"modalities": ("sound",), "tasks": ("transcribe",)}
+    if tower.family.reads == "audio":
+        return {"modalities": ("audio",)}
     return {"modalities": ("image", "video") if tower.family.videos else ("image",)}
 
 

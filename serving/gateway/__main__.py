@@ -204,6 +204,7 @@ class Gateway:
         from serving.frontends.grpc.client import RemoteGrammars
         from serving.gateway.asking import AskedByHeaders
         from serving.gateway.metrics import GatewayMetrics
+        from serving.gateway.speech import RemoteSpeech
         from serving.metrics import MeteredClient
         from serving.service import Limits, TextService
 
@@ -226,6 +227,7 @@ class Gateway:
             tool_parser=args.tool_call_parser,
             reasoning_parser=args.reasoning_parser,
             limits=Limits.for_model(info.max_model_len, **limit_changes(args)),
+            speech=RemoteSpeech(self._pool) if "transcribe" in info.tasks else None,
             rates=shared.SharedMeter(self._redis, args.requests_per_minute) if self._redis is not None else None,
         )
         app = create_app(self._service, store=self._store, access=self._access, **http_options(args))

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from serving.gateway.asking import asked_of_task
 from serving.gateway.prefills import Note, Prefills
 from serving.routing.router import NO_WISH, Route, Router, Visit, Wish
 from serving.routing.targets import Target
+
+Answer = TypeVar("Answer")
 
 
 class RemoteEngine(Protocol):
@@ -267,23 +269,21 @@ class Pool(EngineClient):
     ) -> np.ndarray:
         """As EmbeddingClient.embed."""
         more = {} if adapter is None else {"adapter": adapter}
-        return await self._once(
+        return await self.once(
             lambda t: t.embed(request_id, token_ids, pooling=pooling, priority=priority, **more), adapter
         )
 
     async def score(self, request_id: str, pairs: Sequence[TokenPair], *, priority: int = 0) -> np.ndarray:
         """As ScoringClient.score."""
-        return await self._once(lambda t: t.score(request_id, pairs, priority=priority))
+        return await self.once(lambda t: t.score(request_id, pairs, priority=priority))
 
     async def classify(
         self, request_id: str, token_ids: Sequence[int], *, raw: bool = False, priority: int = 0
     ) -> np.ndarray:
         """As ClassifyingClient.classify."""
-        return await self._once(lambda t: t.classify(request_id, token_ids, raw=raw, priority=priority))
+        return await self.once(lambda t: t.classify(request_id, token_ids, raw=raw, priority=priority))
 
-    async def _once(
-        self, call: Callable[[RemoteEngine], Awaitable[np.ndarray]], adapter: str | None = None
-    ) -> np.ndarray:
+    async def once(self, call: Callable[[Any], Awaitable[Answer]], adapter: str | None = None) -> Answer:
         """A call with one answer, by the engine with the least work; the others are tried where it refuses."""
         failure = _nobody()
         able = [one for one in self._healthy() if adapter is None or adapter in (one.adapters or ())]

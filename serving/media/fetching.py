@@ -32,7 +32,7 @@ class MediaPolicy:
     Attributes:
         domains: hosts from which http and https URLs are fetched: names, exactly; "*" for any. () fetches nothing.
         folder: below which files may be read; None for none.
-        max_images, max_videos, max_files: of one request.
+        max_images, max_videos, max_sounds, max_files: of one request.
         max_bytes: of one file or data URI, decoded.
         max_pixels, max_request_pixels: of one image as it is stored, and of all that are unpacked for a request: a picture of one
             colour is small as a file and a second's work.
@@ -40,6 +40,8 @@ class MediaPolicy:
         max_frames: of one video that are read.
         max_stored_frames, max_seconds: of one video file.
         video_s: seconds for decoding one.
+        max_sound_s: of one sound.
+        sound_s: seconds for reading one.
         fetch_s: seconds for one download, from the look-up of its name on.
         read_s: seconds for all of a request's media, downloads included.
     """
@@ -48,6 +50,7 @@ class MediaPolicy:
     folder: Path | None = None
     max_images: int = 64
     max_videos: int = 8
+    max_sounds: int = 64
     max_files: int = 8
     max_bytes: int = 64 * 2**20
     max_pixels: int = 2**26
@@ -57,6 +60,8 @@ class MediaPolicy:
     max_stored_frames: int = 108_000
     max_seconds: float = 3600.0
     video_s: float = 45.0
+    max_sound_s: float = 3600.0
+    sound_s: float = 30.0
     fetch_s: float = 10.0
     read_s: float = 60.0
 
@@ -160,7 +165,9 @@ def _download(
         connection.sock = stream
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
         connection.request(
-            "GET", path, headers={"Accept": "image/*, video/*", "Connection": "close", "User-Agent": "jaxserve"}
+            "GET",
+            path,
+            headers={"Accept": "image/*, video/*, audio/*", "Connection": "close", "User-Agent": "jaxserve"},
         )
         answer = connection.getresponse()
         if answer.status != 200:  # nobody is redirected

@@ -1,4 +1,4 @@
-"""Images, videos and files in messages: found and taken out, whichever client's way of writing them it is."""
+"""Images, videos, sounds and files in messages: found and taken out, whichever client's way of writing them it is."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from serving.errors import invalid
 
-IMAGE, VIDEO = PLACES = ("image", "video")
-"""The types of the parts that a chat template is given in an image's and a video's place."""
+IMAGE, VIDEO, AUDIO = PLACES = ("image", "video", "audio")
+"""The types of the parts that a chat template is given in an image's, a video's and a sound's place."""
 
 _KINDS = {
     "image_url": IMAGE,
@@ -18,24 +18,28 @@ _KINDS = {
     "image_pil": IMAGE,
     "video_url": VIDEO,
     "video": VIDEO,
+    "input_audio": AUDIO,
+    "audio_url": AUDIO,
+    "audio": AUDIO,
 }
 _FILES = ("file", "input_file")
 MAX_UUID = 128
+MAX_FORMAT = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One image, video or file of a request, not looked at yet.
+    """One image, video, sound or file of a request, not looked at yet.
 
     Attributes:
         content: a URL, the file's bytes, or (from Python) a `PIL.Image.Image` or an array of pixels; of a video also a list of
-            those, its frames, or a pair of an array and an object with its `fps`. None where `uuid` alone names an image that was
-            sent before.
+            those, its frames, or a pair of an array and an object with its `fps`; of a sound also samples, alone or in a pair with
+            their rate, and a path. None where `uuid` alone names an image that was sent before.
         place: of its part in the request, for errors.
         at: its message, and its place among the message's parts.
         uuid: the client's name for it.
         file: whether it is a file whose text is wanted; `name` is what the client calls it.
-        video: whether it is a video.
+        video, sound: whether it is a video, or a sound.
     """
 
     content: Any
@@ -45,6 +49,12 @@ class Source:
     file: bool = False
     name: str = ""
     video: bool = False
+    sound: bool = False
+
+    @property
+    def what(self) -> str:
+        """It, for people."""
+        return "video" if self.video else "sound" if self.sound else "file" if self.file else "image"
 
 
 def has_media(messages: Sequence[Any] | None, images: bool = True) -> bool:
@@ -52,12 +62,15 @@ def has_media(messages: Sequence[Any] | None, images: bool = True) -> bool:
     return any(_is_taken(part, images) for message in messages or () for part in _content(message))
 
 
-def take_out(messages: Sequence[Mapping[str, Any]], images: bool = True) -> tuple[list[dict[str, Any]], list[Source]]:
+def take_out(
+    messages: Sequence[Mapping[str, Any]], images: bool = True, mark: str = ""
+) -> tuple[list[dict[str, Any]], list[Source]]:
     """The messages with `{"type": "image"}` where their images were, `{"type": "video"}` where videos were, and empty texts where
-    files were, and those, in their order.
+    files were, and those, in their order. Sounds leave `{"type": "audio"}`, or `mark` as text.
 
     Args:
-        images: whether images and videos are taken out.
+        images: whether images, videos and sounds are taken out.
+        mark: what stands for a sound where the chat template knows nothing of them.
     Raises:
         RequestError: INVALID_ARGUMENT for a part of an image's or file's type without one.
     """
@@ -72,9 +85,10 @@ def take_out(messages: Sequence[Mapping[str, Any]], images: bool = True) -> tupl
         for j, part in enumerate(parts):
             if _is_taken(part, images):
                 place, kind = f"messages[{i}].content[{j}]", _KINDS.get(part["type"])
-                source = _file(part, place) if kind is None else (_image if kind == IMAGE else _video)(part, place)
+                source = _file(part, place) if kind is None else _READ[kind](part, place)
                 sources.append(dataclasses.replace(source, at=(i, j)))
-                part = {"type": "text", "text": ""} if source.file else {"type": kind}
+                text = mark if source.sound else ""
+                part = {"type": "text", "text": text} if source.file or text else {"type": kind}
             content.append(part)
         shaped.append({**message, "content": content})
     return shaped, sources
@@ -136,6 +150,33 @@ def _video(part: Mapping[str, Any], place: str) -> Source:
     if fps is not None and not (isinstance(found, tuple) and len(found) == 2):
         found = (found, {"fps": fps})
     return Source(found, place, uuid=uuid, video=True)
+
+
+def _audio(part: Mapping[str, Any], place: str) -> Source:
+    """OpenAI's way, base64 with the format's name beside it; vLLM's, a URL; and what Python has."""
+    kind = part["type"]
+    found = part.get(kind) if part.get(kind) is not None else part.get("url")
+    uuid = _uuid(part, place)
+    if kind == "input_audio" and isinstance(found, Mapping):
+        found, said = found.get("data"), found.get("format")
+        if said is not None and (not isinstance(said, str) or not said.isalnum() or len(said) > MAX_FORMAT):
+            raise invalid(f"{place}: input_audio.format must be a name such as wav or mp3.", place)
+        if isinstance(found, str) and found and not found.startswith("data:"):
+            found = f"data:audio/{said or 'wav'};base64,{found}"
+    elif isinstance(found, Mapping):
+        found = found.get("url")
+    if found is None and uuid is not None:
+        return Source(None, place, uuid=uuid, sound=True)
+    if found is None or (isinstance(found, str | bytes) and not found):
+        raise invalid(f"{place} of type {kind!r} has no sound.", place)
+    if isinstance(found, list | Mapping | bool | int | float) or (isinstance(found, tuple) and len(found) != 2):
+        raise invalid(
+            f"{place} of type {kind!r} has a {type(found).__name__}; give a URL, or data: with its content.", place
+        )
+    return Source(found, place, uuid=uuid, sound=True)
+
+
+_READ = {IMAGE: _image, VIDEO: _video, AUDIO: _audio}
 
 
 def _uuid(part: Mapping[str, Any], place: str) -> str | None:

@@ -11,21 +11,22 @@ import numpy as np
 
 from serving.engine.api.media import Media, MediaItem
 from serving.errors import RequestError, invalid
-from serving.media.processors.base import Patched, Processor
+from serving.media.processors.base import Patched, Processor, Sound, Video
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """One image or video of a request, read.
+    """One image, video or sound of a request, read.
 
     Attributes:
-        pieces: an image, or a video's frames as they are read one after the other.
+        pieces: an image, or a video's frames or a sound's windows as they are read one after the other.
         digests: one a piece.
     """
 
     pieces: tuple[Patched, ...]
     digests: tuple[bytes, ...]
     video: bool = False
+    sound: bool = False
 
     @property
     def size(self) -> int:
@@ -40,13 +41,18 @@ class Seen:
 
 def mark_of(one: Seen, processor: Processor) -> str:
     """What stands in the chat template's text for it and is rewritten; "" where nothing is."""
-    if not one.video:
-        return processor.mark
-    return "" if processor.video is None else processor.video.mark
+    part = _part(one, processor)
+    return "" if part is None else part.mark
 
 
-def written(text: str, seen: Sequence[Seen], processor: Processor) -> str:
-    """The prompt's text with what is written for each image and video in its mark's place.
+def _part(one: Seen, processor: Processor) -> Processor | Video | Sound | None:
+    """What of a processor reads such a thing."""
+    return processor.video if one.video else processor.sound if one.sound else processor
+
+
+def written(text: str, seen: Sequence[Seen], processor: Processor) -> str | list[str]:
+    """The prompt's text with what is written for each image and video in its mark's place; where no token stands for a sound, the
+    texts around the sounds.
 
     Args:
         text: of the chat template; marks that users have typed are no marks there.
@@ -60,6 +66,8 @@ def written(text: str, seen: Sequence[Seen], processor: Processor) -> str:
     found, texts = parts[1::2], parts[::2]
     if found != marks:
         raise _places(len(marks), len(found))
+    if all(one.sound for one in seen):
+        return texts
     own = [one.pieces[0].written for one in seen if mark_of(one, processor)]
     replaced = (mark if said is None else said for said, mark in zip(own, found, strict=True))
     return texts[0] + "".join(said + behind for said, behind in zip(replaced, texts[1:], strict=True))
@@ -73,18 +81,20 @@ def with_media(ids: Sequence[int], seen: Sequence[Seen], processor: Processor) -
     Raises:
         RequestError: INVALID_ARGUMENT: the chat template has left one out or has put it at the prompt's end.
     """
-    tokens = {False: processor.placeholder, True: None if processor.video is None else processor.video.placeholder}
-    places = [i for i, token in enumerate(ids) if token in tokens.values()]
-    wanted = [token for one in seen for token in [tokens[one.video]] * _placeholders(one)]
+    video, sound = processor.video, processor.sound
+    tokens = {processor.placeholder} | {part.placeholder for part in (video, sound) if part is not None}
+    places = [i for i, token in enumerate(ids) if token in tokens]
+    wanted = [_placeholder(one, processor) for one in seen for _ in range(_placeholders(one))]
     if [ids[place] for place in places] != wanted:
         raise _places(len(wanted), len(places))
     if places and places[-1] == len(ids) - 1:
-        raise invalid("The prompt ends with an image: put text behind it.", "messages")
+        what = "a sound" if seen[-1].sound else "an image"
+        raise invalid(f"The prompt ends with {what}: put text behind it.", "messages")
     whole: list[int] = []
     items: list[MediaItem] = []
     begins: list[tuple[int, Patched]] = []
     done, next_place = 0, iter(places)
-    for piece, digest, token in _pieces(seen, tokens):
+    for piece, digest, token in _pieces(seen, processor):
         taken: list[np.ndarray] = []
         for at, count in enumerate(piece.runs):
             if at or not piece.joins:
@@ -95,6 +105,8 @@ def with_media(ids: Sequence[int], seen: Sequence[Seen], processor: Processor) -
                 begins.append((len(whole), piece))
             taken.append(np.arange(len(whole), len(whole) + count, dtype=np.int32))
             whole += [token] * count
+        if not piece.size:
+            continue  # a sound too short to be heard
         items.append(
             MediaItem(
                 digest, np.concatenate(taken), piece.patches_PX, piece.place_P2, together=processor.together,
@@ -106,10 +118,16 @@ def with_media(ids: Sequence[int], seen: Sequence[Seen], processor: Processor) -
     return whole, Media(tuple(items), len(whole), positions)
 
 
-def _pieces(seen: Sequence[Seen], tokens: dict[bool, int | None]) -> Iterator[tuple[Patched, bytes, int]]:
+def _placeholder(one: Seen, processor: Processor) -> int:
+    """What stands for it in the text's tokens."""
+    part = _part(one, processor)
+    assert part is not None  # whoever reads videos and sounds has checked
+    return part.placeholder
+
+
+def _pieces(seen: Sequence[Seen], processor: Processor) -> Iterator[tuple[Patched, bytes, int]]:
     for one in seen:
-        token = tokens[one.video]
-        assert token is not None  # whoever reads videos has checked
+        token = processor.sound.token if one.sound and processor.sound else _placeholder(one, processor)
         for piece, digest in zip(one.pieces, one.digests, strict=True):
             yield piece, digest, token
 

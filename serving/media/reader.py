@@ -1,4 +1,4 @@
-"""What a text service has where the model reads images and videos."""
+"""What a text service has where the model reads images, videos or sounds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
@@ -17,6 +17,7 @@ import numpy as np
 from serving.access.keys import caller_of_task
 from serving.engine.api.media import Media
 from serving.errors import ErrorKind, RequestError, invalid
+from serving.media.clips import GivenSound
 from serving.media.decoding import Room, check_size, decode
 from serving.media.fetching import MediaPolicy, fetch
 from serving.media.parts import Source
@@ -50,7 +51,7 @@ def reader_of(hf: Mapping[str, Any], architecture: str, policy: MediaPolicy, max
 
 @dataclasses.dataclass(frozen=True)
 class _How:
-    """How one request's images and videos are read."""
+    """How one request's images, videos and sounds are read."""
 
     processor: Processor
     sampling: Sampling | None
@@ -59,8 +60,8 @@ class _How:
 
 
 class MediaReader:
-    """Fetches, decodes and cuts images and videos, in threads of its own; keeps the last ones, so that a conversation's are cut
-    once."""
+    """Fetches, decodes and cuts images, videos and sounds, in threads of its own; keeps the last ones, so that a conversation's are
+    cut once."""
 
     def __init__(self, processor: Processor, policy: MediaPolicy, max_patches: int) -> None:
         self.processor = processor
@@ -75,7 +76,7 @@ class MediaReader:
     async def read(
         self, sources: Sequence[Source], salt: str | None, max_tokens: int, said: Mapping[str, Any] | None = None
     ) -> Sequence[Seen]:
-        """All images and videos of a request, in the order of its parts.
+        """All images, videos and sounds of a request, in the order of its parts.
 
         Args:
             salt: requests share what is made of images only with requests of the same one.
@@ -89,38 +90,42 @@ class MediaReader:
         caller = caller_of_task.get()
         how = self._asked(said or {}, max_tokens)
         owner = (salt, None if caller is None else caller.name)
+        what = "sounds" if sources and all(source.sound for source in sources) else "images"
         try:
             async with asyncio.timeout(self.policy.read_s):
                 for source in sources:
                     found.append(await loop.run_in_executor(self._threads, self._read, source, how, *owner))
                     if sum(one.size for one in found) > max_tokens:
                         raise invalid(
-                            f"The request's images have more embeddings than this model's maximum context length of "
-                            f"{max_tokens} tokens. Send fewer, or smaller ones.", "messages",
+                            f"The request's {what} have more embeddings than this model's maximum context length of "
+                            f"{max_tokens} tokens. Send fewer, or {'shorter' if what == 'sounds' else 'smaller'} ones.", "messages",
                         )  # fmt: skip
         except TimeoutError:
             limit = self.policy.read_s
-            raise invalid(f"The request's images took more than {limit:g} seconds to read.", "messages") from None
+            raise invalid(f"The request's {what} took more than {limit:g} seconds to read.", "messages") from None
         except RequestError:
             raise
         except Exception as error:
-            log.error("an image of a request could not be read", exc_info=error)
+            log.error("what a request brought along could not be read", exc_info=error)
             raise RequestError(
-                ErrorKind.INTERNAL, "The server failed to read this request's images; its log says why."
+                ErrorKind.INTERNAL, f"The server failed to read this request's {what}; its log says why."
             ) from error
         return found
 
     def _count(self, sources: Sequence[Source]) -> None:
-        """Raises RequestError where there are too many, or videos that nothing here reads."""
-        videos = [source for source in sources if source.video]
-        if videos and self.processor.video is None:
-            raise invalid(f"{videos[0].place} is a video; this model takes text and images.", videos[0].place)
-        for what, count, most in (
-            ("images", len(sources) - len(videos), self.policy.max_images),
-            ("videos", len(videos), self.policy.max_videos),
-        ):
-            if count > most:
-                raise invalid(f"The request has {count} {what}; at most {most} are taken.", "messages")
+        """Raises RequestError where there are too many, or such as nothing here reads."""
+        processor, policy = self.processor, self.policy
+        reads = {"image": processor.images, "video": processor.video is not None, "sound": processor.sound is not None}
+        limits = {"image": policy.max_images, "video": policy.max_videos, "sound": policy.max_sounds}
+        counts = Counter(source.what for source in sources)
+        for source in sources:
+            if not reads[source.what]:
+                takes = " and ".join(["text", *(f"{name}s" for name, read in reads.items() if read)])
+                one = f"an {source.what}" if source.what == "image" else f"a {source.what}"
+                raise invalid(f"{source.place} is {one}; this model takes {takes}.", source.place)
+        for what, count in counts.items():
+            if count > limits[what]:
+                raise invalid(f"The request has {count} {what}s; at most {limits[what]} are taken.", "messages")
 
     def _asked(self, said: Mapping[str, Any], max_tokens: int) -> _How:
         video = self.processor.video
@@ -135,7 +140,7 @@ class MediaReader:
         """Whether something is written in the prompt for what was read."""
         return any(mark_of(one, self.processor) for one in found)
 
-    def write(self, text: str, found: Sequence[Seen]) -> str:
+    def write(self, text: str, found: Sequence[Seen]) -> str | list[str]:
         """See `prompt.written`."""
         return written(text, found, self.processor)
 
@@ -148,7 +153,8 @@ class MediaReader:
         by their content."""
         if source.content is None:
             return self._found(source, (salt, caller, source.uuid or ""))
-        digest, seen = (self._read_video if source.video else self._read_image)(source, how, salt)
+        read = {"image": self._read_image, "video": self._read_video, "sound": self._read_sound}[source.what]
+        digest, seen = read(source, how, salt)
         if source.uuid is not None:
             with self._lock:
                 self._named[salt, caller, source.uuid] = digest
@@ -161,9 +167,8 @@ class MediaReader:
         with self._lock:
             digest = self._named.get(name)
             kept = None if digest is None else self._kept.get(digest)
-            if digest is None or kept is None or kept.video != source.video:
-                what = "video" if source.video else "image"
-                raise invalid(f"{source.place}: no {what} of this uuid is kept: send its content.", source.place)
+            if digest is None or kept is None or (kept.video, kept.sound) != (source.video, source.sound):
+                raise invalid(f"{source.place}: no {source.what} of this uuid is kept: send its content.", source.place)
             self._named.move_to_end(name)
             self._kept.move_to_end(digest)
             return kept
@@ -204,6 +209,17 @@ class MediaReader:
         seen = Seen(tuple(pieces), tuple(piece_digests(digest, len(pieces))), video=True)
         return digest, self._keep(seen, digest, source.place)
 
+    def _read_sound(self, source: Source, how: _How, salt: str | None) -> tuple[bytes, Seen]:
+        sound = how.processor.sound
+        assert sound is not None  # `_count` has looked
+        given = GivenSound(source.content, self.policy, source.place)
+        digest = self._digest(how.processor.identity(), salt, b"sound", *given.parts())
+        if (kept := self._again(digest)) is not None:
+            return digest, kept
+        pieces = sound.pieces(given.heard(sound.most_seconds(how.max_tokens)))
+        seen = Seen(tuple(pieces), tuple(piece_digests(digest, len(pieces))), sound=True)
+        return digest, self._keep(seen, digest, source.place)
+
     @staticmethod
     def _digest(identity: str, salt: str | None, *content: bytes) -> bytes:
         """Of everything that decides an image's embeddings, and of who may share them; each part behind its length."""
@@ -221,8 +237,9 @@ class MediaReader:
 
     def _keep(self, seen: Seen, digest: bytes, place: str) -> Seen:
         if max(len(piece.patches_PX) for piece in seen.pieces) > self._max_patches:
+            what, how = ("sound", "shorter") if seen.sound else ("image", "smaller")
             raise invalid(
-                f"{place}: the image is more than this model's context has room for. Send a smaller one.", place
+                f"{place}: the {what} is more than this model's context has room for. Send a {how} one.", place
             )
         with self._lock:
             if seen.nbytes <= KEPT_BYTES and digest not in self._kept:

@@ -17,33 +17,36 @@ FORMATS = ("WAV", "FLAC", "OGG", "MP3", "WAVEX", "AIFF")
 MAX_CHANNELS = 8
 ZEROS = 24
 """Zero crossings of the resampling filter on each side."""
+RATES = (1000, 384_000)
+"""The least and the most samples a second that are read."""
 PIECE = 1 << 20
 """Samples of all channels that are read at once."""
 READ_S = 120.0
 """Seconds that reading one file may take."""
 
 
-def read_sound(data: bytes, max_seconds: float, place: str) -> np.ndarray:
+def read_sound(data: bytes, max_seconds: float, place: str, read_s: float = READ_S) -> np.ndarray:
     """A file's sound as float32 samples at `RATE`, its channels averaged. Blocks.
 
     Args:
         place: the field that has it, for errors.
+        read_s: seconds that it may take.
     Raises:
         RequestError: INVALID_ARGUMENT, in the same words whatever is wrong inside; longer than `max_seconds`.
     """
-    pieces = list(sound_pieces(data, max_seconds, place))
+    pieces = list(sound_pieces(data, max_seconds, place, read_s))
     return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
 
 
-def sound_pieces(data: bytes, max_seconds: float, place: str) -> Iterator[np.ndarray]:
+def sound_pieces(data: bytes, max_seconds: float, place: str, read_s: float = READ_S) -> Iterator[np.ndarray]:
     """The same as it is read."""
     import soundfile
 
-    deadline = time.monotonic() + READ_S
+    deadline = time.monotonic() + read_s
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, channels = file.samplerate, file.channels
-            if file.format not in FORMATS or not 1 <= channels <= MAX_CHANNELS or not 1000 <= rate <= 384_000:
+            if file.format not in FORMATS or not 1 <= channels <= MAX_CHANNELS or not RATES[0] <= rate <= RATES[1]:
                 raise _unreadable(place)
             most, total = int(max_seconds * rate), 0  # of what is there, whatever the header says
             resampler = Resampler(rate)
@@ -52,7 +55,7 @@ def sound_pieces(data: bytes, max_seconds: float, place: str) -> Iterator[np.nda
                 if total > most:
                     raise invalid(f"{place} is longer than {max_seconds:g} seconds.", place)
                 if time.monotonic() > deadline:
-                    raise invalid(f"{place} took more than {READ_S:g} seconds to read.", place)
+                    raise invalid(f"{place} took more than {read_s:g} seconds to read.", place)
                 if not np.isfinite(mono := piece.mean(axis=1)).all():
                     raise _unreadable(place)
                 yield resampler.push(mono)

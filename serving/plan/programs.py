@@ -89,7 +89,7 @@ def abstract_model(config: ModelConfig, mesh: Mesh, dtype: Any, quantization: st
 def abstract_tower(hf: dict[str, Any], mesh: Mesh, dtype: Any, quantization: str | None) -> Any:
     """What reads images or sound beside a model, the same way; None for models that have no such thing."""
     tower = registry.find((hf.get("architectures") or ["?"])[0]).tower
-    if tower is None or (tower.reads != "sound" and not hf.get("vision_config")):
+    if tower is None or (tower.reads == "image" and not hf.get("vision_config")):
         return None
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     compute = jnp.dtype(jnp.float32) if on_cpu else jnp.dtype(dtype)

@@ -1,4 +1,5 @@
-"""Images and files of a request on their way into its prompt: images where the model reads some, files as their texts."""
+"""Images, sounds and files of a request on their way into its prompt: images and sounds where the model reads them, files as their
+texts."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def take_images(given: GenerateInput, reader: MediaReader | None) -> tuple[Gener
         return given, ()
     if given.truncate_prompt_tokens is not None:
         raise invalid("truncate_prompt_tokens does not go with images: it might cut one.", "truncate_prompt_tokens")
-    messages, sources = take_out(given.messages or (), images)
+    sound = None if reader is None else reader.processor.sound
+    messages, sources = take_out(given.messages or (), images, "" if sound is None else sound.mark)
     return dataclasses.replace(given, messages=messages, images=sum(not one.file for one in sources)), sources
 
 

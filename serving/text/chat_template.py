@@ -31,6 +31,8 @@ NEWER_ROLES = {"developer": "system", "function": "tool"}
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # Ends an open last message while it goes through the template. The blank behind shows whether the template trims.
 OPEN_END = "\ufdd2 "
+PLACE = -1
+"""Stands in token ids where something is that is no text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,7 @@ class ChatTemplate:
         self,
         tokenizer: Tokenizer,
         messages: Sequence[Mapping[str, Any]],
-        rewrite: Callable[[str], str] | None = None,
+        rewrite: Callable[[str], str | list[str]] | None = None,
         /,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
@@ -132,7 +134,8 @@ class ChatTemplate:
         For messages without control tokens the ids are those of transformers.
 
         Args:
-            rewrite: changes the text before it becomes ids; control tokens that a user typed are broken there.
+            rewrite: changes the text before it becomes ids; control tokens that a user typed are broken there. Of several texts
+                each becomes ids on its own, with `PLACE` between them.
         Raises:
             RequestError: as `render`.
         """
@@ -140,8 +143,11 @@ class ChatTemplate:
         if self._guard is None:
             self._guard = guard
         text = self._render(messages, tools, documents, add_generation_prompt, continue_final_message, kwargs, True)
-        text = text if rewrite is None else rewrite(text)
-        return unmark(text), guard.encode(text)
+        found = text if rewrite is None else rewrite(text)
+        if isinstance(found, str):
+            return unmark(found), guard.encode(found)
+        first, *others = map(guard.encode, found)
+        return unmark("".join(found)), [*first, *(token for ids in others for token in (PLACE, *ids))]
 
     def _render(
         self,

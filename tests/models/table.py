@@ -11,6 +11,7 @@ from models.refused import REFUSED
 from models.registry import families, status
 from tests.models.test_families import GGUF, MESHES
 from tests.models.tiny import TINY
+from tests.models.tiny_audio import TINY as AUDIO
 from tests.models.tiny_base import PROMPTS
 from tests.models.tiny_mmproj import KINDS as MMPROJ
 from tests.models.tiny_vision import TINY as VISION
@@ -156,10 +157,36 @@ Videos are held to transformers in the same ways, and towers in GGUF to those in
 (`tests/models/loading/test_mmproj.py`).
 Llama 4, Gemma 4 and Gemma 3n are served for text alone.
 
-Whisper hears: its tokens with and without times, alone and in company, and of sound longer than a window, are transformers' in
-float32 (`tests/serving/service/speech/test_transcribe.py`). How both are served: [media.md](media.md).
+How they are served: [media.md](media.md).
 
 """
+AUDIO_INTRODUCTION = """
+## Families that hear
+
+In chats, against transformers (Ultravox, which it has not, against its parts put together as its authors do): spectrograms
+within 1e-5 of those that transformers makes with numpy and as many tokens for a sound, of 0.01 s to 60 s; the encoder's embeddings
+within 1e-4 of the largest (`tests/models/test_audio.py`); prompt ids and 32 greedy tokens through the whole engine with texts and
+sounds in one batch, prompts cut inside sounds, prefixes that end inside one, and preemption
+(`tests/serving/media/test_audio_chats.py`; the engine runs with Qwen2-Audio each time, with the others, and on meshes of two
+devices, where slow tests run).
+Gemma 3n and Gemma 4 are not served with sound.
+
+Whisper writes down what it hears: its tokens with and without times, alone and in company, and of sound longer than a window, are
+transformers' in float32 (`tests/serving/service/speech/test_transcribe.py`).
+
+"""
+
+
+def audio_rows() -> list[tuple[str, ...]]:
+    """One a family that hears in chats."""
+    head = ("family", "architectures", "spectrograms, encoder", "32 tokens through the engine", "model=2, data=2")
+    out = [head, ("---",) * len(head)]
+    for family in families():
+        if family.tower is not None and family.tower.reads == "audio":
+            tried = [name for name, tiny in AUDIO.items() if tiny.model in family.architectures]
+            count = f"{len(tried)} of {len(tried)}"
+            out.append((family.name, ", ".join(f"`{name}`" for name in family.architectures), count, count, count))
+    return out
 
 
 def text_generation() -> list[str]:
@@ -180,7 +207,17 @@ def document() -> str:
     text = INTRODUCTION.replace("FORMATS\n", _table(formats) + "\n")
     for word, count in counts.items():
         text = text.replace(word, str(count))
-    return text + "\n" + _table(lines) + VISION_INTRODUCTION + _table(vision_rows()) + "\n" + bridged()
+    return (
+        text
+        + "\n"
+        + _table(lines)
+        + VISION_INTRODUCTION
+        + _table(vision_rows())
+        + AUDIO_INTRODUCTION
+        + _table(audio_rows())
+        + "\n"
+        + bridged()
+    )
 
 
 def bridged() -> str:

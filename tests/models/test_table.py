@@ -6,6 +6,7 @@ from models.registry import families, find, status
 from tests.models.table import DOCUMENT, document, text_generation
 from tests.models.test_bert import ENCODERS, RERANKERS
 from tests.models.tiny import TINY
+from tests.models.tiny_audio import TINY as AUDIO
 from tests.models.tiny_vision import TINY as VISION
 
 
@@ -14,7 +15,9 @@ def test_the_documents_table_is_what_the_tests_check():
 
 
 def test_every_family_is_tried():
-    tried = {tiny.model for tiny in (*TINY.values(), *VISION.values())} | set(ENCODERS) | set(RERANKERS)
+    tried = (
+        {tiny.model for tiny in (*TINY.values(), *VISION.values(), *AUDIO.values())} | set(ENCODERS) | set(RERANKERS)
+    )
     tried.add("WhisperForConditionalGeneration")  # tests/serving/service/speech
     # A decoder's classifier is it and a head: tests/models/test_decoder_classifier.py tries some of each kind.
     others = [family for family in families() if not family.name.endswith(": classifiers, rerankers and reward models")]

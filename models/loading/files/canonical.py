@@ -17,7 +17,7 @@ _WRAPPERS = (
         ),
         "model.",
     ),
-    (re.compile(r"^model\.(?=(?:visual|vision_tower|multi_modal_projector)\.)"), ""),
+    (re.compile(r"^model\.(?=(?:visual|vision_tower|audio_tower|multi_modal_projector)\.)"), ""),
     (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
     (re.compile(r"^(?:language_model|text_model|llm)\.lm_head\."), "lm_head."),
     (re.compile(r"^(?:language_model|text_model)\.(?=(?:embed_tokens|layers|norm)\.)"), "model."),

@@ -137,18 +137,22 @@ class ChatMessage(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ..., name: _Optional[str] = ..., tool_calls: _Optional[_Iterable[_Union[ToolCall, _Mapping]]] = ..., tool_call_id: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[ContentPart, _Mapping]]] = ...) -> None: ...
 
 class ContentPart(_message.Message):
-    __slots__ = ("text", "image", "image_url", "video", "video_url")
+    __slots__ = ("text", "image", "image_url", "video", "video_url", "audio", "audio_url")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     IMAGE_URL_FIELD_NUMBER: _ClassVar[int]
     VIDEO_FIELD_NUMBER: _ClassVar[int]
     VIDEO_URL_FIELD_NUMBER: _ClassVar[int]
+    AUDIO_FIELD_NUMBER: _ClassVar[int]
+    AUDIO_URL_FIELD_NUMBER: _ClassVar[int]
     text: str
     image: bytes
     image_url: str
     video: bytes
     video_url: str
-    def __init__(self, text: _Optional[str] = ..., image: _Optional[bytes] = ..., image_url: _Optional[str] = ..., video: _Optional[bytes] = ..., video_url: _Optional[str] = ...) -> None: ...
+    audio: bytes
+    audio_url: str
+    def __init__(self, text: _Optional[str] = ..., image: _Optional[bytes] = ..., image_url: _Optional[str] = ..., video: _Optional[bytes] = ..., video_url: _Optional[str] = ..., audio: _Optional[bytes] = ..., audio_url: _Optional[str] = ...) -> None: ...
 
 class ToolCall(_message.Message):
     __slots__ = ("id", "name", "arguments_json")
@@ -393,7 +397,7 @@ class Classification(_message.Message):
     def __init__(self, values: _Optional[_Iterable[float]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class TranscribeRequest(_message.Message):
-    __slots__ = ("sound", "model", "request_id", "translate", "language", "prompt", "temperature", "segments", "words", "stream")
+    __slots__ = ("sound", "model", "request_id", "translate", "language", "prompt", "temperature", "segments", "words", "stream", "compression_ratio_threshold", "logprob_threshold", "no_speech_threshold")
     SOUND_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -404,6 +408,9 @@ class TranscribeRequest(_message.Message):
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     WORDS_FIELD_NUMBER: _ClassVar[int]
     STREAM_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_RATIO_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    NO_SPEECH_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     sound: bytes
     model: str
     request_id: str
@@ -414,7 +421,10 @@ class TranscribeRequest(_message.Message):
     segments: bool
     words: bool
     stream: bool
-    def __init__(self, sound: _Optional[bytes] = ..., model: _Optional[str] = ..., request_id: _Optional[str] = ..., translate: _Optional[bool] = ..., language: _Optional[str] = ..., prompt: _Optional[str] = ..., temperature: _Optional[float] = ..., segments: _Optional[bool] = ..., words: _Optional[bool] = ..., stream: _Optional[bool] = ...) -> None: ...
+    compression_ratio_threshold: float
+    logprob_threshold: float
+    no_speech_threshold: float
+    def __init__(self, sound: _Optional[bytes] = ..., model: _Optional[str] = ..., request_id: _Optional[str] = ..., translate: _Optional[bool] = ..., language: _Optional[str] = ..., prompt: _Optional[str] = ..., temperature: _Optional[float] = ..., segments: _Optional[bool] = ..., words: _Optional[bool] = ..., stream: _Optional[bool] = ..., compression_ratio_threshold: _Optional[float] = ..., logprob_threshold: _Optional[float] = ..., no_speech_threshold: _Optional[float] = ...) -> None: ...
 
 class TranscribeResponse(_message.Message):
     __slots__ = ("delta", "transcript")
@@ -439,7 +449,7 @@ class Transcript(_message.Message):
     def __init__(self, text: _Optional[str] = ..., language: _Optional[str] = ..., duration: _Optional[float] = ..., segments: _Optional[_Iterable[_Union[TranscriptSegment, _Mapping]]] = ..., words: _Optional[_Iterable[_Union[TranscriptWord, _Mapping]]] = ...) -> None: ...
 
 class TranscriptSegment(_message.Message):
-    __slots__ = ("start", "end", "text", "token_ids", "temperature", "avg_logprob", "compression_ratio", "no_speech_prob")
+    __slots__ = ("start", "end", "text", "token_ids", "temperature", "avg_logprob", "compression_ratio", "no_speech_prob", "seek")
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -448,6 +458,7 @@ class TranscriptSegment(_message.Message):
     AVG_LOGPROB_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_RATIO_FIELD_NUMBER: _ClassVar[int]
     NO_SPEECH_PROB_FIELD_NUMBER: _ClassVar[int]
+    SEEK_FIELD_NUMBER: _ClassVar[int]
     start: float
     end: float
     text: str
@@ -456,7 +467,8 @@ class TranscriptSegment(_message.Message):
     avg_logprob: float
     compression_ratio: float
     no_speech_prob: float
-    def __init__(self, start: _Optional[float] = ..., end: _Optional[float] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., temperature: _Optional[float] = ..., avg_logprob: _Optional[float] = ..., compression_ratio: _Optional[float] = ..., no_speech_prob: _Optional[float] = ...) -> None: ...
+    seek: int
+    def __init__(self, start: _Optional[float] = ..., end: _Optional[float] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., temperature: _Optional[float] = ..., avg_logprob: _Optional[float] = ..., compression_ratio: _Optional[float] = ..., no_speech_prob: _Optional[float] = ..., seek: _Optional[int] = ...) -> None: ...
 
 class TranscriptWord(_message.Message):
     __slots__ = ("word", "start", "end")

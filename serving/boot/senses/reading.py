@@ -1,4 +1,4 @@
-"""From settings to what reads images beside the text side."""
+"""From settings to what reads images and sounds beside the text side."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ def media_policy(config: EngineConfig) -> MediaPolicy:
         ValueError: a limit that is none, or a folder that is not there, in a sentence.
     """
     limits = {} if config.limit_mm_per_prompt is None else json.loads(config.limit_mm_per_prompt)
-    if unknown := sorted(limits.keys() - {"image", "video", "audio"}):
-        raise ValueError(f"limit_mm_per_prompt: {unknown[0]!r} is not read here; there are image and video.")
-    if limits.get("audio"):
-        raise ValueError("limit_mm_per_prompt: audio is not read here; it may be 0.")
-    most = {"image": MediaPolicy.max_images, "video": MediaPolicy.max_videos} | limits
-    for name in ("image", "video"):
+    most = {"image": MediaPolicy.max_images, "video": MediaPolicy.max_videos, "audio": MediaPolicy.max_sounds}
+    if unknown := sorted(limits.keys() - most.keys()):
+        raise ValueError(f"limit_mm_per_prompt: {unknown[0]!r} is not read here; there are {', '.join(most)}.")
+    most |= limits
+    for name in most:
         if isinstance(most[name], bool) or not isinstance(most[name], int) or most[name] < 0:
             raise ValueError(f"limit_mm_per_prompt: {name} must be a whole number from 0, got {most[name]!r}.")
     folder = None if config.allowed_local_media_path is None else Path(config.allowed_local_media_path).expanduser()
@@ -44,6 +43,7 @@ def media_policy(config: EngineConfig) -> MediaPolicy:
         folder=folder,
         max_images=most["image"],
         max_videos=most["video"],
+        max_sounds=most["audio"],
     )
 
 

@@ -14,7 +14,7 @@ from models.family import Tower
 from models.loading.load import Built, fill
 from models.loading.opening import Opened
 from ops.paged_attention import whole
-from serving.engine.device.media import VisionTower, patch_sizes, tile_sizes
+from serving.engine.device.media import VisionTower, frame_sizes, patch_sizes, tile_sizes
 from serving.engine.device.programs.packing import MediaShape
 from serving.engine.device.programs.placement import num_replicas
 from serving.engine.device.sizing import resolve_kv_dtype
@@ -88,7 +88,10 @@ def check_tower(
     module = tower.build(numbers, built.build)
     square = numbers.merge**2
     most = numbers.max_patches
-    if numbers.tile:
+    per = 2 * numbers.get("stack") if tower.reads == "audio" else 0
+    if per:
+        sizes = (most,) if numbers.get("whole") else frame_sizes(min(most, positions * per), most, per)
+    elif numbers.tile:
         sizes = tile_sizes(most, numbers.tile)
     else:
         sizes = patch_sizes(min(most, positions * square), numbers.merge)
@@ -107,6 +110,7 @@ def check_tower(
         tile=numbers.tile,
         picked=numbers.picked,
         lines=numbers.lines,
+        per=per,
     )
     shape = dataclasses.replace(shape, rows=max(wanted, shape.embeddings(sizes[-1])))
     _check_together(config, shape)
@@ -163,7 +167,7 @@ def why_not(opened: Opened) -> str | None:
     """Why a checkpoint whose family has a tower reads no images here, in a sentence; None where it does."""
     if opened.checkpoint is None or (opened.source.kind != "hf" and opened.tower is None):
         return "images and sound are read from Hugging Face directories, and images with a GGUF model's mmproj file"
-    sound = opened.family.tower is not None and opened.family.tower.reads == "sound"
+    sound = opened.family.tower is not None and opened.family.tower.reads != "image"
     if not sound and not opened.hf_config.get("vision_config"):
         return "its config.json has no vision_config"
     if not opened.hf_config.get("preprocessor"):
@@ -198,13 +202,19 @@ def load_tower(
     ignore = (beside, *getattr(module, "unused", ()))
     stored = opened.tower or opened.checkpoint
     fill(module, stored, tower.built.build, ignore=ignore, quantization=quantization, progress=progress)
-    shape = tower.shape
+    shape, room = tower.shape, f"{tower.shape.rows * _row_bytes(tower.shape) / 2**20:.0f} MiB"
+    if tower.family.reads == "audio":
+        seconds = shape.patches[-1] / 100
+        say(
+            f"sounds: windows up to {seconds:g} s, {len(shape.patches)} program sizes; room for {shape.rows} embeddings ({room})"
+        )
+        return VisionTower(module, shape, mesh)
     if shape.lasting:
-        say(f"sound: room for {shape.rows} windows of 30 s ({shape.rows * _row_bytes(shape) / 2**20:.0f} MiB)")
+        say(f"sound: room for {shape.rows} windows of 30 s ({room})")
         return VisionTower(module, shape, mesh)
     say(
         f"images: up to {shape.patches[-1]} patches each, {len(shape.patches)} program sizes; room for {shape.rows} embeddings "
-        f"({shape.rows * _row_bytes(shape) / 2**20:.0f} MiB)"
+        f"({room})"
     )
     return VisionTower(module, shape, mesh)
 

@@ -213,7 +213,7 @@ class EngineConfig:
         GIBIBYTES, Scope.PROGRAM, section="images", flag="", unit="GiB",
     )  # fmt: skip
     limit_mm_per_prompt: str | None = setting(
-        None, 'images and videos that a request may have: {"image": 4, "video": 1} (default: 64 and 8)',
+        None, 'images, videos and sounds that a request may have: {"image": 4, "video": 1, "audio": 2} (default: 64, 8 and 64)',
         JSON_TEXT, Scope.SERVER, section="images", flag="",
     )  # fmt: skip
     allowed_media_domains: str | None = setting(

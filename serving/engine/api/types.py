@@ -177,7 +177,7 @@ class EngineInfo:
         default_prompt: the text that goes in front where a request does not name one; "" for none.
         labels: names of what a classifier tells apart.
         role: "prefill", "decode" or "both", where it exchanges pages with other engines; "" where it does not.
-        modalities: what it reads besides text: "image", or "sound" instead of it.
+        modalities: what it reads besides text: "image", "video", "audio", or "sound" instead of it.
     """
 
     model_id: str

@@ -23,6 +23,8 @@ from serving.engine.requests.commands import Encode
 from serving.engine.requests.moves import Encoding
 
 LEAST_PATCHES = 64
+LEAST_FRAMES = 256
+"""2.56 s."""
 
 
 def tile_sizes(most: int, tile: int) -> tuple[int, ...]:
@@ -39,6 +41,14 @@ def patch_sizes(most: int, merge: int) -> tuple[int, ...]:
     while sizes[-1] < most:
         sizes.append(2 * sizes[-1])
     return tuple(-(-size // square) * square for size in sizes)
+
+
+def frame_sizes(most: int, window: int, per: int) -> tuple[int, ...]:
+    """P of the programs that hear: doubling, in whole embeddings of `per` frames, up to so many, but not beyond a window's."""
+    sizes = [LEAST_FRAMES]
+    while sizes[-1] < most + LEAST_FRAMES:  # what stands behind the sound's end is heard along
+        sizes.append(2 * sizes[-1])
+    return tuple(sorted({min(-(-size // per) * per, window) for size in sizes}))
 
 
 class VisionTower:

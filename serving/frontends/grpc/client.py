@@ -28,10 +28,13 @@ from serving.engine.api.types import (
     TokenLogprobs,
     TokenPair,
 )
+from serving.errors import ErrorKind, RequestError
 from serving.frontends.grpc import convert, figures
 from serving.frontends.grpc.context import outgoing_metadata
 from serving.frontends.grpc.errors import error_of
+from serving.frontends.grpc.speech import request_of, transcript_from
 from serving.frontends.grpc.watching import HealthWatch, RemoteAdapters
+from serving.service.speech.transcripts import TranscribeInput, Transcript
 
 log = logging.getLogger(__name__)
 INFO_TIMEOUT_S = 5.0
@@ -179,6 +182,25 @@ class RemoteEngineClient(EngineClient):
         except grpc.aio.AioRpcError as error:
             raise error_of(error) from error
         return np.array(reply.classifications[0].values, np.float32)
+
+    async def transcribe(self, given: TranscribeInput, tell: Callable[[str], None] | None = None) -> Transcript:
+        """What a server for speech says of a sound.
+
+        Args:
+            tell: is given the text as it becomes certain.
+        """
+        call = self._inference.Transcribe(request_of(given, tell is not None), metadata=outgoing_metadata())
+        try:
+            async for message in call:
+                if message.HasField("transcript"):
+                    return transcript_from(message.transcript, given.task)
+                if tell is not None:
+                    tell(message.delta)
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        finally:
+            call.cancel()  # does nothing to a call that is over
+        raise RequestError(ErrorKind.UNAVAILABLE, "The engine's answer ended before its transcript.")
 
     async def page_batches(
         self, log_id: str = "", after: int | None = None
@@ -435,4 +457,5 @@ def _info(model: control_pb2.GetModelInfoResponse, server: control_pb2.GetServer
         default_prompt=model.default_prompt,
         labels=tuple(model.labels),
         role=model.role,
+        modalities=tuple(model.modalities),
     )

@@ -197,6 +197,10 @@ def _part(part: pb.ContentPart) -> dict[str, Any]:
             return {"type": "video", "video": part.video}
         case "video_url":
             return {"type": "video_url", "video_url": {"url": part.video_url}}
+        case "audio":
+            return {"type": "audio", "audio": part.audio}
+        case "audio_url":
+            return {"type": "audio_url", "audio_url": {"url": part.audio_url}}
         case _:
             return {"type": "text", "text": part.text}
 

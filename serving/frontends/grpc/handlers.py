@@ -225,6 +225,7 @@ class Control(ControlCalls):
             default_prompt=info.default_prompt,
             labels=info.labels,
             role=info.role,
+            modalities=info.modalities,
         )
 
     async def Abort(  # noqa: N802

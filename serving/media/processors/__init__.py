@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from serving.media.processors.audio import AudioProcessor
 from serving.media.processors.base import Processor
 from serving.media.processors.clip import ClipProcessor
 from serving.media.processors.gemma import Gemma3Processor
@@ -23,6 +24,7 @@ def _llava(hf: Mapping[str, Any]) -> Processor:
 
 
 PROCESSORS: dict[str, Callable[[Mapping[str, Any]], Processor]] = {
+    "AudioFlamingo3ForConditionalGeneration": AudioProcessor.flamingo3,
     "Gemma3ForConditionalGeneration": Gemma3Processor.of,
     "Idefics3ForConditionalGeneration": IdeficsProcessor.of,
     "InternVLForConditionalGeneration": InternVLProcessor.of,
@@ -30,6 +32,7 @@ PROCESSORS: dict[str, Callable[[Mapping[str, Any]], Processor]] = {
     "LlavaNextForConditionalGeneration": NextProcessor.of,
     "LlavaOnevisionForConditionalGeneration": NextProcessor.of,
     "Mistral3ForConditionalGeneration": PixtralProcessor.of,
+    "Qwen2AudioForConditionalGeneration": AudioProcessor.qwen2,
     "Qwen2VLForConditionalGeneration": QwenVLProcessor.of,
     "Qwen2_5_VLForConditionalGeneration": QwenVLProcessor.of,
     "Qwen3VLForConditionalGeneration": QwenVLProcessor.of,
@@ -37,5 +40,7 @@ PROCESSORS: dict[str, Callable[[Mapping[str, Any]], Processor]] = {
     "Qwen3_5ForConditionalGeneration": QwenVLProcessor.of,
     "Qwen3_5MoeForConditionalGeneration": QwenVLProcessor.of,
     "SmolVLMForConditionalGeneration": IdeficsProcessor.of,
+    "UltravoxModel": AudioProcessor.ultravox,
+    "VoxtralForConditionalGeneration": AudioProcessor.voxtral,
 }
 """Of each architecture with a tower, what makes its processor of config.json (with the processor's under "preprocessor")."""

@@ -64,6 +64,8 @@ class Processor(Protocol):
         three_numbers: whether positions are three numbers, by which the grid's embeddings are told apart.
         together: whether an image's tokens attend to each other, also to those behind them.
         video: what reads videos; None where none are.
+        sound: what reads sounds; None where none are.
+        images: whether it reads images.
     """
 
     @property
@@ -80,6 +82,12 @@ class Processor(Protocol):
 
     @property
     def video(self) -> Video | None: ...
+
+    @property
+    def sound(self) -> Sound | None: ...
+
+    @property
+    def images(self) -> bool: ...
 
     def identity(self) -> str:
         """Everything that decides what it makes of an image, as text."""
@@ -135,12 +143,49 @@ class Video(Protocol):
         ...
 
 
+class Sound(Protocol):
+    """How one checkpoint's sounds become what an encoder reads.
+
+    Attributes:
+        placeholder: what stands in token ids for a sound.
+        token: what stands in the prompt's places for it.
+        mark: what stands in texts for a sound that no token stands for; "" where the chat template writes one.
+    """
+
+    @property
+    def placeholder(self) -> int: ...
+
+    @property
+    def token(self) -> int: ...
+
+    @property
+    def mark(self) -> str: ...
+
+    def most_seconds(self, tokens: int) -> float:
+        """Of a sound that has no more embeddings than that; infinity where what is longer is cut."""
+        ...
+
+    def pieces(self, samples: np.ndarray) -> list[Patched]:
+        """Of samples, float32 at `serving.media.sound.RATE`, at least one."""
+        ...
+
+
 class Whole:
     """A processor that makes one piece of an image."""
 
     def patched(self, image: Image) -> Patched:
         """The piece."""
         raise NotImplementedError
+
+    @property
+    def sound(self) -> Sound | None:
+        """See `Processor`."""
+        return None
+
+    @property
+    def images(self) -> bool:
+        """See `Processor`."""
+        return True
 
     def pieces(self, image: Image) -> list[Patched]:
         """See `Processor`."""

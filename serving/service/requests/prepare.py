@@ -64,7 +64,7 @@ def render_and_encode(
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
     limits: Limits,
-    rewrite: Callable[[str], str] | None = None,
+    rewrite: Callable[[str], str | list[str]] | None = None,
 ) -> tuple[str | None, list[int]]:
     """The prompt as text (None for token ids) and as token ids. Runs off the event loop.
 

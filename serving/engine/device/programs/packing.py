@@ -39,6 +39,7 @@ class MediaShape:
         tile: patches of a tile, where an image has several; 0 where it is one grid.
         picked: K, rows of what the tower says that an embedding is the sum of; 0 where it is one of them.
         lines: embeddings that a tile may have beside those of its patches.
+        per: patches that become one embedding where they are frames of sound; 0 of images.
     """
 
     rows: int
@@ -53,12 +54,13 @@ class MediaShape:
     tile: int = 0
     picked: int = 0
     lines: int = 0
+    per: int = 0
 
     def embeddings(self, patches: int) -> int:
         """That an image of so many patches has at most."""
         if self.lasting:
             return 1
-        return patches // self.merge**2 + (self.lines * (patches // self.tile) if self.tile else 0)
+        return patches // (self.per or self.merge**2) + (self.lines * (patches // self.tile) if self.tile else 0)
 
     def read_in(self, bucket: Bucket) -> bool:
         """Whether steps of a bucket read the store."""

@@ -1,0 +1,134 @@
+"""Sounds through a whole engine, against transformers: 32 greedy tokens, whatever else is in the batch."""
+
+import contextlib
+
+import numpy as np
+import pytest
+
+from serving.engine.api.sampling_params import SamplingParams
+from serving.errors import RequestError
+from serving.llm import LLM
+from tests.models import tiny_audio
+from tests.models.tiny_audio import PLACE, START, TAIL
+from tests.models.tiny_whisper import sound, wav
+
+GREEDY = SamplingParams(max_tokens=tiny_audio.STEPS, min_tokens=tiny_audio.STEPS, temperature=0.0)
+SHORT, LONG = sound(0.7, 1), sound(3.1, 2)
+
+
+def turn(*parts) -> tuple[list[dict], list[int], list]:
+    """(messages, ids of the prompt before it is expanded, its sounds) of words' numbers and sounds."""
+    content, ids, sounds = [], [START], []
+    for one in parts:
+        if isinstance(one, int):
+            content.append({"type": "text", "text": f"w{one} "})
+            ids.append(one)
+        else:
+            content.append({"type": "audio", "audio": (one, 16_000)})
+            ids.append(PLACE)
+            sounds.append(one)
+    return [{"role": "user", "content": content}], ids + TAIL, sounds
+
+
+class Served:
+    """A model in a small engine: pages for one long request and a half, room for the embeddings of one window, and steps of 32
+    tokens, so that prompts are cut inside sounds."""
+
+    def __init__(self, name: str, folder, **settings) -> None:
+        self.name = name
+        self.model = tiny_audio.save(name, folder)
+        page = 4096 * self.model.config.get_text_config().num_hidden_layers
+        how = {"kv_cache_memory": 18 * page, "mm_encoder_cache_gb": 0.0, "max_model_len": 192} | settings
+        self.llm = LLM(
+            str(folder), dtype="float32", quantization="none", max_num_seqs=4, max_num_batched_tokens=32, progress=False, **how
+        )  # fmt: skip
+        self.engine = self.llm._started.engine
+
+    def chat(self, *turns) -> list:
+        return self.llm.chat([one[0] for one in turns], GREEDY, use_tqdm=False)
+
+    def check(self, *turns) -> list:
+        """All at once; each one's prompt and tokens are transformers'."""
+        outputs = self.chat(*turns)
+        for output, (_, ids, sounds) in zip(outputs, turns, strict=True):
+            prompt, tokens = tiny_audio.expected(self.name, self.model, ids, sounds)
+            assert list(output.prompt_token_ids) == prompt
+            assert list(output.outputs[0].token_ids) == tokens
+        return outputs
+
+    @property
+    def media(self):
+        return self.engine.scheduler.kv.managers[0].media
+
+
+FAMILIES = [
+    pytest.param(name, marks=() if name == "Qwen2-Audio" else pytest.mark.slow) for name in sorted(tiny_audio.TINY)
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def served(request, tmp_path_factory):
+    made = Served(request.param, tmp_path_factory.mktemp("audio") / "model")
+    yield made
+    with contextlib.closing(made.engine.runner.guard):
+        made.engine.runner.guard.check()  # nothing was compiled for any length
+    made.llm.shutdown()
+
+
+def test_sounds_and_texts_in_one_batch_cut_and_preempted(served):
+    before = served.llm.stats().num_preemptions
+    served.check(turn(10, SHORT, 11), turn(LONG, 20, 21, SHORT, 22), turn(30, 31), turn(40, LONG, 41, 42))
+    assert served.llm.stats().num_preemptions > before, "pages were short"
+    served.media.check()
+
+
+def test_a_prefix_is_found_up_to_inside_a_sound_and_never_anothers(served):
+    window = sound(4.0, 5)
+    (first,) = served.check(turn(50, 51, window, 52))
+    (again,) = served.check(turn(50, 51, window, 53))
+    end = len(first.prompt_token_ids) - len(TAIL) - 1
+    assert 16 <= again.num_cached_tokens < end and again.num_cached_tokens % 16 == 0, "ends inside the sound"
+    (other,) = served.check(turn(50, 51, sound(4.0, 6), 52))
+    assert other.num_cached_tokens == 0, "the first page has places of the sound"
+
+
+def test_one_sound_of_16_requests_is_encoded_once(served):
+    one, before = sound(0.9, 17), served.media.misses
+    served.check(turn(60, one, 70))
+    served.chat(*[turn(61 + i, one, 70) for i in range(15)])
+    assert served.media.misses == before + 1
+
+
+def test_any_length_and_any_way_of_sending(served):
+    for seconds in (0.01, 0.03, 2.5, 4.0, 4.01):
+        served.check(turn(90, sound(seconds, 3), 91))
+    messages, ids, _ = turn(90, SHORT, 91)
+    _, tokens = tiny_audio.expected(served.name, served.model, ids, [SHORT])
+    for part in (
+        {"type": "audio", "audio": wav(SHORT)},
+        {"type": "audio", "audio": SHORT},
+        {"type": "audio", "audio": (np.stack([SHORT, SHORT], 1).astype(np.float64), 16_000.0)},
+    ):
+        messages[0]["content"][1] = part
+        (output,) = served.llm.chat([messages], GREEDY, use_tqdm=False)
+        assert list(output.outputs[0].token_ids) == tokens
+
+
+def test_a_bad_sound_ends_its_own_request_alone(served):
+    with pytest.raises(RequestError, match="cannot be read as sound"):
+        served.llm.chat(
+            [{"role": "user", "content": [{"type": "audio", "audio": b"nonsense"}]}], GREEDY, use_tqdm=False
+        )
+    served.check(turn(80, SHORT, 81))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["model=2", "data=2"])
+@pytest.mark.parametrize("name", sorted(tiny_audio.TINY))
+def test_on_two_devices(name, mesh, tmp_path):
+    made = Served(name, tmp_path / "model", mesh=mesh)
+    try:
+        made.check(turn(10, SHORT, 11), turn(LONG, 20, 21, SHORT, 22), turn(30, 31), turn(40, sound(4.01, 4), 41))
+        made.engine.runner.guard.check()
+    finally:
+        made.llm.shutdown()
