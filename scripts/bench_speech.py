@@ -4,6 +4,7 @@ python scripts/bench_speech.py make FOLDER                    30 sentences as sm
 python scripts/bench_speech.py check FOLDER MODEL             tokens against transformers' in float32, word error rate
 python scripts/bench_speech.py time FOLDER MODEL --streams 8  seconds of sound a second, this engine
 python scripts/bench_speech.py peer FOLDER MODEL --streams 8  the same of faster-whisper (int8), from an environment that has it
+python scripts/bench_speech.py long FOLDER MODEL --streams 32 --minutes 60    long recordings at once: time, and memory as it goes
 
 With --timed, `time` and `peer` ask for the times of segments, too.
 """
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -203,13 +206,60 @@ def peer(folder: pathlib.Path, size: str, streams: int, times: bool) -> None:
     )
 
 
+def recording(sentences: Sequence[np.ndarray], seconds: float, first: int) -> bytes:
+    """A FLAC of so many seconds of sentences, beginning with one of them."""
+    import soundfile
+
+    turned, out = [*sentences[first:], *sentences[:first]], io.BytesIO()
+    once = joined(turned, float("inf"))
+    with soundfile.SoundFile(out, "w", RATE, 1, "PCM_16", format="FLAC") as file:
+        for _ in range(math.ceil(seconds * RATE / len(once))):
+            file.write(once)
+    return out.getvalue()
+
+
+def resident() -> int:
+    """MiB of this process."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 // 2**20
+
+
+def long(folder: pathlib.Path, model: str, streams: int, minutes: float) -> None:
+    """Prints how long so many recordings take at once, and this process's memory every ten seconds of it."""
+    from serving.media.sound import read_sound
+
+    sentences = [read_sound(path.read_bytes(), 60.0, "file") for path in sorted(folder.glob("*.flac"))]
+    files = [recording(sentences, 60 * minutes, i % len(sentences)) for i in range(streams)]
+    engine = started(model, 8, False)
+
+    async def watched() -> list[Any]:
+        async def watch() -> None:
+            while True:
+                print(f"{time.monotonic() - began:.0f} s: {resident()} MiB", flush=True)
+                await asyncio.sleep(10)
+
+        watching, began = asyncio.ensure_future(watch()), time.monotonic()
+        try:
+            return await heard(engine.service(), files, streams)
+        finally:
+            watching.cancel()
+
+    asyncio.run(heard(engine.service(), [recording(sentences, 5, 0)], 1))
+    began = time.monotonic()
+    found = asyncio.run(watched())
+    seconds, sound = time.monotonic() - began, sum(one.duration for one in found)
+    print(f"{streams} recordings of {minutes:g} minutes: {seconds:.0f} s, {sound / seconds:.2f} s of sound a second")
+    engine.shutdown()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("make", "check", "time", "peer"))
+    parser.add_argument("what", choices=("make", "check", "time", "peer", "long"))
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("model", nargs="?", default="")
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--timed", action="store_true")
+    parser.add_argument("--minutes", type=float, default=60.0)
     args = parser.parse_args()
     match args.what:
         case "make":
@@ -218,6 +268,8 @@ def main() -> None:
             check(args.folder, args.model)
         case "time":
             timed(args.folder, args.model, args.streams, args.timed)
+        case "long":
+            long(args.folder, args.model, args.streams, args.minutes)
         case "peer":
             peer(args.folder, args.model, args.streams, args.timed)
 

@@ -37,14 +37,16 @@ class Spectrogram:
 
     Attributes:
         samples: that came so far.
+        loudest: the greatest number of the frames that were taken.
     """
 
     def __init__(self, mels: int = 80) -> None:
-        self.samples = 0
+        self.samples, self.loudest = 0, SILENCE
         self._mels = mels
         self._rest = np.zeros(0)  # from the first sample on that the next frame needs
         self._begun = False
         self._done: list[np.ndarray] = []
+        self._taken = 0
 
     @property
     def nbytes(self) -> int:
@@ -64,18 +66,29 @@ class Spectrogram:
             self._take()
 
     def finish(self) -> np.ndarray:
-        """float32 [samples / HOP, mels], a frame each 10 ms."""
+        """float32 [samples / HOP, mels], a frame each 10 ms; of those alone that were not taken before."""
+        logs = self.end()
+        return settled(logs, self.loudest)
+
+    def end(self) -> np.ndarray:
+        """The last frames as `take` gives them: no more samples come."""
         if not self._begun:  # too short to be mirrored
             self._rest = np.pad(self._rest, FFT // 2)
         else:
             self._rest = np.concatenate([self._rest, self._rest[-2 : -FFT // 2 - 2 : -1]])
         self._take()
-        empty = np.zeros((0, self._mels), np.float32)
-        logs = np.concatenate([empty, *self._done])[: self.samples // HOP]
-        self._done = []
-        np.maximum(logs, logs.max(initial=SILENCE) - 8.0, out=logs)
-        logs += 4.0
-        logs *= 0.25
+        return self.take(self.samples // HOP)
+
+    def take(self, most: int | None = None) -> np.ndarray:
+        """float32 [n, mels], logarithms of the powers of the frames that are whole by now and were not taken before.
+
+        Args:
+            most: frames that all who take get together.
+        """
+        logs = np.concatenate([np.zeros((0, self._mels), np.float32), *self._done])
+        logs, self._done = logs if most is None else logs[: max(0, most - self._taken)], []
+        self._taken += len(logs)
+        self.loudest = float(logs.max(initial=self.loudest))
         return logs
 
     def _take(self) -> None:
@@ -95,6 +108,18 @@ class Spectrogram:
             power = np.abs(np.fft.rfft(windows * _hann(), axis=1)) ** 2
             logs[first:last] = np.log10(np.maximum(power @ mel_filters(self._mels), 10.0**SILENCE))
         return logs
+
+
+def settled(logs: np.ndarray, loudest: float) -> np.ndarray:
+    """What `Spectrogram.take` gave as encoders read it, in its place.
+
+    Args:
+        loudest: of the whole sound; what is 80 dB below is silence.
+    """
+    np.maximum(logs, np.float32(loudest) - np.float32(8.0), out=logs)
+    logs += 4.0
+    logs *= 0.25
+    return logs
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,8 +1,10 @@
-"""From a sound file to its spectrogram, in threads of its own and within a bound of memory that all requests share."""
+"""From a sound file to its spectrogram, in threads of its own and within a bound of memory that all requests share. Of a long one
+nothing stays but the file: it is read twice, once to find out how loud it is, and again as its windows are asked for."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -13,11 +15,47 @@ import numpy as np
 
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.media.sound import RATE, sound_pieces
-from serving.media.spectrum import HOP, Spectrogram
+from serving.media.spectrum import HOP, Spectrogram, settled
 
 MAX_SECONDS = 4 * 3600.0
 HELD_BYTES = 2**30
 """Of all spectrograms that requests have at a time: nine hours of sound for 80 bins."""
+KEPT_BYTES = 2**24
+"""Of one sound's: nearly nine minutes for 80 bins. Longer ones are read again."""
+
+
+class Frames:
+    """The spectrogram of a file, made again window by window.
+
+    Args:
+        count: frames that there are.
+        loudest: as `Spectrogram` has it of the whole.
+    """
+
+    def __init__(self, data: bytes, mels: int, count: int, loudest: float) -> None:
+        self.shape = (count, mels)
+        self._loudest = loudest
+        self._pieces = sound_pieces(data, MAX_SECONDS, "file", math.inf)
+        self._spectrogram: Spectrogram | None = Spectrogram(mels)
+        self._there, self._first = np.zeros((0, mels), np.float32), 0
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """float32 [up to `count`, mels] from `first` on, which never comes before the last one asked for. Blocks."""
+        while self._first + len(self._there) < min(first + count, len(self)) and self._spectrogram is not None:
+            piece = next(self._pieces, None)
+            if piece is None:
+                more, self._spectrogram = self._spectrogram.end(), None
+            else:
+                self._spectrogram.push(piece)
+                more = self._spectrogram.take()
+            kept = self._there[max(0, first - self._first) :]
+            self._first += len(self._there) - len(kept)
+            self._there = np.concatenate([kept, settled(more, self._loudest)])
+        at = first - self._first
+        return self._there[at : at + count]
 
 
 class Listener:
@@ -33,8 +71,8 @@ class Listener:
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="jaxserve-sound")
         self._held, self._lock = 0, threading.Lock()
 
-    async def spectrogram(self, data: bytes) -> tuple[np.ndarray, int]:
-        """(float32 [T, mels], samples of sound at `RATE`, without what it was filled up with) of a file.
+    async def spectrogram(self, data: bytes) -> tuple[np.ndarray | Frames, int]:
+        """(float32 [T, mels], whole or in windows, samples of sound at `RATE`, without what it was filled up with) of a file.
 
         Raises:
             RequestError: INVALID_ARGUMENT for what is no sound, has none, or too much; RESOURCE_EXHAUSTED.
@@ -45,17 +83,26 @@ class Listener:
         finally:
             gone.set()
 
+    async def rows(self, frames: np.ndarray | Frames, first: int, count: int) -> np.ndarray:
+        """Some of a spectrogram's frames, see `Frames.rows`."""
+        if isinstance(frames, np.ndarray):
+            return frames[first : first + count]
+        return await self.run(frames.rows, first, count)
+
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """A function's result, from one of the threads."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
-    def _read(self, data: bytes, gone: threading.Event) -> tuple[np.ndarray, int]:
-        spectrogram, taken = Spectrogram(self._mels), 0
+    def _read(self, data: bytes, gone: threading.Event) -> tuple[np.ndarray | Frames, int]:
+        spectrogram, taken, again = Spectrogram(self._mels), 0, False
         try:
             for piece in sound_pieces(data, MAX_SECONDS, "file"):
                 if gone.is_set():
                     break
                 spectrogram.push(piece)
+                again = again or spectrogram.nbytes > KEPT_BYTES
+                if again:
+                    spectrogram.take()
                 self._take(spectrogram.nbytes - taken)
                 taken = spectrogram.nbytes
             heard = spectrogram.samples
@@ -64,6 +111,9 @@ class Listener:
             if heard < self._window:
                 spectrogram.push(np.zeros(self._window - heard, np.float32))
             frames = spectrogram.finish()
+            if again:
+                self._take(-taken)
+                return Frames(data, self._mels, heard // HOP, spectrogram.loudest), heard
             self._take(frames.nbytes - taken)
             taken = frames.nbytes
         except BaseException:

@@ -61,11 +61,14 @@ class Speech:
         mels: of its spectrograms.
         align: (a window's frames, its prompt, its tokens, how many frames are sound) -> the second of the window at which each
             token ends; None where nothing tells times of words. Blocks.
+
+    Attributes:
+        listener: reads sound files.
     """
 
     def __init__(self, tokens: SpeechTokens, mels: int, align: Align | None = None) -> None:
         self.tokens, self.align = tokens, align
-        self._listener = Listener(mels, WINDOW_S * RATE)
+        self.listener = Listener(mels, WINDOW_S * RATE)
         self._serial = itertools.count()
 
     async def transcribe(
@@ -80,7 +83,7 @@ class Speech:
         """
         self._check(given)
         prompt = self._prompt(service, given)
-        frames, samples = await self._listener.spectrogram(given.data)
+        frames, samples = await self.listener.spectrogram(given.data)
         duration = samples / RATE
         length, short = -(-samples // HOP), duration <= WINDOW_S
         timed = given.segments or given.words or not short
@@ -94,7 +97,7 @@ class Speech:
         """When each word of a window was said, in its seconds."""
         if self.align is None or not tokens:
             return ()
-        ends = await self._listener.run(self.align, window.patches_PX, prompt, tokens, frames)
+        ends = await self.listener.run(self.align, window.patches_PX, prompt, tokens, frames)
         return words_of(tokens, ends, self.tokens.end, service.tokenizer.decode)
 
     @staticmethod

@@ -24,6 +24,7 @@ from serving.service.speech.segments import Segment, cut
 
 if TYPE_CHECKING:
     from serving.service.service import TextService
+    from serving.service.speech.listening import Frames
     from serving.service.speech.transcripts import TranscribeInput
 
 WINDOW_S = 30
@@ -49,7 +50,7 @@ class Windows:
         speech: Any,
         service: TextService,
         given: TranscribeInput,
-        frames: np.ndarray,
+        frames: np.ndarray | Frames,
         prompt: list[int],
         length: int,
         timed: bool,
@@ -67,7 +68,7 @@ class Windows:
         t, seek, segments, prompt = self._speech.tokens, 0, [], self._prompt
         language = self._given.language
         while seek < len(self._frames):
-            window = self._window(seek)
+            window = await self._window(seek)
             if language is None:
                 language = await self._language(window)
             head = [*prompt, t.start]
@@ -114,10 +115,10 @@ class Windows:
     def _vocab(self) -> int:
         return self._service.info.vocab_size
 
-    def _window(self, seek: int) -> MediaItem:
+    async def _window(self, seek: int) -> MediaItem:
         """The frames from `seek` on, as the engine takes them."""
         frames = np.zeros((FRAMES, self._frames.shape[1]), np.float32)
-        there = self._frames[seek : seek + FRAMES]
+        there = await self._speech.listener.rows(self._frames, seek, FRAMES)
         frames[: len(there)] = there
         h = hashlib.blake2b(digest_size=32)
         h.update(b"sound\0" + b"\0".join((b"" if self._salt is None else b"+" + self._salt.encode(), frames.tobytes())))

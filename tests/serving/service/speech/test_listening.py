@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from serving.errors import ErrorKind, RequestError
+from serving.media import sound as media_sound
 from serving.media.spectrum import log_mel
 from serving.service.speech import listening
-from serving.service.speech.listening import Listener
+from serving.service.speech.listening import Frames, Listener
 from tests.models.tiny_whisper import sound, wav
 
 
@@ -38,3 +39,27 @@ async def test_what_is_held_is_bounded_and_given_back(monkeypatch):
     await listener.run(gc.collect)
     await listener.run(gc.collect)
     assert listener._held == 0
+
+
+async def test_long_sounds_are_read_again_window_by_window(monkeypatch):
+    """The same numbers, and hardly anything held."""
+    monkeypatch.setattr(listening, "KEPT_BYTES", 300 * 80 * 4)
+    monkeypatch.setattr(media_sound, "PIECE", 1 << 14)
+    samples = np.concatenate(
+        [sound(20.0, 1) * 0.1, np.zeros(50_000, np.float32), sound(30.0, 2), sound(7.003, 3) * 0.01]
+    )
+    listener, whole = Listener(80, 16_000), log_mel(samples)
+    for kind, rate in (("WAV", 16_000), ("FLAC", 22_050)):
+        data = wav(samples, rate=rate, kind=kind, subtype="FLOAT" if kind == "WAV" else "PCM_16")
+        frames, heard = await listener.spectrogram(data)
+        assert isinstance(frames, Frames) and listener._held == 0 and len(frames) == heard // 160
+        wanted = whole if rate == 16_000 else log_mel(media_sound.read_sound(data, 100.0, "file"))
+        assert len(wanted) == len(frames)
+        at = 0
+        while at < len(frames):  # windows overlap, as they do where a segment was not finished
+            rows = await listener.rows(frames, at, 700)
+            np.testing.assert_allclose(rows, wanted[at : at + 700], atol=1e-6)
+            assert len(frames._there) < 700 + 700
+            at += 433
+    short, _ = await listener.spectrogram(wav(sound(2.0)))
+    assert isinstance(short, np.ndarray) and np.array_equal(await listener.rows(short, 50, 10), short[50:60])
