@@ -65,7 +65,7 @@ def written(text: str, seen: Sequence[Seen], processor: Processor) -> str | list
     parts = re.split("(" + "|".join(map(re.escape, set(marks))) + ")", text)
     found, texts = parts[1::2], parts[::2]
     if found != marks:
-        raise _places(len(marks), len(found))
+        raise _places(seen, len(marks), len(found))
     if all(one.sound for one in seen):
         return texts
     own = [one.pieces[0].written for one in seen if mark_of(one, processor)]
@@ -86,7 +86,7 @@ def with_media(ids: Sequence[int], seen: Sequence[Seen], processor: Processor) -
     places = [i for i, token in enumerate(ids) if token in tokens]
     wanted = [_placeholder(one, processor) for one in seen for _ in range(_placeholders(one))]
     if [ids[place] for place in places] != wanted:
-        raise _places(len(wanted), len(places))
+        raise _places(seen, len(wanted), len(places))
     if places and places[-1] == len(ids) - 1:
         what = "a sound" if seen[-1].sound else "an image"
         raise invalid(f"The prompt ends with {what}: put text behind it.", "messages")
@@ -137,9 +137,10 @@ def _placeholders(one: Seen) -> int:
     return sum(len(piece.runs) - piece.joins for piece in one.pieces)
 
 
-def _places(images: int, places: int) -> RequestError:
+def _places(seen: Sequence[Seen], wanted: int, places: int) -> RequestError:
+    what = "sounds" if seen and all(one.sound for one in seen) else "images"
     return invalid(
-        f"The request has {images} images, and the model's chat template has made {places} places for them.", "messages"
+        f"The request has {wanted} {what}, and the model's chat template has made {places} places for them.", "messages"
     )
 
 

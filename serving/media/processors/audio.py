@@ -11,7 +11,7 @@ import numpy as np
 
 from serving.media.processors.base import Fixed, Patched
 from serving.media.sound import RATE
-from serving.media.spectrum import FFT, HOP, log_mel
+from serving.media.sound.spectrum import FFT, HOP, log_mel
 
 SOUND, SILENCE = 1, 2
 """As in `models.encoders.audio`, of a frame."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.media.sound import RATE, sound_pieces
-from serving.media.spectrum import HOP, Spectrogram, settled
+from serving.media.sound.spectrum import HOP, Spectrogram, settled
 
 MAX_SECONDS = 4 * 3600.0
 HELD_BYTES = 2**30

@@ -13,7 +13,7 @@ import numpy as np
 from serving.engine.api.media import MediaItem
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.media.sound import RATE
-from serving.media.spectrum import HOP
+from serving.media.sound.spectrum import HOP
 from serving.service.requests.limits import check_text
 from serving.service.speech.listening import Listener
 from serving.service.speech.rules import SpeechTokens

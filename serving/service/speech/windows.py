@@ -17,7 +17,7 @@ from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason
 from serving.errors import ErrorKind, RequestError
 from serving.media.sound import RATE
-from serving.media.spectrum import HOP
+from serving.media.sound.spectrum import HOP
 from serving.service.speech.doubts import Attempt, Doubts
 from serving.service.speech.rules import SpeechRules
 from serving.service.speech.segments import Segment, cut

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from serving.errors import RequestError
-from serving.media import sound
 from serving.media.sound import Resampler, read_sound, resampled
-from serving.media.spectrum import Spectrogram, log_mel
+from serving.media.sound import files as sound
+from serving.media.sound.spectrum import Spectrogram, log_mel
 from tests.models import tiny_whisper
 from tests.models.tiny_whisper import wav
 

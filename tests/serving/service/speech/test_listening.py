@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from serving.errors import ErrorKind, RequestError
-from serving.media import sound as media_sound
-from serving.media.spectrum import log_mel
+from serving.media.sound import files as media_sound
+from serving.media.sound.spectrum import log_mel
 from serving.service.speech import listening
 from serving.service.speech.listening import Frames, Listener
 from tests.models.tiny_whisper import sound, wav

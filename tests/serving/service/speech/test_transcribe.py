@@ -8,7 +8,7 @@ import pytest
 from serving.boot.startup import start
 from serving.engine.api.config import EngineConfig
 from serving.errors import RequestError
-from serving.media.spectrum import log_mel
+from serving.media.sound.spectrum import log_mel
 from serving.service import GenerateInput
 from serving.service.speech.doubts import Doubts
 from serving.service.speech.transcribe import TranscribeInput, transcribe

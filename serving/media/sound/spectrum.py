@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 
-from serving.media.sound import RATE
+from serving.media.sound.files import RATE
 
 HOP, FFT = 160, 400
 BLOCK = 1024
