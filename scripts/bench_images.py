@@ -2,7 +2,8 @@
 
 No trained model is needed: a random checkpoint of Qwen2-VL's architecture and SmolLM2's width is written to a temporary folder.
 Prints, as JSON: tokens a second of prompts without images, with the tower loaded and without it (`language_model_only`), in turns;
-and seconds until the first token of a prompt with one image, here and in transformers (float32, each sees another image each time).
+and seconds until the first token of a prompt with one image, here and in transformers (in float32 and in bfloat16; each sees
+another image each time). Here weights and products are what a server chooses (`--quantization none`: float32).
 """
 
 from __future__ import annotations
@@ -64,10 +65,9 @@ def picture(seed: int) -> Any:
 def start(folder: Path, **settings: Any) -> Any:
     from serving.llm import LLM
 
-    return LLM(
-        str(folder), dtype="float32", quantization="none", max_model_len=1024, max_num_seqs=8, kv_cache_memory="512MiB",
-        progress=False, **settings,
-    )  # fmt: skip
+    if settings.get("quantization") == "none":
+        settings["dtype"] = "float32"
+    return LLM(str(folder), max_model_len=1024, max_num_seqs=8, kv_cache_memory="512MiB", progress=False, **settings)
 
 
 def text_rate(llm: Any, seed: int) -> float:
@@ -109,28 +109,34 @@ def first_token_there(model: Any, seed: int) -> float:
 
 
 def main() -> None:
+    import torch
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--quantization", default="auto", help="of our weights")
+    args = parser.parse_args()
+    rounds, how = args.rounds, {"quantization": args.quantization}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         model = write(path)
-        seeing, blind = start(path), start(path, language_model_only=True)
+        seeing, blind = start(path, **how), start(path, language_model_only=True, **how)
         rates: dict[str, list[float]] = {"with the tower": [], "without": []}
         for seed in range(rounds + 1):
             for name, llm in (("with the tower", seeing), ("without", blind))[:: 1 if seed % 2 else -1]:
                 rate = text_rate(llm, seed)
                 rates[name] += [rate] if seed else []
         blind.shutdown()
-        here = [first_token_here(seeing, seed) for seed in range(rounds + 1)][1:]
-        there = [first_token_there(model, seed) for seed in range(rounds + 1)][1:]
+        here = statistics.median([first_token_here(seeing, seed) for seed in range(rounds + 1)][1:])
         seeing.shutdown()
+        there = {}
+        for dtype in ("float32", "bfloat16"):
+            other = model.to(getattr(torch, dtype))
+            there[dtype] = statistics.median([first_token_there(other, seed) for seed in range(rounds + 1)][1:])
     ratio = statistics.median(a / b for a, b in zip(*rates.values(), strict=True))
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    ours, theirs = statistics.median(here), statistics.median(there)
     print(json.dumps({
-        "text, tokens/s": medians, "ratio": ratio, "first token with an image, s": {"here": ours, "transformers": theirs},
-        "times faster": theirs / ours,
+        "text, tokens/s": medians, "ratio": ratio, "first token with an image, s": {"here": here, "transformers": there},
+        "times faster": {dtype: seconds / here for dtype, seconds in there.items()},
     }, indent=1))  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from models.recipes import Recipes, deal, one, pieces, split, under
 from ops.activation import activation
 from ops.linear import PackedInt8Weight
 from ops.paged_attention import whole
-from ops.rope import rope
+from ops.rope import cos_sin, rope
 
 MASKED = -1e30
 SCORES = 1 << 22
@@ -112,19 +112,26 @@ def make_norm(config: VitConfig, width: int | None = None) -> RMSNorm | LayerNor
 
 
 def attend_patches(
-    q_PHh: jax.Array, k_PHh: jax.Array, v_PHh: jax.Array, real_P: jax.Array, window_P: jax.Array | None = None
+    q_PHh: jax.Array,
+    k_PHh: jax.Array,
+    v_PHh: jax.Array,
+    real_P: jax.Array,
+    window_P: jax.Array | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Every patch attends to all real ones, or to those of its window: out_PHh. Rows that are not real are arbitrary.
 
     Args:
         real_P: bool; the others are padding.
         window_P: int32, the window of each.
+        scale: of the scores; None for 1 / sqrt(h).
     """
     P, H, h = q_PHh.shape
+    scale = h**-0.5 if scale is None else scale
     window_P = jnp.zeros(P, jnp.int32) if window_P is None else window_P
 
     def attend(q_QHh: jax.Array, window_Q: jax.Array) -> jax.Array:
-        scores = jnp.einsum("qhd,shd->hqs", q_QHh, k_PHh, preferred_element_type=jnp.float32) * h**-0.5
+        scores = jnp.einsum("qhd,shd->hqs", q_QHh, k_PHh, preferred_element_type=jnp.float32) * scale
         seen_QP = real_P & (window_Q[:, None] == window_P)
         weights = jax.nn.softmax(jnp.where(seen_QP, scores, MASKED), axis=-1)
         return jnp.einsum("hqs,shd->qhd", weights.astype(v_PHh.dtype), v_PHh)
@@ -173,14 +180,15 @@ class PatchAttention(nnx.Module):
 
     def __call__(self, x_PD: jax.Array, place_P2: jax.Array, real_P: jax.Array) -> jax.Array:
         (P, D), (H, h) = x_PD.shape, self.heads
+        turns = None if self.theta is None else axial_frequencies(self.theta, h, self.alternating)
         if self._by_kernel():
             size = self.tile or P
             count_R = jnp.full(P // size, size, jnp.int32) if self.tile else jnp.sum(real_P, dtype=jnp.int32)[None]
-            out = whole.attend_all(self.qkv(x_PD).reshape(-1, size, H, 3, h), count_R, scale=h**-0.5)
+            angles = None if turns is None else cos_sin(place_P2.T, turns)
+            out = whole.attend_all(self.qkv(x_PD).reshape(-1, size, H, 3, h), count_R, scale=h**-0.5, angles=angles)
             return self.out(out.reshape(P, D).astype(x_PD.dtype))
         q_PHh, k_PHh, v_PHh = jnp.moveaxis(self.qkv(x_PD).reshape(P, H, 3, h), 2, 0)
-        if self.theta is not None:
-            turns = axial_frequencies(self.theta, h, self.alternating)
+        if turns is not None:
             q_PHh, k_PHh = (rope(x, place_P2.T, turns) for x in (q_PHh, k_PHh))
         if self.tile and self.tile < P:
             tiles = tuple(x.reshape(-1, self.tile, H, h) for x in (q_PHh, k_PHh, v_PHh))
@@ -194,10 +202,8 @@ class PatchAttention(nnx.Module):
 
     def _by_kernel(self) -> bool:
         """Whether the CPU's kernels attend, in bfloat16: beside products that are rounded to int8. Real patches come first."""
-        plain = self.theta is None and self.window is None
-        return (
-            plain and isinstance(self.qkv.weight.get_value(), PackedInt8Weight) and whole.supports(*self.heads, "cpu")
-        )
+        packed = isinstance(self.qkv.weight.get_value(), PackedInt8Weight)
+        return packed and self.window is None and whole.supports(*self.heads, "cpu")
 
     def recipes(self, name: str) -> Recipes:
         H, h = self.heads

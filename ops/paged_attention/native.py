@@ -128,6 +128,7 @@ def attend_whole(
     decode: tuple[jax.Array, jax.Array] | None = None,
     *,
     scale: float,
+    angles: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Every token attends to its row's whole context: out [T, K, G, h], float32.
 
@@ -137,14 +138,15 @@ def attend_whole(
         index_T: where tokens are written.
         chunk: int32 (pages [R, P], first token, tokens, context) of rows of several tokens.
         decode: int32 (pages [B, P], context) of rows of one, in front of those.
+        angles: cosines and sines [T, h / 2] of what turns with its place.
     """
     reads = len(pages) == 1
     (T, K, group, h), nothing = q.shape, jnp.zeros(0, jnp.float32)
     none = jnp.zeros(0, jnp.int32)
     decode_pages, decode_len = decode or (none.reshape(0, 1), none)
     operands = [
-        q.astype(jnp.float32), nothing, nothing, *(jnp.zeros((0, 0), jnp.float32),) * 2, nothing, index_T, decode_pages, decode_len,
-        none, *chunk,
+        q.astype(jnp.float32), nothing, nothing, *(angles or (jnp.zeros((0, 0), jnp.float32),) * 2), nothing, index_T,
+        decode_pages, decode_len, none, *chunk,
     ]  # fmt: skip
     results = [jax.ShapeDtypeStruct((T, K, group if reads else group - 2, h), jnp.float32)]
     aliases = {} if reads else {len(operands) + i: 1 + i for i in range(2)}

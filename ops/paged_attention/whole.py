@@ -21,12 +21,19 @@ def supports(heads: int, head_dim: int, platform: str) -> bool:
     return native.supports(KVSpec(heads, head_dim, head_dim), PAGE, jnp.dtype(jnp.bfloat16), platform)
 
 
-def attend_all(qkv_RSHgh: jax.Array, count_R: jax.Array, *, scale: float) -> jax.Array:
+def attend_all(
+    qkv_RSHgh: jax.Array,
+    count_R: jax.Array,
+    *,
+    scale: float,
+    angles: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
     """In each of R rows, S tokens attend to the row's first `count` ones: out_RSHh, zeros for the others.
 
     Args:
         qkv_RSHgh: float32 [R, S, H, 3, h], of each head q, k and v; where `supports` says so.
         count_R: int32, at most S.
+        angles: cosines and sines [R S, h / 2] by which q and k turn, as `ops.rope.cos_sin` gives them; None: they do not.
     """
     R, S, H, _, h = qkv_RSHgh.shape
     pages_RP = 1 + np.arange(R * -(-S // PAGE), dtype=np.int32).reshape(R, -1)  # page 0 is nobody's
@@ -40,6 +47,7 @@ def attend_all(qkv_RSHgh: jax.Array, count_R: jax.Array, *, scale: float) -> jax
         jnp.asarray(index_T, jnp.int32),
         _rows(jnp.asarray(pages_RP), jnp.arange(R, dtype=jnp.int32) * S, count_R, count_R),
         scale=scale,
+        angles=angles,
     ).reshape(R, S, H, h)
 
 

@@ -25,6 +25,9 @@ from serving.engine.requests.moves import Encoding
 LEAST_PATCHES = 64
 LEAST_FRAMES = 256
 """2.56 s."""
+FINER = (256, 2048)
+"""Where most photographs are: patches between which programs are this much larger than each other. Every one is compiled, and run
+once at start."""
 
 
 def tile_sizes(most: int, tile: int) -> tuple[int, ...]:
@@ -36,10 +39,12 @@ def tile_sizes(most: int, tile: int) -> tuple[int, ...]:
 
 
 def patch_sizes(most: int, merge: int) -> tuple[int, ...]:
-    """P of the programs that encode: doubling, up to the largest image's."""
-    square, sizes = merge**2, [LEAST_PATCHES * merge**2 // 4 if merge > 1 else LEAST_PATCHES]
+    """P of the programs that encode, up to the largest image's: doubling, and within `FINER` in steps of its beginning. What is
+    padded is computed like the rest."""
+    square, size = merge**2, LEAST_PATCHES * merge**2 // 4 if merge > 1 else LEAST_PATCHES
+    sizes = [size]
     while sizes[-1] < most:
-        sizes.append(2 * sizes[-1])
+        sizes.append(sizes[-1] + (FINER[0] if FINER[0] <= sizes[-1] < FINER[1] else sizes[-1]))
     return tuple(-(-size // square) * square for size in sizes)
 
 

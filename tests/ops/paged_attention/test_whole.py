@@ -21,10 +21,18 @@ def attended(q_THh, k_SHh, v_SHh):
     return np.einsum("hts,shd->thd", weights / weights.sum(-1, keepdims=True), v_SHh)
 
 
-def test_every_token_sees_all_of_its_row():
+@pytest.mark.parametrize("turning", [False, True])
+def test_every_token_sees_all_of_its_row(turning):
     S, counts = 150, (150, 1, 97)
-    qkv = np.random.default_rng(0).standard_normal((len(counts), S, H, 3, h)).astype(np.float32)
-    out = jax.jit(lambda x, n: whole.attend_all(x, n, scale=h**-0.5))(qkv, jnp.array(counts))
+    random = np.random.default_rng(0)
+    qkv = random.standard_normal((len(counts), S, H, 3, h)).astype(np.float32)
+    angle_TA = random.uniform(0, 6, (len(counts) * S, h // 2)).astype(np.float32)
+    angles = (jnp.cos(angle_TA), jnp.sin(angle_TA)) if turning else None
+    out = jax.jit(lambda x, n: whole.attend_all(x, n, scale=h**-0.5, angles=angles))(qkv, jnp.array(counts))
+    if turning:
+        cos, sin = (f(angle_TA).reshape(len(counts), S, 1, 1, -1) for f in (np.cos, np.sin))
+        a, b = np.split(qkv[:, :, :, :2], 2, axis=-1)
+        qkv[:, :, :, :2] = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     for row, count in enumerate(counts):
         q, k, v = (qkv[row, :count, :, part] for part in range(3))
         np.testing.assert_allclose(out[row, :count], attended(q, k, v), atol=ROUNDED)

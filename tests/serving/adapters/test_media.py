@@ -38,7 +38,7 @@ def test_images_with_an_adapter_are_those_of_peft(tmp_path):
         for _ in range(2):  # the second time from cached pages
             outputs = made.llm.chat([one[0] for one in turns], GREEDY, use_tqdm=False, lora_request=who)
             said = [list(output.outputs[0].token_ids) for output in outputs]
-            for found, (_, ids, images), one in zip(said, turns, who, strict=True):
+            for found, (_, ids, images, _), one in zip(said, turns, who, strict=True):
                 if one is None:
                     with wrapped.disable_adapter():
                         _, tokens = tiny_vision.expected(made.name, made.model, ids, images)
