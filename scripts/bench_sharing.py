@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""How much longer engines take while others work on the same cores, and what the way through a gateway takes meanwhile: what
-`scripts/simulate.py --slowdown` and `--way` ask for.
+"""How engines on the same cores hold each other up, and what the way through a gateway takes meanwhile: what
+`scripts/simulate.py --slowdown`, `--decode-slowdown` and `--way` ask for.
 
     python scripts/bench_sharing.py --engines 4 --cost cost.json --json        # of scripts/bench.py predict --save-cost cost.json
 
-Starts the engines as scripts/bench_gateway.py does, and has the first 1, 2, ... of them compute prompts of `--prompt-tokens` with a
-few tokens to answer, one behind the other. A factor is the median time of a request beside that of one engine alone. Then the same
-as chats over HTTP, through a gateway that is told which engine: how much later the first token is seen, in the median, than cost
-model and factor say, is the way.
+Starts the engines as scripts/bench_gateway.py does, and has 2, 3, ... of them do nothing but compute prompts of two steps, one
+behind the other, so that all of them are in a step all the time (and of 1, each in turn); then nothing but make tokens. A factor
+is the median time of that beside what the simulator says that it takes alone. The way is measured with short chats through a
+gateway, at an engine of its own beside 0, 1, ... that compute prompts: how much later the first token is seen, in the median,
+than cost model and factor say.
 """
 
 from __future__ import annotations
@@ -15,102 +16,164 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
+import itertools
 import json
 import random
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if TYPE_CHECKING:
+    from serving.engine.api.types import EngineInfo
+    from serving.frontends.grpc.client import RemoteEngineClient
+    from serving.simulator.cost import CostModel
+
 from scripts.bench_gateway import AT, engine_command, ready, running, text
 
-Taken = tuple[float, float]
-"""Seconds to the first token of a request, and to its end."""
+FLAGS = ("slowdown", "decode_slowdown", "way")
+"""Of scripts/simulate.py."""
+PROBE_WORDS, PROBE_REST_S = 12, 0.15
+"""Of a chat on its way, and seconds between two."""
 
 
-async def load(client, rng: random.Random, args: argparse.Namespace, until: float, name: str) -> list[Taken]:
-    """One request behind the other, those that were done in time."""
+async def load(
+    clients: Iterator[RemoteEngineClient],
+    rng: random.Random,
+    prompt_tokens: int,
+    max_tokens: int,
+    until: float,
+    name: str,
+) -> list[list[float]]:
+    """One request behind the other, each at the next of the engines: of each that was done in time, at least of one, the seconds
+    since it was sent at which tokens came."""
     from serving.engine.api.sampling_params import SamplingParams
     from serving.engine.api.types import EngineRequest
 
-    found: list[Taken] = []
+    found: list[list[float]] = []
     while True:
-        prompt = tuple(rng.randrange(1_000, 40_000) for _ in range(args.prompt_tokens))
-        params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, ignore_eos=True)
-        began, first = time.monotonic(), 0.0
-        async for _ in client.generate(EngineRequest(f"{name}-{len(found)}", prompt, params)):
-            first = first or time.monotonic()
-        if time.monotonic() > until:
+        prompt = tuple(rng.randrange(1_000, 40_000) for _ in range(prompt_tokens))
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        began, came = time.monotonic(), []
+        async for _ in next(clients).generate(EngineRequest(f"{name}-{len(found)}", prompt, params)):
+            came.append(time.monotonic() - began)
+        late = time.monotonic() > until
+        if found and late:
             return found
-        found.append((first - began, time.monotonic() - began))
+        found.append(came)
+        if late:
+            return found
 
 
-async def chat(web, target: str, rng: random.Random, args: argparse.Namespace, until: float) -> list[Taken]:
-    """The same through a gateway."""
-    found: list[Taken] = []
-    while True:
-        # Words have 1.6 tokens, and the template has some: fewer than the others' prompts, and padded to the same step.
+async def probe(web, target: str, rng: random.Random, until: float) -> list[tuple[float, int]]:
+    """Short chats through a gateway, with pauses: seconds to the first token of each, and tokens of its prompt."""
+    found = []
+    while time.monotonic() < until:
         body = {
-            "messages": [{"role": "user", "content": text(rng, int(0.5 * args.prompt_tokens))}], "max_tokens": args.max_tokens,
-            "temperature": 0, "ignore_eos": True, "stream": True, "cache_salt": str(rng.random()),
+            "messages": [{"role": "user", "content": text(rng, PROBE_WORDS)}], "max_tokens": 1, "temperature": 0,
+            "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}, "cache_salt": str(rng.random()),
         }  # fmt: skip
-        began, first = time.monotonic(), 0.0
+        began, first, prompt = time.monotonic(), 0.0, 0
         headers = {"x-gateway-destination-endpoint": target}
         async with web.stream("POST", "/v1/chat/completions", json=body, headers=headers) as reply:
             reply.raise_for_status()
             async for line in reply.aiter_lines():
-                if not first and line.startswith("data: {") and '"content":"' in line and '"content":""' not in line:
-                    first = time.monotonic()
-        if time.monotonic() > until:
-            return found
-        found.append((first - began, time.monotonic() - began))
+                if line.startswith("data: {"):
+                    chunk = json.loads(line[6:])
+                    if any(choice["delta"].get("content") for choice in chunk["choices"]):
+                        first = first or time.monotonic()
+                    prompt = (chunk.get("usage") or {}).get("prompt_tokens", prompt)
+        found.append(((first or time.monotonic()) - began, prompt))
+        await asyncio.sleep(PROBE_REST_S)
+    return found
 
 
-def predicted(args: argparse.Namespace) -> float | None:
-    """Seconds to the first token of a prompt at an engine alone, by the cost model; None without one."""
-    if args.cost is None:
-        return None
-    from serving.simulator.cost import CostModel, StepShape
+class Alone:
+    """What the simulator says of an engine that has all cores."""
 
-    cost, tokens = CostModel.load(args.cost), args.prompt_tokens
-    return cost.host_s + cost.seconds(StepShape(0, tokens, 1, 0, tokens * tokens / 2))
+    def __init__(self, cost: CostModel, info: EngineInfo) -> None:
+        from serving.engine.api.config import EngineConfig
+        from serving.engine.requests.scheduler_config import SchedulerConfig
+
+        self.cost = dataclasses.replace(
+            cost, max_num_seqs=info.max_num_seqs, max_num_batched_tokens=info.max_num_batched_tokens
+        )
+        table = self.cost.buckets
+        config = EngineConfig(
+            max_num_seqs=info.max_num_seqs, max_num_batched_tokens=info.max_num_batched_tokens,
+            max_model_len=info.max_model_len, page_size=info.page_size,
+        )  # fmt: skip
+        self._config = SchedulerConfig.of(
+            config,
+            max_chunk_tokens=table.max_chunk,
+            max_chunk_rows=table.max_rows,
+            num_pages=info.num_pages,
+            buckets=table,
+        )
+
+    def first_token(self, prompt_tokens: int) -> float:
+        """Seconds to it."""
+        from serving.simulator.simulate import Simulation
+        from serving.simulator.trace import TraceRequest
+
+        (one,) = Simulation(self._config, self.cost).run([TraceRequest(0.0, prompt_tokens, 1)])
+        return one.ttft
+
+    def token(self, context: int) -> float:
+        """Seconds that one of a stream's takes."""
+        from serving.simulator.cost import StepShape
+
+        return self.cost.seconds(StepShape(1, 0, 0, context, 0.0))
 
 
 async def measure(args: argparse.Namespace, targets: list[str], url: str) -> dict[str, list[float]]:
-    """Median seconds of a request while so many engines work, the factors, and the way."""
+    """Factors of steps with and without prompts while so many engines are in one, and the way while so many have requests."""
     import httpx
 
     from serving.frontends.grpc.client import RemoteEngineClient
+    from serving.simulator.cost import CostModel
 
     clients = [await RemoteEngineClient.connect(target) for target in targets]
-    direct: list[Taken] = []
-    through: list[float] = []
+    alone = Alone(CostModel.load(args.cost), clients[0].info())
+    info = clients[0].info()
+    long = min(2 * info.max_num_batched_tokens, info.max_model_len - 8)
 
-    async def medians(some) -> Taken:
-        found = [one for of in await asyncio.gather(*some) for one in of]
-        return statistics.median(one[0] for one in found), statistics.median(one[1] for one in found)
+    async def together(count: int, prompt_tokens: int, max_tokens: int) -> list[list[float]]:
+        until, kind = time.monotonic() + args.seconds, f"{count} {prompt_tokens} {max_tokens}"
+        # One at a time is each in turn: in a fleet whoever computes alone has not done so just before either.
+        several = [clients] if count == 1 else [[client] for client in clients[:count]]
+        some = [
+            load(itertools.cycle(own), random.Random(f"{kind} {i}"), prompt_tokens, max_tokens, until, f"{kind} {i}")
+            for i, own in enumerate(several[:count])
+        ]
+        return [one for of in await asyncio.gather(*some) for one in of]
 
+    prompts, tokens, way = [], [], []
+    for count in range(1, len(clients) + 1):
+        took = statistics.median(one[-1] for one in await together(count, long, 1))
+        prompts.append(took / alone.first_token(long))
+        gaps = [(one[-1] - one[0]) / (len(one) - 1) for one in await together(count, 16, args.max_tokens)]
+        tokens.append(statistics.median(gaps) / alone.token(16 + args.max_tokens // 2))
+    factors = [max(1.0, one) for one in prompts]
     async with httpx.AsyncClient(base_url=url, timeout=300) as web:
-        for count in range(1, len(clients) + 1):
-            rngs = [random.Random(f"{count} {i}") for i in range(count)]
-            until = time.monotonic() + args.seconds
-            some = [load(clients[i], rng, args, until, f"{count}-{i}") for i, rng in enumerate(rngs)]
-            direct.append(await medians(some))
-            until = time.monotonic() + args.seconds
-            through.append((await medians([chat(web, targets[i], rng, args, until) for i, rng in enumerate(rngs)]))[0])
+        await probe(web, targets[-1], random.Random(0), time.monotonic() + 0.5)  # what is slow the first time
+        for count in range(len(clients)):
+            others = together(count, long, 1)
+            probing = probe(web, targets[count], random.Random(1 + count), time.monotonic() + args.seconds)
+            _, found = await asyncio.gather(others, probing)
+            way.append(statistics.median(late - factors[count] * alone.first_token(n) for late, n in found))
     for client in clients:
         await client.close()
-    slowdown = [max(1.0, one / direct[0][1]) for _, one in direct]
-    model = predicted(args)
-    way = [] if model is None else [max(0.0, late - model * s) for late, s in zip(through, slowdown, strict=True)]
     return {
-        "request_s": [round(one, 4) for _, one in direct],
-        "first_token_s": [round(one, 4) for one, _ in direct],
-        "first_token_of_chats_s": [round(one, 4) for one in through],
-        "slowdown": [round(one, 3) for one in slowdown],
-        "way": [round(one, 4) for one in way],
+        "slowdown": [round(one, 3) for one in factors],
+        "decode_slowdown": [round(max(1.0, one), 3) for one in tokens],
+        "way": [round(max(0.0, one), 4) for one in way],
+        "measured": [[round(one, 3) for one in prompts], [round(one, 3) for one in tokens]],
     }
 
 
@@ -118,12 +181,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", type=int, default=4)
     parser.add_argument("--model", help="default: the default model")
-    parser.add_argument("--cost", help="cost model of an engine with these settings, for the way")
+    parser.add_argument(
+        "--cost", required=True, help="cost model of an engine with these settings, of scripts/bench.py predict"
+    )
     parser.add_argument("--kv-cache-memory", default="64MiB", help="of each engine")
     parser.add_argument("--max-model-len", type=int, default=1024)
-    parser.add_argument("--prompt-tokens", type=int, default=200)
-    parser.add_argument("--max-tokens", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each number of engines, either way")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of a stream")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each number of engines, each of the three ways")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
@@ -134,8 +198,8 @@ def main() -> None:
         gateway = ["serving.gateway", "--port", "0", *(["--model", args.model] if args.model else [])]
         process = stack.enter_context(running([*gateway, "--target", *targets]))
         result = asyncio.run(measure(args, targets, ready(process, r"ready at (http://[\d.]+:\d+)")))
-    told = [f"--{name} {' '.join(map(str, result[name]))}" for name in ("slowdown", "way") if result[name]]
-    print(json.dumps(result) if args.json else f"{' '.join(told)}  ({result['request_s']} s a request)")
+    flags = " ".join(f"--{name.replace('_', '-')} {' '.join(map(str, result[name]))}" for name in FLAGS)
+    print(json.dumps(result) if args.json else flags)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from serving.simulator.apart import Link
 from serving.simulator.cluster import Cluster
 from serving.simulator.cost import CostModel, fit, read_records
 from serving.simulator.report import Report
+from serving.simulator.sharing import Sharing
 from serving.simulator.simulate import Simulation
 from serving.simulator.trace import GENERATORS, TraceRequest, read_trace, write_trace
 
@@ -65,8 +66,7 @@ class Run:
     routing: str = "cache"
     balance: Balance = dataclasses.field(default_factory=Balance)
     acceptance: float = 0.0
-    slowdown: tuple[float, ...] = ()
-    way: tuple[float, ...] = ()
+    sharing: Sharing | None = None
     helpers: int = 0
     link: Link | None = None
     helper_policy: str = "auto"
@@ -120,8 +120,7 @@ def simulate_cluster(run: Run) -> tuple[dict[str, object], Values]:
         asynchronous=run.asynchronous,
         max_num_queued_reqs=run.max_num_queued_reqs,
         acceptance=run.acceptance,
-        slowdown=run.slowdown,
-        way=run.way,
+        sharing=run.sharing,
         helpers=run.helpers,
         link=run.link,
         helper_policy=run.helper_policy,
@@ -263,12 +262,15 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--slowdown", type=float, nargs="+", default=[], metavar="X",
-        help="the engines share one machine: how many times longer a step takes while 1, 2, ... of them are at work, as "
-        "scripts/bench_sharing.py measures it (default: each has a machine of its own)",
+        help="the engines share one machine: how many times longer a step that computes prompts takes while 1, 2, ... of them are "
+        "in a step, as scripts/bench_sharing.py measures it (default: each has a machine of its own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decode-slowdown", type=float, nargs="+", default=[], metavar="X", help="and one without prompts (default: the same)",
     )  # fmt: skip
     parser.add_argument(
         "--way", type=float, nargs="+", default=[], metavar="S",
-        help="and seconds until a token that was computed is seen by whoever asked, while 1, 2, ... are at work",
+        help="and seconds until a token that was computed is seen by whoever asked, while 1, 2, ... have requests",
     )  # fmt: skip
     parser.add_argument(
         "--prefill-engines", type=int, nargs="+", default=[0], metavar="N",
@@ -331,8 +333,15 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--rate must be above 0, got {args.rate}.")
     if args.engines < 1:
         parser.error(f"--engines must be at least 1, got {args.engines}.")
-    if any(one < 1 for one in args.slowdown):
-        parser.error(f"--slowdown takes factors of at least 1, got {min(args.slowdown)}.")
+    if any(one < 1 for one in (*args.slowdown, *args.decode_slowdown)):
+        least = min(*args.slowdown, *args.decode_slowdown)
+        parser.error(f"--slowdown and --decode-slowdown take factors of at least 1, got {least:g}.")
+    if (args.decode_slowdown or args.way) and not args.slowdown:
+        parser.error("--decode-slowdown and --way are of engines that share a machine: give --slowdown too.")
+    if args.slowdown and not args.async_scheduling:
+        parser.error(
+            "--slowdown needs asynchronous scheduling: engines whose steps wait for each other are not simulated."
+        )
     if any(not 0 <= one < args.engines for one in args.prefill_engines):
         parser.error(
             f"--prefill-engines must leave engines that decode: below --engines, {args.engines}, got {max(args.prefill_engines)}."
@@ -388,8 +397,7 @@ def main(argv: list[str] | None = None) -> None:
             routing,
             balance,
             args.acceptance,
-            tuple(args.slowdown),
-            tuple(args.way),
+            Sharing(tuple(args.slowdown), tuple(args.decode_slowdown), tuple(args.way)) if args.slowdown else None,
             helpers,
             Link(args.transfer_token_s, args.transfer_lag_s, tokens),
             args.prefill_policy,

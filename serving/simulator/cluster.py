@@ -1,8 +1,8 @@
 """Several engines behind a router: the real schedulers and the real router, on one virtual clock.
 
 Engines with machines of their own do not depend on each other, so each is stepped up to the next arrival, and then the router
-decides with what it would know. Those that share the cores of one machine are stepped in the order of their clocks, and a step
-takes longer the more of them are at work when it begins. Some may compute prompts for the others (apart.py).
+decides with what it would know. Those that share the cores of one machine are in sharing.py. Some may compute prompts for the
+others (apart.py).
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
-from serving.engine.api.types import EngineOutput, EngineStats
+from serving.engine.api.types import EngineOutput, EngineRequest, EngineStats
 from serving.engine.requests.scheduler_config import SchedulerConfig
 from serving.routing.router import Router, Visit, Wish
 from serving.routing.targets import Target
 from serving.simulator.apart import Helpers, Link
 from serving.simulator.cost import CostModel
+from serving.simulator.sharing import SharedCores, Sharing
 from serving.simulator.simulate import OWN_TOKEN, Outcome, RunTotals, Simulation, answer_of, engine_request
 from serving.simulator.trace import TraceRequest
 
@@ -49,9 +50,7 @@ class Cluster:
         config, cost, asynchronous, max_num_queued_reqs, acceptance: of each engine, as in Simulation.
         router: decides; its targets are made here.
         sessions: whether requests of one tenant are one session.
-        slowdown: of engines on the same cores: how many times longer a step takes while 1, 2, ... of them are at work; beyond the
-            last it grows in proportion. Empty: each has a machine of its own.
-        way: of the same: seconds from a step's end until its tokens are seen, while 1, 2, ... are at work. Empty: the cost model's.
+        sharing: of engines on the same cores, how they hold each other up; None: each has a machine of its own.
         helpers: further engines, that compute prompts for these; `link`, `helper_policy`: see apart.Helpers.
     """
 
@@ -66,14 +65,12 @@ class Cluster:
         max_num_queued_reqs: int | None = None,
         sessions: bool = False,
         acceptance: float = 0.0,
-        slowdown: Sequence[float] = (),
-        way: Sequence[float] = (),
+        sharing: Sharing | None = None,
         helpers: int = 0,
         link: Link | None = None,
         helper_policy: str = "auto",
     ) -> None:
         self.router = router
-        self._slowdown, self._way = tuple(slowdown), tuple(way)
 
         def make(queued: int | None) -> Simulation:
             return Simulation(
@@ -92,14 +89,11 @@ class Cluster:
         self._when = [math.nan] * count  # of each the entry that counts
         self._visits: dict[str, tuple[Visit, TraceRequest]] = {}
         self._pages = config.replicas * (config.num_pages - 1)
+        self._shared = None if sharing is None else SharedCores(self.engines, sharing)
         for engine in self.engines:
             engine.on_end = self._on_end
             if self.helpers is not None:
                 engine.on_first = self.helpers.begun
-            if slowdown:
-                engine.device.stretch, engine.coalesce = self._stretch, False
-            if way:
-                engine.delivery = lambda: self._way[min(self._working, len(self._way)) - 1]
 
     def run(self, trace: Iterable[TraceRequest]) -> Iterator[Outcome]:
         """Yields an outcome as each request ends; those of one engine in order."""
@@ -109,9 +103,11 @@ class Cluster:
                 start = request.arrival
                 for engine in self._all:
                     engine.device.now = start
+                if self._shared is not None:
+                    self._shared.now = start
             yield from self._reach(request.arrival)
             number = self._place(index, request)
-            if number is not None:
+            if number is not None and self._shared is None:
                 engine = self.engines[number]
                 if engine.num_live == 1:
                     engine.device.now = max(engine.device.now, request.arrival)
@@ -136,16 +132,19 @@ class Cluster:
         yield from self._until(end)
 
     def _until(self, end: float) -> Iterator[Outcome]:
-        """Steps all at which something may happen up to a time; those on one machine in turn: each knows who else is at work."""
+        """Steps all at which something may happen up to a time."""
+        if self._shared is not None:
+            self._shared.until(end)
+            for number in range(len(self.engines)):
+                yield from self._told(number)
+            return
         busy = self._busy
         while busy and busy[0][0] < end:
             when, number = heapq.heappop(busy)
             if when != self._when[number]:
                 continue  # it was looked at since
-            engine, until = self.engines[number], end
-            if self._slowdown and busy:
-                until = min(end, math.nextafter(max(busy[0][0], engine.now), math.inf))
-            yield from self._advance(number, until)
+            engine = self.engines[number]
+            yield from self._advance(number, end)
             self._when[number] = math.nan
             if engine.num_live:
                 self._look_again(number, max(engine.now, engine.ends_nothing_before))
@@ -155,21 +154,17 @@ class Cluster:
         self._when[number] = when
         heapq.heappush(self._busy, (when, number))
 
-    @property
-    def _working(self) -> int:
-        return sum(engine.num_live > 0 for engine in self.engines)
-
-    def _stretch(self) -> float:
-        """How many times longer a step takes that begins now."""
-        working = self._working
-        known = self._slowdown[min(working, len(self._slowdown)) - 1]
-        return known * max(1.0, working / len(self._slowdown))
-
     def _advance(self, number: int, until: float) -> list[Outcome]:
+        self.engines[number].advance(until)
+        return self._told(number)
+
+    def _told(self, number: int) -> list[Outcome]:
+        """An engine tells its load: what has ended there meanwhile."""
         engine = self.engines[number]
-        engine.advance(until)
         free = engine.scheduler.pool.num_free
         running, waiting = len(engine.scheduler.running), len(engine.scheduler.waiting)
+        if self._shared is not None:
+            waiting += self._shared.waiting(number)
         self.targets[number].told(
             EngineStats(
                 num_running=running, num_waiting=waiting, num_pages_free=free, num_pages_total=self._pages
@@ -189,8 +184,7 @@ class Cluster:
             running, matched = target.load, route.matched_tokens if not attempt else 0
             visit = self.router.begin(route, target)
             engine = self.engines[number]
-            engine.advance(request.arrival)
-            if engine.submit(index, request, spec):
+            if self._submit(number, index, request, spec):
                 self._visits[spec.request_id] = (visit, request)
                 if self.helpers is not None:
                     self.helpers.help(index, request, spec, number, engine, matched, running)
@@ -200,6 +194,13 @@ class Cluster:
                 self.engines[number].forget_refusal()
                 self.totals.retries += 1
         return None
+
+    def _submit(self, number: int, index: int, request: TraceRequest, spec: EngineRequest) -> bool:
+        """An engine gets a request, at its arrival. False where it refuses it."""
+        if self._shared is not None:
+            return self._shared.submit(number, index, request, spec)
+        self.engines[number].advance(request.arrival)
+        return self.engines[number].submit(index, request, spec)
 
     def _look_at_loads(self, chosen: Target) -> None:
         """Of many engines only now and then, and when one has more than ever: each look is at all of them."""

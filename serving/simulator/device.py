@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -19,7 +20,7 @@ class VirtualStep:
 
     Attributes:
         seconds: that it takes, all of them together.
-        end: of the virtual clock, in seconds.
+        end: of the virtual clock, in seconds; infinite where others use the same cores: it is known when it comes.
         first, last: seconds of the first and of the last of them.
     """
 
@@ -44,7 +45,8 @@ class VirtualDevice:
         now: the clock, in seconds. Dispatching moves it on by the host's work, reading to the end of the step.
         free: when what it was given is done.
         reading: the step that was collected last.
-        stretch: how many times longer a step takes that begins now, where others use the same cores; None where nobody does.
+        stretch: how many times longer the host's work takes now, where others use the same cores; None where nobody does. Whoever
+            shares the cores out says in `free` when a step has ended, before it is collected.
     """
 
     def __init__(
@@ -65,17 +67,18 @@ class VirtualDevice:
         self._finite = np.ones((cost.max_num_seqs, 1), bool)
 
     def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> VirtualStep:
-        stretch = 1.0 if self.stretch is None else self.stretch()
-        self.now += self._cost.host_s * stretch
+        alone = self.stretch is None
+        self.now += self._cost.host_s * (1.0 if self.stretch is None else self.stretch())
         shape = StepShape.of(plan, self._replicas)
         bucket, first = self._cost.price(shape)
-        seconds = last = first = first * stretch
+        seconds = last = first
         if plan.num_steps > 1:
-            growth = self._cost.growth(shape) * stretch
+            growth = self._cost.growth(shape)
             last = first + growth * (plan.num_steps - 1)
             seconds = plan.num_steps * (first + last) / 2
-        self.free = max(self.now, self.free) + seconds
-        step = VirtualStep(plan, bucket, seconds, self.free, first, last)
+        if alone:
+            self.free = max(self.now, self.free) + seconds
+        step = VirtualStep(plan, bucket, seconds, self.free if alone else math.inf, first, last)
         if self._on_dispatch is not None:
             self._on_dispatch(step)
         return step
@@ -90,7 +93,7 @@ class VirtualDevice:
         pass
 
     def collect(self, step: VirtualStep) -> StepResult:
-        self.now = max(self.now, step.end)
+        self.now = max(self.now, step.end if step.end < math.inf else self.free)
         self.reading = step
         tokens = self._answer(step.plan)
         if tokens.shape[1] > 1:

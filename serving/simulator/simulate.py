@@ -182,6 +182,20 @@ class Simulation:
                 step = pipeline.in_flight.step
                 device.now = max(device.now, step.end - step.last)  # when the step behind these would be scheduled
 
+    def schedules_at(self, ended: float) -> float:
+        """Of an engine whose steps others time: when its next step is put together, if the one in flight ends at `ended`."""
+        flight = self.pipeline.in_flight
+        if flight is not None and self.scheduler.awaits(flight.plan):
+            return max(self.now, ended)
+        return self.now + self.pipeline.pause_s()
+
+    def turn(self, at: float) -> VirtualStep | None:
+        """Of the same: puts its next step together at that time, and reads the one in flight, which has ended. The new one."""
+        self.device.now = max(self.now, at)
+        self.pipeline.step()
+        flight = self.pipeline.in_flight
+        return None if flight is None else flight.step
+
     def _rows(self) -> tuple[int, int, int]:
         """Of the running requests: (decode rows, positions that they attend to, tokens until the first of them is done); no rows
         where anything else is to be done."""
@@ -238,6 +252,11 @@ class Simulation:
         self.totals.refused -= 1
         self._ended.pop()
 
+    def refuses(self, request: TraceRequest, coming: int = 0) -> bool:
+        """Whether a request is refused now, behind so many that are on their way to the scheduler."""
+        full = self._max_queued is not None and len(self.scheduler.waiting) + coming >= self._max_queued
+        return full or request.prompt_tokens >= self.scheduler.config.max_model_len
+
     def submit(self, index: int, request: TraceRequest, spec: EngineRequest | None = None) -> bool:
         """A request arrives, now or, while a step runs, when it ends. False where it is refused, which is an outcome too.
 
@@ -245,9 +264,7 @@ class Simulation:
             index: its place in the trace.
             spec: what `engine_request` made of it, where that is known.
         """
-        limit = self.scheduler.config.max_model_len
-        full = self._max_queued is not None and len(self.scheduler.waiting) >= self._max_queued
-        if full or request.prompt_tokens >= limit:
+        if self.refuses(request):
             self.totals.refused += 1
             self._ended.append(_outcome(Progress(request, None), self.now, 0, "refused"))
             return False

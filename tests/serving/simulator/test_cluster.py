@@ -17,6 +17,7 @@ from serving.simulator.apart import Link
 from serving.simulator.cluster import Cluster
 from serving.simulator.cost import CostModel
 from serving.simulator.report import Report
+from serving.simulator.sharing import Sharing
 from serving.simulator.simulate import Simulation
 from serving.simulator.trace import GENERATORS, Lengths, TraceRequest, multi_turn
 
@@ -168,18 +169,34 @@ def test_engines_on_the_same_cores_hold_each_other_up():
     """Two requests at once, each at an engine of its own: a factor of 2 doubles what either takes, and one alone is as ever."""
     pair = [TraceRequest(0.0, 600, 20), TraceRequest(0.0, 600, 20)]
 
-    def took(trace, *slowdown):
-        report, _ = run("round-robin", trace, 2, slowdown=slowdown)
+    def took(trace, *prompts, **more):
+        report, _ = run("round-robin", trace, 2, sharing=Sharing(prompts, **more))
         return max(report.values("e2e"))
 
-    alone = took(pair)
+    alone = max(run("round-robin", pair, 2)[0].values("e2e"))
     assert took(pair, 1.0, 2.0) == pytest.approx(2 * alone, rel=0.02)
     assert took(pair, 1.0, 1.0) == pytest.approx(alone) and took(pair[:1], 1.0, 2.0) == pytest.approx(alone)
     # One that comes when the other is half done: neither is held up all the time.
     late = [pair[0], TraceRequest(alone / 2, 600, 20)]
-    assert 1.05 * alone < took(late, 1.0, 2.0) < 1.95 * alone
-    first, late = (max(run("cache", pair[:1], 2, **more)[0].values("ttft")) for more in ({}, {"way": (0.5, 9.0)}))
-    assert late == pytest.approx(first + 0.5), "one is at work: the first way"
-    trace = conversations(80)
-    apart, together = run("cache", trace)[0], run("cache", trace, slowdown=(1.0, 1.0, 1.0, 1.0))[0]
-    assert sorted(apart.values("ttft")) == pytest.approx(sorted(together.values("ttft")), rel=0.3)
+    assert took(late, 1.0, 2.0) == pytest.approx(1.5 * alone, rel=0.05), (
+        "both take so long, half of it beside the other"
+    )
+    one = took(pair, 1.0, 2.0, tokens=(1.0, 1.0))
+    assert alone < one < 2 * alone, "prompts hold each other up, steps without them do not"
+    free = Sharing((1.0,) * 4)
+    first, late = (
+        max(run("cache", pair[:1], 2, sharing=one)[0].values("ttft")) for one in (free, Sharing((1.0,), (), (0.5, 9.0)))
+    )
+    assert late == pytest.approx(first + 0.5), "one has requests: the first way"
+
+
+def test_engines_on_the_same_cores_that_do_not_hold_each_other_up_are_as_apart():
+    """The steps are put together as on machines of their own: one that was scheduled before a request came has no place for it."""
+    trace = conversations(150, rate=0.9)
+    apart, together = (
+        Cluster(config_of(), COST, 3, Router("cache"), sharing=one) for one in (None, Sharing((1.0,) * 3))
+    )
+    assert by_arrival(apart.run(trace)) == by_arrival(together.run(trace))
+    assert apart.router.decisions == together.router.decisions and apart.totals.busy == pytest.approx(
+        together.totals.busy
+    )
