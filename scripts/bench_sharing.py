@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -131,7 +131,7 @@ class Alone:
         return self.cost.seconds(StepShape(1, 0, 0, context, 0.0))
 
 
-async def measure(args: argparse.Namespace, targets: list[str], url: str) -> dict[str, list[float]]:
+async def measure(args: argparse.Namespace, targets: list[str], url: str) -> dict[str, Any]:
     """Factors of steps with and without prompts while so many engines are in one, and the way while so many have requests."""
     import httpx
 

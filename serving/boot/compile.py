@@ -277,9 +277,8 @@ def _senses(tower: CheckedTower | None) -> dict[str, Any]:
         return {}
     if tower.shape.lasting:
         return {"modalities": ("sound",), "tasks": ("transcribe",)}
-    if tower.family.reads == "audio":
-        return {"modalities": ("audio",)}
-    return {"modalities": ("image", "video") if tower.family.videos else ("image",)}
+    reads = ("audio",) if tower.family.reads == "audio" else ("image", "video") if tower.family.videos else ("image",)
+    return {"modalities": reads, "media_patches": tower.shape.patches[-1]}
 
 
 def _pages_in_words(checked: Checked, loaded: LoadedModel, sizes: Sizes, replicas: int) -> str:

@@ -203,13 +203,16 @@ class Gateway:
         from serving.frontends.app import create_app, rehearse
         from serving.frontends.grpc.client import RemoteGrammars
         from serving.gateway.asking import AskedByHeaders
+        from serving.gateway.media import media_of
         from serving.gateway.metrics import GatewayMetrics
         from serving.gateway.speech import RemoteSpeech
         from serving.metrics import MeteredClient
         from serving.service import Limits, TextService
 
         args, info = self._args, self._info()
-        side = await asyncio.to_thread(lambda: load_text_side(resolve(args.model, progress=True), args.chat_template))
+        source = await asyncio.to_thread(resolve, args.model, progress=True)
+        side = await asyncio.to_thread(load_text_side, source, args.chat_template)
+        media = await asyncio.to_thread(media_of, args, info, source)
         if side.tokenizer.vocab_size > info.vocab_size:
             raise ValueError(
                 f"The tokenizer has {side.tokenizer.vocab_size} tokens, the served model {info.model_id} "
@@ -226,6 +229,7 @@ class Gateway:
             grammar_compiler=RemoteGrammars(),  # type: ignore[arg-type]
             tool_parser=args.tool_call_parser,
             reasoning_parser=args.reasoning_parser,
+            media=media,
             limits=Limits.for_model(info.max_model_len, **limit_changes(args)),
             speech=RemoteSpeech(self._pool) if "transcribe" in info.tasks else None,
             rates=shared.SharedMeter(self._redis, args.requests_per_minute) if self._redis is not None else None,

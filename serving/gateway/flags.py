@@ -13,6 +13,7 @@ from serving.access.flags import access_of, add_access_flags, tls_of
 from serving.access.shared import connect
 from serving.gateway.asking import SESSION
 from serving.gateway.discovery import Discovery
+from serving.gateway.media import add_media_flags
 from serving.routing.apart import LEAST_TOKENS
 from serving.routing.apart import POLICIES as PREFILL_POLICIES
 from serving.routing.policies import POLICIES, Balance
@@ -59,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_store_flags(parser)
     _add_routing_flags(parser)
     _add_target_flags(parser)
+    add_media_flags(parser)
     parser.add_argument("--log-format", choices=("human", "json"), default="human")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     args = parser.parse_args(argv)

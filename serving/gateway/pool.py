@@ -14,6 +14,7 @@ import numpy as np
 
 from serving.engine.api.adapters import AdapterClient, AdapterInfo, AdapterLoad
 from serving.engine.api.client import ClassifyingClient, EmbeddingClient, EngineClient, ScoringClient
+from serving.engine.api.media import Media
 from serving.engine.api.peers.stats import TransferStats
 from serving.engine.api.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenPair
 from serving.errors import DIED, ErrorKind, RequestError
@@ -266,8 +267,18 @@ class Pool(EngineClient):
         pooling: str | None = None,
         priority: int = 0,
         adapter: str | None = None,
+        media: Media | None = None,
+        cache_salt: str | None = None,
     ) -> np.ndarray:
-        """As EmbeddingClient.embed."""
+        """As EmbeddingClient.embed.
+
+        Raises:
+            RequestError: UNIMPLEMENTED, for what has images in it.
+        """
+        if media is not None:
+            raise RequestError(
+                ErrorKind.UNIMPLEMENTED, "Images are embedded by the engines themselves: ask one of them."
+            )
         more = {} if adapter is None else {"adapter": adapter}
         return await self.once(
             lambda t: t.embed(request_id, token_ids, pooling=pooling, priority=priority, **more), adapter

@@ -159,7 +159,8 @@ class Prefills:
     ) -> AsyncIterator[tuple[EngineRequest, Note]]:
         """The request as the engine that goes on with it is to get it, while a helper computes its prompt; and where the caller
         says that its first token has come."""
-        key = (target, request.prompt_token_ids, request.adapter, request.cache_salt)
+        images = b"" if request.media is None else request.media.identity
+        key = (target, request.prompt_token_ids, images, request.adapter, request.cache_salt)
         shared = self._shared.get(key)
         joins = shared is not None
         if shared is None:

@@ -21,12 +21,14 @@ class Seen:
     Attributes:
         pieces: an image, or a video's frames or a sound's windows as they are read one after the other.
         digests: one a piece.
+        raw: what came: a file's bytes, or a URI of frames; empty where nobody sends it on.
     """
 
     pieces: tuple[Patched, ...]
     digests: tuple[bytes, ...]
     video: bool = False
     sound: bool = False
+    raw: bytes | str = b""
 
     @property
     def size(self) -> int:
@@ -35,8 +37,8 @@ class Seen:
 
     @property
     def nbytes(self) -> int:
-        """Of its pixels."""
-        return sum(piece.patches_PX.nbytes for piece in self.pieces)
+        """Of its pixels, and of what came."""
+        return sum(piece.patches_PX.nbytes for piece in self.pieces) + len(self.raw)
 
 
 def mark_of(one: Seen, processor: Processor) -> str:

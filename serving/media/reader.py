@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serving.access.keys import caller_of_task
-from serving.engine.api.media import Media
+from serving.engine.api.media import Media, MediaOrigin
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.media.clips import GivenSound
 from serving.media.decoding import Room, check_size, decode
@@ -39,14 +39,17 @@ MAX_NAMED = 4096
 """Names that clients have given images, the last ones."""
 
 
-def reader_of(hf: Mapping[str, Any], architecture: str, policy: MediaPolicy, max_patches: int) -> MediaReader:
+def reader_of(
+    hf: Mapping[str, Any], architecture: str, policy: MediaPolicy, max_patches: int, sends_on: bool = False
+) -> MediaReader:
     """The reader of a checkpoint.
 
     Args:
         hf: its config.json, with preprocessor_config.json under "preprocessor".
         max_patches: of one image, that its tower takes.
+        sends_on: see MediaReader.
     """
-    return MediaReader(PROCESSORS[architecture](hf), policy, max_patches)
+    return MediaReader(PROCESSORS[architecture](hf), policy, max_patches, sends_on)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +64,16 @@ class _How:
 
 class MediaReader:
     """Fetches, decodes and cuts images, videos and sounds, in threads of its own; keeps the last ones, so that a conversation's are
-    cut once."""
+    cut once.
 
-    def __init__(self, processor: Processor, policy: MediaPolicy, max_patches: int) -> None:
+    Args:
+        max_patches: of one image.
+        sends_on: keep what came, for whoever reads it again behind a gateway.
+    """
+
+    def __init__(self, processor: Processor, policy: MediaPolicy, max_patches: int, sends_on: bool = False) -> None:
         self.processor = processor
+        self._sends_on = sends_on
         self.policy = policy
         self._max_patches = max_patches
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="jaxserve-media")
@@ -144,9 +153,15 @@ class MediaReader:
         """See `prompt.written`."""
         return written(text, found, self.processor)
 
-    def expand(self, ids: Sequence[int], found: Sequence[Seen]) -> tuple[list[int], Media]:
-        """See `prompt.with_media`."""
-        return with_media(ids, found, self.processor)
+    def expand(
+        self, ids: Sequence[int], found: Sequence[Seen], said: Mapping[str, Any] | None = None
+    ) -> tuple[list[int], Media]:
+        """See `prompt.with_media`; `said` as for `read`."""
+        whole, media = with_media(ids, found, self.processor)
+        if not self._sends_on:
+            return whole, media
+        sources = tuple((one.raw, "video" if one.video else "sound" if one.sound else "image") for one in found)
+        return whole, dataclasses.replace(media, origin=MediaOrigin(tuple(ids), sources, said or {}))
 
     def _read(self, source: Source, how: _How, salt: str | None, caller: str | None) -> Seen:
         """What a client calls an image (`uuid`) finds it again for the same caller, and decides nothing else: images are told apart
@@ -196,7 +211,7 @@ class MediaReader:
         except ValueError as error:
             raise invalid(f"{place}: {error}", place) from None
         digests = (digest,) if len(pieces) == 1 else tuple(piece_digests(digest, len(pieces)))
-        return digest, self._keep(Seen(pieces, digests), digest, place)
+        return digest, self._keep(Seen(pieces, digests, raw=data if self._sends_on else b""), digest, place)
 
     def _read_video(self, source: Source, how: _How, salt: str | None) -> tuple[bytes, Seen]:
         video = how.processor.video
@@ -206,7 +221,8 @@ class MediaReader:
         if (kept := self._again(digest)) is not None:
             return digest, kept
         pieces = given.patched(video, how.sampling, how.max_tokens)
-        seen = Seen(tuple(pieces), tuple(piece_digests(digest, len(pieces))), video=True)
+        raw = (given.data or source.content) if self._sends_on else b""
+        seen = Seen(tuple(pieces), tuple(piece_digests(digest, len(pieces))), video=True, raw=raw)
         return digest, self._keep(seen, digest, source.place)
 
     def _read_sound(self, source: Source, how: _How, salt: str | None) -> tuple[bytes, Seen]:
@@ -217,7 +233,8 @@ class MediaReader:
         if (kept := self._again(digest)) is not None:
             return digest, kept
         pieces = sound.pieces(given.heard(sound.most_seconds(how.max_tokens)))
-        seen = Seen(tuple(pieces), tuple(piece_digests(digest, len(pieces))), sound=True)
+        raw = (given.data or b"") if self._sends_on else b""
+        seen = Seen(tuple(pieces), tuple(piece_digests(digest, len(pieces))), sound=True, raw=raw)
         return digest, self._keep(seen, digest, source.place)
 
     @staticmethod

@@ -46,7 +46,10 @@ class Chains:
 
     def __init__(self, request: EngineRequest) -> None:
         self._root = (request.adapter, request.cache_salt)
-        self._tokens = request.prompt_token_ids
+        media = request.media  # an image's content stands in its places
+        self._tokens = (
+            request.prompt_token_ids if media is None else tuple(media.standing(request.prompt_token_ids).tolist())
+        )
         self._made: dict[int, list[int]] = {}
 
     def of(self, block_tokens: int, completion: Sequence[int] = ()) -> list[int]:

@@ -31,6 +31,12 @@ def take_images(given: GenerateInput, reader: MediaReader | None) -> tuple[Gener
         RequestError: INVALID_ARGUMENT naming the part, for one that is no image; or what does not go with images.
     """
     images = reader is not None
+    if given.media:
+        if given.token_ids is None:
+            raise invalid("media need a prompt of token ids: messages have theirs among their parts.", "media")
+        if reader is None:
+            raise invalid("This model takes text.", "media")
+        return dataclasses.replace(given, media=()), given.media
     if isinstance(given.messages, str) or not has_media(given.messages, images):
         return given, ()
     if given.truncate_prompt_tokens is not None:
@@ -87,7 +93,7 @@ async def read_prompt(
     if not pictures or reader is None:
         return *(await threads.run(prep.render_and_encode, *asked)), None
     images = await reader.read(pictures, salt, limits.context or limits.max_prompt_chars, given.mm_processor_kwargs)
-    rewrite = functools.partial(reader.write, found=images) if reader.writes(images) else None
+    rewrite = functools.partial(reader.write, found=images) if reader.writes(images) else None  # not of token ids
     prompt, ids = await threads.run(prep.render_and_encode, *asked, rewrite)
-    ids, media = await threads.run(reader.expand, ids, images)
+    ids, media = await threads.run(reader.expand, ids, images, given.mm_processor_kwargs)
     return prompt, ids, media

@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
+from serving.engine.api.media import Media
 from serving.engine.api.peers.transfers import ALIVE, STATE, Parcel, TransferError, Wanted
 from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason, TransferParams
 from serving.engine.cache.kv_manager import KVManager
@@ -154,10 +155,10 @@ class Giving:
 
     def _hold(self, ticket: _Ticket) -> None:
         """References what the index has of a request that is done: it has just let go of it."""
-        tokens = ticket.request.prompt_token_ids
+        tokens, media = ticket.request.prompt_token_ids, ticket.request.media
         for manager in self._kv.managers:
-            digests = manager.prefixes.chain(tokens[:-1], ticket.request.adapter, ticket.request.cache_salt)
-            found = list(self._found(manager, tokens, digests, 0, len(digests)))
+            digests = manager.prefixes.chain(tokens[:-1], ticket.request.adapter, ticket.request.cache_salt, media)
+            found = list(self._found(manager, tokens, media, digests, 0, len(digests)))
             room = int(manager.pool.num_pages * LEASED_SHARE) - self.leased_pages
             pages = [page for _, row in found for page in row]
             if pages and len(pages) <= room:
@@ -182,14 +183,20 @@ class Giving:
         self._tell()
 
     def _found(
-        self, manager: KVManager, tokens: tuple[int, ...], digests: list[bytes], first: int, count: int
+        self,
+        manager: KVManager,
+        tokens: tuple[int, ...],
+        media: Media | None,
+        digests: list[bytes],
+        first: int,
+        count: int,
     ) -> Iterator[tuple[int, list[int]]]:
         """(page of the sequence, the pages of all groups that need it for a prefix of `count`), from `first` on, as long as
         there are any."""
         size, prefixes = manager.pool.page_size, manager.prefixes
         firsts = [first_page(window, count * size, size) for window in manager.windows]
         for i in range(first, count):
-            content = prefixes.tokens_of(tokens[i * size : (i + 1) * size])
+            content = prefixes.content_of(tokens[i * size : (i + 1) * size], i * size, media)
             keys = [prefixes.key(group, digests[i]) for group, start in enumerate(firsts) if start <= i]
             if not all(manager.pool.holds(key, content) for key in keys):
                 return
@@ -200,7 +207,7 @@ class Giving:
         root = manager.prefixes.root(wanted.adapter, wanted.salt)
         if root not in known:
             tokens = wanted.token_ids[: count * manager.pool.page_size]
-            known[root] = manager.prefixes.chain(tokens, wanted.adapter, wanted.salt)
+            known[root] = manager.prefixes.chain(tokens, wanted.adapter, wanted.salt, wanted.media)
         return known[root]
 
     def _read(
@@ -214,7 +221,7 @@ class Giving:
             moves: list[PageMove] = []
             which: list[int] = []
             groups: list[int] = []
-            for i, pages in self._found(manager, wanted.token_ids, digests, first, count):
+            for i, pages in self._found(manager, wanted.token_ids, wanted.media, digests, first, count):
                 if moves and len(moves) + len(pages) > PARCEL:
                     break
                 moves += [PageMove(manager.replica, page, b"%d:%d" % (i, g)) for g, page in enumerate(pages)]
@@ -278,7 +285,8 @@ class Giving:
         count = min(wanted.tokens, len(wanted.token_ids)) // size
         at = wanted.first // size if self._kv.managers[0].windows else count
         known: dict[bytes, list[bytes]] = {}
-        links = chain(wanted.identity, wanted.token_ids[: count * size], size, wanted.adapter, wanted.salt)
+        tokens = wanted.token_ids[: count * size]
+        links = chain(wanted.identity, tokens, size, wanted.adapter, wanted.salt, wanted.media)
         told, coming = began, began + min(COMING_S, wanted.timeout_s)
         while at < count:
             found, more = yield from self._ask(

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
+import numpy as np
 
 from proto.jaxserve.v1 import transfer_pb2 as pb
 from proto.jaxserve.v1 import transfer_pb2_grpc
 from serving.access import ClientTls
+from serving.engine.api.media import Media
 from serving.engine.api.peers.transfers import Parcel, TransferError, Wanted
 
 OPTIONS = (
@@ -31,6 +33,14 @@ _REASONS = {
     grpc.StatusCode.CANCELLED: "aborted",
     grpc.StatusCode.DEADLINE_EXCEEDED: "too_slow",
 }
+
+
+def places_of(media: Media) -> Iterator[pb.MediaPlaces]:
+    """A sequence's images, those behind what is wanted too: an image may begin before and end there."""
+    for item in media.items:
+        begins = np.flatnonzero(np.diff(item.places_N, prepend=-2) != 1)
+        counts = np.diff(np.append(begins, item.size))
+        yield pb.MediaPlaces(digest=item.digest, runs=np.stack([item.places_N[begins], counts], 1).ravel().tolist())
 
 
 class GrpcTransport:
@@ -58,6 +68,7 @@ class GrpcTransport:
             cache_salt=wanted.salt,
             ticket=wanted.ticket,
             timeout_s=wanted.timeout_s,
+            media=() if wanted.media is None else list(places_of(wanted.media)),
         )
         call = self._stub(address).Fetch(request, timeout=wanted.timeout_s + GRACE_S, metadata=self._metadata)
         return GrpcFetching(call)

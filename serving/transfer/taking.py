@@ -74,6 +74,11 @@ class _Job:
             self.fetching.cancel()
 
 
+def _seen(request: EngineRequest) -> bytes:
+    """What tells its images from others in the same tokens."""
+    return b"" if request.media is None else request.media.identity
+
+
 @dataclasses.dataclass
 class _Came:
     """What of a transfer is written.
@@ -151,7 +156,7 @@ class Taking:
             deadline = min(deadline, request.deadline)
         wanted = Wanted(
             self.identity, request.prompt_token_ids, landing.first, landing.tokens, request.adapter, request.cache_salt,
-            told.ticket, max(0.1, deadline - now),
+            told.ticket, max(0.1, deadline - now), request.media and request.media.outline(),
         )  # fmt: skip
         self._start(_Job(request, told.address, wanted, landing, deadline))
         return True
@@ -225,8 +230,9 @@ class Taking:
             )
         shapes = [a.shape[1:] for a in executor.page_arrays]
         wanted = Wanted(
-            self.identity, request.prompt_token_ids, landing.first, landing.tokens, request.adapter, request.cache_salt
-        )
+            self.identity, request.prompt_token_ids, landing.first, landing.tokens, request.adapter, request.cache_salt,
+            media=request.media and request.media.outline(),
+        )  # fmt: skip
         job = _Job(request, "the disk", wanted, landing, time.monotonic() + self._config.timeout_s)
         job.begin = lambda: DiskFetching(disk, pages, host, shapes)
         self._start(job)
@@ -287,7 +293,7 @@ class Taking:
         return (
             not job.why and told is not None and (job.address, job.wanted.ticket) == (told.address, told.ticket)
             and (one.adapter, one.cache_salt) == (request.adapter, request.cache_salt)
-            and one.prompt_token_ids == request.prompt_token_ids
+            and one.prompt_token_ids == request.prompt_token_ids and _seen(one) == _seen(request)
         )  # fmt: skip
 
     def _why_not(self, request: EngineRequest, tokens: int) -> str:
@@ -295,7 +301,8 @@ class Taking:
         found = scheduler.requests.get(request.request_id)
         size = scheduler.config.page_size
         every_position = bool(request.pooling) or request.params.prompt_logprobs is not None
-        if found is None or every_position or request.media is not None or tokens < size:
+        lasting = request.media is not None and request.media.lasting
+        if found is None or every_position or lasting or tokens < size:
             return "not_needed"
         return "not_needed" if scheduler.kv.cached_pages(found) >= tokens // size else "no_room"
 
@@ -335,7 +342,8 @@ class Taking:
             raise TransferError(job.why or "too_slow")
         page_size = self._engine.scheduler.config.page_size
         count, at = landing.tokens // page_size, landing.first // page_size
-        links = chain(wanted.identity, wanted.token_ids[: landing.tokens], page_size, wanted.adapter, wanted.salt)
+        tokens = wanted.token_ids[: landing.tokens]
+        links = chain(wanted.identity, tokens, page_size, wanted.adapter, wanted.salt, wanted.media)
         waiting: list[Parcel] = []
         since = 0.0
         if not landing.pages:  # layers keep states alone

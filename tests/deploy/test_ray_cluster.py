@@ -33,9 +33,11 @@ counts all of the machine's memory, whoever has it, against its own processes.""
 
 @pytest.fixture(scope="module")
 def pools(tmp_path_factory):
-    """Arguments of two tiny engines that share what they compile."""
+    """Arguments of two tiny engines that share what they compile, with the runs before too where tests keep that."""
     folder = tmp_path_factory.mktemp("ray")
-    return {**POOLS, "model": str(write_tiny_checkpoint(folder / "model")), "compile_cache": str(folder / "programs")}
+    kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    programs = pathlib.Path(kept) / "ray" if kept else folder / "programs"
+    return {**POOLS, "model": str(write_tiny_checkpoint(folder / "model")), "compile_cache": str(programs)}
 
 
 @pytest.fixture(scope="module")

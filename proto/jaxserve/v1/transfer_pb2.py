@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajaxserve/v1/transfer.proto\x12\x0bjaxserve.v1\"\xae\x01\n\x0c\x46\x65tchRequest\x12\x10\n\x08identity\x18\x01 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05\x66irst\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\t\x12\x17\n\ncache_salt\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06ticket\x18\x07 \x01(\t\x12\x11\n\ttimeout_s\x18\x08 \x01(\x01\x42\r\n\x0b_cache_salt\">\n\rFetchResponse\x12\x0c\n\x04page\x18\x01 \x01(\x12\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\" \n\x0eReleaseRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\t\" \n\x0fReleaseResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\x92\x01\n\x08Transfer\x12@\n\x05\x46\x65tch\x12\x19.jaxserve.v1.FetchRequest\x1a\x1a.jaxserve.v1.FetchResponse0\x01\x12\x44\n\x07Release\x12\x1b.jaxserve.v1.ReleaseRequest\x1a\x1c.jaxserve.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajaxserve/v1/transfer.proto\x12\x0bjaxserve.v1\"\xd7\x01\n\x0c\x46\x65tchRequest\x12\x10\n\x08identity\x18\x01 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05\x66irst\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\t\x12\x17\n\ncache_salt\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06ticket\x18\x07 \x01(\t\x12\x11\n\ttimeout_s\x18\x08 \x01(\x01\x12\'\n\x05media\x18\t \x03(\x0b\x32\x18.jaxserve.v1.MediaPlacesB\r\n\x0b_cache_salt\"+\n\x0bMediaPlaces\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0c\n\x04runs\x18\x02 \x03(\r\">\n\rFetchResponse\x12\x0c\n\x04page\x18\x01 \x01(\x12\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\" \n\x0eReleaseRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\t\" \n\x0fReleaseResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\x92\x01\n\x08Transfer\x12@\n\x05\x46\x65tch\x12\x19.jaxserve.v1.FetchRequest\x1a\x1a.jaxserve.v1.FetchResponse0\x01\x12\x44\n\x07Release\x12\x1b.jaxserve.v1.ReleaseRequest\x1a\x1c.jaxserve.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,13 +32,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'jaxserve.v1.transfer_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FETCHREQUEST']._serialized_start=44
-  _globals['_FETCHREQUEST']._serialized_end=218
-  _globals['_FETCHRESPONSE']._serialized_start=220
-  _globals['_FETCHRESPONSE']._serialized_end=282
-  _globals['_RELEASEREQUEST']._serialized_start=284
-  _globals['_RELEASEREQUEST']._serialized_end=316
-  _globals['_RELEASERESPONSE']._serialized_start=318
-  _globals['_RELEASERESPONSE']._serialized_end=350
-  _globals['_TRANSFER']._serialized_start=353
-  _globals['_TRANSFER']._serialized_end=499
+  _globals['_FETCHREQUEST']._serialized_end=259
+  _globals['_MEDIAPLACES']._serialized_start=261
+  _globals['_MEDIAPLACES']._serialized_end=304
+  _globals['_FETCHRESPONSE']._serialized_start=306
+  _globals['_FETCHRESPONSE']._serialized_end=368
+  _globals['_RELEASEREQUEST']._serialized_start=370
+  _globals['_RELEASEREQUEST']._serialized_end=402
+  _globals['_RELEASERESPONSE']._serialized_start=404
+  _globals['_RELEASERESPONSE']._serialized_end=436
+  _globals['_TRANSFER']._serialized_start=439
+  _globals['_TRANSFER']._serialized_end=585
 # @@protoc_insertion_point(module_scope)

@@ -178,6 +178,7 @@ class EngineInfo:
         labels: names of what a classifier tells apart.
         role: "prefill", "decode" or "both", where it exchanges pages with other engines; "" where it does not.
         modalities: what it reads besides text: "image", "video", "audio", or "sound" instead of it.
+        media_patches: of one image or window of sound, that it takes at most.
     """
 
     model_id: str
@@ -201,6 +202,7 @@ class EngineInfo:
     labels: tuple[str, ...] = ()
     role: str = ""
     modalities: tuple[str, ...] = ()
+    media_patches: int = 0
 
 
 STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)

@@ -206,8 +206,6 @@ class KVManager:
         """Takes pages, and a snapshot's row, for what others have computed of a request's first `tokens`: whole pages, and
         never the last token. None where there is no room, or nothing to put there."""
         pool, size = self.pool, self.pool.page_size
-        if request.spec.media is not None:  # others have computed the tokens, not the images in their places
-            return None
         count = min(tokens, len(request.tokens) - 1) // size
         digests = self.prefixes.reusable(request)[:count]
         if count <= 0 or not digests:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from serving.engine.api.media import Media
 from serving.engine.cache.host_tier import HostTier
 from serving.engine.cache.kv_windows import first_page
 from serving.engine.cache.page_pool import PagePool, chain_digest, root_digest
@@ -73,9 +74,9 @@ class Prefixes:
         return (raw[at : at + 4 * size] for at in range(0, len(raw), 4 * size))
 
     @staticmethod
-    def tokens_of(tokens: Sequence[int]) -> bytes:
-        """A page's tokens as the pool keeps them: int32 bytes."""
-        return np.array(tokens, np.int32).tobytes()
+    def content_of(tokens: Sequence[int], first: int, media: Media | None = None) -> bytes:
+        """What pages hold, as the pool keeps it: int32 bytes of tokens that begin at `first`, and of images' marks."""
+        return (np.array(tokens, np.int32) if media is None else media.standing(tokens, first)).tobytes()
 
     def extend_digests(self, request: Request, full: int) -> None:
         """Digests of the first `full` pages. Kept: a sequence only ever grows."""
@@ -94,12 +95,15 @@ class Prefixes:
         """Where the chains of such sequences begin."""
         return root_digest(adapter, None, salt, str(self._epoch))
 
-    def chain(self, tokens: Sequence[int], adapter: str | None, salt: str | None) -> list[bytes]:
+    def chain(
+        self, tokens: Sequence[int], adapter: str | None, salt: str | None, media: Media | None = None
+    ) -> list[bytes]:
         """Digests of a sequence's full pages, as `extend_digests` makes them for a request."""
         size, found = self._pool.page_size, [self.root(adapter, salt)]
-        raw = np.array(tokens, np.int32).tobytes()
-        for end in range(4 * size, len(raw) + 1, 4 * size):
-            found.append(chain_digest(found[-1], raw[end - 4 * size : end]))
+        raw = self.content_of(tokens, 0, media)
+        for end in range(size, len(tokens) + 1, size):
+            images = b"" if media is None else media.digests(end - size, end)
+            found.append(chain_digest(found[-1], raw[4 * (end - size) : 4 * end] + images))
         return found[1:]
 
     def reusable(self, request: Request) -> list[bytes]:

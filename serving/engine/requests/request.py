@@ -154,11 +154,8 @@ class Request:
     def content(self, first: int, end: int) -> np.ndarray:
         """int32: what stands at its positions from `first` on, for comparing prefixes: tokens, and in an image's places the
         image's content."""
-        tokens = np.array(self.tokens[first:end], np.int32)
-        if self.spec.media is not None:
-            marks = self.spec.media.marks[first:end]
-            tokens[: len(marks)] = np.where(marks, marks, tokens[: len(marks)])
-        return tokens
+        tokens, media = self.tokens[first:end], self.spec.media
+        return np.array(tokens, np.int32) if media is None else media.standing(tokens, first)
 
     def take_back(self, tokens: int) -> None:
         """A step gave so many tokens less than it was planned to give at most: their positions are computed again."""

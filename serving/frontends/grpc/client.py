@@ -395,6 +395,8 @@ def _wire_request(request: EngineRequest, model: str) -> pb.GenerateRequest:
     )
     if request.transfer is not None:
         wire.kv_transfer.CopyFrom(convert.transfer_to(request.transfer))
+    if request.media is not None:
+        convert.put_media(wire, request.media)
     now = time.monotonic()
     # A deadline that has passed is still said: the server's answer is then the right one.
     if request.deadline is not None:
@@ -458,4 +460,5 @@ def _info(model: control_pb2.GetModelInfoResponse, server: control_pb2.GetServer
         labels=tuple(model.labels),
         role=model.role,
         modalities=tuple(model.modalities),
+        media_patches=model.media_patches,
     )

@@ -9,9 +9,11 @@ from typing import Any
 
 from proto.jaxserve.v1 import inference_pb2 as pb
 from proto.jaxserve.v1 import sampling_pb2
+from serving.engine.api.media import Media
 from serving.engine.api.sampling_params import StructuredOutputs
 from serving.engine.api.types import FinishReason, TokenPair, TransferParams
-from serving.errors import invalid
+from serving.errors import ErrorKind, RequestError, invalid
+from serving.media.parts import Source
 from serving.metrics.logs import request_id_of_task
 from serving.service import ChatOptions, GenerateInput, Limits, ScoreInput, TextOutput, TokenLogprob
 from serving.service.requests.json_bounds import read_json
@@ -42,6 +44,8 @@ def input_from(request: pb.GenerateRequest | pb.TokenizeRequest, limits: Limits,
         fields.update(_chat(request.chat, limits))
     elif which == "token_ids" and isinstance(request, pb.GenerateRequest):
         fields["token_ids"] = list(request.token_ids.ids)
+    if isinstance(request, pb.GenerateRequest) and request.HasField("media"):
+        fields.update(media_from(request.media, limits))
     return GenerateInput(**fields)
 
 
@@ -64,6 +68,41 @@ def generate_input_from(request: pb.GenerateRequest, timeout_s: float | None, li
         truncate_prompt_tokens=(request.truncate_prompt_tokens if request.HasField("truncate_prompt_tokens") else None),
         transfer=transfer_from(request.kv_transfer) if request.HasField("kv_transfer") else None,
     )
+
+
+def media_from(wire: pb.Media, limits: Limits) -> dict[str, Any]:
+    """Images, videos and sounds of a prompt of token ids, as fields of GenerateInput.
+
+    Raises:
+        RequestError: INVALID_ARGUMENT: a source without content, or options that are no JSON object.
+    """
+    sources = []
+    for i, one in enumerate(wire.sources):
+        which = one.WhichOneof("content")
+        if which is None:
+            raise invalid(f"media.sources[{i}] is empty: give data or a url.", "media")
+        video, sound = one.kind == pb.MediaSource.KIND_VIDEO, one.kind == pb.MediaSource.KIND_SOUND
+        sources.append(Source(getattr(one, which), f"media.sources[{i}]", video=video, sound=sound))
+    said = read_json(wire.processor_json, limits, "media.processor_json") if wire.processor_json else None
+    if said is not None and not isinstance(said, dict):
+        raise invalid("media.processor_json must be a JSON object.", "media.processor_json")
+    return {"media": tuple(sources), "mm_processor_kwargs": said}
+
+
+def put_media(wire: pb.GenerateRequest, media: Media) -> None:
+    """Has a request of token ids bring what its images were made of, in place of the tokens that they have become.
+
+    Raises:
+        RequestError: UNIMPLEMENTED, where that is not kept.
+    """
+    origin = media.origin
+    if origin is None:
+        raise RequestError(ErrorKind.UNIMPLEMENTED, "Images of this request cannot be sent on to another server.")
+    wire.token_ids.ids[:] = origin.token_ids
+    for content, kind in origin.sources:
+        own = {"url": content} if isinstance(content, str) else {"data": content}
+        wire.media.sources.add(kind=pb.MediaSource.Kind.Value(f"KIND_{kind.upper()}"), **own)
+    wire.media.processor_json = json.dumps(dict(origin.said)) if origin.said else ""
 
 
 def transfer_from(wire: pb.KVTransfer) -> TransferParams:

@@ -226,6 +226,7 @@ class Control(ControlCalls):
             labels=info.labels,
             role=info.role,
             modalities=info.modalities,
+            media_patches=info.media_patches,
         )
 
     async def Abort(  # noqa: N802

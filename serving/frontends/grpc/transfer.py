@@ -7,15 +7,43 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from google.protobuf.descriptor import ServiceDescriptor
 
 from proto.jaxserve.v1 import transfer_pb2 as pb
 from serving.access import Access, caller_of_task
+from serving.engine.api.media import Media, outline_of
 from serving.engine.api.peers.transfers import PageSource, TransferError, Wanted
-from serving.errors import ErrorKind, RequestError
+from serving.errors import ErrorKind, RequestError, invalid
 from serving.service import TextService
 
 TRANSFER: ServiceDescriptor = pb.DESCRIPTOR.services_by_name["Transfer"]
+
+
+MAX_POSITIONS = 2**22
+"""Of a sequence with images: more than any context has."""
+
+
+def media_from(request: pb.FetchRequest) -> Media | None:
+    """What stands in the places of images.
+
+    Raises:
+        RequestError: INVALID_ARGUMENT for positions that no sequence has, or out of order.
+    """
+    if not request.media:
+        return None
+    items, behind = [], 0
+    for i, one in enumerate(request.media):
+        places = []
+        for first, count in zip(one.runs[::2], one.runs[1::2], strict=False):
+            if first < behind or not 0 < count <= MAX_POSITIONS - first:
+                raise invalid(f"media[{i}].runs: positions must ascend and be below {MAX_POSITIONS}.", "media")
+            places.append(np.arange(first, first + count, dtype=np.int32))
+            behind = first + count
+        if not places or len(one.runs) % 2 or len(one.digest) != 32:
+            raise invalid(f"media[{i}] must have a digest of 32 bytes and pairs of a position and a number.", "media")
+        items.append((one.digest, np.concatenate(places)))
+    return outline_of(items, max(behind, len(request.token_ids)))
 
 
 class Transfer:
@@ -44,6 +72,7 @@ class Transfer:
             request.cache_salt if request.HasField("cache_salt") else None,
             request.ticket,
             request.timeout_s,
+            media_from(request),
         )
         parcels = iter(self._source().fetch(wanted))
         loop = asyncio.get_running_loop()

@@ -8,7 +8,7 @@ from typing import Any
 
 from serving.engine.api.types import TransferParams
 from serving.errors import invalid, kind_of
-from serving.media.parts import PLACES
+from serving.media.parts import PLACES, Source
 from serving.service.requests.json_bounds import check_nesting
 from serving.service.requests.limits import Limits, check_text
 
@@ -49,6 +49,7 @@ class GenerateInput:
         cache_salt: requests share cached prompt pages only with requests of the same salt.
         tenant: fair-share key.
         transfer: which part of it another engine does.
+        media: images and videos in the places of `token_ids` that stand for them; with `mm_processor_kwargs`.
     """
 
     text: str | None = None
@@ -73,6 +74,7 @@ class GenerateInput:
     transfer: TransferParams | None = None
     images: int = 0
     mm_processor_kwargs: Mapping[str, Any] | None = None
+    media: Sequence[Source] = ()
 
     @property
     def place(self) -> str:

@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,21 @@ class MediaItem:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class MediaOrigin:
+    """What a prompt and its media were made of, for whoever makes them again: an engine behind a gateway.
+
+    Attributes:
+        token_ids: of the prompt, with one placeholder where each image is to become as many as it has embeddings.
+        sources: of each what came, a file's bytes or a `data:` URI, and whether it is an "image", a "video" or a "sound".
+        said: how the request wants them cut (`mm_processor_kwargs`).
+    """
+
+    token_ids: tuple[int, ...]
+    sources: tuple[tuple[bytes | str, str], ...]
+    said: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Media:
     """All images of one prompt.
 
@@ -60,11 +76,17 @@ class Media:
         items: in the order of their places.
         length: tokens of the prompt.
         positions_3L: int32, time, row and column of each of the prompt's tokens, for models whose positions are three numbers.
+        origin: what it was made of; None where nobody will ask.
     """
 
     items: tuple[MediaItem, ...]
     length: int
     positions_3L: np.ndarray | None = None
+    origin: MediaOrigin | None = None
+
+    def outline(self) -> Media:
+        """Its digests and places alone: what decides which pages hold it."""
+        return outline_of([(item.digest, item.places_N) for item in self.items], self.length)
 
     @property
     def lasting(self) -> bool:
@@ -117,6 +139,34 @@ class Media:
             marks[item.places_N] = np.frombuffer(stream, np.int32) | np.int32(-(2**31))
         return marks
 
+    def standing(self, tokens: Sequence[int], first: int = 0) -> np.ndarray:
+        """int32: what stands at a sequence's positions from `first` on, for comparing prefixes: tokens, and in an image's places
+        the image's content.
+
+        Args:
+            tokens: of the sequence, from `first` on.
+        """
+        found = np.array(tokens, np.int32)
+        marks = self.marks[first : first + len(found)]
+        found[: len(marks)] = np.where(marks, marks, found[: len(marks)])
+        return found
+
+    @functools.cached_property
+    def identity(self) -> bytes:
+        """What tells it from other media in the same tokens."""
+        return hashlib.blake2b(self.marks.tobytes(), digest_size=16).digest()
+
     def digests(self, first: int, end: int) -> bytes:
         """Of the items with places in [first, end), one behind the other."""
         return b"".join(item.digest for _, item in self.overlapping(first, end))
+
+
+def outline_of(items: Sequence[tuple[bytes, np.ndarray]], length: int) -> Media:
+    """Media without pixels.
+
+    Args:
+        items: (digest, places) of each.
+        length: tokens of the prompt.
+    """
+    nothing = np.zeros((0, 0), np.float32), np.zeros((0, 2), np.int32)
+    return Media(tuple(MediaItem(digest, places, *nothing) for digest, places in items), length)

@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Protocol
 
+from serving.engine.api.media import Media
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Wanted:
@@ -23,6 +25,7 @@ class Wanted:
         adapter, salt: as in EngineRequest; part of what a page is.
         ticket: names the request that computes them there, which may not have come yet; "" for none: what there is now.
         timeout_s: how long to wait for them at most.
+        media: images in the prompt: their digests and places, without pixels; None where there are none.
     """
 
     identity: bytes
@@ -33,6 +36,7 @@ class Wanted:
     salt: str | None = None
     ticket: str = ""
     timeout_s: float = 30.0
+    media: Media | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
