@@ -1,11 +1,20 @@
-"""Normalization over the last axis, computed in float32 whatever the input's dtype is."""
+"""Normalization over the last axis, computed in float32 whatever the input's dtype is.
+
+On a CPU with native kernels a row's result does not depend on the others, to the last bit: XLA sums rows in another order where
+there are few of them (see ops/native/norm.cc).
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ops import native
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | None, eps: float, *, unit_offset: bool = False) -> jax.Array:
@@ -19,12 +28,9 @@ def rms_norm(x: jax.Array, scale: jax.Array | None, eps: float, *, unit_offset: 
     Returns:
         [..., D] in x's dtype. Mean, division and scale are float32; only the result is rounded.
     """
-    x32 = x.astype(jnp.float32)
-    y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    if scale is not None:
-        scale32 = scale.astype(jnp.float32)
-        y = y * (1.0 + scale32 if unit_offset else scale32)
-    return y.astype(x.dtype)
+    if scale is not None and unit_offset:
+        scale = 1.0 + scale.astype(jnp.float32)
+    return _norm(x, scale, None, eps, False)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, eps: float) -> jax.Array:
@@ -37,14 +43,49 @@ def layer_norm(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, ep
     Returns:
         [..., D] in x's dtype; computed in float32.
     """
-    x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
-    if scale is not None:
-        y = y * scale.astype(jnp.float32)
-    if bias is not None:
-        y = y + bias.astype(jnp.float32)
-    return y.astype(x.dtype)
+    return _norm(x, scale, bias, eps, True)
+
+
+def _norm(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, eps: float, centred: bool) -> jax.Array:
+    given = (None if of is None else jnp.asarray(of).astype(jnp.float32) for of in (scale, bias))
+    body = _by_rows if _has_kernel() else _plain
+    return body(eps, centred, jnp.asarray(x).astype(jnp.float32), *given).astype(x.dtype)
+
+
+def _has_kernel() -> bool:
+    """Not where several devices share what is normed: a kernel's operands are not divided among them."""
+    return jax.default_backend() == "cpu" and jax.local_device_count() == 1 and native.available()
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _by_rows(eps: float, centred: bool, x: Any, scale: Any, bias: Any) -> jax.Array:
+    return lax.platform_dependent(
+        x,
+        scale,
+        bias,
+        cpu=functools.partial(_native, eps, centred),
+        default=functools.partial(_plain, eps, centred),  # a program for another platform, made on this one
+    )
+
+
+@_by_rows.defjvp
+def _by_rows_jvp(eps: float, centred: bool, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return jax.jvp(functools.partial(_plain, eps, centred), primals, tangents)
+
+
+def _native(eps: float, centred: bool, x: jax.Array, scale: Any, bias: Any) -> jax.Array:
+    flat_RD, nothing = x.reshape(-1, x.shape[-1]), jnp.zeros(0, jnp.float32)
+    call = jax.ffi.ffi_call(native.target("jaxserve_norm"), jax.ShapeDtypeStruct(flat_RD.shape, jnp.float32))
+    given = (nothing if of is None else of for of in (scale, bias))
+    return call(flat_RD, *given, eps=np.float32(eps), centred=np.int64(centred)).reshape(x.shape)
+
+
+def _plain(eps: float, centred: bool, x: jax.Array, scale: Any, bias: Any) -> jax.Array:
+    if centred:
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+    y = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    y = y if scale is None else y * scale
+    return y if bias is None else y + bias
 
 
 class RmsNorm(NamedTuple):

@@ -1,8 +1,8 @@
 """Whether a request's tokens depend on what else runs: `python scripts/invariance.py [--model ...] [--prompts 30]`.
 
-Greedy tokens of each prompt alone, and again among 7 and 63 others, behind a cached prefix, cut into pieces of 64 tokens, and
-preempted in a pool that is too small. Prints a JSON object a way of running: how many prompts gave the same tokens as alone, and of
-the others where they parted.
+Greedy tokens of each prompt and their log-probabilities alone, and again among 7 and 63 others, behind a cached prefix, cut into
+pieces of at most 64 tokens, and preempted in a pool that is too small. Prints a JSON object a way of running: how many prompts gave
+the same as alone, log-probabilities to the last bit, and of the others where they parted.
 """
 
 from __future__ import annotations
@@ -29,15 +29,20 @@ def texts(count: int) -> list[str]:
     ]
 
 
-def ways(model: str | None, prompts: list[str], tokens: int, pool: int) -> Iterator[tuple[str, list[list[int]]]]:
-    """(name, tokens of each prompt) of each way of running, "alone" first."""
+Row = list[tuple[int, float]]
+"""Tokens, and how likely each was."""
+
+
+def ways(model: str | None, prompts: list[str], tokens: int, pool: int) -> Iterator[tuple[str, list[Row]]]:
+    """(name, what each prompt gave) of each way of running, "alone" first."""
     from serving.engine.api.sampling_params import SamplingParams
     from serving.llm import LLM
 
-    greedy = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    greedy = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=0)
 
-    def run(llm: Any, batch: list[str]) -> list[list[int]]:
-        return [list(output.outputs[0].token_ids) for output in llm.generate(batch, greedy, use_tqdm=False)]
+    def run(llm: Any, batch: list[str]) -> list[Row]:
+        found = [output.outputs[0] for output in llm.generate(batch, greedy, use_tqdm=False)]
+        return [[(t, p[t].logprob) for t, p in zip(one.token_ids, one.logprobs, strict=True)] for one in found]
 
     with LLM(model, enable_prefix_caching=False, max_num_seqs=64) as llm:
         yield "alone", [run(llm, [prompt])[0] for prompt in prompts]
@@ -48,7 +53,7 @@ def ways(model: str | None, prompts: list[str], tokens: int, pool: int) -> Itera
     with LLM(model, max_num_seqs=64) as llm:
         run(llm, prompts)
         yield "behind a cached prefix", run(llm, prompts)
-    with LLM(model, enable_prefix_caching=False, max_num_seqs=64, max_num_batched_tokens=SMALL) as llm:
+    with LLM(model, enable_prefix_caching=False, max_num_seqs=SMALL // 2, max_num_batched_tokens=SMALL) as llm:
         yield f"in pieces of {SMALL}", run(llm, prompts)
     with LLM(model, max_num_seqs=64, kv_cache_memory=pool) as llm:
         found = run(llm, prompts)
@@ -63,7 +68,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="of each completion (default: 48)")
     parser.add_argument("--pool", type=int, default=40 << 20, help="bytes of the pool that is too small")
     arguments = parser.parse_args()
-    alone: list[list[int]] = []
+    alone: list[Row] = []
     for name, rows in ways(arguments.model, texts(arguments.prompts), arguments.tokens, arguments.pool):
         alone = alone or rows
         parted = {

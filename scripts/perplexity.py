@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--model", help="GGUF file, directory or hub id; default: the default model")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: float32")
     parser.add_argument("--quantization", help="a scheme of the server's --quantization")
+    parser.add_argument("--kv-cache-dtype", help="of the pages, a dtype of the server's flag (default: --dtype's)")
     parser.add_argument("--context", type=int, default=512, help="tokens a window (default: 512)")
     parser.add_argument("--max-tokens", type=int, default=8192, help="read at most this many tokens (default: 8192)")
     parser.add_argument("--reference", action="store_true", help="compare with transformers in float32")
@@ -126,7 +127,7 @@ def main() -> None:
         loaded = load_model(
             source, dtype=arguments.dtype, quantization=arguments.quantization, max_model_len=arguments.context
         )
-        ours = perplexity(loaded.model, tokens, arguments.context, arguments.dtype)
+        ours = perplexity(loaded.model, tokens, arguments.context, arguments.kv_cache_dtype or arguments.dtype)
         result = {"model": loaded.model_id, "dtype": arguments.dtype, "tokens": len(tokens), "perplexity": ours}
         if arguments.reference:
             theirs = reference(source, tokens, arguments.context)

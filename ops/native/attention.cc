@@ -16,7 +16,7 @@ ffi::Error attention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Buff
                      ffi::Buffer<ffi::S32> decode_qlen, ffi::Buffer<ffi::S32> chunk_pages,
                      ffi::Buffer<ffi::S32> chunk_start, ffi::Buffer<ffi::S32> chunk_qlen,
                      ffi::Buffer<ffi::S32> chunk_len, ffi::RemainingArgs pages, ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::RemainingRets new_pages, float scale, float softcap,
-                     int32_t window, int32_t places, int32_t whole) {
+                     int32_t window, int32_t places, int32_t whole, int32_t mixed) {
   const bool reads = pages.size() == 1 && new_pages.size() == 0;
   if (!reads && new_pages.size() != 2 && new_pages.size() != 4)
     return ffi::Error::InvalidArgument("pages are 2 or 4 arrays, or one that is only read");
@@ -60,6 +60,10 @@ ffi::Error attention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Buff
                  : pages.get<ffi::AnyBuffer>(1)->untyped_data();
   pool.window = window > 0 ? window : INT_MAX / 2;
   pool.softcap = softcap * kBitsANat;
+  if (mixed != 0 && pool.kind == Kind::kInt8) {  // the largest powers of two that divide the heads
+    pool.k_mixed = pool.h & -pool.h;
+    pool.v_mixed = pool.hv & -pool.hv;
+  }
   if (reads && (h != hv || fused || k.element_count() > 0))
     return ffi::Error::InvalidArgument("pages that are only read are given queries alone, K and V of one size");
   if (pool.page_size % PANEL != 0 || hv % PANEL != 0 || h % 2 != 0)
@@ -129,4 +133,5 @@ JAXSERVE_HANDLER(jaxserve_attention, jaxserve::attention::attention,
                      .Attr<float>("softcap")
                      .Attr<int32_t>("window")
                      .Attr<int32_t>("places")
-                     .Attr<int32_t>("whole"));
+                     .Attr<int32_t>("whole")
+                     .Attr<int32_t>("mixed"));

@@ -13,8 +13,9 @@ namespace jaxserve::attention {
 constexpr int PANEL = 16;          // neighbouring tokens that lie together in K; a page holds a multiple of it
 constexpr int ROWS_AT_ONCE = 6;    // most queries that any instruction set takes at once
 constexpr int LANES = 16;          // most floats of a vector
-constexpr int DECODE_KEYS = 64;    // keys that are folded into a decode row's softmax at once: a fetch ahead of memory
-constexpr int CHUNK_KEYS = 256;    // into a chunk's: maxima, shrinking and the sums' way to memory cost once for each
+// Keys that are folded into a softmax at once: positions from one multiple of it to the next, whichever token asks and whatever
+// else is in the step. A token's sums are then added up in one order, in a prompt of any cut, in decode, alone and among others.
+constexpr int STRETCH = 256;
 constexpr float kBitsANat = 1.44269504089f;
 constexpr float NOTHING = -1e30f;  // running maximum before any key; finite, so that differences are not NaN
 
@@ -28,6 +29,7 @@ struct Pool {  // the pages of a layer
   int heads, h, hv, page_size;
   int window;     // positions; INT_MAX / 2 for all
   float softcap;  // in bits, like scores; 0 for none
+  int k_mixed, v_mixed;  // neighbouring channels that are multiplied by a Hadamard matrix before they are rounded; 0 for none
 };
 
 // A step's operands, with the strides in which q, k and v lie.
@@ -55,15 +57,18 @@ struct Tile {  // queries of one head of one request, and their softmax so far; 
   void* q;        // [rows, h], scaled; pairs of bfloat16 where the instruction set multiplies those, of int16 for int8
   int* position;  // [rows]
   float* best;    // [rows]
-  float* total;   // [rows, LANES], to be summed up
+  float* total;   // [rows, LANES], to be summed up in order
   float* q_unit;        // [rows] what 1 in q stands for
   float* sum;           // [rows, hv]
-  float* score;         // [ROWS_AT_ONCE, keys at once]
+  float* score;         // [ROWS_AT_ONCE, STRETCH]
   void* weight;         // likewise; the same memory where weights are float32
 };
 
+// A row's softmax on its own, as floats: LANES of its total, its best, hv of its sum.
+constexpr int PART = LANES + 1;
+
 // Slots of a thread's scratch memory.
-enum { kToken, kTile, kPartial };
+enum { kToken, kTile, kPartial, kRow };
 
 // What an instruction set brings.
 struct Kernels {
@@ -72,12 +77,13 @@ struct Kernels {
   void (*write)(const Step&, const Pool&, int64_t token, int head);
   // Puts one query head of one token, rotated and scaled, into a row of a tile.
   void (*query)(const Step&, const Pool&, int64_t token, int head, int member, const Tile&, int row);
-  // Fold a piece's keys into a tile's softmax. Decode fetches what comes next while it computes: within the piece and,
-  // at its end, the first keys of `next`, where there is one.
-  void (*decode)(const Tile&, const Pool&, const Piece&, const Piece* next);
-  void (*chunk)(const Tile&, const Pool&, const Piece&);
-  // out = sum / total; zeros when nothing was attended to.
-  void (*finish)(const float* sum, float total, int hv, float* out);
+  // Folds a piece's keys into a tile's softmax. With `fetch` it asks for what it reads a little later while it computes: within
+  // the piece and, at its end, the first keys of `next`, where there is one.
+  void (*attend)(const Tile&, const Pool&, const Piece&, const Piece* next, bool fetch);
+  // Folds what another tile's row came to, a `Part`, into a row's softmax as if its keys had been folded into that.
+  void (*join)(float* row, const float* part, int hv);
+  // out = sum / total, as v was before it was mixed; zeros when nothing was attended to.
+  void (*finish)(const Pool&, const float* sum, float total, float* out);
 };
 
 Kernels generic_kernels();

@@ -24,8 +24,9 @@ namespace {
 
 static_assert(ROWS <= ROWS_AT_ONCE && ROWS >= 4 && ROWS <= W && W <= LANES, "what a tile has room for");
 
-// 2^x for x <= 0, and 0 far below. The polynomial's relative error is 7.5e-5, 2.6e-6 and 7.5e-8 for degrees 3, 4 and 5:
-// far below what the weight is then rounded to, a bfloat16, a 15-bit integer and a float32.
+// 2^x for x <= 0, and 0 far below. The polynomial's relative error is 7.5e-5, 2.6e-6 and 1.8e-7 for degrees 3, 4 and 5:
+// far below what the weight is then rounded to, a bfloat16 and a 15-bit integer, or about a float32's. That of degree 5 is 1 at 0:
+// what does not shrink stays as it is.
 template <int DEGREE>
 INLINE vf vexp2(vf x) {
 #if W == 16
@@ -44,9 +45,9 @@ INLINE vf vexp2(vf x) {
     y = fma(fma(y, f, splat(0.693121815f)), f, splat(0.999999261f));
   } else {
     static_assert(DEGREE == 5);
-    y = fma(fma(splat(0.0013276472f), f, splat(0.00967554133f)), f, splat(0.0555071327f));
-    y = fma(fma(y, f, splat(0.240221197f)), f, splat(0.693146967f));
-    y = fma(y, f, splat(1.00000007f));
+    y = fma(fma(splat(0.0013264727f), f, splat(0.009671513f)), f, splat(0.055507336f));
+    y = fma(fma(y, f, splat(0.24022242f)), f, splat(0.693147f));
+    y = fma(y, f, splat(1.0f));
   }
 #if W == 16
   return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
@@ -60,7 +61,7 @@ INLINE vf vtanh(vf x) {
   return (vf)((vi)((1.0f - t) / (1.0f + t)) | ((vi)x & (int32_t)0x80000000));
 }
 
-// What a block's rows share.
+// What the rows of a stretch share.
 struct Block {
   int base, tokens;           // its first key's position, and how many keys of it there are
   int from, to;               // the vectors of keys that any of the rows sees
@@ -93,7 +94,8 @@ INLINE vf ready_scores(const Pool& pool, const Block& block, int position, float
   return best;
 }
 
-// Weights 2^(score - best) as the products take them; returns their unit, and their sums in `total`.
+// Weights 2^(score - best) as the products take them; returns their unit, and their sums in `total`. Keys that a row does not see
+// weigh 0 and change no sum, so it does not matter which others the rows beside it see.
 INLINE float weigh(Float32, const Block& block, float best, float* score, float*, vf& total) {
   for (int i = block.from; i < block.to; ++i) {
     const vf p = vexp2<5>(load(score + i * W) - best);
@@ -103,9 +105,16 @@ INLINE float weigh(Float32, const Block& block, float best, float* score, float*
   return 1;
 }
 #if BF16_DOT
+INLINE vf weigh_panel(float best, const float* score, uint32_t* weight) {
+  const vf p = vexp2<3>(load(score) - best);
+  const __m256bh pairs = _mm512_cvtneps_pbh((__m512)p);
+  memcpy(weight, &pairs, sizeof pairs);
+  return p;
+}
 INLINE float weigh(Bfloat16, const Block& block, float best, float* score, uint32_t* weight, vf& total) {
-  vf more = {};
+  vf more = {};  // of the panels with odd numbers
   int i = block.from;
+  if (i % 2 != 0) more += weigh_panel(best, score + i * W, weight + i * W / 2), ++i;
   for (; i + 2 <= block.to; i += 2) {
     const vf low = vexp2<3>(load(score + i * W) - best), high = vexp2<3>(load(score + (i + 1) * W) - best);
     total += low;
@@ -113,12 +122,7 @@ INLINE float weigh(Bfloat16, const Block& block, float best, float* score, uint3
     const __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
     memcpy(weight + i * W / 2, &pairs, sizeof pairs);
   }
-  if (i < block.to) {
-    const vf p = vexp2<3>(load(score + i * W) - best);
-    total += p;
-    const __m256bh pairs = _mm512_cvtneps_pbh((__m512)p);
-    memcpy(weight + i * W / 2, &pairs, sizeof pairs);
-  }
+  if (i < block.to) total += weigh_panel(best, score + i * W, weight + i * W / 2);
   total += more;
   return 1;
 }
@@ -147,91 +151,130 @@ INLINE float weigh(Int8, const Block& block, float best, float* score, uint32_t*
   return unit;
 }
 
-// Where the panels of a block lie. Panels past the end repeat the first: never a page that is not the request's.
-template <class T, int KEYS>
+// Where the panels of a stretch lie.
+template <class T>
 struct Panels {
-  const typename T::Page *k[KEYS / PANEL], *v[KEYS / PANEL];
-  const float *k_scale[KEYS / PANEL], *v_scale[KEYS / PANEL];
+  enum { COUNT = STRETCH / PANEL };
+  const typename T::Page *k[COUNT], *v[COUNT];
+  const float *k_scale[COUNT], *v_scale[COUNT];
+  int from = 0, to = 0;  // those that hold keys of the piece; there are pointers to no others
 
+  // The panels of a piece from position `base` on, the beginning of a stretch.
   AT inline __attribute__((always_inline)) void locate(const Pool& pool, const Piece& of, int base) {
     const int h = pool.h, hv = pool.hv, size = pool.page_size;
     const int64_t k_page = (int64_t)h * size / T::PAIR, v_page = (int64_t)size * hv / T::PAIR;
-    for (int i = 0; i < KEYS / PANEL; ++i) {
-      const int token = base + i * PANEL < of.end ? base + i * PANEL : base;
-      const int64_t page = (int64_t)of.table[token / size] * pool.heads + of.head;
-      const int slot = token % size;
+    from = of.begin > base ? (of.begin - base) / PANEL : 0;
+    to = of.end - base < STRETCH ? (of.end - base + PANEL - 1) / PANEL : COUNT;
+    int entry = (base + from * PANEL) / size, slot = (base + from * PANEL) % size;
+    for (int i = from; i < to; ++i) {
+      const int64_t page = (int64_t)of.table[entry] * pool.heads + of.head;
       k[i] = static_cast<const typename T::Page*>(pool.k) + page * k_page + slot;
       v[i] = static_cast<const typename T::Page*>(pool.v) + page * v_page + (int64_t)slot / T::PAIR * hv;
       if constexpr (std::is_same<T, Int8>::value) {
         k_scale[i] = pool.k_scale + page * size + slot;
         v_scale[i] = pool.v_scale + page * size + slot;
       }
+      if ((slot += PANEL) == size) slot = 0, ++entry;
     }
+  }
+
+  // The panel that is computed at the n-th of its turns, all of K and then all of V.
+  Ahead turn(const Pool& pool, int n) const {
+    constexpr int64_t BYTES = sizeof(typename T::Page);
+    const int count = to - from;
+    if (n < count) return {reinterpret_cast<const char*>(k[from + n]), pool.page_size * BYTES};
+    return {reinterpret_cast<const char*>(v[from + n - count]), PANEL * BYTES};
   }
 };
 
-// Folds a block's keys into the softmax of the R rows from `row` on.
-template <class T, int KEYS, int R>
-AT static void fold(const Tile& tile, const Pool& pool, const Panels<T, KEYS>& now, const Panels<T, KEYS>* next,
+// Turns between the one that asks for a panel and the one that reads it.
+constexpr int TURNS_AHEAD = 8;
+
+// What to ask for beside each panel of a stretch: what comes a few turns later, of `next` in the end.
+template <class T>
+AT static void look_ahead(const Pool& pool, const Panels<T>& now, const Panels<T>* next, Ahead* of_k, Ahead* of_v) {
+  const int count = now.to - now.from, turns = 2 * count, far = turns < TURNS_AHEAD ? turns : TURNS_AHEAD;
+  const int more = next == nullptr ? 0 : 2 * (next->to - next->from);
+  for (int n = 0; n < turns; ++n) {
+    const int then = n + far;
+    const Ahead what = then < turns          ? now.turn(pool, then)
+                       : then - turns < more ? next->turn(pool, then - turns)
+                                             : now.turn(pool, turns - 1);
+    (n < count ? of_k : of_v - count)[now.from + n] = what;
+  }
+}
+
+// Folds a stretch's keys, from position `base` on, into the softmax of the R rows from `row` on: with weights that are compared
+// with the stretch's own best, and joined to what there was as `join` does it.
+template <class T, int R>
+AT static void fold(const Tile& tile, const Pool& pool, const Panels<T>& now, const Ahead* of_k, const Ahead* of_v,
                     int base, int tokens, int row) {
   typedef typename T::Query Query;
   constexpr bool SCALED = std::is_same<T, Int8>::value;
-  constexpr int LDW = KEYS / T::PAIR * T::STRIDE;
+  constexpr int LDW = STRETCH / T::PAIR * T::STRIDE;
   const int h = pool.h, hv = pool.hv;
   const int sees = tile.position[row + R - 1] - base + 1, end = sees < tokens ? sees : tokens;
   const int begin = tile.position[row] - pool.window + 1 - base;
   const int from = begin > 0 ? begin / PANEL : 0, to = (end + PANEL - 1) / PANEL;
   if (from >= to) return;
   const int64_t ldq = h / T::PAIR * T::STRIDE;
-  all_scores<T, R>(reinterpret_cast<const Query*>(tile.q) + row * ldq, ldq, now.k, pool.page_size,
-                   next == nullptr ? nullptr : next->k, from, to, h / T::PAIR, tile.score, KEYS);
+  all_scores<T, R>(reinterpret_cast<const Query*>(tile.q) + row * ldq, ldq, now.k, pool.page_size, of_k, from, to,
+                   h / T::PAIR, tile.score, STRETCH);
   const Block block{base, tokens, from * (PANEL / W), to * (PANEL / W), now.k_scale, now.v_scale};
   Query* const weight = reinterpret_cast<Query*>(tile.weight);
-  float best[W] = {}, fall[W] = {}, shrink[W], unit[R];
+  float here[R], fall[W] = {}, rise[W] = {}, shrink[W], grow[W], unit[R];
   for (int r = 0; r < R; ++r) {
-    const float here = max_lanes(ready_scores<SCALED>(pool, block, tile.position[row + r], tile.q_unit[row + r],
-                                                      tile.score + r * KEYS));
-    const float was = tile.best[row + r];
-    best[r] = here > was ? here : was;
-    fall[r] = was - best[r];
-    tile.best[row + r] = best[r];
+    here[r] = max_lanes(ready_scores<SCALED>(pool, block, tile.position[row + r], tile.q_unit[row + r],
+                                             tile.score + r * STRETCH));
+    const float was = tile.best[row + r], best = here[r] > was ? here[r] : was;
+    fall[r] = was - best;
+    rise[r] = here[r] - best;
+    tile.best[row + r] = best;
   }
   store(shrink, vexp2<5>(load(fall)));
+  store(grow, vexp2<5>(load(rise)));
   for (int r = 0; r < R; ++r) {
     float* const total = tile.total + (int64_t)(row + r) * LANES;
-    vf sum = load(total) * shrink[r];
-    unit[r] = weigh(T(), block, best[r], tile.score + r * KEYS, weight + r * LDW, sum);
-    store(total, sum);
+    vf sum = {};
+    unit[r] = weigh(T(), block, here[r], tile.score + r * STRETCH, weight + r * LDW, sum);
+    store(total, fma(load(total), splat(shrink[r]), sum * grow[r]));
   }
-  all_values<T, KEYS, R>(weight + from * PANEL / T::PAIR * T::STRIDE, now.v + from, hv,
-                         next == nullptr ? nullptr : next->v + from, end - from * PANEL, shrink, unit,
-                         tile.sum + (int64_t)row * hv);
+  all_values<T, R>(weight + from * PANEL / T::PAIR * T::STRIDE, now.v + from, hv,
+                   of_v == nullptr ? nullptr : of_v + from, end - from * PANEL, Fold{shrink, grow, unit},
+                   tile.sum + (int64_t)row * hv);
 }
 
-// Folds a piece's keys into the softmax of a tile. With `fetch`, each block's successor is fetched by the first rows
-// while it is computed; the last one's is the first of `following`, where there is one.
-template <class T, int KEYS>
+// Folds a piece's keys into the softmax of a tile, a stretch at a time. With `fetch`, the first rows ask for what is read next;
+// in the last stretch for the first of `following`, where there is one.
+template <class T>
 AT static void attend(const Tile& tile, const Pool& pool, const Piece& piece, const Piece* following, bool fetch) {
-  Panels<T, KEYS> panels[2];
-  const int begin = piece.begin / PANEL * PANEL, end = piece.end;
+  Panels<T> panels[2];
+  Ahead ahead[2][Panels<T>::COUNT];
+  const int begin = piece.begin / STRETCH * STRETCH, end = piece.end;
   if (begin < end) panels[0].locate(pool, piece, begin);
-  for (int base = begin, now = 0; base < end; base += KEYS, now ^= 1) {
-    const int tokens = end - base < KEYS ? end - base : KEYS;
-    Panels<T, KEYS>* next = &panels[now ^ 1];
-    if (base + KEYS < end)
-      next->locate(pool, piece, base + KEYS);
+  for (int base = begin, at = 0; base < end; base += STRETCH, at ^= 1) {
+    const Panels<T>& now = panels[at];
+    Panels<T>* next = &panels[at ^ 1];
+    if (base + STRETCH < end)
+      next->locate(pool, piece, base + STRETCH);
     else if (fetch && following != nullptr)
-      next->locate(pool, *following, following->begin / PANEL * PANEL);
+      next->locate(pool, *following, following->begin / STRETCH * STRETCH);
     else
       next = nullptr;
-    if (!fetch) next = nullptr;
-    if constexpr (std::is_same<T, Int8>::value)
-      for (int i = 0; next != nullptr && i < KEYS / PANEL; ++i) PREFETCH(next->k_scale[i]), PREFETCH(next->v_scale[i]);
-    for (int row = 0; row < tile.rows; row += ROWS, next = nullptr) {
+    const Ahead *of_k = nullptr, *of_v = nullptr;
+    if (fetch) {
+      look_ahead(pool, now, next, ahead[0], ahead[1]);
+      of_k = ahead[0], of_v = ahead[1];
+      if constexpr (std::is_same<T, Int8>::value)
+        for (int i = next == nullptr ? 0 : next->from; next != nullptr && i < next->to; ++i)
+          PREFETCH(next->k_scale[i]), PREFETCH(next->v_scale[i]);
+    }
+    const int tokens = end - base < STRETCH ? end - base : STRETCH;
+    for (int row = 0; row < tile.rows; row += ROWS, of_k = of_v = nullptr) {
       switch (tile.rows - row < ROWS ? tile.rows - row : ROWS) {
-#define CASE(R)                                                         \
-  case R:                                                               \
-    fold<T, KEYS, R>(tile, pool, panels[now], next, base, tokens, row); \
+#define CASE(R)                                                       \
+  case R:                                                             \
+    fold<T, R>(tile, pool, now, of_k, of_v, base, tokens, row); \
     break;
         CASE(1) CASE(2) CASE(3) CASE(4)
 #if ROWS > 4
@@ -243,26 +286,27 @@ AT static void attend(const Tile& tile, const Pool& pool, const Piece& piece, co
   }
 }
 
-template <int KEYS>
-AT static void run(const Tile& tile, const Pool& pool, const Piece& piece, const Piece* following, bool fetch) {
+AT static void attend_kind(const Tile& tile, const Pool& pool, const Piece& piece, const Piece* following, bool fetch) {
   switch (pool.kind) {
     case Kind::kFloat32:
-      return attend<Float32, KEYS>(tile, pool, piece, following, fetch);
+      return attend<Float32>(tile, pool, piece, following, fetch);
     case Kind::kBfloat16:
-      return attend<Bfloat16, KEYS>(tile, pool, piece, following, fetch);
+      return attend<Bfloat16>(tile, pool, piece, following, fetch);
     case Kind::kInt8:
-      return attend<Int8, KEYS>(tile, pool, piece, following, fetch);
+      return attend<Int8>(tile, pool, piece, following, fetch);
   }
 }
 
-AT static void decode(const Tile& tile, const Pool& pool, const Piece& piece, const Piece* next) {
-  run<DECODE_KEYS>(tile, pool, piece, next, true);
-}
-AT static void chunk(const Tile& tile, const Pool& pool, const Piece& piece) {
-  run<CHUNK_KEYS>(tile, pool, piece, nullptr, false);
+AT static void join(float* row, const float* part, int hv) {
+  float &was = row[LANES], here = part[LANES];
+  const float best = here > was ? here : was;
+  const vf shrink = vexp2<5>(splat(was - best)), grow = vexp2<5>(splat(here - best));
+  was = best;
+  for (int i = 0; i < LANES; i += W) store(row + i, fma(load(row + i), shrink, load(part + i) * grow));
+  for (int i = PART; i < PART + hv; i += W) store(row + i, fma(load(row + i), shrink, load(part + i) * grow));
 }
 
-Kernels kernels() { return {BF16_DOT != 0, write, query, decode, chunk, finish}; }
+Kernels kernels() { return {BF16_DOT != 0, write, query, attend_kind, join, finish}; }
 
 }  // namespace
 }  // namespace jaxserve::attention

@@ -101,28 +101,33 @@ INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 #define PREFETCH(p) __builtin_prefetch((p), 0, 2)  // to the second-level cache: the first is busy with this block
 #define PRODUCT AT static __attribute__((noinline))
 
-// score[r][key] = q[r] . k[key] for the keys of N vectors, of which `first` is the first one's number in the block.
+// What is asked for while a panel is computed: another one, by lines of PANEL elements; a product walks over as many.
+struct Ahead {
+  const char* at;
+  int64_t stride;  // bytes from a line to the next
+};
+
+// score[r][key] = q[r] . k[key] for the keys of N vectors, of which `first` is the first one's number in the stretch. `ahead`: what
+// to fetch beside each panel, or null.
 template <class T, int R, int N>
 PRODUCT void scores(const typename T::Query* q, int64_t ldq, const typename T::Page* const* k, int64_t ldk,
-                    const typename T::Page* const* next, int first, int steps, float* out, int64_t ldo) {
+                    const Ahead* ahead, int first, int steps, float* out, int64_t ldo) {
   constexpr int PER_PANEL = PANEL / W;
-  const typename T::Page *p[N], *later[N];
+  const typename T::Page* p[N];
+  Ahead later[N];
   for (int v = 0; v < N; ++v) {
-    const int panel = (first + v) / PER_PANEL, lane = (first + v) % PER_PANEL * W;
-    p[v] = k[panel] + lane;
-    later[v] = next == nullptr ? nullptr : next[panel] + lane;
+    const int panel = (first + v) / PER_PANEL;
+    p[v] = k[panel] + (first + v) % PER_PANEL * W;
+    if (ahead != nullptr) later[v] = ahead[panel];
   }
-  // Prefetch a cache line once, where several steps' vectors share it.
-  const int64_t row_bytes = ldk * (int64_t)sizeof(typename T::Page);
-  const int every = row_bytes < 64 ? (int)(64 / row_bytes) : 1;
   typename T::Sum acc[R][N];
   UNROLL for (int r = 0; r < R; ++r)
     UNROLL for (int v = 0; v < N; ++v) acc[r][v] = typename T::Sum{};
   for (int i = 0; i < steps; ++i) {
     typename T::Vector b[N];
     UNROLL for (int v = 0; v < N; ++v) b[v] = load(p[v] + i * ldk);
-    if (next != nullptr && (i & (every - 1)) == 0)
-      for (int v = 0; v < N; ++v) PREFETCH(later[v] + i * ldk);
+    if (ahead != nullptr)
+      for (int v = 0; v < N; v += PER_PANEL < N ? PER_PANEL : N) PREFETCH(later[v].at + i * later[v].stride);
     step<R, N>(acc, q + i * T::STRIDE, ldq, b);
   }
   UNROLL for (int r = 0; r < R; ++r)
@@ -132,40 +137,44 @@ PRODUCT void scores(const typename T::Query* q, int64_t ldq, const typename T::P
 // The same for the panels [from, to).
 template <class T, int R>
 AT static void all_scores(const typename T::Query* q, int64_t ldq, const typename T::Page* const* k, int64_t ldk,
-                          const typename T::Page* const* next, int from, int to, int steps, float* out, int64_t ldo) {
+                          const Ahead* ahead, int from, int to, int steps, float* out, int64_t ldo) {
   constexpr int PER_PANEL = PANEL / W;
   int first = from * PER_PANEL;
   const int end = to * PER_PANEL;
-  for (; first + COLS <= end; first += COLS) scores<T, R, COLS>(q, ldq, k, ldk, next, first, steps, out, ldo);
+  for (; first + COLS <= end; first += COLS) scores<T, R, COLS>(q, ldq, k, ldk, ahead, first, steps, out, ldo);
   if constexpr (PER_PANEL < COLS)
-    for (; first < end; ++first) scores<T, R, 1>(q, ldq, k, ldk, next, first, steps, out, ldo);
+    for (; first < end; ++first) scores<T, R, 1>(q, ldq, k, ldk, ahead, first, steps, out, ldo);
 }
 
-// sum[r][column] = sum[r][column] * shrink[r] + weight[r] . v[column] * unit[r] over `tokens` tokens, for N vectors of
-// columns from `column` on; units are int8's. KEYS are a row of weights.
-template <class T, int KEYS, int R, int N>
+// What a stretch's sums are added to a row's with: sum = sum * shrink + (what weights and values came to) * unit * grow. Units
+// are int8's.
+struct Fold {
+  const float *shrink, *grow, *unit;
+};
+
+// sum[r][column] folded with weight[r] . v[column] over `tokens` tokens, for N vectors of columns from `column` on.
+template <class T, int R, int N>
 PRODUCT void values(const typename T::Query* weight, const typename T::Page* const* v_panels, int64_t ldv,
-                    const typename T::Page* const* next, int tokens, int column, const float* shrink,
-                    const float* unit, float* sum) {
-  constexpr int LDW = KEYS / T::PAIR * T::STRIDE;
+                    const Ahead* ahead, int tokens, int column, const Fold& by, float* sum) {
+  constexpr int LDW = STRETCH / T::PAIR * T::STRIDE;
   constexpr bool EXACT = std::is_same<T, Int8>::value;
   sum += column;
-  typename T::Sum acc[R][N] = {};
-  if constexpr (!EXACT)
-    for (int r = 0; r < R; ++r)
-      UNROLL for (int v = 0; v < N; ++v) acc[r][v] = load(sum + r * ldv + v * W) * shrink[r];
+  typename T::Sum acc[R][N];
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int v = 0; v < N; ++v) acc[r][v] = typename T::Sum{};
   for (int panel = 0; panel * PANEL < tokens; ++panel) {
     const int here = tokens - panel * PANEL < PANEL ? tokens - panel * PANEL : PANEL;
-    const typename T::Page *p = v_panels[panel] + column, *later = next == nullptr ? p : next[panel] + column;
+    const typename T::Page* p = v_panels[panel] + column;
     const typename T::Query* w = weight + panel * PANEL / T::PAIR * T::STRIDE;
+    const int64_t line = ahead == nullptr ? 0 : ahead[panel].stride, lines = ldv / PANEL * line;
+    const char* later = ahead == nullptr ? nullptr : ahead[panel].at + column / PANEL * line;
     // int8 has no NaN: the slot of a pair's missing second token may hold anything, its weight is 0.
     const int steps = EXACT ? (here + 1) / T::PAIR : here / T::PAIR;
-    for (int i = 0; i < steps; ++i, p += ldv, later += ldv) {
+    for (int i = 0; i < steps; ++i, p += ldv, later += lines) {
       typename T::Vector b[N];
       UNROLL for (int v = 0; v < N; ++v) b[v] = load(p + v * W);
-      if (next != nullptr)
-        for (int v = 0; v < N; ++v)
-          if (v * W * sizeof(typename T::Page) % 64 == 0) PREFETCH(later + v * W);
+      if (ahead != nullptr)
+        for (int v = 0; v < N; v += PANEL / W < N ? PANEL / W : N) PREFETCH(later + v * W / PANEL * line);
       step<R, N>(acc, w + i * T::STRIDE, LDW, b);
     }
     if constexpr (T::PAIR == 2 && !EXACT) {
@@ -179,23 +188,21 @@ PRODUCT void values(const typename T::Query* weight, const typename T::Page* con
   UNROLL for (int r = 0; r < R; ++r)
     UNROLL for (int v = 0; v < N; ++v) {
       float* const to = sum + r * ldv + v * W;
-      if constexpr (EXACT)
-        store(to, fma(load(to), splat(shrink[r]), to_float(acc[r][v]) * unit[r]));
-      else
-        store(to, acc[r][v]);
+      vf part = to_float(acc[r][v]);
+      if constexpr (EXACT) part *= by.unit[r];
+      store(to, fma(load(to), splat(by.shrink[r]), part * by.grow[r]));
     }
 }
 
 // The same for all hv columns, a multiple of PANEL.
-template <class T, int KEYS, int R>
-AT static void all_values(const typename T::Query* weight, const typename T::Page* const* v, int hv,
-                          const typename T::Page* const* next, int tokens, const float* shrink, const float* unit,
-                          float* sum) {
+template <class T, int R>
+AT static void all_values(const typename T::Query* weight, const typename T::Page* const* v, int hv, const Ahead* ahead,
+                          int tokens, const Fold& by, float* sum) {
   constexpr int LEAST = PANEL / W < COLS ? PANEL / W : COLS;
   int column = 0;
   for (; column + COLS * W <= hv; column += COLS * W)
-    values<T, KEYS, R, COLS>(weight, v, hv, next, tokens, column, shrink, unit, sum);
+    values<T, R, COLS>(weight, v, hv, ahead, tokens, column, by, sum);
   if constexpr (LEAST < COLS)
     for (; column < hv; column += LEAST * W)
-      values<T, KEYS, R, LEAST>(weight, v, hv, next, tokens, column, shrink, unit, sum);
+      values<T, R, LEAST>(weight, v, hv, ahead, tokens, column, by, sum);
 }

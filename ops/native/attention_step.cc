@@ -1,12 +1,12 @@
 // A step of paged attention: what is to be written, which rows and chunks there are, and how the cores share them.
 //
-// Decode is bound by memory, so K and V are read once, for all query heads of a KV head together, and the next block is
-// fetched while this one is computed; long contexts are split so that every core has work. Chunks are bound by
-// arithmetic: a tile of about 96 queries meets blocks of 256 keys.
+// Decode is bound by memory, so K and V are read once, for all query heads of a KV head together, and what comes next is
+// fetched while this is computed; contexts are split into their stretches so that every core has work. Chunks are bound by
+// arithmetic: a tile of about 96 queries meets one stretch of 256 keys after the other.
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -15,9 +15,6 @@ namespace jaxserve::attention {
 namespace {
 
 constexpr int TILE_ROWS = 96;             // queries of a tile, about
-// Keys that one decode item reads: a context is cut at the multiples of it, whatever else is in the step. So a row's sums are
-// added up in the same order alone and among others, and threads have pieces to share where contexts are long.
-constexpr int64_t kSplitTokens = 256;
 constexpr int64_t kWorthAHelper = 32768;  // multiply-adds below which waking another thread costs more than it saves
 
 Kernels best_kernels() {
@@ -37,17 +34,22 @@ void fetch(const float* x, int n) {
   for (int i = 0; i < n; i += 16) __builtin_prefetch(x + i);
 }
 
+// A key of weight exp(sink) and no value, with which a head's softmax begins, in bits; NOTHING where there is none.
+float sink_of(const Step& step, int head, int member) {
+  return step.sinks == nullptr ? NOTHING : step.sinks[head * step.group + member] * kBitsANat;
+}
+
 // Fills a tile with `tokens` tokens' queries of one KV head, the first at `position`, each `apart` behind the one before.
 Tile start_tile(const Step& step, const Pool& pool, const Kernels& use, int64_t token, int tokens, int head,
-                int position, int apart, int keys, bool with_sinks) {
+                int position, int apart, bool with_sinks) {
   Tile tile;
   const int64_t rows = tile.rows = tokens * step.group;
   const bool own_weights = pool.kind == Kind::kInt8 || (use.bf16_dot && pool.kind == Kind::kBfloat16);
   constexpr int64_t kSlack = 64;  // floats behind the queries, which are written by whole vectors
-  const int64_t floats = 2 * ROWS_AT_ONCE * keys + rows * (pool.hv + pool.h + LANES + 3) + kSlack;
+  const int64_t floats = 2 * ROWS_AT_ONCE * STRETCH + rows * (pool.hv + pool.h + LANES + 3) + kSlack;
   tile.score = static_cast<float*>(scratch(kTile, sizeof(float) * floats));
-  tile.weight = own_weights ? tile.score + ROWS_AT_ONCE * keys : tile.score;  // float32 weights replace their scores
-  tile.sum = tile.score + 2 * ROWS_AT_ONCE * keys;
+  tile.weight = own_weights ? tile.score + ROWS_AT_ONCE * STRETCH : tile.score;  // float32 weights replace their scores
+  tile.sum = tile.score + 2 * ROWS_AT_ONCE * STRETCH;
   float* const q = tile.sum + rows * pool.hv;
   tile.q = q;
   tile.total = q + rows * pool.h + kSlack;
@@ -63,38 +65,35 @@ Tile start_tile(const Step& step, const Pool& pool, const Kernels& use, int64_t 
       const int row = j * step.group + g;
       use.query(step, pool, token + j, head, g, tile, row);
       tile.position[row] = position + j * apart;
-      const bool sink = with_sinks && step.sinks != nullptr;  // a key of weight exp(sink) and no value
-      tile.best[row] = sink ? step.sinks[head * step.group + g] * kBitsANat : NOTHING;
-      tile.total[row * LANES] = sink ? 1.0f : 0.0f;
+      tile.best[row] = with_sinks ? sink_of(step, head, g) : NOTHING;
+      tile.total[row * LANES] = tile.best[row] == NOTHING ? 0.0f : 1.0f;
     }
   }
   return tile;
 }
 
-// Joins `count` partial softmaxes, `apart` floats from one to the next, each its maximum, total and sums.
-void merge(const Kernels& use, float* parts, int64_t count, int64_t apart, int hv, float* out) {
-  float best = parts[0];
-  for (int64_t n = 1; n < count; ++n) best = std::max(best, parts[n * apart]);
+float total_of(const float* lanes) {
   float total = 0;
-  for (int64_t n = 0; n < count; ++n) {
-    const float* part = parts + n * apart;
-    const float weight = std::exp2(part[0] - best);
-    total += part[1] * weight;
-    for (int c = 0; c < hv; ++c) parts[2 + c] = (n == 0 ? 0.0f : parts[2 + c]) + part[2 + c] * weight;
-  }
-  use.finish(parts + 2, total, hv, out);
+  for (int i = 0; i < LANES; ++i) total += lanes[i];
+  return total;
 }
 
-float total_of(const Tile& tile, int row) {
-  float total = 0;
-  for (int i = 0; i < LANES; ++i) total += tile.total[row * LANES + i];
-  return total;
+// Joins `count` stretches' softmaxes of a row, `apart` floats from one to the next, in order, to one that begins with a sink.
+void merge(const Kernels& use, const Pool& pool, const float* parts, int64_t count, int64_t apart, float sink,
+           float* out) {
+  const int hv = pool.hv;
+  float* const row = static_cast<float*>(scratch(kRow, sizeof(float) * (PART + hv)));
+  std::memset(row, 0, sizeof(float) * (PART + hv));
+  row[0] = sink == NOTHING ? 0.0f : 1.0f;
+  row[LANES] = sink;
+  for (int64_t n = 0; n < count; ++n) use.join(row, parts + n * apart, hv);
+  use.finish(pool, row + PART, total_of(row), out);
 }
 
 struct DecodePiece {
   Piece keys;
   int32_t row, qlen;
-  int64_t partial;  // where its sums go when the row's context is split; -1 when it is whole
+  int64_t partial;  // where its rows' parts go when the context has several stretches; -1 when it is whole
   bool last;        // holds the row's newest token
 };
 
@@ -112,8 +111,7 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
   const int64_t limit = decode.count == 0 && chunk.count == 0 ? 0 : pool.page_size;
   const int64_t cores = std::max<int64_t>(threads.num_threads(), 1);
 
-  // Decode: one item a row, KV head and stretch of kSplitTokens keys. Where a row has several tokens, its items have the queries of
-  // them all.
+  // Decode: one item a row, KV head and stretch of keys. Where a row has several tokens, its items have the queries of them all.
   const int64_t Q = decode.count == 0 ? 1 : decode.places, first_chunk = decode.count * Q, C = num_tokens - first_chunk;
   auto qlen_of = [&](int64_t b) -> int64_t { return decode.qlen == nullptr ? decode.len[b] > 0 : decode.qlen[b]; };
   auto begin_of = [&](int64_t b) {
@@ -142,14 +140,14 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     if (qlen == 0) continue;
     for (int head = 0; head < K; ++head) {
       for (int64_t begin = from, end; begin < len; begin = end) {
-        end = std::min((begin / kSplitTokens + 1) * kSplitTokens, len);
+        end = std::min<int64_t>((begin / STRETCH + 1) * STRETCH, len);
         const bool whole = begin == from && end == len;
         pieces.push_back({{decode.pages + b * decode.width, head, static_cast<int>(begin), static_cast<int>(end)},
                           static_cast<int32_t>(b),
                           static_cast<int32_t>(qlen),
                           whole ? -1 : partials,
                           end == len});
-        partials += whole ? 0 : qlen * G * (hv + 2);
+        partials += whole ? 0 : qlen * G * (PART + hv);
         grouped += end - begin;
         if (grouped >= share / 2) {
           groups.push_back(static_cast<int32_t>(pieces.size()));
@@ -201,15 +199,15 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     const int64_t token = first_chunk + chunk.start[item.row] + item.first;
     const int len = chunk.len[item.row];
     const int position = step.whole ? len - 1 : len - chunk.qlen[item.row] + item.first, apart = step.whole ? 0 : 1;
-    const Tile tile = start_tile(step, pool, use, token, item.tokens, item.head, position, apart, CHUNK_KEYS, true);
+    const Tile tile = start_tile(step, pool, use, token, item.tokens, item.head, position, apart, true);
     float* const out = step.out + token * token_floats + item.head * G * hv;
     for (int j = 0; j < item.tokens; ++j)  // a store that misses the cache waits, and there is time until then
       for (int i = 0; i < G * hv; i += 16) __builtin_prefetch(out + j * token_floats + i, 1, 2);
     const Piece keys{chunk.pages + item.row * chunk.width, item.head, std::max(0, position - pool.window + 1),
                      step.whole ? len : position + item.tokens};
-    use.chunk(tile, pool, keys);
+    use.attend(tile, pool, keys, nullptr, false);
     for (int row = 0; row < tile.rows; ++row)
-      use.finish(tile.sum + row * hv, total_of(tile, row), hv, out + row / G * token_floats + row % G * hv);
+      use.finish(pool, tile.sum + row * hv, total_of(tile.total + row * LANES), out + row / G * token_floats + row % G * hv);
   };
   const auto out_of = [&](int64_t token, int head, int row) {  // row r of a tile is head r % G of token r / G
     return step.out + (token + row / G) * token_floats + (static_cast<int64_t>(head) * G + row % G) * hv;
@@ -219,16 +217,16 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     const int64_t token = piece.row * Q;
     if (write && Q == 1 && piece.last) use.write(step, pool, token, head);
     const int position = decode.len[piece.row] - piece.qlen;
-    const Tile tile = start_tile(step, pool, use, token, piece.qlen, head, position, 1, DECODE_KEYS, piece.last);
-    use.decode(tile, pool, piece.keys, next);
+    const Tile tile = start_tile(step, pool, use, token, piece.qlen, head, position, 1, piece.partial < 0);
+    use.attend(tile, pool, piece.keys, next, true);
     for (int row = 0; row < tile.rows; ++row) {
       if (piece.partial < 0) {
-        use.finish(tile.sum + row * hv, total_of(tile, row), hv, out_of(token, head, row));
+        use.finish(pool, tile.sum + row * hv, total_of(tile.total + row * LANES), out_of(token, head, row));
       } else {
-        float* to = parts + piece.partial + row * (hv + 2);
-        to[0] = tile.best[row];
-        to[1] = total_of(tile, row);
-        std::memcpy(to + 2, tile.sum + row * hv, sizeof(float) * hv);
+        float* to = parts + piece.partial + row * (PART + hv);
+        std::memcpy(to, tile.total + row * LANES, sizeof(float) * LANES);
+        to[LANES] = tile.best[row];
+        std::memcpy(to + PART, tile.sum + row * hv, sizeof(float) * hv);
       }
     }
   };
@@ -240,26 +238,29 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     for (int32_t n = groups[i - chunks]; n < end; ++n)
       attend_decode(pieces[n], n + 1 < end ? &pieces[n + 1].keys : nullptr);
   };
+  // Contexts of several stretches: pieces of one row and head are neighbours.
+  std::vector<std::pair<int32_t, int32_t>> split;  // [first, past the last) piece
+  for (size_t i = 0, after; i < pieces.size(); i = after) {
+    for (after = i + 1; !pieces[after - 1].last;) ++after;
+    if (pieces[i].partial >= 0) split.push_back({static_cast<int32_t>(i), static_cast<int32_t>(after)});
+  }
+  const auto join_pieces = [&](int64_t i, int) {
+    const DecodePiece& first = pieces[split[i].first];
+    const int rows = first.qlen * G;
+    for (int row = 0; row < rows; ++row)
+      merge(use, pool, parts + first.partial + row * (PART + hv), split[i].second - split[i].first, rows * (PART + hv),
+            sink_of(step, first.keys.head, row % G), out_of(first.row * Q, first.keys.head, row));
+  };
   if (products < kWorthAHelper) {
     for (int64_t i = 0; i < write_items; ++i) write_tokens(i, 0);
     for (int64_t i = 0; i < chunks + decodes; ++i) attend(i, 0);
+    for (size_t i = 0; i < split.size(); ++i) join_pieces(i, 0);
   } else {
     Phases phases;
     phases.add(write_items, write_tokens);
     phases.add(chunks + decodes, attend);
+    phases.add(split.size(), join_pieces);
     phases.run(threads);
-  }
-
-  // Rows that were split: pieces of one row and head are neighbours.
-  for (size_t i = 0; i < pieces.size();) {
-    const DecodePiece& piece = pieces[i];
-    size_t after = i + 1;
-    while (!pieces[after - 1].last) ++after;
-    const int rows = piece.qlen * G;
-    for (int row = 0; piece.partial >= 0 && row < rows; ++row)
-      merge(use, parts + piece.partial + row * (hv + 2), after - i, rows * (hv + 2), hv,
-            out_of(piece.row * Q, piece.keys.head, row));
-    i = after;
   }
   return ffi::Error::Success();
 }

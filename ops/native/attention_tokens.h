@@ -55,6 +55,49 @@ AT static void rotate(const Step& step, int64_t token, const float* x, int h, fl
   memcpy(y + 2 * half, x + 2 * half, sizeof(float) * (h - 2 * half));
 }
 
+#if W == 16
+// x of lane i plus, or minus where `upper` has the bit of i, that of the lane it changes places with in `swapped`.
+INLINE __m512 butterfly(__m512 x, __m512 swapped, __mmask16 upper) {
+  return _mm512_mask_sub_ps(_mm512_add_ps(x, swapped), upper, swapped, x);
+}
+#endif
+
+// Multiplies each `block` neighbours of x, a power of two, by the orthogonal Hadamard matrix, which is its own inverse: what is
+// large in one channel of k is then spread over them all, and rounding to 8 bits costs the others nothing. q . k stays what it was.
+AT static void mix(float* x, int n, int block) {
+#if W == 16
+  for (int i = 0; i < n; i += W) {
+    __m512 y = (__m512)load(x + i);
+    if (block > 1) y = butterfly(y, _mm512_permute_ps(y, 0xb1), 0xaaaa);
+    if (block > 2) y = butterfly(y, _mm512_permute_ps(y, 0x4e), 0xcccc);
+    if (block > 4) y = butterfly(y, _mm512_shuffle_f32x4(y, y, 0xb1), 0xf0f0);
+    if (block > 8) y = butterfly(y, _mm512_shuffle_f32x4(y, y, 0x4e), 0xff00);
+    store(x + i, (vf)y);
+  }
+#else
+  for (int stride = 1; stride < W && stride < block; stride *= 2) {
+    for (int begin = 0; begin < n; begin += 2 * stride) {
+      for (int i = begin; i < begin + stride; ++i) {
+        const float a = x[i], b = x[i + stride];
+        x[i] = a + b;
+        x[i + stride] = a - b;
+      }
+    }
+  }
+#endif
+  for (int stride = W; stride < block; stride *= 2) {
+    for (int begin = 0; begin < n; begin += 2 * stride) {
+      for (int i = begin; i < begin + stride; i += W) {
+        const vf a = load(x + i), b = load(x + i + stride);
+        store(x + i, a + b);
+        store(x + i + stride, a - b);
+      }
+    }
+  }
+  const float unit = 1.0f / sqrtf(static_cast<float>(block));
+  for (int i = 0; i < n; i += W) store(x + i, load(x + i) * unit);
+}
+
 AT static float largest_of(const float* x, int n) {
   vf largest = {};
   for (int i = 0; i < n; i += W) largest = vmax(largest, (vf)((vi)load(x + i) & 0x7fffffff));
@@ -84,7 +127,7 @@ AT static void write(const Step& step, const Pool& pool, int64_t token, int head
   const int64_t page = index / pool.page_size;
   const int slot = static_cast<int>(index % pool.page_size), size = pool.page_size, h = pool.h, hv = pool.hv;
   if (index < 0 || page >= pool.pages) return;
-  float* const k = static_cast<float*>(scratch(kToken, sizeof(float) * 2 * (whole(h) + hv)));
+  float* const k = static_cast<float*>(scratch(kToken, sizeof(float) * (2 * whole(h) + 3 * hv)));
   rotate(step, token, step.k + token * step.k_token + head * step.k_head, h, k);
   const float* v = step.v + token * step.v_token + head * step.v_head;
   if (slot % PANEL == 0) fetch_panel(pool, page * pool.heads + head, slot);
@@ -105,6 +148,13 @@ AT static void write(const Step& step, const Pool& pool, int64_t token, int head
   } else {
     int8_t* const bytes = static_cast<int8_t*>(rounded);
     int8_t* k_page = static_cast<int8_t*>(pool.k) + at * h * size + 2 * slot;
+    if (pool.k_mixed > 0) mix(k, h, pool.k_mixed);
+    if (pool.v_mixed > 0) {
+      float* const mixed = k + 2 * whole(h) + 2 * hv;
+      memcpy(mixed, v, sizeof(float) * hv);
+      mix(mixed, hv, pool.v_mixed);
+      v = mixed;
+    }
     pool.k_scale[at * size + slot] = quantize(k, h, bytes);
     for (int i = 0; i < h; i += 2) memcpy(k_page + (int64_t)i * size, bytes + i, 2);
     int8_t* v_page = static_cast<int8_t*>(pool.v) + at * size * hv + (slot / 2) * 2 * hv + slot % 2;
@@ -121,6 +171,7 @@ AT static void query(const Step& step, const Pool& pool, int64_t token, int head
   rotate(step, token, step.q + token * step.q_token + head * step.q_head + (int64_t)member * h, h, q);
   tile.q_unit[row] = 1;
   if (pool.kind == Kind::kInt8) {
+    if (pool.k_mixed > 0) mix(q, h, pool.k_mixed);
     const float largest = largest_of(q, h);
     // h products with an int8 stay within int32.
     const float limit = fminf(32767.0f, static_cast<float>(INT32_MAX) / (128.0f * static_cast<float>(h)));
@@ -137,7 +188,9 @@ AT static void query(const Step& step, const Pool& pool, int64_t token, int head
   }
 }
 
-AT static void finish(const float* sum, float total, int hv, float* out) {
+AT static void finish(const Pool& pool, const float* sum, float total, float* out) {
+  const int hv = pool.hv;
   const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
   for (int i = 0; i < hv; i += W) store(out + i, load(sum + i) * inverse);
+  if (pool.v_mixed > 0) mix(out, hv, pool.v_mixed);
 }

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from ops.paged_attention import native, pallas_gpu, pallas_tpu, sequences, xla
+from ops.paged_attention import mixing, native, pallas_gpu, pallas_tpu, sequences, xla
 from ops.paged_attention import pages as _pages
 from ops.paged_attention.batch import Q_BLOCK, AttentionBatch, KVSpec
 from ops.paged_attention.groups import KVGroups
@@ -47,9 +47,9 @@ __all__ = [
 
 BACKENDS: dict[str, Callable[..., tuple[jax.Array, KVPages]]] = {
     "native": native.attend,
-    "pallas_tpu": pallas_tpu.attend,
-    "pallas_gpu": pallas_gpu.attend,
-    "xla": xla.attend,
+    "pallas_tpu": mixing.around(pallas_tpu.attend),
+    "pallas_gpu": mixing.around(pallas_gpu.attend),
+    "xla": mixing.around(xla.attend),
 }
 """Implementations by name, best first."""
 
@@ -154,7 +154,7 @@ def attend(
         out_TKGh, kv = attend(q_TKGh, k_TKh, v_TKh, kv, plain, **how)
         return _look_ahead(lambda: q_TKGh, out_TKGh, kv, batch, **how), kv
     if chunk is not None:
-        body = functools.partial(xla.attend, **options, chunk=chunk)
+        body = functools.partial(BACKENDS["xla"], **options, chunk=chunk)
         return _per_device(body, (q_TKGh, k_TKh, v_TKh), (), kv, batch, sinks_KG)
     forced = _forced.get()
     for name, body in BACKENDS.items():
@@ -235,7 +235,7 @@ def _look_ahead(
     )
 
     def anew() -> jax.Array:
-        body = functools.partial(xla.attend, **({"chunk": None} | options))
+        body = functools.partial(BACKENDS["xla"], **({"chunk": None} | options))
         out_CKGh, _ = _per_device(body, (queries()[first:], None, None), (), kv, chunk, sinks_KG)
         return out_TKGh.at[first:].set(out_CKGh.astype(out_TKGh.dtype))
 

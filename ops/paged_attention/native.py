@@ -115,6 +115,7 @@ def _call(
         window=np.int32(min(window or 0, 2**30)),
         places=np.int32(batch.queries),
         whole=np.int32(0),
+        mixed=np.int32(kv.mixed),
     )
     names = ("k", "v", "k_scale", "v_scale")
     return out.astype(q.dtype), dataclasses.replace(kv, **dict(zip(names, pages, strict=False)))
@@ -153,4 +154,4 @@ def attend_whole(
     results += [] if reads else [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pages]
     call = jax.ffi.ffi_call(native.target("jaxserve_attention"), results, input_output_aliases=aliases)
     how = {"scale": np.float32(scale), "softcap": np.float32(0), "window": np.int32(0), "places": np.int32(1)}
-    return call(*operands, *pages, **how, whole=np.int32(1))[0]
+    return call(*operands, *pages, **how, whole=np.int32(1), mixed=np.int32(0))[0]

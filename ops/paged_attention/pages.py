@@ -7,7 +7,7 @@ both K and V are ready-packed right-hand sides of a matrix product, so attention
     float32          k [page, K, h, page_size]          v [page, K, page_size, h]
     bfloat16, int8   k [page, K, h / 2, page_size, 2]   v [page, K, page_size / 2, h, 2]   (for instructions on pairs)
 
-int8 pages carry one float32 scale a token and head, `[page, K, page_size]`.
+int8 pages carry one float32 scale a token and head, `[page, K, page_size]`; their heads are mixed (see mixing.py).
 
 `lanes` is what the TPU's kernels read: one array `[page, K, page_size, L]` with a token's K and V side by side. A TPU
 pads the last axis of everything to 128 lanes, so two heads of 64 share what each would have had to itself; wider ones
@@ -63,6 +63,11 @@ class KVPages:
     def num_pages(self) -> int:
         """Pages, null pages included: all replicas', or, in what a replica runs, its own."""
         return self.k.shape[0]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether they hold k and v as mixing.py makes them: those of 8 bits but latents."""
+        return self.k.dtype == jnp.int8 and self.spec.v_head_dim > 0 and not self.spec.indexed
 
     @property
     def sharded(self) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ops import paged_attention
-from ops.paged_attention import pages, reference
+from ops.paged_attention import mixing, pages, reference
 from ops.paged_attention.cases import Arguments, Case
 
 ROUNDING = {"bfloat16": 2.0**-8, "int8": 1 / 127, "float8_e4m3fn": 2.0**-4, "float8_e5m2": 2.0**-3}
@@ -22,6 +22,8 @@ def fill(case: Case, arguments: Arguments, dtype, layout: str) -> paged_attentio
     kv = pages.allocate(case.spec, num_pages, size, dtype, None, layout)
     k = arguments.history_k.reshape(num_pages * size, K, -1)
     v = None if arguments.history_v is None else arguments.history_v.reshape(num_pages * size, K, -1)
+    if kv.mixed:
+        k, v = mixing.mix(k), mixing.mix(v)
     return jax.jit(pages.write)(kv, k, v, jnp.arange(num_pages * size, dtype=jnp.int32))
 
 
@@ -51,6 +53,8 @@ _read = jax.jit(pages.read, static_argnums=2)
 def plain(kv) -> tuple[np.ndarray, np.ndarray | None]:
     """Pages as [page, slot, K, h] float32."""
     k, v = _read(kv, np.arange(kv.num_pages), jnp.float32)
+    if kv.mixed:
+        k, v = mixing.mix(k), mixing.mix(v)
     k, v = np.asarray(k).swapaxes(1, 2), np.asarray(v).swapaxes(1, 2)
     return k, v if kv.spec.v_head_dim else None
 
@@ -84,5 +88,8 @@ def assert_new_keys_are_stored(arguments: Arguments, kv, dtype: str, activations
     page, slot = np.divmod(arguments.batch.kv_index_T, kv.page_size)
     real = page > 0
     new_k = np.asarray(jnp.asarray(arguments.k_TKh, activations), np.float32)[real]
+    stored_k = k_NsKh[page, slot][real]
+    if kv.mixed:  # as it is rounded
+        new_k, stored_k = np.asarray(mixing.mix(new_k)), np.asarray(mixing.mix(stored_k))
     largest = np.abs(new_k).max(-1, keepdims=True)
-    assert (np.abs(k_NsKh[page, slot][real] - new_k) <= largest * ROUNDING[dtype]).all()
+    assert (np.abs(stored_k - new_k) <= largest * ROUNDING[dtype]).all()

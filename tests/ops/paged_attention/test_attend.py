@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from ops import native, paged_attention
+from ops.linear.weights.rotation import hadamard
 from ops.paged_attention import pages, reference
 from ops.paged_attention.batch import KVSpec
 from ops.paged_attention.cases import TEST_CASES, Arguments, Case, make_arguments
@@ -58,6 +59,9 @@ def fill(case: Case, arguments: Arguments, dtype, body) -> paged_attention.KVPag
         if history is None:
             continue
         rows_NKsh = history.swapaxes(1, 2)
+        if kv.mixed:
+            matrix = hadamard(rows_NKsh.shape[-1] & -rows_NKsh.shape[-1])
+            rows_NKsh = (rows_NKsh.reshape(*rows_NKsh.shape[:-1], -1, len(matrix)) @ matrix).reshape(rows_NKsh.shape)
         if dtype == np.int8:
             new[name + "_scale"] = np.abs(rows_NKsh).max(-1) / np.float32(127)
             with np.errstate(invalid="ignore"):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from ops import native
+from ops.paged_attention.batch import Q_BLOCK, AttentionBatch
 from ops.paged_attention.cases import Case, make_arguments
 from tests.ops.paged_attention.against_reference import expected, fill, run
 
-BLOCK = 256  # keys; CHUNK_KEYS of ops/native/attention.h
+BLOCK = 256  # keys; STRETCH of ops/native/attention.h
 CASES = {
     # Contexts that end within a panel of 16, on a block's edge and behind it; 5 query heads leave groups of rows unfilled.
     "edges": Case(num_kv_heads=1, group=5, chunks=((250, 290), (BLOCK - 16, 16), (2 * BLOCK - 1, 3))),
@@ -59,6 +60,58 @@ def test_writes_begin_and_end_anywhere(first):
     arguments = make_arguments(case)
     out, kv = run("native", arguments, fill(case, arguments, "bfloat16", "panels"))
     np.testing.assert_allclose(out, expected(arguments, kv), atol=ATOL["bfloat16"])
+
+
+LENGTH = 2 * BLOCK + 75
+EXACT = {
+    "plain": Case(num_kv_heads=2, group=3, head_dim=32, chunks=((0, LENGTH),)),
+    "all": Case(num_kv_heads=1, group=5, head_dim=16, chunks=((0, LENGTH),), window=301, softcap=9.0, sinks=True),
+}
+
+
+def one_request(arguments, kv, rows=(), queries=1, piece=None):
+    """Attention's output for a request's tokens as decode rows, of each the number of tokens up to its last, or as a piece of a
+    prompt (its first token, and past its last), and the pages."""
+    table = np.asarray(arguments.batch.chunk_pages_RP)
+    first, end = piece or (0, 0)
+    at = [np.arange(n - queries, n) for n in rows] + [np.arange(first, end)]
+    at = np.concatenate([*at, np.zeros(-(end - first) % Q_BLOCK, np.int64)]).astype(np.int32)
+    index = table[0, at // 16] * 16 + at % 16
+    index[len(rows) * queries + end - first :] = 0
+    R = 1 if piece else 0
+    batch = AttentionBatch(
+        index,
+        np.repeat(table, len(rows), 0),
+        np.asarray(rows, np.int32),
+        table[:R],
+        np.zeros(R, np.int32),
+        np.full(R, end - first, np.int32),
+        np.full(R, end, np.int32),
+        np.zeros(-(-(end - first) // Q_BLOCK), np.int32),
+        None if queries == 1 else np.full(len(rows), queries, np.int32),
+    )
+    given = {name: getattr(arguments, name)[at] for name in ("q_TKGh", "k_TKh", "v_TKh")}
+    out, kv = run("native", dataclasses.replace(arguments, batch=batch, **given), kv)
+    return out[: len(rows) * queries + end - first], kv
+
+
+@pytest.mark.parametrize("dtype", list(ATOL))
+@pytest.mark.parametrize("name", list(EXACT))
+def test_a_token_is_the_same_whichever_way_it_is_computed(name, dtype, isa):
+    """To the last bit: in a prompt at once, in pieces, behind a prefix that is there, in decode, among tokens to be verified."""
+    arguments = make_arguments(EXACT[name])
+    whole, kv = one_request(arguments, fill(EXACT[name], arguments, dtype, "panels"), piece=(0, LENGTH))
+    ends = (7, BLOCK, BLOCK + 1, 2 * BLOCK - 3, LENGTH)
+    alone, kv = one_request(arguments, kv, rows=ends)
+    np.testing.assert_array_equal(alone, whole[np.asarray(ends) - 1])
+    verified, kv = one_request(arguments, kv, rows=ends, queries=5)
+    np.testing.assert_array_equal(
+        verified.reshape(len(ends), 5, -1), np.stack([whole[n - 5 : n] for n in ends]).reshape(len(ends), 5, -1)
+    )
+    kv = fill(EXACT[name], arguments, dtype, "panels")
+    for piece in ((0, 64), (64, 307), (307, 320), (320, LENGTH)):
+        part, kv = one_request(arguments, kv, piece=piece)
+        np.testing.assert_array_equal(part, whole[slice(*piece)])
 
 
 @pytest.mark.parametrize("window", [None, 300])
