@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from typing import Any
 
 from models.loading.gguf import split_paths
 from models.loading.load import LoadedModel
@@ -15,7 +16,7 @@ from serving.engine.device.followers import Followers
 from serving.engine.encoder.engine import EncoderEngine
 from serving.engine.engine import Engine
 from serving.engine.rehearsal import rehearse
-from serving.engine.scheduling.scheduler import Scheduler
+from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from serving.kv_events.config import KVEventsConfig
 from serving.kv_events.start import KVEvents
 from serving.transfer.config import PEER_KEY_VARIABLE, TransferConfig
@@ -60,18 +61,25 @@ def exchange(checked: Checked, loaded: LoadedModel, engine: Engine) -> None:
         return
     from serving.transfer.exchange import exchange_pages
     from serving.transfer.grpc_transport import GrpcTransport
+
+    weights, facts = what_pages_are(checked, engine.scheduler.config)
+    transport = GrpcTransport(os.environ.get(PEER_KEY_VARIABLE), told.client_tls) if told.takes else None
+    disk = None if folder is None else (pathlib.Path(folder).expanduser(), checked.config.kv_disk_size)
+    exchange_pages(engine, told, weights, facts, transport, disk)
+
+
+def what_pages_are(checked: Checked, config: SchedulerConfig) -> tuple[bytes, tuple[Any, ...]]:
+    """What decides the content of an engine's pages, a draft's part of them included: a digest of the files of weights, and the
+    facts that `transfer.identity.identity_of` takes."""
     from serving.transfer.identity import weights_digest
 
     sources = [checked.opened.source, None if checked.draft is None else draft_source(checked.config)]
     paths = [source.path for source in sources if source is not None]
     files = [file for path in paths for file in (split_paths(path) if path.is_file() else [path])]
-    facts = (checked.built.config, checked.dtype, checked.quantization, engine.scheduler.config.page_size,
-             engine.scheduler.config.windows)  # fmt: skip
+    facts = (checked.built.config, checked.dtype, checked.quantization, config.page_size, config.windows)
     if checked.draft is not None:  # whose pages travel with the model's
         facts = (*facts, checked.draft.facts)
-    transport = GrpcTransport(os.environ.get(PEER_KEY_VARIABLE), told.client_tls) if told.takes else None
-    disk = None if folder is None else (pathlib.Path(folder).expanduser(), checked.config.kv_disk_size)
-    exchange_pages(engine, told, b"".join(map(weights_digest, files)), facts, transport, disk)
+    return b"".join(map(weights_digest, files)), facts
 
 
 def wire_encoder(checked: Checked, loaded: LoadedModel, compiled: CompiledEncoder) -> EncoderEngine:

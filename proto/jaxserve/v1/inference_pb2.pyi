@@ -69,9 +69,11 @@ class MediaSource(_message.Message):
     __slots__ = ("data", "url", "kind")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[MediaSource.Kind]
         KIND_IMAGE: _ClassVar[MediaSource.Kind]
         KIND_VIDEO: _ClassVar[MediaSource.Kind]
         KIND_SOUND: _ClassVar[MediaSource.Kind]
+    KIND_UNSPECIFIED: MediaSource.Kind
     KIND_IMAGE: MediaSource.Kind
     KIND_VIDEO: MediaSource.Kind
     KIND_SOUND: MediaSource.Kind
