@@ -130,6 +130,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-05, "rope_interleave": True, "rope_theta": 10000.0, "routed_scaling_factor": 1.8,
         "tie_word_embeddings": False, "topk_group": 1, "v_head_dim": 256, "vocab_size": 154880,
     },
+    "glm4v_moe_text": {
+        "attention_bias": True, "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 10944,
+        "max_position_embeddings": 65536, "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 128,
+        "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96, "num_experts_per_tok": 8,
+        "num_hidden_layers": 46, "num_key_value_heads": 8, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0, "routed_scaling_factor": 1.0, "tie_word_embeddings": False, "topk_group": 1, "vocab_size": 151424,
+    },
+    "glm4v_text": {
+        "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 13696, "max_position_embeddings": 32768,
+        "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 2, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+        "vocab_size": 151552,
+    },
     "glm_moe_dsa": {
         "attention_bias": False, "first_k_dense_replace": 3, "head_dim": 64, "hidden_act": "silu", "hidden_size": 6144,
         "index_head_dim": 128, "index_n_heads": 32, "index_topk": 2048, "intermediate_size": 12288, "kv_lora_rank": 512,

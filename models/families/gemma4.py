@@ -1,4 +1,4 @@
-"""Gemma 4, text (Google 2026): Gemma 3's layers with larger heads in those that see all, per-layer embeddings, last layers that
+"""Gemma 4 (Google 2026): Gemma 3's layers with larger heads in those that see all, per-layer embeddings, last layers that
 read the pages of earlier ones, and in some sizes experts beside the dense block."""
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from flax import nnx
 from models.api import Step
 from models.config import ModelConfig, MoEConfig, from_hf, rope_from_hf
 from models.decoder import Decoder
+from models.encoders.gemma4 import Gemma4Vision, gemma4_vision
 from models.families.gemma import GemmaLayer
-from models.family import Family
+from models.family import Family, Tower
 from models.layers import Build, GatedMLP, Linear, heads_of, weight
 from models.layers.attention import HeadNormAttention, SharedAttention
 from models.layers.moe import Experts, choose
@@ -25,6 +26,7 @@ from ops.norm import rms_norm
 from ops.paged_attention import attend
 from ops.rope import rope
 
+VISION = r"^(model\.)?(vision_tower|embed_vision)\."
 BESIDE = (r"^(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.",)
 SHARED = r"^model\.layers\.({})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\."
 """What published files have in layers that read others' pages."""
@@ -40,6 +42,7 @@ class Gemma4:
         ffw_dims: of each layer's dense block.
         k_is_v: layers that see all have one projection for both.
         per_layer: (rows, width) of the per-layer embeddings; None for none.
+        padding: the token whose per-layer embeddings an image's places have.
     """
 
     heads: tuple[tuple[int, int], ...]
@@ -47,6 +50,7 @@ class Gemma4:
     ffw_dims: tuple[int, ...]
     k_is_v: bool
     per_layer: tuple[int, int] | None
+    padding: int = 0
 
 
 class Gemma4Attention(HeadNormAttention):
@@ -114,6 +118,7 @@ class Gemma4Layer(GemmaLayer):
     def __init__(self, config: ModelConfig, index: int, build: Build):
         super().__init__(config, index, build)
         own: Gemma4 = config.get("gemma4")
+        self.sees_all = config.windows[index] is None
         self.scale = weight((1,), jnp.float32, (None,))
         self.mix = PerLayerMix(config, build, own.per_layer[1]) if own.per_layer else None
         self.experts = Gemma4Experts(config, build) if config.moe else None
@@ -134,6 +139,9 @@ class Gemma4Layer(GemmaLayer):
     def __call__(
         self, x_TD: jax.Array, step: Step, kv: Any, own_TP: jax.Array | None = None
     ) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
+        if self.sees_all and getattr(step.attention, "chunk_ahead_C", None) is not None:
+            # An image's tokens attend to those behind them in layers with windows alone.
+            step = dataclasses.replace(step, attention=dataclasses.replace(step.attention, chunk_ahead_C=None))
         attended_TD, kv = self.attn(x_TD, step, kv, norm=self.attn_norm)
         x_TD = x_TD + self.attn_out_norm(attended_TD)
         y_TD, visited = self.mlp(x_TD, step, norm=self.mlp_norm)
@@ -169,7 +177,10 @@ class Gemma4Decoder(Decoder):
     def beside(self, step: Step, x_TD: jax.Array) -> tuple[tuple[jax.Array, ...], ...]:
         if self.per_layer is None:
             return ((),) * len(self.layers)
-        return tuple((own_TP,) for own_TP in self.per_layer(step.tokens_T, x_TD, step.adapter_T))
+        tokens_T = step.tokens_T
+        if step.embeddings is not None:
+            tokens_T = jnp.where(step.embeddings.index_T >= 0, self.config.get("gemma4").padding, tokens_T)
+        return tuple((own_TP,) for own_TP in self.per_layer(tokens_T, x_TD, step.adapter_T))
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -220,9 +231,8 @@ def gemma4_config(hf: Mapping[str, Any]) -> ModelConfig:
     double = bool(hf.get("use_double_wide_mlp"))
     ffw = [hf["intermediate_size"] * (2 if double and other is not None else 1) for other in reads_of]
     width = hf.get("hidden_size_per_layer_input")
-    gemma4 = Gemma4(
-        tuple(heads), reads_of, tuple(ffw), k_is_v, (hf["vocab_size_per_layer_input"], width) if width else None
-    )
+    per_layer = (hf["vocab_size_per_layer_input"], width) if width else None
+    gemma4 = Gemma4(tuple(heads), reads_of, tuple(ffw), k_is_v, per_layer, int(hf.get("pad_token_id") or 0))
     moe = None
     if hf.get("enable_moe_block"):
         moe = MoEConfig(
@@ -255,10 +265,18 @@ def gemma4_config(hf: Mapping[str, Any]) -> ModelConfig:
 FAMILIES = (
     Family(
         "Gemma 4 (text)",
-        ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"),
+        ("Gemma4ForCausalLM",),
         gemma4_config,
         Gemma4Decoder,
         gguf=("gemma4",),
         ignore=BESIDE,
+    ),
+    Family(
+        "Gemma 4",
+        ("Gemma4ForConditionalGeneration",),
+        gemma4_config,
+        Gemma4Decoder,
+        ignore=BESIDE,
+        tower=Tower(gemma4_vision, Gemma4Vision, VISION),
     ),
 )

@@ -1,4 +1,4 @@
-"""Llama 4, text (Meta 2025): layers that rotate and attend within chunks, and layers without rotation that see everything;
+"""Llama 4 (Meta 2025): layers that rotate and attend within chunks, and layers without rotation that see everything;
 one routed expert a token whose input (not output) the router scales, beside a shared one.
 
 Attention within chunks of `attention_chunk_size` (8192) positions is full attention up to that length: where no longer context
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from models.api import Step
 from models.config import ModelConfig, MoEConfig, from_hf
 from models.decoder import Decoder
-from models.family import Family
+from models.encoders.llama4 import Llama4Vision, llama4_vision
+from models.family import Family, Tower
 from models.layers import Attention, Build, GatedMLP, Layer, heads_of
 from models.layers.moe import Experts, MoE
 from models.recipes import Piece, Recipes, deal, one, split, under
@@ -144,10 +145,18 @@ def llama4_config(hf: Mapping[str, Any]) -> ModelConfig:
 FAMILIES = (
     Family(
         "Llama 4 (text)",
-        ("Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
+        ("Llama4ForCausalLM",),
         llama4_config,
         build,
         gguf=("llama4",),
         ignore=VISION,
+    ),
+    Family(
+        "Llama 4",
+        ("Llama4ForConditionalGeneration",),
+        llama4_config,
+        build,
+        ignore=VISION,
+        tower=Tower(llama4_vision, Llama4Vision, r"^(model\.)?(vision_model|multi_modal_projector)\."),
     ),
 )

@@ -152,10 +152,12 @@ VISION_INTRODUCTION = """
 Against transformers on tiny random checkpoints: pixels bit for bit for images from 1 x 1 to 999 x 5 in four modes, the tower's
 embeddings within 1e-4 of the largest, positions equal (`tests/models/test_vision.py`); prompt ids and 32 greedy tokens through the
 whole engine with texts and images in one batch, prompts cut inside images, prefixes that end inside one, and preemption
-(`tests/serving/media/test_images.py`; the engine runs with Qwen2.5-VL and Gemma 3 each time, with the others where slow tests run).
+(`tests/serving/media/test_images.py`; the engine runs with Qwen2.5-VL and Gemma 3 each time, with the others where slow tests run),
+and on a mesh, with the tower cut and two replicas (`tests/serving/media/test_mesh.py`, in the same way).
 Videos are held to transformers in the same ways, and towers in GGUF to those in safetensors
-(`tests/models/loading/test_mmproj.py`).
-Llama 4, Gemma 4 and Gemma 3n are served for text alone.
+(`tests/models/loading/test_mmproj.py`; chats over HTTP: `tests/serving/media/test_mmproj.py`).
+Llama 4's images are scaled by Pillow, where transformers has code of torchvision alone: a level differs by one at most.
+Gemma 4 and GLM read no videos yet. Gemma 3n is served for text alone.
 
 How they are served: [media.md](media.md).
 

@@ -13,14 +13,18 @@ from PIL import Image
 from models.loading.load import build_model, fill
 from models.loading.opening import open_checkpoint
 from models.loading.source import resolve
+from ops.paged_attention import whole
 from serving.media.processors import PROCESSORS
 from serving.media.prompt import Seen, with_media
-from tests.models import tiny_video, tiny_vision
+from tests.models import tiny_llama4, tiny_video, tiny_vision
 from tests.models.tiny_video import clip
 from tests.models.tiny_vision import IMAGE, SIZES, TINY, VIDEO, picture
 
+ALIKE = ("GLM-4.5V", "GLM-4.6V")
+"""Whose towers and processors are another's; the engine's tests run them where slow tests do."""
 
-@pytest.fixture(scope="module", params=sorted(TINY))
+
+@pytest.fixture(scope="module", params=sorted(TINY.keys() - set(ALIKE)))
 def family(request, tmp_path_factory):
     """(name, transformers' model, the opened checkpoint, its processor)."""
     folder = tmp_path_factory.mktemp("vision") / "model"
@@ -39,7 +43,15 @@ def test_pixels_are_those_of_transformers_bit_for_bit(family):
                     processor.patched(image)
                 continue
             made = processor.patched(image)
-            pixels = np.asarray(tiny_vision.read(name, [image])["pixel_values"])
+            if name == "Llama 4":  # transformers scales with torch alone
+                pixels = patches_of(tiny_llama4.by_torch(image), made.place_P2, made.patches_PX.shape)
+                np.testing.assert_allclose(made.patches_PX, pixels, atol=tiny_llama4.LEVEL)
+                continue
+            found = tiny_vision.read(name, [image])
+            pixels = np.asarray(found["pixel_values"])
+            if "image_position_ids" in found:  # row by row, and padded
+                pixels = pixels[0, made.place_P2 @ (made.place_P2[:, 1].max() + 1, 1)]
+                assert int(found["num_soft_tokens_per_image"][0]) == made.size
             np.testing.assert_array_equal(made.patches_PX, patches_of(pixels, made.place_P2, made.patches_PX.shape))
             assert len(made.place_P2) == len(made.patches_PX)
 
@@ -57,20 +69,30 @@ def patches_of(pixels: np.ndarray, place_P2: np.ndarray, shape: tuple[int, int])
     return cut[tile, place_P2[:, 0], place_P2[:, 1]]
 
 
+def test_llama_4s_canvases_are_those_of_transformers():
+    for (tile, most), sizes in tiny_llama4.SIZES.items():
+        said = {"size": {"height": tile, "width": tile}, "max_patches": most}
+        hf = {"vision_config": {"image_size": tile, "patch_size": 14}, "preprocessor": said}
+        processor = PROCESSORS["Llama4ForConditionalGeneration"](hf)
+        for (width, height), (rows, columns, high, wide) in sizes.items():
+            assert processor.grid(height, width) == (rows, columns)
+            assert processor.scaled(height, width, rows * tile, columns * tile) == (high, wide)
+
+
+def built(opened, quantization=None):
+    """A checkpoint's tower with its weights."""
+    tower = opened.family.tower
+    how = build_model(opened, dtype=jnp.float32, mesh=None, max_model_len=256).build
+    module = tower.build(tower.config(opened.hf_config), how)
+    ignore = (rf"^(?!{tower.tensors.removeprefix('^')})", *getattr(module, "unused", ()))
+    fill(module, opened.checkpoint, how, ignore=ignore, quantization=quantization, progress=False)
+    return module
+
+
 def test_the_tower_says_what_transformers_says(family):
     name, model, opened, processor = family
-    tower = opened.family.tower
-    config = tower.config(opened.hf_config)
-    module = tower.build(config, build_model(opened, dtype=jnp.float32, mesh=None, max_model_len=256).build)
-    beside = rf"^(?!{tower.tensors.removeprefix('^')})"
-    fill(
-        module,
-        opened.checkpoint,
-        build_model(opened).build,
-        ignore=(beside, *getattr(module, "unused", ())),
-        progress=False,
-    )
-    encode, most = jax.jit(module.encode), config.max_patches if config.tile else 256
+    config, module = opened.family.tower.config(opened.hf_config), built(opened)
+    encode, most = jax.jit(module.encode), config.max_patches if config.tile else max(256, config.max_patches)
     for seed, size in enumerate(((140, 84), (333, 217), (5, 300))):
         image = picture(*size, seed)
         made = processor.patched(image)
@@ -84,6 +106,30 @@ def test_the_tower_says_what_transformers_says(family):
         assert len(wanted) == made.size
         assert np.isfinite(found).all(), "padding gives no NaN"
         np.testing.assert_allclose(found[: len(wanted)], wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.skipif(not whole.supports(2, 16, "cpu"), reason="this machine has no native kernels")
+def test_a_rounded_tower_says_nearly_the_same(family):
+    """Weights and products in int8, attention by the kernels: with places that turn, tiles, windows, and none of these."""
+    name, _, opened, processor = family
+    if name not in ROUNDED:
+        pytest.skip("as others")
+    config = opened.family.tower.config(opened.hf_config)
+    made = processor.patched(picture(140, 84, 1))
+    count = len(made.patches_PX)
+    most = -(-count // (config.tile or config.merge**2)) * (config.tile or config.merge**2) + 2 * config.tile
+    patches, places = np.zeros((most, config.patch_dim), np.float32), np.zeros((most, 2), np.int32)
+    patches[:count], places[:count] = made.patches_PX, made.place_P2
+    exact, rounded = (
+        np.asarray(jax.jit(built(opened, how).encode)(patches, places, np.int32(count)))[: count // config.merge**2]
+        for how in (None, "int8")
+    )
+    assert np.abs(rounded - exact).max() > 0
+    assert np.linalg.norm(rounded - exact) < ROUNDED[name] * np.linalg.norm(exact)
+
+
+ROUNDED = {"Qwen2.5-VL": 0.1, "Gemma 4": 0.1, "Llama 4": 0.1}
+"""Families of which towers are tried in int8, and how far off they may be."""
 
 
 def test_positions_are_those_of_transformers(family):

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+from tests.models import tiny_vision
+from tests.models.tiny_gguf import to_gguf
 from tests.models.tiny_towers import TINY
 
 KINDS = {
@@ -168,3 +171,68 @@ def _tensors(
             there = plain + own[match.end() :] if plain.endswith(".") else plain
             return [(there, array.squeeze() + (1 if there == "mm.soft_emb_norm.weight" else 0))]
     raise AssertionError(f"{own} has no place")
+
+
+def tokens_of(name: str) -> list[str]:
+    """The vocabulary of the decoder beside it."""
+    words = tiny_vision.tokenizer_of(name)
+    found = [words.id_to_token(i) for i in range(words.get_vocab_size())]
+    return ["<image>" if token == "<|image_pad|>" and name == "LLaVA 1.5" else token for token in found]
+
+
+def rewritten(source: Path, target: Path, change: Callable[[dict, dict], Any]) -> Path:
+    """A copy whose metadata and tensors `change` was shown."""
+    reader = gguf.GGUFReader(source)
+    fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    change(fields, tensors)
+    arch = fields.pop("general.architecture")
+    writer = gguf.GGUFWriter(target, arch)
+    for key, value in fields.items():
+        add = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }
+        add[type(value)](key, value)
+    for key, value in tensors.items():
+        writer.add_tensor(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+CAUSAL = {
+    "qwen2vl": "Qwen2ForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3vl": "Qwen3ForCausalLM", "gemma3": "Gemma3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}  # fmt: skip
+
+
+def write_text(name: str, folder: Path, path: Path) -> None:
+    """The decoder of the checkpoint in `folder`, as a GGUF model."""
+    arch, text = TEXT[name], json.loads((folder / "config.json").read_text())["text_config"]
+    plain = path.parent / f"{path.stem}-text"
+    plain.mkdir()
+    tensors = {
+        re.sub(r"^(model\.)?((language|text)_model\.)?(model\.)?", "" if "lm_head" in own else "model.", own): values
+        for own, values in load_file(folder / "model.safetensors").items()
+        if not re.search(r"visual\.|vision_|multi_modal_projector|connector", own)
+    }
+    save_file(tensors, plain / "model.safetensors")
+    config = {**text, "architectures": [CAUSAL[arch]], "tie_word_embeddings": "lm_head.weight" not in tensors}
+    (plain / "config.json").write_text(json.dumps(config))
+    to_gguf(plain, plain / "plain.gguf")
+
+    def change(fields: dict, tensors: dict) -> None:
+        was, words = fields["general.architecture"], tokens_of(name)
+        for key in [key for key in fields if key.startswith(f"{was}.")]:
+            fields[arch + key.removeprefix(was)] = fields.pop(key)
+        fields |= {"general.architecture": arch, "tokenizer.ggml.tokens": words}
+        if sections := (text.get("rope_parameters") or {}).get("mrope_section") if arch.endswith("vl") else None:
+            fields[f"{arch}.rope.dimension_sections"] = [*sections, 0]
+
+    rewritten(plain / "plain.gguf", path, change)

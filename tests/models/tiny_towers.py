@@ -35,6 +35,7 @@ class TinyVision:
         tokens: of the tokenizer from `VISION_START` on; the third is what embeddings are put in.
         mark, video_mark: what the chat template writes where an image and a video is.
         videos: what its video processor is made with; nothing where there is none.
+        engine: settings of the small engine that it needs otherwise than others.
     """
 
     model: str
@@ -46,6 +47,7 @@ class TinyVision:
     tokens: tuple[str, ...] = QWEN_TOKENS
     mark: str = QWEN_MARK
     videos: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    engine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def video_mark(self) -> str:
@@ -161,5 +163,59 @@ TINY |= {
                              "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
         INDEX | {"boi_token_index": VISION_START, "eoi_token_index": VISION_END, "mm_tokens_per_image": 16},
         ("<start_of_image>", "<end_of_image>", "<image_soft_token>"), "<start_of_image>",
+    ),
+}  # fmt: skip
+GLM = {
+    "depth": 2, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64, "intermediate_size": 48, "image_size": 84,
+    "patch_size": 14,
+}  # fmt: skip
+GLM_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+GLM_TOKENS = ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>")
+GLM_MARK = "<|begin_of_image|><|image|><|end_of_image|>"
+IDS_GLM = {
+    "image_token_id": IMAGE, "video_token_id": VIDEO, "image_start_token_id": VISION_START, "image_end_token_id": VISION_END,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+SMALL_GLM = {"size": {"shortest_edge": 28 * 28 * 8, "longest_edge": 28 * 28 * 128}}
+TINY |= {
+    "Gemma 4": TinyVision(
+        "Gemma4ForConditionalGeneration", "Gemma4ImageProcessorPil",
+        {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+         "head_dim": 16, "patch_size": 4, "position_embedding_size": 256, "use_clipped_linears": True, "standardize": True},
+        {"patch_size": 4, "max_soft_tokens": 70},
+        {"head_dim": 16, "global_head_dim": 16, "num_hidden_layers": 4, "sliding_window": 12,
+         "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 16,
+         "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 2, "use_bidirectional_attention": "vision",
+         "rope_parameters": {"full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+        {"image_token_id": IMAGE, "boi_token_id": VISION_START, "eoi_token_id": VISION_END, "tie_word_embeddings": True},
+        ("<|image>", "<image|>", "<|image|>"), "<|image|>",
+        engine={"max_model_len": 224, "max_num_batched_tokens": 96, "kv_cache_memory": 20 * 4096},
+    ),
+    "GLM-4.1V": TinyVision(
+        "Glm4vForConditionalGeneration", "Glm4vImageProcessorPil", GLM, SMALL_GLM,
+        {"rope_parameters": GLM_ROPE},
+        IDS_GLM, GLM_TOKENS, GLM_MARK,
+    ),
+    "GLM-4.5V": TinyVision(
+        "Glm4vMoeForConditionalGeneration", "Glm4vImageProcessorPil", GLM, SMALL_GLM,
+        {"rope_parameters": GLM_ROPE, "head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+         "n_shared_experts": 1, "routed_scaling_factor": 1.5},
+        IDS_GLM, GLM_TOKENS, GLM_MARK,
+    ),
+    "GLM-4.6V": TinyVision(
+        "Glm46VForConditionalGeneration", "Glm46VImageProcessorPil", GLM | {"model_type": "glm4v_vision"}, SMALL_GLM,
+        {"rope_parameters": GLM_ROPE, "model_type": "glm4v_text"}, IDS_GLM, GLM_TOKENS, GLM_MARK,
+    ),
+    "Llama 4": TinyVision(
+        "Llama4ForConditionalGeneration", "",  # tests/models/tiny_llama4.py
+        {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56,
+         "patch_size": 14, "projector_input_dim": 48, "projector_output_dim": 48, "vision_output_dim": 48},
+        {"size": {"height": 56, "width": 56}, "max_patches": 4},
+        PLAIN | {"intermediate_size_mlp": 80, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "num_local_experts": 4,
+                 "num_experts_per_tok": 1, "head_dim": 16, "floor_scale": 8, "attention_chunk_size": 256},
+        {"image_token_index": IMAGE, "boi_token_index": VISION_START, "eoi_token_index": VISION_END, "tie_word_embeddings": False},
+        ("<|image_start|>", "<|image_end|>", "<|patch|>", "<|video|>", "<|image|>", "<|tile_x_separator|>", "<|tile_y_separator|>"),
+        "<|image|>",
     ),
 }  # fmt: skip

@@ -13,6 +13,7 @@ import tokenizers
 from PIL import Image
 from tokenizers import models, pre_tokenizers
 
+from tests.models import tiny_llama4
 from tests.models.tiny_towers import END, IMAGE, START, TEXT, TINY, VIDEO, VISION_END, VISION_START
 
 __all__ = ["END", "IMAGE", "START", "TINY", "VIDEO", "VISION_END", "VISION_START"]
@@ -55,6 +56,13 @@ def tokenizer_of(name: str) -> tokenizers.Tokenizer:
     return words
 
 
+BUFFERS = {
+    "input_min": (-1.5, 0.5), "input_max": (1.0, 0.5), "output_min": (-1.5, 0.5), "output_max": (1.0, 0.5),
+    "std_bias": (-1.0, 2.0), "std_scale": (0.5, 0.5),
+}  # fmt: skip
+"""Of Gemma 4's tower: from where on they are drawn, and within which width."""
+
+
 def save(name: str, folder: Path) -> Any:
     """Writes the checkpoint; returns transformers' model."""
     import torch
@@ -74,8 +82,14 @@ def save(name: str, folder: Path) -> Any:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:
                 parameter.normal_(0.0, 0.3)
+        for buffer_name, buffer in model.named_buffers():
+            if part := BUFFERS.get(buffer_name.rpartition(".")[2]):
+                buffer.copy_(part[0] + part[1] * torch.rand_like(buffer))
     model.save_pretrained(folder)
-    oracle_processor(name).save_pretrained(folder)
+    if tiny.image_processor:
+        oracle_processor(name).save_pretrained(folder)
+    else:
+        (folder / "preprocessor_config.json").write_text(json.dumps(dict(tiny.processor)))
     tokenizer_of(name).save(str(folder / "tokenizer.json"))
     template = TEMPLATE.replace("MARK", tiny.mark).replace("CLIP", tiny.video_mark)
     if tiny.videos:
@@ -88,12 +102,15 @@ def read(name: str, images: Sequence[Image.Image]) -> dict[str, Any]:
     """What transformers' processor gives a model."""
     if not images:
         return {}
+    if name == "Llama 4":
+        tiny = TINY[name]
+        return tiny_llama4.read(images, {"vision_config": tiny.vision, "preprocessor": tiny.processor})
     given: Any = [list(images)] if TINY[name].mark == "<image>" and "scale_factor" in TINY[name].ids else list(images)
     more = {"return_row_col_info": True} if given != list(images) else {}
     return dict(oracle_processor(name)(images=given, return_tensors="pt", **more))
 
 
-ASIDE = ("rows", "cols", "num_patches", "num_crops")
+ASIDE = ("rows", "cols", "num_patches", "num_crops", "num_soft_tokens_per_image", "aspect_ratios")
 """What processors say of images that models are not given."""
 
 
@@ -118,6 +135,9 @@ def written(name: str, model: Any, images: Sequence[Image.Image]) -> list[str]:
         return [transformers.Idefics3Processor.replace_image_token(own, found, i) for i in range(len(images))]
     if name == "InternVL":
         return [transformers.InternVLProcessor.replace_image_token(own, found, i) for i in range(len(images))]
+    if name == "Llama 4":
+        grids, write = found["aspect_ratios"].tolist(), transformers.Llama4Processor._prompt_split_image
+        return [write(own, grid, 4) for grid in grids]
     counts = [len(features(name, model, image)) for image in images]
     around = ("", "") if tiny.tokens[0].startswith("<unused") else tiny.tokens[:2]
     return [around[0] + mark * count + around[1] for count in counts]
@@ -143,12 +163,26 @@ def expected(
     return whole, out[0, len(whole) :].tolist()
 
 
+def scores(name: str, model: Any, ids: Sequence[int], images: Sequence[Image.Image]) -> tuple[list[int], np.ndarray]:
+    """(prompt ids, float32 [L, V] log probabilities of the token behind each)."""
+    import torch
+
+    whole, given = asked(name, model, ids, images)
+    with torch.no_grad():
+        return whole, torch.log_softmax(model(**given).logits[0].float(), -1).numpy()
+
+
 def embedding(name: str, model: Any, ids: Sequence[int], images: Sequence[Image.Image]) -> np.ndarray:
     """float32 [D]: the last token's hidden state behind the last norm, at length 1."""
     import torch
 
+    given = asked(name, model, ids, images)[1]
     with torch.no_grad():
-        found = model.model(**asked(name, model, ids, images)[1]).last_hidden_state[0, -1].float().numpy()
+        if name == "Llama 4":
+            hidden = model(**given, output_hidden_states=True).hidden_states[-1]
+        else:
+            hidden = model.model(**given).last_hidden_state
+    found = hidden[0, -1].float().numpy()
     return found / np.linalg.norm(found)
 
 
@@ -174,7 +208,7 @@ def asked(
     tokens = torch.tensor([whole])
     given = {key: value for key, value in read(name, images).items() if key not in ASIDE} | clips
     given |= {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if name.startswith("Qwen"):
+    if name.startswith(("Qwen", "GLM", "Gemma 4")):
         given["mm_token_type_ids"] = (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
     if name == "Gemma 3":
         given["token_type_ids"] = (tokens == IMAGE).int()
@@ -187,6 +221,9 @@ def features(name: str, model: Any, image: Image.Image) -> np.ndarray:
 
     given = {key: value for key, value in read(name, [image]).items() if key not in ASIDE}
     with torch.no_grad():
+        if name == "Llama 4":
+            hidden = model.get_image_features(**given).last_hidden_state
+            return model.multi_modal_projector(hidden.reshape(-1, hidden.shape[-1])).float().numpy()
         found = model.model.get_image_features(**given)
     parts = [found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
     return torch.cat([torch.cat(list(part)) for part in parts], -1).float().numpy()

@@ -153,15 +153,15 @@ class QwenVideo:
         return [f"<{middle:.1f} seconds>{START}{self.mark}{END}" for middle in middles]
 
 
-def rounded(height: int, width: int, step: int, least: int, most: int) -> tuple[int, int]:
-    """(height, width) in whole steps, with an area between two bounds."""
+def rounded(height: int, width: int, step: int, least: int, most: int, frames: int = 1) -> tuple[int, int]:
+    """(height, width) in whole steps, with an area, of so many frames together, between two bounds."""
     h, w = round(height / step) * step, round(width / step) * step
-    if h * w > most:
-        shrink = math.sqrt(height * width / most)
+    if frames * h * w > most:
+        shrink = math.sqrt(frames * height * width / most)
         h = max(step, math.floor(height / shrink / step) * step)
         w = max(step, math.floor(width / shrink / step) * step)
-    elif h * w < least:
-        grow = math.sqrt(least / (height * width))
+    elif frames * h * w < least:
+        grow = math.sqrt(least / (frames * height * width))
         h, w = math.ceil(height * grow / step) * step, math.ceil(width * grow / step) * step
     return h, w
 

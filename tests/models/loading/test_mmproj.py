@@ -1,12 +1,9 @@
 """Towers in GGUF against the same in safetensors: configuration, processor, every tensor; and files that are refused."""
 
 import json
-import re
 
-import gguf
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from models.loading.mmproj import find_mmproj, open_mmproj
 from models.loading.opening import open_checkpoint, with_mmproj
@@ -14,8 +11,7 @@ from models.loading.source import resolve
 from serving.boot.senses.tower import why_not
 from serving.media.processors import PROCESSORS
 from tests.models import tiny_mmproj, tiny_vision
-from tests.models.tiny_gguf import to_gguf
-from tests.models.tiny_mmproj import KINDS, TEXT
+from tests.models.tiny_mmproj import KINDS, TEXT, rewritten, tokens_of
 from tests.models.tiny_vision import TINY, picture
 
 
@@ -28,12 +24,6 @@ def both(request, tmp_path_factory):
     opened = open_checkpoint(resolve(str(folder / "model")))
     found = find_mmproj(folder / "model.gguf", None)
     return name, opened, open_mmproj(found, opened.hf_config, tokens_of(name), TEXT[name])
-
-
-def tokens_of(name):
-    words = tiny_vision.tokenizer_of(name)
-    found = [words.id_to_token(i) for i in range(words.get_vocab_size())]
-    return ["<image>" if token == "<|image_pad|>" and name == "LLaVA 1.5" else token for token in found]
 
 
 def test_a_tower_is_the_same_in_both_forms(both):
@@ -75,32 +65,6 @@ def test_images_are_cut_alike(both):
         mine, its = ours.patched(picture(*size)), theirs.patched(picture(*size))
         assert mine.runs == its.runs and mine.written == its.written
         np.testing.assert_array_equal(mine.patches_PX, its.patches_PX)
-
-
-def rewritten(source, target, change):
-    """A copy whose metadata and tensors `change` was shown."""
-    reader = gguf.GGUFReader(source)
-    fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
-    change(fields, tensors)
-    arch = fields.pop("general.architecture")
-    writer = gguf.GGUFWriter(target, arch)
-    for key, value in fields.items():
-        add = {
-            bool: writer.add_bool,
-            int: writer.add_uint32,
-            float: writer.add_float32,
-            str: writer.add_string,
-            list: writer.add_array,
-        }
-        add[type(value)](key, value)
-    for key, value in tensors.items():
-        writer.add_tensor(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
 
 
 CHANGES = {
@@ -148,20 +112,8 @@ def test_what_does_not_go_together_is_refused(gemma, tmp_path):
 
 def test_a_gguf_model_finds_its_tower_beside_it(gemma, tmp_path):
     folder, text = gemma
-    tensors = {
-        re.sub(r"^(model\.)?language_model\.(model\.)?", "" if "lm_head" in name else "model.", name): values
-        for name, values in load_file(folder / "model" / "model.safetensors").items()
-        if "vision_tower" not in name and "multi_modal_projector" not in name
-    }
-    (tmp_path / "text").mkdir()
-    save_file(tensors, tmp_path / "text" / "model.safetensors")
-    config = {**text, "architectures": ["Gemma3ForCausalLM"], "tie_word_embeddings": "lm_head.weight" not in tensors}
-    (tmp_path / "text" / "config.json").write_text(json.dumps(config))
-    to_gguf(tmp_path / "text", tmp_path / "plain.gguf")
-    words = tokens_of("Gemma 3")
-    path = rewritten(
-        tmp_path / "plain.gguf", tmp_path / "tiny.gguf", lambda f, t: f.update({"tokenizer.ggml.tokens": words})
-    )
+    path = tmp_path / "tiny.gguf"
+    tiny_mmproj.write_text("Gemma 3", folder / "model", path)
     opened = open_checkpoint(resolve(str(path)))
     assert with_mmproj(opened, None) is opened, "nothing lies beside it"
     eyes = folder / "mmproj.gguf"

@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 
-from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
 from serving.errors import RequestError
 from serving.llm import LLM
 from serving.service import GenerateInput
@@ -47,9 +47,11 @@ class Served:
         self.model = tiny_vision.save(name, folder)
         page = 4096 * self.model.config.get_text_config().num_hidden_layers
         pages = 10 if name == "Gemma 3" else 16  # half of its layers keep windows alone
+        sizes = {"max_model_len": 160, "max_num_batched_tokens": 32, "kv_cache_memory": pages * page}
+        sizes |= TINY[name].engine
         self.llm = LLM(
-            str(folder), dtype="float32", quantization="none", max_model_len=160, max_num_seqs=4, max_num_batched_tokens=32,
-            kv_cache_memory=pages * page, mm_encoder_cache_gb=0.0, progress=False, **settings,
+            str(folder), dtype="float32", quantization="none", max_num_seqs=4, mm_encoder_cache_gb=0.0, progress=False,
+            **sizes | settings,
         )  # fmt: skip
         self.engine = self.llm._started.engine
 
@@ -122,6 +124,25 @@ def test_an_embedding_of_a_chat_with_an_image(served):
     found = served.embed(messages)
     wanted = tiny_vision.embedding(served.name, served.model, [*ids[: -len(TAIL)], TAIL[0]], images)
     np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_several_answers_log_probabilities_and_a_choice(served):
+    one = turn(70, LARGE, 71)
+    params = SamplingParams(n=2, max_tokens=4, top_k=1, min_tokens=4, logprobs=2, prompt_logprobs=0)
+    (output,) = served.llm.chat([one[0]], params, use_tqdm=False)
+    first, second = output.outputs
+    assert first.token_ids == second.token_ids
+    prompt, scores = tiny_vision.scores(served.name, served.model, one[1], one[2])
+    assert list(output.prompt_token_ids) == prompt
+    said = first.logprobs[0][first.token_ids[0]].logprob
+    best = np.argmax(np.where(np.arange(len(scores[-1])) == 2, -np.inf, scores[-1]))  # no end before the fourth token
+    assert first.token_ids[0] == best and abs(said - scores[-1][best]) < 1e-3
+    behind = len(prompt) - 2  # in the text behind the image
+    assert abs(output.prompt_logprobs[behind][prompt[behind]].logprob - scores[behind - 1][prompt[behind]]) < 1e-3
+    choice = StructuredOutputs(choice=["w50", "w51"])
+    params = SamplingParams(max_tokens=4, temperature=0.0, structured_outputs=choice)
+    (output,) = served.llm.chat([one[0]], params, use_tqdm=False)
+    assert output.outputs[0].text == max(("w50", "w51"), key=lambda word: scores[-1][int(word[1:])])
 
 
 def test_a_bad_image_ends_its_own_request_alone(served):

@@ -1,11 +1,13 @@
 """Images through every entry that takes them, down to what the engine is asked; and those that are refused."""
 
+import json
+
 import numpy as np
 import pytest
 
 from serving.errors import ErrorKind, RequestError
 from serving.frontends.app import create_app
-from serving.frontends.openai.batches.runner import call_app
+from serving.frontends.openai.batches.runner import call_app, run_batch
 from serving.media import MediaPolicy
 from serving.service import GenerateInput
 from tests.mock_engine import EmbeddingEngine, MockEngine, mock_service
@@ -88,6 +90,17 @@ async def test_over_http(path, body):
     status, reply = await call_app(create_app(mock_service(other), page=False), path, body, "a")
     assert status == 400 and not other.requests, "a model without a tower refuses"
     assert "text only" in str(reply)
+
+
+async def test_a_line_of_a_batch_has_an_image(tmp_path):
+    body = {"messages": asked("a", part(uri(PNG))), "max_tokens": 2}
+    line = {"custom_id": "one", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    engine = MockEngine(reply="ok")
+    app = create_app(image_service(engine), page=False)
+    done = await run_batch(app, tmp_path / "in.jsonl", tmp_path / "out.jsonl", concurrency=1)
+    assert done.succeeded == 1 and not done.failures
+    assert engine.requests[0].media.items[0].size == 6
 
 
 async def test_an_embedding_of_a_chat_with_an_image():
