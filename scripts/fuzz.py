@@ -21,9 +21,9 @@ MAX_GROWTH_MB = 64.0
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
-    from tests.fuzz import parsers, protocols, run
+    from tests.fuzz import packed, parsers, protocols, run
 
-    targets = {**parsers.TARGETS, **protocols.TARGETS}
+    targets = {**parsers.TARGETS, **packed.TARGETS, **protocols.TARGETS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=sorted(targets), default=sorted(targets))
     parser.add_argument("--cases", type=int, default=100_000, help="over all targets (default: %(default)s)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator
 
@@ -84,8 +85,10 @@ class GGUFCheckpoint:
         own = self.locate(name)
         assert own is not None
         made, info = layout(self.file, self._architecture, name), self.file.tensors[own]
-        rows_RB = self.file.raw(own).reshape(info.shape[0], -1)
-        code = CodedRows(GGUF[info.kind.value][1], info.shape[1], rows_RB, info.kind.value)
+        expert, rows_RB = EXPERT.search(name), self.file.raw(own).reshape(math.prod(info.shape[:-1]), -1)
+        if expert and len(info.shape) == 3:
+            rows_RB = rows_RB.reshape(info.shape[0], info.shape[1], -1)[int(expert[1])]
+        code = CodedRows(GGUF[info.kind.value][1], info.shape[-1], rows_RB, info.kind.value)
         if made is not None:
             return code, made.rows
         heads = 0
@@ -93,15 +96,17 @@ class GGUFCheckpoint:
             heads = (
                 self._rotated_pairs[0] if ".q_proj." in name else self._rotated_pairs[1] if ".k_proj." in name else 0
             )
-        return code, half_split_rows(np.arange(info.shape[0]), heads) if heads else None
+        return code, half_split_rows(np.arange(len(rows_RB)), heads) if heads else None
 
     def is_coded(self, name: str) -> bool:
         """As `models.loading.coded.CodedCheckpoint`."""
         own = self.locate(name)
         made = layout(self.file, self._architecture, name)
-        if own is None or (made is not None and made.rows is None) or EXPERT.search(name):
+        if own is None or (made is not None and made.rows is None):
             return False
-        info = self.file.tensors[own]
+        info, expert = self.file.tensors[own], EXPERT.search(name)
+        if expert and len(info.shape) == 3:
+            return info.kind.value in GGUF and int(expert[1]) < info.shape[0]
         return info.kind.value in GGUF and len(info.shape) == 2
 
     def read(self, name: str) -> np.ndarray:

@@ -262,10 +262,8 @@ def fill(
         if packs and path in narrow and (host.ndim == 2 or parameter.get_metadata().get("packed")):
             if host.dtype not in host_pack.SOURCES or not host.flags.c_contiguous:
                 host = owned(host, np.float32)
-            if quantization == "int4" and host.ndim == 2:
-                packed = four_bits(host, buffers.lasting.empty)
-            else:
-                packed = host_pack.pack(host.reshape(-1, host.shape[-1]), buffers.lasting.empty)
+            pack_rows = four_bits if quantization == "int4" else host_pack.pack
+            packed = pack_rows(host.reshape(-1, host.shape[-1]), buffers.lasting.empty)
             for piece in recipe.pieces:
                 checkpoint.release(piece.name)
             return packed

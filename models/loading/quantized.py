@@ -217,7 +217,7 @@ def _taken(found: tuple[Scheme, str], take: Callable[[Scheme, str], T]) -> T:
     scheme, own = found
     try:
         return take(scheme, own)
-    except (ValueError, IndexError, OverflowError, ZeroDivisionError) as error:
+    except (ValueError, IndexError, OverflowError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"the tensor {own!r} is not as {scheme.method} stores it: {error}.") from None
 
 

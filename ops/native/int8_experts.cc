@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
+#include "experts.h"
 #include "int8.h"
 
 namespace jaxserve::int8 {
@@ -78,11 +78,6 @@ void add_rounding(Phases& phases, const float* x, int64_t rows, int64_t width, b
   });
 }
 
-// Rows of one expert, at most kRowBlock of them.
-struct Task {
-  int64_t expert, first, rows;
-};
-
 ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, S8 up_packed, F32 up_scale, S16 up_sums,
                    F32 up_bias, S8 down_packed, F32 down_scale, S16 down_sums, F32 down_bias,
                    ffi::ResultBuffer<ffi::F32> out, int64_t num_experts, int64_t activation, int64_t up_rotated,
@@ -99,25 +94,8 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, S8 up_pack
   }
   const Stack up = *up_or, down = *down_or;
 
-  // A counting sort of the assignments by expert; ids that are nobody's get no place.
-  const int32_t* id = ids.typed_data();
-  std::vector<int64_t> end(E, 0), place(T * k, -1), token(T * k, 0);
-  for (int64_t m = 0; m < T * k; ++m) {
-    if (id[m] >= 0 && id[m] < E) ++end[id[m]];
-  }
-  std::vector<Task> tasks;
-  int64_t M = 0;
-  for (int64_t e = 0; e < E; ++e) {
-    const int64_t count = end[e];
-    for (int64_t row = 0; row < count; row += kRowBlock) tasks.push_back({e, M + row, std::min(kRowBlock, count - row)});
-    end[e] = M;
-    M += count;
-  }
-  for (int64_t m = 0; m < T * k; ++m) {
-    if (id[m] < 0 || id[m] >= E) continue;
-    place[m] = end[id[m]]++;
-    token[place[m]] = m / k;
-  }
+  const Routing routing(ids.typed_data(), T, k, E, kRowBlock);
+  const int64_t M = routing.rows;
 
   const Quantized rounded(0, T, D), sorted(1, M, D), narrow(2, M, F);
   float* hidden = static_cast<float*>(scratch(3, M * F * sizeof(float)));
@@ -125,7 +103,7 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, S8 up_pack
   Phases phases;
   add_rounding(phases, x.typed_data(), T, D, up_rotated, rounded);
   const int64_t gather = 16;
-  phases.add(ceil_div(M, gather), [=, &token](int64_t chunk, int) {
+  phases.add(ceil_div(M, gather), [=, &token = routing.token](int64_t chunk, int) {
     for (int64_t m = chunk * gather; m < std::min(M, (chunk + 1) * gather); ++m) {
       const Rows from = rounded.from(token[m]), to = sorted.from(m);
       std::memcpy(const_cast<uint8_t*>(to.data), from.data, from.stride);
@@ -134,8 +112,9 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, S8 up_pack
   });
   // hidden = act(gate) * up: the first half of an expert's panels are gates.
   const int64_t half = up.panels / 2, pairs = kPanels / 2, up_columns = ceil_div(half, pairs);
-  phases.add(in_rehearsal(static_cast<int64_t>(tasks.size()) * up_columns), [=, &tasks, &kernel = kernels()](int64_t chunk, int) {
-    const Task& task = tasks[chunk / up_columns];
+  const int64_t num_tasks = static_cast<int64_t>(routing.tasks.size());
+  phases.add(in_rehearsal(num_tasks * up_columns), [=, &routing, &kernel = kernels()](int64_t chunk, int) {
+    const Routing::Task& task = routing.tasks[chunk / up_columns];
     const int64_t panel = chunk % up_columns * pairs;
     const int count = static_cast<int>(std::min(pairs, half - panel));
     Block b{};
@@ -153,8 +132,8 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, S8 up_pack
   });
   add_rounding(phases, hidden, M, F, down_rotated, narrow);
   const int64_t down_columns = ceil_div(down.panels, kPanels);
-  phases.add(in_rehearsal(static_cast<int64_t>(tasks.size()) * down_columns), [=, &tasks, &kernel = kernels()](int64_t chunk, int) {
-    const Task& task = tasks[chunk / down_columns];
+  phases.add(in_rehearsal(num_tasks * down_columns), [=, &routing, &kernel = kernels()](int64_t chunk, int) {
+    const Routing::Task& task = routing.tasks[chunk / down_columns];
     const int64_t panel = chunk % down_columns * kPanels;
     Block b{};
     b.a = narrow.from(task.first);
@@ -168,18 +147,7 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, S8 up_pack
     }
     kernel.block(b);
   });
-  const float* share = weights.typed_data();
-  float* result = out->typed_data();
-  phases.add(T, [=, &place](int64_t t, int) {
-    float* row = result + t * D;
-    std::fill(row, row + D, 0.0f);
-    for (int64_t m = t * k; m < (t + 1) * k; ++m) {
-      if (place[m] < 0) continue;
-      const float w = share[m];
-      const float* from = y + place[m] * D;
-      for (int64_t d = 0; d < D; ++d) row[d] += w * from[d];
-    }
-  });
+  routing.add_sums(phases, y, D, weights.typed_data(), out->typed_data());
   phases.run(pool);
   if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());
   return ffi::Error::Success();

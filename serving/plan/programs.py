@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,8 +108,9 @@ def _without_values(model: Any, build: Build, quantization: str | None) -> Any:
     for path, parameter in parameters_of(model):
         value = parameter.get_value()
         axes = parameter.get_metadata()["logical_axes"]
-        if path in quantized and packs and quantization == "int4" and len(value.shape) == 2:
-            value = four_bits_like(value.shape)
+        alone = len(value.shape) == 2 or (len(value.shape) == 3 and parameter.get_metadata().get("packed"))
+        if path in quantized and packs and quantization == "int4" and alone:
+            value = four_bits_like((math.prod(value.shape[:-1]), value.shape[-1]))
         elif path in quantized:
             inputs = to_sharding(mesh, axes, build.rules).shard_shape(value.shape)[-1]
             value = jax.eval_shape(lambda w: quantize(w, quantization), value)

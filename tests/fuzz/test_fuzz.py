@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzz import guided, parsers, protocols
+from tests.fuzz import guided, packed, parsers, protocols
 from tests.fuzz.run import INTERNAL, run
 
 CASES = {
@@ -24,9 +24,11 @@ SLOW = {"video"}
 """Each case is a process of its own."""
 
 
-@pytest.mark.parametrize("name", [name for name in [*parsers.TARGETS, *protocols.TARGETS] if name not in SLOW])
+@pytest.mark.parametrize(
+    "name", [name for name in [*parsers.TARGETS, *packed.TARGETS, *protocols.TARGETS] if name not in SLOW]
+)
 def test_nothing_crashes_hangs_or_tells(name):
-    targets = {**parsers.TARGETS, **protocols.TARGETS}
+    targets = {**parsers.TARGETS, **packed.TARGETS, **protocols.TARGETS}
     result = run(name, targets[name], CASES.get(name, 300), seed=1)
     assert not result.failures
     assert result.cases == CASES.get(name, 300)

@@ -44,7 +44,9 @@ Real checkpoints checked against transformers on the same weights: SmolLM2-135M-
 
 Checkpoints may be safetensors of any float type, GGUF of every block type that `gguf` decodes (split files too), Mistral's
 `consolidated` files, and our own Orbax directories. Safetensors may be packed; packed weights are unpacked as they are read, each
-exactly as its format says (`tests/models/loading`), and what cannot be read is refused by the tensor's name before any weight is:
+exactly as its format says (`tests/models/loading`), and what cannot be read is refused by the tensor's name before any weight is.
+On a CPU with native kernels large models keep GGUF's blocks, AWQ, GPTQ, compressed-tensors, NVFP4, MXFP4, NF4 and FP4 as they are
+stored, experts of mixtures too (`--quantization auto`; `int4` keeps whatever can be kept and rounds the rest to four bits):
 
 FORMATS
 An installed package can add families: see `examples/model_plugin`.

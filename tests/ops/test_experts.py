@@ -13,6 +13,7 @@ from ops import native
 from ops.experts import block_rows, can_pack, experts, pack_experts
 from ops.linear import Int8Weight, PackedInt8Weight, quantize
 from ops.linear.weights import DenseWeight, stored
+from ops.linear.weights.block_pack import four_bits
 
 D, F = 24, 20
 
@@ -146,6 +147,27 @@ def test_int8_native(T, E, k, D, F, isa):
             )
             wanted = every_expert(x, ids, weights, *dense, *(biases if bias else [np.zeros_like(b) for b in biases]))
             np.testing.assert_allclose(got, wanted, atol=0.02 * np.abs(wanted).max())
+    finally:
+        native.set_isa(None)
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+@pytest.mark.parametrize(("T", "E", "k", "D", "F"), [(1, 8, 2, 48, 32), (5, 4, 4, 128, 176), (130, 3, 1, 80, 16)])
+@pytest.mark.parametrize("isa", ["generic", None])
+def test_blocks_native(T, E, k, D, F, isa):
+    """Four bits; an expert's panels may share a group with the next one's. Ids that are nobody's add nothing."""
+    x, ids, weights, gate_up, down, *biases = arguments(T, E, k, D=D, F=F)
+    packed = [four_bits(np.asarray(w, np.float32).reshape(-1, w.shape[-1])) for w in (gate_up, down)]
+    dense = [np.asarray(w.dequantize()).reshape(like.shape) for w, like in zip(packed, (gate_up, down), strict=True)]
+    packed, ids = [jax.device_put(w) for w in packed], np.where(ids == 1, E, ids).astype(np.int32)
+    dense = [np.concatenate([w, np.zeros_like(w[:1])]) for w in dense]
+    native.set_isa(isa)
+    try:
+        given = {"gate_up_bias_EJ": biases[0], "down_bias_ED": biases[1]} if T == 5 else {}
+        got = experts(x, ids, weights, *packed, activation, gated="silu", **given)
+        of_all = [np.concatenate([b, np.zeros_like(b[:1])]) if given else np.zeros((E + 1, b.shape[1])) for b in biases]
+        wanted = every_expert(x, ids, weights, *dense, *of_all)
+        np.testing.assert_allclose(got, wanted, atol=0.03 * np.abs(wanted).max())
     finally:
         native.set_isa(None)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from models.loading.files.canonical import canonical_name
 from models.loading.files.checkpoint import Checkpoint
+from ops.linear.weights.block_pack import CodedRows
 
 _MODULES = ("mlp", "block_sparse_moe", "feed_forward")
 _BLOCK = re.compile(rf"^(?P<layer>.*\.layers\.\d+)\.(?:{'|'.join(_MODULES)})\.(?P<part>.+)$")
@@ -132,6 +133,25 @@ class ExpertLayouts:
             arrays = [join(pair, axis=1 if join is np.stack else 0).reshape(-1, *pair[0].shape[1:]) for pair in pairs]
         stacked = np.stack(arrays)
         return stacked if fused.endswith("rows") or stacked.ndim < 3 else stacked.swapaxes(1, 2)
+
+    def coded(self, name: str) -> tuple[CodedRows, np.ndarray | None] | None:
+        """As `models.loading.coded.CodedCheckpoint`: of whole tensors, and of experts' whole ones under other names."""
+        own = self._whole_name(name)
+        return None if own is None else self._inner.coded(own)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def is_coded(self, name: str) -> bool:
+        """As `models.loading.coded.CodedCheckpoint`."""
+        own = self._whole_name(name)
+        return own is not None and self._inner.is_coded(own)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _whole_name(self, name: str) -> str | None:
+        """What the inner checkpoint calls a tensor that is all of one of its own; None where it is none, or knows no blocks."""
+        if not hasattr(self._inner, "is_coded"):
+            return None
+        if self._inner.locate(name) is not None:
+            return name
+        parts = self._parts(name) or ()
+        return parts[0].name if len(parts) == 1 and parts[0] == _Slice(parts[0].name) else None
 
     def release(self, name: str) -> None:
         if self._inner.locate(name) is not None:

@@ -62,7 +62,7 @@ class Scheme:
         try:
             self.shape(own)
             self.is_coded(own)  # looks at scales too
-        except (IndexError, ZeroDivisionError, ValueError) as error:
+        except (IndexError, TypeError, ZeroDivisionError, ValueError) as error:
             raise ValueError(f"the tensor {own!r} is not as {self.method} stores it: {error}.") from None
 
     def has(self, name: str) -> bool:

@@ -35,7 +35,7 @@ class CompressedTensors(Scheme):
         said = self.optional(own.removesuffix("_packed") + "_shape")
         if said is None:
             raise ValueError("it has no weight_shape")
-        shape = tuple(int(n) for n in said)
+        shape = tuple(int(n) for n in said.reshape(-1))
         _bits_of(words[-1], shape[-1])
         return shape
 

@@ -21,7 +21,7 @@ from jax import lax
 
 from ops import native
 from ops.linear.weights import xla
-from ops.linear.weights.base import Around, StoredWeight
+from ops.linear.weights.base import Around, Experts, StoredWeight
 from ops.linear.weights.native import ACTIVATIONS, eps, f32
 from ops.linear.weights.rotation import rotate
 from ops.lora import Adapters
@@ -37,8 +37,28 @@ TABLES = {
     "none": None,
     "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
     "e2m1": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),  # doubled
+    "nf4": (
+        -32767,
+        -22812,
+        -17205,
+        -12940,
+        -9320,
+        -6054,
+        -2983,
+        0,
+        2608,
+        5273,
+        8064,
+        11072,
+        14441,
+        18435,
+        23689,
+        32767,
+    ),
+    "fp4": (0, 160, 20480, 30720, 10240, 15360, 5120, 7680, 0, -160, -20480, -30720, -10240, -15360, -5120, -7680),
 }
-"""What 4-bit values are entries of, by name, in the order of the kernels' numbers."""
+"""What 4-bit values are entries of, by name, in the order of the kernels' numbers. The last two, bitsandbytes' whose largest entry
+is 1, are of 16 bits: NF4 in 1 / 32767, which is finer than bfloat16, FP4 in 1 / 30720, which is exact."""
 
 SCALES = {
     "none": 0, "float32": 4, "float16": 2, "bfloat16": 2, "power": 1, "nested_u8": 1, "nested_s8": 1, "zero_point": 1,
@@ -78,6 +98,8 @@ class Form:
     def largest(self) -> int:
         """The largest value there can be."""
         entries = TABLES[self.table]
+        if self.table in ("nf4", "fp4"):
+            return 255  # of either of their two bytes
         return (1 << self.bits) - 1 if entries is None else max(entries) + self.zero
 
     def numbers(self) -> np.ndarray:
@@ -126,7 +148,7 @@ class BlockWeight(StoredWeight):
 
     Attributes:
         bytes_N: uint8, the groups of all panels.
-        shape: (O, I), as of the dense weight.
+        shape: (O, I), as of the dense weight; of a stack of experts (E O, I).
         stretches: in the channels' order, covering all panels.
         rotated: the values stand for `rotate` of the weight, so a product needs `rotate(x)`.
         order_I: int32, which input each value of a row belongs to, where a checkpoint sorted them; None for the same one.
@@ -216,6 +238,23 @@ class BlockWeight(StoredWeight):
             width=np.int64(self.shape[0] // 2),
         )
 
+    def experts(self, down: StoredWeight, given: Experts) -> jax.Array | None:
+        if not isinstance(down, BlockWeight) or self.order_I is not None or down.order_I is not None or not on_native():
+            return None
+        x_TD = given.x_TD
+        out = jax.ShapeDtypeStruct(x_TD.shape, jnp.float32)
+        y_TD = jax.ffi.ffi_call(native.target("jaxserve_blocks_experts"), out)(
+            x_TD.astype(jnp.float32),
+            given.ids_Tk.astype(jnp.int32),
+            given.weights_Tk.astype(jnp.float32),
+            *self._operands(given.gate_up_bias_EJ),
+            *down._operands(given.down_bias_ED),
+            num_experts=np.int64(down.shape[0] // x_TD.shape[1]),
+            width=np.int64(down.shape[1]),
+            activation=np.int64(ACTIVATIONS[given.gated]),
+        )
+        return y_TD.astype(x_TD.dtype)
+
     def rows(self, ids_T: jax.Array) -> jax.Array:
         def cpu(ids_T: jax.Array) -> jax.Array:
             return self._native_rows(ids_T) if native.available() else self._plain_rows(ids_T)
@@ -251,7 +290,7 @@ class BlockWeight(StoredWeight):
         return (rotate(dense_OI) if self.rotated else dense_OI).astype(dtype)
 
     def _operands(self, bias_O: jax.Array | None) -> tuple[jax.Array, ...]:
-        return self.bytes_N, jnp.asarray(self.description()), f32(bias_O)
+        return self.bytes_N, jnp.asarray(self.description()), f32(None if bias_O is None else bias_O.reshape(-1))
 
 
 def on_native() -> bool:

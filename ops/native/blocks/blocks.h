@@ -27,7 +27,7 @@ constexpr int kStep = 32;      // inputs that share an activation scale
 constexpr int kNest = 256;     // inputs that share what nested scales are multiplied with
 constexpr int64_t kChunk = 512;  // inputs that lie together and are unpacked at once: they stay in the first caches
 
-enum class Table : int32_t { kNone = 0, kIq4 = 1, kE2m1 = 2 };
+enum class Table : int32_t { kNone = 0, kIq4 = 1, kE2m1 = 2, kNf4 = 3, kFp4 = 4 };
 enum class Scale : int32_t { kNone = 0, kFloat32 = 1, kFloat16 = 2, kBfloat16 = 3, kPower = 4, kNestedU8 = 5, kNestedS8 = 6, kZeroPoint = 7 };
 enum class Activation : int64_t { kNone = 0, kSilu = 1, kGeluTanh = 2, kRelu = 3 };
 
@@ -42,6 +42,9 @@ struct Form {
   int32_t power;   // all scales times 2^power
   int32_t largest; // a value may be (after the table); whether AVX2's products of pairs stay within 16 bits
 };
+
+// Bytes that a value has once it is looked up. What entries of 16 bits stand for is multiplied in two parts, the upper one first.
+inline int planes(const Form& form) { return form.table == Table::kNf4 || form.table == Table::kFp4 ? 2 : 1; }
 
 inline int64_t padded(int64_t inputs) { return ceil_div(inputs, kStep) * kStep; }
 
@@ -147,7 +150,8 @@ struct Tile {
 struct Chunk {
   int64_t first_step, steps;
   const Form* form;
-  const uint8_t* values[kPanels];  // a panel's first line: as stored, or unpacked to a byte a value
+  const uint8_t* values[kPanels];  // a panel's first line: as stored, or unpacked to a byte a value and plane
+  int64_t plane;                   // bytes from the upper plane to the lower one, where there are two
   int64_t line;                    // bytes from a line of a panel to its next
   const uint8_t* next[kPanels];    // the panel's first line in the next chunk, as stored, and bytes to what is asked for after it
   int64_t next_line;
@@ -177,14 +181,22 @@ extern const Kernels kVnniKernels;
 constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 constexpr int8_t kE2m1Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // doubled
 
+// bitsandbytes' tables, whose largest entry is 1: NF4 in 1 / 32767, FP4 in 1 / 30720, which is exact.
+constexpr int32_t kNf4Values[16] = {-32767, -22812, -17205, -12940, -9320, -6054, -2983, 0,
+                                    2608,   5273,   8064,   11072,  14441, 18435, 23689, 32767};
+constexpr int32_t kFp4Values[16] = {0, 160,  20480,  30720,  10240,  15360,  5120,  7680,
+                                    0, -160, -20480, -30720, -10240, -15360, -5120, -7680};
+
 // Entry of a form's table, as an unsigned value: less the form's zero it is the number.
-inline uint8_t entry(const Form& form, int value) {
+inline int32_t entry(const Form& form, int value) {
   switch (form.table) {
-    case Table::kIq4: return static_cast<uint8_t>(kIq4Values[value & 15] + form.zero);
-    case Table::kE2m1: return static_cast<uint8_t>(kE2m1Values[value & 15] + form.zero);
+    case Table::kIq4: return kIq4Values[value & 15] + form.zero;
+    case Table::kE2m1: return kE2m1Values[value & 15] + form.zero;
+    case Table::kNf4: return kNf4Values[value & 15] + form.zero;
+    case Table::kFp4: return kFp4Values[value & 15] + form.zero;
     case Table::kNone: break;
   }
-  return static_cast<uint8_t>(value);
+  return value;
 }
 
 }  // namespace jaxserve::blocks

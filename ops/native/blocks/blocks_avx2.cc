@@ -68,11 +68,11 @@ AT static FORCE_INLINE void put(float* out, Sixteen value) {
   _mm256_storeu_ps(out + 8, value.high);
 }
 
-AT void look_up(const uint8_t* table, uint8_t* values, int64_t count) {
+AT void look_up(const uint8_t* table, const uint8_t* values, int64_t count, uint8_t* out) {
   const __m256i entries = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
   for (int64_t i = 0; i < count; i += 32) {
-    __m256i* at = reinterpret_cast<__m256i*>(values + i);
-    _mm256_storeu_si256(at, _mm256_shuffle_epi8(entries, _mm256_loadu_si256(at)));
+    const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_shuffle_epi8(entries, value));
   }
 }
 
@@ -96,7 +96,8 @@ AT FORCE_INLINE __m256i four(__m256i value, int32_t activations) {
   return _mm256_permute4x64_epi64(_mm256_hadd_epi32(low, high), 0xd8);
 }
 
-template <bool WIDE, int PARTS, int MR>
+// PLANES: a value's bytes, the upper one first.
+template <bool WIDE, int PARTS, int PLANES, int MR>
 AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* sums) {
   const int zero = chunk.form->zero;
   const uint8_t* w = chunk.values[panel];
@@ -108,21 +109,29 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
       UNROLL
       for (int i = 0; i < MR; ++i) {
         const int32_t* sum = t.a.row(t.first_row + row + i)[chunk.first_step + step].minus_sum;
-        const __m256i start = _mm256_set1_epi32(zero * (PARTS == 1 ? sum[0] + sum[1] : sum[part]));
+        const __m256i start = _mm256_set1_epi32((zero >> 8 * (PLANES - 1)) * (PARTS == 1 ? sum[0] + sum[1] : sum[part]));
         product[i][0] = product[i][1] = start;
       }
-      for (int quad = 0; quad < 8 / PARTS; ++quad, w += 64) {
-        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32));
-        UNROLL
-        for (int i = 0; i < MR; ++i) {
-          int32_t activations;
-          const Step& a = t.a.row(t.first_row + row + i)[chunk.first_step + step];
-          std::memcpy(&activations, a.value + part * 16 + quad * 4, 4);
-          product[i][0] = _mm256_add_epi32(product[i][0], four<WIDE>(low, activations));
-          product[i][1] = _mm256_add_epi32(product[i][1], four<WIDE>(high, activations));
+      for (int plane = 0; plane < PLANES; ++plane) {
+        for (int i = 0; plane > 0 && i < MR; ++i) {
+          product[i][0] = _mm256_slli_epi32(product[i][0], 8);
+          product[i][1] = _mm256_slli_epi32(product[i][1], 8);
+        }
+        const uint8_t* at = w + plane * chunk.plane;
+        for (int quad = 0; quad < 8 / PARTS; ++quad, at += 64) {
+          const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+          const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32));
+          UNROLL
+          for (int i = 0; i < MR; ++i) {
+            int32_t activations;
+            const Step& a = t.a.row(t.first_row + row + i)[chunk.first_step + step];
+            std::memcpy(&activations, a.value + part * 16 + quad * 4, 4);
+            product[i][0] = _mm256_add_epi32(product[i][0], four<WIDE>(low, activations));
+            product[i][1] = _mm256_add_epi32(product[i][1], four<WIDE>(high, activations));
+          }
         }
       }
+      w += 8 / PARTS * 64;
       UNROLL
       for (int h = 0; h < 2; ++h) {
         const __m256 scale = _mm256_loadu_ps(chunk.scale[panel] + (step * PARTS + part) * kPanel + 8 * h);
@@ -151,17 +160,19 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
   }
 }
 
-template <bool WIDE, int PARTS>
+template <bool WIDE, int PARTS, int PLANES = 1>
 void all_rows(const Tile& t, const Chunk& chunk, int panel, float* sums) {
   int64_t row = 0;
-  for (; row + 3 <= t.rows; row += 3) rows<WIDE, PARTS, 3>(t, chunk, panel, row, sums + row * t.panels * kPanel);
-  for (; row < t.rows; ++row) rows<WIDE, PARTS, 1>(t, chunk, panel, row, sums + row * t.panels * kPanel);
+  for (; row + 3 <= t.rows; row += 3) rows<WIDE, PARTS, PLANES, 3>(t, chunk, panel, row, sums + row * t.panels * kPanel);
+  for (; row < t.rows; ++row) rows<WIDE, PARTS, PLANES, 1>(t, chunk, panel, row, sums + row * t.panels * kPanel);
 }
 
 void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
   const bool wide = chunk.form->largest > 128;
   for (int p = 0; p < panels; ++p, sums += kPanel) {
-    if (chunk.form->block < kStep) {
+    if (planes(*chunk.form) == 2) {
+      all_rows<true, 1, 2>(t, chunk, p, sums);
+    } else if (chunk.form->block < kStep) {
       wide ? all_rows<true, 2>(t, chunk, p, sums) : all_rows<false, 2>(t, chunk, p, sums);
     } else {
       wide ? all_rows<true, 1>(t, chunk, p, sums) : all_rows<false, 1>(t, chunk, p, sums);

@@ -61,8 +61,8 @@ Sixteen times(Sixteen a, const Sixteen& b) {
 }
 void put(float* out, const Sixteen& value) { std::memcpy(out, value.at, sizeof value.at); }
 
-void look_up(const uint8_t* table, uint8_t* values, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) values[i] = table[values[i]];
+void look_up(const uint8_t* table, const uint8_t* values, int64_t count, uint8_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = table[values[i]];
 }
 
 int most(int64_t) { return 2; }
@@ -72,6 +72,7 @@ bool stored(int64_t) { return false; }
 bool widens(const Form&, int64_t) { return false; }
 
 void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
+  const bool two = planes(*chunk.form) == 2;
   const int period = chunk.form->block < kStep ? 16 : kStep, parts = kStep / period;
   for (int64_t row = 0; row < t.rows; ++row) {
     const Step* a = t.a.row(t.first_row + row) + chunk.first_step;
@@ -83,7 +84,8 @@ void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
           for (int part = 0; part < parts; ++part) {
             int32_t product = 0;
             for (int64_t i = part * period; i < (part + 1) * period; ++i) {
-              product += int32_t{chunk.values[p][((step * kStep + i) / 4 * kPanel + c) * 4 + i % 4]} * a[step].value[i];
+              const uint8_t* at = chunk.values[p] + ((step * kStep + i) / 4 * kPanel + c) * 4 + i % 4;
+              product += (two ? 256 * at[0] + at[chunk.plane] : at[0]) * a[step].value[i];
             }
             int32_t added = a[step].minus_sum[part];
             if (parts == 1) added += a[step].minus_sum[1];

@@ -4,7 +4,7 @@
 //   stored(rows)                         whether `multiply` takes values of so many rows as they are stored, or a byte each
 //   most(rows)                           panels that it takes at once: 4, or 1 and 2
 //   Sixteen                              16 floats, and `same`, `times`, `put`, and what reads 16 scales of each type
-//   look_up(table[16], values, count)    each value replaced by its entry
+//   look_up(table[16], values, count, out)  each value's entry; out may be values
 //   widens(form, rows)                   whether `multiply` widens scales itself
 //   multiply(tile, chunk, panels, sums)  adds a chunk's products of some panels to sums [rows][tile.panels][16]
 
@@ -60,7 +60,7 @@ AT static void decode_scales(const uint8_t* head, const Form& form, const Parts&
   }
 }
 
-// A panel's values of a chunk, a byte each, through the table: [inputs / 4][16][4]. `line` bytes lie between its lines.
+// A panel's values of a chunk, a byte each, through the table: [planes][inputs / 4][16][4]. `line` bytes lie between its lines.
 AT static void unpack_values(const uint8_t* from, int64_t line, const Form& form, int64_t inputs, uint8_t* out) {
   if (form.bits == 8) {
     for (int64_t i = 0; i < inputs / 4; ++i, from += line) std::memcpy(out + i * kLine, from, kLine);
@@ -81,15 +81,22 @@ AT static void unpack_values(const uint8_t* from, int64_t line, const Form& form
     for (int j = 0; j < kLine; ++j) out[(2 * i + 1) * kLine + j] = from[j] >> 4;
   }
   if (form.table == Table::kNone) return;
-  alignas(16) uint8_t table[16];
-  for (int i = 0; i < 16; ++i) table[i] = entry(form, i);
-  look_up(table, out, inputs * kPanel);
+  alignas(16) uint8_t upper[16], lower[16];
+  for (int i = 0; i < 16; ++i) {
+    upper[i] = static_cast<uint8_t>(entry(form, i) >> 8);
+    lower[i] = static_cast<uint8_t>(entry(form, i));
+  }
+  const int64_t count = inputs * kPanel;
+  if (planes(form) == 1) return look_up(lower, out, count, out);
+  look_up(lower, out, count, out + count);
+  look_up(upper, out, count, out);
 }
 
 AT static void channel(const Run& run, int64_t inputs, int which, float* out) {
-  uint8_t values[kChunk * kPanel];
+  uint8_t values[2 * kChunk * kPanel];
   float scale[kChunk], offset[kChunk / 2];
   const Form& form = *run.form;
+  const bool two = planes(form) == 2;
   const int64_t all = padded(inputs), period = form.block < kStep ? form.block : kStep;
   for (int64_t first = 0; first < all; first += kChunk) {
     const int64_t count = std::min(kChunk, all - first);
@@ -98,7 +105,8 @@ AT static void channel(const Run& run, int64_t inputs, int which, float* out) {
     decode_scales(chunk + run.first * parts.head, form, parts, count, scale, offset);
     unpack_values(chunk + run.of * parts.head + run.first * kLine, run.of * kLine, form, count, values);
     for (int64_t i = 0; i < count; ++i) {
-      const int value = values[(i / 4 * kPanel + which) * 4 + i % 4] - form.zero;
+      const uint8_t* at = values + (i / 4 * kPanel + which) * 4 + i % 4;
+      const int value = (two ? 256 * at[0] + at[count * kPanel] : at[0]) - form.zero;
       const float whole = static_cast<float>(value) * scale[i / period * kPanel + which];
       out[first + i] = form.offset == Scale::kNone ? whole : whole + offset[i / kStep * kPanel + which];
     }
@@ -195,11 +203,13 @@ AT static void finish(const Tile& t, float* sums) {
 
 // All panels of a run: chunk by chunk, so that memory is read from front to back, and of a chunk some panels after the others.
 AT static void panels(const Tile& t, const Run& run, float* sums) {
-  alignas(64) uint8_t values[2 * kChunk * kPanel];
+  alignas(64) uint8_t values[2 * 2 * kChunk * kPanel];
   alignas(64) float scale[kPanels][kChunk], offset[kPanels][kChunk / 2];
   const Form& form = *run.form;
   const int64_t all = padded(t.inputs);
-  const bool inside = widens(form, t.rows), as_stored = stored(t.rows);
+  const bool inside = widens(form, t.rows), as_stored = stored(t.rows) && planes(form) == 1;
+  const int most_panels = as_stored ? most(t.rows) : 2;
+  const int64_t panel_values = planes(form) * kChunk * kPanel;
   Chunk c{};
   c.form = &form;
   c.line = as_stored ? run.of * kLine : kLine;
@@ -212,15 +222,16 @@ AT static void panels(const Tile& t, const Run& run, float* sums) {
     for (int64_t at = 0; at < run.panels * parts.head; at += kLine) __builtin_prefetch(heads + at);
     c.first_step = input / kStep;
     c.steps = count / kStep;
+    c.plane = count * kPanel;
     const int64_t ahead = t.last && input + kChunk >= all ? 0 : run.of * parts.bytes();
-    for (int64_t at = 0; most(t.rows) < kPanels && at < run.panels * parts.head; at += kLine) {
+    for (int64_t at = 0; most_panels < kPanels && at < run.panels * parts.head; at += kLine) {
       __builtin_prefetch(heads + ahead + at, 0, 2);
     }
     // What a byte a value is read from was stored in fewer: all lines are asked for at the same pace, some of them twice.
     c.next_line = as_stored ? c.line : run.of * kLine * form.bits / 8;
     for (int p = 0, together; p < run.panels; p += together) {
       const int left = run.panels - p;
-      together = left >= kPanels && most(t.rows) == kPanels ? kPanels : std::min(left, 2);
+      together = left >= kPanels && most_panels == kPanels ? kPanels : std::min(left, 2);
       for (int j = 0; j < together; ++j) {
         const uint8_t* lines = chunk + run.of * parts.head + (run.first + p + j) * kLine;
         c.head[j] = heads + (p + j) * parts.head;
@@ -228,8 +239,8 @@ AT static void panels(const Tile& t, const Run& run, float* sums) {
         c.scale[j] = scale[j];
         c.offset[j] = form.offset == Scale::kNone ? nullptr : offset[j];
         c.next[j] = lines + ahead;
-        c.values[j] = as_stored ? lines : values + j * kChunk * kPanel;
-        if (!as_stored) unpack_values(lines, run.of * kLine, form, count, values + j * kChunk * kPanel);
+        c.values[j] = as_stored ? lines : values + j * panel_values;
+        if (!as_stored) unpack_values(lines, run.of * kLine, form, count, values + j * panel_values);
       }
       multiply(t, c, together, sums + p * kPanel);
     }

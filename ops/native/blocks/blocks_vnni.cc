@@ -54,10 +54,10 @@ AT __m512i four_times(const uint8_t* table) {
   return _mm512_maskz_broadcast_i32x4(0xffff, _mm_load_si128(reinterpret_cast<const __m128i*>(table)));
 }
 
-AT void look_up(const uint8_t* table, uint8_t* values, int64_t count) {
+AT void look_up(const uint8_t* table, const uint8_t* values, int64_t count, uint8_t* out) {
   const __m512i entries = four_times(table);
   for (int64_t i = 0; i < count; i += 64) {
-    _mm512_storeu_si512(values + i, _mm512_shuffle_epi8(entries, _mm512_loadu_si512(values + i)));
+    _mm512_storeu_si512(out + i, _mm512_shuffle_epi8(entries, _mm512_loadu_si512(values + i)));
   }
 }
 
@@ -165,20 +165,20 @@ bool widens(const Form& form, int64_t rows) {
 // are a stream that the hardware fetches as fast as memory gives it, and prefetches would be in its way.
 template <typename K, int MR, int NP>
 AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* sums) {
-  constexpr int BITS = K::kBits, PARTS = K::kParts;
+  constexpr int BITS = K::kBits, PARTS = K::kParts, PLANES = K::kPlanes;
   constexpr bool TABLE = K::kTable;
   constexpr bool kUpper = BITS == 4 && !TABLE && MR == 1;  // upper halves have sums of their own, 16 times too large
   using Read = Reader<BITS, TABLE, kUpper>;
   constexpr int kLoads = kStep / 4 / Read::kQuads / PARTS;
   const int64_t line = chunk.line, next_line = row == 0 ? chunk.next_line : 0;
-  const int zero = chunk.form->zero;
+  const int zero = chunk.form->zero >> 8 * (PLANES - 1);
   const __m128i times_zero = _mm_cvtsi32_si128(zero == 0 ? 0 : __builtin_ctz(static_cast<uint32_t>(zero)));
   typename K::template Scales<NP> scales(chunk, panel);
   const bool offsets = scales.has_offsets();
   __m512i table = _mm512_setzero_si512();
   if (TABLE) {
     alignas(16) uint8_t entries[16];
-    for (int i = 0; i < 16; ++i) entries[i] = entry(*chunk.form, i);
+    for (int i = 0; i < 16; ++i) entries[i] = static_cast<uint8_t>(entry(*chunk.form, i));
     table = four_times(entries);
   }
   const uint8_t* w = chunk.values[panel];
@@ -212,7 +212,16 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
       UNROLL
       for (int j = 0; j < NP; ++j) upper[j] = _mm512_setzero_si512();
       UNROLL
-      for (int load = 0; load < kLoads; ++load) {
+      for (int load = 0; load < PLANES * kLoads; ++load) {
+        const bool lower = load >= kLoads;
+        if (load == kLoads) {
+          UNROLL
+          for (int i = 0; i < MR; ++i) {
+            UNROLL
+            for (int j = 0; j < NP; ++j) product[i][j] = _mm512_slli_epi32(product[i][j], 8);
+          }
+          w += chunk.plane - kLoads * Read::kLines * line;
+        }
         __m512i value[NP][Read::kQuads];
         UNROLL
         for (int j = 0; j < NP; ++j) {
@@ -221,13 +230,13 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
           Read::load(w + j * next_panel, line, table, value[j]);
         }
         w += Read::kLines * line;
-        next += Read::kLines * next_line;
+        if (!lower) next += Read::kLines * next_line;
         UNROLL
         for (int quad = 0; quad < Read::kQuads; ++quad) {
           UNROLL
           for (int i = 0; i < MR; ++i) {
             int32_t four;
-            std::memcpy(&four, a[i][step].value + part * 16 + (load * Read::kQuads + quad) * 4, 4);
+            std::memcpy(&four, a[i][step].value + part * 16 + (load % kLoads * Read::kQuads + quad) * 4, 4);
             const __m512i activation = _mm512_set1_epi32(four);
             UNROLL
             for (int j = 0; j < NP; ++j) {
@@ -237,6 +246,7 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
           }
         }
       }
+      if (PLANES == 2) w -= chunk.plane;
       UNROLL
       for (int j = 0; j < NP; ++j) {
         if (kUpper) product[0][j] = _mm512_add_epi32(product[0][j], _mm512_srai_epi32(upper[j], 4));
@@ -318,9 +328,9 @@ void multiply_as(const Tile& t, const Chunk& chunk, int panels, float* sums) {
 }
 
 // What a form's products are compiled for.
-template <int BITS, bool TABLE, int PARTS>
+template <int BITS, bool TABLE, int PARTS, int PLANES = 1>
 struct Kind {
-  static constexpr int kBits = BITS, kParts = PARTS;
+  static constexpr int kBits = BITS, kParts = PARTS, kPlanes = PLANES;
   static constexpr bool kTable = TABLE;
   template <int NP>
   using Scales = Widened<NP>;
@@ -341,6 +351,7 @@ void multiply_parts(const Tile& t, const Chunk& chunk, int panels, float* sums) 
 }
 
 void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
+  if (planes(*chunk.form) == 2) return multiply_as<Kind<8, false, 1, 2>>(t, chunk, panels, sums);
   if (!stored(t.rows)) return multiply_parts<8, false>(t, chunk, panels, sums);
   if (widens(*chunk.form, t.rows)) {
     return chunk.form->bits == 4 ? multiply_as<Q4K>(t, chunk, panels, sums) : multiply_as<Q6K>(t, chunk, panels, sums);

@@ -78,8 +78,41 @@ def test_what_goes_by_way_of_floats():
     assert coded(Piece("c", (24, I)), parameter(24), checkpoint) is None, "not stored in blocks"
     assert coded(a, parameter(24, spread=object()), checkpoint) is None
     stack = weight((2, 24, I), jnp.float32, (None, None, None))
-    assert coded(Stack((a, a)), stack, checkpoint) is None, "experts"
+    assert coded(Stack((a, a)), stack, checkpoint) is None, "experts that kernels do not compute by themselves"
     assert coded(a, parameter(24), object()) is None
+
+
+def test_a_stack_of_experts():
+    """As one matrix, gates and ups in turn; sorted inputs go by way of floats."""
+    names = [f"{e}.{part}" for e in range(3) for part in ("gate", "up")]
+    checkpoint = Stored(dict.fromkeys(names, ("Q4_0", 16)))
+    recipe = Stack(tuple(deal(1, *(Piece(f"{e}.{part}", (16, I)) for part in ("gate", "up"))) for e in range(3)))
+    stack = weight((3, 32, I), jnp.float32, (None, None, None), packed=True)
+    made = coded(recipe, stack, checkpoint)
+    assert made is not None and made.shape == (96, I)
+    np.testing.assert_array_equal(made.dequantize(), recipe.make(checkpoint.values.__getitem__).reshape(96, I))
+    checkpoint.codes = {
+        name: dataclasses.replace(code, order_I=np.arange(I)[::-1]) for name, code in checkpoint.codes.items()
+    }
+    assert coded(recipe, stack, checkpoint) is None
+
+
+def test_experts_of_a_gguf_file(tmp_path):
+    """All of a layer's lie in one tensor, of which each piece is an expert's rows."""
+    path, kind = tmp_path / "moe.gguf", gguf.GGMLQuantizationType.Q8_0
+    writer, dense = gguf.GGUFWriter(path, "qwen3moe"), np.random.default_rng(0).normal(size=(3, 16, 64))
+    blocks = gguf.quants.quantize(dense.astype(np.float32), kind)
+    writer.add_tensor("blk.0.ffn_gate_exps.weight", blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint = GGUFCheckpoint(GGUFFile(path), "qwen3moe", 1, None)
+    name = "model.layers.0.mlp.experts.2.gate_proj.weight"
+    found = checkpoint.coded(name)
+    assert checkpoint.is_coded(name) and not checkpoint.is_coded(name.replace(".2.", ".3."))
+    assert found is not None and found[1] is None and found[0].rows_RB.shape == (16, 68)
+    np.testing.assert_array_equal(gguf.quants.dequantize(found[0].rows_RB, kind), checkpoint.read(name))
 
 
 def test_a_damaged_tensor_is_named():

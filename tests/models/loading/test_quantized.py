@@ -289,6 +289,60 @@ def test_bitsandbytes_four_bits(tmp_path, shape, nested):
         open_one(tmp_path, arrays, {"quant_method": "bitsandbytes"}).read("a.weight")
 
 
+FP4 = np.array([0, 1 / 192, 2 / 3, 1, 1 / 3, 0.5, 1 / 6, 0.25], np.float32)
+NF4_EXACT = np.array([-1, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0,
+                      0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1], np.float32)  # fmt: skip
+
+
+def in_four_bits(kind: str, table: np.ndarray, shape: tuple[int, int], size: int = 64):
+    """(tensors of a weight, the values that they stand for)."""
+    codes, blocks = RNG.integers(0, 16, shape[0] * shape[1]), -(-shape[0] * shape[1] // size)
+    absmax = RNG.random(blocks).astype(np.float32) + 0.5
+    state = {"quant_type": kind, "blocksize": size, "dtype": "bfloat16", "shape": list(shape)}
+    arrays = {"a.weight": (codes[::2] << 4 | codes[1::2]).astype(np.uint8)[:, None], "a.weight.quant_map": table}
+    arrays |= {"a.weight.absmax": absmax}
+    arrays[f"a.weight.quant_state.bitsandbytes__{kind}"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    return arrays, (table[codes] * np.repeat(absmax, size)[: len(codes)]).reshape(shape)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.status())
+@pytest.mark.parametrize(("kind", "table", "atol"), [("nf4", NF4_EXACT, 1.6e-5), ("fp4", np.append(FP4, -FP4), 1e-6)])
+@pytest.mark.parametrize("size", [32, 64])
+def test_bitsandbytes_stays_as_it_is_stored(tmp_path, kind, table, atol, size):
+    """Codes, and the table's entries in 16 bits; blocks that end within a row, and other tables, go by way of floats."""
+    arrays, wanted = in_four_bits(kind, table, (O, I), size)
+    checkpoint = open_one(tmp_path, arrays, {"quant_method": "bitsandbytes"})
+    found = checkpoint.coded("a.weight")
+    assert checkpoint.is_coded("a.weight") and found is not None and found[0].form.table == kind
+    kept = pack_blocks([found[0]], np.zeros(O, int), np.arange(O))
+    np.testing.assert_allclose(kept.dequantize(), wanted, atol=atol * np.abs(wanted).max(), rtol=0)
+    for other in (in_four_bits(kind, table, (O, 96), 64)[0], in_four_bits(kind, table + np.float32(0.01), (O, I))[0]):
+        checkpoint = open_one(tmp_path, other, {"quant_method": "bitsandbytes"})
+        assert not checkpoint.is_coded("a.weight") and checkpoint.coded("a.weight") is None
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"shape": [O, I + 64]}, {"shape": [-O, -I]}, {"shape": [0, I]}, {"shape": [1 << 62, 4]}, {"blocksize": 0},
+        {"blocksize": -64}, {"blocksize": 16}, {"nested_blocksize": None}, {"nested_blocksize": 1}, {"nested_offset": "x"},
+        {"shape": 7}, {"shape": [float("inf"), 1]},
+    ],
+)  # fmt: skip
+def test_what_bitsandbytes_says_wrongly_is_refused(tmp_path, lie):
+    arrays, _ = in_four_bits("nf4", NF4_EXACT, (O, I))
+    state = {"blocksize": 64, "shape": [O, I], "nested_blocksize": 16, "nested_offset": 0.5} | lie
+    arrays["a.weight.absmax"] = RNG.integers(0, 256, O * I // 64).astype(np.uint8)
+    arrays |= {"a.weight.nested_absmax": np.ones(2, np.float32), "a.weight.nested_quant_map": np.ones(256, np.float32)}
+    arrays["a.weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    for take in ("read", "coded"):
+        with pytest.raises(ValueError, match=r"a\.weight"):
+            checkpoint = open_one(tmp_path, arrays, {"quant_method": "bitsandbytes"})
+            if take == "coded" and not checkpoint.is_coded("a.weight"):
+                checkpoint.read("a.weight")
+            getattr(checkpoint, take)("a.weight")
+
+
 def test_bitsandbytes_int8(tmp_path):
     q, largest = RNG.integers(-127, 128, (O, I)).astype(np.int8), RNG.random(O).astype(np.float32)
     arrays = {"a.weight": q, "a.SCB": largest, "a.weight_format": np.array(0, np.uint8)}

@@ -14,7 +14,7 @@ from ops import native
 from ops.linear import RmsNorm, embed, gated_mlp, linear, quantize, reference
 from ops.linear.weights import block_pack
 from ops.linear.weights.block_pack import GGUF, CodedRows
-from ops.linear.weights.blocks import STEP, BlockWeight, Form, Stretch
+from ops.linear.weights.blocks import STEP, TABLES, BlockWeight, Form, Stretch
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.status())
 
@@ -153,11 +153,13 @@ def test_blocks_of_many_rows(kind):
         (Form(4, block=64, scale="float16", offset="zero_point"), "float16"),
         (Form(4, zero=8, block=1024, scale="float32"), "float32"),
         (Form(8, zero=128, block=32, scale="float32", offset="float32"), "float32"),
+        (Form(4, zero=1 << 15, block=64, scale="float32", table="nf4"), "float32"),
+        (Form(4, zero=1 << 15, block=128, scale="float32", table="fp4"), "float32"),
     ],
 )
 @pytest.mark.parametrize("I", [1024, 1056])
 def test_plain_values(form, dtype, I):
-    """What AWQ, GPTQ and compressed-tensors are brought to; inputs that are no whole blocks."""
+    """What AWQ, GPTQ, compressed-tensors and bitsandbytes are brought to; inputs that are no whole blocks."""
     import ml_dtypes
 
     O, G = 20, -(-I // form.block)
@@ -169,13 +171,18 @@ def test_plain_values(form, dtype, I):
     coded = CodedRows(form, I, values, scale_RG=scale, offset_RG=offset)
     weight = jax.device_put(block_pack.pack([coded], np.zeros(O, int), np.arange(O)))
     spread = [None if a is None else np.repeat(a.astype(np.float32), form.block, 1)[:, :I] for a in (scale, offset)]
-    dense_OI = (values.astype(np.float32) - form.zero) * spread[0]
+    table = TABLES[form.table]
+    whole = values.astype(np.float32) - form.zero if table is None else np.array(table, np.float32)[values]
+    dense_OI = whole * spread[0]
     if offset is not None:
         dense_OI = dense_OI + (-spread[1] * spread[0] if form.offset == "zero_point" else spread[1])
     np.testing.assert_allclose(weight.dequantize(), dense_OI, rtol=1e-6, atol=1e-6)
-    x_TI = normal(7, I)
-    for level, y_TO in at_each_level(lambda: jax.jit(linear)(x_TI, weight)):
-        assert_close(y_TO, reference.linear(rounded(x_TI), dense_OI), level)
+    for level, rows in at_each_level(lambda: weight.rows(jnp.array([19, 0]))):
+        np.testing.assert_allclose(rows, dense_OI[[19, 0]], rtol=1e-6, atol=1e-6, err_msg=level)
+    for T in (1, 7, 26):
+        x_TI = normal(T, I)
+        for level, y_TO in at_each_level(lambda x_TI=x_TI: jax.jit(linear)(x_TI, weight)):
+            assert_close(y_TO, reference.linear(rounded(x_TI), dense_OI), level)
 
 
 def test_sorted_inputs():
