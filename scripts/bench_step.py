@@ -71,6 +71,7 @@ def prepare(model: Any, decode: tuple[int, ...], chunk: int, kv_dtype: str) -> t
     recurrent = recurrent_of(model)
     step, num_pages = make_step(decode, chunk, model.vocab_size, recurrent is not None)
     graphdef, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)  # flat, as the engine hands them over: walking the state costs milliseconds a call
     specs = model.kv_specs()
     kv = tuple(paged_attention.allocate(spec, num_pages, PAGE, jnp.dtype(kv_dtype)) for spec in specs)
     rows = len(decode) or 1
@@ -78,16 +79,16 @@ def prepare(model: Any, decode: tuple[int, ...], chunk: int, kv_dtype: str) -> t
         kv += (StateStore(recurrent, rows, 0, None).states,)
 
     @jax.jit
-    def logits(state, hidden_RD):
-        return nnx.merge(graphdef, state).logits(hidden_RD)
+    def logits(leaves, hidden_RD):
+        return nnx.merge(graphdef, tree.unflatten(leaves)).logits(hidden_RD)
 
-    def forward(state, step, kv):
-        result = nnx.merge(graphdef, state).forward(step, kv)
+    def forward(leaves, step, kv):
+        result = nnx.merge(graphdef, tree.unflatten(leaves)).forward(step, kv)
         return result.hidden_TD[:rows], result.cache
 
-    program = jax.jit(forward, donate_argnums=2).lower(state, step, kv).compile()
-    hidden_RD, kv = program(state, step, kv)
-    logits_RV = logits(state, hidden_RD)
+    program = jax.jit(forward, donate_argnums=2).lower(leaves, step, kv).compile()
+    hidden_RD, kv = program(leaves, step, kv)
+    logits_RV = logits(leaves, hidden_RD)
     zeros_R = jnp.zeros(rows, jnp.int32)
     edits = sampling.Edits(
         slot_R=zeros_R,
@@ -114,13 +115,13 @@ def prepare(model: Any, decode: tuple[int, ...], chunk: int, kv_dtype: str) -> t
 
     def run_layers() -> None:
         nonlocal kv
-        out, kv = program(state, step, kv)
+        out, kv = program(leaves, step, kv)
         out.block_until_ready()
 
     bytes_a_page = sum(paged_attention.bytes_per_page(spec, PAGE, jnp.dtype(kv_dtype)) for spec in specs)
     return {
         "layers": run_layers,
-        "logits": lambda: logits(state, hidden_RD).block_until_ready(),
+        "logits": lambda: logits(leaves, hidden_RD).block_until_ready(),
         "draw": lambda: draw(logits_RV).block_until_ready(),
     }, sum(decode) * bytes_a_page // PAGE
 

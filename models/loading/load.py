@@ -33,6 +33,7 @@ from ops import buffers
 from ops.buffers import owned
 from ops.experts import pack_experts
 from ops.linear import SCHEMES, StoredWeight, host_pack, pack, quantize
+from ops.linear.weights.base import single_cpu
 from ops.linear.weights.block_pack import four_bits
 from sharding.rules import to_sharding
 
@@ -259,11 +260,8 @@ def fill(
                 checkpoint.release(piece.name)
             return stored
         host = parameter.from_stored(recipe.make(checkpoint.read))
-        if packs and path in narrow and (host.ndim == 2 or parameter.get_metadata().get("packed")):
-            if host.dtype not in host_pack.SOURCES or not host.flags.c_contiguous:
-                host = owned(host, np.float32)
-            pack_rows = four_bits if quantization == "int4" else host_pack.pack
-            packed = pack_rows(host.reshape(-1, host.shape[-1]), buffers.lasting.empty)
+        if packs and path in narrow and _is_packed(parameter, host):
+            packed = _packed(host, quantization)
             for piece in recipe.pieces:
                 checkpoint.release(piece.name)
             return packed
@@ -309,8 +307,25 @@ def set_values(
             bar.update(size)
 
 
+def _is_packed(parameter: Weight, value: Any) -> bool:
+    """Whether a quantized weight has the layout of the CPU's kernels: matrices have, and experts that say so."""
+    return value.ndim == 2 or bool(parameter.get_metadata().get("packed"))
+
+
+def _packed(host: np.ndarray, scheme: str | None) -> StoredWeight:
+    """A weight as a scheme stores it for the CPU's kernels, in memory that lasts, of numpy arrays."""
+    if host.dtype not in host_pack.SOURCES or not host.flags.c_contiguous:
+        host = owned(host, np.float32)
+    pack_rows = four_bits if scheme == "int4" else host_pack.pack
+    return pack_rows(host.reshape(-1, host.shape[-1]), buffers.lasting.empty)
+
+
 def _quantized(parameter: Weight, value: jax.Array, scheme: str | None) -> Any:
     """The value as a scheme stores it, laid out for this machine."""
+    if scheme in SCHEMES and single_cpu(value) and host_pack.available() and _is_packed(parameter, value):
+        place = value.sharding
+        place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
+        return jax.device_put(_packed(np.asarray(value), scheme), place)
     weight = quantize(value, scheme)
     if value.ndim == 2:
         return pack(weight)

@@ -46,6 +46,45 @@ Isa isa() { return static_cast<Isa>(level.load(std::memory_order_relaxed)); }
 
 bool rehearsing() { return rehearsal.load(std::memory_order_relaxed); }
 
+namespace {
+
+uint64_t stretch(uint64_t begin, uint64_t end) { return begin | end << 32; }
+uint64_t begin_of(uint64_t stretch) { return stretch & 0xffffffffu; }
+uint64_t end_of(uint64_t stretch) { return stretch >> 32; }
+
+}  // namespace
+
+Phases::Parts::Parts(int64_t chunks, int workers) : parts_(workers) {
+  for (int w = 0; w < workers; ++w) parts_[w].left = stretch(chunks * w / workers, chunks * (w + 1) / workers);
+}
+
+int64_t Phases::Parts::claim(int worker) {
+  std::atomic<uint64_t>& own = parts_[worker].left;
+  for (;;) {
+    uint64_t left = own.load(std::memory_order_relaxed);
+    while (begin_of(left) < end_of(left))
+      if (own.compare_exchange_weak(left, left + 1, std::memory_order_relaxed)) return static_cast<int64_t>(begin_of(left));
+    while (!help(worker)) relax();  // a chunk for this ticket is on its way from one part to another
+  }
+}
+
+bool Phases::Parts::help(int worker) {
+  for (;;) {
+    std::atomic<uint64_t>* most = nullptr;
+    uint64_t of_most = 0, longest = 0;
+    for (Part& part : parts_) {
+      const uint64_t left = part.left.load(std::memory_order_relaxed), length = end_of(left) - begin_of(left);
+      if (length > longest) most = &part.left, of_most = left, longest = length;
+    }
+    if (most == nullptr) return false;
+    const uint64_t middle = begin_of(of_most) + longest / 2;
+    if (!most->compare_exchange_strong(of_most, stretch(begin_of(of_most), middle), std::memory_order_relaxed)) continue;
+    // A part that is empty is nobody's but its worker's, and no stretch that was begun comes back.
+    parts_[worker].left.store(stretch(middle, end_of(of_most)), std::memory_order_relaxed);
+    return true;
+  }
+}
+
 void Phases::work(Shared& shared, int worker) {
   size_t phase = 0;
   for (;;) {
@@ -58,7 +97,8 @@ void Phases::work(Shared& shared, int worker) {
     for (int spins = 0; shared.done.load(std::memory_order_acquire) < before; ++spins) {
       spins < 4096 ? relax() : std::this_thread::yield();
     }
-    phases[phase].body->call(ticket - before, worker);
+    const auto& parts = phases[phase].parts;
+    phases[phase].body->call(parts == nullptr ? ticket - before : parts->claim(worker), worker);
     shared.done.fetch_add(1, std::memory_order_acq_rel);
   }
 }

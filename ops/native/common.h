@@ -63,8 +63,17 @@ class Phases {
   // fn(chunk, worker): worker is unique among the threads in this loop and below `max_workers(pool)`.
   template <typename F>
   void add(int64_t chunks, F fn) {
-    phases_.push_back({total_, chunks, std::make_unique<Model<F>>(std::move(fn))});
+    phases_.push_back({total_, chunks, std::make_unique<Model<F>>(std::move(fn)), nullptr});
     total_ += chunks;
+  }
+
+  // The same, but each of `workers` threads begins with a part of its own and takes the chunks of it in order; whose part is done
+  // helps with the rest of another's. So a thread reads memory as one stream that the hardware runs ahead of, and what it asked for
+  // early lies in its own cache when its turn comes: at 16 rows products from memory make 780 GOP/s so, dealt out in turns 540.
+  template <typename F>
+  void add_apart(int64_t chunks, int workers, F fn) {
+    add(chunks, std::move(fn));
+    phases_.back().parts = std::make_unique<Parts>(chunks, workers);
   }
 
   // Runs everything; returns when all chunks are done.
@@ -85,9 +94,24 @@ class Phases {
     void call(int64_t chunk, int worker) override { fn(chunk, worker); }
     F fn;
   };
+  // What is left of each thread's part.
+  class Parts {
+   public:
+    Parts(int64_t chunks, int workers);
+    // A chunk that nobody has had yet, for who has a ticket for one.
+    int64_t claim(int worker);
+
+   private:
+    struct alignas(64) Part {
+      std::atomic<uint64_t> left;  // the first chunk, and in the upper half where they end
+    };
+    bool help(int worker);  // takes the later half of what most is left of
+    std::vector<Part> parts_;
+  };
   struct Phase {
     int64_t begin, chunks;
     std::unique_ptr<Concept> body;
+    std::unique_ptr<Parts> parts;  // or null
   };
   // Outlives the loop: a helper that comes late looks at it, finds no ticket left, and goes.
   struct Shared {
@@ -120,6 +144,18 @@ void parallel_for(ffi::ThreadPool& pool, int64_t chunks, F fn) {
 void* scratch(int slot, size_t bytes);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Asks for memory that will be written: stores leave a core in order, so one that misses the caches holds up all behind it.
+FORCE_INLINE void will_write(const void* at) {
+#if JAXSERVE_X86
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(at)));
+#else
+  __builtin_prefetch(at, 1, 3);
+#endif
+}
+inline void will_write(const void* from, int64_t bytes) {
+  for (const char* at = static_cast<const char*>(from), *end = at + bytes; at < end; at += 64) will_write(at);
+}
 
 // What will be read soon, asked for a few lines at a time between other work: all at once they would be waited for.
 class Fetch {

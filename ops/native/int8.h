@@ -47,6 +47,7 @@ struct Block {
   int64_t out_stride;               // floats; also the residual's
   Activation activation;
   const int8_t* next[kPanels];      // weights of the thread's next block, to be fetched meanwhile, or null
+  bool lasting;                     // out is too large to be read from a cache: whole lines of it go past them
   Fetch* fetch;                     // what the thread's next block reads besides weights, or null
 };
 

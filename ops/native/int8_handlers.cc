@@ -17,6 +17,7 @@ using S16 = ffi::Buffer<ffi::S16>;
 // Rows a block of a large product: 48 rows of 1,536 bytes stay in L1 and L2 beside a block's weights.
 constexpr int64_t kRowBlock = 48;
 static_assert(kRowBlock == lora::kRows);
+constexpr int64_t kLasting = 3 << 20;  // floats of a result that caches do not hold
 
 struct Weight {
   const int8_t* packed;   // [panels][quads][16][4]
@@ -90,16 +91,20 @@ void add_rounding(Phases& phases, const Rounding& r, int64_t rows, const Change&
     if (chunk < last - first) {
       return change.beside->shrink(first + chunk, r.x, change.origin, r.gain, r.eps);
     }
-    chunk -= last - first;
-    for (int64_t row = chunk * step; row < std::min(rows, (chunk + 1) * step); ++row) k.round_row(r, row);
+    const int64_t begin = (chunk - (last - first)) * step, end = std::min(rows, begin + step);
+    for (int64_t row = begin; row < end; ++row) k.round_row(r, row);
   });
 }
 
-// Wide blocks first and two narrow ones at the end: with few blocks a thread (576 channels are 9) the last one decides.
+// Few rows read four panels at a time, more rows two. Of the wide blocks two narrow ones are at the end: with few blocks a thread
+// (576 channels are 9) the last one decides.
 struct Columns {
-  int64_t units, wide, narrow;  // units of `unit` panels
-  explicit Columns(int64_t total, int64_t width) : units(total) {
-    narrow = width > 1 && total > width ? 2 : 0;
+  int64_t units, wide, narrow;
+  // `most`: units of a wide block.
+  Columns(int64_t total, int64_t most, int64_t rows, const Change& change) : units(total) {
+    const bool few = rows <= 3 || change.beside != nullptr;
+    const int64_t width = few ? most : most / 2;
+    narrow = few && width > 1 && total > width ? 2 : 0;
     wide = ceil_div(total - (narrow ? width : 0), width);
     step = width;
   }
@@ -112,15 +117,13 @@ struct Columns {
   int64_t step;
 };
 
-// How far on the next block of the same thread is: they take turns.
-int64_t turn(const ffi::ThreadPool& pool) { return Phases::max_workers(pool); }
-
 // out[rows, outputs] = a W^T * scales + bias + change + residual
 void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t rows, float* out, const float* residual,
-                 const Change& change, int64_t turn) {
-  const Columns columns(w.panels, kPanels);
+                 const Change& change, int workers) {
+  const Columns columns(w.panels, kPanels, rows, change);
   const int64_t row_blocks = ceil_div(rows, kRowBlock);
-  phases.add(in_rehearsal(row_blocks * columns.count()), [=, &k = kernels()](int64_t chunk, int) {
+  const bool lasting = rows * w.outputs >= kLasting && w.outputs % kPanel == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  phases.add_apart(in_rehearsal(row_blocks * columns.count()), workers, [=, &k = kernels()](int64_t chunk, int) {
     const int64_t first = chunk / columns.count() * kRowBlock;
     const int64_t panel = columns.begin(chunk % columns.count());
     Block b{};
@@ -129,6 +132,7 @@ void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t row
     b.quads = w.quads;
     b.panels = static_cast<int>(columns.begin(chunk % columns.count() + 1) - panel);
     b.out_stride = w.outputs;
+    b.lasting = lasting;
     for (int p = 0; p < b.panels; ++p) {
       const int64_t column = (panel + p) * kPanel;
       b.weight[p] = w.packed + (panel + p) * w.quads * 4 * kPanel;
@@ -139,8 +143,8 @@ void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t row
       b.out[p] = out + first * w.outputs + column;
       b.residual[p] = residual == nullptr ? nullptr : residual + first * w.outputs + column;
     }
-    const int64_t later = (chunk + turn) % columns.count();  // what the thread most likely does next
-    if (chunk + turn < row_blocks * columns.count()) {
+    const int64_t later = (chunk + 1) % columns.count();  // what the thread most likely does next
+    if (chunk + 1 < row_blocks * columns.count()) {
       const int64_t at = columns.begin(later), end = columns.begin(later + 1);
       for (int p = 0; at + p < end; ++p) b.next[p] = w.packed + (at + p) * w.quads * 4 * kPanel;
     }
@@ -149,7 +153,7 @@ void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t row
       float* const sums = cleared_change(b.rows);
       change.expand(sums, first, panel * kPanel, std::min(w.outputs, (panel + b.panels) * kPanel), 0);
       b.change = sums;
-      const int64_t next = chunk + turn, at = next % columns.count();
+      const int64_t next = chunk + 1, at = next % columns.count();
       const int64_t end = std::min(w.outputs, columns.begin(at + 1) * kPanel);
       if (next < row_blocks * columns.count())
         change.ahead(fetch, next / columns.count() * kRowBlock, columns.begin(at) * kPanel, end);
@@ -162,11 +166,11 @@ void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t row
 // hidden[rows, F] = act(gate) * up; gate and up are the two halves of w's outputs, F a multiple of 16. Row 0 of hidden
 // is row `begin` of a.
 void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin, int64_t rows, float* hidden,
-               Activation activation, const Change& change, int64_t turn) {
+               Activation activation, const Change& change, int workers) {
   const int64_t half = w.panels / 2, width = half * kPanel;
-  const Columns columns(half, kPanels / 2);
+  const Columns columns(half, kPanels / 2, rows, change);
   const int64_t row_blocks = ceil_div(rows, kRowBlock);
-  phases.add(in_rehearsal(row_blocks * columns.count()), [=, &k = kernels()](int64_t chunk, int) {
+  phases.add_apart(in_rehearsal(row_blocks * columns.count()), workers, [=, &k = kernels()](int64_t chunk, int) {
     const int64_t first = chunk / columns.count() * kRowBlock;
     const int64_t panel = columns.begin(chunk % columns.count());
     const int pairs = static_cast<int>(columns.begin(chunk % columns.count() + 1) - panel);
@@ -187,8 +191,8 @@ void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin
       b.out[p] = p < pairs ? hidden + first * width + at * kPanel : nullptr;
       b.residual[p] = nullptr;
     }
-    const int64_t later = (chunk + turn) % columns.count();
-    if (chunk + turn < row_blocks * columns.count()) {
+    const int64_t later = (chunk + 1) % columns.count();
+    if (chunk + 1 < row_blocks * columns.count()) {
       const int64_t from = columns.begin(later);
       const int count = static_cast<int>(std::min<int64_t>(columns.begin(later + 1) - from, pairs));
       for (int p = 0; p < count; ++p) {
@@ -203,7 +207,7 @@ void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin
       change.expand(sums, begin + first, gate, gate + pairs * kPanel, 0);
       change.expand(sums, begin + first, up, up + pairs * kPanel, pairs);
       b.change = sums;
-      const int64_t next = chunk + turn, at = next % columns.count(), row = begin + next / columns.count() * kRowBlock;
+      const int64_t next = chunk + 1, at = next % columns.count(), row = begin + next / columns.count() * kRowBlock;
       const int64_t from = columns.begin(at) * kPanel, to = columns.begin(at + 1) * kPanel;
       if (next < row_blocks * columns.count()) {
         change.ahead(fetch, row, from, to);
@@ -251,7 +255,7 @@ ffi::Error product(ffi::ThreadPool& pool, F32 x, F32 gain, S8 packed, F32 scale,
   const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, rotated, 0);
   Phases phases;
   add_rounding(phases, a, rows, change);
-  add_product(phases, a, *weight, rows, out->typed_data(), optional(residual), change, turn(pool));
+  add_product(phases, a, *weight, rows, out->typed_data(), optional(residual), change, Phases::max_workers(pool));
   phases.run(pool);
   if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());
   return ffi::Error::Success();
@@ -297,10 +301,10 @@ ffi::Error gated_block(ffi::ThreadPool& pool, F32 x, F32 gain, const Packed& fir
   for (int64_t begin = 0; begin < rows; begin += group) {
     const int64_t count = std::min(group, rows - begin);
     of_down.origin = begin;
-    add_gated(phases, a, *up, begin, count, hidden, static_cast<Activation>(activation), of_up, turn(pool));
+    add_gated(phases, a, *up, begin, count, hidden, static_cast<Activation>(activation), of_up, Phases::max_workers(pool));
     add_rounding(phases, h, count, of_down);
     add_product(phases, h, *down, count, out->typed_data() + begin * outputs,
-                rest == nullptr ? nullptr : rest + begin * outputs, of_down, turn(pool));
+                rest == nullptr ? nullptr : rest + begin * outputs, of_down, Phases::max_workers(pool));
   }
   phases.run(pool);
   if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());

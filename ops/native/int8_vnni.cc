@@ -42,7 +42,10 @@ TARGET_VNNI void finish(const Block& b, int64_t row, int rows, int count, const 
       if (b.residual[panel] != nullptr) {
         value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, b.residual[panel] + at));
       }
-      _mm512_mask_storeu_ps(b.out[panel] + at, mask, value);
+      if (b.lasting && mask == 0xffff)
+        _mm512_stream_ps(b.out[panel] + at, value);
+      else
+        _mm512_mask_storeu_ps(b.out[panel] + at, mask, value);
     }
   }
 }
@@ -68,7 +71,20 @@ TARGET_VNNI void tile(const Block& b, int64_t row, Chosen<NP> chosen, Ahead ahea
     UNROLL
     for (int i = 0; i < MR; ++i) total[i][j] = _mm512_setzero_ps();
   }
+  if (!b.lasting) {
+    UNROLL
+    for (int i = 0; i < MR; ++i) {
+      UNROLL
+      for (int j = 0; j < NP; ++j)
+        if (b.out[chosen.panel[j]] != nullptr) will_write(b.out[chosen.panel[j]] + (row + i) * b.out_stride);
+    }
+  }
+  // Scales and sums are streams too, of a line now and then, which the hardware does not run ahead of.
+  UNROLL
+  for (int j = 0; j < NP; ++j) __builtin_prefetch(b.scale[chosen.panel[j]] + NP * kPanel, 0, 3);
   for (int64_t group = 0; group < groups; ++group) {
+    UNROLL
+    for (int j = 0; j < NP; ++j) __builtin_prefetch(weight_sums[j] + (group + NP * groups) * kPanel, 0, 3);
     __m512i sum[MR][NP];
     UNROLL
     for (int j = 0; j < NP; ++j) {
@@ -124,6 +140,7 @@ TARGET_VNNI void tile(const Block& b, int64_t row, Chosen<NP> chosen, Ahead ahea
     for (int j = 0; j < NP; ++j) _mm512_store_ps(sums + (i * NP + j) * kPanel, total[i][j]);
   }
   finish(b, row, MR, NP, chosen.panel, sums);
+  if (b.lasting) _mm_sfence();
 }
 
 // `next`: the two panels that follow, or null.

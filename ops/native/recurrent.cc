@@ -54,9 +54,20 @@ ffi::ErrorOr<std::vector<Sequence>> sequences(const Integers& in, int64_t tokens
   return found;
 }
 
-// Runs `fn(sequence, part)` for all parts of all sequences, the longest first.
+// Whether a single token changes each state where it lies: then reading states from memory and writing them is all that they cost.
+bool single(const std::vector<Sequence>& found) {
+  return std::all_of(found.begin(), found.end(), [](const Sequence& s) { return s.kept + s.shown == 1; });
+}
+
+// Runs `fn(sequence, part)` for all parts of all sequences: where they are single, as streams through memory, else the longest first.
 template <typename F>
 void for_each(ffi::ThreadPool& threads, std::vector<Sequence>& found, int64_t parts, F fn) {
+  if (single(found)) {
+    Phases phases;
+    phases.add_apart(static_cast<int64_t>(found.size()) * parts, Phases::max_workers(threads),
+                     [&](int64_t item, int) { fn(found[item / parts], item % parts); });
+    return phases.run(threads);
+  }
   std::stable_sort(found.begin(), found.end(),
                    [](const Sequence& a, const Sequence& b) { return a.kept + a.shown > b.kept + b.shown; });
   parallel_for(threads, static_cast<int64_t>(found.size()) * parts,
@@ -236,24 +247,19 @@ ffi::Error delta(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   auto found = sequences(in, T, dims[0]);
   if (!found) return found.error();
   const Kernels use = best_kernels();
-  // Heads that a thread takes together, where a single token changes each: then it knows which states are next. They are read from
-  // memory and written to it once, which is all that this costs.
-  const int64_t cores = Phases::max_workers(threads);
-  const bool single = std::all_of(found->begin(), found->end(), [](const Sequence& s) { return s.kept + s.shown == 1; });
-  const int64_t share = static_cast<int64_t>(found->size()) * K / (4 * cores);
-  const int64_t together = single ? std::clamp<int64_t>(share, 1, 4) : 1, parts = ceil_div(K, together);
-  const int64_t items = static_cast<int64_t>(found->size()) * parts;
+  // Heads that a thread takes together: of single tokens a few, as long as every thread has some of them.
+  const int64_t share = static_cast<int64_t>(found->size()) * K / (4 * Phases::max_workers(threads));
+  const int64_t together = single(*found) ? std::clamp<int64_t>(share, 1, 4) : 1, parts = ceil_div(K, together);
   for_each(threads, *found, parts, [&](const Sequence& s, int64_t part) {
-    const int64_t item = (&s - found->data()) * parts + part, later = item + cores;
     const int64_t end = std::min(K, (part + 1) * together);
     for (int64_t head = part * together; head < end; ++head) {
       float* const at = state->typed_data() + (s.slot * K + head) * G * n * p;
       Delta d{};
-      if (head + 1 < end || later < items) {
-        const int64_t slot = head + 1 < end ? s.slot : (*found)[later / parts].slot;
-        const int64_t then = head + 1 < end ? head + 1 : later % parts * together;
-        d.next = state->typed_data() + (slot * K + then) * G * n * p;
-        d.next_past = past->typed_data() + (slot * rows * K + then) * channels;
+      const Sequence* const then = head + 1 < K ? &s : &s + 1;  // whose state the thread changes next
+      if (then < found->data() + found->size()) {
+        const int64_t next = head + 1 < K ? head + 1 : 0;
+        d.next = state->typed_data() + (then->slot * K + next) * G * n * p;
+        d.next_past = past->typed_data() + (then->slot * rows * K + next) * channels;
       }
       d.kernel = kernel.typed_data() + head * channels;
       d.rate = rate.typed_data() + head * G;

@@ -14,6 +14,7 @@ namespace {
 #include "vectors.h"
 
 constexpr int VECTORS = 4;  // a row of a tile
+constexpr int AHEAD = 4;
 constexpr int WIDE = W == 16 ? 8 : 4;  // a row where one token passes over a state in memory: as many as registers hold sums of
 
 // e[i] = exp(log_decay[i]), and ke[i] = k[i] * e[i], for n channels.
@@ -110,14 +111,14 @@ INLINE vf silu(vf x) {
   return x * pick(x < zero, e, one) / (one + e);
 }
 
-// What one token does to columns of a state that comes from memory: the lines of the next state are asked for between the rows of
-// this one, half of them in each pass, so that memory never rests. `share` floats a row are fetched.
+// What one token does to columns of a state that comes from memory. The first pass reads as fast as the hardware fetches ahead; in
+// the last one, which finds its rows in the cache, memory would rest: there a line in AHEAD of the next state is asked for, and the
+// hardware brings those between. Every line of it, or some in both passes, is slower than none.
 template <int NV>
-AT void matrix_token(const Matrix& m, int share) {
+AT void matrix_token(const Matrix& m) {
   alignas(64) float e[MAX_CHANNELS], ke[MAX_CHANNELS];
   decays(m, m.k, m.log_decay, e, ke);
-  const char* ahead = reinterpret_cast<const char*>(m.next == nullptr ? m.state : m.next);
-  const int lines = m.next == nullptr ? 0 : share / 32;  // of 16 floats, in each of two passes
+  const float* ahead = m.next;
   vf write[NV], out[NV];
   UNROLL for (int j = 0; j < NV; ++j) write[j] = load(m.v + j * W);
   if (m.beta != nullptr) {
@@ -127,7 +128,6 @@ AT void matrix_token(const Matrix& m, int share) {
       const float* const row = m.state + i * m.pitch;
       const vf a = splat(ke[i]);
       UNROLL for (int j = 0; j < NV; ++j) seen[j] = fma(a, load(row + j * W), seen[j]);
-      for (int l = 0; l < lines; ++l, ahead += 64) __builtin_prefetch(ahead, 0, 2);
     }
     const vf beta = splat(*m.beta);
     UNROLL for (int j = 0; j < NV; ++j) write[j] = beta * (write[j] - seen[j]);
@@ -141,7 +141,9 @@ AT void matrix_token(const Matrix& m, int share) {
       store(row + j * W, s);
       out[j] = fma(b, s, out[j]);
     }
-    for (int l = 0; l < lines; ++l, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    if (ahead == nullptr) continue;
+    UNROLL for (int j = 0; j < NV * W; j += 16 * AHEAD) __builtin_prefetch(ahead + j, 0, 2);
+    ahead += NV * W;
   }
   UNROLL for (int j = 0; j < NV; ++j) store(m.out + j * W, out[j]);
 }
@@ -154,20 +156,35 @@ AT void matrix_whole(Matrix m, int p) {
     m.next = next == nullptr ? nullptr : next + static_cast<int64_t>(m.n) * column;
     switch (m.width / W) {
       case 8:
-        if constexpr (WIDE == 8) matrix_token<8>(m, m.width);
+        if constexpr (WIDE == 8) matrix_token<8>(m);
         break;
       case 4:
-        matrix_token<4>(m, m.width);
+        matrix_token<4>(m);
         break;
       default:  // sizes that few models have
         m.width = W;
-        matrix_token<1>(m, m.width);
+        matrix_token<1>(m);
     }
     m.state += m.width, m.v += m.width, m.out += m.width;
   }
 }
 
+// One token: its past is read once. Rows of it lie a multiple of 4 KB apart, and what is read of one right after the other was
+// written waits for that.
+template <int TAPS>
+AT void conv_token(const Conv& c) {
+  for (int at = 0; at < c.width; at += W) {
+    vf x[TAPS], y = c.bias == nullptr ? splat(0.0f) : load(c.bias + at);
+    UNROLL for (int j = 0; j + 1 < TAPS; ++j) x[j] = load(c.past + j * c.past_pitch + at);
+    x[TAPS - 1] = load(c.x + at);
+    UNROLL for (int j = 0; j < TAPS; ++j) y = fma(load(c.kernel + j * c.pitch + at), x[j], y);
+    UNROLL for (int j = 0; j + 1 < TAPS; ++j) store(c.past + j * c.past_pitch + at, x[j + 1]);
+    store(c.out + at, c.silu ? silu(y) : y);
+  }
+}
+
 AT void conv(const Conv& c, int64_t tokens) {
+  if (tokens == 1 && c.taps == 4) return conv_token<4>(c);  // what models have
   const int w = c.taps - 1;
   for (int at = 0; at < c.width; at += W) {
     const vf bias = c.bias == nullptr ? splat(0.0f) : load(c.bias + at);
@@ -230,6 +247,7 @@ AT void delta_block(const Delta& d, int tokens) {
   float* const read = decay + DELTA_BLOCK * d.heads;            // [tokens, p]
   float* const tile = read + DELTA_BLOCK * d.p;                 // [n, width of a tile]
   conv({d.past, d.x, d.kernel, nullptr, mixed, d.pitch, d.past_pitch, d.x_token, width, d.taps, width, true}, tokens);
+  if (tokens == 1) will_write(d.out, static_cast<int64_t>(sizeof(float)) * d.heads * d.p);
   if (tokens == 1 && d.next_past != nullptr) {
     for (int j = 0; j + 1 < d.taps; ++j)
       for (int c = 0; c < width; c += 16) __builtin_prefetch(d.next_past + j * d.pitch + c, 1, 2);
