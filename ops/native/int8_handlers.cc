@@ -117,13 +117,23 @@ struct Columns {
   int64_t step;
 };
 
+// A phase of blocks that lie side by side: `fn(block)`. Where there are many, a few are taken at once: to take one costs 0.2 us, and
+// two panels of 16 rows 2.5.
+template <typename F>
+void add_blocks(Phases& phases, int64_t blocks, int workers, F fn) {
+  const int64_t count = in_rehearsal(blocks), together = std::clamp<int64_t>(count / (32 * workers), 1, 8);
+  phases.add_apart(ceil_div(count, together), workers, [=](int64_t chunk, int) {
+    for (int64_t i = chunk * together; i < std::min(count, (chunk + 1) * together); ++i) fn(i);
+  });
+}
+
 // out[rows, outputs] = a W^T * scales + bias + change + residual
 void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t rows, float* out, const float* residual,
                  const Change& change, int workers) {
   const Columns columns(w.panels, kPanels, rows, change);
   const int64_t row_blocks = ceil_div(rows, kRowBlock);
   const bool lasting = rows * w.outputs >= kLasting && w.outputs % kPanel == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-  phases.add_apart(in_rehearsal(row_blocks * columns.count()), workers, [=, &k = kernels()](int64_t chunk, int) {
+  add_blocks(phases, row_blocks * columns.count(), workers, [=, &k = kernels()](int64_t chunk) {
     const int64_t first = chunk / columns.count() * kRowBlock;
     const int64_t panel = columns.begin(chunk % columns.count());
     Block b{};
@@ -170,7 +180,7 @@ void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin
   const int64_t half = w.panels / 2, width = half * kPanel;
   const Columns columns(half, kPanels / 2, rows, change);
   const int64_t row_blocks = ceil_div(rows, kRowBlock);
-  phases.add_apart(in_rehearsal(row_blocks * columns.count()), workers, [=, &k = kernels()](int64_t chunk, int) {
+  add_blocks(phases, row_blocks * columns.count(), workers, [=, &k = kernels()](int64_t chunk) {
     const int64_t first = chunk / columns.count() * kRowBlock;
     const int64_t panel = columns.begin(chunk % columns.count());
     const int pairs = static_cast<int>(columns.begin(chunk % columns.count() + 1) - panel);

@@ -142,3 +142,10 @@ def test_a_weight_of_another_shape_is_refused():
     lying = PackedInt8Weight(weight.panels_PQci, weight.scale_O, weight.sums_PGc, (64, 16))
     with pytest.raises(Exception, match="packed for another shape"):
         jax.block_until_ready(linear(jnp.zeros((2, 16)), lying))
+
+
+def test_a_result_that_no_cache_holds_is_the_same_numbers_row_by_row():
+    """It is written past the caches, by blocks of many rows; two rows by themselves are not, and go another way."""
+    x_TI, weight = normal(13, 4), packed(1 << 18, 4)
+    y_TO = jax.jit(linear)(x_TI, weight)
+    np.testing.assert_array_equal(y_TO[5:7], jax.jit(linear)(x_TI[5:7], weight))
