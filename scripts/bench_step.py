@@ -71,7 +71,9 @@ def prepare(model: Any, decode: tuple[int, ...], chunk: int, kv_dtype: str) -> t
     recurrent = recurrent_of(model)
     step, num_pages = make_step(decode, chunk, model.vocab_size, recurrent is not None)
     graphdef, state = nnx.split(model)
-    leaves, tree = jax.tree.flatten(state)  # flat, as the engine hands them over: walking the state costs milliseconds a call
+    leaves, tree = jax.tree.flatten(
+        state
+    )  # flat, as the engine hands them over: walking the state costs milliseconds a call
     specs = model.kv_specs()
     kv = tuple(paged_attention.allocate(spec, num_pages, PAGE, jnp.dtype(kv_dtype)) for spec in specs)
     rows = len(decode) or 1
