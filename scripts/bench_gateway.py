@@ -130,7 +130,7 @@ class Talk:
             "prompt_tokens": self.prompt,
             "computed_prompt_tokens": self.prompt - self.cached,
             "ttft_p50_ms": round(1000 * statistics.median(self.ttft), 1),
-            "ttft_p90_ms": round(1000 * statistics.quantiles(self.ttft, n=10)[-1], 1),
+            "ttft_p90_ms": round(1000 * statistics.quantiles(self.ttft, n=10, method="inclusive")[-1], 1),
             "requests_by_engine": counts,
             "reasons": dict(self.reasons),
             **(

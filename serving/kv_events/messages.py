@@ -53,7 +53,7 @@ class Encoder:
 def _stored(event: PagesStored) -> tuple[Any, ...]:
     extra = None if event.salt is None else [[event.salt]] * len(event.hashes)
     kind = "full_attention" if event.window is None else "sliding_window"
-    tokens = np.frombuffer(event.tokens, "<i4").tolist()
+    tokens = np.frombuffer(event.tokens, "<u4").tolist()  # an image's marks, which are negative, are no token's
     return (
         list(event.hashes), event.parent, tokens, event.page_size, None, MEDIUM, event.adapter, extra, event.group, kind,
         event.window,

@@ -74,7 +74,7 @@ def _to_wire(event: PageEvent) -> pb.PageEvent:
         stored = pb.PagesStored(
             hashes=event.hashes,
             parent=event.parent or b"",
-            token_ids=np.frombuffer(event.tokens, "<i4").tolist(),
+            token_ids=np.frombuffer(event.tokens, "<u4").tolist(),  # an image's marks are negative
             page_size=event.page_size,
             adapter=event.adapter or "",
             cache_salt=event.salt or "",
@@ -95,7 +95,7 @@ def _from_wire(event: pb.PageEvent) -> PageEvent | None:
         return PagesStored(
             tuple(one.hashes),
             one.parent or None,
-            np.array(one.token_ids, "<i4").tobytes(),
+            np.array(one.token_ids, "<u4").tobytes(),
             one.page_size,
             one.adapter or None,
             one.cache_salt or None,

@@ -11,15 +11,21 @@ import pytest
 from proto.jaxserve.v1 import inference_pb2 as pb
 from proto.jaxserve.v1 import transfer_pb2
 from serving.engine.api.media import outline_of
+from serving.engine.api.page_events import PageBatch, PagesStored
+from serving.engine.api.sampling_params import SamplingParams
+from serving.engine.api.types import EngineRequest
 from serving.errors import ErrorKind, RequestError
 from serving.frontends.app import serve_http
 from serving.frontends.grpc.client import RemoteEngineClient
+from serving.frontends.grpc.pages import events_of, messages_of
 from serving.frontends.grpc.server import GrpcServer
 from serving.frontends.grpc.transfer import media_from
 from serving.gateway import Pool
 from serving.gateway.flags import parse
 from serving.gateway.media import media_of
+from serving.gateway.page_index import Pages
 from serving.media import MediaPolicy, MediaReader
+from serving.routing.router import Chains
 from serving.transfer.digests import chain
 from serving.transfer.grpc_transport import places_of
 from tests.mock_engine import PAGE_SIZE, EmbeddingEngine, MockEngine, mock_service
@@ -146,3 +152,17 @@ def test_places_that_no_sequence_has_are_refused(runs):
     with pytest.raises(RequestError) as error:
         media_from(transfer_pb2.FetchRequest(token_ids=[1] * 32, media=[one]))
     assert error.value.kind is ErrorKind.INVALID_ARGUMENT
+
+
+def test_pages_with_images_are_told_to_gateways_and_other_routers():
+    media = outline_of([(b"\1" * 32, np.arange(2, 6, dtype=np.int32))], 8)
+    content = media.standing(range(8))
+    assert (content[2:6] < 0).all() and content[[0, 1, 6, 7]].tolist() == [0, 1, 6, 7]
+    event = PagesStored((b"a" * 16,), None, content.astype("<i4").tobytes(), 8, None, None, 0, None, 0)
+    (message,) = messages_of(PageBatch(0, 0.0, (event,)), "log")
+    assert events_of(message) == [event]
+    pages = Pages()
+    pages.apply(events_of(message))
+    request = EngineRequest("a", tuple(range(8)), SamplingParams(), media=media)
+    plain = EngineRequest("b", tuple(range(8)), SamplingParams())
+    assert [pages.prefixes.match(Chains(one).of(8)) for one in (request, plain)] == [1, 0]
