@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import multiprocessing
@@ -109,6 +111,20 @@ def simulate(run: Run) -> tuple[dict[str, object], Values]:
     return report.summary(simulation.totals), values_of(report, groups)
 
 
+@contextlib.contextmanager
+def few_collections() -> Iterator[None]:
+    """A thousand engines are many objects that live long: looking for garbage among them again and again takes a sixth of it."""
+    usual = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+        gc.unfreeze()
+
+
 def simulate_cluster(run: Run) -> tuple[dict[str, object], Values]:
     """The same of several engines behind a router."""
     router = Router(run.routing, run.balance)
@@ -126,8 +142,9 @@ def simulate_cluster(run: Run) -> tuple[dict[str, object], Values]:
         helper_policy=run.helper_policy,
     )
     report = Report()
-    for outcome in cluster.run(requests_of(run.trace, run.rate, run.seed, run.requests)):
-        report.add(outcome)
+    with few_collections():
+        for outcome in cluster.run(requests_of(run.trace, run.rate, run.seed, run.requests)):
+            report.add(outcome)
     summary = report.summary(cluster.totals)
     summary["device_busy"] = round(cluster.totals.busy / (cluster.totals.seconds * run.engines or 1.0), 4)
     summary |= {
@@ -222,6 +239,22 @@ SETTINGS = (
 """Settings of the server that a simulation has too."""
 
 
+def add_sharing_flags(parser: argparse.ArgumentParser) -> None:
+    """What scripts/bench_sharing.py tells of engines on one machine."""
+    parser.add_argument(
+        "--slowdown", type=float, nargs="+", default=[], metavar="X",
+        help="the engines share one machine: how many times longer a step that computes prompts takes while 1, 2, ... of them are "
+        "in a step, as scripts/bench_sharing.py measures it (default: each has a machine of its own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decode-slowdown", type=float, nargs="+", default=[], metavar="X", help="and one without prompts (default: the same)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--way", type=float, nargs="+", default=[], metavar="S",
+        help="and seconds until a token that was computed is seen by whoever asked, while 1, 2, ... have requests",
+    )  # fmt: skip
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -260,18 +293,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--routing", nargs="+", default=["cache"], choices=tuple(POLICIES), metavar="P",
         help=f"with several engines, one run each: {', '.join(POLICIES)}",
     )  # fmt: skip
-    parser.add_argument(
-        "--slowdown", type=float, nargs="+", default=[], metavar="X",
-        help="the engines share one machine: how many times longer a step that computes prompts takes while 1, 2, ... of them are "
-        "in a step, as scripts/bench_sharing.py measures it (default: each has a machine of its own)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--decode-slowdown", type=float, nargs="+", default=[], metavar="X", help="and one without prompts (default: the same)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--way", type=float, nargs="+", default=[], metavar="S",
-        help="and seconds until a token that was computed is seen by whoever asked, while 1, 2, ... have requests",
-    )  # fmt: skip
+    add_sharing_flags(parser)
     parser.add_argument(
         "--prefill-engines", type=int, nargs="+", default=[0], metavar="N",
         help="so many of the engines compute prompts for the others (one run each), where the gateway's rule says that it pays",
