@@ -127,11 +127,11 @@ def attend_patches(
         scale: of the scores; None for 1 / sqrt(h).
     """
     P, H, h = q_PHh.shape
-    scale = h**-0.5 if scale is None else scale
+    factor = h**-0.5 if scale is None else scale
     window_P = jnp.zeros(P, jnp.int32) if window_P is None else window_P
 
     def attend(q_QHh: jax.Array, window_Q: jax.Array) -> jax.Array:
-        scores = jnp.einsum("qhd,shd->hqs", q_QHh, k_PHh, preferred_element_type=jnp.float32) * scale
+        scores = jnp.einsum("qhd,shd->hqs", q_QHh, k_PHh, preferred_element_type=jnp.float32) * factor
         seen_QP = real_P & (window_Q[:, None] == window_P)
         weights = jax.nn.softmax(jnp.where(seen_QP, scores, MASKED), axis=-1)
         return jnp.einsum("hqs,shd->qhd", weights.astype(v_PHh.dtype), v_PHh)

@@ -22,8 +22,8 @@ from serving.media.decoding import Room, check_size, decode
 from serving.media.fetching import MediaPolicy, fetch
 from serving.media.parts import Source
 from serving.media.processors import PROCESSORS, Processor
-from serving.media.processors.sampling import Sampling
 from serving.media.prompt import Seen, mark_of, with_media, written
+from serving.media.sampling import Sampling
 from serving.media.video import GivenVideo, piece_digests
 
 if TYPE_CHECKING:

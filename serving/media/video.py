@@ -24,7 +24,7 @@ from serving.media.decoding import check_size, decode
 from serving.media.documents import KEPT_VARIABLES
 from serving.media.fetching import MediaPolicy, fetch
 from serving.media.processors.base import Patched, Video
-from serving.media.processors.sampling import Frames, Sampling
+from serving.media.sampling import Frames, Sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
