@@ -29,3 +29,25 @@ def compiled_quickly(request):
         yield
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory):
+    """name -> the directory of a tiny random checkpoint of `tests/models/tiny.py`, made once for all test processes."""
+    from tests.models.tiny_reference import make_reference, slug
+
+    shared = tmp_path_factory.getbasetemp().parent / "tiny-models"
+    shared.mkdir(exist_ok=True)
+
+    def reference(name: str) -> pathlib.Path:
+        target = shared / slug(name)
+        if not target.exists():
+            making = tmp_path_factory.mktemp("making")
+            make_reference(name, making)
+            try:
+                making.rename(target)
+            except OSError:  # another process was faster
+                assert target.exists()
+        return target
+
+    return reference

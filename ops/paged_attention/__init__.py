@@ -130,7 +130,8 @@ def attend(
         k_TKh, v_TKh: this step's keys and values, rotated already; heads of v may have another size. v is None when
             the layer keeps one latent for both (KVSpec.v_head_dim == 0). Both are None when the pages have this step's already:
             those of another layer, which wrote them; they are only read.
-        kv: the layer's pages. Donate them to the jitted step: they are updated in place.
+        kv: the layer's pages. Donate them to the jitted step: they are updated in place. Where their heads are larger, as layers
+            that share arrays may have them (`groups`), q, k and v are filled up with zeros, which change no score.
         batch: where the tokens stand; see AttentionBatch. With Sequences nothing is kept: what is
             returned as pages are k and v, for a layer that reads another's.
         scale: multiplies q . k.
@@ -148,6 +149,11 @@ def attend(
         kept: Any = kv if k_TKh is None else (k_TKh, v_TKh)
         out_TKGh = sequences.attend(q_TKGh, kept[0], kept[1], batch, sinks_KG=sinks_KG, chunk=chunk, **options)
         return out_TKGh, kept
+    if q_TKGh.shape[-1] < kv.spec.head_dim:
+        q, k, v = (None if x is None else _filled(x, kv.spec.head_dim) for x in (q_TKGh, k_TKh, v_TKh))
+        assert q is not None
+        out_TKGh, kv = attend(q, k, v, kv, batch, sinks_KG=sinks_KG, chunk=chunk, **options)
+        return out_TKGh[..., : q_TKGh.shape[-1]], kv
     if batch.chunk_ahead_C is not None:
         plain = dataclasses.replace(batch, chunk_ahead_C=None)
         how: dict[str, Any] = options | {"chunk": chunk, "sinks_KG": sinks_KG}
@@ -191,9 +197,14 @@ def attend_rope(
     Returns:
         As `attend`.
     """
+    if isinstance(batch, AttentionBatch) and qkv_TKgh.shape[-1] < kv.spec.head_dim:
+        wide = _filled(qkv_TKgh, kv.spec.head_dim)
+        how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks_KG": sinks_KG}
+        out_TKGh, kv = attend_rope(wide, positions_T, rotary, kv, batch, **how)
+        return out_TKGh[..., : qkv_TKgh.shape[-1]], kv
     if isinstance(batch, AttentionBatch) and batch.chunk_ahead_C is not None:
         plain = dataclasses.replace(batch, chunk_ahead_C=None)
-        how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks_KG": sinks_KG}
+        how = {"scale": scale, "window": window, "softcap": softcap, "sinks_KG": sinks_KG}
         out_TKGh, kv = attend_rope(qkv_TKgh, positions_T, rotary, kv, plain, **how)
 
         def queries() -> jax.Array:
@@ -212,6 +223,11 @@ def attend_rope(
     if rotary is not None:
         q_TKGh, k_TKh = (rope(x, positions_T, *rotary) for x in (q_TKGh, k_TKh))
     return attend(q_TKGh, k_TKh, v_TKh, kv, batch, scale=scale, window=window, softcap=softcap, sinks_KG=sinks_KG)
+
+
+def _filled(x: jax.Array, width: int) -> jax.Array:
+    """Heads of another size, zeros behind."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
 
 
 def _look_ahead(

@@ -59,10 +59,10 @@ SPARSE: dict[str, Tiny] = {
         "GlmMoeDsaForCausalLM",
         SPARSE_BASE
         | {
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 4,
             "index_topk": 20,
-            "indexer_types": ["full", "shared", "full", "shared", "shared"],
-            "mlp_layer_types": ["dense"] * 4 + ["sparse"],
+            "indexer_types": ["full", "shared", "shared", "full"],
+            "mlp_layer_types": ["dense"] * 3 + ["sparse"],
         },
         expert_mesh=True,
     ),

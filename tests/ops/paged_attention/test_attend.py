@@ -287,3 +287,30 @@ def test_xla_off_the_cpu(name):
     kv = dataclasses.replace(fill(case, arguments, np.float32, XLA[0]), platform="gpu")
     out, kv = run(XLA[0], arguments, kv)
     np.testing.assert_allclose(out, expected(arguments, kv), atol=2e-5)
+
+
+def test_pages_of_larger_heads_change_nothing():
+    """What layers with smaller heads write and read of arrays that they share with others."""
+    case = Case(decode=(37, 0), chunks=((16, 5),), num_kv_heads=2, group=2, head_dim=16)
+    arguments = make_arguments(case)
+    wide = dataclasses.replace(case.spec, head_dim=24, v_head_dim=24)
+    own = against_reference.fill(case, arguments, "float32", "rows")
+    filled = [np.pad(history, [(0, 0)] * 3 + [(0, 8)]) for history in (arguments.history_k, arguments.history_v)]
+    larger = against_reference.fill(
+        dataclasses.replace(case, head_dim=24),
+        dataclasses.replace(arguments, history_k=filled[0], history_v=filled[1]),
+        *("float32", "rows"),
+    )
+    assert larger.spec == wide
+    out, own = against_reference.run("xla", arguments, own)
+    found, larger = against_reference.run("xla", arguments, larger)
+    np.testing.assert_allclose(found, out, rtol=1e-6, atol=1e-6)
+    for name in ("k", "v"):
+        np.testing.assert_array_equal(np.asarray(getattr(larger, name))[..., :16], np.asarray(getattr(own, name)))
+    parts = (arguments.q_TKGh, arguments.k_TKh[:, :, None], arguments.v_TKh[:, :, None])
+    qkv, positions = np.concatenate(parts, axis=2), np.arange(len(arguments.q_TKGh))
+    rotary = inverse_frequencies({"rope_theta": 1e4}, 16)
+    both = [
+        paged_attention.attend_rope(qkv, positions, rotary, kv, arguments.batch, scale=0.25)[0] for kv in (own, larger)
+    ]
+    np.testing.assert_allclose(both[1], both[0], rtol=1e-5, atol=1e-5)

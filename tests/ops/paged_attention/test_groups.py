@@ -63,6 +63,32 @@ def test_one_group_where_nothing_is_gained(specs, max_len):
     assert groups == KVGroups.of(specs) and groups.places is None and groups.arrays == tuple(specs)
 
 
+def of_two_sizes(heads=1):
+    """As Gemma 4 E2B: 28 layers with windows, seven with larger heads that see all."""
+    narrow, wide = KVSpec(1, 256, 256, 512), KVSpec(heads, 512, 512)
+    return [wide if (i + 1) % 5 == 0 else narrow for i in range(35)]
+
+
+def test_layers_with_smaller_heads_lie_in_arrays_of_larger_ones():
+    specs = of_two_sizes()
+    size = layers_per_page(specs, 1 << 17)
+    groups = KVGroups.of(specs, size)
+    assert (size, Counter(groups.windows)) == (7, {None: 1, 512: 4})
+    assert groups.arrays == (KVSpec(1, 512, 512),) * 7
+
+
+@pytest.mark.parametrize(
+    ("specs", "max_len"),
+    [
+        (of_two_sizes(), 1024),  # twice the numbers in most layers, and windows give back half of their pages
+        (of_two_sizes(heads=2), 1 << 17),
+        ([dataclasses.replace(FULL, window=64), dataclasses.replace(FULL, head_dim=128)], 1 << 17),  # V of another size
+    ],
+)
+def test_they_do_not_where_that_takes_more_or_cannot_be(specs, max_len):
+    assert layers_per_page(specs, max_len) == len(specs)
+
+
 def test_one_group_frees_what_no_layer_sees():
     assert KVGroups.of(layers(4, 8, 4)).windows == (8,)
     assert KVGroups.of(layers(4, None)).windows == (None,)

@@ -28,7 +28,12 @@ def by_hand(q_Gh, query_Hi, weight_H, latent_Sh, key_Si, topk):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "layout", "topk"), [("float32", "rows", 9), ("int8", "lanes", 24), ("float32", "rows", 4096)]
+    ("dtype", "layout", "topk"),
+    [
+        ("float32", "rows", 9),
+        pytest.param("int8", "lanes", 24, marks=pytest.mark.slow),
+        pytest.param("float32", "rows", 4096, marks=pytest.mark.slow),  # everything: models do that in other tests
+    ],
 )
 def test_the_best_positions_are_attended_to(dtype, layout, topk):
     arguments = make_arguments(CASE)
@@ -77,9 +82,14 @@ def test_whole_sequences_choose_within_their_own_texts():
     q_TGh, query_THi, weight_TH, latent, key = (
         x.astype(np.float32) for x in (q_TGh, query_THi, weight_TH, latent, key)
     )
-    kept = indexed.write(None, jnp.asarray(latent), jnp.asarray(key), batch)
-    chosen_TX = indexed.choose(jnp.asarray(query_THi), jnp.asarray(weight_TH), kept, batch, topk)
-    out_TGh = indexed.attend_chosen(jnp.asarray(q_TGh), kept, batch, chosen_TX, scale=1.0)
+
+    @jax.jit
+    def whole(q_TGh, query_THi, weight_TH, latent, key):
+        kept = indexed.write(None, latent, key, batch)
+        chosen_TX = indexed.choose(query_THi, weight_TH, kept, batch, topk)
+        return indexed.attend_chosen(q_TGh, kept, batch, chosen_TX, scale=1.0)
+
+    out_TGh = np.asarray(whole(q_TGh, query_THi, weight_TH, latent, key))
     for token in range(21):
         own = np.flatnonzero((segments_S == segments_S[token]) & (np.arange(S) <= token))
         _, out_Gh = by_hand(q_TGh[token], query_THi[token], weight_TH[token], latent[own], key[own], topk)

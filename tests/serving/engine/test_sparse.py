@@ -16,7 +16,6 @@ from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.speculative import SpeculativeConfig
 from serving.engine.api.types import EngineRequest
-from tests.models.tiny_reference import make_reference
 from tests.serving.engine.test_hybrid import Foreseen
 from tests.tiny import tiny_engine
 
@@ -25,10 +24,8 @@ NGRAM = SpeculativeConfig("ngram", num_speculative_tokens=2, enable_adaptive_ver
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sparse")
-    make_reference("glm-5, layers that share", folder)
-    return folder
+def folder(references):
+    return references("glm-5, layers that share")
 
 
 def loaded(folder, **options):
@@ -69,4 +66,4 @@ def test_shared_prefixes_preemption_and_drafts_change_no_token(folder):
 
 def test_what_decides_between_positions_is_not_quantized(folder):
     narrow = {path for path in quantizable(loaded(folder)) if "indexer" in path}
-    assert narrow == {f"layers.{layer}.attn.indexer.{part}.weight" for layer in (0, 2) for part in "qk"}
+    assert narrow == {f"layers.{layer}.attn.indexer.{part}.weight" for layer in (0, 3) for part in "qk"}

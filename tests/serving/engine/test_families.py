@@ -1,5 +1,5 @@
-"""Every architecture in the engine: requests that share prefixes, wait for pages and lose them get transformers' tokens; and int8
-weights give its logits' directions. Most are run where slow tests are."""
+"""Every architecture in the engine: requests that share prefixes, wait for pages and lose them get transformers' tokens.
+Most are run where slow tests are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from serving.engine.api.types import EngineRequest
 from serving.engine.cache.kv_windows import pages_of
 from serving.engine.requests.cache_specs import recurrent_of
 from tests.models.tiny import TINY
-from tests.models.tiny_reference import compare
 from tests.tiny import tiny_engine
 
 NEW, PAGE, LONGEST, PIECE = 16, 8, 96, 32
@@ -28,7 +27,7 @@ dense one."""
 
 
 def engine_of(folder):
-    """(an engine with pages for the longest request and a few, whether requests take pages)."""
+    """(an engine with pages for the longest request and a few, whether requests take more and more of them)."""
     model = load_model(resolve(str(folder)), dtype=jnp.float32, max_model_len=LONGEST, progress=False).model
     per_page = layers_per_page(model.kv_specs(), LONGEST)
     windows = KVGroups.of(model.kv_specs(), per_page).windows
@@ -44,7 +43,7 @@ def engine_of(folder):
         num_snapshots=0 if recurrent is None else 12,
         snapshots=SNAPSHOTS,
     )
-    return engine, bool(windows)
+    return engine, None in windows
 
 
 async def answer(engine, name, text):
@@ -65,7 +64,7 @@ def test_shared_prefixes_and_preemption_change_no_token(name, references):
     reference = np.load(folder / "reference.npz")
     texts = [reference["tokens0"][:end].tolist() for end in (53, 58, 64)]
     texts += [reference["tokens1"][:end].tolist() for end in (37, 45)]
-    engine, paged = engine_of(folder)
+    engine, grows = engine_of(folder)
 
     async def together():
         first = await asyncio.gather(*(answer(engine, f"a{i}", text) for i, text in enumerate(texts)))
@@ -76,11 +75,5 @@ def test_shared_prefixes_and_preemption_change_no_token(name, references):
     engine.shutdown()
     engine.runner.guard.check()
     assert [tokens for tokens, _ in answers] == [text[-NEW:] for text in (*texts, texts[2], texts[2])]
-    assert answers[-1][1] >= 32, "the same prompt right before"
-    assert counters.preemptions > 0 or not paged
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TINY)
-def test_int8_weights_give_logits_of_the_same_direction(name, references):
-    assert compare(references(name), steps=8, quantization="int8")["direction"] > 0.99
+    assert sum(cached for _, cached in answers) > 0
+    assert counters.preemptions > 0 or not grows
