@@ -32,6 +32,9 @@ one request decodes while the other's prompt still runs. A cell counts the varia
 - *through GGUF*: 4 tokens through a GGUF file written from the same weights; numbers for which GGUF's metadata has no place
   cannot be tried.
 
+Where slow tests run, every variant is also served by an engine whose requests share prefixes and lose their pages
+(`tests/serving/engine/test_families.py`), and has the directions of its logits with int8 weights (`tests/models/test_families.py`).
+
 Of the AUTO architectures that transformers lists for text generation, NATIVE are native here, and BRIDGED more are served by
 transformers' own code (below). `python -m serving.models` says of each of the others why it is refused; a test walks the list.
 

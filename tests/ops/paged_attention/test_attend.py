@@ -310,7 +310,6 @@ def test_pages_of_larger_heads_change_nothing():
     parts = (arguments.q_TKGh, arguments.k_TKh[:, :, None], arguments.v_TKh[:, :, None])
     qkv, positions = np.concatenate(parts, axis=2), np.arange(len(arguments.q_TKGh))
     rotary = inverse_frequencies({"rope_theta": 1e4}, 16)
-    both = [
-        paged_attention.attend_rope(qkv, positions, rotary, kv, arguments.batch, scale=0.25)[0] for kv in (own, larger)
-    ]
+    rotated = jax.jit(functools.partial(paged_attention.attend_rope, rotary=rotary, scale=0.25))
+    both = [rotated(qkv, positions, kv=kv, batch=arguments.batch)[0] for kv in (own, larger)]
     np.testing.assert_allclose(both[1], both[0], rtol=1e-5, atol=1e-5)

@@ -27,14 +27,14 @@ dense one."""
 
 
 def engine_of(folder):
-    """(an engine with pages for the longest request and a few, whether requests take more and more of them)."""
+    """(an engine with pages for the longest request and one, whether requests take more and more of them)."""
     model = load_model(resolve(str(folder)), dtype=jnp.float32, max_model_len=LONGEST, progress=False).model
     per_page = layers_per_page(model.kv_specs(), LONGEST)
     windows = KVGroups.of(model.kv_specs(), per_page).windows
     recurrent = recurrent_of(model)
     engine = tiny_engine(
         model=model,
-        num_pages=1 + pages_of(64, windows, PAGE, PIECE) + 3 * max(len(windows), 1),
+        num_pages=2 + pages_of(LONGEST, windows, PAGE),
         page_size=PAGE,
         max_num_seqs=2,
         max_num_batched_tokens=PIECE,
