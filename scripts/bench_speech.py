@@ -88,10 +88,12 @@ def error_rate(said: Sequence[str], heard: Sequence[str]) -> float:
 
 
 def started(model: str, streams: int, exact: bool) -> Any:
-    """The engine."""
+    """The engine, in a process that keeps freed memory, as a server's does."""
+    from serving import memory
     from serving.boot.startup import start
     from serving.engine.api.config import EngineConfig
 
+    memory.keep_freed()
     kind: dict[str, Any] = {"dtype": "float32", "quantization": "none"} if exact else {}
     return start(EngineConfig(model=model, max_num_seqs=max(4, streams), progress=False, **kind))
 

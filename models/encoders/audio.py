@@ -1,9 +1,10 @@
 """Towers that hear for a decoder: Whisper's encoder (Radford et al. 2022, arXiv:2212.04356), of whose rows several become one
-embedding. Qwen2-Audio (Chu et al. 2024, arXiv:2407.10759), Audio Flamingo 3 (Goel et al. 2025, arXiv:2507.08128), Voxtral
-(Mistral 2025, arXiv:2507.13264), Ultravox (Fixie 2024)."""
+embedding. Qwen2-Audio (Chu et al. 2024, arXiv:2407.10759), Qwen2.5-Omni (Xu et al. 2025, arXiv:2503.20215), Audio Flamingo 3 (Goel
+et al. 2025, arXiv:2507.08128), Voxtral (Mistral 2025, arXiv:2507.13264), Ultravox (Fixie 2024)."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,6 +61,18 @@ def audio_config(hf: Mapping[str, Any], stack: int, mean: bool = False, **extra:
 
 def qwen2_audio(hf: Mapping[str, Any]) -> VitConfig:
     return audio_config(hf, 2, mean=True)
+
+
+def omni_audio(hf: Mapping[str, Any]) -> VitConfig:
+    """Qwen2.5-Omni's: rows see those of their own two seconds alone."""
+    chunk = 2 * int((hf.get("audio_config") or {}).get("n_window") or 100)
+    if chunk % 4 or 2 * POSITIONS % chunk:
+        raise ValueError(
+            f"config.json: audio_config.n_window is {chunk // 2}; a window of 30 s must be whole chunks of it."
+        )
+    made = audio_config({**hf, "audio_config": {**hf["audio_config"], "max_source_positions": POSITIONS}}, 2, mean=True)
+    extra = (*made.extra, ("chunk", chunk), ("made_positions", True), ("names", ("ln_post", "audio_tower.proj")))
+    return dataclasses.replace(made, windows=(chunk // 2,) * made.num_layers, extra=extra)
 
 
 def flamingo3_audio(hf: Mapping[str, Any]) -> VitConfig:
@@ -134,9 +147,11 @@ class AudioTower(SoundTrunk):
         return x_NO if self.end is None else self.end(x_NO)
 
     def recipes(self) -> Recipes:
-        recipes, name = self.trunk_recipes("audio_tower"), "multi_modal_projector"
+        name = "multi_modal_projector"
+        norm, linear = self.config.get("names", ("layer_norm", f"{name}.linear"))
+        recipes = self.trunk_recipes("audio_tower", norm)
         if self.up is None:
-            return recipes | under("down", self.down.recipes(f"{name}.linear"))
+            return recipes | under("down", self.down.recipes(linear))
         for part, own in (
             ("front", "ln_pre"),
             ("up", "linear_1"),

@@ -75,7 +75,8 @@ class SoundTrunk(nnx.Module):
         D, mels = config.embed_dim, config.patch_dim
         self.patch = Linear(TAPS * mels, D, build, (None, "embed"), bias=True)
         self.halve = Linear(TAPS * D, D, build, (None, "embed"), bias=True)
-        self.positions = weight((config.get("positions"), D), jnp.float32, (None, "embed"))
+        made = config.get("made_positions")
+        self.positions = None if made else weight((config.get("positions"), D), jnp.float32, (None, "embed"))
         self.blocks: Any = nnx.List([WhisperBlock(config, layer, build) for layer in range(config.num_layers)])
         self.norm = LayerNorm(D, config.norm_eps)
 
@@ -93,28 +94,36 @@ class SoundTrunk(nnx.Module):
             there_P: frames that are there; behind them is nothing, for both convolutions. None for all.
         """
         act = activation(self.config.activation)
-        x_PD = act(self.patch(_seen(frames_PX.astype(self.compute_dtype), 1)))
+        chunk = self.config.get("chunk") or len(frames_PX)
+        x_PD = act(self.patch(_seen(frames_PX.astype(self.compute_dtype), 1, chunk)))
         x_PD = x_PD if there_P is None else jnp.where(there_P[:, None], x_PD, 0)
-        x_SD = act(self.halve(_seen(x_PD, 2)))[: self.config.get("positions")]
-        x_SD = x_SD + self.positions[...][: len(x_SD)].astype(x_SD.dtype)
+        x_SD = act(self.halve(_seen(x_PD, 2, chunk)))[: self.config.get("positions")]
+        x_SD = x_SD + self._places(len(x_SD), chunk // 2).astype(x_SD.dtype)
         real_S = jnp.ones(len(x_SD), bool) if real_S is None else real_S[: len(x_SD)]
         for block in self.blocks:
             x_SD = run_block(block, x_SD, place_P2[: len(x_SD)], real_S)
         return x_SD
 
-    def trunk_recipes(self, name: str) -> Recipes:
-        """Of all that is here; `name` is the encoder's."""
+    def _places(self, rows: int, chunk: int) -> jax.Array:
+        """[rows, D]: what says where a row is; in chunks of so many, each from the first place on."""
+        if self.positions is not None:
+            return self.positions[...][:rows]
+        return jnp.asarray(np.tile(_sinusoids(chunk, self.config.embed_dim), (-(-rows // chunk), 1))[:rows])
+
+    def trunk_recipes(self, name: str, norm: str = "layer_norm") -> Recipes:
+        """Of all that is here; `name` is the encoder's, `norm` its last norm's."""
         D, mels = self.config.embed_dim, self.config.patch_dim
         recipes: Recipes = {
             "patch.weight": one(f"{name}.conv1.weight", D, mels, TAPS),
             "patch.bias": one(f"{name}.conv1.bias", D),
             "halve.weight": one(f"{name}.conv2.weight", D, D, TAPS),
             "halve.bias": one(f"{name}.conv2.bias", D),
-            "positions": one(f"{name}.embed_positions.weight", *self.positions.shape),
         }
+        if self.positions is not None:
+            recipes["positions"] = one(f"{name}.embed_positions.weight", *self.positions.shape)
         for index, block in enumerate(self.blocks):
             recipes |= under(f"blocks.{index}", block.recipes(f"{name}.layers.{index}"))
-        return recipes | under("norm", self.norm.recipes(f"{name}.layer_norm"))
+        return recipes | under("norm", self.norm.recipes(f"{name}.{norm}"))
 
 
 class WhisperEncoder(SoundTrunk):
@@ -149,9 +158,17 @@ class WhisperEncoder(SoundTrunk):
         return recipes
 
 
-def _seen(x_TD: jax.Array, step: int) -> jax.Array:
-    """[T / step, D * TAPS]: of every `step`-th frame what a convolution sees: the one before, itself, the one behind."""
-    padded = jnp.pad(x_TD, ((1, 1), (0, 0)))
-    count = len(x_TD) // step
-    taps = [padded[tap : tap + step * (count - 1) + 1 : step] for tap in range(TAPS)]
-    return jnp.stack(taps, axis=-1).reshape(count, -1)
+def _seen(x_TD: jax.Array, step: int, chunk: int) -> jax.Array:
+    """[T / step, D * TAPS]: of every `step`-th frame what a convolution sees: the one before, itself, the one behind; nothing of
+    other chunks of so many frames."""
+    (T, D), count = x_TD.shape, chunk // step
+    padded = jnp.pad(x_TD.reshape(T // chunk, chunk, D), ((0, 0), (1, 1), (0, 0)))
+    taps = [padded[:, tap : tap + step * (count - 1) + 1 : step] for tap in range(TAPS)]
+    return jnp.stack(taps, axis=-1).reshape(T // step, -1)
+
+
+def _sinusoids(rows: int, width: int) -> np.ndarray:
+    """float32 [rows, width]: sines, then cosines, of the place over wavelengths up to 10,000 (arXiv:1706.03762)."""
+    inverse = np.exp(-np.log(10000.0) / (width // 2 - 1) * np.arange(width // 2, dtype=np.float32)).astype(np.float32)
+    turns = np.arange(rows, dtype=np.float32)[:, None] * inverse
+    return np.concatenate([np.sin(turns), np.cos(turns)], axis=1)

@@ -1,5 +1,6 @@
-"""Decoders that hear: a plain one beside Whisper's encoder and a projector. Qwen2-Audio (Chu et al. 2024, arXiv:2407.10759), Audio
-Flamingo 3 (Goel et al. 2025, arXiv:2507.08128), Voxtral (Mistral 2025, arXiv:2507.13264), Ultravox (Fixie 2024)."""
+"""Decoders that hear: a plain one beside Whisper's encoder and a projector. Qwen2-Audio (Chu et al. 2024, arXiv:2407.10759),
+Qwen2.5-Omni (Xu et al. 2025, arXiv:2503.20215) without its eyes and its voice, Audio Flamingo 3 (Goel et al. 2025,
+arXiv:2507.08128), Voxtral (Mistral 2025, arXiv:2507.13264), Ultravox (Fixie 2024)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.encoders.audio import AudioTower, flamingo3_audio, qwen2_audio, ultravox_audio, voxtral_audio
+from models.encoders.audio import AudioTower, flamingo3_audio, omni_audio, qwen2_audio, ultravox_audio, voxtral_audio
 from models.families.llama import llama_config
 from models.families.mistral import mistral_config
 from models.families.qwen2 import qwen2_config
@@ -35,6 +36,14 @@ def _family(name: str, architecture: str, config: Any, tower: Any) -> Family:
 
 FAMILIES = (
     _family("Qwen2-Audio", "Qwen2AudioForConditionalGeneration", qwen2_config, qwen2_audio),
+    Family(
+        "Qwen2.5-Omni",
+        ("Qwen2_5OmniThinkerForConditionalGeneration", "Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniModel"),
+        qwen2_config,
+        Decoder,
+        ignore=(rf"{BESIDE}|^(model\.)?visual\.|^(talker|token2wav)\.",),
+        tower=Tower(omni_audio, AudioTower, BESIDE, "audio"),
+    ),
     _family("Audio Flamingo 3", "AudioFlamingo3ForConditionalGeneration", qwen2_config, flamingo3_audio),
     _family("Voxtral", "VoxtralForConditionalGeneration", audio_decoder, voxtral_audio),
     _family("Ultravox", "UltravoxModel", audio_decoder, ultravox_audio),

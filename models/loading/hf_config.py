@@ -62,6 +62,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has `architectures` that are no list of names: {json.dumps(hf['architectures'])[:60]}."
         )
+    if isinstance(thinker := hf.get("thinker_config"), Mapping):  # what writes text, beside what speaks
+        hf = {**thinker, "architectures": hf["architectures"]}
     text = hf.get("text_config")
     if isinstance(text, Mapping) and "num_hidden_layers" not in hf:
         said = {name: hf[name] for name in hf.keys() & text.keys()}

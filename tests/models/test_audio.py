@@ -55,8 +55,8 @@ def test_the_encoder_says_what_transformers_says(family):
     fill(module, opened.checkpoint, build_model(opened).build, ignore=(beside,), progress=False)
     encode, per = jax.jit(module.encode), 2 * config.get("stack")
     most = config.max_patches
-    sizes = (most,) if config.get("whole") else frame_sizes(most, most, per)
-    for seconds in LENGTHS:
+    sizes = (most,) if config.get("whole") else frame_sizes(most, most, config.get("chunk") or per)
+    for seconds in (*LENGTHS, 31.0):
         samples, found = sound(seconds, int(seconds * 100)), []
         for piece in processor.sound.pieces(samples):
             count = len(piece.patches_PX)

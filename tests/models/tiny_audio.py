@@ -41,6 +41,7 @@ class TinyAudio:
         audio, text: fields of the encoder's and the decoder's configuration.
         ids: of the whole's.
         mark: what the chat template writes where a sound is; "" where it knows nothing of sounds.
+        seconds: that its spectrograms are of.
     """
 
     model: str
@@ -48,6 +49,7 @@ class TinyAudio:
     text: Mapping[str, Any]
     ids: Mapping[str, Any]
     mark: str = "<|AUDIO|>"
+    seconds: int = SECONDS
 
 
 TINY = {
@@ -55,6 +57,13 @@ TINY = {
         "AudioFlamingo3ForConditionalGeneration", ENCODER, QWEN2, {"audio_token_id": PLACE}, "<sound>"
     ),
     "Qwen2-Audio": TinyAudio("Qwen2AudioForConditionalGeneration", OLDER, QWEN2, {"audio_token_index": PLACE}),
+    "Qwen2.5-Omni": TinyAudio(
+        "Qwen2_5OmniThinkerForConditionalGeneration", OLDER | {"n_window": 20, "output_dim": 64, "max_source_positions": 1500},
+        {"model_type": "qwen2_5_omni_text"},
+        {"audio_token_index": PLACE, "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48,
+                                                       "out_hidden_size": 64, "fullatt_block_indexes": [0]}},
+        seconds=40,
+    ),
     "Ultravox": TinyAudio(
         "UltravoxModel", OLDER | {"model_type": "whisper"}, LLAMA,
         {"stack_factor": 8, "hidden_size": 96, "projector_act": "swiglu", "projector_ln_mid": True}, "",
@@ -63,7 +72,7 @@ TINY = {
         "UltravoxModel", OLDER | {"model_type": "whisper"}, LLAMA, {"stack_factor": 8, "hidden_size": 96}, ""
     ),
     "Voxtral": TinyAudio(
-        "VoxtralForConditionalGeneration", ENCODER | {"intermediate_size": 128}, LLAMA, {"audio_token_id": PLACE}, "[AUDIO]"
+        "VoxtralForConditionalGeneration", ENCODER | {"intermediate_size": 128}, LLAMA | {"head_dim": 16}, {"audio_token_id": PLACE}, "[AUDIO]"
     ),
 }  # fmt: skip
 PARTS = (
@@ -119,7 +128,7 @@ def save(name: str, folder: Path) -> Any:
                 parameter.normal_(0.0, 0.3)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    said = json.loads(extractor().to_json_string())
+    said = json.loads(extractor(tiny.seconds).to_json_string())
     (folder / "preprocessor_config.json").write_text(json.dumps(said))
     template = PARTS.replace("MARK", tiny.mark) if tiny.mark else TEXTS
     tokenizer_of(name).save(str(folder / "tokenizer.json"))
@@ -207,7 +216,7 @@ def read(name: str, sounds: Sequence[np.ndarray]) -> tuple[dict[str, Any], list[
     import torch
     import transformers
 
-    made, sounds = extractor(), list(sounds)
+    made, sounds = extractor(TINY[name].seconds), list(sounds)
     if name == "Voxtral":
         own = types.SimpleNamespace(feature_extractor=made)
         how = transformers.VoxtralProcessor.audio_kwargs | {"pad_to_multiple_of": SECONDS * 16_000}
@@ -216,7 +225,8 @@ def read(name: str, sounds: Sequence[np.ndarray]) -> tuple[dict[str, Any], list[
         )
         windows = [-(-len(one) // (SECONDS * 16_000)) for one in sounds]
         return {"input_features": found.float()}, [count * SECONDS * 100 // 8 for count in windows]
-    kind = transformers.Qwen2AudioProcessor if name == "Qwen2-Audio" else transformers.AudioFlamingo3Processor
+    # Qwen2.5-Omni's wants torchvision; it pads and counts as Qwen2-Audio's does.
+    kind = transformers.AudioFlamingo3Processor if name == "Audio Flamingo 3" else transformers.Qwen2AudioProcessor
     own = types.SimpleNamespace(feature_extractor=made, audio_token="a", max_audio_len=600)
     own.replace_audio_token = types.MethodType(kind.replace_audio_token, own)
     if hasattr(kind, "_get_audio_token_length"):
@@ -237,6 +247,8 @@ def features(name: str, model: Any, sound: np.ndarray) -> np.ndarray:
         if isinstance(model, Ultravox):
             return model.read(sound).numpy()
         given, (count,) = read(name, [sound])
+        if name == "Qwen2.5-Omni":
+            return model.get_audio_features(**given).pooler_output.numpy()
         if name != "Qwen2-Audio":
             return model.model.get_audio_features(**given).pooler_output.numpy()
         tower, projector = model.model.audio_tower, model.model.multi_modal_projector
@@ -262,10 +274,10 @@ def expected(name: str, model: Any, ids: Sequence[int], sounds: Sequence[np.ndar
         for one in ids:
             whole += [token] * next(left) if one == PLACE else [one]
         tokens = torch.tensor([whole])
-        if not isinstance(model, Ultravox) and (name != "Qwen2-Audio" or min(counts, default=2) > 1):
+        if not isinstance(model, Ultravox) and (not name.startswith("Qwen") or min(counts, default=2) > 1):
             out = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **given, **how)
             return whole, out[0, len(whole) :].tolist()
-        # transformers cannot be given Ultravox, and takes single tokens of Qwen2-Audio's for places that are not filled in yet.
+        # transformers cannot be given Ultravox, and takes single tokens of Qwen's for places that are not filled in yet.
         parts = parts or [torch.from_numpy(features(name, model, sound)) for sound in sounds]
         decoder = model.module.language_model if isinstance(model, Ultravox) else model
         embeds, at = decoder.get_input_embeddings()(tokens), 0

@@ -8,6 +8,7 @@ _WRAPPERS = (
     # What torch puts around a module: compiled, data-parallel, sharded or checkpointed ones.
     (re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."), ""),
     (re.compile(r"^(?:module\.)+"), ""),
+    (re.compile(r"^thinker\."), ""),  # of Qwen-Omni, beside its voice
     (re.compile(r"^(?:bert|roberta|mpnet|nomic_bert|distilbert)\."), ""),
     (re.compile(r"^backbone\.(?=(?:embeddings?|layers|norm_f)\.)"), "model."),  # Mamba's authors' name
     # What a multimodal network puts around its language model.

@@ -90,7 +90,8 @@ def check_tower(
     most = numbers.max_patches
     per = 2 * numbers.get("stack") if tower.reads == "audio" else 0
     if per:
-        sizes = (most,) if numbers.get("whole") else frame_sizes(min(most, positions * per), most, per)
+        step = numbers.get("chunk") or per
+        sizes = (most,) if numbers.get("whole") else frame_sizes(min(most, positions * per), most, step)
     elif numbers.tile:
         sizes = tile_sizes(most, numbers.tile)
     else:

@@ -49,7 +49,7 @@ def patch_sizes(most: int, merge: int) -> tuple[int, ...]:
 
 
 def frame_sizes(most: int, window: int, per: int) -> tuple[int, ...]:
-    """P of the programs that hear: doubling, in whole embeddings of `per` frames, up to so many, but not beyond a window's."""
+    """P of the programs that hear: doubling, in wholes of `per` frames, up to so many, but not beyond a window's."""
     sizes = [LEAST_FRAMES]
     while sizes[-1] < most + LEAST_FRAMES:  # what stands behind the sound's end is heard along
         sizes.append(2 * sizes[-1])

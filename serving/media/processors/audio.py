@@ -37,6 +37,7 @@ class Sounds:
         cut: windows that are read of a sound; None for all.
         whole: sounds are silence up to a whole window, which is heard like they are.
         once: a spectrogram is one sound's, not one window's: what is loudest in it decides what is silent.
+        cut_s: seconds that are read of a sound; None for all.
     """
 
     placeholder: int
@@ -48,6 +49,7 @@ class Sounds:
     cut: int | None = None
     whole: bool = False
     once: bool = False
+    cut_s: float | None = None
 
     @property
     def mark(self) -> str:
@@ -61,7 +63,7 @@ class Sounds:
 
     def most_seconds(self, tokens: int) -> float:
         """Of sounds that have no more embeddings than that."""
-        if self.cut is not None:
+        if self.cut is not None or self.cut_s is not None:
             return float("inf")  # what is longer is cut
         windows, left = divmod(tokens, -(-self.window // self._per))
         frames = windows * self.window + (0 if self.whole else left * self._per)
@@ -72,6 +74,8 @@ class Sounds:
         window = self.window * HOP
         if self.cut is not None:
             samples = samples[: self.cut * window]
+        if self.cut_s is not None:
+            samples = samples[: int(self.cut_s * RATE)]
         if self.once:
             found = self._of_one_spectrogram(samples)
         else:
@@ -79,6 +83,13 @@ class Sounds:
         return [dataclasses.replace(piece, joins=at > 0) for at, piece in enumerate(found)]
 
     def _of_one_spectrogram(self, samples: np.ndarray) -> list[Patched]:
+        if self.mean:
+            real = -(-len(samples) // HOP)  # what rings behind it counts for what is loudest
+            logs, found = log_mel(np.pad(samples, (0, 4 * FFT)), self.mels)[:real], []
+            for at in range(0, real, self.window):
+                frames = logs[at : at + self.window]
+                found.append(_piece(frames, np.full(len(frames), SOUND), ((len(frames) - 1) // 2 + 1) // self.stack))
+            return found
         size = self.window * HOP if self.whole else HOP
         length = max(-(-len(samples) // size) * size, 0 if self.whole else 2 * HOP)
         logs = log_mel(np.pad(samples, (0, length - len(samples))), self.mels)
@@ -125,6 +136,19 @@ class AudioProcessor(Fixed):
         """Qwen2-Audio: the first window of each sound."""
         token = int(hf.get("audio_token_index") or hf.get("audio_token_id") or 151646)
         return cls(_sounds(hf, token, token, 2, mean=True, cut=1))
+
+    @classmethod
+    def omni(cls, hf: Mapping[str, Any]) -> AudioProcessor:
+        """Qwen2.5-Omni: five minutes of each sound; its encoder hears two seconds at a time, of which many are read at once."""
+        token, said = (
+            int(hf.get("audio_token_index") or hf.get("audio_token_id") or 151646),
+            hf.get("preprocessor") or {},
+        )
+        seconds = float(said.get("chunk_length") or 300)
+        own = {**(hf.get("audio_config") or {}), "max_source_positions": 1500}
+        plain = {**hf, "audio_config": own, "preprocessor": {k: v for k, v in said.items() if k != "chunk_length"}}
+        sounds = _sounds(plain, token, token, 2, mean=True, once=True)
+        return cls(dataclasses.replace(sounds, cut_s=seconds))
 
     @classmethod
     def flamingo3(cls, hf: Mapping[str, Any]) -> AudioProcessor:
