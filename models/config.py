@@ -266,9 +266,13 @@ def from_hf(hf: Mapping[str, Any], partial: bool = False, **overrides: Any) -> M
     return ModelConfig(**values)
 
 
+WHOLE = ("HeadModel", "UltravoxModel", "OmniModel")
+"""How names of networks end that have heads for all their names."""
+
+
 def is_bare(architecture: str) -> bool:
     """Whether a network has no head of its own, as embedding models: `LlamaModel`, but not `GPT2LMHeadModel`."""
-    return architecture.endswith("Model") and not architecture.endswith("HeadModel")
+    return architecture.endswith("Model") and not architecture.endswith(WHOLE)
 
 
 def stretched(rope: RopeConfig, max_positions: int) -> int:

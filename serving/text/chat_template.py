@@ -31,7 +31,7 @@ NEWER_ROLES = {"developer": "system", "function": "tool"}
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # Ends an open last message while it goes through the template. The blank behind shows whether the template trims.
 OPEN_END = "\ufdd2 "
-PLACE = -1
+PLACE = 2**31 - 1
 """Stands in token ids where something is that is no text."""
 
 

@@ -48,6 +48,7 @@ def test_spectrograms_and_counts_are_those_of_transformers(family):
 
 def test_the_encoder_says_what_transformers_says(family):
     name, model, opened, processor = family
+    assert opened.hf_config["tie_word_embeddings"] is False, "whatever the network is called, it has a head"
     tower = opened.family.tower
     config = tower.config(opened.hf_config)
     module = tower.build(config, build_model(opened, dtype=jnp.float32, mesh=None, max_model_len=256).build)

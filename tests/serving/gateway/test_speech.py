@@ -1,4 +1,4 @@
-"""Sound files through a gateway: HTTP -> gateway -> gRPC -> an engine for speech."""
+"""Sound files, and sounds in chats, through a gateway: HTTP -> gateway -> gRPC -> an engine."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ import httpx
 import pytest
 
 from serving.errors import ErrorKind, RequestError
-from serving.frontends.app import serve_http
+from serving.frontends.app import create_app, serve_http
 from serving.frontends.grpc import speech as wire
 from serving.frontends.grpc.client import RemoteEngineClient
 from serving.frontends.grpc.server import GrpcServer
+from serving.frontends.openai.batches.runner import call_app
 from serving.gateway import Pool, speech
 from serving.gateway.speech import RemoteSpeech
+from serving.media import MediaPolicy, MediaReader
+from serving.media.processors.audio import AudioProcessor
 from serving.service.speech.doubts import Doubts
 from serving.service.speech.segments import Segment
 from serving.service.speech.transcribe import Speech
 from serving.service.speech.transcripts import TranscribeInput, Transcript
 from serving.service.speech.words import Word
-from tests.mock_engine import mock_service
+from tests.mock_engine import MockEngine, mock_service
 from tests.serving.frontends.openai.test_audio import SOUND, TOKENS, Speaking
+from tests.serving.media.images import asked
+from tests.serving.media.test_clips import CONFIG, HEARS, WAYS, SoundTemplate, sound_service
 
 
 @pytest.fixture
@@ -125,3 +130,37 @@ def test_what_goes_over_the_wire_comes_back():
     )
     said = Transcript("transcribe", "en", 2.0, segments)
     assert wire.transcript_from(wire.transcript_to(said), "transcribe") == said
+
+
+@pytest.mark.parametrize("family", ["Qwen2-Audio", "Ultravox"])
+async def test_sounds_in_chats(family):
+    """The engine hears what the gateway has read, also where no token stands for it."""
+    hears = HEARS if family == "Qwen2-Audio" else AudioProcessor.ultravox(CONFIG | {"stack_factor": 8})
+    engine, server, own = (
+        MockEngine(reply="heard", max_model_len=512),
+        GrpcServer("127.0.0.1", 0),
+        MockEngine(reply="heard", max_model_len=512),
+    )
+    await server.start()
+    await server.serve(sound_service(engine, processor=hears))
+    client = await RemoteEngineClient.connect(f"127.0.0.1:{server.port}")
+    reader = MediaReader(hears, MediaPolicy(), 200, sends_on=True)
+    service = mock_service(Pool([client]), template=SoundTemplate(), media=reader)  # type: ignore[arg-type,list-item]
+    http = await serve_http(service, port=0)
+    body = {"messages": asked("a", WAYS["openai"], "then", WAYS["vllm"], "b"), "max_tokens": 5}
+    async with httpx.AsyncClient(base_url=http.url) as web:
+        reply = await web.post("/v1/chat/completions", json=body)
+    assert reply.status_code == 200 and reply.json()["choices"][0]["message"]["content"] == "heard"
+    status, _ = await call_app(
+        create_app(sound_service(own, processor=hears), page=False), "/v1/chat/completions", body, "a"
+    )
+    assert status == 200
+    (seen,), (wanted,) = engine.requests, own.requests
+    assert seen.prompt_token_ids == wanted.prompt_token_ids
+    assert [item.digest for item in seen.media.items] == [item.digest for item in wanted.media.items]
+    assert [item.places_N.tolist() for item in seen.media.items] == [
+        item.places_N.tolist() for item in wanted.media.items
+    ]
+    await http.stop()
+    await client.close()
+    await server.stop(0.0)
