@@ -119,6 +119,11 @@ class AudioTower(SoundTrunk):
         self.middle = RMSNorm(inner, 1e-6) if norm == "middle" else None
         self.end = RMSNorm(O, 1e-6) if norm == "end" else None
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Regular expressions for tensors that are not read."""
+        return (r"^audio_tower\.(audio_bos_eos_token|positional_embedding)\.",)
+
     def encode(self, patches_PX: jax.Array, place_P2: jax.Array, count: jax.Array) -> jax.Array:
         stack, kind_S = self.config.get("stack"), place_P2[::2, 1]
         real_S = None if self.config.get("whole") else kind_S == SOUND

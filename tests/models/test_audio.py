@@ -52,8 +52,8 @@ def test_the_encoder_says_what_transformers_says(family):
     tower = opened.family.tower
     config = tower.config(opened.hf_config)
     module = tower.build(config, build_model(opened, dtype=jnp.float32, mesh=None, max_model_len=256).build)
-    beside = rf"^(?!{tower.tensors.removeprefix('^')})"
-    fill(module, opened.checkpoint, build_model(opened).build, ignore=(beside,), progress=False)
+    ignore = (rf"^(?!{tower.tensors.removeprefix('^')})", *module.unused)
+    fill(module, opened.checkpoint, build_model(opened).build, ignore=ignore, progress=False)
     encode, per = jax.jit(module.encode), 2 * config.get("stack")
     most = config.max_patches
     sizes = (most,) if config.get("whole") else frame_sizes(most, most, config.get("chunk") or per)
