@@ -38,7 +38,8 @@ class Served:
         self.name = name
         self.model = tiny_audio.save(name, folder)
         page = 4096 * self.model.config.get_text_config().num_hidden_layers
-        how = {"kv_cache_memory": 18 * page, "mm_encoder_cache_gb": 0.0, "max_model_len": 192} | settings
+        pages = 13 if name.startswith("Ultravox") else 18  # of which a sound takes less
+        how = {"kv_cache_memory": pages * page, "mm_encoder_cache_gb": 0.0, "max_model_len": 192} | settings
         self.llm = LLM(
             str(folder), dtype="float32", quantization="none", max_num_seqs=4, max_num_batched_tokens=32, progress=False, **how
         )  # fmt: skip
