@@ -60,7 +60,7 @@ TINY = {
     "Qwen2.5-Omni": TinyAudio(
         "Qwen2_5OmniThinkerForConditionalGeneration", OLDER | {"n_window": 20, "output_dim": 64, "max_source_positions": 1500},
         {"model_type": "qwen2_5_omni_text"},
-        {"audio_token_index": PLACE, "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48,
+        {"audio_token_index": PLACE, "vision_start_token_id": 372, "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48,
                                                        "out_hidden_size": 64, "fullatt_block_indexes": [0]}},
         seconds=40,
     ),
