@@ -29,6 +29,9 @@ OLDER = {
     "max_source_positions": SECONDS * 50, "activation_function": "gelu",
 }  # fmt: skip
 LLAMA = {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+EYES = {
+    "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64, "fullatt_block_indexes": [0],
+}  # fmt: skip
 QWEN2 = LLAMA | {"model_type": "qwen2"}
 
 
@@ -60,9 +63,7 @@ TINY = {
     "Qwen2.5-Omni": TinyAudio(
         "Qwen2_5OmniThinkerForConditionalGeneration", OLDER | {"n_window": 20, "output_dim": 64, "max_source_positions": 1500},
         {"model_type": "qwen2_5_omni_text"},
-        {"audio_token_index": PLACE, "vision_start_token_id": 372, "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48,
-                                                       "out_hidden_size": 64, "fullatt_block_indexes": [0]}},
-        seconds=40,
+        {"audio_token_index": PLACE, "vision_start_token_id": 372, "vision_config": EYES}, seconds=40,
     ),
     "Ultravox": TinyAudio(
         "UltravoxModel", OLDER | {"model_type": "whisper"}, LLAMA,
@@ -72,7 +73,8 @@ TINY = {
         "UltravoxModel", OLDER | {"model_type": "whisper"}, LLAMA, {"stack_factor": 8, "hidden_size": 96}, ""
     ),
     "Voxtral": TinyAudio(
-        "VoxtralForConditionalGeneration", ENCODER | {"intermediate_size": 128}, LLAMA | {"head_dim": 16}, {"audio_token_id": PLACE}, "[AUDIO]"
+        "VoxtralForConditionalGeneration", ENCODER | {"intermediate_size": 128}, LLAMA | {"head_dim": 16},
+        {"audio_token_id": PLACE}, "[AUDIO]",
     ),
 }  # fmt: skip
 PARTS = (
