@@ -20,10 +20,10 @@ from serving.errors import ErrorKind, RequestError, invalid
 from serving.media.clips import GivenSound
 from serving.media.decoding import Room, check_size, decode
 from serving.media.fetching import MediaPolicy, fetch
+from serving.media.frames.sampling import Sampling
 from serving.media.parts import Source
 from serving.media.processors import PROCESSORS, Processor
 from serving.media.prompt import Seen, mark_of, with_media, written
-from serving.media.sampling import Sampling
 from serving.media.video import GivenVideo, piece_digests
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serving.errors import ErrorKind, RequestError, invalid
-from serving.media import video_worker
 from serving.media.decoding import check_size, decode
 from serving.media.documents import KEPT_VARIABLES
 from serving.media.fetching import MediaPolicy, fetch
+from serving.media.frames import worker
+from serving.media.frames.sampling import Frames, Sampling
 from serving.media.processors.base import Patched, Video
-from serving.media.sampling import Frames, Sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -169,7 +169,7 @@ class _Talk:
 def _worker(seconds: float) -> Iterator[_Talk]:
     """A process that reads one video, and is killed behind a deadline."""
     process = subprocess.Popen(
-        [sys.executable, "-P", str(video_worker.__file__)],
+        [sys.executable, "-P", str(worker.__file__)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
         env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
     )  # fmt: skip

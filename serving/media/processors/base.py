@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
-from serving.media.sampling import Frames, Sampling
+from serving.media.frames.sampling import Frames, Sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image

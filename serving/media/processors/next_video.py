@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from serving.media.frames.sampling import Frames, Sampling
 from serving.media.processors.base import CLIP_MEAN, CLIP_STD, Patched, Scaling, row_by_row, side_of
-from serving.media.sampling import Frames, Sampling
 
 
 @dataclasses.dataclass(frozen=True)

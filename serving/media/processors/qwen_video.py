@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from serving.media.frames.sampling import USUAL_FPS, Frames, Sampling
 from serving.media.processors.base import HALF, Patched, Scaling, value_of
-from serving.media.sampling import USUAL_FPS, Frames, Sampling
 
 MAX_ASPECT = 200
 MARK, START, END = "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"

@@ -12,7 +12,7 @@ from proto.jaxserve.v1 import inference_pb2 as pb
 from serving.errors import RequestError
 from serving.frontends.grpc.convert import input_from
 from serving.media import MediaPolicy
-from serving.media.sampling import Sampling
+from serving.media.frames.sampling import Sampling
 from serving.service import GenerateInput
 from tests.mock_engine import MockEngine, mock_service
 from tests.models.tiny_video import clip

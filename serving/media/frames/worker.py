@@ -1,4 +1,4 @@
-"""The process that reads a video: `python -P video_worker.py`.
+"""The process that reads a video: `python -P worker.py`.
 
 A video comes from anywhere, and its decoders are large: they run where the parent can kill them after a deadline and the
 operating system limits their memory. This file imports nothing of ours. On its standard input come a line of JSON ({"size": bytes
