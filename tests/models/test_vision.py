@@ -21,10 +21,11 @@ from tests.models.tiny_video import clip
 from tests.models.tiny_vision import IMAGE, SIZES, TINY, VIDEO, picture
 
 ALIKE = ("GLM-4.5V", "GLM-4.6V")
-"""Whose towers and processors are another's; the engine's tests run them where slow tests do."""
+"""Whose towers and processors are another's."""
+FAMILIES = [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in sorted(TINY)]
 
 
-@pytest.fixture(scope="module", params=sorted(TINY.keys() - set(ALIKE)))
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
     """(name, transformers' model, the opened checkpoint, its processor)."""
     folder = tmp_path_factory.mktemp("vision") / "model"

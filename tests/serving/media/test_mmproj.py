@@ -1,5 +1,5 @@
 """A GGUF model with its mmproj file, over HTTP: a chat with images says what transformers says of the checkpoint that both were
-made of."""
+made of. Slow: what GGUF holds, tests/models/loading/test_mmproj.py compares for each projector, number by number."""
 
 import asyncio
 
@@ -15,12 +15,10 @@ from tests.models.tiny_vision import STEPS, TINY
 from tests.serving.media.images import encoded, part, uri
 from tests.serving.media.test_images import LARGE, SMALL, turn
 
-ALWAYS = "LLaVA 1.5"
-"""What GGUF holds, tests/models/loading/test_mmproj.py compares for each projector, number by number."""
-NAMES = [pytest.param(name, marks=() if name == ALWAYS else pytest.mark.slow) for name in sorted(KINDS)]
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(KINDS))
 def test_a_chat_with_images_over_http(name, tmp_path):
     model, folder = tiny_vision.save(name, tmp_path / "model"), tmp_path / "gguf"
     folder.mkdir()
