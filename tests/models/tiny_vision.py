@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 from PIL import Image
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from tests.models import tiny_llama4
 from tests.models.tiny_towers import END, IMAGE, START, TEXT, TINY, VIDEO, VISION_END, VISION_START
@@ -50,7 +50,7 @@ def oracle_processor(name: str) -> Any:
 def tokenizer_of(name: str) -> tokenizers.Tokenizer:
     """Words, and the tokens that stand around a family's images."""
     words = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(START)}, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.pre_tokenizer, words.decoder = pre_tokenizers.WhitespaceSplit(), decoders.ByteLevel()
     special = ("<|im_start|>", "<|im_end|>", *TINY[name].tokens)
     words.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in special])
     return words

@@ -19,7 +19,7 @@ REQUESTS = HERE + "test_requests.py::"
 ATTACKS = HERE + "test_attacks.py::"
 FETCHING = HERE + "test_fetching.py::"
 BATCH = ENGINE + "test_images_and_texts_in_one_batch_cut_and_preempted"
-CHOICE = ENGINE + "test_several_answers_log_probabilities_and_a_choice"
+MASKS = ENGINE + "test_several_answers_log_probabilities_and_masks"
 MESHES = HERE + "test_mesh.py::test_every_family_on_two_devices"
 REFUSALS = "tests/serving/boot/test_draft_pairs.py::test_what_is_refused_is_refused_before_weights_are_read"
 
@@ -34,9 +34,10 @@ PAIRS: dict[str, str] = {
     "embeddings": ENGINE + "test_an_embedding_of_a_chat_with_an_image",
     "drafts: lookups": ENGINE + "test_drafts_change_no_token",
     "drafts: models": REFUSALS,
-    "grammars": CHOICE,
-    "n": CHOICE,
-    "log probabilities, of prompts too": CHOICE,
+    "grammars": ENGINE + "test_an_answer_that_a_grammar_allows",
+    "tokens that are allowed": MASKS,
+    "n": MASKS,
+    "log probabilities, of prompts too": MASKS,
     "adapters": "tests/serving/adapters/test_media.py::test_images_with_an_adapter_are_those_of_peft",
     "int8": "tests/models/test_vision.py::test_a_rounded_tower_says_nearly_the_same",
     "mesh model=2": MESHES,
