@@ -138,14 +138,18 @@ class Described:
         say(f"sampling, where a request names nothing: {defaults}")
         return dict(defaults.values)
 
-    def grammars(self) -> GrammarCompiler | None:
-        """What compiles grammars for it; None where it writes no text."""
+    def grammars(self, idle: Callable[[], bool] = lambda: True) -> GrammarCompiler | None:
+        """What compiles grammars for it; None where it writes no text.
+
+        Args:
+            idle: whether nobody waits for the process just now.
+        """
         if not self.writes or not self.text.tokenizer.reads_text:
             return None
         from serving.text.grammar import GrammarCompiler
 
         grammars = GrammarCompiler(self.text.tokenizer, self.checked.built.config.vocab_size)
-        InThread(grammars.warm)  # so that the first constrained request does not wait for it
+        InThread(lambda: warm_when_idle(grammars, idle))
         return grammars
 
     def begin(self, say: Progress) -> AnyEngine:
@@ -162,6 +166,19 @@ class Described:
             if self.leader is not None:
                 self.leader.stop(f"process 0 could not start: {error}")
             raise
+
+
+def warm_when_idle(grammars: GrammarCompiler, idle: Callable[[], bool], pause_s: float = 1.0) -> None:
+    """Indexes the vocabulary, so that the first constrained request does not wait for it: as long as that takes (a second for
+    150,000 tokens) no other Python runs, so neither the start nor a stream shall wait for it.
+
+    Args:
+        pause_s: how long nothing is done at first, and between two looks at whether the process is idle.
+    """
+    while not grammars.is_warm:
+        time.sleep(pause_s)
+        if idle():
+            grammars.warm()
 
 
 def describe(
@@ -220,7 +237,12 @@ def start(
     memory.give_back()
     phases.record("total", time.monotonic() - began)
     reads = described.reads(engine)
-    return Started(engine, described.text, defaults, described.grammars(), described.leader, reads)
+
+    def idle() -> bool:
+        stats = engine.client.stats()
+        return stats.num_running + stats.num_waiting == 0
+
+    return Started(engine, described.text, defaults, described.grammars(idle), described.leader, reads)
 
 
 def _timed(phase: str, function: Callable[[], T]) -> T:

@@ -86,6 +86,11 @@ class GrammarCompiler:
         """Indexes the vocabulary (0.3 s for 49,000 tokens, 3 s for 262,000), which the first compilation needs."""
         self._vocabulary()
 
+    @property
+    def is_warm(self) -> bool:
+        """Whether the vocabulary is indexed."""
+        return self._compiled is not None
+
     def compile(self, wanted: StructuredOutputs) -> ConstraintFactory:
         """A maker of fresh constraints, one a completion. Compiled once for equal constraints.
 
