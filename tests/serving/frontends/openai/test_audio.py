@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from serving.service import Limits
+from serving.service.speech import listening
 from serving.service.speech.rules import SpeechTokens
 from serving.service.speech.transcribe import FRAMES, Speech
 from tests.mock_engine import BOS, EOS, MockEngine, mock_service, until
@@ -211,3 +212,28 @@ async def test_sound_may_be_larger_than_other_bodies(start):
     assert len(SOUND) > 10_000 and (await sent(running, language="en")).status_code == 200
     reply = await sent(running, data=bytes(2**21))
     assert reply.status_code == 413
+
+
+async def test_long_sounds_streamed_at_once_of_which_half_are_left(start, monkeypatch):
+    """16 of them: what stays is worked for to its end, and of neither kind anything is held behind it."""
+    monkeypatch.setattr(listening, "KEPT_BYTES", 100_000)
+    engine = Speaking(reply=lambda request: [*b"hi"], step_s=0.002)
+    speech = Speech(TOKENS, 80)
+    running = await start(engine, service=mock_service(engine, speech=speech))
+    data = wav((sound(65.0) * 32767).astype(np.int16), kind="FLAC", subtype="PCM_16")
+
+    async def listened(leaves: bool) -> str:
+        form = {"data": {"model": "default", "language": "en", "stream": "true"}, "files": {"file": ("a.flac", data)}}
+        text = ""
+        async with running.http.stream("POST", "/v1/audio/transcriptions", timeout=60, **form) as reply:
+            async for line in reply.aiter_lines():
+                text += line
+                if leaves and "delta" in line:
+                    return text
+        return text
+
+    found = await asyncio.gather(*(listened(i % 2 == 0) for i in range(16)))
+    assert all("transcript.text.done" in text for text in found[1::2])
+    assert not any("transcript.text.done" in text for text in found[::2])
+    await until(lambda: not engine.live, "all have ended")
+    assert speech.listener._held == 0
