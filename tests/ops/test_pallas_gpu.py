@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ops import paged_attention
-from ops.paged_attention import pages, pallas_gpu
+from ops.paged_attention import mixing, pages, pallas_gpu
 from ops.paged_attention.batch import KVSpec
 from ops.paged_attention.cases import TEST_CASES, Case, make_arguments
 from tests.ops.paged_attention import against_reference
@@ -45,7 +45,10 @@ def test_int8_is_written_as_plain_xla_writes_it():
     arguments.k_TKh[0] = 0.0  # a row whose scale is zero
     _, got = run(arguments, fill(case, arguments, "int8"))
     want = jax.jit(pages.write)(
-        fill(case, arguments, "int8"), arguments.k_TKh, arguments.v_TKh, arguments.batch.kv_index_T
+        fill(case, arguments, "int8"),
+        mixing.mix(arguments.k_TKh),
+        mixing.mix(arguments.v_TKh),
+        arguments.batch.kv_index_T,
     )
     for name in ("k", "v", "k_scale", "v_scale"):
         one, other = (np.asarray(getattr(x, name), np.float32)[1:] for x in (got, want))
