@@ -53,8 +53,9 @@ def _norm(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, eps: fl
 
 
 def _has_kernel() -> bool:
-    """Not where several devices share what is normed: a kernel's operands are not divided among them."""
-    return jax.default_backend() == "cpu" and jax.local_device_count() == 1 and native.available()
+    """Not where several devices share what is normed: a kernel's operands are not divided among them. Nor does a norm build the
+    library: who wants kernels has asked before, for pages or weights, and a program for another platform wants none."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1 and native.loaded()
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

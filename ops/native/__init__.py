@@ -27,6 +27,11 @@ def available() -> bool:
     return _load()[0] is not None
 
 
+def loaded() -> bool:
+    """Whether the kernels are there already, because somebody has asked `available`."""
+    return _load.cache_info().currsize > 0 and _load()[0] is not None
+
+
 def library() -> ctypes.CDLL:
     """The library, for functions that are no XLA handlers.
 
