@@ -335,6 +335,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
         "use_sliding_window": False, "vocab_size": 151936,
     },
+    "qwen2_5_omni_text": {
+        "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 32768,
+        "max_window_layers": 28, "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True,
+        "use_sliding_window": False, "vocab_size": 152064,
+    },
     "qwen2_5_vl_text": {
         "hidden_act": "silu", "hidden_size": 8192, "intermediate_size": 29568, "max_position_embeddings": 32768,
         "max_window_layers": 80, "num_attention_heads": 64, "num_hidden_layers": 80, "num_key_value_heads": 8,
