@@ -39,14 +39,22 @@ def qwen_moe(hf: Mapping[str, Any], **more: Any) -> MoEConfig:
 
 
 def qwen2_moe_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Where the file does not say which layers have the window, it is every second one before `max_window_layers`."""
     shared = hf.get("shared_expert_intermediate_size", 5632)
+    if hf.get("use_sliding_window") and not hf.get("layer_types"):
+        most = hf.get("max_window_layers", 28)
+        sliding = [index % 2 == 0 and index < most for index in range(hf["num_hidden_layers"])]
+        hf = {**hf, "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding]}
     moe = qwen_moe(hf, shared_ffw_dim=shared, shared_gate=True)
     return from_hf(hf, moe=moe, qkv_bias=hf.get("qkv_bias", True), windows=qwen_windows(hf))
 
 
 def qwen3_moe_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Where `use_sliding_window` is set, every layer has the window, whatever else the file says."""
     bias = bool(hf.get("attention_bias", False))
-    return from_hf(hf, moe=qwen_moe(hf), qkv_bias=bias, out_bias=bias, qk_norm="head", windows=qwen_windows(hf))
+    window = (hf.get("sliding_window") or None) if hf.get("use_sliding_window") else None
+    windows = (window,) * hf["num_hidden_layers"]
+    return from_hf(hf, moe=qwen_moe(hf), qkv_bias=bias, out_bias=bias, qk_norm="head", windows=windows)
 
 
 FAMILIES = (

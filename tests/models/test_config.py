@@ -83,3 +83,18 @@ def test_fields_that_only_an_elder_or_younger_of_the_family_heeds():
     assert not config_of("DeepseekV3ForCausalLM", mlp_bias=True).mlp_bias
     llama4 = config_of("Llama4ForCausalLM", attention_bias=True)
     assert llama4.qkv_bias and llama4.out_bias
+
+
+@pytest.mark.parametrize(
+    ("architecture", "most", "windows"),
+    [
+        ("Qwen2ForCausalLM", 2, (None, None, 5, 5)),
+        ("Qwen3ForCausalLM", 2, (None, None, 5, 5)),
+        ("Qwen2MoeForCausalLM", 3, (5, None, 5, None)),
+        ("Qwen3MoeForCausalLM", 3, (5, 5, 5, 5)),
+    ],
+)
+def test_which_layers_of_qwens_have_windows(architecture, most, windows):
+    """As transformers has it where a file names no kinds of layers."""
+    said = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": most, "num_hidden_layers": 4}
+    assert config_of(architecture, **said).windows == windows
