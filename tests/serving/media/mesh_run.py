@@ -6,7 +6,7 @@ FOLDER has a checkpoint for each family that is tried. Prints a JSON object: fam
 
 from __future__ import annotations
 
-import json
+import functools
 import pathlib
 import sys
 
@@ -17,9 +17,8 @@ if __name__ == "__main__":  # the test imports what is asked, and its process is
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
 
-from serving.engine.requests import buckets
-from serving.llm import LLM
 from tests.models.tiny_vision import TINY
+from tests.serving.media.on_meshes import answers, print_all
 from tests.serving.media.test_images import GREEDY, LARGE, SMALL, turn
 
 TURNS = (
@@ -31,30 +30,15 @@ TURNS = (
 """Cut inside images, several images, one image of several chats, and none."""
 
 
-def run(name: str, folder: pathlib.Path, mesh: str) -> dict:
-    sizes: dict = {"max_model_len": 160, "max_num_batched_tokens": 32} | TINY[name].engine | {"kv_cache_memory": "4MiB"}
+def run(folder: pathlib.Path, name: str, mesh: str) -> dict:
+    sizes: dict = {"max_model_len": 160, "max_num_batched_tokens": 32} | TINY[name].engine
+    sizes.pop("kv_cache_memory", None)
     sizes["max_num_batched_tokens"] *= 2 if "data" in mesh else 1  # of all replicas
-    llm = LLM(
-        str(folder), mesh=mesh, dtype="float32", quantization="none", max_num_seqs=4, mm_encoder_cache_gb=0.0, progress=False,
-        **sizes,
-    )  # fmt: skip
-    try:
-        outputs = llm.chat([one[0] for one in TURNS], GREEDY, use_tqdm=False)
-        engine = llm._started.engine
-        engine.runner.guard.check()
-        return {
-            "prompts": [list(output.prompt_token_ids) for output in outputs],
-            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-            "encoded": [manager.media.misses for manager in engine.scheduler.kv.managers],
-        }
-    finally:
-        llm.shutdown()
+    return answers(folder / name, mesh, [one[0] for one in TURNS], GREEDY, **sizes)
 
 
 def main(folder: pathlib.Path, *meshes: str) -> None:
-    buckets._doubling = lambda low, high: [high]  # one width of decode steps: compiling is most of the time
-    names = [name for name in TINY if (folder / name).exists()]
-    print(json.dumps({name: {mesh: run(name, folder / name, mesh) for mesh in meshes} for name in names}))
+    print_all(folder, TINY, meshes, functools.partial(run, folder))
 
 
 if __name__ == "__main__":
