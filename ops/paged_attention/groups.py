@@ -111,6 +111,8 @@ def _numbers(spec: KVSpec) -> int:
 def _shared(specs: Sequence[KVSpec]) -> KVSpec | None:
     """What an array keeps that any of these layers may lie in; None where there is none."""
     shapes = _shapes(specs)
+    if not shapes:  # no layer keeps anything of a position (Mamba)
+        return None
     widest = max(shapes, key=lambda spec: spec.head_dim)
     alike = all(
         spec.num_kv_heads == widest.num_kv_heads and spec.head_dim == spec.v_head_dim and not spec.indexed

@@ -63,6 +63,11 @@ def test_one_group_where_nothing_is_gained(specs, max_len):
     assert groups == KVGroups.of(specs) and groups.places is None and groups.arrays == tuple(specs)
 
 
+def test_no_groups_where_no_layer_keeps_anything_of_a_position():
+    """As in Mamba."""
+    assert KVGroups.of([], layers_per_page([], 4096)) == KVGroups((), (), ())
+
+
 def of_two_sizes(heads=1):
     """As Gemma 4 E2B: 28 layers with windows, seven with larger heads that see all."""
     narrow, wide = KVSpec(1, 256, 256, 512), KVSpec(heads, 512, 512)
