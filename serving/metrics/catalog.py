@@ -182,6 +182,7 @@ SPECS: tuple[Spec, ...] = (
     ),
     _counter("kv_transfer_requests", "Requests whose pages went between engines.", **_TRANSFER),
     _counter("kv_transfer_bytes", "Bytes of pages and states that went between engines.", **_TRANSFER),
+    _counter("kv_transfer_device_bytes", "Of these bytes, those that went from device to device.", **_TRANSFER),
     _counter("kv_transfer_seconds", "Seconds that transfers took together.", **_TRANSFER),
     _counter("kv_transfer_tokens", "Prompt tokens that other engines computed for this one.", same=False, always=False),
     _counter(

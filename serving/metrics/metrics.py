@@ -243,6 +243,7 @@ def _transfers(t: TransferStats | None) -> dict[str, dict[tuple[str, ...], float
         "requests",
         "bytes",
         "seconds",
+        "device_bytes",
         "tokens",
         "fallbacks",
         "leases",
@@ -254,11 +255,11 @@ def _transfers(t: TransferStats | None) -> dict[str, dict[tuple[str, ...], float
         return {f"kv_transfer_{name}": {} for name in names}
     found: dict[str, dict[tuple[str, ...], float]] = {
         f"kv_transfer_{name}": {(way,): float(getattr(t, f"{name}_{way}")) for way in ("in", "out")}
-        for name in names[:3]
+        for name in names[:4]
     }
     found["kv_transfer_tokens"] = {(): float(t.tokens_in)}
     found["kv_transfer_fallbacks"] = {(r,): float(n) for r, n in zip(REASONS, t.fallbacks, strict=True)}
-    return found | {f"kv_transfer_{name}": {(): float(getattr(t, name))} for name in names[5:]}
+    return found | {f"kv_transfer_{name}": {(): float(getattr(t, name))} for name in names[6:]}
 
 
 OPENMETRICS = "application/openmetrics-text"

@@ -25,6 +25,10 @@ TAKEN = (
 
 ANYBODY = "*"
 
+TRANSPORTS = ("grpc", "auto", "device")
+"""How pages come: over gRPC, or from device to device where both sides can. "auto" takes a GPU or a TPU for that, "device" a CPU
+too."""
+
 PEER_KEY_VARIABLE = "JAXSERVE_PEER_API_KEY"
 """The key that an engine sends to its peers, of role proxy there; in the environment alone."""
 
@@ -41,7 +45,8 @@ class TransferConfig:
         timeout_s: how long a request waits for its pages at most, before it computes what has not come.
         stall_s: how long nothing at all may come.
         max_parallel: transfers to this engine at once; more wait.
-        host: what others reach this engine's gRPC by; "" is --host, or this machine's address where that stands for all.
+        transport: one of TRANSPORTS.
+        host: what others reach this engine by; "" is --host, or this machine's address where that stands for all.
         tls: whether peers are reached over TLS.
         ssl_ca_certs, ssl_certfile, ssl_keyfile: files for that, as of a gateway's --target-ssl flags.
     Raises:
@@ -54,6 +59,7 @@ class TransferConfig:
     timeout_s: float = 60.0
     stall_s: float = 5.0
     max_parallel: int = 16
+    transport: str = "grpc"
     host: str = ""
     tls: bool = False
     ssl_ca_certs: str | None = None
@@ -68,6 +74,14 @@ class TransferConfig:
         if isinstance(self.max_parallel, bool) or not isinstance(self.max_parallel, int) or self.max_parallel < 1:
             raise ValueError(
                 f"kv_transfer_config: max_parallel must be a whole number of at least 1, got {self.max_parallel!r}."
+            )
+        if self.transport not in TRANSPORTS:
+            raise ValueError(
+                f"kv_transfer_config: transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}."
+            )
+        if self.transport == "device" and (self.tls or self.ssl_ca_certs or self.ssl_certfile or self.ssl_keyfile):
+            raise ValueError(
+                "kv_transfer_config: what goes from device to device is not encrypted: leave transport or tls out."
             )
         for name in ("host", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
             if not isinstance(getattr(self, name), str | None):

@@ -11,6 +11,7 @@ from serving.engine.api.peers.transfers import Transport
 from serving.engine.api.types import EngineOutput, EngineRequest
 from serving.engine.engine import Engine
 from serving.transfer.config import TransferConfig
+from serving.transfer.device_link import link_of
 from serving.transfer.disk import DiskTier
 from serving.transfer.forms import forms_of
 from serving.transfer.giving import Giving
@@ -111,17 +112,18 @@ def exchange_pages(
         transport: how pages come; None where it takes none. Closed with the engine.
         disk: where pages go that leave host memory, and how many bytes of them at most; None: nowhere.
     Raises:
-        ValueError: the folder cannot be used.
+        ValueError: the folder cannot be used, or arrays cannot go from device to device, which was asked for.
     """
     executor, ledger = engine.runner.executor, Ledger()
     states = () if executor.states is None else executor.states.arrays
     forms = forms_of(executor.page_arrays, facts[0], executor.mesh)
     identity = identity_of(weights, facts, [(one.shape, one.dtype) for one in forms], states)
-    giving = Giving(engine, config, identity, ledger, forms) if config.gives else None
+    link = link_of(config, forms, executor.page_arrays)
+    giving = Giving(engine, config, identity, ledger, forms, link) if config.gives else None
     taking = None
     if config.takes:
         assert transport is not None, "an engine that takes pages needs a way for them"
-        taking = Taking(engine, config, identity, transport, ledger, forms)
+        taking = Taking(engine, config, identity, transport, ledger, forms, link)
     kept = None
     if disk is not None:
         shapes = [a.shape[1:] for a in executor.page_arrays]
@@ -139,6 +141,8 @@ def exchange_pages(
             giving.close()
         if transport is not None:
             transport.close()
+        if link is not None:
+            link.close()
         if kept is not None:
             kept[1].close()
             for key in executor.store.all_of(0):  # what host memory has is of use to the next process

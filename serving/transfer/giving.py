@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from serving.engine.api.media import Media
-from serving.engine.api.peers.transfers import ALIVE, STATE, Parcel, TransferError, Wanted
+from serving.engine.api.peers.transfers import ALIVE, STATE, Offer, Parcel, TransferError, Wanted
 from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason, TransferParams
 from serving.engine.cache.kv_manager import KVManager
 from serving.engine.cache.kv_windows import first_page
@@ -32,6 +32,7 @@ from serving.engine.requests.commands import PagesOut
 from serving.engine.requests.moves import PageMove
 from serving.engine.requests.request import RequestState
 from serving.transfer.config import TransferConfig
+from serving.transfer.device_link import DeviceLink
 from serving.transfer.digests import chain, content_digest
 from serving.transfer.forms import Form
 from serving.transfer.ledger import Ledger
@@ -44,6 +45,8 @@ POLL_S = 0.005
 """How often to look whether the next pages are computed; asking waits for the step that runs anyway."""
 ALIVE_S = 0.5
 """How often to tell a waiting peer that we live."""
+ROOM_S = 2.0
+"""How long to wait for others to pull what they were offered, before pages are sent instead."""
 COMING_S = 5.0
 """How long to wait for a ticket's request to arrive: the peer may have been asked first."""
 
@@ -77,10 +80,12 @@ class Giving:
     """Gives pages of one engine. `submitted` to `look` are called on its thread, the others on any."""
 
     def __init__(
-        self, engine: Engine, config: TransferConfig, identity: bytes, ledger: Ledger, forms: Sequence[Form]
-    ) -> None:
+        self, engine: Engine, config: TransferConfig, identity: bytes, ledger: Ledger, forms: Sequence[Form],
+        link: DeviceLink | None = None,
+    ) -> None:  # fmt: skip
         self.identity = identity
         self._forms = forms
+        self._link = link
         self._engine = engine
         self._kv = engine.scheduler.kv
         self._config = config
@@ -261,6 +266,11 @@ class Giving:
         """See PageSource.release."""
         return self._call(lambda: (ticket in self._tickets, self._end(ticket))[0])
 
+    def pulled(self, number: int) -> None:
+        """See PageSource.pulled."""
+        if self._link is not None:
+            self._link.pulled(number)
+
     def fetch(self, wanted: Wanted) -> Iterator[Parcel]:
         """See PageSource.fetch."""
         if wanted.identity != self.identity:
@@ -270,13 +280,16 @@ class Giving:
             )
         began = time.monotonic()
         self._ledger.add(requests_out=1)
-        sent = 0
+        sent = offered = 0
         try:
             for parcel in self._parcels(wanted, began):
+                if parcel.offer is not None and self._link is not None:
+                    offered += self._link.row_bytes * parcel.offer.rows
                 sent += len(parcel.content)
                 yield parcel
         finally:
-            self._ledger.add(bytes_out=sent, seconds_out=time.monotonic() - began)
+            seconds = time.monotonic() - began
+            self._ledger.add(bytes_out=sent + offered, device_bytes_out=offered, seconds_out=seconds)
             if wanted.ticket and not self._closed:
                 self.release(wanted.ticket)
 
@@ -294,7 +307,8 @@ class Giving:
             )
             if found is not None:
                 which, groups, lent = found
-                for parcel in self._packed(which, groups, lent, links):
+                offer = yield from self._offered(wanted, lent, sum(groups))
+                for parcel in self._packed(which, groups, lent, links, offer):
                     at = parcel.page + 1
                     yield parcel
                 told = time.monotonic()
@@ -329,11 +343,34 @@ class Giving:
             with self._changed:
                 self._changed.wait(POLL_S)
 
-    def _packed(self, which: list[int], groups: list[int], lent: Lent, links: list[bytes]) -> Iterable[Parcel]:
-        pages = iter(lent)
+    def _offered(self, wanted: Wanted, lent: Lent, rows: int) -> Generator[Parcel, None, Offer | None]:
+        """Offers copies to whoever can pull them from their device; None where they are sent instead. An array has as many rows as
+        a parcel, however many pages there are: fewer than half are sent."""
+        link = self._link
+        if link is None or wanted.device is None or wanted.device != link.way or 2 * rows < PARCEL:
+            return None
+        arrays = lent.on_device
+        if arrays is None or any(form.heads is not None for form in self._forms):
+            return None
+        end = time.monotonic() + ROOM_S
+        while not link.has_room(ALIVE_S):
+            if time.monotonic() > end or self._closed:
+                return None
+            yield Parcel(ALIVE)
+        return link.offer(arrays)
+
+    def _packed(
+        self, which: list[int], groups: list[int], lent: Lent, links: list[bytes], offer: Offer | None
+    ) -> Iterable[Parcel]:
+        pages, row = iter(lent), 0
         for i, count in zip(which, groups, strict=True):
             content = b"".join(self._row(next(pages)) for _ in range(count))
-            yield Parcel(i, content, content_digest(links[i], i, content))
+            digest = content_digest(links[i], i, content)
+            if offer is None:
+                yield Parcel(i, content, digest)
+            else:
+                yield Parcel(i, b"", digest, dataclasses.replace(offer, first=row, rows=count))
+            row += count
 
     def _row(self, rows: list[Any]) -> bytes:
         """A page of one group as it travels."""

@@ -13,7 +13,7 @@ from proto.jaxserve.v1 import transfer_pb2 as pb
 from proto.jaxserve.v1 import transfer_pb2_grpc
 from serving.access import ClientTls
 from serving.engine.api.media import Media
-from serving.engine.api.peers.transfers import Parcel, TransferError, Wanted
+from serving.engine.api.peers.transfers import DeviceWay, Offer, Parcel, TransferError, Wanted
 
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -43,6 +43,14 @@ def places_of(media: Media) -> Iterator[pb.MediaPlaces]:
         yield pb.MediaPlaces(digest=item.digest, runs=np.stack([item.places_N[begins], counts], 1).ravel().tolist())
 
 
+def _way_to(way: DeviceWay) -> pb.DeviceWay:
+    return pb.DeviceWay(platform=way.platform, version=way.version)
+
+
+def _offer_from(wire: pb.Offer) -> Offer:
+    return Offer(wire.address, wire.number, wire.first, wire.rows)
+
+
 class GrpcTransport:
     """See `Transport`.
 
@@ -69,6 +77,7 @@ class GrpcTransport:
             ticket=wanted.ticket,
             timeout_s=wanted.timeout_s,
             media=() if wanted.media is None else list(places_of(wanted.media)),
+            device=None if wanted.device is None else _way_to(wanted.device),
         )
         call = self._stub(address).Fetch(request, timeout=wanted.timeout_s + GRACE_S, metadata=self._metadata)
         return GrpcFetching(call)
@@ -78,6 +87,11 @@ class GrpcTransport:
         if ticket:
             request = pb.ReleaseRequest(ticket=ticket)
             self._stub(address).Release.future(request, timeout=RELEASE_S, metadata=self._metadata)
+
+    def pulled(self, address: str, number: int) -> None:
+        """See Transport."""
+        request = pb.ReleaseRequest(pulled=[number])
+        self._stub(address).Release.future(request, timeout=RELEASE_S, metadata=self._metadata)
 
     def close(self) -> None:
         """Ends every connection, and what comes over it."""
@@ -108,7 +122,8 @@ class GrpcFetching:
     def __iter__(self) -> Iterator[Parcel]:
         try:
             for message in self._call:
-                yield Parcel(message.page, message.content, message.digest)
+                offer = _offer_from(message.offer) if message.HasField("offer") else None
+                yield Parcel(message.page, message.content, message.digest, offer)
         except grpc.RpcError as error:
             code: Any = error.code()  # type: ignore[attr-defined] - of a call
             raise TransferError(_REASONS.get(code, "failed"), error.details()) from error  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from serving.engine.requests.commands import PagesIn, PagesOut
 from serving.engine.requests.moves import Landing, PageMove
 from serving.engine.requests.request import RequestState
 from serving.transfer.config import TransferConfig
+from serving.transfer.device_link import DeviceLink, Pulling
 from serving.transfer.digests import chain, content_digest
 from serving.transfer.disk import DiskFetching, DiskTier
 from serving.transfer.forms import Form, forms_of, row_of
@@ -87,11 +88,13 @@ class _Came:
         tokens: from the sequence's beginning, whole pages.
         state: the recurrent state behind all that was asked for is there, or none is needed.
         bytes: that came, verified or not.
+        device_bytes: of them, from the peer's device.
     """
 
     tokens: int
     state: bool
     bytes: int = 0
+    device_bytes: int = 0
 
 
 class Taking:
@@ -99,10 +102,11 @@ class Taking:
 
     def __init__(
         self, engine: Engine, config: TransferConfig, identity: bytes, transport: Transport | None, ledger: Ledger,
-        forms: Sequence[Form] | None = None,
+        forms: Sequence[Form] | None = None, link: DeviceLink | None = None,
     ) -> None:  # fmt: skip
         self.identity = identity
         self._forms = forms or forms_of(engine.runner.executor.page_arrays, None, None)  # how pages come
+        self._link = link
         self._engine = engine
         self._config = config
         self._transport = transport
@@ -157,6 +161,7 @@ class Taking:
         wanted = Wanted(
             self.identity, request.prompt_token_ids, landing.first, landing.tokens, request.adapter, request.cache_salt,
             told.ticket, max(0.1, deadline - now), request.media and request.media.outline(),
+            None if self._link is None else self._link.way_to(told.address),
         )  # fmt: skip
         self._start(_Job(request, told.address, wanted, landing, deadline))
         return True
@@ -327,7 +332,9 @@ class Taking:
         # A snapshot is found with the last page: without the state that page must not be.
         tokens = came.tokens if came.state else min(came.tokens, job.landing.tokens - 1)
         taken, seconds = max(0, tokens - job.landing.first), time.monotonic() - began
-        self._ledger.add(requests_in=1, bytes_in=came.bytes, tokens_in=taken, seconds_in=seconds)
+        self._ledger.add(
+            requests_in=1, bytes_in=came.bytes, device_bytes_in=came.device_bytes, tokens_in=taken, seconds_in=seconds
+        )
         if taken and not job.wanted.ticket:
             self._fetched = self._fetched[0] + taken, self._fetched[1] + seconds
         if reason:
@@ -356,6 +363,7 @@ class Taking:
             begin = lambda: transport.fetch(job.address, wanted)  # noqa: E731
         job.fetching = begin()
         verified = getattr(job.fetching, "verified", False)
+        pulling = self._pulling(job)
         if job.why:
             job.fetching.cancel()
 
@@ -369,6 +377,9 @@ class Taking:
             for parcel in self._until_ended(job, job.fetching):
                 if parcel.page == ALIVE:
                     continue
+                if parcel.offer is not None:
+                    parcel = pulling.brought(parcel)
+                    came.device_bytes += len(parcel.content)
                 came.bytes += len(parcel.content)
                 link = links[-1] if parcel.page == STATE else links[at] if at < count else b""
                 if parcel.page not in (at, STATE) or not (
@@ -394,6 +405,16 @@ class Taking:
                 write()  # what was verified counts
             raise
         write()
+
+    def _pulling(self, job: _Job) -> Pulling:
+        """What is offered instead of sent."""
+        transport, address = self._transport, job.address
+
+        def tell(number: int) -> None:
+            if transport is not None:
+                transport.pulled(address, number)
+
+        return Pulling(self._link, address, lambda: job.why, tell)
 
     def _until_ended(self, job: _Job, fetching: Fetching) -> Iterator[Parcel]:
         try:

@@ -75,7 +75,7 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., mesh: _Optional[str] = ..., uptime_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_free: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_recompilations: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., num_scheduled_tokens: _Optional[int] = ..., num_bucket_tokens: _Optional[int] = ..., host_time_s: _Optional[float] = ..., device_wait_time_s: _Optional[float] = ..., adapters: _Optional[_Iterable[_Union[LoadedAdapter, _Mapping]]] = ..., takes_adapters: _Optional[bool] = ..., num_drafts: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., accepted_per_pos: _Optional[_Iterable[int]] = ..., transfers: _Optional[_Union[TransferFigures, _Mapping]] = ..., media_queries: _Optional[int] = ..., media_hits: _Optional[int] = ..., media_time_s: _Optional[float] = ...) -> None: ...
 
 class TransferFigures(_message.Message):
-    __slots__ = ("requests_in", "requests_out", "bytes_in", "bytes_out", "tokens_in", "seconds_in", "seconds_out", "fallbacks", "leases", "leased_pages", "leases_expired", "receiving")
+    __slots__ = ("requests_in", "requests_out", "bytes_in", "bytes_out", "tokens_in", "seconds_in", "seconds_out", "fallbacks", "leases", "leased_pages", "leases_expired", "receiving", "device_bytes_in", "device_bytes_out")
     class FallbacksEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +95,8 @@ class TransferFigures(_message.Message):
     LEASED_PAGES_FIELD_NUMBER: _ClassVar[int]
     LEASES_EXPIRED_FIELD_NUMBER: _ClassVar[int]
     RECEIVING_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_IN_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_OUT_FIELD_NUMBER: _ClassVar[int]
     requests_in: int
     requests_out: int
     bytes_in: int
@@ -107,7 +109,9 @@ class TransferFigures(_message.Message):
     leased_pages: int
     leases_expired: int
     receiving: int
-    def __init__(self, requests_in: _Optional[int] = ..., requests_out: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., tokens_in: _Optional[int] = ..., seconds_in: _Optional[float] = ..., seconds_out: _Optional[float] = ..., fallbacks: _Optional[_Mapping[str, int]] = ..., leases: _Optional[int] = ..., leased_pages: _Optional[int] = ..., leases_expired: _Optional[int] = ..., receiving: _Optional[int] = ...) -> None: ...
+    device_bytes_in: int
+    device_bytes_out: int
+    def __init__(self, requests_in: _Optional[int] = ..., requests_out: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., tokens_in: _Optional[int] = ..., seconds_in: _Optional[float] = ..., seconds_out: _Optional[float] = ..., fallbacks: _Optional[_Mapping[str, int]] = ..., leases: _Optional[int] = ..., leased_pages: _Optional[int] = ..., leases_expired: _Optional[int] = ..., receiving: _Optional[int] = ..., device_bytes_in: _Optional[int] = ..., device_bytes_out: _Optional[int] = ...) -> None: ...
 
 class LoadedAdapter(_message.Message):
     __slots__ = ("name", "digest", "rank", "num_matrices", "path", "tenants", "own_text")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajaxserve/v1/transfer.proto\x12\x0bjaxserve.v1\"\xd7\x01\n\x0c\x46\x65tchRequest\x12\x10\n\x08identity\x18\x01 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05\x66irst\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\t\x12\x17\n\ncache_salt\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06ticket\x18\x07 \x01(\t\x12\x11\n\ttimeout_s\x18\x08 \x01(\x01\x12\'\n\x05media\x18\t \x03(\x0b\x32\x18.jaxserve.v1.MediaPlacesB\r\n\x0b_cache_salt\"+\n\x0bMediaPlaces\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0c\n\x04runs\x18\x02 \x03(\r\">\n\rFetchResponse\x12\x0c\n\x04page\x18\x01 \x01(\x12\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\" \n\x0eReleaseRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\t\" \n\x0fReleaseResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\x92\x01\n\x08Transfer\x12@\n\x05\x46\x65tch\x12\x19.jaxserve.v1.FetchRequest\x1a\x1a.jaxserve.v1.FetchResponse0\x01\x12\x44\n\x07Release\x12\x1b.jaxserve.v1.ReleaseRequest\x1a\x1c.jaxserve.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajaxserve/v1/transfer.proto\x12\x0bjaxserve.v1\"\xff\x01\n\x0c\x46\x65tchRequest\x12\x10\n\x08identity\x18\x01 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05\x66irst\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\t\x12\x17\n\ncache_salt\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06ticket\x18\x07 \x01(\t\x12\x11\n\ttimeout_s\x18\x08 \x01(\x01\x12\'\n\x05media\x18\t \x03(\x0b\x32\x18.jaxserve.v1.MediaPlaces\x12&\n\x06\x64\x65vice\x18\n \x01(\x0b\x32\x16.jaxserve.v1.DeviceWayB\r\n\x0b_cache_salt\".\n\tDeviceWay\x12\x10\n\x08platform\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"+\n\x0bMediaPlaces\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0c\n\x04runs\x18\x02 \x03(\r\"a\n\rFetchResponse\x12\x0c\n\x04page\x18\x01 \x01(\x12\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12!\n\x05offer\x18\x04 \x01(\x0b\x32\x12.jaxserve.v1.Offer\"E\n\x05Offer\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x06\x12\r\n\x05\x66irst\x18\x03 \x01(\r\x12\x0c\n\x04rows\x18\x04 \x01(\r\"0\n\x0eReleaseRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\t\x12\x0e\n\x06pulled\x18\x02 \x03(\x06\" \n\x0fReleaseResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\x92\x01\n\x08Transfer\x12@\n\x05\x46\x65tch\x12\x19.jaxserve.v1.FetchRequest\x1a\x1a.jaxserve.v1.FetchResponse0\x01\x12\x44\n\x07Release\x12\x1b.jaxserve.v1.ReleaseRequest\x1a\x1c.jaxserve.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,15 +32,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'jaxserve.v1.transfer_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FETCHREQUEST']._serialized_start=44
-  _globals['_FETCHREQUEST']._serialized_end=259
-  _globals['_MEDIAPLACES']._serialized_start=261
-  _globals['_MEDIAPLACES']._serialized_end=304
-  _globals['_FETCHRESPONSE']._serialized_start=306
-  _globals['_FETCHRESPONSE']._serialized_end=368
-  _globals['_RELEASEREQUEST']._serialized_start=370
-  _globals['_RELEASEREQUEST']._serialized_end=402
-  _globals['_RELEASERESPONSE']._serialized_start=404
-  _globals['_RELEASERESPONSE']._serialized_end=436
-  _globals['_TRANSFER']._serialized_start=439
-  _globals['_TRANSFER']._serialized_end=585
+  _globals['_FETCHREQUEST']._serialized_end=299
+  _globals['_DEVICEWAY']._serialized_start=301
+  _globals['_DEVICEWAY']._serialized_end=347
+  _globals['_MEDIAPLACES']._serialized_start=349
+  _globals['_MEDIAPLACES']._serialized_end=392
+  _globals['_FETCHRESPONSE']._serialized_start=394
+  _globals['_FETCHRESPONSE']._serialized_end=491
+  _globals['_OFFER']._serialized_start=493
+  _globals['_OFFER']._serialized_end=562
+  _globals['_RELEASEREQUEST']._serialized_start=564
+  _globals['_RELEASEREQUEST']._serialized_end=612
+  _globals['_RELEASERESPONSE']._serialized_start=614
+  _globals['_RELEASERESPONSE']._serialized_end=646
+  _globals['_TRANSFER']._serialized_start=649
+  _globals['_TRANSFER']._serialized_end=795
 # @@protoc_insertion_point(module_scope)

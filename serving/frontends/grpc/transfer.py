@@ -13,7 +13,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from proto.jaxserve.v1 import transfer_pb2 as pb
 from serving.access import Access, caller_of_task
 from serving.engine.api.media import Media, outline_of
-from serving.engine.api.peers.transfers import PageSource, TransferError, Wanted
+from serving.engine.api.peers.transfers import DeviceWay, Offer, PageSource, TransferError, Wanted
 from serving.errors import ErrorKind, RequestError, invalid
 from serving.service import TextService
 
@@ -46,6 +46,10 @@ def media_from(request: pb.FetchRequest) -> Media | None:
     return outline_of(items, max(behind, len(request.token_ids)))
 
 
+def _offer_to(offer: Offer) -> pb.Offer:
+    return pb.Offer(address=offer.address, number=offer.number, first=offer.first, rows=offer.rows)
+
+
 class Transfer:
     """Fetch and Release.
 
@@ -73,13 +77,15 @@ class Transfer:
             request.ticket,
             request.timeout_s,
             media_from(request),
+            DeviceWay(request.device.platform, request.device.version) if request.HasField("device") else None,
         )
         parcels = iter(self._source().fetch(wanted))
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-give")  # its own: pages are waited for
         try:
             while (parcel := await loop.run_in_executor(thread, next, parcels, None)) is not None:
-                yield pb.FetchResponse(page=parcel.page, content=parcel.content, digest=parcel.digest)
+                offer = None if parcel.offer is None else _offer_to(parcel.offer)
+                yield pb.FetchResponse(page=parcel.page, content=parcel.content, digest=parcel.digest, offer=offer)
         except TransferError as error:
             raise RequestError(ErrorKind.FAILED_PRECONDITION, str(error)) from error
         finally:
@@ -89,7 +95,12 @@ class Transfer:
     async def Release(  # noqa: N802
         self, request: pb.ReleaseRequest, context: Any
     ) -> pb.ReleaseResponse:
-        return pb.ReleaseResponse(found=await asyncio.to_thread(self._source().release, request.ticket))
+        source = self._source()
+        for number in request.pulled:
+            source.pulled(number)
+        if not request.ticket:
+            return pb.ReleaseResponse()
+        return pb.ReleaseResponse(found=await asyncio.to_thread(source.release, request.ticket))
 
     def _source(self) -> PageSource:
         self._access.check_watch(caller_of_task.get())

@@ -40,6 +40,12 @@ class LocalTransport:
         if address in self.engines:
             self.engines[address].page_source.release(ticket)
 
+    def pulled(self, address, number):
+        if self.outside is not None and address != "prefill:1":
+            return self.outside.pulled(address, number)
+        if address in self.engines:
+            self.engines[address].page_source.pulled(number)
+
     def close(self):
         pass
 

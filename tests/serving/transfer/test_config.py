@@ -34,6 +34,8 @@ def test_roles(role, text, expected):
         (None, '{"peers": ["10.0.0.0/99"]}', "no network"),
         (None, '{"peers": [3]}', "list of hosts"),
         (None, '{"max_parallel": 0}', "max_parallel"),
+        (None, '{"transport": "nixl"}', "one of grpc, auto, device"),
+        (None, '{"transport": "device", "tls": true}', "not encrypted"),
     ],
 )
 def test_what_is_refused(role, text, match):

@@ -39,7 +39,11 @@ class Fleet:
 
     Attributes:
         urls: HTTP of "prefill", "decode" and "gateway".
+        mesh, gives, takes: flags of the engine that computes prompts, and how both exchange pages.
     """
+
+    mesh: tuple[str, ...] = ("--mesh", "model=2", "--cpu-devices", "2")
+    gives, takes = GIVES, TAKES
 
     def __init__(self, folder) -> None:
         self.model = write_tiny_checkpoint(folder / "model")
@@ -67,8 +71,8 @@ class Fleet:
             how = ("--prefill-policy", "always", "--prefill-min-tokens", "16")
             self.processes[name] = GatewayProcess("--model", str(self.model), *targets, *how, *ports)
             return
-        role = ("--role", name, "--kv-transfer-config", GIVES if name == "prefill" else TAKES)
-        mesh = ("--mesh", "model=2", "--cpu-devices", "2") if name == "prefill" else ()
+        role = ("--role", name, "--kv-transfer-config", self.gives if name == "prefill" else self.takes)
+        mesh = self.mesh if name == "prefill" else ()
         common = ("--model", str(self.model), "--compile-cache", str(self.programs), *FLAGS)
         self.processes[name] = Process(*common, *role, *mesh, *ports)
 

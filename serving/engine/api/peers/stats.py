@@ -11,6 +11,7 @@ REASONS = (
     "unreachable",  # the peer cannot be reached, or was lost
     "other_model",  # the peer's pages mean something else
     "incomplete",  # the peer did not have all of it
+    "not_pulled",  # what was offered did not come from device to device
     "wrong_digest",  # what came is not what was asked for
     "too_slow",  # nothing came in time
     "aborted",  # the request ended, or the weights changed
@@ -26,6 +27,7 @@ class TransferStats:
     Attributes:
         requests_in, requests_out: transfers that were begun.
         bytes_in, bytes_out: of pages and states.
+        device_bytes_in, device_bytes_out: of them, those that went from device to device.
         tokens_in: positions that need not be computed thanks to them.
         seconds_in, seconds_out: that they took together.
         fallbacks: of each of REASONS, transfers that did not happen or not wholly.
@@ -38,6 +40,8 @@ class TransferStats:
     requests_out: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    device_bytes_in: int = 0
+    device_bytes_out: int = 0
     tokens_in: int = 0
     seconds_in: float = 0.0
     seconds_out: float = 0.0

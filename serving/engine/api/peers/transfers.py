@@ -15,6 +15,35 @@ from serving.engine.api.media import Media
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class DeviceWay:
+    """What a process must have in common with another for arrays to go from device to device.
+
+    Attributes:
+        platform: "gpu", "tpu" or "cpu".
+        version: of what moves them, and how many pages it moves at once.
+    """
+
+    platform: str
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Offer:
+    """Where a page is to be pulled from, on a device of the peer.
+
+    Attributes:
+        address: host:port of the peer's transfer server.
+        number: names the arrays there, one of each kind that a page has, with a row a page; nobody can guess it.
+        first, rows: of these arrays, the rows that are the page: one for each group that needs it.
+    """
+
+    address: str
+    number: int
+    first: int
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Wanted:
     """What an engine asks another for.
 
@@ -26,6 +55,7 @@ class Wanted:
         ticket: names the request that computes them there, which may not have come yet; "" for none: what there is now.
         timeout_s: how long to wait for them at most.
         media: images in the prompt: their digests and places, without pixels; None where there are none.
+        device: how the asking engine can pull pages from a device; None where it cannot, or does not want to.
     """
 
     identity: bytes
@@ -37,6 +67,7 @@ class Wanted:
     ticket: str = ""
     timeout_s: float = 30.0
     media: Media | None = None
+    device: DeviceWay | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,11 +78,13 @@ class Parcel:
         page: which page of the sequence; -1 for a recurrent state behind all that was asked for, -2 for a sign of life.
         content: of all groups that need the page, one behind the other, all arrays of each (`serving.transfer.digests`).
         digest: of what the page is and of its content.
+        offer: where the content is to be pulled from; None where it is here.
     """
 
     page: int
     content: bytes = b""
     digest: bytes = b""
+    offer: Offer | None = None
 
 
 STATE, ALIVE = -1, -2
@@ -88,6 +121,10 @@ class PageSource(Protocol):
         """Nobody will fetch what is kept under this ticket. False where nothing is."""
         ...
 
+    def pulled(self, number: int) -> None:
+        """What was offered under this number is with whoever asked for it."""
+        ...
+
 
 class Fetching(Protocol):
     """A transfer on its way: an iterator that another thread can end."""
@@ -106,6 +143,10 @@ class Transport(Protocol):
 
     def release(self, address: str, ticket: str) -> None:
         """Tells a peer that nobody will fetch what it keeps; without waiting for an answer, and without an error."""
+        ...
+
+    def pulled(self, address: str, number: int) -> None:
+        """Tells a peer that what it offered has come; as `release`."""
         ...
 
     def close(self) -> None: ...

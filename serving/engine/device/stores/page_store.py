@@ -82,6 +82,18 @@ class Lent:
     _keys: list[tuple[int, bytes]]
     _shapes: list[tuple[int, ...]]
 
+    @property
+    def on_device(self) -> list[jax.Array] | None:
+        """The copies where they are, every array's [PARCEL, ...] with the pages in their order; None where they are cut over
+        devices, or are more than a parcel."""
+        (replica, _), *_ = self._keys
+        found = [[array for (of, _), array in leaf.items() if of == replica] for leaf in self._parcels[0].leaves]
+        if len(self._parcels) > 1 or any(len(parts) != 1 for parts in found):
+            return None
+        arrays = [part for (part,) in found]
+        same = all(a.shape == (PARCEL, *shape) for a, shape in zip(arrays, self._shapes, strict=True))
+        return arrays if same else None
+
     def __iter__(self) -> Iterator[list[np.ndarray]]:
         """Of each page in turn, every array's row, put together from the devices' parts. Waits for the copies."""
         for replica, key in self._keys:

@@ -1,0 +1,71 @@
+"""A process that offers arrays of pages from its device: `python -m tests.serving.transfer.offering LEASE_S FORMS`.
+
+It says where on its first line, then answers each line of its input: `offer VALUE` with the offer's number, `waiting` with how many
+are, `memory` with the bytes that it has in use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from serving.engine.api.peers.transfers import Offer
+
+
+class Offering:
+    """The process, as its parent sees it.
+
+    Args:
+        forms: (shape, dtype) of each array's row.
+    """
+
+    def __init__(self, lease_s, forms):
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "tests.serving.transfer.offering", str(lease_s), json.dumps(forms)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        self.address = self.popen.stdout.readline().strip()
+
+    def ask(self, line):
+        self.popen.stdin.write(line + "\n")
+        self.popen.stdin.flush()
+        return int(self.popen.stdout.readline())
+
+    def offer(self, value=1, rows=1):
+        return Offer(self.address, self.ask(f"offer {value}"), 0, rows)
+
+    def close(self):
+        self.popen.kill()
+        self.popen.wait()
+        self.popen.stdin.close()
+        self.popen.stdout.close()
+
+
+def _main():
+    import jax
+    import numpy as np
+
+    from serving.engine.device.stores.page_store import PARCEL
+    from serving.transfer.device_link import DeviceLink
+    from serving.transfer.forms import Form
+
+    forms = [Form(tuple(shape), np.dtype(dtype)) for shape, dtype in json.loads(sys.argv[2])]
+    link = DeviceLink(forms, jax.devices()[0], "127.0.0.1", float(sys.argv[1]))
+    print(link.address, flush=True)
+    for line in sys.stdin:
+        what, *value = line.split()
+        if what == "offer":
+            content = [np.full((PARCEL, *one.shape), int(value[0]), one.dtype) for one in forms]
+            found = link.offer([jax.device_put(one, jax.devices()[0]) for one in content]).number
+        elif what == "waiting":
+            found = link.waiting
+        else:
+            with open("/proc/self/statm") as file:
+                found = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        print(found, flush=True)
+
+
+if __name__ == "__main__":
+    _main()
