@@ -82,7 +82,9 @@ def link_of(config: TransferConfig, forms: Sequence[Form], arrays: Sequence[Any]
     if not is_chosen(config, device.platform):
         return None
     try:
-        return DeviceLink(forms, device, listening(config), config.lease_s)
+        link = DeviceLink(forms, device, listening(config), config.lease_s)
+        log.info("pages go from device to device where a peer can (%s, %s)", link.address, link.way.version)
+        return link
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         if config.transport == "device":
             raise ValueError(
@@ -158,6 +160,7 @@ class DeviceLink:
             return None
         with self._changed:
             self._offered[number] = time.monotonic() + self._lease_s
+            self._changed.notify_all()
             if self._sweeper is None:
                 self._sweeper = threading.Thread(target=self._sweep, name="jaxserve-offers", daemon=True)
                 self._sweeper.start()

@@ -1,7 +1,7 @@
-"""A process that offers arrays of pages from its device: `python -m tests.serving.transfer.offering LEASE_S FORMS`.
+"""A process that offers arrays of pages from its device: `python -m tests.serving.transfer.offering FORMS`.
 
-It says where on its first line, then answers each line of its input: `offer VALUE` with the offer's number, `waiting` with how many
-are, `memory` with the bytes that it has in use.
+It says where on its first line, then answers each line of its input: `offer VALUE LEASE_S` with the offer's number, `pulled
+NUMBER` and `waiting` with how many wait, `memory` with the bytes that it has in use.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Offering:
         forms: (shape, dtype) of each array's row.
     """
 
-    def __init__(self, lease_s, forms):
+    def __init__(self, forms):
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "tests.serving.transfer.offering", str(lease_s), json.dumps(forms)],
+            [sys.executable, "-m", "tests.serving.transfer.offering", json.dumps(forms)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
         )  # fmt: skip
         self.address = self.popen.stdout.readline().strip()
@@ -33,8 +33,8 @@ class Offering:
         self.popen.stdin.flush()
         return int(self.popen.stdout.readline())
 
-    def offer(self, value=1, rows=1):
-        return Offer(self.address, self.ask(f"offer {value}"), 0, rows)
+    def offer(self, value=1, lease_s=60.0):
+        return Offer(self.address, self.ask(f"offer {value} {lease_s}"), 0, 1)
 
     def close(self):
         self.popen.kill()
@@ -51,15 +51,18 @@ def _main():
     from serving.transfer.device_link import DeviceLink
     from serving.transfer.forms import Form
 
-    forms = [Form(tuple(shape), np.dtype(dtype)) for shape, dtype in json.loads(sys.argv[2])]
-    link = DeviceLink(forms, jax.devices()[0], "127.0.0.1", float(sys.argv[1]))
+    forms = [Form(tuple(shape), np.dtype(dtype)) for shape, dtype in json.loads(sys.argv[1])]
+    link = DeviceLink(forms, jax.devices()[0], "127.0.0.1", 60.0)
     print(link.address, flush=True)
     for line in sys.stdin:
         what, *value = line.split()
         if what == "offer":
+            link._lease_s = float(value[1])
             content = [np.full((PARCEL, *one.shape), int(value[0]), one.dtype) for one in forms]
             found = link.offer([jax.device_put(one, jax.devices()[0]) for one in content]).number
-        elif what == "waiting":
+        elif what in ("pulled", "waiting"):
+            if value:
+                link.pulled(int(value[0]))
             found = link.waiting
         else:
             with open("/proc/self/statm") as file:

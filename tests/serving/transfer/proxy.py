@@ -12,6 +12,7 @@ class Proxy:
 
     Attributes:
         happened: set when what was asked for has happened.
+        least: bytes of what it happens to, at once: pages, not words.
     """
 
     def __init__(self, upstream: int) -> None:
@@ -19,6 +20,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.happened = threading.Event()
+        self.least = 4096
         self._free = threading.Event()
         self._free.set()
         self._lock = threading.Lock()
@@ -88,7 +90,7 @@ class Proxy:
     def _happens(self, data: bytes) -> bytes:
         with self._lock:
             self._left -= len(data)
-            what = self._what if self._left <= 0 and len(data) > 4096 else ""  # of pages, not of words
+            what = self._what if self._left <= 0 and len(data) > self.least else ""
             if what:
                 self._what = ""
         if what == "spoil":

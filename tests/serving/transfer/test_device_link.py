@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from serving.engine.api.peers.transfers import DeviceWay, Offer, Parcel, TransferError
-from serving.engine.device.stores.page_store import PARCEL
+from serving.engine.device.stores.page_store import PARCEL, Lent, _Parcel
 from serving.transfer.config import TransferConfig
 from serving.transfer.device_link import DeviceLink, Pulling, is_chosen, link_of, listening
 from serving.transfer.forms import Form
@@ -76,6 +76,18 @@ def test_an_address_that_is_not_here():
     assert link_of(dataclasses.replace(elsewhere, transport="auto"), [Form((3,), np.float32)], arrays) is None
 
 
+def test_pages_that_are_cut_are_not_offered():
+    """Two devices with a head each; and a replica's page that lies on one."""
+    half, whole = np.zeros((PARCEL, 1, 4)), np.zeros((PARCEL, 2, 4))
+    left, right, both = (((0, 1), (0, 4)), ((1, 2), (0, 4)), ((0, 2), (0, 4)))
+    cut = _Parcel({(0, b"k"): 0}, [{(0, left): half, (0, right): half}])
+    kept = _Parcel({(1, b"k"): 0}, [{(0, both): half, (1, both): whole}])
+    assert Lent([cut], [(0, b"k")], [(2, 4)]).on_device is None
+    found = Lent([kept], [(1, b"k")], [(2, 4)]).on_device
+    assert found is not None and found[0] is whole
+    assert Lent([kept, kept], [(1, b"k")], [(2, 4)]).on_device is None
+
+
 @pytest.fixture(scope="module")
 def link():
     return DeviceLink([Form(ROW, np.dtype(np.float32))], jax.devices()[0], "127.0.0.1", 5.0)
@@ -83,7 +95,7 @@ def link():
 
 @pytest.fixture
 def offering():
-    made = Offering(1.0, [(ROW, "float32")])
+    made = Offering([(ROW, "float32")])
     yield made
     made.close()
 
@@ -96,17 +108,18 @@ def within(seconds):
 
 def test_offers_of_another_process(link, offering):
     """One that is pulled, those that nobody pulls, those of a process that is frozen, and of one that dies."""
-    (came,) = link.pull("peer", offering.offer(7), within(30))
+    offer = offering.offer(7)
+    (came,) = link.pull("peer", offer, within(60))
     assert came.shape == (PARCEL, *ROW) and (came == 7).all()
     del came
+    assert offering.ask("waiting") == 1 and offering.ask(f"pulled {offer.number}") == 0
     before = offering.ask("memory")
-    late = [offering.offer(i) for i in range(4)]
-    assert offering.ask("memory") > before + 200e6 and offering.ask("waiting") >= 4
-    for _ in range(100):
+    late = [offering.offer(i, 0.5) for i in range(4)]  # 256 MB
+    for _ in range(300):
         if not offering.ask("waiting") and offering.ask("memory") < before + 100e6:
             break
         time.sleep(0.1)
-    assert not offering.ask("waiting") and offering.ask("memory") < before + 100e6, "leases are over"
+    assert not offering.ask("waiting") and offering.ask("memory") < before + 100e6, "given up"
     with pytest.raises(TransferError) as caught:
         link.pull("late", late[0], within(0.3))
     assert caught.value.reason == "too_slow" and link.way_to("late") is None and link.way_to("other") == link.way
@@ -135,9 +148,10 @@ def test_what_was_not_asked_for(link):
 def pair():
     """As in test_two_engines.py, with links."""
     transport = local.LocalTransport()
-    ways = dataclasses.replace(WAYS, transport="device", host="127.0.0.1", lease_s=5.0)
+    ways = dataclasses.replace(WAYS, transport="device", host="127.0.0.1", stall_s=2.5)
     first = tiny_engine(transfers=dataclasses.replace(ways, role="prefill"), **SIZES)
     second = tiny_engine(transfers=dataclasses.replace(ways, role="decode"), transport=transport, **SIZES)
+    first.page_source._link._lease_s = 5.0  # what nobody pulls is waited for, below
     yield first, second, transport
     for engine in (first, second):
         engine.shutdown()
@@ -223,7 +237,7 @@ async def test_a_process_that_ends_between_offer_and_pull(pair, clean, monkeypat
     first, second, transport = pair
     monkeypatch.setattr(first.page_source._link, "_lease_s", 0.5)  # nobody pulls its own offers
     arrays = second.runner.executor.page_arrays
-    away = Offering(30.0, [(a.shape[1:], str(a.dtype)) for a in arrays])
+    away = Offering([(a.shape[1:], str(a.dtype)) for a in arrays])
     theirs = away.offer()
     os.kill(away.popen.pid, signal.SIGSTOP)
 

@@ -58,13 +58,15 @@ async def test_an_engine_that_is_frozen_or_killed_in_the_middle(fleet):
     assert await fleet.tokens("decode", tokens, **more) == answer
     os.kill(prefill, signal.SIGCONT)
     await fleet.nothing_left()
+    await asyncio.sleep(3.5)  # the gateway has found it again
     before = (await fleet.figures("decode"))["kv_transfer_device_bytes_total:in"]
-    fleet.proxy.after(1, "hold")  # the pages behind those that are offered
+    fleet.proxy.least = 0  # offers are words
+    fleet.proxy.after(900, "hold")
     asked = asyncio.create_task(fleet.tokens("gateway", tokens, cache_salt="killed", max_tokens=30))
     await asyncio.to_thread(fleet.proxy.happened.wait, DEADLINE_S)
     fleet.kill("prefill")
     fleet.proxy.release()
     fleet.proxy.cut()
-    assert await asked == answer
+    assert await asked == answer and fleet.proxy.happened.is_set(), await fleet.why()
     assert (await fleet.figures("decode"))["kv_transfer_device_bytes_total:in"] > before, await fleet.why()
     await fleet.nothing_left("decode")
