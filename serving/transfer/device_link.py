@@ -56,9 +56,18 @@ def listening(config: TransferConfig) -> str:
         OSError: a name that nobody knows.
     """
     if config.host:
-        return socket.gethostbyname(config.host)
+        host = config.host.strip("[]")
+        return host if _is_address(host) else socket.gethostbyname(host)
     here = all(peer == "localhost" or _is_loopback(peer) for peer in config.peers)
     return "127.0.0.1" if here else socket.gethostbyname(socket.gethostname())
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_loopback(peer: str) -> bool:

@@ -16,6 +16,7 @@ import pytest
 
 from serving.engine.api.peers.transfers import DeviceWay, Offer, Parcel, TransferError
 from serving.engine.device.stores.page_store import PARCEL, Lent, _Parcel
+from serving.transfer import device_link
 from serving.transfer.config import TransferConfig
 from serving.transfer.device_link import DeviceLink, Pulling, is_chosen, link_of, listening
 from serving.transfer.forms import Form
@@ -61,7 +62,12 @@ def test_when_it_is_chosen(transport, platform, tls, chosen):
 
 @pytest.mark.parametrize(
     ("fields", "address"),
-    [({}, "127.0.0.1"), ({"host": "127.0.0.2"}, "127.0.0.2"), ({"peers": ("127.0.0.0/8", "::1")}, "127.0.0.1")],
+    [
+        ({}, "127.0.0.1"),
+        ({"host": "127.0.0.2"}, "127.0.0.2"),
+        ({"host": "[::1]"}, "::1"),
+        ({"peers": ("127.0.0.0/8", "::1")}, "127.0.0.1"),
+    ],
 )
 def test_where_it_listens(fields, address):
     assert listening(TransferConfig("both", **fields)) == address
@@ -91,6 +97,16 @@ def test_pages_that_are_cut_are_not_offered():
 @pytest.fixture(scope="module")
 def link():
     return DeviceLink([Form(ROW, np.dtype(np.float32))], jax.devices()[0], "127.0.0.1", 5.0)
+
+
+def test_copies_that_wait_are_bounded(monkeypatch):
+    one = DeviceLink([Form((4,), np.dtype(np.int8))], jax.devices()[0], "127.0.0.1", 60.0)
+    monkeypatch.setattr(device_link, "MOST_OFFERED", 2 * PARCEL * 4)
+    arrays = [jax.device_put(np.zeros((PARCEL, 4), np.int8), jax.devices()[0])]
+    first, _ = one.offer(arrays), one.offer(arrays)
+    assert first is not None and not one.has_room(0.0)
+    one.pulled(first.number)
+    assert one.has_room(0.0) and one.waiting == 1
 
 
 @pytest.fixture
