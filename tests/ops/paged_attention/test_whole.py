@@ -28,7 +28,8 @@ def test_every_token_sees_all_of_its_row(turning):
     qkv = random.standard_normal((len(counts), S, H, 3, h)).astype(np.float32)
     angle_TA = random.uniform(0, 6, (len(counts) * S, h // 2)).astype(np.float32)
     angles = (jnp.cos(angle_TA), jnp.sin(angle_TA)) if turning else None
-    out = jax.jit(lambda x, n: whole.attend_all(x, n, scale=h**-0.5, angles=angles))(qkv, jnp.array(counts))
+    run = jax.jit(lambda x, n: whole.attend_all(x, n, scale=h**-0.5, angles=angles))
+    out = np.asarray(run(qkv, jnp.array(counts)))  # here before qkv is written to
     if turning:
         cos, sin = (f(angle_TA).reshape(len(counts), S, 1, 1, -1) for f in (np.cos, np.sin))
         a, b = np.split(qkv[:, :, :, :2], 2, axis=-1)
