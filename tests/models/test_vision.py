@@ -114,7 +114,7 @@ def test_a_rounded_tower_says_nearly_the_same(family):
     """Weights and products in int8, attention by the kernels: with places that turn, tiles, windows, and none of these."""
     name, _, opened, processor = family
     if name not in ROUNDED:
-        pytest.skip("as others")
+        pytest.skip("its patches attend as those of a tower in ROUNDED do")
     config = opened.family.tower.config(opened.hf_config)
     made = processor.patched(picture(140, 84, 1))
     count = len(made.patches_PX)

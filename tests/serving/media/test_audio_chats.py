@@ -10,10 +10,10 @@ import pytest
 
 from serving.engine.api.sampling_params import SamplingParams
 from serving.errors import RequestError
-from serving.llm import LLM
 from tests.models import tiny_audio
 from tests.models.tiny_audio import PLACE, START, TAIL
 from tests.models.tiny_whisper import sound, wav
+from tests.serving.media.small_engine import SmallEngine
 
 GREEDY = SamplingParams(max_tokens=tiny_audio.STEPS, min_tokens=tiny_audio.STEPS, temperature=0.0)
 SHORT, LONG = sound(0.7, 1), sound(3.1, 2)
@@ -33,7 +33,7 @@ def turn(*parts) -> tuple[list[dict], list[int], list]:
     return [{"role": "user", "content": content}], ids + TAIL, sounds
 
 
-class Served:
+class Served(SmallEngine):
     """A model in a small engine: pages for one long request and a half, room for the embeddings of one window, and steps of 32
     tokens, so that prompts are cut inside sounds."""
 
@@ -42,27 +42,11 @@ class Served:
         self.model = tiny_audio.save(name, folder)
         page = 4096 * self.model.config.get_text_config().num_hidden_layers
         pages = 13 if name.startswith("Ultravox") else 18  # of which a sound takes less
-        how = {"kv_cache_memory": pages * page, "mm_encoder_cache_gb": 0.0, "max_model_len": 192} | settings
-        self.llm = LLM(
-            str(folder), dtype="float32", quantization="none", max_num_seqs=4, max_num_batched_tokens=32, progress=False, **how
-        )  # fmt: skip
-        self.engine = self.llm._started.engine
+        how = {"kv_cache_memory": pages * page, "max_model_len": 192, "max_num_batched_tokens": 32}
+        super().__init__(folder, GREEDY, **how | settings)
 
-    def chat(self, *turns) -> list:
-        return self.llm.chat([one[0] for one in turns], GREEDY, use_tqdm=False)
-
-    def check(self, *turns) -> list:
-        """All at once; each one's prompt and tokens are transformers'."""
-        outputs = self.chat(*turns)
-        for output, (_, ids, sounds) in zip(outputs, turns, strict=True):
-            prompt, tokens = tiny_audio.expected(self.name, self.model, ids, sounds)
-            assert list(output.prompt_token_ids) == prompt
-            assert list(output.outputs[0].token_ids) == tokens
-        return outputs
-
-    @property
-    def media(self):
-        return self.engine.scheduler.kv.managers[0].media
+    def expected(self, ids, *media):
+        return tiny_audio.expected(self.name, self.model, ids, *media)
 
 
 FAMILIES = [

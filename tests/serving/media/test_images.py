@@ -7,12 +7,12 @@ import pytest
 
 from serving.engine.api.sampling_params import SamplingParams, StructuredOutputs
 from serving.errors import RequestError
-from serving.llm import LLM
 from serving.service import GenerateInput
 from tests.models import tiny_vision
 from tests.models.tiny_video import clip
 from tests.models.tiny_vision import END, IMAGE, START, TINY, VIDEO, picture
 from tests.serving.media.images import part, uri
+from tests.serving.media.small_engine import SmallEngine
 
 GREEDY = SamplingParams(max_tokens=tiny_vision.STEPS, min_tokens=tiny_vision.STEPS, temperature=0.0)
 TAIL = [END, START, 6]
@@ -38,7 +38,7 @@ def turn(*parts) -> tuple[list[dict], list[int], list, list]:
     return [{"role": "user", "content": content}], ids + TAIL, images, videos
 
 
-class Served:
+class Served(SmallEngine):
     """A model in a small engine: pages for one long request and a half, room for the embeddings of one large image, and steps of
     32 tokens, so that prompts are cut inside images."""
 
@@ -48,33 +48,15 @@ class Served:
         page = 4096 * self.model.config.get_text_config().num_hidden_layers
         pages = 10 if name == "Gemma 3" else 16  # half of its layers keep windows alone
         sizes = {"max_model_len": 160, "max_num_batched_tokens": 32, "kv_cache_memory": pages * page}
-        sizes |= TINY[name].engine
-        self.llm = LLM(
-            str(folder), dtype="float32", quantization="none", max_num_seqs=4, mm_encoder_cache_gb=0.0, progress=False,
-            **sizes | settings,
-        )  # fmt: skip
-        self.engine = self.llm._started.engine
+        super().__init__(folder, GREEDY, **sizes | TINY[name].engine | settings)
 
-    def chat(self, *turns) -> list:
-        return self.llm.chat([one[0] for one in turns], GREEDY, use_tqdm=False)
-
-    def check(self, *turns) -> list:
-        """All at once; each one's prompt and tokens are transformers'."""
-        outputs = self.chat(*turns)
-        for output, (_, ids, images, videos) in zip(outputs, turns, strict=True):
-            prompt, tokens = tiny_vision.expected(self.name, self.model, ids, images, videos)
-            assert list(output.prompt_token_ids) == prompt
-            assert list(output.outputs[0].token_ids) == tokens
-        return outputs
+    def expected(self, ids, *media):
+        return tiny_vision.expected(self.name, self.model, ids, *media)
 
     def embed(self, messages) -> np.ndarray:
         """Of the chat alone, without an answer's beginning, as over HTTP."""
         given = GenerateInput(messages=messages, add_generation_prompt=False)
         return self.llm._loop.run(self.llm._service.embed(given, pooling="last")).vector
-
-    @property
-    def media(self):
-        return self.engine.scheduler.kv.managers[0].media
 
 
 ALWAYS = ("Gemma 3", "Qwen2.5-VL")
