@@ -6,7 +6,8 @@
 Starts the engines (the default model, small pools) and one gateway a policy in front of them, and holds conversations through each:
 every turn sends the whole history, and conversations share a few system prompts. A cache salt a policy keeps what one has cached
 from helping the next. Tells, a policy: prompt tokens computed (those that were not cached, by the engines' own usage), median time
-to the first token, time of it all, how even the engines were loaded.
+to the first token, time of it all, how even the engines were loaded, and on Linux which share of the machine's cores others had
+meanwhile: with more than a few hundredths it is no measurement.
 """
 
 from __future__ import annotations
@@ -87,6 +88,41 @@ def engine_command(args: argparse.Namespace, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def cpu_seconds(*pids: int) -> float:
+    """That processes have computed so far, and those that they have started. Linux alone."""
+    total, ticks = 0.0, os.sysconf("SC_CLK_TCK")
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+            total += (int(fields[11]) + int(fields[12])) / ticks
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                total += cpu_seconds(*map(int, (thread / "children").read_text().split()))
+    return total
+
+
+def machine_seconds() -> tuple[float, float]:
+    """(seconds that all cores have had, of them idle) since the machine began. Linux alone."""
+    fields = [int(one) for one in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    ticks = os.sysconf("SC_CLK_TCK")
+    return sum(fields) / ticks, (fields[3] + fields[4]) / ticks
+
+
+class Others:
+    """Which share of the cores others than this process and those that it has started have had, since this was made."""
+
+    def __init__(self) -> None:
+        self._known = sys.platform == "linux"
+        self._before = self._now()
+
+    def _now(self) -> tuple[float, float, float]:
+        return (*machine_seconds(), cpu_seconds(os.getpid())) if self._known else (0.0, 0.0, 0.0)
+
+    def share(self) -> float | None:
+        """0..1; None where that cannot be told."""
+        whole, idle, own = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        return round(max(0.0, whole - idle - own) / whole, 3) if whole else None
+
+
 class Talk:
     """Holds the conversations of one run, and counts."""
 
@@ -98,11 +134,11 @@ class Talk:
         self.targets: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.trace: list[TraceRequest] = []
-        self._began = 0.0
+        self._began = self._ended = 0.0
 
     async def run(self, targets: Sequence[str]) -> dict[str, object]:
-        """All conversations, `--concurrency` at a time, after a chat with each target that is not counted: what is done for the
-        first time takes longer."""
+        """All conversations, `--concurrency` at a time, after chats that are not counted, with each target and as many at once:
+        what is done for the first time takes longer, and a gateway starts a second process for templates when two come at once."""
         import httpx
 
         rng = random.Random(self.args.seed)
@@ -110,19 +146,16 @@ class Talk:
         seeds = [(rng.choice(systems), rng.randrange(2**31)) for _ in range(self.args.conversations)]
         gate = asyncio.Semaphore(self.args.concurrency)
         async with httpx.AsyncClient(base_url=self.url, timeout=300) as web:
-            for i, target in enumerate(targets):
-                words = text(random.Random(i), self.args.system_words)
-                body = {"messages": [{"role": "user", "content": words}], "max_tokens": 4, "cache_salt": f"first {i}"}
-                headers = {"x-gateway-destination-endpoint": target}
-                (await web.post("/v1/chat/completions", json=body, headers=headers)).raise_for_status()
-            began = self._began = time.monotonic()
+            await asyncio.gather(*(self._first(web, i, target) for i, target in enumerate(targets)))
+            await asyncio.gather(*(self._first(web, i, targets[0]) for i in range(self.args.concurrency)))
+            others, self._began = Others(), time.monotonic()
 
             async def hold(number: int, system: str, seed: int) -> None:
                 async with gate:
                     await self._conversation(web, number, systems.index(system), system, random.Random(seed))
 
             await asyncio.gather(*(hold(i, *one) for i, one in enumerate(seeds)))
-        seconds = time.monotonic() - began
+        seconds = self._ended - self._began  # nobody waits for what is thought about the last answer
         counts = [self.targets[name] for name in sorted(self.targets)]
         return {
             "requests": len(self.ttft),
@@ -133,12 +166,23 @@ class Talk:
             "ttft_p90_ms": round(1000 * statistics.quantiles(self.ttft, n=10, method="inclusive")[-1], 1),
             "requests_by_engine": counts,
             "reasons": dict(self.reasons),
+            "others": others.share(),
             **(
                 {"ttft_ms": [round(1000 * t) for _, t in sorted(zip(self.begins, self.ttft, strict=True))]}
                 if self.args.record
                 else {}
             ),
         }
+
+    async def _first(self, web, number: int, target: str) -> None:
+        words = text(random.Random(number), self.args.system_words)
+        body = {
+            "messages": [{"role": "user", "content": words}],
+            "max_tokens": 4,
+            "cache_salt": f"first {number} {target}",
+        }
+        headers = {"x-gateway-destination-endpoint": target}
+        (await web.post("/v1/chat/completions", json=body, headers=headers)).raise_for_status()
 
     async def _conversation(self, web, number: int, kind: int, system: str, rng: random.Random) -> None:
         messages = [{"role": "system", "content": system}]
@@ -175,6 +219,7 @@ class Talk:
                         self.cached += (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
             self.ttft.append((first or time.monotonic()) - began)
             self.begins.append(began - self._began)
+            self._ended = max(self._ended, time.monotonic())
             messages.append({"role": "assistant", "content": answer})
             await asyncio.sleep(self.args.think * rng.random() * 2)
 

@@ -253,6 +253,19 @@ def add_sharing_flags(parser: argparse.ArgumentParser) -> None:
         "--way", type=float, nargs="+", default=[], metavar="S",
         help="and seconds until a token that was computed is seen by whoever asked, while 1, 2, ... have requests",
     )  # fmt: skip
+    parser.add_argument(
+        "--front", type=float, nargs=2, default=(0.0, 0.0), metavar="S",
+        help="and seconds that a gateway and its clients, who are on this machine too, compute for a request and for a token",
+    )  # fmt: skip
+    parser.add_argument("--cores", type=int, default=2, metavar="N", help="of that machine (default: %(default)s)")
+
+
+def sharing_of(args: argparse.Namespace) -> Sharing | None:
+    """What those flags say; None where each engine has a machine of its own."""
+    if not args.slowdown:
+        return None
+    request_s, token_s = args.front
+    return Sharing(tuple(args.slowdown), tuple(args.decode_slowdown), tuple(args.way), (request_s, token_s), args.cores)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -358,8 +371,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if any(one < 1 for one in (*args.slowdown, *args.decode_slowdown)):
         least = min(*args.slowdown, *args.decode_slowdown)
         parser.error(f"--slowdown and --decode-slowdown take factors of at least 1, got {least:g}.")
-    if (args.decode_slowdown or args.way) and not args.slowdown:
-        parser.error("--decode-slowdown and --way are of engines that share a machine: give --slowdown too.")
+    if (args.decode_slowdown or args.way or any(args.front)) and not args.slowdown:
+        parser.error("--decode-slowdown, --way and --front are of engines that share a machine: give --slowdown too.")
     if args.slowdown and not args.async_scheduling:
         parser.error(
             "--slowdown needs asynchronous scheduling: engines whose steps wait for each other are not simulated."
@@ -368,8 +381,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(
             f"--prefill-engines must leave engines that decode: below --engines, {args.engines}, got {max(args.prefill_engines)}."
         )
-    if min(args.way, default=0.0) < 0:
-        parser.error(f"--way takes seconds, got {min(args.way)}.")
+    if min(*args.front, *args.way) < 0:
+        parser.error(f"--way and --front take seconds, got {min(*args.front, *args.way)}.")
+    if args.cores < 1:
+        parser.error(f"--cores must be at least 1, got {args.cores}.")
     if any(args.prefill_engines) and args.slowdown:
         parser.error("--prefill-engines are on machines of their own: leave --slowdown out.")
     if min(args.transfer_token_s, args.transfer_lag_s) < 0:
@@ -419,7 +434,7 @@ def main(argv: list[str] | None = None) -> None:
             routing,
             balance,
             args.acceptance,
-            Sharing(tuple(args.slowdown), tuple(args.decode_slowdown), tuple(args.way)) if args.slowdown else None,
+            sharing_of(args),
             helpers,
             Link(args.transfer_token_s, args.transfer_lag_s, tokens),
             args.prefill_policy,

@@ -18,6 +18,8 @@ from serving.simulator.trace import TraceRequest, write_trace
 LONELY, LONGEST = 32, 1024
 """Prompts of all lengths that are computed one after the other: steps of one prompt alone, and pieces far behind its beginning, are
 seldom in a mixed load."""
+BESIDE, BESIDE_PROMPT, BESIDE_TOKENS = 12, 0.4, 24
+"""And so many of them while others stream, whose prompts are that share of the longest."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
             longest = min(local.info.max_model_len - 8, LONGEST)
             for i in range(LONELY):
                 local.run([TraceRequest(0.0, 16 + (longest - 16) * i // (LONELY - 1), 2)], private=True)
+            for i in range(BESIDE):
+                local.run(beside(i, longest), private=True)
         after = local.engine.client.stats()
         host_s = (after.host_time_s_total - before.host_time_s_total) / (after.num_steps - before.num_steps)
         cost = fit(recorder.records, local.info.max_num_seqs, local.info.max_num_batched_tokens, host_s=host_s)
@@ -57,6 +61,12 @@ def run(args: argparse.Namespace) -> None:
             show({"scenario": "predict", "load": load} | compare(measured, predict(local, cost, sent)), args.json)
             if args.write_trace:
                 write_trace(args.write_trace, sent)
+
+
+def beside(number: int, longest: int) -> list[TraceRequest]:
+    """One, two or three streams far behind their beginnings, and a prompt that comes while they run."""
+    streams = [TraceRequest(0.0, int(BESIDE_PROMPT * longest), BESIDE_TOKENS)] * (1 + number % 3)
+    return [*streams, TraceRequest(0.0, 16 + (longest - 16) * number // (BESIDE - 1), 2)]
 
 
 def at_once(trace: list[TraceRequest]) -> list[TraceRequest]:

@@ -2,7 +2,7 @@
 
     seconds = factor[bucket] * weights . features(bucket, context)
 
-The weights say what a row, a chunk token and an attended position cost; the factor of a bucket, the median ratio of its
+The weights say what a row, a chunk token and an attended position cost; the factor of a bucket, the mean ratio of its
 recorded steps to that line, takes in what is not linear (a matmul of 1 row against one of 64).
 """
 
@@ -13,7 +13,7 @@ import functools
 import json
 import pathlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from serving.engine.requests.plan import StepPlan
 
 FEATURES = ("step", "decode_step", "chunk_step", "decode_rows", "chunk_tokens", "sampled_rows", "context", "chunk_work")
 MIN_RECORDS_PER_FACTOR = 5
+HICCUP = 2.0
+"""A step that takes so many times as long as most of its bucket was held up by something else."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -227,10 +229,16 @@ def fit(
     for bucket, predicted in zip(buckets, x @ weights, strict=True):
         ratios[bucket.decode, bucket.chunk].append(1 / max(predicted, 1e-9))
     factors = tuple(
-        (key, float(np.median(found))) for key, found in sorted(ratios.items()) if len(found) >= MIN_RECORDS_PER_FACTOR
+        (key, _usual(found)) for key, found in sorted(ratios.items()) if len(found) >= MIN_RECORDS_PER_FACTOR
     )
     fitted = tuple((weights / scale).tolist())
     return CostModel(fitted, max_num_seqs, max_num_batched_tokens, factors, host_s, delivery_s)
+
+
+def _usual(ratios: Sequence[float]) -> float:
+    """The mean without hiccups: whoever waits for many steps waits for their sum, which their median falls short of."""
+    limit = HICCUP * float(np.median(ratios))
+    return float(np.mean([one for one in ratios if one <= limit]))
 
 
 def _nnls(a: np.ndarray, b: np.ndarray) -> np.ndarray:

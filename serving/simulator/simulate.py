@@ -123,8 +123,8 @@ class Simulation:
         self.on_end: Callable[[EngineOutput], None] | None = (
             None  # told the last output of each request that was served
         )
-        self.delivery: Callable[[], float] | None = (
-            None  # in place of the cost model's, where that is not always the same
+        self.delivery: Callable[[int], float] | None = (
+            None  # of so many tokens, in place of the cost model's, where that is not always the same
         )
         self.on_first: Callable[[str, float], None] | None = None  # told whose first token came, and when
         self._ended: list[Outcome] = []
@@ -330,7 +330,7 @@ class Simulation:
         return tokens
 
     def _take(self, outputs: list[EngineOutput]) -> None:
-        seen = self.now + (self.cost.delivery_s if self.delivery is None else self.delivery())
+        seen = self.now + (self.cost.delivery_s if self.delivery is None else self.delivery(len(outputs)))
         step = self.device.reading
         several = step is not None and step.plan.num_steps > 1
         for output in outputs:

@@ -79,6 +79,7 @@ def test_fit(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None
         ["--prefill-engines", "1"],
         ["--prefill-engines", "3", "--engines", "3"],
         ["--transfer-lag-s", "-1"],
+        ["--cores", "0"],
     ],
 )
 def test_wrong_arguments_are_explained(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:

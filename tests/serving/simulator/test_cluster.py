@@ -200,3 +200,30 @@ def test_engines_on_the_same_cores_that_do_not_hold_each_other_up_are_as_apart()
     assert apart.router.decisions == together.router.decisions and apart.totals.busy == pytest.approx(
         together.totals.busy
     )
+
+
+def test_a_gateway_on_the_same_cores_takes_its_share():
+    """What it computes for a request comes before the engine gets that, what it computes for a token before that is seen; and
+    meanwhile an engine in a step goes on more slowly."""
+    one = [TraceRequest(0.0, 600, 20)]
+
+    def ttft(trace, **more):
+        report, cluster = run("round-robin", trace, 2, sharing=Sharing((1.0, 2.0, 3.0), cores=2, **more))
+        assert all(not engine.num_live for engine in cluster.engines)
+        return report.values("ttft"), report.values("e2e")
+
+    (alone,), (whole,) = ttft(one)
+    assert ttft(one, front=(0.1, 0.0))[0] == pytest.approx(alone + 0.1), "nobody else was in a step"
+    (first,), (last,) = ttft(one, front=(0.0, 0.001))
+    assert first == pytest.approx(alone + 0.001, rel=0.02)
+    # Each token takes a thread 1 ms, beside a step that the thread makes longer by half of what it takes itself.
+    assert last == pytest.approx(whole + 0.001 * (1 + 19 * 0.5), rel=0.02)
+    # A second request comes to the other engine while the first is computed: its 0.1 s take 1.5 times as long, and cost a half.
+    (held, late), _ = ttft([*one, TraceRequest(0.01, 600, 20)], front=(0.1, 0.0))
+    assert late > held > alone + 0.1
+
+
+def test_factors_between_whole_numbers_are_in_between():
+    sharing = Sharing((1.0, 2.0, 4.0), cores=4)
+    assert [sharing.factor(True, n) for n in (0, 1, 1.5, 2.25, 3, 6)] == [1.0, 1.0, 1.5, 2.5, 4.0, 8.0]
+    assert [sharing.front_factor(n) for n in (0, 1, 3)] == [1.0, 1.25, 3.25]

@@ -41,6 +41,13 @@ def test_hiccups_do_not_bend_the_fit() -> None:
     assert np.abs(errors).max() < 0.08
 
 
+def test_steps_that_take_longer_now_and_then_are_told_by_their_mean() -> None:
+    """Every third takes half as long again: so do three of them together, in the sum."""
+    slow = [StepRecord(s, TRUE.seconds(s) * (1.5 if i % 3 == 0 else 1.0)) for i, s in enumerate(shapes(900))]
+    model = fit(slow, 64, 1024)
+    assert sum(model.seconds(r.shape) for r in slow) == pytest.approx(sum(r.seconds for r in slow), rel=0.02)
+
+
 def test_a_bucket_off_the_line_gets_its_own_factor() -> None:
     records = [StepRecord(s, TRUE.seconds(s) * (3 if s.decode == 1 and not s.chunk else 1)) for s in shapes(600)]
     records += [StepRecord(StepShape(1, 0, 0, n, 0.0), 3 * TRUE.seconds(StepShape(1, 0, 0, n, 0.0))) for n in range(20)]
