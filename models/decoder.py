@@ -56,6 +56,8 @@ class Decoder(nnx.Module):
     def forward(self, step: Step, cache: KVCache) -> Result:
         steps, parts = step.by_group(), Cache(self.kept, step.attention, cache)
         x_TD = self.embed_tokens(step)
+        if (real_T := step.real()) is not None:  # kernels that multiply no rows of zeros then compute no padding
+            x_TD = jnp.where(real_T[:, None], x_TD, 0)
         beside = self.beside(step, x_TD)
         entered, visited, handed = [], (), []
         for index, layer in enumerate(self.layers):

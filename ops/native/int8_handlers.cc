@@ -62,6 +62,58 @@ Rows rows_from(const Rounding& r, int64_t row) {
   return {r.data + row * r.groups * kGroup, r.scale + row * r.groups, r.groups * kGroup};
 }
 
+// Whether a rounded row is zeros.
+bool is_zero(const Rows& a, int64_t row) {
+  const int64_t groups = a.stride / kGroup;
+  const float* scale = a.scale + row * groups;
+  return std::all_of(scale, scale + groups, [](float s) { return s == 0.0f; });
+}
+
+// A block's result for `count` rows of zeros: bias and residual are all of it.
+void fill_zero_rows(const Block& b, int64_t row, int64_t count) {
+  const int outputs = b.activation == Activation::kNone ? b.panels : b.panels / 2;
+  for (int64_t i = row; i < row + count; ++i) {
+    for (int p = 0; p < outputs; ++p) {
+      float* const out = b.out[p] + i * b.out_stride;
+      for (int c = 0; c < b.valid[p]; ++c) {
+        const float bias = b.bias[p] == nullptr ? 0.0f : b.bias[p][c];
+        out[c] = b.residual[p] == nullptr ? bias : bias + b.residual[p][i * b.out_stride + c];
+      }
+    }
+  }
+}
+
+// The part of a block that begins `row` rows later and has `rows` rows.
+Block part_of(const Block& b, int64_t row, int64_t rows) {
+  Block part = b;
+  part.a.data += row * b.a.stride;
+  part.a.scale += row * (b.a.stride / kGroup);
+  part.rows = rows;
+  if (b.change != nullptr) part.change += row * kPanels * kPanel;
+  for (int p = 0; p < b.panels; ++p) {
+    if (b.out[p] != nullptr) part.out[p] += row * b.out_stride;
+    if (b.residual[p] != nullptr) part.residual[p] += row * b.out_stride;
+  }
+  return part;
+}
+
+// Computes a block, but multiplies no rows of zeros. Padding of a step is zeros from the embedding on, so a step takes the time of
+// the rows that it has and not of those that its program was compiled for.
+void multiply(const Kernels& k, const Block& b) {
+  const bool known = b.activation == Activation::kNone ||
+                     std::all_of(b.bias, b.bias + b.panels, [](const float* bias) { return bias == nullptr; });
+  for (int64_t row = 0, end; row < b.rows; row = end) {
+    const bool zero = known && is_zero(b.a, row);
+    for (end = row + 1; end < b.rows && (known && is_zero(b.a, end)) == zero;) ++end;
+    if (zero)
+      fill_zero_rows(b, row, end - row);
+    else if (end - row == b.rows)
+      k.block(b);
+    else
+      k.block(part_of(b, row, end - row));
+  }
+}
+
 // What adapters add to a product of some rows: row 0 of what is given to it is row `origin` of the batch.
 struct Change {
   lora::Beside* beside = nullptr;  // or null, where nobody has one
@@ -169,7 +221,7 @@ void add_product(Phases& phases, const Rounding& a, const Weight& w, int64_t row
         change.ahead(fetch, next / columns.count() * kRowBlock, columns.begin(at) * kPanel, end);
       b.fetch = &fetch;
     }
-    k.block(b);
+    multiply(k, b);
   });
 }
 
@@ -225,7 +277,7 @@ void add_gated(Phases& phases, const Rounding& a, const Weight& w, int64_t begin
       }
       b.fetch = &fetch;
     }
-    k.block(b);
+    multiply(k, b);
   });
 }
 

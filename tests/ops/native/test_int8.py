@@ -105,6 +105,38 @@ def test_zero_rows_give_the_bias():
         np.testing.assert_array_equal(y_TO, np.tile(bias_O, (3, 1)))
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_rows_of_zeros_between_others_change_no_bit_of_them(biased):
+    """Padding is not multiplied: what is computed of the other rows is what is computed where there is none."""
+    T, D, F = 120, 64, 112
+    rng = np.random.default_rng(0)
+    padding_T = np.zeros(T, bool)
+    padding_T[[0, 1, 7, 8, 9, 30, 32, 34, 119]] = padding_T[40:100] = True
+    full_TD, residual_TD = normal(T, D), normal(T, D, seed=8)
+    padded_TD = jnp.where(padding_T[:, None], 0, full_TD)
+    up, gate_up, down, norm = packed(70, D), packed(2 * F, D), packed(D, F, seed=2), RmsNorm(normal(D, seed=5), 1e-6)
+    bias = jnp.asarray(rng.normal(size=2 * F), jnp.float32) if biased else None
+    bias_O = bias[:70] if biased else None
+    run = jax.jit(
+        lambda x: (
+            linear(x, up, bias_O, norm=norm),
+            gated_mlp(x, gate_up, down, "silu", gate_up_bias=bias, norm=norm, residual_TD=residual_TD),
+        )
+    )
+    for of in range(2):
+        for (level, got), (_, whole) in zip(
+            at_each_level(lambda of=of: run(padded_TD)[of]), at_each_level(lambda of=of: run(full_TD)[of]), strict=True
+        ):
+            np.testing.assert_array_equal(got[~padding_T], whole[~padding_T], err_msg=level)
+            if of == 0:
+                bias_1O = np.broadcast_to(bias_O if biased else 0.0, (1, 70))
+                np.testing.assert_array_equal(got[padding_T], np.repeat(bias_1O, padding_T.sum(), 0))
+            elif not biased:
+                np.testing.assert_array_equal(got[padding_T], residual_TD[padding_T])
+            else:
+                assert np.abs(got[padding_T] - residual_TD[padding_T]).max() > 0.01, "gates have their biases"
+
+
 @pytest.mark.parametrize(("I", "rest"), [(250, 0.7), (256, 0.15)])  # a scale a group, and rotated too
 def test_an_outlier_costs_others_little_precision(I, rest):
     weight, x_TI = packed(32, I), normal(4, I)

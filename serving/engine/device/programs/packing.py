@@ -292,6 +292,7 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
     f = layout.views(flat)
     f["decode_slot_B"][:] = slots.per_replica
     f["chunk_row_N"][:] = bucket.rows
+    f["sample_row_S"][:] = -1
     for name in {"chunk_slot_R", "next_slot_R"} & f.keys():
         f[name][:] = slots.per_replica
     if "media_index_C" in f:

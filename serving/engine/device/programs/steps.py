@@ -166,7 +166,7 @@ def make_forward(
             step = dataclasses.replace(step, taps=taps)
         merged = model.merge(leaves)
         result = merged.forward(step, kv)
-        hidden_SD = result.hidden_TD[f["sample_row_S"]]
+        hidden_SD = rows_of(result.hidden_TD, f["sample_row_S"])
         loads = expert_counts(merged, step, result)
         tapped_TH = jnp.concatenate(result.taps, axis=-1) if taps else None
         cache, trial = result.cache, None
@@ -177,12 +177,17 @@ def make_forward(
     return forward
 
 
+def rows_of(hidden_TD: jax.Array, row_S: jax.Array) -> jax.Array:
+    """The rows that sample; zeros for -1, which is padding and costs the logits' product nothing then."""
+    return jnp.where((row_S >= 0)[:, None], hidden_TD[row_S], 0)
+
+
 def expert_counts(model: Any, step: Step, result: Result) -> tuple[jax.Array, ...]:
     """How many of the step's tokens visited each expert, int32 [layers with experts, E]; () for models without."""
-    if not result.visited:
+    real_T = step.real()
+    if not result.visited or real_T is None:
         return ()
-    (index_T, *_) = (group.attention.kv_index_T for group in step.by_group())
-    return (expert_loads.count(result.visited, model.config.moe.num_experts, index_T > 0),)
+    return (expert_loads.count(result.visited, model.config.moe.num_experts, real_T),)
 
 
 def make_sample(model: SplitModel, layout: Layout, draft_tokens: int = 0) -> Callable[..., Any]:
@@ -357,7 +362,7 @@ def make_decode_loop(
             counts = expert_counts(merged, made, result)
             if counts:  # a plug-in's model with experts may not say which are visited
                 loads = tuple(total + count for total, count in zip(loads, counts, strict=True))
-            hidden_SD = result.hidden_TD[f["sample_row_S"]]
+            hidden_SD = rows_of(result.hidden_TD, f["sample_row_S"])
             state, output = sample_rows(merged, sampled, state, hidden_SD, None, model.sampler, model.mesh)
             found = output.tokens_finite[:, :num_rows]
             counted_B = state.length[slot_B] + 1 >= first_counted_B
