@@ -20,7 +20,19 @@ import numpy as np
 from serving.engine.requests.buckets import CPU_RIDGE, VERIFIED_RIDGES, Bucket, BucketTable
 from serving.engine.requests.plan import StepPlan
 
-FEATURES = ("step", "decode_step", "chunk_step", "decode_rows", "chunk_tokens", "sampled_rows", "context", "chunk_work")
+FEATURES = (
+    "step",
+    "decode_step",
+    "chunk_step",
+    "decode_rows",
+    "chunk_tokens",
+    "sampled_rows",
+    "given_tokens",
+    "context",
+    "chunk_work",
+)
+"""`given_tokens` are a step's own, the others those that it is padded to: kernels that leave padding out pay for the former."""
+
 MIN_RECORDS_PER_FACTOR = 5
 HICCUP = 2.0
 """A step that takes so many times as long as most of its bucket was held up by something else."""
@@ -191,6 +203,7 @@ def features(bucket: Bucket, shape: StepShape) -> tuple[float, ...]:
         bucket.decode_tokens,
         bucket.chunk,
         bucket.samples,
+        shape.decode * shape.places + shape.chunk,
         shape.context,
         shape.chunk_work,
     )

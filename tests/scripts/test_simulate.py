@@ -59,7 +59,7 @@ def test_a_written_trace_replays_the_same(tmp_path: pathlib.Path, capsys: pytest
 
 
 def test_fit(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    true = CostModel((4e-3, 0.0, 2e-3, 3e-4, 5e-4, 1e-4, 3e-7, 2e-9), 8, 256)
+    true = CostModel((4e-3, 0.0, 2e-3, 3e-4, 5e-4, 1e-4, 0.0, 3e-7, 2e-9), 8, 256)
     shapes = [StepShape(d, c, int(c > 0), 40 * d, 10.0 * c) for d in range(9) for c in (0, 16, 64, 240) if d or c]
     write_records(tmp_path / "steps.jsonl", [StepRecord(s, true.seconds(s)) for s in shapes])
     sizes = ["--max-num-seqs", "8", "--max-num-batched-tokens", "256"]

@@ -17,7 +17,7 @@ from serving.simulator.simulate import Outcome, Simulation
 from serving.simulator.trace import GENERATORS, TraceRequest
 
 TABLE = BucketTable.make(8, 256)
-COST = CostModel((5e-3, 0.0, 1e-3, 1e-4, 1e-4, 0.0, 1e-7, 0.0), 8, 256)
+COST = CostModel((5e-3, 0.0, 1e-3, 1e-4, 1e-4, 0.0, 0.0, 1e-7, 0.0), 8, 256)
 CONFIG = SchedulerConfig(8, 256, TABLE.max_chunk, TABLE.max_rows, 4096, 16, 600)
 
 
