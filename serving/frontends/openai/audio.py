@@ -26,7 +26,7 @@ THRESHOLDS = {
     "compression_ratio_threshold": "compression", "logprob_threshold": "logprob", "no_speech_threshold": "no_speech",
 }  # fmt: skip
 """Fields with which a client moves the bounds of what is doubtful, as transformers calls them."""
-FIELDS = ("model", "language", "prompt", "response_format", "temperature", "stream", *THRESHOLDS)
+FIELDS = ("model", "language", "prompt", "response_format", "temperature", "stream", "timeout", *THRESHOLDS)
 MAX_FIELDS = 32
 FORM = {"multipart/form-data": {"schema": {
     "type": "object", "required": ["file", "model"],
@@ -37,6 +37,7 @@ FORM = {"multipart/form-data": {"schema": {
         "timestamp_granularities[]": {"type": "array", "items": {"type": "string", "enum": ["word", "segment"]}},
         "stream": {"type": "boolean"}, "compression_ratio_threshold": {"type": "number"}, "logprob_threshold": {"type": "number"},
         "no_speech_threshold": {"type": "number"},
+        "timeout": {"type": "number", "description": "Seconds by which the reply must be complete."},
     },
 }}}  # fmt: skip
 
@@ -95,11 +96,12 @@ async def _read(sent: FormData, task: str, most: int) -> tuple[dict[str, str], T
     if words and shape != "verbose_json":
         raise invalid("timestamp_granularities go with response_format verbose_json.", "timestamp_granularities")
     temperature = _number(form, "temperature") or 0.0
+    timeout = _number(form, "timeout") if "timeout" in form else None
     bounds: dict[str, Any] = {field: _number(form, name) for name, field in THRESHOLDS.items() if name in form}
     segments = shape in ("srt", "vtt", "verbose_json")
     data = await content.read()
     return form, TranscribeInput(
-        data, task, form.get("language"), form.get("prompt"), temperature, segments, words, Doubts(**bounds)
+        data, task, form.get("language"), form.get("prompt"), temperature, segments, words, Doubts(**bounds), timeout
     )
 
 

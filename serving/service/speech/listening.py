@@ -7,14 +7,14 @@ import asyncio
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from serving.errors import ErrorKind, RequestError, invalid
-from serving.media.sound import RATE, sound_pieces
+from serving.media.sound import RATE, said_seconds, sound_pieces
 from serving.media.sound.spectrum import HOP, Spectrogram, settled
 
 MAX_SECONDS = 4 * 3600.0
@@ -22,6 +22,10 @@ HELD_BYTES = 2**30
 """Of all spectrograms that requests have at a time: nine hours of sound for 80 bins."""
 KEPT_BYTES = 2**24
 """Of one sound's: nearly nine minutes for 80 bins. Longer ones are read again."""
+
+
+SHORT_S = 60.0
+"""Of a sound that is read at once."""
 
 
 class Frames:
@@ -59,7 +63,8 @@ class Frames:
 
 
 class Listener:
-    """Reads sound files.
+    """Reads sound files. Behind its first minute a file is read in a thread that long ones share, a piece of each in turn: hours
+    of sound keep neither a short sound waiting nor the windows of other requests.
 
     Args:
         mels: bins of its spectrograms.
@@ -69,6 +74,7 @@ class Listener:
     def __init__(self, mels: int, window: int) -> None:
         self._mels, self._window = mels, window
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="jaxserve-sound")
+        self._turns = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-long-sound")
         self._held, self._lock = 0, threading.Lock()
 
     async def spectrogram(self, data: bytes) -> tuple[np.ndarray | Frames, int]:
@@ -77,11 +83,14 @@ class Listener:
         Raises:
             RequestError: INVALID_ARGUMENT for what is no sound, has none, or too much; RESOURCE_EXHAUSTED.
         """
-        gone = threading.Event()
+        reading = self._read(data)
+        step = self._threads.submit(next, reading)
         try:
-            return await self.run(self._read, data, gone)
+            while (found := await asyncio.wrap_future(step)) is None:
+                step = self._turns.submit(next, reading)
+            return found
         finally:
-            gone.set()
+            step.add_done_callback(lambda _: reading.close())  # nobody may close it while a thread is at it
 
     async def rows(self, frames: np.ndarray | Frames, first: int, count: int) -> np.ndarray:
         """Some of a spectrogram's frames, see `Frames.rows`."""
@@ -93,39 +102,48 @@ class Listener:
         """A function's result, from one of the threads."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
-    def _read(self, data: bytes, gone: threading.Event) -> tuple[np.ndarray | Frames, int]:
-        spectrogram, taken, again = Spectrogram(self._mels), 0, False
+    def _read(self, data: bytes) -> Generator[tuple[np.ndarray | Frames, int] | None, None, None]:
+        """Gives None after each piece of the file that is not short, and what `spectrogram` does at its end."""
+        spectrogram, taken, dropped = Spectrogram(self._mels), 0, False
+        long = self._bytes(said_seconds(data) * RATE) > KEPT_BYTES
+        most = (
+            self._bytes(self._window) if long else KEPT_BYTES
+        )  # where the header lies, more is read twice or kept a while
         try:
             for piece in sound_pieces(data, MAX_SECONDS, "file"):
-                if gone.is_set():
-                    break
                 spectrogram.push(piece)
-                again = again or spectrogram.nbytes > KEPT_BYTES
-                if again:
+                dropped = dropped or spectrogram.nbytes > most
+                if dropped:
                     spectrogram.take()
                 self._take(spectrogram.nbytes - taken)
                 taken = spectrogram.nbytes
+                if spectrogram.samples > SHORT_S * RATE:
+                    yield None
             heard = spectrogram.samples
             if heard < HOP:
                 raise invalid("file has no sound in it.", "file")
             if heard < self._window:
                 spectrogram.push(np.zeros(self._window - heard, np.float32))
             frames = spectrogram.finish()
-            if again:
-                self._take(-taken)
-                return Frames(data, self._mels, heard // HOP, spectrogram.loudest), heard
-            self._take(frames.nbytes - taken)
+            self._take((0 if dropped else frames.nbytes) - taken)
             taken = frames.nbytes
         except BaseException:
             self._give_back(taken)
             raise
+        if dropped:
+            yield Frames(data, self._mels, heard // HOP, spectrogram.loudest), heard
+            return
         weakref.finalize(frames, self._give_back, taken)  # whoever still waits for it or not
-        return frames, heard
+        yield frames, heard
+
+    def _bytes(self, samples: float) -> float:
+        """Of a spectrogram."""
+        return 4 * self._mels * samples / HOP
 
     def _take(self, size: int) -> None:
         with self._lock:
             if self._held + size > HELD_BYTES:
-                hours = HELD_BYTES / (4 * self._mels * RATE // HOP) / 3600
+                hours = HELD_BYTES / self._bytes(RATE * 3600)
                 raise RequestError(
                     ErrorKind.RESOURCE_EXHAUSTED, f"The sound that requests have sent is more than {hours:.0f} hours together. "
                     "Try again later.", param="file",

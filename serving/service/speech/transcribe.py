@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import uuid
@@ -40,17 +41,27 @@ async def transcribe(
         model: the served model's name; None for any.
         tell: is given the text as it becomes certain.
     Raises:
-        RequestError: INVALID_ARGUMENT naming the field, NOT_FOUND (model), UNIMPLEMENTED when the model is none for speech; as
-            `TextService.generate`.
+        RequestError: INVALID_ARGUMENT naming the field, NOT_FOUND (model), UNIMPLEMENTED when the model is none for speech,
+            DEADLINE_EXCEEDED; as `TextService.generate`.
     """
     service.check_ready()
     service.resolve_model(model)
+    service.limits.check_timeout("timeout", given.timeout_s)
     if service.speech is None:
         raise RequestError(
             ErrorKind.UNIMPLEMENTED, f"The model {service.model_id!r} transcribes no speech.", param="model"
         )
     with await service.counted():
-        return await service.speech.transcribe(service, given, tell)
+        try:
+            async with asyncio.timeout(given.timeout_s) as limit:
+                return await service.speech.transcribe(service, given, tell)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise RequestError(
+                ErrorKind.DEADLINE_EXCEEDED, "The request's deadline passed before all of its sound was heard; raise the timeout.",
+                code="deadline_exceeded",
+            ) from None  # fmt: skip
 
 
 class Speech:

@@ -22,6 +22,7 @@ class TranscribeInput:
         segments: whether times are wanted.
         words: whether the times of words are, too.
         doubts: when text is doubtful; None for the usual bounds.
+        timeout_s: seconds from now by which it must be finished; None for as long as it takes.
     """
 
     data: bytes
@@ -32,6 +33,7 @@ class TranscribeInput:
     segments: bool = False
     words: bool = False
     doubts: Doubts | None = None
+    timeout_s: float | None = None
     request_id: str | None = None
 
 

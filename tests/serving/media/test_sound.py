@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import soundfile
 
 from serving.errors import RequestError
 from serving.media.sound import Resampler, read_sound, resampled
@@ -90,6 +91,42 @@ def test_bad_files_are_refused_in_the_same_words():
             read_sound(odd, 10, "file")
 
 
+def test_other_formats_are_not_opened(monkeypatch):
+    """The library would read them, and tell behind it which they were."""
+    made, samples, tag = {}, tiny_whisper.sound(0.2), b"ID3\x04\0\0" + bytes((0, 0, 1, 2))
+    for kind in (
+        "AU",
+        "CAF",
+        "MAT4",
+        "MAT5",
+        "PAF",
+        "SVX",
+        "VOC",
+        "W64",
+        "RF64",
+        "SDS",
+        "NIST",
+        "XI",
+        "IRCAM",
+        "AVR",
+        "HTK",
+    ):
+        made[kind] = wav(samples, 44_100, kind, "DPCM_16" if kind == "XI" else "PCM_16")
+    monkeypatch.setattr(soundfile, "SoundFile", lambda *a: pytest.fail("opened"))
+    for whole in made.values():
+        for data in (whole, tag + bytes(130) + whole, tag + tag + bytes(120)):
+            with pytest.raises(RequestError, match="cannot be read as sound"):
+                read_sound(data, 10, "file")
+            assert sound.said_seconds(data) == 0.0
+
+
+def test_tags_may_stand_in_front():
+    samples, tag = tiny_whisper.sound(0.5), b"ID3\x04\0\0" + bytes((0, 0, 1, 2)) + bytes(130)
+    for kind, subtype in (("MP3", None), ("FLAC", "PCM_16")):
+        whole = wav(samples, kind=kind, subtype=subtype)
+        np.testing.assert_array_equal(read_sound(tag + whole, 10, "file"), read_sound(whole, 10, "file"))
+
+
 def test_length_is_what_is_there_and_bounded(monkeypatch):
     whole = bytearray(wav(tiny_whisper.sound(2.0), subtype="PCM_16"))
     whole[40:44] = (2**31 - 1).to_bytes(4, "little")  # the header says that there is more
@@ -97,3 +134,22 @@ def test_length_is_what_is_there_and_bounded(monkeypatch):
     monkeypatch.setattr(sound.Resampler, "push", lambda *a: pytest.fail("went on"))
     with pytest.raises(RequestError, match="longer than 1 seconds"):
         read_sound(wav(tiny_whisper.sound(2.0)), 1, "file")
+
+
+def test_reading_a_file_may_take_so_long_by_itself(monkeypatch):
+    """What others do between two of its pieces is not counted."""
+    clock, push = [0.0], sound.Resampler.push
+
+    def slow(self, samples):
+        clock[0] += cost
+        return push(self, samples)
+
+    monkeypatch.setattr(sound.time, "thread_time", lambda: clock[0])
+    monkeypatch.setattr(sound, "PIECE", 1 << 12)
+    monkeypatch.setattr(sound.Resampler, "push", slow)
+    data, cost = wav(tiny_whisper.sound(1.0)), 0.1
+    for _ in sound.sound_pieces(data, 60, "file", 1.0):
+        clock[0] += 5.0
+    cost = 0.5
+    with pytest.raises(RequestError, match="took more than 1 seconds"):
+        read_sound(data, 60, "file", 1.0)

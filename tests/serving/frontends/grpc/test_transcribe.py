@@ -5,7 +5,7 @@ import pytest
 
 from proto.jaxserve.v1 import inference_pb2 as pb
 from serving.service.speech.transcribe import Speech
-from tests.mock_engine import MockEngine
+from tests.mock_engine import MockEngine, until
 from tests.serving.frontends.openai.test_audio import SOUND, TOKENS, Speaking, align
 
 
@@ -34,3 +34,13 @@ async def test_what_is_refused(serve):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await parts(s, sound=b"nothing")
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_the_calls_deadline_ends_it(serve):
+    engine = Speaking(reply=lambda request: [*b"a" * 4000], step_s=0.01, max_model_len=8192)
+    async with serve(engine, speech=Speech(TOKENS, 80)) as s:
+        asked = pb.TranscribeRequest(language="en", sound=SOUND)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            _ = [reply async for reply in s.inference.Transcribe(asked, timeout=1.0)]
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        await until(lambda: engine.requests and not engine.live, "it was aborted")

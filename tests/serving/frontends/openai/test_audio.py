@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import threading
 
 import numpy as np
 import pytest
 
+from serving.media.sound import files as media_sound
 from serving.service import Limits
 from serving.service.speech import listening
 from serving.service.speech.rules import SpeechTokens
@@ -84,6 +86,8 @@ async def test_verbose_json(running):
         ({"timestamp_granularities[]": "line"}, "word and segment"),
         ({"stream": "true", "response_format": "srt"}, "stream"),
         ({"no_speech_threshold": "nan"}, "no_speech_threshold"),
+        ({"timeout": "soon"}, "timeout must be a number"),
+        ({"timeout": "0"}, "timeout must be more than 0"),
         ({"model": "other"}, "does not exist"),
         ({"data": b"no sound"}, "cannot be read as sound"),
     ],
@@ -170,6 +174,36 @@ async def test_who_goes_away_is_worked_for_no_longer(start):
         await asyncio.gather(asked, return_exceptions=True)
         await until(lambda: not engine.live, "it was aborted")
     assert len(engine.aborted) == 2
+
+
+async def test_a_deadline_in_the_middle_frees_everything(start, monkeypatch):
+    """Of a long file: while it is read, and while a later window's text is written."""
+    monkeypatch.setattr(listening, "KEPT_BYTES", 100_000)
+    hangs, read = threading.Event(), listening.sound_pieces
+
+    def pieces(data, *args):
+        for i, piece in enumerate(read(data, *args)):
+            if i == 4 and len(args) == 2 and not hangs.is_set():  # the first time that it is read
+                hangs.wait(30)
+            yield piece
+
+    monkeypatch.setattr(media_sound, "PIECE", 1 << 18)
+    reply = lambda request: [*b"a" * (4000 if hangs.is_set() and len(engine.requests) % 2 == 0 else 4)]  # noqa: E731
+    engine = Speaking(reply=reply, step_s=0.01, max_model_len=8192)
+    speech = Speech(TOKENS, 80)
+    running = await start(engine, service=mock_service(engine, speech=speech))
+    data = wav(np.zeros(65 * 16_000, np.int16), kind="FLAC", subtype="PCM_16")
+    monkeypatch.setattr(listening, "sound_pieces", pieces)
+    reply = await sent(running, data=data, language="en", timeout="0.3")
+    assert reply.status_code == 504 and reply.json()["error"]["code"] == "deadline_exceeded" and not engine.requests
+    hangs.set()
+    reply = await sent(running, data=data, language="en", timeout="2")
+    assert reply.status_code == 504 and len(engine.requests) == 2
+    reply = await sent(running, data=data, language="en", timeout="2", stream="true")
+    assert "aaaa" in reply.text and "deadline_exceeded" in reply.text
+    await until(lambda: not engine.live, "all have ended")
+    await speech.listener.run(int)
+    assert speech.listener._held == 0
 
 
 FILES = {

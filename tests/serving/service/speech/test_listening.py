@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from serving.media.sound import files as media_sound
 from serving.media.sound.spectrum import log_mel
 from serving.service.speech import listening
 from serving.service.speech.listening import Frames, Listener
+from tests.mock_engine import until
 from tests.models.tiny_whisper import sound, wav
 
 
@@ -36,9 +38,47 @@ async def test_what_is_held_is_bounded_and_given_back(monkeypatch):
     for one in asked:  # whoever goes away leaves nothing behind
         one.cancel()
     await asyncio.gather(*asked, return_exceptions=True)
-    await listener.run(gc.collect)
-    await listener.run(gc.collect)
-    assert listener._held == 0
+    await until(lambda: gc.collect() >= 0 and not listener._held, "all is given back")
+
+
+async def test_short_sounds_do_not_wait_for_long_ones(monkeypatch):
+    """Nor do other requests' windows, whatever is behind the beginnings of how many long files."""
+    short_is_heard, read = threading.Event(), listening.sound_pieces
+
+    def pieces(data, *args):
+        for i, piece in enumerate(read(data, *args)):
+            if i > 1 and data is long:
+                short_is_heard.wait(60)
+            yield piece
+
+    monkeypatch.setattr(media_sound, "PIECE", 1 << 13)
+    monkeypatch.setattr(listening, "sound_pieces", pieces)
+    monkeypatch.setattr(listening, "SHORT_S", 0.6)
+    listener, long = Listener(80, 16_000), wav(sound(3.0))
+    asked = [asyncio.ensure_future(listener.spectrogram(long)) for _ in range(4)]
+    try:
+        frames, _ = await listener.spectrogram(wav(sound(0.4)))
+        assert len(await listener.run(frames.copy)) == 100 and not any(one.done() for one in asked)
+    finally:
+        short_is_heard.set()
+    assert [heard for _, heard in await asyncio.gather(*asked)] == [48_000] * 4
+
+
+async def test_so_many_long_sounds_at_once_hold_little(monkeypatch):
+    """Each is known to be long before anything of it is kept, or is found to be where its header lies."""
+    monkeypatch.setattr(listening, "KEPT_BYTES", 300 * 80 * 4)
+    monkeypatch.setattr(listening, "HELD_BYTES", 8 * 250 * 80 * 4)  # less than what is kept of as many shorter ones
+    monkeypatch.setattr(media_sound, "PIECE", 1 << 14)
+    listener, data = Listener(80, 16_000), wav(sound(6.0))
+    found = await asyncio.gather(*(listener.spectrogram(data) for _ in range(8)))
+    assert {heard for _, heard in found} == {96_000} and listener._held == 0
+    for said, seconds, kept in ((100.0, 0.5, True), (100.0, 4.0, False), (0.1, 2.5, True), (0.1, 4.0, False)):
+        monkeypatch.setattr(listening, "said_seconds", lambda data, said=said: said)
+        samples = sound(seconds)
+        frames, heard = await listener.spectrogram(wav(samples))
+        assert isinstance(frames, np.ndarray) == kept and heard == len(samples)
+        wanted = log_mel(np.pad(samples, (0, max(0, 16_000 - heard))))
+        np.testing.assert_allclose(await listener.rows(frames, 0, len(wanted)), wanted, atol=1e-6)
 
 
 async def test_long_sounds_are_read_again_window_by_window(monkeypatch):
