@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,17 +45,18 @@ class GivenSound:
             yield repr((self._samples.shape, self._samples.dtype.str, self._rate)).encode()
             yield np.ascontiguousarray(self._samples).tobytes()
 
-    def heard(self, most_s: float) -> np.ndarray:
+    def heard(self, most_s: float, enough_s: float = math.inf) -> np.ndarray:
         """float32 at `RATE`, channels averaged. Blocks.
 
         Args:
             most_s: seconds that are taken, beyond the policy's.
+            enough_s: seconds behind which a file is not read on.
         Raises:
             RequestError: INVALID_ARGUMENT: it cannot be read, or is longer, or there is none.
         """
         most_s, place = min(most_s, self._policy.max_sound_s), self._place
         if self.data is not None:
-            found = read_sound(self.data, most_s, place, self._policy.sound_s)
+            found = read_sound(self.data, most_s, place, self._policy.sound_s, enough_s)
         else:
             if len(self._samples) > most_s * self._rate:
                 raise invalid(f"{place} is longer than {most_s:g} seconds.", place)

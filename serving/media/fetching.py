@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import http.client
 import ipaddress
@@ -16,6 +17,7 @@ import os
 import socket
 import ssl
 import stat
+import threading
 import time
 import urllib.parse
 from pathlib import Path
@@ -34,8 +36,8 @@ class MediaPolicy:
         folder: below which files may be read; None for none.
         max_images, max_videos, max_sounds, max_files: of one request.
         max_bytes: of one file or data URI, decoded.
-        max_pixels, max_request_pixels: of one image as it is stored, and of all that are unpacked for a request: a picture of one
-            colour is small as a file and a second's work.
+        max_pixels, max_request_pixels: of one image as it is stored, and of all that are unpacked for a request, frames that a
+            video is sent as included: a picture of one colour is small as a file and a second's work.
         max_aspect: how many times longer than wide, or the other way round.
         max_frames: of one video that are read.
         max_stored_frames, max_seconds: of one video file.
@@ -158,9 +160,20 @@ def _download(
     address = public_address(host, port)
     if address is None:
         raise refused
-    with socket.create_connection((address, port), timeout=max(0.1, deadline - time.monotonic())) as raw:
-        # The certificate is checked for the name, the connection goes to the address that was looked at.
-        stream = ssl.create_default_context().wrap_socket(raw, server_hostname=host) if secure else raw
+    with contextlib.ExitStack() as opened:
+        stream = opened.enter_context(socket.create_connection((address, port), max(0.1, deadline - time.monotonic())))
+        if secure:  # the certificate is checked for the name, the connection goes to the address that was looked at
+            context = ssl.create_default_context()
+            stream = opened.enter_context(
+                context.wrap_socket(stream, server_hostname=host, do_handshake_on_connect=False)
+            )
+        # A socket's own timeout is for each of its bytes, of which a head, too, may have many.
+        watch = threading.Timer(max(0.0, deadline - time.monotonic()), _hang_up, (stream,))
+        watch.daemon = True
+        watch.start()
+        opened.callback(watch.cancel)
+        if isinstance(stream, ssl.SSLSocket):
+            stream.do_handshake()
         connection = http.client.HTTPConnection(host, port)
         connection.sock = stream
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
@@ -169,21 +182,22 @@ def _download(
             path,
             headers={"Accept": "image/*, video/*, audio/*", "Connection": "close", "User-Agent": "jaxserve"},
         )
-        answer = connection.getresponse()
+        answer = opened.enter_context(connection.getresponse())
         if answer.status != 200:  # nobody is redirected
             raise refused
         found = bytearray()
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise refused
-            stream.settimeout(left)
-            piece = answer.read1(CHUNK)
-            if not piece:
-                return bytes(found)
+        while piece := answer.read1(CHUNK):
             found += piece
             if len(found) > policy.max_bytes:
                 raise _too_large(policy, place)
+        if time.monotonic() > deadline:  # then its end is that of our patience
+            raise refused
+        return bytes(found)
+
+
+def _hang_up(stream: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(stream, socket.SHUT_RDWR)  # TLS' own would unmake what another thread reads from
 
 
 def public_address(host: str, port: int) -> str | None:

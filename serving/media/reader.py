@@ -220,7 +220,7 @@ class MediaReader:
         digest = self._digest(f"{video!r} {how.sampling!r}", salt, b"video", *given.parts())
         if (kept := self._again(digest)) is not None:
             return digest, kept
-        pieces = given.patched(video, how.sampling, how.max_tokens)
+        pieces = given.patched(video, how.sampling, how.max_tokens, how.room)
         raw = (given.data or source.content) if self._sends_on else b""
         seen = Seen(tuple(pieces), tuple(piece_digests(digest, len(pieces))), video=True, raw=raw)
         return digest, self._keep(seen, digest, source.place)
@@ -232,7 +232,7 @@ class MediaReader:
         digest = self._digest(how.processor.identity(), salt, b"sound", *given.parts())
         if (kept := self._again(digest)) is not None:
             return digest, kept
-        pieces = sound.pieces(given.heard(sound.most_seconds(how.max_tokens)))
+        pieces = sound.pieces(given.heard(sound.most_seconds(how.max_tokens), sound.enough_s))
         raw = (given.data or b"") if self._sends_on else b""
         seen = Seen(tuple(pieces), tuple(piece_digests(digest, len(pieces))), sound=True, raw=raw)
         return digest, self._keep(seen, digest, source.place)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serving.errors import ErrorKind, RequestError, invalid
-from serving.media.decoding import check_size, decode
+from serving.media.decoding import Room, check_size, decode
 from serving.media.documents import KEPT_VARIABLES
 from serving.media.fetching import MediaPolicy, fetch
 from serving.media.frames import worker
@@ -77,15 +77,18 @@ class GivenVideo:
                 yield repr((pixels.shape, pixels.dtype.str)).encode()
                 yield np.ascontiguousarray(pixels).tobytes()
 
-    def patched(self, video: Video, sampling: Sampling, max_tokens: int) -> list[Patched]:
+    def patched(self, video: Video, sampling: Sampling, max_tokens: int, room: Room | None = None) -> list[Patched]:
         """Its pieces, as a model's towers read them. Blocks.
 
+        Args:
+            room: that the pixels of frames are taken from which are given one by one.
         Raises:
             RequestError: INVALID_ARGUMENT; UNIMPLEMENTED for files without PyAV.
         """
         try:
-            pixels, times = (self._of_file if self.data is not None else self._of_frames)(video, sampling, max_tokens)
-            return video.patched(pixels, times)
+            if self.data is not None:
+                return video.patched(*self._of_file(video, sampling, max_tokens))
+            return video.patched(*self._of_frames(video, sampling, max_tokens, room or Room(self._policy)))
         except ValueError as error:
             raise invalid(f"{self._place}: the video cannot be read: {error}", self._place) from None
 
@@ -103,14 +106,22 @@ class GivenVideo:
             )
         return wide, high
 
-    def _of_frames(self, video: Video, sampling: Sampling, max_tokens: int) -> tuple[list[np.ndarray], Frames]:
+    def _of_frames(
+        self, video: Video, sampling: Sampling, max_tokens: int, room: Room
+    ) -> tuple[list[np.ndarray], Frames]:
+        """Each frame is scaled as soon as it is unpacked: a file of some hundred bytes is 200 MB of pixels."""
         total = len(self.frames)
         times = Frames(tuple(range(total)), total, self.fps) if self.still else sampling.chosen(total, self.fps, False)
-        images = [_picture(self.frames[i], self._policy, self._place) for i in times.indices]
-        if len({image.size for image in images}) != 1:
-            raise ValueError("its frames are not all of one size.")
-        size = self._sized(video, times, *images[0].size, max_tokens)
-        return [np.asarray(video.scaling.resized(image, *size)) for image in images], times
+        found: list[np.ndarray] = []
+        first = size = (0, 0)
+        for i in times.indices:
+            image = _picture(self.frames[i], self._policy, self._place, room)
+            if not found:
+                first, size = image.size, self._sized(video, times, *image.size, max_tokens)
+            if image.size != first:
+                raise ValueError("its frames are not all of one size.")
+            found.append(np.asarray(video.scaling.resized(image, *size)))
+        return found, times
 
     def _of_file(self, video: Video, sampling: Sampling, max_tokens: int) -> tuple[list[np.ndarray], Frames]:
         if importlib.util.find_spec("av") is None:
@@ -225,11 +236,11 @@ def _frames(content: Any, place: str) -> Sequence[Any]:
     return content
 
 
-def _picture(frame: Any, policy: MediaPolicy, place: str) -> Image:
+def _picture(frame: Any, policy: MediaPolicy, place: str, room: Room) -> Image:
     from PIL import Image as Pillow
 
     if isinstance(frame, str | bytes):
-        return decode(fetch(frame, policy, place) if isinstance(frame, str) else frame, policy, place)
+        return decode(fetch(frame, policy, place) if isinstance(frame, str) else frame, policy, place, room)
     if hasattr(frame, "convert"):
         check_size(frame.size, policy, place)
         return frame.convert("RGB")

@@ -4,6 +4,7 @@ Audio Flamingo 3 and Voxtral, and Ultravox's own. The numbers come from the chec
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +69,12 @@ class Sounds:
         windows, left = divmod(tokens, -(-self.window // self._per))
         frames = windows * self.window + (0 if self.whole else left * self._per)
         return frames * HOP / RATE
+
+    @property
+    def enough_s(self) -> float:
+        """Of a sound that are read."""
+        windows = math.inf if self.cut is None else self.cut * self.window * HOP / RATE
+        return min(windows, math.inf if self.cut_s is None else self.cut_s)
 
     def pieces(self, samples: np.ndarray) -> list[Patched]:
         """A sound at `RATE`, of at least one sample, as the encoder reads it: a piece a window."""

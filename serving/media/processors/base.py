@@ -150,7 +150,11 @@ class Sound(Protocol):
         placeholder: what stands in token ids for a sound.
         token: what stands in the prompt's places for it.
         mark: what stands in texts for a sound that no token stands for; "" where the chat template writes one.
+        enough_s: seconds of a sound that are heard; what is behind them need not be read.
     """
+
+    @property
+    def enough_s(self) -> float: ...
 
     @property
     def placeholder(self) -> int: ...

@@ -1,6 +1,11 @@
 """Media that are sent to do harm: addresses in disguise, files that are two things, or lie, or grow, and too many of them."""
 
+import base64
+import dataclasses
 import io
+import json
+import os
+import pickle
 import socket
 import struct
 import tracemalloc
@@ -9,14 +14,18 @@ import zlib
 import numpy as np
 import pytest
 
-from serving.errors import RequestError
+from serving.errors import ErrorKind, RequestError
+from serving.frontends.app import create_app
+from serving.frontends.openai.batches.runner import call_app
+from serving.media import MediaReader
 from serving.media import reader as reading
 from serving.media.decoding import decode
 from serving.media.fetching import MediaPolicy, fetch
+from serving.media.processors.audio import AudioProcessor
 from serving.media.sound import read_sound
-from tests.mock_engine import MockEngine
+from tests.mock_engine import MockEngine, mock_service
 from tests.models.tiny_whisper import wav
-from tests.serving.media.images import encoded, image_service, part, uri
+from tests.serving.media.images import PROCESSOR, ImageTemplate, asked, encoded, image_service, part, uri
 from tests.serving.media.test_requests import prepared
 
 ANY = MediaPolicy(domains=("*",))
@@ -162,3 +171,62 @@ def test_hours_of_silence_are_not_held():
         assert tracemalloc.get_traced_memory()[1] < 40 * 2**20
     finally:
         tracemalloc.stop()
+
+
+OUTSIDE = "http://169.254.169.254/latest/meta-data/"
+PLACES = {
+    "images": part(OUTSIDE),
+    "images, without an object": {"type": "image_url", "image_url": OUTSIDE},
+    "responses' images": {"type": "input_image", "image_url": OUTSIDE},
+    "Hugging Face's images": {"type": "image", "image": OUTSIDE},
+    "Hugging Face's images by url": {"type": "image", "url": OUTSIDE},
+    "Pillow's": {"type": "image_pil", "image_pil": OUTSIDE},
+    "videos": {"type": "video_url", "video_url": {"url": OUTSIDE}},
+    "Hugging Face's videos": {"type": "video", "video": OUTSIDE},
+    "frames": {"type": "video", "video": [OUTSIDE]},
+    "sounds": {"type": "audio_url", "audio_url": {"url": OUTSIDE}},
+    "Hugging Face's sounds": {"type": "audio", "audio": OUTSIDE},
+    "files": {"type": "file", "file": {"file_data": OUTSIDE}},
+    "files by url": {"type": "input_file", "file_url": OUTSIDE},
+}  # fmt: skip
+
+
+class SeesAndHears(type(PROCESSOR)):
+    """Qwen2-VL's processor, which would read sounds, too."""
+
+    @property
+    def sound(self):
+        return AudioProcessor.qwen2({}).sound
+
+
+@pytest.mark.parametrize("outside", [OUTSIDE, "file:///etc/passwd", "/etc/passwd", "ftp://inside/"])
+@pytest.mark.parametrize("place", PLACES)
+async def test_no_place_for_media_goes_around_what_fetches(place, outside, monkeypatch):
+    """No processor, template or reader of a kind of its own looks anything up: not where nothing may be fetched, and no address
+    inside where everything may."""
+    monkeypatch.setattr(socket, "create_connection", lambda *a, **k: pytest.fail("a connection was made"))
+    monkeypatch.setattr(os, "open", lambda *a, **k: pytest.fail("a file was opened"))
+    said = json.loads(json.dumps(PLACES[place]).replace(OUTSIDE, outside))
+    reads = SeesAndHears(**{field.name: getattr(PROCESSOR, field.name) for field in dataclasses.fields(PROCESSOR)})
+    for policy in (MediaPolicy(), ANY):
+        service = mock_service(MockEngine(), template=ImageTemplate(), media=MediaReader(reads, policy, 64))
+        with pytest.raises(RequestError) as refused:
+            await prepared(service, "a", said)
+        assert refused.value.kind is ErrorKind.INVALID_ARGUMENT and "content[1]" in refused.value.message
+
+
+@pytest.mark.parametrize("kind", ["image_embeds", "audio_embeds", "video_embeds", "prompt_embeds"])
+async def test_embeddings_are_no_input(kind, monkeypatch):
+    """Unpickled tensors have been the end of other servers."""
+    monkeypatch.setattr(pickle, "loads", lambda *a, **k: pytest.fail("unpickled"))
+    monkeypatch.setattr(pickle, "Unpickler", lambda *a, **k: pytest.fail("unpickled"))
+    torch_file = base64.b64encode(pickle.dumps([1.0])).decode()
+    engine = MockEngine(reply="ok")
+    app = create_app(image_service(engine), page=False)
+    for content in (torch_file, {"image_grid_thw": torch_file, kind: torch_file}):
+        body = {"messages": asked("a", {"type": kind, kind: content}), "max_tokens": 2}
+        status, reply = await call_app(app, "/v1/chat/completions", body, "a")
+        assert status == 400 and not engine.requests, reply
+    if kind == "prompt_embeds":
+        status, reply = await call_app(app, "/v1/completions", {"model": "default", "prompt_embeds": torch_file}, "a")
+        assert status == 400 and not engine.requests, reply

@@ -17,6 +17,7 @@ from serving.frontends.openai.batches.runner import call_app
 from serving.media import MediaPolicy, MediaReader
 from serving.media.processors.audio import PLACE as NOWHERE
 from serving.media.processors.audio import AudioProcessor
+from serving.media.sound import files
 from serving.service import GenerateInput
 from serving.text import chat_template
 from tests.mock_engine import SPECIAL, MockEngine, MockTemplate, mock_service
@@ -190,6 +191,24 @@ async def test_a_long_sound_is_refused_before_all_of_it_is_read():
         assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
     finally:
         tracemalloc.stop()
+
+
+async def test_what_a_model_does_not_hear_is_not_read(monkeypatch):
+    """Of a window of two seconds, and a file of nine in pieces of one, two pieces."""
+    pieces, push, long = [], files.Resampler.push, sound(9.0, 4)
+
+    def counted(self, piece):
+        pieces.append(len(piece))
+        return push(self, piece)
+
+    async def heard(samples):
+        return (await prepared(sound_service(), {"type": "audio", "audio": wav(samples)})).children[0].media.items
+
+    monkeypatch.setattr(files, "PIECE", 16_000)
+    monkeypatch.setattr(files.Resampler, "push", counted)
+    (whole,), (cut,) = await heard(long), await heard(long[:32_000])
+    assert pieces == [16_000] * 4
+    np.testing.assert_array_equal(whole.patches_PX, cut.patches_PX)
 
 
 async def test_uuids():

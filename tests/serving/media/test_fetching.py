@@ -1,9 +1,11 @@
 """What is fetched and what is not: nothing unless the operator says so, and never anything inside."""
 
+import contextlib
 import http.server
 import os
 import socket
 import threading
+import time
 
 import pytest
 
@@ -72,10 +74,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", "/ok")
             self.end_headers()
             return
+        if self.path in ("/slow%20head", "/slow%20body"):
+            self.drip(self.path == "/slow%20head")
+            return
         self.send_response(200 if self.path != "/missing" else 404)
         self.end_headers()
         body = self.image if self.path != "/endless" else b"x" * 200_000
         self.wfile.write(body)
+
+    def drip(self, head: bool) -> None:
+        """An image, behind ten seconds of a byte now and then."""
+        if not head:
+            self.send_response(200)
+            self.end_headers()
+        self.wfile.write(b"HTTP/1.0 200 OK\r\nA: " if head else b"")
+        with contextlib.suppress(OSError):  # whoever asked may be gone
+            for _ in range(200):
+                self.wfile.write(b"a")
+                time.sleep(0.05)
+            self.wfile.write(b"\r\n\r\n" * head + self.image)
 
     def log_message(self, *args) -> None:
         pass
@@ -93,7 +110,7 @@ def web(monkeypatch):
         looked.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", port))]
 
-    def connect(address, timeout):
+    def connect(address, timeout=None):
         assert address[0] == "93.184.216.34", "to the address that was looked at"
         made = socket.socket()
         made.settimeout(timeout)
@@ -123,6 +140,12 @@ def test_nobody_is_redirected_and_nothing_is_read_without_end(web, path, words):
     with pytest.raises(RequestError, match=words):
         fetch(f"http://ok.com{path}", MediaPolicy(domains=("ok.com",), max_bytes=100_000), "here")
     assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("path", ["/slow%20head", "/slow%20body"])
+def test_who_says_a_byte_now_and_then_is_not_listened_to_for_ever(path, web):
+    with pytest.raises(RequestError, match="cannot be fetched"):
+        fetch(f"http://ok.com{path}", MediaPolicy(domains=("ok.com",), fetch_s=0.3), "here")
 
 
 def test_files_below_the_folder_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import weakref
 
 import av
 import numpy as np
@@ -12,6 +13,8 @@ from proto.jaxserve.v1 import inference_pb2 as pb
 from serving.errors import RequestError
 from serving.frontends.grpc.convert import input_from
 from serving.media import MediaPolicy
+from serving.media import video as video_module
+from serving.media.decoding import decode
 from serving.media.frames.sampling import Sampling
 from serving.service import GenerateInput
 from tests.mock_engine import MockEngine, mock_service
@@ -171,6 +174,29 @@ async def test_what_is_no_video_is_that_requests_400(what):
 async def test_bounds(policy, words):
     with pytest.raises(RequestError, match=words):
         await items(video(uri(MP4, "video/mp4")), image_service(MockEngine(), policy))
+
+
+async def test_frames_that_are_small_as_files_are_unpacked_one_by_one_and_not_for_ever(monkeypatch):
+    """A frame of one colour has a hundred bytes and up to 200 MB of pixels; some hundred of them fit into a request."""
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def unpacked(*args):
+        nonlocal most
+        image = decode(*args)
+        alive.append(weakref.ref(image))
+        most = max(most, sum(one() is not None for one in alive))
+        return image
+
+    monkeypatch.setattr(video_module, "decode", unpacked)
+    await items(video(jpegs([*FRAMES] * 4)))
+    assert len(alive) == 24 and most <= 2
+    service = image_service(MockEngine(), MediaPolicy(max_request_pixels=10 * 64 * 48))
+    with pytest.raises(RequestError, match="more than 30720 pixels together"):
+        await items(video(jpegs([*FRAMES] * 2)), service)
+    assert len(alive) == 24 + 10
+    with pytest.raises(RequestError, match="not all of one size"):
+        await items(video(jpegs([*FRAMES, FRAMES[0][:40]])))
 
 
 async def test_more_than_the_context_is_refused_before_it_is_cut():
