@@ -10,25 +10,33 @@ from typing import Any
 import numpy as np
 
 from serving.errors import RequestError
+from serving.media.clips import GivenSound
 from serving.media.decoding import decode
 from serving.media.fetching import MediaPolicy
-from serving.media.processors.idefics import IdeficsProcessor
-from serving.media.processors.next import NextProcessor
-from serving.media.processors.qwen import QwenVLProcessor
-from serving.media.sound import read_sound
+from serving.media.processors import PROCESSORS
 from serving.media.video import GivenVideo
 from tests.fuzz.mutate import mutate_bytes
 from tests.fuzz.run import Case
+from tests.models.tiny_audio import MELS
+from tests.models.tiny_audio import TINY as HEARS
+from tests.models.tiny_towers import TINY
 
 POLICY = MediaPolicy(max_pixels=1 << 20)
-TILES = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
-PROCESSORS: tuple[Any, ...] = (
-    QwenVLProcessor.of({"preprocessor": {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 64}}),
-    NextProcessor.of(
-        {"architectures": ["LlavaNextForConditionalGeneration"], "vision_config": {}, "preprocessor": {"size": 336}}
-    ),
-    IdeficsProcessor.of({"vision_config": {"patch_size": 14}, "preprocessor": TILES}),
-)
+MAX_TOKENS = 4096
+"""Of a prompt."""
+
+
+def processors() -> list[tuple[str, Any]]:
+    """(name, processor) of every family with a tower, as its tiny checkpoint has it."""
+    made = []
+    for name, tiny in TINY.items():
+        hf = {"architectures": [tiny.model], "vision_config": dict(tiny.vision), "preprocessor": dict(tiny.processor)}
+        made.append((name, PROCESSORS[tiny.model](hf | tiny.ids | {"video_preprocessor": dict(tiny.videos)})))
+    for name, hears in HEARS.items():
+        said = {"feature_size": MELS, "chunk_length": hears.seconds}
+        hf = {"architectures": [hears.model], "audio_config": dict(hears.audio), "preprocessor": said}
+        made.append((name, PROCESSORS[hears.model](hf | hears.ids)))
+    return made
 
 
 def images(folder: pathlib.Path) -> Case:
@@ -49,12 +57,14 @@ def images(folder: pathlib.Path) -> Case:
         b"II*\x00" * 9,
     ]
 
+    readers = [one for _, one in processors() if one.images]
+
     def case(rng: random.Random) -> list[str]:
         data = rng.choice(seeds)
         data = mutate_bytes(rng, data, 4) if rng.random() < 0.9 else data + rng.choice(seeds)
         try:
-            image = decode(data, POLICY, "place")
-            rng.choice(PROCESSORS).patched(image)
+            for piece in rng.choice(readers).pieces(decode(data, POLICY, "place")):
+                assert piece.size > 0 and len(piece.patches_PX) == len(piece.place_P2)
         except (RequestError, ValueError) as error:
             return [str(error)]
         return []
@@ -63,7 +73,7 @@ def images(folder: pathlib.Path) -> Case:
 
 
 def sounds(folder: pathlib.Path) -> Case:
-    """Sound files of each format that is read."""
+    """Sound files of each format that is read, to what each family's encoder reads."""
     import soundfile
 
     tone = (0.1 * np.sin(np.arange(900) / 9)).astype(np.float32)
@@ -73,10 +83,13 @@ def sounds(folder: pathlib.Path) -> Case:
         soundfile.write(out, tone, 16_000, format=kind)
         seeds.append(out.getvalue())
 
+    readers = [one.sound for _, one in processors() if one.sound is not None]
+
     def case(rng: random.Random) -> list[str]:
-        data = mutate_bytes(rng, rng.choice(seeds), 4)
+        data, reader = mutate_bytes(rng, rng.choice(seeds), 4), rng.choice(readers)
         try:
-            read_sound(data, 5.0, "place")
+            for piece in reader.pieces(GivenSound(data, POLICY, "place").heard(5.0)):
+                assert np.isfinite(piece.patches_PX).all() and len(piece.patches_PX) == len(piece.place_P2)
         except RequestError as error:
             return [str(error)]
         return []
@@ -86,11 +99,9 @@ def sounds(folder: pathlib.Path) -> Case:
 
 def videos(folder: pathlib.Path) -> Case:
     """Files and frames in a URL, to patches: each file in a process of its own, which is why there are few cases a second."""
-    from tests.serving.media.images import PROCESSOR
     from tests.serving.media.test_video import FRAMES, MP4, jpegs, video_file
 
-    video = PROCESSOR.video
-    assert video is not None
+    readers = [one.video for _, one in processors() if one.video is not None]
     seeds = [MP4, video_file(FRAMES, kind="matroska"), video_file(FRAMES, kind="webm", codec="libvpx")]
     frames = jpegs(FRAMES).encode()
 
@@ -99,9 +110,9 @@ def videos(folder: pathlib.Path) -> Case:
         if rng.random() < 0.3:
             content = mutate_bytes(rng, frames, 3).decode("latin-1")
         try:
-            given = GivenVideo(content, POLICY, "place")
+            given, video = GivenVideo(content, POLICY, "place"), rng.choice(readers)
             b"".join(given.parts())
-            given.patched(video, video.sampling, 4096)
+            given.patched(video, video.sampling, MAX_TOKENS)
         except RequestError as error:
             return [str(error)]
         return []
