@@ -3,7 +3,7 @@ import pytest
 from models.bridge.known import EQUAL
 from models.refused import REFUSED
 from models.registry import families, find, status
-from tests.models.table import DOCUMENT, document, text_generation
+from tests.models.table import DOCUMENT, HEAD, columns, count, document, text_generation, tried
 from tests.models.test_bert import ENCODERS, RERANKERS
 from tests.models.tiny import TINY
 from tests.models.tiny_audio import TINY as AUDIO
@@ -12,6 +12,31 @@ from tests.models.tiny_vision import TINY as VISION
 
 def test_the_documents_table_is_what_the_tests_check():
     assert DOCUMENT.read_text() == document(), "run python -m tests.models.table"
+
+
+def test_every_variant_is_tried_in_every_way():
+    """GGUF and an axis of experts are not for all of them."""
+    ways = dict(zip(HEAD[4:], columns(), strict=True))
+    for way in ("64 tokens", "model=4", "shared, preempted", "int8"):
+        assert ways[way].keys() == TINY.keys(), way
+    assert ways["expert=2,model=2"].keys() == {name for name, tiny in TINY.items() if tiny.expert_mesh}
+    assert all(of.keys() <= TINY.keys() for of in ways.values())
+
+
+def test_a_cell_says_what_pytest_would_run():
+    @pytest.mark.parametrize(
+        ("mesh", "names"), [("m", ["a", "b"]), pytest.param("m", ["c"], marks=pytest.mark.slow), ("n", ["d"])]
+    )
+    def some(mesh, names): ...
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["a", "b"])
+    def slow(name): ...
+
+    assert tried(some, "m") == {"a": False, "b": False, "c": True}
+    assert tried(slow) == {"a": True, "b": True}
+    cells = [count(names, tried(some, "m")) for names in (["a", "b"], ["a", "c", "e"], ["c"], ["e"])]
+    assert cells == ["2 of 2", "2 of 3, 1 slow", "1 of 1 slow", "-"]
 
 
 def test_every_family_is_tried():
