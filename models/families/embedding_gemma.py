@@ -99,4 +99,14 @@ def embedding_gemma_config(hf: Mapping[str, Any]) -> ModelConfig:
     return dataclasses.replace(config, windows=tuple(None if w is None else w // 2 for w in config.windows))
 
 
-FAMILIES = (Family("EmbeddingGemma", ("Gemma3TextModel",), embedding_gemma_config, EmbeddingGemma, tasks=("embed",)),)
+FAMILIES = (
+    Family(
+        "EmbeddingGemma",
+        ("Gemma3TextModel",),
+        embedding_gemma_config,
+        EmbeddingGemma,
+        gguf=("gemma-embedding",),
+        ignore=(r"^dense_[23]\.weight$",),  # behind pooling: models/loading/opening.py
+        tasks=("embed",),
+    ),
+)

@@ -71,4 +71,4 @@ def mistral4_config(hf: Mapping[str, Any]) -> ModelConfig:
     return dataclasses.replace(config, extra=(*config.extra, *growth))
 
 
-FAMILIES = (Family("Mistral 4 (text)", ("Mistral4ForCausalLM",), mistral4_config, build),)
+FAMILIES = (Family("Mistral 4 (text)", ("Mistral4ForCausalLM",), mistral4_config, build, gguf=("mistral4",)),)

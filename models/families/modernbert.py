@@ -205,6 +205,7 @@ FAMILIES = (
         ("ModernBertModel", "ModernBertForMaskedLM"),
         modernbert_config,
         ModernBert,
+        gguf=("modern-bert",),
         ignore=(r"^head\.", r"^decoder\."),
         tasks=("embed",),
     ),

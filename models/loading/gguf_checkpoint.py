@@ -14,6 +14,8 @@ from models.loading.gguf_layouts import SECONDARY, layout
 from ops.linear.weights.block_pack import GGUF, CodedRows
 
 _MAMBA = re.compile(r"^model\.")
+NORMS_HAVE_ONE = ("gemma", "gemma2", "gemma3", "gemma-embedding", "qwen3next", "qwen35", "qwen35moe")
+"""Architectures whose norms' scales the converter stores whole."""
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -46,7 +48,7 @@ class GGUFCheckpoint:
         self.file = file
         self._table = gguf.get_tensor_name_map(kinds[architecture], num_layers)
         self._rotated_pairs = rotated_pairs
-        self._norms_have_one = architecture in ("gemma", "gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe")
+        self._norms_have_one = architecture in NORMS_HAVE_ONE
         self._architecture = architecture
 
     @property
@@ -112,7 +114,7 @@ class GGUFCheckpoint:
     def read(self, name: str) -> np.ndarray:
         made = layout(self.file, self._architecture, name)
         if made is not None:
-            return made.make(*(self.file.read(source) for source in made.sources))
+            return made.make(*(self.file.read(source, made.matrix) for source in made.sources))
         own = self.locate(name)
         assert own is not None
         expert = EXPERT.search(name)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from models.embedding_head import Dense
 from models.loading import gguf_hybrid
 from models.loading.gguf import GGUFFile
 
@@ -86,17 +87,20 @@ def _of_family(arch: str, config: Mapping[str, Any], get: Any, file: GGUFFile) -
 
     Where the metadata does not say a number, it is the one that llama.cpp computes with for that architecture.
     """
-    if arch in ("gemma2", "gemma3"):
+    if arch in ("gemma2", "gemma3", "gemma-embedding"):
         heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
         # The 27B models (46 and 62 layers) scale scores by the width a head has of the embedding.
-        is_27b = layers == {"gemma2": 46, "gemma3": 62}[arch]
+        is_27b = layers == {"gemma2": 46, "gemma3": 62}.get(arch)
         return {
             "query_pre_attn_scalar": config["hidden_size"] // heads if is_27b else config["head_dim"],
             "attn_logit_softcapping": get("attn_logit_softcapping"),
             "final_logit_softcapping": get("final_logit_softcapping"),
             "rope_local_base_freq": get("rope.freq_base_swa"),
             "attention_bias": False,
+            "use_bidirectional_attention": arch == "gemma-embedding",
         }
+    if arch == "modern-bert":
+        return _modern_bert(config, get, file)
     if arch in ("granite", "granitemoe"):
         return {
             **(_experts(get) if arch == "granitemoe" else {}),
@@ -114,7 +118,7 @@ def _of_family(arch: str, config: Mapping[str, Any], get: Any, file: GGUFFile) -
         }
     if arch == "minimax-m2":
         return _experts(get) | {"intermediate_size": get("expert_feed_forward_length")}
-    if arch in ("deepseek2", "glm-dsa"):
+    if arch in ("deepseek2", "glm-dsa", "mistral4"):
         return _latent(arch, config, get, file)
     if arch == "llama4":
         return _experts(get) | {
@@ -154,6 +158,21 @@ def _layer_types(pattern: Any, num_layers: int) -> list[str]:
     else:
         sliding = [bool(value) for value in pattern]
     return ["sliding_attention" if slides else "full_attention" for slides in sliding]
+
+
+def _modern_bert(config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, Any]:
+    """Every n-th layer, from the first on, sees the whole text."""
+    return {
+        "sliding_window": None,
+        "layer_types": None,
+        "local_attention": get("attention.sliding_window", 128),
+        "global_attn_every_n_layers": get("attention.sliding_window_pattern", 3),
+        "global_rope_theta": config["rope_theta"],
+        "local_rope_theta": get("rope.freq_base_swa", 1e4),
+        "norm_eps": config["layer_norm_eps"],
+        "norm_bias": "output_norm.bias" in file.tensors,
+        "attention_bias": "blk.0.attn_qkv.bias" in file.tensors,
+    }
 
 
 def _latent(arch: str, config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, Any]:
@@ -238,6 +257,12 @@ def pooling(metadata: Mapping[str, Any]) -> str | None:
     return None if kind is None else {1: "mean", 2: "cls", 3: "last"}.get(int(kind))
 
 
+def dense_steps(file: GGUFFile) -> tuple[Dense, ...]:
+    """The matrices behind pooling that files of sentence-transformers models bring along, in their order."""
+    named = ("dense_2.weight", "dense_3.weight")
+    return tuple(Dense(file.read(n).astype(np.float32), None, "Identity") for n in named if n in file.tensors)
+
+
 def rotated_pairs(config: Mapping[str, Any], arch: str) -> tuple[int, int] | None:
     """(query heads, key heads) whose rows the converter permuted, or None."""
     if arch not in INTERLEAVED:
@@ -310,6 +335,6 @@ def _rope_scaling(file: GGUFFile, arch: str, get: Any) -> dict[str, Any] | None:
         log_multiplier = get("rope.scaling.yarn_log_multiplier")
         if log_multiplier:  # 0.1 * mscale_all_dim; mscale is the same in every published model
             scaling["mscale"] = scaling["mscale_all_dim"] = 10.0 * log_multiplier
-    if arch == "mistral3":
+    if arch in ("mistral3", "mistral4"):
         scaling["llama_4_scaling_beta"] = get("attention.temperature_scale")
     return {name: value for name, value in scaling.items() if value is not None}

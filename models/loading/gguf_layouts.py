@@ -21,12 +21,14 @@ class Layout:
         shape: of the result.
         make: (the sources' values) -> the result.
         rows: where the result is rows of the only source, which; so packed ones can be taken as they are.
+        matrix: where the sources are stacks of matrices and one of each is meant, which.
     """
 
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     make: Callable[..., np.ndarray]
     rows: np.ndarray | None = None
+    matrix: int | None = None
 
     @classmethod
     def of_rows(cls, file: GGUFFile, source: str, rows: np.ndarray) -> Layout:
@@ -47,11 +49,13 @@ SECONDARY = {
     "granitehybrid": re.compile(r"\.ffn_up(_exps|_shexp)?\."),
     "deepseek2": re.compile(r"\.attn_v_b\."),
     "glm-dsa": re.compile(r"\.attn_v_b\."),
+    "mistral4": re.compile(r"\.attn_v_b\."),
     "kimi-linear": re.compile(r"\.attn_v_b\."),
 }
 """Tensors that only come in as a second source; they stand for no tensor of their own."""
 
 _STACKED = re.compile(r"^model\.(altup(?:_unembed)?_projections)\.(\d+)\.weight$")
+_HALF = re.compile(r"^model\.layers\.(\d+)\.\w+\.experts\.(\d+)\.(gate_proj|w1|up_proj|w3)\.weight$")
 _LAYER = re.compile(r"^(?:model\.layers|transformer\.h)\.(\d+)\.(.+)$")
 
 
@@ -59,6 +63,8 @@ def layout(file: GGUFFile, architecture: str, name: str) -> Layout | None:
     """How `name` is made where the file does not have it as it is; None where it does (or does not have it at all)."""
     if stacked := _STACKED.match(name):
         return _of_stack(file, *stacked.groups())
+    if (half := _HALF.match(name)) and (both := f"blk.{half[1]}.ffn_gate_up_exps.weight") in file.tensors:
+        return _of_both(file, both, int(half[2]), half[3] in ("up_proj", "w3"))
     match = _LAYER.match(name)
     maker = _MAKERS.get(architecture)
     if match is None or maker is None:
@@ -72,6 +78,15 @@ def _of_stack(file: GGUFFile, which: str, index: str) -> Layout | None:
     if source not in file.tensors:
         return None
     return Layout((source,), file.tensors[source].shape[1:], lambda array: array[int(index)])
+
+
+def _of_both(file: GGUFFile, source: str, expert: int, up: bool) -> Layout | None:
+    """An expert's gate or up, of files whose experts have both in one tensor, the gates' rows first."""
+    E, both, D = file.tensors[source].shape
+    if expert >= E:
+        return None
+    rows = np.arange(both // 2) + (both // 2 if up else 0)
+    return Layout((source,), (len(rows), D), lambda array: array[rows], rows, expert)
 
 
 def _gemma3n(file: GGUFFile, block: str, part: str) -> Layout | None:
@@ -313,6 +328,7 @@ _MAKERS: dict[str, Callable[[GGUFFile, str, str], Layout | None]] = {
     "granitemoe": _granitemoe,
     "deepseek2": _deepseek2,
     "glm-dsa": _deepseek2,
+    "mistral4": _deepseek2,
     "glm4moe": _choice_bias,
     "minimax-m2": _choice_bias,
     "kimi-linear": _kimi_linear,

@@ -66,7 +66,8 @@ def _open_gguf(source: ModelSource) -> Opened:
     recorded = str(file.metadata.get("general.name") or source.path.stem)
     name = MODEL_ID if recorded == RECORDED_NAME else recorded.replace(" ", "-")
     generation = gguf_config.generation_defaults(file.metadata)
-    head = EmbeddingHead((gguf_config.pooling(file.metadata) or _pooling(family),))
+    pooling = gguf_config.pooling(file.metadata) or _pooling(family)
+    head = EmbeddingHead((pooling,), gguf_config.dense_steps(file))
     return Opened(source, family, hf, checkpoint, source.name or name, generation, head)
 
 

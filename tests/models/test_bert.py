@@ -231,38 +231,93 @@ def test_minilm():
     assert similar > 0.6 > 0.3 > other
 
 
-def test_through_gguf(tmp_path):
-    """A file as llama.cpp's converter writes it: its names, no pooler, and how embeddings are made in the metadata."""
+GGUF = {
+    "bert": ("BertModel", "cls", {}),
+    "modern-bert": (
+        "ModernBertModel",
+        "cls",
+        {
+            "attention.sliding_window": MODERN["local_attention"],
+            "attention.sliding_window_pattern": 3,
+            "rope.freq_base": 160000.0,
+            "rope.freq_base_swa": 10000.0,
+        },
+    ),
+    "gemma-embedding": (
+        "Gemma3TextModel",
+        "mean",
+        {
+            "attention.head_count_kv": GEMMA["num_key_value_heads"],
+            "attention.key_length": GEMMA["head_dim"],
+            "attention.sliding_window": GEMMA["sliding_window"],
+            "attention.sliding_window_pattern": [True, False],
+            "rope.freq_base": 1000000.0,
+        },
+    ),
+}
+"""GGUF's architecture -> transformers', the pooling that its files ask for, and keys of its own below the architecture."""
+
+
+@pytest.mark.parametrize("arch", GGUF)
+def test_through_gguf(arch, tmp_path):
+    """A file as llama.cpp's converter writes it: its names, no pooler, how embeddings are made in the metadata, and what
+    sentence-transformers has behind pooling as tensors."""
     import gguf
     import torch
     from safetensors.numpy import load_file
 
-    reference = reference_model("BertModel", "BertConfig", tmp_path)
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "bert")
-    writer.add_block_count(TINY["num_hidden_layers"])
+    architecture, pooling, own = GGUF[arch]
+    scale = {"query_pre_attn_scalar": GEMMA["head_dim"]} if arch == "gemma-embedding" else {}  # as published
+    reference = reference_model(architecture, ENCODERS[architecture], tmp_path, **scale)
+    tensors = load_file(tmp_path / "model.safetensors")
+    layers = reference.config.num_hidden_layers
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", arch)
+    writer.add_block_count(layers)
     writer.add_context_length(TINY["max_position_embeddings"])
     writer.add_embedding_length(TINY["hidden_size"])
     writer.add_feed_forward_length(TINY["intermediate_size"])
     writer.add_head_count(TINY["num_attention_heads"])
-    writer.add_layer_norm_eps(1e-12)
-    writer.add_pooling_type(gguf.PoolingType.CLS)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, TINY["num_hidden_layers"])
-    for name, array in load_file(tmp_path / "model.safetensors").items():
-        if not name.startswith("pooler."):
-            writer.add_tensor(str(names.get_name(name, try_suffixes=(".weight", ".bias"))), array)
+    if arch == "gemma-embedding":
+        writer.add_layer_norm_rms_eps(reference.config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps({"bert": 1e-12, "modern-bert": 1e-5}[arch])
+    writer.add_pooling_type(gguf.PoolingType[pooling.upper()])
+    add = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+    for key, value in own.items():
+        add[type(value)](f"{arch}.{key}", value)
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[arch], layers)
+    for name, array in tensors.items():
+        if name.startswith("pooler."):
+            continue
+        found = (names.get_name(known, try_suffixes=(".weight", ".bias")) for known in (name, f"model.{name}"))
+        shift = 1.0 if arch == "gemma-embedding" and name.endswith("norm.weight") else 0.0
+        writer.add_tensor(next(filter(None, found)), array + np.float32(shift))
+    behind = {}
+    if arch == "gemma-embedding":
+        rng, width = np.random.default_rng(1), TINY["hidden_size"]
+        behind = {"dense_2.weight": (24, width), "dense_3.weight": (width, 24)}
+        behind = {name: rng.standard_normal(shape, np.float32) for name, shape in behind.items()}
+    for name, array in behind.items():
+        writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     source = resolve(str(tmp_path / "tiny.gguf"))
     opened = open_checkpoint(source)
-    assert opened.embedding.pooling == "cls"
+    assert opened.embedding.pooling == pooling
     assert opened.family.tasks == ("embed",)
-    hidden, _ = run(load_model(source, progress=False, opened=opened).model, TEXTS)
+    hidden, pooled = run(load_model(source, progress=False, opened=opened).model, TEXTS)
     for row, text in enumerate(TEXTS):
         with torch.no_grad():
             wanted = reference(torch.tensor([text])).last_hidden_state[0].numpy()
         np.testing.assert_allclose(hidden[row, : len(text)], wanted, atol=1e-4 * np.abs(wanted).max())
+    wanted = pooled
+    for array in behind.values():
+        wanted = wanted @ array.T
+    wanted = wanted / np.maximum(np.linalg.norm(wanted, axis=-1, keepdims=True), 1e-12)
+    np.testing.assert_allclose(opened.embedding.finish(pooled), wanted, atol=1e-5)
 
 
 @pytest.mark.skipif(NOMIC is None or not NOMIC.exists(), reason="JAXSERVE_TEST_MODELS has no nomic-embed GGUF")

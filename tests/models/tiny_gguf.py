@@ -47,6 +47,7 @@ ARCHITECTURES = {
     "GlmMoeDsaForCausalLM": "glm-dsa",
     "Glm4MoeForCausalLM": "glm4moe",
     "MiniMaxM2ForCausalLM": "minimax-m2",
+    "Mistral4ForCausalLM": "mistral4",
 } | tiny_gguf_hybrid.ARCHITECTURES
 PERMUTED = ("llama", "mistral3", "granite", "granitemoe", "granitehybrid", "smollm3")
 
@@ -160,7 +161,7 @@ def metadata(c: dict, arch: str) -> dict:
             "attention.indexer.key_length": c["index_head_dim"],
             "attention.indexer.top_k": c["index_topk"],
         }
-    if arch in ("deepseek2", "glm-dsa"):
+    if arch in ("deepseek2", "glm-dsa", "mistral4"):
         keys |= routing(c) | {
             "attention.q_lora_rank": c["q_lora_rank"],
             "attention.kv_lora_rank": c["kv_lora_rank"],
@@ -183,7 +184,7 @@ def routing(c: dict) -> dict:
         "leading_dense_block_count": kinds.count("dense") if kinds else c["first_k_dense_replace"],
         "expert_weights_scale": float(c["routed_scaling_factor"]),
         "expert_weights_norm": bool(c.get("norm_topk_prob", False)),
-        "expert_gating_func": 1 if "V2" in c["architectures"][0] else 2,
+        "expert_gating_func": 1 if "V2" in c["architectures"][0] or "Mistral4" in c["architectures"][0] else 2,
         "expert_group_count": c["n_group"],
         "expert_group_used_count": c["topk_group"],
     }
@@ -225,6 +226,8 @@ def tensors_of(tensors: dict, c: dict, arch: str) -> dict:
                 out[f"{base}gate_proj.{suffix}"], out[f"{base}up_proj.{suffix}"] = array[:, ::2], array[:, 1::2]
             else:
                 out[f"{base}down_proj.{suffix}"] = array
+        elif ".experts." in name and arch == "mistral4":  # gates and ups stay together
+            out[f"{name}.weight"] = array
         elif ".experts." in name and arch == "llama4":
             base, turned = name.split(".experts.")[0] + ".experts.", array.swapaxes(1, 2)
             if "gate_up" in name:

@@ -7,7 +7,7 @@ import pytest
 from models.config import from_hf
 from models.loading import gguf_config
 from models.loading.gguf import DECODED, GGUFFile, open_gguf
-from models.loading.gguf_checkpoint import half_split_rows
+from models.loading.gguf_checkpoint import GGUFCheckpoint, half_split_rows
 from models.loading.source import resolve
 
 
@@ -217,3 +217,27 @@ def test_a_split_that_lacks_tensors(tmp_path):
     paths = write_split(tmp_path, {"a": np.ones((1, 32), np.float32), "b": np.ones((1, 32), np.float32)}, 2, claimed=3)
     with pytest.raises(ValueError, match="2 tensors, not the 3"):
         GGUFFile(paths[0])
+
+
+@pytest.mark.parametrize("architecture", ["qwen3moe", "mistral4"])
+def test_experts_whose_gate_and_up_are_one_tensor(tmp_path, architecture):
+    """As the converter writes them where it leaves them together: an expert's half is read alone, and stays in its blocks."""
+    E, F, D = 3, 32, 64
+    values = np.random.default_rng(0).standard_normal((E, 2 * F, D)).astype(np.float32)
+    packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", architecture)
+    writer.add_tensor("blk.0.ffn_gate_up_exps.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint = GGUFCheckpoint(open_gguf(tmp_path / "x.gguf"), architecture, 1, None)
+    stored = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
+    for part, rows in (("gate_proj", slice(F)), ("up_proj", slice(F, 2 * F))):
+        name = f"model.layers.0.mlp.experts.1.{part}.weight"
+        assert checkpoint.shape(name) == (F, D)
+        np.testing.assert_array_equal(checkpoint.read(name), stored[1, rows])
+        found = checkpoint.coded(name)
+        assert found is not None and found[1] is not None
+        np.testing.assert_array_equal(found[0].rows_RB[found[1]], packed[1, rows])
+    assert checkpoint.locate("model.layers.0.mlp.experts.3.gate_proj.weight") is None
