@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from models.mixers import Mixer
@@ -203,6 +203,12 @@ class ModelConfig:
             object.__setattr__(self, "mixers", (None,) * self.num_layers)
         if len(self.mixers) != self.num_layers:
             raise ValueError(f"the model's configuration has {len(self.mixers)} mixers for {self.num_layers} layers.")
+        by_layer = {"experts": self.moe and self.moe.layers, "rotation": self.rope_layers}
+        for what, entries in by_layer.items():
+            if entries is not None and len(entries) != self.num_layers:
+                raise ValueError(
+                    f"the model's configuration says of {len(entries)} layers of {self.num_layers} whether they have {what}."
+                )
 
     @property
     def longest_positions(self) -> int:
@@ -266,6 +272,7 @@ def from_hf(hf: Mapping[str, Any], partial: bool = False, **overrides: Any) -> M
     return ModelConfig(**values)
 
 
+WINDOWED = ("full_attention", "sliding_attention")
 WHOLE = ("HeadModel", "UltravoxModel", "OmniModel")
 """How names of networks end that have heads for all their names."""
 
@@ -375,10 +382,27 @@ def rope_from_hf(
     )
 
 
+def layer_kinds(
+    told: Sequence[str], num_layers: int, known: Collection[str], field: str = "layer_types"
+) -> tuple[str, ...]:
+    """What a file says of each layer; lists may go on with layers that predict further tokens.
+
+    Raises:
+        ValueError: fewer kinds than layers, or one that this family does not have.
+    """
+    if len(told) < num_layers:
+        raise ValueError(f"config.json: {field} has {len(told)} entries for {num_layers} layers.")
+    if unknown := sorted({str(kind) for kind in told[:num_layers]} - {*known}):
+        raise ValueError(f"config.json: {field} has {unknown}; this family has {sorted(known)}.")
+    return tuple(told[:num_layers])
+
+
 def windows_from_hf(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
     """Each layer's window from `layer_types` and `sliding_window`."""
     window = hf.get("sliding_window")
     types = hf.get("layer_types")
+    if types is not None:
+        types = layer_kinds(types, num_layers, WINDOWED)
     if not window:
         return (None,) * num_layers
     if types is None:

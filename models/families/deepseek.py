@@ -6,7 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from models.config import MLAConfig, ModelConfig, MoEConfig, from_hf, partial_rotary, refuse_part, rope_from_hf
+from models.config import (
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    from_hf,
+    layer_kinds,
+    partial_rotary,
+    refuse_part,
+    rope_from_hf,
+)
 from models.decoder import Decoder
 from models.family import Family
 from models.heads.mtp import MTP, behind
@@ -97,6 +106,7 @@ def glm4_moe_lite_config(hf: Mapping[str, Any]) -> ModelConfig:
     layers = hf["num_hidden_layers"]
     refuse_part(partial_rotary(hf), hf["qk_rope_head_dim"])
     kinds = hf.get("mlp_layer_types") or ["dense"] + ["sparse"] * (layers - 1)
+    kinds = layer_kinds(kinds, layers, ("dense", "sparse"), "mlp_layer_types")
     hf = {**hf, "n_group": hf.get("n_group") or 1, "topk_group": hf.get("topk_group") or 1}
     config = deepseek_v3_config(hf)
     assert config.moe is not None

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from models.api import Step
-from models.config import ModelConfig
+from models.config import ModelConfig, layer_kinds
 from models.decoder import Decoder
 from models.families.deepseek import DeepseekLayer, deepseek_v3_config
 from models.family import Family
@@ -39,6 +39,7 @@ def _config(hf: Mapping[str, Any], chooses: Sequence[bool], interleaved: bool) -
     layers = hf["num_hidden_layers"]
     dense = min(hf.get("first_k_dense_replace", 3), layers)
     kinds = hf.get("mlp_layer_types") or ["dense"] * dense + ["sparse"] * (layers - dense)
+    kinds = layer_kinds(kinds, layers, ("dense", "sparse"), "mlp_layer_types")
     config = deepseek_v3_config({**hf, "rope_interleave": True})
     assert config.moe is not None
     if config.mla is None or config.mla.q_rank is None:
@@ -63,9 +64,8 @@ def glm_moe_dsa_config(hf: Mapping[str, Any]) -> ModelConfig:
     if kinds is None:
         every, first = max(hf.get("index_topk_freq") or 1, 1), hf.get("index_skip_topk_offset", 2)
         kinds = ["shared" if max(index - first + 1, 0) % every else "full" for index in range(layers)]
-    if len(kinds) < layers:
-        raise ValueError(f"config.json says of {len(kinds)} layers whether they have an indexer; there are {layers}.")
-    return _config(hf, [kind == "full" for kind in kinds[:layers]], interleaved=True)
+    kinds = layer_kinds(kinds, layers, ("full", "shared"), "indexer_types")
+    return _config(hf, [kind == "full" for kind in kinds], interleaved=True)
 
 
 def _one_more(hf: Mapping[str, Any]) -> dict[str, Any]:

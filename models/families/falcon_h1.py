@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.api import StateSpec, Step
-from models.config import ModelConfig, from_hf
+from models.config import ModelConfig, from_hf, layer_kinds
 from models.decoder import Decoder
 from models.family import Family
 from models.layers import Build, GatedMLP, Layer
@@ -177,9 +177,14 @@ def falcon_h1_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 def bamba_config(hf: Mapping[str, Any]) -> ModelConfig:
     layers = hf["num_hidden_layers"]
-    told = hf.get("layers_block_type") or hf.get("layer_types")
-    attends = [index for index, kind in enumerate(told or ()) if kind in ("attention", "full_attention")]
-    attends = attends if told else hf.get("attn_layer_indices") or ()
+    field = "layers_block_type" if hf.get("layers_block_type") else "layer_types"
+    told = hf.get(field)
+    attends = hf.get("attn_layer_indices") or ()
+    if told:
+        told = layer_kinds(told, layers, ("attention", "full_attention", "mamba", "linear_attention"), field)
+        attends = [
+            index for index, kind in enumerate(told) if kind.endswith("attention") and kind != "linear_attention"
+        ]
     mamba = _mamba(hf, int(hf["mamba_expand"] * hf["hidden_size"]), norm_groups=hf["mamba_n_groups"])
     bias = bool(hf.get("attention_bias", False))
     return from_hf(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 
 from models.api import Step
-from models.config import ModelConfig, from_hf, rope_from_hf
+from models.config import ModelConfig, from_hf, rope_from_hf, windows_from_hf
 from models.decoder import Decoder
 from models.encoders.gemma import Gemma3, gemma3_vision
 from models.family import Family, Tower
@@ -86,7 +86,7 @@ def _shared(hf: Mapping[str, Any], every: int) -> dict[str, Any]:
         "norm_offset": True,
         "embed_scale": hf["hidden_size"] ** 0.5,
         "attn_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5,
-        "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        "windows": windows_from_hf({"sliding_window": window, "layer_types": kinds}, layers),
         "qkv_bias": bool(hf.get("attention_bias", False)),
         "out_bias": bool(hf.get("attention_bias", False)),
         "logits_softcap": hf.get("final_logit_softcapping"),

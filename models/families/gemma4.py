@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.api import Step
-from models.config import ModelConfig, MoEConfig, from_hf, rope_from_hf
+from models.config import WINDOWED, ModelConfig, MoEConfig, from_hf, layer_kinds, rope_from_hf
 from models.decoder import Decoder
 from models.encoders.gemma4 import Gemma4Vision, gemma4_vision
 from models.families.gemma import GemmaLayer
@@ -208,7 +208,7 @@ def kinds_of(hf: Mapping[str, Any], every: int) -> tuple[str, ...]:
     told = hf.get("layer_types") or [
         "full_attention" if (index + 1) % every == 0 else "sliding_attention" for index in range(layers)
     ]
-    return tuple(told)
+    return layer_kinds(told, layers, WINDOWED)
 
 
 def gemma4_config(hf: Mapping[str, Any]) -> ModelConfig:

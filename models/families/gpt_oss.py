@@ -67,7 +67,7 @@ def build(config: ModelConfig, build: Build) -> Decoder:
 
 def gpt_oss_config(hf: Mapping[str, Any]) -> ModelConfig:
     layers = hf["num_hidden_layers"]
-    kinds = hf.get("layer_types") or ["sliding_attention", "full_attention"] * (layers // 2)
+    kinds = hf.get("layer_types") or [("sliding_attention", "full_attention")[index % 2] for index in range(layers)]
     moe = MoEConfig(
         num_experts=hf.get("num_local_experts", 128),
         experts_per_token=hf.get("num_experts_per_tok", 4),

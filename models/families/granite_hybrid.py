@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 
 from models.api import Step
-from models.config import ModelConfig, MoEConfig, from_hf, rope_from_hf
+from models.config import ModelConfig, MoEConfig, from_hf, layer_kinds, rope_from_hf
 from models.decoder import Decoder
 from models.families.granite import GraniteLayer, GraniteMoE
 from models.family import Family
@@ -18,6 +18,7 @@ from models.layers.mixing import mixer_of
 from models.mixers import Mamba2
 from models.recipes import Recipes, deal, one, split, under
 
+ATTENTION = ("full_attention", "attention")
 MAMBA = ("linear_attention", "mamba")  # the second in older files
 
 
@@ -73,6 +74,7 @@ def build(config: ModelConfig, build: Build) -> Decoder:
 def granite_hybrid_config(hf: Mapping[str, Any]) -> ModelConfig:
     layers, heads, groups = hf["num_hidden_layers"], hf["mamba_n_heads"], hf["mamba_n_groups"]
     kinds = hf.get("layer_types") or hf.get("layers_block_type") or ["linear_attention"] * layers
+    kinds = layer_kinds(kinds, layers, (*MAMBA, *ATTENTION))
     head_dim = hf.get("mamba_d_head", "auto")
     low, high = hf.get("time_step_limit") or (0.0, float("inf"))
     mamba = Mamba2(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from models.config import MLAConfig, ModelConfig, MoEConfig, from_hf
+from models.config import MLAConfig, ModelConfig, MoEConfig, from_hf, layer_kinds
 from models.decoder import Decoder
 from models.family import Family
 from models.layers import Build, GatedMLP, Layer
@@ -60,8 +60,10 @@ def kimi_linear_config(hf: Mapping[str, Any]) -> ModelConfig:
         ]
     elif kinds is None:
         kinds = ["full_attention" if index and index % 4 == 0 else "linear_attention" for index in range(layers)]
+    kinds = layer_kinds(kinds, layers, ("linear_attention", "full_attention"))
     first = hf.get("first_k_dense_replace", 1)
     blocks = hf.get("mlp_layer_types") or ["dense" if index < first else "sparse" for index in range(layers)]
+    blocks = layer_kinds(blocks, layers, ("dense", "sparse"), "mlp_layer_types")
     kda = KDA(
         linear.get("num_heads", hf["linear_num_heads"]),
         linear.get("head_dim", hf["linear_head_dim"]),

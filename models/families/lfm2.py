@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from models.config import ModelConfig, MoEConfig, from_hf
+from models.config import ModelConfig, MoEConfig, from_hf, layer_kinds
 from models.decoder import Decoder
 from models.family import Family
 from models.layers import Build, GatedMLP, Layer, child_recipes
@@ -76,6 +76,7 @@ def lfm2_config(hf: Mapping[str, Any]) -> ModelConfig:
     if kinds is None:
         full = range(layers) if full is None else full
         kinds = ["full_attention" if index in full else "conv" for index in range(layers)]
+    kinds = layer_kinds(kinds, layers, ("full_attention", "conv"))
     conv = ShortConv(hf["conv_L_cache"], bool(hf.get("conv_bias", False)))
     ffw = hf.get("block_ff_dim") or hf["intermediate_size"]
     if hf.get("block_auto_adjust_ff_dim", True):

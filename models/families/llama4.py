@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from models.api import Step
-from models.config import ModelConfig, MoEConfig, from_hf
+from models.config import ModelConfig, MoEConfig, from_hf, layer_kinds
 from models.decoder import Decoder
 from models.encoders.llama4 import Llama4Vision, llama4_vision
 from models.family import Family, Tower
@@ -36,7 +36,7 @@ class Llama4Attention(Attention):
         self.eps, self.l2_norm = config.norm_eps, bool(config.get("use_qk_norm"))
         self.tuning = (config.get("floor_scale"), config.get("temperature"))
         chunk = config.get("chunk")
-        self.chunk = chunk if chunk and self.rope is not None and build.max_model_len > chunk else None
+        self.chunk = chunk if chunk and config.get("chunked")[layer] and build.max_model_len > chunk else None
         self.window = self.chunk  # what is a chunk back is in another chunk
 
     def attend(self, qkv_TKgh: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any]:
@@ -115,6 +115,10 @@ def llama4_config(hf: Mapping[str, Any]) -> ModelConfig:
     layers, every = hf["num_hidden_layers"], hf.get("no_rope_layer_interval", 4)
     step = hf.get("interleave_moe_layer_step", 1)
     rotates = hf.get("no_rope_layers") or [(index + 1) % every != 0 for index in range(layers)]
+    kinds = hf.get("layer_types") or ["chunked_attention" if rotated else "full_attention" for rotated in rotates]
+    chunked = [
+        kind == "chunked_attention" for kind in layer_kinds(kinds, layers, ("chunked_attention", "full_attention"))
+    ]
     sparse = hf.get("moe_layers")
     sparse = set(range(step - 1, layers, step)) if sparse is None else set(sparse)
     moe = MoEConfig(
@@ -135,6 +139,7 @@ def llama4_config(hf: Mapping[str, Any]) -> ModelConfig:
         moe=moe,
         extra=(
             ("chunk", hf.get("attention_chunk_size")),
+            ("chunked", tuple(chunked)),
             ("use_qk_norm", hf.get("use_qk_norm", True)),
             ("floor_scale", hf.get("floor_scale", 8192)),
             ("temperature", hf.get("attn_scale", 0.1) if tuning else None),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.config import ModelConfig, from_hf, rope_from_hf
+from models.config import ModelConfig, from_hf, rope_from_hf, windows_from_hf
 from models.families.bert import attend_texts, run_layer
 from models.family import Family
 from models.label_head import with_labels
@@ -174,7 +174,7 @@ def modernbert_config(hf: Mapping[str, Any]) -> ModelConfig:
         local_rope=rope_from_hf(
             hf, dim, "sliding_attention", None if hf.get("rope_parameters") else _base(hf, "local", 10000.0)
         ),
-        windows=tuple(reach if kind == "sliding_attention" else None for kind in kinds),
+        windows=windows_from_hf({"sliding_window": reach, "layer_types": kinds}, layers),
         norm_eps=hf.get("norm_eps", 1e-5),
         activation=hf.get("hidden_activation", "gelu"),
         tie_embeddings=True,

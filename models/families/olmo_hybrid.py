@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from models.config import ModelConfig, from_hf
+from models.config import ModelConfig, from_hf, layer_kinds
 from models.decoder import Decoder
 from models.families.olmo2 import Olmo2Layer
 from models.family import Family
@@ -66,6 +66,7 @@ def olmo_hybrid_config(hf: Mapping[str, Any]) -> ModelConfig:
     kinds = hf.get("layer_types") or [
         "full_attention" if index % 4 == 3 else "linear_attention" for index in range(layers)
     ]
+    kinds = layer_kinds(kinds, layers, ("full_attention", "linear_attention"))
     keys = hf.get("linear_num_key_heads") or heads
     key_dim = hf.get("linear_key_head_dim") or int(0.75 * hf["hidden_size"] / keys)
     delta = DeltaNet(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.config import ModelConfig, from_hf
+from models.config import ModelConfig, from_hf, windows_from_hf
 from models.decoder import Decoder
 from models.family import Family
 
@@ -17,7 +17,7 @@ def qwen_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     if not window:
         return (None,) * layers
     if hf.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else None for kind in hf["layer_types"])
+        return windows_from_hf(hf, layers)
     full = hf.get("max_window_layers", layers)
     return tuple(window if index >= full else None for index in range(layers))
 

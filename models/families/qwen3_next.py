@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from models.config import ModelConfig, from_hf
+from models.config import ModelConfig, from_hf, layer_kinds
 from models.decoder import Decoder
 from models.encoders.qwen3 import Qwen3Vision, qwen3_vision
 from models.families.qwen_moe import qwen_moe
@@ -47,10 +47,7 @@ def _hybrid(hf: Mapping[str, Any], **more: Any) -> ModelConfig:
     kinds = hf.get("layer_types") or [
         "linear_attention" if (index + 1) % every else "full_attention" for index in range(layers)
     ]
-    if unknown := sorted({*kinds} - {"linear_attention", "full_attention"}):
-        raise ValueError(
-            f"config.json: layer_types has {unknown}; this family has linear_attention and full_attention."
-        )
+    kinds = layer_kinds(kinds, layers, ("full_attention", "linear_attention"))
     delta = DeltaNet(
         hf["linear_num_key_heads"],
         hf["linear_key_head_dim"],

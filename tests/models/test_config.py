@@ -98,3 +98,58 @@ def test_which_layers_of_qwens_have_windows(architecture, most, windows):
     """As transformers has it where a file names no kinds of layers."""
     said = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": most, "num_hidden_layers": 4}
     assert config_of(architecture, **said).windows == windows
+
+
+HYBRID = ("full_attention", "linear_attention")
+KINDS = {
+    "MistralForCausalLM": ("layer_types", ("full_attention", "sliding_attention")),
+    "Qwen2ForCausalLM": ("layer_types", ("full_attention", "sliding_attention")),
+    "Gemma2ForCausalLM": ("layer_types", ("full_attention", "sliding_attention")),
+    "Gemma3nForCausalLM": ("layer_types", ("full_attention", "sliding_attention")),
+    "Gemma4ForCausalLM": ("layer_types", ("full_attention", "sliding_attention")),
+    "Cohere2ForCausalLM": ("layer_types", ("full_attention", "sliding_attention")),
+    "GptOssForCausalLM": ("layer_types", ("full_attention", "sliding_attention")),
+    "Llama4ForCausalLM": ("layer_types", ("full_attention", "chunked_attention")),
+    "Qwen3NextForCausalLM": ("layer_types", HYBRID),
+    "GraniteMoeHybridForCausalLM": ("layer_types", HYBRID),
+    "KimiLinearForCausalLM": ("layer_types", HYBRID),
+    "OlmoHybridForCausalLM": ("layer_types", HYBRID),
+    "BambaForCausalLM": ("layers_block_type", HYBRID),
+    "Lfm2ForCausalLM": ("layer_types", ("full_attention", "conv")),
+    "Glm4MoeLiteForCausalLM": ("mlp_layer_types", ("dense", "sparse")),
+    "DeepseekV32ForCausalLM": ("mlp_layer_types", ("dense", "sparse")),
+    "GlmMoeDsaForCausalLM": ("indexer_types", ("full", "shared")),
+}
+"""The fields that say what each layer is, and what they may say."""
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_a_kind_of_layer_that_a_family_does_not_have_is_refused(architecture):
+    """As any other it would be computed as something else than the file says."""
+    field, known = KINDS[architecture]
+    window = {} if architecture == "Llama4ForCausalLM" else {"sliding_window": 8}
+    told = {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 8,
+        "num_kv_shared_layers": 0,
+        "use_sliding_window": True,
+        **window,
+    }
+    config_of(architecture, **told | {field: [known[0], known[1], known[0]]})
+    with pytest.raises(ValueError, match=rf"config.json: {field} has \['some'\]; this family has "):
+        config_of(architecture, **told | {field: [known[0], "some", known[0]]})
+    with pytest.raises(ValueError, match=f"{field} has 2 entries for 3 layers"):
+        config_of(architecture, **told | {field: list(known)})
+
+
+def test_llama_4_attends_in_chunks_where_its_layer_types_say_so():
+    told = {"num_hidden_layers": 4, "no_rope_layer_interval": 4, "attention_chunk_size": 8}
+    assert config_of("Llama4ForCausalLM", **told).get("chunked") == (True, True, True, False)
+    kinds = ["full_attention", "chunked_attention", "full_attention", "full_attention"]
+    config = config_of("Llama4ForCausalLM", **told, layer_types=kinds)
+    assert config.get("chunked") == (False, True, False, False)
+    assert config.rope_layers == (True, True, True, False)
+
+
+def test_an_odd_number_of_layers_has_windows_in_turn():
+    assert config_of("GptOssForCausalLM", num_hidden_layers=3, sliding_window=8).windows == (8, None, 8)
