@@ -43,6 +43,8 @@ class Gateway:
         self._redis: Any = None
         self._picker: Any = None
         self._store: Store | None = None
+        self._source: Any = None
+        self._seen: set[str] = set()  # what engines read of which it was looked whether this gateway can
 
     async def run(self) -> int:
         """Returns the exit status: 0 after a signal, 1 when it cannot serve."""
@@ -145,8 +147,26 @@ class Gateway:
             self._pool.sticky_tenants = self._args.sticky_tenants
             self._pool.prefills = self._prefills
             self._first.set()
-        else:
-            self._pool.add(client, name)
+            return
+        self._pool.add(client, name)
+        self._look_at_senses()
+
+    def _look_at_senses(self) -> None:
+        """The first engine that reads images or sounds may have come after others that read none."""
+        if self._service is None or self._service.media is not None or set(self._info().modalities) <= self._seen:
+            return
+        self._seen = set(self._info().modalities)
+        task = asyncio.create_task(self._begin_to_read(self._service))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _begin_to_read(self, service: TextService) -> None:
+        from serving.gateway.media import media_of
+
+        try:
+            service.media = await asyncio.to_thread(media_of, self._args, self._info(), self._source)
+        except (ValueError, OSError) as error:
+            say(f"images and sounds are not read: {error}")
 
     async def _grpc(self, tls: Any) -> Any:
         """The gRPC server, listening; None where none is asked for."""
@@ -212,6 +232,7 @@ class Gateway:
         args, info = self._args, self._info()
         source = await asyncio.to_thread(resolve, args.model, progress=True)
         side = await asyncio.to_thread(load_text_side, source, args.chat_template)
+        self._source, self._seen = source, set(info.modalities)
         media = await asyncio.to_thread(media_of, args, info, source)
         if side.tokenizer.vocab_size > info.vocab_size:
             raise ValueError(
@@ -234,6 +255,7 @@ class Gateway:
             speech=RemoteSpeech(self._pool) if "transcribe" in info.tasks else None,
             rates=shared.SharedMeter(self._redis, args.requests_per_minute) if self._redis is not None else None,
         )
+        self._look_at_senses()
         app = create_app(self._service, store=self._store, access=self._access, **http_options(args))
         await rehearse(app)
         return AskedByHeaders(app, args.session_header)

@@ -18,6 +18,7 @@ from google.protobuf import struct_pb2
 
 from proto.jaxserve.v1 import ext_proc_pb2 as pb
 from serving.access import ServerTls
+from serving.engine.api.media import Media, MediaOrigin
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
 from serving.errors import RequestError, invalid
@@ -25,6 +26,7 @@ from serving.frontends.http.errors import failure_of
 from serving.frontends.openai.errors import body as error_body
 from serving.gateway.asking import DECISION, ENDPOINT, SERVED, SUBSET, Asked
 from serving.gateway.pool import Pool
+from serving.media.parts import senses_of
 from serving.routing.router import Route, Visit, Wish
 from serving.service import GenerateInput, TextService
 
@@ -206,7 +208,9 @@ class Exchange:
             except (TypeError, ValueError):
                 ids = []
             salt = body.get("cache_salt") if isinstance(body.get("cache_salt"), str) else None
-        return EngineRequest("", tuple(ids), SamplingParams(), adapter=adapter, cache_salt=salt)
+        senses = senses_of(given.messages) if given is not None and not isinstance(given.messages, str) else ()
+        media = Media((), 0, origin=MediaOrigin((), tuple((b"", one) for one in senses), {})) if senses else None
+        return EngineRequest("", tuple(ids), SamplingParams(), adapter=adapter, cache_salt=salt, media=media)
 
     def _reply_headers(self, found: tuple[pb.CommonResponse, struct_pb2.Struct]) -> pb.ProcessingResponse:
         return pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=found[0]), dynamic_metadata=found[1])

@@ -69,6 +69,18 @@ def _nobody() -> RequestError:
     return RequestError(ErrorKind.UNAVAILABLE, "No engine behind this gateway answers.", retry_after_s=2.0)
 
 
+def _words(senses: frozenset[str]) -> str:
+    """'images and videos' of {"image", "video"}."""
+    return " and ".join(sense if sense == "audio" else f"{sense}s" for sense in sorted(senses))
+
+
+def _unread(senses: frozenset[str]) -> RequestError:
+    message = (
+        f"The prompt has {_words(senses)}; no engine behind this gateway reads that. Send text, or add one that does."
+    )
+    return RequestError(ErrorKind.INVALID_ARGUMENT, message, param="messages")
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Member:
     """One engine of a pool.
@@ -151,15 +163,20 @@ class Pool(EngineClient):
         return member
 
     def _sum(self, infos: Sequence[EngineInfo]) -> None:
+        patches = [info.media_patches for info in infos if info.media_patches]
         self._info = dataclasses.replace(
             infos[0],
             max_model_len=min(info.max_model_len for info in infos),
             max_num_seqs=sum(info.max_num_seqs for info in infos),
             num_pages=sum(info.num_pages for info in infos),
+            # What one of them reads is taken here, and goes to those alone.
+            modalities=tuple(dict.fromkeys(sense for info in infos for sense in info.modalities)),
+            media_patches=min(patches, default=0),
         )
 
     def _told(self, member: Member) -> None:
         member.target.told(member.client.stats())
+        member.target.reads = frozenset(member.client.info().modalities)
         adapters = member.client.adapters
         member.target.adapters = frozenset(one.digest for one in (adapters.infos() if adapters is not None else ()))
 
@@ -253,11 +270,19 @@ class Pool(EngineClient):
             member.idle.set()
 
     def _nobody(self, request: EngineRequest) -> RequestError:
-        if request.adapter is not None and self.healthy:
-            return RequestError(
-                ErrorKind.UNAVAILABLE, "No engine that answers has this adapter now.", param="model", retry_after_s=2.0
-            )
-        return _nobody()
+        """Why a request goes nowhere."""
+        senses = request.media.senses if request.media is not None else frozenset()
+        if senses and not any(one.target.can(None, senses) for one in self.members.values()):
+            return _unread(senses)
+        what = f"reads {_words(senses)}" if senses else ""
+        if request.adapter is not None:
+            what = f"{what} and has this adapter" if what else "has this adapter"
+        if not what or not self.healthy:
+            return _nobody()
+        param = "model" if request.adapter is not None else "messages"
+        return RequestError(
+            ErrorKind.UNAVAILABLE, f"No engine that answers {what} now.", param=param, retry_after_s=2.0
+        )
 
     async def embed(
         self,

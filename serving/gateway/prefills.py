@@ -59,12 +59,14 @@ class Helper:
     queued: int = 0
     served: int = 0
 
-    def has(self, adapter: str | None) -> bool:
-        """Whether it can compute with this adapter; without one, always."""
-        if adapter is None:
+    def can(self, request: EngineRequest) -> bool:
+        """Whether it can compute a prompt: it has its adapter, and reads what is in it."""
+        if request.media is not None and not request.media.senses <= set(self.client.info().modalities):
+            return False
+        if request.adapter is None:
             return True
         known = self.client.adapters
-        return known is not None and any(one.digest == adapter for one in known.infos())
+        return known is not None and any(one.digest == request.adapter for one in known.infos())
 
 
 def place_of(name: str) -> tuple[str, int]:
@@ -94,8 +96,8 @@ class Prefills:
     Attributes:
         helpers: by name.
         decisions: what was decided, and why: apart, short, alone (nobody is held up), busy (they have more to do), unfit (it needs
-            every position computed where it runs, or the engine takes no pages), none (no helper answers that has the adapter),
-            peer (another target has a longer part of it, to be fetched from there).
+            every position computed where it runs, or the engine takes no pages), none (no helper answers that has the
+            adapter and reads what is in it), peer (another target has a longer part of it, to be fetched from there).
         failures: prompts that a helper refused or lost.
     """
 
@@ -146,7 +148,7 @@ class Prefills:
         self, request: EngineRequest, info: EngineInfo, matched: int, running: int
     ) -> tuple[Helper | None, str]:
         suffix = len(request.prompt_token_ids) - matched
-        healthy = [one for one in self.helpers.values() if one.client.healthy and one.has(request.adapter)]
+        healthy = [one for one in self.helpers.values() if one.client.healthy and one.can(request)]
         if not healthy:
             return None, "none"
         if request.pooling or request.params.prompt_logprobs is not None or info.role not in TAKES or request.transfer:

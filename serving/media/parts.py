@@ -62,6 +62,12 @@ def has_media(messages: Sequence[Any] | None, images: bool = True) -> bool:
     return any(_is_taken(part, images) for message in messages or () for part in _content(message))
 
 
+def senses_of(messages: Sequence[Any] | None) -> frozenset[str]:
+    """What a model must read to take these, in the words of `EngineInfo.modalities`."""
+    parts = (part for message in messages or () for part in _content(message))
+    return frozenset(_KINDS[part["type"]] for part in parts if _is_taken(part, True) and part["type"] in _KINDS)
+
+
 def take_out(
     messages: Sequence[Mapping[str, Any]], images: bool = True, mark: str = ""
 ) -> tuple[list[dict[str, Any]], list[Source]]:

@@ -21,6 +21,7 @@ from serving.routing.prefixes import (
 from serving.routing.targets import Target, load_of
 
 MAX_SESSIONS = 100_000
+NOTHING: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,8 +223,11 @@ class Router:
         Call `begin` for the target that is tried, and `end` when it is over.
         """
         able = healthy if isinstance(healthy, list) else list(healthy)
-        if request.adapter is not None or wish.among:
-            able = [one for one in able if one.has(request.adapter) and (not wish.among or one.name in wish.among)]
+        senses = request.media.senses if request.media is not None else NOTHING
+        if request.adapter is not None or wish.among or senses:
+            able = [
+                one for one in able if one.can(request.adapter, senses) and (not wish.among or one.name in wish.among)
+            ]
         if not able:
             return None
         chains = Chains(request)

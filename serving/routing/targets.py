@@ -17,10 +17,11 @@ class Target:
             kept and not added up then.
         kv_usage: fraction of its pages in use by live requests, 0..1, when it last told.
         adapters: digests of the adapters it has; None where it does not say.
+        reads: what it reads besides text, as in `EngineInfo.modalities`; None where it does not say.
         routed: requests that it was given since the start.
     """
 
-    __slots__ = ("_foreign", "_live", "adapters", "bit", "kv_usage", "load", "name", "routed")
+    __slots__ = ("_foreign", "_live", "adapters", "bit", "kv_usage", "load", "name", "reads", "routed")
 
     def __init__(self, name: str, bit: int = 1) -> None:
         self.name = name
@@ -28,6 +29,7 @@ class Target:
         self._live = self._foreign = self.load = self.routed = 0
         self.kv_usage = 0.0
         self.adapters: frozenset[str] | None = None
+        self.reads: frozenset[str] | None = None
 
     @property
     def live(self) -> int:
@@ -50,9 +52,10 @@ class Target:
         self.load = self._live + self._foreign
         self.kv_usage = stats.kv_usage
 
-    def has(self, adapter: str | None) -> bool:
-        """Whether it can run a request with this adapter; without one, always."""
-        return adapter is None or self.adapters is None or adapter in self.adapters
+    def can(self, adapter: str | None, senses: frozenset[str]) -> bool:
+        """Whether it can run a request with this adapter, for which a model must read that; without either, always."""
+        has = adapter is None or self.adapters is None or adapter in self.adapters
+        return has and (self.reads is None or senses <= self.reads)
 
 
 load_of = attrgetter("load")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -21,6 +23,7 @@ from serving.frontends.grpc.pages import events_of, messages_of
 from serving.frontends.grpc.server import GrpcServer
 from serving.frontends.grpc.transfer import media_from
 from serving.gateway import Pool
+from serving.gateway.__main__ import Gateway
 from serving.gateway.flags import parse
 from serving.gateway.media import media_of
 from serving.gateway.page_index import Pages
@@ -28,7 +31,7 @@ from serving.media import MediaPolicy, MediaReader
 from serving.routing.router import Chains
 from serving.transfer.digests import chain
 from serving.transfer.grpc_transport import places_of
-from tests.mock_engine import PAGE_SIZE, EmbeddingEngine, MockEngine, mock_service
+from tests.mock_engine import PAGE_SIZE, EmbeddingEngine, MockEngine, mock_service, until
 from tests.serving.media.images import PROCESSOR, ImageTemplate, asked, encoded, image_service, part, uri
 
 
@@ -37,10 +40,15 @@ def gateway_service(pool):
     return mock_service(pool, template=ImageTemplate(), media=reader)
 
 
+SEES = ("image", "video")
+
+
 @contextlib.asynccontextmanager
-async def two_behind_a_gateway(make=MockEngine):
-    """(the engines, their pool, a client of the gateway over HTTP)."""
+async def two_behind_a_gateway(make=MockEngine, *reads):
+    """(the engines, their pool, a client of the gateway over HTTP). `reads`: what each reads; else both images and videos."""
     engines = [make("seen"), make("seen")]
+    for engine, senses in zip(engines, reads or (SEES, SEES), strict=True):
+        engine._info = dataclasses.replace(engine.info(), modalities=senses)
     async with contextlib.AsyncExitStack() as stack:
         clients = []
         for engine in engines:
@@ -97,6 +105,40 @@ async def test_the_same_words_under_another_image_are_another_prompt():
         assert sorted(len(engine.requests) for engine in engines) == [2, 3] and [len(one) for one in by_image] == [1, 1]
         assert pool.router.matched_tokens >= 3 * PAGE_SIZE
     assert by_image[0] != by_image[1]
+
+
+async def test_an_image_goes_to_engines_that_read_images():
+    """Whatever else would choose another: load, a prefix, a session, somebody in front."""
+    async with two_behind_a_gateway(MockEngine, (), SEES) as (engines, pool, client):
+        assert pool.info().modalities == SEES
+        names = list(pool.members)
+        for _ in range(2):
+            assert await say(client, LONG) == "seen"
+            headers = {"x-session-id": "one", "x-gateway-destination-endpoint": names[0]}
+            reply = await client.post(
+                "/v1/chat/completions", json={"messages": asked(LONG, IMAGES["one"])}, headers=headers
+            )
+            assert reply.status_code == 200, reply.text
+        assert all(request.media is None for request in engines[0].requests) and engines[0].requests
+        assert sum(request.media is not None for request in engines[1].requests) == 2
+        pool.members[names[1]].client._healthy = False  # until its next word, in a second
+        reply = await client.post("/v1/chat/completions", json={"messages": asked(IMAGES["one"])})
+        assert reply.status_code == 503 and "reads images" in reply.json()["error"]["message"], reply.text
+        pool.remove(names[1])
+        reply = await client.post("/v1/chat/completions", json={"messages": asked(IMAGES["one"])})
+        assert reply.status_code == 400 and "no engine behind this gateway" in reply.json()["error"]["message"]
+        assert await say(client, "only words") == "seen" and pool.info().modalities == ()
+
+
+async def test_the_first_engine_that_reads_images_may_come_last(monkeypatch):
+    gateway, blind, sees = Gateway(parse(["--target", "a:1", "b:1"])), MockEngine(), MockEngine()
+    sees._info = dataclasses.replace(sees.info(), modalities=SEES)
+    gateway._take("a:1", blind)
+    gateway._service = service = SimpleNamespace(media=None)
+    monkeypatch.setattr("serving.gateway.media.media_of", lambda args, info, source: info.modalities)
+    gateway._take("b:1", sees)
+    await until(lambda: service.media == SEES)
+    assert gateway._info().modalities == SEES
 
 
 async def test_what_cannot_be_read_or_done_there_is_told():

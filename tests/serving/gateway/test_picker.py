@@ -197,6 +197,17 @@ async def test_requests_without_a_readable_prompt_are_routed_by_load():
             assert found.endpoints and found.refused is None, body
 
 
+async def test_an_image_goes_to_a_server_that_reads_images():
+    parts = [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}]
+    body = json.dumps({"messages": [{"role": "user", "content": parts}]}).encode()
+    async with _picker() as (engines, _, stub):
+        refused = (await Envoy(stub).request(body)).refused
+        assert refused is not None and refused[0] == 400 and "images" in refused[1]["error"]["message"]
+        engines[1]._info = dataclasses.replace(engines[1].info(), modalities=("image",))
+        assert (await Envoy(stub).request(body)).endpoints == ["10.0.0.1:8000"]
+        assert len((await Envoy(stub).request(chat())).endpoints) == 3
+
+
 async def test_none_ready_is_503_and_too_many_429():
     limits = Limits.for_model(512, requests_per_minute=2)
     async with _picker(1, limits=limits) as (engines, _, stub):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from serving.engine.api.media import Media, MediaOrigin
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineOutput, EngineRequest, FinishReason
 from serving.errors import ErrorKind, RequestError
@@ -53,6 +54,17 @@ def prefills(*helpers, policy="auto"):
     for i, helper in enumerate(helpers):
         found.add(f"10.0.0.{i}:50051", helper)
     return found
+
+
+async def test_a_prompt_with_an_image_is_computed_by_who_reads_images():
+    blind, sees = Helper(), Helper()
+    sees._info = dataclasses.replace(sees.info(), modalities=("image",))
+    image = Media((), 600, origin=MediaOrigin((), ((b"", "image"),), {}))
+    found = prefills(blind)
+    assert found.decide(request(media=image), DECODES, 0, 3) is None and found.decisions["none"] == 1
+    found.add("10.0.0.9:50051", sees)
+    helper = found.decide(request(media=image), DECODES, 0, 3)
+    assert helper is not None and helper.client is sees
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,12 @@ class Media:
         return outline_of([(item.digest, item.places_N) for item in self.items], self.length)
 
     @property
+    def senses(self) -> frozenset[str]:
+        """What a model must read to take it, in the words of `EngineInfo.modalities`; none where its origin is not known."""
+        sources = () if self.origin is None else self.origin.sources
+        return frozenset("audio" if kind == "sound" else kind for _, kind in sources)
+
+    @property
     def lasting(self) -> bool:
         """Whether some of it is needed by every token."""
         return any(item.lasting for item in self.items)
