@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import httpx
@@ -141,6 +142,7 @@ async def test_sounds_in_chats(family):
         GrpcServer("127.0.0.1", 0),
         MockEngine(reply="heard", max_model_len=512),
     )
+    engine._info = dataclasses.replace(engine.info(), modalities=("audio",))
     await server.start()
     await server.serve(sound_service(engine, processor=hears))
     client = await RemoteEngineClient.connect(f"127.0.0.1:{server.port}")
