@@ -30,8 +30,8 @@ PATIENT = {
     "RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0",
 }  # fmt: skip
 """Ray kills a proxy that has not begun to answer after a few checks of 5 s, and this machine may have other things to do; it also
-counts all of the machine's memory, whoever has it, against its own processes; and it starts a process for each CPU ahead of any need,
-with another environment than ours, so that none of them is ever used."""
+counts all of the machine's memory, whoever has it, against its own processes; and it starts a process for each CPU ahead of any
+need, with another environment than ours, so that none of them is ever used."""
 
 
 @pytest.fixture(scope="module")
