@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 
 import pytest
 
@@ -30,22 +31,45 @@ def hybrid_engine(**options):
     return tiny_engine(model=model, num_snapshots=12, snapshots=SNAPSHOTS, max_num_batched_tokens=32, **options)
 
 
+class Unshared:
+    """An engine that shares nothing, and has pages for all that it runs at a time: what it answers, computed once."""
+
+    def __init__(self):
+        without = EngineConfig(page_size=8, progress=False, enable_prefix_caching=False)
+        self.engine = hybrid_engine(config=without, num_pages=PAGES)
+        self._known: dict[tuple[int, ...], list[int]] = {}
+
+    def __call__(self, prompt, count):
+        """A greedy completion of so many tokens."""
+        self.learn([prompt], [count])
+        return self._known[tuple(prompt)][:count]
+
+    def learn(self, prompts, counts):
+        """Computes what is not known yet, three at a time."""
+        wanted: dict[tuple[int, ...], int] = {}
+        for prompt, count in zip(map(tuple, prompts), counts, strict=True):
+            if count > max(len(self._known.get(prompt, ())), wanted.get(prompt, 0)):
+                wanted[prompt] = count
+
+        async def every():
+            turn = asyncio.Semaphore(3)
+
+            async def one(i, prompt, count):
+                async with turn:
+                    self._known[prompt], _ = await answer(self.engine, f"alone {i}", prompt, count)
+
+            await asyncio.gather(*(one(i, *item) for i, item in enumerate(wanted.items())))
+
+        asyncio.run(every())
+
+
 @pytest.fixture(scope="module")
 def alone():
-    """tokens(prompt, count) of an engine that shares nothing and runs one request at a time."""
-    without = EngineConfig(page_size=8, progress=False, enable_prefix_caching=False)
-    engine = hybrid_engine(config=without, num_pages=PAGES)
-    known: dict[tuple[tuple[int, ...], int], list[int]] = {}
-
-    def tokens(prompt, count):
-        key = tuple(prompt), count
-        if key not in known:
-            known[key] = asyncio.run(answer(engine, f"alone {len(known)}", prompt, count))[0]
-        return known[key]
-
-    yield tokens
-    engine.shutdown()
-    engine.runner.guard.check()
+    unshared = Unshared()
+    yield unshared
+    assert not unshared.engine.scheduler.counters.preemptions
+    unshared.engine.shutdown()
+    unshared.engine.runner.guard.check()
 
 
 async def answer(engine, name, prompt, count):
@@ -65,11 +89,29 @@ def some(count, seed):
 
 def check(engine):
     """Nothing is left, and nothing was compiled."""
-    scheduler = engine.scheduler
-    for manager in engine.call(lambda: scheduler.kv.managers):
-        engine.call(lambda manager=manager: manager.snapshots.check([]))
+    balanced(engine)
     engine.shutdown()
     engine.runner.guard.check()
+
+
+def balanced(engine):
+    """Nobody runs, and every page, state and snapshot is free or indexed."""
+    scheduler = engine.scheduler
+
+    def look():
+        if scheduler.has_work or any(manager.num_leaving for manager in scheduler.kv.managers):
+            return False
+        for manager in scheduler.kv.managers:
+            manager.snapshots.check([])
+            manager.pool.check()
+            assert manager.pool.num_free == manager.pool.num_pages - 1, "pages leaked"
+        return True
+
+    for _ in range(500):  # who was given up may be in the step that still runs
+        if engine.call(look):
+            return
+        time.sleep(0.01)
+    raise AssertionError("the engine does not come to rest")
 
 
 NGRAM = SpeculativeConfig("ngram", num_speculative_tokens=4, enable_adaptive_verification=False)
@@ -141,6 +183,7 @@ def walk(engine, alone, requests, seed):
     counts = [rng.choice([1, 4, 9, 24]) for _ in prompts]
     pauses = [rng.randrange(12) for _ in prompts]
     ends = [rng.randrange(1, 8) if rng.random() < 0.2 else None for _ in prompts]
+    alone.learn(prompts, counts)
 
     async def one(i, began):
         await asyncio.sleep(began)
@@ -173,13 +216,32 @@ def test_a_short_walk(alone):
     check(engine)
 
 
+PARTS, STEPS = 8, 250
+
+
+@pytest.fixture(scope="module")
+def walking():
+    """engine(steps a dispatch) for all parts of a walk: each finds what those before it left."""
+    engines = {}
+
+    def engine(steps):
+        if steps not in engines:
+            engines[steps] = hybrid_engine(num_pages=PAGES, steps=steps)
+        return engines[steps]
+
+    yield engine
+    for each in engines.values():
+        check(each)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_long_walk(alone, steps):
-    """2,000 steps and more, on the real programs."""
-    engine = hybrid_engine(num_pages=PAGES, steps=steps)
-    seed = 0
-    while engine.scheduler.counters.steps < 2000:
+def test_a_long_walk(alone, walking, steps, part):
+    """2,000 steps and more in all parts, on the real programs."""
+    engine = walking(steps)
+    end, seed = engine.scheduler.counters.steps + STEPS, 1000 * part
+    while engine.scheduler.counters.steps < end:
         seed += 1
-        assert walk(engine, alone, 60, 100 * seed) > 2
-    check(engine)
+        assert walk(engine, alone, 40, seed) > 2
+        balanced(engine)
