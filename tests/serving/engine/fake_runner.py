@@ -21,6 +21,11 @@ EMPTY = 17
 """The recurrent state before the first token."""
 
 
+def accent_of(spec) -> int:
+    """What a request's adapter and salt make of every token: pages and states of another one show."""
+    return 1000 * sum(map(ord, f"{spec.adapter or ''}/{spec.cache_salt or ''}"[1 if spec.adapter is None else 0 :]))
+
+
 def next_state(state: int, token: int) -> int:
     """A state that is a digest of every token seen."""
     return (state * 1_000_003 + token + 1) % ((1 << 61) - 1)
@@ -180,7 +185,7 @@ class FakeDevice:
         for position, token in positions:
             length, state = states[own]
             assert length == position, f"the slot's state is that of {length} tokens, position {position} needs others"
-            states[own] = (position + 1, next_state(state, token))
+            states[own] = (position + 1, next_state(state, token + accent_of(request.spec)))
 
     def write(self, work, tentative: bool = False) -> None:
         for request, tables, slot, positions, _ in work:
@@ -190,7 +195,7 @@ class FakeDevice:
                 pages = tables[:, position // self.size]
                 assert 0 not in pages, "a real token is written to the null page"
                 assert len(set(pages)) == len(pages), "a page is in the tables of two groups"
-                self.kv[request.replica, pages, position % self.size] = token
+                self.kv[request.replica, pages, position % self.size] = token + accent_of(request.spec)
 
     def sample_rows(self, work, mask_SW) -> list[list[int]]:
         """The tokens of each row that samples: one, and one more for each draft that is what was sampled before it. Every chunk
@@ -229,7 +234,7 @@ class FakeDevice:
         reached, state = self.states[request.replica][own] if self.recurrent else (0, None)
         for position, token in computed if self.recurrent else ():
             if position >= reached:
-                state = next_state(state, token)
+                state = next_state(state, token + accent_of(request.spec))
         return mixed_token(contexts[0] if contexts else None, state)
 
     def collect(self, step: Dispatched) -> StepResult:
@@ -238,15 +243,15 @@ class FakeDevice:
 
 
 def expected(
-    prompt: list[int], count: int, grammar: bool = False, paged: bool = True, recurrent: bool = False
+    prompt: list[int], count: int, grammar: bool = False, paged: bool = True, recurrent: bool = False, accent: int = 0
 ) -> list[int]:
     """The first `count` tokens of the true completion, under Residues if `grammar`, of a model with these kinds of layers."""
-    tokens, state = list(prompt), EMPTY
-    for token in prompt if recurrent else ():
+    tokens, state = [token + accent for token in prompt], EMPTY
+    for token in tokens if recurrent else ():
         state = next_state(state, token)
     for i in range(count):
         if recurrent and i:
             state = next_state(state, tokens[-1])
         token = mixed_token(tokens if paged else None, state if recurrent else None)
-        tokens.append(token - token % 3 + i % 3 if grammar else token)
-    return tokens[len(prompt) :]
+        tokens.append((token - token % 3 + i % 3 if grammar else token) + accent)
+    return [token - accent for token in tokens[len(prompt) :]]

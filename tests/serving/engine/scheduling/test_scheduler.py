@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -171,17 +172,18 @@ class Driver:
                 self.events[o.finish_reason.value] += 1
                 self.events["grammar"] += self.specs[o.request_id].constraint is not None
 
-    def expected(self, prompt: list[int], count: int, grammar: bool = False) -> list[int]:
+    def expected(self, prompt: list[int], count: int, grammar: bool = False, accent: int = 0) -> list[int]:
         """What a sequence alone would be completed with."""
         c = self.scheduler.config
-        return fake.expected(prompt, count, grammar, paged=bool(c.windows), recurrent=c.recurrent is not None)
+        recurrent = c.recurrent is not None
+        return fake.expected(prompt, count, grammar, paged=bool(c.windows), recurrent=recurrent, accent=accent)
 
     def verify(self) -> None:
         """Every token of every request is what it would have been alone."""
         for name, tokens in self.tokens.items():
             prompt = list(self.specs[name].prompt_token_ids)
             grammar = self.specs[name].constraint is not None
-            assert tokens == self.expected(prompt, len(tokens), grammar), name
+            assert tokens == self.expected(prompt, len(tokens), grammar, fake.accent_of(self.specs[name])), name
             if self.finished[name] is FinishReason.LENGTH:
                 room = self.scheduler.config.max_model_len - len(prompt)
                 assert len(tokens) == min(self.specs[name].params.max_tokens, room)
@@ -200,7 +202,8 @@ class Oracle:
 
     def guess(self, most: int, skip: int = 0) -> tuple[list[int], list[float]]:
         spec, known = self.request.spec, self.request.num_output + skip
-        true = self.driver.expected(list(spec.prompt_token_ids), known + most, spec.constraint is not None)[known:]
+        prompt, accent = list(spec.prompt_token_ids), fake.accent_of(spec)
+        true = self.driver.expected(prompt, known + most, spec.constraint is not None, accent)[known:]
         drafts = [(t + 1) % fake.VOCAB if self.rng.random() < 0.2 else t for t in true[: self.rng.randrange(most + 1)]]
         return drafts, [0.8 ** (i + 1) for i in range(len(drafts))]
 
@@ -697,7 +700,12 @@ def walk(steps: int, seed: int, asynchronous: bool, **fixed) -> Driver:
             stem = rng.choice(stems)
             prompt = stem[: rng.randrange(1, len(stem) + 1)] + [rng.randrange(50) for _ in range(rng.randrange(0, 12))]
             grammar = fake.Residues(rng.randrange(1, 30)) if rng.random() < 0.2 else None
-            stop = (d.expected(prompt, 6, grammar is not None)[rng.randrange(6)],) if rng.random() < 0.4 else ()
+            whose = (
+                (rng.choice([None, "x", "y", "z"]), rng.choice([None, "s"])) if config.adapter_slots else (None, None)
+            )
+            accent = fake.accent_of(SimpleNamespace(adapter=whose[0], cache_salt=whose[1]))
+            true = d.expected(prompt, 6, grammar is not None, accent)
+            stop = (true[rng.randrange(6)],) if rng.random() < 0.4 else ()
             d.add(
                 EngineRequest(
                     f"r{i}",
@@ -711,6 +719,8 @@ def walk(steps: int, seed: int, asynchronous: bool, **fixed) -> Driver:
                     turn_ends=(rng.randrange(1, len(prompt) + 1),) if rng.random() < 0.3 else (),
                     deadline=i + rng.randrange(1, 60) if rng.random() < 0.1 else None,
                     ttft_deadline=i + rng.randrange(1, 20) if rng.random() < 0.1 else None,
+                    adapter=whose[0],
+                    cache_salt=whose[1],
                 )
             )
         if rng.random() < 0.05 and d.scheduler.requests:
