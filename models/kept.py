@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from models.api import KVCache, StateSpec
+from ops.paged_attention import KVPages, array_pages, layer_pages
 from ops.paged_attention.batch import AttentionBatch, KVSpec
 from ops.recurrent.states import States
 
@@ -69,15 +70,18 @@ class Cache:
         states = {name: self._arrays[f"{layer}.{name}"] for name in names}
         if place is None:
             return 0, states
-        group, array = self._attention.place(place)
-        return group, (self._pages[array], states) if states else self._pages[array]
+        group, array, part = self._attention.place(place)
+        pages = self._pages[array]
+        if isinstance(pages, KVPages):  # without any, where whole sequences are given
+            pages = layer_pages(pages, self._kept.specs[place], part)
+        return group, (pages, states) if states else pages
 
     def put(self, layer: int, kept: Any) -> None:
         """What the layer has made of it."""
         place, states = self._kept.pages[layer], self._kept.states[layer]
         pages, arrays = kept if place is not None and states else (kept, kept)
         if place is not None:
-            self._pages[self._attention.place(place)[1]] = pages
+            self._pages[self._attention.place(place)[1]] = array_pages(pages) if isinstance(pages, KVPages) else pages
         for spec in states:
             self._arrays[f"{layer}.{spec.name}"] = arrays[spec.name]
 

@@ -20,7 +20,7 @@ from models.config import ModelConfig
 from models.layers import Build, Embedding, Linear
 from models.layers.moe import Experts
 from models.recipes import Recipes
-from ops.paged_attention import attend
+from ops.paged_attention import array_pages, attend, layer_pages
 from ops.paged_attention.batch import AttentionBatch, KVSpec
 
 
@@ -76,23 +76,24 @@ class BridgedDecoder(nnx.Module):
         for call in self.trace.hidden.calls:
             function = self.trace.functions[call.function]
             places = [step.attention.place(at + i) for i in range(len(function.attends))]
+            own = [layer_pages(pages[a], self.specs[at + i], part) for i, (_, a, part) in enumerate(places)]
             at += len(places)
             graphdef, state = nnx.split(self._modules(function, call.weights))
             given = [values[value] for value in call.inputs]
-            batches = tuple(steps[group].attention for group, _ in places)
+            batches = tuple(steps[group].attention for group, _, _ in places)
             outs, kept, ids = run_function(
                 function,
                 graphdef,
                 state,
                 given,
                 batches,
-                tuple(pages[array] for _, array in places),
+                tuple(own),
                 step.adapter_T,
                 (str(jnp.dtype(self.compute_dtype)), step.tokens_T.shape[0], False),
             )
             values |= zip(call.outputs, outs, strict=True)
-            for (_, array), one in zip(places, kept, strict=True):
-                pages[array] = one
+            for (_, array, _), one in zip(places, kept, strict=True):
+                pages[array] = array_pages(one)
             visited += ids
         return Result(values[self.trace.hidden.output][0], tuple(pages), (), tuple(visited))
 

@@ -19,12 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from ops.paged_attention import mixing, native, pallas_gpu, pallas_tpu, sequences, xla
+from ops.paged_attention import mixing, native, pallas_gpu, pallas_tpu, sequences, shared, xla
 from ops.paged_attention import pages as _pages
 from ops.paged_attention.batch import Q_BLOCK, AttentionBatch, KVSpec
 from ops.paged_attention.groups import KVGroups
 from ops.paged_attention.pages import KVPages, Layout, bytes_per_page
 from ops.paged_attention.sequences import Sequences
+from ops.paged_attention.shared import of_array as array_pages
+from ops.paged_attention.shared import of_layer as layer_pages
 from ops.per_device import per_device
 from ops.rope import cos_sin, rope
 
@@ -37,10 +39,12 @@ __all__ = [
     "KVSpec",
     "Sequences",
     "allocate",
+    "array_pages",
     "attend",
     "attend_rope",
     "best_layout",
     "bytes_per_page",
+    "layer_pages",
     "least_page_size",
     "use_backend",
 ]
@@ -98,7 +102,8 @@ def allocate(
 def best_layout(spec: KVSpec, page_size: int, dtype: jax.typing.DTypeLike, platform: str) -> Layout:
     """How pages lie for the backend that will read them on `platform` ("cpu", "gpu", "tpu")."""
     forced = _forced.get()
-    if forced in (None, "native") and native.supports(spec, page_size, np.dtype(dtype), platform):
+    kinds = spec.kinds or (spec,)
+    if forced in (None, "native") and all(native.supports(k, page_size, np.dtype(dtype), platform) for k in kinds):
         return "panels"
     wants_lanes = forced == "pallas_tpu" or (forced is None and platform == "tpu")
     return "lanes" if wants_lanes and pallas_tpu.supports(page_size, dtype) else "rows"
@@ -130,8 +135,9 @@ def attend(
         k_TKh, v_TKh: this step's keys and values, rotated already; heads of v may have another size. v is None when
             the layer keeps one latent for both (KVSpec.v_head_dim == 0). Both are None when the pages have this step's already:
             those of another layer, which wrote them; they are only read.
-        kv: the layer's pages. Donate them to the jitted step: they are updated in place. Where their heads are larger, as layers
-            that share arrays may have them (`groups`), q, k and v are filled up with zeros, which change no score.
+        kv: the layer's pages (`layer_pages`). Donate them to the jitted step: they are updated in place. Where their heads are
+            larger, as layers that share arrays may have them (`groups`), q, k and v are filled up with zeros, which change no
+            score.
         batch: where the tokens stand; see AttentionBatch. With Sequences nothing is kept: what is
             returned as pages are k and v, for a layer that reads another's.
         scale: multiplies q . k.
@@ -268,7 +274,8 @@ def _per_device(
     sinks_KG: jax.Array | None,
 ):
     """Each device attends with its own KV heads, or with all when they are not split, and a replica with its own pages: no
-    communication either way."""
+    communication either way. Of an array with parts it sees its own."""
+    run = shared.around(run)
     if kv.mesh is None:
         return run(*tokens, *angles, kv, batch, sinks_KG=sinks_KG)
     heads = PartitionSpec(None, _pages.MODEL_AXIS) if kv.sharded else PartitionSpec()

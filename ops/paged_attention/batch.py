@@ -55,7 +55,7 @@ class AttentionBatch:
     chunk_ahead_C: jax.Array | None = (
         None  # how many positions behind its own each chunk token attends to; None for none
     )
-    places: tuple[tuple[int, int], ...] | None = None  # static: KVGroups.places
+    places: tuple[tuple[int, int, int], ...] | None = None  # static: KVGroups.places
 
     @property
     def num_decode(self) -> int:
@@ -108,9 +108,9 @@ class AttentionBatch:
             for group in range(self.kv_index_T.shape[0])
         )
 
-    def place(self, layer: int) -> tuple[int, int]:
-        """(group, array of pages) of a layer."""
-        return (0, layer) if self.places is None else self.places[layer]
+    def place(self, layer: int) -> tuple[int, int, int]:
+        """(group, array of pages, part of its pages) of a layer."""
+        return (0, layer, 0) if self.places is None else self.places[layer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +122,8 @@ class KVSpec:
         v_head_dim: size of V heads; 0 when the layer stores one latent for both (MLA).
         window: how many positions back it attends at most, itself included; None for all.
         indexed: K is one latent for both, and in V's place stand the keys by which positions are chosen (see indexed.py).
+        kinds: of an array whose pages hold one layer of this kind or several that keep less, all that may lie there, this one
+            included (see shared.py); () where all are alike.
     """
 
     num_kv_heads: int
@@ -129,3 +131,19 @@ class KVSpec:
     v_head_dim: int
     window: int | None = None
     indexed: bool = False
+    kinds: tuple[KVSpec, ...] = ()
+
+    @property
+    def numbers(self) -> int:
+        """Of a position, K and V together."""
+        return self.num_kv_heads * (self.head_dim + self.v_head_dim)
+
+    def kind_of(self, layer: KVSpec) -> KVSpec:
+        """What a layer keeps, as it lies in this array: as it is, or, where no number of such layers fills a page, with heads as
+        large as the array's."""
+        fits = self.numbers % layer.numbers == 0
+        return dataclasses.replace(layer if fits else self, window=None, kinds=())
+
+    def parts_of(self, layer: KVSpec) -> int:
+        """How many such layers a page of this array holds."""
+        return self.numbers // self.kind_of(layer).numbers

@@ -12,12 +12,18 @@ int8 pages carry one float32 scale a token and head, `[page, K, page_size]`; the
 `lanes` is what the TPU's kernels read: one array `[page, K, page_size, L]` with a token's K and V side by side. A TPU
 pads the last axis of everything to 128 lanes, so two heads of 64 share what each would have had to itself; wider ones
 start at a multiple of 128. `v` is then None, and `k_scale` holds both scales, `[page, K, 2, page_size]`.
+
+In an array that layers of several kinds share (shared.py) rows are cut into *units* of as many lanes as all kinds' rows are
+multiples of, so that the last two axes, which a TPU lays out in tiles, are the same for all; a row of several units has one
+behind all heads' of the one before: `[page, units * K, page_size, unit]`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from typing import Any, Literal
 
 import jax
@@ -38,15 +44,16 @@ _DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k", "v", "k_scale", "v_scale"],
-    meta_fields=["spec", "page_size", "layout", "platform", "mesh"],
+    data_fields=["k", "v", "k_scale", "v_scale", "kind_scales"],
+    meta_fields=["spec", "page_size", "layout", "platform", "mesh", "part"],
 )
 @dataclasses.dataclass(frozen=True)
 class KVPages:
     """One layer's pages. Opaque to models and engine: only ops/paged_attention looks inside.
 
     `v` is None when the layer keeps one latent for K and V (KVSpec.v_head_dim == 0), and in lanes. Scales are None unless
-    int8.
+    int8, and where layers of several kinds share the array: then each of `spec.kinds` has its own in `kind_scales`, with the
+    heads of all parts behind each other. `part`: what the array holds, and which part of a page this layer's is; None for all.
     """
 
     k: jax.Array
@@ -58,6 +65,8 @@ class KVPages:
     layout: Layout
     platform: str
     mesh: jax.sharding.Mesh | None
+    kind_scales: tuple[tuple[jax.Array | None, jax.Array | None], ...] = ()
+    part: tuple[KVSpec, int] | None = None
 
     @property
     def num_pages(self) -> int:
@@ -72,17 +81,22 @@ class KVPages:
     @property
     def sharded(self) -> bool:
         """Whether KV heads are split over the mesh's model axis."""
-        return self.mesh is not None and _head_axis(self.spec, self.mesh) is not None
+        return self.mesh is not None and _head_axis(self._array, self.mesh) is not None
 
     @property
     def placement(self) -> jax.sharding.PartitionSpec:
         """How the first axes of each array, pages and KV heads, are split over the mesh."""
-        return _placement(self.spec, self.mesh)
+        return _placement(self._array, self.mesh)
+
+    @property
+    def _array(self) -> KVSpec:
+        return self.spec if self.part is None else self.part[0]
 
 
 def _head_axis(spec: KVSpec, mesh: jax.sharding.Mesh) -> str | None:
     size = mesh.shape.get(MODEL_AXIS, 1)
-    return MODEL_AXIS if size > 1 and spec.num_kv_heads % size == 0 else None
+    divides = all(kind.num_kv_heads % size == 0 for kind in (spec, *spec.kinds))
+    return MODEL_AXIS if size > 1 and divides else None
 
 
 def _placement(spec: KVSpec, mesh: jax.sharding.Mesh | None) -> jax.sharding.PartitionSpec:
@@ -97,12 +111,14 @@ def _shapes(
 ) -> dict[str, tuple[tuple[int, ...], np.dtype] | None]:
     """Shape and dtype of each array of a KVPages."""
     K, h, hv = spec.num_kv_heads, spec.head_dim, spec.v_head_dim
+    scaled = dtype == np.int8 and not spec.kinds
     if layout == "lanes":
         scale = (num_pages, K, 2 if hv else 1, page_size), np.dtype(np.float32)
+        units, lanes = _lane_units(spec)
         return {
-            "k": ((num_pages, K, page_size, lane_layout(spec).width), dtype),
+            "k": ((num_pages, units, page_size, lanes), dtype),
             "v": None,
-            "k_scale": scale if dtype == np.int8 else None,
+            "k_scale": scale if scaled else None,
             "v_scale": None,
         }
     k, v = (num_pages, K, page_size, h), (num_pages, K, page_size, hv)
@@ -110,8 +126,44 @@ def _shapes(
         k = (num_pages, K, h, page_size)
         if dtype.itemsize < 4:
             k, v = (num_pages, K, h // 2, page_size, 2), (num_pages, K, page_size // 2, hv, 2)
-    scale = ((num_pages, K, page_size), np.dtype(np.float32)) if dtype == np.int8 else None
+    scale = ((num_pages, K, page_size), np.dtype(np.float32)) if scaled else None
     return {"k": (k, dtype), "v": (v, dtype) if hv else None, "k_scale": scale, "v_scale": scale if hv else None}
+
+
+def _kind_scale_shapes(
+    spec: KVSpec, num_pages: int, page_size: int, dtype: np.dtype, layout: Layout
+) -> list[list[tuple[tuple[int, ...], np.dtype] | None]]:
+    """Of each kind, of its K's scales and of its V's, as in `_shapes`."""
+    if dtype != np.int8:
+        return []
+    found = []
+    for kind in spec.kinds:
+        heads = dataclasses.replace(kind, num_kv_heads=kind.num_kv_heads * spec.parts_of(kind))
+        shapes = _shapes(heads, num_pages, page_size, dtype, layout)
+        found.append([shapes["k_scale"], shapes["v_scale"]])
+    return found
+
+
+def _lane_units(spec: KVSpec) -> tuple[int, int]:
+    """(units a page, lanes of each) in lanes: K rows of its lanes where all layers are alike."""
+    if not spec.kinds:
+        return spec.num_kv_heads, lane_layout(spec).width
+    lanes = math.gcd(*(lane_layout(kind).width for kind in spec.kinds))
+    heads = [(kind.num_kv_heads * spec.parts_of(kind), lane_layout(kind).width // lanes) for kind in spec.kinds]
+    units = max(count * units for count, units in heads)
+    whole = math.lcm(*(count for count, _ in heads))  # each part as many, and each device of a mesh
+    return -(-units // whole) * whole, lanes
+
+
+def parts_shape(kv: KVPages, own: KVSpec, parts: int, keys: bool) -> tuple[int, ...]:
+    """K, or V, of a device's part of an array as `parts` times as many pages of another kind, `own`, with the heads that it has
+    there."""
+    pages, rows, *rest = kv.k.shape
+    if kv.layout == "lanes":
+        return (pages * parts, rows // parts, *rest)
+    found = _shapes(own, pages * parts, kv.page_size, np.dtype(kv.k.dtype), kv.layout)["k" if keys else "v"]
+    assert found is not None
+    return found[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +205,22 @@ def join_lanes(spec: KVSpec, k: jax.Array, v: jax.Array | None, dtype: jax.typin
     return _pad_last(parts[0] if v is None else jnp.concatenate(parts, axis=-1), lanes.width)
 
 
+def in_units(rows: jax.Array, lanes: int) -> jax.Array:
+    """[..., K, L] rows as they lie in an array of units of so many lanes, [..., units * K, lanes]."""
+    if rows.shape[-1] == lanes:
+        return rows
+    *front, K, _ = rows.shape
+    return jnp.moveaxis(rows.reshape(*front, K, -1, lanes), -2, -3).reshape(*front, -1, lanes)
+
+
 def _pad_last(x: jax.Array, width: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
 
 
 def bytes_per_page(spec: KVSpec, page_size: int, dtype: jax.typing.DTypeLike, layout: Layout = "rows") -> int:
     """Bytes that one page of one layer takes, over all devices together; only lanes may take more than the others."""
-    shapes = _shapes(spec, 1, page_size, np.dtype(dtype), layout).values()
+    shapes = list(_shapes(spec, 1, page_size, np.dtype(dtype), layout).values())
+    shapes += itertools.chain(*_kind_scale_shapes(spec, 1, page_size, np.dtype(dtype), layout))
     return sum(int(np.prod(shape)) * kind.itemsize for shape, kind in filter(None, shapes))
 
 
@@ -191,8 +252,19 @@ def allocate(
         name: None if shape is None else zeros(shape[0], shape[1])
         for name, shape in _shapes(spec, total, page_size, dtype, layout).items()
     }
-    platform = platform_of(mesh)
-    return KVPages(**arrays, spec=spec, page_size=page_size, layout=layout, platform=platform, mesh=mesh)
+    scales: Any = tuple(
+        tuple(None if shape is None else zeros(shape[0], shape[1]) for shape in shapes)
+        for shapes in _kind_scale_shapes(spec, total, page_size, dtype, layout)
+    )
+    return KVPages(
+        **arrays,
+        spec=spec,
+        page_size=page_size,
+        layout=layout,
+        platform=platform_of(mesh),
+        mesh=mesh,
+        kind_scales=scales,
+    )
 
 
 def platform_of(mesh: jax.sharding.Mesh | None) -> str:
@@ -218,8 +290,9 @@ def write(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, index_T: jax.A
                 v_TKh, scale_TK = quantize_int8(v_TKh)
                 scales.append(scale_TK)
             new["k_scale"] = kv.k_scale.at[page_T, :, :, slot_T].set(jnp.stack(scales, axis=-1), mode="drop")
-        rows_TKL = join_lanes(kv.spec, k_TKh, v_TKh, kv.k.dtype)
-        return dataclasses.replace(kv, k=kv.k.at[page_T, :, slot_T].set(rows_TKL, mode="drop"), **new)
+        rows_TUL = in_units(join_lanes(kv.spec, k_TKh, v_TKh, kv.k.dtype), kv.k.shape[-1])
+        k = kv.k.at[page_T, : rows_TUL.shape[1], slot_T].set(rows_TUL, mode="drop")
+        return dataclasses.replace(kv, k=k, **new)
     k_TKh, new["k_scale"] = _quantize(k_TKh, kv.k, kv.k_scale, page_T, slot_T)
     if kv.layout == "rows":
         new["k"] = kv.k.at[page_T, :, slot_T].set(k_TKh, mode="drop")
@@ -329,6 +402,12 @@ def read_tokens(kv: KVPages, index: jax.Array, dtype: jax.typing.DTypeLike) -> j
 def _read_lanes(kv: KVPages, pages: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
     lanes = lane_layout(kv.spec)
     rows = kv.k[pages].astype(dtype)
+    units = lanes.width // rows.shape[-1]
+    heads = min(kv.spec.num_kv_heads, rows.shape[-3] // units)
+    if units * heads < rows.shape[-3] or units > 1:
+        *front, _, size, width = rows.shape
+        rows = rows[..., : units * heads, :, :].reshape(*front, units, heads, size, width)
+        rows = jnp.moveaxis(rows, -4, -2).reshape(*front, heads, size, -1)
     k, v = rows[..., : kv.spec.head_dim], rows[..., lanes.v_first : lanes.v_first + kv.spec.v_head_dim]
     if kv.k_scale is not None:
         scales = kv.k_scale[pages].astype(dtype)

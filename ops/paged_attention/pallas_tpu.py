@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.paged_attention.batch import Q_BLOCK, AttentionBatch
-from ops.paged_attention.pages import KVPages, join_lanes, lane_layout, quantize_int8
+from ops.paged_attention.pages import KVPages, in_units, join_lanes, lane_layout, quantize_int8
 from ops.paged_attention.visits import chunk_visits, decode_visits
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ def write(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, batch: Attenti
     B, D = batch.num_decode, batch.num_decode_tokens
     size = kv.page_size
     interpret = kv.platform != "tpu"
-    x_TKL, scale_TKt = _pack(kv, k_TKh, v_TKh)
+    rows_TKL, scale_TKt = _pack(kv, k_TKh, v_TKh)
+    x_TUL = in_units(rows_TKL, kv.k.shape[-1])
     k, scales = kv.k, kv.k_scale
     if B and batch.queries == 1:
         index_B = batch.kv_index_T[:B]
@@ -115,7 +116,7 @@ def write(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, batch: Attenti
         real_B = (batch.decode_len_B > 0).astype(jnp.int32)
         begin_B = slot_B % rows
         where = (page_B, slot_B - begin_B, begin_B, begin_B + real_B)
-        k = write_tiles(k, x_TKL[:B, :, None], *where, tile_rows=rows, interpret=interpret)
+        k = write_tiles(k, x_TUL[:B, :, None], *where, tile_rows=rows, interpret=interpret)
         if scales is not None and scale_TKt is not None:
             where = (page_B, slot_B, slot_B + real_B)
             scales = write_scales(scales, scale_TKt[:B, :, :, None], *where, interpret=interpret)
@@ -128,9 +129,9 @@ def write(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, batch: Attenti
         pieces.append((D, batch.num_tokens, rows))
     for first, end, rows in pieces:
         source_Ws, page_W, begin_W, end_W = _pages_of(rows, end - first, size)
-        tiles_WKsL = x_TKL[first:end][source_Ws].swapaxes(1, 2)
+        tiles_WUsL = x_TUL[first:end][source_Ws].swapaxes(1, 2)
         where = (page_W, jnp.zeros_like(page_W), begin_W, end_W)
-        k = write_tiles(k, tiles_WKsL, *where, tile_rows=size, interpret=interpret)
+        k = write_tiles(k, tiles_WUsL, *where, tile_rows=size, interpret=interpret)
         if scales is not None and scale_TKt is not None:
             tiles_WKts = jnp.moveaxis(scale_TKt[first:end][source_Ws], 1, 3)
             scales = write_scales(scales, tiles_WKts, page_W, begin_W, end_W, interpret=interpret)

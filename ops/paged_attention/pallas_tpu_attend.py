@@ -60,7 +60,8 @@ def attend_blocks(
 
     Args:
         q_XKML: scaled already, in the dtype of the products; lanes as K's in the pages.
-        pages_PKsL, scales_PKts: pages, this step's tokens written already, and the scales of K and V (int8 only).
+        pages_PKsL, scales_PKts: pages, this step's tokens written already, and the scales of K and V (int8 only). Rows of more
+            lanes than theirs are in several units, as pages.py has them.
         sinks_KM: the logit of each row's sink.
     Returns:
         out_XKML with V's lanes, in q's dtype; rows that no visit covers are zeros.
@@ -69,7 +70,7 @@ def attend_blocks(
     num_visits = visits.block_V.shape[0]
     P = tables_RP.shape[1]
     v_width = shape.v_lanes[1] - shape.v_lanes[0]
-    Kb = shape.heads
+    Kb, width = shape.heads, max(shape.k_lanes[1], shape.v_lanes[1])
 
     position_first_V = visits.base_V + visits.begin_V
     position_past_V = jnp.where(visits.end_V > visits.begin_V, visits.base_V + visits.end_V, 0)  # keys this visit sees
@@ -95,7 +96,7 @@ def attend_blocks(
     tables_R1P = tables_RP[:, None]
     operands = [q_XKML, tables_R1P, tables_R1P, pages_PKsL]
     scratch = [
-        pltpu.VMEM((2, Kb, shape.keys, pages_PKsL.shape[-1]), pages_PKsL.dtype),
+        pltpu.VMEM((2, Kb, shape.keys, width), pages_PKsL.dtype),
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SMEM((1,), jnp.int32),  # which buffer the next span of pages is in
         pltpu.VMEM((Kb, M, _LANES), jnp.float32),  # running maximum, the same in every lane
@@ -134,18 +135,18 @@ def attend_blocks(
         out_shape=jax.ShapeDtypeStruct((X, K, M, v_width), q_XKML.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=_vmem_limit(M, q_XKML.shape[-1], v_width, shape, pages_PKsL),
+            vmem_limit_bytes=_vmem_limit(M, q_XKML.shape[-1], v_width, shape, width * pages_PKsL.dtype.itemsize),
         ),
         interpret=interpret,
         name="paged_attention",
     )(*[s.astype(jnp.int32) for s in scalars], *operands)
 
 
-def _vmem_limit(M: int, width: int, v_width: int, shape: Shape, pages_PKsL: jax.Array) -> int:
+def _vmem_limit(M: int, width: int, v_width: int, shape: Shape, row_bytes: int) -> int:
     """Bytes of VMEM to ask for: what the operands take, scores several times over, and room for the compiler."""
     blocks = 2 * shape.heads * M * (width + v_width) * 4
     state = shape.heads * M * (2 * _LANES + v_width) * 4
-    pages = 2 * shape.heads * shape.keys * pages_PKsL.shape[-1] * pages_PKsL.dtype.itemsize
+    pages = 2 * shape.heads * shape.keys * row_bytes
     rows = shape.keys * (width + v_width) * 4
     need = blocks + state + pages + rows + 6 * M * shape.keys * 4
     return min(max(need + (4 << 20), 16 << 20), 60 << 20)  # v5p has 64 MiB, v5e and v6e 128
@@ -178,6 +179,8 @@ def _attend_kernel(
     pages_a_span = S // size
     M, dtype = q_1KML.shape[2], q_1KML.dtype
     heads = pl.ds(kb * Kb, Kb)
+    lanes = pages_PKsL.shape[-1]
+    units, K = buffer_2KSL.shape[-1] // lanes, Kb * pl.num_programs(0)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
     def pages_in(span: jax.Array, past: jax.Array):
@@ -186,7 +189,12 @@ def _attend_kernel(
 
     def copies(page: jax.Array | int, i: jax.Array, slot: jax.Array | int):
         rows = pl.ds(pl.multiple_of(i * size, size), size)
-        yield pltpu.make_async_copy(pages_PKsL.at[page, heads], buffer_2KSL.at[slot, :, rows], sem_2.at[slot])
+        if units == 1:
+            yield pltpu.make_async_copy(pages_PKsL.at[page, heads], buffer_2KSL.at[slot, :, rows], sem_2.at[slot])
+        for unit in range(units if units > 1 else 0):
+            source = pages_PKsL.at[page, pl.ds(unit * K + kb * Kb, Kb)]
+            target = buffer_2KSL.at[slot, :, rows, unit * lanes : (unit + 1) * lanes]
+            yield pltpu.make_async_copy(source, target, sem_2.at[slot])
         if scales_PKts is not None and scale_2gKts is not None:
             yield pltpu.make_async_copy(scales_PKts.at[page, heads], scale_2gKts.at[slot, i], sem_2.at[slot])
 

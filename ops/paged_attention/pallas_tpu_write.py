@@ -35,7 +35,8 @@ def write_tiles(
 
     Args:
         pages_PKsL: updated in place (aliased with the result).
-        new_WKrL: what the rows become, in the pages' dtype; r is tile_rows, or 1: every row of [begin, end) gets it.
+        new_WKrL: what the rows become, in the pages' dtype; r is tile_rows, or 1: every row of [begin, end) gets it. A page may
+            have more heads (or units): those behind are left alone.
         page_W, row_W: where each tile is: a page and its first row in it, a multiple of tile_rows. No two tiles with
             rows to write may be the same.
         begin_W, end_W: counted from row_W; nothing is touched where end <= begin.
@@ -92,7 +93,8 @@ def _write_kernel(
 
     def place(i: jax.Array):
         w = first + i
-        return pages_PKsL.at[page_W[w], :, pl.ds(pl.multiple_of(row_W[w], tile_rows), tile_rows), :]
+        heads = pl.ds(0, new_gKrL.shape[1])
+        return pages_PKsL.at[page_W[w], heads, pl.ds(pl.multiple_of(row_W[w], tile_rows), tile_rows), :]
 
     def rows_kept(i: jax.Array):  # a tile that is replaced whole needs no read
         return (begin_W[first + i] > 0) | (end_W[first + i] < tile_rows)

@@ -309,7 +309,8 @@ def _what_pages_hold(groups: KVGroups) -> str:
         return ""
     counts = Counter(groups.windows)
     kinds = ", ".join(f"{n} {f'with a window of {w}' if w else 'that see all'}" for w, n in counts.items())
-    return f" for {len(groups.arrays)} layers ({len(groups.windows)} groups of layers: {kinds})"
+    alike = "" if not groups.arrays[0].kinds else ", more of those that keep less"
+    return f" for {len(groups.arrays)} layers{alike} ({len(groups.windows)} groups of layers: {kinds})"
 
 
 @contextlib.contextmanager

@@ -227,15 +227,18 @@ class AbstractEngine:
 
     @property
     def kv_of_layers(self) -> tuple[Any, ...]:
-        """The `KVPages` of each layer."""
+        """The `KVPages` of each layer, shared with others or not."""
         places = self.shapes.groups.places
-        return self.kv if places is None else tuple(self.kv[array] for _, array in places)
+        return self.kv if places is None else tuple(self.kv[array] for _, array, _ in places)
 
     @property
     def kv_bytes_a_token(self) -> tuple[float, ...]:
         """Of each layer, bytes of one position on one device of its replica."""
         tokens = self.sizes.num_pages * self.sizes.page_size
-        return tuple(sum(map(bytes_on_device, jax.tree.leaves(kv))) / tokens for kv in self.kv_of_layers)
+        return tuple(
+            sum(map(bytes_on_device, jax.tree.leaves(kv))) / kv.spec.parts_of(spec) / tokens
+            for spec, kv in zip(self.model.kv_specs(), self.kv_of_layers, strict=True)
+        )
 
     @property
     def weight_bytes_on_device(self) -> int:

@@ -116,7 +116,10 @@ def exchange_pages(
     """
     executor, ledger = engine.runner.executor, Ledger()
     states = () if executor.states is None else executor.states.arrays
-    forms = forms_of(executor.page_arrays, facts[0], executor.mesh)
+    shared = any(spec.kinds for spec in executor.groups.arrays)
+    forms = forms_of(executor.page_arrays, facts[0], executor.mesh, shared)
+    if shared:
+        facts = (*facts, f"heads over {1 if executor.mesh is None else executor.mesh.shape.get('model', 1)} devices")
     identity = identity_of(weights, facts, [(one.shape, one.dtype) for one in forms], states)
     link = link_of(config, forms, executor.page_arrays)
     giving = Giving(engine, config, identity, ledger, forms, link) if config.gives else None

@@ -42,15 +42,17 @@ class Form:
         return row if self.heads is None else self.heads.keys(row)
 
 
-def forms_of(arrays: Sequence[Any], config: Any, mesh: jax.sharding.Mesh | None) -> list[Form]:
+def forms_of(arrays: Sequence[Any], config: Any, mesh: jax.sharding.Mesh | None, shared: bool = False) -> list[Form]:
     """Of each array of pages.
 
     Args:
         config: the model's, with num_kv_heads, group and head_dim.
+        shared: layers of different heads share the arrays (`ops.paged_attention.shared`): rows travel as they are, to engines that
+            cut heads over as many devices.
     """
     shards = 1 if mesh is None else mesh.shape.get("model", 1)
     placed = None
-    if shards > 1 and isinstance(config, ModelConfig):
+    if shards > 1 and isinstance(config, ModelConfig) and not shared:
         placed = PlacedHeads(config.num_kv_heads, config.group, config.head_dim, shards)
     found = []
     for array in arrays:

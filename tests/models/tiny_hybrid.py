@@ -126,7 +126,8 @@ HYBRID: dict[str, Tiny] = {
         GEMMA4
         | {
             "attention_k_eq_v": True,
-            "num_global_key_value_heads": 2,
+            "num_key_value_heads": 4,  # of half the size, and half as many numbers, as in 26B-A4B and 31B
+            "num_global_key_value_heads": 1,
             "enable_moe_block": True,
             "num_experts": 8,
             "top_k_experts": 3,

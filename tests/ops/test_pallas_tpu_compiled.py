@@ -31,6 +31,7 @@ class Shape:
     page_size: int
     dtype: str
     options: tuple[tuple[str, object], ...] = ()
+    beside: tuple[int, int] | None = None  # heads of the other kind in the array
 
 
 SHAPES = {
@@ -39,6 +40,8 @@ SHAPES = {
     "int8": Shape(2, 4, 128, 128, 128, "int8"),
     "fp8": Shape(4, 4, 128, 128, 32, "float8_e4m3fn"),
     "latent": Shape(1, 16, 576, 0, 64, "bfloat16"),
+    "shared": Shape(2, 8, 512, 512, 16, "bfloat16", beside=(8, 256)),  # Gemma 4 26B-A4B
+    "shared_int8": Shape(2, 8, 512, 512, 128, "int8", beside=(8, 256)),
 }
 PAIRS = [("v5e:2x2", name) for name in SHAPES] + [
     (chip, name) for chip in ("v5p:2x2x1", "v6e:2x2") for name in ("llama", "int8")
@@ -52,10 +55,13 @@ def test_compiles_in_place(chip, name):
     topology.prepare([target])
     mesh = Mesh(np.array(topology.devices(target)[:1]), ("model",))
     here = NamedSharding(mesh, PartitionSpec())
-    spec = KVSpec(shape.K, shape.h, shape.v)
+    own = spec = KVSpec(shape.K, shape.h, shape.v)
+    if shape.beside is not None:
+        K, h = shape.beside
+        (spec,) = paged_attention.KVGroups.of([KVSpec(K, h, h, 1024), own, own], 1).arrays
     kv = jax.eval_shape(lambda: pages.allocate(spec, 500, shape.page_size, shape.dtype, None, "lanes"))
     kv = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), kv)
-    kv = dataclasses.replace(kv, mesh=mesh, platform="tpu")
+    kv = paged_attention.layer_pages(dataclasses.replace(kv, mesh=mesh, platform="tpu"), own, 1)
 
     def ints(*dims):
         return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=here)

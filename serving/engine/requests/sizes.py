@@ -12,7 +12,8 @@ class Sizes:
     Attributes:
         page_bytes: of one page in all arrays, over all devices together.
         num_snapshots: copies of recurrent layers' states that may be kept for prefixes.
-        layers_per_page: layers that a page holds a part of a sequence for; None for all. See ops.paged_attention.groups.
+        layers_per_page: layers (of those that keep most) that a page holds a part of a sequence for; None for all. See
+            ops.paged_attention.groups.
         draft_tokens: drafts that a step verifies of a request at most; 0 for none.
         draft_places: places that the rows of a step with drafts have together at most.
     """

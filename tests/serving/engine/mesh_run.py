@@ -29,6 +29,7 @@ import numpy as np  # noqa: E402
 from models.config import ModelConfig, MoEConfig, RopeConfig  # noqa: E402
 from models.dummy import random_model  # noqa: E402
 from models.embedding_head import EmbeddingHead  # noqa: E402
+from models.families.gemma4 import Gemma4  # noqa: E402
 from models.layers import Build  # noqa: E402
 from models.loading import orbax  # noqa: E402
 from models.mixers import DeltaNet  # noqa: E402
@@ -66,8 +67,22 @@ MODELS = {
         rope=ROPE,
         moe=MoEConfig(4, 2, 64, (True,) * LAYERS, normalize=True),
     ),
+    # A layer with a window, and in pages of as many bytes two that see all and have half as many heads.
     "windows": ModelConfig(
-        "MistralForCausalLM", 256, LAYERS, 48, 96, 4, 2, 16, 256, 1e-5, rope=ROPE, windows=(12, None)
+        "Gemma4ForCausalLM",
+        256,
+        3,
+        48,
+        96,
+        4,
+        4,
+        16,
+        256,
+        1e-5,
+        rope=ROPE,
+        qk_norm="head",
+        windows=(12, None, None),
+        extra=(("gemma4", Gemma4(((4, 16), (2, 16), (2, 16)), (None,) * 3, (96,) * 3, False, None)),),
     ),
     "hybrid": ModelConfig(
         "Qwen3_5ForCausalLM",

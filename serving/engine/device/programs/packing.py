@@ -211,7 +211,7 @@ def make_step(
     f: dict[str, jax.Array],
     tokens_BQ: jax.Array,
     start_B: jax.Array,
-    places: tuple[tuple[int, int], ...] | None,
+    places: tuple[tuple[int, int, int], ...] | None,
     page_size: int,
 ) -> Step:
     """The step whose decode rows are these: their positions, where in their pages they go, and how long their contexts are.
