@@ -34,7 +34,8 @@ def engine_of(folder):
     recurrent = recurrent_of(model)
     engine = tiny_engine(
         model=model,
-        num_pages=2 + pages_of(LONGEST, windows, PAGE),
+        # And the ends of prompts' windows, where many groups have one.
+        num_pages=2 + pages_of(LONGEST, windows, PAGE) + 3 * max(0, len(windows) - 2),
         page_size=PAGE,
         max_num_seqs=2,
         max_num_batched_tokens=PIECE,
