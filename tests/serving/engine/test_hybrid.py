@@ -26,9 +26,11 @@ PAGES = 40
 SNAPSHOTS = {"interval": 24, "tail": 8, "worth": 8}
 
 
-def hybrid_engine(**options):
+def hybrid_engine(num_snapshots=12, **options):
     model = random_model(HYBRID, seed=3)
-    return tiny_engine(model=model, num_snapshots=12, snapshots=SNAPSHOTS, max_num_batched_tokens=32, **options)
+    return tiny_engine(
+        model=model, num_snapshots=num_snapshots, snapshots=SNAPSHOTS, max_num_batched_tokens=32, **options
+    )
 
 
 class Unshared:
@@ -37,18 +39,18 @@ class Unshared:
     def __init__(self):
         without = EngineConfig(page_size=8, progress=False, enable_prefix_caching=False)
         self.engine = hybrid_engine(config=without, num_pages=PAGES)
-        self._known: dict[tuple[int, ...], list[int]] = {}
+        self.known: dict[tuple[int, ...], list[int]] = {}
 
     def __call__(self, prompt, count):
         """A greedy completion of so many tokens."""
         self.learn([prompt], [count])
-        return self._known[tuple(prompt)][:count]
+        return self.known[tuple(prompt)][:count]
 
     def learn(self, prompts, counts):
         """Computes what is not known yet, three at a time."""
         wanted: dict[tuple[int, ...], int] = {}
         for prompt, count in zip(map(tuple, prompts), counts, strict=True):
-            if count > max(len(self._known.get(prompt, ())), wanted.get(prompt, 0)):
+            if count > max(len(self.known.get(prompt, ())), wanted.get(prompt, 0)):
                 wanted[prompt] = count
 
         async def every():
@@ -56,7 +58,7 @@ class Unshared:
 
             async def one(i, prompt, count):
                 async with turn:
-                    self._known[prompt], _ = await answer(self.engine, f"alone {i}", prompt, count)
+                    self.known[prompt], _ = await answer(self.engine, f"alone {i}", prompt, count)
 
             await asyncio.gather(*(one(i, *item) for i, item in enumerate(wanted.items())))
 
@@ -216,18 +218,27 @@ def test_a_short_walk(alone):
     check(engine)
 
 
-PARTS, STEPS = 8, 250
+STEPS = 250
+MODES = {  # (parts, options)
+    "one step": (8, {"num_pages": PAGES}),
+    "three steps": (8, {"num_pages": PAGES, "steps": 3}),
+    "host tier, few pages and snapshots": (3, {"num_pages": 18, "host_pages": 60, "num_snapshots": 3}),
+    "drafts": (3, {"num_pages": 18}),
+}
 
 
 @pytest.fixture(scope="module")
-def walking():
-    """engine(steps a dispatch) for all parts of a walk: each finds what those before it left."""
+def walking(alone):
+    """engine(mode) for all parts of a walk: each finds what those before it left."""
     engines = {}
 
-    def engine(steps):
-        if steps not in engines:
-            engines[steps] = hybrid_engine(num_pages=PAGES, steps=steps)
-        return engines[steps]
+    def engine(mode):
+        if mode not in engines:
+            how = EngineConfig(page_size=8, progress=False, speculative_config=NGRAM) if mode == "drafts" else None
+            engines[mode] = hybrid_engine(config=how, **MODES[mode][1])
+            if mode == "drafts":
+                engines[mode].scheduler.drafts._guesses = lambda request: Foreseen(alone.known, request)
+        return engines[mode]
 
     yield engine
     for each in engines.values():
@@ -235,13 +246,17 @@ def walking():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("steps", [1, 3])
-def test_a_long_walk(alone, walking, steps, part):
-    """2,000 steps and more in all parts, on the real programs."""
-    engine = walking(steps)
-    end, seed = engine.scheduler.counters.steps + STEPS, 1000 * part
-    while engine.scheduler.counters.steps < end:
+@pytest.mark.parametrize(
+    ("mode", "part"), [(mode, part) for mode, (parts, _) in MODES.items() for part in range(parts)]
+)
+def test_a_long_walk(alone, walking, mode, part):
+    """2,000 steps and more in all parts of the first two, on the real programs."""
+    engine = walking(mode)
+    counters = engine.scheduler.counters
+    end, seed = counters.steps + STEPS, 1000 * part
+    while counters.steps < end:
         seed += 1
         assert walk(engine, alone, 40, seed) > 2
         balanced(engine)
+    assert counters.preemptions or "few" not in mode
+    assert counters.accepted_tokens or mode != "drafts"
