@@ -19,8 +19,8 @@ class Tower:
         config: reads what config.json says of it; the content of preprocessor_config.json is under "preprocessor".
         build: (config, Build) -> a `models.api.ImageEncoder`, its parameters still abstract.
         tensors: a regular expression for the beginnings of its tensors' names, wherever they are saved.
-        reads: "image", "audio" (both make embeddings of places in the prompt) or "sound", of which all tokens attend to all
-            (`models.api.Cross`).
+        reads: "image" (one with ears also hears), "audio" (both make embeddings of places in the prompt) or "sound", of which all
+            tokens attend to all (`models.api.Cross`).
         videos: whether it reads those too, frames one after the other.
     """
 

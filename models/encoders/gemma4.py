@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.encoders.bounded import Bounded
+from models.encoders.gemma4_audio import Gemma4Audio, gemma4_audio
+from models.encoders.senses import Senses
 from models.encoders.vit import VitConfig, attend_patches, axial_frequencies, run_block
 from models.layers import Build, Linear, RMSNorm, child_recipes, weight
 from models.recipes import Recipes, Stack, one, under
@@ -19,12 +22,11 @@ from ops.norm import rms_norm
 from ops.paged_attention import whole
 from ops.rope import cos_sin, rope
 
-BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 SOFT_TOKENS = 280
 
 
 def gemma4_vision(hf: Mapping[str, Any]) -> VitConfig:
-    vision, said = hf["vision_config"], hf.get("preprocessor") or {}
+    vision, said, film = hf["vision_config"], hf.get("preprocessor") or {}, hf.get("video_preprocessor") or {}
     width, heads = vision.get("hidden_size", 768), vision.get("num_attention_heads", 12)
     if vision.get("num_key_value_heads", heads) != heads or vision.get("head_dim", width // heads) * heads != width:
         raise ValueError("config.json: a tower whose heads are not its width, or that share keys, is not served.")
@@ -38,7 +40,8 @@ def gemma4_vision(hf: Mapping[str, Any]) -> VitConfig:
         num_heads=heads,
         patch_dim=3 * patch**2,
         out_dim=hf["hidden_size"],
-        max_patches=int(said.get("max_soft_tokens") or SOFT_TOKENS) * merge**2,
+        max_patches=max(int(said.get("max_soft_tokens") or SOFT_TOKENS), int(film.get("max_soft_tokens") or 0))
+        * merge**2,
         merge=merge,
         norm="rms",
         norm_eps=vision.get("rms_norm_eps", 1e-6),
@@ -46,32 +49,13 @@ def gemma4_vision(hf: Mapping[str, Any]) -> VitConfig:
         gated=True,
         rope_theta=float((vision.get("rope_parameters") or {}).get("rope_theta") or 100.0),
         together=hf.get("use_bidirectional_attention") == "vision",
+        ears=gemma4_audio(hf),
         extra=(
             ("places", vision.get("position_embedding_size", 10240)),
             ("bounded", bool(vision.get("use_clipped_linears", False))),
             ("standard", bool(vision.get("standardize", False))),
         ),
     )
-
-
-class Bounded(nnx.Module):
-    """A product; in some checkpoints what enters it and what leaves it is kept within learned bounds."""
-
-    def __init__(self, config: VitConfig, sizes: tuple[int, int], build: Build, axes: tuple[str | None, str | None]):
-        self.product = Linear(*sizes, build, axes)
-        self.bounds = weight((4,), jnp.float32, (None,)) if config.get("bounded") else None
-
-    def __call__(self, x_PD: jax.Array) -> jax.Array:
-        if self.bounds is None:
-            return self.product(x_PD)
-        low, high, least, most = self.bounds[...].astype(x_PD.dtype)
-        return jnp.clip(self.product(jnp.clip(x_PD, low, high)), least, most)
-
-    def recipes(self, name: str) -> Recipes:
-        recipes = under("product", self.product.recipes(f"{name}.linear"))
-        if self.bounds is not None:
-            recipes["bounds"] = Stack(tuple(one(f"{name}.{bound}") for bound in BOUNDS))
-        return recipes
 
 
 class Gemma4PatchAttention(nnx.Module):
@@ -179,6 +163,11 @@ class Gemma4Vision(nnx.Module):
             pooled_ND = (pooled_ND - bias_D) * scale_D
         return self.project(rms_norm(pooled_ND.astype(x_PD.dtype), None, config.norm_eps))
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Regular expressions for tensors that are not read by eyes."""
+        return (r"^(model\.)?(audio_tower|embed_audio)\.",)
+
     def recipes(self) -> Recipes:
         config, name = self.config, "vision_tower"
         D, O = config.embed_dim, config.out_dim
@@ -192,3 +181,9 @@ class Gemma4Vision(nnx.Module):
         if self.standard is not None:
             recipes["standard"] = Stack(tuple(one(f"{name}.{part}", D) for part in ("std_bias", "std_scale")))
         return recipes
+
+
+def gemma4_tower(config: VitConfig, build: Build) -> Gemma4Vision | Senses:
+    """Eyes, and in the smaller sizes ears."""
+    eyes = Gemma4Vision(config, build)
+    return eyes if config.ears is None else Senses(eyes, Gemma4Audio(config.ears, build))

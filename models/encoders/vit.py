@@ -47,6 +47,7 @@ class VitConfig:
         taps: layers behind which embeddings are made besides, which are added to what enters the decoder's second layer, third, ...
         picked, lines: as in `MediaShape`, of towers whose embeddings are not simply their rows.
         together: whether an image's tokens in the decoder attend to each other, also to those behind them.
+        ears: what hears beside it; None for nothing.
         extra: what only one family needs; hashable values.
     """
 
@@ -72,6 +73,7 @@ class VitConfig:
     picked: int = 0
     lines: int = 0
     together: bool = False
+    ears: VitConfig | None = None
     extra: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -259,9 +261,9 @@ class VitBlock(nnx.Module):
         return child_recipes(self, self.names, name)
 
 
-def run_block(block: VitBlock, x_PD: jax.Array, place_P2: jax.Array, real_P: jax.Array) -> jax.Array:
+def run_block(block: nnx.Module, x_PD: jax.Array, *beside: jax.Array) -> jax.Array:
     """One block as a function of its own: equal blocks are traced once."""
-    return _run(*nnx.split(block), x_PD, place_P2, real_P)
+    return _run(*nnx.split(block), x_PD, *beside)
 
 
 def squares(x_PD: jax.Array, side: int, merge: int) -> jax.Array:

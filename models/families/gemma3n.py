@@ -16,15 +16,16 @@ from flax import nnx
 from models.api import KVCache, Result, Step
 from models.config import ModelConfig, from_hf, rope_from_hf
 from models.decoder import Decoder, run_layer
+from models.encoders.gemma3n import Gemma3nAudio, gemma3n_audio, hard_embeddings
 from models.families.gemma import GemmaLayer
 from models.families.gemma4 import BESIDE, SHARED, Gemma4Attention, kinds_of, shared_layers
-from models.family import Family
+from models.family import Family, Tower
 from models.kept import Cache
 from models.layers import Build, GatedMLP, Linear, RMSNorm, child_recipes, weight
 from models.layers.attention import SharedAttention
 from models.layers.norms import Norm
 from models.layers.per_layer import PerLayerEmbeddings, PerLayerMix
-from models.recipes import Recipes, one, under
+from models.recipes import Recipes, deal, one, under
 from ops.activation import activation
 
 LEAST_MAGNITUDE = 1e-5  # of a stream's mean square; no checkpoint says another
@@ -43,6 +44,7 @@ class Gemma3n:
         scale_active: what the per-layer embedding is mixed with has learned scales.
         laurel_rank: of the path beside attention.
         per_layer: (rows, width) of the per-layer embeddings.
+        hard: of the eyes and the ears beside it, whose tokens have embeddings of their own; none of texts alone.
     """
 
     reads_of: tuple[int | None, ...]
@@ -53,6 +55,25 @@ class Gemma3n:
     scale_active: bool
     laurel_rank: int
     per_layer: tuple[int, int]
+    hard: tuple[HardTokens, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class HardTokens:
+    """Tokens of a tower's vocabulary.
+
+    Attributes:
+        name: of what embeds them, in checkpoints.
+        first, end: the tokens.
+        rows, width, norm_eps: of its table.
+    """
+
+    name: str
+    first: int
+    end: int
+    rows: int
+    width: int
+    norm_eps: float
 
 
 class SparseMLP(GatedMLP):
@@ -163,6 +184,17 @@ class Gemma3nDecoder(Decoder):
             return nnx.List([Linear(config.embed_dim, config.embed_dim, build, axes) for _ in range(own.streams - 1)])
 
         self.split, self.join = projections(), projections()
+        count = sum(tokens.end - tokens.first for tokens in own.hard)
+        self.hard = weight((count, config.embed_dim), jnp.float32, (None, None)) if count else None
+
+    def embed_tokens(self, step: Step) -> jax.Array:
+        x_TD = super().embed_tokens(dataclasses.replace(step, embeddings=None))
+        if self.hard is not None:
+            index_T = step.tokens_T - self.config.get("gemma3n").hard[0].first
+            known_T = (index_T >= 0) & (index_T < len(self.hard[...]))
+            rows_TD = self.hard[...][jnp.where(known_T, index_T, 0)].astype(x_TD.dtype)
+            x_TD = jnp.where(known_T[:, None], rows_TD, x_TD)
+        return x_TD if step.embeddings is None else step.embeddings.placed(x_TD)
 
     def forward(self, step: Step, cache: KVCache) -> Result:
         steps, parts = step.by_group(), Cache(self.kept, step.attention, cache)
@@ -195,6 +227,15 @@ class Gemma3nDecoder(Decoder):
         for path, name in (("split", "altup_projections"), ("join", "altup_unembed_projections")):
             for index, linear in enumerate(getattr(self, path)):
                 recipes |= under(f"{path}.{index}", linear.recipes(f"model.{name}.{index}"))
+        if self.hard is not None:
+            D = self.config.embed_dim
+            recipes["hard"] = deal(
+                1,
+                *(
+                    hard_embeddings(of.name, of.rows, of.width, D, of.norm_eps, 0, of.end - of.first)
+                    for of in self.config.get("gemma3n").hard
+                ),
+            )
         return recipes
 
 
@@ -202,6 +243,30 @@ def _as_large(x_TD: jax.Array, like_TD: jax.Array) -> jax.Array:
     """x, as large as the other at each token."""
     wanted, found = (jnp.mean(x**2, axis=-1, keepdims=True) for x in (like_TD, x_TD))
     return x_TD * jnp.sqrt(wanted) / jnp.sqrt(jnp.maximum(found, LEAST_MAGNITUDE))
+
+
+def hard_tokens(hf: Mapping[str, Any]) -> tuple[HardTokens, ...]:
+    """Of a checkpoint with eyes and ears: their tokens stand behind those of texts, the ears' last."""
+    parts = (
+        ("model.embed_vision", "vision_config", 262_144, 2048),
+        ("model.embed_audio", "audio_config", 262_272, 1536),
+    )
+    if any(not isinstance(hf.get(part), Mapping) for _, part, _, _ in parts):
+        return ()
+
+    def tokens(name: str, said: Mapping[str, Any], first: int, width: int, end: int | None) -> HardTokens:
+        rows, first = int(said.get("vocab_size") or 128), int(said.get("vocab_offset") or first)
+        end = first + rows if end is None else end
+        if not 0 < end - first <= rows:
+            raise ValueError(
+                f"config.json: tokens from {first} to {end} have {rows} embeddings; there is one for each."
+            )
+        width, eps = int(said.get("hidden_size") or width), float(said.get("rms_norm_eps") or 1e-6)
+        return HardTokens(name, first, end, rows, width, eps)
+
+    eyes, ears = parts
+    heard = tokens(ears[0], hf["audio_config"], ears[2], ears[3], None)
+    return (tokens(eyes[0], hf["vision_config"], eyes[2], eyes[3], heard.first), heard)
 
 
 def gemma3n_config(hf: Mapping[str, Any]) -> ModelConfig:
@@ -225,6 +290,7 @@ def gemma3n_config(hf: Mapping[str, Any]) -> ModelConfig:
         bool(hf.get("altup_correct_scale", True)),
         hf["laurel_rank"],
         (hf["vocab_size_per_layer_input"], hf["hidden_size_per_layer_input"]),
+        hard_tokens(hf),
     )
     parameters = hf.get("rope_parameters") or {}
     local = {"rope_theta": hf.get("rope_local_base_freq") or 1e4}
@@ -253,13 +319,17 @@ def gemma3n_config(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+AUDIO = r"^(model\.)?(audio_tower|embed_audio)\."
 FAMILIES = (
     Family(
-        "Gemma 3n (text)",
-        ("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"),
+        "Gemma 3n (text)", ("Gemma3nForCausalLM",), gemma3n_config, Gemma3nDecoder, gguf=("gemma3n",), ignore=BESIDE
+    ),
+    Family(
+        "Gemma 3n",
+        ("Gemma3nForConditionalGeneration",),
         gemma3n_config,
         Gemma3nDecoder,
-        gguf=("gemma3n",),
         ignore=BESIDE,
+        tower=Tower(gemma3n_audio, Gemma3nAudio, AUDIO, "audio"),
     ),
 )

@@ -14,7 +14,7 @@ from flax import nnx
 from models.api import Step
 from models.config import WINDOWED, ModelConfig, MoEConfig, from_hf, layer_kinds, rope_from_hf
 from models.decoder import Decoder
-from models.encoders.gemma4 import Gemma4Vision, gemma4_vision
+from models.encoders.gemma4 import gemma4_tower, gemma4_vision
 from models.families.gemma import GemmaLayer
 from models.family import Family, Tower
 from models.layers import Build, GatedMLP, Linear, heads_of, weight
@@ -26,8 +26,8 @@ from ops.norm import rms_norm
 from ops.paged_attention import attend
 from ops.rope import rope
 
-VISION = r"^(model\.)?(vision_tower|embed_vision)\."
-BESIDE = (r"^(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.",)
+SENSES = r"^(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\."
+BESIDE = (SENSES,)
 SHARED = r"^model\.layers\.({})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\."
 """What published files have in layers that read others' pages."""
 
@@ -277,6 +277,6 @@ FAMILIES = (
         gemma4_config,
         Gemma4Decoder,
         ignore=BESIDE,
-        tower=Tower(gemma4_vision, Gemma4Vision, VISION),
+        tower=Tower(gemma4_vision, gemma4_tower, SENSES, videos=True),
     ),
 )

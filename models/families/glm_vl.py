@@ -64,7 +64,7 @@ FAMILIES = (
         glm_config,
         build,
         ignore=(VISUAL,),
-        tower=Tower(glm_vision, GlmVision, VISUAL),
+        tower=Tower(glm_vision, GlmVision, VISUAL, videos=True),
     ),
     Family(
         "GLM-4.5V (MoE)",
@@ -72,6 +72,6 @@ FAMILIES = (
         glm_config,
         build,
         ignore=(VISUAL,),
-        tower=Tower(glm_vision, GlmVision, VISUAL),
+        tower=Tower(glm_vision, GlmVision, VISUAL, videos=True),
     ),
 )

@@ -11,7 +11,8 @@ import jax
 from models.api import Step
 from models.config import ModelConfig, MoEConfig, from_hf
 from models.decoder import Decoder
-from models.family import Family
+from models.encoders.granite_speech import GraniteSpeech, granite_speech
+from models.family import Family, Tower
 from models.layers import Build, Layer
 from models.layers.moe import Experts, MoE
 from models.recipes import Piece, Recipes, deal, one, split, under
@@ -95,7 +96,24 @@ def granite_moe_config(hf: Mapping[str, Any]) -> ModelConfig:
     return dataclasses.replace(granite_config(hf), moe=moe)
 
 
+def granite_speech_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Of the decoder beside what hears."""
+    kind = (hf.get("text_config") or {}).get("model_type", "granite")
+    if kind != "granite":
+        raise ValueError(f"config.json: the decoder {kind!r} is not served with Granite Speech's encoder; granite is.")
+    return granite_config(hf)
+
+
+HEARS = r"^(model\.)?(encoder|projector)\."
 FAMILIES = (
     Family("Granite 3", ("GraniteForCausalLM",), granite_config, build, gguf=("granite",)),
+    Family(
+        "Granite Speech",
+        ("GraniteSpeechForConditionalGeneration",),
+        granite_speech_config,
+        build,
+        ignore=(HEARS,),
+        tower=Tower(granite_speech, GraniteSpeech, HEARS, "audio"),
+    ),
     Family("Granite 3 MoE", ("GraniteMoeForCausalLM",), granite_moe_config, build_moe, gguf=("granitemoe",)),
 )

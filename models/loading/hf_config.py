@@ -87,16 +87,17 @@ def video_processor_config(directory: Path) -> dict[str, Any] | None:
 
 def sound_processor_config(directory: Path) -> dict[str, Any] | None:
     """How the checkpoint's sounds become spectrograms; None where no file says."""
-    found = _processor(directory, "feature_extractor", "preprocessor_config.json")
+    found = _processor(directory, "feature_extractor", "preprocessor_config.json", "audio_processor")
     if found is not None and (directory / "processor_config.json").exists():
         found |= {k: v for k, v in read_json(directory / "processor_config.json").items() if k == "max_audio_len"}
     return found
 
 
-def _processor(directory: Path, part: str, own: str) -> dict[str, Any] | None:
-    """As transformers, which prefers the part of the newer file."""
+def _processor(directory: Path, part: str, own: str, other: str = "") -> dict[str, Any] | None:
+    """As transformers, which prefers the part of the newer file; `other`: how some families call it."""
     if (directory / "processor_config.json").exists():
-        said = read_json(directory / "processor_config.json").get(part)
+        whole = read_json(directory / "processor_config.json")
+        said = whole.get(part, whole.get(other))
         if isinstance(said, Mapping):
             return dict(said)
     return read_json(directory / own) if (directory / own).exists() else None

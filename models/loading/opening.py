@@ -89,6 +89,8 @@ def _open_hf(source: ModelSource) -> Opened:
         hf = hf | {"preprocessor": processor}
         if video := hf_config.video_processor_config(source.path):
             hf = hf | {"video_preprocessor": video}
+        if not hears and (sound := hf_config.sound_processor_config(source.path)):
+            hf = hf | {"sound_preprocessor": sound}
     generation = {name: hf[name] for name in ("eos_token_id", "bos_token_id") if hf.get(name) is not None}
     if (source.path / "generation_config.json").exists():
         generation |= read_json(source.path / "generation_config.json")

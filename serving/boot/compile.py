@@ -278,7 +278,8 @@ def _senses(tower: CheckedTower | None) -> dict[str, Any]:
     if tower.shape.lasting:
         return {"modalities": ("sound",), "tasks": ("transcribe",)}
     reads = ("audio",) if tower.family.reads == "audio" else ("image", "video") if tower.family.videos else ("image",)
-    return {"modalities": reads, "media_patches": tower.shape.patches[-1]}
+    reads += () if tower.shape.ears is None else ("audio",)
+    return {"modalities": reads, "media_patches": tower.shape.most_patches}
 
 
 def _pages_in_words(checked: Checked, loaded: LoadedModel, sizes: Sizes, replicas: int) -> str:

@@ -52,6 +52,23 @@ def lora_module(text: str) -> LoRARequest:
     return LoRARequest(name, 0, path, None if tenants is None else tuple(tenants))
 
 
+def default_loras(text: str) -> tuple[LoRARequest, ...]:
+    """A JSON object of "image", "video" and "audio": for each the path of an adapter, whose name the kind is, as in vLLM.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, or there is nothing at a path.
+    """
+    try:
+        given = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        given = None
+    if not isinstance(given, dict) or not given or not given.keys() <= {"image", "video", "audio"}:
+        raise argparse.ArgumentTypeError(
+            f'must be JSON such as {{"audio": "PATH"}}, of image, video and audio; got {text!r}.'
+        )
+    return tuple(lora_module(json.dumps({"name": sense, "path": path})) for sense, path in given.items())
+
+
 def lora_folder(args: argparse.Namespace) -> Path | None:
     """The folder of `--lora-folder`."""
     return None if args.lora_folder is None else Path(args.lora_folder).expanduser()
@@ -63,9 +80,10 @@ def check_lora(args: argparse.Namespace, has_keys: bool) -> None:
     Raises:
         ValueError: they do not, in a sentence.
     """
-    if (args.lora_modules or args.lora_folder or args.lora_resolver) and not args.enable_lora:
+    if (args.lora_modules or args.lora_folder or args.lora_resolver or args.default_mm_loras) and not args.enable_lora:
         raise ValueError(
-            "--lora-modules, --lora-folder and --lora-resolver are for a server that takes adapters: give --enable-lora too."
+            "--lora-modules, --lora-folder, --lora-resolver and --default-mm-loras are for a server that takes adapters: give "
+            "--enable-lora too."
         )
     if not has_keys and any(given.tenants is not None for given in args.lora_modules):
         raise ValueError("--lora-modules has tenants, and without API keys nobody is told from others: give some.")

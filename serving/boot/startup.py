@@ -124,7 +124,7 @@ class Described:
         opened, shape = self.checked.opened, self.checked.tower.shape
         if shape.lasting:
             return {"speech": speech_of(opened, self.text.tokenizer, engine)}
-        return {"media": media_reader(self.checked.config, opened.hf_config, shape.patches[-1])}
+        return {"media": media_reader(self.checked.config, opened.hf_config, shape.most_patches)}
 
     def default_params(self, say: Progress) -> dict[str, Any]:
         """What applies to requests that name no sampling parameters."""

@@ -68,7 +68,7 @@ def written(text: str, seen: Sequence[Seen], processor: Processor) -> str | list
     found, texts = parts[1::2], parts[::2]
     if found != marks:
         raise _places(seen, len(marks), len(found))
-    if all(one.sound for one in seen):
+    if processor.sound is not None and processor.sound.wordless:
         return texts
     own = [one.pieces[0].written for one in seen if mark_of(one, processor)]
     replaced = (mark if said is None else said for said, mark in zip(own, found, strict=True))
@@ -96,7 +96,7 @@ def with_media(ids: Sequence[int], seen: Sequence[Seen], processor: Processor) -
     items: list[MediaItem] = []
     begins: list[tuple[int, Patched]] = []
     done, next_place = 0, iter(places)
-    for piece, digest, token in _pieces(seen, processor):
+    for piece, digest, token, sounds in _pieces(seen, processor):
         taken: list[np.ndarray] = []
         for at, count in enumerate(piece.runs):
             if at or not piece.joins:
@@ -111,8 +111,8 @@ def with_media(ids: Sequence[int], seen: Sequence[Seen], processor: Processor) -
             continue  # a sound too short to be heard
         items.append(
             MediaItem(
-                digest, np.concatenate(taken), piece.patches_PX, piece.place_P2, together=processor.together,
-                pick_NK=piece.pick_NK, share_NK=piece.share_NK,
+                digest, np.concatenate(taken), piece.patches_PX, piece.place_P2,
+                together=processor.together and not sounds, pick_NK=piece.pick_NK, share_NK=piece.share_NK, sound=sounds,
             )
         )  # fmt: skip
     whole += ids[done:]
@@ -127,11 +127,11 @@ def _placeholder(one: Seen, processor: Processor) -> int:
     return part.placeholder
 
 
-def _pieces(seen: Sequence[Seen], processor: Processor) -> Iterator[tuple[Patched, bytes, int]]:
+def _pieces(seen: Sequence[Seen], processor: Processor) -> Iterator[tuple[Patched, bytes, int, bool]]:
     for one in seen:
         token = processor.sound.token if one.sound and processor.sound else _placeholder(one, processor)
         for piece, digest in zip(one.pieces, one.digests, strict=True):
-            yield piece, digest, token
+            yield piece, digest, token, one.sound
 
 
 def _placeholders(one: Seen) -> int:

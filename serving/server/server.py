@@ -142,7 +142,8 @@ class Server:
     async def _load_adapters(self, service: Served) -> bool:
         """Loads what `--lora-modules` names, and a file of models for those that are loaded; one that cannot be served ends the
         start."""
-        wanted = [(service.first, given) for given in self._args.lora_modules]
+        wanted = [(service.first, given) for given in (*self._args.lora_modules, *self._args.default_mm_loras)]
+        service.first.adapters.by_sense = {given.lora_name: given.lora_name for given in self._args.default_mm_loras}
         for entry in self._args.entries:
             one = next(found for found in service.services if found.model_id == entry.name)
             if one.client.residence is not None and one.client.residence.where is Where.LOADED:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*(?:/[A-Za-z0-9][A-Za-z0-9._:-]*)
 
 _COPIES = re.compile(r"(?:-unsloth)?(?:-bnb)?-4bit$|-(?:gguf|awq|gptq|fp8|fp8-dynamic|int4|int8|8bit|w4a16|w8a8)$")
 
+SENSES = {"image": "image", "video": "video", "sound": "audio"}
+"""What requests bring along, by the names that vLLM has for it."""
 CLOSED = "This server takes no adapters: start it with --enable-lora."
 
 
@@ -57,6 +59,8 @@ class Adapters:
         base_names: what it is called, the name that answers carry first.
     Attributes:
         resolvers: asked in turn for a model that is not known, before it is refused.
+        by_sense: of "image", "video" and "audio", the adapter with which requests that bring such a thing are answered, where they
+            name none.
     """
 
     def __init__(self, engine: EngineClient, base: Voice, base_names: Sequence[str]) -> None:
@@ -67,6 +71,7 @@ class Adapters:
         self._given: dict[str, tuple[AdapterInfo, str]] = {}  # by name: the path or hub id that it was asked for by
         self._resolving = asyncio.Lock()
         self.resolvers: Sequence[Resolver] = ()
+        self.by_sense: Mapping[str, str] = {}
 
     @property
     def open(self) -> bool:
@@ -95,6 +100,19 @@ class Adapters:
         """
         info = None if self._engine.adapters is None else self._engine.adapters.find(name)
         return info if info is not None and may_use(info, caller_of_task.get(), tenant) else None
+
+    def wanted(self, name: str, tenant: str | None, brought: Collection[str]) -> AdapterInfo | None:
+        """The adapter that a request for a name is answered with: the one of that name, or of what it brings along.
+
+        Args:
+            brought: "image", "video" or "sound" of what it does; the first of the three decides.
+        """
+        if (found := self.find(name, tenant)) is not None or not self.by_sense:
+            return found
+        for what, sense in SENSES.items():
+            if what in brought and sense in self.by_sense and self._engine.adapters is not None:
+                return self._engine.adapters.find(self.by_sense[sense])
+        return None
 
     def visible(self) -> list[AdapterInfo]:
         """Those for whom the running task serves, in the order in which they were loaded."""

@@ -42,7 +42,9 @@ def take_images(given: GenerateInput, reader: MediaReader | None) -> tuple[Gener
     if given.truncate_prompt_tokens is not None:
         raise invalid("truncate_prompt_tokens does not go with images: it might cut one.", "truncate_prompt_tokens")
     sound = None if reader is None else reader.processor.sound
-    messages, sources = take_out(given.messages or (), images, "" if sound is None else sound.mark)
+    messages, sources = take_out(
+        given.messages or (), images, sound.mark if sound is not None and sound.wordless else ""
+    )
     return dataclasses.replace(given, messages=messages, images=sum(not one.file for one in sources)), sources
 
 

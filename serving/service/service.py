@@ -156,11 +156,11 @@ class TextService(Single):
         self.check_ready()
         await self.adapters.resolve(given.model)
         model = self.resolve_model(given.model, given.tenant)
-        adapter = self.adapters.find(model, given.tenant)
-        voice = self.adapters.voice(adapter)
-        tokenizer = voice.tokenizer
         self._check_task("generate", "does not complete text")
         given, sources = take_images(given, self.media)
+        adapter = self.adapters.wanted(model, given.tenant, {source.what for source in sources})
+        voice = self.adapters.voice(adapter)
+        tokenizer = voice.tokenizer
         given.check(self.limits)
         prep.check_params(params, self.info.vocab_size, self.limits)
         prep.check_reads_text(params, tokenizer)

@@ -17,6 +17,7 @@ from serving.media.processors import PROCESSORS
 from serving.media.video import GivenVideo
 from tests.fuzz.mutate import mutate_bytes
 from tests.fuzz.run import Case
+from tests.models import tiny_conformers, tiny_granite
 from tests.models.tiny_audio import MELS
 from tests.models.tiny_audio import TINY as HEARS
 from tests.models.tiny_towers import TINY
@@ -36,6 +37,12 @@ def processors() -> list[tuple[str, Any]]:
         said = {"feature_size": MELS, "chunk_length": hears.seconds}
         hf = {"architectures": [hears.model], "audio_config": dict(hears.audio), "preprocessor": said}
         made.append((name, PROCESSORS[hears.model](hf | hears.ids)))
+    for name, heard in tiny_conformers.TINY.items():
+        hf = {"architectures": [heard.model], "audio_config": dict(heard.audio), "preprocessor": dict(heard.features)}
+        made.append((name, PROCESSORS[heard.model](hf | {**heard.ids, "sound_preprocessor": dict(heard.features)})))
+    for name, heard in tiny_granite.TINY.items():
+        hf = {"encoder_config": dict(heard.audio), "preprocessor": {"n_mels": tiny_granite.MELS}}
+        made.append((name, PROCESSORS[heard.model](hf | {**heard.ids})))
     return made
 
 

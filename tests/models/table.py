@@ -11,8 +11,8 @@ from models.loading.quantized import METHODS
 from models.refused import REFUSED
 from models.registry import families, status
 from tests.models import test_families as alone
+from tests.models.hearing import MADE_BY
 from tests.models.tiny import TINY
-from tests.models.tiny_audio import TINY as AUDIO
 from tests.models.tiny_base import PROMPTS
 from tests.models.tiny_mmproj import KINDS as MMPROJ
 from tests.models.tiny_vision import TINY as VISION
@@ -197,7 +197,7 @@ and on a mesh, with the tower cut and two replicas (`tests/serving/media/test_me
 Videos are held to transformers in the same ways, and towers in GGUF to those in safetensors
 (`tests/models/loading/test_mmproj.py`; chats over HTTP: `tests/serving/media/test_mmproj.py`).
 Llama 4's images are scaled by Pillow, where transformers has code of torchvision alone: a level differs by one at most.
-Gemma 4 and GLM read no videos yet. Gemma 3n is served for text alone.
+Gemma 3n reads no images: its tower is a network of timm's, which transformers takes from there.
 
 How they are served: [media.md](media.md).
 
@@ -207,11 +207,12 @@ AUDIO_INTRODUCTION = """
 
 In chats, against transformers (Ultravox, which it has not, against its parts put together as its authors do): spectrograms
 within 1e-5 of those that transformers makes with numpy and as many tokens for a sound, of 0.01 s to 60 s; the encoder's embeddings
-within 1e-4 of the largest (`tests/models/test_audio.py`); prompt ids and 32 greedy tokens through the whole engine with texts and
-sounds in one batch, prompts cut inside sounds, prefixes that end inside one, and preemption
-(`tests/serving/media/test_audio_chats.py`; the engine runs with Qwen2-Audio each time, with the others, and on meshes of two
-devices, where slow tests run).
-Gemma 3n and Gemma 4 are not served with sound.
+within 1e-4 of the largest (`tests/models/test_audio.py`, `test_conformers.py`); prompt ids and 32 greedy tokens through the
+whole engine with texts and sounds in one batch, prompts cut inside sounds, prefixes that end inside one, and preemption
+(`tests/serving/media/test_audio_chats.py`, Granite Speech also with an adapter for sounds; the engine runs with Qwen2-Audio each
+time, with the others, and on meshes of two devices, where slow tests run).
+Gemma 4's sounds stand beside images in one prompt; its larger sizes have no ears. Each sound is heard on its own, as if it were
+the only one of its request: transformers pads several to one length, and some encoders then hear the padding.
 
 Whisper writes down what it hears: its tokens with and without times, alone and in company, and of sound longer than a window, are
 transformers' in float32 (`tests/serving/service/speech/test_transcribe.py`).
@@ -224,8 +225,8 @@ def audio_rows() -> list[tuple[str, ...]]:
     head = ("family", "architectures", "spectrograms, encoder", "32 tokens through the engine", "model=2, data=2")
     out = [head, ("---",) * len(head)]
     for family in families():
-        if family.tower is not None and family.tower.reads == "audio":
-            tried = [name for name, tiny in AUDIO.items() if tiny.model in family.architectures]
+        tried = [name for name, made in MADE_BY.items() if made.TINY[name].model in family.architectures]
+        if family.tower is not None and (tried or family.tower.reads == "audio"):
             count = f"{len(tried)} of {len(tried)}"
             out.append((family.name, ", ".join(f"`{name}`" for name in family.architectures), count, count, count))
     return out

@@ -3,10 +3,10 @@ import pytest
 from models.bridge.known import EQUAL
 from models.refused import REFUSED
 from models.registry import families, find, status
+from tests.models.hearing import MADE_BY
 from tests.models.table import DOCUMENT, HEAD, columns, count, document, text_generation, tried
 from tests.models.test_bert import ENCODERS, RERANKERS
 from tests.models.tiny import TINY
-from tests.models.tiny_audio import TINY as AUDIO
 from tests.models.tiny_vision import TINY as VISION
 
 
@@ -40,9 +40,8 @@ def test_a_cell_says_what_pytest_would_run():
 
 
 def test_every_family_is_tried():
-    tried = (
-        {tiny.model for tiny in (*TINY.values(), *VISION.values(), *AUDIO.values())} | set(ENCODERS) | set(RERANKERS)
-    )
+    heard = {made.TINY[name].model for name, made in MADE_BY.items()}
+    tried = {tiny.model for tiny in (*TINY.values(), *VISION.values())} | heard | set(ENCODERS) | set(RERANKERS)
     tried.add("WhisperForConditionalGeneration")  # tests/serving/service/speech
     # A decoder's classifier is it and a head: tests/models/test_decoder_classifier.py tries some of each kind.
     others = [family for family in families() if not family.name.endswith(": classifiers, rerankers and reward models")]

@@ -8,6 +8,8 @@ from typing import Any
 
 VOCAB = 384
 START, END, VISION_START, VISION_END, IMAGE, VIDEO = range(370, 376)
+VIDEO_START, VIDEO_STOP = "<|begin_of_video|>", "<|end_of_video|>"
+"""Around GLM's videos, whose places have the images' token: they are the tokens behind `VIDEO`."""
 ROWS = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -51,6 +53,8 @@ class TinyVision:
 
     @property
     def video_mark(self) -> str:
+        if VIDEO_START in self.tokens:
+            return f"{VIDEO_START}{self.tokens[3]}{VIDEO_STOP}"
         return self.mark.replace(self.tokens[2], self.tokens[3]) if len(self.tokens) > 3 else ""
 
     @property
@@ -170,12 +174,13 @@ GLM = {
     "patch_size": 14,
 }  # fmt: skip
 GLM_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
-GLM_TOKENS = ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>")
+GLM_TOKENS = ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>", VIDEO_START, VIDEO_STOP)
 GLM_MARK = "<|begin_of_image|><|image|><|end_of_image|>"
 IDS_GLM = {
     "image_token_id": IMAGE, "video_token_id": VIDEO, "image_start_token_id": VISION_START, "image_end_token_id": VISION_END,
-    "tie_word_embeddings": False,
+    "video_start_token_id": VIDEO + 1, "video_end_token_id": VIDEO + 2, "tie_word_embeddings": False,
 }  # fmt: skip
+CLIPS_GLM = {"size": {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 48}}
 SMALL_GLM = {"size": {"shortest_edge": 28 * 28 * 8, "longest_edge": 28 * 28 * 128}}
 TINY |= {
     "Gemma 4": TinyVision(
@@ -188,24 +193,25 @@ TINY |= {
          "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 2, "use_bidirectional_attention": "vision",
          "rope_parameters": {"full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
                              "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-        {"image_token_id": IMAGE, "boi_token_id": VISION_START, "eoi_token_id": VISION_END, "tie_word_embeddings": True},
-        ("<|image>", "<image|>", "<|image|>"), "<|image|>",
-        engine={"max_model_len": 224, "max_num_batched_tokens": 96, "kv_cache_memory": 20 * 4096},
+        {"image_token_id": IMAGE, "video_token_id": VIDEO, "boi_token_id": VISION_START, "eoi_token_id": VISION_END,
+         "tie_word_embeddings": True},
+        ("<|image>", "<image|>", "<|image|>", "<|video|>"), "<|image|>", {"patch_size": 4, "max_soft_tokens": 70, "num_frames": 2},
+        engine={"max_model_len": 288, "max_num_batched_tokens": 96, "kv_cache_memory": 28 * 4096},
     ),
     "GLM-4.1V": TinyVision(
         "Glm4vForConditionalGeneration", "Glm4vImageProcessorPil", GLM, SMALL_GLM,
         {"rope_parameters": GLM_ROPE},
-        IDS_GLM, GLM_TOKENS, GLM_MARK,
+        IDS_GLM, GLM_TOKENS, GLM_MARK, CLIPS_GLM,
     ),
     "GLM-4.5V": TinyVision(
         "Glm4vMoeForConditionalGeneration", "Glm4vImageProcessorPil", GLM, SMALL_GLM,
         {"rope_parameters": GLM_ROPE, "head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
          "n_shared_experts": 1, "routed_scaling_factor": 1.5},
-        IDS_GLM, GLM_TOKENS, GLM_MARK,
+        IDS_GLM, GLM_TOKENS, GLM_MARK, CLIPS_GLM,
     ),
     "GLM-4.6V": TinyVision(
         "Glm46VForConditionalGeneration", "Glm46VImageProcessorPil", GLM | {"model_type": "glm4v_vision"}, SMALL_GLM,
-        {"rope_parameters": GLM_ROPE, "model_type": "glm4v_text"}, IDS_GLM, GLM_TOKENS, GLM_MARK,
+        {"rope_parameters": GLM_ROPE, "model_type": "glm4v_text"}, IDS_GLM, GLM_TOKENS, GLM_MARK, CLIPS_GLM,
     ),
     "Llama 4": TinyVision(
         "Llama4ForConditionalGeneration", "",  # tests/models/tiny_llama4.py

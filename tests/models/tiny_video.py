@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import importlib
 import sys
 import types
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -22,6 +24,10 @@ KINDS = {
     "Qwen3-VL MoE": ("qwen3_vl", "Qwen3VLVideoProcessor"),
     "Qwen3.5": ("qwen3_vl", "Qwen3VLVideoProcessor"),
     "LLaVA-OneVision": ("llava_onevision", "LlavaOnevisionVideoProcessor"),
+    "GLM-4.1V": ("glm4v", "Glm4vVideoProcessor"),
+    "GLM-4.5V": ("glm4v", "Glm4vVideoProcessor"),
+    "GLM-4.6V": ("glm46v", "Glm46VVideoProcessor"),
+    "Gemma 4": ("gemma4", "Gemma4VideoProcessor"),
 }
 """Families that read videos: where transformers has their processor."""
 
@@ -40,13 +46,22 @@ def _class(name: str) -> Any:
     path = f"transformers.models.{module}.video_processing_{module}"
     try:
         sys.modules.update(stand_ins)
-        base = getattr(importlib.import_module(path), kind)
+        with mock.patch.object(builtins, "tvF", types.SimpleNamespace(InterpolationMode=int), create=True):
+            base = getattr(importlib.import_module(path), kind)
     finally:
         for part, was in here.items():
             sys.modules.pop(part)
             if was is not None:
                 sys.modules[part] = was
-    return type(kind, (base,), {"rescale_and_normalize": _normalized, "do_convert_rgb": False})
+    own = {"rescale_and_normalize": _normalized, "do_convert_rgb": False, "aspect_ratio_preserving_resize": _fitted}
+    return type(kind, (base,), own)
+
+
+def _fitted(self: Any, video: Any, patch_size: int, max_patches: int, pooling_kernel_size: int, resample: Any) -> Any:
+    from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
+
+    height, width = get_aspect_ratio_preserving_size(*video.shape[-2:], patch_size, max_patches, pooling_kernel_size)
+    return _resized(self, video, types.SimpleNamespace(height=height, width=width), resample)
 
 
 def _resized(self: Any, image: Any, size: Any, resample: Any = None, **_: Any) -> Any:
@@ -95,7 +110,18 @@ def read(name: str, videos: Sequence[tuple[np.ndarray, float | None]], **said: A
         found = dict(processor(name, **said)(frames, video_metadata=[about], return_metadata=True, return_tensors="pt"))
         (times,) = found.pop("video_metadata")
         mark = TINY[name].tokens[3]
-        if name == "LLaVA-OneVision":
+        if name == "Gemma 4":
+            own = types.SimpleNamespace(boi_token="<|image>", eoi_token="<image|>", video_token=mark)
+            texts.append(transformers.Gemma4Processor.replace_video_token(own, {**found, "video_metadata": [times]}, 0))
+            found.pop("num_soft_tokens_per_video")
+        elif name.startswith("GLM"):
+            kind = transformers.Glm46VProcessor if name == "GLM-4.6V" else transformers.Glm4vProcessor
+            own = types.SimpleNamespace(
+                image_token=TINY[name].tokens[2], video_processor=types.SimpleNamespace(merge_size=2)
+            )
+            own.replace_frame_token_id = functools.partial(kind.replace_frame_token_id, own)
+            texts.append(kind.replace_video_token(own, {**found, "video_metadata": [times]}, 0))
+        elif name == "LLaVA-OneVision":
             side = found["pixel_values_videos"].shape[-1] // TINY[name].vision["patch_size"]
             own = types.SimpleNamespace(num_image_tokens=side**2, video_token=mark)
             texts.append(transformers.LlavaOnevisionProcessor.replace_video_token(own, found, 0))

@@ -209,10 +209,18 @@ def asked(
     given = {key: value for key, value in read(name, images).items() if key not in ASIDE} | clips
     given |= {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if name.startswith(("Qwen", "GLM", "Gemma 4")):
-        given["mm_token_type_ids"] = (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
+        given["mm_token_type_ids"] = kinds_of(name, tokens)
     if name == "Gemma 3":
         given["token_type_ids"] = (tokens == IMAGE).int()
     return whole, given
+
+
+def kinds_of(name: str, tokens: Any) -> Any:
+    """Of tokens, 1 for images' and 2 for videos'."""
+    if not name.startswith("GLM"):
+        return (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
+    inside = (tokens == VIDEO + 1).cumsum(-1) > (tokens == VIDEO + 2).cumsum(-1)
+    return (tokens == IMAGE).int() * (1 + inside.int())
 
 
 def features(name: str, model: Any, image: Image.Image) -> np.ndarray:
@@ -240,7 +248,7 @@ def positions(
     import torch
 
     tokens = torch.tensor([list(ids)])
-    kinds = (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
+    kinds = kinds_of(name, tokens)
     own = {key: value for key, value in (clips or {}).items() if key != "pixel_values_videos"}
     found, delta = model.model.get_rope_index(tokens, kinds, image_grid_thw=read(name, images)["image_grid_thw"], **own)
     return found[:, 0].numpy(), int(delta)

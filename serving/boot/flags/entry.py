@@ -107,10 +107,10 @@ def entries_of(args: argparse.Namespace, config: EngineConfig) -> tuple[ModelEnt
         )
     if config.coordinator is not None:
         raise ValueError("coordinator is for one model: several in one server run in a single process.")
-    if args.lora_modules or args.lora_resolver:
+    if args.lora_modules or args.lora_resolver or args.default_mm_loras:
         raise ValueError(
-            "lora_modules and lora_resolver are for one model as flags: of several, each has its lora_modules in the file of "
-            "models (--models FILE), or load adapters while the server runs."
+            "lora_modules, default_mm_loras and lora_resolver are for one model as flags: of several, each has its lora_modules in "
+            "the file of models (--models FILE), or load adapters while the server runs."
         )
     if args.served_model_name:
         raise ValueError("served_model_name is for one model: of several, each has its name and aliases.")

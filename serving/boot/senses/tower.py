@@ -28,6 +28,8 @@ GIB = 2**30
 ALONE = ("coordinator", "compiled")
 """Settings with which images are not read."""
 
+ADAPTER = "adapter_config.json"
+"""Beside a checkpoint: it has an adapter of its own, for what its towers read."""
 LEAST_WINDOWS = 8
 """Windows of sound that there is room for, whatever the memory for embeddings."""
 
@@ -86,16 +88,7 @@ def check_tower(
             f"{built.config.embed_dim}."
         )
     module = tower.build(numbers, built.build)
-    square = numbers.merge**2
-    most = numbers.max_patches
-    per = 2 * numbers.get("stack") if tower.reads == "audio" else 0
-    if per:
-        step = numbers.get("chunk") or per
-        sizes = (most,) if numbers.get("whole") else frame_sizes(min(most, positions * per), most, step)
-    elif numbers.tile:
-        sizes = tile_sizes(most, numbers.tile)
-    else:
-        sizes = patch_sizes(min(most, positions * square), numbers.merge)
+    per = _frames_of_row(numbers) if tower.reads == "audio" else 0
     dtype, width = built.build.compute_dtype, numbers.width
     wanted = int(config.mm_encoder_cache_gb * GIB) // (width * jnp.dtype(dtype).itemsize) // num_replicas(mesh)
     axes = built.config.rope is not None and len(built.config.rope.sections) == 3
@@ -104,7 +97,7 @@ def check_tower(
         width=width,
         dtype=jnp.dtype(dtype).name,
         axes=axes,
-        patches=sizes,
+        patches=_sizes(numbers, per, positions),
         patch_dim=numbers.patch_dim,
         merge=numbers.merge,
         together=numbers.together,
@@ -112,10 +105,44 @@ def check_tower(
         picked=numbers.picked,
         lines=numbers.lines,
         per=per,
+        always=numbers.get("always", 0),
     )
-    shape = dataclasses.replace(shape, rows=max(wanted, shape.embeddings(sizes[-1])))
+    if (ears := numbers.ears) is not None:
+        per = _frames_of_row(ears)
+        heard = {"patches": _sizes(ears, per, positions), "patch_dim": ears.patch_dim, "per": per}
+        heard |= {"merge": 1, "together": False, "tile": 0, "picked": 0, "lines": 0, "always": ears.get("always", 0)}
+        shape = dataclasses.replace(shape, ears=dataclasses.replace(shape, **heard))
+    largest = max(each.embeddings(each.patches[-1]) for each in (shape, shape.of(sound=True)))
+    shape = _with_rows(shape, max(wanted, largest))
     _check_together(config, shape)
     return CheckedTower(Built(module, numbers, built.build), shape, tower)
+
+
+def _with_rows(shape: MediaShape, rows: int) -> MediaShape:
+    """With room for so many embeddings, whosever they are."""
+    ears = None if shape.ears is None else dataclasses.replace(shape.ears, rows=rows)
+    return dataclasses.replace(shape, rows=rows, ears=ears)
+
+
+def _frames_of_row(numbers: Any) -> int:
+    """Frames of sound that become one embedding."""
+    return numbers.get("per") or 2 * numbers.get("stack")
+
+
+def _sizes(numbers: Any, per: int, positions: int) -> tuple[int, ...]:
+    """P of the programs that a tower has.
+
+    Args:
+        per: frames of an embedding; 0 of images.
+        positions: tokens that a sequence may have.
+    """
+    most = numbers.max_patches
+    if per:
+        step = numbers.get("chunk") or per
+        return (most,) if numbers.get("whole") else frame_sizes(min(most, positions * per), most, step)
+    if numbers.tile:
+        return tile_sizes(most, numbers.tile)
+    return patch_sizes(min(most, positions * numbers.merge**2), numbers.merge)
 
 
 def _check_together(config: EngineConfig, shape: MediaShape) -> None:
@@ -202,10 +229,12 @@ def load_tower(
     module: Any = tower.built.model
     ignore = (beside, *getattr(module, "unused", ()))
     stored = opened.tower or opened.checkpoint
+    if (opened.source.path / ADAPTER).exists():
+        say(f"{opened.model_id} has an adapter beside it: --enable-lora --default-mm-loras applies it where it belongs")
     fill(module, stored, tower.built.build, ignore=ignore, quantization=quantization, progress=progress)
     shape, room = tower.shape, f"{tower.shape.rows * _row_bytes(tower.shape) / 2**20:.0f} MiB"
     if tower.family.reads == "audio":
-        seconds = shape.patches[-1] / 100
+        seconds = shape.patches[-1] * tower.built.config.get("frame_s", 0.01)
         say(
             f"sounds: windows up to {seconds:g} s, {len(shape.patches)} program sizes; room for {shape.rows} embeddings ({room})"
         )
@@ -217,6 +246,10 @@ def load_tower(
         f"images: up to {shape.patches[-1]} patches each, {len(shape.patches)} program sizes; room for {shape.rows} embeddings "
         f"({room})"
     )
+    if (ears := shape.ears) is not None:
+        say(
+            f"sounds: windows up to {ears.patches[-1] / 100:g} s, {len(ears.patches)} program sizes; room as for images"
+        )
     return VisionTower(module, shape, mesh)
 
 

@@ -83,42 +83,51 @@ class VisionTower:
 
     def programs(self) -> list[Program]:
         """One for each number of patches, for one replica."""
-        shape, found = self.shape, []
-        for patches in shape.patches:
-            flat = jax.ShapeDtypeStruct((shape.layout(patches).size,), jnp.int32)
-            pixels = jax.ShapeDtypeStruct((patches, shape.patch_dim), jnp.float32)
-            args = (self.component.abstract_leaves, shape.store, pixels, flat)
-            fn = make_encode(self.component.split, shape, patches)
-            found.append(Program(_key(patches), fn, args, (1,), (0,), True))
+        found = []
+        for sound, shape in self._shapes():
+            for patches in shape.patches:
+                flat = jax.ShapeDtypeStruct((shape.layout(patches).size,), jnp.int32)
+                pixels = jax.ShapeDtypeStruct((patches, shape.patch_dim), jnp.float32)
+                args = (self.component.abstract_leaves, shape.store, pixels, flat)
+                fn = make_encode(self.component.split, shape, patches, sound)
+                found.append(Program(_key(patches, sound), fn, args, (1,), (0,), True))
         return found
+
+    def _shapes(self) -> tuple[tuple[bool, MediaShape], ...]:
+        """Whether it is sounds, and how they are read."""
+        ears = self.shape.ears
+        return ((False, self.shape), *(() if ears is None else ((True, ears),)))
 
     def bind(self, programs: dict[ProgramKey, Any]) -> None:
         """Takes the compiled programs."""
         self._programs = programs
 
     def commands(self, encodings: Sequence[Encoding]) -> list[Encode]:
-        """What encodes images: one of each replica at a time."""
-        waiting = [[e for e in encodings if e.replica == replica] for replica in range(self._replicas)]
+        """What encodes images and sounds: one of each replica at a time."""
         found: list[Encode] = []
-        for turn in range(max(map(len, waiting))):
-            now = [images[turn] if turn < len(images) else None for images in waiting]
-            patches = self.shape.bucket(max(len(one.item.patches_PX) for one in now if one is not None))
-            packed = [pack_image(one, patches, self.shape) for one in now]
-            pixels, flat = (np.concatenate(parts) for parts in zip(*packed, strict=True))
-            found.append(Encode(patches, pixels, flat))
+        for sound, shape in self._shapes():
+            own = [e for e in encodings if sound == (e.item.sound and self.shape.ears is not None)]
+            waiting = [[e for e in own if e.replica == replica] for replica in range(self._replicas)]
+            for turn in range(max(map(len, waiting))):
+                now = [images[turn] if turn < len(images) else None for images in waiting]
+                patches = shape.bucket(max(len(one.item.patches_PX) for one in now if one is not None))
+                packed = [pack_image(one, patches, shape) for one in now]
+                pixels, flat = (np.concatenate(parts) for parts in zip(*packed, strict=True))
+                found.append(Encode(patches, pixels, flat, sound))
         return found
 
     def empty(self) -> Iterator[Encode]:
         """Commands that encode nothing, one for each program."""
-        for patches in self.shape.patches:
-            pixels, flat = pack_image(None, patches, self.shape)
-            yield Encode(patches, np.tile(pixels, (self._replicas, 1)), np.tile(flat, self._replicas))
+        for sound, shape in self._shapes():
+            for patches in shape.patches:
+                pixels, flat = pack_image(None, patches, shape)
+                yield Encode(patches, np.tile(pixels, (self._replicas, 1)), np.tile(flat, self._replicas), sound)
 
     def encode(self, command: Encode) -> None:
         """Puts images' embeddings into the store, for all steps that follow."""
-        program, began = self._programs[_key(command.bucket)], time.perf_counter()
+        program, began = self._programs[_key(command.bucket, command.sound)], time.perf_counter()
         self.store_MD, done = program(self.component.leaves, self.store_MD, command.patches, command.packed)
-        layout, parts = self.shape.layout(command.bucket), command.packed.reshape(self._replicas, -1)
+        layout, parts = self.shape.of(command.sound).layout(command.bucket), command.packed.reshape(self._replicas, -1)
         if any(layout.views(flat)["count"][0] for flat in parts):
             self.clock.watch(began, done)
 
@@ -159,15 +168,22 @@ class EncoderClock:
         self.seconds += self._ended - began
 
 
-def make_encode(tower: SplitModel, shape: MediaShape, patches: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """encode(leaves, store_MD, patches_PX, flat) -> (store_MD with the image's embeddings in their rows, [1] of them)."""
+def make_encode(
+    tower: SplitModel, shape: MediaShape, patches: int, sound: bool = False
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """encode(leaves, store_MD, patches_PX, flat) -> (store_MD with the image's embeddings in their rows, [1] of them).
+
+    Args:
+        sound: of a tower that also sees, its ears' (`models.encoders.senses`).
+    """
     layout = shape.layout(patches)
 
     def encode(
         leaves: tuple[jax.Array, ...], store_MD: jax.Array, patches_PX: jax.Array, flat: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         f = layout.unpack(flat)
-        rows_NM = tower.merge(leaves).encode(patches_PX, f["place_P2"], f["count"][0])
+        model = tower.merge(leaves)
+        rows_NM = (model.hear if sound else model.encode)(patches_PX, f["place_P2"], f["count"][0])
         if "pick_NK" in f:
             rows_NM = jnp.einsum("nkm,nk->nm", rows_NM[f["pick_NK"]], f["share_NK"].astype(rows_NM.dtype))
         return store_MD.at[f["rows_N"]].set(rows_NM.astype(store_MD.dtype), mode="drop"), rows_NM[0, :1]
@@ -175,5 +191,5 @@ def make_encode(tower: SplitModel, shape: MediaShape, patches: int) -> Callable[
     return encode
 
 
-def _key(patches: int) -> ProgramKey:
-    return ProgramKey("encode", patches, component=VISION)
+def _key(patches: int, sound: bool) -> ProgramKey:
+    return ProgramKey("encode", patches, "of sound" if sound else "", VISION)

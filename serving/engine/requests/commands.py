@@ -64,17 +64,19 @@ class Draft:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Encode:
-    """Puts the embeddings of images, one of each replica, into the store.
+    """Puts the embeddings of images (or sounds), one of each replica, into the store.
 
     Attributes:
         bucket: P, of the program.
         patches: float32 [P, X].
         packed: int32, `packing.MediaShape.layout(P)`.
+        sound: they are sounds, of a model that also sees.
     """
 
     bucket: int
     patches: np.ndarray
     packed: np.ndarray
+    sound: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -40,11 +40,13 @@ class Sampling:
     """How frames are chosen.
 
     Attributes:
-        rule: of a family: "even" (transformers' own), "qwen2" or "qwen3".
+        rule: of a family: "even" (transformers' own), "there" (as even, and all where there are fewer than asked for), "qwen2",
+            "qwen3", "glm" or "glm46".
         sample: whether they are at all; else all are read that are given one by one, and of files `UNSAMPLED`, evenly.
         fps, frames: how many, in a second or of all; at most one of them counts.
         least, most: bounds for what `fps` says.
         together: frames that are cut together; their number is rounded to whole ones of these.
+        longest: seconds of a video that `fps` is for; of longer ones as many frames are read as of this long ones.
     """
 
     rule: str = "even"
@@ -54,6 +56,7 @@ class Sampling:
     least: int = 4
     most: int = 768
     together: int = 1
+    longest: float = 300.0
 
     @classmethod
     def of(
@@ -95,7 +98,13 @@ class Sampling:
             ValueError: there are fewer than asked for, in a sentence.
         """
         if self.sample:
-            indices = {"even": self._even, "qwen2": self._qwen2, "qwen3": self._qwen3}[self.rule](total, fps)
+            if self.rule.startswith("glm"):
+                indices = self._glm(total, fps or USUAL_FPS, file)
+            elif self.rule == "there" and self.frames is not None:
+                indices = dataclasses.replace(self, frames=min(self.frames, total))._even(total, fps)
+            else:
+                rules = {"even": self._even, "there": self._even, "qwen2": self._qwen2, "qwen3": self._qwen3}
+                indices = rules[self.rule](total, fps)
         elif file and total > UNSAMPLED:
             indices = np.linspace(0, total - 1, UNSAMPLED).astype(int)
         else:
@@ -132,6 +141,48 @@ class Sampling:
         else:
             wanted = min(max(total, self.least), self.most)
         return np.linspace(0, total - 1, wanted).round().astype(int)
+
+    def _glm(self, total: int, fps: float, file: bool) -> np.ndarray:
+        """An even number, the last one twice where it would be odd."""
+        last = total - 1
+        lasts = total / fps if file else round(last / fps) + 1  # seconds, as transformers has them
+        if self.frames is not None:
+            indices = self._even(total, fps).tolist()
+        elif self.rule == "glm46":
+            indices = _glm46(total, fps, lasts, self.together)
+        elif lasts <= self.longest:
+            per_second = self.fps or 2.0
+            count = max(math.floor(lasts * per_second), 1)
+            indices = [min(last, math.ceil(i * fps / per_second)) for i in range(count)]
+        else:
+            count = int(self.longest * (self.fps or 2.0))
+            seconds = np.linspace(0, lasts, count, endpoint=True)
+            indices = range(total) if count >= total else [min(last, math.ceil(at * fps)) for at in seconds]
+        once = list(dict.fromkeys(indices))
+        return np.array(once + once[-1:] * (len(once) % 2))
+
+
+GLM46 = ((30, 3.0), (300, 1.0), (2400, 0.5))
+"""GLM-4.6V reads of videos up to so many seconds so many pairs of frames a second; 640 frames at most."""
+
+
+def _glm46(total: int, fps: float, lasts: float, together: int) -> list[int]:
+    short = min(lasts, GLM46[-1][0])
+    rate = next(rate for bound, rate in GLM46 if short <= bound) * together
+    wanted = max(1, min(int(short * rate), 640))
+    if total < wanted:
+        return np.linspace(0, total - 1, wanted, dtype=int).tolist()
+    found, due = [], 0.0
+    for index in range(total):
+        if index * (1 / fps) >= due:
+            due += 1 / rate
+            found.append(index)
+            if due >= int(lasts):
+                break
+    if len(found) == wanted:
+        return found
+    first, last = (found[0], found[-1]) if len(found) < wanted else (0, total - 1)
+    return np.linspace(first, last, wanted, dtype=int).tolist()
 
 
 def _there(wanted: int, total: int) -> int:

@@ -11,7 +11,9 @@ from serving.media.processors.base import Processor
 from serving.media.processors.clip import ClipProcessor
 from serving.media.processors.gemma import Gemma3Processor
 from serving.media.processors.gemma4 import Gemma4Processor
+from serving.media.processors.gemma_audio import Gemma3nProcessor
 from serving.media.processors.glm import GlmProcessor
+from serving.media.processors.granite import GraniteProcessor
 from serving.media.processors.idefics import IdeficsProcessor
 from serving.media.processors.internvl import InternVLProcessor
 from serving.media.processors.llama4 import Llama4Processor
@@ -29,10 +31,12 @@ def _llava(hf: Mapping[str, Any]) -> Processor:
 PROCESSORS: dict[str, Callable[[Mapping[str, Any]], Processor]] = {
     "AudioFlamingo3ForConditionalGeneration": AudioProcessor.flamingo3,
     "Gemma3ForConditionalGeneration": Gemma3Processor.of,
+    "Gemma3nForConditionalGeneration": Gemma3nProcessor.of,
     "Gemma4ForConditionalGeneration": Gemma4Processor.of,
     "Glm46VForConditionalGeneration": GlmProcessor.of,
     "Glm4vForConditionalGeneration": GlmProcessor.of,
     "Glm4vMoeForConditionalGeneration": GlmProcessor.of,
+    "GraniteSpeechForConditionalGeneration": GraniteProcessor.of,
     "Idefics3ForConditionalGeneration": IdeficsProcessor.of,
     "InternVLForConditionalGeneration": InternVLProcessor.of,
     "Llama4ForConditionalGeneration": Llama4Processor.of,

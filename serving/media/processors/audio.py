@@ -55,7 +55,12 @@ class Sounds:
     @property
     def mark(self) -> str:
         """What stands in texts for a sound; "" where that is the placeholder, and stays."""
-        return MARK if self.placeholder == PLACE else ""
+        return MARK if self.wordless else ""
+
+    @property
+    def wordless(self) -> bool:
+        """See `Sound`."""
+        return self.placeholder == PLACE
 
     @property
     def _per(self) -> int:

@@ -149,7 +149,8 @@ class Sound(Protocol):
     Attributes:
         placeholder: what stands in token ids for a sound.
         token: what stands in the prompt's places for it.
-        mark: what stands in texts for a sound that no token stands for; "" where the chat template writes one.
+        mark: what chat templates write for a sound and is rewritten; "" where that is the placeholder and stays.
+        wordless: they know nothing of sounds, and no token stands for one: the mark is put into the messages' texts.
         enough_s: seconds of a sound that are heard; what is behind them need not be read.
     """
 
@@ -164,6 +165,9 @@ class Sound(Protocol):
 
     @property
     def mark(self) -> str: ...
+
+    @property
+    def wordless(self) -> bool: ...
 
     def most_seconds(self, tokens: int) -> float:
         """Of a sound that has no more embeddings than that; infinity where what is longer is cut."""

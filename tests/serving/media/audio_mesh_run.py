@@ -16,7 +16,7 @@ if __name__ == "__main__":  # the test imports what is asked, and its process is
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
 
-from tests.models.tiny_audio import TINY
+from tests.models.hearing import MADE_BY
 from tests.models.tiny_whisper import sound
 from tests.serving.media.on_meshes import answers, print_all
 from tests.serving.media.test_audio_chats import GREEDY, LONG, SHORT, turn
@@ -37,7 +37,7 @@ def main(folder: pathlib.Path, *meshes: str) -> None:
             folder / name, mesh, [one[0] for one in TURNS], GREEDY, max_model_len=224, max_num_batched_tokens=most
         )
 
-    print_all(folder, TINY, meshes, run)
+    print_all(folder, MADE_BY, meshes, run)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ class MediaItem:
         together: its tokens attend to each other, whichever comes first: no piece of the prompt ends inside it.
         pick_NK, share_NK: int32 and float32: each embedding is the sum of so many rows of what the tower says, each times its
             share; row -1 is the last. None: they are the rows, one after the other.
+        sound: it is of a sound.
     """
 
     digest: bytes
@@ -36,6 +37,7 @@ class MediaItem:
     together: bool = False
     pick_NK: np.ndarray | None = None
     share_NK: np.ndarray | None = None
+    sound: bool = False
 
     @property
     def size(self) -> int:

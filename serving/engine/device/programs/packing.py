@@ -40,6 +40,8 @@ class MediaShape:
         picked: K, rows of what the tower says that an embedding is the sum of; 0 where it is one of them.
         lines: embeddings that a tile may have beside those of its patches.
         per: patches that become one embedding where they are frames of sound; 0 of images.
+        always: embeddings that every sound has; 0 where that depends on its length.
+        ears: how it hears besides, into the same store; None where it does not, or does nothing else.
     """
 
     rows: int
@@ -55,11 +57,22 @@ class MediaShape:
     picked: int = 0
     lines: int = 0
     per: int = 0
+    always: int = 0
+    ears: MediaShape | None = None
+
+    def of(self, sound: bool) -> MediaShape:
+        """How it reads a sound, or an image."""
+        return self.ears if sound and self.ears is not None else self
+
+    @property
+    def most_patches(self) -> int:
+        """Of an image, or frames of a sound."""
+        return max(self.patches[-1], 0 if self.ears is None else self.ears.patches[-1])
 
     def embeddings(self, patches: int) -> int:
         """That an image of so many patches has at most."""
-        if self.lasting:
-            return 1
+        if self.lasting or self.always:
+            return self.always or 1
         return patches // (self.per or self.merge**2) + (self.lines * (patches // self.tile) if self.tile else 0)
 
     def read_in(self, bucket: Bucket) -> bool:
