@@ -60,7 +60,7 @@ def glm_moe_dsa_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Which layers choose is said by layer, by a pattern of F and S, or by every how many layers do behind the first ones."""
     layers, kinds = hf["num_hidden_layers"], hf.get("indexer_types")
     if kinds is None and (pattern := hf.get("index_topk_pattern")) is not None:
-        kinds = [{"F": "full", "S": "shared"}.get(kind, kind) for kind in pattern]
+        kinds = [{"F": "full", "S": "shared"}.get(str(kind), str(kind)) for kind in pattern]
     if kinds is None:
         every, first = max(hf.get("index_topk_freq") or 1, 1), hf.get("index_skip_topk_offset", 2)
         kinds = ["shared" if max(index - first + 1, 0) % every else "full" for index in range(layers)]
