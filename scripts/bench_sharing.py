@@ -9,7 +9,7 @@ behind the other, so that all of them are in a step all the time (and of 1, each
 is the median time of that beside what the simulator says that it takes alone. What the gateway and the client compute for a
 request and for a token is their processes' own account of chats as long as those of scripts/bench_gateway.py, of one token and of
 more. The way is measured with short chats through the gateway, at an engine of its own beside 0, 1, ... that compute prompts: how
-much later the first token is seen, in the median, than cost model, factor and that work say.
+much later the first token is seen, in the median, than cost model, factor and that work say, and no less than beside fewer.
 """
 
 from __future__ import annotations
@@ -203,9 +203,7 @@ async def measure(args: argparse.Namespace, targets: list[str], url: str, gatewa
     return {
         "slowdown": [round(one, 3) for one in factors],
         "decode_slowdown": [round(max(1.0, one), 3) for one in tokens],
-        "way": [round(one, 4) for one in itertools.accumulate(way, max, initial=0.0)][
-            1:
-        ],  # none is shorter beside more engines
+        "way": [round(one, 4) for one in itertools.accumulate((max(0.0, one) for one in way), max)],
         "front": [round(request_s, 4), round(token_s, 5)],
         "cores": [cores],
         "measured": [[round(one, 3) for one in prompts], [round(one, 3) for one in tokens]],
