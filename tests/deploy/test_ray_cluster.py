@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pathlib
@@ -25,7 +26,7 @@ POOLS = {
 }  # fmt: skip
 """Of the smallest kind: a handful of step shapes are compiled, once, whatever starts; the rest of a start is imports."""
 PATIENT = {
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "240", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "240",
     "RAY_worker_register_timeout_seconds": "240", "RAY_memory_monitor_refresh_ms": "0", "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0",
 }  # fmt: skip
@@ -56,10 +57,24 @@ def url():
             num_cpus=4, include_dashboard=False, runtime_env=env, object_store_memory=100 * 2**20,
             log_to_driver=bool(os.environ.get("RAY_LOGS")),
         )  # fmt: skip
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        yield f"http://127.0.0.1:{port}"
+        with contextlib.suppress(
+            TimeoutError
+        ):  # after 60 s, in which a proxy may not have started; it goes on starting
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+        yield listening(f"http://127.0.0.1:{port}")
         serve.shutdown()
         ray.shutdown()
+
+
+def listening(url):
+    """The address, when Ray's proxy answers there, whatever."""
+    deadline = time.monotonic() + 240
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            httpx.get(f"{url}/-/healthz", timeout=5)
+            return url
+        assert time.monotonic() < deadline, "Ray's proxy does not answer"
+        time.sleep(0.5)
 
 
 def deploy(arguments):

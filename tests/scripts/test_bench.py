@@ -138,6 +138,13 @@ def test_prediction_is_compared_with_what_was_measured() -> None:
     assert predict.compare([outcome(0.0)], [outcome(0.1)])["tpot_median"]["error"] is None
 
 
+def test_calibration_has_prompts_of_all_lengths_beside_streams() -> None:
+    made = [predict.beside(i, 1000) for i in range(predict.BESIDE)]
+    assert {len(one) for one in made} == {2, 3, 4}
+    assert (made[0][-1].prompt_tokens, made[-1][-1].prompt_tokens) == (16, 1000)
+    assert all(stream.output_tokens > one[-1].output_tokens for one in made for stream in one[:-1])
+
+
 ROWS: peers.Rows = {"ours": {1: [10.0, 12.0, 11.0], 16: [80.0]}, "theirs": {1: [5.5], 16: []}}
 
 
