@@ -66,6 +66,13 @@ def make_step(decode: tuple[int, ...], chunk: int, vocab_size: int, recurrent: b
     return jax.device_put(step), table.size + 1
 
 
+def noise(pages: jax.Array) -> jax.Array:
+    """Numbers of all sizes in the pages' own memory: all that nobody has written to is one page of zeros, in every cache."""
+    bits = jax.lax.iota(jnp.uint32, pages.size) * np.uint32(2654435761) >> np.uint32(24)
+    values = (bits.astype(jnp.int32) - 128).reshape(pages.shape)
+    return values.astype(jnp.int8) if pages.dtype == jnp.int8 else (values / 128).astype(pages.dtype)
+
+
 def prepare(model: Any, decode: tuple[int, ...], chunk: int, kv_dtype: str) -> tuple[dict[str, Callable], int]:
     """Functions that run the layers, the logits and the draw of one step and wait; and the bytes of K and V to be read."""
     recurrent = recurrent_of(model)
@@ -76,6 +83,7 @@ def prepare(model: Any, decode: tuple[int, ...], chunk: int, kv_dtype: str) -> t
     )  # flat, as the engine hands them over: walking the state costs milliseconds a call
     specs = model.kv_specs()
     kv = tuple(paged_attention.allocate(spec, num_pages, PAGE, jnp.dtype(kv_dtype)) for spec in specs)
+    kv = jax.jit(lambda kv: jax.tree.map(noise, kv), donate_argnums=0, keep_unused=True)(kv)
     rows = len(decode) or 1
     if recurrent is not None:
         kv += (StateStore(recurrent, rows, 0, None).states,)

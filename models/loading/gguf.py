@@ -30,6 +30,7 @@ _SCALARS = {
     12: np.dtype("<f8"),
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 _PLAIN = {
     gguf.GGMLQuantizationType.F32: np.dtype("<f4"),
     gguf.GGMLQuantizationType.F16: np.dtype("<f2"),
@@ -190,14 +191,22 @@ class GGUFFile:
         return TensorInfo(shape, block_type, offset, num_bytes, len(self._data) - 1)
 
     def _string(self, data: memoryview, position: int) -> tuple[str, int]:
-        (length,) = struct.unpack_from("<Q", data, position)
-        position += 8
-        if length > self._size - position:
-            raise ValueError(
-                f"{self.path} is truncated: a string of {length} bytes at byte {position} of {self._size}."
-            )
-        # Vocabularies hold tokens that are not whole UTF-8 sequences; surrogates keep their bytes.
-        return str(data[position : position + length], "utf-8", "surrogateescape"), position + length
+        (text,), position = self._strings(data, position, 1)
+        return text, position
+
+    def _strings(self, data: memoryview, position: int, count: int) -> tuple[list[str], int]:
+        """Strings that follow each other. A vocabulary and its merges are 300,000, and no other Python runs meanwhile."""
+        texts, unpack, size = [], _LENGTH.unpack_from, self._size
+        for _ in range(count):
+            (length,) = unpack(data, position)
+            position += 8
+            end = position + length
+            if end > size:
+                raise ValueError(f"{self.path} is truncated: a string of {length} bytes at byte {position} of {size}.")
+            # Vocabularies hold tokens that are not whole UTF-8 sequences; surrogates keep their bytes.
+            texts.append(str(data[position:end], "utf-8", "surrogateescape"))
+            position = end
+        return texts, position
 
     def _value(self, data: memoryview, position: int, kind: int, key: str) -> tuple[Any, int]:
         if kind == _STRING:
@@ -206,11 +215,7 @@ class GGUFFile:
             item, count = struct.unpack_from("<IQ", data, position)
             position += 12
             if item == _STRING:
-                texts = []
-                for _ in range(count):
-                    text, position = self._string(data, position)
-                    texts.append(text)
-                return texts, position
+                return self._strings(data, position, count)
             if item in _SCALARS:
                 num_bytes = count * _SCALARS[item].itemsize
                 if num_bytes > self._size - position:

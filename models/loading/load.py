@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -188,6 +189,13 @@ def _shapes(parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def weight_files(source: ModelSource) -> list[Path]:
+    """The files of a checkpoint that decide its weights."""
+    if source.kind == "gguf":
+        return split_paths(source.path)
+    return sorted(file for file in source.path.iterdir() if file.suffix in (".json", ".safetensors"))
+
+
 def _key(
     kept: WeightCache, opened: Opened, build: Build, quantization: str | None, shapes: Mapping[str, Any]
 ) -> str | None:
@@ -196,12 +204,7 @@ def _key(
     converted = quantization is not None or opened.source.kind == "gguf" or "quantization_config" in opened.hf_config
     if not converted or opened.checkpoint is None or not _on_one_cpu(build):
         return None
-    path = opened.source.path
-    if opened.source.kind == "gguf":
-        files = split_paths(path)
-    else:
-        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors"))
-    return kept.key(files, {"quantization": quantization, "parameters": shapes})
+    return kept.key(weight_files(opened.source), {"quantization": quantization, "parameters": shapes})
 
 
 def _placed(

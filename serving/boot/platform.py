@@ -12,6 +12,7 @@ from serving.installation import cache_folder
 
 if TYPE_CHECKING:
     from models.loading.kept.cache import WeightCache
+    from models.loading.source import ModelSource
 
 GIB = 1 << 30
 
@@ -72,3 +73,12 @@ def weight_cache(config: EngineConfig, say: Callable[[str], None]) -> WeightCach
 
     folder = pathlib.Path(config.weight_cache or cache_folder() / "weights").expanduser()
     return WeightCache(folder, int(config.weight_cache_gb * GIB), say)
+
+
+def read_ahead(config: EngineConfig, source: ModelSource, say: Callable[[str], None]) -> None:
+    """Begins to read what a model's weights most likely are, where they were kept, beside what comes before loading them."""
+    kept = weight_cache(config, say)
+    if kept is not None and source.kind != "orbax":
+        from models.loading.load import weight_files
+
+        kept.expect(weight_files(source))

@@ -182,15 +182,21 @@ def warm_when_idle(grammars: GrammarCompiler, idle: Callable[[], bool], pause_s:
 
 
 def describe(
-    config: EngineConfig, *, say: Progress = lambda line: None, on_loss: Callable[[str], None] | None = None
+    config: EngineConfig,
+    *,
+    say: Progress = lambda line: None,
+    on_loss: Callable[[str], None] | None = None,
+    at_once: bool = False,
 ) -> Described:
-    """Checks all that can be checked before a weight is read; the arguments are those of `start`.
+    """Checks all that can be checked before a weight is read; the other arguments are those of `start`.
 
+    Args:
+        at_once: the model is loaded right afterwards.
     Raises:
         ValueError: what cannot be served, in a sentence.
     """
     from models.loading.source import resolve
-    from serving.boot.platform import prepare_platform, programs_folder
+    from serving.boot.platform import prepare_platform, programs_folder, read_ahead
 
     source = resolve(config.model, progress=config.progress)
     named = config.tokenizer
@@ -200,6 +206,8 @@ def describe(
     text = InThread(lambda: _timed("text", lambda: load_text_side(text_source, config.chat_template)))
     programs = programs_folder(config, say)
     prepare_platform(config, programs)
+    if at_once:
+        read_ahead(config, source, say)
     leader = None if config.coordinator is None else _lead(config, source, on_loss, say)
     try:
         from serving.boot.check import check
@@ -230,7 +238,7 @@ def start(
             is said before a weight is read.
     """
     began = time.monotonic()
-    described = describe(config, say=say, on_loss=on_loss)
+    described = describe(config, say=say, on_loss=on_loss, at_once=True)
     phases.record("check", time.monotonic() - began)
     engine = described.begin(say)
     defaults = described.default_params(say)

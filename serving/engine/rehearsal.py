@@ -12,6 +12,7 @@ import time
 
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
+from serving.engine.device.programs.compiling import rehearsing
 from serving.engine.device.runner import StepRunner
 from serving.engine.scheduling.pipeline import StepPipeline
 from serving.engine.scheduling.scheduler import Scheduler
@@ -39,6 +40,7 @@ def rehearse(scheduler: Scheduler, runner: StepRunner) -> None:
     stand_in.add(EngineRequest("rehearsal", (0,) * tokens, params, arrival_time=time.monotonic()))
     loads = runner.expert_loads
     pipeline = StepPipeline(stand_in, runner, lambda outputs: None, asynchronous=False)
-    while stand_in.has_work:
-        pipeline.step()
+    with rehearsing(own=1):
+        while stand_in.has_work:
+            pipeline.step()
     runner.expert_loads = loads

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import threading
@@ -16,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from models.loading.kept.file import DamagedError, Parameter, read, write
+from models.loading.kept import ahead
+from models.loading.kept.file import DamagedError, Parameter, memory_of, read, write
 from ops import native, sources
 from ops.linear import StoredWeight
 
@@ -24,9 +26,11 @@ log = logging.getLogger(__name__)
 
 GIB = 1 << 30
 SUFFIX = ".weights"
+NOTE = ".last"
 LEAST = 32 << 20  # bytes of weights below which keeping them saves nothing
 SPARED = 0.1  # of the disk, which is left free
 ABANDONED_S = 3600.0  # a file that nobody has finished by then never will be
+_LASTS_S = {".part": ABANDONED_S, NOTE: 30 * 86400.0}
 CODE = ("models", "ops", "sharding")
 
 
@@ -48,6 +52,26 @@ class WeightCache:
         self._say = say
         self._least = least
         self._writing: list[threading.Thread] = []
+        self._notes: dict[str, Path] = {}  # of keys that were asked for
+
+    def expect(self, files: Iterable[Path]) -> None:
+        """Begins to read what was kept of a checkpoint last, by this code: most likely `read` is asked for it soon. Otherwise
+        `finish` lets go of it."""
+        with contextlib.suppress(OSError, ValueError):
+            path = self._path(self._note(files).read_text()[:40])
+            if path.parent == self.folder and path.stat().st_uid == os.getuid():
+                ahead.begin(path, memory_of)
+
+    def _note(self, files: Iterable[Path]) -> Path:
+        """Where it is noted under which key a checkpoint's weights were kept last."""
+        name = hashlib.sha256(json.dumps([list(map(str, files)), sources.digest(*CODE)]).encode()).hexdigest()[:40]
+        return self.folder / f"{name}{NOTE}"
+
+    def _note_key(self, key: str) -> None:
+        note = self._notes.get(key)
+        if note is not None:
+            with contextlib.suppress(OSError):
+                note.write_text(key)
 
     def key(self, files: Iterable[Path], settings: Mapping[str, Any]) -> str:
         """What a model's weights are kept under.
@@ -56,10 +80,13 @@ class WeightCache:
             files: of the checkpoint, which count by path, size and time of change.
             settings: everything else that decides the weights, besides this code and this CPU; as JSON takes it.
         """
+        files = list(files)
         stamps = [(str(path), found.st_size, found.st_mtime_ns) for path in files for found in (path.stat(),)]
         kernels = native.isa() if native.available() else "none"
         everything = [stamps, sources.digest(*CODE), kernels, dict(settings)]
-        return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:40]
+        key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:40]
+        self._notes[key] = self._note(files)
+        return key
 
     def read(self, key: str) -> dict[str, Parameter] | None:
         """The weights kept under a key; None where there are none that can be used. A damaged file is thrown away."""
@@ -69,6 +96,7 @@ class WeightCache:
                 return None
             found = read(path, key)
             os.utime(path)
+            self._note_key(key)
             return found
         except FileNotFoundError:
             return None
@@ -95,7 +123,8 @@ class WeightCache:
         thread.start()
 
     def finish(self) -> None:
-        """Waits until all is written."""
+        """Waits until all is written, and lets go of what was expected in vain."""
+        ahead.forget()
         while self._writing:
             self._writing.pop().join()
 
@@ -109,6 +138,7 @@ class WeightCache:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             self._say(f"weights are not kept in {self.folder} ({reason}): the next start converts them again")
             return
+        self._note_key(key)
         self._say(f"weights kept in {self.folder} for the next start ({size / GIB:.2f} GiB)")
 
     def _make_room(self, size: int) -> bool:
@@ -140,7 +170,7 @@ class WeightCache:
                 found = path.stat()
                 if path.suffix == SUFFIX:
                     yield found.st_mtime, found.st_size, path
-                elif path.suffix == ".part" and time.time() - found.st_mtime > ABANDONED_S:
+                elif time.time() - found.st_mtime > _LASTS_S.get(path.suffix, math.inf):
                     path.unlink()
 
 

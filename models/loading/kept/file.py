@@ -27,6 +27,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from models.loading.kept import ahead
 from ops import buffers
 from ops.buffers import ALIGNMENT
 from ops.linear import StoredWeight
@@ -34,6 +35,8 @@ from ops.linear.weights.plain import from_plain, to_plain
 
 SMAPS = Path("/proc/self/smaps")
 LEAST_COPIED = 64 << 20  # bytes of a file below which caches hold much of it
+LOOKED_AT = 16 << 20  # bytes of a mapping by which it is judged
+READ_AT_ONCE = 16 << 20  # bytes
 HUGE_SHARE = 0.9  # of a mapping: with less in huge pages it is worth a copy
 MAGIC = b"jaxserve weights"
 HEAD = 64
@@ -117,17 +120,9 @@ def read(path: Path, key: str) -> dict[str, Parameter]:
         DamagedError: the file is not what was written, or has another key.
         OSError: there is none, or it cannot be read.
     """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < HEAD:
-            raise DamagedError("it is too short")
-        # Copied where written to: jax takes only writable memory over, and nobody writes.
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    for advice in ("MADV_HUGEPAGE", "MADV_WILLNEED"):
-        if hasattr(mmap, advice):
-            with contextlib.suppress(OSError):
-                mapped.madvise(getattr(mmap, advice))
-    data = np.frombuffer(mapped, np.uint8)
+    data = ahead.take(path)
+    data = memory_of(path) if data is None else data
+    size = data.size
     offset, length = (int.from_bytes(data[at : at + 8].tobytes(), "little") for at in (16, 24))
     text = data[offset : offset + length].tobytes()
     if offset + length != size or data[:HEAD].tobytes() != _head(offset, text):
@@ -146,15 +141,38 @@ def read(path: Path, key: str) -> dict[str, Parameter]:
             checks.append((name, array))
             arrays[part] = data[begin : begin + array.num_bytes].view(jnp.dtype(dtype)).reshape(array.shape)
     _check(data, checks)
-    if size >= LEAST_COPIED and buffers.huge_pages() and _in_small_pages(data):
-        views = _copied(views)
     return {
         name: from_plain(entry["kind"], views[name], entry["meta"]) for name, entry in described["parameters"].items()
     }
 
 
+def memory_of(path: Path) -> np.ndarray:
+    """A file's bytes: mapped, or in huge pages of this process where that is worth it.
+
+    Raises:
+        DamagedError: it is too short for anything.
+        OSError: there is none, or it cannot be read.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < HEAD:
+            raise DamagedError("it is too short")
+        # Copied where written to: jax takes only writable memory over, and nobody writes.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        for advice in ("MADV_HUGEPAGE", "MADV_WILLNEED"):
+            if hasattr(mmap, advice):
+                with contextlib.suppress(OSError):
+                    mapped.madvise(getattr(mmap, advice))
+        data = np.frombuffer(mapped, np.uint8)
+        if size >= LEAST_COPIED and buffers.huge_pages():
+            _total(data[: min(size, LOOKED_AT) // 8 * 8])
+            if _in_small_pages(data):
+                data = _copied(file.fileno(), size)
+    return data
+
+
 def _in_small_pages(data: np.ndarray) -> bool:
-    """Whether much of a mapping that was read just now is not in huge pages; False where the system does not say."""
+    """Whether much of what has been read of a mapping is not in huge pages; False where the system does not say."""
     begin, wanted = f"{data.ctypes.data:x}-", {"Rss:": 0, "FilePmdMapped:": 0, "AnonHugePages:": 0}
     try:
         lines = SMAPS.read_text().splitlines()
@@ -170,15 +188,22 @@ def _in_small_pages(data: np.ndarray) -> bool:
     return wanted["FilePmdMapped:"] + wanted["AnonHugePages:"] < HUGE_SHARE * wanted["Rss:"]
 
 
-def _copied(views: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
-    def copied(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        own = {part: buffers.lasting.empty(array.shape, array.dtype) for part, array in arrays.items()}
-        for part, array in arrays.items():
-            buffers.copy(own[part], array)
-        return own
+def _copied(file: int, size: int) -> np.ndarray:
+    """The file's bytes, in huge pages: read there, not copied from a mapping, which costs a fault for each of its pages."""
+    data = buffers.lasting.empty((size,), np.uint8)
+    room = data.data
+
+    def fill(first: int) -> None:
+        last = min(first + READ_AT_ONCE, size)
+        while first < last:
+            count = os.preadv(file, [room[first:last]], first)
+            if count == 0:
+                raise DamagedError("it is too short")
+            first += count
 
     with ThreadPoolExecutor(2, thread_name_prefix="weights") as pool:
-        return dict(zip(views, pool.map(copied, views.values()), strict=True))
+        list(pool.map(fill, range(0, size, READ_AT_ONCE)))
+    return data
 
 
 def _check(data: np.ndarray, arrays: list[tuple[str, _Array]]) -> None:

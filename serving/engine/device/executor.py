@@ -24,7 +24,14 @@ from serving.engine.device.draft import FORWARD, SAMPLE, DraftModel
 from serving.engine.device.followers import Followers, Meet
 from serving.engine.device.head import HeadModel
 from serving.engine.device.media import VisionTower
-from serving.engine.device.programs.compiling import CompileGuard, Program, ProgramCache, compile_all, starting
+from serving.engine.device.programs.compiling import (
+    CompileGuard,
+    Program,
+    ProgramCache,
+    compile_all,
+    rehearsing,
+    starting,
+)
 from serving.engine.device.programs.keys import DECODER, DRAFT, VISION, ProgramKey
 from serving.engine.device.programs.placement import BY_REPLICA, EVERYWHERE, num_replicas, of_one, place, placed
 from serving.engine.device.programs.program_list import StepShapes, list_programs
@@ -33,7 +40,7 @@ from serving.engine.device.programs.steps import PROMPT_LOGPROB_ROWS
 from serving.engine.device.stores.at_rest import delete
 from serving.engine.device.stores.page_store import Lent, PageStore
 from serving.engine.device.stores.state_store import StateStore
-from serving.engine.device.timing import empty_step, time_steps
+from serving.engine.device.timing import empty_step, time_steps, worth_a_run
 from serving.engine.requests.buckets import Bucket
 from serving.engine.requests.cache_specs import recurrent_of
 from serving.engine.requests.commands import (
@@ -177,7 +184,7 @@ class Executor:
                 part.bind(self.programs)
         if meet is not None:
             meet("programs compiled", 1)  # the first collective must not wait for a process that compiles
-        with native.rehearsal():
+        with rehearsing():
             self._warm_up()
         self.guard.arm()
         self.num_sampled = 0
@@ -203,14 +210,14 @@ class Executor:
         return jax.tree.map(lambda array: of_one(self._mesh, array), tree)
 
     def _warm_up(self) -> None:
-        """Runs every program once, so that the first request is as fast as the tenth (first calls allocate and page in).
+        """Runs programs once, so that the first request is as fast as the tenth (first calls allocate and page in).
 
         In a rehearsal of the native kernels, whose products would be nearly all of it.
         """
         slots = SlotTable(self.sizes.max_num_seqs, self._shapes.pages_per_slot, groups=len(self.groups.windows))
         rows = np.zeros(self.replicas * PROMPT_LOGPROB_ROWS, np.int32)
         late = self.adapters is not None and bool(self.adapters.room.late)
-        for bucket in self.buckets.buckets:
+        for bucket in worth_a_run(self.buckets, jax.default_backend()):
             draft, forward, sample = empty_step(self._shapes, self.replicas, self.draft, bucket, slots)
             if draft is not None:
                 self.execute(draft)

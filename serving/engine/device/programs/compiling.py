@@ -12,12 +12,14 @@ import os
 import pathlib
 import pickle
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
 
+from ops import native
 from ops.sources import digest
 from serving.engine.device.programs.keys import ProgramKey
 
@@ -68,6 +70,23 @@ def starting() -> Generator[None]:
         _starting -= 1
 
 
+_lock = threading.Lock()
+_serving = 0
+"""How many engines of this process may be asked for something."""
+
+
+@contextlib.contextmanager
+def rehearsing(own: int = 0) -> Generator[None]:
+    """A rehearsal of the native kernels, in which products give zeros: only where no other engine of this process serves, whose
+    products they were, and none begins to before it ends.
+
+    Args:
+        own: 1 for an engine that may be asked for something already, and is not.
+    """
+    with _lock, native.rehearsal(_serving <= own):
+        yield
+
+
 class CompileGuard:
     """Counts XLA compilations of this process between `arm` and `close`: each is a defect, counted and logged.
 
@@ -82,12 +101,18 @@ class CompileGuard:
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def arm(self) -> None:
-        self.armed = True
+        self._set(True)
 
     def close(self) -> None:
-        self.armed = False
+        self._set(False)
         with contextlib.suppress(AssertionError, ValueError):  # closed before
             jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    def _set(self, armed: bool) -> None:
+        global _serving
+        with _lock:
+            _serving += armed - self.armed
+            self.armed = armed
 
     def check(self) -> None:
         """Raises RuntimeError if anything was compiled since `arm`."""

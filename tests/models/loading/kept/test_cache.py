@@ -12,10 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from models.loading.kept import ahead
 from models.loading.kept import cache as kept_cache
 from models.loading.kept import file as kept_file
 from models.loading.kept.cache import WeightCache
-from models.loading.load import build_model, load_kept, load_model, resolve
+from models.loading.load import build_model, load_kept, load_model, resolve, weight_files
 from models.loading.opening import open_checkpoint
 from models.parameters import parameters_of
 from ops import native
@@ -35,7 +36,7 @@ class Folder(WeightCache):
         super().__init__(folder, say=self.said.append, **{"least": 0, **options})
 
     def files(self) -> list[Path]:
-        return sorted(self.folder.iterdir())
+        return sorted(path for path in self.folder.iterdir() if path.suffix != kept_cache.NOTE)
 
 
 def weights(checkpoint: Path, kept: WeightCache | None = None, quantization: str | None = "int8") -> dict:
@@ -253,3 +254,27 @@ def test_what_nobody_finished_goes(tmp_path):
     kept.keep("key", {"a": np.ones(8)})
     kept.finish()
     assert [path.name for path in kept.files()] == ["b.part", "key.weights"]
+
+
+def test_what_was_kept_last_is_read_before_anybody_asks_for_it(checkpoint, tmp_path, monkeypatch):
+    """Once; and nothing is left of it where other weights are wanted, the note leads out of the folder or to nothing."""
+    kept = Folder(tmp_path / "kept")
+    first = weights(checkpoint, kept)
+    files = weight_files(resolve(str(checkpoint)))
+    kept.expect(files)
+    (expected,) = ahead._readings
+    assert expected.parent == kept.folder
+    monkeypatch.setattr(kept_file, "memory_of", lambda _: pytest.fail("it was read again"))
+    assert_same(weights(checkpoint, kept), first)
+    assert not ahead._readings
+    monkeypatch.undo()
+    assert_same(weights(checkpoint, kept), first)
+    (note,) = kept.folder.glob("*.last")
+    for text in ("../" + expected.stem, "0" * 40, ""):
+        note.write_text(text)
+        kept.expect(files)
+        assert not ahead._readings
+    note.write_text(expected.stem)
+    kept.expect(files)
+    kept.finish()
+    assert not ahead._readings
