@@ -25,7 +25,7 @@ def read(stream) -> dict:
             size += len(parts[-1])
             if size > MAX_CHARS:
                 return {"error": f"its text is longer than {MAX_CHARS} characters."}
-        text = "\n\n".join(part for part in parts if part)
+        text = whole("\n\n".join(part for part in parts if part))
         return {"text": text, "pages": len(parts)} if text else {"error": "there is no text in it, only pictures."}
     except MemoryError:
         return {"error": "reading it needs more memory than it is given."}
@@ -43,6 +43,11 @@ def read(stream) -> dict:
         return {"error": "it is no PDF, or a damaged one."}
     except Exception as error:  # what else its reader may raise, about a file that nobody vouches for
         return {"error": f"it cannot be read ({type(error).__name__})."}
+
+
+def whole(text: str) -> str:
+    """Without halves of surrogate pairs, which fonts may have letters stand for: they are no Unicode text."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def main() -> None:

@@ -14,19 +14,23 @@ from tests.serving.frontends.conftest import Running, Start
 KEY = "sk-0123456789abcdef"
 
 
-def pdf(*pages: str) -> bytes:
-    """A PDF with a line of text a page, written by hand."""
+def pdf(*pages: str, letter: str = "0041") -> bytes:
+    """A PDF with a line of text a page, written by hand. Its A stands for `letter`, in hexadecimal digits of UTF-16."""
     kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(len(pages)))
     bodies = [
         "<< /Type /Catalog /Pages 2 0 R >>",
         f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>",
-        "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+        f"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /ToUnicode {4 + 2 * len(pages)} 0 R >>",
     ]
     for i, line in enumerate(pages):
         content = f"BT /F1 12 Tf 72 720 Td ({line}) Tj ET" if line else ""
         parent = "/Parent 2 0 R /MediaBox [0 0 612 792] /Resources << /Font << /F1 3 0 R >> >>"
         bodies.append(f"<< /Type /Page {parent} /Contents {5 + 2 * i} 0 R >>")
         bodies.append(f"<< /Length {len(content)} >>\nstream\n{content}\nendstream")
+    letters = (
+        f"begincmap 1 begincodespacerange <00> <FF> endcodespacerange 1 beginbfchar <41> <{letter}> endbfchar endcmap"
+    )
+    bodies.append(f"<< /Length {len(letters)} >>\nstream\n{letters}\nendstream")
     out, places = "%PDF-1.4\n", []
     for number, body in enumerate(bodies, 1):
         places.append(len(out))
@@ -51,6 +55,18 @@ async def test_the_text_of_a_pdf(running: Running):
     reply = await running.http.post("/page/pdf", content=pdf("The first page.", "", "The third."))
     assert reply.status_code == 200, reply.text
     assert reply.json() == {"text": "The first page.\n\nThe third.", "pages": 3}
+
+
+async def test_letters_that_are_no_text_are_replaced(running: Running):
+    """A font may have a letter stand for half of a pair, or for one beyond the first 65,536, which is a pair."""
+    for letter, text in (
+        ("D800", "\ufffd"),
+        ("DC00", "\ufffd"),
+        ("DE00D83D", "\ufffd\ufffd"),
+        ("D83DDE00", "\U0001f600"),
+    ):
+        reply = await running.http.post("/page/pdf", content=pdf("a A b", letter=letter))
+        assert reply.status_code == 200 and reply.json()["text"] == f"a {text} b", reply.text
 
 
 @pytest.mark.parametrize(
