@@ -9,7 +9,10 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 HERE = pathlib.Path(__file__).parent
-QUICK = ("serving/boot", "serving/engine", "serving/fleet", "serving/processes", "serving/training", "serving/transfer")
+QUICK = (
+    "serving/boot", "serving/engine", "serving/fleet", "serving/media", "serving/processes", "serving/service",
+    "serving/training", "serving/transfer",
+)  # fmt: skip
 """Folders whose programs are compiled quickly: tiny ones that run a few times, of which compiling is nearly all. What is computed
 is the same: XLA's own passes run, LLVM's do not. Real models are compiled as a server compiles them."""
 

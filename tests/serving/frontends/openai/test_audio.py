@@ -197,10 +197,18 @@ async def test_a_deadline_in_the_middle_frees_everything(start, monkeypatch):
     reply = await sent(running, data=data, language="en", timeout="0.3")
     assert reply.status_code == 504 and reply.json()["error"]["code"] == "deadline_exceeded" and not engine.requests
     hangs.set()
-    reply = await sent(running, data=data, language="en", timeout="2")
-    assert reply.status_code == 504 and len(engine.requests) == 2
-    reply = await sent(running, data=data, language="en", timeout="2", stream="true")
-    assert "aaaa" in reply.text and "deadline_exceeded" in reply.text
+    for stream in ("false", "true"):
+        for seconds in (
+            "0.5",
+            "4",
+            "30",
+        ):  # on a slow machine it takes longer until the second window's text is written
+            engine.requests.clear()
+            reply = await sent(running, data=data, language="en", timeout=seconds, stream=stream)
+            assert "deadline_exceeded" in reply.text and reply.status_code in (504, 200 if stream == "true" else 504)
+            if len(engine.requests) == 2:
+                break
+        assert len(engine.requests) == 2 and ("aaaa" in reply.text) == (stream == "true")
     await until(lambda: not engine.live, "all have ended")
     await speech.listener.run(int)
     assert speech.listener._held == 0

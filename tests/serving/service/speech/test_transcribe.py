@@ -54,8 +54,10 @@ def tokens(transcript) -> list[int]:
 
 def test_tokens_are_those_of_transformers_alone_and_in_company(speaking):
     sounds = [tiny_whisper.sound(seconds, seed) for seed, seconds in enumerate((2.0, 30.0))]
-    given = [
-        TranscribeInput(wav(sound), language="de" if i % 2 else "en", segments=timed)
+    given = [  # one of them is drawn again and again, in vain
+        TranscribeInput(
+            wav(sound), language="de" if i % 2 else "en", segments=timed, doubts=None if timed and i else NONE
+        )
         for timed in (False, True)
         for i, sound in enumerate(sounds)
     ]
@@ -68,7 +70,7 @@ def test_tokens_are_those_of_transformers_alone_and_in_company(speaking):
 
 def test_a_long_sound_goes_on_where_its_last_segment_ended(speaking):
     sound = tiny_whisper.sound(71.0, 8)
-    (transcript,) = speaking.ask(TranscribeInput(wav(sound), language="en"))
+    (transcript,) = speaking.ask(TranscribeInput(wav(sound), language="en", doubts=NONE))
     assert tokens(transcript) == tiny_whisper.expected(speaking.model, sound, True, language="en")
     assert len({segment.seek for segment in transcript.segments}) > 2
 
@@ -106,7 +108,7 @@ def test_the_language_is_found_out(speaking):
 
     for seed in range(3):
         sound = tiny_whisper.sound(3.0, seed)
-        (transcript,) = speaking.ask(TranscribeInput(wav(sound)))
+        (transcript,) = speaking.ask(TranscribeInput(wav(sound), doubts=NONE))
         read = tiny_whisper.extractor()(sound, sampling_rate=16_000, return_tensors="pt")
         with torch.no_grad():
             wanted = int(speaking.model.detect_language(read["input_features"])[0])
@@ -117,7 +119,7 @@ def test_earlier_text_goes_in_front(speaking):
     import torch
 
     sound = tiny_whisper.sound(4.0)
-    (transcript,) = speaking.ask(TranscribeInput(wav(sound), language="en", prompt="w7 w8 w9"))
+    (transcript,) = speaking.ask(TranscribeInput(wav(sound), language="en", prompt="w7 w8 w9", doubts=NONE))
     prompt = torch.tensor([tiny_whisper.PREVIOUS, 7, 8, 9])
     wanted = tiny_whisper.expected(speaking.model, sound, False, language="en", prompt_ids=prompt)
     # Of the first window, whose room the prompt shares: how much later ones have differs where a model never ends.
