@@ -94,7 +94,8 @@ class LLM:
     def _init(self, started: Started) -> None:
         self._started = started
         self._loop = _LoopThread()
-        self._service: TextService = self._loop.run(_on_loop(started.service))
+        make = lambda: started.service(limit_changes={"max_media_bytes": None})  # noqa: E731 - a call's chats come all at once
+        self._service: TextService = self._loop.run(_on_loop(make))
         self._finalizer = weakref.finalize(self, _shutdown, started, self._loop)
 
     # -- requests ----------------------------------------------------------------------------------------------------

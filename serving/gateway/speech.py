@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from serving.errors import ErrorKind, RequestError, invalid
-from serving.service.speech.transcripts import TranscribeInput, Transcript
+from serving.service.speech.transcripts import Files, TranscribeInput, Transcript
 
 if TYPE_CHECKING:
     from serving.gateway.pool import Pool
@@ -20,7 +20,7 @@ class RemoteSpeech:
     """As `serving.service.speech.transcribe.Speech`, elsewhere."""
 
     def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+        self._pool, self.files = pool, Files()
 
     async def transcribe(
         self, service: TextService, given: TranscribeInput, tell: Callable[[str], None] | None = None

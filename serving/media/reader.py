@@ -6,10 +6,11 @@ import asyncio
 import dataclasses
 import hashlib
 import logging
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,12 +55,13 @@ def reader_of(
 
 @dataclasses.dataclass(frozen=True)
 class _How:
-    """How one request's images, videos and sounds are read."""
+    """How one request's images, videos and sounds are read. `most_held` as in `MediaReader.read`."""
 
     processor: Processor
     sampling: Sampling | None
     max_tokens: int
     room: Room
+    most_held: int | None
 
 
 class MediaReader:
@@ -78,12 +80,19 @@ class MediaReader:
         self._max_patches = max_patches
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="jaxserve-media")
         self._kept: OrderedDict[bytes, Seen] = OrderedDict()
-        self._kept_bytes = 0
+        self._kept_bytes = self._held_bytes = 0
         self._named: OrderedDict[tuple[str | None, str | None, str], bytes] = OrderedDict()
-        self._lock = Lock()
+        self._lock = (
+            RLock()
+        )  # what is cut may go, and be counted, whenever memory is collected: with the lock held, too
 
     async def read(
-        self, sources: Sequence[Source], salt: str | None, max_tokens: int, said: Mapping[str, Any] | None = None
+        self,
+        sources: Sequence[Source],
+        salt: str | None,
+        max_tokens: int,
+        said: Mapping[str, Any] | None = None,
+        most_held: int | None = None,
     ) -> Sequence[Seen]:
         """All images, videos and sounds of a request, in the order of its parts.
 
@@ -91,13 +100,15 @@ class MediaReader:
             salt: requests share what is made of images only with requests of the same one.
             said: how the request wants images and videos cut, see `Processor.asked` and `Sampling.asked`.
             max_tokens: of a prompt: more embeddings than this are not made.
+            most_held: bytes of what is cut, of all requests that wait or run and of what is kept, beyond which a further one is
+                asked to come later; None for no bound.
         Raises:
-            RequestError: INVALID_ARGUMENT naming the part; the words are the same whatever is wrong inside.
+            RequestError: INVALID_ARGUMENT naming the part; the words are the same whatever is wrong inside. RESOURCE_EXHAUSTED.
         """
         self._count(sources)
         loop, found = asyncio.get_running_loop(), []
         caller = caller_of_task.get()
-        how = self._asked(said or {}, max_tokens)
+        how = self._asked(said or {}, max_tokens, most_held)
         owner = (salt, None if caller is None else caller.name)
         what = "sounds" if sources and all(source.sound for source in sources) else "images"
         try:
@@ -136,12 +147,13 @@ class MediaReader:
             if count > limits[what]:
                 raise invalid(f"The request has {count} {what}s; at most {limits[what]} are taken.", "messages")
 
-    def _asked(self, said: Mapping[str, Any], max_tokens: int) -> _How:
+    def _asked(self, said: Mapping[str, Any], max_tokens: int, most_held: int | None) -> _How:
         video = self.processor.video
         own = {} if video is None else {name: said[name] for name in VIDEO_NAMES if name in said}
         try:
             processor = self.processor.asked({name: value for name, value in said.items() if name not in own})
-            return _How(processor, None if video is None else video.sampling.asked(own), max_tokens, Room(self.policy))
+            sampling = None if video is None else video.sampling.asked(own)
+            return _How(processor, sampling, max_tokens, Room(self.policy), most_held)
         except ValueError as error:
             raise invalid(f"mm_processor_kwargs: {error}", "mm_processor_kwargs") from None
 
@@ -211,7 +223,7 @@ class MediaReader:
         except ValueError as error:
             raise invalid(f"{place}: {error}", place) from None
         digests = (digest,) if len(pieces) == 1 else tuple(piece_digests(digest, len(pieces)))
-        return digest, self._keep(Seen(pieces, digests, raw=data if self._sends_on else b""), digest, place)
+        return digest, self._keep(Seen(pieces, digests, raw=data if self._sends_on else b""), digest, place, how)
 
     def _read_video(self, source: Source, how: _How, salt: str | None) -> tuple[bytes, Seen]:
         video = how.processor.video
@@ -223,7 +235,7 @@ class MediaReader:
         pieces = given.patched(video, how.sampling, how.max_tokens, how.room)
         raw = (given.data or source.content) if self._sends_on else b""
         seen = Seen(tuple(pieces), tuple(piece_digests(digest, len(pieces))), video=True, raw=raw)
-        return digest, self._keep(seen, digest, source.place)
+        return digest, self._keep(seen, digest, source.place, how)
 
     def _read_sound(self, source: Source, how: _How, salt: str | None) -> tuple[bytes, Seen]:
         sound = how.processor.sound
@@ -235,7 +247,7 @@ class MediaReader:
         pieces = sound.pieces(given.heard(sound.most_seconds(how.max_tokens), sound.enough_s))
         raw = (given.data or b"") if self._sends_on else b""
         seen = Seen(tuple(pieces), tuple(piece_digests(digest, len(pieces))), sound=True, raw=raw)
-        return digest, self._keep(seen, digest, source.place)
+        return digest, self._keep(seen, digest, source.place, how)
 
     @staticmethod
     def _digest(identity: str, salt: str | None, *content: bytes) -> bytes:
@@ -252,19 +264,37 @@ class MediaReader:
                 self._kept.move_to_end(digest)
             return kept
 
-    def _keep(self, seen: Seen, digest: bytes, place: str) -> Seen:
+    def _keep(self, seen: Seen, digest: bytes, place: str, how: _How) -> Seen:
         if max(len(piece.patches_PX) for piece in seen.pieces) > self._max_patches:
-            what, how = ("sound", "shorter") if seen.sound else ("image", "smaller")
+            what, other = ("sound", "shorter") if seen.sound else ("image", "smaller")
             raise invalid(
-                f"{place}: the {what} is more than this model's context has room for. Send a {how} one.", place
+                f"{place}: the {what} is more than this model's context has room for. Send a {other} one.", place
             )
         with self._lock:
+            self._hold(seen, how.most_held)
             if seen.nbytes <= KEPT_BYTES and digest not in self._kept:
                 self._kept[digest] = seen
                 self._kept_bytes += seen.nbytes
                 while self._kept_bytes > KEPT_BYTES:
                     self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
         return seen
+
+    def _hold(self, seen: Seen, most: int | None) -> None:
+        """Counts what is cut for as long as somebody has it: a request that waits or runs, or this, which keeps little."""
+        others = self._held_bytes - self._kept_bytes
+        if most is not None and others > 0 and others + seen.nbytes > most:  # one alone is always taken
+            raise RequestError(
+                ErrorKind.RESOURCE_EXHAUSTED, f"The images, videos and sounds of requests that wait or run have more than {most} "
+                "bytes. Try again later.", code="queue_full", retry_after_s=1.0,
+            )  # fmt: skip
+        for at, piece in enumerate(seen.pieces):
+            size = piece.patches_PX.nbytes + (0 if at else len(seen.raw))
+            self._held_bytes += size
+            weakref.finalize(piece.patches_PX, self._let_go, size)
+
+    def _let_go(self, size: int) -> None:
+        with self._lock:
+            self._held_bytes -= size
 
 
 def _picture(content: Any, place: str) -> Image:

@@ -94,7 +94,8 @@ async def read_prompt(
     pictures = [source for source in sources if not source.file]
     if not pictures or reader is None:
         return *(await threads.run(prep.render_and_encode, *asked)), None
-    images = await reader.read(pictures, salt, limits.context or limits.max_prompt_chars, given.mm_processor_kwargs)
+    most = limits.context or limits.max_prompt_chars
+    images = await reader.read(pictures, salt, most, given.mm_processor_kwargs, limits.max_media_bytes)
     rewrite = functools.partial(reader.write, found=images) if reader.writes(images) else None  # not of token ids
     prompt, ids = await threads.run(prep.render_and_encode, *asked, rewrite)
     ids, media = await threads.run(reader.expand, ids, images, given.mm_processor_kwargs)

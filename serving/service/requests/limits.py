@@ -26,6 +26,8 @@ class Limits:
         max_body_bytes: one gRPC message or HTTP body.
         max_sound_bytes: a sound file that is transcribed, over HTTP.
         max_bodies_bytes: HTTP bodies that are being read at one time, together; further ones are asked to come later.
+        max_media_bytes: images, videos and sounds of all requests that wait or run, cut as their towers read them; further ones are
+            asked to come later. None for no bound.
         max_head_bytes: an HTTP request's head, or a call's metadata; its trailers, too; and a line between two chunks.
         max_headers: header lines of an HTTP request, and trailers.
         max_pipelined: requests that come in a connection before earlier ones were answered.
@@ -62,6 +64,7 @@ class Limits:
     max_body_bytes: int = 16 * 2**20
     max_sound_bytes: int = 25 * 2**20
     max_bodies_bytes: int = 256 * 2**20
+    max_media_bytes: int | None = 4 * 2**30
     max_head_bytes: int = 64 * 1024
     max_headers: int = 256
     max_pipelined: int = 64

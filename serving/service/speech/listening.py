@@ -75,7 +75,7 @@ class Listener:
         self._mels, self._window = mels, window
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="jaxserve-sound")
         self._turns = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-long-sound")
-        self._held, self._lock = 0, threading.Lock()
+        self._held, self._lock = 0, threading.RLock()  # a spectrogram may go while it is held
 
     async def spectrogram(self, data: bytes) -> tuple[np.ndarray | Frames, int]:
         """(float32 [T, mels], whole or in windows, samples of sound at `RATE`, without what it was filled up with) of a file.
@@ -146,7 +146,7 @@ class Listener:
                 hours = HELD_BYTES / self._bytes(RATE * 3600)
                 raise RequestError(
                     ErrorKind.RESOURCE_EXHAUSTED, f"The sound that requests have sent is more than {hours:.0f} hours together. "
-                    "Try again later.", param="file",
+                    "Try again later.", param="file", code="queue_full", retry_after_s=1.0,
                 )  # fmt: skip
             self._held += size
 

@@ -18,7 +18,7 @@ from serving.media.sound.spectrum import HOP
 from serving.service.requests.limits import check_text
 from serving.service.speech.listening import Listener
 from serving.service.speech.rules import SpeechTokens
-from serving.service.speech.transcripts import TranscribeInput, Transcript
+from serving.service.speech.transcripts import Files, TranscribeInput, Transcript
 from serving.service.speech.windows import FRAMES, WINDOW_S, Windows
 from serving.service.speech.words import Word, words_of
 from serving.text.detokenizer import IncrementalDetokenizer
@@ -51,7 +51,7 @@ async def transcribe(
         raise RequestError(
             ErrorKind.UNIMPLEMENTED, f"The model {service.model_id!r} transcribes no speech.", param="model"
         )
-    with await service.counted():
+    with await service.counted(), service.speech.files.holding(given.data):
         try:
             async with asyncio.timeout(given.timeout_s) as limit:
                 return await service.speech.transcribe(service, given, tell)
@@ -75,11 +75,12 @@ class Speech:
 
     Attributes:
         listener: reads sound files.
+        files: those of requests that run.
     """
 
     def __init__(self, tokens: SpeechTokens, mels: int, align: Align | None = None) -> None:
         self.tokens, self.align = tokens, align
-        self.listener = Listener(mels, WINDOW_S * RATE)
+        self.listener, self.files = Listener(mels, WINDOW_S * RATE), Files()
         self._serial = itertools.count()
 
     async def transcribe(

@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
+from serving.errors import ErrorKind, RequestError
 from serving.service.speech.doubts import Doubts
 from serving.service.speech.segments import Segment
 from serving.service.speech.words import Word
+
+FILES_BYTES = 2**30
+"""Of all sound files whose requests run."""
+
+
+class Files:
+    """The sound files of requests that run.
+
+    Attributes:
+        held: bytes of them.
+    """
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    @contextlib.contextmanager
+    def holding(self, data: bytes) -> Iterator[None]:
+        """Counts a file for as long as its request runs.
+
+        Raises:
+            RequestError: RESOURCE_EXHAUSTED: those of others are too many bytes already.
+        """
+        if self.held + len(data) > FILES_BYTES:
+            raise RequestError(
+                ErrorKind.RESOURCE_EXHAUSTED, f"The sound files that requests have sent are more than {FILES_BYTES} bytes "
+                "together. Try again later.", param="file", code="queue_full", retry_after_s=1.0,
+            )  # fmt: skip
+        self.held += len(data)
+        try:
+            yield
+        finally:
+            self.held -= len(data)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Images through every entry that takes them, down to what the engine is asked; and those that are refused."""
 
+import gc
 import json
 
 import numpy as np
@@ -9,7 +10,8 @@ from serving.errors import ErrorKind, RequestError
 from serving.frontends.app import create_app
 from serving.frontends.openai.batches.runner import call_app, run_batch
 from serving.media import MediaPolicy
-from serving.service import GenerateInput
+from serving.media import reader as reading
+from serving.service import GenerateInput, Limits
 from tests.mock_engine import EmbeddingEngine, MockEngine, mock_service
 from tests.models.tiny_vision import picture
 from tests.serving.frontends.page.test_documents import pdf
@@ -187,6 +189,27 @@ async def test_what_was_cut_is_kept():
     first = (await prepared(service, part(uri(PNG)))).children[0].media.items[0]
     again = (await prepared(service, "b", part(uri(PNG)))).children[0].media.items[0]
     assert again.patches_PX is first.patches_PX
+
+
+async def test_what_waiting_requests_have_is_counted_together(monkeypatch):
+    """And no longer than they wait or run. A single one is taken, however much it is."""
+    monkeypatch.setattr(reading, "KEPT_BYTES", 0)
+    pixels = (await prepared(image_service(MockEngine()), part(uri(PNG)), "a")).children[0].media.items[0].patches_PX
+    service = image_service(MockEngine(), limits=Limits(max_media_bytes=2 * pixels.nbytes))
+    held = [await prepared(service, part(uri(encoded(seed=i))), "a") for i in range(2)]
+    for _ in range(2):
+        with pytest.raises(RequestError, match="that wait or run have more than") as refused:
+            await prepared(service, part(uri(encoded(seed=3))), "a")
+        assert refused.value.kind is ErrorKind.RESOURCE_EXHAUSTED
+    held.pop()
+    gc.collect()
+    held.append(await prepared(service, part(uri(encoded(seed=3))), "a"))
+    held.clear()
+    gc.collect()
+    (large,) = (await prepared(service, part(uri(encoded(112, 112))), "a")).children[0].media.items
+    assert large.patches_PX.nbytes > 2 * pixels.nbytes
+    unbounded = image_service(MockEngine(), limits=Limits(max_media_bytes=None))
+    assert all([await prepared(unbounded, part(uri(encoded(seed=i))), "a") for i in range(5)])
 
 
 async def test_over_grpc_a_part_is_a_file_or_a_url():

@@ -9,7 +9,7 @@ import pytest
 
 from serving.media.sound import files as media_sound
 from serving.service import Limits
-from serving.service.speech import listening
+from serving.service.speech import listening, transcripts
 from serving.service.speech.rules import SpeechTokens
 from serving.service.speech.transcribe import FRAMES, Speech
 from tests.mock_engine import BOS, EOS, MockEngine, mock_service, until
@@ -176,6 +176,23 @@ async def test_who_goes_away_is_worked_for_no_longer(start):
     assert len(engine.aborted) == 2
 
 
+async def test_files_of_all_requests_are_counted_together(start, monkeypatch):
+    """For as long as they are listened to; they are counted no more when that has ended, however it did."""
+    monkeypatch.setattr(transcripts, "FILES_BYTES", 2 * len(SOUND))
+    engine = Speaking(reply=lambda request: [*b"a" * 4000], step_s=0.01, max_model_len=8192)
+    speech = Speech(TOKENS, 80)
+    running = await start(engine, service=mock_service(engine, speech=speech))
+    asked = [asyncio.create_task(sent(running, language="en")) for _ in range(2)]
+    await until(lambda: len(engine.live) == 2, "both run")
+    reply = await sent(running, language="en")
+    assert reply.status_code == 429 and "sound files that requests have sent" in reply.json()["error"]["message"]
+    for one in asked:
+        one.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
+    await until(lambda: not speech.files.held, "both are gone")
+    assert (await sent(running, language="en", data=b"no sound")).status_code == 400 and not speech.files.held
+
+
 async def test_a_deadline_in_the_middle_frees_everything(start, monkeypatch):
     """Of a long file: while it is read, and while a later window's text is written."""
     monkeypatch.setattr(listening, "KEPT_BYTES", 100_000)
@@ -211,7 +228,7 @@ async def test_a_deadline_in_the_middle_frees_everything(start, monkeypatch):
         assert len(engine.requests) == 2 and ("aaaa" in reply.text) == (stream == "true")
     await until(lambda: not engine.live, "all have ended")
     await speech.listener.run(int)
-    assert speech.listener._held == 0
+    assert speech.listener._held == speech.files.held == 0
 
 
 FILES = {
