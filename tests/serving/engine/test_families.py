@@ -77,6 +77,7 @@ def test_shared_prefixes_and_preemption_change_no_token(name, references):
     engine.runner.guard.check()
     assert [tokens for tokens, _ in answers] == [text[-NEW:] for text in (*texts, texts[2], texts[2])]
     assert answers[-1][1] == (len(texts[2]) - NEW - 1) // PAGE * PAGE
-    assert (counters.preemptions > 0) == has_pages
+    if len(engine.scheduler.config.windows) <= 2:  # of more groups most give back what a sequence leaves behind
+        assert (counters.preemptions > 0) == has_pages
     if name.startswith("gemma 4"):  # layers of two kinds, which give pages behind windows back all the same
         assert set(engine.scheduler.config.windows) == {12, None}
