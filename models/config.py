@@ -51,6 +51,12 @@ class RopeConfig:
     sections: tuple[int, ...] = ()
     interleaved: bool = False
 
+    def __post_init__(self) -> None:
+        if self.dim % 2:
+            raise ValueError(
+                f"the model's configuration rotates {self.dim} dimensions of a head; they turn in pairs, so it must be even."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:

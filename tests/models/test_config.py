@@ -44,6 +44,14 @@ def test_convolutions_have_the_activation_that_the_file_names(architecture, fiel
     assert found == {"relu"}
 
 
+def test_what_is_rotated_is_pairs():
+    with pytest.raises(ValueError, match="rotates 15 dimensions of a head; they turn in pairs"):
+        config_of("LlamaForCausalLM", head_dim=15)
+    part = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.3}
+    with pytest.raises(ValueError, match="rotates 19 dimensions"):
+        config_of("Glm4MoeForCausalLM", head_dim=64, rope_parameters=part)
+
+
 STRETCHED = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
 
 

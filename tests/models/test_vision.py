@@ -21,7 +21,7 @@ from tests.models import tiny_llama4, tiny_video, tiny_vision
 from tests.models.tiny_video import clip
 from tests.models.tiny_vision import IMAGE, SIZES, TINY, VIDEO, picture
 
-ALIKE = ("GLM-4.5V", "GLM-4.6V")
+ALIKE = ("GLM-4.5V", "GLM-4.6V", "Qwen3.5 MoE")
 """Whose towers and processors are another's."""
 FAMILIES = [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in sorted(TINY)]
 

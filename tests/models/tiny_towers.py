@@ -100,6 +100,11 @@ TINY |= {
         QWEN3_TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, videos=CLIPS3,
     ),
     "Qwen3.5": TinyVision("Qwen3_5ForConditionalGeneration", "Qwen2VLImageProcessorPil", QWEN3, SMALL3, HYBRID, videos=CLIPS3),
+    "Qwen3.5 MoE": TinyVision(
+        "Qwen3_5MoeForConditionalGeneration", "Qwen2VLImageProcessorPil", QWEN3, SMALL3,
+        HYBRID | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                  "shared_expert_intermediate_size": 48}, videos=CLIPS3,
+    ),
 }  # fmt: skip
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 LLAMA = PLAIN | {"model_type": "llama"}

@@ -23,6 +23,7 @@ KINDS = {
     "Qwen3-VL": ("qwen3_vl", "Qwen3VLVideoProcessor"),
     "Qwen3-VL MoE": ("qwen3_vl", "Qwen3VLVideoProcessor"),
     "Qwen3.5": ("qwen3_vl", "Qwen3VLVideoProcessor"),
+    "Qwen3.5 MoE": ("qwen3_vl", "Qwen3VLVideoProcessor"),
     "LLaVA-OneVision": ("llava_onevision", "LlavaOnevisionVideoProcessor"),
     "GLM-4.1V": ("glm4v", "Glm4vVideoProcessor"),
     "GLM-4.5V": ("glm4v", "Glm4vVideoProcessor"),

@@ -14,12 +14,14 @@ from models.loading.source import resolve
 from ops.paged_attention.groups import KVGroups, layers_per_page
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
-from serving.engine.cache.kv_windows import pages_of
+from serving.engine.cache.kv_windows import first_page, pages_of
 from serving.engine.requests.cache_specs import recurrent_of
 from tests.models.tiny import TINY
 from tests.tiny import tiny_engine
 
 NEW, PAGE, LONGEST, PIECE = 16, 8, 64, 32
+REUSED = (LONGEST - NEW - 1) // PAGE * PAGE
+"""Tokens of the longest prompt that may be found: not its last one, and whole pages."""
 SNAPSHOTS = {"interval": 24, "tail": 8, "worth": 8}
 QUICK_ONES = ("gemma 4, per-layer embeddings, shared pages",)
 """One with windows, two sizes of heads and layers that read others' pages; `tests/serving/engine` has a hybrid, a sparse and a
@@ -27,15 +29,16 @@ dense one."""
 
 
 def engine_of(folder):
-    """(an engine with pages for the longest request and one, whether there are any)."""
+    """(an engine with pages for the longest request, what the prefix of the next one needs behind windows, and one more; whether
+    there are any)."""
     model = load_model(resolve(str(folder)), dtype=jnp.float32, max_model_len=LONGEST, progress=False).model
     per_page = layers_per_page(model.kv_specs(), LONGEST)
     windows = KVGroups.of(model.kv_specs(), per_page).windows
+    behind = [REUSED // PAGE - first_page(window, REUSED, PAGE) for window in windows if window is not None]
     recurrent = recurrent_of(model)
     engine = tiny_engine(
         model=model,
-        # And the ends of prompts' windows, where many groups have one.
-        num_pages=2 + pages_of(LONGEST, windows, PAGE) + 3 * max(0, len(windows) - 2),
+        num_pages=2 + pages_of(LONGEST, windows, PAGE) + (sum(behind) if None in windows else 0),
         page_size=PAGE,
         max_num_seqs=2,
         max_num_batched_tokens=PIECE,
@@ -63,7 +66,7 @@ async def answer(engine, name, text):
 def test_shared_prefixes_and_preemption_change_no_token(name, references):
     folder = references(name)
     reference = np.load(folder / "reference.npz")
-    texts = [reference["tokens0"][:end].tolist() for end in (53, 58, 64)]
+    texts = [reference["tokens0"][:end].tolist() for end in (53, 58, LONGEST)]
     texts += [reference["tokens1"][:end].tolist() for end in (37, 45)]
     engine, has_pages = engine_of(folder)
 
@@ -76,7 +79,7 @@ def test_shared_prefixes_and_preemption_change_no_token(name, references):
     engine.shutdown()
     engine.runner.guard.check()
     assert [tokens for tokens, _ in answers] == [text[-NEW:] for text in (*texts, texts[2], texts[2])]
-    assert answers[-1][1] == (len(texts[2]) - NEW - 1) // PAGE * PAGE
+    assert answers[-1][1] == REUSED
     if len(engine.scheduler.config.windows) <= 2:  # of more groups most give back what a sequence leaves behind
         assert (counters.preemptions > 0) == has_pages
     if name.startswith("gemma 4"):  # layers of two kinds, which give pages behind windows back all the same

@@ -85,7 +85,7 @@ def test_images_and_texts_in_one_batch_cut_and_preempted(served):
 def test_a_prefix_is_found_up_to_inside_an_image_and_never_anothers(served):
     (first,) = served.check(turn(50, 51, LARGE, 52))
     (again,) = served.check(turn(50, 51, LARGE, 53))
-    if served.name == "Qwen3.5":
+    if served.name.startswith("Qwen3.5"):
         return  # so short a prompt is worth no snapshot of its layers' state
     end = len(first.prompt_token_ids) - len(TAIL) - 1
     assert 16 <= again.num_cached_tokens < end and again.num_cached_tokens % 16 == 0, "ends inside the image"
@@ -154,8 +154,8 @@ def test_videos_beside_images_and_texts_and_a_prefix_that_ends_inside_one(served
     served.check(turn(10, short, 11), turn(long, 20, SMALL, 22), turn(30, 31))
     (first,) = served.check(turn(50, long, 52))
     (again,) = served.check(turn(50, long, 53))
-    assert first.num_cached_tokens < 16 or served.name == "Qwen3.5"
-    assert again.num_cached_tokens >= 16 or served.name == "Qwen3.5"
+    assert first.num_cached_tokens < 16 or served.name.startswith("Qwen3.5")
+    assert again.num_cached_tokens >= 16 or served.name.startswith("Qwen3.5")
     (other,) = served.check(turn(50, (clip(8, 140, 84, 3), 4.0), 52))
     assert other.num_cached_tokens < 16, "the first page has places of the video"
 
