@@ -27,7 +27,7 @@ def convert(model: str | None, out: Path, *, dtype: str = "bfloat16", mesh: str 
         ValueError: the model cannot be loaded, or `out` exists.
     """
     from models.loading import orbax
-    from models.loading.gguf import GGUFFile
+    from models.loading.gguf.file import GGUFFile
     from models.loading.load import load_model, resolve
     from models.loading.opening import open_checkpoint
     from models.parameters import parameters_of

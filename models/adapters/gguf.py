@@ -1,7 +1,7 @@
 """GGUF files of type adapter, as llama.cpp's `convert_lora_to_gguf.py` writes them.
 
 Tensors are the base's GGUF names with `.lora_a` and `.lora_b`; B's rows have been through the base converter's transforms, which
-are undone here as the base's are (`models.loading.gguf_checkpoint`).
+are undone here as the base's are (`models.loading.gguf.checkpoint`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import gguf
 import numpy as np
 
 from models.adapters.adapter import Adapter, Base, Pair
-from models.loading.gguf import GGUFFile
-from models.loading.gguf_checkpoint import EXPERT, half_split_rows, table_names
-from models.loading.gguf_config import INTERLEAVED
+from models.loading.gguf.checkpoint import EXPERT, half_split_rows, table_names
+from models.loading.gguf.config import INTERLEAVED
+from models.loading.gguf.file import GGUFFile
 
 
 def read_gguf(path: Path, base: Base) -> Adapter:

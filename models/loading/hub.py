@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from models.loading.gguf import is_beside_a_model, split_paths
+from models.loading.gguf.file import is_beside_a_model, split_paths
 
 T = TypeVar("T")
 

@@ -22,8 +22,8 @@ from models.layers import Build, Weight
 from models.loading import orbax
 from models.loading.coded import coded
 from models.loading.files.checkpoint import Checkpoint
-from models.loading.gguf import split_paths
-from models.loading.gguf_checkpoint import GGUFCheckpoint
+from models.loading.gguf.checkpoint import GGUFCheckpoint
+from models.loading.gguf.file import split_paths
 from models.loading.kept.cache import WeightCache
 from models.loading.opening import Opened, open_checkpoint
 from models.loading.source import ModelSource, resolve

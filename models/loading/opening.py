@@ -8,14 +8,15 @@ from typing import Any
 from models import registry
 from models.embedding_head import EmbeddingHead, embedding_head
 from models.family import Family
-from models.loading import gguf_config, hf_config, orbax
+from models.loading import hf_config, orbax
 from models.loading.answers import as_classifier
 from models.loading.default_model import MODEL_ID, RECORDED_NAME
 from models.loading.files.checkpoint import Checkpoint
 from models.loading.files.experts import ExpertLayouts
 from models.loading.files.safetensors import SafetensorsCheckpoint
-from models.loading.gguf import open_gguf
-from models.loading.gguf_checkpoint import GGUFCheckpoint
+from models.loading.gguf import config as gguf_config
+from models.loading.gguf.checkpoint import GGUFCheckpoint
+from models.loading.gguf.file import open_gguf
 from models.loading.hf_config import read_json
 from models.loading.quantized import open_quantized, refuse_packed
 from models.loading.source import ModelSource
@@ -99,7 +100,7 @@ def _open_hf(source: ModelSource) -> Opened:
 
 
 def with_mmproj(opened: Opened, named: str | None) -> Opened:
-    """A GGUF model with what reads images for it, where its file was named or lies beside it (`models.loading.mmproj`).
+    """A GGUF model with what reads images for it, where its file was named or lies beside it (`models.loading.gguf.mmproj`).
 
     Args:
         named: the file; "" for none.
@@ -112,7 +113,7 @@ def with_mmproj(opened: Opened, named: str | None) -> Opened:
                 "mmproj: only GGUF models have such a file; what reads images is in the model's own folder."
             )
         return opened
-    from models.loading.mmproj import find_mmproj, open_mmproj
+    from models.loading.gguf.mmproj import find_mmproj, open_mmproj
 
     path = None if named == "" else find_mmproj(opened.source.path, named)
     if path is None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from models.loading import hub
 from models.loading.default_model import MODEL_ID, default_model
-from models.loading.gguf import is_beside_a_model, split_paths
+from models.loading.gguf.file import is_beside_a_model, split_paths
 
 Kind = Literal["gguf", "hf", "orbax"]
 MANIFEST = "jaxserve.json"

@@ -42,7 +42,7 @@ def load_text_side(source: ModelSource, chat_template: str | None = None) -> Tex
     from serving.text.tokenizer import Tokenizer
 
     if source.kind == "gguf":
-        from models.loading.gguf import open_gguf
+        from models.loading.gguf.file import open_gguf
 
         metadata = open_gguf(source.path).metadata
         if metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):

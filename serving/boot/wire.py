@@ -6,7 +6,7 @@ import os
 import pathlib
 from typing import Any
 
-from models.loading.gguf import split_paths
+from models.loading.gguf.file import split_paths
 from models.loading.load import LoadedModel
 from serving.boot.check import Checked
 from serving.boot.compile import CompiledDecoder, CompiledEncoder

@@ -10,8 +10,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from models.loading.gguf_checkpoint import GGUFCheckpoint
-from models.loading.gguf_config import rotated_pairs
+from models.loading.gguf.checkpoint import GGUFCheckpoint
+from models.loading.gguf.config import rotated_pairs
 from models.loading.opening import Opened
 from serving.training.lora import LoraSettings
 
@@ -85,7 +85,7 @@ def architecture(opened: Opened) -> str:
 
 
 def interleaved_rows(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Each head's rotary pairs (i, i + h / 2) as (2i, 2i + 1): `gguf_checkpoint.half_split_rows` backwards."""
+    """Each head's rotary pairs (i, i + h / 2) as (2i, 2i + 1): `models.loading.gguf.checkpoint.half_split_rows` backwards."""
     rest = rows.shape[1:]
     return rows.reshape(heads, 2, -1, *rest).swapaxes(1, 2).reshape(rows.shape)
 

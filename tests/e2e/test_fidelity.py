@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from models.loading.default_model import default_model
-from models.loading.gguf import GGUFFile
+from models.loading.gguf.file import GGUFFile
 from serving.boot.start import start_engine
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams

@@ -10,7 +10,7 @@ import pathlib
 
 import pytest
 
-from models.loading.gguf import GGUFFile
+from models.loading.gguf.file import GGUFFile
 from models.loading.load import load_model, resolve
 from ops import native
 from serving.text.tokenizer import Tokenizer

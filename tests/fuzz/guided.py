@@ -24,7 +24,7 @@ def _read_all(path: pathlib.Path, open_file: Callable[[pathlib.Path], Any], data
 
 def gguf(folder: pathlib.Path) -> One:
     """A GGUF file: header, metadata, tensors."""
-    from models.loading.gguf import GGUFFile
+    from models.loading.gguf.file import GGUFFile
 
     return lambda data: _read_all(folder / "x.gguf", GGUFFile, data)
 

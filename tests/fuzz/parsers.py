@@ -51,7 +51,7 @@ def write_gguf(path: pathlib.Path) -> bytes:
 
 def gguf_files(folder: pathlib.Path) -> Case:
     """Headers, metadata and tensors of GGUF files, and the tokenizer in them."""
-    from models.loading.gguf import GGUFFile
+    from models.loading.gguf.file import GGUFFile
     from serving.text.tokenizer import Tokenizer
 
     path = folder / "base.gguf"

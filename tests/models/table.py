@@ -195,7 +195,7 @@ whole engine with texts and images in one batch, prompts cut inside images, pref
 (`tests/serving/media/test_images.py`; the engine runs with Qwen2.5-VL and Gemma 3 each time, with the others where slow tests run),
 and on a mesh, with the tower cut and two replicas (`tests/serving/media/test_mesh.py`, in the same way).
 Videos are held to transformers in the same ways, and towers in GGUF to those in safetensors
-(`tests/models/loading/test_mmproj.py`; chats over HTTP: `tests/serving/media/test_mmproj.py`).
+(`tests/models/loading/gguf/test_mmproj.py`; chats over HTTP: `tests/serving/media/test_mmproj.py`).
 Llama 4's images are scaled by Pillow, where transformers has code of torchvision alone: a level differs by one at most.
 Gemma 3n reads no images: its tower is a network of timm's, which transformers takes from there.
 

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
-from models.loading.gguf_checkpoint import table_names
+from models.loading.gguf.checkpoint import table_names
 from tests.models import tiny_gguf_hybrid
 
 ARCHITECTURES = {

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
-from models.loading.gguf_config import INTERLEAVED
+from models.loading.gguf.config import INTERLEAVED
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MixtralForCausalLM": "llama", "Qwen3MoeForCausalLM": "qwen3moe"}
 

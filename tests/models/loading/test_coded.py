@@ -12,8 +12,8 @@ import pytest
 from models import registry
 from models.layers import Build, weight
 from models.loading.coded import coded, count_coded
-from models.loading.gguf import GGUFFile
-from models.loading.gguf_checkpoint import GGUFCheckpoint, half_split_rows
+from models.loading.gguf.checkpoint import GGUFCheckpoint, half_split_rows
+from models.loading.gguf.file import GGUFFile
 from models.loading.load import fill
 from models.parameters import parameters_of, quantizable
 from models.recipes import Piece, Stack, deal, one

@@ -11,10 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from safetensors.numpy import save
+from tests.models.loading.test_gguf import write_split
 
 from models.loading import hub
 from models.loading.load import load_model, resolve
-from tests.models.loading.test_gguf import write_split
 from tests.models.loading.test_load import HF, tensors
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -217,7 +217,7 @@ def test_a_split_gguf(fake, tmp_path):
     arrays = {f"t{i}": np.full((1, 32), i, np.float32) for i in range(5)}
     paths = write_split(tmp_path / "parts", arrays)
     fake.repos["o/m"] = {f"Q6_K/{path.name}": path.read_bytes() for path in paths} | {"Q8_0/m.gguf": b"GGUF"}
-    from models.loading.gguf import GGUFFile
+    from models.loading.gguf.file import GGUFFile
 
     assert GGUFFile(resolve("o/m:Q6_K").path).tensors.keys() == arrays.keys()
     assert len(fake.fetched) == len(paths)

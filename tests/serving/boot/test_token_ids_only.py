@@ -59,6 +59,6 @@ def test_what_needs_text_is_refused(bare, ask, words):
 def test_a_gguf_file_that_says_it_has_no_vocabulary(kind, monkeypatch):
     """As llama.cpp's converter writes models that are given ids."""
     metadata = {"tokenizer.ggml.eos_token_id": 7} | ({} if kind is None else {"tokenizer.ggml.model": kind})
-    monkeypatch.setattr("models.loading.gguf.open_gguf", lambda path: SimpleNamespace(metadata=metadata))
+    monkeypatch.setattr("models.loading.gguf.file.open_gguf", lambda path: SimpleNamespace(metadata=metadata))
     side = load_text_side(SimpleNamespace(kind="gguf", path=None))  # type: ignore[arg-type]
     assert not side.tokenizer.reads_text and side.tokenizer.eos_token_ids == (7,) and side.chat_template is None

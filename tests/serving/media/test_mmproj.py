@@ -1,5 +1,5 @@
 """A GGUF model with its mmproj file, over HTTP: a chat with images says what transformers says of the checkpoint that both were
-made of. Slow: what GGUF holds, tests/models/loading/test_mmproj.py compares for each projector, number by number."""
+made of. Slow: what GGUF holds, tests/models/loading/gguf/test_mmproj.py compares for each projector, number by number."""
 
 import asyncio
 

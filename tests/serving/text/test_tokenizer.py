@@ -182,7 +182,7 @@ def test_folder(tmp_path):
 @pytest.mark.real_model
 def test_default_model():
     from models.loading.default_model import default_model
-    from models.loading.gguf import GGUFFile
+    from models.loading.gguf.file import GGUFFile
 
     tokenizer = Tokenizer.from_gguf(GGUFFile(default_model(progress=False)).metadata)
     assert tokenizer.encode("a  5") == [81, 256, 37]  # each digit alone, and not behind a blank

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from models.loading.gguf import GGUFFile
-from models.loading.gguf_checkpoint import half_split_rows
-from models.loading.mmproj_config import KINDS, Kind
+from models.loading.gguf.checkpoint import half_split_rows
+from models.loading.gguf.file import GGUFFile
+from models.loading.gguf.mmproj_config import KINDS, Kind
 
 BESIDE = re.compile(r"(?:^|[-._])mmproj(?:$|[-._])", re.IGNORECASE)
 

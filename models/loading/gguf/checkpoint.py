@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator
 import gguf
 import numpy as np
 
-from models.loading.gguf import GGUFFile
-from models.loading.gguf_layouts import SECONDARY, layout
+from models.loading.gguf.file import GGUFFile
+from models.loading.gguf.layouts import SECONDARY, layout
 from ops.linear.weights.block_pack import GGUF, CodedRows
 
 _MAMBA = re.compile(r"^model\.")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from models.loading.gguf import GGUFFile
+from models.loading.gguf.file import GGUFFile
 
 
 def of_family(arch: str, config: Mapping[str, Any], get: Any, file: GGUFFile) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from models.loading.mmproj import find_mmproj, open_mmproj
+from models.loading.gguf.mmproj import find_mmproj, open_mmproj
 from models.loading.opening import open_checkpoint, with_mmproj
 from models.loading.source import resolve
 from serving.boot.senses.tower import why_not

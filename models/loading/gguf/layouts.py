@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from models.loading.gguf import GGUFFile
+from models.loading.gguf.file import GGUFFile
 
 
 @dataclasses.dataclass(frozen=True)

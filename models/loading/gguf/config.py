@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from models.embedding_head import Dense
-from models.loading import gguf_hybrid
-from models.loading.gguf import GGUFFile
+from models.loading.gguf import config_hybrid
+from models.loading.gguf.file import GGUFFile
 
 INTERLEAVED = ("llama", "granite", "granitemoe", "granitehybrid", "smollm3", "mistral3", "arcee")
 """Architectures whose GGUF converter permutes the rows of q and k for interleaved rotary pairs."""
@@ -78,7 +78,7 @@ def config_dict(file: GGUFFile, architecture: str) -> dict[str, Any]:
         for field, tensor in (("type_vocab_size", "token_types"), ("max_position_embeddings", "position_embd")):
             if f"{tensor}.weight" in file.tensors:
                 config[field] = file.tensors[f"{tensor}.weight"].shape[0]
-    config |= _of_family(arch, config, get, file) | gguf_hybrid.of_family(arch, config, get, file)
+    config |= _of_family(arch, config, get, file) | config_hybrid.of_family(arch, config, get, file)
     return {name: value for name, value in config.items() if value is not None}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from models.loading.gguf import GGUFFile
+from models.loading.gguf.file import GGUFFile
 
 BLOCK = re.compile(r"v\.blk\.(\d+)\.(\w+?)\.(weight|bias)$")
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from models.config import from_hf
-from models.loading import gguf_config
-from models.loading.gguf import DECODED, GGUFFile, open_gguf
-from models.loading.gguf_checkpoint import GGUFCheckpoint, half_split_rows
+from models.loading.gguf import config as gguf_config
+from models.loading.gguf.checkpoint import GGUFCheckpoint, half_split_rows
+from models.loading.gguf.file import DECODED, GGUFFile, open_gguf
 from models.loading.source import resolve
 
 
