@@ -11,10 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from safetensors.numpy import save
-from tests.models.loading.test_gguf import write_split
 
 from models.loading import hub
 from models.loading.load import load_model, resolve
+from tests.models.loading.gguf.test_gguf import write_split
 from tests.models.loading.test_load import HF, tensors
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
