@@ -103,3 +103,23 @@ class RmsNorm(NamedTuple):
     def __call__(self, x_TI: jax.Array) -> jax.Array:
         """The normed x, in x's dtype."""
         return rms_norm(x_TI, self.scale_I, self.eps)
+
+
+class CentredNorm(NamedTuple):
+    """A `layer_norm` of its input that a product may take along.
+
+    Attributes:
+        scale_I, bias_I: float32; no bias is None.
+        eps: added to the variance; static.
+    """
+
+    scale_I: jax.Array
+    bias_I: jax.Array | None
+    eps: float
+
+    def __call__(self, x_TI: jax.Array) -> jax.Array:
+        """The normed x, in x's dtype."""
+        return layer_norm(x_TI, self.scale_I, self.bias_I, self.eps)
+
+
+TakenNorm = RmsNorm | CentredNorm

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.encoders.vit import PatchMLP, VitBlock, VitConfig, run_block, squares
-from models.layers import Build, LayerNorm, Linear, child_recipes, weight
+from models.layers import Build, LayerNorm, Linear, child_recipes, mlp_of, weight
 from models.recipes import Recipes, one, under
-from ops.activation import activation
 
 TILES = 12
 
@@ -114,7 +113,7 @@ class InternVL(nnx.Module):
         x_PD = x_PD if self.after is None else self.after(x_PD)
         x_PD = x_PD.reshape(-1, tile + 1, D)[:, 1:].reshape(-1, D)
         x_NM = self.norm(squares(x_PD, self.config.get("side"), self.config.merge))
-        return self.down(activation(self.config.get("projector_act"))(self.up(x_NM)))
+        return mlp_of(self.up, self.down, self.config.get("projector_act"), x_NM)
 
     def recipes(self) -> Recipes:
         D, p, name = self.config.embed_dim, self.config.get("patch"), "vision_tower"

@@ -13,9 +13,8 @@ from flax import nnx
 
 from models.encoders.plain import PlainVit, plain_config
 from models.encoders.vit import VitConfig
-from models.layers import Build, Linear, child_recipes, weight
+from models.layers import Build, Linear, child_recipes, mlp_of, weight
 from models.recipes import Recipes, one, under
-from ops.activation import activation
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 TAPS = 4
@@ -83,7 +82,7 @@ class Llava(nnx.Module):
         return self.vit.unused
 
     def encode(self, patches_PX: jax.Array, place_P2: jax.Array, count: jax.Array) -> jax.Array:
-        rows_NM = self.down(activation(self.config.get("projector_act"))(self.up(self.vit(patches_PX))))
+        rows_NM = mlp_of(self.up, self.down, self.config.get("projector_act"), self.vit(patches_PX))
         return rows_NM if self.line is None else jnp.concatenate([rows_NM, self.line[...].astype(rows_NM.dtype)])
 
     def recipes(self) -> Recipes:

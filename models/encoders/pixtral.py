@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.encoders.vit import VitBlock, VitConfig, run_block
-from models.layers import Build, Linear, RMSNorm, child_recipes
+from models.layers import Build, Linear, RMSNorm, child_recipes, mlp_of
 from models.recipes import Recipes, one, under
-from ops.activation import activation
 
 EPS = 1e-5
 
@@ -90,7 +89,7 @@ class Pixtral(nnx.Module):
             m, D = self.config.merge, self.config.embed_dim
             # The checkpoint puts a channel's values of a square side by side.
             x_PD = self.merge(self.norm(x_PD).reshape(-1, m * m, D).swapaxes(1, 2).reshape(-1, m * m * D))
-        return self.down(activation(self.config.get("projector_act"))(self.up(x_PD)))
+        return mlp_of(self.up, self.down, self.config.get("projector_act"), x_PD)
 
     def recipes(self) -> Recipes:
         D, shape = self.config.embed_dim, self.config.get("patch_shape")

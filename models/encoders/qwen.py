@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.encoders.vit import VitBlock, VitConfig, make_norm, run_block
-from models.layers import Build, Linear, child_recipes
+from models.layers import Build, Linear, child_recipes, mlp_of
 from models.recipes import Recipes, one, under
-from ops.activation import activation
 
 ROPE_THETA = 10000.0
 MAX_PIXELS = 28 * 28 * 1280
@@ -107,7 +106,7 @@ class Merger(nnx.Module):
 
     def __call__(self, x_PD: jax.Array) -> jax.Array:
         x_NM = self.norm(x_PD).reshape(-1, self.width)
-        return self.down(activation("gelu")(self.up(x_NM)))
+        return mlp_of(self.up, self.down, "gelu", x_NM)
 
     def recipes(self, name: str) -> Recipes:
         return child_recipes(self, {"norm": "ln_q", "up": "mlp.0", "down": "mlp.2"}, name)

@@ -14,9 +14,8 @@ from flax import nnx
 
 from models.encoders.qwen import ROPE_THETA, max_patches, patch_shape
 from models.encoders.vit import VitBlock, VitConfig, run_block
-from models.layers import Build, LayerNorm, Linear, child_recipes, weight
+from models.layers import Build, LayerNorm, Linear, child_recipes, mlp_of, weight
 from models.recipes import Recipes, one, under
-from ops.activation import activation
 
 MAX_PIXELS = 4096 * 4096
 
@@ -61,7 +60,7 @@ class Qwen3Merger(nnx.Module):
 
     def __call__(self, x_PD: jax.Array) -> jax.Array:
         x_NM = self.norm(x_PD.reshape(-1, self.width)) if self.late else self.norm(x_PD).reshape(-1, self.width)
-        return self.down(activation("gelu")(self.up(x_NM)))
+        return mlp_of(self.up, self.down, "gelu", x_NM)
 
     def recipes(self, name: str) -> Recipes:
         return child_recipes(self, {"norm": "norm", "up": "linear_fc1", "down": "linear_fc2"}, name)

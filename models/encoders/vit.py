@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.layers import Build, GatedMLP, LayerNorm, Linear, RMSNorm, child_recipes
+from models.layers import Build, GatedMLP, LayerNorm, Linear, Norm, RMSNorm, child_recipes, mlp_of
 from models.recipes import Recipes, deal, one, pieces, split, under
 from ops.activation import activation
 from ops.linear import PackedInt8Weight
@@ -180,27 +180,37 @@ class PatchAttention(nnx.Module):
         self.qkv = Linear(D, 3 * D, build, (axis, "embed"), bias=config.attn_bias[0])
         self.out = Linear(D, D, build, ("embed", axis), bias=config.attn_bias[1])
 
-    def __call__(self, x_PD: jax.Array, place_P2: jax.Array, real_P: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x_PD: jax.Array,
+        place_P2: jax.Array,
+        real_P: jax.Array,
+        norm: Norm | None = None,
+        residual_PD: jax.Array | None = None,
+    ) -> jax.Array:
+        """attn(norm(x)) + residual."""
         (P, D), (H, h) = x_PD.shape, self.heads
         turns = None if self.theta is None else axial_frequencies(self.theta, h, self.alternating)
         if self._by_kernel():
             size = self.tile or P
             count_R = jnp.full(P // size, size, jnp.int32) if self.tile else jnp.sum(real_P, dtype=jnp.int32)[None]
             angles = None if turns is None else cos_sin(place_P2.T, turns)
-            out = whole.attend_all(self.qkv(x_PD).reshape(-1, size, H, 3, h), count_R, scale=h**-0.5, angles=angles)
-            return self.out(out.reshape(P, D).astype(x_PD.dtype))
-        q_PHh, k_PHh, v_PHh = jnp.moveaxis(self.qkv(x_PD).reshape(P, H, 3, h), 2, 0)
+            qkv = self.qkv(x_PD, norm=norm).reshape(-1, size, H, 3, h)
+            out = whole.attend_all(qkv, count_R, scale=h**-0.5, angles=angles)
+            return self.out(out.reshape(P, D).astype(x_PD.dtype), residual_TO=residual_PD)
+        q_PHh, k_PHh, v_PHh = jnp.moveaxis(self.qkv(x_PD, norm=norm).reshape(P, H, 3, h), 2, 0)
         if turns is not None:
             q_PHh, k_PHh = (rope(x, place_P2.T, turns) for x in (q_PHh, k_PHh))
         if self.tile and self.tile < P:
             tiles = tuple(x.reshape(-1, self.tile, H, h) for x in (q_PHh, k_PHh, v_PHh))
             out_NSHh = jax.lax.map(lambda qkv: attend_patches(qkv[0], qkv[1], qkv[2], jnp.ones(self.tile, bool)), tiles)
-            return self.out(out_NSHh.reshape(P, D))
+            return self.out(out_NSHh.reshape(P, D), residual_TO=residual_PD)
         window_P = None
         if self.window is not None:
             row_P, column_P = (place_P2 // self.window).T
             window_P = row_P * 65536 + column_P
-        return self.out(attend_patches(q_PHh, k_PHh, v_PHh, real_P, window_P).reshape(P, D))
+        out_PHh = attend_patches(q_PHh, k_PHh, v_PHh, real_P, window_P)
+        return self.out(out_PHh.reshape(P, D), residual_TO=residual_PD)
 
     def _by_kernel(self) -> bool:
         """Whether the CPU's kernels attend, in bfloat16: beside products that are rounded to int8. Real patches come first."""
@@ -223,7 +233,7 @@ class PatchAttention(nnx.Module):
 
 
 class PatchMLP(nnx.Module):
-    """down(act(up(x)))."""
+    """down(act(up(norm(x)))) + residual."""
 
     def __init__(self, config: VitConfig, build: Build, names: tuple[str, str] = ("fc1", "fc2")):
         axis = build.axis("ffw", config.ffw_dim)
@@ -231,8 +241,8 @@ class PatchMLP(nnx.Module):
         self.up = Linear(config.embed_dim, config.ffw_dim, build, (axis, "embed"), bias=True)
         self.down = Linear(config.ffw_dim, config.embed_dim, build, ("embed", axis), bias=True)
 
-    def __call__(self, x_PD: jax.Array) -> jax.Array:
-        return self.down(activation(self.activation)(self.up(x_PD)))
+    def __call__(self, x_PD: jax.Array, norm: Norm | None = None, residual_PD: jax.Array | None = None) -> jax.Array:
+        return mlp_of(self.up, self.down, self.activation, x_PD, norm, residual_PD)
 
     def recipes(self, name: str) -> Recipes:
         return child_recipes(self, {"up": self.names[0], "down": self.names[1]}, name)
@@ -252,10 +262,10 @@ class VitBlock(nnx.Module):
         self.mlp = GatedMLP(gated, build) if config.gated else PatchMLP(config, build, self.mlp_names)
 
     def __call__(self, x_PD: jax.Array, place_P2: jax.Array, real_P: jax.Array) -> jax.Array:
-        x_PD = x_PD + self.attn(self.attn_norm(x_PD), place_P2, real_P)
-        normed_PD = self.mlp_norm(x_PD)
-        y_PD = self.mlp(normed_PD, None)[0] if isinstance(self.mlp, GatedMLP) else self.mlp(normed_PD)
-        return x_PD + y_PD
+        x_PD = self.attn(x_PD, place_P2, real_P, self.attn_norm, x_PD)
+        if isinstance(self.mlp, GatedMLP):
+            return self.mlp(x_PD, None, self.mlp_norm, x_PD)[0]
+        return self.mlp(x_PD, self.mlp_norm, x_PD)
 
     def recipes(self, name: str) -> Recipes:
         return child_recipes(self, self.names, name)

@@ -12,9 +12,8 @@ import numpy as np
 from flax import nnx
 
 from models.encoders.vit import VitBlock, VitConfig, run_block
-from models.layers import Build, LayerNorm, Linear, weight
+from models.layers import Build, LayerNorm, Linear, taken, weight
 from models.recipes import Computed, Recipe, Recipes, deal, one, pieces, under
-from ops.activation import activation
 from ops.paged_attention import whole
 
 TAPS = 3
@@ -93,11 +92,11 @@ class SoundTrunk(nnx.Module):
             real_S: those that are attended to, which come first; None for all.
             there_P: frames that are there; behind them is nothing, for both convolutions. None for all.
         """
-        act = activation(self.config.activation)
+        act = self.config.activation
         chunk = self.config.get("chunk") or len(frames_PX)
-        x_PD = act(self.patch(_seen(frames_PX.astype(self.compute_dtype), 1, chunk)))
+        x_PD = self.patch(_seen(frames_PX.astype(self.compute_dtype), 1, chunk), activation=act)
         x_PD = x_PD if there_P is None else jnp.where(there_P[:, None], x_PD, 0)
-        x_SD = act(self.halve(_seen(x_PD, 2, chunk)))[: self.config.get("positions")]
+        x_SD = self.halve(_seen(x_PD, 2, chunk), activation=act)[: self.config.get("positions")]
         x_SD = x_SD + self._places(len(x_SD), chunk // 2).astype(x_SD.dtype)
         real_S = jnp.ones(len(x_SD), bool) if real_S is None else real_S[: len(x_SD)]
         for block in self.blocks:
@@ -139,10 +138,11 @@ class WhisperEncoder(SoundTrunk):
         )
 
     def encode(self, patches_PX: jax.Array, place_P2: jax.Array, count: jax.Array) -> jax.Array:
-        x_SD, H = self.norm(self.hear(patches_PX, place_P2)), self.config.get("heads")
+        x_SD, H = self.hear(patches_PX, place_P2), self.config.get("heads")
         if self.config.get("paged"):
-            parts = (linear(x_SD).reshape(len(x_SD), H, 2, -1) for linear in self.cross)
-            return jnp.concatenate([whole.keep(part[:, :, 0], part[:, :, 1]) for part in parts])[None]
+            weights, biases = zip(*((one.weight.get_value(), one.bias_value()) for one in self.cross), strict=True)
+            return whole.keep_products(x_SD, weights, biases, H, taken(self.norm))[None]
+        x_SD = self.norm(x_SD)
         kept = [linear(x_SD).reshape(len(x_SD), H, 2, -1).transpose(2, 1, 0, 3).reshape(-1) for linear in self.cross]
         return jnp.concatenate(kept)[None]
 

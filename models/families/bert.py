@@ -17,9 +17,8 @@ from flax import nnx
 
 from models.config import ModelConfig, from_hf
 from models.family import Family
-from models.layers import Build, Embedding, LayerNorm, Linear, child_recipes, weight
+from models.layers import Build, Embedding, LayerNorm, Linear, child_recipes, mlp_of, weight
 from models.recipes import Recipes, deal, one, pieces, under
-from ops.activation import activation
 from ops.linear import embed
 
 _MASKED = -1e30
@@ -116,7 +115,7 @@ class EncoderLayer(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array, *bias_HR: jax.Array) -> jax.Array:
         x_BSD = self.attn_norm(x_BSD + self.attn(x_BSD, valid_BS, *bias_HR))
-        return self.mlp_norm(x_BSD + self.down(activation(self.activation)(self.up(x_BSD))))
+        return self.mlp_norm(mlp_of(self.up, self.down, self.activation, x_BSD, residual_TD=x_BSD))
 
     def recipes(self, name: str) -> Recipes:
         return child_recipes(self, self.names, name)

@@ -9,8 +9,8 @@ from models.layers.build import Build, Weight, child_recipes, weight
 from models.layers.embedding import Embedding
 from models.layers.layer import Layer
 from models.layers.linear import Linear
-from models.layers.mlp import MLP, GatedMLP
-from models.layers.norms import LayerNorm, Norm, RMSNorm
+from models.layers.mlp import MLP, GatedMLP, mlp_of
+from models.layers.norms import LayerNorm, Norm, RMSNorm, taken
 from models.layers.rotary import layer_frequencies
 
 __all__ = [
@@ -29,5 +29,7 @@ __all__ = [
     "child_recipes",
     "heads_of",
     "layer_frequencies",
+    "mlp_of",
+    "taken",
     "weight",
 ]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.layers.build import Build, weight
-from models.layers.norms import Norm, taken_along
+from models.layers.norms import Norm, taken
 from models.recipes import Recipes, one
 from ops.linear import linear
 from ops.lora import Adapters
@@ -44,21 +44,22 @@ class Linear(nnx.Module):
         norm: Norm | None = None,
         residual_TO: jax.Array | None = None,
         adapter_T: jax.Array | None = None,
+        activation: str | None = None,
     ) -> jax.Array:
-        """norm(x) W^T + b + residual; a kernel that can takes norm and residual along with the product.
+        """act(norm(x) W^T + b) + residual; a kernel that can takes what stands around the product along with it.
 
         Args:
             adapter_T: `Step.adapter_T`, whose adapters change the product.
         """
-        x_TI, rms = taken_along(x_TI, norm)
         return linear(
             x_TI,
             self.weight.get_value(),
             self.bias_value(),
-            norm=rms,
+            norm=taken(norm),
             residual_TO=residual_TO,
             out_dtype=out_dtype,
             adapters=self.adapters(adapter_T),
+            activation=activation,
         )
 
     def adapters(self, adapter_T: jax.Array | None) -> Adapters | None:

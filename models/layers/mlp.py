@@ -9,10 +9,9 @@ from models.api import Step
 from models.config import ModelConfig
 from models.layers.build import Build, child_recipes
 from models.layers.linear import Linear
-from models.layers.norms import Norm, taken_along
+from models.layers.norms import Norm, taken
 from models.recipes import Recipes, deal, pieces, under
-from ops.activation import activation
-from ops.linear import gated_mlp
+from ops.linear import gated_mlp, mlp
 
 
 class MLP(nnx.Module):
@@ -32,12 +31,34 @@ class MLP(nnx.Module):
         self, x_TD: jax.Array, step: Step, norm: Norm | None = None, residual_TD: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """mlp(norm(x)) + residual, and the experts visited: none."""
-        hidden_TF = activation(self.activation)(self.up(x_TD, norm=norm, adapter_T=step.adapter_T))
-        return self.down(hidden_TF, residual_TO=residual_TD, adapter_T=step.adapter_T), ()
+        return mlp_of(self.up, self.down, self.activation, x_TD, norm, residual_TD, step.adapter_T), ()
 
     def recipes(self, name: str) -> Recipes:
         up, down = self.names
         return child_recipes(self, {"up": up, "down": down}, name)
+
+
+def mlp_of(
+    up: Linear,
+    down: Linear,
+    activation: str,
+    x_TD: jax.Array,
+    norm: Norm | None = None,
+    residual_TD: jax.Array | None = None,
+    adapter_T: jax.Array | None = None,
+) -> jax.Array:
+    """down(act(up(norm(x)))) + residual."""
+    return mlp(
+        x_TD,
+        up.weight.get_value(),
+        down.weight.get_value(),
+        activation,
+        up_bias_F=up.bias_value(),
+        down_bias_D=down.bias_value(),
+        norm=taken(norm),
+        residual_TD=residual_TD,
+        adapters=(up.adapters(adapter_T), down.adapters(adapter_T)),
+    )
 
 
 class GatedMLP(nnx.Module):
@@ -61,7 +82,6 @@ class GatedMLP(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """mlp(norm(x)) + residual, and the experts visited: none. Encoders have no step."""
         adapter_T = None if step is None else step.adapter_T
-        x_TD, rms = taken_along(x_TD, norm)
         y_TD = gated_mlp(
             x_TD,
             self.gate_up.weight.get_value(),
@@ -69,7 +89,7 @@ class GatedMLP(nnx.Module):
             self.activation,
             gate_up_bias=self.gate_up.bias_value(),
             down_bias_D=self.down.bias_value(),
-            norm=rms,
+            norm=taken(norm),
             residual_TD=residual_TD,
             shards=self.shards,
             adapters=(self.gate_up.adapters(adapter_T), self.down.adapters(adapter_T)),

@@ -9,7 +9,7 @@ from flax import nnx
 
 from models.layers.build import weight
 from models.recipes import Recipes, one
-from ops.linear import RmsNorm
+from ops.linear import CentredNorm, RmsNorm, TakenNorm
 from ops.norm import layer_norm, rms_norm
 
 
@@ -51,8 +51,10 @@ class LayerNorm(nnx.Module):
 Norm = RMSNorm | LayerNorm
 
 
-def taken_along(x_TD: jax.Array, norm: Norm | None) -> tuple[jax.Array, RmsNorm | None]:
-    """x and the norm that a product takes along; other kinds of norm are applied to x here."""
+def taken(norm: Norm | None) -> TakenNorm | None:
+    """A norm as a product takes it along."""
+    if norm is None:
+        return None
     if isinstance(norm, RMSNorm):
-        return x_TD, RmsNorm(norm.scale[...], norm.eps)
-    return (x_TD if norm is None else norm(x_TD)), None
+        return RmsNorm(norm.scale[...], norm.eps)
+    return CentredNorm(norm.scale[...], None if norm.bias is None else norm.bias[...], norm.eps)

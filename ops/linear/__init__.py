@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ops.activation import activation as named
 from ops.activation import gated
 from ops.linear.weights import (
     SCHEMES,
@@ -25,18 +26,21 @@ from ops.linear.weights import (
     stored,
 )
 from ops.lora import Adapters, add_lora
-from ops.norm import RmsNorm
+from ops.norm import CentredNorm, RmsNorm, TakenNorm
 
 __all__ = [
     "SCHEMES",
+    "CentredNorm",
     "Int8Weight",
     "PackedInt8Weight",
     "RmsNorm",
     "StoredWeight",
+    "TakenNorm",
     "Weight",
     "embed",
     "gated_mlp",
     "linear",
+    "mlp",
     "pack",
     "quantize",
 ]
@@ -47,12 +51,13 @@ def linear(
     weight: Weight,
     bias_O: jax.Array | None = None,
     *,
-    norm: RmsNorm | None = None,
+    norm: TakenNorm | None = None,
     residual_TO: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
     adapters: Adapters | None = None,
+    activation: str | None = None,
 ) -> jax.Array:
-    """y_TO = norm(x_TI) W_OI^T + bias_O + residual_TO, accumulated in float32.
+    """y_TO = act(norm(x_TI) W_OI^T + bias_O) + residual_TO, accumulated in float32.
 
     Args:
         x_TI: float activations; leading axes before T are allowed. Rounded to a dense weight's dtype for the product;
@@ -64,23 +69,66 @@ def linear(
         residual_TO: added to the result, in the result's dtype.
         out_dtype: dtype of the result; x's when None.
         adapters: change the product, each row's own; see `ops.lora.add_lora`.
+        activation: a name that `ops.activation` knows; None for none.
     Raises:
-        ValueError: x's last axis is not the weight's I.
+        ValueError: x's last axis is not the weight's I, or the activation is not known.
     """
     O, I = weight.shape
     if x_TI.shape[-1] != I:
         raise ValueError(f"linear: x has {x_TI.shape[-1]} features, but the weight [{O}, {I}] takes {I}.")
     lead, dtype = x_TI.shape[:-1], x_TI.dtype if out_dtype is None else out_dtype
-    flat_TI = x_TI.reshape(-1, I)
-    around = Around(bias_O, norm, None if residual_TO is None else residual_TO.reshape(-1, O))
     kept = stored(weight)
+    if activation is not None and (adapters is not None or not kept.activates(activation)):
+        y_TO = linear(x_TI, weight, bias_O, norm=norm, out_dtype=out_dtype, adapters=adapters)
+        y_TO = named(activation)(y_TO)
+        return y_TO if residual_TO is None else residual_TO.astype(dtype) + y_TO
+    if isinstance(norm, CentredNorm) and (adapters is not None or not kept.centres):
+        x_TI, norm = norm(x_TI), None
+    flat_TI = x_TI.reshape(-1, I)
+    around = Around(bias_O, norm, None if residual_TO is None else residual_TO.reshape(-1, O), activation=activation)
     if adapters is None:
         y_TO = kept.linear(flat_TI, around, dtype)
     elif kept.takes(adapters.stack):
         y_TO = kept.linear(flat_TI, dataclasses.replace(around, adapters=adapters), dtype)
     else:
+        assert not isinstance(norm, CentredNorm)
         y_TO = add_lora(kept.linear(flat_TI, around, dtype), flat_TI, adapters, norm)
     return y_TO.reshape(*lead, O)
+
+
+def mlp(
+    x_TD: jax.Array,
+    up: Weight,
+    down: Weight,
+    activation: str,
+    *,
+    up_bias_F: jax.Array | None = None,
+    down_bias_D: jax.Array | None = None,
+    norm: TakenNorm | None = None,
+    residual_TD: jax.Array | None = None,
+    adapters: tuple[Adapters | None, Adapters | None] = (None, None),
+) -> jax.Array:
+    """down(act(up(norm(x)))) + residual, in x's dtype.
+
+    Args:
+        x_TD: float activations; leading axes before T are allowed.
+        up, down: [F, D] and [D, F].
+        activation: a name that `ops.activation` knows.
+        norm: applied to x first.
+        residual_TD: added to the result.
+        adapters: of up and of down.
+    Raises:
+        ValueError: the activation is not known.
+    """
+    first = stored(up)
+    if adapters == (None, None) and (first.centres or not isinstance(norm, CentredNorm)):
+        rest_TD = None if residual_TD is None else residual_TD.reshape(-1, residual_TD.shape[-1])
+        around = Around(up_bias_F, norm, rest_TD)
+        y_TD = first.mlp(x_TD.reshape(-1, x_TD.shape[-1]), stored(down), activation, around, down_bias_D)
+        if y_TD is not None:
+            return y_TD.astype(x_TD.dtype).reshape(*x_TD.shape[:-1], -1)
+    hidden_TF = linear(x_TD, up, up_bias_F, norm=norm, adapters=adapters[0], activation=activation)
+    return linear(hidden_TF, down, down_bias_D, residual_TO=residual_TD, adapters=adapters[1])
 
 
 def gated_mlp(
@@ -91,7 +139,7 @@ def gated_mlp(
     *,
     gate_up_bias: jax.Array | None = None,
     down_bias_D: jax.Array | None = None,
-    norm: RmsNorm | None = None,
+    norm: TakenNorm | None = None,
     residual_TD: jax.Array | None = None,
     shards: int = 1,
     adapters: tuple[Adapters | None, Adapters | None] = (None, None),
@@ -110,6 +158,8 @@ def gated_mlp(
     Raises:
         ValueError: the activation is not known.
     """
+    if isinstance(norm, CentredNorm):
+        x_TD, norm = norm(x_TD), None
     if shards == 1:
         around = Around(gate_up_bias, norm, residual_TD, adapters[0])
         y_TD = stored(gate_up).gated_mlp(x_TD, stored(down), activation, around, down_bias_D, adapters[1])

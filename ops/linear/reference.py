@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ops.linear.weights import Int8Weight, PackedInt8Weight, Weight
@@ -54,10 +56,21 @@ def rms_norm(x_TI: np.ndarray, scale_I: np.ndarray, eps: float) -> np.ndarray:
     return x_TI / np.sqrt(np.mean(x_TI**2, axis=-1, keepdims=True) + eps) * np.asarray(scale_I, np.float64)
 
 
+def layer_norm(x_TI: np.ndarray, scale_I: np.ndarray, bias_I: np.ndarray, eps: float) -> np.ndarray:
+    """(x - mean) / sqrt(var + eps) * scale + bias, in float64."""
+    x_TI = np.asarray(x_TI, np.float64)
+    x_TI = x_TI - x_TI.mean(axis=-1, keepdims=True)
+    return rms_norm(x_TI, scale_I, eps) + np.asarray(bias_I, np.float64)
+
+
 def gate(name: str, x: np.ndarray) -> np.ndarray:
-    """The activations that gated blocks use, in float64."""
+    """The activations that blocks use, in float64."""
     if name == "relu":
         return np.maximum(x, 0.0)
+    if name == "gelu":
+        return 0.5 * x * (1.0 + np.vectorize(math.erf)(x / math.sqrt(2.0)))
+    if name == "quick_gelu":
+        return x / (1.0 + np.exp(-1.702 * x))
     z = x if name == "silu" else 2.0 * np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)
     return x / (1.0 + np.exp(-z))
 

@@ -20,7 +20,7 @@ constexpr int kPanels = 4;   // panels that one block of a product covers at mos
 constexpr int kGroup = 64;   // inputs that share an activation scale
 constexpr int kQuads = kGroup / 4;
 
-enum class Activation : int64_t { kNone = 0, kSilu = 1, kGeluTanh = 2, kRelu = 3 };
+enum class Activation : int64_t { kNone = 0, kSilu = 1, kGeluTanh = 2, kRelu = 3, kGelu = 4, kQuickGelu = 5 };
 
 // Quantized rows, whole groups wide. VNNI multiplies unsigned by signed, so there the bytes hold value + 128, and the
 // weights' sums times 128 are taken off again.
@@ -46,6 +46,7 @@ struct Block {
   const float* change;              // [rows][kPanels * 16], added to the sums before an activation, or null
   int64_t out_stride;               // floats; also the residual's
   Activation activation;
+  Activation after;                 // of every channel of a product without gates, before the residual
   const int8_t* next[kPanels];      // weights of the thread's next block, to be fetched meanwhile, or null
   bool lasting;                     // out is too large to be read from a cache: whole lines of it go past them
   Fetch* fetch;                     // what the thread's next block reads besides weights, or null

@@ -69,6 +69,8 @@ TARGET_AVX2 void finish(const Block& b, int64_t row, float* result) {
         _mm256_storeu_ps(values + h, _mm256_mul_ps(gate, _mm256_loadu_ps(up + h)));
       }
     }
+    for (int h = 0; b.after != Activation::kNone && h < kPanel; h += 8)
+      _mm256_storeu_ps(values + h, gate256(_mm256_loadu_ps(values + h), static_cast<int>(b.after)));
     float* out = b.out[p] + row * b.out_stride;
     const float* residual = b.residual[p] == nullptr ? nullptr : b.residual[p] + row * b.out_stride;
     for (int c = 0; c < b.valid[p]; ++c) out[c] = residual == nullptr ? values[c] : values[c] + residual[c];

@@ -16,6 +16,10 @@ float activate(Activation activation, float x) {
       return x / (1.0f + std::exp(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
     case Activation::kRelu:
       return std::max(x, 0.0f);
+    case Activation::kGelu:
+      return 0.5f * x * (1.0f + std::erf(x * 0.707106781f));
+    case Activation::kQuickGelu:
+      return x / (1.0f + std::exp(-1.702f * x));
     case Activation::kNone:
       break;
   }
@@ -51,6 +55,7 @@ void block(const Block& b) {
       for (int c = 0; c < b.valid[p]; ++c) {
         float value = result[p][c];
         if (half != b.panels) value = activate(b.activation, value) * result[p + half][c];
+        value = activate(b.after, value);
         if (b.residual[p] != nullptr) value += b.residual[p][row * b.out_stride + c];
         b.out[p][row * b.out_stride + c] = value;
       }

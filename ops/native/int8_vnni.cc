@@ -38,6 +38,7 @@ TARGET_VNNI void finish(const Block& b, int64_t row, int rows, int count, const 
         value = gate512(value, static_cast<int>(b.activation));
         value = _mm512_mul_ps(value, scaled(b, row + i, panels[j + half], mask, sums + (j + half) * kPanel));
       }
+      if (b.after != Activation::kNone) value = gate512(value, static_cast<int>(b.after));
       const int64_t at = (row + i) * b.out_stride;
       if (b.residual[panel] != nullptr) {
         value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, b.residual[panel] + at));

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common.h"
+#include "norm.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross from one instruction set to another
@@ -12,13 +12,6 @@
 
 namespace jaxserve {
 namespace {
-
-struct Norm {
-  int64_t width;
-  const float *scale, *bias;  // or null
-  float eps;
-  bool centred;  // the mean is taken off first
-};
 
 #define ISA generic
 #define AT
@@ -46,13 +39,17 @@ struct Norm {
 #undef W
 #endif
 
-auto kernel() {
+}  // namespace
+
+NormRow norm_row() {
 #if JAXSERVE_X86
   if (isa() >= Isa::kAvx512) return avx512::norm_row;
   if (isa() >= Isa::kAvx2) return avx2::norm_row;
 #endif
   return generic::norm_row;
 }
+
+namespace {
 
 constexpr int64_t kFloatsAChunk = 16384;  // below so many, waking another thread costs more than it saves
 
@@ -67,7 +64,7 @@ ffi::Error norm(ffi::ThreadPool pool, F32 x, F32 scale, F32 bias, ffi::ResultBuf
       return ffi::Error::InvalidArgument("a norm's scale or bias is of another width than its rows");
   }
   const Norm how{width, given(scale), given(bias), eps, centred != 0};
-  const auto use = kernel();
+  const NormRow use = norm_row();
   const int64_t step = std::max<int64_t>(1, kFloatsAChunk / std::max<int64_t>(width, 1));
   parallel_for(pool, ceil_div(rows, step), [&](int64_t chunk, int) {
     for (int64_t row = chunk * step; row < std::min(rows, (chunk + 1) * step); ++row)

@@ -7,6 +7,7 @@ pages are allocated.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,10 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ops import native
+from ops.linear import PackedInt8Weight
+from ops.linear.weights.native import centred, eps, f32, gain, shift
+from ops.norm import TakenNorm
 from ops.paged_attention.batch import AttentionBatch, KVSpec
 from ops.paged_attention.pages import KVPages
 
 _PANEL = 16  # tokens; as in attention.h
+_WIDEST = 256  # channels of a head; as in whole.h
 
 
 def supports(spec: KVSpec, page_size: int, dtype: np.dtype, platform: str) -> bool:
@@ -155,3 +160,35 @@ def attend_whole(
     call = jax.ffi.ffi_call(native.target("jaxserve_attention"), results, input_output_aliases=aliases)
     how = {"scale": np.float32(scale), "softcap": np.float32(0), "window": np.int32(0), "places": np.int32(1)}
     return call(*operands, *pages, **how, whole=np.int32(1), mixed=np.int32(0))[0]
+
+
+def in_int8(head_dim: int) -> bool:
+    """Whether this machine attends among all fastest by `attend_among`."""
+    return head_dim <= _WIDEST and native.available() and native.isa() in ("vnni", "bf16")
+
+
+def attend_among(
+    qkv_THgh: jax.Array, count_R: jax.Array, scale: float, angles: tuple[jax.Array, jax.Array] | None
+) -> jax.Array:
+    """In each of R rows of equal length every token attends to the first `count` ones: out [T, H, h], float32. See
+    `ops/native/whole/`."""
+    T, H, _, h = qkv_THgh.shape
+    call = jax.ffi.ffi_call(native.target("jaxserve_attend_whole"), jax.ShapeDtypeStruct((T, H, h), jnp.float32))
+    turns = angles or (jnp.zeros((0, 0), jnp.float32),) * 2
+    return call(qkv_THgh.astype(jnp.float32), *turns, count_R.astype(jnp.int32), scale=np.float32(scale))
+
+
+def kept(
+    x_SD: jax.Array,
+    weights: Sequence[PackedInt8Weight],
+    biases: Sequence[jax.Array | None],
+    heads: int,
+    norm: TakenNorm | None,
+    size: int,
+) -> jax.Array:
+    """uint16 [size]: of each weight [H, K and V, h; D] the product with norm(x), as pages that are only read have it. All are
+    rotated, or none."""
+    call = jax.ffi.ffi_call(native.target("jaxserve_int8_keep"), jax.ShapeDtypeStruct((size,), jnp.uint16))
+    operands = (operand for one, bias in zip(weights, biases, strict=True) for operand in one.operands(bias))
+    around = {"eps": eps(norm), "centred": centred(norm), "rotated": np.int64(weights[0].rotated)}
+    return call(f32(x_SD), gain(norm), shift(norm), *operands, **around, heads=np.int64(heads))

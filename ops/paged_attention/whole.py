@@ -1,15 +1,20 @@
 """Attention to what every query sees all of: an image's patches among themselves, a text's tokens to the sound that they write
-down. By the CPU's own kernels, in bfloat16 and over their pages; elsewhere models write it out.
+down. By the CPU's own kernels; elsewhere models write it out.
 
-Keys and values that are kept lie in pages of 16 positions, a page of K and behind it one of V, as `pages` has them in `panels`.
+Patches attend in int8 where the CPU multiplies that fastest (`ops/native/whole/`), else in bfloat16 over pages. Keys and values
+that are kept lie in pages of 16 positions, a page of K and behind it one of V, as `pages` has them in `panels`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ops.linear import PackedInt8Weight, Weight, linear
+from ops.norm import TakenNorm
 from ops.paged_attention import native
 from ops.paged_attention.batch import AttentionBatch, KVSpec
 
@@ -36,6 +41,8 @@ def attend_all(
         angles: cosines and sines [R S, h / 2] by which q and k turn, as `ops.rope.cos_sin` gives them; None: they do not.
     """
     R, S, H, _, h = qkv_RSHgh.shape
+    if native.in_int8(h):
+        return native.attend_among(qkv_RSHgh.reshape(R * S, H, 3, h), count_R, scale, angles).reshape(R, S, H, h)
     pages_RP = 1 + np.arange(R * -(-S // PAGE), dtype=np.int32).reshape(R, -1)  # page 0 is nobody's
     place_S = np.arange(S)
     index_T = (pages_RP[:, place_S // PAGE] * PAGE + place_S % PAGE).reshape(-1)
@@ -66,6 +73,29 @@ def keep(k_SHh: jax.Array, v_SHh: jax.Array) -> jax.Array:
     k = k_SHh.reshape(P, PAGE, H, h // 2, 2).transpose(0, 2, 3, 1, 4).reshape(P, -1)
     v = v_SHh.reshape(P, PAGE // 2, 2, H, h).transpose(0, 3, 1, 4, 2).reshape(P, -1)
     return jnp.stack([k, v], axis=1).reshape(-1)
+
+
+def keep_products(
+    x_SD: jax.Array,
+    weights: Sequence[Weight],
+    biases: Sequence[jax.Array | None],
+    heads: int,
+    norm: TakenNorm | None = None,
+) -> jax.Array:
+    """uint16 [weights of kept_size each]: what `keep` makes of each product's keys and values.
+
+    Args:
+        weights: [2 D, D] each, whose outputs are [H, K and V, h].
+        biases: [2 D] each, or None.
+        norm: applied to x first.
+    """
+    S, h = len(x_SD), weights[0].shape[0] // (2 * heads)
+    packed = [one for one in weights if isinstance(one, PackedInt8Weight)]
+    if len(packed) == len(weights) and len({one.rotated for one in packed}) == 1:
+        return native.kept(x_SD, packed, biases, heads, norm, len(weights) * kept_size(S, heads, h))
+    x_SD = x_SD if norm is None else norm(x_SD)
+    parts = [linear(x_SD, *one).reshape(S, heads, 2, h) for one in zip(weights, biases, strict=True)]
+    return jnp.concatenate([keep(part[:, :, 0], part[:, :, 1]) for part in parts])
 
 
 def kept_keys(kept: jax.Array, positions: int, heads: int, head_dim: int) -> jax.Array:

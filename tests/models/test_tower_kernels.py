@@ -32,4 +32,4 @@ def test_patches_attend_as_written_out(tile, patches, real, theta, monkeypatch):
     found = jax.jit(lambda x: attention(x, place, real_P))(x)
     monkeypatch.setattr(PatchAttention, "_by_kernel", lambda self: False)
     wanted = jax.jit(lambda x: attention(x, place, real_P))(x)
-    np.testing.assert_allclose(found[:real], wanted[:real], atol=2e-2 * float(np.abs(wanted).max()))
+    np.testing.assert_allclose(found[:real], wanted[:real], atol=3e-2 * float(np.abs(wanted).max()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +12,26 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from ops.lora import Adapters, LoraStack
-from ops.norm import RmsNorm
+from ops.norm import TakenNorm
 
 
 @dataclasses.dataclass(frozen=True)
 class Around:
-    """What stands around a product, y = norm(x) W^T + bias + residual; None where it is absent.
+    """What stands around a product, y = act(norm(x) W^T + bias) + residual; None where it is absent.
 
     Attributes:
         bias_O: added in float32.
-        norm: applied to x first.
+        norm: applied to x first; one that takes the mean off is only given to a weight that `centres`.
         residual_TO: added to the result, in the result's dtype.
         adapters: change the product; only given to a weight that `takes` them.
+        activation: by the names of `ops.activation`; only given to a weight that `activates` so.
     """
 
     bias_O: jax.Array | None = None
-    norm: RmsNorm | None = None
+    norm: TakenNorm | None = None
     residual_TO: jax.Array | None = None
     adapters: Adapters | None = None
+    activation: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,9 @@ class StoredWeight(abc.ABC):
     dtype: Any
     """How it is stored."""
 
+    centres: ClassVar[bool] = False
+    """Whether its calls take a `CentredNorm` along."""
+
     @abc.abstractmethod
     def product(self, x_TI: jax.Array) -> jax.Array:
         """y_TO = x W^T in float32, of float activations."""
@@ -82,6 +87,16 @@ class StoredWeight(abc.ABC):
     def takes(self, stack: LoraStack) -> bool:
         """Whether `linear` takes adapters along; they are added to what it gives where it does not."""
         return False
+
+    def activates(self, activation: str) -> bool:
+        """Whether `linear` takes such an activation along."""
+        return False
+
+    def mlp(
+        self, x_TD: jax.Array, down: StoredWeight, activation: str, around: Around, down_bias_D: jax.Array | None
+    ) -> jax.Array | None:
+        """A whole block without gates in one call, float32. `around` holds its bias and norm, and the block's residual."""
+        return None
 
     def gated_mlp(
         self,

@@ -22,7 +22,7 @@ from jax import lax
 from ops import native
 from ops.linear.weights import xla
 from ops.linear.weights.base import Around, Experts, StoredWeight
-from ops.linear.weights.native import ACTIVATIONS, eps, f32
+from ops.linear.weights.native import ACTIVATIONS, eps, f32, gain
 from ops.linear.weights.rotation import rotate
 from ops.lora import Adapters
 
@@ -206,7 +206,7 @@ class BlockWeight(StoredWeight):
 
     def _inputs(self, x_TI: jax.Array, around: Around) -> tuple[jax.Array, jax.Array]:
         """Activations and the norm's gain in the order of the stored inputs."""
-        x_TI, gain_I = f32(x_TI), f32(None if around.norm is None else around.norm.scale_I)
+        x_TI, gain_I = f32(x_TI), gain(around.norm)
         if self.order_I is None:
             return x_TI, gain_I
         return x_TI[:, self.order_I], gain_I[self.order_I] if gain_I.size else gain_I

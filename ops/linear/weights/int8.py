@@ -17,7 +17,7 @@ from ops import native
 from ops.linear.weights import xla
 from ops.linear.weights.base import Around, Experts, StoredWeight, single_cpu
 from ops.linear.weights.dense import one_expert, ragged_dot
-from ops.linear.weights.native import ACTIVATIONS, eps, f32
+from ops.linear.weights.native import ACTIVATIONS, AFTER, centred, eps, f32, gain, shift
 from ops.linear.weights.rotation import BLOCK, rotate
 from ops.lora import Adapters, LoraStack
 
@@ -113,6 +113,7 @@ class PackedInt8Weight(StoredWeight):
     sums_PGc: jax.Array
     shape: tuple[int, int]
     rotated: bool = False
+    centres = True
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -124,22 +125,46 @@ class PackedInt8Weight(StoredWeight):
 
     def linear(self, x_TI: jax.Array, around: Around, dtype: jax.typing.DTypeLike) -> jax.Array:
         out = jax.ShapeDtypeStruct((x_TI.shape[0], self.shape[0]), jnp.float32)
-        operands = (
-            f32(x_TI),
-            f32(None if around.norm is None else around.norm.scale_I),
-            *self._operands(around.bias_O),
-            f32(around.residual_TO),
-        )
-        attributes = {"eps": eps(around.norm), "rotated": np.int64(self.rotated)}
+        norm, rest = around.norm, (*self.operands(around.bias_O), f32(around.residual_TO))
+        attributes = {"eps": eps(norm), "rotated": np.int64(self.rotated)}
         if (own := around.adapters) is None:
-            y_TO = jax.ffi.ffi_call(native.target("jaxserve_int8_linear"), out)(*operands, **attributes)
+            after = np.int64(0 if around.activation is None else AFTER[around.activation])
+            call = jax.ffi.ffi_call(native.target("jaxserve_int8_linear"), out)
+            y_TO = call(
+                f32(x_TI), gain(norm), shift(norm), *rest, **attributes, centred=centred(norm), activation=after
+            )
         else:
             call = jax.ffi.ffi_call(native.target("jaxserve_int8_linear_lora"), out)
-            y_TO = call(*operands, own.slot_T, *own.stack.matrices, **attributes, ends=own.stack.ends)
+            y_TO = call(
+                f32(x_TI), gain(norm), *rest, own.slot_T, *own.stack.matrices, **attributes, ends=own.stack.ends
+            )
         return y_TO.astype(dtype)
 
     def takes(self, stack: LoraStack) -> bool:
         return stack.on_native()
+
+    def activates(self, activation: str) -> bool:
+        return activation in AFTER
+
+    def mlp(
+        self, x_TD: jax.Array, down: StoredWeight, activation: str, around: Around, down_bias_D: jax.Array | None
+    ) -> jax.Array | None:
+        if not isinstance(down, PackedInt8Weight) or activation not in AFTER or self.shape[0] % PANEL:
+            return None
+        out, norm = jax.ShapeDtypeStruct((x_TD.shape[0], down.shape[0]), jnp.float32), around.norm
+        return jax.ffi.ffi_call(native.target("jaxserve_int8_mlp"), out)(
+            f32(x_TD),
+            gain(norm),
+            shift(norm),
+            *self.operands(around.bias_O),
+            *down.operands(down_bias_D),
+            f32(around.residual_TO),
+            eps=eps(norm),
+            centred=centred(norm),
+            activation=np.int64(AFTER[activation]),
+            up_rotated=np.int64(self.rotated),
+            down_rotated=np.int64(down.rotated),
+        )
 
     def gated_mlp(
         self,
@@ -156,9 +181,9 @@ class PackedInt8Weight(StoredWeight):
         out = jax.ShapeDtypeStruct((x_TD.shape[0], down.shape[0]), jnp.float32)
         operands = (
             f32(x_TD),
-            f32(None if around.norm is None else around.norm.scale_I),
-            *self._operands(around.bias_O),
-            *down._operands(down_bias_D),
+            gain(around.norm),
+            *self.operands(around.bias_O),
+            *down.operands(down_bias_D),
             f32(around.residual_TO),
         )
         attributes = {
@@ -187,8 +212,8 @@ class PackedInt8Weight(StoredWeight):
             x_TD.astype(jnp.float32),
             given.ids_Tk.astype(jnp.int32),
             given.weights_Tk.astype(jnp.float32),
-            *self._operands(given.gate_up_bias_EJ),
-            *down._operands(given.down_bias_ED),
+            *self.operands(given.gate_up_bias_EJ),
+            *down.operands(given.down_bias_ED),
             num_experts=np.int64(down.shape[0] // x_TD.shape[1]),
             activation=np.int64(ACTIVATIONS[given.gated]),
             up_rotated=np.int64(self.rotated),
@@ -211,7 +236,8 @@ class PackedInt8Weight(StoredWeight):
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         return self.unpack().dequantize(dtype)
 
-    def _operands(self, bias: jax.Array | None) -> tuple[jax.Array, ...]:
+    def operands(self, bias: jax.Array | None) -> tuple[jax.Array, ...]:
+        """What a native call takes of it and of what is added to its product."""
         return self.panels_PQci, self.scale_O, self.sums_PGc, f32(None if bias is None else bias.reshape(-1))
 
 

@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 
 from ops import native
-from ops.linear import Int8Weight, PackedInt8Weight, RmsNorm, embed, gated_mlp, linear, quantize, reference
+from ops.linear import (
+    CentredNorm,
+    Int8Weight,
+    PackedInt8Weight,
+    RmsNorm,
+    embed,
+    gated_mlp,
+    linear,
+    mlp,
+    quantize,
+    reference,
+)
 from ops.linear.weights.int8 import GROUP, pack_int8, quantize_rows
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.status())
@@ -72,6 +83,46 @@ def test_linear_with_everything_around_it(T, O, I):
     expected_TO = reference.int8_linear(normed_TI, weight.unpack(), np.asarray(bias_O), GROUP) + np.asarray(residual_TO)
     for _, y_TO in at_each_level(lambda: run(x_TI)):
         assert_close(y_TO, expected_TO, normed_TI, weight)
+
+
+def test_an_activation_behind_a_centred_norm_and_a_product():
+    x_TI, weight, bias_O, residual_TO = normal(7, 128, scale=3.0), packed(50, 128), normal(50), normal(7, 50, seed=4)
+    norm = CentredNorm(normal(128, seed=5), normal(128, seed=6), 1e-5)
+    normed_TI = reference.layer_norm(x_TI + 2.0, *norm)
+    expected_TO = reference.gate("gelu", reference.int8_linear(normed_TI, weight.unpack(), bias_O, GROUP)) + residual_TO
+    how = {"norm": norm, "residual_TO": residual_TO, "activation": "gelu"}
+    run = jax.jit(lambda x: linear(x, weight, bias_O, **how))
+    for _, y_TO in at_each_level(lambda: run(x_TI + 2.0)):
+        assert_close(y_TO, expected_TO, normed_TI, weight)
+    dense = jax.jit(lambda x: linear(x, weight.dequantize(), bias_O, **how))(x_TI + 2.0)
+    np.testing.assert_allclose(dense, expected_TO, atol=0.1)
+
+
+# One group of rows and several, shared by columns; rows that each thread has of its own, the last of them fewer.
+@pytest.mark.parametrize(("T", "D", "F"), [(3, 50, 48), (200, 64, 128), (1601, 64, 48)])
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "relu"])
+def test_mlp(T, D, F, activation):
+    x_TD, up, down = normal(T, D, scale=3.0), packed(F, D), packed(D, F, seed=2)
+    biases, residual_TD = (normal(F, seed=6), normal(D, seed=7)), normal(T, D, seed=8)
+    norm = CentredNorm(normal(D, seed=5), normal(D, seed=9), 1e-6)
+    around = {"up_bias_F": biases[0], "down_bias_D": biases[1], "norm": norm, "residual_TD": residual_TD}
+    run = jax.jit(lambda x: mlp(x, up, down, activation, **around))
+    normed_TD = reference.layer_norm(x_TD, *norm)
+    hidden_TF = reference.gate(activation, reference.int8_linear(normed_TD, up.unpack(), np.asarray(biases[0]), GROUP))
+    expected_TD = reference.int8_linear(hidden_TF, down.unpack(), np.asarray(biases[1]), GROUP) + np.asarray(
+        residual_TD
+    )
+    for _, y_TD in at_each_level(lambda: run(x_TD)):
+        assert_close(y_TD, expected_TD, hidden_TF, down)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "gelu_new", "silu"])
+def test_activations_are_exact_enough_far_and_near(activation):
+    """Over numbers that one product passes on as they are."""
+    x_T1, one = jnp.linspace(-12.0, 12.0, 4001)[:, None], pack_int8(quantize(jnp.ones((1, 1)), "int8"))
+    expected = reference.gate(activation, np.asarray(x_T1, np.float64))
+    for level, y_T1 in at_each_level(lambda: linear(x_T1, one, activation=activation)):
+        np.testing.assert_allclose(y_T1, expected, atol=5e-5, rtol=1e-5, err_msg=level)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "relu"])

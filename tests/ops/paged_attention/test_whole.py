@@ -5,6 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ops import native
+from ops.linear import CentredNorm, linear, quantize
+from ops.linear.weights.int8 import pack_int8
+from ops.paged_attention import native as by_pages
 from ops.paged_attention import whole
 from ops.paged_attention.batch import AttentionBatch
 
@@ -15,8 +19,8 @@ ROUNDED = 2e-2
 pytestmark = pytest.mark.skipif(not whole.supports(H, h, "cpu"), reason="this machine has no native kernels")
 
 
-def attended(q_THh, k_SHh, v_SHh):
-    scores = np.einsum("thd,shd->hts", q_THh, k_SHh) * h**-0.5
+def attended(q_THh, k_SHh, v_SHh, size=h):
+    scores = np.einsum("thd,shd->hts", q_THh, k_SHh) * size**-0.5
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("hts,shd->thd", weights / weights.sum(-1, keepdims=True), v_SHh)
 
@@ -38,6 +42,49 @@ def test_every_token_sees_all_of_its_row(turning):
         q, k, v = (qkv[row, :count, :, part] for part in range(3))
         np.testing.assert_allclose(out[row, :count], attended(q, k, v), atol=ROUNDED)
         assert not np.asarray(out[row, count:]).any()
+
+
+@pytest.mark.parametrize(("size", "tokens"), [(64, 300), (72, 65), (6, 5)])
+@pytest.mark.parametrize("level", ["generic", "vnni"])
+def test_tokens_attend_in_int8(size, tokens, level):
+    """Keys of several stretches, the last turn of one not full; heads that are no whole vectors, nor whole fours."""
+    random = np.random.default_rng(2)
+    qkv = random.standard_normal((2, tokens, 2, 3, size)).astype(np.float32)
+    qkv[0, 0, 0, 0] = 0.0  # a query of zeros sees all alike
+    counts = (tokens, tokens - 1)
+    try:
+        if native.set_isa(level) != level:
+            pytest.skip(f"this machine has no {level}")
+        of = jnp.asarray(qkv.reshape(2 * tokens, 2, 3, size))
+        out = np.asarray(by_pages.attend_among(of, jnp.array(counts), size**-0.5, None)).reshape(2, tokens, 2, size)
+    finally:
+        native.set_isa(None)
+    for row, count in enumerate(counts):
+        expected = attended(*(qkv[row, :count, :, part] for part in range(3)), size)
+        error = np.linalg.norm(out[row, :count] - expected) / np.linalg.norm(expected)
+        assert error < ROUNDED, error
+        assert not out[row, count:].any()
+
+
+def test_products_are_kept_at_once():
+    """Of more rows than a thread takes at once, the last page not full."""
+    S, D, random = 85, 64, np.random.default_rng(3)
+    x = jnp.asarray(random.standard_normal((S, D)).astype(np.float32))
+    weights = [
+        pack_int8(quantize(jnp.asarray(random.standard_normal((2 * H * h, D)), jnp.float32), "int8")) for _ in range(3)
+    ]
+    biases = [None, *jnp.asarray(random.standard_normal((2, 2 * H * h)).astype(np.float32))]
+    norm = CentredNorm(jnp.ones(D), jnp.full(D, 0.5), 1e-5)
+    for level in ("generic", "avx2", "vnni"):
+        try:
+            if native.set_isa(level) != level:
+                continue
+            found = np.asarray(whole.keep_products(x, weights, biases, H, norm))
+            parts = [linear(x, *one, norm=norm).reshape(S, H, 2, h) for one in zip(weights, biases, strict=True)]
+            wanted = np.concatenate([whole.keep(part[:, :, 0], part[:, :, 1]) for part in parts])
+        finally:
+            native.set_isa(None)
+        np.testing.assert_array_equal(found, wanted, err_msg=level)
 
 
 def test_rows_and_pieces_see_what_is_kept_for_them():

@@ -1,0 +1,1 @@
+"""C++ of attention among all of a row. A package, so that a wheel carries it."""
