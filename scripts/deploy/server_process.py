@@ -12,8 +12,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 DRAIN_S = 80.0
 """How long a server may take to end: its own --drain-timeout, and a margin."""
+LAST_LINES = 3
+"""Of what a server said, for whoever asks why it ended: its owner's error is all that some see of it."""
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "content-length"}
 """Headers that belong to one connection (RFC 9110, section 7.6.1) and are not passed on; the length is counted anew."""
 
@@ -61,7 +65,12 @@ class ServerProcess:
     ) -> None:
         http, grpc = free_port(), free_port()
         where = ["--host", host, "--port", str(http), "--grpc-port", str(grpc)]
-        self._process = subprocess.Popen([*command, *flags(arguments), *where])
+        self._process = subprocess.Popen(
+            [*command, *flags(arguments), *where], stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        self._said: deque[str] = deque(maxlen=LAST_LINES)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         self._start_timeout_s = start_timeout_s
         self._url = f"http://{host}:{http}"
         self._client = httpx.AsyncClient(base_url=self._url, timeout=None)
@@ -145,9 +154,19 @@ class ServerProcess:
                 process.kill()
                 process.wait()
 
+    def _listen(self) -> None:
+        """Passes on what the server says."""
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            sys.stderr.write(line)
+            self._said.append(line.strip())
+
     def _check_alive(self) -> None:
         if self._process.poll() is not None:
-            raise RuntimeError(f"the server ended with status {self._process.returncode}.")
+            self._listener.join(1.0)
+            said = "".join(f"\n{line}" for line in self._said)
+            last = f" It said last:{said}" if said else ""
+            raise RuntimeError(f"the server ended with status {self._process.returncode}.{last}")
 
     def __del__(self) -> None:
         self.end()
