@@ -76,6 +76,8 @@ AT void look_up(const uint8_t* table, const uint8_t* values, int64_t count, uint
   }
 }
 
+constexpr int64_t kMostRows = 6;
+
 int most(int64_t) { return 2; }
 
 bool stored(int64_t) { return false; }
@@ -108,7 +110,7 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
       __m256i product[MR][2];
       UNROLL
       for (int i = 0; i < MR; ++i) {
-        const int32_t* sum = t.a.row(t.first_row + row + i)[chunk.first_step + step].minus_sum;
+        const int32_t* sum = t.a.step(t.first_row + row + i, chunk.first_step + step).minus_sum;
         const __m256i start = _mm256_set1_epi32((zero >> 8 * (PLANES - 1)) * (PARTS == 1 ? sum[0] + sum[1] : sum[part]));
         product[i][0] = product[i][1] = start;
       }
@@ -124,7 +126,7 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
           UNROLL
           for (int i = 0; i < MR; ++i) {
             int32_t activations;
-            const Step& a = t.a.row(t.first_row + row + i)[chunk.first_step + step];
+            const Step& a = t.a.step(t.first_row + row + i, chunk.first_step + step);
             std::memcpy(&activations, a.value + part * 16 + quad * 4, 4);
             product[i][0] = _mm256_add_epi32(product[i][0], four<WIDE>(low, activations));
             product[i][1] = _mm256_add_epi32(product[i][1], four<WIDE>(high, activations));
@@ -144,15 +146,16 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
     }
     UNROLL
     for (int i = 0; i < MR; ++i) {
-      const Step& a = t.a.row(t.first_row + row + i)[chunk.first_step + step];
-      const __m256 scale = _mm256_set1_ps(a.scale);
+      const int64_t index = t.first_row + row + i, at = chunk.first_step + step;
+      const __m256 scale = _mm256_set1_ps(t.a.scale(index, at));
+      const __m256 sum = _mm256_set1_ps(t.a.unit(index, at) * t.a.step(index, at).sum);
       UNROLL
       for (int h = 0; h < 2; ++h) {
         float* total = sums + i * t.panels * kPanel + 8 * h;
         __m256 value = _mm256_fmadd_ps(scaled[i][h], scale, _mm256_loadu_ps(total));
         if (chunk.offset[panel] != nullptr) {
           const __m256 offset = _mm256_loadu_ps(chunk.offset[panel] + step * kPanel + 8 * h);
-          value = _mm256_fmadd_ps(offset, _mm256_set1_ps(a.scaled_sum), value);
+          value = _mm256_fmadd_ps(offset, sum, value);
         }
         _mm256_storeu_ps(total, value);
       }

@@ -44,7 +44,7 @@ void add_parts(Phases& phases, const std::vector<Part>& parts, int threads, F fn
   const int64_t count = static_cast<int64_t>(parts.size()), together = std::clamp<int64_t>(count / (8 * threads), 1, 8);
   phases.add(in_rehearsal(ceil_div(count, together)), [=, &parts](int64_t chunk, int) {
     const int64_t end = rehearsing() ? chunk * together + 1 : std::min(count, (chunk + 1) * together);
-    for (int64_t i = chunk * together; i < end; ++i) fn(parts[i], i + 1 == end);
+    for (int64_t i = chunk * together; i < end; ++i) fn(parts[i]);
   });
 }
 
@@ -92,7 +92,7 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, U8 up_byte
     std::memcpy(sorted.row(m), given.to.row(token[m]), sorted.stride);
   });
   const int threads = Phases::max_workers(pool);
-  add_parts(phases, gates, threads, [=, &up, &kernel = kernels()](const Part& part, bool end) {
+  add_parts(phases, gates, threads, [=, &up, &kernel = kernels()](const Part& part) {
     const int64_t panel = part.task->expert * 2 * half + part.panel;
     Tile t{};
     t.a = sorted;
@@ -100,7 +100,6 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, U8 up_byte
     t.rows = part.task->rows;
     t.inputs = D;
     t.out_stride = F;
-    t.last = end;
     t.activation = static_cast<Activation>(activation);
     up.place(t, panel, part.panels, ups_bias);
     up.place(t, panel + half, part.panels, ups_bias);
@@ -108,14 +107,13 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, U8 up_byte
     kernel.tile(t);
   });
   add_rounding(phases, narrow, M);
-  add_parts(phases, last, threads, [=, &down, &kernel = kernels()](const Part& part, bool end) {
+  add_parts(phases, last, threads, [=, &down, &kernel = kernels()](const Part& part) {
     Tile t{};
     t.a = narrow.to;
     t.first_row = part.task->first;
     t.rows = part.task->rows;
     t.inputs = F;
     t.out_stride = D;
-    t.last = end;
     down.place(t, part.task->expert * downs + part.panel, part.panels, downs_bias);
     for (int64_t p = 0; p < part.panels; ++p) t.out[p] = y + part.task->first * D + (part.panel + p) * kPanel;
     kernel.tile(t);

@@ -65,6 +65,8 @@ void look_up(const uint8_t* table, const uint8_t* values, int64_t count, uint8_t
   for (int64_t i = 0; i < count; ++i) out[i] = table[values[i]];
 }
 
+constexpr int64_t kMostRows = 6;
+
 int most(int64_t) { return 2; }
 
 bool stored(int64_t) { return false; }
@@ -75,26 +77,28 @@ void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
   const bool two = planes(*chunk.form) == 2;
   const int period = chunk.form->block < kStep ? 16 : kStep, parts = kStep / period;
   for (int64_t row = 0; row < t.rows; ++row) {
-    const Step* a = t.a.row(t.first_row + row) + chunk.first_step;
     for (int p = 0; p < panels; ++p) {
       float* total = sums + (row * t.panels + p) * kPanel;
       for (int64_t step = 0; step < chunk.steps; ++step) {
+        const Step& a = t.a.step(t.first_row + row, chunk.first_step + step);
+        const float scale = t.a.scale(t.first_row + row, chunk.first_step + step);
+        const float sum = t.a.unit(t.first_row + row, chunk.first_step + step) * a.sum;
         for (int c = 0; c < kPanel; ++c) {
           float scaled = 0.0f;
           for (int part = 0; part < parts; ++part) {
             int32_t product = 0;
             for (int64_t i = part * period; i < (part + 1) * period; ++i) {
               const uint8_t* at = chunk.values[p] + ((step * kStep + i) / 4 * kPanel + c) * 4 + i % 4;
-              product += (two ? 256 * at[0] + at[chunk.plane] : at[0]) * a[step].value[i];
+              product += (two ? 256 * at[0] + at[chunk.plane] : at[0]) * a.value[i];
             }
-            int32_t added = a[step].minus_sum[part];
-            if (parts == 1) added += a[step].minus_sum[1];
+            int32_t added = a.minus_sum[part];
+            if (parts == 1) added += a.minus_sum[1];
             product += chunk.form->zero * added;
             scaled += static_cast<float>(product) * chunk.scale[p][(step * parts + part) * kPanel + c];
           }
-          total[c] += scaled * a[step].scale;
+          total[c] += scaled * scale;
           if (chunk.offset[p] != nullptr) {
-            total[c] += chunk.offset[p][step * kPanel + c] * a[step].scaled_sum;
+            total[c] += chunk.offset[p][step * kPanel + c] * sum;
           }
         }
       }

@@ -2,6 +2,7 @@
 // enables the set. Loops over 16 channels become vectors of whatever set the function is compiled for. The file gives before it:
 //   activate(float[16], Activation)      in place
 //   stored(rows)                         whether `multiply` takes values of so many rows as they are stored, or a byte each
+//   kMostRows                            that it takes at once
 //   most(rows)                           panels that it takes at once: 4, or 1 and 2
 //   Sixteen                              16 floats, and `same`, `times`, `put`, and what reads 16 scales of each type
 //   look_up(table[16], values, count, out)  each value's entry; out may be values
@@ -113,60 +114,83 @@ AT static void channel(const Run& run, int64_t inputs, int which, float* out) {
   }
 }
 
+// A nest's scales by the largest numbers of its steps.
+AT static Scales choose_scales(const float (&peak)[kSteps]) {
+  float largest = 0.0f, size[kSteps], inverse[kSteps], cost[kSteps] = {};
+  for (int i = 0; i < kSteps; ++i) largest = std::max(largest, peak[i]);
+  if (!(largest > kLeast)) return no_scales();
+  const float whole = 1.0f / largest;
+  for (int i = 0; i < kSteps; ++i) size[i] = peak[i] * whole;
+  for (int i = 0; i < kSteps; ++i) inverse[i] = 1.0f / std::max(size[i], kCandidate);
+  for (int step = 0; step < kSteps; ++step) {
+    for (int i = 0; i < kSteps; ++i) {
+      const float scale = from_bits((bits_of(size[step] * inverse[i]) + kUp) & 0x7f800000) * size[i];
+      cost[i] += scale * scale;
+    }
+  }
+  int best = -1;
+  for (int i = 0; i < kSteps; ++i) {
+    if (size[i] > kCandidate && (best < 0 || cost[i] < cost[best])) best = i;
+  }
+  if (best < 0) {  // infinite
+    Scales none = no_scales();
+    none.unit = largest;
+    return none;
+  }
+  return scales_of(size, size[best], largest);
+}
+
 AT [[maybe_unused]] static void round_row(const Rounding& r, int64_t row) {
   const float* x = r.x + row * r.width;
-  Step* to = r.to.row(row);
+  Nest* to = r.to.row(row);
   float squares[kPanel] = {};
-  const int64_t steps = r.to.steps;
-  for (int64_t begin = 0; begin < steps; begin += 2) {
-    alignas(64) float value[2 * kStep];
-    const int64_t at = begin * kStep, count = std::min<int64_t>(2 * kStep, r.width - at);
+  for (int64_t nest = 0; nest < r.to.nests; ++nest) {
+    alignas(64) float value[kNest];
+    const int64_t at = nest * kNest, count = std::min<int64_t>(kNest, r.width - at);
     for (int64_t i = 0; i < count; ++i) value[i] = x[at + i];
-    for (int64_t i = count; i < 2 * kStep; ++i) value[i] = 0.0f;
+    for (int64_t i = count; i < kNest; ++i) value[i] = 0.0f;
     if (r.gain != nullptr) {
-      for (int i = 0; i < 2 * kStep; i += kPanel) {
+      for (int i = 0; i < kNest; i += kPanel) {
         for (int j = 0; j < kPanel; ++j) squares[j] += value[i + j] * value[i + j];
       }
       for (int64_t i = 0; i < count; ++i) value[i] *= r.gain[at + i];
     }
-    if (r.rotated) int8::rotate_group(value);
-    for (int64_t half = 0; half < 2 && begin + half < steps; ++half) {
-      const float* part = value + half * kStep;
+    for (int i = 0; r.rotated && i < kNest; i += int8::kGroup) int8::rotate_group(value + i);
+    float peak[kSteps];
+    for (int step = 0; step < kSteps; ++step) {
       float peaks[kPanel] = {};
       for (int i = 0; i < kStep; i += kPanel) {
-        for (int j = 0; j < kPanel; ++j) peaks[j] = std::max(peaks[j], std::fabs(part[i + j]));
+        for (int j = 0; j < kPanel; ++j) peaks[j] = std::max(peaks[j], std::fabs(value[step * kStep + i + j]));
       }
-      float peak = 0.0f;
-      for (int j = 0; j < kPanel; ++j) peak = std::max(peak, peaks[j]);
-      const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
-      Step& step = to[begin + half];
+      peak[step] = 0.0f;
+      for (int j = 0; j < kPanel; ++j) peak[step] = std::max(peak[step], peaks[j]);
+    }
+    const Scales scales = choose_scales(peak);
+    for (int i = 0; i < kSteps; ++i) {
+      Step& step = to[nest].step[i];
+      const float inverse = scales.inverse * from_bits((127 << 23) - scales.power[i]);
       int32_t total = 0;
-      for (int quarter = 0; quarter < 2; ++quarter) {
+      for (int half = 0; half < 2; ++half) {
+        const float* part = value + i * kStep + half * kPanel;
         int32_t rounded[kPanel], part_sum = 0;
         // x + kMagic - kMagic rounds to the nearest integer for |x| < 2^22, in every instruction set alike.
-        for (int j = 0; j < kPanel; ++j) {
-          rounded[j] = static_cast<int32_t>((part[quarter * kPanel + j] * inverse + kMagic) - kMagic);
-        }
+        for (int j = 0; j < kPanel; ++j) rounded[j] = static_cast<int32_t>((part[j] * inverse + kMagic) - kMagic);
         for (int j = 0; j < kPanel; ++j) part_sum += rounded[j];
-        for (int j = 0; j < kPanel; ++j) step.value[quarter * kPanel + j] = static_cast<int8_t>(rounded[j]);
-        step.minus_sum[quarter] = -part_sum;
+        for (int j = 0; j < kPanel; ++j) step.value[half * kPanel + j] = static_cast<int8_t>(rounded[j]);
+        step.minus_sum[half] = -part_sum;
         total += part_sum;
       }
-      step.scale = peak / 127.0f * (r.rotated ? int8::kRotation : 1.0f);
-      step.scaled_sum = static_cast<float>(total);
+      step.power = scales.power[i];
+      step.sum = static_cast<float>(total) * from_bits((127 << 23) + scales.power[i]);
     }
+    to[nest].unit = scales.unit * (r.rotated ? int8::kRotation : 1.0f);
   }
-  float norm = 1.0f;
-  if (r.gain != nullptr) {
-    // The norm is one factor a row: rounding does not see it, the scales take it.
-    float all = 0.0f;
-    for (int j = 0; j < kPanel; ++j) all += squares[j];
-    norm = 1.0f / std::sqrt(all / static_cast<float>(r.width) + r.eps);
-  }
-  for (int64_t i = 0; i < steps; ++i) {
-    to[i].scale *= norm;
-    to[i].scaled_sum *= to[i].scale;
-  }
+  if (r.gain == nullptr) return;
+  // The norm is one factor a row: rounding does not see it, the scales take it.
+  float all = 0.0f;
+  for (int j = 0; j < kPanel; ++j) all += squares[j];
+  const float norm = 1.0f / std::sqrt(all / static_cast<float>(r.width) + r.eps);
+  for (int64_t nest = 0; nest < r.to.nests; ++nest) to[nest].unit *= norm;
 }
 
 // to = a + b for the channels that exist: mostly all, in a loop whose length the compiler knows.
@@ -194,6 +218,8 @@ AT static void finish(const Tile& t, float* sums) {
       float* out = t.out[p] + row * t.out_stride;
       if (t.residual[p] != nullptr) {
         add(value, t.residual[p] + row * t.out_stride, t.valid[p], out);
+      } else if (t.valid[p] == kPanel) {
+        std::memcpy(out, value, kPanel * sizeof(float));  // of a length that is known: no call
       } else {
         std::memcpy(out, value, t.valid[p] * sizeof(float));
       }
@@ -201,17 +227,52 @@ AT static void finish(const Tile& t, float* sums) {
   }
 }
 
+// Neighbouring rows of a tile that are not zeros.
+struct Span {
+  int64_t first, rows;
+};
+
+// The rows of a tile that are multiplied.
+struct Spans {
+  static constexpr int kMost = 8;
+  Span list[kMost];
+  int count = 0;
+  int64_t rows = 0, blocks = 0;  // of all, and blocks of rows that they are multiplied in
+  explicit Spans(const Tile& t) {
+    for (int64_t row = 0, end; row < t.rows; row = end) {
+      end = row + 1;
+      if (t.a.zero(t.first_row + row)) continue;
+      while (end < t.rows && !t.a.zero(t.first_row + end)) ++end;
+      if (count < kMost) {
+        list[count++] = {row, end - row};
+      } else {  // rather some zeros than more spans
+        list[kMost - 1].rows = t.rows - list[kMost - 1].first;
+        break;
+      }
+    }
+    for (int i = 0; i < count; ++i) rows += list[i].rows, blocks += ceil_div(list[i].rows, kMostRows);
+  }
+};
+
 // All panels of a run: chunk by chunk, so that memory is read from front to back, and of a chunk some panels after the others.
-AT static void panels(const Tile& t, const Run& run, float* sums) {
+AT static void panels(const Tile& t, const Spans& spans, const Run& run, float* sums) {
   alignas(64) uint8_t values[2 * 2 * kChunk * kPanel];
   alignas(64) float scale[kPanels][kChunk], offset[kPanels][kChunk / 2];
   const Form& form = *run.form;
   const int64_t all = padded(t.inputs);
-  const bool inside = widens(form, t.rows), as_stored = stored(t.rows) && planes(form) == 1;
-  const int most_panels = as_stored ? most(t.rows) : 2;
+  const bool inside = widens(form, spans.rows), as_stored = stored(spans.rows) && planes(form) == 1;
+  const int most_panels = as_stored ? most(spans.rows) : 2;
   const int64_t panel_values = planes(form) * kChunk * kPanel;
+  Tile part[Spans::kMost];
+  for (int i = 0; i < spans.count; ++i) {
+    part[i] = t;
+    part[i].first_row += spans.list[i].first;
+    part[i].rows = spans.list[i].rows;
+  }
   Chunk c{};
   c.form = &form;
+  c.stored = as_stored;
+  c.widened = inside;
   c.line = as_stored ? run.of * kLine : kLine;
   for (int64_t input = 0; input < all; input += kChunk) {
     const int64_t count = std::min(kChunk, all - input);
@@ -223,12 +284,13 @@ AT static void panels(const Tile& t, const Run& run, float* sums) {
     c.first_step = input / kStep;
     c.steps = count / kStep;
     c.plane = count * kPanel;
-    const int64_t ahead = t.last && input + kChunk >= all ? 0 : run.of * parts.bytes();
-    for (int64_t at = 0; most_panels < kPanels && at < run.panels * parts.head; at += kLine) {
-      __builtin_prefetch(heads + ahead + at, 0, 2);
+    if (most_panels < kPanels) {
+      // The group's next chunk, or behind its last one the next group's first: mostly this thread's too.
+      const int64_t next = run.of * parts.bytes(), steps = c.steps * spans.blocks * ceil_div(run.panels, 2);
+      c.ahead = chunk + next;
+      c.end = c.ahead + next;
+      c.each = ceil_div(next / kLine, steps) * kLine;
     }
-    // What a byte a value is read from was stored in fewer: all lines are asked for at the same pace, some of them twice.
-    c.next_line = as_stored ? c.line : run.of * kLine * form.bits / 8;
     for (int p = 0, together; p < run.panels; p += together) {
       const int left = run.panels - p;
       together = left >= kPanels && most_panels == kPanels ? kPanels : std::min(left, 2);
@@ -238,11 +300,13 @@ AT static void panels(const Tile& t, const Run& run, float* sums) {
         if (!inside) decode_scales(c.head[j], form, parts, count, scale[j], offset[j]);
         c.scale[j] = scale[j];
         c.offset[j] = form.offset == Scale::kNone ? nullptr : offset[j];
-        c.next[j] = lines + ahead;
         c.values[j] = as_stored ? lines : values + j * panel_values;
         if (!as_stored) unpack_values(lines, run.of * kLine, form, count, values + j * panel_values);
       }
-      multiply(t, c, together, sums + p * kPanel);
+      for (int i = 0; i < spans.count; ++i) {
+        multiply(part[i], c, together, sums + (spans.list[i].first * t.panels + p) * kPanel);
+        c.ahead += c.each * c.steps * ceil_div(part[i].rows, kMostRows);
+      }
     }
   }
 }
@@ -250,6 +314,7 @@ AT static void panels(const Tile& t, const Run& run, float* sums) {
 AT static void tile(const Tile& t) {
   float* sums = static_cast<float*>(scratch(6, t.rows * t.panels * kPanel * sizeof(float)));
   std::memset(sums, 0, t.rows * t.panels * kPanel * sizeof(float));
-  for (int r = 0, at = 0; r < t.runs; at += t.run[r++].panels) panels(t, t.run[r], sums + at * kPanel);
+  const Spans spans(t);  // what is zero stays so: bias and residual are all of it
+  for (int r = 0, at = 0; spans.count > 0 && r < t.runs; at += t.run[r++].panels) panels(t, spans, t.run[r], sums + at * kPanel);
   finish(t, sums);
 }

@@ -1,7 +1,8 @@
 // AVX-512 with VNNI: unsigned values times signed activations, which are broadcast from memory. Values are multiplied as they are
 // stored, two dot products from one load of four bits: taking bits apart fills ports that dot products leave free. One or two rows,
-// which wait for memory, take four panels at once;
-// more of them five or six rows x two panels, or eight x one, of integer and of float sums in registers.
+// which wait for memory, take four panels at once; more of them four to six rows x two panels of integer and of float sums in registers.
+// What ports are there for: dot products and all other multiplications have two, which are the limit; conversions, additions of floats
+// and whatever takes bits apart have others.
 
 #include <algorithm>
 #include <cmath>
@@ -60,6 +61,8 @@ AT void look_up(const uint8_t* table, const uint8_t* values, int64_t count, uint
     _mm512_storeu_si512(out + i, _mm512_shuffle_epi8(entries, _mm512_loadu_si512(values + i)));
   }
 }
+
+constexpr int64_t kMostRows = 6;
 
 int most(int64_t rows) { return rows <= 2 ? 4 : 2; }
 
@@ -160,17 +163,16 @@ bool widens(const Form& form, int64_t rows) {
           (form.bits == 6 && form.block == 16 && form.scale == Scale::kNestedS8 && form.offset == Scale::kNone));
 }
 
-// MR rows x NP panels of one chunk, from a panel on. PARTS: scales of 16 inputs (2) or 32 (1) a step. The first rows of many ask for
-// the next chunk's lines, into the second cache: their stream stands still for longer than the hardware looks ahead. Four panels
-// are a stream that the hardware fetches as fast as memory gives it, and prefetches would be in its way.
+// MR rows x NP panels of one chunk, from a panel on. PARTS: scales of 16 inputs (2) or 32 (1) a step. A step's own scale is a power of
+// two, which is added to an exponent by units that multiplications leave free; a nest's is multiplied with at its end.
 template <typename K, int MR, int NP>
-AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* sums) {
+AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, const uint8_t* ahead, float* sums) {
   constexpr int BITS = K::kBits, PARTS = K::kParts, PLANES = K::kPlanes;
   constexpr bool TABLE = K::kTable;
   constexpr bool kUpper = BITS == 4 && !TABLE && MR == 1;  // upper halves have sums of their own, 16 times too large
   using Read = Reader<BITS, TABLE, kUpper>;
   constexpr int kLoads = kStep / 4 / Read::kQuads / PARTS;
-  const int64_t line = chunk.line, next_line = row == 0 ? chunk.next_line : 0;
+  const int64_t line = chunk.line;
   const int zero = chunk.form->zero >> 8 * (PLANES - 1);
   const __m128i times_zero = _mm_cvtsi32_si128(zero == 0 ? 0 : __builtin_ctz(static_cast<uint32_t>(zero)));
   typename K::template Scales<NP> scales(chunk, panel);
@@ -182,137 +184,132 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
     table = four_times(entries);
   }
   const uint8_t* w = chunk.values[panel];
-  const uint8_t* next = row == 0 ? chunk.next[panel] : w;
   const int64_t next_panel = NP == 1 ? 0 : chunk.values[panel + 1] - w;
-  const Step* a[MR];
-  __m512 total[MR][NP];
-  UNROLL
-  for (int i = 0; i < MR; ++i) {
-    a[i] = t.a.row(t.first_row + row + i) + chunk.first_step;
+  // Nothing of this is handed from call to call in memory: that would wait for all loads before it.
+  const uint8_t* const end = chunk.end;
+  const int64_t each = chunk.each;
+  const Nest* a = t.a.row(t.first_row + row) + chunk.first_step / kSteps;
+  const int64_t stride = t.a.stride;
+  const auto at = [=](const Nest* nest, int i) {
+    return reinterpret_cast<const Nest*>(reinterpret_cast<const uint8_t*>(nest) + i * stride);
+  };
+  for (int64_t first = 0; first < chunk.steps; first += kSteps, ++a) {
+    const int64_t steps = std::min<int64_t>(kSteps, chunk.steps - first);
+    scales.nest(first / kSteps);
+    __m512 total[MR][NP];
     UNROLL
-    for (int j = 0; j < NP; ++j) total[i][j] = _mm512_loadu_ps(sums + (i * t.panels + j) * kPanel);
-  }
-  for (int64_t step = 0; step < chunk.steps; ++step) {
-    if (step % (kNest / kStep) == 0) scales.nest(step / (kNest / kStep));
-    __m512 scaled[MR][NP];
-    UNROLL
-    for (int part = 0; part < PARTS; ++part) {
-      __m512i product[MR][NP], upper[NP];
+    for (int i = 0; i < MR; ++i) {
       UNROLL
-      for (int i = 0; i < MR; ++i) {
-        __m512i start = _mm512_setzero_si512();
-        if (zero != 0) {
-          start = _mm512_set1_epi32(a[i][step].minus_sum[part]);
-          if (PARTS == 1) start = _mm512_add_epi32(start, _mm512_set1_epi32(a[i][step].minus_sum[1]));
-          start = _mm512_sll_epi32(start, times_zero);
-        }
-        UNROLL
-        for (int j = 0; j < NP; ++j) product[i][j] = start;
+      for (int j = 0; j < NP; ++j) total[i][j] = _mm512_setzero_ps();
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+      if (NP < kPanels && ahead < end) {
+        for (const uint8_t* const last = ahead + each; ahead < last; ahead += kLine) __builtin_prefetch(ahead, 0, 2);
       }
       UNROLL
-      for (int j = 0; j < NP; ++j) upper[j] = _mm512_setzero_si512();
-      UNROLL
-      for (int load = 0; load < PLANES * kLoads; ++load) {
-        const bool lower = load >= kLoads;
-        if (load == kLoads) {
-          UNROLL
-          for (int i = 0; i < MR; ++i) {
-            UNROLL
-            for (int j = 0; j < NP; ++j) product[i][j] = _mm512_slli_epi32(product[i][j], 8);
+      for (int part = 0; part < PARTS; ++part) {
+        __m512i product[MR][NP], upper[NP];
+        UNROLL
+        for (int i = 0; i < MR; ++i) {
+          __m512i start = _mm512_setzero_si512();
+          if (zero != 0) {
+            const int32_t* minus = at(a, i)->step[step].minus_sum;
+            start = _mm512_set1_epi32(minus[part]);
+            if (PARTS == 1) start = _mm512_add_epi32(start, _mm512_set1_epi32(minus[1]));
+            start = _mm512_sll_epi32(start, times_zero);
           }
-          w += chunk.plane - kLoads * Read::kLines * line;
-        }
-        __m512i value[NP][Read::kQuads];
-        UNROLL
-        for (int j = 0; j < NP; ++j) {
           UNROLL
-          for (int l = 0; NP < kPanels && l < Read::kLines; ++l) __builtin_prefetch(next + j * kLine + l * next_line, 0, 2);
-          Read::load(w + j * next_panel, line, table, value[j]);
+          for (int j = 0; j < NP; ++j) product[i][j] = start;
         }
-        w += Read::kLines * line;
-        if (!lower) next += Read::kLines * next_line;
         UNROLL
-        for (int quad = 0; quad < Read::kQuads; ++quad) {
-          UNROLL
-          for (int i = 0; i < MR; ++i) {
-            int32_t four;
-            std::memcpy(&four, a[i][step].value + part * 16 + (load % kLoads * Read::kQuads + quad) * 4, 4);
-            const __m512i activation = _mm512_set1_epi32(four);
+        for (int j = 0; j < NP; ++j) upper[j] = _mm512_setzero_si512();
+        UNROLL
+        for (int load = 0; load < PLANES * kLoads; ++load) {
+          if (load == kLoads) {
             UNROLL
-            for (int j = 0; j < NP; ++j) {
-              __m512i& sum = kUpper && quad == 1 ? upper[j] : product[i][j];
-              sum = _mm512_dpbusd_epi32(sum, value[j][quad], activation);
+            for (int i = 0; i < MR; ++i) {
+              UNROLL
+              for (int j = 0; j < NP; ++j) product[i][j] = _mm512_slli_epi32(product[i][j], 8);
+            }
+            w += chunk.plane - kLoads * Read::kLines * line;
+          }
+          __m512i value[NP][Read::kQuads];
+          UNROLL
+          for (int j = 0; j < NP; ++j) Read::load(w + j * next_panel, line, table, value[j]);
+          w += Read::kLines * line;
+          UNROLL
+          for (int quad = 0; quad < Read::kQuads; ++quad) {
+            UNROLL
+            for (int i = 0; i < MR; ++i) {
+              int32_t four;
+              std::memcpy(&four, at(a, i)->step[step].value + part * 16 + (load % kLoads * Read::kQuads + quad) * 4, 4);
+              const __m512i activation = _mm512_set1_epi32(four);
+              UNROLL
+              for (int j = 0; j < NP; ++j) {
+                __m512i& sum = kUpper && quad == 1 ? upper[j] : product[i][j];
+                sum = _mm512_dpbusd_epi32(sum, value[j][quad], activation);
+              }
             }
           }
         }
-      }
-      if (PLANES == 2) w -= chunk.plane;
-      UNROLL
-      for (int j = 0; j < NP; ++j) {
-        if (kUpper) product[0][j] = _mm512_add_epi32(product[0][j], _mm512_srai_epi32(upper[j], 4));
-        const __m512 scale = scales.scale(j, step * PARTS + part);
+        if (PLANES == 2) w -= chunk.plane;
+        __m512 scale[NP];
+        UNROLL
+        for (int j = 0; j < NP; ++j) {
+          if (kUpper) product[0][j] = _mm512_add_epi32(product[0][j], _mm512_srai_epi32(upper[j], 4));
+          scale[j] = scales.scale(j, (first + step) * PARTS + part);
+        }
         UNROLL
         for (int i = 0; i < MR; ++i) {
-          const __m512 whole = _mm512_cvtepi32_ps(product[i][j]);
-          scaled[i][j] = part == 0 ? _mm512_mul_ps(whole, scale) : _mm512_fmadd_ps(whole, scale, scaled[i][j]);
+          const __m512i power = _mm512_set1_epi32(at(a, i)->step[step].power);
+          UNROLL
+          for (int j = 0; j < NP; ++j) {
+            const __m512i whole = _mm512_castps_si512(_mm512_cvtepi32_ps(product[i][j]));
+            total[i][j] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_add_epi32(whole, power)), scale[j], total[i][j]);
+          }
+        }
+      }
+      if (!offsets) continue;
+      UNROLL
+      for (int j = 0; j < NP; ++j) {
+        const __m512 offset = scales.offset(j, first + step);
+        UNROLL
+        for (int i = 0; i < MR; ++i) {
+          total[i][j] = _mm512_fmadd_ps(offset, _mm512_set1_ps(at(a, i)->step[step].sum), total[i][j]);
         }
       }
     }
     UNROLL
     for (int i = 0; i < MR; ++i) {
-      const __m512 scale = _mm512_set1_ps(a[i][step].scale);
+      const __m512 unit = _mm512_set1_ps(at(a, i)->unit);
       UNROLL
-      for (int j = 0; j < NP; ++j) total[i][j] = _mm512_fmadd_ps(scaled[i][j], scale, total[i][j]);
-    }
-    if (!offsets) continue;
-    UNROLL
-    for (int j = 0; j < NP; ++j) {
-      const __m512 offset = scales.offset(j, step);
-      UNROLL
-      for (int i = 0; i < MR; ++i) {
-        total[i][j] = _mm512_fmadd_ps(offset, _mm512_set1_ps(a[i][step].scaled_sum), total[i][j]);
+      for (int j = 0; j < NP; ++j) {
+        float* to = sums + (i * t.panels + j) * kPanel;
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(total[i][j], unit, _mm512_loadu_ps(to)));
       }
     }
   }
-  UNROLL
-  for (int i = 0; i < MR; ++i) {
-    UNROLL
-    for (int j = 0; j < NP; ++j) _mm512_storeu_ps(sums + (i * t.panels + j) * kPanel, total[i][j]);
-  }
 }
 
-// How many of the rows that are left are taken at once. With few of them in registers dot products wait for each other, so none
-// are left alone: 9 are 5 and 4, 13 are 8 and 5. Where a step has one scale registers hold six rows of two panels.
-template <typename K>
-int64_t next_rows(int64_t left) {
-  if (K::kParts == 1) {
-    if (left >= 12 || left <= 6) return std::min<int64_t>(left, 6);
-    return left == 11 ? 6 : left == 7 || left == 8 ? 4 : 5;
-  }
-  if (left >= 13 || left == 8) return 8;
-  if (left <= 7) return left;
-  return left <= 10 ? 5 : 6;
-}
+// How many of the rows that are left are taken at once, in blocks of about one size: with few of them dot products wait for each other.
+int64_t next_rows(int64_t left, int64_t most) { return ceil_div(left, ceil_div(left, most)); }
 
-// All rows of one panel or two; the first of them ask for the next chunk. Seven or eight rows fill the registers with a panel.
+// All rows of one panel or two.
 template <typename K, int NP>
 void all_rows(const Tile& t, const Chunk& chunk, float* sums) {
-  for (int64_t row = 0; row < t.rows;) {
-    const int64_t now = next_rows<K>(t.rows - row);
+  // Six rows read values less often, which matters where they are taken apart each time; five need no copies of registers.
+  const int64_t most_rows = chunk.stored && K::kParts == 1 ? kMostRows : 5;
+  const uint8_t* ahead = chunk.ahead;
+  for (int64_t row = 0; row < t.rows; ahead += chunk.each * chunk.steps) {
+    const int64_t now = next_rows(t.rows - row, most_rows);
     float* to = sums + row * t.panels * kPanel;
     switch (now) {
-      case 8:
-        for (int j = 0; j < NP; ++j) rows<K, 8, 1>(t, chunk, j, row, to + j * kPanel);
-        break;
-      case 7:
-        for (int j = 0; j < NP; ++j) rows<K, 7, 1>(t, chunk, j, row, to + j * kPanel);
-        break;
-      case 6: rows<K, 6, NP>(t, chunk, 0, row, to); break;
-      case 5: rows<K, 5, NP>(t, chunk, 0, row, to); break;
-      case 4: rows<K, 4, NP>(t, chunk, 0, row, to); break;
-      case 3: rows<K, 3, NP>(t, chunk, 0, row, to); break;
-      case 2: rows<K, 2, NP>(t, chunk, 0, row, to); break;
-      default: rows<K, 1, NP>(t, chunk, 0, row, to); break;
+      case 6: rows<K, 6, NP>(t, chunk, 0, row, ahead, to); break;
+      case 5: rows<K, 5, NP>(t, chunk, 0, row, ahead, to); break;
+      case 4: rows<K, 4, NP>(t, chunk, 0, row, ahead, to); break;
+      case 3: rows<K, 3, NP>(t, chunk, 0, row, ahead, to); break;
+      case 2: rows<K, 2, NP>(t, chunk, 0, row, ahead, to); break;
+      default: rows<K, 1, NP>(t, chunk, 0, row, ahead, to); break;
     }
     row += now;
   }
@@ -321,7 +318,7 @@ void all_rows(const Tile& t, const Chunk& chunk, float* sums) {
 template <typename K>
 void multiply_as(const Tile& t, const Chunk& chunk, int panels, float* sums) {
   if (panels == 4) {
-    t.rows == 1 ? rows<K, 1, 4>(t, chunk, 0, 0, sums) : rows<K, 2, 4>(t, chunk, 0, 0, sums);
+    t.rows == 1 ? rows<K, 1, 4>(t, chunk, 0, 0, nullptr, sums) : rows<K, 2, 4>(t, chunk, 0, 0, nullptr, sums);
   } else {
     panels == 2 ? all_rows<K, 2>(t, chunk, sums) : all_rows<K, 1>(t, chunk, sums);
   }
@@ -352,8 +349,8 @@ void multiply_parts(const Tile& t, const Chunk& chunk, int panels, float* sums) 
 
 void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
   if (planes(*chunk.form) == 2) return multiply_as<Kind<8, false, 1, 2>>(t, chunk, panels, sums);
-  if (!stored(t.rows)) return multiply_parts<8, false>(t, chunk, panels, sums);
-  if (widens(*chunk.form, t.rows)) {
+  if (!chunk.stored) return multiply_parts<8, false>(t, chunk, panels, sums);
+  if (chunk.widened) {
     return chunk.form->bits == 4 ? multiply_as<Q4K>(t, chunk, panels, sums) : multiply_as<Q6K>(t, chunk, panels, sums);
   }
   if (chunk.form->bits == 8) return multiply_parts<8, false>(t, chunk, panels, sums);
@@ -364,56 +361,91 @@ void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
 
 #include "blocks/blocks_kernels.h"
 
-// `round_row` by hand: left to the compiler it takes six times as long, a tenth of eight rows' products. The same numbers.
+// `choose_scales` and `round_row` by hand: left to the compiler they take six times as long, a tenth of eight rows' products. The same
+// numbers.
+AT Scales choose_fast(const float (&peak)[kSteps]) {
+  const __m256 peaks = _mm256_loadu_ps(peak);
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(peaks), _mm256_extractf128_ps(peaks, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  const float largest = _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+  if (!(largest > kLeast) || !(largest < __builtin_inff())) return choose_scales(peak);
+  const __m256 sizes = _mm256_mul_ps(peaks, _mm256_set1_ps(1.0f / largest)), least = _mm256_set1_ps(kCandidate);
+  const __m256 inverse = _mm256_div_ps(_mm256_set1_ps(1.0f), _mm256_max_ps(sizes, least));
+  float size[kSteps];
+  _mm256_storeu_ps(size, sizes);
+  __m256 cost = _mm256_setzero_ps();
+  UNROLL
+  for (int step = 0; step < kSteps; ++step) {
+    const __m256i bits = _mm256_castps_si256(_mm256_mul_ps(_mm256_set1_ps(size[step]), inverse));
+    const __m256i power = _mm256_and_si256(_mm256_add_epi32(bits, _mm256_set1_epi32(kUp)), _mm256_set1_epi32(0x7f800000));
+    const __m256 scale = _mm256_mul_ps(_mm256_castsi256_ps(power), sizes);
+    cost = _mm256_add_ps(cost, _mm256_mul_ps(scale, scale));
+  }
+  cost = _mm256_blendv_ps(_mm256_set1_ps(__builtin_inff()), cost, _mm256_cmp_ps(sizes, least, _CMP_GT_OQ));
+  __m128 low = _mm_min_ps(_mm256_castps256_ps128(cost), _mm256_extractf128_ps(cost, 1));
+  low = _mm_min_ps(low, _mm_movehl_ps(low, low));
+  low = _mm_min_ss(low, _mm_movehdup_ps(low));
+  const int same = _mm256_movemask_ps(_mm256_cmp_ps(cost, _mm256_broadcastss_ps(low), _CMP_EQ_OQ));
+  return scales_of(size, size[__builtin_ctz(static_cast<uint32_t>(same))], largest);
+}
+
 AT void round_fast(const Rounding& r, int64_t row) {
+  constexpr int kVectors = kNest / kPanel;
   const float* x = r.x + row * r.width;
-  Step* to = r.to.row(row);
+  Nest* to = r.to.row(row);
   __m512 squares = _mm512_setzero_ps();
-  const float unit = r.rotated ? int8::kRotation : 1.0f;
-  for (int64_t begin = 0; begin < r.to.steps; begin += 2) {
-    __m512 value[4];
+  for (int64_t nest = 0; nest < r.to.nests; ++nest) {
+    __m512 value[kVectors];
+    const bool whole = (nest + 1) * kNest <= r.width;
     UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int64_t at = begin * kStep + i * kPanel, left = r.width - at;
-      const __mmask16 mask = left >= kPanel ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t at = nest * kNest + i * kPanel, left = r.width - at;
+      const __mmask16 mask = whole || left >= kPanel ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
       value[i] = _mm512_maskz_loadu_ps(mask, x + at);
       if (r.gain == nullptr) continue;
       squares = _mm512_add_ps(squares, _mm512_mul_ps(value[i], value[i]));
       value[i] = _mm512_mul_ps(value[i], _mm512_maskz_loadu_ps(mask, r.gain + at));
     }
     if (r.rotated) {
-      alignas(64) float group[4 * kPanel];
-      for (int i = 0; i < 4; ++i) _mm512_store_ps(group + i * kPanel, value[i]);
-      int8::rotate_group(group);
-      for (int i = 0; i < 4; ++i) value[i] = _mm512_load_ps(group + i * kPanel);
+      alignas(64) float group[kNest];
+      UNROLL
+      for (int i = 0; i < kVectors; ++i) _mm512_store_ps(group + i * kPanel, value[i]);
+      for (int i = 0; i < kNest; i += int8::kGroup) int8::rotate_group(group + i);
+      UNROLL
+      for (int i = 0; i < kVectors; ++i) value[i] = _mm512_load_ps(group + i * kPanel);
     }
-    for (int half = 0; half < 2 && begin + half < r.to.steps; ++half) {
-      Step& step = to[begin + half];
-      const __m512 a = value[2 * half], b = value[2 * half + 1];
-      const float peak = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
-      const __m512 inverse = _mm512_set1_ps(peak > 1e-30f ? 127.0f / peak : 0.0f);
-      const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
-      const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(step.value), _mm512_cvtepi32_epi8(first));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(step.value + kPanel), _mm512_cvtepi32_epi8(second));
-      step.minus_sum[0] = -_mm512_reduce_add_epi32(first);
-      step.minus_sum[1] = -_mm512_reduce_add_epi32(second);
-      step.scale = peak / 127.0f * unit;
-      step.scaled_sum = static_cast<float>(-(step.minus_sum[0] + step.minus_sum[1]));
+    float peak[kSteps];
+    UNROLL
+    for (int i = 0; i < kSteps; ++i) {
+      peak[i] = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(value[2 * i]), _mm512_abs_ps(value[2 * i + 1])));
     }
+    const Scales scales = choose_fast(peak);
+    UNROLL
+    for (int i = 0; i < kSteps; ++i) {
+      Step& step = to[nest].step[i];
+      const __m512 inverse = _mm512_set1_ps(scales.inverse * from_bits((127 << 23) - scales.power[i]));
+      const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(value[2 * i], inverse));
+      const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(value[2 * i + 1], inverse));
+      const __m256i all = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtepi32_epi8(first)), _mm512_cvtepi32_epi8(second), 1);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(step.value), all);
+      __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), all);
+      sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0x4e));
+      sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0xb1));
+      const int32_t lower = _mm256_cvtsi256_si32(sums), upper = _mm_cvtsi128_si32(_mm256_extracti128_si256(sums, 1));
+      step.minus_sum[0] = -lower;
+      step.minus_sum[1] = -upper;
+      step.power = scales.power[i];
+      step.sum = static_cast<float>(lower + upper) * from_bits((127 << 23) + scales.power[i]);
+    }
+    to[nest].unit = scales.unit * (r.rotated ? int8::kRotation : 1.0f);
   }
-  float norm = 1.0f;
-  if (r.gain != nullptr) {
-    alignas(64) float lanes[kPanel];
-    _mm512_store_ps(lanes, squares);
-    float all = 0.0f;
-    for (int j = 0; j < kPanel; ++j) all += lanes[j];
-    norm = 1.0f / std::sqrt(all / static_cast<float>(r.width) + r.eps);
-  }
-  for (int64_t i = 0; i < r.to.steps; ++i) {
-    to[i].scale *= norm;
-    to[i].scaled_sum *= to[i].scale;
-  }
+  if (r.gain == nullptr) return;
+  alignas(64) float lanes[kPanel];
+  _mm512_store_ps(lanes, squares);
+  float all = 0.0f;
+  for (int j = 0; j < kPanel; ++j) all += lanes[j];
+  const float norm = 1.0f / std::sqrt(all / static_cast<float>(r.width) + r.eps);
+  for (int64_t nest = 0; nest < r.to.nests; ++nest) to[nest].unit *= norm;
 }
 #undef AT
 
