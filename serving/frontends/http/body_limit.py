@@ -30,40 +30,44 @@ _WINDOWS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
 class BodyLimit:
     """Refuses bodies over `Limits.max_body_bytes` (of sound `max_sound_bytes`) with 413, by their declared length or as they come,
     inflates those that say gzip or deflate within the same bound (others: 415), gives up those of which nothing comes for
-    `body_gap_s` seconds (408), and those for which there is no room beside the others (503)."""
+    `body_gap_s` seconds (408), and those for which there is no room beside the others (503): what sound is sent lies on disk as it
+    comes, and has room of its own."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self.app = app
         self._limits = limits
-        self._held = 0
+        self._held = {False: 0, True: 0}  # of sound, which lies on disk, and of all else
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         sound = scope["path"].startswith(SOUND)
         most = self._limits.max_sound_bytes + FORM_BYTES if sound else self._limits.max_body_bytes
-        body = _Body(self, scope, receive, self._limits, most)
+        body = _Body(self, scope, receive, self._limits, most, sound)
         try:
             await self.app(scope, body.receive, send)
         finally:
             body.release()
 
-    def hold(self, num_bytes: int) -> None:
+    def hold(self, num_bytes: int, sound: bool) -> None:
         """Counts bytes in (or out), or refuses them."""
-        if num_bytes > 0 and self._held + num_bytes > self._limits.max_bodies_bytes:
+        most = self._limits.max_sounds_bytes if sound else self._limits.max_bodies_bytes
+        if num_bytes > 0 and self._held[sound] + num_bytes > most:
             raise HTTPException(
                 503,
                 "Too many large bodies are being read. Try again later.",
                 headers={"Retry-After": "1", "Connection": "close"},
             )
-        self._held += num_bytes
+        self._held[sound] += num_bytes
 
 
 class _Body:
     """One request's body on its way in."""
 
-    def __init__(self, owner: BodyLimit, scope: Scope, receive: Receive, limits: Limits, most: int) -> None:
-        self._owner = owner
+    def __init__(
+        self, owner: BodyLimit, scope: Scope, receive: Receive, limits: Limits, most: int, sound: bool
+    ) -> None:
+        self._owner, self._sound = owner, sound
         self._receive = receive
         self._limits, self._most = limits, most
         declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"")
@@ -114,13 +118,18 @@ class _Body:
             if more:
                 await _discard(self._receive)
             raise self._refusal()
-        self._owner.hold(len(body))
+        try:
+            self._owner.hold(len(body), self._sound)
+        except HTTPException:
+            if more:  # or the client, which is still sending, sees a reset
+                await _discard(self._receive)
+            raise
         self._held += len(body)
         return message
 
     def release(self) -> None:
         """What was held is no longer, or belongs to a request that other bounds count."""
-        self._owner.hold(-self._held)
+        self._owner.hold(-self._held, self._sound)
         self._held = 0
 
     async def _inflate(self, data: bytes, last: bool) -> bytes:

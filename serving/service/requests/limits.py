@@ -25,7 +25,8 @@ class Limits:
     Attributes:
         max_body_bytes: one gRPC message or HTTP body.
         max_sound_bytes: a sound file that is transcribed, over HTTP.
-        max_bodies_bytes: HTTP bodies that are being read at one time, together; further ones are asked to come later.
+        max_sounds_bytes: sound files that come in at one time, together; and those whose requests run.
+        max_bodies_bytes: other HTTP bodies that are being read at one time, together; further ones are asked to come later.
         max_media_bytes: images, videos and sounds of all requests that wait or run, cut as their towers read them; further ones are
             asked to come later. None for no bound.
         max_head_bytes: an HTTP request's head, or a call's metadata; its trailers, too; and a line between two chunks.
@@ -63,6 +64,7 @@ class Limits:
 
     max_body_bytes: int = 16 * 2**20
     max_sound_bytes: int = 25 * 2**20
+    max_sounds_bytes: int = 2**30
     max_bodies_bytes: int = 256 * 2**20
     max_media_bytes: int | None = 4 * 2**30
     max_head_bytes: int = 64 * 1024

@@ -4,11 +4,13 @@ nothing stays but the file: it is read twice, once to find out how loud it is, a
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import math
 import threading
 import weakref
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -62,9 +64,37 @@ class Frames:
         return self._there[at : at + count]
 
 
+class _Turns:
+    """A thread whose next task is the one with the least key. Of files those are the shortest, which wait for no more than a piece
+    of a longer one; of equal ones the first, which is read to its end: the engine has something to do while the others are read."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[tuple[float, int], Future[Any], Callable[..., Any], tuple[Any, ...]]] = []
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-long-sound")
+
+    def submit(self, key: tuple[float, int], function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """What becomes of it. No two that wait have the same key."""
+        future: Future[Any] = Future()
+        with self._lock:
+            heapq.heappush(self._waiting, (key, future, function, args))
+        self._thread.submit(self._next)
+        return future
+
+    def _next(self) -> None:
+        with self._lock:
+            _, future, function, args = heapq.heappop(self._waiting)
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:  # whoever waits for it is told
+            future.set_exception(error)
+
+
 class Listener:
-    """Reads sound files. Behind its first minute a file is read in a thread that long ones share, a piece of each in turn: hours
-    of sound keep neither a short sound waiting nor the windows of other requests.
+    """Reads sound files. Behind its first minute a file is read in a thread that long ones share: hours of sound keep neither a
+    short sound waiting nor the windows of other requests.
 
     Args:
         mels: bins of its spectrograms.
@@ -74,7 +104,7 @@ class Listener:
     def __init__(self, mels: int, window: int) -> None:
         self._mels, self._window = mels, window
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="jaxserve-sound")
-        self._turns = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-long-sound")
+        self._turns, self._numbers = _Turns(), itertools.count()
         self._held, self._lock = 0, threading.RLock()  # a spectrogram may go while it is held
 
     async def spectrogram(self, data: bytes) -> tuple[np.ndarray | Frames, int]:
@@ -83,12 +113,14 @@ class Listener:
         Raises:
             RequestError: INVALID_ARGUMENT for what is no sound, has none, or too much; RESOURCE_EXHAUSTED.
         """
-        reading = self._read(data)
-        step = self._threads.submit(next, reading)
+        reading, number = self._read(data), next(self._numbers)
+        step: Future[Any] = self._threads.submit(next, reading)
         try:
-            while (found := await asyncio.wrap_future(step)) is None:
-                step = self._turns.submit(next, reading)
-            return found
+            while True:
+                found: Any = await asyncio.wrap_future(step)
+                if not isinstance(found, float):
+                    return found
+                step = self._turns.submit((found, number), next, reading)
         finally:
             step.add_done_callback(lambda _: reading.close())  # nobody may close it while a thread is at it
 
@@ -102,10 +134,15 @@ class Listener:
         """A function's result, from one of the threads."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
-    def _read(self, data: bytes) -> Generator[tuple[np.ndarray | Frames, int] | None, None, None]:
-        """Gives None after each piece of the file that is not short, and what `spectrogram` does at its end."""
-        spectrogram, taken, dropped = Spectrogram(self._mels), 0, False
-        long = self._bytes(said_seconds(data) * RATE) > KEPT_BYTES
+    async def run_in_turn(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The same from the thread that long files share, of what takes long; before any of theirs."""
+        return await asyncio.wrap_future(self._turns.submit((0.0, next(self._numbers)), function, *args))
+
+    def _read(self, data: bytes) -> Generator[tuple[np.ndarray | Frames, int] | float, None, None]:
+        """Gives how many seconds it has, as far as one knows, after each piece of a file that is not short, and what `spectrogram`
+        does at its end."""
+        spectrogram, taken, dropped, said = Spectrogram(self._mels), 0, False, said_seconds(data)
+        long = self._bytes(said * RATE) > KEPT_BYTES
         most = (
             self._bytes(self._window) if long else KEPT_BYTES
         )  # where the header lies, more is read twice or kept a while
@@ -118,7 +155,7 @@ class Listener:
                 self._take(spectrogram.nbytes - taken)
                 taken = spectrogram.nbytes
                 if spectrogram.samples > SHORT_S * RATE:
-                    yield None
+                    yield max(said, spectrogram.samples / RATE)
             heard = spectrogram.samples
             if heard < HOP:
                 raise invalid("file has no sound in it.", "file")

@@ -51,7 +51,7 @@ async def transcribe(
         raise RequestError(
             ErrorKind.UNIMPLEMENTED, f"The model {service.model_id!r} transcribes no speech.", param="model"
         )
-    with await service.counted(), service.speech.files.holding(given.data):
+    with await service.counted(), service.speech.files.holding(given.data, service.limits.max_sounds_bytes):
         try:
             async with asyncio.timeout(given.timeout_s) as limit:
                 return await service.speech.transcribe(service, given, tell)
@@ -109,7 +109,7 @@ class Speech:
         """When each word of a window was said, in its seconds."""
         if self.align is None or not tokens:
             return ()
-        ends = await self.listener.run(self.align, window.patches_PX, prompt, tokens, frames)
+        ends = await self.listener.run_in_turn(self.align, window.patches_PX, prompt, tokens, frames)
         return words_of(tokens, ends, self.tokens.end, service.tokenizer.decode)
 
     @staticmethod

@@ -11,9 +11,6 @@ from serving.service.speech.doubts import Doubts
 from serving.service.speech.segments import Segment
 from serving.service.speech.words import Word
 
-FILES_BYTES = 2**30
-"""Of all sound files whose requests run."""
-
 
 class Files:
     """The sound files of requests that run.
@@ -26,15 +23,17 @@ class Files:
         self.held = 0
 
     @contextlib.contextmanager
-    def holding(self, data: bytes) -> Iterator[None]:
+    def holding(self, data: bytes, most: int) -> Iterator[None]:
         """Counts a file for as long as its request runs.
 
+        Args:
+            most: bytes of all of them.
         Raises:
             RequestError: RESOURCE_EXHAUSTED: those of others are too many bytes already.
         """
-        if self.held + len(data) > FILES_BYTES:
+        if self.held + len(data) > most:
             raise RequestError(
-                ErrorKind.RESOURCE_EXHAUSTED, f"The sound files that requests have sent are more than {FILES_BYTES} bytes "
+                ErrorKind.RESOURCE_EXHAUSTED, f"The sound files that requests have sent are more than {most} bytes "
                 "together. Try again later.", param="file", code="queue_full", retry_after_s=1.0,
             )  # fmt: skip
         self.held += len(data)

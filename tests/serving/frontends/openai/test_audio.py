@@ -9,7 +9,7 @@ import pytest
 
 from serving.media.sound import files as media_sound
 from serving.service import Limits
-from serving.service.speech import listening, transcripts
+from serving.service.speech import listening
 from serving.service.speech.rules import SpeechTokens
 from serving.service.speech.transcribe import FRAMES, Speech
 from tests.mock_engine import BOS, EOS, MockEngine, mock_service, until
@@ -176,12 +176,12 @@ async def test_who_goes_away_is_worked_for_no_longer(start):
     assert len(engine.aborted) == 2
 
 
-async def test_files_of_all_requests_are_counted_together(start, monkeypatch):
+async def test_files_of_all_requests_are_counted_together(start):
     """For as long as they are listened to; they are counted no more when that has ended, however it did."""
-    monkeypatch.setattr(transcripts, "FILES_BYTES", 2 * len(SOUND))
     engine = Speaking(reply=lambda request: [*b"a" * 4000], step_s=0.01, max_model_len=8192)
     speech = Speech(TOKENS, 80)
-    running = await start(engine, service=mock_service(engine, speech=speech))
+    limits = Limits(max_sounds_bytes=2 * len(SOUND) + 5000)
+    running = await start(engine, service=mock_service(engine, speech=speech, limits=limits))
     asked = [asyncio.create_task(sent(running, language="en")) for _ in range(2)]
     await until(lambda: len(engine.live) == 2, "both run")
     reply = await sent(running, language="en")
@@ -262,6 +262,20 @@ async def test_files_of_every_kind(start, what):
         assert reply.status_code == 400 and reply.json()["error"]["param"] == "file" and not engine.requests
     else:
         assert reply.json()["usage"]["seconds"] in (1, seconds), "coders pad"
+
+
+async def test_large_files_that_come_at_once_are_not_refused_for_one_another(start):
+    """They lie on disk as they come: other bodies' bound is not theirs, and who is refused for that is told so."""
+    engine = Speaking(reply=lambda request: [*b"hi there"])
+    large = wav(np.zeros(16_000 * 60, np.float32))
+    limits = Limits(max_bodies_bytes=len(large), max_sounds_bytes=10 * len(large), max_sound_bytes=2 * len(large))
+    running = await start(engine, service=mock_service(engine, speech=Speech(TOKENS, 80), limits=limits))
+    replies = await asyncio.gather(*(sent(running, data=large, language="en") for _ in range(8)))
+    assert {reply.status_code for reply in replies} == {200}
+    limits = Limits(max_sounds_bytes=len(large) // 2, max_sound_bytes=2 * len(large))
+    running = await start(engine, service=mock_service(engine, speech=Speech(TOKENS, 80), limits=limits))
+    reply = await sent(running, data=large, language="en")
+    assert reply.status_code == 503 and reply.headers["retry-after"] == "1"
 
 
 async def test_sound_may_be_larger_than_other_bodies(start):

@@ -54,7 +54,7 @@ ELSEWHERE = {
     "max_body_bytes", "max_head_bytes", "max_headers", "head_timeout_s", "body_gap_s", "stalled_reader_s",
     "max_batch", "max_sequences", "max_bodies_bytes", "max_pipelined", "body_timeout_s", "max_json_values", "max_json_depth",
     "context", "max_content_parts", "max_entries", "max_logprobs", "max_live", "max_live_extra", "max_live_per_key",
-    "max_embed_len", "max_sound_bytes", "max_media_bytes",
+    "max_embed_len", "max_sound_bytes", "max_sounds_bytes", "max_media_bytes",
     "requests_per_minute", "grammar_timeout_s",
 }  # fmt: skip
 

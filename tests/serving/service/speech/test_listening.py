@@ -64,6 +64,29 @@ async def test_short_sounds_do_not_wait_for_long_ones(monkeypatch):
     assert [heard for _, heard in await asyncio.gather(*asked)] == [48_000] * 4
 
 
+def test_the_shortest_is_read_first_and_of_equal_ones_one_after_the_other():
+    turns, order, begin = listening._Turns(), [], threading.Event()
+    turns.submit((0.0, 0), begin.wait, 60)
+    keys = [(9.0, 1), (3.0, 2), (9.0, 0), (3.5, 4)]
+    asked = [turns.submit(key, order.append, key) for key in keys]
+    assert turns.submit((1.0, 9), order.append, None).cancel()
+    begin.set()
+    for one in asked:
+        one.result(60)
+    assert order == sorted(keys)
+    with pytest.raises(ZeroDivisionError):
+        turns.submit((0.0, 5), divmod, 1, 0).result(60)
+
+
+def test_a_file_is_as_long_as_it_says_or_as_what_was_read_of_it(monkeypatch):
+    monkeypatch.setattr(media_sound, "PIECE", 16_000)
+    monkeypatch.setattr(listening, "SHORT_S", 0.5)
+    data = wav(sound(3.0))
+    assert [one for one in Listener(80, 16_000)._read(data) if isinstance(one, float)] == [3.0] * 4
+    monkeypatch.setattr(listening, "said_seconds", lambda data: 1.5)
+    assert [one for one in Listener(80, 16_000)._read(data) if isinstance(one, float)] == [1.5, 2.0, 3.0, 3.0]
+
+
 async def test_so_many_long_sounds_at_once_hold_little(monkeypatch):
     """Each is known to be long before anything of it is kept, or is found to be where its header lies."""
     monkeypatch.setattr(listening, "KEPT_BYTES", 300 * 80 * 4)
