@@ -114,31 +114,54 @@ ffi::Error matrix(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Buffer<
   const bool by_channel = log_decay.dimensions().size() == 3;
   const int64_t a_decay = by_channel ? n : 1;
   const float* const decay = static_cast<const float*>(log_decay.untyped_data());
+  auto of = [&](int64_t first, int64_t head, int64_t column) {  // a piece's operands
+    const int64_t key = head / (H / K);
+    Matrix m{};
+    m.q = q.typed_data() + (first * K + key) * n;
+    m.k = k.typed_data() + (first * K + key) * n;
+    m.v = v.typed_data() + (first * H + head) * p + column;
+    m.log_decay = decay + (first * H + head) * a_decay;
+    m.beta = beta.element_count() > 0 ? beta.typed_data() + first * H + head : nullptr;
+    m.qk_token = K * n;
+    m.v_token = H * p;
+    m.decay_token = H * a_decay;
+    m.beta_token = H;
+    m.out_token = H * p;
+    m.out = out->typed_data() + (first * H + head) * p + column;
+    m.n = static_cast<int>(n);
+    m.by_channel = by_channel;
+    return m;
+  };
+  auto state_of = [&](const Sequence& s, int64_t head) { return state->typed_data() + (s.slot * H + head) * n * p; };
+  if (single(*found)) {  // whole heads where they lie, each one fetched while the one before is changed
+    for_each(threads, *found, H, [&](const Sequence& s, int64_t head) {
+      Matrix m = of(s.first + (s.kept == 1 ? 0 : s.gap), head, 0);
+      m.state = state_of(s, head), m.pitch = p;
+      const Sequence* const then = head + 1 < H ? &s : &s + 1;
+      if (then < found->data() + found->size()) m.next = state_of(*then, head + 1 < H ? head + 1 : 0);
+      if (s.kept == 1) {
+        if (s.begins) std::memset(m.state, 0, sizeof(float) * n * p);
+      } else {  // its effect goes with the step
+        float* const tile = static_cast<float*>(scratch(kTile, sizeof(float) * n * p));
+        s.begins ? std::memset(tile, 0, sizeof(float) * n * p) : std::memcpy(tile, m.state, sizeof(float) * n * p);
+        m.state = tile;
+      }
+      use.matrix_whole(m, static_cast<int>(p));
+    });
+    return ffi::Error::Success();
+  }
   const int64_t tiles = ceil_div(p, use.columns);
   for_each(threads, *found, H * tiles, [&](const Sequence& s, int64_t part) {
-    const int64_t head = part / tiles, column = part % tiles * use.columns, key = head / (H / K);
+    const int64_t head = part / tiles, column = part % tiles * use.columns;
     const int width = static_cast<int>(std::min<int64_t>(use.columns, p - column));
-    float* const at = state->typed_data() + ((s.slot * H + head) * n) * p + column;
-    walk(s, at, p, static_cast<int>(n), width, [&](float* tile, int64_t pitch, int64_t first, int64_t tokens) {
-      Matrix m{};
-      m.state = tile;
-      m.pitch = pitch;
-      m.q = q.typed_data() + (first * K + key) * n;
-      m.k = k.typed_data() + (first * K + key) * n;
-      m.v = v.typed_data() + (first * H + head) * p + column;
-      m.log_decay = decay + (first * H + head) * a_decay;
-      m.beta = beta.element_count() > 0 ? beta.typed_data() + first * H + head : nullptr;
-      m.qk_token = K * n;
-      m.v_token = H * p;
-      m.decay_token = H * a_decay;
-      m.beta_token = H;
-      m.out_token = H * p;
-      m.out = out->typed_data() + (first * H + head) * p + column;
-      m.n = static_cast<int>(n);
-      m.width = width;
-      m.by_channel = by_channel;
-      use.matrix(m, tokens);
-    });
+    walk(s, state_of(s, head) + column, p, static_cast<int>(n), width,
+         [&](float* tile, int64_t pitch, int64_t first, int64_t tokens) {
+           Matrix m = of(first, head, column);
+           m.state = tile;
+           m.pitch = pitch;
+           m.width = width;
+           use.matrix(m, tokens);
+         });
   });
   return ffi::Error::Success();
 }

@@ -76,6 +76,7 @@ struct Kernels {
   int columns;  // what `matrix`, `conv` and `scan` take at once, at most
   // Each runs `tokens` tokens in order and leaves the state behind the last.
   void (*matrix)(const Matrix&, int64_t tokens);
+  void (*matrix_whole)(Matrix, int p);  // one token on all columns of a head's state, where it lies
   void (*conv)(const Conv&, int64_t tokens);
   void (*scan)(const Scan&, int64_t tokens);
   void (*delta)(const Delta&, int64_t tokens);

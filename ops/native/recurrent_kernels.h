@@ -91,7 +91,104 @@ AT void matrix_tokens(const Matrix& m, int64_t tokens) {
   }
 }
 
-AT void matrix(const Matrix& m, int64_t tokens) {
+constexpr int TOGETHER = 4;  // tokens that pass over a state at once
+constexpr int NARROW = W == 16 ? 2 : 1;  // vectors of a row then: as many as registers hold sums of
+
+// What TOGETHER tokens bring to every column: how much of the state before them is there at each, how much of each one's write each
+// later one reads (by its k, and by its q), and how much of it is left behind the last.
+struct Together {
+  float left[TOGETHER], kept[TOGETHER], by_k[TOGETHER][TOGETHER], by_q[TOGETHER][TOGETHER];
+};
+
+AT float dot(const float* a, const float* b, int n) {
+  vf sum = splat(0.0f);
+  for (int i = 0; i < n; i += W) sum = fma(load(a + i), load(b + i), sum);
+  return sum_lanes(sum);
+}
+
+AT void meet(const Matrix& m, Together& to) {
+  alignas(64) float decay[W] = {};
+  for (int t = 0; t < TOGETHER; ++t) decay[t] = m.log_decay[t * m.decay_token];
+  store(decay, vexp(load(decay)));
+  for (int t = 0; t < TOGETHER; ++t) to.left[t] = decay[t] * (t == 0 ? 1.0f : to.left[t - 1]);
+  for (int s = 0; s < TOGETHER; ++s) {
+    float share = 1.0f;
+    for (int t = s; t < TOGETHER; ++t) {
+      if (t > s) share *= decay[t];
+      to.by_k[t][s] = t > s ? share * dot(m.k + s * m.qk_token, m.k + t * m.qk_token, m.n) : 0.0f;
+      to.by_q[t][s] = share * dot(m.k + s * m.qk_token, m.q + t * m.qk_token, m.n);
+    }
+    to.kept[s] = share;
+  }
+}
+
+// What `matrix_tokens` does with TOGETHER tokens, in two passes over the state for all of them: what k and q read of it as it was,
+// then, from that, what the tokens write, all at once.
+template <int NV, bool READS>
+AT void matrix_together(const Matrix& m, const Together& to) {
+  vf seen[TOGETHER][NV], out[TOGETHER][NV], write[TOGETHER][NV];
+  UNROLL for (int t = 0; t < TOGETHER; ++t) UNROLL for (int j = 0; j < NV; ++j) seen[t][j] = out[t][j] = splat(0.0f);
+  for (int i = 0; i < m.n; ++i) {
+    vf row[NV];
+    UNROLL for (int j = 0; j < NV; ++j) row[j] = load(m.state + i * m.pitch + j * W);
+    UNROLL for (int t = 0; t < TOGETHER; ++t) {
+      const vf a = splat(m.k[t * m.qk_token + i]), b = splat(m.q[t * m.qk_token + i]);
+      UNROLL for (int j = 0; j < NV; ++j) {
+        if constexpr (READS) seen[t][j] = fma(a, row[j], seen[t][j]);
+        out[t][j] = fma(b, row[j], out[t][j]);
+      }
+    }
+  }
+  UNROLL for (int t = 0; t < TOGETHER; ++t) {
+    const vf left = splat(to.left[t]), beta = splat(READS ? m.beta[t * m.beta_token] : 1.0f);
+    UNROLL for (int j = 0; j < NV; ++j) {
+      vf x = left * seen[t][j], y = left * out[t][j];
+      UNROLL for (int s = 0; s < t; ++s) {
+        if constexpr (READS) x = fma(splat(to.by_k[t][s]), write[s][j], x);
+        y = fma(splat(to.by_q[t][s]), write[s][j], y);
+      }
+      write[t][j] = load(m.v + t * m.v_token + j * W);
+      if constexpr (READS) write[t][j] = beta * (write[t][j] - x);
+      store(m.out + t * m.out_token + j * W, fma(splat(to.by_q[t][t]), write[t][j], y));
+    }
+  }
+  UNROLL for (int t = 0; t < TOGETHER; ++t) UNROLL for (int j = 0; j < NV; ++j) write[t][j] = splat(to.kept[t]) * write[t][j];
+  const vf left = splat(to.left[TOGETHER - 1]);
+  for (int i = 0; i < m.n; ++i) {
+    vf row[NV];
+    UNROLL for (int j = 0; j < NV; ++j) row[j] = left * load(m.state + i * m.pitch + j * W);
+    UNROLL for (int t = 0; t < TOGETHER; ++t) {
+      const vf a = splat(m.k[t * m.qk_token + i]);
+      UNROLL for (int j = 0; j < NV; ++j) row[j] = fma(a, write[t][j], row[j]);
+    }
+    UNROLL for (int j = 0; j < NV; ++j) store(m.state + i * m.pitch + j * W, row[j]);
+  }
+}
+
+// The same of tokens from `t` on.
+INLINE Matrix from(Matrix m, int64_t t) {
+  m.q += t * m.qk_token, m.k += t * m.qk_token, m.v += t * m.v_token, m.out += t * m.out_token;
+  m.log_decay += t * m.decay_token;
+  if (m.beta != nullptr) m.beta += t * m.beta_token;
+  return m;
+}
+
+// Blocks of TOGETHER tokens and fewer behind them on NARROW vectors of columns, or on one.
+AT void matrix_blocks(const Matrix& m, const Together* to, int blocks, int64_t rest) {
+  const bool narrow = m.width == NARROW * W;
+  for (int b = 0; b < blocks; ++b) {
+    const Matrix own = from(m, b * TOGETHER);
+    if (m.beta != nullptr)
+      narrow ? matrix_together<NARROW, true>(own, to[b]) : matrix_together<1, true>(own, to[b]);
+    else
+      narrow ? matrix_together<NARROW, false>(own, to[b]) : matrix_together<1, false>(own, to[b]);
+  }
+  if (rest == 0) return;
+  const Matrix own = from(m, static_cast<int64_t>(blocks) * TOGETHER);
+  narrow ? matrix_tokens<NARROW>(own, rest) : matrix_tokens<1>(own, rest);
+}
+
+AT void matrix_in_turn(const Matrix& m, int64_t tokens) {
   switch (m.width / W) {
     case 4:
       return matrix_tokens<4>(m, tokens);
@@ -101,6 +198,26 @@ AT void matrix(const Matrix& m, int64_t tokens) {
       return matrix_tokens<2>(m, tokens);
     default:
       return matrix_tokens<1>(m, tokens);
+  }
+}
+
+constexpr int BLOCKS = 8;  // of TOGETHER tokens, whose products stay in the first cache
+
+AT void matrix(const Matrix& whole, int64_t tokens) {
+  // A decay for every channel has no products that all columns share.
+  if (whole.by_channel || whole.n % W != 0) return matrix_in_turn(whole, tokens);
+  for (int64_t t = 0; t < tokens;) {
+    const int blocks = tokens - t < BLOCKS * TOGETHER ? static_cast<int>((tokens - t) / TOGETHER) : BLOCKS;
+    if (blocks == 0) return matrix_in_turn(from(whole, t), tokens - t);
+    Together to[BLOCKS];
+    Matrix m = from(whole, t);
+    for (int b = 0; b < blocks; ++b) meet(from(m, b * TOGETHER), to[b]);
+    for (int column = 0; column < whole.width; column += m.width) {
+      m.width = whole.width - column < NARROW * W ? W : NARROW * W;
+      matrix_blocks(m, to, blocks, 0);
+      m.state += m.width, m.v += m.width, m.out += m.width;
+    }
+    t += static_cast<int64_t>(blocks) * TOGETHER;
   }
 }
 
@@ -277,13 +394,16 @@ AT void delta_block(const Delta& d, int tokens) {
       m.next = h + 1 < d.heads ? m.state + floats : d.next;
       matrix_whole(m, d.p);
     } else {
-      for (int column = 0; column < d.p; column += VECTORS * W) {  // columns in the first cache
-        Matrix part = m;
-        part.width = d.p - column < VECTORS * W ? d.p - column : VECTORS * W;
-        part.state = tile, part.pitch = part.width, part.v += column, part.out += column;
+      Together to[DELTA_BLOCK / TOGETHER];
+      const int blocks = tokens / TOGETHER;
+      for (int b = 0; b < blocks; ++b) meet(from(m, b * TOGETHER), to[b]);
+      Matrix part = m;
+      for (int column = 0; column < d.p; column += part.width) {  // columns in the first cache
+        part.width = part.pitch = d.p - column < NARROW * W ? W : NARROW * W;
+        part.state = tile, part.v = m.v + column, part.out = m.out + column;
         const size_t bytes = sizeof(float) * part.width;
         for (int i = 0; i < d.n; ++i) std::memcpy(tile + i * part.width, m.state + i * d.p + column, bytes);
-        matrix(part, tokens);
+        matrix_blocks(part, to, blocks, tokens % TOGETHER);
         for (int i = 0; i < d.n; ++i) std::memcpy(m.state + i * d.p + column, tile + i * part.width, bytes);
       }
     }
@@ -302,7 +422,7 @@ AT void delta(const Delta& whole, int64_t tokens) {
   }
 }
 
-Kernels kernels() { return {VECTORS * W, matrix, conv, scan, delta}; }
+Kernels kernels() { return {VECTORS * W, matrix, matrix_whole, conv, scan, delta}; }
 
 #undef INLINE
 
