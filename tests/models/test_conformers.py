@@ -13,7 +13,7 @@ from models.loading.opening import open_checkpoint
 from models.loading.source import resolve
 from serving.engine.device.media import frame_sizes
 from serving.media.processors import PROCESSORS
-from serving.media.processors.gemma_audio import GEMMA4, Gemma3nProcessor
+from serving.media.processors.conformers import GEMMA4, Gemma3nProcessor
 from serving.media.sound.frames import LogMel
 from tests.models import tiny_conformers, tiny_granite
 from tests.models.hearing import MADE_BY

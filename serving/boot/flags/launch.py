@@ -88,16 +88,8 @@ class Parser(argparse.ArgumentParser):
         return f"there is no flag {name}" + (f"; did you mean {near[0]}?" if near else ".")
 
 
-def build_parser() -> Parser:
-    """Every flag of `python -m serving.launch`."""
-    parser = Parser(
-        prog="python -m serving.launch",
-        description="Serves a language model over gRPC and the OpenAI API. Without --model: SmolLM2-135M-Instruct.",
-        allow_abbrev=False,
-        formatter_class=_Help,
-    )
-    add_engine_flags(parser, repeated=("model",))
-    add_models_flags(parser)
+def _add_adapter_flags(parser: Parser) -> None:
+    """Those of the server, in the engine's group."""
     adapters = next(group for group in parser._action_groups if group.title == "adapters")
     adapters.add_argument(
         "--lora-modules", nargs="+", type=lora_module, default=[], metavar="NAME=PATH",
@@ -118,6 +110,19 @@ def build_parser() -> Parser:
         help="who finds the adapters of models that requests name and nobody has loaded: 'folder' (by their paths below "
         "--lora-folder) or the name of an installed package's (default: they are unknown)",
     )  # fmt: skip
+
+
+def build_parser() -> Parser:
+    """Every flag of `python -m serving.launch`."""
+    parser = Parser(
+        prog="python -m serving.launch",
+        description="Serves a language model over gRPC and the OpenAI API. Without --model: SmolLM2-135M-Instruct.",
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
+    add_engine_flags(parser, repeated=("model",))
+    add_models_flags(parser)
+    _add_adapter_flags(parser)
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     server.add_argument("--grpc-port", type=_port, default=GRPC_PORT, help="gRPC port; 0 takes a free one")

@@ -9,11 +9,10 @@ from typing import Any
 from serving.media.processors.audio import AudioProcessor
 from serving.media.processors.base import Processor
 from serving.media.processors.clip import ClipProcessor
+from serving.media.processors.conformers import Gemma3nProcessor, GraniteProcessor
 from serving.media.processors.gemma import Gemma3Processor
 from serving.media.processors.gemma4 import Gemma4Processor
-from serving.media.processors.gemma_audio import Gemma3nProcessor
 from serving.media.processors.glm import GlmProcessor
-from serving.media.processors.granite import GraniteProcessor
 from serving.media.processors.idefics import IdeficsProcessor
 from serving.media.processors.internvl import InternVLProcessor
 from serving.media.processors.llama4 import Llama4Processor

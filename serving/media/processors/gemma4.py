@@ -11,7 +11,7 @@ import numpy as np
 
 from serving.media.frames.sampling import USUAL_FPS, Frames, Sampling
 from serving.media.processors.base import Patched, Scaling, Whole, value_of
-from serving.media.processors.gemma_audio import GemmaSounds, gemma4_sounds
+from serving.media.processors.conformers import GemmaSounds, gemma4_sounds
 
 if TYPE_CHECKING:
     from PIL.Image import Image
