@@ -124,7 +124,7 @@ def test_pictures_beside_sounds(tmp_path):
         )  # fmt: skip
         made.check(*mixed)
         made.check(mixed[0], mixed[1])
-        assert set(made.engine.info.modalities) >= {"image", "audio"}
+        assert set(made.llm._service.info.modalities) >= {"image", "audio"}
         made.engine.runner.guard.check()
     finally:
         made.llm.shutdown()
