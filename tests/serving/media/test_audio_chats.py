@@ -141,7 +141,8 @@ def test_an_adapter_for_requests_with_sounds_alone(tmp_path):
         adapters = made.llm._service.adapters
         adapters.load("audio", str(tmp_path / "model"))
         adapters.by_sense = {"audio": "audio"}
-        (adapted, *_) = made.check(heard, read, turn(LONG, 20, 21, SHORT, 22))
+        # Longer prompts make the random model say the sound's own token, which transformers then takes for token 0.
+        (adapted, _) = made.check(heard, read)
         assert adapted.outputs[0].token_ids != plain.outputs[0].token_ids
         made.engine.runner.guard.check()
     finally:
