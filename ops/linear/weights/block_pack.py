@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ops import native
 from ops.linear.weights.blocks import NEST, PANEL, SCALES, STEP, BlockWeight, Form, Stretch
@@ -215,41 +216,46 @@ def _rounded_to_four(weight_OI: jax.Array, rotated: bool) -> tuple[jax.Array, ..
     def error(values_ONgi: jax.Array, scale_ONg: jax.Array, offset_ONg: jax.Array) -> jax.Array:
         return ((values_ONgi * scale_ONg[..., None] - offset_ONg[..., None] - x_ONgi) ** 2).sum(-1)
 
-    def least(tried: list[tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
-        """Of several (error, ...) the one with the least error, block by block."""
-        best = tried[0]
-        for other in tried[1:]:
-            better = other[0] < best[0]
-            best = tuple(jnp.where(better, new, old) for new, old in zip(other, best, strict=True))
-        return best[1:]
+    def least(attempt: Callable[[jax.Array], tuple[jax.Array, ...]], tried: Sequence[float]) -> list[jax.Array]:
+        """Of several attempts, each (error, ...), the one with the least error, block by block."""
 
-    tried = []
-    for part in SHRUNK:
-        scale_ONg = (high_ONg - low_ONg) * ((1 - part) / 15)
-        offset_ONg = -low_ONg - (high_ONg - low_ONg) * (part / 2)
-        for _ in range(REFITS):
-            values_ONgi = values(scale_ONg, offset_ONg)
+        def step(best: list[jax.Array], part: jax.Array) -> tuple[list[jax.Array], None]:
+            new = attempt(part)
+            better = new[0] < best[0]
+            return [jnp.where(better, *pair) for pair in zip(new, best, strict=True)], None
+
+        nothing = jnp.zeros_like(low_ONg)
+        return lax.scan(step, [nothing + jnp.inf, nothing, nothing], jnp.array(tried, jnp.float32))[0][1:]
+
+    def fitted(part: jax.Array) -> tuple[jax.Array, ...]:
+        def refit(_: int, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            scale_ONg, values_ONgi = pair[0], values(*pair)
             apart_ONgi = values_ONgi - values_ONgi.mean(-1, keepdims=True)
             square_ONg, along_ONg = (apart_ONgi**2).sum(-1), (apart_ONgi * x_ONgi).sum(-1)
             fits = (square_ONg > 0) & (along_ONg > 0)
             scale_ONg = jnp.where(fits, along_ONg / jnp.where(fits, square_ONg, 1), scale_ONg)
-            offset_ONg = jnp.maximum(scale_ONg * values_ONgi.mean(-1) - mean_ONg, 0)
-        tried.append((error(values(scale_ONg, offset_ONg), scale_ONg, offset_ONg), scale_ONg, offset_ONg))
-    scale_ONg, offset_ONg = least(tried)
+            return scale_ONg, jnp.maximum(scale_ONg * values_ONgi.mean(-1) - mean_ONg, 0)
+
+        range_ONg = high_ONg - low_ONg
+        pair = lax.fori_loop(0, REFITS, refit, (range_ONg * ((1 - part) / 15), -low_ONg - range_ONg * (part / 2)))
+        return error(values(*pair), *pair), *pair
+
+    scale_ONg, offset_ONg = least(fitted, SHRUNK)
 
     # Then in six bits: the scale that is nearest and its neighbours, each with the offset that is best for it.
     scale_ON, offset_ON = ((all_ONg.max(-1) / 63).astype(jnp.float16) for all_ONg in (scale_ONg, offset_ONg))
     unit_ON1, unit_o_ON1 = (one_ON.astype(jnp.float32)[..., None] for one_ON in (scale_ON, offset_ON))
     safe_ON1, safe_o_ON1 = (jnp.where(unit > 0, unit, 1) for unit in (unit_ON1, unit_o_ON1))
-    tried = []
-    for step in (0, -1, 1):
+
+    def in_six_bits(step: jax.Array) -> tuple[jax.Array, ...]:
         six_ONg = jnp.clip(jnp.round(scale_ONg / safe_ON1) + step, 0, 63)
         wide_ONg = six_ONg * unit_ON1
         best_ONg = (values(wide_ONg, offset_ONg) * wide_ONg[..., None] - x_ONgi).mean(-1)
         six_o_ONg = jnp.clip(jnp.round(best_ONg / safe_o_ON1), 0, 63)
         wide_o_ONg = six_o_ONg * unit_o_ON1
-        tried.append((error(values(wide_ONg, wide_o_ONg), wide_ONg, wide_o_ONg), six_ONg, six_o_ONg))
-    six_ONg, six_o_ONg = least(tried)
+        return error(values(wide_ONg, wide_o_ONg), wide_ONg, wide_o_ONg), six_ONg, six_o_ONg
+
+    six_ONg, six_o_ONg = least(in_six_bits, (0, -1, 1))
     values_ONgi = values(six_ONg * unit_ON1, six_o_ONg * unit_o_ON1)
     return (*(a.astype(jnp.uint8) for a in (values_ONgi, six_ONg, six_o_ONg)), scale_ON, offset_ON)
 
