@@ -13,6 +13,7 @@ import base64
 import importlib.util
 import io
 import math
+import os
 import struct
 import sys
 import wave
@@ -104,6 +105,7 @@ def check_openai(url: str, reads: set[str]) -> None:
 
 def check_litellm(url: str, reads: set[str]) -> None:
     """A chat with an image or a file; a transcript."""
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it asks the network for prices
     import litellm
 
     how: Any = {"api_base": url, "api_key": "none", "model": "openai/default"}
