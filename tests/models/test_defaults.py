@@ -14,6 +14,8 @@ from tests.models.tiny import TINY
 from tests.models.tiny_base import BASE
 
 ARCHITECTURES = sorted({name for family in families() for name in family.architectures if text_class(name)})
+ODD = ("Glm4MoeForCausalLM", "Glm4vMoeForConditionalGeneration")
+"""Half of a head rotates, and the heads of transformers' default, which no checkpoint has, have 42 numbers."""
 
 
 def test_the_table_is_transformers():
@@ -38,6 +40,11 @@ def test_an_empty_configuration_is_the_default_one(tmp_path, architecture):
     )  # no number in transformers
     if architecture == "Gemma3TextModel":
         least |= {"use_bidirectional_attention": True}  # an encoder here
+    if architecture in ODD:
+        for fields in (least, whole | least):
+            with pytest.raises(ValueError, match="rotates 21 dimensions"):
+                read(tmp_path, architecture, fields)
+        return
     assert read(tmp_path, architecture, least) == read(tmp_path, architecture, whole | least)
 
 
