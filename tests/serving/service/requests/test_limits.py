@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -186,7 +187,7 @@ LLM_LACKS = {"max_name_chars", "max_timeout_s"}  # `LLM` takes neither salts nor
 
 def _over_llm(engine: MockEngine, limits: Limits) -> dict[str, Any]:
     started: Any = SimpleNamespace(
-        service=lambda: mock_service(engine, limits=limits),
+        service=lambda limit_changes: mock_service(engine, limits=dataclasses.replace(limits, **limit_changes)),
         engine=SimpleNamespace(client=engine, shutdown=lambda: None),
         text=None,
     )
