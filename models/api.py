@@ -117,11 +117,8 @@ class Step:
     taps: tuple[int, ...] = ()
 
     def real(self) -> jax.Array | None:
-        """bool [T], which tokens are no padding; None where no layer keeps pages, by which they are known."""
-        index_T = self.attention.kv_index_T
-        if index_T.ndim > 1:
-            index_T = index_T[0] if index_T.shape[0] else None
-        return None if index_T is None else index_T > 0
+        """bool [T], which tokens are no padding; None where that cannot be told."""
+        return self.attention.real()
 
     def by_group(self) -> tuple[Step, ...]:
         """The step as the layers of each attention group see it."""

@@ -93,6 +93,13 @@ class AttentionBatch:
         qlen_B1 = self.row_queries[:, None]
         return jnp.where(place_Q < qlen_B1, self.decode_len_B[:, None] - qlen_B1 + place_Q, -1)
 
+    def real(self) -> jax.Array | None:
+        """bool [T], which tokens are no padding; None where no layer keeps pages, by which they are known."""
+        index_T = self.kv_index_T
+        if index_T.ndim > 1:
+            index_T = index_T[0] if index_T.shape[0] else None
+        return None if index_T is None else index_T > 0
+
     def by_group(self) -> tuple[AttentionBatch, ...]:
         """The batch of each group of layers; the only one as it is, and one without pages where no layer keeps any."""
         if not self.places:

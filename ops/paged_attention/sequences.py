@@ -55,9 +55,13 @@ class Sequences:
         """As `AttentionBatch.by_group`: where nothing is kept there is one group."""
         return (self,)
 
-    def place(self, layer: int) -> tuple[int, int]:
+    def real(self) -> None:
+        """As `AttentionBatch.real`: padding is a segment like others."""
+        return None
+
+    def place(self, layer: int) -> tuple[int, int, int]:
         """As `AttentionBatch.place`."""
-        return 0, layer
+        return 0, layer, 0
 
 
 def attend(
