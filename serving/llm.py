@@ -94,8 +94,8 @@ class LLM:
     def _init(self, started: Started) -> None:
         self._started = started
         self._loop = _LoopThread()
-        make = lambda: started.service(limit_changes={"max_media_bytes": None})  # noqa: E731 - a call's chats come all at once
-        self._service: TextService = self._loop.run(_on_loop(make))
+        changes = {"max_media_bytes": None}  # a call's chats come all at once
+        self._service: TextService = self._loop.run(_on_loop(started.service, limit_changes=changes))
         self._finalizer = weakref.finalize(self, _shutdown, started, self._loop)
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -433,8 +433,8 @@ def _shutdown(started: Started, loop: _LoopThread) -> None:
     loop.close()
 
 
-async def _on_loop(make: Any) -> TextService:
-    return make()
+async def _on_loop(make: Any, **options: Any) -> TextService:
+    return make(**options)
 
 
 class _Bar:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.media.processors.base import Fixed, Patched
+from serving.media.processors.base import Fixed, Patched, Sound
 from serving.media.sound import RATE
 from serving.media.sound.spectrum import FFT, HOP, log_mel
 
@@ -130,10 +130,10 @@ def _piece(frames: np.ndarray, kinds: np.ndarray, count: int) -> Patched:
 
 
 @dataclasses.dataclass(frozen=True)
-class AudioProcessor(Fixed):
-    """Attributes as in `Processor`."""
+class Hearing(Fixed):
+    """A processor of sounds alone. Attributes as in `Processor`."""
 
-    sound: Sounds | None = None
+    sound: Sound | None = None
     images: bool = False
     placeholder: int = PLACE
     mark: str = ""
@@ -142,6 +142,11 @@ class AudioProcessor(Fixed):
 
     def identity(self) -> str:
         return repr(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioProcessor(Hearing):
+    """Attributes as in `Processor`."""
 
     @classmethod
     def qwen2(cls, hf: Mapping[str, Any]) -> AudioProcessor:

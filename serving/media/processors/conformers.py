@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.media.processors.audio import MARK, PLACE
+from serving.media.processors.audio import MARK, PLACE, Hearing
 from serving.media.processors.base import Fixed, Patched
 from serving.media.sound import RATE
 from serving.media.sound.frames import LogMel, mel_bands
@@ -174,18 +174,8 @@ class GraniteSounds:
 
 
 @dataclasses.dataclass(frozen=True)
-class GraniteProcessor(Fixed):
+class GraniteProcessor(Hearing):
     """Attributes as in `Processor`."""
-
-    sound: GraniteSounds | None = None
-    images: bool = False
-    placeholder: int = PLACE
-    mark: str = ""
-    three_numbers: bool = False
-    together: bool = False
-
-    def identity(self) -> str:
-        return repr(self)
 
     @classmethod
     def of(cls, hf: Mapping[str, Any]) -> GraniteProcessor:
