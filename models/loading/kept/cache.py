@@ -28,7 +28,7 @@ GIB = 1 << 30
 SUFFIX = ".weights"
 NOTE = ".last"
 LEAST = 32 << 20  # bytes of weights below which keeping them saves nothing
-SPARED = 0.1  # of the disk, which is left free
+SPARED, MOST_SPARED = 0.1, 4 * GIB  # of the disk, which is left free, but no more than this
 ABANDONED_S = 3600.0  # a file that nobody has finished by then never will be
 _LASTS_S = {".part": ABANDONED_S, NOTE: 30 * 86400.0}
 CODE = ("models", "ops", "sharding")
@@ -142,19 +142,21 @@ class WeightCache:
         self._say(f"weights kept in {self.folder} for the next start ({size / GIB:.2f} GiB)")
 
     def _make_room(self, size: int) -> bool:
-        """Whether there is room for `size` bytes more, after what has not been used for longest has gone."""
+        """Whether there is room for `size` bytes more, after what has not been used for longest has gone; nothing goes in vain."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             files = sorted(self._files())
             disk = shutil.disk_usage(self.folder)
-            taken, free = sum(found for _, found, _ in files), disk.free - SPARED * disk.total
+            spared = min(SPARED * disk.total, MOST_SPARED)
+            taken, free = sum(found for _, found, _ in files), disk.free - spared
+            if size > min(self.limit, free + taken):
+                self._say(
+                    f"weights of {size / GIB:.2f} GiB are not kept in {self.folder}: all together may take "
+                    f"{self.limit / GIB:.2f} GiB (--weight-cache-gb), and of {disk.free / GIB:.1f} GiB that the disk has free "
+                    f"{spared / GIB:.1f} stay so"
+                )
+                return False
             while taken + size > self.limit or size > free:
-                if not files:
-                    self._say(
-                        f"weights of {size / GIB:.2f} GiB are not kept in {self.folder}: all together may take "
-                        f"{self.limit / GIB:.2f} GiB (--weight-cache-gb) and leave a tenth of the disk free"
-                    )
-                    return False
                 _, gone, path = files.pop(0)
                 path.unlink(missing_ok=True)  # who has it mapped keeps it
                 taken, free = taken - gone, free + gone

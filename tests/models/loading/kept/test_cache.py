@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -23,6 +24,19 @@ from ops import native
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 SCHEMES = ("int8", "int4") if native.available() else ("int8",)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def disk():
+    """Half empty, whatever the machine's is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_cache.shutil, "disk_usage", lambda _: usage(100, 50))
+        yield
+
+
+def usage(total: float, free: float):
+    """As `shutil.disk_usage` tells it; in GiB."""
+    return SimpleNamespace(total=int(total * kept_cache.GIB), free=int(free * kept_cache.GIB))
 
 
 @pytest.fixture
@@ -227,6 +241,30 @@ def test_what_was_not_used_for_longest_goes(tmp_path):
     assert max(kept.files(), key=lambda path: path.stat().st_mtime).stem == "old", "it was used last"
     kept.keep("large", {"a": np.ones(3 << 18, np.float32)})
     assert "not kept" in kept.said[-1] and "--weight-cache-gb" in kept.said[-1]
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "kept_ones"),
+    [
+        (1000, 8, ["new", "old"]),
+        (1000, 4.02, ["new", "old"]),
+        (20, 2.02, ["new", "old"]),
+        (1000, 4.002, ["new"]),
+        (1000, 3, ["old"]),
+    ],
+    ids=["a large disk, little free", "just enough", "a small one", "once the old one has gone", "not even then"],
+)
+def test_what_is_left_of_the_disk(tmp_path, monkeypatch, total, free, kept_ones):
+    """A tenth, at most 4 GiB; and who could not make room that way throws nothing away."""
+    array = np.ones(1 << 20, np.float32)  # 4 MiB
+    kept = Folder(tmp_path)
+    kept.keep("old", {"a": array})
+    kept.finish()
+    monkeypatch.setattr(kept_cache.shutil, "disk_usage", lambda _: usage(total, free))
+    kept.keep("new", {"a": array})
+    kept.finish()
+    assert [path.stem for path in kept.files()] == kept_ones
+    assert ("not kept" in kept.said[-1]) is ("new" not in kept_ones)
 
 
 def test_no_room_and_no_right(tmp_path, monkeypatch):
