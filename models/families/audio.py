@@ -9,7 +9,14 @@ from typing import Any
 
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.encoders.audio import AudioTower, flamingo3_audio, omni_audio, qwen2_audio, ultravox_audio, voxtral_audio
+from models.encoders.audio.chats import (
+    AudioTower,
+    flamingo3_audio,
+    omni_audio,
+    qwen2_audio,
+    ultravox_audio,
+    voxtral_audio,
+)
 from models.families.llama import llama_config
 from models.families.mistral import mistral_config
 from models.families.qwen2 import qwen2_config

@@ -12,7 +12,7 @@ import jax
 from models.api import Step
 from models.config import ModelConfig, from_hf, rope_from_hf, windows_from_hf
 from models.decoder import Decoder
-from models.encoders.gemma import Gemma3, gemma3_vision
+from models.encoders.vision.gemma import Gemma3, gemma3_vision
 from models.family import Family, Tower
 from models.layers import Build, Layer
 

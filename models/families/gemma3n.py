@@ -16,7 +16,7 @@ from flax import nnx
 from models.api import KVCache, Result, Step
 from models.config import ModelConfig, from_hf, rope_from_hf
 from models.decoder import Decoder, run_layer
-from models.encoders.gemma3n import Gemma3nAudio, gemma3n_audio, hard_embeddings
+from models.encoders.audio.gemma3n import Gemma3nAudio, gemma3n_audio, hard_embeddings
 from models.families.gemma import GemmaLayer
 from models.families.gemma4 import BESIDE, SHARED, Gemma4Attention, kinds_of, shared_layers
 from models.family import Family, Tower

@@ -14,7 +14,10 @@ from flax import nnx
 from models.api import Step
 from models.config import WINDOWED, ModelConfig, MoEConfig, from_hf, layer_kinds, rope_from_hf
 from models.decoder import Decoder
-from models.encoders.gemma4 import gemma4_tower, gemma4_vision
+from models.encoders.audio.gemma4 import Gemma4Audio, gemma4_audio
+from models.encoders.senses import Senses
+from models.encoders.vision.gemma4 import Gemma4Vision, gemma4_vision
+from models.encoders.vit import VitConfig
 from models.families.gemma import GemmaLayer
 from models.family import Family, Tower
 from models.layers import Build, GatedMLP, Linear, heads_of, weight
@@ -262,6 +265,17 @@ def gemma4_config(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def gemma4_senses(hf: Mapping[str, Any]) -> VitConfig:
+    """Of eyes, and of ears where config.json has them."""
+    return dataclasses.replace(gemma4_vision(hf), ears=gemma4_audio(hf))
+
+
+def gemma4_tower(config: VitConfig, build: Build) -> Gemma4Vision | Senses:
+    """Eyes, and in the smaller sizes ears."""
+    eyes = Gemma4Vision(config, build)
+    return eyes if config.ears is None else Senses(eyes, Gemma4Audio(config.ears, build))
+
+
 FAMILIES = (
     Family(
         "Gemma 4 (text)",
@@ -277,6 +291,6 @@ FAMILIES = (
         gemma4_config,
         Gemma4Decoder,
         ignore=BESIDE,
-        tower=Tower(gemma4_vision, gemma4_tower, SENSES, videos=True),
+        tower=Tower(gemma4_senses, gemma4_tower, SENSES, videos=True),
     ),
 )

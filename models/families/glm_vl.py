@@ -11,7 +11,7 @@ import jax
 from models.api import Step
 from models.config import ModelConfig, from_hf
 from models.decoder import Decoder
-from models.encoders.glm import GlmVision, glm_vision
+from models.encoders.vision.glm import GlmVision, glm_vision
 from models.families.gemma import GemmaLayer
 from models.families.glm4_moe import build as build_moe
 from models.families.glm4_moe import glm4_moe_config

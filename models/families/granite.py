@@ -11,7 +11,7 @@ import jax
 from models.api import Step
 from models.config import ModelConfig, MoEConfig, from_hf
 from models.decoder import Decoder
-from models.encoders.granite_speech import GraniteSpeech, granite_speech
+from models.encoders.audio.granite_speech import GraniteSpeech, granite_speech
 from models.family import Family, Tower
 from models.layers import Build, Layer
 from models.layers.moe import Experts, MoE

@@ -4,7 +4,7 @@ that reads an image in tiles."""
 from __future__ import annotations
 
 from models.decoder import Decoder
-from models.encoders.idefics import Idefics, idefics_vision
+from models.encoders.vision.idefics import Idefics, idefics_vision
 from models.families.llama import llama_config
 from models.family import Family, Tower
 

@@ -4,7 +4,7 @@ reads an image in tiles."""
 from __future__ import annotations
 
 from models.decoder import Decoder
-from models.encoders.internvl import InternVL, internvl_vision
+from models.encoders.vision.internvl import InternVL, internvl_vision
 from models.families.llava import BESIDE, llava_config
 from models.family import Family, Tower
 

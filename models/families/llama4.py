@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from models.api import Step
 from models.config import ModelConfig, MoEConfig, from_hf, layer_kinds
 from models.decoder import Decoder
-from models.encoders.llama4 import Llama4Vision, llama4_vision
+from models.encoders.vision.llama4 import Llama4Vision, llama4_vision
 from models.family import Family, Tower
 from models.layers import Attention, Build, GatedMLP, Layer, heads_of
 from models.layers.moe import Experts, MoE

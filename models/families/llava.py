@@ -9,8 +9,8 @@ from typing import Any
 
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.encoders.llava import Llava, llava_vision, next_vision, onevision_vision
-from models.encoders.pixtral import Pixtral, pixtral_vision
+from models.encoders.vision.llava import Llava, llava_vision, next_vision, onevision_vision
+from models.encoders.vision.pixtral import Pixtral, pixtral_vision
 from models.encoders.vit import VitConfig
 from models.families.llama import llama_config
 from models.families.mistral import mistral_config

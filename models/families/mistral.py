@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from models.api import Step
 from models.config import ModelConfig, from_hf, windows_from_hf
 from models.decoder import Decoder
-from models.encoders.pixtral import Pixtral, pixtral_vision
+from models.encoders.vision.pixtral import Pixtral, pixtral_vision
 from models.families.gemma import VISION
 from models.families.mistral4 import Mistral4Layer, mistral4_config
 from models.family import Family, Tower

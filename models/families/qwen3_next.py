@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from models.config import ModelConfig, from_hf, layer_kinds
 from models.decoder import Decoder
-from models.encoders.qwen3 import Qwen3Vision, qwen3_vision
+from models.encoders.vision.qwen3 import Qwen3Vision, qwen3_vision
 from models.families.qwen_moe import qwen_moe
 from models.family import Family, Tower
 from models.heads import mtp

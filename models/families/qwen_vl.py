@@ -5,8 +5,8 @@ Qwen 3, dense or with experts, the same way."""
 from __future__ import annotations
 
 from models.decoder import Decoder
-from models.encoders.qwen import QwenVision, qwen2_5_vision, qwen2_vision
-from models.encoders.qwen3 import Qwen3Vision, qwen3_vision
+from models.encoders.vision.qwen import QwenVision, qwen2_5_vision, qwen2_vision
+from models.encoders.vision.qwen3 import Qwen3Vision, qwen3_vision
 from models.families.qwen2 import qwen2_config
 from models.families.qwen3 import qwen3_config
 from models.families.qwen_moe import build as build_moe

@@ -1,5 +1,5 @@
 """Whisper (Radford et al. 2022, arXiv:2212.04356): a decoder with learned positions, each of whose layers also attends to sound,
-which an encoder has read (models/encoders/whisper.py)."""
+which an encoder has read (models/encoders/audio/whisper.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flax import nnx
 from models.api import Cross, Step
 from models.config import ModelConfig, from_hf
 from models.decoder import Decoder
-from models.encoders.whisper import WhisperEncoder, whisper_encoder, without_k
+from models.encoders.audio.whisper import WhisperEncoder, whisper_encoder, without_k
 from models.family import Family, Tower
 from models.layers import MLP, Attention, Build, Layer, LayerNorm, Linear, weight
 from models.layers.norms import Norm

@@ -190,8 +190,8 @@ VISION_INTRODUCTION = """
 ## Families that read images
 
 Against transformers on tiny random checkpoints: pixels bit for bit for images from 1 x 1 to 999 x 5 in four modes, the tower's
-embeddings within 1e-4 of the largest, positions equal (`tests/models/test_vision.py`); prompt ids and 32 greedy tokens through the
-whole engine with texts and images in one batch, prompts cut inside images, prefixes that end inside one, and preemption
+embeddings within 1e-4 of the largest, positions equal (`tests/models/encoders/vision/`); prompt ids and 32 greedy tokens through
+the whole engine with texts and images in one batch, prompts cut inside images, prefixes that end inside one, and preemption
 (`tests/serving/media/test_images.py`; the engine runs with Qwen2.5-VL and Gemma 3 each time, with the others where slow tests run),
 and on a mesh, with the tower cut and two replicas (`tests/serving/media/test_mesh.py`, in the same way).
 Videos are held to transformers in the same ways, and towers in GGUF to those in safetensors
@@ -207,7 +207,7 @@ AUDIO_INTRODUCTION = """
 
 In chats, against transformers (Ultravox, which it has not, against its parts put together as its authors do): spectrograms
 within 1e-5 of those that transformers makes with numpy and as many tokens for a sound, of 0.01 s to 60 s; the encoder's embeddings
-within 1e-4 of the largest (`tests/models/test_audio.py`, `test_conformers.py`); prompt ids and 32 greedy tokens through the
+within 1e-4 of the largest (`tests/models/encoders/audio/`); prompt ids and 32 greedy tokens through the
 whole engine with texts and sounds in one batch, prompts cut inside sounds, prefixes that end inside one, and preemption
 (`tests/serving/media/test_audio_chats.py`, Granite Speech also with an adapter for sounds; the engine runs with Qwen2-Audio each
 time, with the others, and on meshes of two devices, where slow tests run).

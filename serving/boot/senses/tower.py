@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from models.encoders.whisper import in_pages
+from models.encoders.audio.whisper import in_pages
 from models.family import Tower
 from models.loading.load import Built, fill
 from models.loading.opening import Opened

@@ -15,7 +15,7 @@ from serving.media.sound import RATE
 from serving.media.sound.spectrum import FFT, HOP, log_mel
 
 SOUND, SILENCE = 1, 2
-"""As in `models.encoders.audio`, of a frame."""
+"""As in `models.encoders.audio.chats`, of a frame."""
 PLACE = 2**31 - 1
 """Stands in token ids where a sound is that no token of the vocabulary stands for."""
 MARK = "\ufdd3"

@@ -39,7 +39,7 @@ PAIRS: dict[str, str] = {
     "n": MASKS,
     "log probabilities, of prompts too": MASKS,
     "adapters": "tests/serving/adapters/test_media.py::test_images_with_an_adapter_are_those_of_peft",
-    "int8": "tests/models/test_vision.py::test_a_rounded_tower_says_nearly_the_same",
+    "int8": "tests/models/encoders/vision/test_towers.py::test_a_rounded_tower_says_nearly_the_same",
     "mesh model=2": MESHES,
     "mesh data=2, replicas": MESHES,
     "several processes, bundles of programs": HERE + "test_pairs.py::test_what_reads_no_images_is_refused",

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from models.encoders.plain import PlainVit, plain_config
+from models.encoders.vision.plain import PlainVit, plain_config
 from models.encoders.vit import VitConfig, squares
 from models.layers import Build, Linear
 from models.recipes import Recipes, under

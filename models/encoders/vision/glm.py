@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.encoders.qwen import ROPE_THETA, patch_shape
+from models.encoders.vision.qwen import ROPE_THETA, patch_shape
 from models.encoders.vit import VitBlock, VitConfig, run_block
 from models.layers import Build, GatedMLP, LayerNorm, Linear, RMSNorm, weight
 from models.recipes import Recipes, one, under

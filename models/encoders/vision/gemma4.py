@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.encoders.bounded import Bounded
-from models.encoders.gemma4_audio import Gemma4Audio, gemma4_audio
-from models.encoders.senses import Senses
 from models.encoders.vit import VitConfig, attend_patches, axial_frequencies, run_block
 from models.layers import Build, Linear, RMSNorm, child_recipes, weight
 from models.recipes import Recipes, Stack, one, under
@@ -49,7 +47,6 @@ def gemma4_vision(hf: Mapping[str, Any]) -> VitConfig:
         gated=True,
         rope_theta=float((vision.get("rope_parameters") or {}).get("rope_theta") or 100.0),
         together=hf.get("use_bidirectional_attention") == "vision",
-        ears=gemma4_audio(hf),
         extra=(
             ("places", vision.get("position_embedding_size", 10240)),
             ("bounded", bool(vision.get("use_clipped_linears", False))),
@@ -181,9 +178,3 @@ class Gemma4Vision(nnx.Module):
         if self.standard is not None:
             recipes["standard"] = Stack(tuple(one(f"{name}.{part}", D) for part in ("std_bias", "std_scale")))
         return recipes
-
-
-def gemma4_tower(config: VitConfig, build: Build) -> Gemma4Vision | Senses:
-    """Eyes, and in the smaller sizes ears."""
-    eyes = Gemma4Vision(config, build)
-    return eyes if config.ears is None else Senses(eyes, Gemma4Audio(config.ears, build))

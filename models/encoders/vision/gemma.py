@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from models.encoders.plain import PlainVit, plain_config
+from models.encoders.vision.plain import PlainVit, plain_config
 from models.encoders.vit import VitConfig, squares
 from models.layers import Build, Linear, RMSNorm
 from models.recipes import Recipes, one, under

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.encoders import audio as encoder
+from models.encoders.audio import chats as encoder
 from models.loading.load import build_model, fill
 from models.loading.opening import open_checkpoint
 from models.loading.source import resolve

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.encoders.gemma3n import gemma3n_audio
-from models.encoders.gemma4_audio import gemma4_audio
-from models.encoders.granite_speech import granite_speech
+from models.encoders.audio.gemma3n import gemma3n_audio
+from models.encoders.audio.gemma4 import gemma4_audio
+from models.encoders.audio.granite_speech import granite_speech
 from models.loading.load import build_model, fill
 from models.loading.opening import open_checkpoint
 from models.loading.source import resolve

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.encoders.conformer import SHRINK, Conformer, ConformerTrunk, number
+from models.encoders.audio.conformer import SHRINK, Conformer, ConformerTrunk, number
 from models.encoders.vit import VitConfig
 from models.layers import Build, Linear, RMSNorm, weight
 from models.recipes import Computed, Recipe, Recipes, one, under

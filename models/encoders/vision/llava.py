@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.encoders.plain import PlainVit, plain_config
+from models.encoders.vision.plain import PlainVit, plain_config
 from models.encoders.vit import VitConfig
 from models.layers import Build, Linear, child_recipes, mlp_of, weight
 from models.recipes import Recipes, one, under

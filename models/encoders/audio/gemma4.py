@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from models.encoders.conformer import SHRINK, Conformer, ConformerTrunk, number
+from models.encoders.audio.conformer import SHRINK, Conformer, ConformerTrunk, number
 from models.encoders.vit import VitConfig
 from models.layers import Build, Linear
 from models.recipes import Recipes, under

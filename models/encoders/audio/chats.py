@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from models.encoders.audio.whisper import SoundTrunk
 from models.encoders.vit import VitConfig
-from models.encoders.whisper import SoundTrunk
 from models.layers import Build, Linear, RMSNorm
 from models.recipes import Recipes, under
 from ops.activation import activation

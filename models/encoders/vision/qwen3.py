@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.encoders.qwen import ROPE_THETA, max_patches, patch_shape
+from models.encoders.vision.qwen import ROPE_THETA, max_patches, patch_shape
 from models.encoders.vit import VitBlock, VitConfig, run_block
 from models.layers import Build, LayerNorm, Linear, child_recipes, mlp_of, weight
 from models.recipes import Recipes, one, under
