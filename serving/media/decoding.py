@@ -51,8 +51,8 @@ def decode(data: bytes, policy: MediaPolicy, place: str, room: Room | None = Non
             if room is not None:
                 room.take(image.size)
             image.load()
-            image = ImageOps.exif_transpose(image)
-            return image.convert("RGB")
+            ImageOps.exif_transpose(image, in_place=True)  # a copy of the largest image is 256 MB
+            return image if image.mode == "RGB" else image.convert("RGB")
     except RequestError:
         raise
     except MemoryError:

@@ -1,8 +1,10 @@
-"""Images and sounds that somebody else made: files that are nearly valid, and such that lie about themselves."""
+"""Images, sounds, videos and documents that somebody else made: files that are nearly valid, and such that lie about themselves."""
 
 from __future__ import annotations
 
+import asyncio
 import io
+import json
 import pathlib
 import random
 from typing import Any
@@ -12,15 +14,17 @@ import numpy as np
 from serving.errors import RequestError
 from serving.media.clips import GivenSound
 from serving.media.decoding import decode
+from serving.media.documents import text_of_pdf
 from serving.media.fetching import MediaPolicy
 from serving.media.processors import PROCESSORS
 from serving.media.video import GivenVideo
-from tests.fuzz.mutate import mutate_bytes
+from tests.fuzz.mutate import mutate_bytes, mutate_text
 from tests.fuzz.run import Case
 from tests.models import tiny_conformers, tiny_granite
 from tests.models.tiny_audio import MELS
 from tests.models.tiny_audio import TINY as HEARS
 from tests.models.tiny_towers import TINY
+from tests.models.tiny_vision import picture
 
 POLICY = MediaPolicy(max_pixels=1 << 20)
 MAX_TOKENS = 4096
@@ -106,16 +110,22 @@ def sounds(folder: pathlib.Path) -> Case:
 
 def videos(folder: pathlib.Path) -> Case:
     """Files and frames in a URL, to patches: each file in a process of its own, which is why there are few cases a second."""
+    from tests.serving.media.images import encoded
     from tests.serving.media.test_video import FRAMES, MP4, jpegs, video_file
 
     readers = [one.video for _, one in processors() if one.video is not None]
-    seeds = [MP4, video_file(FRAMES, kind="matroska"), video_file(FRAMES, kind="webm", codec="libvpx")]
+    kinds = (("matroska", "libx264"), ("webm", "libvpx"), ("webm", "libvpx-vp9"), ("avi", "mpeg4"), ("mov", "libx264"))
+    seeds = [MP4, *(video_file(FRAMES, kind=kind, codec=codec) for kind, codec in kinds)]
+    seeds.append(encoded(64, 48, "GIF", save_all=True, append_images=[picture(64, 48, i) for i in range(3)]))
     frames = jpegs(FRAMES).encode()
 
     def case(rng: random.Random) -> list[str]:
         content: Any = mutate_bytes(rng, rng.choice(seeds), 6)
-        if rng.random() < 0.3:
-            content = mutate_bytes(rng, frames, 3).decode("latin-1")
+        match rng.randrange(10):
+            case 0 | 1:
+                content = mutate_bytes(rng, frames, 3).decode("latin-1")
+            case 2:  # the beginning of one, and of another what is behind it
+                content = content[: rng.randrange(len(content) + 1)] + rng.choice(seeds)[rng.randrange(1000) :]
         try:
             given, video = GivenVideo(content, POLICY, "place"), rng.choice(readers)
             b"".join(given.parts())
@@ -127,4 +137,27 @@ def videos(folder: pathlib.Path) -> Case:
     return case
 
 
-TARGETS = {"image": images, "sound": sounds, "video": videos}
+def documents(folder: pathlib.Path) -> Case:
+    """PDFs to their texts: each in a process of its own, as videos."""
+    from tests.serving.frontends.page.test_documents import locked, pdf
+
+    seeds = [pdf("The first page.", "", "The third."), pdf("AAA", letter="D800"), locked()]
+
+    def case(rng: random.Random) -> list[str]:
+        data = rng.choice(seeds)
+        if rng.random() < 0.8:
+            data = mutate_bytes(rng, data, 8)
+        else:
+            data = mutate_text(rng, data.decode("latin-1")).encode("latin-1", "replace")
+        try:
+            found = asyncio.run(text_of_pdf(data, "place"))
+            json.dumps(found).encode()
+            assert found["text"].encode() and found["pages"] > 0
+        except RequestError as error:
+            return [str(error)]
+        return []
+
+    return case
+
+
+TARGETS = {"image": images, "sound": sounds, "video": videos, "document": documents}

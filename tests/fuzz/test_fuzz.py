@@ -20,7 +20,7 @@ CASES = {
 }
 
 
-SLOW = {"video"}
+SLOW = {"video", "document"}
 """Each case is a process of its own."""
 
 

@@ -74,6 +74,8 @@ def save(name: str, folder: Path) -> Any:
     )
     torch.manual_seed(sum(name.encode()))
     model = getattr(transformers, tiny.model)(config).eval().float()
+    if name.startswith("GLM"):
+        model.model.get_placeholder_mask = _places_of_each
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -221,6 +223,13 @@ def kinds_of(name: str, tokens: Any) -> Any:
         return (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
     inside = (tokens == VIDEO + 1).cumsum(-1) > (tokens == VIDEO + 2).cumsum(-1)
     return (tokens == IMAGE).int() * (1 + inside.int())
+
+
+def _places_of_each(input_ids: Any, inputs_embeds: Any, image_features: Any = None, video_features: Any = None) -> Any:
+    """In place of GLM's own in transformers, which takes all places of images and videos, whose token is one, for each of both, and
+    so refuses prompts with both."""
+    kinds = kinds_of("GLM", input_ids)[..., None]
+    return kinds == 1, kinds == 2
 
 
 def features(name: str, model: Any, image: Image.Image) -> np.ndarray:
