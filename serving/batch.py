@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from serving import event_loop
+from serving.engine.api.config import EngineConfig
+from serving.errors import RequestError
 from serving.frontends.openai.batches.runner import Summary, finished_keys, run_batch
 
 
@@ -62,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {in_flags(str(error), vars(args).keys())}", file=sys.stderr)
         return 2
     try:
-        summary = event_loop.run(_run(started, args, total))
+        summary = event_loop.run(_run(started, args, config, total))
+    except (ValueError, RequestError) as error:  # an adapter cannot be served
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; start it again to go on", file=sys.stderr)
         return 130
@@ -75,12 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if summary.failures else 0
 
 
-async def _run(started: Any, args: Any, total: int) -> Summary:
+async def _run(started: Any, args: Any, config: EngineConfig, total: int) -> Summary:
     from tqdm import tqdm
 
+    from serving.boot.lora_modules import add_default_loras
     from serving.frontends.app import create_app
 
     service = started.service()
+    add_default_loras(service.adapters, config)
     concurrency = args.concurrency or 2 * service.info.max_num_seqs
     with contextlib.closing(tqdm(total=total, unit="req", disable=not args.progress)) as bar:
 

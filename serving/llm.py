@@ -75,12 +75,13 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, **settings: Any) -> None:
-        from serving.boot.startup import start
+        from serving.boot import lora_modules, startup
 
         _check_settings(settings)
         config = EngineConfig(model=model, **settings)
         say = (lambda line: print(line, file=sys.stderr)) if config.progress else (lambda line: None)
-        self._init(start(config, say=say))
+        self._init(startup.start(config, say=say))
+        lora_modules.add_default_loras(self._service.adapters, config)
 
     __init__.__signature__ = config_signature()  # type: ignore[attr-defined]
 
@@ -493,8 +494,7 @@ def _same_length(name: str, given: Sequence[Any], inputs: Sequence[Any]) -> None
 
 def _check_settings(given: Mapping[str, Any]) -> None:
     known = [f.name for f in dataclasses.fields(EngineConfig)]
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise TypeError(f"LLM has no option {name!r}.{hint}")
+    for name in (one for one in given if one not in known):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise TypeError(f"LLM has no option {name!r}.{hint}")

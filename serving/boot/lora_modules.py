@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from serving.engine.api.adapters import LoRARequest
 
 if TYPE_CHECKING:
-    from serving.service.adapters import Resolver
+    from serving.engine.api.config import EngineConfig
+    from serving.service.adapters import Adapters, Resolver
 
 ENTRY_POINTS = "jaxserve.lora_resolvers"
 """The group of entry points in which packages add resolvers: each a `Resolver`, or a class or function that makes one."""
@@ -52,21 +53,36 @@ def lora_module(text: str) -> LoRARequest:
     return LoRARequest(name, 0, path, None if tenants is None else tuple(tenants))
 
 
-def default_loras(text: str) -> tuple[LoRARequest, ...]:
-    """A JSON object of "image", "video" and "audio": for each the path of an adapter, whose name the kind is, as in vLLM.
+def default_loras(config: EngineConfig) -> tuple[LoRARequest, ...]:
+    """Of "image", "video" and "audio" the adapters of requests that bring one along, each with the kind as its name, as in vLLM.
 
     Raises:
-        argparse.ArgumentTypeError: it is none, or there is nothing at a path.
+        ValueError: there are others, there is nothing at a path, or no adapters are taken.
     """
-    try:
-        given = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        given = None
-    if not isinstance(given, dict) or not given or not given.keys() <= {"image", "video", "audio"}:
-        raise argparse.ArgumentTypeError(
-            f'must be JSON such as {{"audio": "PATH"}}, of image, video and audio; got {text!r}.'
+    if (text := config.default_mm_loras) is None:
+        return ()
+    if not config.enable_lora:
+        raise ValueError("default_mm_loras are for a model that takes adapters: it needs enable_lora too.")
+    given = json.loads(text)
+    if not given or not given.keys() <= {"image", "video", "audio"}:
+        raise ValueError(
+            f'default_mm_loras must be such as {{"audio": "PATH"}}, of image, video and audio; got {text!r}.'
         )
-    return tuple(lora_module(json.dumps({"name": sense, "path": path})) for sense, path in given.items())
+    try:
+        return tuple(lora_module(json.dumps({"name": sense, "path": path})) for sense, path in given.items())
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"default_mm_loras: each {error}") from None
+
+
+def add_default_loras(adapters: Adapters, config: EngineConfig) -> None:
+    """Loads them, and has requests answered with them.
+
+    Raises:
+        ValueError, RequestError: one cannot be served, in a sentence.
+    """
+    for one in default_loras(config):
+        adapters.load(one.lora_name, one.lora_path)
+        adapters.by_sense = {**adapters.by_sense, one.lora_name: one.lora_name}
 
 
 def lora_folder(args: argparse.Namespace) -> Path | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from serving import memory
+from serving.boot.lora_modules import default_loras
 from serving.boot.sampling import SamplingDefaults, sampling_defaults
 from serving.boot.text_side import InThread, TextSide, load_text_side
 from serving.engine.api import phases
@@ -198,6 +199,7 @@ def describe(
     from models.loading.source import resolve
     from serving.boot.platform import prepare_platform, programs_folder, read_ahead
 
+    default_loras(config)
     source = resolve(config.model, progress=config.progress)
     named = config.tokenizer
     text_source = source if named is None else resolve(named, progress=config.progress)

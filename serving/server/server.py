@@ -18,7 +18,7 @@ from serving import memory
 from serving.access.flags import access_of, http_options, limit_changes, tls_of, warnings_for
 from serving.boot.engine_flags import in_flags
 from serving.boot.flags import read_models_file
-from serving.boot.lora_modules import lora_folder, resolvers_of
+from serving.boot.lora_modules import default_loras, lora_folder, resolvers_of
 from serving.engine.api.client import Where
 from serving.engine.api.config import EngineConfig
 from serving.errors import RequestError
@@ -142,8 +142,9 @@ class Server:
     async def _load_adapters(self, service: Served) -> bool:
         """Loads what `--lora-modules` names, and a file of models for those that are loaded; one that cannot be served ends the
         start."""
-        wanted = [(service.first, given) for given in (*self._args.lora_modules, *self._args.default_mm_loras)]
-        service.first.adapters.by_sense = {given.lora_name: given.lora_name for given in self._args.default_mm_loras}
+        by_sense = default_loras(self._config)
+        wanted = [(service.first, given) for given in (*self._args.lora_modules, *by_sense)]
+        service.first.adapters.by_sense = {given.lora_name: given.lora_name for given in by_sense}
         for entry in self._args.entries:
             one = next(found for found in service.services if found.model_id == entry.name)
             if one.client.residence is not None and one.client.residence.where is Where.LOADED:

@@ -33,7 +33,7 @@ _OWN = (
 )
 _WHOLE_SERVER = (
     "served_model_name", "mesh", "cpu_devices", "coordinator", "num_processes", "process_id", "step_timeout", "progress",
-    "role", "kv_transfer_config",
+    "role", "kv_transfer_config", "default_mm_loras",
 )  # fmt: skip
 """Settings that are the server's, or that an entry says in another way."""
 

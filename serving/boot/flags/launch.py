@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from serving.access.flags import SECRET_FLAGS, access_of, add_access_flags, tls_of
 from serving.boot.engine_flags import SETTINGS, add_engine_flags, engine_config, in_flags, shown
 from serving.boot.flags import add_models_flags, entries_of, named_model
-from serving.boot.lora_modules import check_lora, default_loras, lora_module
+from serving.boot.lora_modules import check_lora, lora_module
 from serving.engine.api.config import EngineConfig
 from serving.engine.api.settings import flag_of
 from serving.reliability.faults import Fault
@@ -95,11 +95,6 @@ def _add_adapter_flags(parser: Parser) -> None:
         "--lora-modules", nargs="+", type=lora_module, default=[], metavar="NAME=PATH",
         help="adapters to serve from the start, each as the model NAME; or JSON with name, path and, where not all may use it, "
         "tenants: the names of the API keys that may",
-    )  # fmt: skip
-    adapters.add_argument(
-        "--default-mm-loras", type=default_loras, default=(), metavar="JSON",
-        help='adapters of requests that bring something along and name none: {"audio": "PATH"}, also image and video; each is the '
-        "model of that name, too",
     )  # fmt: skip
     adapters.add_argument(
         "--lora-folder", default=None, metavar="DIR",

@@ -242,6 +242,10 @@ class EngineConfig:
         None, "adapters kept in host memory; others are read again when they are asked for (default: 4 times --max-loras)",
         COUNT, Scope.SERVER, section="adapters", flag="",
     )  # fmt: skip
+    default_mm_loras: str | None = setting(
+        None, 'adapters of requests that bring something along and name none: {"audio": "PATH"}, also image and video; each is the '
+        "model of that name, too", JSON_TEXT, Scope.SERVER, section="adapters", flag="",
+    )  # fmt: skip
 
     # -- devices ---------------------------------------------------------------------------------------------------------
 

@@ -115,6 +115,7 @@ def test_adapters_of_a_model_lie_beside_the_file(tmp_path):
         ("models: [{name: a, max_model_len: none}]", "a: --max-model-len must be a whole number"),
         ("models: [{name: a, tenants: [alice]}]", "without API keys nobody is told from others"),
         ("models: [{name: a, coordinator: auto}]", "no setting of a model"),
+        ("models: [{name: a, enable_lora: true, default_mm_loras: {audio: .}}]", "no setting of a model"),
         ("models: [{name: a}]\nmemory: lots", "memory must be a size"),
         ("models: [{name: a}]\nport: 80", "there is no 'port'"),
         ("models: [", "while parsing"),
