@@ -28,10 +28,11 @@ _NOT_TRIED = (
 
 @functools.cache
 def families() -> tuple[Family, ...]:
-    """Every family that can be loaded: ours by name, then installed ones. An installed one wins over ours."""
+    """Every family that can be loaded: ours by their files' names, then installed ones. An installed one wins over ours."""
     found: list[Family] = []
-    for module in sorted(info.name for info in pkgutil.iter_modules(ours.__path__)):
-        found.extend(importlib.import_module(f"{ours.__name__}.{module}").FAMILIES)
+    files = pkgutil.walk_packages(ours.__path__, f"{ours.__name__}.")
+    for module in sorted(info.name for info in files if not info.ispkg):
+        found.extend(importlib.import_module(module).FAMILIES)
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         loaded = entry.load()
         found.extend([loaded] if isinstance(loaded, Family) else loaded)

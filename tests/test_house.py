@@ -171,8 +171,9 @@ def test_no_file_and_no_function_is_too_large(folder):
     assert too_large(ROOT, folder) == []
 
 
-def test_no_folder_of_serving_is_too_full():
-    assert too_full(ROOT, "serving") == []
+@pytest.mark.parametrize("folder", ["serving", "models/families"])
+def test_no_folder_is_too_full(folder):
+    assert too_full(ROOT, folder) == []
 
 
 def test_what_is_too_large_is_found(tmp_path):

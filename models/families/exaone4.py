@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.config import ModelConfig, from_hf, windows_from_hf
-from models.families.olmo2 import build
+from models.families.olmo.olmo2 import build
 from models.family import Family
 
 

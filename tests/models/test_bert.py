@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.families.bert import attend_texts
+from models.families.bert.bert import attend_texts
 from models.label_head import LabelHead
 from models.loading.load import load_model, resolve
 from models.loading.opening import open_checkpoint
@@ -198,7 +198,7 @@ def test_long_texts_in_blocks(reach, monkeypatch):
     q, k, v = jnp.asarray(rng.standard_normal((3, 2, 32, 4, 8)), jnp.float32)
     valid, bias = jnp.arange(32) < jnp.array([[32], [2]]), jnp.asarray(rng.standard_normal((4, 63)), jnp.float32)
     whole = np.asarray(attend_texts(q, k, v, valid, reach, bias))
-    monkeypatch.setattr("models.families.bert._QUERY_BLOCK", 8)
+    monkeypatch.setattr("models.families.bert.bert._QUERY_BLOCK", 8)
     blocks = np.asarray(attend_texts(q, k, v, valid, reach, bias))
     np.testing.assert_allclose(blocks[0], whole[0], atol=1e-5)
     np.testing.assert_allclose(blocks[1, :2], whole[1, :2], atol=1e-5)

@@ -19,7 +19,7 @@ class Aligner:
     """Compiles its program.
 
     Args:
-        decoder: has `attended` (models.families.whisper).
+        decoder: has `attended` (models.families.multimodal.whisper).
         heads: (layer, head) of those that follow the sound.
         length: tokens of a window, its prompt included.
     """

@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 from models.config import ModelConfig, MoEConfig, RopeConfig  # noqa: E402
 from models.dummy import random_model  # noqa: E402
 from models.embedding_head import EmbeddingHead  # noqa: E402
-from models.families.gemma4 import Gemma4  # noqa: E402
+from models.families.gemma.gemma4 import Gemma4  # noqa: E402
 from models.layers import Build  # noqa: E402
 from models.loading import orbax  # noqa: E402
 from models.mixers import DeltaNet  # noqa: E402
