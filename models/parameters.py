@@ -48,3 +48,10 @@ def tables(model: nnx.Module) -> Iterator[str]:
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Embedding):
             yield ".".join(map(str, (*path, "weight")))
+
+
+def experts(model: nnx.Module) -> Iterator[str]:
+    """Paths of the modules whose weights a token meets a part of: those of the experts that it is sent to."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Experts):
+            yield ".".join(map(str, path))

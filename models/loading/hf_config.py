@@ -55,6 +55,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.exists() and (directory / "params.json").exists():
         return _completed(consolidated.config_of(read_json(directory / "params.json")))
+    return read_config_file(path)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The same of a file of any name.
+
+    Raises:
+        ValueError: as `read_config`.
+    """
     hf = read_json(path)
     if not hf.get("architectures"):
         raise ValueError(f"{path} names no architecture (its `architectures` is empty).")
@@ -69,7 +78,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         said = {name: hf[name] for name in hf.keys() & text.keys()}
         hf = {**hf, **text, "architectures": hf["architectures"], "beside_text": said}
         hf.pop("tie_word_embeddings", None)  # the two may differ
-    if packed := _packing(directory, hf):
+    if packed := _packing(path.parent, hf):
         hf["quantization_config"] = packed
     return _completed(hf)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
+
+from models.defaults import complete
+from models.loading.hf_config import read_config_file
 
 FOLDER = pathlib.Path(__file__).parent / "facts"
 
@@ -24,14 +26,15 @@ def read_config(model: str) -> dict[str, Any]:
         ValueError: nothing of that name.
     """
     by_name = {name.lower(): name for name in known()}
-    short = model.rsplit("/", 1)[-1].lower().removesuffix("-instruct")
-    if short in by_name and not pathlib.Path(model).exists():
-        return json.loads((FOLDER / f"{by_name[short]}.json").read_text())
+    short = model.rsplit("/", 1)[-1].lower().removesuffix("-instruct").removesuffix("-it")
     path = pathlib.Path(model)
+    if short in by_name and not path.exists():
+        path = FOLDER / f"{by_name[short]}.json"
     if path.is_dir() and (path / "config.json").exists():
         path = path / "config.json"
     if path.suffix == ".json" and path.exists():
-        return json.loads(path.read_text())
+        # Complete, as a server reads it; without weights to look at the family says whether the head is the table.
+        return complete(read_config_file(path))
     from models.loading.opening import open_checkpoint
     from models.loading.source import resolve
 

@@ -9,8 +9,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from models.adapters.attach import AUTO, bytes_of_stacks
-from models.parameters import parameters_of
+from models.adapters.attach import AUTO
+from models.parameters import experts, parameters_of, tables
 from ops.paged_attention import least_page_size
 from ops.paged_attention.groups import layers_per_page
 from serving.engine.cache.kv_windows import pages_of
@@ -21,10 +21,10 @@ from serving.engine.requests.buckets import Bucket
 from serving.engine.requests.sizes import Sizes
 from serving.plan.chips import Target
 from serving.plan.measure import Measured, extrapolate, measure
+from serving.plan.memory import Room, adapter_bytes, tower_bytes
 from serving.plan.programs import (
     AbstractEngine,
     abstract_model,
-    abstract_tower,
     bytes_on_device,
     config_of,
     layer_periods,
@@ -139,6 +139,7 @@ class Plan:
     tower: int  # its weights, and room for what it makes
     kv_page: int
     state: int
+    snapshots: int  # copies of recurrent layers' states, kept for prefixes
     temporaries: int
     code: int
     usable: int
@@ -166,8 +167,11 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Positions that the pools of all replicas hold, of requests with `context` tokens each."""
+        """Positions that the pools of all replicas hold, of requests with `context` tokens each; without pages, those of the
+        requests that run."""
         size, context = self.request.page_size, self.request.context
+        if not self.windows:
+            return self.max_concurrent * context
         held = -(-context // size) * size
         return self.replicas * max(self.num_pages - 1, 0) * held // self.pages_of(context)
 
@@ -205,7 +209,9 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
         model = abstract_model(
             with_layers(config, num_layers), mesh, request.dtype, request.quantization, request.max_model_len
         )
-        together = layers_per_page(model.kv_specs(), request.max_model_len)
+        # As in sizing.py: a draft model's layers have their part in pages of all layers.
+        alone = request.draft_hf is None
+        together = layers_per_page(model.kv_specs(), request.max_model_len) if alone else None
         return AbstractEngine(model, dataclasses.replace(sizes, layers_per_page=together), mesh)
 
     whole, draft = runner(config.num_layers), _draft(request, mesh, sizes)
@@ -221,22 +227,18 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     usable = int(request.target.chip.memory * ACCELERATOR_FRACTION)
     weights, state = whole.weight_bytes_on_device, whole.state_bytes
     draft_weights = 0 if draft is None else draft.weight_bytes_on_device
-    adapters, tower = _adapter_bytes(whole, request), tower_bytes(request, mesh)
-    page = whole.kv_bytes_a_page + (0 if draft is None else draft.kv_bytes_a_page)
+    adapters = adapter_bytes(whole, request.adapter_slots, request.max_lora_rank, request.lora_dtype)
+    tower = tower_bytes(request.hf, mesh, request.dtype, request.quantization, request.embeddings_gib)
+    room = Room.of(whole, draft)
     free = usable - weights - draft_weights - adapters - tower - state - int(temporaries) - int(code)
-    num_pages = max(0, free // page)
-    windows = whole.shapes.groups.windows
-    num_pages = min(num_pages, seqs * pages_of(request.max_model_len, windows, page_size, budget) + 1)
-    concurrent_requests = min(seqs, max(num_pages - 1, 0) // pages_of(request.context, windows, page_size))
+    num_pages, snapshots = room.within(free + room.states, request.max_model_len, budget)
+    concurrent_requests = room.at_once(num_pages, request.context)
 
     step_of = {key: _step(key, measured[key], whole, request) for key in keys}
     decode = whole.shapes.buckets.find(max(concurrent_requests, 1), 0, 0)
-    decode_seconds = ttft = None
     if ProgramKey("forward", decode) not in step_of:
         decode = whole.shapes.buckets.find(seqs, 0, 0)
     forward, sample = step_of[ProgramKey("forward", decode)], step_of[ProgramKey("sample", decode.samples)]
-    decode_seconds = forward.seconds + sample.seconds
-    ttft = None if request.decode_only else _ttft(request, whole, step_of)
     return Plan(
         request=request,
         num_parameters=sum(math.prod(parameter.stored_shape) for _, parameter in parameters_of(whole.model)),
@@ -244,20 +246,21 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
         weights=weights,
         adapters=adapters,
         tower=tower,
-        kv_page=page,
+        kv_page=room.page,
         state=state,
+        snapshots=snapshots * room.state,
         temporaries=int(temporaries),
         code=int(code),
         usable=usable,
         replicas=replicas,
         num_pages=num_pages,
-        windows=windows,
+        windows=room.windows,
         max_concurrent=concurrent_requests * replicas,
         draft_weights=draft_weights,
         verified=tuple(_verified(whole, step_of)),
         steps=tuple(step_of.values()),
-        decode_seconds=decode_seconds,
-        ttft_seconds=ttft,
+        decode_seconds=forward.seconds + sample.seconds,
+        ttft_seconds=None if request.decode_only else _ttft(request, whole, step_of),
         compile_seconds=seconds,
         extrapolated_from=depths,
     )
@@ -271,26 +274,6 @@ def _sizes(request: Request, seqs: int, budget: int, cpu: bool) -> Sizes:
         seqs, budget, request.max_model_len, PROBE_PAGES, request.page_size, 0, request.kv_dtype,
         draft_tokens=request.draft_tokens, draft_places=draft_places(budget, cpu) if request.draft_tokens else 0,
     )  # fmt: skip
-
-
-def _adapter_bytes(runner: AbstractEngine, request: Request) -> int:
-    """What room for adapters takes of a device."""
-    if not request.adapter_slots:
-        return 0
-    return bytes_of_stacks(
-        runner.model, request.adapter_slots, request.max_lora_rank, runner.mesh, dtype=request.lora_dtype
-    )
-
-
-def tower_bytes(request: Request, mesh: Any) -> int:
-    """What reading images takes of a device: the tower's weights, and room for embeddings."""
-    if request.embeddings_gib is None:
-        return 0
-    tower = abstract_tower(request.hf, mesh, request.dtype, request.quantization)
-    if tower is None:
-        return 0
-    weights = sum(bytes_on_device(leaf) for _, _, leaf in weight_leaves(tower))
-    return weights + int(request.embeddings_gib * 2**30)
 
 
 def _prompt_bucket(runner: AbstractEngine, request: Request) -> Bucket:
@@ -387,8 +370,10 @@ def _step(key: ProgramKey, measured: Measured, runner: AbstractEngine, request: 
     if key.kind == "forward":
         bucket = key.shape
         weights = _weights_read(runner, bucket.tokens, head=False)
-        context_bytes = bucket.decode * _context_read(runner, request.context, 1)
+        # States are read and written anew.
+        context_bytes = bucket.decode * (_context_read(runner, request.context, 1) + 2 * runner.bytes_a_state)
         if bucket.chunk:
+            context_bytes += 2 * runner.bytes_a_state
             keys = bucket.chunk + (request.context if bucket.decode else 0)
             context_bytes += _context_read(runner, keys, bucket.chunk)
         pairs = bucket.decode_tokens * request.context + bucket.chunk * (bucket.chunk + 1) / 2
@@ -412,9 +397,10 @@ def _step(key: ProgramKey, measured: Measured, runner: AbstractEngine, request: 
 
 
 def _context_read(runner: AbstractEngine, positions: int, queries: int) -> float:
-    """Bytes of K and V that one device reads for the last `queries` of `positions`: with a window, the last ones."""
-    total = 0.0
-    for spec, layer_bytes in zip(runner.model.kv_specs(), runner.kv_bytes_a_token, strict=True):
+    """Bytes of K and V that one device reads for the last `queries` of `positions`: with a window, the last ones. A layer that
+    has another's pages reads them as well."""
+    total, specs, kept = 0.0, runner.model.kv_specs(), runner.kv_bytes_a_token
+    for spec, layer_bytes in ((specs[place], kept[place]) for place in runner.read_by_layers):
         total += layer_bytes * (positions if spec.window is None else min(positions, spec.window + queries - 1))
     return total
 
@@ -442,21 +428,22 @@ def _product_flops(runner: AbstractEngine, tokens: int, head: bool) -> float:
 
 def _used(runner: AbstractEngine, head: bool) -> Iterator[tuple[bool, Any]]:
     """(whether it belongs to experts that tokens are sent to, array) of the layers' weights, or of those of the logits."""
-    tied = runner.model.head is None
+    looked_up = set(tables(runner.model))
+    logits = "embed." if runner.model.head is None else "head."
+    routed = tuple(f"{path}." for path in experts(runner.model))
     for path, _, leaf in weight_leaves(runner.model):
-        is_embedding, is_head = path.startswith("embed."), path.startswith("head.")
-        if head != (is_head or (tied and is_embedding)):
+        if head != path.startswith(logits):
             continue
-        if is_embedding and not head:
+        if path in looked_up and not head:
             continue  # a few rows
-        yield ".experts." in path, leaf
+        yield path.startswith(routed), leaf
 
 
 def _attention_flops(runner: AbstractEngine) -> float:
     """Operations for one query position against one key position, all layers, on one device."""
-    total = 0.0
+    total, specs, pages = 0.0, runner.model.kv_specs(), runner.kv_of_layers
     config = runner.model.config
-    for spec, kv in zip(runner.model.kv_specs(), runner.kv_of_layers, strict=True):
+    for spec, kv in ((specs[place], pages[place]) for place in runner.read_by_layers):
         shards = runner.mesh.shape["model"] if kv.sharded else 1
         v = spec.v_head_dim or spec.head_dim
         total += 2.0 * max(config.num_heads, spec.num_kv_heads) / shards * (spec.head_dim + v)

@@ -47,9 +47,12 @@ def config_of(hf: dict[str, Any]) -> ModelConfig:
 def layer_periods(config: ModelConfig) -> tuple[int, int]:
     """(layers of an irregular beginning, layers of the pattern that repeats after it), as few as describe the model."""
     L = config.num_layers
-    columns = [value for value in vars(config).values() if isinstance(value, tuple) and len(value) == L]
-    if config.moe is not None:
-        columns.append(config.moe.layers)
+    # A family's own facts (`extra`) are by layer, too.
+    said = [vars(config).items(), *(vars(own).items() for own in (config.moe,) if own is not None)]
+    said += [vars(own).items() if hasattr(own, "__dict__") else [("", own)] for _, own in config.extra]
+    columns = [
+        value for own in said for name, value in own if name != "extra" and isinstance(value, tuple) and len(value) == L
+    ]
     kinds = [tuple(column[i] for column in columns) for i in range(L)]
     splits = sorted(
         ((start, period) for start in range(L) for period in range(1, L - start + 1)), key=lambda s: s[0] + 2 * s[1]
@@ -232,6 +235,14 @@ class AbstractEngine:
         return self.kv if places is None else tuple(self.kv[array] for _, array, _ in places)
 
     @property
+    def read_by_layers(self) -> tuple[int, ...]:
+        """Of each layer that attends, whose pages it reads, by their place in `kv_specs`: its own, or an earlier one's."""
+        kept = getattr(self.model, "kept", None)
+        if kept is None:  # traced models (models/bridge)
+            return tuple(range(len(self.model.kv_specs())))
+        return tuple(place for place in kept.pages if place is not None)
+
+    @property
     def kv_bytes_a_token(self) -> tuple[float, ...]:
         """Of each layer, bytes of one position on one device of its replica."""
         tokens = self.sizes.num_pages * self.sizes.page_size
@@ -239,6 +250,11 @@ class AbstractEngine:
             sum(map(bytes_on_device, jax.tree.leaves(kv))) / kv.spec.parts_of(spec) / tokens
             for spec, kv in zip(self.model.kv_specs(), self.kv_of_layers, strict=True)
         )
+
+    @property
+    def bytes_a_state(self) -> int:
+        """Of one recurrent state on one device of its replica; 0 where no layer keeps one."""
+        return sum(map(bytes_on_device, jax.tree.leaves(self.recurrent))) // (self.sizes.max_num_seqs + 1)
 
     @property
     def weight_bytes_on_device(self) -> int:

@@ -36,6 +36,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "adapters": plan.adapters,
             "tower": plan.tower,
             "state": plan.state,
+            "snapshots": plan.snapshots,
             "temporaries": plan.temporaries,
             "code": plan.code,
             "page": plan.kv_page,
@@ -94,7 +95,8 @@ def to_text(plan: Plan) -> str:
                 *((("tower, and room for its embeddings", plan.tower),) if plan.tower else ()),
                 ("temporaries (largest program)", plan.temporaries),
                 ("programs", plan.code),
-                ("sampling state", plan.state),
+                ("sampling and recurrent states", plan.state),
+                *((("snapshots of states", plan.snapshots),) if plan.snapshots else ()),
                 (f"KV pool: {plan.num_pages} pages", plan.pool),
                 ("of usable (90 %)", plan.usable),
             )

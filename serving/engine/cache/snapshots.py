@@ -25,18 +25,19 @@ SNAPSHOT_SHARE = 0.25
 pages before it and nothing without them: a prefix of 1,024 tokens takes 64 pages and one snapshot."""
 
 
-def budget(memory: int, spec: RecurrentSpec, slots: int, share: float = SNAPSHOT_SHARE) -> tuple[int, int]:
+def budget(memory: int, state: int, slots: int, share: float = SNAPSHOT_SHARE) -> tuple[int, int]:
     """What states take of one replica's memory.
 
     Args:
         memory: bytes for states, snapshots and pages.
+        state: bytes of one.
         share: of what is left beside running requests' states, for snapshots.
     Returns:
         (bytes of states and snapshots together, how many snapshots); no snapshots where not even the states fit.
     """
-    states = (slots + 1) * spec.state_bytes
-    rows = max(0, int((memory - states) * share) // spec.state_bytes)
-    return states + rows * spec.state_bytes, rows
+    states = (slots + 1) * state
+    rows = max(0, int((memory - states) * share) // state)
+    return states + rows * state, rows
 
 
 class Partings:

@@ -121,7 +121,7 @@ class Bounds:
         states, num_snapshots = 0, 0
         if self.recurrent is not None:
             share = SNAPSHOT_SHARE if self.windows else 1.0
-            states, num_snapshots = budget(memory // self.replicas, self.recurrent, seqs, share)
+            states, num_snapshots = budget(memory // self.replicas, self.recurrent.state_bytes, seqs, share)
             if states > memory // self.replicas:
                 raise ValueError(
                     f"the KV cache may take {in_words(memory)}; the states of recurrent layers alone need "

@@ -23,7 +23,8 @@ WHISPER = {
 
 def main() -> None:
     topology.prepare([TARGET])
-    from serving.plan.planner import Request, make_plan, tower_bytes
+    from serving.plan.memory import tower_bytes
+    from serving.plan.planner import Request, make_plan
     from serving.plan.report import sweep_text, to_json, to_text
     from sharding.mesh import make_mesh
 
@@ -41,9 +42,10 @@ def main() -> None:
     mixed = make_plan(dataclasses.replace(few, hf=windows, full_depth=True, decode_only=True))
     one = HF | {"num_hidden_layers": 1}
     drafted = make_plan(dataclasses.replace(few, hf=one, draft_hf=one, draft_tokens=3, max_num_batched_tokens=32))
-    hears = dataclasses.replace(few, hf=WHISPER, embeddings_gib=0.5)
     mesh = make_mesh("model=2", topology.devices(TARGET))
-    tower = {"tower_alone": tower_bytes(hears, mesh), "no_tower": tower_bytes(dataclasses.replace(hears, hf=HF), mesh)}
+    tower = {
+        name: tower_bytes(hf, mesh, "float32", None, 0.5) for name, hf in (("tower_alone", WHISPER), ("no_tower", HF))
+    }
     last = to_json(mixed) | tower
     print(json.dumps([to_json(plan) for plan in plans] + texts + [to_text(drafted), to_json(drafted), last]))
 
