@@ -341,12 +341,16 @@ def rope_from_hf(
         part: the part of a head that `dim` is, in families that rotate a part; None in the others. Those look past the file's
             `partial_rotary_factor` while nothing is stretched; what stretches positions does not.
     Raises:
-        ValueError: a scaling that is not supported, or one of a part of what is rotated.
+        ValueError: a scaling that is not supported, one of a part of what is rotated, or several where there is one.
     """
     parameters = dict(hf.get("rope_parameters") or {})
     if layer_type is not None and isinstance(parameters.get(layer_type), Mapping):
         parameters = dict(parameters[layer_type])
     scaling = {**(hf.get("rope_scaling") or {}), **parameters}
+    if layer_type is None and (kinds := [name for name, own in scaling.items() if isinstance(own, Mapping)]):
+        raise ValueError(
+            f"config.json rotates layers by their kinds ({', '.join(kinds)}); those of this family rotate alike."
+        )
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     kind = {"su": "longrope", "mrope": "default"}.get(kind, kind)
     supported = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")

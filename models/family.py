@@ -50,6 +50,7 @@ class Family:
         mtp: of the same dictionary, the head for further tokens that checkpoints may bring along.
         tower: what reads images for it, or None.
         traced: it was recorded of transformers' code (models/bridge), and a checkpoint is compared with that before it is served.
+        by_layer: fields of which it heeds what `per_layer_config` says of single layers, which transformers lets any file have.
     """
 
     name: str
@@ -62,17 +63,24 @@ class Family:
     mtp: Callable[[Mapping[str, Any]], MTP] | None = None
     tower: Tower | None = None
     traced: bool = False
+    by_layer: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "config", _told(self.config))
+        object.__setattr__(self, "config", _told(self.config, None if self.traced else self.by_layer))
 
 
 MAX_LAYERS = 10_000
 """Readers make a list with an entry a layer, so a number out of a damaged file must not get that far."""
 
 
-def _told(read: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str, Any]], Any]:
-    """`read`, with what a damaged config.json makes it raise as the ValueError that readers of checkpoints expect."""
+def _told(
+    read: Callable[[Mapping[str, Any]], Any], by_layer: tuple[str, ...] | None = None
+) -> Callable[[Mapping[str, Any]], Any]:
+    """`read`, with what a damaged config.json makes it raise as the ValueError that readers of checkpoints expect.
+
+    Args:
+        by_layer: as of `Family`; None where nothing of that is refused.
+    """
 
     @functools.wraps(read)
     def config(hf: Mapping[str, Any]) -> Any:
@@ -80,6 +88,8 @@ def _told(read: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str, An
             if isinstance(layers := hf.get(name), int) and layers > MAX_LAYERS:
                 raise ValueError(f"config.json has {name} = {layers}; {MAX_LAYERS} is the most.")
         try:
+            if by_layer is not None:
+                _check_layers(hf, by_layer)
             return read(hf)
         except KeyError as error:
             raise ValueError(f"config.json has no {error}: it is not a complete model configuration.") from error
@@ -87,3 +97,15 @@ def _told(read: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str, An
             raise ValueError(f"config.json has a field of a wrong type or value: {error}.") from error
 
     return config
+
+
+def _check_layers(hf: Mapping[str, Any], by_layer: tuple[str, ...]) -> None:
+    """Raises ValueError for what is said of one layer and nobody would heed."""
+    for index, fields in (hf.get("per_layer_config") or {}).items():
+        for name, value in fields.items():
+            if name not in by_layer and (name not in hf or hf[name] != value):
+                alike = f"differ in {' and '.join(by_layer)}" if by_layer else "cannot differ in that way"
+                raise ValueError(
+                    f"config.json: per_layer_config gives layer {index} a {name} of its own, {value!r:.60}. Layers of this family "
+                    f"{alike}."
+                )

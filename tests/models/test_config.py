@@ -161,3 +161,36 @@ def test_llama_4_attends_in_chunks_where_its_layer_types_say_so():
 
 def test_an_odd_number_of_layers_has_windows_in_turn():
     assert config_of("GptOssForCausalLM", num_hidden_layers=3, sliding_window=8).windows == (8, None, 8)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "why"),
+    [
+        (
+            "LlamaForCausalLM",
+            {"rms_norm_eps": 0.5},
+            "layer 1 a rms_norm_eps of its own, 0.5. Layers of this family cannot",
+        ),
+        ("MistralForCausalLM", {"sliding_window": 7}, "layer 1 a sliding_window"),
+        ("GemmaForSequenceClassification", {"skip": ["mlp"]}, "layer 1 a skip"),
+        ("Gemma4ForCausalLM", {"intermediate_size": 7}, "differ in num_key_value_heads and head_dim"),
+        ("Gemma4ForCausalLM", {"head_dim": 48}, "layer 1 heads of 48"),
+    ],
+)
+def test_what_single_layers_have_of_their_own_is_heeded_or_refused(architecture, fields, why):
+    """transformers lets every file say it, and a model that looks at none of it would be another one."""
+    given = {"num_hidden_layers": 6, "head_dim": 16, "sliding_window": 8, "hidden_size": 64}
+    whole = config_of(architecture, **given)
+    same = config_of(
+        architecture, **given, per_layer_config={"1": {"head_dim": 16}} if "4" not in architecture else None
+    )
+    assert same == whole
+    with pytest.raises(ValueError, match=why):
+        config_of(architecture, **given, per_layer_config={"1": fields})
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM", "DeepseekV3ForCausalLM"])
+def test_rotations_by_kinds_of_layers_are_refused_where_all_rotate_alike(architecture):
+    kinds = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": {}}
+    with pytest.raises(ValueError, match=r"rotates layers by their kinds \(full_attention, sliding_attention\)"):
+        config_of(architecture, rope_parameters=kinds)

@@ -113,7 +113,9 @@ def classifier_of(family: Family) -> Family | None:
         return DecoderClassifier(family.build, config, build)
 
     title = f"{family.name}: classifiers, rerankers and reward models"
-    return Family(title, tuple(bases), config, build, ignore=family.ignore, tasks=("classify", "score"))
+    return Family(
+        title, tuple(bases), config, build, ignore=family.ignore, tasks=("classify", "score"), by_layer=family.by_layer
+    )
 
 
 FAMILIES = tuple(

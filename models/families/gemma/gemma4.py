@@ -228,6 +228,12 @@ def gemma4_config(hf: Mapping[str, Any]) -> ModelConfig:
         own = [said.get(index, {}) for index in range(len(kinds))]
         heads = [(one.get("num_key_value_heads", head[0]), one.get("head_dim", head[1])) for one in own]
         wide = next((heads[index] for index, kind in enumerate(kinds) if kind == "full_attention"), wide)
+        head = next((heads[index] for index, kind in enumerate(kinds) if kind != "full_attention"), head)
+        if odd := [i for i, window in enumerate(windows) if heads[i][1] != (head if window else wide)[1]]:
+            raise ValueError(
+                f"config.json: per_layer_config gives layer {odd[0]} heads of {heads[odd[0]][1]}, and others of its kind have "
+                "other ones; they rotate alike."
+            )
     else:
         heads = [head if window else wide for window in windows]
     reads_of = shared_layers(kinds, hf.get("num_kv_shared_layers") or 0)
@@ -276,6 +282,7 @@ def gemma4_tower(config: VitConfig, build: Build) -> Gemma4Vision | Senses:
     return eyes if config.ears is None else Senses(eyes, Gemma4Audio(config.ears, build))
 
 
+BY_LAYER = ("num_key_value_heads", "head_dim")
 FAMILIES = (
     Family(
         "Gemma 4 (text)",
@@ -284,6 +291,7 @@ FAMILIES = (
         Gemma4Decoder,
         gguf=("gemma4",),
         ignore=BESIDE,
+        by_layer=BY_LAYER,
     ),
     Family(
         "Gemma 4",
@@ -292,5 +300,6 @@ FAMILIES = (
         Gemma4Decoder,
         ignore=BESIDE,
         tower=Tower(gemma4_senses, gemma4_tower, SENSES, videos=True),
+        by_layer=BY_LAYER,
     ),
 )
