@@ -55,12 +55,41 @@ def test_the_same_through_gguf(name, references, tmp_path):
     assert result["tokens"] == 1.0
 
 
+INT8 = dict.fromkeys(TINY, 0.998) | {
+    name: bound
+    for bound, names in {
+        0.999: (
+            "gemma2", "gemma3", "granite", "granitemoe", "granite 4", "granite 4, experts, positions", "olmo2", "exaone 4",
+            "minimax-m2", "starcoder2", "gpt2", "gpt2, own head, scores by layer", "falcon h1", "mamba 2", "nemotron-h",
+        ),
+        0.997: (
+            "llama, tied, one kv head", "mistral small 3", "phi3, partial rotary", "phi3, longrope", "mamba", "qwen2moe",
+            "deepseek v2, groups", "nemotron-h, experts",
+        ),
+        0.996: (
+            "smollm3", "smollm3, windows", "phi3, as in Phi-4-mini", "deepseek v3", "llama4", "llama4, as published", "mistral 4",
+            "mistral 4, groups, with vision", "jamba", "deepseek v3.2, everything chosen",
+        ),
+        0.995: ("bamba", "gemma 4, per-layer embeddings, shared pages"),
+        0.994: ("qwen3.5", "glm-4.7 flash"),
+        0.993: ("deepseek v3.2", "glm-5, layers that share"),
+        0.991: ("olmo hybrid", "olmo hybrid, no positions"),
+        0.989: ("qwen3-next",),
+        0.987: ("glm-5",),
+        0.968: ("qwen3.5 moe",),
+        0.94: ("kimi linear",),
+        0.9: ("gemma 4, experts",),
+    }.items()
+    for name in names
+}  # fmt: skip
+"""How far logits may turn with weights of eight bits, as a cosine: twice as far as was measured (gemma 4's experts: half as far
+again). A token that visits another expert ends elsewhere, and random routers are undecided."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_int8_weights_give_logits_of_the_same_direction(name, references):
-    """A token that visits another expert ends elsewhere: random routers are undecided."""
-    wanted = 0.9 if "experts" in str(TINY[name].fields) else 0.99
-    assert compare(references(name), steps=8, quantization="int8")["direction"] > wanted
+    assert compare(references(name), steps=8, quantization="int8")["direction"] > INT8[name]
 
 
 MESHES = {
