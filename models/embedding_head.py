@@ -103,7 +103,7 @@ def embedding_head(directory: Path, default: str) -> EmbeddingHead:
         ValueError: a pooling, step or activation that is not supported.
     """
     modules = directory / "modules.json"
-    entries = json.loads(modules.read_text()) if modules.exists() else []
+    entries = json.loads(modules.read_text(encoding="utf-8")) if modules.exists() else []
     modes: tuple[str, ...] | None = None
     steps: list[Callable[[np.ndarray], np.ndarray]] = []
     for entry in entries:
@@ -127,7 +127,7 @@ def _modes(path: Path) -> tuple[str, ...] | None:
     """The pooling that a step's configuration asks for; None where there is none."""
     if not path.exists():
         return None
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     said = config.get("pooling_mode")  # since version 6; before, a truth value each
     if said is None:
         asked = [name.removeprefix("pooling_mode_") for name, on in config.items() if on is True and "_mode_" in name]
@@ -140,7 +140,7 @@ def _modes(path: Path) -> tuple[str, ...] | None:
 
 
 def _dense(folder: Path) -> Dense:
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")[2]
     if kind not in _ACTIVATIONS:
         raise ValueError(
@@ -161,7 +161,7 @@ def _dense(folder: Path) -> Dense:
 
 def _prompts(directory: Path) -> tuple[tuple[tuple[str, str], ...], str]:
     path = directory / "config_sentence_transformers.json"
-    config: Mapping[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     prompts = {str(name): str(text) for name, text in (config.get("prompts") or {}).items()}
     return tuple(prompts.items()), prompts.get(str(config.get("default_prompt_name")), "")
 
@@ -169,4 +169,4 @@ def _prompts(directory: Path) -> tuple[tuple[tuple[str, str], ...], str]:
 def max_sequence(directory: Path) -> int | None:
     """The longest text, in tokens, that a sentence-transformers directory was made for; None where it does not say."""
     path = directory / "sentence_bert_config.json"
-    return json.loads(path.read_text()).get("max_seq_length") if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")).get("max_seq_length") if path.exists() else None

@@ -39,7 +39,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 def huge_pages() -> bool:
     """Whether this system has huge pages for who asks for them."""
     try:
-        return hasattr(mmap, "MADV_HUGEPAGE") and "[never]" not in _HUGE_PAGES.read_text()
+        return hasattr(mmap, "MADV_HUGEPAGE") and "[never]" not in _HUGE_PAGES.read_text(encoding="utf-8")
     except OSError:
         return False
 

@@ -12,6 +12,7 @@
 
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$REPO/.venv"
+USER_CACHE="${XDG_CACHE_HOME:-$(echo ~/.cache)}" # bash knows the home folder where nobody has set HOME, too
 TORCH_INDEX="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
 
 env_say() { printf '%s\n' "[env] $*" >&2; }
@@ -174,7 +175,7 @@ tpu_compiler() {
   wanted="$("$VENV/bin/python" -c '
 import importlib.metadata, re
 print(next(re.split("[; ]", r)[0] for r in importlib.metadata.requires("jax") if r.startswith("libtpu")))')" || return 1
-  folder="${XDG_CACHE_HOME:-$HOME/.cache}/jaxserve/${wanted//[^A-Za-z0-9.]/-}"
+  folder="$USER_CACHE/jaxserve/${wanted//[^A-Za-z0-9.]/-}"
   if [ ! -e "$folder/libtpu/libtpu.so" ]; then
     env_say "fetching $wanted, which holds the TPU compiler"
     rm -rf "$folder.new"

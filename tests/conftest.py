@@ -1,12 +1,25 @@
-"""Every test runs on the CPU backend, whatever else is installed."""
+"""Every test runs on the CPU backend, whatever else is installed, and in the same environment, whoever's shell it is."""
 
 import os
 import pathlib
+import re
+import shutil
 import sys
+import tempfile
 
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+for _name in ("no_proxy", "NO_PROXY"):  # what tests start answers here, whatever leads outside
+    os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "127.0.0.1", "localhost", "::1"]))
+for _name in list(os.environ):
+    # Keys that servers would ask for or send, a Redis of somebody's, where systemd listens, what a cluster tells its processes,
+    # how wide a terminal is and whether it has colours.
+    if re.fullmatch(
+        r"JAXSERVE_(.*_?API_KEY|REDIS_URL|TRACEBACK|URL)|NOTIFY_SOCKET|(LWS|OTEL)_.*|COLUMNS|FORCE_COLOR", _name
+    ):
+        del os.environ[_name]
 
 HERE = pathlib.Path(__file__).parent
 QUICK = (
@@ -15,6 +28,17 @@ QUICK = (
 )  # fmt: skip
 """Folders whose programs are compiled quickly: tiny ones that run a few times, of which compiling is nearly all. What is computed
 is the same: XLA's own passes run, LLVM's do not. Real models are compiled as a server compiles them."""
+
+
+def pytest_configure(config):
+    """What tiny engines compile (`tests/tiny.py`) is kept for all test processes of this run, and no longer."""
+    if not hasattr(config, "workerinput"):
+        os.environ["JAXSERVE_TEST_PROGRAMS"] = tempfile.mkdtemp(prefix="jaxserve-test-programs-")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop("JAXSERVE_TEST_PROGRAMS", ""), ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -382,7 +382,7 @@ def _logprobs(token: int, k: int) -> TokenLogprobs:
     return TokenLogprobs(token, -0.5, 1, tuple(((token + i) % VOCAB, -0.5 - i) for i in range(k)))
 
 
-async def until(condition: Callable[[], Any], what: str = "the condition", seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], Any], what: str = "the condition", seconds: float = 60.0) -> None:
     """Waits for something that another task brings about; fails after so many seconds."""
     for _ in range(int(seconds * 500)):
         if condition():

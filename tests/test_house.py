@@ -160,10 +160,33 @@ def too_full(root: pathlib.Path, folder: str) -> list[str]:
     found = []
     for path in (root / folder, *sorted((root / folder).rglob("*/"))):
         if path.name != "__pycache__":
-            number = sum(1 for one in path.iterdir() if one.is_file())
+            number = sum(1 for one in path.iterdir() if one.is_file() and not one.name.startswith("."))
             if number > MOST_FILES:
                 found.append(f"{path.relative_to(root).as_posix()} has {number} files")
     return found
+
+
+def by_locale(root: pathlib.Path, folder: str) -> list[str]:
+    """Where a file's text is read or written in whatever encoding the user's locale has."""
+    found = []
+    for path in sorted((root / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if node.func.attr in ("read_text", "write_text") and "encoding" not in [one.arg for one in node.keywords]:
+                found.append(f"{path.relative_to(root).as_posix()}:{node.lineno}")
+    return found
+
+
+@pytest.mark.parametrize("folder", ["serving", "models", "sharding"])
+def test_text_is_utf_8_in_every_locale(folder):
+    assert by_locale(ROOT, folder) == []
+
+
+def test_text_in_the_locales_encoding_is_found(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.py").write_text('p.read_text(encoding="utf-8")\np.write_text("x")\nq(p.read_text())\n')
+    assert by_locale(tmp_path, "a") == ["a/x.py:2", "a/x.py:3"]
 
 
 @pytest.mark.parametrize("folder", [*TOP, "scripts"])

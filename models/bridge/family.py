@@ -52,7 +52,7 @@ def _listed() -> str:
     spec = importlib.util.find_spec("transformers")
     assert spec is not None and spec.origin is not None
     path = Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py"
-    return path.read_text() if path.exists() else ""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def bridged(architecture: str) -> Family:

@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: it is not one.
     """
     try:
-        value = json.loads(path.read_text(), object_hook=_number)
+        value = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from None
     except RecursionError:

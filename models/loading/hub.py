@@ -80,7 +80,7 @@ def _cached(repo: str, revision: str | None) -> Path | None:
 
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
     name = folder / "refs" / (revision or "main")
-    found = folder / "snapshots" / (name.read_text().strip() if name.is_file() else revision or "main")
+    found = folder / "snapshots" / (name.read_text(encoding="utf-8").strip() if name.is_file() else revision or "main")
     return found if found.is_dir() else None
 
 
@@ -129,7 +129,7 @@ def _wanted(hub_id: str, names: Mapping[str, int], part: str | None, download: C
         return list(names)
     index = "model.safetensors.index.json"
     if index in names:
-        shards = json.loads(download(index).read_text()).get("weight_map") or {}
+        shards = json.loads(download(index).read_text(encoding="utf-8")).get("weight_map") or {}
         return [*small, *sorted(set(shards.values()) & names.keys())]
     if "model.safetensors" in weights:
         return [*small, "model.safetensors"]

@@ -69,12 +69,12 @@ def save(
             if (tokenizer_from / name).exists():
                 (directory / name).parent.mkdir(exist_ok=True)
                 shutil.copy(tokenizer_from / name, directory / name)
-    (directory / "config.json").write_text(json.dumps(hf_config, indent=2))
-    (directory / "generation_config.json").write_text(json.dumps(generation_config, indent=2))
+    (directory / "config.json").write_text(json.dumps(hf_config, indent=2), encoding="utf-8")
+    (directory / "generation_config.json").write_text(json.dumps(generation_config, indent=2), encoding="utf-8")
     layouts = {path: layout for path, parameter in parameters.items() if (layout := gate_layout(parameter))}
     manifest = {"format": FORMAT, "model_id": model_id, "gate_shards": {path: s for path, (_, s) in layouts.items()}}
     # Last: a directory without it is not taken for a checkpoint.
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises:
         ValueError: written by another version.
     """
-    manifest = json.loads((directory / MANIFEST).read_text())
+    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{directory} is written in format {manifest.get('format')!r}; this version reads format {FORMAT}. "

@@ -11,6 +11,7 @@ import pathlib
 import platform
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -50,7 +51,7 @@ def processor() -> Iterator[Finding]:
     less = f" of {total}: the others are not this process's to use" if usable < total else ""
     yield Finding("cores", "ok", f"{usable}{less}")
     info = pathlib.Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.is_file() else set()
+    flags = set(info.read_text(encoding="utf-8").split()) if info.is_file() else set()
     found = [name for name in INSTRUCTIONS if name in flags]
     if platform.machine() in ("x86_64", "AMD64") and flags and "avx2" not in flags:
         yield Finding("instructions", "note", "no AVX2", "the native kernels need it; plain XLA serves, more slowly.")
@@ -60,25 +61,14 @@ def processor() -> Iterator[Finding]:
 
 def memory() -> Iterator[Finding]:
     """What is free, within the container's bound."""
-    free, total = _memory()
+    from serving.memory import free_memory
+
+    free, total = free_memory()
     text = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
     if free < LITTLE_MEMORY:
         yield Finding("memory", "note", text, "serve a small model, and say --kv-cache-memory for its pages.")
     else:
         yield Finding("memory", "ok", text)
-
-
-def _memory() -> tuple[int, int]:
-    lines = pathlib.Path("/proc/meminfo")
-    if not lines.is_file():
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return total, total
-    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines.read_text().splitlines() if ":" in line}
-    free, total = values["MemAvailable"], values["MemTotal"]
-    bound = pathlib.Path("/sys/fs/cgroup/memory.max")
-    if bound.is_file() and (text := bound.read_text().strip()).isdigit():
-        total = min(total, int(text))
-    return min(free, total), total
 
 
 def kernels() -> Iterator[Finding]:
@@ -134,19 +124,29 @@ def caches() -> Iterator[Finding]:
     from serving.installation import cache_folder
 
     folder = cache_folder()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(
+        path for path in (folder, *folder.parents) if os.path.exists(path)
+    )  # not where it may not look, either
     if not os.access(existing, os.W_OK):
         yield Finding(
             "cache", "bad", f"{folder} cannot be written", "say JAXSERVE_CACHE=DIR: every start would compile anew."
         )
         return
     free = shutil.disk_usage(existing).free
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
+    size = sum(map(_num_bytes, folder.rglob("*"))) if existing == folder else 0
     text = f"{folder}: {size / 2**20:.0f} MiB; {free / 2**30:.1f} GiB free there"
     if free < LITTLE_DISK:
         yield Finding("cache", "note", text, "make room: `jaxserve list` and `jaxserve rm NAME`.")
     else:
         yield Finding("cache", "ok", text)
+
+
+def _num_bytes(path: pathlib.Path) -> int:
+    try:
+        found = path.lstat()
+    except OSError:  # others write there, and throw away
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (

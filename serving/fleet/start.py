@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -252,24 +251,12 @@ def _memory(config: Any) -> int:
     import jax
 
     if jax.default_backend() == "cpu":
-        return int(CPU_SHARE * _free_bytes())
+        return int(CPU_SHARE * memory.free_memory()[0])
     from serving.engine.device.sizing import ACCELERATOR_FRACTION, GIB
 
     share = config.gpu_memory_utilization or ACCELERATOR_FRACTION
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return int(sum(one.get("bytes_limit", 8 * GIB) * share for one in stats) - GIB * len(stats))
-
-
-def _free_bytes() -> int:
-    """Memory of this machine that a process may still take: what files only cache counts as free."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _kv_share(limit: int, models: int) -> int:

@@ -11,6 +11,7 @@ from serving.boot.flags.launch import HTTP_PORT
 from serving.boot.lora_modules import lora_folder
 from serving.engine.api.config import EngineConfig
 from serving.frontends.sockets.listening import bind
+from serving.transfer.address import own_address
 from serving.transfer.config import TransferConfig
 
 if TYPE_CHECKING:
@@ -65,6 +66,6 @@ def kv_address(config: EngineConfig, host: str, port: int) -> tuple[str, int] | 
     if host not in ("0.0.0.0", "::", ""):
         return host, port
     try:
-        return socket.gethostbyname(socket.gethostname()), port
-    except OSError:  # a name that its own machine does not know
+        return own_address(), port
+    except OSError:  # peers may know it by its name
         return socket.gethostname(), port

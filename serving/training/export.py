@@ -80,7 +80,7 @@ def write_peft(
         "inference_mode": True,
     }
     # Last: a directory without it is not taken for an adapter.
-    (out / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def merged(
@@ -147,9 +147,9 @@ def write_model(out: Path, tensors: Iterable[tuple[str, np.ndarray]], opened: Op
     config = {**opened.hf_config, "dtype": dtype, "torch_dtype": dtype}
     config.pop("quantization_config", None)
     config.setdefault("model_type", model_type(config["architectures"][0]))
-    (out / "config.json").write_text(json.dumps(config, indent=2))
+    (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     if opened.generation_config:
-        (out / "generation_config.json").write_text(json.dumps(opened.generation_config, indent=2))
+        (out / "generation_config.json").write_text(json.dumps(opened.generation_config, indent=2), encoding="utf-8")
 
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
@@ -166,7 +166,7 @@ def _name_files(out: Path, written: list[str], where: Mapping[str, str], total: 
     for old, new in names.items():
         (out / old).replace(out / new)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[file] for name, file in where.items()}}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def model_type(architecture: str) -> str:
@@ -194,4 +194,4 @@ def write_text_side(out: Path, opened: Opened, tokenizer: Tokenizer, template: s
                 (out / name).parent.mkdir(exist_ok=True)
                 shutil.copy(source / name, out / name)
     if template is not None:
-        (out / "chat_template.jinja").write_text(template)
+        (out / "chat_template.jinja").write_text(template, encoding="utf-8")

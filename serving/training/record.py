@@ -59,16 +59,16 @@ class Record:
     def __init__(self, folder: Path, steps: int, from_step: int = 0, tell: Callable[[str], None] = print):
         self._folder, self._steps, self._tell = folder, steps, tell
         self.lines = [line for line in read(folder / "metrics.csv") if line.step <= from_step] if from_step else []
-        with (folder / "metrics.csv").open("w", newline="") as file:
+        with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows(_cells(line) for line in self.lines)
 
     def add(self, line: Line) -> None:
         self.lines.append(line)
-        with (self._folder / "metrics.csv").open("a", newline="") as file:
+        with (self._folder / "metrics.csv").open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(_cells(line))
-        (self._folder / "loss.svg").write_text(plot(self.lines))
+        (self._folder / "loss.svg").write_text(plot(self.lines), encoding="utf-8")
         self._tell(f"step {line.step}/{self._steps}  {line}")
 
 
@@ -76,7 +76,7 @@ def read(path: Path) -> list[Line]:
     """The lines of a `metrics.csv`; none where there is no such file."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return [
         Line(int(row["step"]), **{name: float(row[name]) if row.get(name) else None for name in COLUMNS[1:]})

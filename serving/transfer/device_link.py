@@ -26,6 +26,7 @@ import numpy as np
 from serving.engine.api.peers.transfers import DeviceWay, Offer, Parcel, TransferError
 from serving.engine.device.stores.page_store import PARCEL
 from serving.engine.device.stores.parts import packed, row_bytes
+from serving.transfer.address import own_address
 from serving.transfer.config import TransferConfig
 from serving.transfer.forms import Form
 
@@ -53,13 +54,13 @@ def listening(config: TransferConfig) -> str:
     """The address of this machine at which others pull: `host`, or 127.0.0.1 where peers are of this machine.
 
     Raises:
-        OSError: a name that nobody knows.
+        OSError: a name that nobody knows, or no address.
     """
     if config.host:
         host = config.host.strip("[]")
         return host if _is_address(host) else socket.gethostbyname(host)
     here = all(peer == "localhost" or _is_loopback(peer) for peer in config.peers)
-    return "127.0.0.1" if here else socket.gethostbyname(socket.gethostname())
+    return "127.0.0.1" if here else own_address()
 
 
 def _is_address(host: str) -> bool:

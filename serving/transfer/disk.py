@@ -151,6 +151,8 @@ class DiskTier:
             except OSError as error:
                 self._enabled = False
                 log.warning("pages are not kept in %s any more (%s)", self._folder, error.strerror or error)
+            finally:
+                self._queue.task_done()
 
     def _write(self, key: bytes, page: HostPage) -> None:
         content = packed([whole(parts, shape) for parts, shape in zip(page, self._shapes, strict=True)])

@@ -145,7 +145,7 @@ async def test_a_real_prometheus_finds_what_the_queries_ask_for(tmp_path):
     client.metrics.set_startup({"load": 1.0})
     server = await serve_http(mock_service(client), port=0)
     async with prometheus(server.url.removeprefix("http://"), tmp_path) as api, asyncio.timeout(90):
-        async with httpx.AsyncClient(base_url=server.url) as http:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
             assert (await http.post("/v1/completions", json={"prompt": "a", "n": 2})).status_code == 200
         while True:
             with contextlib.suppress(httpx.TransportError):

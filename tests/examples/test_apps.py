@@ -54,12 +54,12 @@ def url(monkeypatch) -> Iterator[str]:
     loop: list[asyncio.AbstractEventLoop] = [None]  # type: ignore[list-item]
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
-    assert ready.wait(30)
+    assert ready.wait(120)
     monkeypatch.setenv("JAXSERVE_URL", found)
     yield found
     assert stop is not None
     loop[0].call_soon_threadsafe(stop.set)
-    thread.join(30)
+    thread.join(120)
 
 
 def _load(name: str):
@@ -124,7 +124,7 @@ async def test_chainlit(url: str, tmp_path):
     client = socketio.AsyncClient()
     client.on("update_message", lambda data: shown.append(data.get("output")))
     try:
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(240):
             while not client.connected:
                 try:
                     await client.connect(

@@ -26,7 +26,7 @@ async def talk(line: Line, raw: bytes, service: TextService | None = None) -> tu
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(raw)
-        head, _, body = (await asyncio.wait_for(reader.read(), 30)).partition(b"\r\n\r\n")
+        head, _, body = (await asyncio.wait_for(reader.read(), 60)).partition(b"\r\n\r\n")
         writer.close()
     finally:
         await server.stop(grace_s=1.0)

@@ -21,7 +21,7 @@ from serving.frontends.grpc.server import GrpcServer
 from serving.frontends.http.direct import post
 from serving.service import Limits
 from tests.fuzz.mutate import dump, many, mutate_bytes, mutate_json, random_json
-from tests.fuzz.run import Case
+from tests.fuzz.run import CASE_LIMIT_S, Case
 from tests.mock_engine import ClassifyingEngine, EmbeddingEngine, MockEngine, ScoringEngine, mock_service
 
 USER = {"role": "user", "content": "hi"}
@@ -152,10 +152,10 @@ def grpc_messages(folder: pathlib.Path) -> Case:
     async def call(path: str, data: bytes) -> tuple[grpc.StatusCode, str]:
         try:
             if path.endswith("Generate"):
-                async for _ in channel.unary_stream(path)(data, timeout=8):
+                async for _ in channel.unary_stream(path)(data, timeout=CASE_LIMIT_S / 2):
                     pass
             else:
-                await channel.unary_unary(path)(data, timeout=8)
+                await channel.unary_unary(path)(data, timeout=CASE_LIMIT_S / 2)
         except grpc.aio.AioRpcError as error:
             return error.code(), error.details() or ""
         return grpc.StatusCode.OK, ""
@@ -204,7 +204,7 @@ def http_wire(folder: pathlib.Path) -> Case:
         try:
             writer.write(raw)
             writer.write_eof()
-            return await asyncio.wait_for(reader.read(), 8)
+            return await asyncio.wait_for(reader.read(), CASE_LIMIT_S / 2)
         except ConnectionError:
             return b""
         finally:

@@ -30,11 +30,11 @@ def server(engine, access=None, tls=None, **options):
         await grpc_server.serve(mock_service(engine, **options))
         return grpc_server
 
-    running = asyncio.run_coroutine_threadsafe(start(), events).result(30)
+    running = asyncio.run_coroutine_threadsafe(start(), events).result(120)
     try:
-        yield f"127.0.0.1:{running.port}", lambda work: asyncio.run_coroutine_threadsafe(work, events).result(30)
+        yield f"127.0.0.1:{running.port}", lambda work: asyncio.run_coroutine_threadsafe(work, events).result(120)
     finally:
-        asyncio.run_coroutine_threadsafe(running.stop(), events).result(30)
+        asyncio.run_coroutine_threadsafe(running.stop(), events).result(120)
         events.call_soon_threadsafe(events.stop)
         thread.join(10)
         events.close()

@@ -194,7 +194,7 @@ def _files(directory: Path) -> list[Path]:
 def _indexed(directory: Path, index: Path) -> list[Path]:
     """The files that an index names, in the directory or below it."""
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{index} is not a safetensors index: it has no weight_map.") from None
     for name in names:

@@ -58,7 +58,7 @@ class WeightCache:
         """Begins to read what was kept of a checkpoint last, by this code: most likely `read` is asked for it soon. Otherwise
         `finish` lets go of it."""
         with contextlib.suppress(OSError, ValueError):
-            path = self._path(self._note(files).read_text()[:40])
+            path = self._path(self._note(files).read_text(encoding="utf-8")[:40])
             if path.parent == self.folder and path.stat().st_uid == os.getuid():
                 ahead.begin(path, memory_of)
 
@@ -71,7 +71,7 @@ class WeightCache:
         note = self._notes.get(key)
         if note is not None:
             with contextlib.suppress(OSError):
-                note.write_text(key)
+                note.write_text(key, encoding="utf-8")
 
     def key(self, files: Iterable[Path], settings: Mapping[str, Any]) -> str:
         """What a model's weights are kept under.

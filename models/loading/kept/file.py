@@ -175,7 +175,7 @@ def _in_small_pages(data: np.ndarray) -> bool:
     """Whether much of what has been read of a mapping is not in huge pages; False where the system does not say."""
     begin, wanted = f"{data.ctypes.data:x}-", {"Rss:": 0, "FilePmdMapped:": 0, "AnonHugePages:": 0}
     try:
-        lines = SMAPS.read_text().splitlines()
+        lines = SMAPS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return False
     first = next((i for i, line in enumerate(lines) if line.startswith(begin)), len(lines))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from serving.engine.requests.buckets import ACCELERATOR_RIDGE, CPU_RIDGE, VERIFI
 from serving.engine.requests.cache_specs import RecurrentSpec, recurrent_of
 from serving.engine.requests.chunks import CHUNK_ALIGN
 from serving.engine.requests.sizes import Sizes
+from serving.memory import free_memory
 
 GIB = 1 << 30
 BLOCKS_ON = ("vnni", "bf16")
@@ -304,7 +304,8 @@ def bytes_of_page(
 
 
 def default_kv_memory(devices: int, share: float | None = None, less: int = 0) -> int:
-    """Bytes for the page pool: on CPU a quarter of the free memory, at most 2 GiB; on accelerators what is left.
+    """Bytes for the page pool: on CPU a quarter of the free memory, the container's where it has a bound, at most 2 GiB; on
+    accelerators what is left.
 
     Args:
         less: bytes of each device that something else will take: adapters.
@@ -314,7 +315,7 @@ def default_kv_memory(devices: int, share: float | None = None, less: int = 0) -
     follow the free memory of the moment, no start would find the programs of the one before.
     """
     if jax.default_backend() == "cpu":
-        available = max(0, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - less * devices)
+        available = max(0, free_memory()[0] - less * devices)
         wanted = min(available // 4, 2 * GIB) if share is None else int(available * share)
         quarter = max(wanted, GIB // 4)
         return 1 << (quarter.bit_length() - 1)

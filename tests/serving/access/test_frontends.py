@@ -65,7 +65,7 @@ async def grpc_server(engine: MockEngine | None = None, **options: Any) -> Async
 
 async def test_every_route_but_the_probes_needs_a_key():
     """Enumerated from the application itself, so that a new route is in."""
-    async with http_server(access=ACCESS) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with http_server(access=ACCESS) as server, httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         app = server._server.config.app
         document = (await client.get("/openapi.json", headers=bearer(ALICE))).json()
         routes = {(m.upper(), path) for path, methods in document["paths"].items() for m in methods}
@@ -119,7 +119,7 @@ async def test_no_spelling_of_a_path_or_host_goes_past_the_key(target):
 
 async def test_what_all_users_do_is_for_keys_that_watch():
     """Prometheus gets a key that reads and asks for nothing; a user's key does not see what others do; without keys all is open."""
-    async with http_server(access=WATCHED) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with http_server(access=WATCHED) as server, httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         for path in ("/metrics", "/load"):
             statuses = [(await client.get(path, headers=bearer(key))).status_code for key in (ALICE, WATCH, ADMIN)]
             assert statuses == [403, 200, 200], path
@@ -136,19 +136,22 @@ async def test_what_all_users_do_is_for_keys_that_watch():
         ):
             reply = await client.post(path, json=body, headers=bearer(WATCH))
             assert reply.status_code == 403, path
-    async with http_server() as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with http_server() as server, httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         assert [(await client.get(path)).status_code for path in ("/metrics", "/load")] == [200, 200]
 
 
 async def test_two_keys_in_one_request_are_none():
-    async with http_server(access=ACCESS) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with http_server(access=ACCESS) as server, httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         headers = [("Authorization", f"Bearer {ALICE}"), ("Authorization", f"Bearer {BOB}")]
         assert (await client.get("/v1/models", headers=headers)).status_code == 401
 
 
 async def test_a_key_is_the_tenant_and_scopes_the_cache():
     engine = MockEngine(reply="Hello")
-    async with http_server(engine, access=ACCESS) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with (
+        http_server(engine, access=ACCESS) as server,
+        httpx.AsyncClient(base_url=server.url, timeout=60) as client,
+    ):
         for key in (ALICE, BOB, ALICE):
             reply = await client.post("/v1/completions", json={**BODY, "cache_salt": "s"}, headers=bearer(key))
             assert reply.status_code == 200
@@ -159,7 +162,10 @@ async def test_a_key_is_the_tenant_and_scopes_the_cache():
 
 async def test_rates_are_counted_by_key():
     limits = Limits(requests_per_minute=2)
-    async with http_server(limits=limits, access=ACCESS) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with (
+        http_server(limits=limits, access=ACCESS) as server,
+        httpx.AsyncClient(base_url=server.url, timeout=60) as client,
+    ):
         replies = [await client.post("/v1/completions", json=BODY, headers=bearer(ALICE)) for _ in range(3)]
         assert [r.status_code for r in replies] == [200, 200, 429] and int(replies[2].headers["Retry-After"]) > 1
         assert (await client.post("/v1/completions", json=BODY, headers=bearer(BOB))).status_code == 200
@@ -195,7 +201,7 @@ async def test_requests_at_once_are_counted_by_key():
 
 
 async def test_cross_origin_pages_get_nothing_by_default():
-    async with http_server(access=ACCESS) as server, httpx.AsyncClient(base_url=server.url) as client:
+    async with http_server(access=ACCESS) as server, httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
         reply = await client.options("/v1/completions", headers=asked)
         assert not any(name.startswith("access-control") for name in reply.headers)
@@ -324,10 +330,10 @@ async def test_https(pki):
     async with http_server(tls=tls(pki), access=ACCESS) as server:
         assert server.url.startswith("https://")
         url = f"https://localhost:{server.port}/v1/models"
-        async with httpx.AsyncClient(verify=context(pki)) as client:
+        async with httpx.AsyncClient(verify=context(pki), timeout=60) as client:
             assert (await client.get(url, headers=bearer(ALICE))).status_code == 200
             assert (await client.get(url)).status_code == 401
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=60) as client:
             with pytest.raises(httpx.ConnectError):
                 await client.get(url)
             with pytest.raises(httpx.TransportError):
@@ -342,10 +348,10 @@ async def test_https(pki):
 async def test_mutual_https(pki):
     async with http_server(tls=tls(pki, mutual=True)) as server:
         url = f"https://localhost:{server.port}/v1/models"
-        async with httpx.AsyncClient(verify=context(pki, "client")) as client:
+        async with httpx.AsyncClient(verify=context(pki, "client"), timeout=60) as client:
             assert (await client.get(url)).status_code == 200
         for name in (None, "stranger"):
-            async with httpx.AsyncClient(verify=context(pki, name)) as client:
+            async with httpx.AsyncClient(verify=context(pki, name), timeout=60) as client:
                 with pytest.raises(httpx.TransportError):
                     await client.get(url)
 

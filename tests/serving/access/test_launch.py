@@ -28,7 +28,7 @@ def launch(*args, **options):
         [sys.executable, SCRIPT, "--grpc-port", "0", "--port", "0", *args],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "MOCK_LAUNCH": json.dumps(options)},
     )  # fmt: skip
-    guard = threading.Timer(60, process.kill)
+    guard = threading.Timer(240, process.kill)
     guard.start()
     return process, guard
 
@@ -54,13 +54,13 @@ def test_a_server_with_keys_and_tls(tmp_path):
         context = ssl.create_default_context(cafile=f"{tmp_path}/ca.pem")
         url = f"https://127.0.0.1:{found[1]}/v1/models"
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(url, context=context, timeout=20)
+            urllib.request.urlopen(url, context=context, timeout=60)
         assert refused.value.code == 401
         request = urllib.request.Request(url, headers={"Authorization": f"Bearer {KEY}"})
-        with urllib.request.urlopen(request, context=context, timeout=20) as reply:
+        with urllib.request.urlopen(request, context=context, timeout=60) as reply:
             assert b"mock" in reply.read()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
     finally:
         guard.cancel()
         process.kill()
@@ -75,8 +75,8 @@ def test_the_environment_holds_keys_too(monkeypatch):
         found, said = read_until(process, r"http://0\.0\.0\.0:(\d+)")
         assert "without TLS" in said and "without an API key" not in said and KEY not in said
         with pytest.raises(urllib.error.HTTPError):
-            urllib.request.urlopen(f"http://127.0.0.1:{found[1]}/v1/models", timeout=20)
-        with urllib.request.urlopen(f"http://127.0.0.1:{found[1]}/health", timeout=20) as reply:
+            urllib.request.urlopen(f"http://127.0.0.1:{found[1]}/v1/models", timeout=60)
+        with urllib.request.urlopen(f"http://127.0.0.1:{found[1]}/health", timeout=60) as reply:
             assert reply.status == 200
     finally:
         guard.cancel()

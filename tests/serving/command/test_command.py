@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -51,12 +52,39 @@ def test_failures_are_sentences(capsys, monkeypatch):
         fails(ValueError("x"))
 
 
-def test_the_doctor_looks_at_everything(capsys):
+def test_the_doctor_looks_at_everything(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXSERVE_CACHE", str(tmp_path / "kept"))
     assert doctor.main(["--json"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     named = {one["what"] for one in found}
     assert {"python", "cores", "memory", "devices", "HTTP port", "gRPC port", "cache"} <= named
     assert all(one["remedy"] for one in found if one["state"] != "ok")
+
+
+def test_the_doctor_says_how_much_is_kept_and_how_much_room_is_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXSERVE_CACHE", str(tmp_path / "kept"))
+    free = 3 * 2**30
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+    (found,) = doctor.caches()
+    assert found.state == "ok" and "0 MiB; 3.0 GiB free" in found.text
+    (tmp_path / "kept" / "weights").mkdir(parents=True)
+    (tmp_path / "kept" / "weights" / "a").write_bytes(bytes(2**20))
+    gone = tmp_path / "kept" / "gone"
+    real = pathlib.Path.rglob
+    monkeypatch.setattr(pathlib.Path, "rglob", lambda path, what: [*real(path, what), gone])  # thrown away meanwhile
+    free = 2**30
+    (found,) = doctor.caches()
+    assert found.state == "note" and "1 MiB; 1.0 GiB free" in found.text and "make room" in found.remedy
+    monkeypatch.setattr(doctor.os, "access", lambda path, how: False)
+    (found,) = doctor.caches()
+    assert found.state == "bad" and "cannot be written" in found.text and "JAXSERVE_CACHE" in found.remedy
+
+
+@pytest.mark.parametrize(("free", "state"), [(3, "note"), (5, "ok")])
+def test_the_doctor_says_how_much_memory_is_free(free, state, monkeypatch):
+    monkeypatch.setattr("serving.memory.free_memory", lambda: (free << 30, 8 << 30))
+    (found,) = doctor.memory()
+    assert (found.state, found.text) == (state, f"{free}.0 of 8.0 GiB free")
 
 
 def test_the_doctor_says_what_is_bad(capsys, monkeypatch):

@@ -72,14 +72,14 @@ class FakeMember(Member):
     def _do(self, what):
         self.changes.append(what)
         if self.gate is not None:
-            assert self.gate.wait(10)
+            assert self.gate.wait(60)
         time.sleep(self.load_s)
         if self.fails:
             raise ValueError("the file is /secret/path, which is damaged.")
 
 
 def fleet_of(
-    *members: Member, memory: int = 20, wait_s: float = 5.0, turn_s: float = 0.05, tenants: Any = None
+    *members: Member, memory: int = 20, wait_s: float = 60.0, turn_s: float = 0.05, tenants: Any = None
 ) -> Fleet:
     """A fleet over members, whose keeper runs on this event loop."""
     keeper = Keeper(members, memory, wait_s=wait_s, turn_s=turn_s)

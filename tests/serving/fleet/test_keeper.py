@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 
 import pytest
 
@@ -115,9 +114,8 @@ async def test_a_busy_model_gives_way_after_its_turn_and_comes_back_for_what_wai
     fleet = fleet_of(busy, other, turn_s=0.05)
     long = asyncio.create_task(ask(fleet, "busy"))
     await until(lambda: busy.mock.live, "the long request to run")
-    began = time.monotonic()
     assert await ask(fleet, "other") == "I am other."
-    assert time.monotonic() - began < 5 and "sleep" in busy.changes
+    assert "sleep" in busy.changes
     assert await long == "I am busy."
     await until(lambda: busy.ready, "it is woken for the request that waits")
     await fleet.abort_all()

@@ -236,7 +236,7 @@ async def test_a_server_of_one_model_says_that_it_stays():
     from tests.mock_engine import mock_service
 
     server = await serve_http(mock_service(), port=0, access=Access(KeyRing.of([], [ADMIN])))
-    async with httpx.AsyncClient(base_url=server.url, headers={"Authorization": f"Bearer {ADMIN}"}) as http:
+    async with httpx.AsyncClient(base_url=server.url, headers={"Authorization": f"Bearer {ADMIN}"}, timeout=60) as http:
         reply = await http.post("/models/load", json={"model": "mock"})
         assert reply.status_code == 409 and "one model" in reply.text
         assert "status" not in (await http.get("/v1/models")).json()["data"][0]

@@ -36,7 +36,7 @@ async def test_http_through_a_gateway_over_grpc():
         service = mock_service(Pool(clients), grammar_compiler=RemoteGrammars())  # type: ignore[arg-type]
         http = await serve_http(service, port=0)
         body = {"messages": [{"role": "user", "content": "hi"}], "n": 2, "logprobs": True}
-        async with httpx.AsyncClient(base_url=http.url) as client:
+        async with httpx.AsyncClient(base_url=http.url, timeout=60) as client:
             for _ in range(2):
                 reply = (await client.post("/v1/chat/completions", json=body)).json()
                 assert [c["message"]["content"] for c in reply["choices"]] == ["Hello wörld!"] * 2
@@ -145,7 +145,7 @@ async def test_a_gateway_without_its_engine_listens_and_says_so():
     async with _process("--target", "127.0.0.1:1") as (process, lines), asyncio.timeout(120):
         await until(lambda: any("listening at" in line for line in lines), seconds=100)
         url = re.search(r"http://[\d.:]+", "".join(lines))[0].rstrip(";")  # type: ignore[index]
-        async with httpx.AsyncClient(base_url=url) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
             assert (await http.get("/health")).status_code == 200
             ready = await http.get("/ready")
             assert ready.status_code == 503 and "127.0.0.1:1" in ready.json()["error"]["message"]

@@ -61,7 +61,7 @@ async def two_behind_a_gateway(make=MockEngine, *reads):
         pool = Pool(clients)
         http = await serve_http(gateway_service(pool), port=0)
         stack.push_async_callback(http.stop)
-        yield engines, pool, await stack.enter_async_context(httpx.AsyncClient(base_url=http.url))
+        yield engines, pool, await stack.enter_async_context(httpx.AsyncClient(base_url=http.url, timeout=60))
 
 
 async def say(client, *parts, **more):
@@ -92,7 +92,7 @@ async def test_an_engine_reads_what_its_gateway_has_read():
 
 async def _straight(service, *parts, **more):
     http = await serve_http(service, port=0)
-    async with httpx.AsyncClient(base_url=http.url) as client:
+    async with httpx.AsyncClient(base_url=http.url, timeout=60) as client:
         await say(client, *parts, **more)
     await http.stop()
 

@@ -85,7 +85,7 @@ async def test_an_engine_that_does_not_tell_is_remembered(keyed):
     router = Router()
     router.add("t", 4)
     try:
-        await asyncio.wait_for(follow("t", client, router), 10)  # a key of a user may not see what others send
+        await asyncio.wait_for(follow("t", client, router), 60)  # a key of a user may not see what others send
         assert isinstance(router.prefixes("t"), RememberedPrefixes)
     finally:
         await client.close()

@@ -109,7 +109,7 @@ class Envoy:
         self._call.cancel()
 
     async def _next(self) -> pb.ProcessingResponse:
-        reply = await asyncio.wait_for(self._call.read(), 10)
+        reply = await asyncio.wait_for(self._call.read(), 60)
         assert isinstance(reply, pb.ProcessingResponse), reply
         return reply
 

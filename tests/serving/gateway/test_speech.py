@@ -38,7 +38,7 @@ async def gateway():
     client = await RemoteEngineClient.connect(f"127.0.0.1:{server.port}")
     pool = Pool([client])  # type: ignore[list-item]
     http = await serve_http(mock_service(pool, speech=RemoteSpeech(pool)), port=0)  # type: ignore[arg-type]
-    async with httpx.AsyncClient(base_url=http.url) as web:
+    async with httpx.AsyncClient(base_url=http.url, timeout=60) as web:
         yield web, engine
     await http.stop()
     await client.close()
@@ -150,7 +150,7 @@ async def test_sounds_in_chats(family):
     service = mock_service(Pool([client]), template=SoundTemplate(), media=reader)  # type: ignore[arg-type,list-item]
     http = await serve_http(service, port=0)
     body = {"messages": asked("a", WAYS["openai"], "then", WAYS["vllm"], "b"), "max_tokens": 5}
-    async with httpx.AsyncClient(base_url=http.url) as web:
+    async with httpx.AsyncClient(base_url=http.url, timeout=60) as web:
         reply = await web.post("/v1/chat/completions", json=body)
     assert reply.status_code == 200 and reply.json()["choices"][0]["message"]["content"] == "heard"
     status, _ = await call_app(

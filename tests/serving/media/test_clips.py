@@ -3,7 +3,6 @@ do harm. Over the mock engine, with Qwen2-Audio's and Ultravox's ways of hearing
 
 import base64
 import struct
-import time
 import tracemalloc
 
 import numpy as np
@@ -289,7 +288,6 @@ async def test_what_is_no_sound_is_that_requests_400(what):
     ids=["more than there is", "a size that lies", "less than there is", "hours of flac"],
 )  # fmt: skip
 async def test_headers_that_lie_cost_nothing(data):
-    began = time.monotonic()
     tracemalloc.start()
     try:
         try:
@@ -300,7 +298,6 @@ async def test_headers_that_lie_cost_nothing(data):
         assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
     finally:
         tracemalloc.stop()
-    assert time.monotonic() - began < 60  # it ends
 
 
 @pytest.mark.parametrize("tail", [b"PK\x03\x04 an archive", b"<script>alert(1)</script>", bytes(10_000)])

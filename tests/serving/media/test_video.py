@@ -2,6 +2,9 @@
 
 import base64
 import io
+import pathlib
+import subprocess
+import sys
 import weakref
 
 import av
@@ -222,3 +225,15 @@ async def test_models_without_videos_refuse_them():
 async def prepared_image(service):
     given = GenerateInput(messages=asked("a", part(uri(encoded())), "b"))
     return (await service.prepare(given, service.make_params({"max_tokens": 2}))).children[0].media
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="this system has no /proc")
+def test_the_worker_takes_no_address_space_for_each_core():
+    """Which its bound on memory counts."""
+    code = (
+        "import numpy; print(next(line for line in open('/proc/self/status') if line.startswith('Threads')).split()[1])"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=video_module._worker_environment(), capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == "1"

@@ -50,7 +50,7 @@ def test_logs_carry_the_request_and_its_fields():
 async def test_no_prompt_is_logged(caplog):
     caplog.set_level(logging.DEBUG)
     server = await serve_http(mock_service(MockEngine(reply="the secret answer")), port=0)
-    async with httpx.AsyncClient(base_url=server.url) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
         await http.post("/v1/completions", json={"prompt": "my secret prompt"})
         await http.post("/v1/completions", json={"prompt": "my secret prompt", "temperature": -1})
     await server.stop()
@@ -67,7 +67,7 @@ async def test_the_access_log_says_who_asked_for_what(caplog):
     caplog.set_level(logging.DEBUG, "serving.access")
     access = Access(KeyRing.of([SECRET]))
     server = await serve_http(mock_service(MockEngine(reply="a")), port=0, access=access)
-    async with httpx.AsyncClient(base_url=server.url) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
         for path in ("/v1/models", "/static/page.js", "/v1/models/a/b", "/nowhere/1", "/"):
             await http.get(path, headers={"Authorization": "Bearer wrong"})
             await http.get(path, headers={"Authorization": f"Bearer {SECRET}"})
@@ -155,7 +155,7 @@ async def test_every_line_of_a_server_is_json():
         while "ready at" not in (lines[-1] if lines else ""):
             lines.append((await process.stderr.readline()).decode())
             assert lines[-1], "it ended"
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=60) as http:
             url = re.search(r"http://[\d.:]+", lines[-1])
             assert url is not None
             assert (await http.get(f"{url[0]}/v1/models")).status_code == 200

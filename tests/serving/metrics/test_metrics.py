@@ -201,7 +201,7 @@ async def _exported() -> tuple[dict[str, set[str]], str]:
     client = MeteredClient(engine)
     client.metrics.set_startup({"load": 1.0, "compile": 2.0})
     server = await serve_http(mock_service(client), port=0)
-    async with httpx.AsyncClient(base_url=server.url) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
         await http.post("/v1/completions", json={"prompt": "a"})
         await http.post("/v1/completions", json={"prompt": "a", "n": 3})  # more than the engine takes
         await http.get("/nowhere/1")

@@ -29,7 +29,7 @@ async def test_a_completion_is_a_span_of_the_callers_trace(spans):
     tracing, exporter = spans
     service = mock_service(MeteredClient(MockEngine(reply="abc", step_s=0.001), "m", tracing))  # type: ignore[arg-type]
     server = await serve_http(service, port=0)
-    async with httpx.AsyncClient(base_url=server.url) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
         await http.post(
             "/v1/completions",
             json={"prompt": "my secret", "max_tokens": 3, "seed": 5, "request_id": "r1"},
@@ -58,7 +58,7 @@ async def test_aborts_and_failures_are_told(spans):
     service = mock_service(MeteredClient(engine, tracing=tracing))  # type: ignore[arg-type]
     server = await serve_http(service, port=0)
     engine.fail_next = "NaN"
-    async with httpx.AsyncClient(base_url=server.url) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
         assert (await http.post("/v1/completions", json={"prompt": "x"})).status_code == 500
     await server.stop()
     (span,) = exporter.get_finished_spans()

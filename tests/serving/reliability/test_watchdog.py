@@ -34,8 +34,8 @@ def test_a_round_that_takes_too_long_is_told_and_then_ended():
     seen = Seen()
     began = time.monotonic() - 100
     Watchdog(lambda: began, 0.1, seen.on_stall, seen.gave_up.set, grace_s=0.05).start()
-    assert seen.told.wait(10) and isinstance(seen.error, StalledError) and "one step" in str(seen.error)
-    assert seen.gave_up.wait(10)
+    assert seen.told.wait(60) and isinstance(seen.error, StalledError) and "one step" in str(seen.error)
+    assert seen.gave_up.wait(60)
 
 
 def test_it_gives_up_even_when_nobody_can_be_told():
@@ -45,7 +45,7 @@ def test_it_gives_up_even_when_nobody_can_be_told():
         raise RuntimeError
 
     Watchdog(lambda: 0.0, 0.1, on_stall, seen.gave_up.set, grace_s=0.0).start()
-    assert seen.gave_up.wait(10)
+    assert seen.gave_up.wait(60)
 
 
 def test_an_engine_that_works_or_idles_is_left_alone():
@@ -129,7 +129,7 @@ def test_readiness_is_told_by_systemds_protocol(tmp_path, monkeypatch):
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind(str(path))
-        told.settimeout(10)
+        told.settimeout(60)
         monkeypatch.setenv("NOTIFY_SOCKET", str(path))
         notify("READY=1")
         assert told.recv(100) == b"READY=1"

@@ -55,7 +55,7 @@ def controlled() -> tuple[MockEngine, Any]:
 async def http(service: Any, access: Access, key: str | None = ADMIN):
     server = await serve_http(service, port=0, access=access)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=20) as client:
+    async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=60) as client:
         yield client
     await server.stop(grace_s=0.5)
 

@@ -195,7 +195,7 @@ async def test_the_event_loop_stays_free_while_a_prompt_is_tokenized():
     service = mock_service()
     gate = threading.Event()
     encode = service.tokenizer.encode
-    service.tokenizer.encode = lambda *a, **k: gate.wait(10) and encode(*a, **k)
+    service.tokenizer.encode = lambda *a, **k: gate.wait(60) and encode(*a, **k)
     task = asyncio.create_task(ask(service, "slow"))
     await asyncio.sleep(0.01)
     gate.set()

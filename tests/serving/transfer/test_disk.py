@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 
 import pytest
 
@@ -32,11 +31,7 @@ async def fill(engine, count=8):
 
 def written(engine):
     """Pages in files, once nothing waits."""
-    for _ in range(500):
-        if tier(engine)._queue.empty():
-            break
-        time.sleep(0.01)
-    time.sleep(0.02)
+    tier(engine)._queue.join()
     return tier(engine).num_written
 
 

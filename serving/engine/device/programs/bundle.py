@@ -59,7 +59,7 @@ class Bundle:
         """
         folder = pathlib.Path(folder)
         try:
-            text = json.loads((folder / MANIFEST).read_text())
+            text = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             bundle = cls(
                 folder, text["settings"], text["sizes"], text["model"], DeviceSet(*text["target"]), text["jax"],
                 tuple(text["programs"]),
@@ -80,7 +80,7 @@ class Bundle:
         text = dataclasses.asdict(self)
         del text["folder"]
         text["target"] = list(dataclasses.astuple(self.target))
-        (self.folder / MANIFEST).write_text(json.dumps(text, indent=1) + "\n")
+        (self.folder / MANIFEST).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
 
     def apply(self, config: EngineConfig) -> EngineConfig:
         """The configuration with what the bundle decides.

@@ -25,6 +25,8 @@ from serving.engine.device.programs.keys import ProgramKey
 
 log = logging.getLogger(__name__)
 
+MOST_AT_ONCE = 16
+"""Programs that are compiled at once, at most."""
 _SOURCES = ("models", "ops", "sharding", "serving/engine")
 
 
@@ -253,7 +255,8 @@ def compile_all(
         key -> executable, called like the function with arguments of exactly the declared shapes.
     """
     done: dict[ProgramKey, Any] = {}
-    workers = max(2, min(16, os.cpu_count() or 2))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(MOST_AT_ONCE, max(2, cores))
 
     def build(program: Program) -> tuple[ProgramKey, Any]:
         jitted = jax.jit(program.fn, donate_argnums=program.donate)
@@ -300,7 +303,7 @@ def _kept_out_of_jax_cache() -> Generator[None]:
 def _cpu_features() -> str:
     """What the compiler may have used of this CPU: an executable for another would die of an illegal instruction."""
     try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith(("flags", "Features")):
                 return line
     except OSError:

@@ -174,7 +174,7 @@ def test_what_adapters_take_is_not_the_pages(monkeypatch, platform, free):
     device = type("Device", (), {"memory_stats": lambda self: stats})()
     monkeypatch.setattr(sizing.jax, "default_backend", lambda: platform)
     monkeypatch.setattr(sizing.jax, "local_devices", lambda: [device])
-    monkeypatch.setattr(sizing.os, "sysconf", {"SC_AVPHYS_PAGES": free << 18, "SC_PAGE_SIZE": 1 << 12}.__getitem__)
+    monkeypatch.setattr(sizing, "free_memory", lambda: (free << 30, 64 << 30))
     share = 1.0 if platform == "cpu" else None
     plain, beside = default_kv_memory(1, share), default_kv_memory(1, share, less=5 << 29)
     assert plain == (4 << 30 if platform == "cpu" else 39 << 30)  # 43.2 - 3 - 1 of reserve, in whole quarters

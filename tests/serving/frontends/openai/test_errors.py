@@ -163,8 +163,8 @@ async def test_request_ids_come_back(running: Running, sent, kept):
 async def test_a_late_refusal_comes_inside_the_stream(start: Start, monkeypatch):
     monkeypatch.setattr("serving.frontends.http.sse.HEADERS_AFTER_S", 0.05)
     monkeypatch.setattr("serving.frontends.http.sse.PING_EVERY_S", 0.05)
-    running = await start(MockEngine(reply="x", step_s=0.4))
-    async with running.http.stream("POST", CHAT, json={"messages": HI, "stream": True, "ttft_timeout": 0.2}) as reply:
+    running = await start(MockEngine(reply="x", step_s=1.5))
+    async with running.http.stream("POST", CHAT, json={"messages": HI, "stream": True, "ttft_timeout": 1.0}) as reply:
         lines = [line async for line in reply.aiter_lines() if line]
     assert reply.status_code == 200 and ": still working" in lines
     assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"

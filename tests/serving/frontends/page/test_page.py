@@ -51,7 +51,7 @@ async def test_the_page_loads_nothing_from_elsewhere(running: Running):
         "/static/",
         "/static/%2e%2e/page.py",
     ):
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=60) as client:
             assert (await client.get(running.server.url + path)).status_code == 404
 
 

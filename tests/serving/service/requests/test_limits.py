@@ -109,7 +109,7 @@ async def grpc_target(limits: Limits) -> AsyncIterator[tuple[str, MockEngine]]:
 async def http_over(service: Any) -> AsyncIterator[Any]:
     server = await serve_http(service, port=0)
     try:
-        async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             client.port = server.port  # type: ignore[attr-defined]
             yield client
     finally:
@@ -231,13 +231,13 @@ async def test_batch_width_body_and_head_over_http(entry):
             with contextlib.suppress(httpx.TransportError):  # closed before the reply could be read: refused too
                 assert (await client.get("/health", headers=headers)).status_code == 400
         reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
-        assert await asyncio.wait_for(reader.read(), 20) == b""  # head_timeout_s
+        assert await asyncio.wait_for(reader.read(), 60) == b""  # head_timeout_s
         writer.close()
         reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
         writer.write(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
         )
-        assert b" 408 " in await asyncio.wait_for(reader.read(), 20)  # body_gap_s
+        assert b" 408 " in await asyncio.wait_for(reader.read(), 60)  # body_gap_s
         writer.close()
         assert (await http_status(client, OK))[0] == 200
 
