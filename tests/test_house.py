@@ -7,6 +7,7 @@ Every import counts: at the top of a file, inside a function, for the type check
 from __future__ import annotations
 
 import ast
+import functools
 import pathlib
 from collections.abc import Iterator, Mapping
 
@@ -44,6 +45,7 @@ def imported(path: pathlib.Path, names: Mapping[str, pathlib.Path]) -> Iterator[
                     yield node.module
 
 
+@functools.cache
 def graph(root: pathlib.Path, top: tuple[str, ...] = TOP) -> dict[str, set[str]]:
     """Module -> what it imports."""
     names = modules(root, top)
@@ -170,7 +172,8 @@ def by_locale(root: pathlib.Path, folder: str) -> list[str]:
     """Where a file's text is read or written in whatever encoding the user's locale has."""
     found = []
     for path in sorted((root / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)) if "_text(" in text else ():
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
             if node.func.attr in ("read_text", "write_text") and "encoding" not in [one.arg for one in node.keywords]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ from serving.engine.device.programs import compiling
 from serving.engine.device.programs.compiling import ProgramCache, starting
 from serving.engine.device.runner import StepRunner
 from serving.engine.engine import Engine
+from serving.engine.requests import buckets
 from serving.engine.requests.cache_specs import paged
 from serving.engine.requests.sizes import Sizes
 from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
@@ -151,6 +153,18 @@ def tiny_engine(
         exchange_pages(engine, transfers or TransferConfig(), b"tiny", (model.config,), transport, disk)
     engine.loop.start()
     return engine
+
+
+@contextlib.contextmanager
+def one_width() -> Generator[None]:
+    """Engines that are started inside have decode steps of one width, the largest: compiling is most of the time of tests that are
+    about something else."""
+    before = buckets._doubling
+    buckets._doubling = lambda low, high: [high]
+    try:
+        yield
+    finally:
+        buckets._doubling = before
 
 
 @functools.cache

@@ -249,7 +249,13 @@ def test_what_does_not_fit_is_refused(llm, made, tmp_path):
 
 def test_without_room_adapters_are_refused(made, tmp_path):
     engine = LLM(
-        str(made[0]), dtype="float32", max_model_len=64, max_num_seqs=2, kv_cache_memory="4MiB", progress=False
+        str(made[0]),
+        dtype="float32",
+        max_model_len=64,
+        max_num_seqs=1,
+        max_num_batched_tokens=32,
+        kv_cache_memory="4MiB",
+        progress=False,
     )
     try:
         with pytest.raises(ValueError, match="enable_lora=True"):

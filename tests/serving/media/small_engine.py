@@ -6,6 +6,7 @@ from typing import Any
 
 from serving.engine.api.sampling_params import SamplingParams
 from serving.llm import LLM
+from tests.tiny import one_width
 
 
 class SmallEngine:
@@ -18,10 +19,11 @@ class SmallEngine:
     """
 
     def __init__(self, folder: Any, greedy: SamplingParams, **settings: Any) -> None:
-        self.llm = LLM(
-            str(folder), dtype="float32", quantization="none", max_num_seqs=4, progress=False,
-            **{"mm_encoder_cache_gb": 0.0} | settings,
-        )  # fmt: skip
+        with one_width():
+            self.llm = LLM(
+                str(folder), dtype="float32", quantization="none", max_num_seqs=4, progress=False,
+                **{"mm_encoder_cache_gb": 0.0} | settings,
+            )  # fmt: skip
         self.engine = self.llm._started.engine
         self._greedy = greedy
 

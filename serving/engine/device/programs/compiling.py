@@ -203,9 +203,17 @@ class ProgramCache:
         try:
             blob = io.BytesIO()
             _Pickler(blob).dump((*serialize_executable.serialize(compiled), _devices_of(compiled)))
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
-                f.write(blob.getbuffer())
-            os.replace(f.name, path)
+            unfinished = None
+            try:
+                with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
+                    unfinished = f.name
+                    f.write(blob.getbuffer())
+                os.replace(unfinished, path)
+            except OSError:
+                if unfinished is not None:
+                    with contextlib.suppress(OSError):
+                        os.unlink(unfinished)  # or a full disk fills with them
+                raise
         except Exception as e:  # not every backend can serialize; a full disk must not stop a server
             log.info("program %s was not cached (%s: %s)", name, type(e).__name__, e)
 
