@@ -2,7 +2,7 @@
 
 Each attack runs for some seconds against a server without keys, while /health is asked all the time. The table tells the longest
 wait for /health, how much resident memory grew at most, and how much is still there `--settle` seconds later. Exit status 1 when a
-wait is over 2 s, growth over 300 MB, or what stays over 100 MB.
+wait is over 2 s, growth over 300 MB (where images are unpacked 812), or what stays over 100 MB.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from collections.abc import Awaitable, Callable
 
 SECONDS = 8.0
 MOST_WAIT_S, MOST_GROWN_MB, MOST_LEFT_MB = 2.0, 300.0, 100.0
+UNPACKED_MB = 512.0
+"""Of two images of 64 MP, which two threads may have unpacked."""
 HEAD = "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
@@ -235,7 +237,8 @@ async def main(args: argparse.Namespace) -> int:
         worst, most = await watcher
         await asyncio.sleep(args.settle)
         grown, left = max(most, target.resident_mb()) - before, target.resident_mb() - before
-        bad = worst > MOST_WAIT_S or grown > MOST_GROWN_MB or left > MOST_LEFT_MB
+        allowed = MOST_GROWN_MB + (UNPACKED_MB if name.endswith("of 64 MP") else 0)
+        bad = worst > MOST_WAIT_S or grown > allowed or left > MOST_LEFT_MB
         failed += bad
         print(f"{name:34} {worst:10.2f} {grown:10.0f} {left:9.0f}  {outcome}{'  TOO MUCH' if bad else ''}", flush=True)
     return int(failed > 0)

@@ -121,6 +121,7 @@ class GivenVideo:
             if image.size != first:
                 raise ValueError("its frames are not all of one size.")
             found.append(np.asarray(video.scaling.resized(image, *size)))
+            del image  # before the next one is unpacked
         return found, times
 
     def _of_file(self, video: Video, sampling: Sampling, max_tokens: int) -> tuple[list[np.ndarray], Frames]:

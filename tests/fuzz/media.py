@@ -139,9 +139,9 @@ def videos(folder: pathlib.Path) -> Case:
 
 def documents(folder: pathlib.Path) -> Case:
     """PDFs to their texts: each in a process of its own, as videos."""
-    from tests.serving.frontends.page.test_documents import locked, pdf
+    from tests.serving.frontends.page.test_documents import pdf
 
-    seeds = [pdf("The first page.", "", "The third."), pdf("AAA", letter="D800"), locked()]
+    seeds = [pdf("The first page.", "", "The third."), pdf("AAA", letter="D800")]
 
     def case(rng: random.Random) -> list[str]:
         data = rng.choice(seeds)

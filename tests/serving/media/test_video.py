@@ -193,7 +193,7 @@ async def test_frames_that_are_small_as_files_are_unpacked_one_by_one_and_not_fo
 
     monkeypatch.setattr(video_module, "decode", unpacked)
     await items(video(jpegs([*FRAMES] * 4)))
-    assert len(alive) == 24 and most <= 2
+    assert len(alive) == 24 and most == 1
     service = image_service(MockEngine(), MediaPolicy(max_request_pixels=10 * 64 * 48))
     with pytest.raises(RequestError, match="more than 30720 pixels together"):
         await items(video(jpegs([*FRAMES] * 2)), service)
