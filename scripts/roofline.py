@@ -6,6 +6,9 @@ For each shape, number of rows and way it prints the time, the rate, the rate ov
 of weights read a second, and what became of the dot in the compiled program. The peak is the best rate that anything
 measured reached with the same operand type, or with --peak what is given. On a shared machine a thread is often
 interrupted: each number is the best of many runs, and runs of over some milliseconds still look slower than they are.
+
+With --load N it also says how many tokens a second N requests of the standard load could make of the default model at these
+rates (`limit`): what any engine that keeps its weights in int8 must do, and nothing else.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from bench_attention import bandwidth_probe
 from jax import lax
 
 from ops import native
@@ -121,6 +125,53 @@ def _kind(way: str) -> str:
     return "int8" if "int8" in way else way.split("-")[0]
 
 
+LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64  # SmolLM2-135M's
+
+
+def limit(requests: int, prompt: int, output: int, int8: float, bfloat16: float, bandwidth: float) -> dict[str, float]:
+    """Seconds that so many requests, all at once, take at least on a machine of these rates, by what they go to.
+
+    Every token goes through all layers' products, every sampled one through the head's; steps of few rows read the weights from
+    memory instead, where that takes longer. A prompt's attention is bound by products in bfloat16, a decode step's by reading
+    bfloat16 K and V. No engine overlaps the two: what a layer attends to comes from its own products. Norms, rounding, sampling and
+    the host's work are left out, for nobody says how little they could be.
+
+    Args:
+        int8, bfloat16: operations a second.
+        bandwidth: bytes a second.
+    """
+    *layer, head = (int(shape.split("x")[0]) * int(shape.split("x")[1]) for shape in SMOLLM2_135M)
+    layers, kv_bytes = LAYERS * sum(layer), LAYERS * KV_HEADS * HEAD_DIM * 2 * 2
+    steps, contexts = output - 1, sum(prompt + made for made in range(1, output))
+    step = max(2 * requests * (layers + head) / int8, (layers + head) / bandwidth)
+    return {
+        "products of prompts": 2 * requests * (prompt * layers + head) / int8,
+        "products of decode steps": steps * step,
+        "attention of prompts": 4 * requests * prompt * (prompt + 1) / 2 * LAYERS * HEADS * HEAD_DIM / bfloat16,
+        "attention of decode steps": requests * contexts * kv_bytes / bandwidth,
+    }
+
+
+def show_limits(requests: list[int], prompt: int, output: int, records: list[dict[str, Any]]) -> None:
+    """Prints `limit` of each number of requests at the rates that were measured."""
+    best = {
+        kind: max((r["gops"] for r in records if _kind(r["way"]) == kind), default=0.0) for kind in ("int8", "bf16")
+    }
+    if not all(best.values()):
+        raise SystemExit("--load wants int8 and bf16 among --ways")
+    probe = bandwidth_probe()
+    bandwidth = max(probe() for _ in range(20))
+    print(f"int8 {best['int8']:.0f} GOP/s, bfloat16 {best['bf16']:.0f}, memory {bandwidth / 1e9:.1f} GB/s")
+    for count in requests:
+        parts = limit(count, prompt, output, best["int8"] * 1e9, best["bf16"] * 1e9, bandwidth)
+        products = sum(seconds for name, seconds in parts.items() if "products" in name)
+        made, words = count * output, ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parts.items())
+        print(
+            f"{count} requests, {prompt} in, {output} out: {made / sum(parts.values()):.0f} tokens/s ({words}); "
+            f"with products alone {made / products:.0f}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SMOLLM2_135M), help="OUTxIN; SmolLM2-135M's by default")
@@ -129,6 +180,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="spent on each measurement")
     parser.add_argument("--peak", type=float, help="GOP/s to compare with, instead of the best measured")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--load", nargs="+", type=int, default=[], help="requests at once whose limit is told")
+    parser.add_argument("--tokens", nargs=2, type=int, default=[128, 64], help="in and out, of --load")
     args = parser.parse_args()
     records = measure(args)
     add_peaks(records, args.peak)
@@ -142,6 +195,9 @@ def main() -> None:
         share = "" if r["of_peak"] is None else f"{r['of_peak']:.0%}"
         line = f"{r['shape']:>12} {r['way']:<16} {r['rows']:>5} {r['us']:>10} {r['gops']:>8} {share:>8}"
         print(f"{line} {r['weight_gb_s']:>6}  {r['became']}")
+    if args.load:
+        prompt, output = args.tokens
+        show_limits(args.load, prompt, output, records)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,9 @@ struct Rounding {
   int64_t groups;      // ceil(width / 64); data rows are 64 * groups bytes
   float* scale;        // [rows][groups]
   bool rotated = false;
+  int64_t apart = 0;   // groups from one row's data and scales to the next one's; `groups` where it is 0
+
+  int64_t at(int64_t row) const { return row * (apart == 0 ? groups : apart); }
 };
 
 // The orthogonal Hadamard matrix is this times one of +1 and -1; peak / 127 times this is a rotated group's scale.

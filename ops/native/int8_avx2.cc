@@ -116,8 +116,8 @@ TARGET_AVX2 void rotate(float* value) {
 
 TARGET_AVX2 void round_row(const Rounding& r, int64_t row) {
   const float* x = r.x + row * r.stride;
-  int8_t* data = reinterpret_cast<int8_t*>(r.data) + row * r.groups * kGroup;
-  float* scale = r.scale + row * r.groups;
+  int8_t* data = reinterpret_cast<int8_t*>(r.data) + r.at(row) * kGroup;
+  float* scale = r.scale + r.at(row);
   const __m256 sign = _mm256_set1_ps(-0.0f);
   __m256 squares = _mm256_setzero_ps();
   for (int64_t group = 0; group < r.groups; ++group) {

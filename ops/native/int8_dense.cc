@@ -6,15 +6,6 @@
 namespace jaxserve::int8 {
 namespace {
 
-constexpr int64_t kOwnRows = 4 * kRowBlock;  // rows a thread has of its own at least where threads divide them
-
-// So many rows at once, whole tiles of them, that the threads' shares are alike.
-int64_t rows_at_once(int64_t rows, int workers) {
-  constexpr int64_t kTileRows = 6;
-  const int64_t turns = ceil_div(rows, workers * kRowBlock);
-  return std::min(kRowBlock, ceil_div(ceil_div(rows, workers * turns), kTileRows) * kTileRows);
-}
-
 ffi::Error mlp(ffi::ThreadPool pool, F32 x, F32 gain, F32 shift, S8 up_packed, F32 up_scale, S16 up_sums, F32 up_bias,
                S8 down_packed, F32 down_scale, S16 down_sums, F32 down_bias, F32 residual, ffi::ResultBuffer<ffi::F32> out,
                float eps, int64_t centred, int64_t activation, int64_t up_rotated, int64_t down_rotated) {
@@ -34,34 +25,36 @@ ffi::Error mlp(ffi::ThreadPool pool, F32 x, F32 gain, F32 shift, S8 up_packed, F
   const int workers = Phases::max_workers(pool);
   const float* const rest = optional(residual);
   float* const to = out->typed_data();
+  const Stretches own(x.typed_data(), rows, inputs, workers);
+  const bool apart = own.worth(*up, {}) && own.worth(*down, {});
   Phases phases;
-  if (rows >= kOwnRows * workers) {
-    const int64_t step = rows_at_once(rows, workers);
-    phases.add_apart(in_rehearsal(ceil_div(rows, step)), workers, [&, step, &k = kernels()](int64_t chunk, int) {
-      const int64_t begin = chunk * step, count = std::min(step, rows - begin);
-      const Rounding a = rounding(x.typed_data() + begin * inputs, count, inputs, norm.gain(), eps, up_rotated != 0, 4);
-      for (int64_t row = 0; row < count; ++row) round_row(k, a, first, row);
+  if (apart && own.many()) {
+    phases.add_apart(in_rehearsal(own.count()), workers, [&, &k = kernels()](int64_t i, int) {
+      const int64_t begin = own.begin(i), count = own.rows(i), at = begin * outputs;
+      const float* const from = x.typed_data() + begin * inputs;
+      const Rounding a = rounded(k, from, count, inputs, norm.gain(), eps, up_rotated != 0, 4, first);
       float* const hidden = static_cast<float*>(scratch(5, count * width * sizeof(float)));
       product_of(k, a, count, *up, hidden, nullptr, after);
-      const Rounding h = rounding(hidden, count, width, nullptr, 0.0f, down_rotated != 0, 6);
-      for (int64_t row = 0; row < count; ++row) k.round_row(h, row);
-      product_of(k, h, count, *down, to + begin * outputs, rest == nullptr ? nullptr : rest + begin * outputs, Activation::kNone);
+      const Rounding h = rounded(k, hidden, count, width, nullptr, 0.0f, down_rotated != 0, 6);
+      product_of(k, h, count, *down, to + at, rest == nullptr ? nullptr : rest + at, Activation::kNone);
     });
   } else {
     // A group of rows goes through the whole block before the next.
-    const int64_t group = std::min(rows, kOwnRows);
+    constexpr int64_t kMost = 4 * kRowBlock;
+    const int64_t group = std::min(rows, kMost);
     const Rounding a = rounding(x.typed_data(), rows, inputs, norm.gain(), eps, up_rotated != 0, 0);
     float* const hidden = static_cast<float*>(scratch(1, group * width * sizeof(float)));
     const Rounding h = rounding(hidden, group, width, nullptr, 0.0f, down_rotated != 0, 2);
-    add_rounding(phases, a, rows, {}, first);
+    add_rounding(phases, a, rows, {}, workers, first);
     for (int64_t begin = 0; begin < rows; begin += group) {
       const int64_t count = std::min(group, rows - begin);
+      const Cut cut = apart ? Stretches(x.typed_data() + begin * inputs, count, inputs, workers).cut() : in_blocks(count);
       Rounding some = a;
       some.data += begin * a.groups * kGroup;
       some.scale += begin * a.groups;
-      add_product(phases, some, *up, count, hidden, nullptr, {}, workers, after);
-      add_rounding(phases, h, count, {});
-      add_product(phases, h, *down, count, to + begin * outputs, rest == nullptr ? nullptr : rest + begin * outputs, {}, workers);
+      add_product(phases, some, *up, cut, hidden, nullptr, {}, workers, after);
+      add_rounding(phases, h, count, {}, workers);
+      add_product(phases, h, *down, cut, to + begin * outputs, rest == nullptr ? nullptr : rest + begin * outputs, {}, workers);
     }
   }
   phases.run(pool);

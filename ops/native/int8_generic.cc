@@ -65,8 +65,8 @@ void block(const Block& b) {
 
 void round_row(const Rounding& r, int64_t row) {
   const float* x = r.x + row * r.stride;
-  int8_t* data = reinterpret_cast<int8_t*>(r.data) + row * r.groups * kGroup;
-  float* scale = r.scale + row * r.groups;
+  int8_t* data = reinterpret_cast<int8_t*>(r.data) + r.at(row) * kGroup;
+  float* scale = r.scale + r.at(row);
   float squares = 0.0f;
   for (int64_t group = 0; group < r.groups; ++group) {
     float value[kGroup] = {}, peak = 0.0f;

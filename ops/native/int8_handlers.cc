@@ -1,6 +1,6 @@
 // The int8 products as XLA calls them: rounding of the activations, product, and everything around it in one call.
 
-#include "int8_product.h"
+#include "int8_gated.h"
 
 namespace jaxserve::int8 {
 namespace {
@@ -21,13 +21,29 @@ ffi::Error product(ffi::ThreadPool& pool, F32 x, const Normed& norm, S8 packed, 
     return ffi::Error::InvalidArgument(wrong);
   }
   if (!norm.fits(inputs)) return ffi::Error::InvalidArgument(kNorm);
-  const Norm centred = norm.row(inputs);
-  const Rounding a = rounding(x.typed_data(), rows, inputs, norm.gain(), norm.eps, rotated, 0);
+  const Norm of_row = norm.row(inputs);
+  const Norm* const centred = norm.centred ? &of_row : nullptr;
+  const int workers = Phases::max_workers(pool);
+  const float* const rest = optional(residual);
+  float* const to = out->typed_data();
+  const Stretches own(x.typed_data(), rows, inputs, workers);
+  const bool apart = own.worth(*weight, change);
   Phases phases;
-  add_rounding(phases, a, rows, change, norm.centred ? &centred : nullptr);
-  add_product(phases, a, *weight, rows, out->typed_data(), optional(residual), change, Phases::max_workers(pool), after);
+  if (apart && own.many()) {
+    const bool lasting = is_lasting(rows, *weight, to);
+    phases.add_apart(in_rehearsal(own.count()), workers, [&, lasting, &k = kernels()](int64_t i, int) {
+      const int64_t begin = own.begin(i), count = own.rows(i), at = begin * outputs;
+      const float* const from = x.typed_data() + begin * inputs;
+      const Rounding a = rounded(k, from, count, inputs, norm.gain(), norm.eps, rotated, 4, centred);
+      product_of(k, a, count, *weight, to + at, rest == nullptr ? nullptr : rest + at, after, lasting);
+    });
+  } else {
+    const Rounding a = rounding(x.typed_data(), rows, inputs, norm.gain(), norm.eps, rotated, 0);
+    add_rounding(phases, a, rows, change, workers, centred);
+    add_product(phases, a, *weight, apart ? own.cut() : in_blocks(rows), to, rest, change, workers, after);
+  }
   phases.run(pool);
-  if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());
+  if (rehearsing()) std::memset(to, 0, out->size_bytes());
   return ffi::Error::Success();
 }
 
@@ -59,25 +75,46 @@ ffi::Error gated_block(ffi::ThreadPool& pool, F32 x, F32 gain, const Packed& fir
   const char* wrong = read(first.adapters, rows, inputs, 2 * width, beside[0], of_up);
   if (wrong == nullptr) wrong = read(second.adapters, rows, width, outputs, beside[1], of_down);
   if (wrong != nullptr) return ffi::Error::InvalidArgument(wrong);
-  // A group of rows goes through the whole block before the next: its hidden values stay in the cache.
   static_assert(lora::kSpan == 4 * kRowBlock);
-  const int64_t group = std::min<int64_t>(rows, lora::kSpan);
-  const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, first.rotated, 0);
-  float* hidden = static_cast<float*>(scratch(1, group * width * sizeof(float)));
-  const Rounding h = rounding(hidden, group, width, nullptr, 0.0f, second.rotated, 2);
-  const float* rest = optional(residual);
+  const int workers = Phases::max_workers(pool);
+  const float* const rest = optional(residual);
+  float* const to = out->typed_data();
+  const Activation gate = static_cast<Activation>(activation);
+  const Stretches own(x.typed_data(), rows, inputs, workers);
+  const bool apart = own.worth(*up, of_up) && own.worth(*down, of_down);
   Phases phases;
-  add_rounding(phases, a, rows, of_up);
-  for (int64_t begin = 0; begin < rows; begin += group) {
-    const int64_t count = std::min(group, rows - begin);
-    of_down.origin = begin;
-    add_gated(phases, a, *up, begin, count, hidden, static_cast<Activation>(activation), of_up, Phases::max_workers(pool));
-    add_rounding(phases, h, count, of_down);
-    add_product(phases, h, *down, count, out->typed_data() + begin * outputs,
-                rest == nullptr ? nullptr : rest + begin * outputs, of_down, Phases::max_workers(pool));
+  if (apart && own.many()) {
+    phases.add_apart(in_rehearsal(own.count()), workers, [&, &k = kernels()](int64_t i, int) {
+      const int64_t begin = own.begin(i), count = own.rows(i), at = begin * outputs;
+      const float* const from = x.typed_data() + begin * inputs;
+      const Rounding a = rounded(k, from, count, inputs, optional(gain), eps, first.rotated, 4);
+      const Rounding h = rounding(nullptr, count, width, nullptr, 0.0f, second.rotated, 6);
+      gate_of(k, a, count, *up, h, gate);
+      product_of(k, h, count, *down, to + at, rest == nullptr ? nullptr : rest + at, Activation::kNone);
+    });
+  } else {
+    // A group of rows goes through the whole block before the next: its hidden values stay in the cache.
+    const int64_t group = std::min<int64_t>(rows, lora::kSpan);
+    const bool beside_adapters = of_up.beside != nullptr || of_down.beside != nullptr;
+    const Rounding a = rounding(x.typed_data(), rows, inputs, optional(gain), eps, first.rotated, 0);
+    float* const hidden = beside_adapters ? static_cast<float*>(scratch(1, group * width * sizeof(float))) : nullptr;
+    const Rounding h = rounding(hidden, group, width, nullptr, 0.0f, second.rotated, 2);
+    add_rounding(phases, a, rows, of_up, workers);
+    for (int64_t begin = 0; begin < rows; begin += group) {
+      const int64_t count = std::min(group, rows - begin), at = begin * outputs;
+      const Cut cut = apart ? Stretches(x.typed_data() + begin * inputs, count, inputs, workers).cut() : in_blocks(count);
+      of_down.origin = begin;
+      if (beside_adapters) {
+        add_gate_beside(phases, a, *up, begin, count, hidden, gate, of_up, workers);
+        add_rounding(phases, h, count, of_down, workers);
+      } else {
+        add_gate(phases, a, *up, begin, cut, h, gate, workers);
+      }
+      add_product(phases, h, *down, cut, to + at, rest == nullptr ? nullptr : rest + at, of_down, workers);
+    }
   }
   phases.run(pool);
-  if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());
+  if (rehearsing()) std::memset(to, 0, out->size_bytes());
   return ffi::Error::Success();
 }
 

@@ -80,6 +80,13 @@ TARGET_VNNI void tile(const Block& b, int64_t row, Chosen<NP> chosen, Ahead ahea
         if (b.out[chosen.panel[j]] != nullptr) will_write(b.out[chosen.panel[j]] + (row + i) * b.out_stride);
     }
   }
+  UNROLL
+  for (int j = 0; j < NP; ++j) {
+    const float* const residual = b.residual[chosen.panel[j]];
+    if (residual == nullptr) continue;
+    UNROLL
+    for (int i = 0; i < MR; ++i) __builtin_prefetch(residual + (row + i) * b.out_stride, 0, 3);
+  }
   // Scales and sums are streams too, of a line now and then, which the hardware does not run ahead of.
   UNROLL
   for (int j = 0; j < NP; ++j) __builtin_prefetch(b.scale[chosen.panel[j]] + NP * kPanel, 0, 3);
@@ -199,9 +206,10 @@ void block(const Block& b) {
   }
 }
 
-// x of lane i plus, or minus where `upper` has the bit of i, that of the lane it changes places with in `swapped`.
+// x of each lane times its sign plus that of the lane it changes places with: their sum in the lower, the difference in the upper.
 TARGET_VNNI FORCE_INLINE __m512 butterfly(__m512 x, __m512 swapped, __mmask16 upper) {
-  return _mm512_mask_sub_ps(_mm512_add_ps(x, swapped), upper, swapped, x);
+  const __m512 sign = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), upper, _mm512_set1_ps(-1.0f));
+  return _mm512_fmadd_ps(x, sign, swapped);
 }
 
 // The Hadamard transform of a group, without its factor.
@@ -226,41 +234,55 @@ TARGET_VNNI FORCE_INLINE void rotate(__m512 (&value)[4]) {
   }
 }
 
-TARGET_VNNI void round_row(const Rounding& r, int64_t row) {
+// Sixteen numbers of a row, zeros beyond its end.
+TARGET_VNNI FORCE_INLINE __m512 numbers(const float* x, int64_t left) {
+  if (left >= 16) return _mm512_loadu_ps(x);
+  return _mm512_maskz_loadu_ps(left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1), x);
+}
+
+template <bool NORMED, bool ROTATED>
+TARGET_VNNI void round_numbers(const Rounding& r, int64_t row) {
   const float* x = r.x + row * r.stride;
-  uint8_t* data = r.data + row * r.groups * kGroup;
-  float* scale = r.scale + row * r.groups;
+  uint8_t* data = r.data + r.at(row) * kGroup;
+  float* scale = r.scale + r.at(row);
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
   __m512 squares = _mm512_setzero_ps();
-  const float unit = r.rotated ? kRotation : 1.0f;
   for (int64_t group = 0; group < r.groups; ++group) {
-    __m512 value[4], peaks = _mm512_setzero_ps();
+    const int64_t begin = group * kGroup, left = r.width - begin;
+    __m512 value[4];
     UNROLL
     for (int i = 0; i < 4; ++i) {
-      const int64_t at = group * kGroup + i * 16, left = r.width - at;
-      const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
-      value[i] = _mm512_maskz_loadu_ps(mask, x + at);
-      if (r.gain != nullptr) {
+      value[i] = numbers(x + begin + i * 16, left - i * 16);
+      if (NORMED) {
         squares = _mm512_fmadd_ps(value[i], value[i], squares);
-        value[i] = _mm512_mul_ps(value[i], _mm512_maskz_loadu_ps(mask, r.gain + at));
+        value[i] = _mm512_mul_ps(value[i], numbers(r.gain + begin + i * 16, left - i * 16));
       }
     }
-    if (r.rotated) rotate(value);
-    UNROLL
-    for (int i = 0; i < 4; ++i) peaks = _mm512_max_ps(peaks, _mm512_abs_ps(value[i]));
+    if (ROTATED) rotate(value);
+    const __m512 peaks = _mm512_max_ps(_mm512_max_ps(_mm512_abs_ps(value[0]), _mm512_abs_ps(value[1])),
+                                       _mm512_max_ps(_mm512_abs_ps(value[2]), _mm512_abs_ps(value[3])));
     const float peak = _mm512_reduce_max_ps(peaks);
     const __m512 inverse = _mm512_set1_ps(peak > 1e-30f ? 127.0f / peak : 0.0f);
+    __m512i rounded[4];
     UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(value[i], inverse));
-      const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(rounded, _mm512_set1_epi32(128)));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(data + group * kGroup + i * 16), bytes);
-    }
-    scale[group] = peak / 127.0f * unit;
+    for (int i = 0; i < 4; ++i) rounded[i] = _mm512_cvtps_epi32(_mm512_mul_ps(value[i], inverse));
+    // Packed in pairs of quarters, which leaves fours in an order that one permutation mends. 128 is added by turning the sign over.
+    const __m512i low = _mm512_packs_epi32(rounded[0], rounded[1]), high = _mm512_packs_epi32(rounded[2], rounded[3]);
+    const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+    _mm512_storeu_si512(data + begin, _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)));
+    scale[group] = peak / 127.0f * (ROTATED ? kRotation : 1.0f);
   }
-  if (r.gain == nullptr) return;
+  if (!NORMED) return;
   // The norm is one factor a row: rounding does not see it, the scales take it.
   const float norm = 1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / static_cast<float>(r.width) + r.eps);
   for (int64_t group = 0; group < r.groups; ++group) scale[group] *= norm;
+}
+
+void round_row(const Rounding& r, int64_t row) {
+  if (r.gain != nullptr)
+    r.rotated ? round_numbers<true, true>(r, row) : round_numbers<true, false>(r, row);
+  else
+    r.rotated ? round_numbers<false, true>(r, row) : round_numbers<false, false>(r, row);
 }
 
 }  // namespace

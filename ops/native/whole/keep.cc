@@ -85,8 +85,9 @@ ffi::Error keep(ffi::ThreadPool pool, F32 x, F32 gain, F32 shift, ffi::Remaining
   Phases phases;
   phases.add_apart(in_rehearsal(ceil_div(S, kRows)), Phases::max_workers(pool), [&, &k = int8::kernels()](int64_t chunk, int) {
     const int64_t begin = chunk * kRows, count = std::min(kRows, S - begin);
-    const int8::Rounding a = int8::rounding(x.typed_data() + begin * inputs, count, inputs, norm.gain(), eps, rotated != 0, 4);
-    for (int64_t row = 0; row < count; ++row) int8::round_row(k, a, norm.centred ? &of_row : nullptr, row);
+    const float* const from = x.typed_data() + begin * inputs;
+    const Norm* const centred = norm.centred ? &of_row : nullptr;
+    const int8::Rounding a = int8::rounded(k, from, count, inputs, norm.gain(), eps, rotated != 0, 4, centred);
     float* const made = static_cast<float*>(scratch(5, kRows * width * sizeof(float)));
     for (int64_t part = 0; part < parts; ++part) {
       int8::product_of(k, a, count, weights[part], made, nullptr, int8::Activation::kNone);

@@ -126,7 +126,8 @@ def test_activations_are_exact_enough_far_and_near(activation):
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "relu"])
-@pytest.mark.parametrize(("T", "D", "F"), [(1, 32, 16), (5, 50, 48), (200, 40, 112), (7, 64, 192)])
+# Few rows, rows that threads share in stretches, and so many stretches that a thread takes some through all of it.
+@pytest.mark.parametrize(("T", "D", "F"), [(1, 32, 16), (5, 50, 48), (200, 40, 112), (7, 64, 192), (900, 40, 112)])
 def test_gated_mlp(T, D, F, activation):
     x_TD, gate_up, down = normal(T, D, scale=3.0), packed(2 * F, D), packed(D, F, seed=2)
     biases = normal(2 * F, seed=6), normal(D, seed=7)
@@ -186,6 +187,20 @@ def test_rows_of_zeros_between_others_change_no_bit_of_them(biased):
                 np.testing.assert_array_equal(got[padding_T], residual_TD[padding_T])
             else:
                 assert np.abs(got[padding_T] - residual_TD[padding_T]).max() > 0.01, "gates have their biases"
+
+
+def test_a_row_is_computed_the_same_however_many_others_there_are():
+    """Threads share columns of few rows and have rows of their own where there are many."""
+    D, F, T = 64, 112, 900
+    x_TD, residual_TD = normal(T, D), normal(T, D, seed=8)
+    up, gate_up, down, norm = packed(70, D), packed(2 * F, D), packed(D, F, seed=2), RmsNorm(normal(D, seed=5), 1e-6)
+    run = jax.jit(
+        lambda x, rest: (linear(x, up, norm=norm), gated_mlp(x, gate_up, down, "silu", norm=norm, residual_TD=rest))
+    )
+    whole = jax.tree.map(np.asarray, run(x_TD, residual_TD))
+    for begin, end in ((0, 1), (5, 8), (7, 52), (100, 164), (300, 500)):
+        for got, all_T in zip(run(x_TD[begin:end], residual_TD[begin:end]), whole, strict=True):
+            np.testing.assert_array_equal(got, all_T[begin:end])
 
 
 @pytest.mark.parametrize(("I", "rest"), [(250, 0.7), (256, 0.15)])  # a scale a group, and rotated too
