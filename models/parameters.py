@@ -7,8 +7,9 @@ from typing import Any
 
 from flax import nnx
 
-from models.layers import Embedding, Linear, Weight
+from models.layers import MLP, Attention, Embedding, GatedMLP, Linear, Weight
 from models.layers.moe import Experts
+from ops.linear.weights.int8 import PANEL
 
 
 def parameters_of(model: nnx.Module) -> Iterator[tuple[str, Weight]]:
@@ -41,6 +42,56 @@ def quantizable(model: nnx.Module) -> Iterator[str]:
                 yield ".".join(map(str, (*path, "weight")))
         elif isinstance(module, Embedding) and getattr(model, "head", None) is None:
             yield ".".join(map(str, (*path, "weight")))
+
+
+def rounded_by(model: nnx.Module, scheme: str | None) -> set[str]:
+    """Paths of all that a scheme rounds: what is `quantizable`; "int4" also the token table beside a head of its own."""
+    if scheme is None:
+        return set()
+    return set(quantizable(model)) | ({"embed.weight"} & set(tables(model)) if scheme == "int4" else set())
+
+
+def may_be_in_blocks(parameter: Weight) -> bool:
+    """Matrices, and stacks of experts of whole panels."""
+    return len(parameter.shape) == 2 or bool(len(parameter.shape) == 3 and parameter.get_metadata().get("blocks"))
+
+
+def finer(model: nnx.Module) -> dict[str, tuple[int, int]]:
+    """Which rows the scheme "int4" rounds to six bits, by the paths of their weights: `ops.linear.weights.block_round.Finer`.
+
+    Those that cost predictions most for their size (docs/benchmarks/notes_matmul.md): the head; of some layers, the first and the
+    last ones among them, the last product of feed-forward blocks, and v; v of all layers where several query heads share one. They
+    are no more than llama.cpp's Q4_K_M has in six bits.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    head, layers = getattr(model, "head", None), getattr(getattr(model, "config", None), "num_layers", 0)
+    for path, module in nnx.iter_modules(model):
+        name = ".".join(map(str, path))
+        layer = int(str(path[1])) if len(path) > 1 and path[0] == "layers" and str(path[1]).isdigit() else None
+        if module is head or (head is None and name == "embed"):
+            found[f"{name}.weight"] = (1, 0)
+        if layer is None:
+            continue
+        chosen = _is_chosen(layer, layers)
+        if isinstance(module, Attention):
+            K, G, h = module.heads
+            block, first = (G + 2) * h, (G + 1) * h  # of each head its queries', its k's and its v's
+            is_plain = module.qkv.weight.shape[0] == K * block and not block % PANEL and not first % PANEL
+            if is_plain and (chosen or G >= FEW_V):
+                found[f"{name}.qkv.weight"] = (block, first)
+        elif chosen and isinstance(module, MLP | GatedMLP | Experts):
+            found[f"{name}.down" if isinstance(module, Experts) else f"{name}.down.weight"] = (1, 0)
+    return found
+
+
+FEW_V = 3
+"""Query heads of each v from which on v of all layers is small."""
+
+
+def _is_chosen(layer: int, layers: int) -> bool:
+    """The first and the last eighth of the layers, and every fourth between them."""
+    eighth = layers // 8
+    return layer < eighth or layer >= layers - eighth or (layer - eighth) % 4 == 2
 
 
 def tables(model: nnx.Module) -> Iterator[str]:

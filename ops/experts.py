@@ -6,7 +6,8 @@ one token: 238 ms); there a native kernel reads the chosen experts' matrices whe
 it, blocks of rows go through their expert one after the other, in a loop whose trip count the routing decides, which copies
 each block's matrices.
 
-In int8 (`quantize`, `pack`) one native call does all of it on CPU: see ops/native/int8_experts.cc.
+In int8 (`quantize`, `pack`) and in blocks one native call does all of it on CPU: see ops/native/int8_experts.cc and
+ops/native/blocks/blocks_experts.cc. In blocks other activations than the kernel's, and adapters, are computed between two calls.
 """
 
 from __future__ import annotations
@@ -107,7 +108,12 @@ def experts(
 def can_pack(shape_EOI: tuple[int, ...], gated: str | None) -> bool:
     """Whether `pack` can lay out experts of this shape and activation: whole panels each, and an activation that the
     kernel has."""
-    return gated in ACTIVATIONS and shape_EOI[1] % PANEL == 0
+    return gated in ACTIVATIONS and in_panels(shape_EOI)
+
+
+def in_panels(shape_EOI: tuple[int, ...]) -> bool:
+    """Whether each expert's channels are whole panels, as those of weights in blocks must be, whatever the activation."""
+    return shape_EOI[1] % PANEL == 0
 
 
 def pack_experts(weight: Weight) -> Weight:
@@ -133,7 +139,7 @@ def _local(
     lora: ExpertAdapters | None,
 ) -> jax.Array:
     """On one device; an id of E (or more) is nobody's and yields zeros."""
-    (T, k), E = ids_Tk.shape, gate_up.shape[0]
+    (T, k), E = ids_Tk.shape, down.shape[0] if len(down.shape) == 3 else down.shape[0] // x_TD.shape[1]
     ids_M = ids_Tk.reshape(-1)
     order_M = jnp.argsort(ids_M, stable=True)
     sorted_M = ids_M[order_M]
@@ -163,7 +169,7 @@ def _local(
                 return lambda rows: weight.grouped_on_cpu(rows, sizes_E)
 
             return around(rows_MD, dot(gate_up), dot(down))
-        if own is not None:
+        if own is not None or len(gate_up.shape) < 3 or len(down.shape) < 3:
             return ragged(rows_MD)
         return _blocks(rows_MD, sizes_E, gate_up, down, gate_up_bias_EJ, down_bias_ED, activation)
 

@@ -29,6 +29,7 @@ from models.parameters import parameters_of
 from models.recipes import Piece, Recipe, row_map
 from ops import native
 from ops.linear import StoredWeight
+from ops.linear.weights.blocks import BlockWeight
 from ops.lora import LoraStack, Stretches, paired, paired_shape
 from sharding.rules import DEFAULT_RULES, ShardingRules, to_sharding
 
@@ -244,9 +245,14 @@ class _Making:
             layer = None if recipe is None else expert_of(recipe.pieces[0].name)
             if recipe is None or layer is None or not recipe.by_rows:
                 continue
-            shape = weight.get_value().shape
+            value = weight.get_value()
+            shape = value.shape
+            if isinstance(value, BlockWeight) and value.has_grouped_kernel():
+                shape = (module.sizes[0], shape[0] // module.sizes[0], shape[1])
             if len(shape) != 3:
-                self._hint = " Experts that are packed for this CPU take no adapters: start with --quantization none."
+                self._hint = (
+                    " Experts that are packed for this CPU take no adapters: start with --quantization none or int4."
+                )
                 continue
             self._taken.add(f"{path}.{name}")
             E, outputs, inputs = shape

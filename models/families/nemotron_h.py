@@ -21,6 +21,7 @@ from models.layers.moe import Experts, choose
 from models.mixers import Mamba2
 from models.recipes import Piece, Recipes, Stack, one
 from ops.activation import activation
+from ops.experts import in_panels
 
 KINDS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
 OLDER = {"mamba": "linear_attention", "attention": "full_attention"}
@@ -39,8 +40,9 @@ class PlainExperts(Experts):
         expert, ffw = build.axis("experts", E), build.axis("ffw", F)
         self.gated = None
         self.sizes = (E, width, F)
-        self.gate_up = weight((E, F, width), build.dtype, (expert, ffw, "embed"))
-        self.down = weight((E, width, F), build.dtype, (expert, "embed", ffw))
+        blocks = in_panels((E, F, width)) and in_panels((E, width, F))
+        self.gate_up = weight((E, F, width), build.dtype, (expert, ffw, "embed"), blocks=blocks)
+        self.down = weight((E, width, F), build.dtype, (expert, "embed", ffw), blocks=blocks)
 
     def hidden(self, gate_up_MJ: jax.Array) -> jax.Array:
         return activation(self.activation)(gate_up_MJ)

@@ -16,7 +16,7 @@ from models.layers.linear import AdapterStack, Linear
 from models.layers.mlp import GatedMLP
 from models.recipes import Piece, Recipes, Stack, deal, one, under
 from ops.activation import activation
-from ops.experts import can_pack, experts
+from ops.experts import can_pack, experts, in_panels
 from ops.lora.experts import ExpertAdapters
 
 
@@ -37,8 +37,9 @@ class Experts(nnx.Module):
         self.gated = config.activation if plain else None
         packed = can_pack((E, 2 * F, D), self.gated) and can_pack((E, D, F), self.gated)
         up_axes, down_axes = (expert, ffw, "embed"), (expert, "embed", ffw)
-        self.gate_up = weight((E, 2 * F, D), build.dtype, up_axes, gate_shards=(1, self.shards), packed=packed)
-        self.down = weight((E, D, F), build.dtype, down_axes, packed=packed)
+        kinds = {"packed": packed, "blocks": in_panels((E, 2 * F, D)) and in_panels((E, D, F))}
+        self.gate_up = weight((E, 2 * F, D), build.dtype, up_axes, gate_shards=(1, self.shards), **kinds)
+        self.down = weight((E, D, F), build.dtype, down_axes, **kinds)
         layout = {"gate_shards": (1, self.shards)}
         self.gate_up_bias = weight((E, 2 * F), jnp.float32, (expert, ffw), **layout) if bias else None
         self.down_bias = weight((E, D), jnp.float32, (expert, "embed")) if bias else None

@@ -28,14 +28,14 @@ from models.loading.kept.cache import WeightCache
 from models.loading.opening import Opened, open_checkpoint
 from models.loading.source import ModelSource, resolve
 from models.loading.traced import compare
-from models.parameters import parameters_of, quantizable, tables
+from models.parameters import finer, parameters_of, rounded_by, tables
 from models.recipes import Recipes
 from ops import buffers
 from ops.buffers import owned
 from ops.experts import pack_experts
 from ops.linear import SCHEMES, StoredWeight, host_pack, pack, quantize
 from ops.linear.weights.base import single_cpu
-from ops.linear.weights.block_pack import four_bits
+from ops.linear.weights.block_round import Finer, eight_bits, four_bits
 from sharding.rules import to_sharding
 
 __all__ = ["LoadedModel", "ModelSource", "load_model", "resolve"]
@@ -249,11 +249,12 @@ def fill(
     check_tensors(recipes, checkpoint, ignore)
 
     on_cpu = _on_one_cpu(build)
-    narrow = set(quantizable(model)) if quantization else set()
+    narrow, six = rounded_by(model, quantization), finer(model) if quantization == "int4" else {}
     packs = on_cpu and quantization in SCHEMES and host_pack.available()
-    in_blocks: set[str] = set(tables(model)) if packs else set()
-    # A table that is only looked up stays as it is stored under every scheme: exact, and a seventh of its float32.
-    in_blocks = in_blocks - narrow if quantization == "int8" else in_blocks | narrow
+    in_blocks: set[str] = set()
+    if packs:  # without kernels blocks would be whole on each device, and dense for each product
+        # A table that is only looked up stays as it is stored under every scheme: exact, and a seventh of its float32.
+        in_blocks = set(tables(model)) - narrow if quantization == "int8" else set(tables(model)) | narrow
 
     def make(path: str) -> np.ndarray | StoredWeight:
         recipe, parameter = recipes[path], parameters[path]
@@ -263,8 +264,8 @@ def fill(
                 checkpoint.release(piece.name)
             return stored
         host = parameter.from_stored(recipe.make(checkpoint.read))
-        if packs and path in narrow and _is_packed(parameter, host):
-            packed = _packed(host, quantization)
+        if packs and path in narrow and _is_packed(parameter, host, quantization):
+            packed = _packed(host, quantization, six.get(path))
             for piece in recipe.pieces:
                 checkpoint.release(piece.name)
             return packed
@@ -299,36 +300,41 @@ def set_values(
 ) -> None:
     """Gives every parameter its array, quantized where the scheme applies to it and that has not been done yet."""
     parameters = dict(parameters_of(model))
-    quantized = set(quantizable(model)) if quantization else set()
+    quantized, six = rounded_by(model, quantization), finer(model) if quantization == "int4" else {}
     total = sum(int(np.prod(parameter.get_value().shape)) for parameter in parameters.values())
     with tqdm(total=total, unit=" weights", unit_scale=True, desc="Loading", disable=not progress) as bar:
         for path, value in values:
             size = int(np.prod(value.shape))
             if path in quantized and not isinstance(value, StoredWeight):
-                value = _quantized(parameters[path], value, quantization)
+                value = _quantized(parameters[path], value, quantization, six.get(path))
             parameters[path].set_value(value)
             bar.update(size)
 
 
-def _is_packed(parameter: Weight, value: Any) -> bool:
+def _is_packed(parameter: Weight, value: Any, scheme: str | None) -> bool:
     """Whether a quantized weight has the layout of the CPU's kernels: matrices have, and experts that say so."""
-    return value.ndim == 2 or bool(parameter.get_metadata().get("packed"))
+    return value.ndim == 2 or bool(parameter.get_metadata().get("packed" if scheme == "int8" else "blocks"))
 
 
-def _packed(host: np.ndarray, scheme: str | None) -> StoredWeight:
-    """A weight as a scheme stores it for the CPU's kernels, in memory that lasts, of numpy arrays."""
+def _packed(host: np.ndarray, scheme: str | None, finer: Finer | None) -> StoredWeight:
+    """A weight as a scheme stores it for the CPU's kernels, in memory that lasts, of numpy arrays; `finer` for "int4" alone.
+
+    Experts of which a checkpoint has some in blocks and some not are all in blocks: kernels take gates, ups and downs of one type.
+    """
     if host.dtype not in host_pack.SOURCES or not host.flags.c_contiguous:
         host = owned(host, np.float32)
-    pack_rows = four_bits if scheme == "int4" else host_pack.pack
-    return pack_rows(host.reshape(-1, host.shape[-1]), buffers.lasting.empty)
+    rows, empty = host.reshape(-1, host.shape[-1]), buffers.lasting.empty
+    if scheme == "int4":
+        return four_bits(rows, empty, finer)
+    return eight_bits(rows, empty) if scheme == "stored" and host.ndim == 3 else host_pack.pack(rows, empty)
 
 
-def _quantized(parameter: Weight, value: jax.Array, scheme: str | None) -> Any:
+def _quantized(parameter: Weight, value: jax.Array, scheme: str | None, finer: Finer | None) -> Any:
     """The value as a scheme stores it, laid out for this machine."""
-    if scheme in SCHEMES and single_cpu(value) and host_pack.available() and _is_packed(parameter, value):
+    if scheme in SCHEMES and single_cpu(value) and host_pack.available() and _is_packed(parameter, value, scheme):
         place = value.sharding
         place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
-        return jax.device_put(_packed(np.asarray(value), scheme), place)
+        return jax.device_put(_packed(np.asarray(value), scheme, finer), place)
     weight = quantize(value, scheme)
     if value.ndim == 2:
         return pack(weight)

@@ -187,18 +187,18 @@ class DequantizingCheckpoint:
         found = self._find(name)
         return self._inner.read(name) if found is None else _taken(found, lambda scheme, own: scheme.read(own))
 
-    def coded(self, name: str) -> tuple[CodedRows, np.ndarray | None] | None:
+    def coded(self, name: str, turned: bool = False) -> tuple[CodedRows, np.ndarray | None] | None:
         """As `models.loading.coded.CodedCheckpoint`: values with their scales and zero points, where they have an exact form."""
         found = self._find(name)
-        if found is None or not found[0].is_coded(found[1]):
+        if found is None or not self.is_coded(name, turned):
             return None
         coded = _taken(found, lambda scheme, own: scheme.coded(own))
         return None if coded is None else (coded, None)
 
-    def is_coded(self, name: str) -> bool:
+    def is_coded(self, name: str, turned: bool = False) -> bool:
         """As `models.loading.coded.CodedCheckpoint`."""
         found = self._find(name)
-        return found is not None and found[0].is_coded(found[1])
+        return found is not None and found[0].turned == turned and found[0].is_coded(found[1])
 
     def release(self, name: str) -> None:
         found = self._find(name)

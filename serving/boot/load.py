@@ -11,7 +11,7 @@ from models.loading.heads import OpenedHead
 from models.loading.kept.cache import WeightCache
 from models.loading.load import LoadedModel, build_model, load_kept, load_model
 from models.loading.source import resolve
-from models.parameters import parameters_of, quantizable
+from models.parameters import parameters_of, rounded_by
 from ops import native
 from serving.boot.check import Checked
 from serving.boot.platform import weight_cache
@@ -87,7 +87,7 @@ def weight_bytes(checked: Checked) -> int:
     models += [] if checked.tower is None else [checked.tower.built.model]
     total = 0.0
     for model in models:
-        narrow = set(quantizable(model)) if checked.quantization else set()
+        narrow = rounded_by(model, checked.quantization)
         for path, weight in parameters_of(model):
             value = weight.get_value()
             total += value.size * (width if path in narrow else value.dtype.itemsize)

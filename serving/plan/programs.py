@@ -15,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from models import registry
 from models.config import ModelConfig
 from models.layers import Build
-from models.parameters import parameters_of, quantizable
+from models.parameters import finer, may_be_in_blocks, parameters_of, rounded_by
 from ops import native, paged_attention
 from ops.linear import quantize
-from ops.linear.weights.block_pack import four_bits_like
+from ops.linear.weights.block_round import four_bits_like
 from ops.linear.weights.int8 import pack_int8
 from ops.linear.weights.rotation import BLOCK
 from ops.paged_attention import KVGroups, pages
@@ -106,14 +106,14 @@ def _without_values(model: Any, build: Build, quantization: str | None) -> Any:
     mesh = build.mesh
     assert mesh is not None
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    quantized = set(quantizable(model)) if quantization else set()
+    quantized = rounded_by(model, quantization)
+    six = finer(model) if quantization == "int4" else {}
     packs = on_cpu and mesh.size == 1 and native.available()  # as ops.linear.pack decides for arrays
     for path, parameter in parameters_of(model):
         value = parameter.get_value()
         axes = parameter.get_metadata()["logical_axes"]
-        alone = len(value.shape) == 2 or (len(value.shape) == 3 and parameter.get_metadata().get("packed"))
-        if path in quantized and packs and quantization == "int4" and alone:
-            value = four_bits_like((math.prod(value.shape[:-1]), value.shape[-1]))
+        if path in quantized and packs and quantization == "int4" and may_be_in_blocks(parameter):
+            value = four_bits_like((math.prod(value.shape[:-1]), value.shape[-1]), six.get(path))
         elif path in quantized:
             inputs = to_sharding(mesh, axes, build.rules).shard_shape(value.shape)[-1]
             value = jax.eval_shape(lambda w: quantize(w, quantization), value)

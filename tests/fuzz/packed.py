@@ -6,6 +6,7 @@ What is wrong must be said by a ValueError; anything else, and memory that no te
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import random
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from tests.fuzz.mutate import mutate_json
 from tests.fuzz.run import Case
 
 O, I = 16, 64
+EXPERTS = ("model.layers.0.mlp.experts.down_proj", "model.layers.0.mlp.experts.1.down_proj.weight")
 TYPES = (np.uint8, np.int8, np.int32, np.int64, np.float16, np.float32, ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16)
 
 
@@ -54,6 +56,13 @@ def _kinds() -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
     nested |= {"a.weight.absmax": some(np.uint8, O), "a.weight.nested_absmax": np.ones(4, np.float32)}
     nested |= {"a.weight.nested_quant_map": np.linspace(-1, 1, 256, dtype=np.float32), "state": np.array([])}
     group = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 32}}}}
+    affine = {
+        "a.weight": some(np.uint32, O, I // 8),
+        "a.scales": some(np.float16, O, 2),
+        "a.biases": some(np.float16, O, 2),
+    }
+    stack = "model.layers.0.mlp.switch_mlp.down_proj"
+    stacked = {f"{stack}.weight": some(np.uint32, 2, O, I // 8), f"{stack}.scales": some(np.uint8, 2, O, 2, most=255)}
     return [
         (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32}),
         (awq, {"quant_method": "awq", "bits": 4, "group_size": 32}),
@@ -62,6 +71,8 @@ def _kinds() -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
         (powers, {"quant_method": "modelopt", "quant_algo": "MXFP4"}),
         ({f"{name}_blocks": blocks, f"{name}_scales": scales}, {"quant_method": "mxfp4"}),
         (nested, {"quant_method": "bitsandbytes", "state": state}),
+        (affine, {"group_size": 32, "bits": 4}),
+        (stacked, {"group_size": 32, "bits": 4, "mode": "mxfp4"}),
     ]
 
 
@@ -78,9 +89,8 @@ def _changed(rng: random.Random, array: np.ndarray) -> np.ndarray:
         return array.reshape(-1) if rng.random() < 0.5 else array.reshape(-1, 1)
     if array.size:
         array = array.copy()
-        array.reshape(-1)[rng.randrange(array.size)] = (
-            rng.choice((0, -1, 127, 10**6)) if array.dtype.itemsize > 2 else 127
-        )
+        value = np.array(rng.choice((0, -1, 127, 10**6)) if array.dtype.itemsize > 2 else 127)
+        array.reshape(-1)[rng.randrange(array.size)] = value.astype(array.dtype)
     return array
 
 
@@ -88,6 +98,7 @@ def packed_weights(folder: pathlib.Path) -> Case:
     """Whatever is opened is read as floats and as blocks."""
     from safetensors.numpy import save_file
 
+    from models.loading.files.experts import ExpertLayouts
     from models.loading.files.safetensors import SafetensorsCheckpoint
     from models.loading.quantized import open_quantized
     from ops import native
@@ -113,11 +124,10 @@ def packed_weights(folder: pathlib.Path) -> Case:
         said = []
         try:
             with np.errstate(all="ignore"):
-                checkpoint = open_quantized(SafetensorsCheckpoint(folder), config)
-                for name in ("a.weight", "model.layers.0.mlp.experts.down_proj"):
-                    if checkpoint.locate(name) is None:
-                        continue
-                    said += _all_of(checkpoint, name, pack if native.available() else None)
+                checkpoint = ExpertLayouts(open_quantized(SafetensorsCheckpoint(folder), config), alternating=True)
+                for name in ("a.weight", *EXPERTS):
+                    if checkpoint.locate(name) is not None:
+                        said += _all_of(checkpoint, name, pack if native.available() else None)
         except ValueError as error:
             said.append(str(error))
         return said
@@ -126,19 +136,82 @@ def packed_weights(folder: pathlib.Path) -> Case:
 
 
 def _all_of(checkpoint: Any, name: str, pack: Any) -> list[str]:
-    """What is said against a tensor as floats, and against it in blocks."""
-    said, found = [], None
-    for take in (checkpoint.read, checkpoint.coded):
+    """What is said against a tensor as floats, and against it in blocks, whichever way round it lies."""
+    said: list[str] = []
+    try:
+        checkpoint.read(name)
+    except ValueError as error:
+        said.append(str(error))
+    for turned in (False, True):
         try:
-            found = take(name)
+            found = checkpoint.coded(name, turned)
         except ValueError as error:
             said.append(str(error))
-            found = None
-    if found is not None and pack is not None:
-        rows = len(found[0].rows_RB)
-        assert (rows, found[0].inputs) == tuple(checkpoint.shape(name)), "blocks of another shape"
-        pack([found[0]], np.zeros(rows, int), np.arange(rows))
+            continue
+        if found is None or pack is None:
+            continue
+        code, order = found
+        order = np.arange(len(code.rows_RB)) if order is None else order
+        shape = checkpoint.shape(name)
+        shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
+        assert (len(order), code.inputs) == (math.prod(shape[:-1]), shape[-1]), "blocks of another shape"
+        pack([code], np.zeros(len(order), int), order)
     return said
 
 
-TARGETS = {"packed": packed_weights}
+GGUF_NAMES = {
+    "gpt-oss": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.experts.gate_up_proj_bias"),
+    "llama4": ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
+    "granitemoe": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+    "qwen3moe": ("mlp.experts.1.gate_proj.weight", "mlp.experts.1.up_proj.weight"),
+}
+
+
+def gguf_experts(folder: pathlib.Path) -> Case:
+    """Experts of GGUF files whose gates, ups and downs are of other shapes and types than each other's, and of damaged blocks."""
+    import gguf
+
+    from models.loading.gguf.checkpoint import GGUFCheckpoint
+    from models.loading.gguf.file import GGUFFile
+    from ops import native
+    from ops.linear.weights.block_pack import GGUF, pack
+
+    kinds = [gguf.GGMLQuantizationType(number) for number in (*GGUF, 0, 1, 10)]
+
+    def case(rng: random.Random) -> Iterable[str]:
+        architecture = rng.choice(sorted(GGUF_NAMES))
+        writer, usual = gguf.GGUFWriter(folder / "x.gguf", architecture), rng.choice(kinds)
+        shape = tuple(rng.choice(((2, O), (2, 3), (O,), (1, 2, O))))
+        for part in ("gate", "up", "down", "gate_up"):
+            if rng.random() < 0.15:
+                continue
+            kind, own = rng.choice(kinds) if rng.random() < 0.2 else usual, shape
+            if rng.random() < 0.2:
+                own = tuple(rng.choice(((3, O), (2, O), (), (0, O))))
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            width = 256 // block * size
+            data = np.frombuffer(rng.randbytes(math.prod(own) * width), np.uint8).reshape(*own, width)
+            ending = ".weight" if rng.random() < 0.9 else ".bias"
+            writer.add_tensor(f"blk.0.ffn_{part}_exps{ending}", data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        said: list[str] = []
+        with np.errstate(all="ignore"):
+            try:
+                checkpoint = GGUFCheckpoint(GGUFFile(folder / "x.gguf"), architecture, 1, None)
+            except ValueError as error:
+                return [str(error)]
+            for name in GGUF_NAMES[architecture]:
+                try:
+                    if checkpoint.locate(f"model.layers.0.{name}") is not None:
+                        said += _all_of(checkpoint, f"model.layers.0.{name}", pack if native.available() else None)
+                except ValueError as error:
+                    said.append(str(error))
+        return said
+
+    return case
+
+
+TARGETS = {"packed": packed_weights, "gguf experts": gguf_experts}

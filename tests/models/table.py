@@ -52,8 +52,15 @@ Real checkpoints checked against transformers on the same weights: SmolLM2-135M-
 Checkpoints may be safetensors of any float type, GGUF of every block type that `gguf` decodes (split files too), Mistral's
 `consolidated` files, and our own Orbax directories. Safetensors may be packed; packed weights are unpacked as they are read, each
 exactly as its format says (`tests/models/loading`), and what cannot be read is refused by the tensor's name before any weight is.
-On a CPU with native kernels large models keep GGUF's blocks, AWQ, GPTQ, compressed-tensors, NVFP4, MXFP4, NF4 and FP4 as they are
-stored, experts of mixtures too (`--quantization auto`; `int4` keeps whatever can be kept and rounds the rest to four bits):
+On one CPU with native kernels these stay as they are stored, experts of mixtures too, and nothing is rounded a second time:
+GGUF's blocks of four to eight bits, AWQ, GPTQ, compressed-tensors' integers, NVFP4, MXFP4 (GPT-OSS's experts, with their biases
+and their own activation), NF4, FP4 and MLX's groups. `--quantization auto` does so where at least half of a model and 300 million
+weights stay, and makes the rest int8; `int4` keeps whatever can be kept and rounds the rest to four bits, some to six (as many as
+llama.cpp's Q4_K_M or fewer). `int8` rounds all to eight, which is faster for many requests at once and for long prompts: of a
+model of 1.5 billion weights 1.3 times at 16 requests and 1.35 at prompts of 256 tokens, where one request is 1.2 times slower
+([measured](benchmarks/notes_matmul.md)). By way of floats, a tensor at a time, go float8 and int8 of any kind (DeepSeek's blocks
+of 128 x 128 too), MXFP6, MXFP8, torchao, Quark, modelopt's AWQ, GGUF's types of fewer than four bits, experts with sorted inputs,
+and on meshes and other platforms everything. What is read:
 
 FORMATS
 An installed package can add families: see `examples/model_plugin`.

@@ -13,7 +13,7 @@ from ops import native
 from ops.experts import block_rows, can_pack, experts, pack_experts
 from ops.linear import Int8Weight, PackedInt8Weight, quantize
 from ops.linear.weights import DenseWeight, stored
-from ops.linear.weights.block_pack import four_bits
+from ops.linear.weights.block_round import eight_bits, four_bits
 
 D, F = 24, 20
 
@@ -170,6 +170,43 @@ def test_blocks_native(T, E, k, D, F, isa):
         np.testing.assert_allclose(got, wanted, atol=0.03 * np.abs(wanted).max())
     finally:
         native.set_isa(None)
+
+
+def clamped(gate_up_MJ):
+    """GPT-OSS's, of gates and then ups."""
+    gate, up = jnp.split(gate_up_MJ, 2, axis=-1)
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return (up + 1.0) * gate * jax.nn.sigmoid(1.702 * gate)
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+@pytest.mark.parametrize(("T", "E", "k", "D", "F"), [(1, 8, 2, 48, 32), (7, 4, 3, 64, 40), (130, 3, 1, 80, 16)])
+@pytest.mark.parametrize("body", ["generic", "native", "xla"])
+def test_blocks_around_any_activation(T, E, k, D, F, body, monkeypatch):
+    """Products alone, where no kernel has the activation, or hidden values are no whole panels."""
+    x, ids, weights, gate_up, down, *biases = arguments(T, E, k, D=D, F=F)
+    packed = [eight_bits(np.asarray(w, np.float32).reshape(-1, w.shape[-1])) for w in (gate_up, down)]
+    dense = [w.dequantize().reshape(like.shape) for w, like in zip(packed, (gate_up, down), strict=True)]
+    ids = np.where(ids == 1, E, ids).astype(np.int32)  # one expert is another device's
+    given = {"gate_up_bias_EJ": biases[0] * 20, "down_bias_ED": biases[1]}
+    wanted = np.asarray(experts(x, ids, weights, *dense, clamped, **given))
+    if body == "xla":
+        monkeypatch.setattr(module.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    native.set_isa("generic" if body == "generic" else None)
+    try:
+        got = experts(x, ids, weights, *(jax.device_put(w) for w in packed), clamped, **given)
+    finally:
+        native.set_isa(None)
+    np.testing.assert_allclose(got, wanted, atol=(1e-5 if body == "xla" else 0.02) * np.abs(wanted).max())
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_eight_bits_round_to_the_nearest():
+    weight_OI = np.random.default_rng(0).standard_normal((40, 100)).astype(np.float32)
+    weight_OI[3, 32:64] = 0
+    error_OI = np.abs(eight_bits(weight_OI).dequantize() - weight_OI)
+    peak_OG = np.abs(np.pad(weight_OI, ((0, 0), (0, 28)))).reshape(40, 4, 32).max(-1)
+    assert (error_OI <= np.repeat(peak_OG, 32, 1)[:, :100] * 0.51 / 127 + 1e-7).all()
 
 
 @pytest.mark.skipif(not native.available(), reason="no native kernels")

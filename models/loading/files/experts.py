@@ -15,7 +15,7 @@ import numpy as np
 
 from models.loading.files.canonical import canonical_name
 from models.loading.files.checkpoint import Checkpoint
-from ops.linear.weights.block_pack import CodedRows
+from ops.linear.weights.block_pack import CodedRows, joined
 
 _MODULES = ("mlp", "block_sparse_moe", "feed_forward")
 _BLOCK = re.compile(rf"^(?P<layer>.*\.layers\.\d+)\.(?:{'|'.join(_MODULES)})\.(?P<part>.+)$")
@@ -79,6 +79,7 @@ class ExpertLayouts:
         self._inner, self._alternating = inner, alternating
         self._consumed: set[str] = set()
         self._last: tuple[str, np.ndarray] | None = None
+        self._last_coded: tuple[str, tuple[CodedRows, np.ndarray | None] | None] | None = None
         self._lock = threading.Lock()
         self._experts: dict[str, int] = {}  # a layer's name -> how many modules of one expert it has
         for own in inner.own_names:
@@ -134,24 +135,52 @@ class ExpertLayouts:
         stacked = np.stack(arrays)
         return stacked if fused.endswith("rows") or stacked.ndim < 3 else stacked.swapaxes(1, 2)
 
-    def coded(self, name: str) -> tuple[CodedRows, np.ndarray | None] | None:
-        """As `models.loading.coded.CodedCheckpoint`: of whole tensors, and of experts' whole ones under other names."""
-        own = self._whole_name(name)
-        return None if own is None else self._inner.coded(own)  # pyright: ignore[reportAttributeAccessIssue]
+    def coded(self, name: str, turned: bool = False) -> tuple[CodedRows, np.ndarray | None] | None:
+        """As `models.loading.coded.CodedCheckpoint`: of whole tensors, of experts' own in a stack, and of those that a fused one is
+        made of."""
+        parts = self._coded_parts(name, turned)
+        if parts is None:
+            return None
+        if parts[0].name == name:
+            return self._inner.coded(name, turned)  # pyright: ignore[reportAttributeAccessIssue]
+        places, codes, rows = dict.fromkeys(part.name for part in parts), [], {}
+        for own in places:
+            found = self._coded_whole(own)
+            if found is None or found[1] is not None:
+                return None
+            first = sum(len(code.rows_RB) for code in codes)
+            rows[own] = first + np.arange(len(found[0].rows_RB)).reshape(self._inner.shape(own)[:-1])
+            codes.append(found[0])
+        code = codes[0] if len(codes) == 1 else joined(codes)
+        order = np.concatenate([part.of(rows[part.name]).reshape(-1) for part in parts])
+        if turned and self._alternating and len(parts) > 1 and not str(_fused(name)).startswith("down"):
+            order = order.reshape(len(parts) // 2, 2, -1).swapaxes(1, 2).reshape(-1)
+        return None if code is None else (code, order)
 
-    def is_coded(self, name: str) -> bool:
+    def is_coded(self, name: str, turned: bool = False) -> bool:
         """As `models.loading.coded.CodedCheckpoint`."""
-        own = self._whole_name(name)
-        return own is not None and self._inner.is_coded(own)  # pyright: ignore[reportAttributeAccessIssue]
+        return self._coded_parts(name, turned) is not None
 
-    def _whole_name(self, name: str) -> str | None:
-        """What the inner checkpoint calls a tensor that is all of one of its own; None where it is none, or knows no blocks."""
+    def _coded_parts(self, name: str, turned: bool) -> list[_Slice] | None:
+        """What a tensor's rows lie in, all of it in blocks; None where some of it is not, or lies the other way round."""
         if not hasattr(self._inner, "is_coded"):
             return None
+        is_coded = self._inner.is_coded  # pyright: ignore[reportAttributeAccessIssue]
         if self._inner.locate(name) is not None:
-            return name
-        parts = self._parts(name) or ()
-        return parts[0].name if len(parts) == 1 and parts[0] == _Slice(parts[0].name) else None
+            return [_Slice(name)] if is_coded(name, turned) else None
+        parts, fused = self._parts(name) or [], _fused(name) if _BLOCK.match(name) else None
+        if turned != (fused is not None and not fused.endswith("rows")) or not all(
+            is_coded(part.name) for part in parts
+        ):
+            return None
+        return parts or None
+
+    def _coded_whole(self, name: str) -> tuple[CodedRows, np.ndarray | None] | None:
+        """A tensor's rows, kept until another's are read, as experts of a stack come one after the other."""
+        with self._lock:
+            if self._last_coded is None or self._last_coded[0] != name:
+                self._last_coded = (name, self._inner.coded(name))  # pyright: ignore[reportAttributeAccessIssue]
+            return self._last_coded[1]
 
     def release(self, name: str) -> None:
         if self._inner.locate(name) is not None:

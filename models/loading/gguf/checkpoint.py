@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterator
 
@@ -63,7 +62,12 @@ class GGUFCheckpoint:
         made = layout(self.file, self._architecture, name)
         if made is not None:
             return made.sources[0]
-        return next((own for own in table_names(self._table, name) if own in self.file.tensors), None)
+        expert = EXPERT.search(name)
+        for own in table_names(self._table, name):
+            shape = self.file.tensors[own].shape if own in self.file.tensors else None
+            if shape is not None and (expert is None or (shape and int(expert[1]) < shape[0])):
+                return own
+        return None
 
     def shape(self, name: str) -> tuple[int, ...]:
         made = layout(self.file, self._architecture, name)
@@ -80,16 +84,18 @@ class GGUFCheckpoint:
             if own is not None:
                 self.file.release(own)
 
-    def coded(self, name: str) -> tuple[CodedRows, np.ndarray | None] | None:
+    def coded(self, name: str, turned: bool = False) -> tuple[CodedRows, np.ndarray | None] | None:
         """As `models.loading.coded.CodedCheckpoint`: rows of blocks, where their type has an exact form."""
-        if not self.is_coded(name):
-            return None
         own = self.locate(name)
-        assert own is not None
+        if own is None or not self.is_coded(name, turned):
+            return None
         made, info = layout(self.file, self._architecture, name), self.file.tensors[own]
-        expert, rows_RB = EXPERT.search(name), self.file.raw(own).reshape(math.prod(info.shape[:-1]), -1)
-        if expert and len(info.shape) == 3:
-            rows_RB = rows_RB.reshape(info.shape[0], info.shape[1], -1)[int(expert[1])]
+        expert, rows_RB = EXPERT.search(name), self._rows(own)
+        if made is not None and made.join is not None:
+            rows_RB = made.join(*(self._rows(source) for source in made.sources))
+        elif expert and len(info.shape) == 3:
+            rows_RB = rows_RB[int(expert[1])]
+        rows_RB = np.ascontiguousarray(rows_RB).reshape(-1, rows_RB.shape[-1])
         code = CodedRows(GGUF[info.kind.value][1], info.shape[-1], rows_RB, info.kind.value)
         if made is not None:
             return code, made.rows
@@ -100,16 +106,24 @@ class GGUFCheckpoint:
             )
         return code, half_split_rows(np.arange(len(rows_RB)), heads) if heads else None
 
-    def is_coded(self, name: str) -> bool:
+    def _rows(self, own: str) -> np.ndarray:
+        """A tensor's bytes, row by row."""
+        return self.file.raw(own).reshape(*self.file.tensors[own].shape[:-1], -1)
+
+    def is_coded(self, name: str, turned: bool = False) -> bool:
         """As `models.loading.coded.CodedCheckpoint`."""
         own = self.locate(name)
         made = layout(self.file, self._architecture, name)
-        if own is None or (made is not None and made.rows is None):
+        if own is None or turned != (made is not None and made.turned):
             return False
         info, expert = self.file.tensors[own], EXPERT.search(name)
-        if expert and len(info.shape) == 3:
-            return info.kind.value in GGUF and int(expert[1]) < info.shape[0]
-        return info.kind.value in GGUF and len(info.shape) == 2
+        if info.kind.value not in GGUF or len(info.shape) not in (2, 3):
+            return False
+        if made is not None and made.join is not None:
+            return all(self.file.tensors[source].kind == info.kind for source in made.sources)
+        if expert and (len(info.shape) < 3 or int(expert[1]) >= info.shape[0]):
+            return False
+        return made is None or made.rows is not None
 
     def read(self, name: str) -> np.ndarray:
         made = layout(self.file, self._architecture, name)

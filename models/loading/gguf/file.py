@@ -233,6 +233,8 @@ class GGUFFile:
         info = self.tensors[name]
         shape, start, num_bytes = info.shape, info.offset, info.num_bytes
         if index is not None:
+            if not shape or index >= shape[0]:
+                raise ValueError(f"{self.path}: the tensor {name!r} {list(shape)} has no matrix {index}.")
             num_bytes //= shape[0]
             start, shape = start + index * num_bytes, shape[1:]
         raw = self._data[info.part].bytes[start : start + num_bytes]

@@ -22,6 +22,9 @@ class Layout:
         make: (the sources' values) -> the result.
         rows: where the result is rows of the only source, which; so packed ones can be taken as they are.
         matrix: where the sources are stacks of matrices and one of each is meant, which.
+        join: where the result is all rows of the sources, (their rows [..., row, content]) -> its own, whatever rows are made of;
+            so packed ones can be laid out as they are.
+        turned: its rows are its last axis.
     """
 
     sources: tuple[str, ...]
@@ -29,6 +32,8 @@ class Layout:
     make: Callable[..., np.ndarray]
     rows: np.ndarray | None = None
     matrix: int | None = None
+    join: Callable[..., np.ndarray] | None = None
+    turned: bool = False
 
     @classmethod
     def of_rows(cls, file: GGUFFile, source: str, rows: np.ndarray) -> Layout:
@@ -39,7 +44,43 @@ class Layout:
     @classmethod
     def as_it_is(cls, file: GGUFFile, source: str) -> Layout:
         """A tensor that has another name."""
-        return cls((source,), file.tensors[source].shape, lambda array: array)
+        return cls.of_stacks(file, (source,), _same)
+
+    @classmethod
+    def of_stacks(
+        cls, file: GGUFFile, sources: tuple[str, ...], join: Callable[..., np.ndarray], turned: bool = False
+    ) -> Layout:
+        """All rows of matrices or stacks of one shape, laid out by `join`; `turned`: with the last two axes swapped.
+
+        Raises:
+            ValueError: they are none, by name.
+        """
+        shapes = [file.tensors[source].shape for source in sources]
+        if shapes.count(shapes[0]) < len(shapes) or (len(shapes[0]) < 2 and (turned or len(sources) > 1)):
+            raise ValueError(
+                f"{' and '.join(sources)} have shapes {[list(s) for s in shapes]}; matrices of one are expected."
+            )
+        if len(shapes[0]) < 2:
+            return cls(sources, shapes[0], join)
+        *stack, rows, inputs = shapes[0]
+        if not turned:
+            return cls(sources, (*stack, len(sources) * rows, inputs), join, join=join)
+        shape = (*stack, inputs, len(sources) * rows)
+        return cls(sources, shape, lambda *arrays: join(*arrays).swapaxes(-1, -2), join=join, turned=True)
+
+
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _one_behind_the_other(*stacks: np.ndarray) -> np.ndarray:
+    """Of each matrix of a stack the first one's rows, then the second's."""
+    return np.concatenate(stacks, axis=-2)
+
+
+def _in_turn(*stacks: np.ndarray) -> np.ndarray:
+    """Of each matrix of a stack the first one's row, the second's, the first one's next."""
+    return np.stack(stacks, axis=-2).reshape(*stacks[0].shape[:-2], -1, stacks[0].shape[-1])
 
 
 SECONDARY = {
@@ -117,18 +158,12 @@ def _gpt_oss(file: GGUFFile, block: str, part: str) -> Layout | None:
         source = f"{block}.attn_sinks.weight"
         return Layout((source,), file.tensors[source].shape, lambda array: array)
     if part.startswith("mlp.experts.gate_up_proj") and gate in file.tensors and up in file.tensors:
-        E, F, *rest = file.tensors[gate].shape
-
-        def alternate(gate_EF: np.ndarray, up_EF: np.ndarray) -> np.ndarray:
-            both = np.stack([gate_EF, up_EF], axis=2).reshape(E, 2 * F, *rest)
-            return both.swapaxes(1, 2) if rest else both
-
-        return Layout((gate, up), (E, *rest, 2 * F), alternate)
+        if kind == "weight":
+            return Layout.of_stacks(file, (gate, up), _in_turn, turned=True)
+        E, F = file.tensors[gate].shape
+        return Layout((gate, up), (E, 2 * F), lambda *halves: np.stack(halves, axis=2).reshape(E, 2 * F))
     if part.startswith("mlp.experts.down_proj") and down in file.tensors:
-        shape = file.tensors[down].shape
-        if kind == "bias":
-            return Layout((down,), shape, lambda array: array)
-        return Layout((down,), (shape[0], shape[2], shape[1]), lambda array: array.swapaxes(1, 2))
+        return Layout.of_stacks(file, (down,), _same, turned=kind == "weight")
     return None
 
 
@@ -136,15 +171,9 @@ def _llama4(file: GGUFFile, block: str, part: str) -> Layout | None:
     """Experts: gate and up apart and [out, in]; Hugging Face has the gate first, then up, and [in, out]."""
     gate, up, down = (f"{block}.ffn_{name}_exps.weight" for name in ("gate", "up", "down"))
     if part == "feed_forward.experts.gate_up_proj" and gate in file.tensors and up in file.tensors:
-        E, F, D = file.tensors[gate].shape
-
-        def join(gate_EFD: np.ndarray, up_EFD: np.ndarray) -> np.ndarray:
-            return np.concatenate([gate_EFD, up_EFD], axis=1).swapaxes(1, 2)
-
-        return Layout((gate, up), (E, D, 2 * F), join)
+        return Layout.of_stacks(file, (gate, up), _one_behind_the_other, turned=True)
     if part == "feed_forward.experts.down_proj" and down in file.tensors:
-        E, D, F = file.tensors[down].shape
-        return Layout((down,), (E, F, D), lambda array: array.swapaxes(1, 2))
+        return Layout.of_stacks(file, (down,), _same, turned=True)
     return None
 
 
@@ -153,8 +182,7 @@ def _granitemoe(file: GGUFFile, block: str, part: str) -> Layout | None:
     gate, up = (f"{block}.ffn_{name}_exps.weight" for name in ("gate", "up"))
     if part != "block_sparse_moe.input_linear.weight" or gate not in file.tensors or up not in file.tensors:
         return None
-    E, F, D = file.tensors[gate].shape
-    return Layout((gate, up), (E, 2 * F, D), lambda *halves: np.concatenate(halves, axis=1))
+    return Layout.of_stacks(file, (gate, up), _one_behind_the_other)
 
 
 def _choice_bias(file: GGUFFile, block: str, part: str) -> Layout | None:
@@ -265,10 +293,9 @@ def _granite_hybrid(file: GGUFFile, block: str, part: str) -> Layout | None:
     if part == "shared_mlp.input_linear.weight":
         shared = f"{block}.ffn_gate_shexp.weight" in file.tensors
         halves = tuple(f"{block}.ffn_{name}{'_shexp' if shared else ''}.weight" for name in ("gate", "up"))
-        if halves[0] not in file.tensors:
+        if any(half not in file.tensors for half in halves):
             return None
-        F, D = file.tensors[halves[0]].shape
-        return Layout(halves, (2 * F, D), lambda *halves: np.concatenate(halves))
+        return Layout.of_stacks(file, halves, _one_behind_the_other)
     if part == "shared_mlp.output_linear.weight":
         source = next(
             (s for s in (f"{block}.ffn_down_shexp.weight", f"{block}.ffn_down.weight") if s in file.tensors), None

@@ -10,7 +10,8 @@ from models.loading.packed.arrays import dequantize
 from ops.linear.weights.block_pack import CodedRows
 from ops.linear.weights.blocks import CHUNK, STEP, Form
 
-_WIDTHS = (4, 6, 8)  # that values have in blocks
+WIDTHS = (4, 6, 8)
+"""Bits that values have in blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Integers:
             self.scale_OG if self.scale_OG.dtype.name in ("float16", "bfloat16") else self.scale_OG.astype(np.float32)
         )
         values = self.values_OI if order is None else self.values_OI[:, order]
-        bits = next(width for width in _WIDTHS if self.bits <= width)
+        bits = next(width for width in WIDTHS if self.bits <= width)
         more = {"scale_RG": _rows(scale, O), "order_I": order}
         zero = int(self.zero if isinstance(self.zero, int) else self.zero.flat[0])
         if (np.asarray(self.zero) == zero).all() and not zero & (zero - 1):

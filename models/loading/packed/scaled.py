@@ -10,8 +10,10 @@ import numpy as np
 from models.loading.packed.arrays import FP4, as_matrix, block_of, dequantize, scale_values, scaled, signed, unpack
 from models.loading.packed.exact import four_bit_floats, is_block
 from models.loading.packed.scheme import Scheme, weights_config, with_columns
-from ops.linear.weights.block_pack import CodedRows
+from ops import buffers
+from ops.linear.weights.block_pack import GGUF, CodedRows
 
+MXFP4 = 39  # GGUF's number of the type
 _FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
 
@@ -136,21 +138,48 @@ class FourBitRows(Scheme):
 class ExpertBlocks(Scheme):
     """MXFP4 (OCP Microscaling Formats 1.0) as in GPT-OSS: the experts' `_blocks` [E, out, in / 32, 16] and `_scales`."""
 
+    turned = True
+
     def dense_name(self, own: str) -> str | None:
         return own.removesuffix("_blocks") if own.endswith("_proj_blocks") else None
 
     def needs(self, own: str) -> Collection[str]:
-        return (own.removesuffix("_blocks") + "_scales",)
+        return (self._scales_of(own),)
+
+    @staticmethod
+    def _scales_of(own: str) -> str:
+        return own.removesuffix("_blocks") + "_scales"
 
     def shape(self, own: str) -> tuple[int, ...]:
-        E, O, G, _ = self.tensors.shape(own)
+        (E, O, G, half), scales = self.tensors.shape(own), self._scales_of(own)
+        kinds = {self.tensors.dtype(own), self.tensors.dtype(scales)}
+        if half != 16 or self.tensors.shape(scales) != (E, O, G) or kinds != {np.dtype(np.uint8)}:
+            raise ValueError(
+                f"its blocks {[E, O, G, half]} and scales {list(self.tensors.shape(scales))} are not bytes, 16 and one a block"
+            )
         return (E, G * 32, O)
 
+    def is_coded(self, own: str) -> bool:
+        return True
+
+    def coded(self, own: str) -> CodedRows:
+        """As GGUF's blocks, which are the same numbers in another order: half a byte a value, an expert at a time."""
+        blocks_EOGb, scales_EOG = self.need(own), self.need(self._scales_of(own))
+        (E, O, G, _), (_, form) = blocks_EOGb.shape, GGUF[MXFP4]
+        out = np.empty((E, O, G, 17), np.uint8)
+        for to, blocks, scales in zip(out, blocks_EOGb, scales_EOG, strict=True):
+            first, second = blocks[..., :8], blocks[..., 8:]
+            to[..., 0] = scales
+            to[..., 1::2] = first & 15 | (second & 15) << 4
+            to[..., 2::2] = first >> 4 | second & 240
+        return CodedRows(form, G * 32, out.reshape(E * O, G * 17), MXFP4)
+
     def read(self, own: str) -> np.ndarray:
-        blocks_EOGb = self.need(own)
-        scales_EOG = self.need(own.removesuffix("_blocks") + "_scales").astype(np.int32) - 127
+        """In bfloat16, which holds such numbers exactly: half the memory of a layer's experts."""
+        blocks_EOGb, scales_EOG = self.need(own), self.need(self._scales_of(own))
         E, O, G, _ = blocks_EOGb.shape
-        values = np.empty((*blocks_EOGb.shape, 2), np.float32)
-        values[..., 0], values[..., 1] = FP4[blocks_EOGb & 15], FP4[blocks_EOGb >> 4]
-        dense_EOI = np.ldexp(values.reshape(E, O, G, 32), scales_EOG[..., None]).reshape(E, O, -1)
-        return dense_EOI.swapaxes(1, 2)
+        out_EOI = buffers.empty((E, O, G * 32), ml_dtypes.bfloat16)
+        for e in range(E):
+            values_OGi = FP4[unpack(blocks_EOGb[e], 4)]
+            out_EOI[e] = np.ldexp(values_OGi, scales_EOG[e].astype(np.int32)[..., None] - 127).reshape(O, -1)
+        return out_EOI.swapaxes(1, 2)

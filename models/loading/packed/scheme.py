@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,9 @@ class Scheme:
         config: `quantization_config` of config.json; may be empty, where tensors say all.
         method: what the configuration calls it, for errors.
     """
+
+    turned: ClassVar[bool] = False
+    """Whether the dense tensor is [..., in, out], and `coded` gives the rows of its last axis."""
 
     def __init__(self, tensors: SafetensorsCheckpoint, config: Mapping[str, Any], method: str):
         self.tensors, self.config, self.method = tensors, config, method

@@ -36,6 +36,8 @@ class CompressedTensors(Scheme):
         if said is None:
             raise ValueError("it has no weight_shape")
         shape = tuple(int(n) for n in said.reshape(-1))
+        if shape[:-1] != words[:-1]:
+            raise ValueError(f"it has rows {list(words[:-1])}, and its weight_shape says {list(shape)}")
         _bits_of(words[-1], shape[-1])
         return shape
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ops.linear.weights.base import Around, Experts, StoredWeight, single_cpu
-from ops.linear.weights.block_pack import four_bits
+from ops.linear.weights.block_round import four_bits
 from ops.linear.weights.dense import DenseWeight
 from ops.linear.weights.int8 import Int8Weight, PackedInt8Weight, quantize_int8
 from ops.native import available

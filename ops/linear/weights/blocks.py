@@ -22,6 +22,7 @@ from jax import lax
 from ops import native
 from ops.linear.weights import xla
 from ops.linear.weights.base import Around, Experts, StoredWeight
+from ops.linear.weights.dense import ragged_dot
 from ops.linear.weights.native import ACTIVATIONS, eps, f32, gain
 from ops.linear.weights.rotation import rotate
 from ops.lora import Adapters
@@ -241,6 +242,8 @@ class BlockWeight(StoredWeight):
     def experts(self, down: StoredWeight, given: Experts) -> jax.Array | None:
         if not isinstance(down, BlockWeight) or self.order_I is not None or down.order_I is not None or not on_native():
             return None
+        if down.shape[1] % PANEL:  # gates and ups of an expert would share panels
+            return None
         x_TD = given.x_TD
         out = jax.ShapeDtypeStruct(x_TD.shape, jnp.float32)
         y_TD = jax.ffi.ffi_call(native.target("jaxserve_blocks_experts"), out)(
@@ -254,6 +257,20 @@ class BlockWeight(StoredWeight):
             activation=np.int64(ACTIVATIONS[given.gated]),
         )
         return y_TD.astype(x_TD.dtype)
+
+    # Of a stack [E O, I], for experts whose hidden values, or adapters, are computed around the products:
+
+    def has_grouped_kernel(self) -> bool:
+        return self.order_I is None and on_native()
+
+    def grouped_on_cpu(self, x_MI: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        out = jax.ShapeDtypeStruct((x_MI.shape[0], self.shape[0] // sizes_E.shape[0]), jnp.float32)
+        call = jax.ffi.ffi_call(native.target("jaxserve_blocks_grouped"), out)
+        return call(f32(x_MI), sizes_E.astype(jnp.int32), *self._operands(None)[:2])
+
+    def grouped(self, x_MI: jax.Array, sizes_E: jax.Array, expert_M: jax.Array) -> jax.Array:
+        dense_EOI = self.dequantize().reshape(sizes_E.shape[0], -1, self.shape[1])
+        return ragged_dot(x_MI.astype(jnp.float32), dense_EOI, sizes_E)
 
     def rows(self, ids_T: jax.Array) -> jax.Array:
         def cpu(ids_T: jax.Array) -> jax.Array:

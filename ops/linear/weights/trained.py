@@ -99,15 +99,21 @@ class TrainedWeight(StoredWeight):
         return dense_OI.astype(dtype)
 
     def grouped(self, x_MI: jax.Array, sizes_E: jax.Array, expert_M: jax.Array) -> jax.Array:
-        dense_EOI = self.base if self._dense else lax.stop_gradient(self.base.dequantize(x_MI.dtype))
+        dense_EOI = self._experts(sizes_E, x_MI.dtype)
         return ragged_dot(x_MI.astype(dense_EOI.dtype), dense_EOI, sizes_E)
 
     def has_grouped_kernel(self) -> bool:
         return jax.default_backend() == "cpu"
 
     def grouped_on_cpu(self, x_MI: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        dense_EOI = self.base if self._dense else lax.stop_gradient(self.base.dequantize())
-        return _grouped(x_MI.astype(jnp.float32), dense_EOI, sizes_E)
+        return _grouped(x_MI.astype(jnp.float32), self._experts(sizes_E, jnp.float32), sizes_E)
+
+    def _experts(self, sizes_E: jax.Array, dtype: Any) -> jax.Array:
+        """[E, O, I]; a packed stack is one matrix [E O, I]."""
+        if self._dense:
+            return self.base
+        dense = lax.stop_gradient(self.base.dequantize(dtype))
+        return dense.reshape(sizes_E.shape[0], -1, dense.shape[-1])
 
     def specs(self, whole: PartitionSpec) -> Any:
         return dataclasses.replace(self, base=whole if self._dense else self.base.specs(whole))

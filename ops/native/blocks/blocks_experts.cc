@@ -25,9 +25,9 @@ struct Part {
 
 // The parts of all tasks, task by task: `count` panels of each expert; with `paired`, those that lie `paired` panels behind each are
 // its own too. `each`: panels that an expert has.
-std::vector<Part> parts_of(const Routing& routing, const Weight& w, int64_t each, int64_t count, int64_t paired) {
+std::vector<Part> parts_of(const std::vector<Routing::Task>& tasks, const Weight& w, int64_t each, int64_t count, int64_t paired) {
   std::vector<Part> parts;
-  for (const Routing::Task& task : routing.tasks) {
+  for (const Routing::Task& task : tasks) {
     const int64_t begin = task.expert * each;
     for (int64_t at = 0, now; at < count; at += now) {
       now = std::min<int64_t>(count - at, w.run(begin + at).panels);
@@ -60,6 +60,22 @@ Rounding rounding(int slot, const float* x, int64_t rows, int64_t width, bool ro
   return {x, width, nullptr, 0.0f, rotated, Rows(static_cast<uint8_t*>(scratch(slot, rows * Rows::row_bytes(width))), width)};
 }
 
+// Products without gates: y [rows, O] of rows sorted by expert.
+void add_products(Phases& phases, const std::vector<Part>& parts, int threads, const Rows& rows, const Weight& w, int64_t I,
+                  int64_t O, const float* bias, float* y) {
+  add_parts(phases, parts, threads, [=, &w, &kernel = kernels()](const Part& part) {
+    Tile t{};
+    t.a = rows;
+    t.first_row = part.task->first;
+    t.rows = part.task->rows;
+    t.inputs = I;
+    t.out_stride = O;
+    w.place(t, part.task->expert * (O / kPanel) + part.panel, part.panels, bias);
+    for (int64_t p = 0; p < part.panels; ++p) t.out[p] = y + part.task->first * O + (part.panel + p) * kPanel;
+    kernel.tile(t);
+  });
+}
+
 bool fits(const F32& bias, int64_t outputs) {
   return bias.element_count() == 0 || static_cast<int64_t>(bias.element_count()) == outputs;
 }
@@ -79,7 +95,8 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, U8 up_byte
   const float* downs_bias = down_bias.element_count() == 0 ? nullptr : down_bias.typed_data();
   const Routing routing(ids.typed_data(), T, k, E, kRowBlock);
   const int64_t M = routing.rows, half = F / kPanel, downs = D / kPanel;
-  const std::vector<Part> gates = parts_of(routing, up, 2 * half, half, half), last = parts_of(routing, down, downs, downs, 0);
+  const std::vector<Part> gates = parts_of(routing.tasks, up, 2 * half, half, half);
+  const std::vector<Part> last = parts_of(routing.tasks, down, downs, downs, 0);
 
   const Rounding given = rounding(0, x.typed_data(), T, D, up.rotated);
   const Rows sorted(static_cast<uint8_t*>(scratch(1, M * Rows::row_bytes(D))), D);
@@ -107,25 +124,50 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, U8 up_byte
     kernel.tile(t);
   });
   add_rounding(phases, narrow, M);
-  add_parts(phases, last, threads, [=, &down, &kernel = kernels()](const Part& part) {
-    Tile t{};
-    t.a = narrow.to;
-    t.first_row = part.task->first;
-    t.rows = part.task->rows;
-    t.inputs = F;
-    t.out_stride = D;
-    down.place(t, part.task->expert * downs + part.panel, part.panels, downs_bias);
-    for (int64_t p = 0; p < part.panels; ++p) t.out[p] = y + part.task->first * D + (part.panel + p) * kPanel;
-    kernel.tile(t);
-  });
+  add_products(phases, last, threads, narrow.to, down, F, D, downs_bias, y);
   routing.add_sums(phases, y, D, weights.typed_data(), out->typed_data());
   phases.run(pool);
   if (rehearsing()) std::memset(out->typed_data(), 0, out->size_bytes());
   return ffi::Error::Success();
 }
 
+// One product of rows that are sorted by expert already, for experts whose hidden values something else computes.
+ffi::Error grouped(ffi::ThreadPool pool, F32 x, S32 sizes, U8 bytes, S32 form, ffi::ResultBuffer<ffi::F32> out) {
+  const int64_t M = x.dimensions()[0], I = x.dimensions()[1], O = out->dimensions()[1];
+  const int64_t E = static_cast<int64_t>(sizes.element_count());
+  if (O % kPanel != 0) return ffi::Error::InvalidArgument("an expert's channels are no whole panels");
+  Weight w;
+  if (const char* wrong = w.read(bytes, form, E * O, I)) return ffi::Error::InvalidArgument(wrong);
+  std::vector<Routing::Task> tasks;
+  int64_t first = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    const int64_t count = std::clamp<int64_t>(sizes.typed_data()[e], 0, M - first);
+    for (int64_t row = 0; row < count; row += kRowBlock) tasks.push_back({e, first + row, std::min(kRowBlock, count - row)});
+    first += count;
+  }
+  float* y = out->typed_data();
+  std::fill(y + first * O, y + M * O, 0.0f);  // nobody's rows
+  const std::vector<Part> parts = parts_of(tasks, w, O / kPanel, O / kPanel, 0);
+  const Rounding given = rounding(0, x.typed_data(), first, I, w.rotated);
+  Phases phases;
+  add_rounding(phases, given, first);
+  add_products(phases, parts, Phases::max_workers(pool), given.to, w, I, O, nullptr, y);
+  phases.run(pool);
+  if (rehearsing()) std::memset(y, 0, out->size_bytes());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jaxserve::blocks
+
+JAXSERVE_HANDLER(jaxserve_blocks_grouped, jaxserve::blocks::grouped,
+                 xla::ffi::Ffi::Bind()
+                     .Ctx<xla::ffi::ThreadPool>()
+                     .Arg<jaxserve::blocks::F32>()  // x [M, I], sorted by expert
+                     .Arg<jaxserve::blocks::S32>()  // rows of each expert [E]
+                     .Arg<jaxserve::blocks::U8>()   // bytes and forms of all experts' matrices
+                     .Arg<jaxserve::blocks::S32>()
+                     .Ret<jaxserve::blocks::F32>());  // [M, O], zeros behind the last expert's rows
 
 JAXSERVE_HANDLER(jaxserve_blocks_experts, jaxserve::blocks::experts,
                  xla::ffi::Ffi::Bind()

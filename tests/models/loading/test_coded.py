@@ -15,9 +15,10 @@ from models.loading.coded import coded, count_coded
 from models.loading.gguf.checkpoint import GGUFCheckpoint, half_split_rows
 from models.loading.gguf.file import GGUFFile
 from models.loading.load import fill
-from models.parameters import parameters_of, quantizable
+from models.parameters import finer, parameters_of, quantizable, rounded_by
 from models.recipes import Piece, Stack, deal, one
 from ops import native
+from ops.linear import Int8Weight
 from ops.linear.weights.block_pack import GGUF, CodedRows
 from ops.linear.weights.blocks import BlockWeight
 
@@ -39,14 +40,14 @@ class Stored:
             if name in self.order:
                 self.values[name] = half_split_rows(self.values[name], self.order[name])
 
-    def coded(self, name: str) -> tuple[CodedRows, np.ndarray | None] | None:
-        if name not in self.codes:
+    def coded(self, name: str, turned: bool = False) -> tuple[CodedRows, np.ndarray | None] | None:
+        if not self.is_coded(name, turned):
             return None
         rows = len(self.codes[name].rows_RB)
         return self.codes[name], half_split_rows(np.arange(rows), self.order[name]) if name in self.order else None
 
-    def is_coded(self, name: str) -> bool:
-        return name in self.codes
+    def is_coded(self, name: str, turned: bool = False) -> bool:
+        return name in self.codes and not turned
 
 
 def parameter(rows: int, **metadata: object):
@@ -78,7 +79,7 @@ def test_what_goes_by_way_of_floats():
     assert coded(Piece("c", (24, I)), parameter(24), checkpoint) is None, "not stored in blocks"
     assert coded(a, parameter(24, spread=object()), checkpoint) is None
     stack = weight((2, 24, I), jnp.float32, (None, None, None))
-    assert coded(Stack((a, a)), stack, checkpoint) is None, "experts that kernels do not compute by themselves"
+    assert coded(Stack((a, a)), stack, checkpoint) is None, "experts that are no whole panels"
     assert coded(a, parameter(24), object()) is None
 
 
@@ -87,7 +88,7 @@ def test_a_stack_of_experts():
     names = [f"{e}.{part}" for e in range(3) for part in ("gate", "up")]
     checkpoint = Stored(dict.fromkeys(names, ("Q4_0", 16)))
     recipe = Stack(tuple(deal(1, *(Piece(f"{e}.{part}", (16, I)) for part in ("gate", "up"))) for e in range(3)))
-    stack = weight((3, 32, I), jnp.float32, (None, None, None), packed=True)
+    stack = weight((3, 32, I), jnp.float32, (None, None, None), blocks=True)
     made = coded(recipe, stack, checkpoint)
     assert made is not None and made.shape == (96, I)
     np.testing.assert_array_equal(made.dequantize(), recipe.make(checkpoint.values.__getitem__).reshape(96, I))
@@ -149,21 +150,50 @@ CONFIG = {
 }  # fmt: skip
 
 
-def tiny():
+def tiny(**fields):
     family, build = registry.find("LlamaForCausalLM"), Build(max_model_len=64)
-    return family.build(family.config(CONFIG), build), build
+    return family.build(family.config(CONFIG | fields), build), build
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_what_four_bits_would_cost_most_gets_six(kv_heads):
+    """The head, products back from the hidden width in some layers, and v: the last rows of each of its heads'."""
+    found = finer(tiny(num_hidden_layers=8, num_key_value_heads=kv_heads)[0])
+    queries = 4 // kv_heads
+    rows = {name: at for name, at in found.items() if "qkv" in name}
+    assert set(rows.values()) == {((queries + 2) * 16, (queries + 1) * 16)}
+    assert [int(name.split(".")[1]) for name in rows] == ([0, 3, 7] if kv_heads > 1 else [*range(8)])
+    rest = {"head.weight", *(f"layers.{layer}.mlp.down.weight" for layer in (0, 3, 7))}
+    assert {name for name, at in found.items() if at == (1, 0)} == rest
+    tied = tiny(tie_word_embeddings=True)[0]
+    assert finer(tied)["embed.weight"] == (1, 0) and "embed.weight" not in finer(tiny()[0])
+    assert rounded_by(tiny()[0], "int4") - rounded_by(tiny()[0], "int8") == {"embed.weight"}
 
 
 def test_what_stays_as_it_is_stored_is_counted(llama, monkeypatch):
-    """Of headers alone; where one matrix would be rounded, none counts."""
+    """Of headers alone; where less than half would stay, none counts."""
     model, _ = tiny()
     paths = set(quantizable(model))
     sizes = [int(np.prod(parameter.shape)) for path, parameter in parameters_of(model) if path in paths]
     assert count_coded(model, llama) == sum(sizes) > 0
     assert count_coded(model, object()) == 0
-    halves = dataclasses.replace(llama.file.tensors["blk.0.ffn_down.weight"], kind=gguf.GGMLQuantizationType.F16)
-    monkeypatch.setitem(llama.file.tensors, "blk.0.ffn_down.weight", halves)
-    assert count_coded(model, llama) == 0
+    for name, left in (
+        ("ffn_down", sum(sizes) - 64 * 96),
+        ("ffn_up", 0),
+    ):  # with gates, whose rows are of one parameter
+        halves = dataclasses.replace(llama.file.tensors[f"blk.0.{name}.weight"], kind=gguf.GGMLQuantizationType.F16)
+        monkeypatch.setitem(llama.file.tensors, f"blk.0.{name}.weight", halves)
+        assert count_coded(model, llama) == left
+
+
+@pytest.mark.parametrize("scheme", ["int4", "stored"])
+def test_without_kernels_blocks_become_int8(llama, scheme, monkeypatch):
+    monkeypatch.setattr(native, "_load", lambda: (None, "turned off"))
+    model, build = tiny()
+    fill(model, llama, build, quantization=scheme, progress=False)
+    values = {path: parameter.get_value() for path, parameter in parameters_of(model)}
+    assert all(isinstance(values[path], Int8Weight) for path in rounded_by(model, scheme))
+    assert not any(isinstance(value, BlockWeight) for value in values.values())
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "stored"])

@@ -61,18 +61,21 @@ def compressed(bits, **weights):
     }
 
 
-def check(checkpoint, wanted, name="a.weight"):
+def check(checkpoint, wanted, name="a.weight", turned=False):
     assert checkpoint.locate(name) in checkpoint.own_names
     assert len(list(checkpoint.own_names)) == 1  # scales and the like are not left over
     assert checkpoint.shape(name) == wanted.shape
     np.testing.assert_allclose(checkpoint.read(name), wanted, rtol=1e-6)
-    found = checkpoint.coded(name)
-    assert (found is None) <= (not checkpoint.is_coded(name))
+    found = checkpoint.coded(name, turned)
+    assert (found is None) <= (not checkpoint.is_coded(name, turned))
+    assert not checkpoint.is_coded(name, not turned) and checkpoint.coded(name, not turned) is None
     if found is not None and native.available():
         coded, order = found
         assert order is None
-        kept = pack_blocks([coded], np.zeros(len(wanted), int), np.arange(len(wanted)))
-        np.testing.assert_allclose(kept.dequantize(), wanted, rtol=1e-6, atol=2e-6 * np.abs(wanted).max())
+        rows = wanted.swapaxes(-1, -2) if turned else wanted
+        rows = rows.reshape(-1, rows.shape[-1])
+        kept = pack_blocks([coded], np.zeros(len(rows), int), np.arange(len(rows)))
+        np.testing.assert_allclose(kept.dequantize(), rows, rtol=1e-6, atol=2e-6 * np.abs(wanted).max())
     return found
 
 
@@ -360,7 +363,7 @@ def test_mxfp4(tmp_path):
     name = "model.layers.0.mlp.experts.down_proj"
     checkpoint = open_one(tmp_path, {f"{name}_blocks": blocks, f"{name}_scales": scales}, {"quant_method": "mxfp4"})
     wanted = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32)
-    check(checkpoint, wanted.numpy(), name)
+    assert check(checkpoint, wanted.numpy(), name, turned=True)
 
 
 def test_unpack_is_the_inverse_of_packing():

@@ -12,7 +12,7 @@ import pytest
 
 from ops import native
 from ops.linear import RmsNorm, embed, gated_mlp, linear, quantize, reference
-from ops.linear.weights import block_pack
+from ops.linear.weights import block_pack, block_round
 from ops.linear.weights.block_pack import GGUF, CodedRows
 from ops.linear.weights.blocks import NEST, STEP, TABLES, BlockWeight, Form, Stretch
 
@@ -245,6 +245,10 @@ def test_what_cannot_be_packed_is_said():
     broken.rows_RB[3, :2] = (0, 0x7C)  # infinity
     with pytest.raises(ValueError, match="finite"):
         block_pack.pack([broken], np.zeros(16, int), np.arange(16))
+    with pytest.raises(ValueError, match="rows 1 to 16 are asked for, and there are 16"):
+        block_pack.pack([four], np.zeros(16, int), np.arange(1, 17))
+    with pytest.raises(ValueError, match="not 16 rows of 512 inputs"):
+        block_pack.pack([dataclasses.replace(four, inputs=512)], np.zeros(16, int), np.arange(16))
     with pytest.raises(ValueError, match="every 48 inputs"):
         Form(4, block=48)
     with pytest.raises(ValueError, match="no power of two"):
@@ -254,13 +258,31 @@ def test_what_cannot_be_packed_is_said():
         block_pack.pack(sorted_in, np.arange(32) // 16, np.arange(32) % 16)
 
 
+@pytest.mark.parametrize("I", [64, 50])
+def test_some_rows_get_six_bits(I):
+    """The last 16 of every 48, which a gate's or a head's rows may be: a fourth of the error, in panels of their own."""
+    weight_OI, finer = np.asarray(normal(96, I)), (48, 32)
+    weight = block_round.four_bits(weight_OI, finer=finer)
+    assert [(stretch.form.bits, stretch.panels) for stretch in weight.stretches] == [(4, 2), (6, 1), (4, 2), (6, 1)]
+    assert jax.eval_shape(lambda: jax.device_put(weight)) == block_round.four_bits_like((96, I), finer)
+    dense_OI = np.asarray(weight.dequantize())
+    error_O = np.sqrt(np.mean((dense_OI - weight_OI) ** 2, axis=1))
+    is_six = np.arange(96) % 48 >= 32
+    assert error_O[is_six].mean() < error_O[~is_six].mean() / 3
+    x_TI, on_device = normal(5, I, seed=1), jax.device_put(weight)
+    for level, y_TO in at_each_level(lambda: jax.jit(linear)(x_TI, on_device)):
+        wanted_TO = reference.linear(x_TI, dense_OI)
+        np.testing.assert_allclose(y_TO, wanted_TO, atol=0.02 * np.abs(wanted_TO).max(), err_msg=level)
+    assert not np.asarray(block_round.four_bits(np.zeros((16, 32)), finer=(1, 0)).dequantize()).any()
+
+
 @pytest.mark.parametrize("I", [64, 50, 608])  # rotated, and no whole blocks of any kind
 def test_rounding_to_four_bits(I):
     """Scales and offsets of six bits for every 32 inputs: on normal weights the error is a fourteenth of them."""
     weight_OI = normal(40, I)
     weight = quantize(weight_OI, "int4")
     assert isinstance(weight, BlockWeight) and weight.rotated == (I % 64 == 0) and weight.shape == (40, I)
-    assert jax.eval_shape(lambda: weight) == block_pack.four_bits_like((40, I)), "what plans are made with"
+    assert jax.eval_shape(lambda: weight) == block_round.four_bits_like((40, I)), "what plans are made with"
     dense_OI = np.asarray(weight.dequantize())
     error = np.sqrt(np.mean((dense_OI - np.asarray(weight_OI)) ** 2))
     assert 0.03 < error < 0.08
