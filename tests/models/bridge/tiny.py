@@ -39,8 +39,16 @@ OTHER: dict[str, dict[str, Any]] = {
     "youtu": {"num_key_value_heads": 4, "head_dim": 8},
     "axk1": {"num_key_value_heads": 4, "head_dim": 8},
     "glm4_moe_lite": {"num_key_value_heads": 4},
-    "deepseek_v2": {"num_key_value_heads": 4},
-    "deepseek_v3": {"num_key_value_heads": 4},
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {"num_key_value_heads": 4, "head_dim": 8},
+    "deepseek_v32": {"num_key_value_heads": 4, "head_dim": 8},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 384, "hidden_size_per_layer_input": 16, "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4_text": {
+        "head_dim": 16, "global_head_dim": 16, "vocab_size_per_layer_input": 384, "hidden_size_per_layer_input": 16,
+    },
     "longcat_flash": {"num_key_value_heads": 4, "num_layers": 2, "head_dim": 8},
     "axk2": {"num_key_value_heads": 4, "head_dim": 8},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
@@ -62,10 +70,16 @@ PROMPTS, NEW = (45, 7), 8
 
 
 def configuration(kind: str, **fields: Any) -> Any:
-    """A tiny configuration of one of transformers' types."""
+    """A tiny configuration of one of transformers' types.
+
+    Raises:
+        ValueError: it is made of others', which would stay as large as they are.
+    """
     import transformers
 
     made = transformers.CONFIG_MAPPING[kind]
+    if made.sub_configs and kind not in OTHER:
+        raise ValueError(f"a model of several parts ({', '.join(made.sub_configs)}), of which none is made small here")
     default = made()
     told = {name: value for name, value in SMALL.items() if _has(default, name)} | OTHER.get(kind, {}) | fields
     given = not isinstance(getattr(type(default), "layer_types", None), property)
@@ -79,7 +93,11 @@ def configuration(kind: str, **fields: Any) -> Any:
 def _has(config: Any, name: str) -> bool:
     if isinstance(getattr(type(config), name, None), property):
         return False
-    return hasattr(config, name) and (getattr(config, name) is not None or name in ("num_key_value_heads", "head_dim"))
+    try:
+        value = getattr(config, name)
+    except (AttributeError, RuntimeError):  # the latter where layers differ in it
+        return False
+    return value is not None or name in ("num_key_value_heads", "head_dim")
 
 
 def model(kind: str, architecture: str, **fields: Any) -> Any:
