@@ -22,7 +22,7 @@ _NAMES = {
     _ENCODER: """
         BigBirdForCausalLM MegatronBertForCausalLM RemBertForCausalLM RoFormerForCausalLM XLMWithLMHeadModel XmodForCausalLM""",
     _OTHER_SENSES: """
-        AriaTextForCausalLM Emu3ForCausalLM FuyuForCausalLM Gemma4UnifiedForCausalLM Gemma4UnifiedForConditionalGeneration
+        AriaTextForCausalLM Emu3ForCausalLM FuyuForCausalLM Gemma4UnifiedForConditionalGeneration
         GitForCausalLM GotOcr2ForConditionalGeneration MiniMaxM3VLForCausalLM MllamaForCausalLM MoshiForCausalLM
         MossTranscribeDiarizeForConditionalGeneration Phi4MultimodalForCausalLM""",
     _DRAFT: "Gemma4AssistantForCausalLM Gemma4UnifiedAssistantForCausalLM",

@@ -10,9 +10,9 @@ _EQUAL = """
     BertLMHeadModel BioGptForCausalLM BitNetForCausalLM BloomForCausalLM CTRLLMHeadModel CamembertForCausalLM
     CodeGenForCausalLM Cohere2MoeForCausalLM CohereCompassForCausalLM CohereForCausalLM CwmForCausalLM
     Data2VecTextForCausalLM DiffLlamaForCausalLM Dots1ForCausalLM ElectraForCausalLM Ernie4_5ForCausalLM
-    Ernie4_5_MoeForCausalLM ErnieForCausalLM ExaoneMoeForCausalLM FalconForCausalLM FlexOlmoForCausalLM
-    FlintForCausalLM GPTBigCodeForCausalLM GPTJForCausalLM GPTNeoForCausalLM GPTNeoXForCausalLM
-    GPTNeoXJapaneseForCausalLM Glm4ForCausalLM GlmForCausalLM GraniteMoeSWAForCausalLM GraniteMoeSharedForCausalLM
+    Ernie4_5_MoeForCausalLM ErnieForCausalLM ExaoneMoeForCausalLM FalconForCausalLM FlexOlmoForCausalLM FlintForCausalLM
+    GPTBigCodeForCausalLM GPTJForCausalLM GPTNeoForCausalLM GPTNeoXForCausalLM GPTNeoXJapaneseForCausalLM
+    Gemma4UnifiedForCausalLM Glm4ForCausalLM GlmForCausalLM GraniteMoeSWAForCausalLM GraniteMoeSharedForCausalLM
     GraniteSWAForCausalLM HYV3ForCausalLM HeliumForCausalLM HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM
     HyperCLOVAXForCausalLM Jais2ForCausalLM Kolibri1ForCausalLM LagunaForCausalLM MellumForCausalLM
     MiMoV2FlashForCausalLM MiniCPM3ForCausalLM ModernBertDecoderForCausalLM MptForCausalLM NanoChatForCausalLM

@@ -131,7 +131,10 @@ def _states(length: int, width: int, fake: FakeTensorMode, dtype: torch.dtype) -
 def _facts(config: Any) -> dict[str, Any]:
     """Numbers of a configuration under the names that most families have."""
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
+    try:
+        heads = getattr(text, "num_attention_heads", None)
+    except RuntimeError as e:  # transformers' answer where layers differ in it
+        raise Refused("its layers have different numbers of heads") from e
     if heads is None:
         raise Refused("it has no heads of attention")
     heads = max(heads) if isinstance(heads, list | tuple) else heads

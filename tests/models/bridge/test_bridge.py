@@ -58,22 +58,39 @@ def test_what_cannot_be_served_over_pages_is_refused_in_a_sentence(hf, why):
         trace(hf | {"num_hidden_layers": 1, "vocab_size": 384})
 
 
+def test_layers_of_different_heads_are_refused_in_a_sentence():
+    from models.bridge.tracing import _facts
+
+    class Differing:
+        """As transformers' configurations with a `per_layer_config` answer."""
+
+        def get_text_config(self):
+            return self
+
+        @property
+        def num_attention_heads(self):
+            raise RuntimeError("'num_attention_heads' is a per-layer attribute")
+
+    with pytest.raises(Refused, match="its layers have different numbers of heads"):
+        _facts(Differing())
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """(folder of a checkpoint, where traces are kept meanwhile, what transformers makes of it)."""
+    """(folder of a checkpoint, where traces are kept meanwhile, what transformers makes of it, it loaded for the first time)."""
     folder, traces = tmp_path_factory.mktemp("helium"), tmp_path_factory.mktemp("traces")
     made = tiny.model("helium", "HeliumForCausalLM")
     made.save_pretrained(folder)
     patch = pytest.MonkeyPatch()
     patch.setattr(family, "folder", lambda: traces)
-    yield folder, traces, tiny.expected(made, prompts=(21, 7), new=4)
+    expected = tiny.expected(made, prompts=(21, 7), new=4)
+    yield folder, traces, expected, load_model(resolve(str(folder)), progress=False)
     patch.undo()
 
 
 def test_a_checkpoint_is_traced_compared_and_served(checkpoint):
     """By other processes: nothing of torch is needed here."""
-    folder, traces, expected = checkpoint
-    loaded = load_model(resolve(str(folder)), progress=False)
+    _, traces, expected, loaded = checkpoint
     assert {path.suffix for path in traces.iterdir()} == {".trace", ".compared"}
     prompts = [tokens[:-4] for tokens, _ in expected]
     results = PagedModel(loaded.model, max_len=96).generate(prompts, 4)
@@ -81,7 +98,7 @@ def test_a_checkpoint_is_traced_compared_and_served(checkpoint):
 
 
 def test_a_warm_start_imports_neither_torch_nor_transformers(checkpoint):
-    folder, traces, _ = checkpoint
+    folder, traces, *_ = checkpoint
     code = (
         "import pathlib, sys; from models.bridge import family; from models.loading.load import load_model; "
         f"from models.loading.source import resolve; family.folder = lambda: pathlib.Path({str(traces)!r}); "
@@ -98,7 +115,7 @@ def test_a_warm_start_imports_neither_torch_nor_transformers(checkpoint):
 
 def test_another_computation_than_transformers_is_refused(checkpoint):
     """What the comparison is for: here the cache holds a trace whose attention is scaled otherwise."""
-    folder, traces, _ = checkpoint
+    folder, traces, *_ = checkpoint
     (kept,) = traces.glob("*.trace")
     right = kept.read_bytes()
     trace = Trace.from_bytes(right)
