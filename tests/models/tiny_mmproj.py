@@ -234,5 +234,8 @@ def write_text(name: str, folder: Path, path: Path) -> None:
         fields |= {"general.architecture": arch, "tokenizer.ggml.tokens": words}
         if sections := (text.get("rope_parameters") or {}).get("mrope_section") if arch.endswith("vl") else None:
             fields[f"{arch}.rope.dimension_sections"] = [*sections, 0]
+        if arch == "gemma3":  # the real ones have six layers a turn, which nobody writes
+            windowed = [kind == "sliding_attention" for kind in text["layer_types"]]
+            fields["gemma3.attention.sliding_window_pattern"] = windowed
 
     rewritten(plain / "plain.gguf", path, change)
