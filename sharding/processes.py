@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+
+from sharding.address import address_towards
 
 AUTO = "auto"
 LWS_PORT = 8476
@@ -108,6 +112,7 @@ def join(processes: Processes) -> None:
     """
     # Between the processes of CPU meshes (it is the default where there is one; "none" would only fail later).
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    _name_for_gloo(processes.host)
     # It would take SIGTERM for itself; what a server does about it is the server's affair.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_check_proxy_envs", False)
@@ -126,6 +131,19 @@ def join(processes: Processes) -> None:
             f"process {processes.index} of {processes.count} could not join the others at {processes.coordinator}: "
             f"{str(e).splitlines()[0]}"
         ) from e
+
+
+def _name_for_gloo(coordinator: str) -> None:
+    """Has gloo tell the other processes an address at which they reach this one. By itself it takes what this machine's name
+    stands for: nothing, where its own machine does not know it, and then no process starts; or 127.0.1.1, where the others find
+    themselves. jax has no setting for it."""
+    from jax._src import xla_bridge
+
+    made_by: Any = getattr(xla_bridge, "_jax", None)
+    if hasattr(made_by, "make_gloo_tcp_collectives"):
+        with contextlib.suppress(OSError):  # nobody knows where process 0 is: `initialize` says so
+            here = address_towards(coordinator)
+            made_by.make_gloo_tcp_collectives = functools.partial(made_by.make_gloo_tcp_collectives, hostname=here)
 
 
 def publish(name: str, value: str) -> None:

@@ -8,6 +8,11 @@ import sys
 import tempfile
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples every time: a failure on one machine is a failure on all. And a slow machine is none.
+settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -23,8 +28,8 @@ for _name in list(os.environ):
 
 HERE = pathlib.Path(__file__).parent
 QUICK = (
-    "serving/boot", "serving/engine", "serving/fleet", "serving/media", "serving/processes", "serving/service",
-    "serving/training", "serving/transfer",
+    "models", "serving/adapters", "serving/boot", "serving/engine", "serving/fleet", "serving/media", "serving/processes",
+    "serving/service", "serving/training", "serving/transfer",
 )  # fmt: skip
 """Folders whose programs are compiled quickly: tiny ones that run a few times, of which compiling is nearly all. What is computed
 is the same: XLA's own passes run, LLVM's do not. Real models are compiled as a server compiles them."""

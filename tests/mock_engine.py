@@ -383,12 +383,13 @@ def _logprobs(token: int, k: int) -> TokenLogprobs:
 
 
 async def until(condition: Callable[[], Any], what: str = "the condition", seconds: float = 60.0) -> None:
-    """Waits for something that another task brings about; fails after so many seconds."""
-    for _ in range(int(seconds * 500)):
-        if condition():
-            return
+    """Waits for something that another task brings about; fails after so many seconds, and a hundred looks."""
+    end, looks = time.monotonic() + seconds, 0
+    while not condition():
+        looks += 1
+        if looks > 100 and time.monotonic() > end:
+            raise AssertionError(f"never came true: {what}")
         await asyncio.sleep(0.002)
-    raise AssertionError(f"never came true: {what}")
 
 
 def mock_service(

@@ -11,8 +11,8 @@ from serving.boot.flags.launch import HTTP_PORT
 from serving.boot.lora_modules import lora_folder
 from serving.engine.api.config import EngineConfig
 from serving.frontends.sockets.listening import bind
-from serving.transfer.address import own_address
 from serving.transfer.config import TransferConfig
+from sharding.address import own_address
 
 if TYPE_CHECKING:
     from serving.access import Access, ServerTls

@@ -26,9 +26,9 @@ import numpy as np
 from serving.engine.api.peers.transfers import DeviceWay, Offer, Parcel, TransferError
 from serving.engine.device.stores.page_store import PARCEL
 from serving.engine.device.stores.parts import packed, row_bytes
-from serving.transfer.address import own_address
 from serving.transfer.config import TransferConfig
 from serving.transfer.forms import Form
+from sharding.address import own_address
 
 log = logging.getLogger(__name__)
 

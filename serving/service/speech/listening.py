@@ -122,7 +122,10 @@ class Listener:
                     return found
                 step = self._turns.submit((found, number), next, reading)
         finally:
-            step.add_done_callback(lambda _: reading.close())  # nobody may close it while a thread is at it
+            # Nobody may close it while a thread is at it. And a cancelled task keeps this frame and all that it names while
+            # somebody has the task: not what is read meanwhile.
+            step.add_done_callback(lambda _, reading=reading: reading.close())
+            del step, reading
 
     async def rows(self, frames: np.ndarray | Frames, first: int, count: int) -> np.ndarray:
         """Some of a spectrogram's frames, see `Frames.rows`."""

@@ -11,17 +11,16 @@ from typing import Any
 
 import grpc
 import httpx
-import jax
 import pytest
 
 from proto.jaxserve.v1 import control_pb2_grpc, inference_pb2_grpc
 from serving.access import Access, KeyRing
 from serving.boot.startup import Started, start
 from serving.engine.api.config import EngineConfig
-from serving.engine.requests import buckets
 from serving.frontends.app import serve_http
 from serving.frontends.grpc.server import GrpcServer
 from tests.models.adapters.make import write_adapter, write_base
+from tests.tiny import one_width
 
 ANNA, BERT, ADMIN = ("sk-anna-0123456789abcdef", "sk-bert-0123456789abcdef", "sk-admin-0123456789abcdef")
 ACCESS = Access(KeyRing.of([ANNA, BERT], [ADMIN]))  # their names are key-1, key-2 and admin-1
@@ -33,14 +32,9 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compiled_quickly():
-    """Compiling is most of the time: steps have one width here, and programs are hardly optimized."""
-    before = buckets._doubling
-    buckets._doubling = lambda low, high: [high]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    buckets._doubling = before
+def few_programs():
+    with one_width():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,30 @@ async def test_what_is_held_is_bounded_and_given_back(monkeypatch):
     await until(lambda: gc.collect() >= 0 and not listener._held, "all is given back")
 
 
+async def test_whoever_goes_away_while_it_is_read_leaves_nothing_behind(monkeypatch):
+    """Though the tasks are kept, as those are that somebody looks at later."""
+    begun, goes_on, read = threading.Semaphore(0), threading.Event(), listening.sound_pieces
+
+    def pieces(data, *args):
+        begun.release()
+        goes_on.wait(60)
+        yield from read(data, *args)
+
+    monkeypatch.setattr(listening, "sound_pieces", pieces)
+    listener, data = Listener(80, 16_000), wav(sound(3.0))
+    asked = [asyncio.ensure_future(listener.spectrogram(data)) for _ in range(2)]
+    for _ in asked:
+        assert await asyncio.to_thread(begun.acquire, timeout=60)
+    for one in asked:
+        one.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
+    goes_on.set()
+    both = threading.Barrier(2)  # of its threads: behind what they read
+    await asyncio.gather(*(listener.run(both.wait, 60) for _ in asked))
+    await until(lambda: gc.collect() >= 0 and not listener._held, "all is given back")
+    assert all(one.cancelled() for one in asked)
+
+
 async def test_short_sounds_do_not_wait_for_long_ones(monkeypatch):
     """Nor do other requests' windows, whatever is behind the beginnings of how many long files."""
     short_is_heard, read = threading.Event(), listening.sound_pieces

@@ -1,4 +1,4 @@
-"""The address that an engine tells others, whatever this machine's name stands for."""
+"""The address that a process tells others, whatever this machine's name stands for."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 
 from serving.engine.api.config import EngineConfig
 from serving.server.ports import kv_address
-from serving.transfer.address import own_address
 from serving.transfer.config import TransferConfig
 from serving.transfer.device_link import listening
+from sharding import processes
+from sharding.address import address_towards, own_address
 
 
 class Probe:
@@ -28,11 +29,12 @@ class Probe:
         pass
 
     def connect(self, address):
-        if self.outward is None:
+        self.own = address[0] if address[0].startswith("127.") else self.outward
+        if self.own is None:
             raise OSError(101, "Network is unreachable")
 
     def getsockname(self):
-        return self.outward, 40000
+        return self.own, 40000
 
 
 @pytest.fixture
@@ -45,6 +47,14 @@ def machine(monkeypatch):
                 raise socket.gaierror(-2, "Name or service not known")
             return named
 
+        def names(host, port, type):
+            known = {"localhost": "127.0.0.1", "box": named, "node": "10.7.7.7"}
+            address = known.get(host) or (host if host[0].isdigit() else None)
+            if address is None:
+                raise socket.gaierror(-2, "Name or service not known")
+            return [(socket.AF_INET, type, 17, "", (address, port))]
+
+        monkeypatch.setattr(socket, "getaddrinfo", names)
         monkeypatch.setattr(socket, "gethostname", lambda: "box")
         monkeypatch.setattr(socket, "gethostbyname", look)
         monkeypatch.setattr(socket, "socket", type("Here", (Probe,), {"outward": outward}))
@@ -76,3 +86,32 @@ def test_a_machine_without_any_is_told_by_its_name(machine, named):
     with pytest.raises(OSError):
         own_address()
     assert kv_address(EngineConfig(role="both"), "::", 7) == ("box", 7)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "named", "found"),
+    [
+        ("127.0.0.1", "127.0.1.1", "127.0.0.1"),
+        ("localhost", None, "127.0.0.1"),
+        ("node", None, "10.1.2.3"),
+        ("node", "127.0.1.1", "10.1.2.3"),
+        ("box", "127.0.1.1", "10.1.2.3"),  # process 0 itself, whose name is a loopback address at home
+    ],
+)
+def test_processes_meet_where_they_reach_each_other(machine, coordinator, named, found):
+    machine(named, "10.1.2.3")
+    assert address_towards(coordinator) == found
+
+
+def test_gloo_is_told_the_address(machine, monkeypatch):
+    from jax._src import xla_bridge
+
+    machine("127.0.1.1", "10.1.2.3")
+    with monkeypatch.context() as patch:
+        patch.setattr(xla_bridge._jax, "make_gloo_tcp_collectives", lambda **given: given)
+        processes._name_for_gloo("nobody")
+        assert xla_bridge._jax.make_gloo_tcp_collectives() == {}, "as jax has it, which will say that there is nobody"
+        processes._name_for_gloo("node")
+        assert xla_bridge._jax.make_gloo_tcp_collectives(distributed_client=1) == {
+            "distributed_client": 1, "hostname": "10.1.2.3",
+        }  # fmt: skip
