@@ -14,7 +14,7 @@ constexpr int64_t kGroupPanels = kGroup / kPanel;
 // computed and with its first panel.
 template <typename Z, typename A>
 inline void gate_group(const Kernels& k, const Rows& a, int64_t rows, const Weight& w, int64_t group, float* out, int64_t stride,
-                       Activation activation, Z zero, A ahead) {
+                       Activation activation, const Z& zero, const A& ahead) {
   const int64_t half = w.panels / 2, end = std::min(half, (group + 1) * kGroupPanels);
   constexpr int kPairs = kPanels / 2;
   for (int64_t panel = group * kGroupPanels; panel < end; panel += kPairs) {
@@ -43,7 +43,7 @@ inline void gate_group(const Kernels& k, const Rows& a, int64_t rows, const Weig
 
 // Rounds the 64 channels of `group` of some rows, which lie in `x` a group a row, to `h`, whose first row is theirs.
 template <typename Z>
-inline void round_group(const Kernels& k, const float* x, int64_t rows, const Rounding& h, int64_t group, Z zero) {
+inline void round_group(const Kernels& k, const float* x, int64_t rows, const Rounding& h, int64_t group, const Z& zero) {
   Rounding one = h;
   one.x = x;
   one.stride = kGroup;

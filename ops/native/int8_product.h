@@ -72,7 +72,7 @@ inline Block part_of(const Block& b, int64_t row, int64_t rows) {
 // Computes a block, but multiplies no rows of zeros, of which `zero(row)` tells. Padding of a step is zeros from the embedding on, so a
 // step takes the time of the rows that it has and not of those that its program was compiled for.
 template <typename Z>
-inline void multiply(const Kernels& k, const Block& b, Z zero) {
+inline void multiply(const Kernels& k, const Block& b, const Z& zero) {
   const bool gates = b.activation != Activation::kNone;
   const bool known = b.after == Activation::kNone &&
                      (!gates || std::all_of(b.bias, b.bias + b.panels, [](const float* bias) { return bias == nullptr; }));
@@ -111,7 +111,7 @@ inline bool seems_alive(const float* row, int64_t width) {
   return std::any_of(row, row + std::min<int64_t>(width, 16), [](float x) { return x != 0.0f; });
 }
 
-// A rounded row of zeros; nobody reads its data.
+// A rounded row of zeros: whatever its data are, they are multiplied by zero, if at all.
 inline void round_zeros(const Rounding& r, int64_t row) { std::fill_n(r.scale + r.at(row), r.groups, 0.0f); }
 
 // Where rows are cut: part i of them is [ends[i], ends[i + 1]).
