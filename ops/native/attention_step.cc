@@ -257,9 +257,11 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     for (size_t i = 0; i < split.size(); ++i) join_pieces(i, 0);
   } else {
     Phases phases;
-    phases.add(write_items, write_tokens);
-    phases.add(chunks + decodes, attend);
-    phases.add(split.size(), join_pieces);
+    // Products give each thread rows of its own, in order: what it has computed lies in its core's cache.
+    const int workers = static_cast<int>(cores);
+    phases.add_apart(write_items, workers, write_tokens);
+    phases.add_apart(chunks + decodes, workers, attend);
+    phases.add_apart(split.size(), workers, join_pieces);
     phases.run(threads);
   }
   return ffi::Error::Success();
