@@ -14,6 +14,8 @@ from ops.experts import block_rows, can_pack, experts, pack_experts
 from ops.linear import Int8Weight, PackedInt8Weight, quantize
 from ops.linear.weights import DenseWeight, stored
 from ops.linear.weights.block_round import eight_bits, four_bits
+from ops.lora import LoraStack
+from ops.lora.experts import ExpertAdapters
 
 D, F = 24, 20
 
@@ -198,6 +200,24 @@ def test_blocks_around_any_activation(T, E, k, D, F, body, monkeypatch):
     finally:
         native.set_isa(None)
     np.testing.assert_allclose(got, wanted, atol=(1e-5 if body == "xla" else 0.02) * np.abs(wanted).max())
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_adapters_beside_blocks():
+    """An adapter's change is added to a product in blocks as to a dense one."""
+    T, E, R = 6, 4, 2
+    x, ids, weights, gate_up, down, *_ = arguments(T, E, 2, D=64, F=32)
+    packed = [jax.device_put(eight_bits(w.reshape(-1, w.shape[-1]))) for w in (gate_up, down)]
+    dense = [w.dequantize().reshape(like.shape) for w, like in zip(packed, (gate_up, down), strict=True)]
+    rng = np.random.default_rng(1)
+    stacks = [
+        LoraStack(*(jnp.asarray(rng.standard_normal((3, E * R, width)), jnp.float32) for width in w.shape[:0:-1]))
+        for w in (gate_up, down)
+    ]
+    lora = ExpertAdapters(*stacks, jnp.asarray([0, 1, 2, 1, 0, 2]))
+    got, wanted = (experts(x, ids, weights, *w, activation, gated="silu", lora=lora) for w in (packed, dense))
+    np.testing.assert_allclose(got, wanted, atol=0.02 * np.abs(wanted).max())
+    assert not np.allclose(wanted, experts(x, ids, weights, *dense, activation), rtol=0.1)
 
 
 @pytest.mark.skipif(not native.available(), reason="no native kernels")

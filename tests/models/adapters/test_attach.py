@@ -19,7 +19,8 @@ from models.layers import Build
 from models.layers.moe import Experts
 from models.loading import hf_config
 from models.parameters import parameters_of
-from ops import paged_attention
+from ops import native, paged_attention
+from ops.linear.weights.block_round import eight_bits
 from ops.paged_attention.groups import layers_per_page
 from serving.engine.device.programs.program_list import StepShapes
 from serving.engine.device.programs.state import DeviceState
@@ -79,6 +80,17 @@ def test_every_stack_is_read(name, tmp_path):
     for place, own in places.items():
         wanted = {len(weights) + own.a_NRI, len(weights) + own.b_NRO}
         assert wanted <= (of_logits if place in room.late else found), f"{name}: {place} is loaded and changes nothing"
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_experts_in_blocks_have_room_as_dense_ones(tmp_path):
+    model = network("qwen3moe", tmp_path)
+    wanted = {(site.place, site.inputs, site.outputs) for site in attach(model, 1, 2, None).sites}
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Experts):
+            for parameter in (module.gate_up, module.down):
+                parameter.set_value(eight_bits(np.zeros(parameter.shape, np.float32).reshape(-1, parameter.shape[-1])))
+    assert {(site.place, site.inputs, site.outputs) for site in attach(model, 1, 2, None).sites} == wanted
 
 
 def test_experts_that_are_packed_and_tensors_of_which_a_part_takes_none_are_told_of(tmp_path):
