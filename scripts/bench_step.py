@@ -29,17 +29,17 @@ from ops.recurrent import RecurrentBatch
 from serving.engine.device.stores.state_store import StateStore
 from serving.engine.requests.cache_specs import recurrent_of
 
-PAGE = 16
 
-
-def make_step(decode: tuple[int, ...], chunk: int, vocab_size: int, recurrent: bool = False) -> tuple[Step, int]:
+def make_step(
+    decode: tuple[int, ...], chunk: int, vocab_size: int, recurrent: bool, page_size: int
+) -> tuple[Step, int]:
     """A step of decode rows with these context lengths, or of one chunk; and the number of pages. Pages are scattered.
 
     Args:
         recurrent: row r's state is in slot r, a chunk's in slot 0.
     """
     lengths = np.asarray([*decode, *([chunk] if chunk else [])], np.int32)
-    width = -(-int(lengths.max()) // PAGE)
+    width = -(-int(lengths.max()) // page_size)
     table = 1 + np.random.default_rng(0).permutation(len(lengths) * width).reshape(len(lengths), width).astype(np.int32)
     rows, padded = len(decode), -(-chunk // Q_BLOCK) * Q_BLOCK
     at = np.concatenate([lengths[:rows] - 1, np.arange(chunk), np.zeros(padded - chunk, np.int64)]).astype(np.int32)
@@ -47,7 +47,7 @@ def make_step(decode: tuple[int, ...], chunk: int, vocab_size: int, recurrent: b
     row = np.minimum(row, len(lengths) - 1)
     chunks = np.zeros(1 if chunk else 0, np.int32)
     batch = AttentionBatch(
-        kv_index_T=table[row, at // PAGE] * PAGE + at % PAGE,  # pyright: ignore[reportArgumentType]
+        kv_index_T=table[row, at // page_size] * page_size + at % page_size,  # pyright: ignore[reportArgumentType]
         decode_pages_BP=table[:rows],  # pyright: ignore[reportArgumentType]
         decode_len_B=lengths[:rows],  # pyright: ignore[reportArgumentType]
         chunk_pages_RP=table[rows:],  # pyright: ignore[reportArgumentType]
@@ -73,16 +73,19 @@ def noise(pages: jax.Array) -> jax.Array:
     return values.astype(jnp.int8) if pages.dtype == jnp.int8 else (values / 128).astype(pages.dtype)
 
 
-def prepare(model: Any, decode: tuple[int, ...], chunk: int, kv_dtype: str) -> tuple[dict[str, Callable], int]:
+def prepare(
+    model: Any, decode: tuple[int, ...], chunk: int, kv_dtype: str, page_size: int | None = None
+) -> tuple[dict[str, Callable], int]:
     """Functions that run the layers, the logits and the draw of one step and wait; and the bytes of K and V to be read."""
+    page_size = page_size or paged_attention.default_page_size(kv_dtype, jax.default_backend())
     recurrent = recurrent_of(model)
-    step, num_pages = make_step(decode, chunk, model.vocab_size, recurrent is not None)
+    step, num_pages = make_step(decode, chunk, model.vocab_size, recurrent is not None, page_size)
     graphdef, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(
         state
     )  # flat, as the engine hands them over: walking the state costs milliseconds a call
     specs = model.kv_specs()
-    kv = tuple(paged_attention.allocate(spec, num_pages, PAGE, jnp.dtype(kv_dtype)) for spec in specs)
+    kv = tuple(paged_attention.allocate(spec, num_pages, page_size, jnp.dtype(kv_dtype)) for spec in specs)
     kv = jax.jit(lambda kv: jax.tree.map(noise, kv), donate_argnums=0, keep_unused=True)(kv)
     rows = len(decode) or 1
     if recurrent is not None:
@@ -128,12 +131,12 @@ def prepare(model: Any, decode: tuple[int, ...], chunk: int, kv_dtype: str) -> t
         out, kv = program(leaves, step, kv)
         out.block_until_ready()
 
-    bytes_a_page = sum(paged_attention.bytes_per_page(spec, PAGE, jnp.dtype(kv_dtype)) for spec in specs)
+    bytes_a_page = sum(paged_attention.bytes_per_page(spec, page_size, jnp.dtype(kv_dtype)) for spec in specs)
     return {
         "layers": run_layers,
         "logits": lambda: logits(leaves, hidden_RD).block_until_ready(),
         "draw": lambda: draw(logits_RV).block_until_ready(),
-    }, sum(decode) * bytes_a_page // PAGE
+    }, sum(decode) * bytes_a_page // page_size
 
 
 def main() -> None:
@@ -143,6 +146,7 @@ def main() -> None:
     parser.add_argument("--kv", nargs="+", default=["bfloat16", "float32"], help="what pages hold")
     parser.add_argument("--decode", nargs="*", default=["1x256", "16x256", "64x256", "8x4096"], metavar="BxS")
     parser.add_argument("--prefill", nargs="*", type=int, default=[1024], metavar="N")
+    parser.add_argument("--page-size", type=int, metavar="N", help="tokens (default: the server's)")
     parser.add_argument("--repeat", type=int, default=9)
     args = parser.parse_args()
     scheme = None if args.quantization == "none" else args.quantization
@@ -156,7 +160,7 @@ def main() -> None:
     )
     for name, decode, chunk in cases:
         for kv_dtype in args.kv:
-            parts, kv_bytes = prepare(model, decode, chunk, kv_dtype)
+            parts, kv_bytes = prepare(model, decode, chunk, kv_dtype, args.page_size)
             times: dict[str, list[float]] = {part: [] for part in parts}
             probes = []
             for _ in range(args.repeat):

@@ -215,7 +215,7 @@ def engine_config(args: argparse.Namespace, policy: str, seqs: int, tokens: int)
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
         max_model_len=args.max_model_len,
-        page_size=args.page_size,
+        page_size=args.page_size or 16,
         enable_prefix_caching=args.enable_prefix_caching,
         speculative_config=SpeculativeConfig("ngram", num_speculative_tokens=args.draft_tokens)
         if args.draft_tokens

@@ -66,7 +66,7 @@ ffi::Error attention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Buff
   }
   if (reads && (h != hv || fused || k.element_count() > 0))
     return ffi::Error::InvalidArgument("pages that are only read are given queries alone, K and V of one size");
-  if (pool.page_size % PANEL != 0 || hv % PANEL != 0 || h % 2 != 0)
+  if (pool.page_size % PANEL != 0 || hv % PANEL != 0 || h % (pool.kind == Kind::kInt8 ? 4 : 2) != 0)
     return ffi::Error::InvalidArgument("pages hold a multiple of 16 tokens, heads of v of 16 channels");
 
   Step step{};

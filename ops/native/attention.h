@@ -52,13 +52,17 @@ struct Piece {  // a stretch of one request's keys, for one KV head
   int head, begin, end;
 };
 
+// What a tile asks memory for while it computes: nothing; the keys that come next; or those that it begins with as well.
+enum class Ask { kNothing, kNext, kAll };
+
 struct Tile {  // queries of one head of one request, and their softmax so far; positions ascend
   int rows;
-  void* q;        // [rows, h], scaled; pairs of bfloat16 where the instruction set multiplies those, of int16 for int8
+  void* q;        // [rows, h], scaled; pairs of bfloat16 where the instruction set multiplies those, int16 for int8
   int* position;  // [rows]
   float* best;    // [rows]
   float* total;   // [rows, LANES], to be summed up in order
   float* q_unit;        // [rows] what 1 in q stands for
+  int32_t* less;        // [rows] what sums of products with int8 keys begin with
   float* sum;           // [rows, hv]
   float* score;         // [ROWS_AT_ONCE, STRETCH]
   void* weight;         // likewise; the same memory where weights are float32
@@ -77,9 +81,9 @@ struct Kernels {
   void (*write)(const Step&, const Pool&, int64_t token, int head);
   // Puts one query head of one token, rotated and scaled, into a row of a tile.
   void (*query)(const Step&, const Pool&, int64_t token, int head, int member, const Tile&, int row);
-  // Folds a piece's keys into a tile's softmax. With `fetch` it asks for what it reads a little later while it computes: within
-  // the piece and, at its end, the first keys of `next`, where there is one.
-  void (*attend)(const Tile&, const Pool&, const Piece&, const Piece* next, bool fetch);
+  // Folds a piece's keys into a tile's softmax. What it asks for meanwhile is what it reads a little later: within the piece and,
+  // at its end, the first keys of `next`, where there is one.
+  void (*attend)(const Tile&, const Pool&, const Piece&, const Piece* next, Ask);
   // Folds what another tile's row came to, a `Part`, into a row's softmax as if its keys had been folded into that.
   void (*join)(float* row, const float* part, int hv);
   // out = sum / total, as v was before it was mixed; zeros when nothing was attended to.

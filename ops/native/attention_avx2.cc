@@ -8,6 +8,7 @@
 #define ROWS 6
 #define COLS 2
 #define BF16_DOT 0
+#define VNNI 0
 #include "attention_kernels.h"
 
 namespace jaxserve::attention {

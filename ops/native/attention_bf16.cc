@@ -8,6 +8,7 @@
 #define ROWS 6
 #define COLS 4
 #define BF16_DOT 1
+#define VNNI 1
 #include "attention_kernels.h"
 
 namespace jaxserve::attention {

@@ -7,6 +7,7 @@
 #define ROWS 4
 #define COLS 2
 #define BF16_DOT 0
+#define VNNI 0
 #include "attention_kernels.h"
 
 namespace jaxserve::attention {

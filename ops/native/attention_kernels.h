@@ -2,7 +2,8 @@
 //   AT         the function attribute that enables the set,
 //   W          floats a vector,
 //   ROWS, COLS rows, and vectors, of the accumulator block that fits its registers,
-//   BF16_DOT   1 when it multiplies pairs of bfloat16.
+//   BF16_DOT   1 when it multiplies pairs of bfloat16,
+//   VNNI       1 when it multiplies fours of bytes.
 
 #include <cmath>
 #include <cstring>
@@ -68,10 +69,9 @@ struct Block {
   const float *const *k_scale, *const *v_scale;
 };
 
-// Scores as they are to be compared: scaled (int8), capped, masked. Returns the largest.
+// Scores as they are to be compared: in bits (int8), capped, masked. Returns the largest.
 template <bool SCALED>
 INLINE vf ready_scores(const Pool& pool, const Block& block, int position, float q_unit, float* score) {
-  constexpr int PER_PANEL = PANEL / W;
   const int last = position - block.base < block.tokens ? position - block.base : block.tokens - 1;
   const int first = position - block.base - pool.window + 1;
   const bool masked = last < block.to * W - 1 || first > block.from * W;
@@ -82,7 +82,7 @@ INLINE vf ready_scores(const Pool& pool, const Block& block, int position, float
   }
   for (int i = block.from; i < block.to; ++i) {
     vf s = load(score + i * W);
-    if (SCALED) s *= q_unit * load(block.k_scale[i / PER_PANEL] + i % PER_PANEL * W);
+    if (SCALED) s *= q_unit;
     if (pool.softcap > 0) s = pool.softcap * vtanh(s * (1.0f / pool.softcap));
     if (masked) {
       const vi at = iota() + i * W;
@@ -94,15 +94,14 @@ INLINE vf ready_scores(const Pool& pool, const Block& block, int position, float
   return best;
 }
 
-// Weights 2^(score - best) as the products take them; returns their unit, and their sums in `total`. Keys that a row does not see
-// weigh 0 and change no sum, so it does not matter which others the rows beside it see.
-INLINE float weigh(Float32, const Block& block, float best, float* score, float*, vf& total) {
+// Weights 2^(score - best) as the products take them, and their sums in `total`. Keys that a row does not see weigh 0 and change no
+// sum, so it does not matter which others the rows beside it see.
+INLINE void weigh(Float32, const Block& block, float best, float* score, float*, vf& total) {
   for (int i = block.from; i < block.to; ++i) {
     const vf p = vexp2<5>(load(score + i * W) - best);
     total += p;
     store(score + i * W, p);  // which is where weights are
   }
-  return 1;
 }
 #if BF16_DOT
 INLINE vf weigh_panel(float best, const float* score, uint32_t* weight) {
@@ -111,7 +110,7 @@ INLINE vf weigh_panel(float best, const float* score, uint32_t* weight) {
   memcpy(weight, &pairs, sizeof pairs);
   return p;
 }
-INLINE float weigh(Bfloat16, const Block& block, float best, float* score, uint32_t* weight, vf& total) {
+INLINE void weigh(Bfloat16, const Block& block, float best, float* score, uint32_t* weight, vf& total) {
   vf more = {};  // of the panels with odd numbers
   int i = block.from;
   if (i % 2 != 0) more += weigh_panel(best, score + i * W, weight + i * W / 2), ++i;
@@ -124,32 +123,12 @@ INLINE float weigh(Bfloat16, const Block& block, float best, float* score, uint3
   }
   if (i < block.to) total += weigh_panel(best, score + i * W, weight + i * W / 2);
   total += more;
-  return 1;
 }
 #else
-INLINE float weigh(Bfloat16, const Block& block, float best, float* score, float* weight, vf& total) {
-  return weigh(Float32(), block, best, score, weight, total);
+INLINE void weigh(Bfloat16, const Block& block, float best, float* score, float* weight, vf& total) {
+  weigh(Float32(), block, best, score, weight, total);
 }
 #endif
-INLINE float weigh(Int8, const Block& block, float best, float* score, uint32_t* weight, vf& total) {
-  constexpr int PER_PANEL = PANEL / W;
-  vf largest = {};
-  for (int i = block.from; i < block.to; ++i) {
-    const vf p = vexp2<4>(load(score + i * W) - best);
-    total += p;
-    // Behind the last token a scale may be NaN.
-    const vf scaled = p * load(block.v_scale[i / PER_PANEL] + i % PER_PANEL * W);
-    const vf kept = (vf)((vi)scaled & (iota() + i * W < block.tokens));
-    largest = vmax(largest, kept);
-    store(score + i * W, kept);
-  }
-  const float unit = max_lanes(largest) * (1.0f / 32767.0f), inverse = unit > 0 ? 1.0f / unit : 0.0f;
-  uint16_t* const to = reinterpret_cast<uint16_t*>(weight);
-  for (int i = block.from; i < block.to; ++i) {
-    store_halves(to + i * W, nearest(load(score + i * W) * inverse));
-  }
-  return unit;
-}
 
 // Where the panels of a stretch lie.
 template <class T>
@@ -170,7 +149,7 @@ struct Panels {
       const int64_t page = (int64_t)of.table[entry] * pool.heads + of.head;
       k[i] = static_cast<const typename T::Page*>(pool.k) + page * k_page + slot;
       v[i] = static_cast<const typename T::Page*>(pool.v) + page * v_page + (int64_t)slot / T::PAIR * hv;
-      if constexpr (std::is_same<T, Int8>::value) {
+      if constexpr (T::SCALED) {
         k_scale[i] = pool.k_scale + page * size + slot;
         v_scale[i] = pool.v_scale + page * size + slot;
       }
@@ -210,7 +189,6 @@ template <class T, int R>
 AT static void fold(const Tile& tile, const Pool& pool, const Panels<T>& now, const Ahead* of_k, const Ahead* of_v,
                     int base, int tokens, int row) {
   typedef typename T::Query Query;
-  constexpr bool SCALED = std::is_same<T, Int8>::value;
   constexpr int LDW = STRETCH / T::PAIR * T::STRIDE;
   const int h = pool.h, hv = pool.hv;
   const int sees = tile.position[row + R - 1] - base + 1, end = sees < tokens ? sees : tokens;
@@ -222,10 +200,9 @@ AT static void fold(const Tile& tile, const Pool& pool, const Panels<T>& now, co
                    h / T::PAIR, tile.score, STRETCH);
   const Block block{base, tokens, from * (PANEL / W), to * (PANEL / W), now.k_scale, now.v_scale};
   Query* const weight = reinterpret_cast<Query*>(tile.weight);
-  float here[R], fall[W] = {}, rise[W] = {}, shrink[W], grow[W], unit[R];
+  float here[R], fall[W] = {}, rise[W] = {}, shrink[W], grow[W];
   for (int r = 0; r < R; ++r) {
-    here[r] = max_lanes(ready_scores<SCALED>(pool, block, tile.position[row + r], tile.q_unit[row + r],
-                                             tile.score + r * STRETCH));
+    here[r] = max_lanes(ready_scores<false>(pool, block, tile.position[row + r], 1, tile.score + r * STRETCH));
     const float was = tile.best[row + r], best = here[r] > was ? here[r] : was;
     fall[r] = was - best;
     rise[r] = here[r] - best;
@@ -236,11 +213,11 @@ AT static void fold(const Tile& tile, const Pool& pool, const Panels<T>& now, co
   for (int r = 0; r < R; ++r) {
     float* const total = tile.total + (int64_t)(row + r) * LANES;
     vf sum = {};
-    unit[r] = weigh(T(), block, here[r], tile.score + r * STRETCH, weight + r * LDW, sum);
+    weigh(T(), block, here[r], tile.score + r * STRETCH, weight + r * LDW, sum);
     store(total, fma(load(total), splat(shrink[r]), sum * grow[r]));
   }
   all_values<T, R>(weight + from * PANEL / T::PAIR * T::STRIDE, now.v + from, hv,
-                   of_v == nullptr ? nullptr : of_v + from, end - from * PANEL, Fold{shrink, grow, unit},
+                   of_v == nullptr ? nullptr : of_v + from, end - from * PANEL, Fold{shrink, grow},
                    tile.sum + (int64_t)row * hv);
 }
 
@@ -265,9 +242,6 @@ AT static void attend(const Tile& tile, const Pool& pool, const Piece& piece, co
     if (fetch) {
       look_ahead(pool, now, next, ahead[0], ahead[1]);
       of_k = ahead[0], of_v = ahead[1];
-      if constexpr (std::is_same<T, Int8>::value)
-        for (int i = next == nullptr ? 0 : next->from; next != nullptr && i < next->to; ++i)
-          PREFETCH(next->k_scale[i]), PREFETCH(next->v_scale[i]);
     }
     const int tokens = end - base < STRETCH ? end - base : STRETCH;
     for (int row = 0; row < tile.rows; row += ROWS, of_k = of_v = nullptr) {
@@ -286,14 +260,16 @@ AT static void attend(const Tile& tile, const Pool& pool, const Piece& piece, co
   }
 }
 
-AT static void attend_kind(const Tile& tile, const Pool& pool, const Piece& piece, const Piece* following, bool fetch) {
+#include "attention_int8.h"
+
+AT static void attend_kind(const Tile& tile, const Pool& pool, const Piece& piece, const Piece* following, Ask asks) {
   switch (pool.kind) {
     case Kind::kFloat32:
-      return attend<Float32>(tile, pool, piece, following, fetch);
+      return attend<Float32>(tile, pool, piece, following, asks != Ask::kNothing);
     case Kind::kBfloat16:
-      return attend<Bfloat16>(tile, pool, piece, following, fetch);
+      return attend<Bfloat16>(tile, pool, piece, following, asks != Ask::kNothing);
     case Kind::kInt8:
-      return attend<Int8>(tile, pool, piece, following, fetch);
+      return attend(tile, pool, piece, following, asks);
   }
 }
 

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -39,37 +38,48 @@ float sink_of(const Step& step, int head, int member) {
   return step.sinks == nullptr ? NOTHING : step.sinks[head * step.group + member] * kBitsANat;
 }
 
-// Fills a tile with `tokens` tokens' queries of one KV head, the first at `position`, each `apart` behind the one before.
+// Floats of a tile's own memory.
+int64_t tile_floats(const Pool& pool, int64_t rows) {
+  constexpr int64_t kSlack = 64;  // behind the queries, which are written by whole vectors
+  return ceil_div(rows * (pool.hv + pool.h + LANES + 4) + kSlack, LANES) * LANES;
+}
+
+// Fills a tile with `tokens` tokens' queries of one KV head, the first at `position`, each `apart` behind the one before. Its memory is
+// the thread's `place`-th of `places`.
 Tile start_tile(const Step& step, const Pool& pool, const Kernels& use, int64_t token, int tokens, int head,
-                int position, int apart, bool with_sinks) {
+                int position, int apart, int place, int places) {
   Tile tile;
-  const int64_t rows = tile.rows = tokens * step.group;
+  const int64_t rows = tile.rows = tokens * step.group, floats = tile_floats(pool, rows);
   const bool own_weights = pool.kind == Kind::kInt8 || (use.bf16_dot && pool.kind == Kind::kBfloat16);
-  constexpr int64_t kSlack = 64;  // floats behind the queries, which are written by whole vectors
-  const int64_t floats = 2 * ROWS_AT_ONCE * STRETCH + rows * (pool.hv + pool.h + LANES + 3) + kSlack;
-  tile.score = static_cast<float*>(scratch(kTile, sizeof(float) * floats));
+  constexpr int64_t kShared = 2 * ROWS_AT_ONCE * STRETCH;
+  tile.score = static_cast<float*>(scratch(kTile, sizeof(float) * (kShared + floats * places)));
   tile.weight = own_weights ? tile.score + ROWS_AT_ONCE * STRETCH : tile.score;  // float32 weights replace their scores
-  tile.sum = tile.score + 2 * ROWS_AT_ONCE * STRETCH;
-  float* const q = tile.sum + rows * pool.hv;
-  tile.q = q;
-  tile.total = q + rows * pool.h + kSlack;
+  tile.sum = tile.score + kShared + floats * place;
+  tile.total = tile.sum + rows * pool.hv;
   tile.best = tile.total + rows * LANES;
   tile.q_unit = tile.best + rows;
   tile.position = reinterpret_cast<int*>(tile.q_unit + rows);
-  std::memset(tile.sum, 0, sizeof(float) * rows * pool.hv);
-  std::memset(tile.total, 0, sizeof(float) * rows * LANES);
+  tile.less = tile.position + rows;
+  tile.q = tile.less + rows;
   for (int j = 0; j < tokens; ++j) {
     if (j + kAhead < tokens)
       fetch(step.q + (token + j + kAhead) * step.q_token + head * step.q_head, step.group * pool.h);
     for (int g = 0; g < step.group; ++g) {
-      const int row = j * step.group + g;
-      use.query(step, pool, token + j, head, g, tile, row);
-      tile.position[row] = position + j * apart;
-      tile.best[row] = with_sinks ? sink_of(step, head, g) : NOTHING;
-      tile.total[row * LANES] = tile.best[row] == NOTHING ? 0.0f : 1.0f;
+      use.query(step, pool, token + j, head, g, tile, j * step.group + g);
+      tile.position[j * step.group + g] = position + j * apart;
     }
   }
   return tile;
+}
+
+// Makes a tile's softmax one of no keys, but sinks where it has them.
+void begin_tile(const Step& step, const Pool& pool, const Tile& tile, int head, bool with_sinks) {
+  std::memset(tile.sum, 0, sizeof(float) * tile.rows * pool.hv);
+  std::memset(tile.total, 0, sizeof(float) * tile.rows * LANES);
+  for (int row = 0; row < tile.rows; ++row) {
+    tile.best[row] = with_sinks ? sink_of(step, head, row % step.group) : NOTHING;
+    tile.total[row * LANES] = tile.best[row] == NOTHING ? 0.0f : 1.0f;
+  }
 }
 
 float total_of(const float* lanes) {
@@ -97,6 +107,11 @@ struct DecodePiece {
   bool last;        // holds the row's newest token
 };
 
+struct Joined {  // a row's stretches of one head, whose parts lie one behind the other and are to be joined
+  int32_t row, head, qlen;
+  int64_t partial, count;
+};
+
 struct ChunkItem {
   int32_t row, head, first, tokens;
 };
@@ -111,7 +126,8 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
   const int64_t limit = decode.count == 0 && chunk.count == 0 ? 0 : pool.page_size;
   const int64_t cores = std::max<int64_t>(threads.num_threads(), 1);
 
-  // Decode: one item a row, KV head and stretch of keys. Where a row has several tokens, its items have the queries of them all.
+  // Decode: one item a row, stretch of keys and KV head, in this order: heads of a page are neighbours, and memory gives more to who
+  // reads neighbours soon after each other. Where a row has several tokens, its items have the queries of them all.
   const int64_t Q = decode.count == 0 ? 1 : decode.places, first_chunk = decode.count * Q, C = num_tokens - first_chunk;
   auto qlen_of = [&](int64_t b) -> int64_t { return decode.qlen == nullptr ? decode.len[b] > 0 : decode.qlen[b]; };
   auto begin_of = [&](int64_t b) {
@@ -132,22 +148,20 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
   }
   const int64_t share = context * K / (cores * 4);
   std::vector<DecodePiece> pieces;
+  std::vector<Joined> joined;
   std::vector<int32_t> groups{0};  // a thread takes pieces [groups[i], groups[i + 1]) together
   int64_t partials = 0, grouped = 0;
   for (int64_t b = 0; b < decode.count; ++b) {
     const int64_t len = decode.len[b], from = begin_of(b), qlen = qlen_of(b);
     std::memset(step.out + (b * Q + qlen) * token_floats, 0, sizeof(float) * token_floats * (Q - qlen));
     if (qlen == 0) continue;
-    for (int head = 0; head < K; ++head) {
-      for (int64_t begin = from, end; begin < len; begin = end) {
-        end = std::min<int64_t>((begin / STRETCH + 1) * STRETCH, len);
-        const bool whole = begin == from && end == len;
-        pieces.push_back({{decode.pages + b * decode.width, head, static_cast<int>(begin), static_cast<int>(end)},
-                          static_cast<int32_t>(b),
-                          static_cast<int32_t>(qlen),
-                          whole ? -1 : partials,
-                          end == len});
-        partials += whole ? 0 : qlen * G * (PART + hv);
+    const int64_t stretches = ceil_div(len, STRETCH) - from / STRETCH, apart = qlen * G * (PART + hv);
+    for (int64_t begin = from, end, n = 0; begin < len; begin = end, ++n) {
+      end = std::min<int64_t>((begin / STRETCH + 1) * STRETCH, len);
+      for (int head = 0; head < K; ++head) {
+        const Piece keys{decode.pages + b * decode.width, head, static_cast<int>(begin), static_cast<int>(end)};
+        pieces.push_back({keys, static_cast<int32_t>(b), static_cast<int32_t>(qlen),
+                          stretches == 1 ? -1 : partials + (head * stretches + n) * apart, end == len});
         grouped += end - begin;
         if (grouped >= share / 2) {
           groups.push_back(static_cast<int32_t>(pieces.size()));
@@ -155,6 +169,8 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
         }
       }
     }
+    for (int head = 0; stretches > 1 && head < K; ++head, partials += stretches * apart)
+      joined.push_back({static_cast<int32_t>(b), head, static_cast<int32_t>(qlen), partials, stretches});
   }
   if (groups.back() < static_cast<int32_t>(pieces.size())) groups.push_back(static_cast<int32_t>(pieces.size()));
   float* const parts = static_cast<float*>(scratch(kPartial, sizeof(float) * partials));
@@ -199,26 +215,30 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     const int64_t token = first_chunk + chunk.start[item.row] + item.first;
     const int len = chunk.len[item.row];
     const int position = step.whole ? len - 1 : len - chunk.qlen[item.row] + item.first, apart = step.whole ? 0 : 1;
-    const Tile tile = start_tile(step, pool, use, token, item.tokens, item.head, position, apart, true);
+    const Tile tile = start_tile(step, pool, use, token, item.tokens, item.head, position, apart, 0, 1);
+    begin_tile(step, pool, tile, item.head, true);
     float* const out = step.out + token * token_floats + item.head * G * hv;
     for (int j = 0; j < item.tokens; ++j)  // a store that misses the cache waits, and there is time until then
       for (int i = 0; i < G * hv; i += 16) __builtin_prefetch(out + j * token_floats + i, 1, 2);
     const Piece keys{chunk.pages + item.row * chunk.width, item.head, std::max(0, position - pool.window + 1),
                      step.whole ? len : position + item.tokens};
-    use.attend(tile, pool, keys, nullptr, false);
+    use.attend(tile, pool, keys, nullptr, Ask::kNothing);
     for (int row = 0; row < tile.rows; ++row)
       use.finish(pool, tile.sum + row * hv, total_of(tile.total + row * LANES), out + row / G * token_floats + row % G * hv);
   };
   const auto out_of = [&](int64_t token, int head, int row) {  // row r of a tile is head r % G of token r / G
     return step.out + (token + row / G) * token_floats + (static_cast<int64_t>(head) * G + row % G) * hv;
   };
-  const auto attend_decode = [&](const DecodePiece& piece, const Piece* next) {
+  // `tiles`: those of the row's heads that the thread has queries for, or of no rows.
+  const auto attend_decode = [&](const DecodePiece& piece, std::vector<Tile>& tiles, const Piece* next, Ask asks) {
     const int head = piece.keys.head;
     const int64_t token = piece.row * Q;
     if (write && Q == 1 && piece.last) use.write(step, pool, token, head);
     const int position = decode.len[piece.row] - piece.qlen;
-    const Tile tile = start_tile(step, pool, use, token, piece.qlen, head, position, 1, piece.partial < 0);
-    use.attend(tile, pool, piece.keys, next, true);
+    Tile& tile = tiles[head];
+    if (tile.rows == 0) tile = start_tile(step, pool, use, token, piece.qlen, head, position, 1, head, K);
+    begin_tile(step, pool, tile, head, piece.partial < 0);
+    use.attend(tile, pool, piece.keys, next, asks);
     for (int row = 0; row < tile.rows; ++row) {
       if (piece.partial < 0) {
         use.finish(pool, tile.sum + row * hv, total_of(tile.total + row * LANES), out_of(token, head, row));
@@ -234,34 +254,31 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
   const int64_t products = pairs * K * G * (pool.h + hv);
   const auto attend = [&](int64_t i, int) {
     if (i < chunks) return attend_chunk(chunk_items[i]);
-    const int32_t end = groups[i - chunks + 1];
-    for (int32_t n = groups[i - chunks]; n < end; ++n)
-      attend_decode(pieces[n], n + 1 < end ? &pieces[n + 1].keys : nullptr);
+    const int32_t first = groups[i - chunks], end = groups[i - chunks + 1];
+    std::vector<Tile> tiles(K);
+    for (int32_t n = first; n < end; ++n) {
+      if (n > first && pieces[n].row != pieces[n - 1].row) tiles.assign(K, Tile{});
+      attend_decode(pieces[n], tiles, n + 1 < end ? &pieces[n + 1].keys : nullptr, n == first ? Ask::kAll : Ask::kNext);
+    }
   };
-  // Contexts of several stretches: pieces of one row and head are neighbours.
-  std::vector<std::pair<int32_t, int32_t>> split;  // [first, past the last) piece
-  for (size_t i = 0, after; i < pieces.size(); i = after) {
-    for (after = i + 1; !pieces[after - 1].last;) ++after;
-    if (pieces[i].partial >= 0) split.push_back({static_cast<int32_t>(i), static_cast<int32_t>(after)});
-  }
   const auto join_pieces = [&](int64_t i, int) {
-    const DecodePiece& first = pieces[split[i].first];
-    const int rows = first.qlen * G;
+    const Joined& one = joined[i];
+    const int rows = one.qlen * G;
     for (int row = 0; row < rows; ++row)
-      merge(use, pool, parts + first.partial + row * (PART + hv), split[i].second - split[i].first, rows * (PART + hv),
-            sink_of(step, first.keys.head, row % G), out_of(first.row * Q, first.keys.head, row));
+      merge(use, pool, parts + one.partial + row * (PART + hv), one.count, rows * (PART + hv),
+            sink_of(step, one.head, row % G), out_of(one.row * Q, one.head, row));
   };
   if (products < kWorthAHelper) {
     for (int64_t i = 0; i < write_items; ++i) write_tokens(i, 0);
     for (int64_t i = 0; i < chunks + decodes; ++i) attend(i, 0);
-    for (size_t i = 0; i < split.size(); ++i) join_pieces(i, 0);
+    for (size_t i = 0; i < joined.size(); ++i) join_pieces(i, 0);
   } else {
     Phases phases;
     // Products give each thread rows of its own, in order: what it has computed lies in its core's cache.
     const int workers = static_cast<int>(cores);
     phases.add_apart(write_items, workers, write_tokens);
     phases.add_apart(chunks + decodes, workers, attend);
-    phases.add_apart(split.size(), workers, join_pieces);
+    phases.add_apart(joined.size(), workers, join_pieces);
     phases.run(threads);
   }
   return ffi::Error::Success();

@@ -23,6 +23,35 @@ INLINE void store_bytes(int8_t* to, vi x) {
 #endif
 }
 
+// int16 in each element, as products with int8 take them (attention_int8.h), in fours: bytes of 256s and then bytes of ones, or
+// the first and third and then the others.
+#if W == 16
+INLINE void store_fours(uint32_t* to, __m512i x, long long order, long long flipped) {
+  const __m256i more = _mm256_set1_epi64x(0x0808080808080808), mask = _mm256_set1_epi64x(order);
+  const __m256i by = _mm256_blend_epi32(mask, _mm256_add_epi8(mask, more), 0xcc);
+  const __m256i fours = _mm256_shuffle_epi8(_mm512_cvtepi32_epi16(x), by);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_xor_si256(fours, _mm256_set1_epi64x(flipped)));
+}
+#endif
+// Positive ones.
+INLINE void store_weights(uint32_t* to, vi x) {
+#if VNNI
+  store_fours(to, (__m512i)x, 0x0604020007050301, 0);
+#elif W == 16
+  store_fours(to, (__m512i)x, 0x0706030205040100, 0);
+#else
+  for (int i = 0; i < W; ++i) reinterpret_cast<uint16_t*>(to)[i / 4 * 4 + i % 2 * 2 + i % 4 / 2] = static_cast<uint16_t>(x[i]);
+#endif
+}
+// At most 32,639; the byte of ones has a sign too.
+INLINE void store_queries(uint32_t* to, vi x) {
+#if VNNI
+  store_fours(to, (__m512i)(x + 128), 0x0604020007050301, static_cast<long long>(0x8080808000000000));
+#else
+  store_weights(to, x);
+#endif
+}
+
 // float32 rounded to bfloat16 (to nearest, ties to even), in the low halves. A NaN stays one.
 INLINE vi bf16_bits(vf x) {
   const vi bits = (vi)x, high = (vi)((vu)bits >> 16);
@@ -115,7 +144,7 @@ AT static float quantize(const float* x, int n, int8_t* to) {
 // wait for one line after the other (a chunk's writes took twice the time).
 AT static void fetch_panel(const Pool& pool, int64_t at, int slot) {
   const int64_t bytes = pool.kind == Kind::kFloat32 ? 4 : pool.kind == Kind::kBfloat16 ? 2 : 1;
-  const int64_t pair = bytes < 4 ? 2 : 1;
+  const int64_t pair = 4 / bytes;
   const char* k = static_cast<const char*>(pool.k) + (at * pool.h * pool.page_size + slot * pair) * bytes;
   const char* v = static_cast<const char*>(pool.v) + (at * pool.page_size + slot) * pool.hv * bytes;
   for (int i = 0; i < pool.h / pair; ++i) __builtin_prefetch(k + i * pool.page_size * pair * bytes, 1, 3);
@@ -147,7 +176,7 @@ AT static void write(const Step& step, const Pool& pool, int64_t token, int head
     for (int i = 0; i < hv; ++i) v_page[2 * i] = bits[i];
   } else {
     int8_t* const bytes = static_cast<int8_t*>(rounded);
-    int8_t* k_page = static_cast<int8_t*>(pool.k) + at * h * size + 2 * slot;
+    int8_t* k_page = static_cast<int8_t*>(pool.k) + at * h * size + 4 * slot;
     if (pool.k_mixed > 0) mix(k, h, pool.k_mixed);
     if (pool.v_mixed > 0) {
       float* const mixed = k + 2 * whole(h) + 2 * hv;
@@ -156,10 +185,10 @@ AT static void write(const Step& step, const Pool& pool, int64_t token, int head
       v = mixed;
     }
     pool.k_scale[at * size + slot] = quantize(k, h, bytes);
-    for (int i = 0; i < h; i += 2) memcpy(k_page + (int64_t)i * size, bytes + i, 2);
-    int8_t* v_page = static_cast<int8_t*>(pool.v) + at * size * hv + (slot / 2) * 2 * hv + slot % 2;
+    for (int i = 0; i < h; i += 4) memcpy(k_page + (int64_t)i * size, bytes + i, 4);
+    int8_t* v_page = static_cast<int8_t*>(pool.v) + at * size * hv + (slot / 4) * 4 * hv + slot % 4;
     pool.v_scale[at * size + slot] = quantize(v, hv, bytes);
-    for (int i = 0; i < hv; ++i) v_page[2 * i] = bytes[i];
+    for (int i = 0; i < hv; ++i) v_page[4 * i] = bytes[i];
   }
 }
 
@@ -170,14 +199,22 @@ AT static void query(const Step& step, const Pool& pool, int64_t token, int head
   float* const q = static_cast<float*>(scratch(kToken, sizeof(float) * whole(h)));
   rotate(step, token, step.q + token * step.q_token + head * step.q_head + (int64_t)member * h, h, q);
   tile.q_unit[row] = 1;
+  tile.less[row] = 0;
   if (pool.kind == Kind::kInt8) {
     if (pool.k_mixed > 0) mix(q, h, pool.k_mixed);
     const float largest = largest_of(q, h);
     // h products with an int8 stay within int32.
-    const float limit = fminf(32767.0f, static_cast<float>(INT32_MAX) / (128.0f * static_cast<float>(h)));
+    const float limit = fminf(32639.0f, static_cast<float>(INT32_MAX) / (128.0f * static_cast<float>(h)));
     const float inverse = largest > 0 ? limit / largest : 0.0f;
-    uint16_t* const to = static_cast<uint16_t*>(tile.q) + (int64_t)row * h;
-    for (int i = 0; i < h; i += W) store_halves(to + i, nearest(load(q + i) * inverse));
+    uint32_t* const to = static_cast<uint32_t*>(tile.q) + (int64_t)row * h / 4 * WORDS;
+    vi sum = {};
+    for (int i = 0; i < h; i += W) {
+      const vi x = nearest(load(q + i) * inverse);
+      store_queries(to + i / 4 * WORDS, x);
+      sum += x;
+    }
+    if (VNNI)
+      for (int i = 0; i < W; ++i) tile.less[row] -= 128 * sum[i];
     tile.q_unit[row] = largest / limit * step.scale;
   } else if (BF16_DOT && pool.kind == Kind::kBfloat16) {
     uint16_t* const to = static_cast<uint16_t*>(tile.q) + (int64_t)row * h;

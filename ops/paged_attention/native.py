@@ -27,7 +27,9 @@ _WIDEST = 256  # channels of a head; as in whole.h
 
 def supports(spec: KVSpec, page_size: int, dtype: np.dtype, platform: str) -> bool:
     """Whether this machine has a kernel for such pages. Builds the library when first asked."""
-    fits = page_size % _PANEL == 0 and spec.head_dim % 2 == 0 and spec.v_head_dim > 0 and spec.v_head_dim % _PANEL == 0
+    together = max(2, 4 // dtype.itemsize)  # channels of K
+    fits = page_size % _PANEL == 0 and spec.head_dim % together == 0
+    fits = fits and spec.v_head_dim > 0 and spec.v_head_dim % _PANEL == 0
     fits = fits and not spec.indexed  # those are read by plain XLA
     return fits and platform == "cpu" and dtype.name in ("float32", "bfloat16", "int8") and native.available()
 

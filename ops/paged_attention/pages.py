@@ -4,8 +4,9 @@ Three layouts. `rows` keeps each token's K together, `[page, K, page_size, h]`, 
 what the CPU's native kernels read: K is turned so that a vector register holds one channel of neighbouring tokens, and
 both K and V are ready-packed right-hand sides of a matrix product, so attention reads a page where it lies:
 
-    float32          k [page, K, h, page_size]          v [page, K, page_size, h]
-    bfloat16, int8   k [page, K, h / 2, page_size, 2]   v [page, K, page_size / 2, h, 2]   (for instructions on pairs)
+    float32    k [page, K, h, page_size]          v [page, K, page_size, h]
+    bfloat16   k [page, K, h / 2, page_size, 2]   v [page, K, page_size / 2, h, 2]   (for instructions on pairs)
+    int8       k [page, K, h / 4, page_size, 4]   v [page, K, page_size / 4, h, 4]   (for instructions on fours)
 
 int8 pages carry one float32 scale a token and head, `[page, K, page_size]`; their heads are mixed (see mixing.py).
 
@@ -125,7 +126,8 @@ def _shapes(
     if layout == "panels":
         k = (num_pages, K, h, page_size)
         if dtype.itemsize < 4:
-            k, v = (num_pages, K, h // 2, page_size, 2), (num_pages, K, page_size // 2, hv, 2)
+            n = 4 // dtype.itemsize
+            k, v = (num_pages, K, h // n, page_size, n), (num_pages, K, page_size // n, hv, n)
     scale = ((num_pages, K, page_size), np.dtype(np.float32)) if scaled else None
     return {"k": (k, dtype), "v": (v, dtype) if hv else None, "k_scale": scale, "v_scale": scale if hv else None}
 
@@ -297,15 +299,16 @@ def write(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, index_T: jax.A
     if kv.layout == "rows":
         new["k"] = kv.k.at[page_T, :, slot_T].set(k_TKh, mode="drop")
     elif kv.k.ndim == 5:
-        pairs = k_TKh.reshape(*k_TKh.shape[:2], -1, 2)
-        new["k"] = kv.k.at[page_T, :, :, slot_T].set(pairs, mode="drop")
+        together = k_TKh.reshape(*k_TKh.shape[:2], -1, kv.k.shape[-1])
+        new["k"] = kv.k.at[page_T, :, :, slot_T].set(together, mode="drop")
     else:
         new["k"] = kv.k.at[page_T, :, :, slot_T].set(k_TKh, mode="drop")
     if kv.v is not None:
         assert v_TKh is not None
         v_TKh, new["v_scale"] = _quantize(v_TKh, kv.v, kv.v_scale, page_T, slot_T)
         if kv.layout == "panels" and kv.v.ndim == 5:
-            new["v"] = kv.v.at[page_T, :, slot_T // 2, :, slot_T % 2].set(v_TKh, mode="drop")
+            n = kv.v.shape[-1]
+            new["v"] = kv.v.at[page_T, :, slot_T // n, :, slot_T % n].set(v_TKh, mode="drop")
         else:
             new["v"] = kv.v.at[page_T, :, slot_T].set(v_TKh, mode="drop")
     return dataclasses.replace(kv, **new)

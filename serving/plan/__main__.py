@@ -128,6 +128,7 @@ def _draft_of(how: Any) -> dict[str, Any] | None:
 
 
 def _request(args: argparse.Namespace, target: chips.Target, mesh: str) -> Any:
+    from ops.paged_attention import default_page_size
     from serving.plan.planner import Request
 
     for name in ("context", "prompt"):
@@ -143,7 +144,7 @@ def _request(args: argparse.Namespace, target: chips.Target, mesh: str) -> Any:
         kv_dtype=args.kv_cache_dtype,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
-        page_size=args.page_size,
+        page_size=args.page_size or default_page_size(args.kv_cache_dtype, target.platform),
         max_model_len=args.max_model_len,
         context=args.context,
         prompt=args.prompt,

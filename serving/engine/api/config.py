@@ -103,9 +103,10 @@ class EngineConfig:
         None, "tokens of one step, prompts and completions together (default: 1024 on CPU, 4096 elsewhere)",
         COUNT, Scope.PROGRAM, flag="", unit="tokens", bundled=True,
     )  # fmt: skip
-    page_size: int = setting(
-        16, "token positions of a KV page", PAGE, Scope.PROGRAM, flag="", unit="tokens", bundled=True
-    )
+    page_size: int | None = setting(
+        None, "token positions of a KV page (default: 16; 32 of int8 on a CPU)",
+        PAGE, Scope.PROGRAM, flag="", unit="tokens", bundled=True,
+    )  # fmt: skip
     kv_cache_memory: int | None = setting(
         None, "memory for the KV cache over all devices, such as 4GiB or 500MB (default: from the free memory)",
         SIZE, Scope.PROGRAM, flag="", unit="bytes", bundled=True,

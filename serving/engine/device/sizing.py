@@ -11,7 +11,14 @@ from jax.sharding import Mesh
 
 from models.api import CausalLM
 from ops import native
-from ops.paged_attention import KVGroups, best_layout, bytes_per_page, least_page_size, use_backend
+from ops.paged_attention import (
+    KVGroups,
+    best_layout,
+    bytes_per_page,
+    default_page_size,
+    least_page_size,
+    use_backend,
+)
 from ops.paged_attention.groups import layers_per_page
 from serving.engine.api.config import EngineConfig
 from serving.engine.cache.kv_windows import longest, pages_of
@@ -76,7 +83,8 @@ def resolve_kv_dtype(config: EngineConfig, model: CausalLM, dtype: str, devices:
     if platform != "cpu" or not quantized:
         return dtype
     with use_backend(config.attention_backend):
-        layouts = {best_layout(spec, config.page_size, jnp.bfloat16, platform) for spec in model.kv_specs()}
+        size = config.page_size or default_page_size("bfloat16", platform)
+        layouts = {best_layout(spec, size, jnp.bfloat16, platform) for spec in model.kv_specs()}
     return "bfloat16" if layouts == {"panels"} else dtype
 
 
@@ -201,7 +209,8 @@ def resolve_bounds(
     seqs, budget = batch_sizes(config.max_num_seqs, config.max_num_batched_tokens, replicas, platform == "cpu")
     check_length(config, max_positions)
     kv_dtype = resolve_kv_dtype(config, model, dtype, devices)
-    page_size = max(config.page_size, least_page_size(kv_dtype, platform))
+    page_size = config.page_size or default_page_size(kv_dtype, platform)
+    page_size = max(page_size, least_page_size(kv_dtype, platform))
     wanted_len = config.max_model_len or max_positions
     together = layers_per_page(model.kv_specs(), wanted_len)
     groups = KVGroups.of(model.kv_specs(), together)

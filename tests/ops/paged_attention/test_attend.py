@@ -70,12 +70,11 @@ def fill(case: Case, arguments: Arguments, dtype, body) -> paged_attention.KVPag
             rows_NKsh = rows_NKsh.astype(dtype)
         if layout == "panels":
             N, K, s, h = rows_NKsh.shape
-            if name == "k":  # channels before slots, and pairs of channels side by side
-                pair = 2 if dtype.itemsize < 4 else 1
-                rows_NKsh = rows_NKsh.reshape(N, K, s, h // pair, pair).transpose(0, 1, 3, 2, 4)
-            else:  # pairs of tokens side by side
-                pair = 2 if dtype.itemsize < 4 else 1
-                rows_NKsh = rows_NKsh.reshape(N, K, s // pair, pair, h).swapaxes(-1, -2)
+            n = 4 // dtype.itemsize  # so many side by side
+            if name == "k":  # channels before slots
+                rows_NKsh = rows_NKsh.reshape(N, K, s, h // n, n).transpose(0, 1, 3, 2, 4)
+            else:  # tokens before channels
+                rows_NKsh = rows_NKsh.reshape(N, K, s // n, n, h).swapaxes(-1, -2)
             rows_NKsh = rows_NKsh.reshape(getattr(kv, name).shape)
         new[name] = rows_NKsh
     return dataclasses.replace(kv, **{name: jnp.array(x) for name, x in new.items()})

@@ -114,15 +114,15 @@ def test_a_token_is_the_same_whichever_way_it_is_computed(name, dtype, isa):
         np.testing.assert_array_equal(part, whole[slice(*piece)])
 
 
-@pytest.mark.parametrize("window", [None, 300])
-def test_a_row_is_the_same_alone_and_among_others(window, isa):
+@pytest.mark.parametrize("window,dtype,page_size", [(None, "bfloat16", 16), (300, "int8", 32)])
+def test_a_row_is_the_same_alone_and_among_others(window, dtype, page_size, isa):
     """To the last bit: how a context is cut between threads depends on nothing else in the step."""
     lengths = (600, 40, 900, 257, 256, 17)
-    case = Case(num_kv_heads=2, group=3, decode=lengths, window=window)
+    case = Case(num_kv_heads=2, group=3, decode=lengths, window=window, page_size=page_size)
     arguments = make_arguments(case)
-    together, _ = run("native", arguments, fill(case, arguments, "bfloat16", "panels"))
+    together, _ = run("native", arguments, fill(case, arguments, dtype, "panels"))
     for row in range(len(lengths)):
         alone = np.where(np.arange(len(lengths)) == row, lengths, 0).astype(np.int32)
         batch = dataclasses.replace(arguments.batch, decode_len_B=alone)
-        out, _ = run("native", dataclasses.replace(arguments, batch=batch), fill(case, arguments, "bfloat16", "panels"))
+        out, _ = run("native", dataclasses.replace(arguments, batch=batch), fill(case, arguments, dtype, "panels"))
         np.testing.assert_array_equal(out[row], together[row])

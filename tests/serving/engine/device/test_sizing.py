@@ -104,6 +104,13 @@ def test_pages_on_tpu_hold_whole_tiles(dtype, least):
     assert sizes("tpu", kv_cache_dtype=dtype, page_size=256).page_size == 256
 
 
+def test_pages_of_8_bits_hold_twice_the_tokens_on_a_cpu():
+    """Unless the configuration says how many."""
+    assert sizes("cpu", kv_cache_dtype="int8").page_size == 32
+    assert sizes("cpu", kv_cache_dtype="bfloat16").page_size == 16
+    assert sizes("cpu", kv_cache_dtype="int8", page_size=16).page_size == 16
+
+
 def test_pages_are_counted_in_the_layout_of_the_platform():
     # K and V of 64 share 128 lanes; of 20 they share as many, of which 88 are padding.
     assert sizes("tpu").page_bytes == sizes("gpu").page_bytes == 2 * 16 * 128 * 2
