@@ -141,10 +141,10 @@ PRODUCT void scores(const uint32_t* q, int64_t ldq, const int32_t* less, const P
   }
 }
 
-// sum[r][column] folded with weight[r] . v[column] over `tokens` tokens, for N vectors of columns from `column` on.
+// sum[r][column] folded with weight[r] . v[column] * unit[r] over `tokens` tokens, for N vectors of columns from `column` on.
 template <int R, int N>
 PRODUCT void values(const uint32_t* weight, const uint32_t* const* v_panels, int64_t ldv, Asking& asking, int rate, int tokens,
-                    int column, const Fold& by, float* sum) {
+                    int column, const float* unit, const Fold& by, float* sum) {
   constexpr int LDW = STRETCH / 4 * WORDS;
   sum += column;
   Sums acc[R][N];
@@ -166,7 +166,8 @@ PRODUCT void values(const uint32_t* weight, const uint32_t* const* v_panels, int
   UNROLL for (int r = 0; r < R; ++r)
     UNROLL for (int v = 0; v < N; ++v) {
       float* const to = sum + r * ldv + v * W;
-      store(to, fma(load(to), splat(by.shrink[r]), to_float(acc[r][v]) * by.grow[r]));
+      // In this order, as where a stretch's sums are joined to others' later.
+      store(to, fma(load(to), splat(by.shrink[r]), to_float(acc[r][v]) * unit[r] * by.grow[r]));
     }
 }
 
@@ -271,16 +272,15 @@ AT static void fold(const Tile& tile, const Pool& pool, const Panels<Int8>& now,
     float* const total = tile.total + (int64_t)(row + r) * LANES;
     store(total, fma(load(total), splat(shrink[r]), sum[r] * grow[r]));
   }
-  for (int r = 0; r < R; ++r) grow[r] *= unit[r];
   const Fold by{shrink, grow};
   const uint32_t* const w = weight + from * PANEL / 4 * WORDS;
   float* const out = tile.sum + (int64_t)row * hv;
   int column = 0;
   for (; column + N * W <= hv; column += N * W)
-    values<R, N>(w, now.v + from, hv, asking, of_values, end - from * PANEL, column, by, out);
+    values<R, N>(w, now.v + from, hv, asking, of_values, end - from * PANEL, column, unit, by, out);
   if constexpr (LEAST < N)
     for (; column < hv; column += LEAST * W)
-      values<R, LEAST>(w, now.v + from, hv, asking, of_values * LEAST / N, end - from * PANEL, column, by, out);
+      values<R, LEAST>(w, now.v + from, hv, asking, of_values * LEAST / N, end - from * PANEL, column, unit, by, out);
   if (lines != nullptr)
     for (const char* const* last = lines->at + lines->count; asking.next < last; ++asking.next) PREFETCH(*asking.next);
 }

@@ -111,9 +111,9 @@ def best_layout(spec: KVSpec, page_size: int, dtype: jax.typing.DTypeLike, platf
 
 
 def default_page_size(dtype: str, platform: str) -> int:
-    """Tokens of a page where nobody asks for another number: 16, and 32 of int8 on a CPU. K of a head of 64 is 2 KB then, as in
-    bfloat16; runs of 1 KB come from memory at two thirds of the rate (docs/benchmarks/notes_attention.md)."""
-    return 32 if platform == "cpu" and dtype == "int8" else 16
+    """Tokens of a page where nobody asks for another number: 16, and 64 of int8 on a CPU. K of a head of 64 is 4 KB in a row then;
+    runs of 1 KB come from memory at two thirds of the rate (docs/benchmarks/notes_attention.md)."""
+    return 64 if platform == "cpu" and dtype == "int8" else 16
 
 
 def least_page_size(dtype: jax.typing.DTypeLike, platform: str) -> int:

@@ -104,7 +104,7 @@ class EngineConfig:
         COUNT, Scope.PROGRAM, flag="", unit="tokens", bundled=True,
     )  # fmt: skip
     page_size: int | None = setting(
-        None, "token positions of a KV page (default: 16; 32 of int8 on a CPU)",
+        None, "token positions of a KV page (default: 16; 64 of int8 on a CPU)",
         PAGE, Scope.PROGRAM, flag="", unit="tokens", bundled=True,
     )  # fmt: skip
     kv_cache_memory: int | None = setting(

@@ -69,8 +69,8 @@ def resolve_quantization(config: EngineConfig, platform: str, devices: int, in_b
 def resolve_kv_dtype(config: EngineConfig, model: CausalLM, dtype: str, devices: int) -> str:
     """What pages hold. `auto` is the compute dtype, but bfloat16 beside weights that `auto` made int8, where the native
     kernels read such pages: half the bytes of a decode step, and no worse a perplexity (-0.05 to -0.16 % on two texts;
-    docs/benchmarks/notes_attention.md). Plain XLA on a CPU is slower with it, not faster. 8 bits cost next to nothing either, but
-    are hardly faster."""
+    docs/benchmarks/notes_attention.md). Plain XLA on a CPU is slower with it, not faster. 8 bits cost little
+    more and are faster with long contexts; they are chosen by flag."""
     if config.kv_cache_dtype != "auto":
         if getattr(model, "exact_pages", False) and jnp.dtype(config.kv_cache_dtype).itemsize < 2:
             raise ValueError(

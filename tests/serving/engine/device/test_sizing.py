@@ -104,9 +104,9 @@ def test_pages_on_tpu_hold_whole_tiles(dtype, least):
     assert sizes("tpu", kv_cache_dtype=dtype, page_size=256).page_size == 256
 
 
-def test_pages_of_8_bits_hold_twice_the_tokens_on_a_cpu():
+def test_pages_of_8_bits_hold_more_tokens_on_a_cpu():
     """Unless the configuration says how many."""
-    assert sizes("cpu", kv_cache_dtype="int8").page_size == 32
+    assert sizes("cpu", kv_cache_dtype="int8").page_size == 64
     assert sizes("cpu", kv_cache_dtype="bfloat16").page_size == 16
     assert sizes("cpu", kv_cache_dtype="int8", page_size=16).page_size == 16
 
