@@ -4,8 +4,8 @@ w = (value - zero) * scale + offset, where values are integers of 4, 6 or 8 bits
 are those of the file, so nothing is rounded a second time. Each stretch of output channels may have a form of its own, as
 projections of different types have that one product takes together. See `ops/native/blocks/blocks.h` for the layout.
 
-The native kernels round activations to int8 with one scale for every 32 inputs of a row, a power of two times what 256 share. Under
-them, in plain XLA, the weight is dequantized for each product: right, and slow.
+The native kernels round activations to int8 with one scale for every 32 inputs of a row. Under them, in plain XLA, the weight is
+dequantized for each product: right, and slow.
 """
 
 from __future__ import annotations

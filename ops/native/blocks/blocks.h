@@ -1,7 +1,7 @@
 // Products with weights in a few bits, as checkpoints store them: w = (value - zero) * scale + offset, where a block of
 // neighbouring inputs shares scale and offset, and values are integers or entries of a table. Nothing is rounded a second time:
 // values stay integers and scales keep the bits that the file gives them. Activations are rounded to int8 with one scale for
-// every 32 inputs of a row, which is a power of two times a number that 256 of them share.
+// every 32 inputs of a row.
 //
 // A weight is one array of bytes. 16 output channels make a panel, four panels (fewer at the end of a stretch of one form) a group,
 // and groups lie one behind the other, as do the chunks of 512 inputs that a group is made of. A chunk has the heads of its panels
@@ -29,6 +29,7 @@ constexpr int kLine = 64;      // bytes that a panel's values come in
 constexpr int kStep = 32;      // inputs that share an activation scale
 constexpr int kNest = 256;     // inputs that share what nested scales are multiplied with
 constexpr int kSteps = kNest / kStep;
+constexpr int kPair = 8;       // inputs that lie in one line of four bits: two quads, which products may cross
 constexpr int64_t kChunk = 512;  // inputs that lie together and are unpacked at once: they stay in the first caches
 
 enum class Table : int32_t { kNone = 0, kIq4 = 1, kE2m1 = 2, kNf4 = 3, kFp4 = 4 };
@@ -95,91 +96,46 @@ inline int64_t panel_bytes(const Form& form, int64_t inputs) {
   return chunk_at(form, all) + (rest == 0 ? 0 : Parts(form, rest).bytes());
 }
 
-// 32 inputs of a rounded row and all that is known of them, side by side: kernels then need one pointer a row. Their scale is a
-// power of two times the `unit` of their nest.
+// 32 inputs of a rounded row and all that is known of them, side by side: kernels then need one pointer a row.
 struct Step {
   int8_t value[kStep];
-  int32_t power;         // e << 23: what is added to a float to multiply it by 2^e
-  float sum;             // 2^e * the sum of all values
+  float scale;           // may be negative; 0 where all are zero
+  float sum;             // scale * the sum of all values
   int32_t minus_sum[2];  // of 16 values each
+  int32_t start;         // what crossed sums begin with, see blocks_crossed.h; written where there are such
 };
-static_assert(sizeof(Step) == 48);
+static_assert(sizeof(Step) == 52);
 
-// 256 inputs of a rounded row.
-struct Nest {
-  Step step[kSteps];
-  float unit;
-  uint8_t unused[60];
-};
-static_assert(sizeof(Nest) == 7 * 64);
-
-// Rounded rows, `stride` bytes each.
+// Rounded rows, `stride` bytes each. Steps come in pairs, as many as a rotation takes.
 struct Rows {
   uint8_t* data;
-  int64_t nests, stride;
-  Rows() : data(nullptr), nests(0), stride(0) {}
-  Rows(uint8_t* to, int64_t inputs) : data(to), nests(ceil_div(inputs, kNest)), stride(row_bytes(inputs)) {}
-  static int64_t row_bytes(int64_t inputs) { return ceil_div(inputs, kNest) * static_cast<int64_t>(sizeof(Nest)); }
-  Nest* row(int64_t index) const { return reinterpret_cast<Nest*>(data + index * stride); }
-  const Step& step(int64_t index, int64_t at) const { return row(index)[at / kSteps].step[at % kSteps]; }
+  int64_t steps, stride;
+  Rows() : data(nullptr), steps(0), stride(0) {}
+  Rows(uint8_t* to, int64_t inputs) : data(to), steps(2 * ceil_div(inputs, 2 * kStep)), stride(row_bytes(inputs)) {}
+  static int64_t row_bytes(int64_t inputs) {
+    return ceil_div(2 * ceil_div(inputs, 2 * kStep) * static_cast<int64_t>(sizeof(Step)), kLine) * kLine;
+  }
+  Step* row(int64_t index) const { return reinterpret_cast<Step*>(data + index * stride); }
+  const Step& step(int64_t index, int64_t at) const { return row(index)[at]; }
   // Whether a row is zeros, as padding of a step is from the embedding on.
   bool zero(int64_t index) const {
-    const Nest* nest = row(index);
-    return std::all_of(nest, nest + nests, [](const Nest& n) { return n.unit == 0.0f; });
-  }
-  float unit(int64_t index, int64_t step) const { return row(index)[step / kSteps].unit; }
-  float scale(int64_t index, int64_t at) const {
-    const int32_t bits = (127 << 23) + step(index, at).power;
-    float power;
-    std::memcpy(&power, &bits, sizeof power);
-    return power * unit(index, at);
+    const Step* step = row(index);
+    return std::all_of(step, step + steps, [](const Step& s) { return s.scale == 0.0f; });
   }
 };
 
-// A nest's scales from the largest number of each of its steps: `unit` times 2^e, where e is at least 1 and at most kPower. Each is
-// at least a 127th of its step's largest number, and of the eight units that are just that for a step it is the one for which the
-// sum of the squared scales, which is what rounding errors go by, is smallest. Scales of their own made errors a third smaller; powers
-// of two cost no multiplication for each row, channel and step, which was a tenth of all.
-constexpr int kPower = 16;
-constexpr float kLeast = 1e-30f;        // a nest without a larger number is zero
-constexpr float kCandidate = 1.0f / 1024;  // steps that much smaller than the largest propose no unit
-constexpr int32_t kUp = 0x7ffff0;       // rounds a float's bits up to a power of two, all but hairs above one
+// Rounded values are -127 to 112, so that one of them and a value of four bits, 128 more, are a byte. A step's largest number becomes
+// -127, by a scale with the other sign where it is positive: mostly the largest on the other side is small enough then. Of 16 values
+// the sum of absolutes is below 1,024, so that their products with values of six bits, less their zero, add up to 16 bits. Both
+// together make rounding errors 1.5 % larger.
+constexpr float kLargest = 1.0f / 127, kOther = 1.0f / 112, kTogether = 1.0f / 1008;
+constexpr float kLeast = 1e-30f;  // a step without a larger scale is zero
 
-struct Scales {
-  float unit, inverse;  // 1 / unit, or 0
-  int32_t power[kSteps];
-};
-
-inline int32_t bits_of(float value) {
-  int32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-inline float from_bits(int32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// The powers of two that steps are of a unit, `size` and `unit` relative to the nest's largest.
-inline Scales scales_of(const float (&size)[kSteps], float unit, float largest) {
-  Scales out;
-  int32_t exponent[kSteps], top = 0;
-  const float inverse = 1.0f / unit;
-  for (int i = 0; i < kSteps; ++i) {
-    exponent[i] = (bits_of(size[i] * inverse) + kUp) >> 23;
-    top = std::max(top, exponent[i]);
-  }
-  for (int i = 0; i < kSteps; ++i) out.power[i] = std::max(1, kPower + exponent[i] - top) << 23;
-  out.unit = unit * from_bits((top - kPower) << 23) * (largest / 127.0f);
-  out.inverse = 1.0f / out.unit;
-  return out;
-}
-
-inline Scales no_scales() {
-  Scales out{0.0f, 0.0f, {}};
-  for (int32_t& power : out.power) power = 1 << 23;
-  return out;
+// The scale of a step from its largest number, minus its smallest, and the larger sum of absolutes of its halves.
+inline float scale_of(float most, float least, float sum) {
+  const float size = std::max(std::max(most, least) * kLargest, std::max(std::min(most, least) * kOther, sum * kTogether));
+  if (!(size > kLeast)) return 0.0f;
+  return most > least ? -size : size;
 }
 
 // Rounds rows of x (float32, `width` wide): x, or x / rms(x) * gain where gain is given; times a Hadamard matrix of 64 first
@@ -229,6 +185,7 @@ struct Chunk {
   int64_t each;                    // so many bytes a step of each block of rows
   bool stored, widened;            // whether values are as stored, and whether kernels widen scales
   const uint8_t* head[kPanels];    // where scales are stored, and not widened: for kernels that do so themselves
+  const int32_t* cross[kPanels];   // what `cross` made of unpacked values, [steps][16]
 };
 
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it to a float rounds it to an integer

@@ -76,13 +76,17 @@ AT void look_up(const uint8_t* table, const uint8_t* values, int64_t count, uint
   }
 }
 
-constexpr int64_t kMostRows = 6;
+int64_t passes(const Form&, int64_t, bool) { return 1; }
 
 int most(int64_t) { return 2; }
 
 bool stored(int64_t) { return false; }
 
 bool widens(const Form&, int64_t) { return false; }
+
+bool crossed(const Form&) { return false; }
+
+void cross(uint8_t*, int64_t, int32_t*) {}
 
 // The sums of four inputs' products in each of eight channels.
 template <bool WIDE>
@@ -147,8 +151,7 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, float* s
     UNROLL
     for (int i = 0; i < MR; ++i) {
       const int64_t index = t.first_row + row + i, at = chunk.first_step + step;
-      const __m256 scale = _mm256_set1_ps(t.a.scale(index, at));
-      const __m256 sum = _mm256_set1_ps(t.a.unit(index, at) * t.a.step(index, at).sum);
+      const __m256 scale = _mm256_set1_ps(t.a.step(index, at).scale), sum = _mm256_set1_ps(t.a.step(index, at).sum);
       UNROLL
       for (int h = 0; h < 2; ++h) {
         float* total = sums + i * t.panels * kPanel + 8 * h;

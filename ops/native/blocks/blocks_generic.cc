@@ -65,13 +65,17 @@ void look_up(const uint8_t* table, const uint8_t* values, int64_t count, uint8_t
   for (int64_t i = 0; i < count; ++i) out[i] = table[values[i]];
 }
 
-constexpr int64_t kMostRows = 6;
+int64_t passes(const Form&, int64_t, bool) { return 1; }
 
 int most(int64_t) { return 2; }
 
 bool stored(int64_t) { return false; }
 
 bool widens(const Form&, int64_t) { return false; }
+
+bool crossed(const Form&) { return false; }
+
+void cross(uint8_t*, int64_t, int32_t*) {}
 
 void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
   const bool two = planes(*chunk.form) == 2;
@@ -81,8 +85,6 @@ void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
       float* total = sums + (row * t.panels + p) * kPanel;
       for (int64_t step = 0; step < chunk.steps; ++step) {
         const Step& a = t.a.step(t.first_row + row, chunk.first_step + step);
-        const float scale = t.a.scale(t.first_row + row, chunk.first_step + step);
-        const float sum = t.a.unit(t.first_row + row, chunk.first_step + step) * a.sum;
         for (int c = 0; c < kPanel; ++c) {
           float scaled = 0.0f;
           for (int part = 0; part < parts; ++part) {
@@ -96,9 +98,9 @@ void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
             product += chunk.form->zero * added;
             scaled += static_cast<float>(product) * chunk.scale[p][(step * parts + part) * kPanel + c];
           }
-          total[c] += scaled * scale;
+          total[c] += scaled * a.scale;
           if (chunk.offset[p] != nullptr) {
-            total[c] += chunk.offset[p][step * kPanel + c] * sum;
+            total[c] += chunk.offset[p][step * kPanel + c] * a.sum;
           }
         }
       }

@@ -2,11 +2,13 @@
 // enables the set. Loops over 16 channels become vectors of whatever set the function is compiled for. The file gives before it:
 //   activate(float[16], Activation)      in place
 //   stored(rows)                         whether `multiply` takes values of so many rows as they are stored, or a byte each
-//   kMostRows                            that it takes at once
+//   passes(form, rows, stored)           how often it goes through the steps of two panels for so many rows
 //   most(rows)                           panels that it takes at once: 4, or 1 and 2
 //   Sixteen                              16 floats, and `same`, `times`, `put`, and what reads 16 scales of each type
 //   look_up(table[16], values, count, out)  each value's entry; out may be values
 //   widens(form, rows)                   whether `multiply` widens scales itself
+//   crossed(form)                        whether it takes unpacked values crossed, which
+//   cross(values, inputs, out)           makes of them, in place
 //   multiply(tile, chunk, panels, sums)  adds a chunk's products of some panels to sums [rows][tile.panels][16]
 
 // The scales of a chunk of `inputs`, one for every `period` of them, as float32 [inputs / period][16], times `unit`.
@@ -114,83 +116,60 @@ AT static void channel(const Run& run, int64_t inputs, int which, float* out) {
   }
 }
 
-// A nest's scales by the largest numbers of its steps.
-AT static Scales choose_scales(const float (&peak)[kSteps]) {
-  float largest = 0.0f, size[kSteps], inverse[kSteps], cost[kSteps] = {};
-  for (int i = 0; i < kSteps; ++i) largest = std::max(largest, peak[i]);
-  if (!(largest > kLeast)) return no_scales();
-  const float whole = 1.0f / largest;
-  for (int i = 0; i < kSteps; ++i) size[i] = peak[i] * whole;
-  for (int i = 0; i < kSteps; ++i) inverse[i] = 1.0f / std::max(size[i], kCandidate);
-  for (int step = 0; step < kSteps; ++step) {
-    for (int i = 0; i < kSteps; ++i) {
-      const float scale = from_bits((bits_of(size[step] * inverse[i]) + kUp) & 0x7f800000) * size[i];
-      cost[i] += scale * scale;
-    }
+// The norm and the rotation's factor, one for the row: rounding does not see them, the scales take them. `squares`: sums of the row's.
+AT static void finish_rounding(const Rounding& r, int64_t row, const float (&squares)[kPanel]) {
+  float factor = r.rotated ? int8::kRotation : 1.0f;
+  if (r.gain != nullptr) {
+    float all = 0.0f;
+    for (int j = 0; j < kPanel; ++j) all += squares[j];
+    factor *= 1.0f / std::sqrt(all / static_cast<float>(r.width) + r.eps);
   }
-  int best = -1;
-  for (int i = 0; i < kSteps; ++i) {
-    if (size[i] > kCandidate && (best < 0 || cost[i] < cost[best])) best = i;
+  Step* const first = r.to.row(row);
+  for (Step* step = first; step != first + r.to.steps; ++step) {
+    step->scale *= factor;
+    step->sum = step->scale * static_cast<float>(-step->minus_sum[0] - step->minus_sum[1]);
   }
-  if (best < 0) {  // infinite
-    Scales none = no_scales();
-    none.unit = largest;
-    return none;
-  }
-  return scales_of(size, size[best], largest);
 }
 
 AT [[maybe_unused]] static void round_row(const Rounding& r, int64_t row) {
+  constexpr int kPiece = 2 * kStep;
+  static_assert(kPiece == int8::kGroup);
   const float* x = r.x + row * r.width;
-  Nest* to = r.to.row(row);
+  Step* to = r.to.row(row);
   float squares[kPanel] = {};
-  for (int64_t nest = 0; nest < r.to.nests; ++nest) {
-    alignas(64) float value[kNest];
-    const int64_t at = nest * kNest, count = std::min<int64_t>(kNest, r.width - at);
+  for (int64_t at = 0; at < r.width; at += kPiece) {
+    alignas(64) float value[kPiece];
+    const int64_t count = std::min<int64_t>(kPiece, r.width - at);
     for (int64_t i = 0; i < count; ++i) value[i] = x[at + i];
-    for (int64_t i = count; i < kNest; ++i) value[i] = 0.0f;
+    for (int64_t i = count; i < kPiece; ++i) value[i] = 0.0f;
     if (r.gain != nullptr) {
-      for (int i = 0; i < kNest; i += kPanel) {
+      for (int i = 0; i < kPiece; i += kPanel) {
         for (int j = 0; j < kPanel; ++j) squares[j] += value[i + j] * value[i + j];
       }
       for (int64_t i = 0; i < count; ++i) value[i] *= r.gain[at + i];
     }
-    for (int i = 0; r.rotated && i < kNest; i += int8::kGroup) int8::rotate_group(value + i);
-    float peak[kSteps];
-    for (int step = 0; step < kSteps; ++step) {
-      float peaks[kPanel] = {};
-      for (int i = 0; i < kStep; i += kPanel) {
-        for (int j = 0; j < kPanel; ++j) peaks[j] = std::max(peaks[j], std::fabs(value[step * kStep + i + j]));
+    if (r.rotated) int8::rotate_group(value);
+    for (int half = 0; half < 2; ++half, ++to) {
+      const float* of = value + half * kStep;
+      float most = 0.0f, least = 0.0f, sums[2] = {};
+      for (int i = 0; i < kStep; ++i) {
+        most = std::max(most, of[i]);
+        least = std::max(least, -of[i]);
+        sums[i / kPanel] += std::fabs(of[i]);
       }
-      peak[step] = 0.0f;
-      for (int j = 0; j < kPanel; ++j) peak[step] = std::max(peak[step], peaks[j]);
-    }
-    const Scales scales = choose_scales(peak);
-    for (int i = 0; i < kSteps; ++i) {
-      Step& step = to[nest].step[i];
-      const float inverse = scales.inverse * from_bits((127 << 23) - scales.power[i]);
-      int32_t total = 0;
-      for (int half = 0; half < 2; ++half) {
-        const float* part = value + i * kStep + half * kPanel;
-        int32_t rounded[kPanel], part_sum = 0;
+      to->scale = scale_of(most, least, std::max(sums[0], sums[1]));
+      const float inverse = to->scale == 0.0f ? 0.0f : 1.0f / to->scale;
+      for (int part = 0; part < 2; ++part) {
+        int32_t rounded[kPanel], sum = 0;
         // x + kMagic - kMagic rounds to the nearest integer for |x| < 2^22, in every instruction set alike.
-        for (int j = 0; j < kPanel; ++j) rounded[j] = static_cast<int32_t>((part[j] * inverse + kMagic) - kMagic);
-        for (int j = 0; j < kPanel; ++j) part_sum += rounded[j];
-        for (int j = 0; j < kPanel; ++j) step.value[half * kPanel + j] = static_cast<int8_t>(rounded[j]);
-        step.minus_sum[half] = -part_sum;
-        total += part_sum;
+        for (int j = 0; j < kPanel; ++j) rounded[j] = static_cast<int32_t>((of[part * kPanel + j] * inverse + kMagic) - kMagic);
+        for (int j = 0; j < kPanel; ++j) sum += rounded[j];
+        for (int j = 0; j < kPanel; ++j) to->value[part * kPanel + j] = static_cast<int8_t>(rounded[j]);
+        to->minus_sum[part] = -sum;
       }
-      step.power = scales.power[i];
-      step.sum = static_cast<float>(total) * from_bits((127 << 23) + scales.power[i]);
     }
-    to[nest].unit = scales.unit * (r.rotated ? int8::kRotation : 1.0f);
   }
-  if (r.gain == nullptr) return;
-  // The norm is one factor a row: rounding does not see it, the scales take it.
-  float all = 0.0f;
-  for (int j = 0; j < kPanel; ++j) all += squares[j];
-  const float norm = 1.0f / std::sqrt(all / static_cast<float>(r.width) + r.eps);
-  for (int64_t nest = 0; nest < r.to.nests; ++nest) to[nest].unit *= norm;
+  finish_rounding(r, row, squares);
 }
 
 // to = a + b for the channels that exist: mostly all, in a loop whose length the compiler knows.
@@ -237,7 +216,7 @@ struct Spans {
   static constexpr int kMost = 8;
   Span list[kMost];
   int count = 0;
-  int64_t rows = 0, blocks = 0;  // of all, and blocks of rows that they are multiplied in
+  int64_t rows = 0;  // of all
   explicit Spans(const Tile& t) {
     for (int64_t row = 0, end; row < t.rows; row = end) {
       end = row + 1;
@@ -250,7 +229,7 @@ struct Spans {
         break;
       }
     }
-    for (int i = 0; i < count; ++i) rows += list[i].rows, blocks += ceil_div(list[i].rows, kMostRows);
+    for (int i = 0; i < count; ++i) rows += list[i].rows;
   }
 };
 
@@ -258,13 +237,16 @@ struct Spans {
 AT static void panels(const Tile& t, const Spans& spans, const Run& run, float* sums) {
   alignas(64) uint8_t values[2 * 2 * kChunk * kPanel];
   alignas(64) float scale[kPanels][kChunk], offset[kPanels][kChunk / 2];
+  alignas(64) int32_t crosses[2][kChunk / 2];
   const Form& form = *run.form;
   const int64_t all = padded(t.inputs);
   const bool inside = widens(form, spans.rows), as_stored = stored(spans.rows) && planes(form) == 1;
   const int most_panels = as_stored ? most(spans.rows) : 2;
   const int64_t panel_values = planes(form) * kChunk * kPanel;
   Tile part[Spans::kMost];
+  int64_t all_passes = 0, own_passes[Spans::kMost];
   for (int i = 0; i < spans.count; ++i) {
+    all_passes += own_passes[i] = passes(form, spans.list[i].rows, as_stored);
     part[i] = t;
     part[i].first_row += spans.list[i].first;
     part[i].rows = spans.list[i].rows;
@@ -286,7 +268,7 @@ AT static void panels(const Tile& t, const Spans& spans, const Run& run, float* 
     c.plane = count * kPanel;
     if (most_panels < kPanels) {
       // The group's next chunk, or behind its last one the next group's first: mostly this thread's too.
-      const int64_t next = run.of * parts.bytes(), steps = c.steps * spans.blocks * ceil_div(run.panels, 2);
+      const int64_t next = run.of * parts.bytes(), steps = c.steps * all_passes * ceil_div(run.panels, 2);
       c.ahead = chunk + next;
       c.end = c.ahead + next;
       c.each = ceil_div(next / kLine, steps) * kLine;
@@ -301,11 +283,14 @@ AT static void panels(const Tile& t, const Spans& spans, const Run& run, float* 
         c.scale[j] = scale[j];
         c.offset[j] = form.offset == Scale::kNone ? nullptr : offset[j];
         c.values[j] = as_stored ? lines : values + j * panel_values;
-        if (!as_stored) unpack_values(lines, run.of * kLine, form, count, values + j * panel_values);
+        if (as_stored) continue;
+        unpack_values(lines, run.of * kLine, form, count, values + j * panel_values);
+        c.cross[j] = crosses[j];
+        if (crossed(form)) cross(values + j * panel_values, count, crosses[j]);
       }
       for (int i = 0; i < spans.count; ++i) {
         multiply(part[i], c, together, sums + (spans.list[i].first * t.panels + p) * kPanel);
-        c.ahead += c.each * c.steps * ceil_div(part[i].rows, kMostRows);
+        c.ahead += c.each * c.steps * own_passes[i];
       }
     }
   }

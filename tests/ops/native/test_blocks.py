@@ -14,7 +14,7 @@ from ops import native
 from ops.linear import RmsNorm, embed, gated_mlp, linear, quantize, reference
 from ops.linear.weights import block_pack, block_round
 from ops.linear.weights.block_pack import GGUF, CodedRows
-from ops.linear.weights.blocks import NEST, STEP, TABLES, BlockWeight, Form, Stretch
+from ops.linear.weights.blocks import STEP, TABLES, BlockWeight, Form, Stretch
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.status())
 
@@ -46,20 +46,18 @@ def packed(kind: str, O: int, I: int, seed: int = 0) -> tuple[BlockWeight, np.nd
 
 
 def rounded(x_TI: np.ndarray) -> np.ndarray:
-    """Activations as the kernels see them: int8 with a scale for every 32 inputs, a power of two times what 256 share."""
+    """Activations as the kernels see them: int8 with a scale for every 32 inputs."""
     x_TI = np.asarray(x_TI, np.float32)
-    x_TNgi = np.pad(x_TI, ((0, 0), (0, -x_TI.shape[1] % NEST))).reshape(len(x_TI), -1, NEST // STEP, STEP)
-    peak_TNg = np.abs(x_TNgi).max(-1)
-    largest_TN = np.maximum(peak_TNg.max(-1, keepdims=True), np.float32(1e-30))
-    size_TNg = peak_TNg * (1 / largest_TN)
-    ratio_TNug = size_TNg[..., None, :] * (1 / np.maximum(size_TNg, np.float32(1 / 1024)))[..., None]
-    exponent_TNug = (ratio_TNug.view(np.int32) + 0x7FFFF0) >> 23
-    scale_TNug = np.ldexp(size_TNg[..., None], exponent_TNug - 127)
-    cost_TNu = np.where(size_TNg > 1 / 1024, (scale_TNug**2).sum(-1), np.inf)
-    scale_TNg = np.take_along_axis(scale_TNug, cost_TNu.argmin(-1)[..., None, None], 2)[..., 0, :]
-    scale_TNg = np.float64(scale_TNg) * largest_TN / 127
-    scale_TNgi = np.where(scale_TNg > 0, scale_TNg, 1)[..., None]
-    return (np.rint(x_TNgi / scale_TNgi) * scale_TNgi).reshape(len(x_TI), -1)[:, : x_TI.shape[1]]
+    x_TShi = np.pad(x_TI, ((0, 0), (0, -x_TI.shape[1] % STEP))).reshape(len(x_TI), -1, 2, STEP // 2)
+    most_TS, least_TS = np.maximum(x_TShi.max((-2, -1)), 0), np.maximum(-x_TShi.min((-2, -1)), 0)
+    together_TS = np.abs(x_TShi).sum(-1).max(-1)
+    scale_TS = np.maximum(np.maximum(most_TS, least_TS) / 127, np.minimum(most_TS, least_TS) / 112)
+    scale_TS = np.float64(np.maximum(scale_TS, together_TS / 1008))
+    scale_TS = np.where(scale_TS > 1e-30, np.where(most_TS > least_TS, -scale_TS, scale_TS), 1)[..., None, None]
+    value_TShi = np.rint(x_TShi / scale_TS)
+    assert value_TShi.min(initial=0) >= -127 and value_TShi.max(initial=0) <= 112
+    assert np.abs(value_TShi).sum(-1).max(initial=0) < 1024
+    return (value_TShi * scale_TS).reshape(len(x_TI), -1)[:, : x_TI.shape[1]]
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
@@ -143,6 +141,30 @@ def test_a_row_is_the_same_alone_and_among_others(kind):
     for level, y_TO in at_each_level(lambda: run(x_TI, weight)):
         for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 24, 29, 48):
             native.set_isa(level)
+            np.testing.assert_array_equal(run(x_TI[:count], weight), y_TO[:count], err_msg=f"{level}, {count} rows")
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q4_1", "Q4_0"])
+def test_sums_stay_within_their_bytes(kind):
+    """Activations as large as rounding lets them be, of either sign, times the largest and the smallest values that there are."""
+    coded, _ = stored(kind, 48, 512)
+    _, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(KINDS[kind])]
+    blocks = coded.rows_RB.reshape(48, -1, size)
+    values = {"Q4_K": slice(16, None), "Q6_K": slice(0, 192), "Q4_1": slice(4, None), "Q4_0": slice(2, None)}[kind]
+    blocks[:16, :, values], blocks[16:32, :, values] = 0, 255
+    dense_OI = gguf.quants.dequantize(coded.rows_RB, gguf.GGMLQuantizationType(KINDS[kind]))
+    weight = jax.device_put(block_pack.pack([coded], np.zeros(48, int), np.arange(48)))
+    rng = np.random.default_rng(2)
+    x_TI = np.where(rng.random((26, 512)) < 0.5, 112, -127) * np.where(
+        rng.random((26, 512)) < rng.random((26, 1)), 1, -1
+    )
+    x_TI[:4] = np.array([127, -127, 112, 0])[:, None]
+    x_TI[4:8] = x_TI[8:12] * (np.arange(512) % 32 == 5)
+    x_TI, run = jnp.asarray(x_TI, jnp.float32), jax.jit(linear)
+    for level, y_TO in at_each_level(lambda: run(x_TI, weight)):
+        assert_close(y_TO, reference.linear(rounded(x_TI), dense_OI), level)
+        native.set_isa(level)
+        for count in (1, 6, 13):
             np.testing.assert_array_equal(run(x_TI[:count], weight), y_TO[:count], err_msg=f"{level}, {count} rows")
 
 
