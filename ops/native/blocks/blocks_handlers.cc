@@ -13,7 +13,7 @@ using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
 using U8 = ffi::Buffer<ffi::U8>;
 
-constexpr int64_t kRowBlock = 48, kMostRows = 256;  // rows of a tile, which stay in the second cache beside its weights
+constexpr int64_t kRowBlock = 48, kMostRows = 256;  // rows of a tile at least, where there are so many, and at most
 
 const float* optional(const F32& buffer) { return buffer.element_count() == 0 ? nullptr : buffer.typed_data(); }
 
@@ -33,12 +33,12 @@ void add_rounding(Phases& phases, const Rounding& r, int64_t begin, int64_t rows
 // A product's tiles: blocks of rows, and of each block tiles that lie one behind the other in memory. Each thread has a part of its
 // own, so what it asks for ahead is of use to itself.
 struct Deal {
-  int64_t tiles, rows, block = kRowBlock, together;
+  int64_t tiles, rows, block, together;
   Deal(int64_t tiles_, int64_t rows_, int threads) : tiles(tiles_), rows(rows_) {
-    // More rows a block read weights from memory less often, where enough is left to be shared.
-    while (block < kMostRows && block < rows && tiles * ceil_div(rows, 2 * block) >= 8 * threads) {
-      block = std::min(2 * block, kMostRows);
-    }
+    // More rows a block read weights from memory less often; but some tiles are to be left for whoever is done first.
+    int64_t pieces = std::max<int64_t>(1, ceil_div(rows, kMostRows));
+    while (tiles * pieces < 24 * threads && rows >= kRowBlock * (pieces + 1)) ++pieces;
+    block = std::max<int64_t>(1, ceil_div(rows, pieces));
     // A few tiles are taken at once where there are many: to take one costs 0.2 us, and to compute four rows of one 4.
     together = rows <= 4 ? std::clamp<int64_t>(tiles / (32 * threads), 1, 8) : 1;
   }

@@ -183,11 +183,11 @@ def test_rows_of_zeros_between_others_change_no_bit_of_them(zeros):
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_NL"])
 def test_blocks_of_many_rows(kind):
-    """So many rows and channels that a tile takes 192 rows: each is what it is alone."""
+    """So many rows and channels that a tile takes many of them: each is what it is alone."""
     weight, _ = packed(kind, 1040, 544 if kind == "IQ4_NL" else 768)
     x_TI, run = normal(400, weight.shape[1]), jax.jit(linear)
     y_TO = np.asarray(run(x_TI, weight))
-    for rows in (slice(0, 5), slice(189, 194), slice(395, 400)):
+    for rows in (slice(0, 5), slice(131, 136), slice(198, 203), slice(395, 400)):
         np.testing.assert_array_equal(run(x_TI[rows], weight), y_TO[rows])
 
 
