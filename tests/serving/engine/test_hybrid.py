@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import Counter
 
 import pytest
 
@@ -16,7 +15,7 @@ from serving.engine.api.config import EngineConfig
 from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.speculative import SpeculativeConfig
 from serving.engine.api.types import EngineRequest
-from tests.tiny import VOCAB, tiny_engine
+from tests.tiny import VOCAB, one_width, tiny_engine
 
 DELTA = DeltaNet(2, 16, 4, 16)
 HYBRID = ModelConfig(
@@ -29,9 +28,10 @@ SNAPSHOTS = {"interval": 24, "tail": 8, "worth": 8}
 
 def hybrid_engine(num_snapshots=12, **options):
     model = random_model(HYBRID, seed=3)
-    return tiny_engine(
-        model=model, num_snapshots=num_snapshots, snapshots=SNAPSHOTS, max_num_batched_tokens=32, **options
-    )
+    with one_width():
+        return tiny_engine(
+            model=model, num_snapshots=num_snapshots, snapshots=SNAPSHOTS, max_num_batched_tokens=32, **options
+        )
 
 
 class Unshared:
@@ -230,8 +230,8 @@ MODES = {  # (parts, options)
 
 @pytest.fixture(scope="module")
 def walking(alone):
-    """(engine(mode) for all parts of a walk: each finds what those before it left; how many prompts found something, by mode)."""
-    engines, hits = {}, Counter()
+    """engine(mode) for all parts of a walk: each finds what those before it left."""
+    engines = {}
 
     def engine(mode):
         if mode not in engines:
@@ -241,10 +241,9 @@ def walking(alone):
                 engines[mode].scheduler.drafts._guesses = lambda request: Foreseen(alone.known, request)
         return engines[mode]
 
-    yield engine, hits
-    for mode, each in engines.items():
+    yield engine
+    for each in engines.values():
         check(each)
-        assert hits[mode] > 2, mode
 
 
 @pytest.mark.slow
@@ -253,12 +252,12 @@ def walking(alone):
 )
 def test_a_long_walk(alone, walking, mode, part):
     """2,000 steps and more in all parts of the first two, on the real programs."""
-    engine, hits = walking[0](mode), walking[1]
+    engine = walking(mode)
     counters = engine.scheduler.counters
     end, seed = counters.steps + STEPS, 1000 * part
     while counters.steps < end:
         seed += 1
-        hits[mode] += walk(engine, alone, 40, seed)  # of few snapshots most are gone before somebody comes
+        assert walk(engine, alone, 40, seed) > 2
         balanced(engine)
     assert counters.preemptions or "few" not in mode
     assert counters.accepted_tokens or mode != "drafts"
