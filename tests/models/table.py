@@ -57,7 +57,7 @@ GGUF's blocks of four to eight bits, AWQ, GPTQ, compressed-tensors' integers, NV
 and their own activation), NF4, FP4 and MLX's groups. `--quantization auto` does so where at least half of a model and 300 million
 weights stay, and makes the rest int8; `int4` keeps whatever can be kept and rounds the rest to four bits, some to six (as many as
 llama.cpp's Q4_K_M or fewer). `int8` rounds all to eight, which is faster for many requests at once and for long prompts: of a
-model of 1.5 billion weights 1.3 times at 16 requests and 1.35 at prompts of 256 tokens, where one request is 1.2 times slower
+model of 1.5 billion weights 1.2 times at 16 requests and 1.1 at prompts of 256 tokens, where one request is 1.2 times slower
 ([measured](benchmarks/notes_matmul.md)). By way of floats, a tensor at a time, go float8 and int8 of any kind (DeepSeek's blocks
 of 128 x 128 too), MXFP6, MXFP8, torchao, Quark, modelopt's AWQ, GGUF's types of fewer than four bits, experts with sorted inputs,
 and on meshes and other platforms everything. What is read:
