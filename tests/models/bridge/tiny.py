@@ -53,6 +53,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "axk2": {"num_key_value_heads": 4, "head_dim": 8},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "bitnet": {"tie_word_embeddings": False},
+    "mpt": {},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2},
