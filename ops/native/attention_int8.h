@@ -254,19 +254,12 @@ AT static void fold(const Tile& tile, const Pool& pool, const Panels<Int8>& now,
     for (; first < to * PER_PANEL; ++first)
       scores<R, 1>(q, ldq, tile.less + row, now, pool.page_size, asking, of_scores / N, first, h / 4, tile.score);
 
-  const Block block{base, tokens, from * PER_PANEL, to * PER_PANEL, now.k_scale, now.v_scale};
+  const Block block{base, tokens, from * PER_PANEL, to * PER_PANEL, now.v_scale};
   uint32_t* const weight = reinterpret_cast<uint32_t*>(tile.weight);
-  float here[R], fall[W] = {}, rise[W] = {}, shrink[W], grow[W], unit[R];
+  float here[R], shrink[W], grow[W], unit[R];
   vf q_unit[R], sum[R];
   ready<R>(tile, pool, block, row, asking, of_softmax, q_unit, here);
-  for (int r = 0; r < R; ++r) {
-    const float was = tile.best[row + r], best = here[r] > was ? here[r] : was;
-    fall[r] = was - best;
-    rise[r] = here[r] - best;
-    tile.best[row + r] = best;
-  }
-  store(shrink, vexp2<5>(load(fall)));
-  store(grow, vexp2<5>(load(rise)));
+  raise_best(tile, row, here, shrink, grow);
   weigh<R>(tile, block, q_unit, here, asking, of_softmax, weight, sum, unit);
   for (int r = 0; r < R; ++r) {
     float* const total = tile.total + (int64_t)(row + r) * LANES;

@@ -66,7 +66,7 @@ INLINE vf vtanh(vf x) {
 struct Block {
   int base, tokens;           // its first key's position, and how many keys of it there are
   int from, to;               // the vectors of keys that any of the rows sees
-  const float *const *k_scale, *const *v_scale;
+  const float* const* v_scale;  // of its panels (int8)
 };
 
 // Scores as they are to be compared: in bits (int8), capped, masked. Returns the largest.
@@ -183,6 +183,20 @@ AT static void look_ahead(const Pool& pool, const Panels<T>& now, const Panels<T
   }
 }
 
+// R rows have met scores as large as `here`: what their sums so far are multiplied with, and what a stretch's own are.
+template <int R>
+INLINE void raise_best(const Tile& tile, int row, const float (&here)[R], float (&shrink)[W], float (&grow)[W]) {
+  float fall[W] = {}, rise[W] = {};
+  for (int r = 0; r < R; ++r) {
+    const float was = tile.best[row + r], best = here[r] > was ? here[r] : was;
+    fall[r] = was - best;
+    rise[r] = here[r] - best;
+    tile.best[row + r] = best;
+  }
+  store(shrink, vexp2<5>(load(fall)));
+  store(grow, vexp2<5>(load(rise)));
+}
+
 // Folds a stretch's keys, from position `base` on, into the softmax of the R rows from `row` on: with weights that are compared
 // with the stretch's own best, and joined to what there was as `join` does it.
 template <class T, int R>
@@ -198,18 +212,12 @@ AT static void fold(const Tile& tile, const Pool& pool, const Panels<T>& now, co
   const int64_t ldq = h / T::PAIR * T::STRIDE;
   all_scores<T, R>(reinterpret_cast<const Query*>(tile.q) + row * ldq, ldq, now.k, pool.page_size, of_k, from, to,
                    h / T::PAIR, tile.score, STRETCH);
-  const Block block{base, tokens, from * (PANEL / W), to * (PANEL / W), now.k_scale, now.v_scale};
+  const Block block{base, tokens, from * (PANEL / W), to * (PANEL / W), now.v_scale};
   Query* const weight = reinterpret_cast<Query*>(tile.weight);
-  float here[R], fall[W] = {}, rise[W] = {}, shrink[W], grow[W];
-  for (int r = 0; r < R; ++r) {
+  float here[R], shrink[W], grow[W];
+  for (int r = 0; r < R; ++r)
     here[r] = max_lanes(ready_scores<false>(pool, block, tile.position[row + r], 1, tile.score + r * STRETCH));
-    const float was = tile.best[row + r], best = here[r] > was ? here[r] : was;
-    fall[r] = was - best;
-    rise[r] = here[r] - best;
-    tile.best[row + r] = best;
-  }
-  store(shrink, vexp2<5>(load(fall)));
-  store(grow, vexp2<5>(load(rise)));
+  raise_best(tile, row, here, shrink, grow);
   for (int r = 0; r < R; ++r) {
     float* const total = tile.total + (int64_t)(row + r) * LANES;
     vf sum = {};
