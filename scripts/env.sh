@@ -93,6 +93,16 @@ print("\n".join(walk(sys.argv[2])))
 PY
 }
 
+# Whether the host of a URL takes connections; with a proxy only the proxy knows.
+reachable() {
+  "$VENV/bin/python" - "$1" <<'PY' 2>/dev/null
+import socket, sys, urllib.parse, urllib.request
+url = urllib.parse.urlsplit(sys.argv[1])
+if not urllib.request.getproxies() and url.hostname:
+    socket.create_connection((url.hostname, url.port or {"http": 80}.get(url.scheme, 443)), 10).close()
+PY
+}
+
 # The tests' oracle needs no CUDA, whose wheels are several GB in the package index: torch's own index has torch without. Where
 # that cannot be reached, the package index's is taken with everything else.
 install_torch() {
@@ -100,8 +110,9 @@ install_torch() {
   torch="$(grep -E '^torch[=<>~!]' "$1")" || return 0
   if [ "$TORCH_INDEX" = none ] || [ "$(uname -s)" != Linux ]; then return 0; fi
   if "$VENV/bin/python" -c 'import importlib.metadata as m; m.version("torch")' >/dev/null 2>&1; then return 0; fi
-  if "$VENV/bin/python" -m pip --disable-pip-version-check index versions torch --index-url "$TORCH_INDEX" \
-    --retries 0 --timeout 10 >/dev/null 2>&1; then
+  # pip answers from other indexes that the user's configuration names, too, and would then try this one for minutes.
+  if reachable "$TORCH_INDEX" && "$VENV/bin/python" -m pip --disable-pip-version-check index versions torch \
+    --index-url "$TORCH_INDEX" --retries 0 --timeout 10 >/dev/null 2>&1; then
     "$VENV/bin/python" -m pip --disable-pip-version-check install -q --index-url "$TORCH_INDEX" "$torch" ||
       env_say "torch could not be had from $TORCH_INDEX: the package index's is taken"
   fi
