@@ -23,6 +23,8 @@ from ops.paged_attention import mixing, native, pallas_gpu, pallas_tpu, sequence
 from ops.paged_attention import pages as _pages
 from ops.paged_attention.batch import Q_BLOCK, AttentionBatch, KVSpec
 from ops.paged_attention.groups import KVGroups
+from ops.paged_attention.mixing import mixed_whole
+from ops.paged_attention.native import in_8_bits_is_fast
 from ops.paged_attention.pages import KVPages, Layout, bytes_per_page
 from ops.paged_attention.sequences import Sequences
 from ops.paged_attention.shared import of_array as array_pages
@@ -45,8 +47,10 @@ __all__ = [
     "best_layout",
     "bytes_per_page",
     "default_page_size",
+    "in_8_bits_is_fast",
     "layer_pages",
     "least_page_size",
+    "mixed_whole",
     "use_backend",
 ]
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ops.linear.weights.rotation import hadamard
-from ops.paged_attention.batch import AttentionBatch
+from ops.paged_attention.batch import AttentionBatch, KVSpec
 from ops.paged_attention.pages import KVPages
 
 Body = Callable[..., tuple[jax.Array, KVPages]]
@@ -26,6 +26,12 @@ def mix(x: jax.Array) -> jax.Array:
     block = x.shape[-1] & -x.shape[-1]
     parts = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, block)
     return jnp.matmul(parts, jnp.asarray(hadamard(block)), precision=jax.lax.Precision.HIGHEST).reshape(x.shape)
+
+
+def mixed_whole(spec: KVSpec) -> bool:
+    """Whether 8-bit pages hold each head times one matrix of its size."""
+    sizes = (spec.head_dim, spec.v_head_dim)
+    return not spec.indexed and all(size > 0 and size & (size - 1) == 0 for size in sizes)
 
 
 def around(body: Body) -> Body:

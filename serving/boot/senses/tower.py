@@ -156,10 +156,14 @@ def _check_together(config: EngineConfig, shape: MediaShape) -> None:
 
 
 def _by_kernels(config: EngineConfig, built: Built, mesh: Mesh) -> bool:
-    """Whether the CPU's kernels attend to sound: where they read the decoder's pages in bfloat16."""
+    """Whether the CPU's kernels attend to sound, in bfloat16: where they read the decoder's pages rounded."""
     decoder, platform = built.config, mesh.devices.flat[0].platform
     dtype = resolve_kv_dtype(config, built.model, jnp.dtype(built.build.compute_dtype).name, mesh.size)
-    return mesh.size == 1 and dtype == "bfloat16" and whole.supports(decoder.num_heads, decoder.head_dim, platform)
+    return (
+        mesh.size == 1
+        and dtype in ("bfloat16", "int8")
+        and whole.supports(decoder.num_heads, decoder.head_dim, platform)
+    )
 
 
 def _check_sound(config: EngineConfig, opened: Opened, built: Built, mesh: Mesh, tower: Tower) -> CheckedTower:

@@ -79,7 +79,9 @@ class EngineConfig:
         one_of(*QUANTIZATIONS, none="none"), Scope.PROGRAM, section="model", flag="", bundled=True,
     )  # fmt: skip
     kv_cache_dtype: str = setting(
-        "auto", "of the KV cache; auto follows the others",
+        "auto",
+        "of the KV cache; auto is int8 beside rounded weights on a CPU with AVX-512 VNNI and bf16 where heads are powers of two, "
+        "bfloat16 beside them on other CPUs with native kernels, and what --dtype is elsewhere",
         one_of(*KV_CACHE_DTYPES), Scope.PROGRAM, section="model", flag="", bundled=True,
     )  # fmt: skip
     seed: int = setting(

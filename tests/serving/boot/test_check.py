@@ -51,7 +51,7 @@ def refused(checkpoint, **settings):
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "with max_num_seqs 64 it must be at least 80"),
         ({"max_model_len": 1024}, "max_model_len is 1024, but the model was made for 256 positions"),
         ({"kv_cache_memory": "64KiB", "max_model_len": 256}, "the KV cache may take 64 KiB, which holds"),
-        ({"kv_cache_memory": 1}, "one sequence of 32 tokens needs"),
+        ({"kv_cache_memory": 1, "page_size": 16}, "one sequence of 32 tokens needs"),
         ({"mesh": "data=3"}, "needs 3 devices"),
         ({"compiled": "nowhere"}, "no bundle of programs"),
         ({"chat_template": "nowhere.jinja"}, "chat_template nowhere.jinja: cannot be read as a file"),

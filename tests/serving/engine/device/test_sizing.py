@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,7 @@ class Layers:
     """As much of a model as sizing looks at."""
 
     specs: tuple[KVSpec, ...]
+    exact_pages: bool = False
 
     def kv_specs(self) -> tuple[KVSpec, ...]:
         return self.specs
@@ -38,15 +40,63 @@ vectorized = pytest.mark.skipif(
 )
 
 
-def kv_dtype(specs=(PLAIN,), devices=1, **options):
+LATENT = KVSpec(num_kv_heads=1, head_dim=64, v_head_dim=0)
+PARTS = KVSpec(num_kv_heads=2, head_dim=96, v_head_dim=96)  # mixed in blocks of 32
+
+
+def kv_dtype(specs=(PLAIN,), devices=1, exact=False, draft=None, **options):
     """For a model that computes in float32."""
-    return resolve_kv_dtype(EngineConfig(**options), Layers(specs), "float32", devices)  # pyright: ignore[reportArgumentType]
+    model: Any = Layers(specs, exact)
+    beside: Any = None if draft is None else Layers(draft)
+    return resolve_kv_dtype(EngineConfig(**options), model, "float32", devices, beside)
 
 
-@vectorized
-def test_pages_are_bfloat16_beside_int8_weights():
-    assert kv_dtype() == "bfloat16"
-    assert kv_dtype(quantization="int8") == "bfloat16"
+@pytest.fixture
+def fast(monkeypatch):
+    """A machine that multiplies pages of 8 bits as they lie."""
+    monkeypatch.setattr(native, "available", lambda: True)
+    monkeypatch.setattr(native, "isa", lambda: "bf16")
+
+
+@pytest.mark.parametrize("options", [{}, {"quantization": "int8"}, {"quantization": "int4"}, {"enable_lora": True}])
+def test_pages_are_of_8_bits_beside_rounded_weights(fast, options):
+    assert kv_dtype(**options) == "int8"
+    assert kv_dtype(specs=(PLAIN, dataclasses.replace(PLAIN, head_dim=256, v_head_dim=256, window=512))) == "int8"
+    assert kv_dtype(draft=(PLAIN,), **options) == "int8"
+    assert kv_dtype(page_size=16, **options) == "int8"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"specs": (PLAIN, PARTS)},
+        {"specs": (dataclasses.replace(PLAIN, v_head_dim=96),)},
+        {"draft": (PARTS,)},
+        {"exact": True},
+    ],
+)
+def test_pages_are_bfloat16_where_8_bits_were_not_measured_or_do_not_hold_them(fast, options):
+    assert kv_dtype(**options) == "bfloat16"
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "vnni"])
+def test_pages_are_bfloat16_where_8_bits_are_slower(monkeypatch, isa):
+    monkeypatch.setattr(native, "available", lambda: True)
+    monkeypatch.setattr(native, "isa", lambda: isa)
+    assert kv_dtype() == kv_dtype(quantization="int8") == "bfloat16"
+
+
+def test_an_engine_has_the_page_size_of_the_pages_that_it_took(fast):
+    """And no longer context than it asked for is needed to fill a page."""
+
+    def of(**options):
+        config = EngineConfig(max_num_seqs=1, kv_cache_memory=1 << 24, **options)
+        return resolve_sizes(config, Layers((PLAIN,)), 1024, "float32", None, platform="cpu")  # pyright: ignore[reportArgumentType]
+
+    assert (of().kv_dtype, of().page_size) == ("int8", 64)
+    assert (of(kv_cache_dtype="bfloat16").page_size, of(dtype="float32").page_size) == (16, 16)
+    assert (of(page_size=16).kv_dtype, of(page_size=16).page_size) == ("int8", 16)
+    assert of(max_model_len=32).num_pages == of(max_model_len=64).num_pages == 2
 
 
 @vectorized
@@ -58,7 +108,10 @@ def test_pages_are_bfloat16_beside_int8_weights():
         {"quantization": "none"},
         {"devices": 2},
         {"specs": (PLAIN, ODD)},
+        {"specs": (LATENT,)},
+        {"specs": (PLAIN, dataclasses.replace(PLAIN, indexed=True))},
         {"attention_backend": "xla"},
+        {"page_size": 8},
     ],
 )
 def test_pages_follow_the_compute_dtype_otherwise(options):
