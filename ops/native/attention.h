@@ -60,7 +60,7 @@ struct Tile {  // queries of one head of one request, and their softmax so far; 
   void* q;        // [rows, h], scaled; pairs of bfloat16 where the instruction set multiplies those, int16 for int8
   int* position;  // [rows]
   float* best;    // [rows]
-  float* total;   // [rows, LANES], to be summed up in order
+  float* total;   // [rows, LANES], to be summed up
   float* q_unit;        // [rows] what 1 in q stands for
   int32_t* less;        // [rows] what sums of products with int8 keys begin with
   float* sum;           // [rows, hv]
@@ -77,17 +77,18 @@ enum { kToken, kTile, kPartial, kRow };
 // What an instruction set brings.
 struct Kernels {
   bool bf16_dot;  // it multiplies pairs of bfloat16
-  // Writes one token's K and V of one head, k rotated, into its page; nothing when the page is not there.
-  void (*write)(const Step&, const Pool&, int64_t token, int head);
-  // Puts one query head of one token, rotated and scaled, into a row of a tile.
-  void (*query)(const Step&, const Pool&, int64_t token, int head, int member, const Tile&, int row);
+  // Writes K and V of one head, k rotated, of a token and maybe more of `tokens` neighbours, into their pages; nothing where a page is
+  // not there. Returns how many it wrote.
+  int (*write)(const Step&, const Pool&, int64_t token, int tokens, int head);
+  // Puts a token's queries of one KV head, rotated and scaled, into the rows of a tile from `row` on.
+  void (*queries)(const Step&, const Pool&, int64_t token, int head, const Tile&, int row);
   // Folds a piece's keys into a tile's softmax. What it asks for meanwhile is what it reads a little later: within the piece and,
   // at its end, the first keys of `next`, where there is one.
   void (*attend)(const Tile&, const Pool&, const Piece&, const Piece* next, Ask);
   // Folds what another tile's row came to, a `Part`, into a row's softmax as if its keys had been folded into that.
   void (*join)(float* row, const float* part, int hv);
-  // out = sum / total, as v was before it was mixed; zeros when nothing was attended to.
-  void (*finish)(const Pool&, const float* sum, float total, float* out);
+  // out = sum / (the sum of a total's lanes), as v was before it was mixed; zeros when nothing was attended to.
+  void (*finish)(const Pool&, const float* sum, const float* total, float* out);
 };
 
 Kernels generic_kernels();

@@ -22,6 +22,9 @@ namespace {
 
 #include "attention_products.h"
 #include "attention_tokens.h"
+#if W == 16
+#include "attention_heads.h"
+#endif
 
 static_assert(ROWS <= ROWS_AT_ONCE && ROWS >= 4 && ROWS <= W && W <= LANES, "what a tile has room for");
 
@@ -290,7 +293,44 @@ AT static void join(float* row, const float* part, int hv) {
   for (int i = PART; i < PART + hv; i += W) store(row + i, fma(load(row + i), shrink, load(part + i) * grow));
 }
 
-Kernels kernels() { return {BF16_DOT != 0, write, query, attend_kind, join, finish}; }
+// Calls f<N>(...) where a head of so many channels, rotated and mixed whole or not at all, is N vectors that stay in registers.
+#if W == 16
+#define WHOLE(head, mixed, turned, f, ...)                                              \
+  if (((mixed) == 0 || (mixed) == (head)) && ((turned) == 0 || (turned) == (head))) {   \
+    if ((head) == 4 * W) return f<4>(__VA_ARGS__);                                      \
+    if ((head) == 8 * W) return f<8>(__VA_ARGS__);                                      \
+    if ((head) == 16 * W) return f<16>(__VA_ARGS__);                                    \
+  }
+#else
+#define WHOLE(...)
+#endif
+
+AT static int write(const Step& step, const Pool& pool, int64_t token, int tokens, int head) {
+  if (pool.kind != Kind::kFloat32 && pool.h == pool.hv)
+    WHOLE(pool.h, pool.k_mixed, 2 * step.half, write_some, step, pool, token, tokens, head);
+  write_any(step, pool, token, head);
+  return 1;
+}
+
+AT static void queries(const Step& step, const Pool& pool, int64_t token, int head, const Tile& tile, int row) {
+  WHOLE(pool.h, pool.k_mixed, 2 * step.half, queries_whole, step, pool, token, head, tile, row);
+  for (int g = 0; g < step.group; ++g) query_any(step, pool, token, head, g, tile, row + g);
+}
+
+AT static void finish(const Pool& pool, const float* sum, const float* lanes, float* out) {
+#if W == 16
+  const float total = sum_lanes(load(lanes));
+#else
+  float total = 0;
+  for (int i = 0; i < W; ++i) total += lanes[i];
+#endif
+  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+  WHOLE(pool.hv, pool.v_mixed, 0, finish_whole, pool, sum, inverse, out);
+  finish_any(pool, sum, inverse, out);
+}
+#undef WHOLE
+
+Kernels kernels() { return {BF16_DOT != 0, write, queries, attend_kind, join, finish}; }
 
 }  // namespace
 }  // namespace jaxserve::attention

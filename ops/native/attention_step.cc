@@ -64,10 +64,8 @@ Tile start_tile(const Step& step, const Pool& pool, const Kernels& use, int64_t 
   for (int j = 0; j < tokens; ++j) {
     if (j + kAhead < tokens)
       fetch(step.q + (token + j + kAhead) * step.q_token + head * step.q_head, step.group * pool.h);
-    for (int g = 0; g < step.group; ++g) {
-      use.query(step, pool, token + j, head, g, tile, j * step.group + g);
-      tile.position[j * step.group + g] = position + j * apart;
-    }
+    use.queries(step, pool, token + j, head, tile, j * step.group);
+    for (int g = 0; g < step.group; ++g) tile.position[j * step.group + g] = position + j * apart;
   }
   return tile;
 }
@@ -82,12 +80,6 @@ void begin_tile(const Step& step, const Pool& pool, const Tile& tile, int head, 
   }
 }
 
-float total_of(const float* lanes) {
-  float total = 0;
-  for (int i = 0; i < LANES; ++i) total += lanes[i];
-  return total;
-}
-
 // Joins `count` stretches' softmaxes of a row, `apart` floats from one to the next, in order, to one that begins with a sink.
 void merge(const Kernels& use, const Pool& pool, const float* parts, int64_t count, int64_t apart, float sink,
            float* out) {
@@ -97,7 +89,7 @@ void merge(const Kernels& use, const Pool& pool, const float* parts, int64_t cou
   row[0] = sink == NOTHING ? 0.0f : 1.0f;
   row[LANES] = sink;
   for (int64_t n = 0; n < count; ++n) use.join(row, parts + n * apart, hv);
-  use.finish(pool, row + PART, total_of(row), out);
+  use.finish(pool, row + PART, row, out);
 }
 
 struct DecodePiece {
@@ -203,12 +195,18 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
   const int64_t write_items = ceil_div(writes.size(), kWritesAnItem);
   const auto write_tokens = [&](int64_t item, int) {
     const size_t end = std::min(writes.size(), static_cast<size_t>(item + 1) * kWritesAnItem);
-    for (size_t i = item * kWritesAnItem; i < end; ++i)
+    for (size_t i = item * kWritesAnItem, n; i < end; i += n) {
+      for (n = 1; i + n < end && n < kAhead && writes[i + n] == writes[i] + static_cast<int64_t>(n);) ++n;
+      int wrote = 0;
       for (int head = 0; head < K; ++head) {
-        fetch(step.k + (writes[i] + kAhead) * step.k_token + head * step.k_head, pool.h);
-        fetch(step.v + (writes[i] + kAhead) * step.v_token + head * step.v_head, hv);
-        use.write(step, pool, writes[i], head);
+        for (size_t j = 0; j < n; ++j) {
+          fetch(step.k + (writes[i] + j + kAhead) * step.k_token + head * step.k_head, pool.h);
+          fetch(step.v + (writes[i] + j + kAhead) * step.v_token + head * step.v_head, hv);
+        }
+        wrote = use.write(step, pool, writes[i], static_cast<int>(n), head);
       }
+      n = wrote;
+    }
   };
 
   const auto attend_chunk = [&](const ChunkItem& item) {
@@ -224,7 +222,7 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
                      step.whole ? len : position + item.tokens};
     use.attend(tile, pool, keys, nullptr, Ask::kNothing);
     for (int row = 0; row < tile.rows; ++row)
-      use.finish(pool, tile.sum + row * hv, total_of(tile.total + row * LANES), out + row / G * token_floats + row % G * hv);
+      use.finish(pool, tile.sum + row * hv, tile.total + row * LANES, out + row / G * token_floats + row % G * hv);
   };
   const auto out_of = [&](int64_t token, int head, int row) {  // row r of a tile is head r % G of token r / G
     return step.out + (token + row / G) * token_floats + (static_cast<int64_t>(head) * G + row % G) * hv;
@@ -233,7 +231,7 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
   const auto attend_decode = [&](const DecodePiece& piece, std::vector<Tile>& tiles, const Piece* next, Ask asks) {
     const int head = piece.keys.head;
     const int64_t token = piece.row * Q;
-    if (write && Q == 1 && piece.last) use.write(step, pool, token, head);
+    if (write && Q == 1 && piece.last) use.write(step, pool, token, 1, head);
     const int position = decode.len[piece.row] - piece.qlen;
     Tile& tile = tiles[head];
     if (tile.rows == 0) tile = start_tile(step, pool, use, token, piece.qlen, head, position, 1, head, K);
@@ -241,7 +239,7 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     use.attend(tile, pool, piece.keys, next, asks);
     for (int row = 0; row < tile.rows; ++row) {
       if (piece.partial < 0) {
-        use.finish(pool, tile.sum + row * hv, total_of(tile.total + row * LANES), out_of(token, head, row));
+        use.finish(pool, tile.sum + row * hv, tile.total + row * LANES, out_of(token, head, row));
       } else {
         float* to = parts + piece.partial + row * (PART + hv);
         std::memcpy(to, tile.total + row * LANES, sizeof(float) * LANES);

@@ -151,7 +151,7 @@ AT static void fetch_panel(const Pool& pool, int64_t at, int slot) {
   for (int64_t i = 0; i < PANEL * pool.hv * bytes; i += 64) __builtin_prefetch(v + i, 1, 3);
 }
 
-AT static void write(const Step& step, const Pool& pool, int64_t token, int head) {
+AT static void write_any(const Step& step, const Pool& pool, int64_t token, int head) {
   const int64_t index = step.index[token];
   const int64_t page = index / pool.page_size;
   const int slot = static_cast<int>(index % pool.page_size), size = pool.page_size, h = pool.h, hv = pool.hv;
@@ -193,8 +193,8 @@ AT static void write(const Step& step, const Pool& pool, int64_t token, int head
 }
 
 // Rows are filled in order: one may run over into the next, and the last into what is behind it.
-AT static void query(const Step& step, const Pool& pool, int64_t token, int head, int member, const Tile& tile,
-                     int row) {
+AT static void query_any(const Step& step, const Pool& pool, int64_t token, int head, int member, const Tile& tile,
+                         int row) {
   const int h = pool.h;
   float* const q = static_cast<float*>(scratch(kToken, sizeof(float) * whole(h)));
   rotate(step, token, step.q + token * step.q_token + head * step.q_head + (int64_t)member * h, h, q);
@@ -225,9 +225,8 @@ AT static void query(const Step& step, const Pool& pool, int64_t token, int head
   }
 }
 
-AT static void finish(const Pool& pool, const float* sum, float total, float* out) {
+AT static void finish_any(const Pool& pool, const float* sum, float inverse, float* out) {
   const int hv = pool.hv;
-  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
   for (int i = 0; i < hv; i += W) store(out + i, load(sum + i) * inverse);
   if (pool.v_mixed > 0) mix(out, hv, pool.v_mixed);
 }
