@@ -75,7 +75,9 @@ class Attention(nnx.Module):
 
     def attend(self, qkv_TKgh: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any]:
         """What happens between the projections: out_TKGh, and the updated pages."""
-        return attend_rope(qkv_TKgh, step.positions_T, self.rotary, kv, step.attention, **self.scoring)
+        bias, (K, _, h) = self.qkv.bias_value(), self.placed
+        bias_Kh = None if bias is None else bias.reshape(K, -1, h)[:, -2]
+        return attend_rope(qkv_TKgh, step.positions_T, self.rotary, kv, step.attention, bias_Kh=bias_Kh, **self.scoring)
 
     @property
     def kv_spec(self) -> KVSpec:

@@ -202,6 +202,7 @@ def attend_rope(
     window: int | None = None,
     softcap: float | None = None,
     sinks_KG: jax.Array | None = None,
+    bias_Kh: jax.Array | None = None,
 ) -> tuple[jax.Array, KVPages]:
     """`attend` on a fused projection, rotating q and k by the tokens' positions; one kernel where there is one for it.
 
@@ -211,9 +212,12 @@ def attend_rope(
         rotary: (inv_freq, factor) as `ops.rope.inverse_frequencies` gives, channels paired (i, i + r / 2); None when
             q and k are rotated already or never are.
         kv, batch, scale, window, softcap, sinks_KG: as in `attend`.
+        bias_Kh: what the projection has added to every k. Pages of 8 bits do without what stands still of it (mixing.py).
     Returns:
         As `attend`.
     """
+    if bias_Kh is not None and isinstance(batch, AttentionBatch) and kv.mixed and sinks_KG is None and softcap is None:
+        qkv_TKgh = mixing.without_constant(qkv_TKgh, bias_Kh, positions_T, rotary)
     if isinstance(batch, AttentionBatch) and qkv_TKgh.shape[-1] < kv.spec.head_dim:
         wide = _filled(qkv_TKgh, kv.spec.head_dim)
         how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks_KG": sinks_KG}

@@ -11,8 +11,9 @@ SAMPLES, SAMPLE_BYTES = 512, 4096
 """Of each weight file, how many pieces are looked at and how long they are: two checkpoints that differ in a hundredth of their
 bytes are taken for one with a probability below 1 %, those that differ in a tenth with 1e-23."""
 
-_MIXED = "int8, mixed"
-"""What is in pages of 8 bits: heads times a Hadamard matrix (ops/paged_attention/mixing.py), as they once were not."""
+_MIXED = "int8, mixed, without constants"
+"""What is in pages of 8 bits: heads less what biases add, times a Hadamard matrix (ops/paged_attention/mixing.py), as they once
+were not."""
 
 
 def identity_of(weights: bytes, facts: Sequence[Any], rows: Sequence[Any], state_arrays: Sequence[Any]) -> bytes:
