@@ -167,6 +167,7 @@ class LLM:
                 chat_template_kwargs=chat_template_kwargs or {},
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
                 continue_final_message=continue_final_message,
+                whole=True,
             )
             for conversation in conversations
         ]
@@ -478,13 +479,12 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
 
 
 def _input_of(prompt: Prompt) -> GenerateInput:
-    if isinstance(prompt, str):
-        return GenerateInput(text=prompt)
     if isinstance(prompt, Mapping):
-        if prompt.get("prompt_token_ids") is not None:
-            return GenerateInput(token_ids=list(prompt["prompt_token_ids"]))
-        return GenerateInput(text=prompt.get("prompt"))
-    return GenerateInput(token_ids=list(prompt))
+        ids, text = prompt.get("prompt_token_ids"), prompt.get("prompt")
+        return GenerateInput(text=text, whole=True) if ids is None else GenerateInput(token_ids=list(ids), whole=True)
+    if isinstance(prompt, str):
+        return GenerateInput(text=prompt, whole=True)
+    return GenerateInput(token_ids=list(prompt), whole=True)
 
 
 def _same_length(name: str, given: Sequence[Any], inputs: Sequence[Any]) -> None:

@@ -76,7 +76,7 @@ def tiny_engine(
     num_pages: int = 80,
     page_size: int = 8,
     host_pages: int = 0,
-    steps: int = 1,
+    steps: int | None = 1,
     model: Any = None,
     layers_per_page: int | None = None,
     windows: tuple[int | None, ...] | None = None,
@@ -92,6 +92,7 @@ def tiny_engine(
 
     Args:
         model: another than `tiny_model`.
+        steps: as num_scheduler_steps.
         layers_per_page: as in Sizes.
         windows: as in SchedulerConfig; None for those of the model's groups.
         num_snapshots: of a model whose layers keep states.
@@ -116,7 +117,7 @@ def tiny_engine(
     cache = ProgramCache(_cache_folder(), repr(made_for))
     with starting():
         executor = Executor(
-            model, sizes, cache, host_tier=host_pages > 0, travel=travel, num_scheduler_steps=steps, draft=draft,
+            model, sizes, cache, host_tier=host_pages > 0, travel=travel, num_scheduler_steps=steps or 1, draft=draft,
             adapter_slots=adapter_slots,
         )  # fmt: skip
         executor.compile()

@@ -94,7 +94,7 @@ def compile_decoder(
         attention_backend=config.attention_backend,
         host_tier=config.kv_offload_gb > 0,
         travel=bool(role),
-        num_scheduler_steps=config.num_scheduler_steps,
+        num_scheduler_steps=config.num_scheduler_steps or 1,
         adapter_slots=config.adapter_slots,
         max_lora_rank=config.max_lora_rank,
         lora_dtype=config.lora_dtype,
@@ -187,6 +187,7 @@ def _cache(checked: Checked, loaded: LoadedModel, sizes: Sizes) -> ProgramCache:
     resolved = {
         **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size")),  # in sizes
         "speculative_config": None,
+        "num_scheduler_steps": checked.config.num_scheduler_steps or 1,
         "role": bool(TransferConfig.of(checked.config.role, checked.config.kv_transfer_config).role),
         **dict.fromkeys(("kv_cache_dtype", "kv_cache_memory", "gpu_memory_utilization")),
         **_resolved(checked),

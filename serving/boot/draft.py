@@ -99,14 +99,14 @@ def check_draft(config: EngineConfig, mesh: Mesh, dtype: str, positions: int, ta
 def _head_of_its_own(config: EngineConfig, target: Target) -> CheckedDraft | None:
     """What `auto` takes besides what is looked up: the head in the model's checkpoint, where nothing speaks against it."""
     windows = set(KVGroups.of(target.built.model.kv_specs()).windows)
-    several = config.coordinator is not None or config.num_scheduler_steps > 1
+    several = config.coordinator is not None or (config.num_scheduler_steps or 1) > 1
     if several or not has_mtp(target.opened) or windows != {None}:
         return None
     return CheckedDraft(open_mtp(target.opened, target.built.build), None)
 
 
 def _check_head(config: EngineConfig, how: SpeculativeConfig, target: Target) -> CheckedDraft:
-    if config.num_scheduler_steps > 1:
+    if (config.num_scheduler_steps or 1) > 1:
         raise ValueError(
             f"{NAMED} with method {how.method!r} hears every step; set num_scheduler_steps, {config.num_scheduler_steps} here, "
             "to 1."

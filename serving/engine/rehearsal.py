@@ -27,7 +27,7 @@ def rehearse(scheduler: Scheduler, runner: StepRunner) -> None:
     the one that serves. Only the first pages and one slot of the device are written, which nobody reads before writing them.
     """
     config = scheduler.config
-    outputs = 1 + min(2, config.num_scheduler_steps)  # the prompt's, and those of one dispatch of decode steps
+    outputs = 1 + min(2, config.num_scheduler_steps or 1)  # the prompt's, and those of one dispatch of decode steps
     tokens = min(PROMPT_TOKENS, config.max_model_len - outputs)
     if tokens < 1:
         return

@@ -122,7 +122,9 @@ SPECS: tuple[Spec, ...] = (
     _histogram("iteration_tokens_total", "Tokens of prompts and completions that a step computed.", STEP_TOKEN_BOUNDS),
     _histogram("request_prefill_kv_computed_tokens", "Prompt tokens that were not in the cache.", COUNT_BOUNDS),
     _histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BOUNDS),
-    _histogram("inter_token_latency_seconds", "Between one output and the next of a request.", TOKEN_BOUNDS),
+    _histogram(
+        "inter_token_latency_seconds", "Between one output and the next of a request that is streamed.", TOKEN_BOUNDS
+    ),
     _histogram(
         "request_time_per_output_token_seconds", "Mean time a token of a request, without the first.", TOKEN_BOUNDS
     ),

@@ -49,7 +49,8 @@ class MeteredClient(EngineClient):
                     if output.token_ids:
                         now = time.monotonic()
                         if tokens:
-                            self._gap(now - last)
+                            if not request.whole:  # nobody has seen a gap
+                                self._gap(now - last)
                         else:
                             ttft = now - start
                             self._ttft(ttft)

@@ -201,6 +201,7 @@ class TextService(Single):
                 adapter=adapter and adapter.digest,
                 transfer=prep.transfer_of(given, self.info),
                 media=media,
+                whole=given.whole and not params.stop_strings,  # which are looked for in the text as it comes
             )
             for i in range(params.n)
         )

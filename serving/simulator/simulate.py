@@ -172,7 +172,7 @@ class Simulation:
                 return
             was_busy, self._paused = pipeline.in_flight is not None, False
             if self.coalesce:
-                self.scheduler.max_steps = self._steps(until)
+                self.scheduler.lengths.given = self._steps(until)
             plan = pipeline.step()
             if plan is None and not was_busy:
                 if until < math.inf:
@@ -270,7 +270,7 @@ class Simulation:
             return False
         spec = spec or engine_request(index, request)
         if request.deadline is not None or request.ttft_deadline is not None:
-            self.coalesce, self.scheduler.max_steps = False, 1
+            self.coalesce, self.scheduler.lengths.given = False, 1
         self.scheduler.add(spec)
         self._live[spec.request_id] = Progress(request, answer_of(request))
         return True

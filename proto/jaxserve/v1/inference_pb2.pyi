@@ -22,7 +22,7 @@ FINISH_REASON_ABORT: FinishReason
 FINISH_REASON_TOOL_CALLS: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "token_ids", "chat", "sampling_params", "model", "request_id", "priority", "timeout_s", "ttft_timeout_s", "cache_salt", "tenant", "add_special_tokens", "truncate_prompt_tokens", "adapter", "kv_transfer", "media")
+    __slots__ = ("text", "token_ids", "chat", "sampling_params", "model", "request_id", "priority", "timeout_s", "ttft_timeout_s", "cache_salt", "tenant", "add_special_tokens", "truncate_prompt_tokens", "adapter", "kv_transfer", "media", "whole")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class GenerateRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     KV_TRANSFER_FIELD_NUMBER: _ClassVar[int]
     MEDIA_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: TokenIds
     chat: Chat
@@ -55,7 +56,8 @@ class GenerateRequest(_message.Message):
     adapter: str
     kv_transfer: KVTransfer
     media: Media
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., ttft_timeout_s: _Optional[float] = ..., cache_salt: _Optional[str] = ..., tenant: _Optional[str] = ..., add_special_tokens: _Optional[bool] = ..., truncate_prompt_tokens: _Optional[int] = ..., adapter: _Optional[str] = ..., kv_transfer: _Optional[_Union[KVTransfer, _Mapping]] = ..., media: _Optional[_Union[Media, _Mapping]] = ...) -> None: ...
+    whole: bool
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., ttft_timeout_s: _Optional[float] = ..., cache_salt: _Optional[str] = ..., tenant: _Optional[str] = ..., add_special_tokens: _Optional[bool] = ..., truncate_prompt_tokens: _Optional[int] = ..., adapter: _Optional[str] = ..., kv_transfer: _Optional[_Union[KVTransfer, _Mapping]] = ..., media: _Optional[_Union[Media, _Mapping]] = ..., whole: _Optional[bool] = ...) -> None: ...
 
 class Media(_message.Message):
     __slots__ = ("sources", "processor_json")

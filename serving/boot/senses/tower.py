@@ -171,7 +171,7 @@ def _check_sound(config: EngineConfig, opened: Opened, built: Built, mesh: Mesh,
     for name in (*ALONE, "speculative_config"):
         if getattr(config, name) is not None:
             raise ValueError(f"{name} does not go with a model for speech yet; leave it out.")
-    if config.num_scheduler_steps > 1 or config.enable_lora or config.language_model_only:
+    if (config.num_scheduler_steps or 1) > 1 or config.enable_lora or config.language_model_only:
         raise ValueError("num_scheduler_steps, enable_lora and language_model_only do not go with a model for speech.")
     if (reason := why_not(opened)) is not None:
         raise ValueError(f"{opened.model_id} cannot be served: {reason}.")

@@ -122,8 +122,9 @@ class EngineConfig:
     policy: str = setting(
         "fcfs", "order of waiting requests", one_of(*POLICIES), Scope.SERVER, flag="--scheduling-policy"
     )
-    num_scheduler_steps: int = setting(
-        1, "decode steps in one dispatch while nothing waits: less host work, coarser streaming",
+    num_scheduler_steps: int | None = setting(
+        None, "decode steps in one dispatch while nothing waits: less host work, coarser streaming (default: 1, and up to 8 "
+        "while nobody looks at any running request before it has ended)",
         COUNT, Scope.PROGRAM, flag="", unit="steps",
     )  # fmt: skip
     prefix_first: bool = setting(

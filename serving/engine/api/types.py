@@ -71,6 +71,8 @@ class EngineRequest:
         transfer: which part of it another engine does; None for none.
         media: images whose embeddings stand in some of the prompt's places. In-process only, for engines whose
             `EngineInfo.modalities` say so.
+        whole: nobody looks at its tokens before it has ended. Those behind the first come with its last output, and a dispatch
+            may hold several steps of it.
     """
 
     request_id: str
@@ -90,6 +92,7 @@ class EngineRequest:
     turn_ends: tuple[int, ...] = ()
     transfer: TransferParams | None = None
     media: Media | None = None
+    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from serving.engine.api.types import TokenLogprobs
 from serving.engine.device.executor import Executor
-from serving.engine.device.programs.packing import pack_forward, pack_sample
+from serving.engine.device.programs.packing import forward_behind, pack_forward, pack_sample, sample_behind
 from serving.engine.device.programs.placement import on_this_process
 from serving.engine.device.programs.state import needs_loading, slot_rows
 from serving.engine.device.programs.steps import PROMPT_LOGPROB_ROWS, SampleOutput
@@ -56,6 +56,7 @@ class InFlight:
         number: of its sampling, counted from 1.
         expert_loads: int32 [layers, E] of each replica; None where the model has no experts.
         drafted: it verifies what a draft model guessed.
+        each: of several decode steps dispatched one by one: number of the sampling, tokens and loads of each.
     """
 
     plan: StepPlan
@@ -73,6 +74,7 @@ class InFlight:
     number: int = 0
     expert_loads: Any = None
     drafted: bool = False
+    each: list[tuple[int, Any, Any]] = dataclasses.field(default_factory=list[tuple[int, Any, Any]])
 
 
 class StepRunner:
@@ -150,23 +152,10 @@ class StepRunner:
         places = np.ones(len(rows), np.int64)
         places[: len(plan.drafts)] += np.fromiter(map(len, plan.drafts), np.int64, len(plan.drafts))
         if plan.num_steps > 1:
-            out = executor.execute(DecodeLoop(bucket, flat, sample_flat, plan.num_steps))
-            out.tokens_finite.copy_to_host_async()
-            number, loads = executor.num_sampled, out.loads[0] if out.loads else None
-            return InFlight(
-                plan,
-                plans,
-                bucket,
-                rows,
-                places,
-                sample_flat,
-                (),
-                [],
-                None,
-                loop_output=out.tokens_finite,
-                number=number,
-                expert_loads=loads,
-            )
+            step = InFlight(plan, plans, bucket, rows, places, sample_flat, (), [], None)
+            run = self._run_in_loop if executor.max_steps > 1 else self._run_one_by_one
+            run(step, flat)
+            return step
         drafted = self._have_drafted(plan, plans, bucket, slots)
         expert_loads = executor.execute(Forward(bucket, flat, any(r.adapter_slot for r in plan.requests), drafted))
         if expert_loads is not None:
@@ -192,6 +181,28 @@ class StepRunner:
             expert_loads=expert_loads,
             drafted=drafted,
         )
+
+    def _run_in_loop(self, step: InFlight, flat: np.ndarray) -> None:
+        """Several decode steps as one program."""
+        out = self.executor.execute(DecodeLoop(step.bucket, flat, step.sample_flat, step.plan.num_steps))
+        out.tokens_finite.copy_to_host_async()
+        step.loop_output, step.number = out.tokens_finite, self.executor.num_sampled
+        step.expert_loads = out.loads[0] if out.loads else None
+
+    def _run_one_by_one(self, step: InFlight, flat: np.ndarray) -> None:
+        """Several decode steps by the programs of one, so that none are compiled for them. Those behind the first take up where
+        the slots are."""
+        executor, bucket = self.executor, step.bucket
+        sample_flat = step.sample_flat
+        for _ in range(step.plan.num_steps):
+            loads = executor.execute(Forward(bucket, flat, False))
+            output = executor.execute(Sample(bucket.samples, sample_flat, None))
+            for told in (output.tokens_finite, *(() if loads is None else (loads,))):
+                told.copy_to_host_async()
+            step.each.append((executor.num_sampled, output.tokens_finite, loads))
+            if len(step.each) == 1:
+                flat = forward_behind(flat, bucket, executor.forward_layouts[bucket])
+                sample_flat = sample_behind(sample_flat, executor.sample_layouts[bucket.samples])
 
     def _have_drafted(self, plan: StepPlan, plans: Sequence[StepPlan], bucket: Bucket, slots: SlotTable) -> bool:
         """Has the draft model compute what it has missed, and guess where the step verifies that."""
@@ -258,7 +269,7 @@ class StepRunner:
         Args:
             mask_SW: from `new_mask`, where `step.constrained` is not empty.
         """
-        if step.loop_output is not None:
+        if step.plan.num_steps > 1:
             return
         drafted = step.bucket if step.drafted else None
         adapted = any(map(self._is_late, step.plan.sampled))
@@ -286,6 +297,8 @@ class StepRunner:
             found = found.reshape(self.executor.replicas, 2, *found.shape[1:])
             tokens, finite = np.moveaxis(found[step.rows // samples, :, :steps, step.rows % samples], 1, 0)
             return StepResult(tokens, finite != 0)
+        if step.each:
+            return self._collect_each(step)
         assert step.output is not None, "the step's sample was not dispatched"
         found = np.asarray(step.output.tokens_finite)
         self.executor.sampled(step.number, found)
@@ -303,6 +316,19 @@ class StepRunner:
                 if c.request.spec.pooling
             }
         return StepResult(tokens, finite > 0, logprobs, self._read_prompt_logprobs(step), pooled)
+
+    def _collect_each(self, step: InFlight) -> StepResult:
+        """What steps that were dispatched one by one have sampled."""
+        tokens, finite = [], []
+        for number, tokens_finite, loads in step.each:
+            found = np.asarray(tokens_finite)
+            self.executor.sampled(number, found)
+            if loads is not None:
+                self._count(loads)
+            rows = self._by_row(found)[:, step.rows]
+            tokens.append(rows[0])
+            finite.append(rows[1] != 0)
+        return StepResult(np.stack(tokens, 1), np.stack(finite, 1))
 
     @property
     def media_time_s(self) -> float:

@@ -23,7 +23,8 @@ class SchedulerConfig:
         max_chunk_rows: prompts that may have a piece in one step.
         max_model_len: tokens a sequence may have.
         policy: see policy.KEYS.
-        num_scheduler_steps: decode steps in one dispatch while nothing waits.
+        num_scheduler_steps: decode steps in one dispatch while nothing waits; None: several where nobody looks at any running
+            request before it has ended, see scheduling/lengths.py.
         prefix_first: among waiting requests of equal priority, try those with the longest cached prefix first.
         fair_share: serve the least-served tenant first, within equal priority.
         host_pages: capacity of the host tier; 0 for none.
@@ -52,7 +53,7 @@ class SchedulerConfig:
     policy: str = "fcfs"
     enable_prefix_caching: bool = True
     seed: int = 0
-    num_scheduler_steps: int = 1
+    num_scheduler_steps: int | None = None
     prefix_first: bool = False
     fair_share: bool = False
     host_pages: int = 0

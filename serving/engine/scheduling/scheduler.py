@@ -24,7 +24,7 @@ from serving.engine.requests.slots import SlotTable
 from serving.engine.scheduling.admission import Admission
 from serving.engine.scheduling.deadlines import Deadlines
 from serving.engine.scheduling.drafts.planner import DraftRows, Drafts
-from serving.engine.scheduling.masks import needs_host
+from serving.engine.scheduling.lengths import Lengths
 from serving.engine.scheduling.outputs import Outputs, add_pooled, verdict
 from serving.engine.scheduling.policy import (
     BACKGROUND_SHARE,
@@ -72,7 +72,7 @@ class Scheduler:
         self._step_id = 0
         self.only: frozenset[str] | None = None  # ids that may be admitted, while one of them is under suspicion
         self.max_tokens = config.max_num_batched_tokens
-        self.max_steps = config.num_scheduler_steps
+        self.lengths = Lengths(config, self.kv)
         self._short_of_pages: Request | None = None
         self.num_deferred = 0  # waiting requests that the last pass could not take whatever there was room for
         self._outputs = Outputs()
@@ -174,7 +174,9 @@ class Scheduler:
         if not decode and not chunks:
             return None
         drafts = self.drafts.choose(decode, self._step_id) if self.drafts and not chunks else ()
-        num_steps = 1 if chunks or drafts else self._lengthen(decode)
+        num_steps = 1
+        if not chunks and not drafts:
+            num_steps = self.lengths.choose(decode, len(self.waiting) > 0, self._step_id)
         return self._commit(decode, chunks, admitted, num_steps, drafts)
 
     def awaits(self, plan: StepPlan) -> bool:
@@ -216,13 +218,16 @@ class Scheduler:
                     outputs.append(self._end(request, FinishReason.ERROR, error=error, now=now))
                     break
                 found = None if logprobs is None else logprobs[place]
-                outputs.append(self._take_token(request, token, found, now))
+                output = self._take_token(request, token, found, now)
+                if output is not None:
+                    outputs.append(output)
         self.kv.retired(plan.step_id)
         return outputs
 
     def observe(self, plan: StepPlan, seconds: float, bucket: Bucket, host_s: float | None = None) -> None:
         """Learns what a step of a bucket costs from one that took the device `seconds`, having waited `host_s` for it."""
         self.deadlines.observe(plan, seconds)
+        self.lengths.observe(plan, seconds)
         self.kv.observe(self.deadlines.seconds_per_token)
         if self.drafts is not None and plan.num_steps == 1:
             self.drafts.costs.observe(bucket, seconds, host_s)
@@ -263,16 +268,6 @@ class Scheduler:
             unfinished = [r for r in unfinished if r.state is RequestState.RUNNING]
             rows = by_replica(decode, self.config.replicas)
         return decode, rows, unfinished
-
-    def _lengthen(self, decode: list[Request]) -> int:
-        """How many decode steps to dispatch at once: several only while nothing waits for the next one, and while every row
-        has the tokens and the pages for them."""
-        most = self.max_steps
-        if most == 1 or len(self.waiting) or any(needs_host(r) or r.adapter_slot for r in decode):
-            return 1
-        steps = min(most, *(r.tokens_left(self.config.max_model_len) for r in decode))
-        ends = [r.num_computed + steps for r in decode]
-        return steps if steps > 1 and self.kv.cover_all(decode, ends, self._step_id) else 1
 
     def _grow(self, request: Request) -> bool:
         """Pages for a running request's next position, preempting the least important other if there are none."""
@@ -367,7 +362,7 @@ class Scheduler:
     ) -> StepPlan:
         """Advances every scheduled request, as if the step had already run."""
         self._step_id += 1
-        self.counters.steps += 1
+        self.counters.steps += num_steps
         caught_up = self.drafts.committed(decode, chunks, drafts) if self.drafts is not None else ()
         positions = tuple([request.num_computed for request in decode])
         for request, guessed in zip(decode, drafts or [()] * len(decode), strict=True):
@@ -448,7 +443,9 @@ class Scheduler:
 
     # ---- what goes out ----
 
-    def _take_token(self, request: Request, token: int, logprobs: TokenLogprobs | None, now: float) -> EngineOutput:
+    def _take_token(
+        self, request: Request, token: int, logprobs: TokenLogprobs | None, now: float
+    ) -> EngineOutput | None:
         if request.state is RequestState.PREEMPTED:
             self.waiting.num_tokens += 1
         request.tokens.append(token)

@@ -190,7 +190,7 @@ class MessagesRequest(CountTokensRequest):
     def to_input(self, request_id: str) -> GenerateInput:
         given = super().to_input(request_id)
         more = {"priority": self.priority or 0, "timeout_s": self.timeout, "cache_salt": self.cache_salt}
-        return dataclasses.replace(given, clip_max_tokens=True, **more)
+        return dataclasses.replace(given, clip_max_tokens=True, whole=not self.stream, **more)
 
 
 class MessageUsage(ApiReply):

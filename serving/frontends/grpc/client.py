@@ -392,6 +392,7 @@ def _wire_request(request: EngineRequest, model: str) -> pb.GenerateRequest:
         priority=request.priority,
         cache_salt=request.cache_salt or "",
         tenant=request.tenant or "",
+        whole=request.whole,
     )
     if request.transfer is not None:
         wire.kv_transfer.CopyFrom(convert.transfer_to(request.transfer))

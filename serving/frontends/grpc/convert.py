@@ -67,6 +67,7 @@ def generate_input_from(request: pb.GenerateRequest, timeout_s: float | None, li
         tenant=request.tenant or None,
         truncate_prompt_tokens=(request.truncate_prompt_tokens if request.HasField("truncate_prompt_tokens") else None),
         transfer=transfer_from(request.kv_transfer) if request.HasField("kv_transfer") else None,
+        whole=request.whole,
     )
 
 

@@ -120,6 +120,7 @@ class GenerationFields(ApiBody):
             "truncate_prompt_tokens": -1 if self.truncate else None,
             "priority": self.priority or 0,
             "timeout_s": self.timeout,
+            "whole": not self.streams,
         }
 
     def thinking_variables(self) -> dict[str, Any]:

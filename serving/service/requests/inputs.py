@@ -50,6 +50,7 @@ class GenerateInput:
         tenant: fair-share key.
         transfer: which part of it another engine does.
         media: images and videos in the places of `token_ids` that stand for them; with `mm_processor_kwargs`.
+        whole: nobody looks at the completion before it has ended; see `EngineRequest.whole`. Its outputs are few then, and long.
     """
 
     text: str | None = None
@@ -75,6 +76,7 @@ class GenerateInput:
     images: int = 0
     mm_processor_kwargs: Mapping[str, Any] | None = None
     media: Sequence[Source] = ()
+    whole: bool = False
 
     @property
     def place(self) -> str:

@@ -98,7 +98,8 @@ class Bundle:
                     f"{flag} out, or make another bundle."
                 )
         for name in NOT_HELD:
-            if getattr(config, name) != getattr(defaults, name):
+            given = getattr(config, name)
+            if given != getattr(defaults, name) and (name, given) != ("num_scheduler_steps", 1):
                 raise ValueError(
                     f"--{name.replace('_', '-')} needs programs that bundles do not hold. Leave it or --compiled out."
                 )

@@ -6,6 +6,8 @@ The same layout object packs on the host (numpy) and unpacks inside the program 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +106,7 @@ class Layout:
 
     @property
     def size(self) -> int:
-        return sum(int(np.prod(shape)) for _, shape, _ in self.fields)
+        return self._places[-1][-1]
 
     def offset(self, name: str) -> int:
         """Where a field begins in the flat array."""
@@ -114,12 +116,20 @@ class Layout:
     def views(self, flat: np.ndarray) -> dict[str, np.ndarray]:
         """Writable views of a flat int32 array."""
         out = {}
-        offset = 0
-        for name, shape, dtype in self.fields:
-            count = int(np.prod(shape))
-            out[name] = flat[offset : offset + count].view(dtype).reshape(shape)
-            offset += count
+        for name, shape, dtype, offset, end in self._places:
+            part = flat[offset:end]
+            out[name] = (part if dtype == "int32" else part.view(dtype)).reshape(shape)
         return out
+
+    @functools.cached_property
+    def _places(self) -> tuple[tuple[str, tuple[int, ...], str, int, int], ...]:
+        """The fields, and where each begins and ends. Kept: a step asks twice."""
+        found, offset = [], 0
+        for name, shape, dtype in self.fields:
+            end = offset + math.prod(shape)
+            found.append((name, shape, dtype, offset, end))
+            offset = end
+        return tuple(found)
 
     def unpack(self, flat: jax.Array) -> dict[str, jax.Array]:
         """The same fields inside a program."""
@@ -440,6 +450,26 @@ def pack_sample(
             known += np.where(known < 0, 0, f["place_S"][: d * queries])
             for row, drafts in enumerate(plan.drafts):
                 f["draft_S"][row * queries : row * queries + len(drafts)] = drafts
+    return flat
+
+
+def forward_behind(flat: np.ndarray, bucket: Bucket, layout: Layout) -> np.ndarray:
+    """The decode step behind a packed one, of all replicas end to end: the same rows, one position on, of which only the device
+    knows."""
+    flat = flat.copy()
+    for part in flat.reshape(-1, layout.size):
+        f = layout.views(part)
+        real_B = f["decode_qlen_B"] > 0
+        f["tokens_T"][: bucket.decode][real_B] = -1
+        f["decode_start_B"][real_B] = -1
+    return flat
+
+
+def sample_behind(flat: np.ndarray, layout: Layout) -> np.ndarray:
+    """The same of what samples."""
+    flat = flat.copy()
+    for part in flat.reshape(-1, layout.size):
+        layout.views(part)["length_S"][:] = -1
     return flat
 
 

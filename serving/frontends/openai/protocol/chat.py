@@ -121,6 +121,7 @@ class ChatRequest(SamplingFields):
             cache_salt=self.cache_salt,
             mm_processor_kwargs=self.mm_processor_kwargs,
             transfer=self.kv_transfer_params and self.kv_transfer_params.to_service(),
+            whole=not self.stream,
         )
 
 

@@ -81,6 +81,7 @@ class CompletionRequest(SamplingFields):
             ttft_timeout_s=self.ttft_timeout,
             cache_salt=self.cache_salt,
             transfer=self.kv_transfer_params and self.kv_transfer_params.to_service(),
+            whole=not self.stream,
         )
 
 

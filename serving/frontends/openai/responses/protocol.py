@@ -193,6 +193,7 @@ class ResponsesRequest(ApiBody):
             if (value := getattr(self, name)) is not None
         }  # fmt: skip
         fields["messages"] = self._messages()
+        fields["stream"] = bool(self.stream or self.background)  # what runs in the background can be followed
         fields["max_completion_tokens"] = self.max_output_tokens
         if self.wants_logprobs:
             fields["logprobs"], fields["top_logprobs"] = True, self.top_logprobs or 0
