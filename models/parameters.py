@@ -9,6 +9,7 @@ from flax import nnx
 
 from models.layers import MLP, Attention, Embedding, GatedMLP, Linear, Weight
 from models.layers.moe import Experts
+from ops.linear import StoredWeight
 from ops.linear.weights.int8 import PANEL
 
 
@@ -16,6 +17,16 @@ def parameters_of(model: nnx.Module) -> Iterator[tuple[str, Weight]]:
     """(path, parameter) of every parameter, paths as in recipes."""
     for path, _ in nnx.to_flat_state(nnx.state(model, Weight)):
         yield ".".join(map(str, path)), _at(model, path)
+
+
+def forms_of(model: nnx.Module) -> list[tuple[str, str]]:
+    """(path, how it is stored) of every parameter: checkpoints of one configuration may have their weights in different blocks, and
+    a program takes those alone that it was compiled for."""
+    values = ((path, parameter.get_value()) for path, parameter in parameters_of(model))
+    return [
+        (path, value.form() if isinstance(value, StoredWeight) else f"{value.shape} {value.dtype}")
+        for path, value in values
+    ]
 
 
 def _at(node: Any, path: tuple[Any, ...]) -> Any:

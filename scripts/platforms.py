@@ -48,6 +48,9 @@ SEEN: dict[str, dict[str, dict[str, str]]] = {
         "Int8Weight": {"CPU": RUNS, "NVIDIA GPU": PLAIN, "AMD GPU": PLAIN, "TPU": PLAIN},
         "PackedInt8Weight": {"CPU": RUNS},
         "BlockWeight": {"CPU": RUNS},
+        "GroupedWeight, pallas_tpu": {"TPU": COMPILED},
+        "GroupedWeight, pallas_gpu": {"NVIDIA GPU": COMPILED, "AMD GPU": LOWERED},
+        "GroupedWeight, xla": {"CPU": RUNS, "NVIDIA GPU": PLAIN, "AMD GPU": PLAIN, "TPU": PLAIN},
     },
     "adapters beside products": {
         "native": {"CPU": RUNS},
@@ -68,14 +71,18 @@ KERNELS = {
 def bodies() -> dict[str, list[str]]:
     """The bodies of each op, best first, as the ops list them."""
     from ops import paged_attention, recurrent, sampling
-    from ops.linear.weights import DenseWeight
+    from ops.linear.weights import DenseWeight, grouped
     from ops.linear.weights.plain import KINDS
 
     return {
         "attention over pages": list(paged_attention.BACKENDS),
         "recurrent layers": list(recurrent.BACKENDS),
         "sampling": list(get_args(sampling.Body)),
-        "products": [DenseWeight.__name__, *(kind.__name__ for kind in KINDS.values())],
+        "products": [
+            DenseWeight.__name__,
+            *(kind.__name__ for kind in KINDS.values()),
+            *(f"{grouped.GroupedWeight.__name__}, {body}" for body in grouped.BODIES),
+        ],
         "adapters beside products": ["native", "xla"],
     }
 
@@ -130,8 +137,9 @@ def page() -> str:
         *(f"| {op} | `{name}` | {' | '.join(how)} |" for op, name, *how in rows()),
         "",
         "A CPU without a C++ compiler, or with `JAXSERVE_NATIVE=0`, and meshes of CPUs have the XLA bodies alone; what a",
-        "checkpoint has in blocks becomes int8 there, and on other platforms. Norms, rotary embeddings and activations are XLA's",
-        "everywhere, and so are experts of dense weights on accelerators.",
+        "checkpoint has in blocks becomes int8 there. On GPUs and TPUs it is a `GroupedWeight`, and so are float8 weights with",
+        "scales: an integer or a small float a value with the checkpoint's own scales, on meshes too. Norms, rotary embeddings",
+        "and activations are XLA's everywhere, and so are experts on accelerators, which are written out for a step's products.",
         "",
         "AMD GPUs: the extra `rocm` takes JAX's ROCm plugin. No part of it has been run on one.",
         "",

@@ -14,15 +14,15 @@ VOCAB, EMBED, FFW, LAYERS, HEADS, KV_HEADS, HEAD = 256, 48, 96, 2, 9, 3, 16
 """9 and 3 heads: no mesh of 2 or 4 divides them."""
 
 
-def write_tiny_checkpoint(folder: pathlib.Path, seed: int = 7) -> pathlib.Path:
+def write_tiny_checkpoint(folder: pathlib.Path, seed: int = 7, embed: int = EMBED, ffw: int = FFW) -> pathlib.Path:
     """Writes the model to `folder`, which must not exist. Token i is the word `w<i>`; token 1 ends a completion."""
     folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": VOCAB,
-        "hidden_size": EMBED,
-        "intermediate_size": FFW,
+        "hidden_size": embed,
+        "intermediate_size": ffw,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
@@ -40,10 +40,10 @@ def write_tiny_checkpoint(folder: pathlib.Path, seed: int = 7) -> pathlib.Path:
     def matrix(rows: int, columns: int) -> np.ndarray:
         return (random.standard_normal((rows, columns)) * columns**-0.5).astype(np.float32)
 
-    ones = np.ones(EMBED, np.float32)
+    ones = np.ones(embed, np.float32)
     tensors = {
-        "model.embed_tokens.weight": matrix(VOCAB, EMBED),
-        "lm_head.weight": matrix(VOCAB, EMBED),
+        "model.embed_tokens.weight": matrix(VOCAB, embed),
+        "lm_head.weight": matrix(VOCAB, embed),
         "model.norm.weight": ones,
     }
     for layer in range(LAYERS):
@@ -51,13 +51,13 @@ def write_tiny_checkpoint(folder: pathlib.Path, seed: int = 7) -> pathlib.Path:
         tensors |= {
             f"model.layers.{layer}.input_layernorm.weight": ones,
             f"model.layers.{layer}.post_attention_layernorm.weight": ones,
-            f"{attention}.q_proj.weight": matrix(HEADS * HEAD, EMBED),
-            f"{attention}.k_proj.weight": matrix(KV_HEADS * HEAD, EMBED),
-            f"{attention}.v_proj.weight": matrix(KV_HEADS * HEAD, EMBED),
-            f"{attention}.o_proj.weight": matrix(EMBED, HEADS * HEAD),
-            f"{mlp}.gate_proj.weight": matrix(FFW, EMBED),
-            f"{mlp}.up_proj.weight": matrix(FFW, EMBED),
-            f"{mlp}.down_proj.weight": matrix(EMBED, FFW),
+            f"{attention}.q_proj.weight": matrix(HEADS * HEAD, embed),
+            f"{attention}.k_proj.weight": matrix(KV_HEADS * HEAD, embed),
+            f"{attention}.v_proj.weight": matrix(KV_HEADS * HEAD, embed),
+            f"{attention}.o_proj.weight": matrix(embed, HEADS * HEAD),
+            f"{mlp}.gate_proj.weight": matrix(ffw, embed),
+            f"{mlp}.up_proj.weight": matrix(ffw, embed),
+            f"{mlp}.down_proj.weight": matrix(embed, ffw),
         }
     save_file(tensors, folder / "model.safetensors")
     words = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w2"))

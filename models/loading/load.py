@@ -20,7 +20,7 @@ from tqdm import tqdm
 from models.embedding_head import EmbeddingHead
 from models.layers import Build, Weight
 from models.loading import orbax
-from models.loading.coded import coded
+from models.loading.coded import coded, in_groups
 from models.loading.files.checkpoint import Checkpoint
 from models.loading.gguf.checkpoint import GGUFCheckpoint
 from models.loading.gguf.file import split_paths
@@ -29,13 +29,17 @@ from models.loading.opening import Opened, open_checkpoint
 from models.loading.source import ModelSource, resolve
 from models.loading.traced import compare
 from models.parameters import finer, parameters_of, rounded_by, tables
-from models.recipes import Recipes
+from models.recipes import Recipe, Recipes
 from ops import buffers
 from ops.buffers import owned
 from ops.experts import pack_experts
 from ops.linear import SCHEMES, StoredWeight, host_pack, pack, quantize
+from ops.linear.weights import group_pack
+from ops.linear.weights import grouped as grouped_weights
 from ops.linear.weights.base import single_cpu
 from ops.linear.weights.block_round import Finer, eight_bits, four_bits
+from ops.linear.weights.group_pack import place as place_groups
+from ops.linear.weights.grouped import GroupedWeight
 from sharding.rules import to_sharding
 
 __all__ = ["LoadedModel", "ModelSource", "load_model", "resolve"]
@@ -248,8 +252,9 @@ def fill(
         ignore = (*ignore, r"^(lm_head|output)\.weight$")
     check_tensors(recipes, checkpoint, ignore)
 
-    on_cpu = _on_one_cpu(build)
+    on_cpu, platform = _on_one_cpu(build), _platform(build)
     narrow, six = rounded_by(model, quantization), finer(model) if quantization == "int4" else {}
+    grouped = quantization in ("int4", "stored") and platform in grouped_weights.PLATFORMS
     packs = on_cpu and quantization in SCHEMES and host_pack.available()
     in_blocks: set[str] = set()
     if packs:  # without kernels blocks would be whole on each device, and dense for each product
@@ -258,6 +263,12 @@ def fill(
 
     def make(path: str) -> np.ndarray | StoredWeight:
         recipe, parameter = recipes[path], parameters[path]
+        if grouped and path in narrow:
+            weight = _in_groups(recipe, parameter, checkpoint, build, 8 if path in six else 4, quantization == "int4")
+            if weight is not None:
+                for piece in recipe.pieces:
+                    checkpoint.release(piece.name)
+                return weight
         stored = coded(recipe, parameter, checkpoint) if path in in_blocks else None
         if stored is not None:
             for piece in recipe.pieces:
@@ -279,6 +290,9 @@ def fill(
 
     def placed() -> Iterator[tuple[str, jax.Array | StoredWeight]]:
         for path, host in _read_ahead(recipes, make):
+            if isinstance(host, GroupedWeight):
+                yield path, place_groups(host, _sharding(parameters[path], build))
+                continue
             if isinstance(host, StoredWeight):
                 yield (
                     path,
@@ -288,7 +302,40 @@ def fill(
             dtype = host.dtype if path in narrow else parameters[path].get_value().dtype
             yield path, place(host, dtype, parameters[path], build)
 
-    set_values(model, placed(), quantization=quantization, progress=progress)
+    # What is not in groups beside those that are stays as it is.
+    set_values(model, placed(), quantization=None if grouped else quantization, progress=progress)
+
+
+def _platform(build: Build) -> str:
+    return jax.default_backend() if build.mesh is None else build.mesh.devices.flat[0].platform
+
+
+def _sharding(parameter: Weight, build: Build) -> NamedSharding | None:
+    axes = parameter.get_metadata()["logical_axes"]
+    return None if build.mesh is None else to_sharding(build.mesh, axes, build.rules)
+
+
+def _in_groups(
+    recipe: Recipe, parameter: Weight, checkpoint: Checkpoint, build: Build, bits: int, rounds: bool
+) -> GroupedWeight | None:
+    """A weight for accelerators as the checkpoint stores it, of numpy arrays; rounded to so many bits where it is dense there and
+    `rounds`. None where it must stay dense."""
+    rows = in_groups(recipe, parameter, checkpoint)
+    if rows is None and rounds:
+        host = parameter.from_stored(recipe.make(checkpoint.read))
+        rows = group_pack.rounded(host.reshape(-1, host.shape[-1]), bits)
+    if rows is None:
+        return None
+    shape, sharding = tuple(parameter.shape), _sharding(parameter, build)
+    device = jax.devices()[0] if build.mesh is None else build.mesh.devices.flat[0]
+    if float(getattr(device, "compute_capability", 0) or 0) >= FLOAT8_SINCE:
+        rows = group_pack.as_float8(rows)
+    cuts = 1 if sharding is None else shape[-1] // sharding.shard_shape(shape)[-1]
+    return rows.weight(shape, device.platform, cuts)
+
+
+FLOAT8_SINCE = 8.9
+"""Compute capability of NVIDIA's GPUs from which they turn float8 into wider floats by themselves; Hopper has no four bits."""
 
 
 def set_values(

@@ -200,6 +200,18 @@ class DequantizingCheckpoint:
         found = self._find(name)
         return found is not None and found[0].turned == turned and found[0].is_coded(found[1])
 
+    def narrow(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """As `models.loading.coded.NarrowCheckpoint`."""
+        found = self._find(name)
+        if found is None or not self.is_narrow(name):
+            return None
+        return _taken(found, lambda scheme, own: scheme.narrow(own))
+
+    def is_narrow(self, name: str, turned: bool = False) -> bool:
+        """As `models.loading.coded.NarrowCheckpoint`."""
+        found = self._find(name)
+        return found is not None and not turned and not found[0].turned and found[0].is_narrow(found[1])
+
     def release(self, name: str) -> None:
         found = self._find(name)
         self._inner.release(name if found is None else found[1])

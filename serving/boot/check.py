@@ -16,6 +16,7 @@ from models.loading.load import Built, build_model
 from models.loading.opening import Opened, open_checkpoint, with_mmproj
 from models.loading.source import ModelSource
 from ops import native
+from ops.linear.weights import grouped
 from ops.paged_attention import BACKENDS
 from serving.boot.draft import CheckedDraft, Target, check_draft
 from serving.boot.senses.tower import CheckedTower, check_tower
@@ -110,7 +111,9 @@ def check(config: EngineConfig, source: ModelSource, programs: pathlib.Path | No
             else f"mesh is {config.mesh}"
         )
         raise ValueError(f"kv_disk is for models whose layers all attend, on a mesh without replicas; {why}.")
-    in_blocks = count_coded(built.model, opened.checkpoint) if config.quantization == "auto" else 0
+    in_blocks = 0
+    if config.quantization == "auto":
+        in_blocks = count_coded(built.model, opened.checkpoint, narrow=platform in grouped.PLATFORMS)
     quantization = resolve_quantization(config, platform, mesh.size, in_blocks)
     more = {"draft": draft, "tower": tower}
     return Checked(config, opened, built, platform, mesh, dtype, quantization, programs, bundle, bounds, **more)

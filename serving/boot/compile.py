@@ -13,7 +13,7 @@ from typing import Any
 from models.adapters.attach import bytes_of_stacks
 from models.label_head import LabelHead
 from models.loading.load import LoadedModel
-from models.parameters import parameters_of
+from models.parameters import forms_of, parameters_of
 from ops.paged_attention import KVGroups
 from serving.boot.check import Checked, facts_of
 from serving.boot.senses.tower import CheckedTower
@@ -89,7 +89,7 @@ def compile_decoder(
     executor = Executor(
         loaded.model,
         sizes,
-        _cache(checked, loaded, sizes),
+        _cache(checked, loaded, sizes, draft),
         mesh=checked.server_mesh,
         attention_backend=config.attention_backend,
         host_tier=config.kv_offload_gb > 0,
@@ -179,7 +179,7 @@ def _bytes_of_adapters(checked: Checked, loaded: LoadedModel) -> int:
     )
 
 
-def _cache(checked: Checked, loaded: LoadedModel, sizes: Sizes) -> ProgramCache:
+def _cache(checked: Checked, loaded: LoadedModel, sizes: Sizes, draft: Any) -> ProgramCache:
     """Where the programs are looked for."""
     if checked.bundle is not None:
         checked.bundle.check(loaded.config, sizes)
@@ -195,7 +195,9 @@ def _cache(checked: Checked, loaded: LoadedModel, sizes: Sizes) -> ProgramCache:
     models = loaded.config if checked.draft is None else (loaded.config, checked.draft.facts)
     if checked.tower is not None:
         models = (models, checked.tower.built.config, checked.tower.shape)
-    return ProgramCache(checked.programs, fingerprint(checked.config, models, sizes, resolved))
+    modules = [loaded.model, draft, None if checked.tower is None else checked.tower.built.model]
+    weights = [forms_of(module) for module in modules if module is not None]
+    return ProgramCache(checked.programs, fingerprint(checked.config, (models, weights), sizes, resolved))
 
 
 def _resolved(checked: Checked) -> dict[str, Any]:
@@ -239,12 +241,12 @@ def compile_encoder(checked: Checked, loaded: LoadedModel, say: Progress) -> Com
     )
     resolved = {**dict.fromkeys(unused), **_resolved(checked), "pooling": loaded.embedding.pooling}
     began = time.monotonic()
-    tasks = checked.opened.family.tasks
+    models, tasks = (loaded.config, forms_of(loaded.model)), checked.opened.family.tasks
     labels = LabelHead.of(loaded.config) if "classify" in tasks else None
     runner = EncoderRunner(
         loaded.model,
         buckets,
-        ProgramCache(checked.programs, fingerprint(checked.config, loaded.config, buckets, resolved)),
+        ProgramCache(checked.programs, fingerprint(checked.config, models, buckets, resolved)),
         classifies=labels is not None,
         head=loaded.embedding,
         mesh=checked.server_mesh,

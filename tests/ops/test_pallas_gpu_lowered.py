@@ -10,6 +10,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ops import paged_attention
+from ops.linear import linear
+from ops.linear.kernels.coding import Coding
+from ops.linear.weights.grouped import GroupedWeight
 from ops.paged_attention import pages
 from ops.paged_attention.batch import AttentionBatch, KVSpec
 from serving.plan import chips, topology
@@ -121,3 +124,57 @@ def test_compiles_in_place(name, chip):
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= held
     assert memory.temp_size_in_bytes < held, "the program keeps a second copy of the pages"
+
+
+E2M1 = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
+WEIGHTS = {
+    "four": (4096, 6144, Coding(32, 32, 8), "int8", True),
+    "awq": (8960, 1536, Coding(128, 64), "int8", True),
+    "nvfp4": (2880, 2880, Coding(16, 16, table=E2M1), "int8", False),
+    "six": (1536, 8960, Coding(16, zero=32), "int8", False),
+    "fp8_blocks": (7168, 2112, Coding(128), "float8_e4m3fn", False),
+    "fp8_rows": (14336, 4096, Coding(14336), "float8_e4m3fn", False),
+}
+"""Inputs, channels, coding, dtype of values, and whether there are offsets, as today's checkpoints have them."""
+
+
+def weight_of(name: str, platform: str, place=None) -> GroupedWeight:
+    """One of WEIGHTS without content."""
+    I, O, coding, dtype, offsets = WEIGHTS[name]
+
+    def array(kind, *dims):
+        return jax.ShapeDtypeStruct(dims, kind, sharding=place)
+
+    values = array(jnp.dtype(dtype), I // 2 if coding.half else I, O)
+    scale = array(jnp.float32, I // coding.group, O)
+    return GroupedWeight(values, scale, scale if offsets else None, None, coding, platform)  # pyright: ignore[reportArgumentType]
+
+
+@needs_lowering
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_in_groups_are_multiplied_by_a_kernel(name, rows):
+    made = weight_of(name, "gpu")
+    x = jax.ShapeDtypeStruct((rows, made.shape[1]), jnp.bfloat16)
+    for platform in ("cuda", "rocm"):
+        text = jax.jit(linear).trace(x, made).lower(lowering_platforms=(platform,)).as_text()
+        assert 'name = "grouped_product' in text
+        assert f"{made.shape[1]}x{made.shape[0]}xbf16" not in text, "the whole weight is written out"
+
+
+@pytest.mark.skipif(
+    not topology.gpu_compiler(), reason="JAX's CUDA plugin, which has the GPU compiler, is not installed"
+)
+@pytest.mark.parametrize("chip", ["a100:1", "h200:1"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_in_groups_compile(name, chip):
+    if chip.startswith("a100") and "fp8" in name:
+        pytest.skip("sm_80 has no e4m3")
+    target = chips.parse_target(chip)
+    topology.prepare([target])
+    here = NamedSharding(Mesh(np.array(topology.devices(target)), ("model",)), PartitionSpec())
+    made = weight_of(name, "gpu", here)
+    for rows in (1, 300):
+        x = jax.ShapeDtypeStruct((rows, made.shape[1]), jnp.bfloat16, sharding=here)
+        compiled = jax.jit(linear).lower(x, made).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < made.values.size, "the whole weight is written out"

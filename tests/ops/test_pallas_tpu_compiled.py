@@ -13,9 +13,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ops import paged_attention
+from ops.linear import linear
 from ops.paged_attention import pages
 from ops.paged_attention.batch import AttentionBatch, KVSpec
 from serving.plan import chips, topology
+from tests.ops.test_pallas_gpu_lowered import WEIGHTS, weight_of
 
 pytestmark = pytest.mark.skipif(
     not topology.tpu_compiler(), reason="libtpu, which has the TPU compiler, is not installed"
@@ -87,3 +89,18 @@ def test_compiles_in_place(chip, name):
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= held
     assert memory.temp_size_in_bytes < held, "the program keeps a second copy of the pages"
+
+
+@pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_in_groups(chip, name):
+    """Read in few bits, and never written out."""
+    target = chips.parse_target(chip)
+    topology.prepare([target])
+    here = NamedSharding(Mesh(np.array(topology.devices(target)[:1]), ("model",)), PartitionSpec())
+    made = weight_of(name, "tpu", here)
+    for rows in (1, 300) if chip.startswith("v5e") else (16,):
+        x = jax.ShapeDtypeStruct((rows, made.shape[1]), jnp.bfloat16, sharding=here)
+        compiled = jax.jit(linear).lower(x, made).compile()
+        assert "tpu_custom_call" in compiled.as_text()
+        assert compiled.memory_analysis().temp_size_in_bytes < made.values.size // 4

@@ -59,6 +59,23 @@ class Scaled(Scheme):
         dense = scaled(values, scale, None if zero is None else as_matrix(zero.astype(np.float32)), *blocks)
         return with_columns(dense, self.optional(own.removesuffix("weight") + "pre_quant_scale"))
 
+    def is_narrow(self, own: str) -> bool:
+        smoothed = self.has(own.removesuffix("weight") + "pre_quant_scale")
+        return len(self.tensors.shape(own)) == 2 and not smoothed and not self.has(f"{own}_zero_point")
+
+    def narrow(self, own: str) -> tuple[np.ndarray, np.ndarray] | None:
+        name = self._scale_of(own)
+        assert name is not None
+        values, scale = self.need(own), self.need(name)
+        scale = as_matrix(np.squeeze(scale) if scale.ndim > 2 else scale)
+        if name.endswith("SCB"):
+            scale = scale / np.float32(127)
+        down, across = block_of(values.shape, scale.shape, self._block)
+        O, I = values.shape
+        if across < I and I % across:
+            return None
+        return values, np.repeat(scale, down, axis=0)[:O]
+
     def _stack(self, values_EOI: np.ndarray, scale: np.ndarray) -> np.ndarray:
         """Matrices of experts, each with its own scales, or all with one."""
         out = np.empty(values_EOI.shape, np.float32)

@@ -51,6 +51,15 @@ class Scheme:
         """Whether it has an exact form in blocks, as far as headers say it."""
         return False
 
+    def narrow(self, own: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """The tensor as it is stored in float8 or signed bytes, and a float32 scale for each group of neighbours of a row,
+        [O, groups]; None where it is not that alone. Only of what `is_narrow`."""
+        return None
+
+    def is_narrow(self, own: str) -> bool:
+        """Whether it is that, as far as headers say it."""
+        return False
+
     def _is_coded(self, columns: int, groups: int) -> bool:
         group = self.group_of(columns, groups)
         return isinstance(group, int) and block_of(group, columns) is not None

@@ -137,6 +137,15 @@ class StoredWeight(abc.ABC):
         """The partition specs of its arrays, in its own structure, where the dense weight's is `whole`."""
         raise NotImplementedError(f"{type(self).__name__} lies on one device.")
 
+    def form(self) -> str:
+        """What programs that multiply with it are compiled for besides its arrays' content: of two weights of the same form either
+        may take the other's place."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
+        arrays = {
+            name: (tuple(value.shape), str(value.dtype)) for name, value in fields.items() if hasattr(value, "ndim")
+        }
+        return f"{type(self).__name__}{fields | arrays}"
+
     def packed(self) -> StoredWeight:
         """The same weight in the layout of this machine's fastest product; itself where there is no other."""
         return self

@@ -74,8 +74,9 @@ class EngineConfig:
     quantization: str = setting(
         "auto",
         "of the weights; auto is int8 on a CPU with native kernels (when --dtype is auto too), or as stored where a checkpoint has "
-        "300 million weights or more in blocks (int8 is then faster for many requests at once and for long prompts), and none "
-        "elsewhere; int4 keeps blocks as they are and rounds other weights to four bits, some to six",
+        "300 million weights or more in blocks (int8 is then faster for many requests at once and for long prompts), on GPUs and "
+        "TPUs as stored where most of a checkpoint is in few bits, and none elsewhere; int4 keeps blocks as they are and rounds "
+        "other weights to four bits, some to six",
         one_of(*QUANTIZATIONS, none="none"), Scope.PROGRAM, section="model", flag="", bundled=True,
     )  # fmt: skip
     kv_cache_dtype: str = setting(

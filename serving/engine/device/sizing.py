@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from models.api import CausalLM
 from ops import native
+from ops.linear.weights import grouped
 from ops.paged_attention import (
     KVGroups,
     KVSpec,
@@ -55,13 +56,16 @@ def resolve_quantization(config: EngineConfig, platform: str, devices: int, in_b
     """The weights' scheme. `auto` is int8 where that is both fastest and within 1 % of float32's perplexity: on one CPU
     device with vectorized native kernels (docs/benchmarks/notes_matmul.md), when the dtype is left open too. A large model that a
     checkpoint has in blocks stays as it is stored where there is VNNI: nothing is rounded a second time, and one row, which waits
-    for the weights, has fewer bytes to wait for. Small ones gain nothing by it, and adapters are int8's.
+    for the weights, has fewer bytes to wait for. Small ones gain nothing by it, and adapters are int8's. On GPUs and TPUs what
+    a checkpoint has in few bits stays so.
 
     Args:
         in_blocks: weights that would stay as the checkpoint has them, where all would that count.
     """
     if config.quantization != "auto":
         return None if config.quantization == "none" else config.quantization
+    if platform in grouped.PLATFORMS:
+        return "stored" if in_blocks else None
     if not (platform == "cpu" and devices == 1 and config.dtype == "auto" and native.available()):
         return None
     isa = native.isa()

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from models.layers import weight
+from models.loading.coded import in_groups
 from models.loading.files.safetensors import SafetensorsCheckpoint
 from models.loading.load import load_model, resolve
 from models.loading.packed.arrays import unpack
 from models.loading.quantized import open_quantized
+from models.recipes import one
 from ops import native
 from ops.linear.weights.block_pack import pack as pack_blocks
 from tests.models.loading.test_load import HF, tensors
@@ -76,7 +79,20 @@ def check(checkpoint, wanted, name="a.weight", turned=False):
         rows = rows.reshape(-1, rows.shape[-1])
         kept = pack_blocks([coded], np.zeros(len(rows), int), np.arange(len(rows)))
         np.testing.assert_allclose(kept.dequantize(), rows, rtol=1e-6, atol=2e-6 * np.abs(wanted).max())
+    check_groups(checkpoint, wanted, name)
     return found
+
+
+def check_groups(checkpoint, wanted, name):
+    """What accelerators compute with stands for the same numbers."""
+    if wanted.ndim != 2:
+        return
+    rows = in_groups(one(name, *wanted.shape), weight(wanted.shape, np.float32, (None, None)), checkpoint)
+    made = None if rows is None else rows.weight(wanted.shape, "cpu")
+    if made is not None:
+        np.testing.assert_allclose(made.dequantize(), wanted, rtol=1e-6, atol=2e-6 * np.abs(wanted).max())
+    elif native.available() and wanted.shape == (O, I):
+        assert not checkpoint.is_coded(name) and not checkpoint.is_narrow(name)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

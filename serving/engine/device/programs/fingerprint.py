@@ -20,7 +20,7 @@ def fingerprint(config: EngineConfig, model_config: Any, shapes: Any, resolved: 
     """Of everything that decides an engine's programs.
 
     Args:
-        model_config: the model's own numbers.
+        model_config: the models' own numbers, and how their weights are stored.
         shapes: what steps or batches are padded to.
         resolved: setting -> what it came to, where the configuration leaves it open; settings that `shapes` holds may be None.
     """

@@ -1,0 +1,290 @@
+"""Weights in groups made on the host: from what a checkpoint has in blocks or in float8, exactly, or by rounding dense ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ops.linear.kernels.coding import Coding
+from ops.linear.weights.blocks import CHUNK, LINE, NEST, PANEL, PANELS, SCALES, TABLES, BlockWeight, Form, chunks
+from ops.linear.weights.grouped import GroupedWeight, Place
+from ops.linear.weights.rotation import BLOCK, rotate
+
+LEAST_GROUP = 16
+"""Inputs that must share a scale: the smallest dot of a GPU."""
+MOST_HALF = 64
+"""Inputs in the lower halves of a run of bytes at most."""
+FLOATS = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+"""What values may be besides integers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A weight's rows on the host: w = (value - zero) * scale + offset.
+
+    Attributes:
+        values_OI: uint8 codes of four bits, int8, or float8.
+        scale_OG, offset_OG: float32; a group has I / G inputs.
+        bits: 4 or 8.
+        zero, table: as of `Coding`.
+        order_I, rotated: as of `GroupedWeight`.
+    """
+
+    values_OI: np.ndarray
+    scale_OG: np.ndarray
+    offset_OG: np.ndarray | None
+    bits: int
+    zero: int = 0
+    table: tuple[float, ...] | None = None
+    order_I: np.ndarray | None = None
+    rotated: bool = False
+
+    def weight(self, shape: tuple[int, ...], platform: str, cuts: int = 1) -> GroupedWeight | None:
+        """The weight of these rows, of numpy arrays; None where its groups are too small to compute with.
+
+        Args:
+            shape: of the dense weight: [O, I], or [E, O, I] of a stack whose rows lie one behind the other.
+            cuts: into how many parts devices cut its inputs.
+        """
+        I = shape[-1]
+        if I % cuts or I % self.scale_OG.shape[1]:
+            return None
+        piece = I // cuts
+        group = math.gcd(I // self.scale_OG.shape[1], piece)
+        if group < LEAST_GROUP or (cuts > 1 and self.order_I is not None):
+            return None
+        half = 0
+        if self.bits == 4:
+            half = math.gcd(group, MOST_HALF)
+            while half >= LEAST_GROUP and piece % (2 * half):
+                half //= 2
+            if half < LEAST_GROUP and self.table is not None:
+                return None
+            half = half if half >= LEAST_GROUP else 0
+        values = self.values_OI.reshape(*shape[:-1], I)
+        if half:
+            runs = values.reshape(*shape[:-1], I // (2 * half), 2, half)
+            values = (runs[..., 0, :] | runs[..., 1, :] << 4).reshape(*shape[:-1], I // 2)
+        values = np.ascontiguousarray(values.swapaxes(-1, -2))
+        again = I // group // self.scale_OG.shape[1]  # a scale's group may be wider than what a device has of it
+
+        def numbers(array_OG: np.ndarray | None) -> Any:
+            if array_OG is None:
+                return None
+            narrow = array_OG.astype(ml_dtypes.bfloat16)
+            array_OG = narrow if (narrow.astype(np.float32) == array_OG).all() else array_OG
+            return np.ascontiguousarray(np.repeat(array_OG, again, axis=1).reshape(*shape[:-1], -1).swapaxes(-1, -2))
+
+        kept: Any = values.view(np.int8) if values.dtype == np.uint8 else values
+        coding = Coding(group, half, self.zero, self.table)
+        order: Any = None if self.order_I is None else self.order_I.astype(np.int32)
+        parts = numbers(self.scale_OG), numbers(self.offset_OG), order
+        return GroupedWeight(kept, *parts, coding, platform, self.rotated)
+
+
+def rows_of_blocks(weight: BlockWeight) -> Rows | None:
+    """What a weight in blocks of numpy arrays has, exactly; None where its stretches have no form in common."""
+    forms = weight.forms
+    alike = {form.table for form in forms}
+    bits = 4 if all(form.bits == 4 for form in forms) and len(alike) == 1 else 8
+    if bits == 8 and alike & {"nf4", "fp4"}:
+        return None
+    entries = TABLES[next(iter(alike))] if bits == 4 else None
+    parts = [_stretch(weight, index, entries is not None, bits) for index in range(len(weight.stretches))]
+    counts = [scale_OG.shape[1] for _, scale_OG, _, _ in parts]
+    if any(max(counts) % count for count in counts):
+        return None
+    zeros = {zero for *_, zero in parts}
+    zero = zeros.pop() if len(zeros) == 1 else 0
+    scales, offsets = [], []
+    for _, scale_OG, offset_OG, own in parts:
+        offset_OG = offset_OG - scale_OG * np.float32(own - zero)
+        again = max(counts) // scale_OG.shape[1]
+        scales.append(np.repeat(scale_OG, again, axis=1))
+        offsets.append(np.repeat(offset_OG, again, axis=1))
+    O, offset_OG = weight.shape[0], np.concatenate(offsets)
+    return Rows(
+        np.concatenate([codes_OI for codes_OI, *_ in parts])[:O],
+        np.concatenate(scales)[:O],
+        offset_OG[:O] if offset_OG.any() else None,
+        bits,
+        zero,
+        None if entries is None else tuple(float(entry) for entry in entries),
+        None if weight.order_I is None else np.asarray(weight.order_I),
+        weight.rotated,
+    )
+
+
+def _stretch(
+    weight: BlockWeight, index: int, is_table: bool, bits: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """(codes [O, I], scales and offsets float32 [O, G], what is taken off each code) of a stretch of a weight's rows.
+
+    Args:
+        is_table: codes stay what a table is asked for.
+        bits: 8 makes them signed bytes.
+    """
+    stretch, inputs = weight.stretches[index], weight.shape[1]
+    form, bytes_N = stretch.form, np.asarray(weight.bytes_N)
+    size, begin = form.panel_bytes(inputs), stretch.offset
+    found: list[list[np.ndarray]] = []
+    whole, rest = divmod(stretch.panels, PANELS)
+    for groups, of in ((whole, PANELS), (1, rest)):
+        if groups * of:
+            end = begin + groups * of * size
+            found.append(_panels(bytes_N[begin:end].reshape(groups, of * size), of, form, inputs))
+            begin = end
+    codes, scale, offset = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    if form.offset == "zero_point":
+        offset = -offset * scale
+    elif form.offset == "nested_u8":
+        offset = -offset
+    if bits == 4:
+        return codes, scale, offset, 0 if is_table else form.zero
+    entries = TABLES[form.table]
+    if entries is not None:
+        return np.array(entries, np.int8)[codes], scale, offset, 0
+    shift = 128 if form.bits == 8 else 0
+    return (codes.astype(np.int16) - shift).astype(np.int8), scale, offset, form.zero - shift
+
+
+def _panels(bytes_GN: np.ndarray, of: int, form: Form, inputs: int) -> list[np.ndarray]:
+    """Codes, scales and offsets of groups of `of` panels, a row a channel."""
+    P, begin = len(bytes_GN) * of, 0
+    codes, scales, offsets = [], [], []
+    for _, count in chunks(inputs):
+        first, nested, more, head, lines = form.chunk_parts(count)
+        head_PN = bytes_GN[:, begin : begin + of * head].reshape(P, head)
+        begin += of * head
+        lines_GLp = bytes_GN[:, begin : begin + of * lines * LINE].reshape(-1, lines, of, PANEL, 4)
+        begin += of * lines * LINE
+        codes.append(_codes(lines_GLp.swapaxes(1, 2).reshape(P, lines, PANEL, 4), form.bits, count))
+        scales.append(_numbers(form.scale, head_PN[:, :first], head_PN[:, nested:more], form.block, count))
+        offsets.append(_numbers(form.offset, head_PN[:, first:nested], head_PN[:, more:], form.block, count))
+    scale_PcG = np.concatenate(scales, axis=-1) * np.float32(2.0**form.power)
+    offset_PcG = np.zeros_like(scale_PcG) if form.offset == "none" else np.concatenate(offsets, axis=-1)
+    codes_OI = np.concatenate(codes, axis=-1).reshape(P * PANEL, -1)[:, :inputs]
+    return [codes_OI, scale_PcG.reshape(len(codes_OI), -1), offset_PcG.reshape(len(codes_OI), -1)]
+
+
+def _codes(lines_PLc4: np.ndarray, bits: int, inputs: int) -> np.ndarray:
+    """uint8 [P, 16, inputs]."""
+    P = len(lines_PLc4)
+    if bits == 8:
+        quads = lines_PLc4
+    elif bits == 4:
+        quads = np.stack([lines_PLc4 & 15, lines_PLc4 >> 4], axis=2).reshape(P, inputs // 4, PANEL, 4)
+    else:
+        three = lines_PLc4.reshape(P, inputs // 16, 3, PANEL, 4)
+        fourth = (three[:, :, 0] >> 6) | (three[:, :, 1] >> 6) << 2 | (three[:, :, 2] >> 6) << 4
+        quads = np.concatenate([three & 63, fourth[:, :, None]], axis=2).reshape(P, inputs // 4, PANEL, 4)
+    return quads.swapaxes(1, 2).reshape(P, PANEL, inputs)
+
+
+def _numbers(kind: str, bytes_PN: np.ndarray, nested_PN: np.ndarray, block: int, inputs: int) -> np.ndarray:
+    """Float32 [P, 16, blocks], unsigned."""
+    P, size = len(bytes_PN), SCALES[kind]
+    if not size:
+        return np.zeros((P, PANEL, 0), np.float32)
+    bytes_PN = np.ascontiguousarray(bytes_PN)
+    if size > 1:
+        wide = bytes_PN.view(jnp.dtype(kind)).reshape(P, -1, PANEL).astype(np.float32)
+    elif kind == "power":
+        wide = (bytes_PN.reshape(P, -1, PANEL).astype(np.uint32) << 23).view(np.float32)
+    else:
+        wide = bytes_PN.reshape(P, -1, PANEL).view(np.int8 if kind == "nested_s8" else np.uint8).astype(np.float32)
+    if kind.startswith("nested"):
+        nests = -(-inputs // NEST) * PANEL * 2
+        halves = np.ascontiguousarray(nested_PN[:, :nests]).view(np.float16).reshape(P, -1, PANEL).astype(np.float32)
+        wide = wide * np.repeat(halves, NEST // min(block, CHUNK), axis=1)[:, : wide.shape[1]]
+    return wide.swapaxes(1, 2)
+
+
+def as_float8(rows: Rows) -> Rows:
+    """Four-bit floats as float8 with the same scales, exactly: what a GPU turns into other floats by one instruction. Other rows as
+    they are."""
+    if rows.table is None or rows.table != tuple(float(entry) for entry in TABLES["e2m1"] or ()):
+        return rows
+    values = np.array(rows.table, FLOATS[0])[rows.values_OI]
+    return dataclasses.replace(rows, values_OI=values, bits=8, table=None)
+
+
+SHRUNK = (0.0, 0.05, 0.1, 0.15)
+"""Parts of a group's range, half of them at either end, that `rounded` tries to leave out."""
+GROUP = 32
+
+
+def rounded(weight_OI: np.ndarray, bits: int) -> Rows | None:
+    """Dense rows rounded to four or eight bits in groups of 32 with bfloat16 scales and, in four bits, offsets: five bits a weight,
+    or eight and a half. Rotated where its inputs are whole blocks of 64. None where inputs are no whole groups."""
+    O, I = weight_OI.shape
+    if I % GROUP:
+        return None
+    values = np.empty((O, I), np.uint8 if bits == 4 else np.int8)
+    scale, offset = np.empty((O, I // GROUP), np.float32), np.empty((O, I // GROUP), np.float32)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        for first in range(0, O, 1024):
+            to = slice(first, first + 1024)
+            part = jnp.asarray(np.asarray(weight_OI[to], np.float32))
+            part = rotate(part) if I % BLOCK == 0 else part
+            found = (_to_four if bits == 4 else _to_eight)(part.reshape(len(part), -1, GROUP))
+            values[to] = np.asarray(found[0]).reshape(len(part), I)
+            scale[to], offset[to] = (np.asarray(one)[..., 0] for one in found[1:])
+    return Rows(values, scale, offset if bits == 4 else None, bits, rotated=I % BLOCK == 0)
+
+
+def _bf16(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+@jax.jit
+def _to_four(x_OGi: jax.Array) -> tuple[jax.Array, ...]:
+    low, high = x_OGi.min(-1, keepdims=True), x_OGi.max(-1, keepdims=True)
+
+    def attempt(part: float) -> tuple[jax.Array, ...]:
+        cut = (high - low) * (part / 2)
+        scale = _bf16((high - low - 2 * cut) / 15)
+        offset = _bf16(low + cut)
+        values = jnp.clip(jnp.round((x_OGi - offset) / jnp.where(scale > 0, scale, 1)), 0, 15)
+        offset = _bf16((x_OGi - values * scale).mean(-1, keepdims=True))
+        return ((values * scale + offset - x_OGi) ** 2).sum(-1, keepdims=True), values, scale, offset
+
+    best = attempt(SHRUNK[0])
+    for part in SHRUNK[1:]:
+        new = attempt(part)
+        best = tuple(jnp.where(new[0] < best[0], *pair) for pair in zip(new, best, strict=True))
+    return best[1].astype(jnp.uint8), best[2], best[3]
+
+
+@jax.jit
+def _to_eight(x_OGi: jax.Array) -> tuple[jax.Array, ...]:
+    scale = _bf16(jnp.abs(x_OGi).max(-1, keepdims=True) / 127)
+    values = jnp.clip(jnp.round(x_OGi / jnp.where(scale > 0, scale, 1)), -127, 127)
+    return values.astype(jnp.int8), scale, jnp.zeros_like(scale)
+
+
+def place(weight: GroupedWeight, sharding: NamedSharding | None) -> GroupedWeight:
+    """A weight of numpy arrays on its devices.
+
+    Args:
+        sharding: of the dense weight; None for the default device.
+    """
+    if sharding is None:
+        return jax.device_put(weight)
+    mesh = sharding.mesh
+    axes = tuple(sharding.spec) + (None,) * (len(weight.shape) - len(sharding.spec))
+    specs = weight.specs(PartitionSpec(*axes))
+
+    def put(host: Any, spec: PartitionSpec) -> jax.Array:
+        own = NamedSharding(mesh, spec)
+        return jax.make_array_from_callback(host.shape, own, lambda index: np.ascontiguousarray(host[index]))
+
+    placed = jax.tree.map(put, weight, specs)
+    return dataclasses.replace(placed, place=Place(mesh, axes) if mesh.size > 1 else None)  # pyright: ignore[reportArgumentType]
