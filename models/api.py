@@ -87,9 +87,11 @@ class Cross:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens_T", "positions_T", "attention", "embeddings", "adapter_T", "recurrent", "cross"],
+    data_fields=[
+        "tokens_T", "positions_T", "attention", "embeddings", "adapter_T", "recurrent", "cross", "last_R", "asked_T",
+    ],
     meta_fields=["taps"],
-)
+)  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Step:
     """What a forward pass computes: T tokens, B decode rows of Q places each and then C chunk tokens, see AttentionBatch.
@@ -104,6 +106,9 @@ class Step:
         adapter_T: int32, the slot of each token's adapter; 0 for none.
         recurrent: which tokens belong to which state, where layers keep some.
         cross: what layers attend to besides, where some do.
+        last_R: int32, of each piece of a prompt how many of its last tokens' hidden states anybody reads; those of the others are
+            arbitrary then, but finite. None where all are read.
+        asked_T: bool, in steps of layers behind which only some tokens' hidden states matter: which ones.
         taps: static. Layers whose input the result is to hold; the number of layers for what enters the final norm.
     """
 
@@ -114,6 +119,8 @@ class Step:
     adapter_T: jax.Array | None = None
     recurrent: RecurrentBatch | None = None
     cross: Cross | None = None
+    last_R: jax.Array | None = None
+    asked_T: jax.Array | None = None
     taps: tuple[int, ...] = ()
 
     def real(self) -> jax.Array | None:
@@ -123,9 +130,24 @@ class Step:
     def by_group(self) -> tuple[Step, ...]:
         """The step as the layers of each attention group see it."""
         return tuple(
-            dataclasses.replace(self, attention=attention, embeddings=None, taps=())
+            dataclasses.replace(self, attention=attention, embeddings=None, last_R=None, taps=())
             for attention in self.attention.by_group()
         )
+
+    def at_end(self) -> tuple[Step, ...]:
+        """`by_group` for the last layer that keeps anything and those behind it: only tokens whose hidden states are read attend,
+        and their rows alone need be right. K and V of all are written."""
+        if self.last_R is None or self.taps:
+            return self.by_group()
+        found: list[Step] = []
+        for step in self.by_group():
+            attention, asked_T = step.attention.last(self.last_R)
+            found.append(dataclasses.replace(step, attention=attention, asked_T=asked_T))
+        return tuple(found)
+
+    def asked(self, x_TD: jax.Array) -> jax.Array:
+        """x, with zeros for tokens whose hidden states nobody reads from here on: kernels multiply no rows of zeros."""
+        return x_TD if self.asked_T is None else jnp.where(self.asked_T[:, None], x_TD, 0)
 
 
 @functools.partial(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models import expert_loads
 from models.api import KVCache, Result, StateSpec, Step
 from models.config import ModelConfig
 from models.kept import Cache, Kept
@@ -54,7 +55,7 @@ class Decoder(nnx.Module):
         return self.kept.state_specs
 
     def forward(self, step: Step, cache: KVCache) -> Result:
-        steps, parts = step.by_group(), Cache(self.kept, step.attention, cache)
+        steps, ends, parts = step.by_group(), step.at_end(), Cache(self.kept, step.attention, cache)
         x_TD = self.embed_tokens(step)
         if (real_T := step.real()) is not None:  # kernels that multiply no rows of zeros then compute no padding
             x_TD = jnp.where(real_T[:, None], x_TD, 0)
@@ -63,9 +64,10 @@ class Decoder(nnx.Module):
         for index, layer in enumerate(self.layers):
             entered.append(x_TD)
             group, kept = parts.of(index)
-            x_TD, kept, ids, *handed = run_layer(*nnx.split(layer), x_TD, steps[group], kept, *beside[index], *handed)
+            its = (steps if index < self.kept.last else ends)[group]
+            x_TD, kept, ids, *handed = run_layer(*nnx.split(layer), x_TD, its, kept, *beside[index], *handed)
             parts.put(index, kept)
-            visited += ids
+            visited += ids if its.asked_T is None else expert_loads.of_asked(ids, its.asked_T)
             if step.embeddings is not None:
                 x_TD = step.embeddings.added(x_TD, index)
         taps = tuple([*entered, x_TD][index] for index in step.taps)

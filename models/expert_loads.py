@@ -15,11 +15,21 @@ def shape(config: Any) -> tuple[int, int] | None:
     return (sum(moe.layers), moe.num_experts) if moe is not None and any(moe.layers) else None
 
 
+def of_asked(visited: tuple[jax.Array, ...], asked_T: jax.Array) -> tuple[jax.Array, ...]:
+    """The same ids with ones of no expert for tokens that a layer has not computed."""
+
+    def of_layer(ids: jax.Array) -> jax.Array:
+        ids_Tk = ids.reshape(asked_T.shape[0], -1)
+        return jnp.where(asked_T[:, None], ids_Tk, jnp.iinfo(jnp.int32).max).reshape(ids.shape)
+
+    return tuple(map(of_layer, visited))
+
+
 def count(visited: Sequence[jax.Array], num_experts: int, real_T: jax.Array) -> jax.Array:
     """int32 [layers with experts, E]: how many of the real tokens visit each.
 
     Args:
-        visited: `Result.visited`; one a layer at least.
+        visited: `Result.visited`; one a layer at least. What is no expert's id counts for none.
         real_T: bool; False for padding.
     """
     one_T1 = real_T.astype(jnp.int32)[:, None]

@@ -42,6 +42,12 @@ class Kept:
         return cls(tuple(specs), tuple(pages), tuple(tuple(_said(layer, "state_specs") or ()) for layer in layers))
 
     @property
+    def last(self) -> int:
+        """The last layer that keeps anything of its own: what leaves it, and those behind it, is for hidden states alone."""
+        own = [self.pages.index(place) for place in range(len(self.specs))]
+        return max([*own, *(layer for layer, specs in enumerate(self.states) if specs)], default=0)
+
+    @property
     def state_specs(self) -> tuple[StateSpec, ...]:
         """All arrays of states under names that are unique in the model."""
         return tuple(

@@ -40,6 +40,7 @@ class Cohere2Layer(nnx.Module):
     def __call__(self, x_TD: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
         normed_TD = self.norm(x_TD)
         x_TD, kv = self.attn(normed_TD, step, kv, residual_TD=x_TD)
+        normed_TD, x_TD = step.asked(normed_TD), step.asked(x_TD)
         x_TD, visited = self.mlp(normed_TD, step, residual_TD=x_TD)
         return x_TD, kv, visited
 

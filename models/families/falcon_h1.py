@@ -90,7 +90,7 @@ class FalconH1Layer(Layer):
         normed_TD = self.attn_norm(x_TD)
         mixed_TD, states = self.mamba(normed_TD * mamba_in, step, states)
         attended_TD, pages = self.attn(normed_TD * attn_in, step, pages)
-        x_TD = x_TD + mixed_TD * mamba_out + attended_TD * attn_out
+        x_TD = step.asked(x_TD + mixed_TD * mamba_out + attended_TD * attn_out)
         x_TD, visited = self.mlp(x_TD, step, norm=self.mlp_norm, residual_TD=x_TD)
         return x_TD, (pages, states), visited
 

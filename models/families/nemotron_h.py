@@ -121,6 +121,7 @@ class NemotronLayer(nnx.Module):
 
     def __call__(self, x_TD: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
         if self.kind in ("moe", "mlp"):
+            x_TD = step.asked(x_TD)
             x_TD, visited = self.block(x_TD, step, norm=self.norm, residual_TD=x_TD)
             return x_TD, kv, visited
         x_TD, kv = self.block(x_TD, step, kv, norm=self.norm, residual_TD=x_TD)

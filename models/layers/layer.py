@@ -44,6 +44,7 @@ class Layer(nnx.Module):
     def __call__(self, x_TD: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
         """x, what the layer keeps, and the experts that each token visited where it has some (see `Result.visited`)."""
         x_TD, kv = self.attn(x_TD, step, kv, norm=self.attn_norm, residual_TD=x_TD)
+        x_TD = step.asked(x_TD)
         x_TD, visited = self.mlp(x_TD, step, norm=self.mlp_norm, residual_TD=x_TD)
         return x_TD, kv, visited
 

@@ -177,18 +177,17 @@ ffi::Error run_step(ffi::ThreadPool& threads, const Step& step, const Pool& pool
     if (qlen == 0) continue;
     if (qlen < 0 || qlen > len || len > chunk.width * limit || start < 0 || start + qlen > C)
       return ffi::Error::InvalidArgument("a chunk outside its step or its page table");
-    for (int64_t j = 0; j < qlen; ++j) {
-      if (write) writes.push_back(first_chunk + start + j);
-      real[start + j] = 1;
-    }
+    std::fill_n(real.begin() + start, qlen, 1);
     pairs += qlen * std::min<int64_t>(len, pool.window);
     for (int head = 0; head < K; ++head)
       for (int64_t first = (qlen - 1) / tile_tokens * tile_tokens; first >= 0; first -= tile_tokens)
         chunk_items.push_back({static_cast<int32_t>(r), head, static_cast<int32_t>(first),
                                static_cast<int32_t>(std::min<int64_t>(tile_tokens, qlen - first))});
   }
-  for (size_t i = 0; i < real.size(); ++i)
+  for (int64_t i = 0; i < C; ++i) {
     if (!real[i]) std::memset(step.out + (first_chunk + i) * token_floats, 0, sizeof(float) * token_floats);
+    if (write && step.index[first_chunk + i] > 0) writes.push_back(first_chunk + i);  // some are kept and attend to nothing
+  }
 
   // Every token must be in its page before a tile reads it. A decode row's single one is written by whoever reads it.
   constexpr int64_t kWritesAnItem = 64;

@@ -24,7 +24,7 @@ Q_BLOCK = 16
     data_fields=[
         "kv_index_T", "decode_pages_BP", "decode_len_B",
         "chunk_pages_RP", "chunk_start_R", "chunk_qlen_R", "chunk_len_R", "chunk_row_N", "decode_qlen_B",
-        "chunk_ahead_C",
+        "chunk_ahead_C", "chunk_before_R",
     ],
     meta_fields=["places"],
 )  # fmt: skip
@@ -54,6 +54,9 @@ class AttentionBatch:
     )
     chunk_ahead_C: jax.Array | None = (
         None  # how many positions behind its own each chunk token attends to; None for none
+    )
+    chunk_before_R: jax.Array | None = (
+        None  # tokens of each piece in front of these, which are written and attend to nothing; None for none
     )
     places: tuple[tuple[int, int, int], ...] | None = None  # static: KVGroups.places
 
@@ -99,6 +102,30 @@ class AttentionBatch:
         if index_T.ndim > 1:
             index_T = index_T[0] if index_T.shape[0] else None
         return None if index_T is None else index_T > 0
+
+    def last(self, last_R: jax.Array) -> tuple[AttentionBatch, jax.Array]:
+        """(the batch in which of each piece only the last blocks of Q_BLOCK attend that hold its last tokens; bool [T], which
+        tokens are decode rows' or those last ones). K and V of all are written.
+
+        Args:
+            last_R: int32, how many of each piece's tokens are asked for.
+        """
+        R, first = self.chunk_qlen_R.shape[0], self.num_decode_tokens
+        start_R, skipped_R = self.chunk_start_R, self.chunk_qlen_R - last_R
+        blocks_R = jnp.where(last_R > 0, skipped_R // Q_BLOCK * Q_BLOCK, self.chunk_qlen_R)
+        row_N, at_C = jnp.minimum(self.chunk_row_N, R - 1), jnp.arange(self.num_chunk, dtype=jnp.int32)
+        behind_N = (self.chunk_row_N < R) & (at_C[::Q_BLOCK] >= (start_R + blocks_R)[row_N]) & (last_R > 0)[row_N]
+        piece_C = at_C - jnp.repeat(start_R[row_N], Q_BLOCK)
+        row_C = jnp.repeat(row_N, Q_BLOCK)
+        asked_C = jnp.repeat(behind_N, Q_BLOCK) & (piece_C >= skipped_R[row_C]) & (piece_C < self.chunk_qlen_R[row_C])
+        batch = dataclasses.replace(
+            self,
+            chunk_start_R=start_R + blocks_R,
+            chunk_qlen_R=self.chunk_qlen_R - blocks_R,
+            chunk_row_N=jnp.where(behind_N, self.chunk_row_N, R),
+            chunk_before_R=blocks_R,
+        )
+        return batch, jnp.concatenate([jnp.ones(first, bool), asked_C])
 
     def by_group(self) -> tuple[AttentionBatch, ...]:
         """The batch of each group of layers; the only one as it is, and one without pages where no layer keeps any."""

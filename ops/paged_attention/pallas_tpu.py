@@ -125,7 +125,9 @@ def write(kv: KVPages, k_TKh: jax.Array, v_TKh: jax.Array | None, batch: Attenti
         start_B = jnp.arange(B, dtype=jnp.int32) * batch.queries
         pieces.append((0, D, (batch.decode_pages_BP, start_B, batch.row_queries, batch.decode_len_B)))
     if batch.num_chunk:
-        rows = batch.chunk_pages_RP, batch.chunk_start_R, batch.chunk_qlen_R, batch.chunk_len_R
+        before_R = 0 if batch.chunk_before_R is None else batch.chunk_before_R
+        start_R, qlen_R = batch.chunk_start_R - before_R, batch.chunk_qlen_R + before_R
+        rows = batch.chunk_pages_RP, start_R, qlen_R, batch.chunk_len_R
         pieces.append((D, batch.num_tokens, rows))
     for first, end, rows in pieces:
         source_Ws, page_W, begin_W, end_W = _pages_of(rows, end - first, size)

@@ -58,12 +58,13 @@ class PagedModel:
             for i in range(behind, -(-end // PAGE)):
                 table[i] = table[i] or self.free.pop()
 
-    def run(self, decode, chunks) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def run(self, decode, chunks, asked=None) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """One step.
 
         Args:
             decode: (token, position, page tables, slot) of each decode row.
             chunks: (tokens, first position, page tables, slot) of each piece of a prompt, at most Q_BLOCK tokens.
+            asked: of each piece, how many of its last tokens the step is asked for; all where it is None.
         Returns:
             logits [V] of each decode row, and [n, V] of each piece.
         """
@@ -71,7 +72,7 @@ class PagedModel:
         tokens, positions, index = np.zeros(B + C, np.int32), np.zeros(B + C, np.int32), np.zeros((G, B + C), np.int32)
         decode_pages, decode_len = np.zeros((G, B, P), np.int32), np.zeros(B, np.int32)
         chunk_pages = np.zeros((G, R, P), np.int32)
-        start, qlen, length = (np.zeros(R, np.int32) for _ in range(3))
+        start, qlen, length, last = (np.zeros(R, np.int32) for _ in range(4))
         rows = np.full(C // Q_BLOCK, R, np.int32)
         decode_slot, chunk_slot = np.full(B, DECODE_ROWS, np.int32), np.full(R, DECODE_ROWS, np.int32)
         for row, (token, position, pages, slot) in enumerate(decode):
@@ -87,6 +88,7 @@ class PagedModel:
             index[:, at] = pages[:, where // PAGE] * PAGE + where % PAGE
             chunk_pages[:, row], rows[row], chunk_slot[row] = pages, row, slot
             start[row], qlen[row], length[row] = row * Q_BLOCK, len(piece), first + len(piece)
+            last[row] = len(piece) if asked is None else asked[row]
         places = self.groups.places
         if places is None:
             index, decode_pages, chunk_pages = index[0], decode_pages[0], chunk_pages[0]
@@ -97,13 +99,18 @@ class PagedModel:
             recurrent = RecurrentBatch(
                 decode_slot, *before, chunk_slot, start, length - qlen, qlen, num_tokens=B + C
             )  # fmt: skip
-        logits, self.kv = self.step(self.state, Step(tokens, positions, batch, recurrent=recurrent), self.kv)
-        logits = np.asarray(logits)
+        step = Step(tokens, positions, batch, recurrent=recurrent, last_R=last)
+        logits, self.kv = self.step(self.state, step, self.kv)
+        logits = np.array(logits)
         pieces = [logits[B + r * Q_BLOCK :][: len(chunk[0])] for r, chunk in enumerate(chunks)]
         return [logits[row] for row in range(len(decode))], pieces
 
-    def generate(self, prompts: list[list[int]], steps: int, piece: int = 13) -> list[tuple[list[int], np.ndarray]]:
+    def generate(
+        self, prompts: list[list[int]], steps: int, piece: int = 13, sampled: bool = False
+    ) -> list[tuple[list[int], np.ndarray]]:
         """Greedy completions of two prompts at once: (all tokens, logits [n, V] of every position but the last token's).
+
+        With `sampled`, steps are asked only for what tokens are drawn from, and the logits of other positions are NaN.
 
         The prompts run in pieces of `piece` tokens; a request decodes while the other's prompt still runs.
         """
@@ -116,7 +123,10 @@ class PagedModel:
             running = [r for r in range(len(prompts)) if r not in filling and len(tokens[r]) < len(prompts[r]) + steps]
             decode = [(tokens[r][-1], len(tokens[r]) - 1, tables[r], 1 - r) for r in running]
             chunks = [(prompts[r][done[r] : done[r] + piece], done[r], tables[r], 1 - r) for r in filling]
-            decoded, pieces = self.run(decode, chunks)
+            ends = [done[r] + piece >= len(prompts[r]) for r in filling]
+            decoded, pieces = self.run(decode, chunks, [int(end) for end in ends] if sampled else None)
+            for rows, end in zip(pieces, ends, strict=True) if sampled else ():
+                rows[: len(rows) - end] = np.nan
             for r, row in zip(running, decoded, strict=True):
                 logits[r].append(row[None])
                 tokens[r].append(int(row.argmax()))
@@ -125,4 +135,5 @@ class PagedModel:
                 done[r] += len(rows)
                 if done[r] == len(prompts[r]):
                     tokens[r].append(int(rows[-1].argmax()))
+        self.free += sorted({int(page) for table in tables for page in table.ravel() if page})
         return [(t, np.concatenate(rows)) for t, rows in zip(tokens, logits, strict=True)]

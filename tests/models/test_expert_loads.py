@@ -56,4 +56,14 @@ def test_every_real_token_visits_k_experts_of_every_layer_that_has_some():
     assert few.shape == (2, E)
     assert few.sum(1).tolist() == [5 * K, 5 * K]
     assert many.sum(1).tolist() == [Q_BLOCK * K] * 2
+    last = jax.jit(
+        lambda state, batch, kv: count(
+            nnx.merge(graphdef, state)
+            .forward(Step(tokens, batch.kv_index_T % PAGE, batch, last_R=jnp.ones(1, jnp.int32)), kv)
+            .visited,
+            E,
+            batch.kv_index_T > 0,
+        )
+    )
+    assert last(state, batch_of(5), kv).sum(1).tolist() == [5 * K, K]  # the others are not computed there
     assert (few <= many).all()  # the first tokens are the same, and do not see those behind them

@@ -69,6 +69,17 @@ def test_narrow_pages(dtype, page_size, head_dim, activations):
     against_reference.assert_new_keys_are_stored(arguments, kv, dtype, activations)
 
 
+def test_what_does_not_attend_is_written():
+    arguments = make_arguments(TEST_CASES["chunk_past_group"])
+    batch, asked_T = arguments.batch.last(np.array([1, 0], np.int32))
+    whole, want_kv = run(arguments, fill(TEST_CASES["chunk_past_group"], arguments, np.float32))
+    some = dataclasses.replace(arguments, batch=batch)
+    out, kv = run(some, fill(TEST_CASES["chunk_past_group"], arguments, np.float32))
+    np.testing.assert_allclose(out[asked_T], whole[asked_T], atol=2e-5)
+    for mine, wanted in zip(against_reference.plain(kv), against_reference.plain(want_kv), strict=True):
+        np.testing.assert_array_equal(mine[1:], wanted[1:])
+
+
 def test_kernels_decline_what_they_cannot_read():
     spec = KVSpec(num_kv_heads=2, head_dim=64, v_head_dim=64)
     assert pallas_tpu.supports(16, "bfloat16") and not pallas_tpu.supports(8, "bfloat16")

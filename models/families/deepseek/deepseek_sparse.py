@@ -27,6 +27,7 @@ class SparseLayer(DeepseekLayer):
     ) -> tuple[jax.Array, Any, tuple[jax.Array, ...], jax.Array | None]:
         """As `Layer`, handing on which positions were attended to."""
         x_TD, kv, chosen_TX = self.attn(x_TD, step, kv, norm=self.attn_norm, residual_TD=x_TD, chosen_TX=chosen_TX)
+        x_TD = step.asked(x_TD)
         x_TD, visited = self.mlp(x_TD, step, norm=self.mlp_norm, residual_TD=x_TD)
         return x_TD, kv, visited, chosen_TX
 

@@ -38,7 +38,7 @@ class GemmaLayer(Layer):
 
     def __call__(self, x_TD: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
         attended_TD, kv = self.attn(self.attn_norm(x_TD), step, kv)
-        x_TD = x_TD + self.attn_out_norm(attended_TD)
+        x_TD = step.asked(x_TD + self.attn_out_norm(attended_TD))
         y_TD, visited = self.mlp(self.mlp_norm(x_TD), step)
         return x_TD + self.mlp_out_norm(y_TD), kv, visited
 

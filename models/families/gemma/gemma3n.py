@@ -160,7 +160,7 @@ class Gemma3nLayer(GemmaLayer):
         normed_TD = self.attn_norm(x_TD)
         laurel_TD = normed_TD + self.laurel_norm(self.right(self.left(normed_TD, adapter_T=own), adapter_T=own))
         attended_TD, kv = self.attn(normed_TD, step, kv)
-        x_TD = (x_TD + self.attn_out_norm(attended_TD) + laurel_TD) * 2.0**-0.5
+        x_TD = step.asked((x_TD + self.attn_out_norm(attended_TD) + laurel_TD) * 2.0**-0.5)
         y_TD, _ = self.mlp(x_TD, step, norm=self.mlp_norm)
         x_NTD = self.altup.corrected(x_NTD, x_TD + self.mlp_out_norm(y_TD), own)
         # Streams behind the first, whichever is active.
@@ -197,7 +197,7 @@ class Gemma3nDecoder(Decoder):
         return x_TD if step.embeddings is None else step.embeddings.placed(x_TD)
 
     def forward(self, step: Step, cache: KVCache) -> Result:
-        steps, parts = step.by_group(), Cache(self.kept, step.attention, cache)
+        steps, ends, parts = step.by_group(), step.at_end(), Cache(self.kept, step.attention, cache)
         x_TD = self.embed_tokens(step)
         own = self.per_layer(step.tokens_T, x_TD, step.adapter_T)
         adapter_T = step.adapter_T
@@ -206,7 +206,10 @@ class Gemma3nDecoder(Decoder):
         for index, layer in enumerate(self.layers):
             entered.append(x_NTD)
             group, kept = parts.of(index)
-            x_NTD, kept, _ = run_layer(*nnx.split(layer), x_NTD, steps[group], kept, own[index])
+            its = (steps if index < self.kept.last else ends)[group]
+            if index > self.kept.last:
+                x_NTD = its.asked(x_NTD)
+            x_NTD, kept, _ = run_layer(*nnx.split(layer), x_NTD, its, kept, own[index])
             parts.put(index, kept)
         taps = tuple(self.joined([*entered, x_NTD][index], adapter_T) for index in step.taps)
         return Result(self.norm(self.joined(x_NTD, adapter_T)), parts.whole(), taps)

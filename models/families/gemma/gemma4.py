@@ -146,7 +146,7 @@ class Gemma4Layer(GemmaLayer):
             # An image's tokens attend to those behind them in layers with windows alone.
             step = dataclasses.replace(step, attention=dataclasses.replace(step.attention, chunk_ahead_C=None))
         attended_TD, kv = self.attn(x_TD, step, kv, norm=self.attn_norm)
-        x_TD = x_TD + self.attn_out_norm(attended_TD)
+        x_TD = step.asked(x_TD + self.attn_out_norm(attended_TD))
         y_TD, visited = self.mlp(x_TD, step, norm=self.mlp_norm)
         if self.experts is not None:
             mixture_TD, ids_Tk = self.experts(x_TD, self.experts_norm(x_TD), step.adapter_T)

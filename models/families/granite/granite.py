@@ -41,7 +41,7 @@ class GraniteLayer(Layer):
 
     def __call__(self, x_TD: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
         attended_TD, kv = self.attn(x_TD, step, kv, norm=self.attn_norm)
-        x_TD = x_TD + attended_TD * self.scale
+        x_TD = step.asked(x_TD + attended_TD * self.scale)
         y_TD, visited = self.mlp(self.mlp_norm(x_TD), step)
         return x_TD + y_TD * self.scale, kv, visited
 

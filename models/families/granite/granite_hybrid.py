@@ -49,7 +49,7 @@ class GraniteHybridLayer(GraniteLayer):
         if self.moe is None:
             return super().__call__(x_TD, step, kv)
         mixed_TD, kv = self.attn(x_TD, step, kv, norm=self.attn_norm)
-        x_TD = x_TD + mixed_TD * self.scale
+        x_TD = step.asked(x_TD + mixed_TD * self.scale)
         normed_TD = self.mlp_norm(x_TD)
         y_TD, visited = self.moe(normed_TD, step)
         shared_TD, _ = self.mlp(normed_TD, step)

@@ -122,7 +122,8 @@ class WhisperLayer(Layer):
 
     def __call__(self, x_TD: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
         x_TD, kv = self.attn(x_TD, step, kv, norm=self.attn_norm, residual_TD=x_TD)
-        x_TD = self.cross(x_TD, step, self.cross_norm, x_TD)
+        x_TD = step.asked(x_TD)
+        x_TD = step.asked(self.cross(x_TD, step, self.cross_norm, x_TD))
         x_TD, visited = self.mlp(x_TD, step, norm=self.mlp_norm, residual_TD=x_TD)
         return x_TD, kv, visited
 

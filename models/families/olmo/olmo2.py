@@ -29,7 +29,7 @@ class Olmo2Layer(Layer):
 
     def __call__(self, x_TD: jax.Array, step: Step, kv: Any) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
         attended_TD, kv = self.attn(x_TD, step, kv)
-        x_TD = x_TD + self.attn_norm(attended_TD)
+        x_TD = step.asked(x_TD + self.attn_norm(attended_TD))
         y_TD, visited = self.mlp(x_TD, step)
         return x_TD + self.mlp_norm(y_TD), kv, visited
 

@@ -46,6 +46,14 @@ class Chunk:
         """Positions of the request that are computed after it."""
         return self.start + self.length
 
+    @property
+    def read(self) -> int:
+        """How many of its last positions' hidden states are read: all where each is scored or counts in a mean."""
+        spec = self.request.spec
+        if spec.params.prompt_logprobs is not None or spec.pooling == "mean":
+            return self.length
+        return int(self.samples or (spec.pooling is not None and self.end == self.request.prompt_len))
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:

@@ -15,7 +15,7 @@ import pytest
 from ops import native, paged_attention
 from ops.linear.weights.rotation import hadamard
 from ops.paged_attention import pages, reference
-from ops.paged_attention.batch import KVSpec
+from ops.paged_attention.batch import Q_BLOCK, KVSpec
 from ops.paged_attention.cases import TEST_CASES, Arguments, Case, make_arguments
 from ops.rope import inverse_frequencies, rope
 from tests.ops.paged_attention import against_reference
@@ -162,6 +162,25 @@ def test_padded_tokens_yield_zeros(name, body):
     out, _ = run(body, arguments, fill(case, arguments, np.float32, body))
     padding = arguments.batch.kv_index_T == 0
     assert padding.any() and (out[padding] == 0).all() and (out[~padding] != 0).any(axis=(1, 2, 3)).all()
+
+
+@bodies(XLA + NATIVE)
+@pytest.mark.parametrize(
+    "name,last", [("everything", (1,)), ("verify_everything", (0,)), ("chunk_rows", (0, 3, 0, 16))]
+)
+@pytest.mark.parametrize("dtype", [np.float32, "int8"])
+def test_only_the_last_tokens_of_pieces_attend(dtype, name, last, body):
+    case = TEST_CASES[name]
+    arguments = make_arguments(case)
+    batch, asked_T = jax.tree.map(np.asarray, arguments.batch.last(np.array(last, np.int32)))
+    assert asked_T[arguments.batch.num_decode_tokens :].sum() == sum(last)
+    whole, whole_kv = run(body, arguments, fill(case, arguments, dtype, body))
+    out, kv = run(body, dataclasses.replace(arguments, batch=batch), fill(case, arguments, dtype, body))
+    compare = np.testing.assert_array_equal if body[0] == "native" else np.testing.assert_allclose
+    compare(out[asked_T], whole[asked_T], **({} if body[0] == "native" else {"atol": 2e-5}))
+    assert (out[~asked_T] == 0).all(axis=(1, 2, 3)).sum() >= (~asked_T).sum() - len(last) * (Q_BLOCK - 1)
+    for mine, wanted in zip(plain(kv), plain(whole_kv), strict=True):
+        np.testing.assert_array_equal(mine[1:], wanted[1:])  # all are kept
 
 
 @pytest.mark.parametrize("dtype", [np.float32, "bfloat16", "int8"])

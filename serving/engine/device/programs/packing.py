@@ -160,7 +160,8 @@ def forward_layout(
         groups: attention groups. What comes from page tables has an axis for them in front where there are several.
         adapters: whether requests may have adapters.
         recurrent: whether layers keep states.
-        heads: whether a head follows. `next_R` is the token behind each piece, -1 where the step samples it in `next_slot_R`.
+        heads: whether a head follows, which hears all tokens. `next_R` is the token behind each piece, -1 where the step samples it
+            in `next_slot_R`.
         media: of engines that read images. `media_index_C` says which of the store's rows stands in a chunk token's place, -1 for
             none; `chunk_ahead_C` how many later positions a token attends to, where images' tokens do; `axes_3C` and
             `decode_delta_B` rotate where positions are three numbers. Where all tokens of a sequence attend to one of the store's
@@ -190,6 +191,7 @@ def forward_layout(
             ("chunk_qlen_R", (r,), "int32"),
             ("chunk_len_R", (r,), "int32"),
             ("chunk_row_N", (c // Q_BLOCK,), "int32"),
+            *((("chunk_last_R", (r,), "int32"),) if c and not heads else ()),
             ("sample_row_S", (bucket.samples,), "int32"),
             *own,
         )
@@ -278,7 +280,7 @@ def make_step(
     if "axes_3C" in f:
         turned_BQ = position_BQ + f["decode_delta_B"][:, None]
         positions_T = jnp.concatenate([jnp.tile(turned_BQ.reshape(-1), (3, 1)), f["axes_3C"]], axis=1)
-    return Step(tokens_T, positions_T, attention, recurrent=recurrent)
+    return Step(tokens_T, positions_T, attention, recurrent=recurrent, last_R=f.get("chunk_last_R"))
 
 
 def cross_of(f: dict[str, jax.Array], store_MW: jax.Array) -> Cross:
@@ -363,6 +365,8 @@ def pack_forward(plan: StepPlan, bucket: Bucket, layout: Layout, slots: SlotTabl
         f["chunk_start_R"][i] = at
         f["chunk_qlen_R"][i] = length
         f["chunk_len_R"][i] = chunk.start + length
+        if "chunk_last_R" in f:
+            f["chunk_last_R"][i] = chunk.read
         if "adapter_R" in f:
             f["adapter_R"][i] = request.adapter_slot
         if "chunk_slot_R" in f:

@@ -72,7 +72,26 @@ def test_a_mixed_step(slots):
     assert batch.chunk_start_R.tolist() == [0, 16, 0] and batch.chunk_qlen_R.tolist() == [3, 24, 0]
     assert batch.chunk_len_R.tolist() == [3, 40, 0] and batch.chunk_row_N.tolist() == [0, 1, 1, 3]
     assert batch.places == ((0, 0), (1, 0))
+    assert step.last_R.tolist() == [0, 1, 0]  # of the first piece nothing is read, of the other what samples
     assert f["sample_row_S"][:3].tolist() == [0, 1, 4 + 16 + 23]
+
+
+@pytest.mark.parametrize(
+    "asked,read", [({}, 0), ({"prompt_logprobs": 0}, 8), ({"pooling": "mean"}, 8), ({"pooling": "last"}, 1)]
+)
+def test_what_is_read_of_a_piece_that_does_not_sample(asked, read):
+    pooling = asked.get("pooling")
+    params = SamplingParams(prompt_logprobs=asked.get("prompt_logprobs"))
+    request = Request(EngineRequest("one", tuple(range(20)), params, pooling=pooling), 0)
+    assert Chunk(request, 12, 8, False, 0).read == read
+    assert Chunk(request, 8, 8, False, 0).read == (read if read != 1 else 0)
+
+
+def test_nothing_is_left_out_where_a_head_hears():
+    fields = [
+        {name for name, *_ in forward_layout(Bucket(4, 64, 3), PAGES, heads=heads).fields} for heads in (True, False)
+    ]
+    assert ["chunk_last_R" in names for names in fields] == [False, True]
 
 
 def test_rows_with_drafts(slots):
