@@ -185,7 +185,7 @@ struct Chunk {
   int64_t each;                    // so many bytes a step of each block of rows
   bool stored, widened;            // whether values are as stored, and whether kernels widen scales
   const uint8_t* head[kPanels];    // where scales are stored, and not widened: for kernels that do so themselves
-  const int32_t* cross[kPanels];   // what `cross` made of unpacked values, [steps][16]
+  const int32_t* cross[kPanels];   // what `unpack_crossed` found, [steps][16]
 };
 
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it to a float rounds it to an integer

@@ -21,9 +21,10 @@ namespace {
 
 #define AT TARGET_AVX2
 
-AT void activate(float* x, Activation activation) {
+AT FORCE_INLINE void gate(const float* gates, const float* ups, Activation activation, float* out) {
   for (int h = 0; h < kPanel; h += 8) {
-    _mm256_storeu_ps(x + h, gate256(_mm256_loadu_ps(x + h), static_cast<int>(activation)));
+    const __m256 factor = gate256(_mm256_loadu_ps(gates + h), static_cast<int>(activation));
+    _mm256_storeu_ps(out + h, _mm256_mul_ps(factor, _mm256_loadu_ps(ups + h)));
   }
 }
 
@@ -86,7 +87,7 @@ bool widens(const Form&, int64_t) { return false; }
 
 bool crossed(const Form&) { return false; }
 
-void cross(uint8_t*, int64_t, int32_t*) {}
+void unpack_crossed(const uint8_t*, int64_t, int64_t, uint8_t*, int32_t*) {}
 
 // The sums of four inputs' products in each of eight channels.
 template <bool WIDE>

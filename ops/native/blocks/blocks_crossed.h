@@ -13,16 +13,19 @@ constexpr int kPairs = kStep / kPair;
 
 bool crossed(const Form& form) { return form.bits == 4 && form.table == Table::kNone && form.block >= kStep; }
 
-// Unpacked values [inputs / 4][16][4] as `Unpacked` reads them, and for each step what their products have too much.
-AT void cross(uint8_t* values, int64_t inputs, int32_t* out) {
-  const __m512i high = _mm512_set1_epi8(-128);
+// Values of a panel, `line` bytes from one of its lines to the next, unpacked to [inputs / 4][16][4] as `Unpacked` reads them, and for
+// each step what their products have too much.
+AT void unpack_crossed(const uint8_t* from, int64_t line, int64_t inputs, uint8_t* values, int32_t* out) {
+  const __m512i high = _mm512_set1_epi8(-128), low = _mm512_set1_epi8(15);
   for (int64_t step = 0; step < inputs / kStep; ++step, out += kPanel) {
     __m512i sum = _mm512_set1_epi32(kMagicBits);
-    for (int pair = 0; pair < kPairs; ++pair, values += 2 * kLine) {
-      if (pair == 0) continue;
-      const __m512i upper = _mm512_or_si512(_mm512_loadu_si512(values + kLine), high);
-      sum = _mm512_dpbusd_epi32(sum, upper, _mm512_loadu_si512(values));
-      _mm512_storeu_si512(values + kLine, upper);
+    UNROLL
+    for (int pair = 0; pair < kPairs; ++pair, from += line, values += 2 * kLine) {
+      const __m512i both = _mm512_loadu_si512(from), shifted = _mm512_srli_epi16(both, 4), lower = _mm512_and_si512(both, low);
+      const __m512i upper = pair == 0 ? _mm512_and_si512(shifted, low) : _mm512_ternarylogic_epi32(shifted, low, high, 0xea);
+      if (pair != 0) sum = _mm512_dpbusd_epi32(sum, upper, lower);
+      _mm512_store_si512(values, lower);
+      _mm512_store_si512(values + kLine, upper);
     }
     _mm512_store_si512(out, sum);
   }
@@ -49,7 +52,7 @@ struct Stored {
   }
 };
 
-// The same after `cross`.
+// The same after `unpack_crossed`.
 template <int NP>
 struct Unpacked {
   static constexpr int kLines = 2;

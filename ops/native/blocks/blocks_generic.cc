@@ -13,22 +13,18 @@ namespace {
 
 #define AT
 
-void activate(float* x, Activation activation) {
-  for (int c = 0; c < kPanel; ++c) {
-    switch (activation) {
-      case Activation::kSilu:
-        x[c] = x[c] / (1.0f + std::exp(-x[c]));
-        break;
-      case Activation::kGeluTanh:
-        x[c] = x[c] / (1.0f + std::exp(-1.5957691216057308f * (x[c] + 0.044715f * x[c] * x[c] * x[c])));
-        break;
-      case Activation::kRelu:
-        x[c] = std::max(x[c], 0.0f);
-        break;
-      case Activation::kNone:
-        break;
-    }
+float activated(float x, Activation activation) {
+  switch (activation) {
+    case Activation::kSilu: return x / (1.0f + std::exp(-x));
+    case Activation::kGeluTanh: return x / (1.0f + std::exp(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
+    case Activation::kRelu: return std::max(x, 0.0f);
+    case Activation::kNone: break;
   }
+  return x;
+}
+
+void gate(const float* gates, const float* ups, Activation activation, float* out) {
+  for (int c = 0; c < kPanel; ++c) out[c] = activated(gates[c], activation) * ups[c];
 }
 
 struct Sixteen {
@@ -75,7 +71,7 @@ bool widens(const Form&, int64_t) { return false; }
 
 bool crossed(const Form&) { return false; }
 
-void cross(uint8_t*, int64_t, int32_t*) {}
+void unpack_crossed(const uint8_t*, int64_t, int64_t, uint8_t*, int32_t*) {}
 
 void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
   const bool two = planes(*chunk.form) == 2;

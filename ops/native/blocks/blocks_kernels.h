@@ -1,6 +1,6 @@
 // What the instruction sets share, inside the namespace of a file that includes this once with AT, the function attribute that
 // enables the set. Loops over 16 channels become vectors of whatever set the function is compiled for. The file gives before it:
-//   activate(float[16], Activation)      in place
+//   gate(gates, ups, Activation, out)    out = act(gates) * ups, of 16 each; out may be gates
 //   stored(rows)                         whether `multiply` takes values of so many rows as they are stored, or a byte each
 //   passes(form, rows, stored)           how often it goes through the steps of two panels for so many rows
 //   most(rows)                           panels that it takes at once: 4, or 1 and 2
@@ -8,7 +8,7 @@
 //   look_up(table[16], values, count, out)  each value's entry; out may be values
 //   widens(form, rows)                   whether `multiply` widens scales itself
 //   crossed(form)                        whether it takes unpacked values crossed, which
-//   cross(values, inputs, out)           makes of them, in place
+//   unpack_crossed(from, line, inputs, values, out)  makes of stored ones
 //   multiply(tile, chunk, panels, sums)  adds a chunk's products of some panels to sums [rows][tile.panels][16]
 
 // The scales of a chunk of `inputs`, one for every `period` of them, as float32 [inputs / period][16], times `unit`.
@@ -181,28 +181,42 @@ AT static FORCE_INLINE void add(const float* a, const float* b, int count, float
   }
 }
 
-// Bias, activation and residual of a tile's sums [rows][panels][16].
-AT static void finish(const Tile& t, float* sums) {
-  const int half = t.activation == Activation::kNone ? t.panels : t.panels / 2;
+// Bias, activation and residual of a tile's sums [rows][panels][16]. What a few rows later are written to, and added from, is asked for
+// early: rows lie far apart, so the hardware does not see what comes.
+AT static FORCE_INLINE void finish_as(const Tile& t, float* sums, Activation activation) {
+  constexpr int64_t kAhead = 12;
+  const int outs = activation == Activation::kNone ? t.panels : t.panels / 2;
   for (int64_t row = 0; row < t.rows; ++row, sums += t.panels * kPanel) {
+    const int64_t place = row * t.out_stride, later = row + kAhead < t.rows ? place + kAhead * t.out_stride : -1;
     for (int p = 0; p < t.panels; ++p) {
       if (t.bias[p] != nullptr) add(sums + p * kPanel, t.bias[p], t.valid[p], sums + p * kPanel);
     }
-    for (int p = 0; p < half; ++p) {
+    for (int p = 0; p < outs; ++p) {
       float* value = sums + p * kPanel;
-      if (half != t.panels) {
-        activate(value, t.activation);
-        for (int c = 0; c < kPanel; ++c) value[c] *= value[half * kPanel + c];
+      float* out = t.out[p] + place;
+      if (later >= 0) {
+        will_write(t.out[p] + later);
+        if (t.residual[p] != nullptr) __builtin_prefetch(t.residual[p] + later);
       }
-      float* out = t.out[p] + row * t.out_stride;
+      const bool whole = t.valid[p] == kPanel && t.residual[p] == nullptr;
+      if (activation != Activation::kNone) gate(value, value + outs * kPanel, activation, whole ? out : value);
       if (t.residual[p] != nullptr) {
-        add(value, t.residual[p] + row * t.out_stride, t.valid[p], out);
-      } else if (t.valid[p] == kPanel) {
-        std::memcpy(out, value, kPanel * sizeof(float));  // of a length that is known: no call
-      } else {
+        add(value, t.residual[p] + place, t.valid[p], out);
+      } else if (!whole) {
         std::memcpy(out, value, t.valid[p] * sizeof(float));
+      } else if (activation == Activation::kNone) {
+        std::memcpy(out, value, kPanel * sizeof(float));  // of a length that is known: no call
       }
     }
+  }
+}
+
+AT static void finish(const Tile& t, float* sums) {
+  switch (t.activation) {
+    case Activation::kNone: return finish_as(t, sums, Activation::kNone);
+    case Activation::kSilu: return finish_as(t, sums, Activation::kSilu);
+    case Activation::kGeluTanh: return finish_as(t, sums, Activation::kGeluTanh);
+    case Activation::kRelu: return finish_as(t, sums, Activation::kRelu);
   }
 }
 
@@ -284,9 +298,12 @@ AT static void panels(const Tile& t, const Spans& spans, const Run& run, float* 
         c.offset[j] = form.offset == Scale::kNone ? nullptr : offset[j];
         c.values[j] = as_stored ? lines : values + j * panel_values;
         if (as_stored) continue;
-        unpack_values(lines, run.of * kLine, form, count, values + j * panel_values);
         c.cross[j] = crosses[j];
-        if (crossed(form)) cross(values + j * panel_values, count, crosses[j]);
+        if (crossed(form)) {
+          unpack_crossed(lines, run.of * kLine, count, values + j * panel_values, crosses[j]);
+        } else {
+          unpack_values(lines, run.of * kLine, form, count, values + j * panel_values);
+        }
       }
       for (int i = 0; i < spans.count; ++i) {
         multiply(part[i], c, together, sums + (spans.list[i].first * t.panels + p) * kPanel);

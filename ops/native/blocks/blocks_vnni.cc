@@ -24,8 +24,8 @@ namespace jaxserve::blocks {
 namespace {
 
 #define AT TARGET_VNNI
-AT void activate(float* x, Activation activation) {
-  _mm512_storeu_ps(x, gate512(_mm512_loadu_ps(x), static_cast<int>(activation)));
+AT FORCE_INLINE void gate(const float* gates, const float* ups, Activation activation, float* out) {
+  _mm512_storeu_ps(out, _mm512_mul_ps(gate512(_mm512_loadu_ps(gates), static_cast<int>(activation)), _mm512_loadu_ps(ups)));
 }
 
 using Sixteen = __m512;
@@ -397,19 +397,30 @@ void all_crossed(const Tile& t, const Chunk& chunk, int panels, float* sums) {
   }
 }
 
-// Crossed and unpacked.
+// Crossed and unpacked: `groups` times MR rows, one behind the other.
+template <int MR, int NP>
+AT __attribute__((flatten)) void in_groups(const Tile& t, const Chunk& chunk, int64_t groups, int64_t row, const uint8_t* ahead, float* sums) {
+  for (; groups > 0; --groups, row += MR, ahead += chunk.each * chunk.steps) {
+    crossed_rows<Unpacked<NP>, Widened<NP>, MR, NP>(t, chunk, 0, row, ahead, sums + row * t.panels * kPanel);
+  }
+}
+
 template <int NP>
 void all_unpacked(const Tile& t, const Chunk& chunk, float* sums) {
-  using From = Unpacked<NP>;
-  using By = Widened<NP>;
+  constexpr int kMost = 5;
+  // As many groups of five as leave none of less than four, if any.
+  const int64_t blocks = ceil_div(t.rows, kMost), fours = blocks * kMost - t.rows, pass = chunk.each * chunk.steps;
+  if (fours <= blocks) {
+    in_groups<5, NP>(t, chunk, blocks - fours, 0, chunk.ahead, sums);
+    return in_groups<4, NP>(t, chunk, fours, (blocks - fours) * kMost, chunk.ahead + (blocks - fours) * pass, sums);
+  }
   in_blocks(t, chunk, chunk.ahead, [&](int64_t now, int64_t row, const uint8_t* ahead) {
-    float* to = sums + row * t.panels * kPanel;
     switch (now) {
-      case 5: return crossed_rows<From, By, 5, NP>(t, chunk, 0, row, ahead, to);
-      case 4: return crossed_rows<From, By, 4, NP>(t, chunk, 0, row, ahead, to);
-      case 3: return crossed_rows<From, By, 3, NP>(t, chunk, 0, row, ahead, to);
-      case 2: return crossed_rows<From, By, 2, NP>(t, chunk, 0, row, ahead, to);
-      default: return crossed_rows<From, By, 1, NP>(t, chunk, 0, row, ahead, to);
+      case 5: return in_groups<5, NP>(t, chunk, 1, row, ahead, sums);
+      case 4: return in_groups<4, NP>(t, chunk, 1, row, ahead, sums);
+      case 3: return in_groups<3, NP>(t, chunk, 1, row, ahead, sums);
+      case 2: return in_groups<2, NP>(t, chunk, 1, row, ahead, sums);
+      default: return in_groups<1, NP>(t, chunk, 1, row, ahead, sums);
     }
   });
 }
