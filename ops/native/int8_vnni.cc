@@ -18,35 +18,57 @@ struct Chosen {
   int panel[NP];
 };
 
-TARGET_VNNI FORCE_INLINE __m512 scaled(const Block& b, int64_t row, int panel, __mmask16 mask, const float* sums) {
-  const __m512 bias = b.bias[panel] == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, b.bias[panel]);
-  const __m512 value = _mm512_fmadd_ps(_mm512_load_ps(sums), _mm512_loadu_ps(b.scale[panel]), bias);
+// A panel's channels: scales, biases, and which of them there are.
+struct Channels {
+  __m512 scale, bias;
+  __mmask16 mask;
+};
+
+TARGET_VNNI FORCE_INLINE Channels channels_of(const Block& b, int panel) {
+  const __mmask16 mask = static_cast<__mmask16>((1u << b.valid[panel]) - 1);
+  return {_mm512_loadu_ps(b.scale[panel]),
+          b.bias[panel] == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, b.bias[panel]), mask};
+}
+
+TARGET_VNNI FORCE_INLINE __m512 scaled(const Block& b, int64_t row, int panel, const Channels& channels, const float* sums) {
+  const __m512 value = _mm512_fmadd_ps(_mm512_load_ps(sums), channels.scale, channels.bias);
   if (b.change == nullptr) return value;
   return _mm512_add_ps(value, _mm512_loadu_ps(b.change + (row * kPanels + panel) * kPanel));
 }
 
 // Channel scales, bias, change, activation, residual. It reads sums from memory: passed in registers, the compiler would keep a
-// copy of them on the stack up to date in the innermost loop, which halves its speed.
-TARGET_VNNI void finish(const Block& b, int64_t row, int rows, int count, const int* panels, const float* sums) {
-  const int half = b.activation == Activation::kNone ? count : count / 2;
-  for (int i = 0; i < rows; ++i, sums += count * kPanel) {
-    for (int j = 0; j < half; ++j) {
-      const int panel = panels[j];
-      const __mmask16 mask = static_cast<__mmask16>((1u << b.valid[panel]) - 1);
-      __m512 value = scaled(b, row + i, panel, mask, sums + j * kPanel);
-      if (half != count) {
+// copy of them on the stack up to date in the innermost loop, which halves its speed. A panel's rows follow each other: what is the same
+// for all of them is asked and loaded once.
+template <int NP>
+TARGET_VNNI void finish(const Block& b, int64_t row, int rows, const int (&panels)[NP], const float* sums) {
+  const bool gates = b.activation != Activation::kNone;
+  constexpr int kHalf = NP < 2 ? 1 : NP / 2;
+  const int outputs = gates ? kHalf : NP;
+  for (int j = 0; j < outputs; ++j) {
+    const int panel = panels[j];
+    const Channels channels = channels_of(b, panel);
+    const Channels ups = gates ? channels_of(b, panels[(j + kHalf) % NP]) : channels;
+    const bool whole = channels.mask == 0xffff, past = b.lasting && whole;
+    float* out = b.out[panel] + row * b.out_stride;
+    const float* residual = b.residual[panel] == nullptr ? nullptr : b.residual[panel] + row * b.out_stride;
+    const float* sum = sums + j * kPanel;
+    for (int i = 0; i < rows; ++i, sum += NP * kPanel, out += b.out_stride) {
+      __m512 value = scaled(b, row + i, panel, channels, sum);
+      if (gates) {
         value = gate512(value, static_cast<int>(b.activation));
-        value = _mm512_mul_ps(value, scaled(b, row + i, panels[j + half], mask, sums + (j + half) * kPanel));
+        value = _mm512_mul_ps(value, scaled(b, row + i, panels[(j + kHalf) % NP], ups, sum + kHalf * kPanel));
       }
       if (b.after != Activation::kNone) value = gate512(value, static_cast<int>(b.after));
-      const int64_t at = (row + i) * b.out_stride;
-      if (b.residual[panel] != nullptr) {
-        value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, b.residual[panel] + at));
+      if (residual != nullptr) {
+        value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(channels.mask, residual));
+        residual += b.out_stride;
       }
-      if (b.lasting && mask == 0xffff)
-        _mm512_stream_ps(b.out[panel] + at, value);
+      if (past)
+        _mm512_stream_ps(out, value);
+      else if (whole)
+        _mm512_storeu_ps(out, value);
       else
-        _mm512_mask_storeu_ps(b.out[panel] + at, mask, value);
+        _mm512_mask_storeu_ps(out, channels.mask, value);
     }
   }
 }
@@ -147,7 +169,7 @@ TARGET_VNNI void tile(const Block& b, int64_t row, Chosen<NP> chosen, Ahead ahea
     UNROLL
     for (int j = 0; j < NP; ++j) _mm512_store_ps(sums + (i * NP + j) * kPanel, total[i][j]);
   }
-  finish(b, row, MR, NP, chosen.panel, sums);
+  finish<NP>(b, row, MR, chosen.panel, sums);
   if (b.lasting) _mm_sfence();
 }
 
