@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from serving.engine.api.types import TokenLogprobs
@@ -90,9 +91,16 @@ class StepRunner:
         self.buckets = executor.buckets
         self.guard = executor.guard
         self.expert_loads: np.ndarray | None = None
+        self._far = jax.default_backend() != "cpu"
         self.adapters = AdapterStore(None if executor.adapters is None else executor.adapters.room, max_cpu_loras)
 
     # ---- a step ----
+
+    def _fetch(self, *results: Any) -> None:
+        """Starts copies to the host, where that is elsewhere (on a CPU it would be 0.07 ms a step for nothing)."""
+        if self._far:
+            for result in results:
+                result.copy_to_host_async()
 
     def dispatch_forward(self, plan: StepPlan, slots: SlotTable) -> InFlight:
         """Starts the forward part of a step and prepares its sampling."""
@@ -159,7 +167,7 @@ class StepRunner:
         drafted = self._have_drafted(plan, plans, bucket, slots)
         expert_loads = executor.execute(Forward(bucket, flat, any(r.adapter_slot for r in plan.requests), drafted))
         if expert_loads is not None:
-            expert_loads.copy_to_host_async()
+            self._fetch(expert_loads)
         asked = [
             piece
             for part in plans
@@ -185,7 +193,7 @@ class StepRunner:
     def _run_in_loop(self, step: InFlight, flat: np.ndarray) -> None:
         """Several decode steps as one program."""
         out = self.executor.execute(DecodeLoop(step.bucket, flat, step.sample_flat, step.plan.num_steps))
-        out.tokens_finite.copy_to_host_async()
+        self._fetch(out.tokens_finite)
         step.loop_output, step.number = out.tokens_finite, self.executor.num_sampled
         step.expert_loads = out.loads[0] if out.loads else None
 
@@ -197,8 +205,7 @@ class StepRunner:
         for _ in range(step.plan.num_steps):
             loads = executor.execute(Forward(bucket, flat, False))
             output = executor.execute(Sample(bucket.samples, sample_flat, None))
-            for told in (output.tokens_finite, *(() if loads is None else (loads,))):
-                told.copy_to_host_async()
+            self._fetch(output.tokens_finite, *(() if loads is None else (loads,)))
             step.each.append((executor.num_sampled, output.tokens_finite, loads))
             if len(step.each) == 1:
                 flat = forward_behind(flat, bucket, executor.forward_layouts[bucket])
@@ -274,7 +281,7 @@ class StepRunner:
         drafted = step.bucket if step.drafted else None
         adapted = any(map(self._is_late, step.plan.sampled))
         output = self.executor.execute(Sample(step.bucket.samples, step.sample_flat, mask_SW, drafted, adapted))
-        output.tokens_finite.copy_to_host_async()
+        self._fetch(output.tokens_finite)
         step.output, step.number = output, self.executor.num_sampled
 
     def _is_late(self, request: Request) -> bool:
@@ -320,6 +327,7 @@ class StepRunner:
     def _collect_each(self, step: InFlight) -> StepResult:
         """What steps that were dispatched one by one have sampled."""
         tokens, finite = [], []
+        np.asarray(step.each[-1][1])  # waits once: a wake-up for each step would take the cores that compute them
         for number, tokens_finite, loads in step.each:
             found = np.asarray(tokens_finite)
             self.executor.sampled(number, found)
