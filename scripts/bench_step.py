@@ -62,7 +62,8 @@ def make_step(
         slots = np.arange(rows, dtype=np.int32)
         fields = (slots, lengths[:rows] - 1, np.ones(rows, np.int32), chunks, chunks, chunks, chunks + chunk)
         states = RecurrentBatch(*fields, num_tokens=len(at))  # pyright: ignore[reportArgumentType]
-    step = Step(tokens_T, at, batch, recurrent=states)  # pyright: ignore[reportArgumentType]
+    last = chunks + 1 if chunk else None  # of a prompt, the token that samples is read
+    step = Step(tokens_T, at, batch, recurrent=states, last_R=last)  # pyright: ignore[reportArgumentType]
     return jax.device_put(step), table.size + 1
 
 
@@ -97,7 +98,8 @@ def prepare(
 
     def forward(leaves, step, kv):
         result = nnx.merge(graphdef, tree.unflatten(leaves)).forward(step, kv)
-        return result.hidden_TD[:rows], result.cache
+        first = 0 if decode else chunk - 1
+        return result.hidden_TD[first : first + rows], result.cache
 
     program = jax.jit(forward, donate_argnums=2).lower(leaves, step, kv).compile()
     hidden_RD, kv = program(leaves, step, kv)
