@@ -131,7 +131,8 @@ LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64  # SmolLM2-135M's
 def limit(requests: int, prompt: int, output: int, int8: float, bfloat16: float, bandwidth: float) -> dict[str, float]:
     """Seconds that so many requests, all at once, take at least on a machine of these rates, by what they go to.
 
-    Every token goes through all layers' products, every sampled one through the head's; steps of few rows read the weights from
+    Every token goes through all layers' products, but that of a prompt the last layer needs K and V and one token's rest; every
+    sampled one goes through the head's; steps of few rows read the weights from
     memory instead, where that takes longer. A prompt's attention is bound by products in bfloat16, a decode step's by reading
     bfloat16 K and V. No engine overlaps the two: what a layer attends to comes from its own products. Norms, rounding, sampling and
     the host's work are left out, for nobody says how little they could be.
@@ -142,12 +143,15 @@ def limit(requests: int, prompt: int, output: int, int8: float, bfloat16: float,
     """
     *layer, head = (int(shape.split("x")[0]) * int(shape.split("x")[1]) for shape in SMOLLM2_135M)
     layers, kv_bytes = LAYERS * sum(layer), LAYERS * KV_HEADS * HEAD_DIM * 2 * 2
+    width = int(SMOLLM2_135M[0].split("x")[1])
+    kept = layers - sum(layer) + 2 * KV_HEADS * HEAD_DIM * width  # of a token that nobody reads
     steps, contexts = output - 1, sum(prompt + made for made in range(1, output))
     step = max(2 * requests * (layers + head) / int8, (layers + head) / bandwidth)
+    pairs = prompt * (prompt + 1) / 2 * (LAYERS - 1) + prompt
     return {
-        "products of prompts": 2 * requests * (prompt * layers + head) / int8,
+        "products of prompts": 2 * requests * ((prompt - 1) * kept + layers + head) / int8,
         "products of decode steps": steps * step,
-        "attention of prompts": 4 * requests * prompt * (prompt + 1) / 2 * LAYERS * HEADS * HEAD_DIM / bfloat16,
+        "attention of prompts": 4 * requests * pairs * HEADS * HEAD_DIM / bfloat16,
         "attention of decode steps": requests * contexts * kv_bytes / bandwidth,
     }
 
