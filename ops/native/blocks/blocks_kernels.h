@@ -175,7 +175,9 @@ AT [[maybe_unused]] static void round_row(const Rounding& r, int64_t row) {
 // to = a + b for the channels that exist: mostly all, in a loop whose length the compiler knows.
 AT static FORCE_INLINE void add(const float* a, const float* b, int count, float* to) {
   if (count == kPanel) {
-    for (int c = 0; c < kPanel; ++c) to[c] = a[c] + b[c];
+    float sum[kPanel];  // whatever `to` is: vectors need not be asked whether they overlap
+    for (int c = 0; c < kPanel; ++c) sum[c] = a[c] + b[c];
+    std::memcpy(to, sum, sizeof sum);
   } else {
     for (int c = 0; c < count; ++c) to[c] = a[c] + b[c];
   }

@@ -342,8 +342,11 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, const ui
 int64_t next_rows(int64_t left, int64_t most) { return ceil_div(left, ceil_div(left, most)); }
 
 // Rows that are taken at once. Of values that are taken apart on the way as many as registers have room for, of one panel if they are
-// crossed, else of two; five of others need no copies of registers.
-int64_t most_rows(const Form& form, bool as_stored) { return !as_stored || form.block < kStep ? 5 : crossed(form) ? 8 : 6; }
+// crossed, else of two; five of others need no copies of registers, but with paired scales six are faster with some than five without.
+int64_t most_rows(const Form& form, bool as_stored) {
+  if (!as_stored) return paired(form) ? 6 : 5;
+  return form.block < kStep ? 5 : crossed(form) ? 8 : 6;
+}
 
 int64_t passes(const Form& form, int64_t rows, bool as_stored) {
   return (as_stored && crossed(form) ? 2 : 1) * ceil_div(rows, most_rows(form, as_stored));
