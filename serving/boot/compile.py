@@ -129,6 +129,7 @@ def _decoder_info(checked: Checked, sizes: Sizes, num_parameters: int) -> Engine
         max_num_batched_tokens=sizes.max_num_batched_tokens * replicas,
         page_size=sizes.page_size,
         num_pages=sizes.num_pages * replicas,
+        kv_cache_dtype=sizes.kv_dtype,
         num_parameters=num_parameters,
         role=TransferConfig.of(checked.config.role, checked.config.kv_transfer_config).role,
         **_senses(checked.tower),

@@ -218,7 +218,7 @@ class Metrics(Collector):
         known = {
             "block_size": info.page_size,
             "num_gpu_blocks": info.num_pages,
-            "cache_dtype": info.dtype,
+            "cache_dtype": info.kv_cache_dtype or info.dtype,
             "quantization": info.quantization or "none",
         }
         labels = [str(known[name] if name in known else getattr(info, name)) for name in spec.labels]

@@ -138,7 +138,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("id", "names", "architecture", "num_parameters", "vocab_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "dtype", "quantization", "eos_token_ids", "has_chat_template", "tasks", "pooling", "prompts", "default_prompt", "labels", "parent", "role", "modalities", "media_patches")
+    __slots__ = ("id", "names", "architecture", "num_parameters", "vocab_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "dtype", "quantization", "eos_token_ids", "has_chat_template", "tasks", "pooling", "prompts", "default_prompt", "labels", "parent", "role", "modalities", "media_patches", "kv_cache_dtype")
     class PromptsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +169,7 @@ class GetModelInfoResponse(_message.Message):
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODALITIES_FIELD_NUMBER: _ClassVar[int]
     MEDIA_PATCHES_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     id: str
     names: _containers.RepeatedScalarFieldContainer[str]
     architecture: str
@@ -192,7 +193,8 @@ class GetModelInfoResponse(_message.Message):
     role: str
     modalities: _containers.RepeatedScalarFieldContainer[str]
     media_patches: int
-    def __init__(self, id: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., architecture: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., tasks: _Optional[_Iterable[str]] = ..., pooling: _Optional[str] = ..., prompts: _Optional[_Mapping[str, str]] = ..., default_prompt: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., parent: _Optional[str] = ..., role: _Optional[str] = ..., modalities: _Optional[_Iterable[str]] = ..., media_patches: _Optional[int] = ...) -> None: ...
+    kv_cache_dtype: str
+    def __init__(self, id: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., architecture: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., tasks: _Optional[_Iterable[str]] = ..., pooling: _Optional[str] = ..., prompts: _Optional[_Mapping[str, str]] = ..., default_prompt: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., parent: _Optional[str] = ..., role: _Optional[str] = ..., modalities: _Optional[_Iterable[str]] = ..., media_patches: _Optional[int] = ..., kv_cache_dtype: _Optional[str] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -182,6 +182,7 @@ class EngineInfo:
         role: "prefill", "decode" or "both", where it exchanges pages with other engines; "" where it does not.
         modalities: what it reads besides text: "image", "video", "audio", or "sound" instead of it.
         media_patches: of one image or window of sound, that it takes at most.
+        kv_cache_dtype: what pages hold; "" where there are none.
     """
 
     model_id: str
@@ -206,6 +207,7 @@ class EngineInfo:
     role: str = ""
     modalities: tuple[str, ...] = ()
     media_patches: int = 0
+    kv_cache_dtype: str = ""
 
 
 STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)

@@ -462,4 +462,5 @@ def _info(model: control_pb2.GetModelInfoResponse, server: control_pb2.GetServer
         role=model.role,
         modalities=tuple(model.modalities),
         media_patches=model.media_patches,
+        kv_cache_dtype=model.kv_cache_dtype,
     )

@@ -227,6 +227,7 @@ class Control(ControlCalls):
             role=info.role,
             modalities=info.modalities,
             media_patches=info.media_patches,
+            kv_cache_dtype=info.kv_cache_dtype,
         )
 
     async def Abort(  # noqa: N802

@@ -68,6 +68,19 @@ def test_quantized(tmp_path, quantization, method):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["ngram", "draft_model", "mtp"])
+def test_pages_of_8_bits(tmp_path, method):
+    """The model's and the draft's; the default beside rounded weights on CPUs that multiply such pages as they lie."""
+    model = str(tmp_path / "model")
+    if method == "mtp":
+        write_mtp(tmp_path / "model", "glm-4.5")
+    else:
+        write_tiny_checkpoint(tmp_path / "model")
+    how = {"ngram": LOOKUPS, "draft_model": {"method": method, "model": model}, "mtp": {"method": method}}[method]
+    same_with(model, how, kv_cache_dtype="int8")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_a_head_is_quantized(tmp_path, quantization):
     write_mtp(tmp_path / "model", "glm-4.5")

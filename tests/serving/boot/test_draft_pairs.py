@@ -58,6 +58,7 @@ PAIRS: dict[str, dict[str, str]] = {
     },
     "int8": dict.fromkeys((LOOKUPS, MODEL), BOOT + "test_quantized") | {HEADS: BOOT + "test_a_head_is_quantized"},
     "int4": dict.fromkeys((LOOKUPS, MODEL), BOOT + "test_quantized") | {HEADS: BOOT + "test_a_head_is_quantized"},
+    "pages of 8 bits, the default beside int8 and int4": dict.fromkeys((LOOKUPS, MODEL, HEADS), BOOT + "test_pages_of_8_bits"),
     "layers that keep a state": {
         LOOKUPS: ENGINE + "test_hybrid.py::test_prefixes_turns_and_preemption",
         MODEL: REFUSED + "a draft that keeps states",
