@@ -192,11 +192,28 @@ def _states(executor: Executor) -> tuple[RecurrentSpec, ...]:
     return (dataclasses.replace(executor.recurrent, interval=16, tail=8, worth=8),)
 
 
+def asked() -> list[list[int]]:
+    """Prompts; the first four share two pages."""
+    shared = [(7 * i) % 250 for i in range(19)]
+    return [[*shared, i, i + 1] for i in range(4)] + [[11, 5, 200 + i] * (1 + 9 * (i % 3)) for i in range(8)]
+
+
+async def wholes(engine: Engine) -> list[list[int]]:
+    """The answers to the last three, which nobody looks at before they end: several decode steps a dispatch."""
+    engine.scheduler.lengths.observe = lambda plan, seconds: setattr(engine.scheduler.lengths, "step_s", 0.01)
+
+    async def one(index: int, prompt: list[int]) -> list[int]:
+        params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+        request = EngineRequest(f"w{index}", tuple(prompt), params, whole=True)
+        return [token async for output in engine.client.generate(request) for token in output.token_ids]
+
+    return await asyncio.gather(*(one(i, p) for i, p in enumerate(asked()[-3:])))
+
+
 async def answers(engine: Engine) -> tuple[list[list[int]], list[list[float]]]:
     """Greedy answers to more requests than run at once; the first four share two pages of their prompts. And numbers that
     were asked for beside them: log probabilities of prompts and completions, and embeddings."""
-    shared = [(7 * i) % 250 for i in range(19)]
-    prompts = [[*shared, i, i + 1] for i in range(4)] + [[11, 5, 200 + i] * (1 + 9 * (i % 3)) for i in range(8)]
+    prompts = asked()
 
     async def one(index: int, prompt: list[int]) -> list[int]:
         params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -283,6 +300,8 @@ def run(folder: pathlib.Path, config: ModelConfig, text: str, host_tier: bool, d
         again, _ = asyncio.run(answers(engine))
         assert again == tokens, "what comes back from the host is something else"
         restored = sum(manager.host_tier.num_restored for manager in engine.scheduler.kv.managers)
+    assert asyncio.run(wholes(engine)) == tokens[-3:], "several steps a dispatch say something else"
+    assert drafts or max(step.num_steps for step in engine.recent) > 1, "no dispatch had several steps"
     engine.shutdown()
     engine.runner.guard.check()
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_pages - 1, "pages leaked"

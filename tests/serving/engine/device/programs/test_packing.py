@@ -12,10 +12,12 @@ from serving.engine.api.sampling_params import SamplingParams
 from serving.engine.api.types import EngineRequest
 from serving.engine.device.programs.packing import (
     decode_rows,
+    forward_behind,
     forward_layout,
     make_step,
     pack_forward,
     pack_sample,
+    sample_behind,
     sample_layout,
 )
 from serving.engine.requests.buckets import Bucket
@@ -92,6 +94,23 @@ def test_nothing_is_left_out_where_a_head_hears():
         {name for name, *_ in forward_layout(Bucket(4, 64, 3), PAGES, heads=heads).fields} for heads in (True, False)
     ]
     assert ["chunk_last_R" in names for names in fields] == [False, True]
+
+
+def test_the_step_behind_another_is_the_devices(slots):
+    """Of two replicas end to end: real rows take up where their slots are, padding stays as it is."""
+    known = running(slots, "known", list(range(20)), [3, 4])
+    ahead = running(slots, "ahead", list(range(31)), [5, 6, 7])
+    bucket, plan = Bucket(4, 0, 0), StepPlan(1, (known, ahead), (19, 35), (), (), (known, ahead))
+    layout, sampled = forward_layout(bucket, PAGES, groups=2), sample_layout(bucket.samples)
+    flat = np.tile(pack_forward(plan, bucket, layout, slots, PAGE), 2)
+    for part in forward_behind(flat, bucket, layout).reshape(2, -1):
+        was, f = layout.views(flat[: layout.size]), layout.views(part)
+        assert f["tokens_T"].tolist() == [-1, -1, 0, 0] and f["decode_start_B"].tolist() == [-1, -1, 0, 0]
+        assert all((f[name] == was[name]).all() for name in f.keys() - {"tokens_T", "decode_start_B"})
+    drawn = np.tile(pack_sample(plan, bucket.samples, sampled, slots, False), 2)
+    for part in sample_behind(drawn, sampled).reshape(2, -1):
+        assert (sampled.views(part)["length_S"] == -1).all()
+        assert (sampled.views(part)["slot_S"] == sampled.views(drawn[: sampled.size])["slot_S"]).all()
 
 
 def test_rows_with_drafts(slots):
