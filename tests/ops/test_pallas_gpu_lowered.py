@@ -177,4 +177,5 @@ def test_weights_in_groups_compile(name, chip):
     for rows in (1, 300):
         x = jax.ShapeDtypeStruct((rows, made.shape[1]), jnp.bfloat16, sharding=here)
         compiled = jax.jit(linear).lower(x, made).compile()
-        assert compiled.memory_analysis().temp_size_in_bytes < made.values.size, "the whole weight is written out"
+        dense_bytes = 2 * made.shape[0] * made.shape[1]
+        assert compiled.memory_analysis().temp_size_in_bytes < dense_bytes, "the whole weight is written out"
