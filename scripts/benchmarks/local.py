@@ -68,6 +68,7 @@ class Local:
         prompts: Sequence[Sequence[int]] | None = None,
         *,
         private: bool = False,
+        whole: bool = False,
         constraint: Callable[[], TokenConstraint] | None = None,
         **params: Any,
     ) -> list[Outcome]:
@@ -75,6 +76,7 @@ class Local:
 
         Args:
             private: each request has a cache salt of its own, so that no pages are shared.
+            whole: nobody looks at a completion before its end, as with `LLM.generate`.
             constraint: makes each request's grammar.
             params: further fields of SamplingParams.
         """
@@ -105,6 +107,7 @@ class Local:
                 deadline=None if request.deadline is None else now + request.deadline,
                 ttft_deadline=None if request.ttft_deadline is None else now + request.ttft_deadline,
                 cache_salt=name if private else None,
+                whole=whole,
             )
             async for output in self.engine.client.generate(engine_request):
                 yield len(output.token_ids), output.num_cached_tokens

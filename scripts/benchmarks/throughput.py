@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> None:
         for concurrency in args.concurrency:
             prompts = standard_prompts(concurrency, args.prompt_tokens)
             for _ in range(args.repeat):
-                outcomes = local.run(uniform(concurrency, args.prompt_tokens, args.output_tokens), prompts)
+                # Whole completions, as `LLM.generate` and the peers' calls give them.
+                outcomes = local.run(uniform(concurrency, args.prompt_tokens, args.output_tokens), prompts, whole=True)
                 made = sum(o.output_tokens for o in outcomes)
                 if made != concurrency * args.output_tokens:
                     raise SystemExit(

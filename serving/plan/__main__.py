@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         help={
             "mesh": "as the server's; auto puts every device on the model axis",
             "dtype": "of weights and activations; auto is bfloat16, float32 on cpu",
-            "quantization": "of the weights; auto is none here",
+            "quantization": "of the weights; auto is none here, but what a packed checkpoint has on GPUs and TPUs",
             "max_num_seqs": "requests running at once",
             "max_num_batched_tokens": "token budget of a step",
             "max_model_len": "longest prompt plus completion",
@@ -127,6 +127,17 @@ def _draft_of(how: Any) -> dict[str, Any] | None:
     return facts.read_config(how.model) if how is not None and how.method == "draft_model" else None
 
 
+def _quantization(args: argparse.Namespace, target: chips.Target) -> Any:
+    """A scheme, or how a packed checkpoint's weights stay on GPUs and TPUs; None for dense ones."""
+    if args.quantization != "auto":
+        return None if args.quantization == "none" else args.quantization
+    if target.platform == "cpu":
+        return None
+    from serving.plan.packed import packing_of
+
+    return packing_of(facts.read_config(args.model))
+
+
 def _request(args: argparse.Namespace, target: chips.Target, mesh: str) -> Any:
     from ops.paged_attention import default_page_size
     from serving.plan.planner import Request
@@ -140,7 +151,7 @@ def _request(args: argparse.Namespace, target: chips.Target, mesh: str) -> Any:
         target=target,
         mesh=mesh,
         dtype=default if args.dtype == "auto" else args.dtype,
-        quantization=None if args.quantization in ("none", "auto") else args.quantization,
+        quantization=_quantization(args, target),
         kv_dtype=args.kv_cache_dtype,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,

@@ -11,6 +11,7 @@ from typing import Any
 
 from models.adapters.attach import AUTO
 from models.parameters import experts, parameters_of, tables
+from ops.linear.weights.group_pack import Packing
 from ops.paged_attention import least_page_size
 from ops.paged_attention.groups import layers_per_page
 from serving.engine.cache.kv_windows import pages_of
@@ -22,6 +23,7 @@ from serving.engine.requests.sizes import Sizes
 from serving.plan.chips import Target
 from serving.plan.measure import Measured, extrapolate, measure
 from serving.plan.memory import Room, adapter_bytes, tower_bytes
+from serving.plan.packed import packing_of
 from serving.plan.programs import (
     AbstractEngine,
     abstract_model,
@@ -48,7 +50,8 @@ class Request:
         hf: the model's Hugging Face configuration.
         target: where to.
         mesh: as the server's --mesh.
-        dtype, quantization, kv_dtype: as the server's flags; kv_dtype "auto" follows dtype.
+        dtype, quantization, kv_dtype: as the server's flags; kv_dtype "auto" follows dtype. A Packing is the checkpoint's own form,
+            which GPUs and TPUs keep.
         max_num_seqs, max_num_batched_tokens, page_size, max_model_len: as the server's flags.
         context: tokens that a running request has behind it, on average.
         prompt: tokens of the prompt whose time to first token is estimated.
@@ -65,7 +68,7 @@ class Request:
     target: Target
     mesh: str
     dtype: str = "bfloat16"
-    quantization: str | None = None
+    quantization: str | Packing | None = None
     kv_dtype: str = "auto"
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 4096
@@ -82,6 +85,11 @@ class Request:
     max_lora_rank: int = 16
     lora_dtype: str = AUTO
     embeddings_gib: float | None = None
+
+    @property
+    def scheme(self) -> str | None:
+        """What the server would say of `quantization`."""
+        return "stored" if isinstance(self.quantization, Packing) else self.quantization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +236,10 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     weights, state = whole.weight_bytes_on_device, whole.state_bytes
     draft_weights = 0 if draft is None else draft.weight_bytes_on_device
     adapters = adapter_bytes(whole, request.adapter_slots, request.max_lora_rank, request.lora_dtype)
-    tower = tower_bytes(request.hf, mesh, request.dtype, request.quantization, request.embeddings_gib)
+    rounded = (
+        None if isinstance(request.quantization, Packing) else request.quantization
+    )  # towers stay dense in packed checkpoints
+    tower = tower_bytes(request.hf, mesh, request.dtype, rounded, request.embeddings_gib)
     room = Room.of(whole, draft)
     free = usable - weights - draft_weights - adapters - tower - state - int(temporaries) - int(code)
     num_pages, snapshots = room.within(free + room.states, request.max_model_len, budget)
@@ -320,9 +331,8 @@ def _draft(request: Request, mesh: Any, sizes: Sizes) -> AbstractEngine | None:
     """A draft model, as shapes: its pages are the model's, in arrays of its own."""
     if request.draft_hf is None:
         return None
-    model = abstract_model(
-        config_of(request.draft_hf), mesh, request.dtype, request.quantization, request.max_model_len
-    )
+    own = packing_of(request.draft_hf) if isinstance(request.quantization, Packing) else request.quantization
+    model = abstract_model(config_of(request.draft_hf), mesh, request.dtype, own, request.max_model_len)
     return AbstractEngine(model, dataclasses.replace(sizes, draft_tokens=0, draft_places=0), mesh)
 
 
@@ -365,7 +375,7 @@ def _step(key: ProgramKey, measured: Measured, runner: AbstractEngine, request: 
     chip = request.target.chip
     weights = context_bytes = attention = products = 0.0
     on_cpu = request.target.platform == "cpu"
-    rate = chip.int8_ops * INT8_SHARES.get(request.quantization or "", 0.0) if on_cpu else 0.0
+    rate = chip.int8_ops * INT8_SHARES.get(request.scheme or "", 0.0) if on_cpu else 0.0
     rate = rate or chip.flops
     if key.kind == "forward":
         bucket = key.shape

@@ -15,10 +15,12 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from models import registry
 from models.config import ModelConfig
 from models.layers import Build
-from models.parameters import finer, may_be_in_blocks, parameters_of, rounded_by
+from models.parameters import experts, finer, may_be_in_blocks, parameters_of, rounded_by
 from ops import native, paged_attention
 from ops.linear import quantize
+from ops.linear.weights import grouped
 from ops.linear.weights.block_round import four_bits_like
+from ops.linear.weights.group_pack import ROUNDED, Packing, place
 from ops.linear.weights.int8 import pack_int8
 from ops.linear.weights.rotation import BLOCK
 from ops.paged_attention import KVGroups, pages
@@ -78,8 +80,14 @@ def with_layers(config: ModelConfig, num_layers: int) -> ModelConfig:
     return dataclasses.replace(config, num_layers=num_layers, **changes)
 
 
-def abstract_model(config: ModelConfig, mesh: Mesh, dtype: Any, quantization: str | None, max_model_len: int) -> Any:
-    """The module with a placed ShapeDtypeStruct for every parameter."""
+def abstract_model(
+    config: ModelConfig, mesh: Mesh, dtype: Any, quantization: str | Packing | None, max_model_len: int
+) -> Any:
+    """The module with a placed ShapeDtypeStruct for every parameter.
+
+    Args:
+        quantization: a scheme that the server rounds by, or how the checkpoint is packed, which GPUs and TPUs keep.
+    """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     build = Build(
         dtype=jnp.dtype(dtype),
@@ -101,10 +109,35 @@ def abstract_tower(hf: dict[str, Any], mesh: Mesh, dtype: Any, quantization: str
     return _without_values(tower.build(tower.config(hf), build), build, quantization)
 
 
-def _without_values(model: Any, build: Build, quantization: str | None) -> Any:
+def _in_groups(model: Any, build: Build, quantization: str | Packing) -> Any:
+    """`_without_values` where weights are kept or rounded in groups; see `models.loading.load.fill`."""
+    mesh = build.mesh
+    assert mesh is not None
+    platform = mesh.devices.flat[0].platform
+    six = finer(model) if isinstance(quantization, str) else {}
+    quantized = rounded_by(model, "int4")
+    if isinstance(quantization, Packing):  # those who pack a checkpoint leave its head and its table, as a rule
+        own = {f"{path}.{part}" for path in experts(model) for part in ("gate_up", "down")}
+        quantized = own if quantization.experts else quantized - {"head.weight", "embed.weight"}
+    for path, parameter in parameters_of(model):
+        value, axes = parameter.get_value(), parameter.get_metadata()["logical_axes"]
+        sharding = to_sharding(mesh, axes, build.rules)
+        how = quantization if isinstance(quantization, Packing) else ROUNDED[8 if path in six else 4]
+        cuts = value.shape[-1] // sharding.shard_shape(value.shape)[-1]
+        spread = isinstance(how, Packing) and how is quantization and parameter.get_metadata().get("spread") is not None
+        weight = how.like(value.shape, platform, cuts) if path in quantized and not spread else None
+        parameter.set_value(_place(value, axes, mesh, build) if weight is None else place(weight, sharding))
+    return model
+
+
+def _without_values(model: Any, build: Build, quantization: str | Packing | None) -> Any:
     """The module with what will be its weights' shapes and places."""
     mesh = build.mesh
     assert mesh is not None
+    if isinstance(quantization, Packing) or (
+        quantization == "int4" and mesh.devices.flat[0].platform in grouped.PLATFORMS
+    ):
+        return _in_groups(model, build, quantization)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     quantized = rounded_by(model, quantization)
     six = finer(model) if quantization == "int4" else {}

@@ -19,7 +19,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "devices": request.target.num_devices,
         "mesh": request.mesh,
         "dtype": request.dtype,
-        "quantization": request.quantization,
+        "quantization": request.scheme,
         "kv_cache_dtype": request.kv_dtype,
         "page_size": request.page_size,
         "max_num_seqs": request.max_num_seqs,
@@ -77,7 +77,7 @@ def to_text(plan: Plan) -> str:
     """A page for a terminal."""
     request, chip = plan.request, plan.request.target.chip
     name = (request.hf.get("architectures") or ["?"])[0]
-    quantized = f", {request.quantization} weights" if request.quantization else ""
+    quantized = f", {request.scheme} weights" if request.scheme else ""
     lines = [
         f"{name}, {plan.num_parameters / 1e9:.2f} B parameters, {plan.num_layers} layers, {request.dtype}{quantized}, "
         f"pages of {request.page_size} x {request.kv_dtype}",

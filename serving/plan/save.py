@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from ops.linear.weights.group_pack import Packing
 from serving.engine.api.config import EngineConfig
 from serving.engine.device.programs.bundle import Bundle, digest
 from serving.engine.device.programs.compiling import DeviceSet, compile_all
@@ -39,12 +40,17 @@ def save(plan: Plan, folder: pathlib.Path, on_done: Callable[[int, int], None] |
             f"--save keeps the programs of one process, but {target.text} is several hosts, each with a process of its own: "
             "let them compile, and keep their --compile-cache."
         )
+    if isinstance(request.quantization, Packing):
+        raise ValueError(
+            "--save keeps programs for weights whose shapes the configuration tells, and of a packed checkpoint only its tensors "
+            "do: let the server compile, or say --quantization none for dense weights."
+        )
     model_config = config_of(request.hf)
     mesh = make_mesh(request.mesh, devices(target))
     model = abstract_model(model_config, mesh, request.dtype, request.quantization, request.max_model_len)
     settings: dict[str, Any] = {
         "dtype": request.dtype,
-        "quantization": request.quantization or "none",
+        "quantization": request.scheme or "none",
         "kv_cache_dtype": request.kv_dtype,
         "max_model_len": request.max_model_len,
         "max_num_seqs": request.max_num_seqs,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from ops.linear.kernels.coding import Coding, halves
+from ops.linear.kernels.coding import Coding, cost, halves
 from ops.refs import Ref
 
 LEAST_DOT = 16
@@ -63,6 +63,7 @@ def product(
         grid=(-(-T // rows), -(-O // channels), cuts),
         out_shape=jax.ShapeDtypeStruct((cuts, T, O), jnp.float32),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
+        cost_estimate=cost(x_TI, values, numbers),
         interpret=interpret,
         name="grouped_product",
     )(x_TI, values, *numbers)

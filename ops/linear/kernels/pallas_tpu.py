@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ops.linear.kernels.coding import Coding, dense
+from ops.linear.kernels.coding import Coding, cost, dense
 from ops.refs import Ref
 
 LANES = 128
@@ -82,6 +82,7 @@ def product(
         out_specs=pl.BlockSpec((rows, channels), lambda t, o, i: (t, o)),
         out_shape=jax.ShapeDtypeStruct((T, O), jnp.float32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=cost(x_TI, values, numbers),
         interpret=interpret,
         name="grouped_product",
     )(x_TI, values, *numbers)

@@ -54,26 +54,18 @@ class Rows:
             cuts: into how many parts devices cut its inputs.
         """
         I = shape[-1]
-        if I % cuts or I % self.scale_OG.shape[1]:
+        if cuts > 1 and self.order_I is not None:
             return None
-        piece = I // cuts
-        group = math.gcd(I // self.scale_OG.shape[1], piece)
-        if group < LEAST_GROUP or (cuts > 1 and self.order_I is not None):
+        coding = coding_of(I, self.scale_OG.shape[1], self.bits, cuts, self.zero, self.table)
+        if coding is None:
             return None
-        half = 0
-        if self.bits == 4:
-            half = math.gcd(group, MOST_HALF)
-            while half >= LEAST_GROUP and piece % (2 * half):
-                half //= 2
-            if half < LEAST_GROUP and self.table is not None:
-                return None
-            half = half if half >= LEAST_GROUP else 0
+        half = coding.half
         values = self.values_OI.reshape(*shape[:-1], I)
         if half:
             runs = values.reshape(*shape[:-1], I // (2 * half), 2, half)
             values = (runs[..., 0, :] | runs[..., 1, :] << 4).reshape(*shape[:-1], I // 2)
         values = np.ascontiguousarray(values.swapaxes(-1, -2))
-        again = I // group // self.scale_OG.shape[1]  # a scale's group may be wider than what a device has of it
+        again = I // coding.group // self.scale_OG.shape[1]  # a scale's group may be wider than what a device has of it
 
         def numbers(array_OG: np.ndarray | None) -> Any:
             if array_OG is None:
@@ -83,10 +75,66 @@ class Rows:
             return np.ascontiguousarray(np.repeat(array_OG, again, axis=1).reshape(*shape[:-1], -1).swapaxes(-1, -2))
 
         kept: Any = values.view(np.int8) if values.dtype == np.uint8 else values
-        coding = Coding(group, half, self.zero, self.table)
         order: Any = None if self.order_I is None else self.order_I.astype(np.int32)
         parts = numbers(self.scale_OG), numbers(self.offset_OG), order
         return GroupedWeight(kept, *parts, coding, platform, self.rotated)
+
+
+def coding_of(
+    inputs: int, groups: int, bits: int, cuts: int = 1, zero: int = 0, table: tuple[float, ...] | None = None
+) -> Coding | None:
+    """How inputs of so many groups are stored where devices cut them into `cuts` parts; None where too few are left together."""
+    if inputs % cuts or inputs % groups:
+        return None
+    piece = inputs // cuts
+    group = math.gcd(inputs // groups, piece)
+    if group < LEAST_GROUP:
+        return None
+    half = math.gcd(group, MOST_HALF) if bits == 4 else 0
+    while half >= LEAST_GROUP and piece % (2 * half):
+        half //= 2
+    half = half if half >= LEAST_GROUP else 0
+    return None if bits == 4 and not half and table is not None else Coding(group, half, zero, table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How the weights of a checkpoint are stored, as far as its configuration says it: for plans, which read no tensor.
+
+    Attributes:
+        bits: 4 or 8.
+        group: neighbouring inputs that share a scale; 0 for all of a row.
+        values: dtype of values of eight bits.
+        scale: dtype of scales and offsets.
+        offsets: whether there are any.
+        table: four bits are codes of a table.
+        experts: of a mixture's experts alone.
+    """
+
+    bits: int
+    group: int
+    values: str = "int8"
+    scale: str = "float32"
+    offsets: bool = False
+    table: bool = False
+    experts: bool = False
+
+    def like(self, shape: tuple[int, ...], platform: str, cuts: int) -> GroupedWeight | None:
+        """A weight stored so, of arrays without values; None where it would stay dense."""
+        *lead, O, I = shape
+        entries = tuple(map(float, TABLES["e2m1"] or ())) if self.table else None
+        group = self.group if self.group and self.group < I else I
+        coding = coding_of(I, I // group, self.bits, cuts, 0, entries) if I % group == 0 else None
+        if coding is None:
+            return None
+        values = jax.ShapeDtypeStruct((*lead, I // 2 if coding.half else I, O), jnp.dtype(self.values))
+        scale = jax.ShapeDtypeStruct((*lead, I // coding.group, O), jnp.dtype(self.scale))
+        offset = scale if self.offsets else None
+        return GroupedWeight(values, scale, offset, None, coding, platform)  # pyright: ignore[reportArgumentType]
+
+
+ROUNDED = {4: Packing(4, 32, scale="bfloat16", offsets=True), 8: Packing(8, 32, scale="bfloat16")}
+"""What `rounded` makes, by bits."""
 
 
 def rows_of_blocks(weight: BlockWeight) -> Rows | None:
@@ -271,7 +319,7 @@ def _to_eight(x_OGi: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def place(weight: GroupedWeight, sharding: NamedSharding | None) -> GroupedWeight:
-    """A weight of numpy arrays on its devices.
+    """A weight of numpy arrays, or of arrays without values, on its devices.
 
     Args:
         sharding: of the dense weight; None for the default device.
@@ -282,8 +330,10 @@ def place(weight: GroupedWeight, sharding: NamedSharding | None) -> GroupedWeigh
     axes = tuple(sharding.spec) + (None,) * (len(weight.shape) - len(sharding.spec))
     specs = weight.specs(PartitionSpec(*axes))
 
-    def put(host: Any, spec: PartitionSpec) -> jax.Array:
+    def put(host: Any, spec: PartitionSpec) -> Any:
         own = NamedSharding(mesh, spec)
+        if isinstance(host, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(host.shape, host.dtype, sharding=own)
         return jax.make_array_from_callback(host.shape, own, lambda index: np.ascontiguousarray(host[index]))
 
     placed = jax.tree.map(put, weight, specs)

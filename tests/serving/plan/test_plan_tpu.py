@@ -61,3 +61,35 @@ def test_qwen3_235b_on_eight_v5p_with_an_expert_axis():
     met = 1 - (1 - k / E) ** 64
     read = 2 * L * (attention / 4 + met * E * experts / 8)
     assert forward_of(made)["weight_bytes"] == pytest.approx(read, rel=0.01)
+
+
+def test_llama_70b_in_four_bits_on_eight_v5e():
+    """Five bits a weight; the head and half of v have eight and a half. Kernels hide no operations from the plan."""
+    made = plan(
+        "--model", "Llama-3.1-70B", "--topology", "v5e:2x4", "--mesh", "model=8", "--quantization", "int4", "--max-num-seqs", "64",
+    )  # fmt: skip
+    assert made["fits"] and made["quantization"] == "int4"
+    L, D, F, V, h, heads, kv_heads = 80, 8192, 28672, 128256, 128, 64, 8
+    qkv, rest = (heads + 2 * kv_heads) * h * D, heads * h * D + 3 * D * F
+    least = (L * (qkv + rest) * 5 / 8 + V * D * (8.5 + 8.5) / 8) / 8
+    most = (L * (qkv * 8.5 + (rest - D * F) * 5 + D * F * 8.5) / 8 + V * D * (8.5 + 16) / 8) / 8
+    assert least < made["memory"]["weights"] < most
+    assert forward_of(made)["flops"] == pytest.approx(2 * 64 * L * (qkv + rest) / 8, rel=0.15)
+
+
+def test_a_packed_checkpoint_is_priced_as_it_is_stored(tmp_path):
+    """DeepSeek's float8 in blocks: half of bfloat16, and a 32th for scales."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    made = {
+        scheme: plan("--model", str(tmp_path), "--topology", "v6e:2x2", "--mesh", "model=4", "--quantization", scheme)
+        for scheme in ("auto", "none")
+    }
+    layers = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336) / 4
+    saved = made["none"]["memory"]["weights"] - made["auto"]["memory"]["weights"]
+    assert made["auto"]["quantization"] == "stored"
+    assert saved == pytest.approx(layers * (2 - 1 - 4 / 128), rel=0.01)
