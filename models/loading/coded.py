@@ -88,7 +88,7 @@ def in_groups(recipe: Recipe, parameter: Weight, checkpoint: object) -> Rows | N
     if blocks is not None:
         return rows_of_blocks(blocks)
     rows = row_map(recipe)
-    if parameter.get_metadata().get("spread") is not None or rows is None or len(parameter.shape) != 2:
+    if parameter.get_metadata().get("spread") is not None or rows is None or not may_be_in_blocks(parameter):
         return None
     if not isinstance(checkpoint, NarrowCheckpoint):
         return None

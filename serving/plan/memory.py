@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from models.adapters.attach import bytes_of_stacks
+from ops.linear.weights.group_pack import Packing
 from serving.engine.cache.kv_windows import pages_of
 from serving.engine.cache.snapshots import SNAPSHOT_SHARE, budget
 from serving.plan.programs import AbstractEngine, abstract_tower, bytes_on_device, weight_leaves
@@ -72,11 +73,12 @@ def adapter_bytes(engine: AbstractEngine, slots: int, rank: int, dtype: str) -> 
 
 
 def tower_bytes(
-    hf: dict[str, Any], mesh: Any, dtype: str, quantization: str | None, embeddings_gib: float | None
+    hf: dict[str, Any], mesh: Any, dtype: str, quantization: str | Packing | None, embeddings_gib: float | None
 ) -> int:
     """What reading images or hearing takes of a device: the tower's weights, and room for embeddings; 0 where texts alone are
     served (`embeddings_gib` is None) and for models without one."""
-    tower = None if embeddings_gib is None else abstract_tower(hf, mesh, dtype, quantization)
+    rounded = None if isinstance(quantization, Packing) else quantization  # packed checkpoints have dense towers
+    tower = None if embeddings_gib is None else abstract_tower(hf, mesh, dtype, rounded)
     if tower is None or embeddings_gib is None:
         return 0
     weights = sum(bytes_on_device(leaf) for _, _, leaf in weight_leaves(tower))

@@ -236,10 +236,7 @@ def make_plan(request: Request, on_done: Callable[[str, int, int], None] | None 
     weights, state = whole.weight_bytes_on_device, whole.state_bytes
     draft_weights = 0 if draft is None else draft.weight_bytes_on_device
     adapters = adapter_bytes(whole, request.adapter_slots, request.max_lora_rank, request.lora_dtype)
-    rounded = (
-        None if isinstance(request.quantization, Packing) else request.quantization
-    )  # towers stay dense in packed checkpoints
-    tower = tower_bytes(request.hf, mesh, request.dtype, rounded, request.embeddings_gib)
+    tower = tower_bytes(request.hf, mesh, request.dtype, request.quantization, request.embeddings_gib)
     room = Room.of(whole, draft)
     free = usable - weights - draft_weights - adapters - tower - state - int(temporaries) - int(code)
     num_pages, snapshots = room.within(free + room.states, request.max_model_len, budget)

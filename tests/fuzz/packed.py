@@ -15,6 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from models.loading.coded import NarrowCheckpoint
+from ops.linear.weights.group_pack import Rows
 from tests.fuzz.mutate import mutate_json
 from tests.fuzz.run import Case
 
@@ -61,6 +63,10 @@ def _kinds() -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
         "a.scales": some(np.float16, O, 2),
         "a.biases": some(np.float16, O, 2),
     }
+    float8 = {
+        "a.weight": some(np.float32, O, I).astype(TYPES[6]),
+        "a.weight_scale_inv": some(np.float32, O // 8, I // 32),
+    }
     stack = "model.layers.0.mlp.switch_mlp.down_proj"
     stacked = {f"{stack}.weight": some(np.uint32, 2, O, I // 8), f"{stack}.scales": some(np.uint8, 2, O, 2, most=255)}
     return [
@@ -73,6 +79,8 @@ def _kinds() -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
         (nested, {"quant_method": "bitsandbytes", "state": state}),
         (affine, {"group_size": 32, "bits": 4}),
         (stacked, {"group_size": 32, "bits": 4, "mode": "mxfp4"}),
+        (float8, {"quant_method": "fp8", "weight_block_size": [8, 32]}),
+        ({"a.weight": some(np.int8, O, I), "a.weight_scale": some(np.float32, O, 1)}, {"quant_method": "w8a8_int8"}),
     ]
 
 
@@ -156,6 +164,16 @@ def _all_of(checkpoint: Any, name: str, pack: Any) -> list[str]:
         shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
         assert (len(order), code.inputs) == (math.prod(shape[:-1]), shape[-1]), "blocks of another shape"
         pack([code], np.zeros(len(order), int), order)
+    if not isinstance(checkpoint, NarrowCheckpoint):
+        return said
+    try:
+        found = checkpoint.narrow(name)
+    except ValueError as error:
+        return [*said, str(error)]
+    if found is not None:
+        values, scale = found
+        assert values.shape == checkpoint.shape(name) and scale.shape[0] == len(values), "rows of another shape"
+        Rows(values, scale, None, 8).weight(values.shape, "tpu")
     return said
 
 

@@ -60,6 +60,10 @@ class _Slice:
         return rest if self.half is None else (rest[0] // 2, *rest[1:])
 
     def of(self, whole: np.ndarray) -> np.ndarray:
+        if self.index is not None and self.index >= len(whole):
+            raise ValueError(
+                f"the tensor {self.name!r} has {len(whole)} experts, and number {self.index} is asked for."
+            )
         rest = whole if self.index is None else whole[self.index]
         if self.half is None:
             return rest
@@ -160,6 +164,16 @@ class ExpertLayouts:
     def is_coded(self, name: str, turned: bool = False) -> bool:
         """As `models.loading.coded.CodedCheckpoint`."""
         return self._coded_parts(name, turned) is not None
+
+    def narrow(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """As `models.loading.coded.NarrowCheckpoint`: of tensors that there are."""
+        return self._inner.narrow(name) if self.is_narrow(name) else None  # pyright: ignore[reportAttributeAccessIssue]
+
+    def is_narrow(self, name: str, turned: bool = False) -> bool:
+        """As `models.loading.coded.NarrowCheckpoint`."""
+        if not hasattr(self._inner, "is_narrow") or self._inner.locate(name) is None:
+            return False
+        return self._inner.is_narrow(name, turned)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _coded_parts(self, name: str, turned: bool) -> list[_Slice] | None:
         """What a tensor's rows lie in, all of it in blocks; None where some of it is not, or lies the other way round."""

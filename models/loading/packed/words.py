@@ -16,6 +16,12 @@ from ops.linear.weights.block_pack import CodedRows
 _AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where output column i of eight is in its int32
 
 
+def _check_words(dtype: np.dtype) -> None:
+    """Raises ValueError where integers are packed in anything else than words of four bytes."""
+    if dtype.kind not in "iu" or dtype.itemsize != 4:
+        raise ValueError(f"its words are {dtype}, where integers are packed in int32")
+
+
 class CompressedTensors(Scheme):
     """`weight_packed` (llm-compressor): integers of up to eight bits in int32, or small floats in bytes: NVFP4, MXFP4, MXFP6.
 
@@ -32,6 +38,7 @@ class CompressedTensors(Scheme):
         words = self.tensors.shape(own)
         if self._is_float(own):  # does not say it: values fill their bytes
             return (words[0], words[1] * 8 // self._float_bits)
+        _check_words(self.tensors.dtype(own))
         said = self.optional(own.removesuffix("_packed") + "_shape")
         if said is None:
             raise ValueError("it has no weight_shape")
@@ -121,6 +128,7 @@ class Gptq(_Words):
         return (own.removesuffix("qweight") + "scales",)
 
     def shape(self, own: str) -> tuple[int, ...]:
+        _check_words(self.tensors.dtype(own))
         rows, columns = self.tensors.shape(own)
         return (columns, rows * 32 // self._bits(own))
 

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from models.layers import weight
+from models.loading.coded import in_groups
 from models.loading.load import load_model, resolve
 from models.parameters import parameters_of
+from models.recipes import Piece, Stack, deal
 from ops import native
 from ops.linear.weights import grouped
 from ops.linear.weights.grouped import GroupedWeight, use_body
@@ -78,11 +81,11 @@ def test_what_a_checkpoint_has_is_kept(tmp_path, accelerator, kind):
     options = {"source": resolve(str(folder)), "progress": False}
     dense, kept = load_model(**options).model, load_model(**options, quantization="stored").model
     wanted = dict(parameters_of(dense))
-    found = {path: weight for path, p in parameters_of(kept) if isinstance(weight := p.get_value(), GroupedWeight)}
+    found = {path: one for path, p in parameters_of(kept) if isinstance(one := p.get_value(), GroupedWeight)}
     assert len(found) == 2 * 3 + 1  # q, k and v in one; gate and up in one; down; and the head
-    for path, weight in found.items():
-        assert weight.dtype == ("float8_e4m3fn" if kind == "float8" else "int8")
-        np.testing.assert_allclose(weight.dequantize(), wanted[path].get_value(), rtol=1e-6, atol=1e-6)
+    for path, one in found.items():
+        assert one.dtype == ("float8_e4m3fn" if kind == "float8" else "int8")
+        np.testing.assert_allclose(one.dequantize(), wanted[path].get_value(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "body"), [*zip(KINDS, ("pallas_gpu", "pallas_tpu", "xla"), strict=True)])
@@ -107,11 +110,43 @@ def test_served(tmp_path, accelerator, kind, body):
     assert [out.token_ids for out in got] == [out.token_ids for out in run(quantization="none")]
 
 
+class Narrow:
+    """Float8 tensors with scales by blocks of 8 x 32."""
+
+    def __init__(self, shapes: dict[str, tuple[int, int]]):
+        rng = np.random.default_rng(0)
+        self.values = {
+            name: rng.standard_normal(shape).astype(ml_dtypes.float8_e4m3fn) for name, shape in shapes.items()
+        }
+        self.scales = {name: rng.random((O // 8, I // 32)).astype(np.float32) for name, (O, I) in shapes.items()}
+
+    def narrow(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        return self.values[name], np.repeat(self.scales[name], 8, 0)
+
+    def is_narrow(self, name: str, turned: bool = False) -> bool:
+        return name in self.values and not turned
+
+    def dense(self, name: str) -> np.ndarray:
+        values, scale = self.narrow(name)
+        return values.astype(np.float32) * np.repeat(scale, 32, 1)
+
+
+def test_a_stack_of_float8_experts():
+    """DeepSeek's: gates and ups in turn, each expert's rows one behind the other."""
+    checkpoint = Narrow({f"{e}.{part}": (16, 64) for e in range(3) for part in ("gate", "up")})
+    recipe = Stack(tuple(deal(1, *(Piece(f"{e}.{part}", (16, 64)) for part in ("gate", "up"))) for e in range(3)))
+    stack = weight((3, 32, 64), np.float32, (None, None, None), blocks=True)
+    rows = in_groups(recipe, stack, checkpoint)
+    made = None if rows is None else rows.weight((3, 32, 64), "tpu")
+    assert made is not None and made.shape == (3, 32, 64) and made.dtype == "float8_e4m3fn"
+    np.testing.assert_array_equal(made.dequantize(), recipe.make(checkpoint.dense).reshape(3, 32, 64))
+
+
 def test_dense_weights_are_rounded(tmp_path, accelerator):
     folder = write_tiny_checkpoint(tmp_path / "model", embed=64, ffw=128)
     model = load_model(resolve(str(folder)), progress=False, quantization="int4").model
     found = {path: p.get_value() for path, p in parameters_of(model)}
-    bits = {path: 4 if weight.coding.half else 8 for path, weight in found.items() if isinstance(weight, GroupedWeight)}
+    bits = {path: 4 if one.coding.half else 8 for path, one in found.items() if isinstance(one, GroupedWeight)}
     assert bits["layers.0.mlp.gate_up.weight"] == 4 and bits["head.weight"] == 8
     assert len(bits) == 2 * 3 + 2  # the table, too; not o, whose inputs are no whole groups
 

@@ -268,6 +268,13 @@ def test_integers_that_do_not_fit_their_scales_are_refused(tmp_path, name, chang
             getattr(open_one(tmp_path, damaged(arrays, name, change), config), take)("a.weight")
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.float16, np.int64])
+def test_integers_come_in_words(tmp_path, dtype):
+    arrays = {"a.weight_packed": np.zeros((O, I // 8), dtype), "a.weight_scale": np.ones((O, I // GROUP), np.float32)}
+    with pytest.raises(ValueError, match=r"'a\.weight_packed'.* int32"):
+        open_one(tmp_path, arrays | {"a.weight_shape": np.array([O, I])}, compressed(4))
+
+
 def test_zero_points_are_bytes(tmp_path):
     arrays = {
         "a.weight_packed": pack(RNG.integers(0, 16, (O, I))),
