@@ -103,10 +103,13 @@ struct Step {
   float sum;             // scale * the sum of all values
   int32_t minus_sum[2];  // of 16 values each
   int32_t start;         // what crossed sums begin with, see blocks_crossed.h; written where there are such
+  int32_t zero_sum[2];   // minus_sum times the zero of paired scales; the same
 };
-static_assert(sizeof(Step) == 52);
+static_assert(sizeof(Step) == 60);
 
-// Rounded rows, `stride` bytes each. Steps come in pairs, as many as a rotation takes.
+// Rounded rows, `stride` bytes each. Steps come in pairs, as many as a rotation takes. Kernels may read some more rows than they are
+// asked for, so there is memory behind the last.
+constexpr int64_t kBehind = 4;
 struct Rows {
   uint8_t* data;
   int64_t steps, stride;
@@ -115,6 +118,7 @@ struct Rows {
   static int64_t row_bytes(int64_t inputs) {
     return ceil_div(2 * ceil_div(inputs, 2 * kStep) * static_cast<int64_t>(sizeof(Step)), kLine) * kLine;
   }
+  static int64_t bytes(int64_t rows, int64_t inputs) { return (rows + kBehind) * row_bytes(inputs); }
   Step* row(int64_t index) const { return reinterpret_cast<Step*>(data + index * stride); }
   const Step& step(int64_t index, int64_t at) const { return row(index)[at]; }
   // Whether a row is zeros, as padding of a step is from the embedding on.

@@ -57,7 +57,7 @@ void add_rounding(Phases& phases, const Rounding& r, int64_t rows) {
 }
 
 Rounding rounding(int slot, const float* x, int64_t rows, int64_t width, bool rotated) {
-  return {x, width, nullptr, 0.0f, rotated, Rows(static_cast<uint8_t*>(scratch(slot, rows * Rows::row_bytes(width))), width)};
+  return {x, width, nullptr, 0.0f, rotated, Rows(static_cast<uint8_t*>(scratch(slot, Rows::bytes(rows, width))), width)};
 }
 
 // Products without gates: y [rows, O] of rows sorted by expert.
@@ -99,7 +99,7 @@ ffi::Error experts(ffi::ThreadPool pool, F32 x, S32 ids, F32 weights, U8 up_byte
   const std::vector<Part> last = parts_of(routing.tasks, down, downs, downs, 0);
 
   const Rounding given = rounding(0, x.typed_data(), T, D, up.rotated);
-  const Rows sorted(static_cast<uint8_t*>(scratch(1, M * Rows::row_bytes(D))), D);
+  const Rows sorted(static_cast<uint8_t*>(scratch(1, Rows::bytes(M, D))), D);
   float* hidden = static_cast<float*>(scratch(3, M * F * sizeof(float)));
   const Rounding narrow = rounding(2, hidden, M, F, down.rotated);
   float* y = static_cast<float*>(scratch(4, M * D * sizeof(float)));

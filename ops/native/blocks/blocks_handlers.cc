@@ -18,7 +18,7 @@ constexpr int64_t kRowBlock = 48, kMostRows = 256;  // rows of a tile at least, 
 const float* optional(const F32& buffer) { return buffer.element_count() == 0 ? nullptr : buffer.typed_data(); }
 
 Rounding rounding(const float* x, int64_t rows, int64_t width, const float* gain, float eps, bool rotated, int slot) {
-  uint8_t* data = static_cast<uint8_t*>(scratch(slot, rows * Rows::row_bytes(width)));
+  uint8_t* data = static_cast<uint8_t*>(scratch(slot, Rows::bytes(rows, width)));
   return {x, width, gain, eps, rotated, Rows(data, width)};
 }
 

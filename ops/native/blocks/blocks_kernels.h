@@ -237,7 +237,10 @@ struct Spans {
     for (int64_t row = 0, end; row < t.rows; row = end) {
       end = row + 1;
       if (t.a.zero(t.first_row + row)) continue;
-      while (end < t.rows && !t.a.zero(t.first_row + end)) ++end;
+      // Until as many are zeros as kernels may take with the rest: what they add to these is zero.
+      for (int64_t next = end; next < t.rows && next < end + kBehind; ++next) {
+        if (!t.a.zero(t.first_row + next)) end = next + 1;
+      }
       if (count < kMost) {
         list[count++] = {row, end - row};
       } else {  // rather some zeros than more spans
@@ -316,7 +319,7 @@ AT static void panels(const Tile& t, const Spans& spans, const Run& run, float* 
 }
 
 AT static void tile(const Tile& t) {
-  float* sums = static_cast<float*>(scratch(6, t.rows * t.panels * kPanel * sizeof(float)));
+  float* sums = static_cast<float*>(scratch(6, (t.rows + kBehind) * t.panels * kPanel * sizeof(float)));
   std::memset(sums, 0, t.rows * t.panels * kPanel * sizeof(float));
   const Spans spans(t);  // what is zero stays so: bias and residual are all of it
   for (int r = 0, at = 0; spans.count > 0 && r < t.runs; at += t.run[r++].panels) panels(t, spans, t.run[r], sums + at * kPanel);

@@ -99,6 +99,8 @@ AT void round_fast(const Rounding& r, int64_t row) {
       to->scale = scale[i];
       to->minus_sum[0] = -_mm_cvtsi128_si32(lower);
       to->minus_sum[1] = -_mm_cvtsi128_si32(upper);
+      to->zero_sum[0] = to->minus_sum[0] * (1 << kPairedZero);
+      to->zero_sum[1] = to->minus_sum[1] * (1 << kPairedZero);
       to->start = kMagicBits - _mm_extract_epi32(_mm_add_epi32(lower, upper), 1);
       ++to;
     }

@@ -69,6 +69,9 @@ constexpr int64_t kMany = 24;  // rows from which a chunk's values and scales ar
 
 bool stored(int64_t rows) { return rows < kMany; }
 
+// Holds the compiler to an order and to a register: what is loaded and used twice else lies on the stack, for want of one for its address.
+#define KEEP(vector) asm volatile("" : "+v"(vector))
+
 // How values are read: BITS as stored, with a table or without, `line` bytes from one line to the next. Upper halves of four bits
 // may stay where they are, as 16 times the values, where somebody divides by that later.
 template <int BITS, bool TABLE, bool UPPER>
@@ -100,7 +103,8 @@ template <bool UPPER>
 struct Reader<6, false, UPPER> {
   static constexpr int kQuads = 4, kLines = 3;
   AT FORCE_INLINE static void load(const uint8_t* from, int64_t line, __m512i, __m512i (&out)[kQuads]) {
-    const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + line), c = _mm512_loadu_si512(from + 2 * line);
+    __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + line), c = _mm512_loadu_si512(from + 2 * line);
+    KEEP(a); KEEP(b); KEEP(c);
     const __m512i six = _mm512_set1_epi8(63);
     out[0] = _mm512_and_si512(a, six);
     out[1] = _mm512_and_si512(b, six);
@@ -337,6 +341,7 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, const ui
 }
 
 #include "blocks/blocks_crossed.h"
+#include "blocks/blocks_few.h"
 
 // How many of the rows that are left are taken at once, in blocks of about one size: with few of them dot products wait for each other.
 int64_t next_rows(int64_t left, int64_t most) { return ceil_div(left, ceil_div(left, most)); }
@@ -349,6 +354,7 @@ int64_t most_rows(const Form& form, bool as_stored) {
 }
 
 int64_t passes(const Form& form, int64_t rows, bool as_stored) {
+  if (as_stored && few(form, rows)) return 2;
   return (as_stored && crossed(form) ? 2 : 1) * ceil_div(rows, most_rows(form, as_stored));
 }
 
@@ -432,7 +438,11 @@ template <typename K>
 void multiply_as(const Tile& t, const Chunk& chunk, int panels, float* sums) {
   if (panels == 4) return t.rows == 1 ? rows<K, 1, 4>(t, chunk, 0, 0, nullptr, sums) : rows<K, 2, 4>(t, chunk, 0, 0, nullptr, sums);
   if constexpr (K::kCrossed) {
+    if (few(*chunk.form, t.rows)) return few_crossed<typename K::template Scales<1>>(t, chunk, panels, sums);
     if (t.rows > 2) return all_crossed<K>(t, chunk, panels, sums);
+  }
+  if constexpr (K::kPaired && K::kBits == 6) {
+    if (few(*chunk.form, t.rows)) return all_few<FewPaired>(t, chunk, panels, sums);
   }
   panels == 2 ? all_rows<K, 2>(t, chunk, sums) : all_rows<K, 1>(t, chunk, sums);
 }
@@ -476,9 +486,9 @@ void multiply(const Tile& t, const Chunk& chunk, int panels, float* sums) {
 }
 
 #include "blocks/blocks_kernels.h"
-
 #include "blocks/blocks_rounding.h"
 #undef AT
+#undef KEEP
 
 }  // namespace
 
