@@ -72,6 +72,13 @@ bool stored(int64_t rows) { return rows < kMany; }
 // Holds the compiler to an order and to a register: what is loaded and used twice else lies on the stack, for want of one for its address.
 #define KEEP(vector) asm volatile("" : "+v"(vector))
 
+// Loads that the compiler leaves in the order in which they are written.
+AT FORCE_INLINE __m512i load_next(const uint8_t* from) {
+  __m512i line;
+  asm volatile("vmovdqu64 %1, %0" : "=v"(line) : "m"(*reinterpret_cast<const __m512i_u*>(from)));
+  return line;
+}
+
 // How values are read: BITS as stored, with a table or without, `line` bytes from one line to the next. Upper halves of four bits
 // may stay where they are, as 16 times the values, where somebody divides by that later.
 template <int BITS, bool TABLE, bool UPPER>
@@ -105,6 +112,9 @@ struct Reader<6, false, UPPER> {
   AT FORCE_INLINE static void load(const uint8_t* from, int64_t line, __m512i, __m512i (&out)[kQuads]) {
     __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + line), c = _mm512_loadu_si512(from + 2 * line);
     KEEP(a); KEEP(b); KEEP(c);
+    split(a, b, c, out);
+  }
+  AT FORCE_INLINE static void split(__m512i a, __m512i b, __m512i c, __m512i (&out)[kQuads]) {
     const __m512i six = _mm512_set1_epi8(63);
     out[0] = _mm512_and_si512(a, six);
     out[1] = _mm512_and_si512(b, six);
@@ -270,8 +280,17 @@ AT void rows(const Tile& t, const Chunk& chunk, int panel, int64_t row, const ui
           w += chunk.plane - kLoads * Read::kLines * line;
         }
         __m512i value[NP][Read::kQuads];
-        UNROLL
-        for (int j = 0; j < NP; ++j) Read::load(w + j * next_panel, line, table, value[j]);
+        if constexpr (BITS == 6 && NP == kPanels) {
+          // In the order in which they lie: three lines of each panel in turn upset what fetches memory ahead.
+          __m512i lines[Read::kLines * NP];
+          UNROLL
+          for (int i = 0; i < Read::kLines * NP; ++i) lines[i] = load_next(w + i * kLine);
+          UNROLL
+          for (int j = 0; j < NP; ++j) Read::split(lines[j], lines[NP + j], lines[2 * NP + j], value[j]);
+        } else {
+          UNROLL
+          for (int j = 0; j < NP; ++j) Read::load(w + j * next_panel, line, table, value[j]);
+        }
         w += Read::kLines * line;
         UNROLL
         for (int quad = 0; quad < Read::kQuads; ++quad) {
