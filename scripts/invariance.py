@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--model", help="GGUF file, directory or hub id; default: the default model")
     parser.add_argument("--prompts", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=48, help="of each completion (default: 48)")
-    parser.add_argument("--pool", type=int, default=40 << 20, help="bytes of the pool that is too small")
+    parser.add_argument("--pool", type=int, default=12 << 20, help="bytes of the pool that is too small")
     arguments = parser.parse_args()
     alone: list[Row] = []
     for name, rows in ways(arguments.model, texts(arguments.prompts), arguments.tokens, arguments.pool):
