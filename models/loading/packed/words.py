@@ -170,6 +170,7 @@ class Awq(_Words):
         return (base + "scales", base + "qzeros")
 
     def shape(self, own: str) -> tuple[int, ...]:
+        _check_words(self.tensors.dtype(own))
         inputs, words = self.tensors.shape(own)
         return (words * 8, inputs)
 

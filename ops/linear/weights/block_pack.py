@@ -120,6 +120,8 @@ def pack(
         ValueError: rows of different lengths, panels of different forms, or scales that are no finite numbers.
     """
     inputs = tensors[0].inputs
+    if not len(row_R):
+        raise ValueError("a weight has no rows.")
     for index, tensor in enumerate(tensors):
         tensor.check(row_R[tensor_R == index])
     if any(tensor.inputs != inputs for tensor in tensors):
