@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -317,58 +318,73 @@ def on_native() -> bool:
 
 def _dense_groups(bytes_GN: jax.Array, of: int, form: Form, inputs: int) -> jax.Array:
     """Float32 [G * of * 16, inputs] of groups of `of` panels each."""
-    G, begin, parts = bytes_GN.shape[0], 0, []
+    codes_PcI, scale_PcB, offset_PcB = parts_of_groups(bytes_GN, of, form, inputs)
+    entries = TABLES[form.table]
+    values_PcI = codes_PcI if entries is None else jnp.asarray(np.array(entries, np.int32) + form.zero)[codes_PcI]
+    dense_PcI = (values_PcI.astype(jnp.float32) - form.zero) * _spread(scale_PcB, form, inputs)
+    if form.offset != "none":
+        dense_PcI = dense_PcI + _spread(offset_PcB, form, inputs)
+    return dense_PcI.reshape(-1, inputs)
+
+
+def _spread(numbers_PcB: jax.Array, form: Form, inputs: int) -> jax.Array:
+    """Each block's number for each of its inputs."""
+    return jnp.repeat(numbers_PcB, min(form.block, CHUNK), axis=-1)[..., :inputs]
+
+
+def parts_of_groups(bytes_GN: Any, of: int, form: Form, inputs: int) -> tuple[Any, Any, Any]:
+    """What groups of `of` panels each hold, of numpy's or JAX's arrays, like those that are given.
+
+    Returns:
+        (codes uint8 [G * of, 16, inputs]; scales float32 [G * of, 16, blocks], of CHUNK inputs at most; offsets, which are added to
+        a value times its scale, the same, of no blocks where the form has none).
+    """
+    P, begin, parts, np_like = bytes_GN.shape[0] * of, 0, [], jnp if isinstance(bytes_GN, jax.Array) else np
     for _, count in chunks(inputs):
         offsets, nested, more, head, lines = form.chunk_parts(count)
-        head_PN = bytes_GN[:, begin : begin + of * head].reshape(G * of, head)
+        head_PN = bytes_GN[:, begin : begin + of * head].reshape(P, head)
         begin += of * head
-        lines_GLp = bytes_GN[:, begin : begin + of * lines * LINE].reshape(G, lines, of, PANEL, 4)
+        lines_GLp = bytes_GN[:, begin : begin + of * lines * LINE].reshape(-1, lines, of, PANEL, 4)
         begin += of * lines * LINE
-        values_PcI = _values(lines_GLp.swapaxes(1, 2).reshape(G * of, lines, PANEL, 4), form, count)
-        scale_PcI = _scales(form.scale, head_PN[:, :offsets], head_PN[:, nested:more], form.block, count)
-        scale_PcI = scale_PcI * jnp.float32(2.0**form.power)
-        dense_PcI = (values_PcI - form.zero) * scale_PcI
-        if form.offset != "none":
-            offset_PcI = _scales(form.offset, head_PN[:, offsets:nested], head_PN[:, more:], form.block, count)
-            offset_PcI = offset_PcI * (scale_PcI if form.offset == "zero_point" else 1.0)
-            dense_PcI = dense_PcI + (-offset_PcI if form.offset in ("zero_point", "nested_u8") else offset_PcI)
-        parts.append(dense_PcI)
-    return jnp.concatenate(parts, axis=-1).reshape(G * of * PANEL, -1)[:, :inputs]
+        codes_PcI = _codes(np_like, lines_GLp.swapaxes(1, 2).reshape(P, lines, PANEL, 4), form.bits, count)
+        scale_PcB = _numbers(np_like, form.scale, head_PN[:, :offsets], head_PN[:, nested:more], form.block, count)
+        offset_PcB = _numbers(np_like, form.offset, head_PN[:, offsets:nested], head_PN[:, more:], form.block, count)
+        parts.append((codes_PcI, scale_PcB, offset_PcB))
+    codes_PcI, scale_PcB, offset_PcB = (np_like.concatenate(list(part), axis=-1) for part in zip(*parts, strict=True))
+    scale_PcB = scale_PcB * np.float32(2.0**form.power)
+    offset_PcB = offset_PcB * scale_PcB if form.offset == "zero_point" else offset_PcB
+    return codes_PcI[..., :inputs], scale_PcB, -offset_PcB if form.offset in ("zero_point", "nested_u8") else offset_PcB
 
 
-def _values(lines_PLc4: jax.Array, form: Form, inputs: int) -> jax.Array:
-    """Float32 [P, 16, inputs], after the table."""
+def _codes(np_like: Any, lines_PLc4: Any, bits: int, inputs: int) -> Any:
+    """uint8 [P, 16, inputs], before the table."""
     P = lines_PLc4.shape[0]
-    if form.bits == 8:
+    if bits == 8:
         quads = lines_PLc4
-    elif form.bits == 4:
-        quads = jnp.stack([lines_PLc4 & 15, lines_PLc4 >> 4], axis=2).reshape(P, inputs // 4, PANEL, 4)
+    elif bits == 4:
+        quads = np_like.stack([lines_PLc4 & 15, lines_PLc4 >> 4], axis=2).reshape(P, inputs // 4, PANEL, 4)
     else:
         three = lines_PLc4.reshape(P, inputs // 16, 3, PANEL, 4)
         fourth = (three[:, :, 0] >> 6) | (three[:, :, 1] >> 6) << 2 | (three[:, :, 2] >> 6) << 4
-        quads = jnp.concatenate([three & 63, fourth[:, :, None]], axis=2).reshape(P, inputs // 4, PANEL, 4)
-    values_PcI = quads.swapaxes(1, 2).reshape(P, PANEL, inputs)
-    entries = TABLES[form.table]
-    if entries is None:
-        return values_PcI.astype(jnp.float32)
-    return jnp.asarray(np.array(entries, np.float32) + form.zero)[values_PcI]
+        quads = np_like.concatenate([three & 63, fourth[:, :, None]], axis=2).reshape(P, inputs // 4, PANEL, 4)
+    return quads.swapaxes(1, 2).reshape(P, PANEL, inputs)
 
 
-def _scales(kind: str, bytes_PN: jax.Array, nested_PN: jax.Array, block: int, inputs: int) -> jax.Array:
-    """Float32 [P, 16, inputs], unsigned."""
+def _numbers(np_like: Any, kind: str, bytes_PN: Any, nested_PN: Any, block: int, inputs: int) -> Any:
+    """Float32 [P, 16, blocks], unsigned."""
     P, size = bytes_PN.shape[0], SCALES[kind]
+    if not size:
+        return np_like.zeros((P, PANEL, 0), np.float32)
+    whole = np_like.ascontiguousarray(bytes_PN) if np_like is np else bytes_PN
     if size > 1:
-        wide = lax.bitcast_convert_type(bytes_PN.reshape(P, -1, PANEL, size), jnp.dtype(kind)).astype(jnp.float32)
+        wide = whole.view(jnp.dtype(kind)).reshape(P, -1, PANEL).astype(np.float32)
     elif kind == "power":
-        bits = bytes_PN.reshape(P, -1, PANEL).astype(jnp.uint32) << 23
-        wide = lax.bitcast_convert_type(bits, jnp.float32)
-    elif kind == "nested_s8":
-        wide = lax.bitcast_convert_type(bytes_PN.reshape(P, -1, PANEL), jnp.int8).astype(jnp.float32)
+        wide = (whole.reshape(P, -1, PANEL).astype(np.uint32) << 23).view(np.float32)
     else:
-        wide = bytes_PN.reshape(P, -1, PANEL).astype(jnp.float32)
-    spread = jnp.repeat(wide, min(block, CHUNK), axis=1)[:, :inputs]
+        wide = whole.view(np.int8 if kind == "nested_s8" else np.uint8).reshape(P, -1, PANEL).astype(np.float32)
     if kind.startswith("nested"):
-        nests = -(-inputs // NEST) * PANEL * 2
-        halves = lax.bitcast_convert_type(nested_PN[:, :nests].reshape(P, -1, PANEL, 2), jnp.float16)
-        spread = spread * jnp.repeat(halves.astype(jnp.float32), NEST, axis=1)[:, :inputs]
-    return spread.swapaxes(1, 2)
+        nests_PN = nested_PN[:, : -(-inputs // NEST) * PANEL * 2]
+        nests_PN = np_like.ascontiguousarray(nests_PN) if np_like is np else nests_PN
+        halves = nests_PN.view(np.float16).reshape(P, -1, PANEL).astype(np.float32)
+        wide = wide * np_like.repeat(halves, NEST // min(block, NEST), axis=1)[:, : wide.shape[1]]
+    return wide.swapaxes(1, 2)

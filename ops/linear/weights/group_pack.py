@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ops.linear.kernels.coding import Coding
-from ops.linear.weights.blocks import CHUNK, LINE, NEST, PANEL, PANELS, SCALES, TABLES, BlockWeight, Form, chunks
+from ops.linear.weights.blocks import PANEL, PANELS, TABLES, BlockWeight, parts_of_groups
 from ops.linear.weights.grouped import GroupedWeight, Place
 from ops.linear.weights.rotation import BLOCK, rotate
 
@@ -187,13 +187,11 @@ def _stretch(
     for groups, of in ((whole, PANELS), (1, rest)):
         if groups * of:
             end = begin + groups * of * size
-            found.append(_panels(bytes_N[begin:end].reshape(groups, of * size), of, form, inputs))
+            parts = parts_of_groups(bytes_N[begin:end].reshape(groups, of * size), of, form, inputs)
+            found.append([part.reshape(groups * of * PANEL, -1) for part in parts])
             begin = end
     codes, scale, offset = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    if form.offset == "zero_point":
-        offset = -offset * scale
-    elif form.offset == "nested_u8":
-        offset = -offset
+    offset = offset if offset.size else np.zeros_like(scale)
     if bits == 4:
         return codes, scale, offset, 0 if is_table else form.zero
     entries = TABLES[form.table]
@@ -201,58 +199,6 @@ def _stretch(
         return np.array(entries, np.int8)[codes], scale, offset, 0
     shift = 128 if form.bits == 8 else 0
     return (codes.astype(np.int16) - shift).astype(np.int8), scale, offset, form.zero - shift
-
-
-def _panels(bytes_GN: np.ndarray, of: int, form: Form, inputs: int) -> list[np.ndarray]:
-    """Codes, scales and offsets of groups of `of` panels, a row a channel."""
-    P, begin = len(bytes_GN) * of, 0
-    codes, scales, offsets = [], [], []
-    for _, count in chunks(inputs):
-        first, nested, more, head, lines = form.chunk_parts(count)
-        head_PN = bytes_GN[:, begin : begin + of * head].reshape(P, head)
-        begin += of * head
-        lines_GLp = bytes_GN[:, begin : begin + of * lines * LINE].reshape(-1, lines, of, PANEL, 4)
-        begin += of * lines * LINE
-        codes.append(_codes(lines_GLp.swapaxes(1, 2).reshape(P, lines, PANEL, 4), form.bits, count))
-        scales.append(_numbers(form.scale, head_PN[:, :first], head_PN[:, nested:more], form.block, count))
-        offsets.append(_numbers(form.offset, head_PN[:, first:nested], head_PN[:, more:], form.block, count))
-    scale_PcG = np.concatenate(scales, axis=-1) * np.float32(2.0**form.power)
-    offset_PcG = np.zeros_like(scale_PcG) if form.offset == "none" else np.concatenate(offsets, axis=-1)
-    codes_OI = np.concatenate(codes, axis=-1).reshape(P * PANEL, -1)[:, :inputs]
-    return [codes_OI, scale_PcG.reshape(len(codes_OI), -1), offset_PcG.reshape(len(codes_OI), -1)]
-
-
-def _codes(lines_PLc4: np.ndarray, bits: int, inputs: int) -> np.ndarray:
-    """uint8 [P, 16, inputs]."""
-    P = len(lines_PLc4)
-    if bits == 8:
-        quads = lines_PLc4
-    elif bits == 4:
-        quads = np.stack([lines_PLc4 & 15, lines_PLc4 >> 4], axis=2).reshape(P, inputs // 4, PANEL, 4)
-    else:
-        three = lines_PLc4.reshape(P, inputs // 16, 3, PANEL, 4)
-        fourth = (three[:, :, 0] >> 6) | (three[:, :, 1] >> 6) << 2 | (three[:, :, 2] >> 6) << 4
-        quads = np.concatenate([three & 63, fourth[:, :, None]], axis=2).reshape(P, inputs // 4, PANEL, 4)
-    return quads.swapaxes(1, 2).reshape(P, PANEL, inputs)
-
-
-def _numbers(kind: str, bytes_PN: np.ndarray, nested_PN: np.ndarray, block: int, inputs: int) -> np.ndarray:
-    """Float32 [P, 16, blocks], unsigned."""
-    P, size = len(bytes_PN), SCALES[kind]
-    if not size:
-        return np.zeros((P, PANEL, 0), np.float32)
-    bytes_PN = np.ascontiguousarray(bytes_PN)
-    if size > 1:
-        wide = bytes_PN.view(jnp.dtype(kind)).reshape(P, -1, PANEL).astype(np.float32)
-    elif kind == "power":
-        wide = (bytes_PN.reshape(P, -1, PANEL).astype(np.uint32) << 23).view(np.float32)
-    else:
-        wide = bytes_PN.reshape(P, -1, PANEL).view(np.int8 if kind == "nested_s8" else np.uint8).astype(np.float32)
-    if kind.startswith("nested"):
-        nests = -(-inputs // NEST) * PANEL * 2
-        halves = np.ascontiguousarray(nested_PN[:, :nests]).view(np.float16).reshape(P, -1, PANEL).astype(np.float32)
-        wide = wide * np.repeat(halves, NEST // min(block, CHUNK), axis=1)[:, : wide.shape[1]]
-    return wide.swapaxes(1, 2)
 
 
 def as_float8(rows: Rows) -> Rows:
