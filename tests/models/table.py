@@ -60,7 +60,16 @@ llama.cpp's Q4_K_M or fewer). `int8` rounds all to eight, which is faster for ma
 model of 1.5 billion weights 1.2 times at 16 requests and 1.1 at prompts of 256 tokens, where one request is 1.2 times slower
 ([measured](benchmarks/notes_matmul.md)). By way of floats, a tensor at a time, go float8 and int8 of any kind (DeepSeek's blocks
 of 128 x 128 too), MXFP6, MXFP8, torchao, Quark, modelopt's AWQ, GGUF's types of fewer than four bits, experts with sorted inputs,
-and on meshes and other platforms everything. What is read:
+and on meshes of CPUs everything.
+
+On GPUs and TPUs, meshes of them too, `auto` keeps the same things where at least half of a model is such, and float8 and int8 with
+scales by block, row or tensor: integers or small floats in groups of inputs with the checkpoint's own scales, which a Pallas kernel
+turns into the activations' type on the chip (`ops/linear/weights/grouped.py`; [what has run where](platforms.md): compiled for
+these chips and interpreted, never run on one). From compute capability 8.9 on four-bit floats become float8, exactly. A weight
+takes 4.25 to 6 bits for four, as its group's scale is a float32 where bfloat16 does not hold it, and 8.25 to 10 for six and eight.
+`int4` rounds what is dense to five bits a weight, and to eight and a half what CPUs have in six. Activations are not rounded.
+What must stay dense: heads that are spread over more devices than there are, experts with sorted inputs, and inputs that fall
+into no groups of 16 on a device. What is read:
 
 FORMATS
 An installed package can add families: see `examples/model_plugin`.

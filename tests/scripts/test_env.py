@@ -32,7 +32,7 @@ def asked(tmp_path):
         folder, script = shlex.quote(str(tmp_path)), shlex.quote(str(SCRIPT))
         code = f"source {script}; VENV={folder}; TORCH_INDEX={index}; install_torch {folder}/wanted"
         subprocess.run(["bash", "-euc", code], check=True, capture_output=True)
-        return [line for line in (tmp_path / "told").read_text().splitlines() if not line.startswith("-c")]
+        return [line for line in (tmp_path / "told").read_text().splitlines() if not line.startswith(("-c", "- "))]
 
     return asked
 

@@ -119,7 +119,7 @@ def test_pages_follow_the_compute_dtype_otherwise(options):
 
 
 def test_large_models_that_a_checkpoint_has_in_blocks_stay_as_they_are(monkeypatch):
-    """Left open, on one CPU with VNNI: elsewhere, for small ones and beside adapters they are int8 or nothing."""
+    """Left open, on one CPU with VNNI, and on accelerators: elsewhere, if small and beside adapters they are int8 or nothing."""
     large = sizing.LEAST_IN_BLOCKS
 
     def chosen(isa="vnni", platform="cpu", devices=1, in_blocks=large, **options):
@@ -129,7 +129,9 @@ def test_large_models_that_a_checkpoint_has_in_blocks_stay_as_they_are(monkeypat
 
     assert chosen() == chosen("bf16") == "stored"
     assert chosen(in_blocks=large - 1) == chosen("avx2") == chosen(enable_lora=True) == "int8"
-    assert chosen("generic") is chosen("none") is chosen(devices=2) is chosen(platform="gpu") is None
+    assert chosen("generic") is chosen("none") is chosen(devices=2) is None
+    assert chosen(platform="gpu") == chosen(platform="tpu", devices=8) == "stored"
+    assert chosen(platform="gpu", in_blocks=0) is None
     assert chosen(dtype="float32") is chosen(quantization="none") is None
     assert (chosen(quantization="int8"), chosen(quantization="int4")) == ("int8", "int4")
 
