@@ -1,5 +1,6 @@
 """Every test runs on the CPU backend, whatever else is installed, and in the same environment, whoever's shell it is."""
 
+import gc
 import os
 import pathlib
 import re
@@ -61,6 +62,21 @@ def compiled_quickly(request):
         yield
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_disable_most_optimizations", False)
+
+
+MOST_MAPPINGS = 20_000
+"""Of this process, before programs are let go. Linux gives a process 65,530; a program compiled for CPUs takes three at least, and
+JAX keeps every one that ever ran. Past the last one, the compiler dies by a segmentation fault."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_let_go():
+    """What a worker compiled for modules before, once it holds much."""
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if "jax" in sys.modules and mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -35,9 +35,7 @@ from serving.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from serving.transfer.config import TransferConfig
 from serving.transfer.exchange import exchange_pages
 
-# XLA's compiler has died once (jaxlib 0.10.2, two tiny programs at once, no way found to have it happen again). The other core has
-# other tests to run: nothing is lost. Servers that tests start compile as servers do.
-compiling.MOST_AT_ONCE = 1
+compiling.MOST_AT_ONCE = 1  # the other core has other tests to run. Servers that tests start compile as servers do.
 
 VOCAB = 256
 PROGRAMS = "JAXSERVE_TEST_PROGRAMS"
