@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ops import paged_attention
 from ops.linear import linear
+from ops.linear.weights.group_pack import place
 from ops.paged_attention import pages
 from ops.paged_attention.batch import AttentionBatch, KVSpec
 from serving.plan import chips, topology
@@ -98,7 +99,7 @@ def test_weights_in_groups(chip, name):
     target = chips.parse_target(chip)
     topology.prepare([target])
     here = NamedSharding(Mesh(np.array(topology.devices(target)[:1]), ("model",)), PartitionSpec())
-    made = weight_of(name, "tpu", here)
+    made = place(weight_of(name, "tpu"), here)
     for rows in (1, 300) if chip.startswith("v5e") else (16,):
         x = jax.ShapeDtypeStruct((rows, made.shape[1]), jnp.bfloat16, sharding=here)
         compiled = jax.jit(linear).lower(x, made).compile()

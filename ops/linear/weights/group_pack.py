@@ -19,6 +19,8 @@ from ops.linear.weights.rotation import BLOCK, rotate
 
 LEAST_GROUP = 16
 """Inputs that must share a scale: the smallest dot of a GPU."""
+LANES = 128
+"""Channels of a TPU's tile."""
 MOST_HALF = 64
 """Inputs in the lower halves of a run of bytes at most."""
 FLOATS = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
@@ -271,9 +273,11 @@ def place(weight: GroupedWeight, sharding: NamedSharding | None) -> GroupedWeigh
         sharding: of the dense weight; None for the default device.
     """
     if sharding is None:
-        return jax.device_put(weight)
+        return jax.device_put(_in_whole_tiles(weight))
     mesh = sharding.mesh
     axes = tuple(sharding.spec) + (None,) * (len(weight.shape) - len(sharding.spec))
+    if axes[-2] is None or mesh.shape[axes[-2]] == 1:
+        weight = _in_whole_tiles(weight)
     specs = weight.specs(PartitionSpec(*axes))
 
     def put(host: Any, spec: PartitionSpec) -> Any:
@@ -284,3 +288,20 @@ def place(weight: GroupedWeight, sharding: NamedSharding | None) -> GroupedWeigh
 
     placed = jax.tree.map(put, weight, specs)
     return dataclasses.replace(placed, place=Place(mesh, axes) if mesh.size > 1 else None)  # pyright: ignore[reportArgumentType]
+
+
+def _in_whole_tiles(weight: GroupedWeight) -> GroupedWeight:
+    """With channels of zeros behind the others up to whole tiles, on a TPU. XLA keeps an array turned round where that wastes less
+    than whole tiles do, and would turn it back, whole, before every product."""
+    more = -weight.shape[-2] % LANES
+    if weight.platform != "tpu" or not more:
+        return weight
+
+    def pad(host: Any) -> Any:
+        dims = (*host.shape[:-1], host.shape[-1] + more)
+        if isinstance(host, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(dims, host.dtype)
+        return np.pad(host, [(0, 0)] * (host.ndim - 1) + [(0, more)])
+
+    values, scale, offset = (one if one is None else pad(one) for one in (weight.values, weight.scale, weight.offset))
+    return dataclasses.replace(weight, values=values, scale=scale, offset=offset, outputs=weight.shape[-2])

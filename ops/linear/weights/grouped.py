@@ -58,7 +58,7 @@ class Place:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "scale", "offset", "order_I"],
-    meta_fields=["coding", "platform", "rotated", "place"],
+    meta_fields=["coding", "platform", "rotated", "place", "outputs"],
 )
 @dataclasses.dataclass(frozen=True)
 class GroupedWeight(StoredWeight):
@@ -73,6 +73,7 @@ class GroupedWeight(StoredWeight):
         platform: of the devices that it lies on: "gpu", "tpu" or "cpu".
         rotated: the values stand for `rotate` of the weight, so a product needs `rotate(x)`.
         place: how it is cut; None on one device.
+        outputs: O, where the arrays have more channels than that, which are zeros; None where they have not.
     """
 
     values: jax.Array
@@ -83,12 +84,13 @@ class GroupedWeight(StoredWeight):
     platform: str
     rotated: bool = False
     place: Place | None = None
+    outputs: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the dense weight; within a function that each device runs, of its own part."""
         *lead, O = self.values.shape
-        return (*lead[:-1], O, self.scale.shape[-2] * self.coding.group)
+        return (*lead[:-1], self.outputs or O, self.scale.shape[-2] * self.coding.group)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -118,6 +120,12 @@ class GroupedWeight(StoredWeight):
 
     def _whole(self, x_TI: jax.Array) -> jax.Array:
         """The product of what one device has."""
+        return self._without_more(self._with_more(x_TI))
+
+    def _without_more(self, y: jax.Array) -> jax.Array:
+        return y if self.outputs is None else y[..., : self.outputs]
+
+    def _with_more(self, x_TI: jax.Array) -> jax.Array:
         arrays, body = (self.values, self.scale, self.offset), self._body(x_TI.shape[1])
         if body == "xla":
             return jnp.dot(
@@ -152,7 +160,7 @@ class GroupedWeight(StoredWeight):
         return jnp.where(inside_T1, rows_TI, 0).reshape(*ids_T.shape, -1)
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-        whole = dense(self.values, self.scale, self.offset, self.coding, jnp.float32)
+        whole = self._without_more(dense(self.values, self.scale, self.offset, self.coding, jnp.float32))
         return self._in_place(whole.swapaxes(-1, -2)).astype(dtype)
 
     def _in_place(self, rows: jax.Array) -> jax.Array:
@@ -163,7 +171,7 @@ class GroupedWeight(StoredWeight):
     def grouped(self, x_MI: jax.Array, sizes_E: jax.Array, expert_M: jax.Array) -> jax.Array:
         x_MI = self._inputs(x_MI)
         dense_EIO = dense(self.values, self.scale, self.offset, self.coding, x_MI.dtype)
-        return lax.ragged_dot(x_MI, dense_EIO, sizes_E, preferred_element_type=jnp.float32)
+        return lax.ragged_dot(x_MI, self._without_more(dense_EIO), sizes_E, preferred_element_type=jnp.float32)
 
     def of_expert(self, expert: jax.Array, x_RI: jax.Array) -> jax.Array:
         own = [

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ops import native
 from ops.experts import experts
@@ -15,7 +16,7 @@ from ops.linear import embed, linear
 from ops.linear.kernels.coding import Coding
 from ops.linear.weights.block_pack import GGUF, SIZES, CodedRows, pack
 from ops.linear.weights.block_round import four_bits
-from ops.linear.weights.group_pack import FLOATS, Rows, as_float8, rounded, rows_of_blocks
+from ops.linear.weights.group_pack import FLOATS, Rows, as_float8, place, rounded, rows_of_blocks
 from ops.linear.weights.grouped import BODIES, use_body
 
 RNG = np.random.default_rng(0)
@@ -184,6 +185,36 @@ def test_experts():
 
     want = np.asarray(run(*map(jnp.asarray, dense_stacks)))
     np.testing.assert_allclose(run(*map(jax.device_put, stacks)), want, atol=1e-4 * np.abs(want).max())
+
+
+def test_tpus_have_whole_tiles_of_channels():
+    """What XLA would keep turned round and turn back before each product; nobody sees the channels that are more."""
+    rows, x_TI = rows_of("four with offsets", 200, 512, 128), RNG.standard_normal((5, 512)).astype(np.float32)
+    wanted = spelled_out(rows)
+    for sharding in (None, NamedSharding(Mesh(jax.devices()[:1], ("model",)), PartitionSpec("model", None))):
+        made = place(rows.weight((200, 512), "tpu"), sharding)
+        assert made.values.shape == (256, 256) and made.shape == (200, 512)
+        np.testing.assert_array_equal(made.dequantize(), wanted)
+        np.testing.assert_array_equal(
+            embed(made, jnp.asarray([199, 200, 255])), np.stack([wanted[199], *np.zeros((2, 512))])
+        )
+        made = dataclasses.replace(made, platform="cpu")  # so that kernels are interpreted
+        for body in BODIES:
+            with use_body(body):
+                got = jax.jit(lambda x, w: linear(x, w))(x_TI, made)  # noqa: PLW0108 (a trace of its own for each body)
+            assert got.shape == (5, 200)
+            np.testing.assert_allclose(got, x_TI @ wanted.T, atol=1e-3)
+    stack = place(rows_of("eight", 3 * 40, 64, 32).weight((3, 40, 64), "tpu"), None)
+    assert stack.values.shape == (3, 64, 128) and stack.shape == (3, 40, 64) and stack.dequantize().shape == (3, 40, 64)
+    x_MI, sizes_E = RNG.standard_normal((6, 64)).astype(np.float32), jnp.asarray([1, 3, 2])
+    expert_M = np.repeat(np.arange(3), sizes_E)
+    want = np.einsum("mi,moi->mo", x_MI, np.asarray(stack.dequantize())[expert_M])
+    np.testing.assert_allclose(stack.grouped(x_MI, sizes_E, expert_M), want, atol=1e-2)
+    np.testing.assert_allclose(
+        dataclasses.replace(stack, platform="cpu").of_expert(jnp.asarray(1), x_MI)[1], want[1], atol=1e-2
+    )
+    whole = place(rows_of("eight", 128, 64, 32).weight((128, 64), "tpu"), None)
+    assert whole.outputs is None and place(rows.weight((200, 512), "gpu"), None).outputs is None
 
 
 def test_groups_too_small_to_compute_with():
