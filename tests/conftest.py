@@ -29,11 +29,12 @@ for _name in list(os.environ):
 
 HERE = pathlib.Path(__file__).parent
 QUICK = (
-    "models", "serving/adapters", "serving/boot", "serving/engine", "serving/fleet", "serving/media", "serving/processes",
+    "models", "ops/linear/test_grouped.py", "ops/test_experts.py", "ops/test_pallas_gpu.py", "ops/test_pallas_tpu.py",
+    "serving/adapters", "serving/boot", "serving/engine", "serving/fleet", "serving/media", "serving/processes",
     "serving/service", "serving/training", "serving/transfer",
 )  # fmt: skip
-"""Folders whose programs are compiled quickly: tiny ones that run a few times, of which compiling is nearly all. What is computed
-is the same: XLA's own passes run, LLVM's do not. Real models are compiled as a server compiles them."""
+"""Folders and files whose programs are compiled quickly: tiny ones that run a few times, of which compiling is nearly all. What is
+computed is the same: XLA's own passes run, LLVM's do not. Real models are compiled as a server compiles them."""
 
 
 def pytest_configure(config):
@@ -50,9 +51,9 @@ def pytest_unconfigure(config):
 @pytest.fixture(autouse=True, scope="module")
 def compiled_quickly(request):
     """In this process, and in those that the module's tests start."""
-    folder = request.path.parent.relative_to(HERE).as_posix()
+    path = request.path.relative_to(HERE).as_posix()
     real = any(item.get_closest_marker("real_model") for item in request.session.items if item.path == request.path)
-    if real or not any(f"{folder}/".startswith(f"{quick}/") for quick in QUICK):
+    if real or not any(f"{path}/".startswith(f"{quick}/") for quick in QUICK):
         yield
         return
     with pytest.MonkeyPatch.context() as patch:

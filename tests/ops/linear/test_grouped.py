@@ -60,14 +60,14 @@ def test_products(body, kind, O, I, group):
     assert made is not None and made.shape == (O, I)
     np.testing.assert_array_equal(made.dequantize(), wanted)
     with use_body(body):
-        for T in (1, 5, 70):
+        for T in (1, 70):
             x_TI = RNG.standard_normal((T, I)).astype(np.float32)
             want = x_TI.astype(np.float64) @ wanted.astype(np.float64).T
             traced = jax.jit(lambda x, w: linear(x, w))  # noqa: PLW0108 (a trace of its own for each body)
             got = traced(x_TI, jax.device_put(made))
             np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
-            narrow = linear(jnp.asarray(x_TI, jnp.bfloat16), jax.device_put(made), out_dtype=jnp.float32)
-            np.testing.assert_allclose(narrow, want, atol=2e-2 * np.abs(want).max())
+        narrow = linear(jnp.asarray(x_TI, jnp.bfloat16), jax.device_put(made), out_dtype=jnp.float32)
+        np.testing.assert_allclose(narrow, want, atol=2e-2 * np.abs(want).max())
 
 
 def test_kernels_take_what_checkpoints_have():
