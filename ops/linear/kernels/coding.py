@@ -14,6 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+LANES = 128
+"""Channels of a TPU's tile."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Coding:

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ops.linear.kernels.coding import Coding, cost, dense
+from ops.linear.kernels.coding import LANES, Coding, cost, dense
 from ops.refs import Ref
 
-LANES = 128
 SUBLANES = 8
 TILE_BYTES = 5 << 20
 """VMEM that a tile of the weight may take as float32; there are a few of its size."""

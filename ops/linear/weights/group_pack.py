@@ -12,15 +12,13 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ops.linear.kernels.coding import Coding
+from ops.linear.kernels.coding import LANES, Coding
 from ops.linear.weights.blocks import PANEL, PANELS, TABLES, BlockWeight, parts_of_groups
 from ops.linear.weights.grouped import GroupedWeight, Place
 from ops.linear.weights.rotation import BLOCK, rotate
 
 LEAST_GROUP = 16
 """Inputs that must share a scale: the smallest dot of a GPU."""
-LANES = 128
-"""Channels of a TPU's tile."""
 MOST_HALF = 64
 """Inputs in the lower halves of a run of bytes at most."""
 FLOATS = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
@@ -276,7 +274,7 @@ def place(weight: GroupedWeight, sharding: NamedSharding | None) -> GroupedWeigh
         return jax.device_put(_in_whole_tiles(weight))
     mesh = sharding.mesh
     axes = tuple(sharding.spec) + (None,) * (len(weight.shape) - len(sharding.spec))
-    if axes[-2] is None or mesh.shape[axes[-2]] == 1:
+    if sharding.shard_shape(weight.shape)[-2] == weight.shape[-2]:
         weight = _in_whole_tiles(weight)
     specs = weight.specs(PartitionSpec(*axes))
 

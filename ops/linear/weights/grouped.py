@@ -120,24 +120,19 @@ class GroupedWeight(StoredWeight):
 
     def _whole(self, x_TI: jax.Array) -> jax.Array:
         """The product of what one device has."""
-        return self._without_more(self._with_more(x_TI))
-
-    def _without_more(self, y: jax.Array) -> jax.Array:
-        return y if self.outputs is None else y[..., : self.outputs]
-
-    def _with_more(self, x_TI: jax.Array) -> jax.Array:
         arrays, body = (self.values, self.scale, self.offset), self._body(x_TI.shape[1])
         if body == "xla":
-            return jnp.dot(
-                x_TI,
-                dense(*arrays, self.coding, x_TI.dtype),
-                precision=xla.exact(x_TI),
-                preferred_element_type=jnp.float32,
-            )
+            weight_IO = dense(*arrays, self.coding, x_TI.dtype)
+            y_TO = jnp.dot(x_TI, weight_IO, precision=xla.exact(x_TI), preferred_element_type=jnp.float32)
+            return self._of_outputs(y_TO)
         from ops.linear.kernels import pallas_gpu, pallas_tpu  # Pallas costs 0.2 s to import
 
         kernel, own = (pallas_tpu, "tpu") if body == "pallas_tpu" else (pallas_gpu, "gpu")
-        return kernel.product(x_TI, *arrays, self.coding, interpret=self.platform != own)
+        return self._of_outputs(kernel.product(x_TI, *arrays, self.coding, interpret=self.platform != own))
+
+    def _of_outputs(self, y: jax.Array) -> jax.Array:
+        """Without the channels behind them."""
+        return y if self.outputs is None else y[..., : self.outputs]
 
     def _body(self, inputs: int) -> str:
         wanted = _forced.get() or {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(self.platform, "xla")
@@ -160,7 +155,7 @@ class GroupedWeight(StoredWeight):
         return jnp.where(inside_T1, rows_TI, 0).reshape(*ids_T.shape, -1)
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-        whole = self._without_more(dense(self.values, self.scale, self.offset, self.coding, jnp.float32))
+        whole = self._of_outputs(dense(self.values, self.scale, self.offset, self.coding, jnp.float32))
         return self._in_place(whole.swapaxes(-1, -2)).astype(dtype)
 
     def _in_place(self, rows: jax.Array) -> jax.Array:
@@ -171,7 +166,7 @@ class GroupedWeight(StoredWeight):
     def grouped(self, x_MI: jax.Array, sizes_E: jax.Array, expert_M: jax.Array) -> jax.Array:
         x_MI = self._inputs(x_MI)
         dense_EIO = dense(self.values, self.scale, self.offset, self.coding, x_MI.dtype)
-        return lax.ragged_dot(x_MI, self._without_more(dense_EIO), sizes_E, preferred_element_type=jnp.float32)
+        return self._of_outputs(lax.ragged_dot(x_MI, dense_EIO, sizes_E, preferred_element_type=jnp.float32))
 
     def of_expert(self, expert: jax.Array, x_RI: jax.Array) -> jax.Array:
         own = [
